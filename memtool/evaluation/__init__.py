@@ -1,0 +1,1 @@
+"""The accuracy matrix, the metrics that follow from it, and records of what was measured."""

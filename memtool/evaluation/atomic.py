@@ -1,0 +1,41 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from memtool.errors import MemtoolError
+
+
+def write_atomic(path: Path, text: str) -> Path:
+    """Write UTF-8 text beside `path`, flush it to the disk, then put it in place; returns `path`.
+
+    Makes the folder. A reader sees the old file or the new one, and a failure leaves the old one.
+    MemtoolError when the file system refuses (permission, space, a file where a folder should be).
+    """
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        temporary = Path(name)
+        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes the file private to the user: give it the mode of an ordinary new file.
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)
+        temporary.replace(path)
+        temporary = None
+    except OSError as error:
+        raise MemtoolError(
+            f"cannot write {path}: {error.strerror}",
+            remedy="free some space, or name a folder that you may write",
+        ) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+    return path

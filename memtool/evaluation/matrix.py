@@ -1,0 +1,172 @@
+"""The accuracy matrix: every score on every task after every task, kept whole and unrounded."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from memtool.errors import ConfigError, CorruptError, DataError, MismatchError, NotFoundError
+from memtool.evaluation.atomic import write_atomic
+
+SCHEMA = "memtool.matrix"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class AccuracyMatrix:
+    """Scores as fractions 0..1: values[i, j] on task j after learning i tasks; NaN: not measured.
+
+    tasks: T unique names in learning order; values: float64 (T+1, T), read-only; row 0 is before
+    any training.
+
+        matrix = AccuracyMatrix.empty(["photo", "art"]).with_row(1, [0.9, 0.4])
+    """
+
+    tasks: tuple[str, ...]
+    values: npt.NDArray[np.float64]
+
+    def __post_init__(self) -> None:
+        tasks = tuple(self.tasks)
+        values = np.array(self.values, dtype=np.float64)  # a copy: nobody else can change it
+        if not tasks or len(set(tasks)) != len(tasks):
+            raise MismatchError(f"task names {list(tasks)}", expected="one or more unique names")
+        if values.shape != (len(tasks) + 1, len(tasks)):
+            raise MismatchError(
+                f"an accuracy matrix of shape {values.shape} for {len(tasks)} tasks",
+                expected=f"({len(tasks) + 1}, {len(tasks)})",
+            )
+        wrong = np.argwhere((values < 0) | (values > 1))
+        if len(wrong):
+            row, column = wrong[0]
+            raise DataError(
+                f"score {values[row, column]:g} on task {tasks[column]!r} after {row} tasks",
+                expected="a fraction from 0 to 1",
+                remedy="divide percentages by 100",
+            )
+        values.flags.writeable = False
+        object.__setattr__(self, "tasks", tasks)
+        object.__setattr__(self, "values", values)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, AccuracyMatrix):
+            return NotImplemented
+        return self.tasks == other.tasks and np.array_equal(
+            self.values, other.values, equal_nan=True
+        )
+
+    @classmethod
+    def empty(cls, tasks: Sequence[str]) -> AccuracyMatrix:
+        """A matrix in which nothing is measured yet."""
+        return cls(tuple(tasks), np.full((len(tasks) + 1, len(tasks)), np.nan))
+
+    @classmethod
+    def of_cells(
+        cls, tasks: Sequence[str], cells: Sequence[Sequence[float | None]]
+    ) -> AccuracyMatrix:
+        """A matrix of T+1 rows of T scores, None where not measured."""
+        if any(len(row) != len(tasks) for row in cells):
+            raise MismatchError(
+                f"rows of {sorted({len(row) for row in cells})} scores", expected=f"{len(tasks)}"
+            )
+        values = [[np.nan if cell is None else cell for cell in row] for row in cells]
+        return cls(tuple(tasks), np.array(values).reshape(len(cells), len(tasks)))
+
+    @property
+    def cells(self) -> tuple[tuple[float | None, ...], ...]:
+        """The rows as plain floats, None where not measured."""
+        return tuple(
+            tuple(None if np.isnan(cell) else float(cell) for cell in row) for row in self.values
+        )
+
+    def with_row(self, number: int, scores: Sequence[float | None]) -> AccuracyMatrix:
+        """A copy with the T scores after `number` tasks (0: before any training)."""
+        if not 0 <= number <= len(self.tasks):
+            raise MismatchError(
+                f"row {number} of an accuracy matrix", expected=f"0 to {len(self.tasks)}"
+            )
+        if len(scores) != len(self.tasks):
+            raise MismatchError(
+                f"{len(scores)} scores for row {number}",
+                expected=f"{len(self.tasks)}, one for each task (None where not measured)",
+            )
+        values = self.values.copy()
+        values[number] = [np.nan if score is None else score for score in scores]
+        return AccuracyMatrix(self.tasks, values)
+
+    def up_to(self, number: int) -> AccuracyMatrix:
+        """The matrix of the first `number` tasks only, as if the stream had ended there."""
+        if not 1 <= number <= len(self.tasks):
+            raise MismatchError(f"the first {number} tasks", expected=f"1 to {len(self.tasks)}")
+        return AccuracyMatrix(self.tasks[:number], self.values[: number + 1, :number])
+
+    def to_json(self) -> str:
+        """JSON with null where not measured; floats are exact."""
+        document = {
+            "schema": SCHEMA,
+            "schema_version": SCHEMA_VERSION,
+            "tasks": self.tasks,
+            "accuracy": self.cells,
+        }
+        return json.dumps(document, allow_nan=False) + "\n"
+
+    def to_csv(self) -> str:
+        """CSV: `after` (number of tasks learned), then one column a task; floats are exact."""
+        buffer = io.StringIO()
+        writer = csv.writer(buffer, lineterminator="\n")
+        writer.writerow(["after", *self.tasks])
+        for number, row in enumerate(self.cells):
+            writer.writerow([number, *("" if cell is None else repr(cell) for cell in row)])
+        return buffer.getvalue()
+
+    def save(self, path: Path) -> Path:
+        """Write the matrix as JSON or CSV, by the suffix of `path`."""
+        return write_atomic(path, self.to_csv() if _suffix(path) == ".csv" else self.to_json())
+
+    @classmethod
+    def load(cls, path: Path) -> AccuracyMatrix:
+        """Read what `save` wrote; NotFoundError, CorruptError, or MismatchError (newer schema)."""
+        suffix = _suffix(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError as error:
+            raise NotFoundError(f"no accuracy matrix at {path}") from error
+        try:
+            return _from_csv(text) if suffix == ".csv" else _from_json(json.loads(text), path)
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise CorruptError(
+                f"{path} is not an accuracy matrix: {error}", expected="what `save` wrote"
+            ) from error
+
+
+def _suffix(path: Path) -> str:
+    if path.suffix not in (".json", ".csv"):
+        raise ConfigError(f"accuracy matrix file {path}", expected="a name ending in .json or .csv")
+    return path.suffix
+
+
+def _from_json(document: Any, path: Path) -> AccuracyMatrix:
+    if document["schema"] != SCHEMA:
+        raise CorruptError(f"{path} is {document['schema']!r}", expected=SCHEMA)
+    if document["schema_version"] > SCHEMA_VERSION:
+        raise MismatchError(
+            f"{path} has schema version {document['schema_version']}",
+            expected=f"at most {SCHEMA_VERSION}",
+            remedy="upgrade memtool",
+        )
+    return AccuracyMatrix.of_cells(document["tasks"], document["accuracy"])
+
+
+def _from_csv(text: str) -> AccuracyMatrix:
+    header, *rows = csv.reader(io.StringIO(text))
+    if header[0] != "after" or [row[0] for row in rows] != [str(i) for i in range(len(header))]:
+        raise ValueError("the first column is not `after`, 0, 1, 2, …")
+    cells = [[None if cell == "" else float(cell) for cell in row[1:]] for row in rows]
+    return AccuracyMatrix.of_cells(header[1:], cells)

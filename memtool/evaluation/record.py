@@ -1,0 +1,302 @@
+"""The record of one evaluated run: what ran, what came out, on what machine; versioned JSON."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Final, Literal
+
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from memtool.errors import CorruptError, DataError, MismatchError, NotFoundError
+from memtool.evaluation import metrics as metric_functions
+from memtool.evaluation.atomic import write_atomic
+from memtool.evaluation.matrix import AccuracyMatrix
+
+SCHEMA: Final = "memtool.evaluation"
+SCHEMA_VERSION: Final = 1
+
+Kind = Literal["method", "baseline", "upper bound"]
+Score = Annotated[float, Field(ge=0, le=1)]
+
+# What decides the numbers of a run; a package that is not installed is left out of the record.
+PACKAGES = (
+    "memtool",
+    "torch",
+    "torchvision",
+    "timm",
+    "numpy",
+    "scikit-learn",
+    "scipy",
+    "zarr",
+    "icechunk",
+    "safetensors",
+    "peft",
+    "accelerate",
+    "datasets",
+    "pillow",
+)
+
+
+class Part(BaseModel):
+    """Frozen; an unknown key, NaN or infinity is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class BackboneIdentity(Part):
+    """Which frozen model: its name, and the sha256 of its tensors."""
+
+    name: str
+    sha256: str
+
+
+class DataIdentity(Part):
+    """Which data: the stream's name, and the sha256 of its source, cut and order."""
+
+    name: str
+    fingerprint: str
+
+
+class TaskIdentity(Part):
+    """One task of the stream, in learning order."""
+
+    name: str
+    domain: str | None = None
+    classes: tuple[str, ...] = Field((), description="class names in order")
+    test_samples: Annotated[int, Field(ge=0)] | None = None
+
+
+class Run(Part):
+    """What ran."""
+
+    method: str
+    setting: str
+    preset: str | None = None
+    configuration: dict[str, JsonValue] = Field(description="resolved, as given back by --config")
+    command: str | None = Field(None, description="the command that made the record")
+    mix: str | None = None
+    separation: str | None = None
+    backbone: BackboneIdentity
+    data: DataIdentity
+    tasks: Annotated[tuple[TaskIdentity, ...], Field(min_length=1)]
+    class_order: tuple[str, ...] = ()
+    seed: int
+    store: str | None = None
+    store_version: str | None = None
+    created: AwareDatetime
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """Names of the tasks in learning order."""
+        return tuple(task.name for task in self.tasks)
+
+    @field_validator("configuration")
+    @classmethod
+    def _plain_json(cls, value: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        json.dumps(value, allow_nan=False)  # ValueError: a number that JSON cannot hold
+        return value
+
+
+class Row(Part):
+    """One method, baseline or upper bound with its own accuracy matrix, all fractions 0..1.
+
+    accuracy: T+1 rows of T scores, None where not measured; metrics: values by metric id;
+    undefined: the reason for every metric that the matrix does not define; seconds: wall time.
+    """
+
+    id: str
+    label: str
+    kind: Kind
+    accuracy: tuple[tuple[Score | None, ...], ...]
+    metrics: dict[str, float] = {}
+    undefined: dict[str, str] = {}
+    seconds: Annotated[float, Field(ge=0)] | None = None
+
+    @field_validator("metrics")
+    @classmethod
+    def _known_ids(cls, value: dict[str, float]) -> dict[str, float]:
+        for id in value:
+            metric_functions.metric(id)
+        return value
+
+    @classmethod
+    def measured(
+        cls,
+        id: str,
+        label: str,
+        kind: Kind,
+        matrix: AccuracyMatrix,
+        *,
+        more: Mapping[str, float] | None = None,
+        seconds: float | None = None,
+    ) -> Row:
+        """A row with all metrics of its matrix, and `more` that have inputs of their own."""
+        return cls(
+            id=id,
+            label=label,
+            kind=kind,
+            accuracy=matrix.cells,
+            metrics={**metric_functions.compute(matrix.values), **(more or {})},
+            undefined=metric_functions.undefined(matrix.values),
+            seconds=seconds,
+        )
+
+    def matrix(self, tasks: Sequence[str]) -> AccuracyMatrix:
+        """The accuracy matrix under the names of the tasks."""
+        return AccuracyMatrix.of_cells(tasks, self.accuracy)
+
+
+class Metrics(Part):
+    """What came out."""
+
+    rows: Annotated[tuple[Row, ...], Field(min_length=1)]
+
+
+class Environment(Part):
+    """On what machine, and at what cost."""
+
+    device: str
+    python: str
+    platform: str
+    packages: dict[str, str] = Field(description="version by distribution name")
+    wall_seconds: Annotated[float, Field(ge=0)]
+    peak_memory_bytes: Annotated[int, Field(ge=0)] | None = None
+
+    @classmethod
+    def here(
+        cls,
+        device: str,
+        wall_seconds: float,
+        *,
+        peak_memory_bytes: int | None = None,
+        packages: Iterable[str] = PACKAGES,
+    ) -> Environment:
+        """Describe this process; peak memory, when not given, is its largest resident size."""
+        versions: dict[str, str] = {}
+        for name in packages:
+            try:
+                versions[name] = importlib.metadata.version(name)
+            except importlib.metadata.PackageNotFoundError:
+                continue
+        return cls(
+            device=device,
+            python=platform.python_version(),
+            platform=platform.platform(),
+            packages=versions,
+            wall_seconds=wall_seconds,
+            peak_memory_bytes=(
+                peak_resident_bytes() if peak_memory_bytes is None else peak_memory_bytes
+            ),
+        )
+
+
+def peak_resident_bytes() -> int | None:
+    """Largest resident size of this process so far; None where the system does not tell."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Record(Part):
+    """One run, evaluated: the three blocks run, metrics and environment."""
+
+    schema_name: Literal["memtool.evaluation"] = Field(SCHEMA, alias="schema")
+    schema_version: Literal[1] = SCHEMA_VERSION
+    run: Run
+    metrics: Metrics
+    environment: Environment
+
+    @model_validator(mode="after")
+    def _rows_fit_the_tasks(self) -> Record:
+        names = self.run.task_names
+        if len(set(names)) != len(names):
+            raise ValueError(f"task names are not unique: {list(names)}")
+        ids = [row.id for row in self.metrics.rows]
+        if len(set(ids)) != len(ids):
+            raise ValueError(f"row ids are not unique: {ids}")
+        for row in self.metrics.rows:
+            shape = [len(scores) for scores in row.accuracy]
+            if shape != [len(names)] * (len(names) + 1):
+                raise ValueError(
+                    f"row {row.id!r}: an accuracy matrix with rows of {shape} scores, "
+                    f"expected {len(names) + 1} rows of {len(names)}"
+                )
+        return self
+
+    def row(self, id: str) -> Row:
+        """The row of an id; NotFoundError when there is none."""
+        for row in self.metrics.rows:
+            if row.id == id:
+                return row
+        raise NotFoundError(
+            f"no row {id!r} in the record", expected=", ".join(r.id for r in self.metrics.rows)
+        )
+
+    def matrix(self, id: str) -> AccuracyMatrix:
+        """The accuracy matrix of a row."""
+        return self.row(id).matrix(self.run.task_names)
+
+    def to_json(self) -> str:
+        """The record as JSON text; `from_json` gives back an equal record."""
+        return self.model_dump_json(by_alias=True, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "record") -> Record:
+        """A record from JSON text; `where` names it in errors.
+
+        CorruptError: not JSON; MismatchError: another schema, or a newer version of this one;
+        DataError: a field that is missing, unknown or wrong.
+        """
+        try:
+            document = json.loads(text)
+        except ValueError as error:
+            raise CorruptError(f"{where} is not JSON: {error}") from error
+        name = document.get("schema") if isinstance(document, dict) else None
+        if name != SCHEMA:
+            raise MismatchError(f"{where} has schema {name!r}", expected=SCHEMA)
+        version = document.get("schema_version")
+        if isinstance(version, int) and version > SCHEMA_VERSION:
+            raise MismatchError(
+                f"{where} has schema version {version}, made by a newer memtool",
+                expected=f"at most {SCHEMA_VERSION}",
+                remedy="upgrade memtool",
+            )
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"]) or "record"
+            raise DataError(f"{where}: {place}: {first['msg']}") from error
+
+
+def write_record(record: Record, path: Path) -> Path:
+    """Write a record as JSON, whole or not at all."""
+    return write_atomic(path, record.to_json())
+
+
+def read_record(path: Path) -> Record:
+    """Read a record; errors as `Record.from_json`, NotFoundError when there is no file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise NotFoundError(f"no record at {path}") from error
+    except UnicodeDecodeError as error:
+        raise CorruptError(f"{path} is not UTF-8 text: {error}") from error
+    return Record.from_json(text, str(path))

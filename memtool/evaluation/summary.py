@@ -1,0 +1,135 @@
+"""Several seeds of one experiment: mean, sample standard deviation and 95 % t-interval."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import stdtrit  # type: ignore[import-untyped]
+
+from memtool.errors import MismatchError
+from memtool.evaluation.record import Kind, Record, Row
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Values of n seeds. `std` (ddof 1) and the interval need two, and are None for one."""
+
+    values: tuple[float, ...]
+    mean: float
+    std: float | None
+    low: float | None
+    high: float | None
+
+    @property
+    def n(self) -> int:
+        """Number of seeds."""
+        return len(self.values)
+
+
+def summarise(values: Sequence[float]) -> Summary:
+    """Mean, sample standard deviation and the two-sided 95 % interval of Student's t."""
+    numbers = np.asarray(values, dtype=np.float64)
+    if numbers.ndim != 1 or numbers.size == 0 or not np.isfinite(numbers).all():
+        raise MismatchError(f"values {list(values)}", expected="one finite number or more")
+    kept = tuple(float(value) for value in numbers)
+    mean = float(numbers.mean())
+    if len(kept) == 1:
+        return Summary(kept, mean, None, None, None)
+    std = float(numbers.std(ddof=1))
+    half = float(stdtrit(len(kept) - 1, 0.5 + CONFIDENCE / 2)) * std / math.sqrt(len(kept))
+    return Summary(kept, mean, std, mean - half, mean + half)
+
+
+@dataclass(frozen=True, eq=False)
+class RowSummary:
+    """One row of an experiment over its seeds.
+
+    accuracy: float64 (seeds, T+1, T), NaN where not measured; metrics: by id, each over the seeds
+    that have it; undefined: reasons by id; seconds: over the seeds that were timed, or None.
+    """
+
+    id: str
+    label: str
+    kind: Kind
+    accuracy: npt.NDArray[np.float64]
+    metrics: dict[str, Summary]
+    undefined: dict[str, str]
+    seconds: Summary | None
+
+    @property
+    def mean(self) -> npt.NDArray[np.float64]:
+        """Mean accuracy matrix over the seeds (T+1, T)."""
+        mean: npt.NDArray[np.float64] = self.accuracy.mean(axis=0)
+        return mean
+
+
+def check_one_experiment(records: Sequence[Record]) -> None:
+    """MismatchError unless the records differ by seed only, each seed once.
+
+    The order of classes and tasks, and with it the data fingerprint, may follow the seed.
+    """
+    if not records:
+        raise MismatchError("no records", expected="one record or more")
+    first = records[0].run
+    for record in records[1:]:
+        there_run = record.run
+        for name in ("method", "setting", "preset", "mix", "separation", "backbone"):
+            here, there = getattr(first, name), getattr(there_run, name)
+            if here != there:
+                raise MismatchError(
+                    f"records of different experiments: {name} {here!r} and {there!r}",
+                    expected="records that differ by seed only",
+                )
+        streams = [(run.data.name, len(run.tasks)) for run in (first, there_run)]
+        if streams[0] != streams[1]:
+            raise MismatchError(
+                "records of different streams: "
+                + " and ".join(f"{name!r} of {tasks} tasks" for name, tasks in streams),
+                expected="records of one stream",
+            )
+        if [(row.id, row.kind) for row in record.metrics.rows] != [
+            (row.id, row.kind) for row in records[0].metrics.rows
+        ]:
+            raise MismatchError(
+                f"records with rows {[row.id for row in records[0].metrics.rows]} "
+                f"and {[row.id for row in record.metrics.rows]}",
+                expected="the same rows in the same order",
+            )
+    seeds = [record.run.seed for record in records]
+    if len(set(seeds)) != len(seeds):
+        # A seed counted twice would shrink the interval without any new evidence.
+        raise MismatchError(f"records of seeds {seeds}", expected="each seed once")
+
+
+def summarise_rows(records: Sequence[Record]) -> tuple[RowSummary, ...]:
+    """The rows of the records of one experiment, each over all seeds; order as in the first."""
+    check_one_experiment(records)
+    return tuple(
+        _summarise_row([record.metrics.rows[place] for record in records], records)
+        for place in range(len(records[0].metrics.rows))
+    )
+
+
+def _summarise_row(rows: Sequence[Row], records: Sequence[Record]) -> RowSummary:
+    first = rows[0]
+    ids = list(dict.fromkeys(id for row in rows for id in row.metrics))
+    seconds = [row.seconds for row in rows if row.seconds is not None]
+    return RowSummary(
+        id=first.id,
+        label=first.label,
+        kind=first.kind,
+        accuracy=np.stack(
+            [row.matrix(r.run.task_names).values for row, r in zip(rows, records, strict=True)]
+        ),
+        metrics={
+            id: summarise([row.metrics[id] for row in rows if id in row.metrics]) for id in ids
+        },
+        undefined=dict(first.undefined),
+        seconds=summarise(seconds) if seconds else None,
+    )

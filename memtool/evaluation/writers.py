@@ -1,0 +1,110 @@
+"""Records in the file formats that other tools read: DomainBed, Avalanche, TensorBoard."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from memtool.errors import ConfigError, MemtoolError
+from memtool.evaluation.atomic import write_atomic
+from memtool.evaluation.metrics import seen_accuracy
+from memtool.evaluation.record import Record
+
+
+def write_domainbed(records: Sequence[Record], path: Path) -> Path:
+    """DomainBed's `results.jsonl`: a line for every row and step that was measured.
+
+    Keys as there: `args` (dataset, algorithm, trial_seed), `hparams`, `step` (tasks learned),
+    `env<j>_out_acc` for task j from 0, `mem_gb` (2³⁰ bytes).
+    """
+    lines: list[str] = []
+    for record in records:
+        run, memory = record.run, record.environment.peak_memory_bytes
+        for row in record.metrics.rows:
+            for step, scores in enumerate(row.accuracy):
+                line: dict[str, Any] = {
+                    f"env{task}_out_acc": score
+                    for task, score in enumerate(scores)
+                    if score is not None
+                }
+                if not line:
+                    continue
+                line["step"] = step
+                line["args"] = {
+                    "dataset": run.data.name,
+                    "algorithm": row.id,
+                    "trial_seed": run.seed,
+                    "setting": run.setting,
+                }
+                line["hparams"] = run.configuration
+                if memory is not None:
+                    line["mem_gb"] = memory / 2**30
+                lines.append(json.dumps(line, sort_keys=True, allow_nan=False))
+    return write_atomic(path, "".join(f"{line}\n" for line in lines))
+
+
+def write_avalanche(records: Sequence[Record], path: Path) -> Path:
+    """Avalanche's evaluation CSV with the columns `method` and `seed` in front.
+
+    `eval_exp` and `training_exp` count from 0 as there; training_exp −1 is before any training.
+    `forgetting` is a[j, j] − a[i, j], only for tasks learned before the last one.
+    """
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["method", "seed", "eval_exp", "training_exp", "eval_accuracy", "forgetting"])
+    for record in records:
+        for row in record.metrics.rows:
+            for step, scores in enumerate(row.accuracy):
+                for task, score in enumerate(scores):
+                    if score is None:
+                        continue
+                    learned = row.accuracy[task + 1][task] if task + 1 < step else None
+                    forgetting = "" if learned is None else repr(learned - score)
+                    writer.writerow(
+                        [row.id, record.run.seed, task, step - 1, repr(score), forgetting]
+                    )
+    return write_atomic(path, buffer.getvalue())
+
+
+def write_tensorboard(record: Record, folder: Path) -> Path:
+    """TensorBoard scalars of a record, one run folder `<row id>-seed<n>` for each of its rows.
+
+    Tags: `accuracy/<task>` and `accuracy/seen` by the number of tasks learned, `metric/<id>` at
+    the last. ConfigError when the package tensorboard is missing, MemtoolError when it cannot
+    write.
+    """
+    try:
+        from tensorboard.summary import Writer  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise ConfigError(
+            "writing TensorBoard scalars needs the package tensorboard",
+            remedy="pip install tensorboard",
+        ) from error
+    wall_time = record.run.created.timestamp()
+    for row in record.metrics.rows:
+        target = folder / f"{row.id}-seed{record.run.seed}"
+        values = row.matrix(record.run.task_names).values
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+            writer = Writer(str(target))
+            for step, scores in enumerate(row.accuracy):
+                for name, score in zip(record.run.task_names, scores, strict=True):
+                    if score is not None:
+                        writer.add_scalar(f"accuracy/{name}", score, step, wall_time=wall_time)
+            for step, mean in enumerate(seen_accuracy(values), start=1):
+                if mean == mean:  # not NaN: every seen task was measured
+                    writer.add_scalar("accuracy/seen", float(mean), step, wall_time=wall_time)
+            last = len(record.run.tasks)
+            for id, value in row.metrics.items():
+                writer.add_scalar(f"metric/{id}", value, last, wall_time=wall_time)
+            writer.close()
+        except OSError as error:
+            raise MemtoolError(
+                f"cannot write TensorBoard events in {target}: {error.strerror}",
+                remedy="free some space, or name a folder that you may write",
+            ) from error
+    return folder

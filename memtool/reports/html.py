@@ -1,0 +1,306 @@
+"""The report of one experiment as a single HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment as Templates
+from jinja2 import PackageLoader, StrictUndefined
+from markupsafe import Markup
+from pydantic import JsonValue
+
+from memtool.evaluation.atomic import write_atomic
+from memtool.evaluation.metrics import METRICS
+from memtool.evaluation.record import Record
+from memtool.evaluation.summary import RowSummary, summarise_rows
+from memtool.reports import figures
+from memtool.reports.figures import CoefficientMap, KeyMap
+from memtool.reports.table import (
+    MISSING,
+    Grid,
+    by_kind,
+    main_row,
+    methods_grid,
+    metrics_grid,
+    percent,
+    seconds_text,
+    task_labels,
+)
+
+THIN_SPACE = "\u2009"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one part of the run cost; None where it was not measured."""
+
+    label: str
+    seconds: float | None = None
+    parameters: int | None = None
+    bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A plot with its caption."""
+
+    svg: Markup
+    caption: str
+
+
+def write_report(
+    records: Record | Sequence[Record],
+    path: Path,
+    *,
+    coefficients: CoefficientMap | None = None,
+    keys: KeyMap | None = None,
+    costs: Sequence[Cost] = (),
+) -> Path:
+    """Write the report of one record, or of several that differ by seed only; returns `path`.
+
+    The bytes follow from the arguments alone. Parts that are not given are left out. MismatchError
+    for records of different experiments, MemtoolError when the file cannot be written.
+    """
+    several = (records,) if isinstance(records, Record) else tuple(records)
+    return write_atomic(path, render(several, coefficients=coefficients, keys=keys, costs=costs))
+
+
+def render(
+    records: Sequence[Record],
+    *,
+    coefficients: CoefficientMap | None = None,
+    keys: KeyMap | None = None,
+    costs: Sequence[Cost] = (),
+) -> str:
+    """The HTML of `write_report` as text."""
+    rows = by_kind(summarise_rows(records))
+    templates = Templates(
+        loader=PackageLoader("memtool.reports"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    templates.filters["minus"] = lambda text: text.replace("-", "−") if text != MISSING else "–"
+    metrics = metrics_grid(records)
+    return templates.get_template("report.html.j2").render(
+        run=records[0].run,
+        environment=records[0].environment,
+        seeds=[record.run.seed for record in records],
+        summary=summary_sentence(rows, records),
+        methods=methods_grid(records),
+        metrics=metrics,
+        descriptions=_descriptions(metrics),
+        accuracy=_accuracy(rows, task_labels(records)),
+        coefficients=_coefficients(coefficients),
+        keys=_keys(keys),
+        costs=_cost_grid(costs),
+        orders=_orders(records),
+        configuration=flatten(records[0].run.configuration),
+        provenance=_provenance(records),
+    )
+
+
+def summary_sentence(rows: Sequence[RowSummary], records: Sequence[Record]) -> str:
+    """What came out, in plain words: the method beside its best baseline and its upper bound."""
+    run, method = records[0].run, main_row(rows)
+    tasks = f"{len(run.tasks)} task{'s' if len(run.tasks) > 1 else ''}"
+    own = method.metrics.get("faa")
+    if own is None:
+        return f"{method.label} was evaluated on {tasks} of {run.data.name} ({run.setting})."
+    text = (
+        f"After {tasks} of {run.data.name} ({run.setting}), {method.label} has a final average "
+        f"accuracy of {percent(own.mean)} %"
+    )
+    if own.low is not None and own.high is not None:
+        text += f" ({own.n} seeds, 95 % interval {percent(own.low)} to {percent(own.high)} %)"
+    rest = [row for row in rows if row is not method and "faa" in row.metrics]
+    others: list[str] = []
+    for kind, words in (("baseline", "the best baseline"), ("upper bound", "the upper bound")):
+        known = [row for row in rest if row.kind == kind]
+        if known:
+            best = max(known, key=lambda row: row.metrics["faa"].mean)
+            others.append(f"{words}, {best.label}, {percent(best.metrics['faa'].mean)} %")
+    if others:
+        text += "; " + "; ".join(others)
+    text += "."
+    forgetting = method.metrics.get("forgetting.max")
+    if forgetting is not None:
+        text += (
+            f" It lost {percent(forgetting.mean)} percentage points from the best accuracy on "
+            "earlier tasks (forgetting.max)."
+        )
+    return text
+
+
+def flatten(configuration: Mapping[str, JsonValue], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested settings as `("memory.separation", "affine")` pairs, in their order."""
+    pairs: list[tuple[str, str]] = []
+    for name, value in configuration.items():
+        if isinstance(value, dict) and value:
+            pairs += flatten(value, f"{prefix}{name}.")
+        else:
+            pairs.append((f"{prefix}{name}", _setting(value)))
+    return pairs
+
+
+def _setting(value: JsonValue) -> str:
+    match value:
+        case None:
+            return "–"
+        case bool():
+            return "yes" if value else "no"
+        case list():
+            return ", ".join(_setting(item) for item in value) or "–"
+        case _:
+            return str(value)
+
+
+def _accuracy(rows: Sequence[RowSummary], tasks: Sequence[str]) -> list[Picture]:
+    pictures = [
+        Picture(
+            Markup(figures.accuracy_curves(rows, tasks)),
+            "Mean accuracy on the tasks seen so far, after each task."
+            + (
+                " Bands: one sample standard deviation over the seeds."
+                if len(rows[0].accuracy) > 1
+                else ""
+            ),
+        )
+    ]
+    methods = [row for row in rows if row.kind == "method"] or [main_row(rows)]
+    for number, row in enumerate(methods):
+        blank = " Blank cells were not measured." if _has_blanks(row) else ""
+        pictures.append(
+            Picture(
+                Markup(figures.accuracy_map(row.mean, tasks, name=f"accuracy{number}")),
+                f"{row.label}: accuracy on every task (columns) after each task (rows), in "
+                f"percent.{blank}",
+            )
+        )
+    return pictures
+
+
+def _has_blanks(row: RowSummary) -> bool:
+    return bool((row.mean[1:] != row.mean[1:]).any())
+
+
+def _coefficients(coefficients: CoefficientMap | None) -> list[Picture]:
+    if coefficients is None:
+        return []
+    over = f", mean over {len(coefficients.blocks)} blocks" if coefficients.blocks else ""
+    pictures = [
+        Picture(
+            Markup(figures.coefficient_map(coefficients)),
+            f"Mean coefficient of each adapter by the true task of the sample{over}.",
+        )
+    ]
+    if len(coefficients.blocks) > 1:
+        pictures.append(
+            Picture(
+                Markup(figures.coefficient_blocks(coefficients)),
+                "The same for every block, tasks and adapters in the same order.",
+            )
+        )
+    return pictures
+
+
+def _keys(keys: KeyMap | None) -> list[Picture]:
+    if keys is None:
+        return []
+    return [
+        Picture(
+            Markup(figures.key_map(keys)), "Cosine similarity of the keys of every two adapters."
+        )
+    ]
+
+
+def _cost_grid(costs: Sequence[Cost]) -> Grid | None:
+    if not costs:
+        return None
+    columns = [
+        ("time s", [MISSING if c.seconds is None else seconds_text(c.seconds) for c in costs]),
+        ("parameters", [MISSING if c.parameters is None else count(c.parameters) for c in costs]),
+        ("size", [MISSING if c.bytes is None else size(c.bytes) for c in costs]),
+    ]
+    known = [(name, cells) for name, cells in columns if set(cells) != {MISSING}]
+    return Grid(
+        title="Cost of each part",
+        header=("", *(name for name, _ in known)),
+        rows=tuple((cost.label, *(c[i] for _, c in known)) for i, cost in enumerate(costs)),
+    )
+
+
+def count(number: int) -> str:
+    """A whole number in groups of three: `"294 912"`."""
+    return f"{number:,}".replace(",", THIN_SPACE)
+
+
+def size(number: int) -> str:
+    """Bytes in the largest binary unit that leaves at least 1: `"1.2 MiB"`."""
+    value = float(number)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
+
+
+def duration(seconds: float) -> str:
+    """`"42.0 s"`, `"3 min 05 s"`, `"2 h 07 min"`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _descriptions(metrics: Grid) -> list[tuple[str, str, str]]:
+    ids = [row[0].split(" ")[0] for row in metrics.rows]
+    return [(id, METRICS[id].direction, METRICS[id].description) for id in ids]
+
+
+def _orders(records: Sequence[Record]) -> list[tuple[str, str]]:
+    """The task order, or that of every seed when they differ."""
+    orders = [" → ".join(record.run.task_names) for record in records]
+    if len(set(orders)) == 1:
+        return [("task order", orders[0])]
+    return [
+        (f"task order, seed {record.run.seed}", order)
+        for record, order in zip(records, orders, strict=True)
+    ]
+
+
+def _provenance(records: Sequence[Record]) -> list[tuple[str, str]]:
+    run, environment = records[0].run, records[0].environment
+    memory = [r.environment.peak_memory_bytes for r in records]
+    known = [number for number in memory if number is not None]
+    fingerprints = dict.fromkeys(record.run.data.fingerprint for record in records)
+    versions = dict.fromkeys(r.run.store_version for r in records if r.run.store_version)
+    pairs = [
+        ("method", run.method),
+        ("setting", run.setting),
+        ("preset", run.preset),
+        ("mix", run.mix),
+        ("separation", run.separation),
+        ("seeds" if len(records) > 1 else "seed", ", ".join(str(r.run.seed) for r in records)),
+        ("data", run.data.name),
+        ("data fingerprint", ", ".join(fingerprints)),
+        ("backbone", run.backbone.name),
+        ("backbone tensors (sha256)", run.backbone.sha256),
+        ("class order", ", ".join(run.class_order)),
+        ("store", run.store),
+        ("store version", ", ".join(versions)),
+        ("created", run.created.isoformat(timespec="seconds")),
+        ("device", environment.device),
+        ("wall time", duration(sum(r.environment.wall_seconds for r in records))),
+        ("peak memory", size(max(known)) if known else None),
+        ("platform", environment.platform),
+        ("python", environment.python),
+        ("packages", ", ".join(f"{name} {v}" for name, v in environment.packages.items())),
+    ]
+    return [(name, value) for name, value in pairs if value]

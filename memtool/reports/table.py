@@ -1,0 +1,368 @@
+"""Tables of a record: what stands in each cell, shown by rich in a terminal and plain elsewhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from memtool.errors import NotFoundError
+from memtool.evaluation.metrics import METRICS, seen_accuracy
+from memtool.evaluation.record import Kind, Record
+from memtool.evaluation.summary import RowSummary, Summary, summarise, summarise_rows
+
+MISSING = "-"
+GAP = 2  # blank columns after every column of a terminal table
+KINDS: tuple[Kind, ...] = ("method", "baseline", "upper bound")
+
+# With more tasks (fewer when every cell has its spread) a table of all tasks is wider than a page;
+# the report's map of the accuracy matrix shows them instead.
+MOST_TASK_COLUMNS = 10
+MOST_TASK_COLUMNS_WITH_SPREAD = 6
+
+# Metrics that the tables show for a setting; a record holds all that are defined.
+_COMMON = (
+    "faa",
+    "average_incremental",
+    "forgetting.max",
+    "forgetting.first",
+    "forgetting.step",
+    "bwt.gem",
+    "fwt",
+)
+_SHOWN = {
+    "xtail": ("transfer.xtail", "average.xtail", "last.xtail", "forgetting.max"),
+    "trace": ("op.trace", "bwt.gem", "bwt.trace"),
+}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table as text: header, rows of equal length, cells to emphasise, notes below.
+
+    bold: (row, column) pairs; rules: numbers of the rows that have a line above them. The first
+    column holds names, the others numbers.
+    """
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    bold: frozenset[tuple[int, int]] = frozenset()
+    rules: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def percent(fraction: float) -> str:
+    """A fraction 0..1 as percent with one decimal, without the sign: `"83.5"`."""
+    if math.isnan(fraction):
+        return MISSING
+    return f"{round(100 * fraction, 1) + 0.0:.1f}"  # + 0.0: never "-0.0"
+
+
+def seconds_text(seconds: float) -> str:
+    """Seconds with one decimal, or three digits below ten: `"41.2"`, `"0.0241"`."""
+    return f"{seconds:.1f}" if seconds >= 9.95 else f"{seconds:.3g}"
+
+
+def _cell(summary: Summary | None, text: Callable[[float], str] = percent) -> str:
+    """`"83.5"`, or `"83.5 ± 0.4"` for several seeds."""
+    if summary is None:
+        return MISSING
+    if summary.std is None:
+        return text(summary.mean)
+    return f"{text(summary.mean)} ± {text(summary.std)}"
+
+
+def _over_seeds(values: Iterable[float]) -> Summary | None:
+    numbers = [float(value) for value in values]
+    return None if any(math.isnan(number) for number in numbers) else summarise(numbers)
+
+
+def by_kind(rows: Sequence[RowSummary]) -> list[RowSummary]:
+    """Methods first, then baselines, then upper bounds; otherwise as in the record."""
+    return [row for kind in KINDS for row in rows if row.kind == kind]
+
+
+def label(row: RowSummary) -> str:
+    """The label of a row; an upper bound always says that it is one."""
+    return f"{row.label} (upper bound)" if row.kind == "upper bound" else row.label
+
+
+def _rules(rows: Sequence[RowSummary]) -> tuple[int, ...]:
+    return tuple(i for i in range(1, len(rows)) if rows[i].kind != rows[i - 1].kind)
+
+
+def _best(
+    summaries: Sequence[Summary | None], rows: Sequence[RowSummary], higher: bool
+) -> set[int]:
+    """Numbers of the best rows that are not upper bounds; equal as printed is equal."""
+    values = {
+        number: round(100 * summary.mean, 1)
+        for number, (summary, row) in enumerate(zip(summaries, rows, strict=True))
+        if summary is not None and row.kind != "upper bound"
+    }
+    if not values:
+        return set()
+    best = max(values.values()) if higher else min(values.values())
+    return {number for number, value in values.items() if value == best}
+
+
+def _about(records: Sequence[Record]) -> str:
+    run = records[0].run
+    about = f"{run.method}, {run.setting}, {run.data.name}"
+    if len(records) > 1:
+        about += f"; {len(records)} seeds: mean ± sample standard deviation"
+    return about
+
+
+def task_labels(records: Sequence[Record]) -> tuple[str, ...]:
+    """Names of the tasks; `task 1`, … when the order differs between seeds."""
+    names = {record.run.task_names for record in records}
+    if len(names) == 1:
+        return next(iter(names))
+    return tuple(f"task {number}" for number in range(1, len(records[0].run.tasks) + 1))
+
+
+def notes(rows: Sequence[RowSummary]) -> tuple[str, ...]:
+    """A sentence for every method that a baseline equals or beats in final average accuracy."""
+    sentences: list[str] = []
+    for method in rows:
+        own = method.metrics.get("faa")
+        if method.kind != "method" or own is None:
+            continue
+        above = [
+            (row, row.metrics["faa"].mean)
+            for row in rows
+            if row.kind == "baseline" and "faa" in row.metrics
+        ]
+        above = sorted(
+            [(row, value) for row, value in above if value >= own.mean], key=lambda pair: -pair[1]
+        )
+        if above:
+            names = ", ".join(f"{row.label} {percent(value)} %" for row, value in above)
+            sentences.append(f"Not below {method.label} ({percent(own.mean)} %): {names}.")
+    return tuple(sentences)
+
+
+def methods_grid(records: Sequence[Record]) -> Grid:
+    """Methods × tasks after the last task, final average, forgetting and time."""
+    rows = by_kind(summarise_rows(records))
+    tasks = task_labels(records)
+    most = MOST_TASK_COLUMNS if len(records) == 1 else MOST_TASK_COLUMNS_WITH_SPREAD
+    shown = range(len(tasks)) if len(tasks) <= most else range(0)
+    columns: list[tuple[str, list[Summary | None], bool]] = [
+        (f"{tasks[j]} %", [_over_seeds(row.accuracy[:, -1, j]) for row in rows], True)
+        for j in shown
+    ]
+    columns.append(("final average %", [row.metrics.get("faa") for row in rows], True))
+    if any("forgetting.max" in row.metrics for row in rows):
+        forgetting = [row.metrics.get("forgetting.max") for row in rows]
+        columns.append(("forgetting (max) %", forgetting, False))
+    cells = [[_cell(summary) for summary in column] for _, column, _ in columns]
+    header = ["", *(name for name, _, _ in columns)]
+    if any(row.seconds is not None for row in rows):
+        header.append("time s")
+        times = [row.seconds for row in rows]
+        cells.append([MISSING if time is None else seconds_text(time.mean) for time in times])
+    return Grid(
+        title=f"Accuracy after the last task ({_about(records)})",
+        header=tuple(header),
+        rows=tuple((label(row), *(c[i] for c in cells)) for i, row in enumerate(rows)),
+        bold=frozenset(
+            (i, 1 + place)
+            for place, (_, column, higher) in enumerate(columns)
+            for i in _best(column, rows, higher)
+        ),
+        rules=_rules(rows),
+        notes=notes(rows),
+    )
+
+
+def steps_grid(records: Sequence[Record], id: str | None = None) -> Grid:
+    """Accuracy on every task after each task, for one row (default: the first method).
+
+    NotFoundError for an unknown row id.
+    """
+    rows = summarise_rows(records)
+    row = main_row(rows) if id is None else next((r for r in rows if r.id == id), None)
+    if row is None:
+        raise NotFoundError(f"no row {id!r} in the record", expected=", ".join(r.id for r in rows))
+    tasks = task_labels(records)
+    steps = [i for i in range(len(tasks) + 1) if not np.isnan(row.mean[i]).all()]
+    seen = [seen_accuracy(accuracy) for accuracy in row.accuracy]
+    body = [
+        (
+            "before any" if i == 0 else f"{i} {tasks[i - 1]}",
+            *(_cell(_over_seeds(row.accuracy[:, i, j])) for j in range(len(tasks))),
+            MISSING if i == 0 else _cell(_over_seeds(s[i - 1] for s in seen)),
+        )
+        for i in steps
+    ]
+    return Grid(
+        title=f"{row.label}: accuracy after each task ({_about(records)})",
+        header=("after task", *(f"{task} %" for task in tasks), "mean of seen %"),
+        rows=tuple(body),
+    )
+
+
+def metrics_grid(records: Sequence[Record]) -> Grid:
+    """Metrics × methods: those of the setting, and all that have inputs of their own."""
+    rows = by_kind(summarise_rows(records))
+    wanted = _SHOWN.get(records[0].run.setting, _COMMON)
+    shown = [
+        metric
+        for metric in METRICS.values()
+        if (metric.id in wanted or not metric.of_matrix)
+        and any(metric.id in row.metrics for row in rows)
+    ]
+    body: list[tuple[str, ...]] = []
+    bold: set[tuple[int, int]] = set()
+    for number, metric in enumerate(shown):
+        arrow = "↑" if metric.direction == "higher" else "↓"
+        summaries = [row.metrics.get(metric.id) for row in rows]
+        if metric.unit == "fraction":
+            name, cells = f"{metric.id} {arrow}", [_cell(summary) for summary in summaries]
+            best = _best(summaries, rows, metric.direction == "higher")
+            bold |= {(number, 1 + i) for i in best}
+        else:
+            name = f"{metric.id} {arrow} (ratio)"
+            cells = [_cell(summary, lambda value: f"{value:.3g}") for summary in summaries]
+        body.append((name, *cells))
+    # One sentence for all metrics that miss the same scores of the same rows.
+    gaps: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for id in wanted:
+        reasons = {row.undefined[id]: None for row in rows if id in row.undefined}
+        for reason in reasons:
+            names = tuple(label(row) for row in rows if row.undefined.get(id) == reason)
+            gaps.setdefault((reason, names), []).append(id)
+    return Grid(
+        title=f"Metrics ({_about(records)})",
+        header=("in %", *(label(row) for row in rows)),
+        rows=tuple(body),
+        bold=frozenset(bold),
+        notes=tuple(
+            f"No {', '.join(ids)} for {', '.join(names)} ({reason})."
+            for (reason, names), ids in gaps.items()
+        ),
+    )
+
+
+def main_row(rows: Sequence[RowSummary]) -> RowSummary:
+    """The first method, or the first row when there is no method."""
+    return next((row for row in rows if row.kind == "method"), rows[0])
+
+
+def _columns(grid: Grid) -> list[list[str]]:
+    return [[name, *(row[j] for row in grid.rows)] for j, name in enumerate(grid.header)]
+
+
+def _natural_widths(grid: Grid) -> list[int]:
+    return [max(map(len, column)) for column in _columns(grid)]
+
+
+def _least_widths(grid: Grid) -> list[int]:
+    """Names of rows may wrap, and headers between words; no number is broken."""
+    names, *numbers = _columns(grid)
+    return [
+        min(max(map(len, names)), 18),
+        *(max(map(len, [*column[0].split(" "), *column[1:]])) for column in numbers),
+    ]
+
+
+def to_rich(grid: Grid, width: int | None = None) -> Table:
+    """The grid as a rich table; cells are taken literally, never as markup.
+
+    When its lines are longer than `width`, headers and the names of rows wrap.
+    """
+    widths = _natural_widths(grid)
+    if width is not None and sum(widths) + GAP * len(widths) > width:
+        least = _least_widths(grid)
+        spare = max(width - sum(least) - GAP * len(least), 0)
+        widths = [min(least[0] + spare, widths[0]), *least[1:]]
+    table = Table(
+        title=Text(grid.title, style="bold") if grid.title else None,
+        title_justify="left",
+        caption=Text("\n".join(grid.notes)) if grid.notes else None,
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
+    )
+    for number, (name, columns) in enumerate(zip(grid.header, widths, strict=True)):
+        table.add_column(
+            Text(name), justify="right" if number else "left", width=columns, overflow="fold"
+        )
+    for i, row in enumerate(grid.rows):
+        table.add_row(
+            *(
+                Text(cell, style="bold" if (i, j) in grid.bold else "")
+                for j, cell in enumerate(row)
+            ),
+            end_section=i + 1 in grid.rules,
+        )
+    return table
+
+
+def _parts(grid: Grid, width: int) -> list[Grid]:
+    """The grid cut between columns into grids that fit the width, the names in each of them."""
+    names, *widths = (least + GAP for least in _least_widths(grid))
+    groups: list[list[int]] = [[]]
+    room = width - names
+    for column, needed in enumerate(widths, start=1):
+        if needed > room and groups[-1]:
+            groups.append([])
+            room = width - names
+        groups[-1].append(column)
+        room -= needed
+    return [
+        replace(
+            grid,
+            title=grid.title if group is groups[0] else "",
+            header=tuple(grid.header[j] for j in (0, *group)),
+            rows=tuple(tuple(row[j] for j in (0, *group)) for row in grid.rows),
+            bold=frozenset((i, 1 + group.index(j)) for i, j in grid.bold if j in group),
+            notes=grid.notes if group is groups[-1] else (),
+        )
+        for group in groups
+    ]
+
+
+def plain_text(grid: Grid) -> str:
+    """The grid as aligned text without colour or boxes; `*` marks what rich shows bold."""
+    marked = [
+        [f"{cell}*" if (i, j) in grid.bold else f"{cell} " for j, cell in enumerate(row)]
+        for i, row in enumerate(grid.rows)
+    ]
+    lines = [[f"{name} " for name in grid.header], *marked]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(grid.header))]
+    text = [grid.title]
+    for i, line in enumerate(lines):
+        cells = [
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        if i - 1 in grid.rules:
+            text.append("")
+        text.append("  ".join(cells).rstrip())
+    if grid.bold:
+        text += ["", "* best, upper bounds aside"]
+    return "\n".join([*text, *grid.notes]) + "\n"
+
+
+def show(grid: Grid, console: Console | None = None) -> None:
+    """Print the grid: a rich table in a terminal (cut to its width), plain text elsewhere."""
+    console = console or Console()
+    if console.is_terminal:
+        for part in _parts(grid, console.width):
+            console.print(to_rich(part, console.width))
+    else:
+        console.print(
+            plain_text(grid), markup=False, highlight=False, emoji=False, soft_wrap=True, end=""
+        )

@@ -1,0 +1,129 @@
+"""Tables: what stands in the cells, what is bold, and how they fit a terminal."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from memtool.errors import NotFoundError
+from memtool.reports.table import (
+    Grid,
+    methods_grid,
+    metrics_grid,
+    percent,
+    plain_text,
+    seconds_text,
+    show,
+    steps_grid,
+)
+from tests.reports.sample import TASKS, record
+
+
+def printed(grid: Grid, *, terminal: bool, width: int = 100) -> str:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=terminal, width=width, color_system=None)
+    show(grid, console)
+    return out.getvalue()
+
+
+def test_numbers_as_text() -> None:
+    assert percent(0.83549) == "83.5"
+    assert percent(-0.0001) == "0.0"
+    assert percent(float("nan")) == "-"
+    assert [seconds_text(x) for x in (123.44, 9.96, 0.02412, 0)] == ["123.4", "10.0", "0.0241", "0"]
+
+
+def test_methods_by_tasks() -> None:
+    grid = methods_grid([record()])
+    assert grid.header[:2] == ("", "upright %")
+    assert grid.header[-3:] == ("final average %", "forgetting (max) %", "time s")
+    memory = record().row("memory")
+    assert grid.rows[0][0] == "MIRA memory"
+    assert grid.rows[0][6] == percent(memory.metrics["faa"])
+    assert grid.rows[-1][0] == "oracle adapter (upper bound)"
+    assert grid.rows[-1][-2] == "-"
+    assert grid.rules == (1, 5)
+
+
+def test_best_is_bold_and_never_an_upper_bound() -> None:
+    grid = methods_grid([record()])
+    average = grid.header.index("final average %")
+    assert {row for row, column in grid.bold if column == average} == {0}
+    assert all(row != len(grid.rows) - 1 for row, _ in grid.bold)
+    forgetting = grid.header.index("forgetting (max) %")
+    values = [float(row[forgetting]) for row in grid.rows[:-1]]
+    assert {row for row, column in grid.bold if column == forgetting} == {
+        i for i, value in enumerate(values) if value == min(values)
+    }
+
+
+def test_baselines_above_the_method_are_named() -> None:
+    assert methods_grid([record()]).notes == ()
+    (note,) = methods_grid([record(method_level=0.83)]).notes
+    assert note.startswith("Not below MIRA memory (82.4 %): routing by LDA 88.0 %, uniform mixture")
+
+
+def test_seeds_give_mean_and_spread() -> None:
+    grid = methods_grid([record(seed) for seed in range(3)])
+    assert "3 seeds" in grid.title
+    assert grid.rows[0][6] == "91.2 ± 1.1"
+
+
+def test_many_tasks_leave_the_averages() -> None:
+    grid = methods_grid([record(tasks=tuple(f"t{i}" for i in range(20)))])
+    assert grid.header == ("", "final average %", "forgetting (max) %", "time s")
+
+
+def test_accuracy_after_each_task() -> None:
+    grid = steps_grid([record()])
+    assert [row[0] for row in grid.rows] == [
+        "before any",
+        *(f"{i} {task}" for i, task in enumerate(TASKS, start=1)),
+    ]
+    assert grid.rows[-1][-1] == percent(record().row("memory").metrics["faa"])
+    assert len(steps_grid([record()], "oracle").rows) == 1
+    with pytest.raises(NotFoundError, match="frozen"):
+        steps_grid([record()], "frozn")
+
+
+def test_tasks_have_numbers_when_the_order_follows_the_seed() -> None:
+    grid = steps_grid([record(0), record(1, tasks=TASKS[::-1])])
+    assert grid.header[1] == "task 1 %"
+
+
+def test_metrics_and_why_some_are_missing() -> None:
+    grid = metrics_grid([record()])
+    names = [row[0] for row in grid.rows]
+    assert names[0] == "faa ↑"
+    assert "forgetting.max ↓" in names
+    assert "task_accuracy ↑" in names
+    assert "op.trace ↑" not in names
+    assert any("fwt for oracle adapter" in note for note in grid.notes)
+
+
+def test_plain_text_is_aligned_and_marks_the_best() -> None:
+    text = printed(methods_grid([record()]), terminal=False, width=40)
+    assert text == plain_text(methods_grid([record()]))
+    lines = text.splitlines()
+    assert "92.4*" in lines[2]
+    assert lines[1].index("time s") + len("time s") == lines[2].index("12.2") + len("12.2")
+    assert "\x1b" not in text
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 200])
+def test_a_terminal_of_any_width_shows_every_number(width: int) -> None:
+    grid = methods_grid([record(seed) for seed in range(3)])
+    text = printed(grid, terminal=True, width=width)
+    assert max(map(len, text.splitlines())) <= width
+    for row in grid.rows:
+        for cell in row[1:]:
+            assert cell in text
+    assert text.count(grid.title[:30]) == 1
+
+
+def test_labels_are_never_markup() -> None:
+    grid = Grid("t", ("", "[red]a %"), (("[bold]x[/bold]", "1.0"),))
+    assert "[bold]x[/bold]" in printed(grid, terminal=True)
+    assert "[bold]x[/bold]" in printed(grid, terminal=False)
