@@ -1,0 +1,240 @@
+"""What every value of one store has in common: the backbone and the flat layout of its adapters.
+
+A store refuses anything from another space: `Space.check` names every difference.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from memtool_stores.errors import NotFoundError, SchemaError, SpaceMismatchError
+from memtool_stores.tensorfile import read_adapter_config, read_header
+
+DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
+"""Bytes of one element of every dtype that a value can have."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One tensor of the flat value: its name, shape, and offset in elements."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The order of the numbers of one adapter.
+
+    `segments` follow each other without a gap; `dtype` is float32, float16 or bfloat16; `alpha`
+    over `rank` is the scaling of an adapter that names none; `targets` are the adapted modules.
+    """
+
+    segments: tuple[Segment, ...]
+    dtype: str
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise SchemaError(
+                f"layout dtype {self.dtype!r}", expected=f"one of {', '.join(DTYPES)}"
+            )
+        if not self.segments:
+            raise SchemaError("a layout without segments", expected="at least one segment")
+        offset = 0
+        for segment in self.segments:
+            if segment.offset != offset:
+                raise SchemaError(
+                    f"segment {segment.name!r} begins at element {segment.offset}",
+                    expected=f"{offset}, where the segment before it ends",
+                )
+            offset += segment.numel
+
+    @property
+    def numel(self) -> int:
+        """Length of the flat value in elements."""
+        return self.segments[-1].offset + self.segments[-1].numel
+
+    @property
+    def nbytes(self) -> int:
+        """Length of the flat value in bytes."""
+        return self.numel * DTYPES[self.dtype]
+
+    def segment(self, name: str) -> Segment:
+        """The segment of that name.
+
+        Raises:
+            NotFoundError: there is none.
+        """
+        for segment in self.segments:
+            if segment.name == name:
+                return segment
+        raise NotFoundError(f"no segment {name!r} in the layout of this store")
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """The frozen model that the adapters belong to; `sha256` is the hash of its tensors, in hex."""
+
+    name: str
+    revision: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Space:
+    """One backbone and one adapter layout: everything that must agree inside a store."""
+
+    backbone: Backbone
+    layout: Layout
+
+    @property
+    def numel(self) -> int:
+        """Length of a value in elements."""
+        return self.layout.numel
+
+    def to_json(self) -> dict[str, Any]:
+        """The space as plain JSON values; `from_json` gives an equal space back."""
+        segments = [[s.name, list(s.shape)] for s in self.layout.segments]
+        return {
+            "backbone": asdict(self.backbone),
+            "layout": {
+                "segments": segments,
+                "dtype": self.layout.dtype,
+                "rank": self.layout.rank,
+                "alpha": self.layout.alpha,
+                "targets": list(self.layout.targets),
+            },
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Space:
+        """The space of `to_json`.
+
+        Raises:
+            SchemaError: a part is missing or of the wrong kind.
+        """
+        try:
+            layout = data["layout"]
+            named = [
+                (str(name), tuple(int(n) for n in shape)) for name, shape in layout["segments"]
+            ]
+            return cls(
+                Backbone(**data["backbone"]),
+                Layout(
+                    _in_order(named),
+                    str(layout["dtype"]),
+                    int(layout["rank"]),
+                    float(layout["alpha"]),
+                    tuple(str(target) for target in layout["targets"]),
+                ),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise SchemaError(f"this is not the description of a space: {error!r}") from error
+
+    @classmethod
+    def from_safetensors(
+        cls,
+        path: str | Path,
+        *,
+        backbone: Backbone,
+        alpha: float | None = None,
+        targets: tuple[str, ...] | None = None,
+    ) -> Space:
+        """The space that an adapter file belongs to: its tensors in the order of their bytes.
+
+        Alpha and targets come from `adapter_config.json` in the same folder unless given; the rank
+        from the first `lora_A` of the file.
+
+        Raises:
+            NotFoundError: no such file.
+            SchemaError: not safetensors, mixed dtypes, no `lora_A`, or alpha is not known.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise NotFoundError(f"no adapter file {path}")
+        with path.open("rb") as file:
+            header = read_header(file.read(8 + _header_limit(path)), str(path))
+        ranks = [t.shape[0] for t in header.tensors if "lora_A" in t.name and t.shape]
+        if not ranks:
+            raise SchemaError(f"{path} has no tensor named lora_A", expected="a LoRA adapter")
+        config = read_adapter_config(path.parent)
+        alpha = config.get("lora_alpha") if alpha is None else alpha
+        if alpha is None:
+            raise SchemaError(f"the alpha of {path} is not known", remedy="give alpha=…")
+        known = config.get("target_modules") or ()
+        modules = (known,) if isinstance(known, str) else tuple(sorted(known))
+        return cls(
+            backbone,
+            Layout(
+                _in_order([(t.name, t.shape) for t in header.tensors]),
+                header.dtype,
+                int(ranks[0]),
+                float(alpha),
+                modules if targets is None else targets,
+            ),
+        )
+
+    def check(self, other: Space) -> None:
+        """Nothing, when `other` is the same space.
+
+        Raises:
+            SpaceMismatchError: names every difference.
+        """
+        differences = [
+            f"{label}: {mine!r} here, {theirs!r} given"
+            for label, mine, theirs in (
+                ("backbone name", self.backbone.name, other.backbone.name),
+                ("backbone revision", self.backbone.revision, other.backbone.revision),
+                ("backbone sha256", self.backbone.sha256, other.backbone.sha256),
+                ("dtype", self.layout.dtype, other.layout.dtype),
+                ("rank", self.layout.rank, other.layout.rank),
+                ("alpha", self.layout.alpha, other.layout.alpha),
+                ("targets", self.layout.targets, other.layout.targets),
+                ("length of a value", self.numel, other.numel),
+            )
+            if mine != theirs
+        ]
+        mine, theirs = ({s.name: s for s in x.layout.segments} for x in (self, other))
+        differences += [f"segment {name!r}: only here" for name in mine.keys() - theirs.keys()]
+        differences += [f"segment {name!r}: only given" for name in theirs.keys() - mine.keys()]
+        differences += [
+            f"segment {name!r}: {mine[name].shape} at {mine[name].offset} here, "
+            f"{theirs[name].shape} at {theirs[name].offset} given"
+            for name in mine
+            if name in theirs and mine[name] != theirs[name]
+        ]
+        if differences:
+            raise SpaceMismatchError(
+                "this belongs to another space than the store: " + "; ".join(differences),
+                remedy="use the backbone and adapter settings of the store, or make a new store",
+            )
+
+
+def _in_order(named: list[tuple[str, tuple[int, ...]]]) -> tuple[Segment, ...]:
+    """Segments one after another."""
+    segments: list[Segment] = []
+    offset = 0
+    for name, shape in named:
+        segments.append(Segment(name, shape, offset))
+        offset += segments[-1].numel
+    return tuple(segments)
+
+
+def _header_limit(path: Path) -> int:
+    """Bytes of the header of a safetensors file, at most the rest of the file."""
+    with path.open("rb") as file:
+        declared = int.from_bytes(file.read(8), "little")
+    return min(declared, path.stat().st_size)

@@ -1,0 +1,541 @@
+"""The memory on disk: open it, change it in transactions, look at any version of it.
+
+A commit is acknowledged only when it is on the disk, and no acknowledged commit is ever lost: the
+lock of the store is held around every change of a branch or tag, and a transaction that began on an
+older version is run again on the newer one, never merged blindly.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from memtool_stores.catalog import Catalog, plain_json
+from memtool_stores.collect import GcReport, collect
+from memtool_stores.diff import Diff, diff
+from memtool_stores.errors import (
+    AlreadyExistsError,
+    ConflictError,
+    LockTimeoutError,
+    NotFoundError,
+    StorageError,
+)
+from memtool_stores.history import (
+    MAIN,
+    Version,
+    check_name,
+    commit_metadata,
+    of_snapshot,
+    resolve,
+    snapshots,
+)
+from memtool_stores.ice import (
+    configuration,
+    disk_full,
+    guard_fork,
+    icechunk,
+    of_os_error,
+    storage,
+    sync_to_disk,
+    translated,
+)
+from memtool_stores.space import Space
+from memtool_stores.transaction import Transaction
+from memtool_stores.tree import Root, State, Tree, seal
+from memtool_stores.verify import Level, VerifyReport, verify
+from memtool_stores.view import MemoryView
+
+TRIES = 10
+"""How often `run` runs a function at most; the last time with the lock held, so that it wins."""
+
+COMMIT_OVERHEAD_BYTES = 256 * 1024
+"""Room that a commit needs beside its payload, for manifests and the snapshot."""
+
+Result = TypeVar("Result")
+
+
+class MemoryStore:
+    """A versioned memory of adapters: a directory, or `s3://bucket/prefix`.
+
+    One handle may be used by one process; a forked child must not touch it (ForkedProcessError).
+    """
+
+    def __init__(self, url: str, repository: Any, *, lock_timeout: float) -> None:
+        """Use `create` or `open`."""
+        self.url = url
+        self._repository = repository
+        self._lock_timeout = lock_timeout
+        self._catalog = Catalog()
+        self._filelock: Any = None
+
+    def __repr__(self) -> str:
+        return f"MemoryStore.open({self.url!r})"
+
+    # Opening
+
+    @classmethod
+    def create(cls, url: str | Path, space: Space, *, lock_timeout: float = 30.0) -> MemoryStore:
+        """A new, empty store; all of it appears at once.
+
+        Raises:
+            AlreadyExistsError: there is a store, or a folder with something in it.
+            StorageError: no permission, or no room.
+        """
+        from ulid import ULID
+
+        url = _plain(url)
+        if cls.exists(url):
+            raise AlreadyExistsError(
+                f"there is a store at {url} already", remedy="open it, or choose another path"
+            )
+        root = Root(str(ULID()), space, State())
+        if not _is_local(url):
+            cls._create_repository(url, root)
+        else:
+            with _appearing(Path(url)) as folder:
+                cls._create_repository(str(folder), root)
+                sync_to_disk(folder)
+        return cls.open(url, lock_timeout=lock_timeout)
+
+    @staticmethod
+    def _create_repository(url: str, root: Root) -> None:
+        with translated("create the store", url):
+            repository = icechunk().Repository.create(storage(url), configuration())
+            session = repository.writable_session(MAIN)
+            base = str(session.snapshot_id)
+            tree = Tree.create(session, root)
+            message = "create the memory"
+            metadata = _sealed(tree, parent=base, message=message, user="{}")
+            version = session.flush(message, metadata)
+            repository.reset_branch(MAIN, version, from_snapshot_id=base)
+
+    @classmethod
+    def open(cls, url: str | Path, *, lock_timeout: float = 30.0) -> MemoryStore:
+        """The store at `url`. `lock_timeout` is how many seconds a writer waits for another.
+
+        Raises:
+            NotFoundError: no store is there.
+            NewerSchemaError: only a newer memtool reads it.
+        """
+        guard_fork()
+        url = _plain(url)
+        if _is_local(url) and not cls.exists(url):
+            there = "no such folder" if not Path(url).exists() else "it is not a store"
+            raise NotFoundError(f"no store at {url}: {there}", remedy="`memtool init` makes one")
+        with translated("open the store", url):
+            repository = icechunk().Repository.open(storage(url), configuration())
+        store = cls(url, repository, lock_timeout=lock_timeout)
+        store._check_schema()
+        return store
+
+    @classmethod
+    def exists(cls, url: str | Path) -> bool:
+        """Whether there is a store at `url`."""
+        url = _plain(url)
+        if _is_local(url):
+            return (Path(url) / "ice" / "refs").is_dir()
+        with translated("look for a store", url):
+            return bool(icechunk().Repository.exists(storage(url)))
+
+    def _check_schema(self) -> None:
+        self._view(self.head()).space  # noqa: B018
+
+    # Reading
+
+    @property
+    def space(self) -> Space:
+        """Backbone and layout of everything in the store."""
+        return self._view(self.head()).space
+
+    def head(self) -> str:
+        """Id of the newest version of main."""
+        guard_fork()
+        with translated("find the newest version", self.url):
+            return str(self._repository.lookup_branch(MAIN))
+
+    def view(self, ref: str = MAIN, *, as_of: datetime | None = None) -> MemoryView:
+        """The version that `ref` names: `HEAD`, `HEAD~2`, a branch, a tag, an id or its beginning.
+
+        With `as_of` (aware), the newest version on the line of `ref` that is not younger.
+
+        Raises:
+            NotFoundError: there is none.
+            VersionExpiredError: an id that gc has expired, or that never was.
+        """
+        guard_fork()
+        return self._view(self._resolve(ref, as_of))
+
+    def _resolve(self, ref: str, as_of: datetime | None = None) -> str:
+        guard_fork()
+        return resolve(self._repository, self.url, ref, as_of)
+
+    def _view(self, version: str) -> MemoryView:
+        return MemoryView(self._repository, self.url, version, self._newest_catalog)
+
+    def _newest_catalog(self, catalog: Catalog | None) -> Catalog:
+        """The longest catalog parsed so far: a view extends it, or replaces it by its own."""
+        if catalog is not None:
+            self._catalog = catalog
+        return self._catalog
+
+    def log(self, ref: str = MAIN, limit: int | None = None) -> list[Version]:
+        """The versions from `ref` back, newest first, at most `limit`."""
+        version = self._resolve(ref)
+        with translated("read the history", self.url):
+            line = snapshots(self._repository, version)
+            picked = (
+                line if limit is None else (x for x, _ in zip(line, range(limit), strict=False))
+            )
+            return [of_snapshot(snapshot, oldest=oldest) for snapshot, oldest in picked]
+
+    def diff(self, a: str, b: str = MAIN) -> Diff:
+        """What changed from version `a` to version `b`."""
+        return diff(self.view(a), self.view(b))
+
+    def export(self, id_or_name: str, ref: str = MAIN) -> bytes:
+        """One adapter as the bytes of a safetensors file; see `MemoryView.export`."""
+        return self.view(ref).export(id_or_name)
+
+    # Writing
+
+    @contextmanager
+    def transaction(
+        self, message: str, metadata: Mapping[str, Any] | None = None, *, branch: str = MAIN
+    ) -> Iterator[Transaction]:
+        """One commit of everything done to the transaction inside the block.
+
+        An error inside stores nothing; a block that did nothing makes no version.
+
+        Raises:
+            ConflictError: another writer committed meanwhile; nothing was stored.
+            LockTimeoutError, StorageError: likewise nothing was stored.
+        """
+        transaction = self._begin(branch)
+        yield transaction
+        self._commit(transaction, message, metadata, branch)
+
+    def run(
+        self,
+        function: Callable[[Transaction], Result],
+        message: str,
+        metadata: Mapping[str, Any] | None = None,
+        *,
+        branch: str = MAIN,
+    ) -> Result:
+        """Commit what `function` does to a transaction; what it returns.
+
+        When another writer commits first, all is thrown away and the function runs again on the
+        newer version: it must have no other effect than on its transaction. After `TRIES - 1`
+        conflicts the lock is taken before the function, so that the last try cannot lose.
+
+        Raises:
+            LockTimeoutError, StorageError: nothing was stored.
+        """
+        for number in range(1, TRIES):
+            try:
+                return self._once(function, message, metadata, branch)
+            except ConflictError:
+                time.sleep(random.uniform(0, 0.002 * 2**number))
+        with self._lock():
+            return self._once(function, message, metadata, branch)
+
+    def _once(
+        self,
+        function: Callable[[Transaction], Result],
+        message: str,
+        metadata: Mapping[str, Any] | None,
+        branch: str,
+    ) -> Result:
+        transaction = self._begin(branch)
+        result = function(transaction)
+        self._commit(transaction, message, metadata, branch)
+        return result
+
+    def _begin(self, branch: str) -> Transaction:
+        guard_fork()
+        with translated(f"find branch {branch!r}", self.url):
+            version = str(self._repository.lookup_branch(branch))
+        return Transaction(self._view(version))
+
+    def _commit(
+        self,
+        transaction: Transaction,
+        message: str,
+        metadata: Mapping[str, Any] | None,
+        branch: str,
+    ) -> None:
+        if not transaction.changed:
+            return
+        user = json.dumps(plain_json(metadata or {}, "the metadata of a commit"), sort_keys=True)
+        doing = f"commit {message!r}"
+        base = transaction.base.version
+        with self._lock(), translated(doing, self.url):
+            session = self._repository.writable_session(branch)
+            if session.snapshot_id != base:
+                raise ConflictError(
+                    f"could not {doing}: another writer committed to {self.url} first; "
+                    "nothing was stored",
+                    remedy="run it again, or use store.run(function, message)",
+                )
+            self._check_room(doing, transaction.nbytes)
+            tree = Tree(session, write=True)
+            _, catalog = transaction.write(tree)
+            sealed = _sealed(tree, parent=base, message=message, user=user)
+            if _is_local(self.url):
+                version = session.flush(message, sealed)
+                self._sync()
+                self._repository.reset_branch(branch, version, from_snapshot_id=base)
+                self._sync()
+                self._check_branch(branch, version)
+            else:
+                version = session.commit(message, sealed)
+        transaction.version = str(version)
+        self._catalog = catalog
+
+    def _check_branch(self, branch: str, version: str) -> None:
+        found = str(self._repository.lookup_branch(branch))
+        if found != version:
+            raise StorageError(
+                f"branch {branch!r} of {self.url} is at {found} after a commit of {version}: "
+                "something changes the store without its lock"
+            )
+
+    def _check_room(self, doing: str, payload_bytes: int) -> None:
+        """Better no commit than half of one on a full disk."""
+        if _is_local(self.url):
+            needed = payload_bytes + COMMIT_OVERHEAD_BYTES
+            if shutil.disk_usage(self.url).free < needed:
+                raise disk_full(doing, self.url, needed)
+
+    def _sync(self) -> None:
+        if _is_local(self.url):
+            sync_to_disk(Path(self.url) / "ice")
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        """The kernel lock of the store; free again when its holder dies. None on object stores."""
+        guard_fork()
+        if not _is_local(self.url):
+            yield
+            return
+        import filelock
+
+        if self._filelock is None:
+            self._filelock = filelock.FileLock(
+                Path(self.url) / "lock", timeout=self._lock_timeout, poll_interval=0.005
+            )
+        try:
+            self._filelock.acquire()
+        except filelock.Timeout as error:
+            raise LockTimeoutError(
+                f"another process has held the lock of {self.url} for more than "
+                f"{self._lock_timeout:g} seconds; nothing was stored",
+                remedy="wait for it to end, or give a longer lock_timeout",
+            ) from error
+        except OSError as error:
+            raise of_os_error(error, "lock the store", self.url) from error
+        try:
+            yield
+        finally:
+            self._filelock.release()
+
+    # Names of versions
+
+    def tag(self, name: str, ref: str = MAIN) -> str:
+        """Give a version a name that never moves; its id.
+
+        Raises:
+            AlreadyExistsError: the name is taken, or was used before.
+        """
+        return self._name(name, ref, "tag")
+
+    def branch(self, name: str, ref: str = MAIN) -> str:
+        """Begin a branch at a version; its id.
+
+        Raises:
+            AlreadyExistsError: the name is taken.
+        """
+        return self._name(name, ref, "branch")
+
+    def _name(self, name: str, ref: str, kind: str) -> str:
+        check_name(name, kind)
+        with self._lock():
+            version = self._resolve(ref)
+            if name in self.branches() or name in self.tags():
+                raise AlreadyExistsError(f"{name!r} is a tag or branch already")
+            with translated(f"make {kind} {name!r}", self.url):
+                if kind == "tag":
+                    self._repository.create_tag(name, version)
+                else:
+                    self._repository.create_branch(name, version)
+            self._sync()
+        return version
+
+    def tags(self) -> dict[str, str]:
+        """The version id of every tag, by name."""
+        guard_fork()
+        with translated("list the tags", self.url):
+            names = sorted(self._repository.list_tags())
+            return {name: str(self._repository.lookup_tag(name)) for name in names}
+
+    def branches(self) -> dict[str, str]:
+        """The version id of the tip of every branch, by name."""
+        guard_fork()
+        with translated("list the branches", self.url):
+            names = sorted(self._repository.list_branches())
+            return {name: str(self._repository.lookup_branch(name)) for name in names}
+
+    def delete_tag(self, name: str) -> None:
+        """Take a tag away; its name cannot be used again.
+
+        Raises:
+            NotFoundError: there is none.
+        """
+        with self._lock():
+            if name not in self.tags():
+                raise NotFoundError(f"no tag {name!r} in {self.url}")
+            with translated(f"delete tag {name!r}", self.url):
+                self._repository.delete_tag(name)
+            self._sync()
+
+    def delete_branch(self, name: str) -> None:
+        """Take a branch away; the next gc takes the versions that only it led to.
+
+        Raises:
+            NotFoundError: there is none, or it is main.
+        """
+        with self._lock():
+            if name == MAIN or name not in self.branches():
+                raise NotFoundError(f"no branch {name!r} that could be deleted in {self.url}")
+            with translated(f"delete branch {name!r}", self.url):
+                self._repository.delete_branch(name)
+            self._sync()
+
+    def rollback(self, to: str) -> str:
+        """Make an older version the newest of main again; the branch that keeps what was.
+
+        Raises:
+            NotFoundError: there is no such version.
+        """
+        with self._lock():
+            head, target = self.head(), self._resolve(to)
+            taken = self.branches()
+            stem = f"backup-{datetime.now(UTC):%Y%m%d-%H%M%S}-{head[:6].lower()}"
+            backup, number = stem, 2
+            while backup in taken:
+                backup, number = f"{stem}-{number}", number + 1
+            with translated(f"roll back to {to!r}", self.url):
+                self._repository.create_branch(backup, head)
+                self._sync()
+                self._repository.reset_branch(MAIN, target, from_snapshot_id=head)
+            self._sync()
+        return backup
+
+    # Care
+
+    def verify(self, level: Level = "full") -> VerifyReport:
+        """Whether everything is as it was written; see verify.py for the levels.
+
+        Raises:
+            NewerSchemaError: a branch holds what only a newer memtool reads.
+        """
+        guard_fork()
+        return verify(self.url, level)
+
+    def gc(
+        self,
+        *,
+        keep_last: int | None = None,
+        keep_days: float | None = None,
+        dry_run: bool = False,
+    ) -> GcReport:
+        """Expire old versions and free what nothing needs; tips of branches and tags stay.
+
+        `keep_last` counts versions of main, `keep_days` is an age; with both, a version stays that
+        either keeps; with none, only files of no version go. Readers of an expired version get
+        VersionExpiredError.
+        """
+        with self._lock():
+            report = collect(
+                self.url,
+                local=_is_local(self.url),
+                keep_last=keep_last,
+                keep_days=keep_days,
+                dry_run=dry_run,
+            )
+            if not dry_run:
+                self._sync()
+                with translated("open the store", self.url):
+                    self._repository = icechunk().Repository.open(
+                        storage(self.url), configuration()
+                    )
+        return report
+
+    def clone(self, url: str | Path) -> MemoryStore:
+        """A copy with all versions in another directory.
+
+        Raises:
+            AlreadyExistsError: something is there.
+            StorageError: no permission, no room, or one of the two is not a directory.
+        """
+        target = _plain(url)
+        if not (_is_local(self.url) and _is_local(target)):
+            raise StorageError(f"cannot clone {self.url} to {target}", expected="two directories")
+        with self._lock(), _appearing(Path(target)) as folder:
+            try:
+                shutil.copytree(Path(self.url) / "ice", folder / "ice")
+            except shutil.Error as error:
+                raise StorageError(f"could not clone {self.url} to {target}: {error}") from error
+            sync_to_disk(folder)
+        return MemoryStore.open(target, lock_timeout=self._lock_timeout)
+
+
+def _sealed(tree: Tree, *, parent: str, message: str, user: str) -> dict[str, Any]:
+    """The metadata of a commit, with the seal over it and over the attributes of the tree."""
+    moment = datetime.now(UTC).isoformat()
+    value = seal(tree.attributes, parent=parent, time=moment, message=message, user=user)
+    return commit_metadata(parent=parent, time=moment, user=user, seal=value)
+
+
+def _plain(url: str | Path) -> str:
+    """The url as text: absolute and without `~` for a directory."""
+    text = os.fspath(url)
+    if text.startswith("s3://"):
+        return text.rstrip("/")
+    if "://" in text and not text.startswith("file://"):
+        raise StorageError(f"cannot keep a store at {text}", expected="a directory or s3://…")
+    return str(Path(text.removeprefix("file://")).expanduser().absolute())
+
+
+def _is_local(url: str) -> bool:
+    return not url.startswith("s3://")
+
+
+@contextmanager
+def _appearing(target: Path) -> Iterator[Path]:
+    """A folder beside `target` that becomes it when the block ends well, else is gone."""
+    try:
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise AlreadyExistsError(f"{target} is there and not empty", remedy="another path")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+        try:
+            folder.chmod(0o755)
+            yield folder
+            if target.is_dir():
+                target.rmdir()
+            folder.rename(target)
+            sync_to_disk(target.parent)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    except OSError as error:
+        raise of_os_error(error, "create the store", str(target)) from error

@@ -1,0 +1,260 @@
+"""One version of the memory, as it was and will be: no later commit changes what a view gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from memtool_stores.cache import ValueCache, checked
+from memtool_stores.catalog import AdapterRecord, Catalog
+from memtool_stores.errors import IntegrityError, NotFoundError, VersionExpiredError
+from memtool_stores.history import Version, of_snapshot, snapshots
+from memtool_stores.ice import configuration, guard_fork, icechunk, translated
+from memtool_stores.space import Space
+from memtool_stores.tensorfile import write_header
+from memtool_stores.tree import Array, Root, State, Tree, sha256
+
+HEADER_PREFIX = "header-"
+"""Blobs of this name hold safetensors headers; they belong to the store."""
+
+
+class MemoryView:
+    """An immutable version. Everything is read on first use and checked against its hash.
+
+    bfloat16 values come as their bits in uint16 (`space.layout.dtype` says "bfloat16").
+    """
+
+    def __init__(
+        self, repository: Any, where: str, version: str, known: Callable[[Catalog | None], Catalog]
+    ) -> None:
+        self._repository = repository
+        self._where = where
+        self._id = version
+        # Gives the newest catalog that the store has parsed, and takes ours in exchange.
+        self._known = known
+
+    def __repr__(self) -> str:
+        return f"MemoryView({self._where!r}, version={self._id!r})"
+
+    def __len__(self) -> int:
+        return self.state.adapters
+
+    @contextmanager
+    def _reading(self, what: str) -> Iterator[None]:
+        """Errors inside the block, told apart: damaged, or expired under our hands."""
+        guard_fork()
+        try:
+            with translated(f"read {what}", self._where):
+                yield
+        except (IntegrityError, NotFoundError) as error:
+            if self._is_gone(error):
+                raise VersionExpiredError(
+                    f"version {self._id} was taken away by gc while it was read",
+                    remedy="open a view of a version that `memtool log` lists",
+                ) from error
+            raise
+
+    def _is_gone(self, error: Exception) -> bool:
+        """Whether the version of this view has left the store."""
+        if error.__cause__ is None:
+            return False
+        ice = icechunk()
+        try:
+            # A fresh repository: the one at hand remembers what it has seen.
+            fresh = ice.Repository.open(self._repository.storage, configuration())
+            fresh.lookup_snapshot(self._id)
+        except ice.IcechunkError as missing:
+            return "not found" in str(missing).lower()
+        return False
+
+    @cached_property
+    def _tree(self) -> Tree:
+        with self._reading(f"version {self._id}"):
+            return Tree(self._repository.readonly_session(snapshot_id=self._id))
+
+    @cached_property
+    def _root(self) -> Root:
+        return self._tree.root()
+
+    @property
+    def state(self) -> State:
+        """What this version must contain: counts and hashes."""
+        return self._root.state
+
+    @property
+    def space(self) -> Space:
+        """Backbone and layout."""
+        return self._root.space
+
+    @property
+    def store_id(self) -> str:
+        """The identity of the store and of its clones."""
+        return self._root.store_id
+
+    @cached_property
+    def _version(self) -> Version:
+        with self._reading(f"version {self._id}"):
+            snapshot, oldest = next(snapshots(self._repository, self._id))
+            return of_snapshot(snapshot, oldest=oldest)
+
+    @property
+    def version(self) -> str:
+        """Id of this version."""
+        return self._id
+
+    @property
+    def message(self) -> str:
+        """What the committer said."""
+        return self._version.message
+
+    @property
+    def time(self) -> datetime:
+        """When it was committed, aware."""
+        return self._version.time
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """What the committer recorded, as JSON values."""
+        return self._version.metadata
+
+    @cached_property
+    def catalog(self) -> Catalog:
+        """The catalog with the removed adapters in it."""
+        with self._reading("the catalog"):
+            catalog = self._tree.read_catalog(self._known(None), self.state)
+        self._known(catalog)
+        return catalog
+
+    @property
+    def adapters(self) -> tuple[AdapterRecord, ...]:
+        """The live adapters in row order."""
+        return self.catalog.live
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Ids of the live adapters in row order."""
+        return tuple(record.id for record in self.adapters)
+
+    def get(self, id_or_name: str) -> AdapterRecord:
+        """The live adapter of that id or name.
+
+        Raises:
+            NotFoundError: there is none.
+        """
+        return self.catalog.get(id_or_name)
+
+    @cached_property
+    def _positions(self) -> dict[str, int]:
+        return {record.id: position for position, record in enumerate(self.adapters)}
+
+    @cached_property
+    def _cache(self) -> ValueCache:
+        return ValueCache(self._read_rows, self.store_id, self.space, self.adapters)
+
+    def _read_rows(self, first: int, last: int) -> Array:
+        with self._reading(f"rows {first} to {last} of the values"):
+            return self._tree.read_values(first, last)
+
+    def values(self, ids: Sequence[str] | None = None) -> Array:
+        """The values of these adapters (ids or names), all live ones in row order for None.
+
+        Returns:
+            (t, numel), read-only: float32, float16, or bfloat16 bits as uint16. For None it is the
+            memory-mapped cache itself, no copy.
+
+        Raises:
+            NotFoundError: one of them is not there.
+            IntegrityError: a row is not what was written.
+        """
+        if ids is None:
+            return self._cache.rows()
+        return self._cache.rows([self._positions[self.get(name).id] for name in ids])
+
+    def value(self, id_or_name: str) -> Array:
+        """The value of one adapter, (numel,), read from the store itself and checked.
+
+        Raises:
+            NotFoundError: there is none.
+            IntegrityError: it is not what was written.
+        """
+        record = self.get(id_or_name)
+        with self._reading(f"the value of {record.name!r}"):
+            row = self._tree.read_values(record.row, record.row + 1)[0]
+        return checked(row, record)
+
+    def segment(self, name: str) -> Array:
+        """One tensor of all live adapters, (t, *shape), read-only.
+
+        Raises:
+            NotFoundError: the layout has no such segment.
+        """
+        segment = self.space.layout.segment(name)
+        rows = self.values()[:, segment.offset : segment.offset + segment.numel]
+        return rows.reshape(len(rows), *segment.shape)
+
+    def keys(self) -> Array | None:
+        """The keys of the live adapters, (L, t_k, d_k) float32, or None when there are none.
+
+        Aligned with `adapters[:t_k]`: adapters added after the keys were set have none yet, and
+        they are the last. Removed adapters are skipped.
+
+        Raises:
+            IntegrityError: they are not what was written.
+        """
+        state = self.state.keys
+        if state is None:
+            return None
+        with self._reading("the keys"):
+            keys = self._tree.read_keys()
+        if sha256(keys) != state.sha256:
+            raise IntegrityError(
+                what="keys", name=self._id, expected=state.sha256, found=sha256(keys)
+            )
+        rows = [record.row for record in self.adapters if record.row < state.rows]
+        return keys if len(rows) == keys.shape[1] else np.ascontiguousarray(keys[:, rows])
+
+    def blobs(self) -> tuple[str, ...]:
+        """Names of the blobs, sorted."""
+        return tuple(sorted(b for b in self.state.blobs if not b.startswith(HEADER_PREFIX)))
+
+    def blob(self, name: str) -> bytes:
+        """The bytes of a blob.
+
+        Raises:
+            NotFoundError: there is none of that name.
+            IntegrityError: they are not what was written.
+        """
+        expected = self.state.blobs.get(name)
+        if expected is None:
+            raise NotFoundError(
+                f"no blob {name!r} in version {self._id}",
+                expected=f"one of {', '.join(self.blobs())}" if self.blobs() else None,
+            )
+        with self._reading(f"blob {name!r}"):
+            data = self._tree.read_blob(name)
+        if sha256(data) != expected:
+            raise IntegrityError(what="blob", name=name, expected=expected, found=sha256(data))
+        return data
+
+    def export(self, id_or_name: str) -> bytes:
+        """One adapter as a safetensors file.
+
+        Byte for byte the file that `Transaction.add_file` was given; for one that came as an array,
+        a header with the names and shapes of the layout is made.
+
+        Raises:
+            NotFoundError: there is none.
+            IntegrityError: it is not what was written.
+        """
+        record = self.get(id_or_name)
+        if record.header is None:
+            layout = self.space.layout
+            header = write_header([(s.name, s.shape) for s in layout.segments], layout.dtype)
+        else:
+            header = self.blob(HEADER_PREFIX + record.header)
+        return header + self.value(record.id).tobytes()
