@@ -1,0 +1,74 @@
+"""Where samples come from and how they are cut into tasks.
+
+`create_stream(StreamSettings(source="pacs", setting="dil"), 96)` reads a data set (the embedded
+digits, a YAML description, a folder), decodes it once into a cache, and cuts it into tasks.
+Everything heavy is imported inside the functions, so that `import memtool.streams` stays light.
+"""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import TYPE_CHECKING
+
+from memtool.streams.task import Samples, Stream, Task
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from memtool.config import StreamSettings
+    from memtool.streams.table import Table
+
+__all__ = [
+    "Samples",
+    "Stream",
+    "Task",
+    "create_stream",
+    "list_sources",
+    "load_image",
+    "open_table",
+]
+
+
+def create_stream(settings: StreamSettings, image_size: int) -> Stream:
+    """The stream that `settings` describe, with images of (image_size, image_size, 3).
+
+    The first opening of a data set decodes it into the cache (minutes for a big one); later
+    openings map that file into memory. Raises NotFoundError (no such source), ConfigError (a
+    setting or description that cannot be used) and DataError (data that cannot be read or cut).
+    """
+    from memtool.streams.cuts import cut
+
+    if settings.source == "digits":
+        from memtool.streams.digits import digits_table
+
+        return cut(digits_table(settings.setting, settings.seed, image_size), settings)
+    return cut(open_table(settings.source, image_size), settings)
+
+
+def open_table(source: str, image_size: int) -> Table:
+    """All images of a source (not of `digits`, which depends on the setting), before any cut.
+
+    `source` is the name or path of a description, or a folder. Errors as `create_stream`.
+    """
+    from memtool.streams.cache import open_cached
+    from memtool.streams.sources import find_source
+
+    return open_cached(find_source(source), image_size)
+
+
+def list_sources() -> list[str]:
+    """The names that `StreamSettings.source` knows; a YAML path or a folder works as well."""
+    from memtool.streams.sources import built_in_descriptions
+
+    return ["digits", *sorted(built_in_descriptions())]
+
+
+def load_image(path: str | PathLike[str], image_size: int) -> npt.NDArray[np.uint8]:
+    """A user's photo, prepared as the data sets are: uint8 (image_size, image_size, 3).
+
+    Raises NotFoundError where there is no such file, DataError where it is not a readable image.
+    """
+    from memtool.streams.images import load_square
+
+    return load_square(path, image_size)

@@ -1,0 +1,200 @@
+"""Cutting a table of images into the tasks of a stream."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from memtool.config import StreamSettings
+from memtool.errors import ConfigError, DataError, did_you_mean
+from memtool.streams.ordering import balanced, random_ranks, stratified
+from memtool.streams.table import Table
+from memtool.streams.task import Stream, Task
+
+_TEST_SHARE = 0.2
+
+
+def cut(table: Table, settings: StreamSettings) -> Stream:
+    """The stream that `settings` cut from `table`.
+
+    "dil" and "dg" make one task of every domain, in the table's order or in `settings.order`;
+    "cil" and "til" make one task of every `classes_per_task` classes, in an order drawn from the
+    seed or in `settings.order`. An order may leave domains or classes out. A table without a test
+    split gives a fifth of every class (of every domain) to testing, by the seed. `train_per_task`
+    and `test_per_task` choose as equally from the classes as they can, and a larger number keeps
+    what a smaller one chose; `validation` is then taken from the training images, class by class.
+
+    Raises ConfigError for settings that do not fit the table, and DataError for a table without
+    domains under "dil" or "dg" and for a task with no image or with one class only.
+    """
+    by_domain = settings.setting in ("dil", "dg")
+    groups = _domain_groups(table, settings) if by_domain else _class_groups(table, settings)
+    is_test = _test_rows(table, settings.seed)
+    tasks = tuple(
+        _task(table, settings, is_test, number, name, members, by_domain=by_domain)
+        for number, (name, members) in enumerate(groups, start=1)
+    )
+    return Stream(
+        name=table.name,
+        setting=settings.setting,
+        tasks=tasks,
+        class_names=table.class_names,
+        fingerprint=_fingerprint(table, settings, groups),
+    )
+
+
+def _domain_groups(table: Table, settings: StreamSettings) -> list[tuple[str, list[int]]]:
+    """(task name, [domain id]) of every task."""
+    if table.domains is None:
+        raise DataError(
+            f"{table.name} has no domains, so it cannot be cut as {settings.setting}",
+            expected="a source with a domain column, or a folder domain/class/image",
+            remedy="stream.setting cil or til",
+        )
+    names = settings.order or table.domain_names
+    ids = _ids(names, table.domain_names, table.name, "domain")
+    return [(name, [one]) for name, one in zip(names, ids, strict=True)]
+
+
+def _class_groups(table: Table, settings: StreamSettings) -> list[tuple[str, list[int]]]:
+    """(task name, class ids in order) of every task."""
+    count = len(table.class_names)
+    if settings.order:
+        order = _ids(settings.order, table.class_names, table.name, "class")
+    else:
+        order = np.argsort(random_ranks(count, "class order", settings.seed)).tolist()
+    width = settings.classes_per_task
+    if width > len(order):
+        raise ConfigError(
+            f"stream.classes_per_task is {width}, but there are {len(order)} classes"
+            f" of {table.name}",
+            expected=f"a number from 2 to {len(order)}",
+        )
+    chunks = [order[start : start + width] for start in range(0, len(order), width)]
+    return [(_class_task_name(table, chunk), chunk) for chunk in chunks]
+
+
+def _class_task_name(table: Table, classes: Sequence[int]) -> str:
+    names = [table.class_names[one] for one in classes]
+    return "+".join(names) if len(names) <= 3 else f"{names[0]}..{names[-1]}"
+
+
+def _ids(names: Sequence[str], known: Sequence[str], source: str, what: str) -> list[int]:
+    index = {name: number for number, name in enumerate(known)}
+    for place, name in enumerate(names):
+        if name not in index:
+            raise ConfigError(
+                f"stream.order names {name!r}, which is no {what} of {source}",
+                expected=did_you_mean(name, known),
+            )
+        if name in names[:place]:
+            raise ConfigError(f"stream.order names {name!r} twice")
+    return [index[name] for name in names]
+
+
+def _test_rows(table: Table, seed: int) -> npt.NDArray[np.bool_]:
+    if table.is_test.any():
+        return table.is_test
+    groups = table.labels
+    if table.domains is not None:
+        groups = table.domains * len(table.class_names) + table.labels
+    return stratified(groups, random_ranks(len(table), "test", seed), _TEST_SHARE)
+
+
+def _task(
+    table: Table,
+    settings: StreamSettings,
+    is_test: npt.NDArray[np.bool_],
+    number: int,
+    name: str,
+    members: list[int],
+    *,
+    by_domain: bool,
+) -> Task:
+    column = table.domains if by_domain and table.domains is not None else table.labels
+    inside = np.isin(column, members)
+    train = np.flatnonzero(inside & ~is_test)
+    test = np.flatnonzero(inside & is_test)
+    ranks = random_ranks(len(table), "subset", settings.seed)
+
+    def limited(rows: npt.NDArray[np.int64], count: int | None) -> npt.NDArray[np.int64]:
+        if count is None:
+            return rows
+        return rows[balanced(table.labels[rows], ranks[rows], count)]
+
+    train = limited(train, settings.train_per_task)
+    test = limited(test, settings.test_per_task)
+    validation = train[:0]
+    if settings.validation > 0:
+        ranks = random_ranks(len(table), "validation", settings.seed)
+        held = stratified(table.labels[train], ranks[train], settings.validation)
+        train, validation = train[~held], train[held]
+
+    _check(table, settings, train, test, f"task {number} ({name}) of {table.name}")
+    if by_domain:
+        present = np.union1d(table.labels[train], table.labels[test])
+        classes = tuple(int(one) for one in present)
+    else:
+        classes = tuple(members)
+    return Task(
+        number=number,
+        name=name,
+        domain=name if by_domain else None,
+        classes=classes,
+        train=table.samples(train),
+        validation=table.samples(validation),
+        test=table.samples(test),
+    )
+
+
+def _check(
+    table: Table,
+    settings: StreamSettings,
+    train: npt.NDArray[np.int64],
+    test: npt.NDArray[np.int64],
+    where: str,
+) -> None:
+    """A task has images to learn from, images to test on, and something to tell apart."""
+    for rows, part in ((train, "training"), (test, "test")):
+        if len(rows) == 0:
+            raise DataError(
+                f"{where} has no {part} images",
+                expected="at least one image of every class in each split",
+                remedy="add images, or leave it out by stream.order",
+            )
+    classes = np.unique(table.labels[train])
+    if len(classes) > 1:
+        return
+    if settings.train_per_task == 1:
+        remedy = "a larger stream.train_per_task"
+    elif settings.setting in ("cil", "til"):
+        count = len(settings.order or table.class_names)
+        widths = [width for width in range(2, count + 1) if count % width != 1]
+        nearest = min(widths, key=lambda width: abs(width - settings.classes_per_task), default=2)
+        remedy = f"stream.classes_per_task {nearest}"
+    else:
+        remedy = "add images of other classes, or leave it out by stream.order"
+    raise DataError(
+        f"{where} has only one class in its training images: {table.class_names[int(classes[0])]}",
+        expected="at least two classes to tell apart",
+        remedy=remedy,
+    )
+
+
+def _fingerprint(
+    table: Table, settings: StreamSettings, groups: list[tuple[str, list[int]]]
+) -> str:
+    identity = {
+        "source": table.fingerprint,
+        "setting": settings.setting,
+        "groups": groups,
+        "train_per_task": settings.train_per_task,
+        "test_per_task": settings.test_per_task,
+        "validation": settings.validation,
+        "seed": settings.seed,
+    }
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,57 @@
+"""Seeded orders that stay the same on every machine and with every numpy."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import numpy.typing as npt
+
+
+def random_ranks(count: int, purpose: str, seed: int) -> npt.NDArray[np.uint64]:
+    """One random 64-bit number for each of `count` rows; sorting by it shuffles them.
+
+    Raw words of a bit generator, because numpy promises to keep those, while the methods of
+    `Generator` may change. `purpose` keeps orders made from one seed apart.
+    """
+    digest = hashlib.sha256(f"{purpose}/{seed}".encode()).digest()
+    raw = np.random.PCG64(int.from_bytes(digest[:16], "little")).random_raw(count)
+    return np.asarray(raw, dtype=np.uint64)
+
+
+def position_in_group(
+    groups: npt.NDArray[np.int64], ranks: npt.NDArray[np.uint64]
+) -> npt.NDArray[np.int64]:
+    """The place (0, 1, ...) of each row among the rows of its group, ordered by rank; (n,)."""
+    order = np.lexsort((ranks, groups))
+    ordered = groups[order]
+    starts = np.searchsorted(ordered, ordered, side="left")
+    position = np.empty(len(groups), dtype=np.int64)
+    position[order] = np.arange(len(groups)) - starts
+    return position
+
+
+def balanced(
+    groups: npt.NDArray[np.int64], ranks: npt.NDArray[np.uint64], count: int
+) -> npt.NDArray[np.bool_]:
+    """Mask of `count` rows (or all, if fewer), as equally many of each group as there are.
+
+    A larger count keeps every row that a smaller one chose.
+    """
+    order = np.lexsort((ranks, position_in_group(groups, ranks)))
+    chosen = np.zeros(len(groups), dtype=np.bool_)
+    chosen[order[:count]] = True
+    return chosen
+
+
+def stratified(
+    groups: npt.NDArray[np.int64], ranks: npt.NDArray[np.uint64], share: float
+) -> npt.NDArray[np.bool_]:
+    """Mask of about `share` of every group.
+
+    A group of two or more gives at least one row and keeps at least one; a single row is kept.
+    """
+    _, inverse, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    wanted = np.rint(share * sizes).astype(np.int64)
+    wanted = np.minimum(np.maximum(wanted, 1), sizes - 1)
+    return np.asarray(position_in_group(groups, ranks) < wanted[inverse])

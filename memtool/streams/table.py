@@ -1,0 +1,90 @@
+"""A decoded data set as one table of rows: what the cache keeps and the cuts cut."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from memtool.errors import DataError
+from memtool.streams.task import Samples
+
+_COPY_BYTES = 512 * 1024**2  # a table up to this size may be copied into memory
+_CHUNK_ROWS = 1024
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """All rows of a data set.
+
+    images uint8 (n, size, size, 3), perhaps memory-mapped; labels int64 (n,), ids into
+    `class_names`; domains int64 (n,), ids into `domain_names`, or none; is_test bool (n,), all
+    False where the source has no test split of its own. `fingerprint` is a sha256 of the encoded
+    images and their labels: it does not depend on paths, times or the image size.
+    """
+
+    name: str
+    images: npt.NDArray[np.uint8]
+    labels: npt.NDArray[np.int64]
+    domains: npt.NDArray[np.int64] | None
+    is_test: npt.NDArray[np.bool_]
+    class_names: tuple[str, ...]
+    domain_names: tuple[str, ...]
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def samples(self, rows: npt.NDArray[np.int64]) -> Samples:
+        """The samples of ascending `rows` (k,).
+
+        Rows that follow each other are a view. Others are copied: into memory where the whole
+        table is small, else into a file that has no name and goes with the process, so that a big
+        data set never has to fit into memory.
+        """
+        labels = self.labels[rows]
+        if len(rows) == 0 or rows[-1] - rows[0] + 1 == len(rows):
+            first = int(rows[0]) if len(rows) else 0
+            return Samples(self.images[first : first + len(rows)], labels)
+        if self.images.nbytes <= _COPY_BYTES:
+            return Samples(self.images[rows], labels)
+        return Samples(_spooled(self.images, rows), labels)
+
+
+def _spooled(images: npt.NDArray[np.uint8], rows: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+    """`images[rows]` in an unnamed file below the cache, mapped into memory."""
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            for start in range(0, len(rows), _CHUNK_ROWS):
+                # Written, not stored through a mapping: a full disk is then an error, no signal.
+                file.write(images[rows[start : start + _CHUNK_ROWS]].data)
+            file.flush()
+            shape = (len(rows), *images.shape[1:])
+            return np.asarray(np.memmap(file, dtype=np.uint8, mode="c", shape=shape))
+    except OSError as error:
+        raise cache_error(error) from error
+
+
+def cache_folder() -> Path:
+    """Where decoded data is kept: $MEMTOOL_CACHE, else the user's cache folder."""
+    given = os.environ.get("MEMTOOL_CACHE")
+    if given:
+        return Path(given).expanduser()
+    import platformdirs
+
+    return platformdirs.user_cache_path("memtool")
+
+
+def cache_error(error: OSError) -> DataError:
+    """What a failure to write below the cache folder is told as."""
+    return DataError(
+        f"cannot write to the cache {cache_folder()}: {error.strerror or error}",
+        expected="a writable folder with room for the decoded images",
+        remedy="free some space, or set MEMTOOL_CACHE to another folder",
+    )

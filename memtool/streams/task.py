@@ -1,0 +1,51 @@
+"""Samples, tasks and streams: what a task is made of, as plain arrays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Decoded images and labels.
+
+    images uint8 (n, size, size, 3), perhaps memory-mapped; labels int64 (n,), ids into the
+    stream's class names.
+    """
+
+    images: npt.NDArray[np.uint8]
+    labels: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """One step of a stream. `number` counts from 1, as on the command line."""
+
+    number: int
+    name: str
+    domain: str | None
+    classes: tuple[int, ...]
+    train: Samples
+    validation: Samples
+    test: Samples
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """A data set cut into tasks in a fixed order.
+
+    `setting` is the cut: "dil", "dg" (tasks are domains over the same classes), "cil", "til"
+    (tasks are groups of classes). `fingerprint` is a sha256 of the source, the cut and the order.
+    """
+
+    name: str
+    setting: str
+    tasks: tuple[Task, ...]
+    class_names: tuple[str, ...]
+    fingerprint: str
