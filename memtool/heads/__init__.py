@@ -1,0 +1,36 @@
+"""Classifiers on the pooled features: trained ones, and ones solved from running statistics."""
+
+from __future__ import annotations
+
+from memtool.config import HeadSettings
+from memtool.errors import ConfigError, did_you_mean
+from memtool.heads.analytic import FeatureStatistics
+from memtool.heads.linear import LinearClassifier, LinearHead, mask_logits
+
+__all__ = ["FeatureStatistics", "LinearClassifier", "LinearHead", "mask_logits", "solve_head"]
+
+
+def solve_head(
+    kind: str, statistics: FeatureStatistics, settings: HeadSettings
+) -> LinearClassifier:
+    """The analytic head of that kind: "ncm", "ridge" or "lda".
+
+    `settings.ridge` r regularises both: the penalty of ridge, and the shrinkage r / (1 + r) of lda,
+    which gives the covariance the same ratio of r to 1 between trace / dim · I and itself. Raises
+    ConfigError for "linear", which is trained and not solved, and for unknown kinds.
+    """
+    match kind:
+        case "ncm":
+            return statistics.ncm()
+        case "ridge":
+            return statistics.ridge(settings.ridge)
+        case "lda":
+            return statistics.lda(settings.ridge / (1 + settings.ridge))
+        case "linear":
+            raise ConfigError(
+                "a linear head is trained by gradient, not solved from statistics",
+                expected="ncm, ridge or lda",
+            )
+    raise ConfigError(
+        f"unknown head {kind!r}", expected=did_you_mean(kind, ("ncm", "ridge", "lda", "linear"))
+    )

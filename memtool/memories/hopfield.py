@@ -1,0 +1,219 @@
+"""Hopfield retrieval: a mixture of values by how alike a query is to their keys.
+
+`recall` is the universal form, separation(similarity(query, keys)) · values (Millidge et al.,
+2022). `HopfieldMemory` keeps whole adapters θ_t and completes one from its first entries, the
+modern Hopfield memory of the modulation paper: θ̂ = k ⊕ V softmax(β Kᵀ k).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from memtool.errors import ConfigError, MismatchError, NotFoundError
+from memtool.memories.separation import SeparationFunction, separation
+from memtool.memories.similarity import SimilarityFunction, similarity
+
+PUBLISHED_BETA = 25.0
+"""β of the modulation paper; on raw dot products it depends on the scale of the weights."""
+
+# Scores are float64; two that agree to this share of their size are one score.
+_SAME_SCORE = 1e-9
+
+
+def recall(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    similarity: SimilarityFunction,
+    separation: SeparationFunction,
+) -> Tensor:
+    """Query (..., d), keys (t, d), values (t, v) → mixtures of the values (..., v)."""
+    coefficients = separation(similarity(query, keys))
+    with torch.autocast(values.device.type, enabled=False):
+        return (coefficients.to(values.dtype) @ values).to(values.dtype)
+
+
+class HopfieldMemory:
+    """Whole adapters, recalled from their first entries.
+
+    The key of a pattern θ (numel,) is its first ⌊fraction · numel⌋ entries, the value is the rest.
+    Only key entries are scored, in float64: with β as large as the gaps demand, float32 scores
+    would decide by their rounding.
+
+    beta "auto" makes every stored key recall its own pattern with a coefficient of at least
+    1 / (1 + epsilon): β = log((t − 1) / ε) / min_gap, where min_gap is the smallest
+    sim(k_t, k_t) − max over j ≠ t of sim(k_j, k_t). Where that gap is not positive no β can tell
+    the two apart; a warning names them, and β comes from the smallest positive gap. Separations
+    other than softmax and topk have no β.
+
+    steps > 1 iterates: the query becomes the mixture of the keys before the values are read.
+    """
+
+    def __init__(
+        self,
+        *,
+        fraction: float = 0.1,
+        similarity: str = "dot",
+        separation: str = "softmax",
+        beta: float | Literal["auto"] = "auto",
+        epsilon: float = 1e-6,
+        topk: int = 2,
+        steps: int = 1,
+    ) -> None:
+        """Raises ConfigError for a constant outside its range and for unknown names."""
+        if not 0 < fraction < 1:
+            raise ConfigError(f"fraction of {fraction}", expected="a share between 0 and 1")
+        if not 0 < epsilon < 1:
+            raise ConfigError(f"epsilon of {epsilon}", expected="a number between 0 and 1")
+        if steps < 1:
+            raise ConfigError(f"{steps} retrieval steps", expected="at least 1")
+        if isinstance(beta, str) and beta != "auto":
+            raise ConfigError(f"beta of {beta!r}", expected='a positive number or "auto"')
+        self.fraction = fraction
+        self.similarity = similarity
+        self.separation = separation
+        self.epsilon = epsilon
+        self.topk = topk
+        self.steps = steps
+        self._names: list[str] = []
+        self._patterns: Tensor | None = None
+        self._given_beta = beta
+        self._auto_beta: float | None = None
+        self._function_of_beta(1.0 if beta == "auto" else beta)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the stored patterns, in the order written."""
+        return tuple(self._names)
+
+    @property
+    def patterns(self) -> Tensor:
+        """The stored patterns (t, numel). Raises NotFoundError when there is none."""
+        if self._patterns is None:
+            raise NotFoundError("the memory is empty", remedy="write an adapter first")
+        return self._patterns
+
+    @property
+    def key_length(self) -> int:
+        """Number of leading entries that make the key."""
+        return _key_length(self.fraction, self.patterns.shape[1])
+
+    @property
+    def keys(self) -> Tensor:
+        """The keys (t, d_k) of the stored patterns."""
+        return self.patterns[:, : self.key_length]
+
+    @property
+    def beta(self) -> float:
+        """The inverse temperature in use; "auto" is worked out once after each write."""
+        if self._given_beta != "auto":
+            return float(self._given_beta)
+        if self._auto_beta is None:
+            self._auto_beta = auto_beta(
+                self.keys, similarity(self.similarity), self.names, self.epsilon
+            )
+        return self._auto_beta
+
+    def write(self, name: str, pattern: Tensor) -> None:
+        """Append a pattern θ (numel,) under a name.
+
+        Raises MismatchError for a shape or type unlike the stored ones, or a pattern too short to
+        have both key and value.
+        """
+        if pattern.ndim != 1 or not pattern.is_floating_point():
+            raise MismatchError(
+                f"pattern {name!r} of shape {tuple(pattern.shape)} and type {pattern.dtype}",
+                expected="one flat vector of floats",
+            )
+        if _key_length(self.fraction, len(pattern)) < 1:
+            raise MismatchError(
+                f"pattern {name!r} has {len(pattern)} entries, none of which is the key",
+                expected=f"at least {math.ceil(1 / self.fraction)} for fraction {self.fraction}",
+            )
+        stored = self._patterns
+        if stored is None:
+            stored = pattern.new_empty((0, len(pattern)))
+        elif (len(pattern), pattern.dtype) != (stored.shape[1], stored.dtype):
+            raise MismatchError(
+                f"pattern {name!r} has {len(pattern)} entries of type {pattern.dtype}",
+                expected=f"{stored.shape[1]} of type {stored.dtype}, as stored",
+            )
+        self._patterns = torch.cat([stored, pattern.detach().to(stored.device).unsqueeze(0)])
+        self._names.append(name)
+        self._auto_beta = None
+
+    def key(self, pattern: Tensor) -> Tensor:
+        """The key entries (..., d_k) of patterns (..., numel)."""
+        return pattern[..., : _key_length(self.fraction, pattern.shape[-1])]
+
+    def coefficients(self, key: Tensor) -> Tensor:
+        """How much of every stored pattern the keys (..., d_k) recall: (..., t), float64."""
+        self._check(key)
+        keys, query = self.keys.double(), key.double()
+        score = similarity(self.similarity)
+        separate = self._function_of_beta(self.beta)
+        for _ in range(self.steps - 1):
+            query = recall(query, keys, keys, score, separate)
+        return separate(score(query, keys))
+
+    def recall(self, key: Tensor) -> Tensor:
+        """θ̂ (..., numel) of keys (..., d_k): the key as given, then the mixture of the values."""
+        values = self.patterns[:, self.key_length :]
+        mixture = self.coefficients(key) @ values.double()
+        return torch.cat([key.to(values.dtype), mixture.to(values.dtype)], dim=-1)
+
+    def _function_of_beta(self, beta: float) -> SeparationFunction:
+        similarity(self.similarity)
+        return separation(self.separation, beta=beta, topk=self.topk)
+
+    def _check(self, key: Tensor) -> None:
+        if key.shape[-1] != self.key_length:
+            raise MismatchError(
+                f"a key of {key.shape[-1]} entries", expected=f"{self.key_length} entries"
+            )
+
+
+def auto_beta(
+    keys: Tensor, similarity: SimilarityFunction, names: Sequence[str], epsilon: float
+) -> float:
+    """β for keys (t, d_k), such that each recalls itself to a coefficient ≥ 1 / (1 + ε).
+
+    Warns, with both names, where a key scores another as high as itself.
+    """
+    if len(keys) < 2:
+        return 1.0
+    keys = keys.double()
+    scores = similarity(keys, keys)
+    own = scores.diagonal()
+    rival, rivals = scores.masked_fill(
+        torch.eye(len(keys), dtype=torch.bool, device=keys.device), -math.inf
+    ).max(dim=1)
+    gaps = own - rival
+    told_apart = gaps > _SAME_SCORE * own.abs().maximum(rival.abs())
+    if not bool(told_apart.all()):
+        worst = int(gaps.argmin())
+        warnings.warn(
+            f"the key of adapter {names[worst]!r} scores adapter {names[int(rivals[worst])]!r} as "
+            f"high as itself (gap {float(gaps[worst]):.3g}): no beta can tell them apart. "
+            'A similarity that is largest on an exact hit ("cosine", "euclidean") or a larger '
+            "fraction may.",
+            stacklevel=2,
+        )
+    if not bool(told_apart.any()):
+        return 1.0
+    return math.log((len(keys) - 1) / epsilon) / float(gaps[told_apart].min())
+
+
+def _key_length(fraction: float, numel: int) -> int:
+    # As a decimal: 0.29 * 100 is 28.999999999999996 in floats, and the share meant is 29.
+    return math.floor(Fraction(str(fraction)) * numel)

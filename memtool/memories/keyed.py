@@ -1,0 +1,133 @@
+"""Memories with keys of their own: each block looks at its input and mixes its adapters.
+
+The memory of MIRA. A block's query q meets the block's keys K (t, d_k); the scores are their
+similarity, the coefficients their separation: a = separation(similarity(g(h), K)).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from memtool.config import MemorySettings
+from memtool.errors import MismatchError
+from memtool.memories.query import QueryModule
+from memtool.memories.separation import SeparationFunction, separation
+from memtool.memories.similarity import SimilarityFunction, similarity
+
+
+class BlockMemory(nn.Module):
+    """The memory of one block; its `keys` (t, d_k) and its query module are what it learns."""
+
+    def __init__(
+        self,
+        keys: Tensor,
+        query: QueryModule,
+        similarity: SimilarityFunction,
+        separation: SeparationFunction,
+    ) -> None:
+        """Keys (t, d_k) are copied. Raises MismatchError when they do not fit the queries."""
+        super().__init__()
+        if keys.ndim != 2 or keys.shape[1] != query.width or len(keys) < 1:
+            raise MismatchError(
+                f"keys of shape {tuple(keys.shape)}",
+                expected=f"(adapters, {query.width}), with at least one adapter",
+            )
+        self.keys = nn.Parameter(keys.detach().clone())
+        self.query = query
+        self.similarity = similarity
+        self.separation = separation
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """Scores (batch, t) of hidden states (batch, tokens, dim)."""
+        return self.similarity(self.query(hidden), self.keys)
+
+    def coefficients(self, hidden: Tensor) -> Tensor:
+        """Coefficients (batch, t) of hidden states (batch, tokens, dim)."""
+        return self.separation(self.scores(hidden))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """As `coefficients`."""
+        return self.coefficients(hidden)
+
+
+class KeyedMemory(nn.Module):
+    """One `BlockMemory` for each of the given blocks of a backbone."""
+
+    def __init__(self, blocks: Sequence[int], memories: Sequence[BlockMemory]) -> None:
+        """Raises MismatchError when blocks repeat, or are not one for each memory."""
+        super().__init__()
+        if len(set(blocks)) != len(memories) or len(blocks) != len(memories) or not memories:
+            raise MismatchError(
+                f"{len(memories)} block memories for blocks {list(blocks)}",
+                expected="one for each block",
+            )
+        self.blocks = tuple(blocks)
+        self.memories = nn.ModuleList(memories)
+        self._places = {block: place for place, block in enumerate(self.blocks)}
+
+    @classmethod
+    def from_settings(
+        cls,
+        settings: MemorySettings,
+        blocks: Sequence[int],
+        dim: int,
+        keys: Tensor,
+        *,
+        prefix_tokens: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> KeyedMemory:
+        """A memory over keys (len(blocks), t, dim + 1) of blocks that are `dim` wide.
+
+        `generator` draws the first weights of mlp query modules.
+        """
+        if keys.ndim != 3 or len(keys) != len(blocks):
+            raise MismatchError(
+                f"keys of shape {tuple(keys.shape)} for {len(blocks)} blocks",
+                expected=f"({len(blocks)}, adapters, {dim + 1})",
+            )
+        score = similarity(settings.similarity)
+        separate = separation(settings.separation, beta=settings.beta, topk=settings.topk)
+        return cls(
+            blocks,
+            [
+                BlockMemory(
+                    block_keys,
+                    QueryModule(
+                        settings.query,
+                        dim,
+                        settings.token,
+                        norm=settings.query_norm,
+                        prefix_tokens=prefix_tokens,
+                        generator=generator,
+                    ),
+                    score,
+                    separate,
+                )
+                for block_keys in keys
+            ],
+        )
+
+    def __getitem__(self, block: int) -> BlockMemory:
+        """The memory of a block of the backbone. Raises MismatchError for a block without one."""
+        if block not in self._places:
+            raise MismatchError(
+                f"block {block} has no memory", expected=f"one of {list(self.blocks)}"
+            )
+        memory = self.memories[self._places[block]]
+        assert isinstance(memory, BlockMemory)
+        return memory
+
+    def coefficients(self, block: int, hidden: Tensor) -> Tensor:
+        """Coefficients (batch, t) of a block for its input (batch, tokens, dim)."""
+        return self[block].coefficients(hidden)
+
+    def scores(self, block: int, hidden: Tensor) -> Tensor:
+        """Scores (batch, t) of a block for its input (batch, tokens, dim)."""
+        return self[block].scores(hidden)
+
+    def keys(self) -> Tensor:
+        """A copy of all keys (len(blocks), t, d_k), detached."""
+        return torch.stack([self[block].keys.detach() for block in self.blocks])

@@ -1,0 +1,129 @@
+"""Query modules: what a block looks at to decide which adapters it recalls.
+
+The g of MIRA: the block's input, pooled over tokens, layer-normalised, through the identity, a
+linear map or a small network, both of which start as the identity.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import skip_init
+
+from memtool.errors import ConfigError, MismatchError, did_you_mean
+
+QueryKind = Literal["identity", "linear", "mlp"]
+QueryToken = Literal["class", "mean"]
+
+
+class QueryModule(nn.Module):
+    """Hidden states (batch, tokens, dim) → queries (batch, dim + 1), or (batch, dim) without bias.
+
+    kind    "identity"; "linear", q ← W q + b from W = I, b = 0; "mlp", q ← q + V gelu(U q + c) + e
+            from V = 0, e = 0. All three are the same function at the start.
+    token   "class", the first token, or "mean", the mean of the tokens after the first
+            `prefix_tokens` (class and register tokens).
+    norm    layer-normalise the pooled token, without learned gain.
+    bias    append the constant 1, so that the last entry of a key is its bias.
+
+    Queries are float32 or better, also under autocast. `generator` draws U; nothing else is random.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        dim: int,
+        token: str = "class",
+        *,
+        norm: bool = True,
+        prefix_tokens: int = 1,
+        bias: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Raises ConfigError for an unknown kind or token, or a class token that is not there."""
+        super().__init__()
+        if token not in get_args(QueryToken):
+            raise ConfigError(
+                f"unknown query token {token!r}",
+                expected=did_you_mean(token, get_args(QueryToken)),
+            )
+        if token == "class" and prefix_tokens < 1:
+            raise ConfigError(
+                "query token 'class' on a backbone without class token", remedy="token: mean"
+            )
+        self.kind = kind
+        self.dim = dim
+        self.token = token
+        self.norm = norm
+        self.prefix_tokens = prefix_tokens
+        self.bias = bias
+        self.g: nn.Module
+        match kind:
+            case "identity":
+                self.g = nn.Identity()
+            case "linear":
+                self.g = _linear(torch.eye(dim))
+            case "mlp":
+                hidden = torch.empty(dim, dim)
+                nn.init.kaiming_uniform_(hidden, a=math.sqrt(5), generator=generator)
+                self.g = _Residual(
+                    nn.Sequential(_linear(hidden), nn.GELU(), _linear(torch.zeros(dim, dim)))
+                )
+            case _:
+                raise ConfigError(
+                    f"unknown query module {kind!r}",
+                    expected=did_you_mean(kind, get_args(QueryKind)),
+                )
+
+    @property
+    def width(self) -> int:
+        """Entries of a query, and so of a key."""
+        return self.dim + 1 if self.bias else self.dim
+
+    def bare(self, hidden: Tensor) -> Tensor:
+        """Queries (batch, dim) of hidden states (batch, tokens, dim), without the constant."""
+        if hidden.ndim != 3 or hidden.shape[-1] != self.dim:
+            raise MismatchError(
+                f"hidden states of shape {tuple(hidden.shape)}",
+                expected=f"(batch, tokens, {self.dim})",
+            )
+        with torch.autocast(hidden.device.type, enabled=False):
+            hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+            if self.token == "class":
+                pooled = hidden[:, 0]
+            else:
+                pooled = hidden[:, self.prefix_tokens :].mean(dim=1)
+            if self.norm:
+                pooled = F.layer_norm(pooled, (self.dim,))
+            query: Tensor = self.g(pooled)
+            return query
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Queries (batch, width) of hidden states (batch, tokens, dim)."""
+        query = self.bare(hidden)
+        return F.pad(query, (0, 1), value=1.0) if self.bias else query
+
+
+class _Residual(nn.Module):
+    """x + inner(x)."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = x + self.inner(x)
+        return result
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    """A square linear layer of the given weight and zero bias; draws no random numbers."""
+    layer = skip_init(nn.Linear, weight.shape[1], weight.shape[0])
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        layer.bias.zero_()
+    return layer

@@ -1,0 +1,97 @@
+"""Separations: how scores become coefficients.
+
+The second half of the universal Hopfield form (Millidge et al., 2022). Every function maps scores
+(..., t) to coefficients (..., t) over the last axis, in float32 or better. None divides by the sum
+of the scores: that sum may be negative, and the largest score would become the smallest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from memtool.config import Separation
+from memtool.errors import ConfigError, did_you_mean
+
+SeparationFunction = Callable[[Tensor], Tensor]
+"""scores (..., t) → coefficients (..., t)."""
+
+
+def softmax(scores: Tensor, beta: float = 1.0) -> Tensor:
+    """exp(β s) / Σ exp(β s): positive, sums to one. `beta` is the inverse temperature."""
+    # The largest score goes before β does: a large β times a large score may overflow first.
+    scores = _in_score_precision(scores)
+    shifted = scores - scores.amax(dim=-1, keepdim=True).detach()
+    return torch.softmax(beta * shifted, dim=-1)
+
+
+def affine(scores: Tensor) -> Tensor:
+    """1/t + (s − mean s): sums to one, may be negative, linear in the scores."""
+    scores = _in_score_precision(scores)
+    return 1.0 / scores.shape[-1] + (scores - scores.mean(dim=-1, keepdim=True))
+
+
+def identity(scores: Tensor) -> Tensor:
+    """The scores themselves."""
+    return _in_score_precision(scores)
+
+
+def relu(scores: Tensor) -> Tensor:
+    """The positive part of the scores."""
+    return torch.relu(_in_score_precision(scores))
+
+
+def tanh(scores: Tensor) -> Tensor:
+    """The hyperbolic tangent of the scores: signed, within (−1, 1)."""
+    return torch.tanh(_in_score_precision(scores))
+
+
+def topk(scores: Tensor, k: int = 2, beta: float = 1.0) -> Tensor:
+    """Softmax over the k largest scores, zero elsewhere.
+
+    With fewer than k scores all are kept: a memory has one adapter before it has k.
+    """
+    scores = _in_score_precision(scores)
+    kept, places = scores.topk(min(k, scores.shape[-1]), dim=-1)
+    return torch.zeros_like(scores).scatter(-1, places, softmax(kept, beta))
+
+
+def separation(name: str, *, beta: float = 1.0, topk: int = 2) -> SeparationFunction:
+    """The separation of that name with its constants bound.
+
+    Names: "softmax" (uses `beta`), "affine", "identity", "relu", "tanh", "topk" (uses `beta`, and
+    `topk` as the number kept). The others ignore both constants. Raises ConfigError for an unknown
+    name, a `beta` that is not positive and finite, and a `topk` below 1.
+    """
+    if not 0 < beta < float("inf"):
+        raise ConfigError(f"beta of {beta}", expected="a positive, finite number")
+    if topk < 1:
+        raise ConfigError(f"topk of {topk}", expected="at least 1")
+    match name:
+        case "softmax":
+            return partial(softmax, beta=beta)
+        case "affine":
+            return affine
+        case "identity":
+            return identity
+        case "relu":
+            return relu
+        case "tanh":
+            return tanh
+        case "topk":
+            return partial(_keep_largest, k=topk, beta=beta)
+    raise ConfigError(
+        f"unknown separation {name!r}", expected=did_you_mean(name, get_args(Separation))
+    )
+
+
+# Inside `separation` the word topk is the number kept, as on the command line.
+_keep_largest = topk
+
+
+def _in_score_precision(scores: Tensor) -> Tensor:
+    return scores.to(torch.promote_types(scores.dtype, torch.float32))
