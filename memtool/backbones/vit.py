@@ -1,0 +1,296 @@
+"""Any timm Vision Transformer as a backbone whose linear layers take a mixture as an argument.
+
+The forward pass of timm's `Block`, `Attention` and `Mlp` is written out here once more (without
+dropout and stochastic depth, for a frozen model), because the mixture of a block has to reach its
+linear layers as an argument. Blocks of another kind are refused by name.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Self
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention, Mlp
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from memtool.adapters.layout import Site
+from memtool.adapters.linear import AdaptedLinear
+from memtool.adapters.mixing import Mixture
+from memtool.adapters.values import Recall
+from memtool.backbones.interface import Backbone
+from memtool.backbones.tensor_hash import tensor_sha256
+from memtool.backbones.vit_weights import load_vit_weights
+from memtool.config import BackboneSettings
+from memtool.errors import ConfigError, DataError, MismatchError, NotFoundError, did_you_mean
+
+VIT_TARGETS = ("q", "k", "v", "proj", "fc1", "fc2")
+
+
+def create_timm_vit(settings: BackboneSettings, model: str) -> VitBackbone:
+    """The timm model `model` with the local weights of `settings.weights`, or with timm's own.
+
+    Raises ConfigError for a model that timm does not know or that is no Vision Transformer of a
+    kind that can be adapted, NotFoundError for weights that cannot be fetched.
+    """
+    if not timm.is_model(model):
+        near = difflib.get_close_matches(model, timm.list_models("*vit*"), n=5, cutoff=0.3)
+        raise ConfigError(
+            f"timm has no model {model!r}",
+            expected=did_you_mean(model, near or ["vit_tiny_patch16_224"]),
+        )
+    fetch = settings.weights is None
+    try:
+        vit = timm.create_model(
+            model, pretrained=fetch, num_classes=0, img_size=settings.image_size
+        )
+    except TypeError as error:
+        raise ConfigError(
+            f"timm's {model} cannot be built for images of {settings.image_size} pixels: {error}",
+            expected="a Vision Transformer",
+        ) from error
+    except (OSError, RuntimeError) as error:
+        if not fetch:
+            raise
+        raise NotFoundError(
+            f"no pre-trained weights for timm:{model}: {error}",
+            remedy="name a local safetensors file as backbone.weights",
+        ) from error
+    # A subclass (DeiT's distilled model, say) has a forward pass of its own.
+    if type(vit) is not VisionTransformer:
+        raise ConfigError(
+            f"timm's {model} is a {type(vit).__name__}", expected="a VisionTransformer"
+        )
+    check_image_size(settings.image_size, vit.patch_embed.patch_size[0], settings.name)
+    if settings.weights is not None:
+        load_vit_weights(vit, settings.weights)
+    cfg = timm.data.resolve_model_data_config(vit)
+    return VitBackbone(vit, settings.name, mean=cfg["mean"], std=cfg["std"])
+
+
+def check_image_size(image_size: int, patch_size: int, name: str) -> None:
+    """Raise ConfigError unless whole patches tile the image."""
+    if image_size % patch_size:
+        raise ConfigError(
+            f"backbone {name}: image_size {image_size} with patches of {patch_size} pixels",
+            expected=f"a multiple of {patch_size}",
+        )
+
+
+class VitBackbone(Backbone):
+    """A frozen timm VisionTransformer; takes the model over and replaces its blocks.
+
+    `mean` and `std` are the normalisation of the three channels in [0, 1]. Always in eval mode.
+    Raises ConfigError for blocks or a pooling that this class does not express.
+    """
+
+    def __init__(
+        self, vit: VisionTransformer, name: str, *, mean: Sequence[float], std: Sequence[float]
+    ) -> None:
+        super().__init__()
+        if vit.global_pool == "":
+            raise ConfigError(
+                f"backbone {name} does not pool its tokens", expected="pooled features"
+            )
+        if len(mean) != 3 or len(std) != 3:
+            raise ConfigError(f"backbone {name} takes {len(mean)} channels", expected="3 channels")
+        vit.eval().requires_grad_(False)
+        self.name = name
+        self.dim = vit.embed_dim
+        self.depth = len(vit.blocks)
+        self.image_size = vit.patch_embed.img_size[0]
+        self.prefix_tokens = vit.num_prefix_tokens
+        self.sha256 = tensor_sha256(vit.state_dict())
+        blocks = [AdaptedBlock(block, f"blocks.{i}") for i, block in enumerate(vit.blocks)]
+        vit.blocks = nn.ModuleList(blocks)
+        self.vit = vit
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in eval mode: a frozen model has no dropout."""
+        del mode
+        return super().train(False)
+
+    def sites(self, targets: Sequence[str]) -> tuple[Site, ...]:
+        """The sites of the targets, by block, then in the order of `VIT_TARGETS`.
+
+        The order of `targets` does not matter, so equal sets give equal layouts. Raises ConfigError
+        for a target that is not known, or none.
+        """
+        for target in targets:
+            if target not in VIT_TARGETS:
+                raise ConfigError(
+                    f"backbone {self.name} has no target {target!r}",
+                    expected=did_you_mean(target, VIT_TARGETS),
+                )
+        if not targets:
+            raise ConfigError("no targets to adapt", expected=f"some of {', '.join(VIT_TARGETS)}")
+        return tuple(
+            block.site(number, target)
+            for number, block in enumerate(self.vit.blocks)
+            for target in VIT_TARGETS
+            if target in targets
+        )
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """uint8 (batch, height, width, 3) to normalised float32 (batch, 3, size, size).
+
+        Another size is resized, antialiased bicubic, both sides to `image_size`.
+        """
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+            raise DataError(
+                f"images {images.dtype} of shape {tuple(images.shape)}",
+                expected="uint8 (batch, height, width, 3)",
+            )
+        pixels = images.permute(0, 3, 1, 2).float() / 255
+        size = (self.image_size, self.image_size)
+        if pixels.shape[-2:] != size:
+            pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True)
+            # Bicubic overshoots at edges; pixels do not.
+            pixels = pixels.clamp(0, 1)
+        return (pixels - self.mean) / self.std
+
+    def features(self, pixels: Tensor, recall: Recall | None = None) -> Tensor:
+        """Pooled features (batch, dim) of preprocessed pixels (batch, 3, size, size)."""
+        hidden = self._embed(pixels)
+        for number, block in enumerate(self.vit.blocks):
+            mixture = None if recall is None else recall(number, hidden)
+            hidden = block(hidden, mixture)
+        return self.vit.forward_head(self.vit.norm(hidden), pre_logits=True)
+
+    def hidden(self, pixels: Tensor, block: int) -> Tensor:
+        """The input (batch, tokens, dim) of a block of the frozen model."""
+        if not 0 <= block < self.depth:
+            raise MismatchError(
+                f"block {block} of {self.name}", expected=f"a block from 0 to {self.depth - 1}"
+            )
+        hidden = self._embed(pixels)
+        for earlier in self.vit.blocks[:block]:
+            hidden = earlier(hidden, None)
+        return hidden
+
+    def _embed(self, pixels: Tensor) -> Tensor:
+        """The input of the first block."""
+        if pixels.shape[1:] != (3, self.image_size, self.image_size):
+            raise MismatchError(
+                f"pixels of shape {tuple(pixels.shape)}",
+                expected=f"(batch, 3, {self.image_size}, {self.image_size})",
+                remedy="pass images through preprocess",
+            )
+        vit = self.vit
+        return vit.norm_pre(vit._pos_embed(vit.patch_embed(pixels)))
+
+
+class AdaptedBlock(nn.Module):
+    """timm's pre-norm `Block`: x + attention(norm(x)), then x + mlp(norm(x)), each layer-scaled."""
+
+    def __init__(self, block: Block, name: str) -> None:
+        super().__init__()
+        _check_kind(block, Block, name)
+        self.norm1, self.ls1 = block.norm1, block.ls1
+        self.attn = AdaptedAttention(block.attn, f"{name}.attn")
+        self.norm2, self.ls2 = block.norm2, block.ls2
+        self.mlp = AdaptedMlp(block.mlp, f"{name}.mlp")
+
+    def forward(self, x: Tensor, mixture: Mixture | None) -> Tensor:
+        """(batch, tokens, dim) to the same shape."""
+        x = x + self.ls1(self.attn(self.norm1(x), mixture))
+        return x + self.ls2(self.mlp(self.norm2(x), mixture))
+
+    def site(self, number: int, target: str) -> Site:
+        """Where one of `VIT_TARGETS` lies in this block, which is block `number`."""
+        rows: int | None = None
+        match target:
+            case "q" | "k" | "v":
+                layer, rows = self.attn.qkv, self.attn.width
+            case "proj":
+                layer = self.attn.proj
+            case "fc1":
+                layer = self.mlp.fc1
+            case _:
+                layer = self.mlp.fc2
+        sliced = rows is not None
+        return Site(
+            block=number,
+            module=layer.name,
+            slice=target if sliced else "",
+            in_features=layer.in_features,
+            out_features=layer.out_features if rows is None else rows,
+            first_row=0 if rows is None else "qkv".index(target) * rows,
+            module_rows=layer.out_features,
+        )
+
+
+class AdaptedAttention(nn.Module):
+    """timm's `Attention`: multi-head self-attention with one fused projection for q, k and v."""
+
+    def __init__(self, attention: Attention, name: str) -> None:
+        super().__init__()
+        _check_kind(attention, Attention, name)
+        if getattr(attention, "gate", None) is not None:
+            raise ConfigError(f"{name} is gated attention", expected="attention without a gate")
+        self.qkv = AdaptedLinear(attention.qkv, f"{name}.qkv")
+        self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
+        self.norm = attention.norm
+        self.proj = AdaptedLinear(attention.proj, f"{name}.proj")
+        self.heads: int = attention.num_heads
+        self.head_dim: int = attention.head_dim
+
+    @property
+    def width(self) -> int:
+        """Output rows of each of q, k and v."""
+        return self.heads * self.head_dim
+
+    def forward(self, x: Tensor, mixture: Mixture | None) -> Tensor:
+        """(batch, tokens, dim) to the same shape."""
+        batch, tokens, _ = x.shape
+        qkv = self.qkv(x, mixture).reshape(batch, tokens, 3, self.heads, self.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = attend(self.q_norm(q), self.k_norm(k), v)
+        mixed = mixed.transpose(1, 2).reshape(batch, tokens, self.width)
+        return self.proj(self.norm(mixed), mixture)
+
+
+class AdaptedMlp(nn.Module):
+    """timm's `Mlp`: fc1, activation, perhaps a norm, fc2."""
+
+    def __init__(self, mlp: Mlp, name: str) -> None:
+        super().__init__()
+        _check_kind(mlp, Mlp, name)
+        self.fc1 = AdaptedLinear(mlp.fc1, f"{name}.fc1")
+        self.act, self.norm = mlp.act, mlp.norm
+        self.fc2 = AdaptedLinear(mlp.fc2, f"{name}.fc2")
+
+    def forward(self, x: Tensor, mixture: Mixture | None) -> Tensor:
+        """(batch, tokens, dim) to the same shape."""
+        return self.fc2(self.norm(self.act(self.fc1(x, mixture))), mixture)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q kᵀ / √d) v for (batch, heads, tokens, d), the same shape out.
+
+    The one place that chooses the kernel. In bf16 on a CPU the products are written out: the
+    backward pass of torch's fused kernel takes about twice as long there, from 17 to 785 tokens.
+    Everywhere else the fused kernel is as fast or faster.
+    """
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        return scores.softmax(dim=-1) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def _check_kind(module: nn.Module, kind: type[nn.Module], name: str) -> None:
+    """A subclass may compute something else: only the very class is known to be equal."""
+    if type(module) is not kind:
+        raise ConfigError(
+            f"{name} is a {type(module).__name__}, which memtool cannot adapt",
+            expected=f"timm's {kind.__name__}",
+            remedy="choose a plain Vision Transformer, as vit_tiny_patch16_224",
+        )
