@@ -6,8 +6,16 @@ from memtool.config import HeadSettings
 from memtool.errors import ConfigError, did_you_mean
 from memtool.heads.analytic import FeatureStatistics
 from memtool.heads.linear import LinearClassifier, LinearHead, mask_logits
+from memtool.heads.recalled import RecalledHead
 
-__all__ = ["FeatureStatistics", "LinearClassifier", "LinearHead", "mask_logits", "solve_head"]
+__all__ = [
+    "FeatureStatistics",
+    "LinearClassifier",
+    "LinearHead",
+    "RecalledHead",
+    "mask_logits",
+    "solve_head",
+]
 
 
 def solve_head(

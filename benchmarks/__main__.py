@@ -1,0 +1,56 @@
+"""`python -m benchmarks NAME [--repeats N] [--json]`; without a name, the list of benchmarks.
+
+The result of a benchmark has `passed`, and `cases` with `name`, `value`, `limit`, `passed`. JSON
+or a table goes to stdout, progress to stderr. Exit code 1: a limit was missed; 2: wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def benchmarks() -> dict[str, str]:
+    """Name and first docstring line of every module here that has a `run`; imports nothing."""
+    found: dict[str, str] = {}
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if any(isinstance(node, ast.FunctionDef) and node.name == "run" for node in tree.body):
+            found[path.stem] = (ast.get_docstring(tree) or "").split("\n", 1)[0]
+    return found
+
+
+def main(arguments: list[str]) -> int:
+    """Run one benchmark or list all; the exit code."""
+    known = benchmarks()
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("name", nargs="?", choices=sorted(known), help="none: list them")
+    parser.add_argument("--repeats", type=int, default=9, help="paired repetitions (default 9)")
+    parser.add_argument("--json", action="store_true", help="the whole result as JSON on stdout")
+    given = parser.parse_args(arguments)
+    if given.repeats < 1:
+        parser.error("--repeats must be at least 1")
+    if given.name is None:
+        if given.json:
+            print(json.dumps(known, indent=2))
+        else:
+            for name, title in known.items():
+                print(f"{name:16} {title}")
+        return 0
+    result: dict[str, Any] = importlib.import_module(f"benchmarks.{given.name}").run(given.repeats)
+    if given.json:
+        print(json.dumps(result, indent=2))
+    else:
+        for case in result["cases"]:
+            verdict = "ok" if case["passed"] else "MISSED"
+            print(f"{case['name']:56} {case['value']:8.3f}  limit {case['limit']}  {verdict}")
+    return 0 if result["passed"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,227 @@
+"""Adapters in the forward pass: a memory over ViT-B/16, and mixtures against PEFT's layers.
+
+Three questions, each with its limit:
+
+ * What does a memory of 20 adapters (rank 8 on q and v of all 12 blocks, coefficients per block and
+   sample from the class token) add to the eval forward of ViT-B/16 in bf16, batch 32?
+ * How much faster than PEFT's Arrow layer is a weighted mixture for every token, routing included?
+ * How much faster than PEFT's `adapter_names` batch is a hard choice for every sample?
+
+In the last two the frozen product is not timed, as it is the same for both: each side gets the
+frozen output ready and adds the adapters' part, in bf16. The outputs are compared first, in
+float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig
+from peft.tuners.lora import Linear as PeftLinear
+from peft.tuners.lora.arrow import ArrowLoraLinearLayer
+from peft.tuners.lora.config import ArrowConfig
+from torch import Tensor, nn
+
+from benchmarks.timing import case, environment, interleaved, progress
+from memtool.adapters.layout import Layout, Site
+from memtool.adapters.mixing import Mix, Mixture
+from memtool.adapters.values import AdapterValues, Recall
+from memtool.backbones.vit import VitBackbone
+
+BATCH, TOKENS, WIDTH, RANK = 32, 197, 768, 8
+
+Layer = Callable[[Tensor, Tensor], Tensor]
+"""(x, frozen output y) to y with the adapters' part; y may be overwritten."""
+
+
+def run(repeats: int) -> dict[str, Any]:
+    """All cases; the model's forward passes take seconds each, a layer's milliseconds."""
+    with torch.inference_mode():
+        cases = [*over_the_backbone(repeats), *against_arrow(repeats), *against_names(repeats)]
+    return {
+        "benchmark": "mixing",
+        "environment": environment(),
+        "passed": all(found["passed"] for found in cases),
+        "cases": cases,
+    }
+
+
+def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Normal numbers that depend on the seed alone."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def over_the_backbone(repeats: int) -> list[dict[str, Any]]:
+    """ViT-B/16 with a memory, over the same without."""
+    progress("ViT-B/16, bf16, batch 32, 20 adapters of rank 8 on q and v of 12 blocks")
+    vit = timm.create_model("vit_base_patch16_224", pretrained=False, num_classes=0)
+    backbone = VitBackbone(vit, "timm:vit_base_patch16_224", mean=(0.5,) * 3, std=(0.5,) * 3)
+    backbone.to(torch.bfloat16)
+    adapters = 20
+    layout = Layout(backbone.sites(("q", "v")), RANK)
+    flat = randn(adapters, layout.numel, seed=1, dtype=torch.bfloat16) * 0.02
+    values = AdapterValues.from_flat(flat, layout, 1.0)
+    keys = randn(backbone.depth, adapters, WIDTH, seed=2, dtype=torch.bfloat16)
+    pixels = randn(BATCH, 3, 224, 224, seed=3, dtype=torch.bfloat16)
+
+    def memory(mix: Mix) -> Recall:
+        def recall(block: int, hidden: Tensor) -> Mixture | None:
+            found = values.block(block)
+            if found is None:
+                return None
+            query = F.layer_norm(hidden[:, 0].float(), (WIDTH,))
+            scores = query @ keys[block].float().t() / WIDTH**0.5
+            return Mixture.weighted(found, scores.softmax(dim=-1), mix)
+
+        return recall
+
+    seconds = interleaved(
+        {
+            "frozen": lambda: backbone.features(pixels),
+            "params": lambda: backbone.features(pixels, memory("params")),
+            "delta": lambda: backbone.features(pixels, memory("delta")),
+        },
+        repeats,
+    )
+    return [
+        case("ViT-B/16 with memory, params", seconds, "params", "frozen", at_most=1.03),
+        case("ViT-B/16 with memory, delta", seconds, "delta", "frozen", at_most=1.12),
+    ]
+
+
+def layer(adapters: int, dtype: torch.dtype) -> tuple[AdapterValues, dict[str, Tensor]]:
+    """Adapters of one square linear layer, stacked, and their A and B by name for the peer."""
+    layout = Layout((Site(0, "fc", "", WIDTH, WIDTH, 0, WIDTH),), RANK)
+    flat = randn(adapters, layout.numel, seed=4, dtype=dtype) * 0.05
+    return AdapterValues.from_flat(flat, layout, 1.0), layout.unflatten(flat)
+
+
+def same_outputs(peer: Layer, ours: Layer, batch: int) -> float:
+    """The relative distance of two layers' outputs in float32; refuses layers that differ."""
+    x = randn(batch, TOKENS, WIDTH, seed=5)
+    one = peer(x, torch.zeros_like(x))
+    other = ours(x, torch.zeros_like(x))
+    relative = float((one - other).norm() / one.norm())
+    if not relative < 1e-5:
+        raise AssertionError(f"the outputs differ by {relative:.2g} of their length")
+    return relative
+
+
+def arrow_layers(count: int, dtype: torch.dtype) -> tuple[Layer, Layer]:
+    """PEFT's own Arrow layer with every expert kept, and the same mixture here."""
+    values, named = layer(count, dtype)
+    names = [f"task_{i}" for i in range(count)]
+    lora_a, lora_b = nn.ModuleDict(), nn.ModuleDict()
+    for i, name in enumerate(names):
+        a = nn.Linear(WIDTH, RANK, bias=False, dtype=dtype)
+        b = nn.Linear(RANK, WIDTH, bias=False, dtype=dtype)
+        a.weight.copy_(named["fc.lora_A"][i])
+        b.weight.copy_(named["fc.lora_B"][i])
+        lora_a[name], lora_b[name] = a, b
+    config = ArrowConfig(top_k=count, router_temperature=1.0)
+    config.task_adapter_names, config.gks_adapter_names = names, []
+    arrow = ArrowLoraLinearLayer(WIDTH, config)
+    arrow.build_prototypes(lora_a, lora_b)
+    prototypes = arrow.prototypes
+    scaling, dropout = dict.fromkeys(names, 1.0), nn.Identity()
+    block = values.block(0)
+    assert block is not None
+
+    def peer(x: Tensor, y: Tensor) -> Tensor:
+        added: Tensor = y + arrow(x, lora_a, lora_b, dropout, scaling)
+        return added
+
+    def ours(x: Tensor, y: Tensor) -> Tensor:
+        # Arrow's routing: softmax of the absolute response to each expert's prototype.
+        coefficients = (x @ prototypes.t()).abs().softmax(dim=-1)
+        return Mixture.weighted(block, coefficients).add_to(y, x, "fc")
+
+    return peer, ours
+
+
+def against_arrow(repeats: int) -> list[dict[str, Any]]:
+    """Weighted mixtures for every token, in bf16."""
+    cases = []
+    x = randn(BATCH, TOKENS, WIDTH, seed=5, dtype=torch.bfloat16)
+    y = torch.zeros_like(x)
+    for count in (5, 10, 20, 40):
+        relative = same_outputs(*arrow_layers(count, torch.float32), batch=4)
+        peer, ours = arrow_layers(count, torch.bfloat16)
+        calls = {"arrow": partial(peer, x, y), "memtool": partial(ours, x, y)}
+        seconds = interleaved(calls, repeats)
+        name = f"mixture of {count} experts for each of {BATCH * TOKENS} tokens"
+        cases.append(
+            case(name, seconds, "arrow", "memtool", at_least=3.0, relative_difference=relative)
+        )
+    return cases
+
+
+class Ready(nn.Module):
+    """A base layer whose output is known already."""
+
+    def __init__(self, output: Tensor) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The output, whatever the input."""
+        del x
+        return self.output
+
+
+def named_layers(count: int, dtype: torch.dtype) -> tuple[Layer, Layer]:
+    """PEFT's LoRA layer with a name for every sample, and the same choice here."""
+    values, named = layer(count, dtype)
+    names = [f"task_{i}" for i in range(count)]
+    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["fc"])
+    peft = PeftLinear(nn.Linear(WIDTH, WIDTH), names[0], config=config, r=RANK, lora_alpha=RANK)
+    for name in names[1:]:
+        peft.update_layer(name, RANK, lora_alpha=RANK, config=config)
+    peft.to(dtype).eval()
+    for i, name in enumerate(names):
+        peft.lora_A[name].weight.copy_(named["fc.lora_A"][i])
+        peft.lora_B[name].weight.copy_(named["fc.lora_B"][i])
+    index = torch.randint(count, (BATCH,), generator=torch.Generator().manual_seed(7))
+    chosen = [names[i] for i in index.tolist()]
+    block = values.block(0)
+    assert block is not None
+
+    def peer(x: Tensor, y: Tensor) -> Tensor:
+        peft.base_layer = Ready(y)
+        added: Tensor = peft(x, adapter_names=chosen)
+        return added
+
+    def ours(x: Tensor, y: Tensor) -> Tensor:
+        return Mixture.chosen(block, index).add_to(y, x, "fc")
+
+    return peer, ours
+
+
+def against_names(repeats: int) -> list[dict[str, Any]]:
+    """A hard choice for every sample, in bf16, for short and for long sequences."""
+    count = 50
+    relative = same_outputs(*named_layers(count, torch.float32), batch=BATCH)
+    peer, ours = named_layers(count, torch.bfloat16)
+    cases = []
+    for tokens in (17, TOKENS):
+        x = randn(BATCH, tokens, WIDTH, seed=5, dtype=torch.bfloat16)
+        y = torch.zeros_like(x)
+        calls = {"adapter_names": partial(peer, x, y), "memtool": partial(ours, x, y)}
+        seconds = interleaved(calls, 3 * repeats, inner=3)
+        name = f"choice of 1 in {count} adapters, {BATCH} samples of {tokens} tokens"
+        cases.append(
+            case(
+                name,
+                seconds,
+                "adapter_names",
+                "memtool",
+                at_least=5.0,
+                relative_difference=relative,
+            )
+        )
+    return cases

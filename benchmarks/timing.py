@@ -1,0 +1,98 @@
+"""Paired measurements: what is compared runs side by side, so that a busy machine slows both."""
+
+from __future__ import annotations
+
+import gc
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+
+def progress(message: str) -> None:
+    """One line to stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def environment() -> dict[str, Any]:
+    """What a figure depends on: processor, threads, versions."""
+    return {
+        "machine": platform.machine(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def interleaved(
+    candidates: Mapping[str, Callable[[], object]], repeats: int, *, inner: int = 1
+) -> dict[str, list[float]]:
+    """Seconds a call of every candidate, in `repeats` rounds that run each of them once.
+
+    The order turns by one from round to round, so that nobody always runs first. A time is the mean
+    of `inner` calls in a row. One round before the first is not counted.
+    """
+    names = list(candidates)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    gc.collect()
+    gc.disable()
+    try:
+        for repeat in range(-1, repeats):
+            turn = repeat % len(names)
+            for name in names[turn:] + names[:turn]:
+                call = candidates[name]
+                begin = time.perf_counter()
+                for _ in range(inner):
+                    call()
+                elapsed = (time.perf_counter() - begin) / inner
+                if repeat >= 0:
+                    seconds[name].append(elapsed)
+    finally:
+        gc.enable()
+    return seconds
+
+
+def ratio(seconds: Mapping[str, list[float]], over: str, under: str) -> dict[str, float]:
+    """Median and quartiles of seconds[over] / seconds[under], round by round."""
+    pairs = zip(seconds[over], seconds[under], strict=True)
+    ratios = [one / other for one, other in pairs]
+    if len(ratios) == 1:
+        return {"median": ratios[0], "lower_quartile": ratios[0], "upper_quartile": ratios[0]}
+    lower, median, upper = statistics.quantiles(ratios, n=4, method="inclusive")
+    return {"median": median, "lower_quartile": lower, "upper_quartile": upper}
+
+
+def case(
+    name: str,
+    seconds: Mapping[str, list[float]],
+    over: str,
+    under: str,
+    *,
+    at_most: float | None = None,
+    at_least: float | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """One figure of a report: the median ratio `over` / `under` against its limit."""
+    spread = ratio(seconds, over, under)
+    value = spread["median"]
+    passed = (at_most is None or value <= at_most) and (at_least is None or value >= at_least)
+    progress(
+        f"{name}: {over} / {under} = {value:.3f} "
+        f"({spread['lower_quartile']:.3f} to {spread['upper_quartile']:.3f})"
+    )
+    return {
+        "name": name,
+        "what": f"{over} / {under}",
+        "value": value,
+        "limit": f"<= {at_most}" if at_most is not None else f">= {at_least}",
+        "passed": passed,
+        "quartiles": [spread["lower_quartile"], spread["upper_quartile"]],
+        "median_seconds": {name: statistics.median(times) for name, times in seconds.items()},
+        "repeats": len(seconds[over]),
+        **more,
+    }

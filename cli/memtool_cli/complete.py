@@ -1,0 +1,82 @@
+"""What the shell offers after Tab: presets, settings, tasks, versions. Nothing here loads torch.
+
+A completion that cannot know (no store yet, a broken memtool.yaml) offers nothing: an error text
+in the middle of a half-typed line would help nobody.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from memtool.config import Config, choices, keys, presets, resolve, split_store
+from memtool.errors import MemtoolError
+from memtool_stores.errors import StoreError
+
+
+def preset_names(incomplete: str) -> list[str]:
+    """Presets."""
+    return [preset.name for preset in presets() if preset.name.startswith(incomplete)]
+
+
+def settings(incomplete: str) -> list[str]:
+    """Dotted keys with `=`, and after it the words that the setting can take."""
+    key, equals, start = incomplete.partition("=")
+    if not equals:
+        return [f"{known}=" for known in keys() if known.startswith(key)]
+    known_words = choices(key) if key in keys() else ()
+    return [f"{key}={word}" for word in known_words if word.startswith(start)]
+
+
+def tasks(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Names of the tasks that the configuration or the embedded data set lists."""
+    try:
+        names = _task_names(_config(ctx))
+    except MemtoolError:
+        return []
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def versions(ctx: typer.Context, incomplete: str) -> list[str]:
+    """HEAD and the version ids of the store."""
+    try:
+        store = split_store(_config(ctx).store)[0]
+        return [ref for ref in _versions(store) if ref.startswith(incomplete)]
+    except (MemtoolError, StoreError):
+        return []
+
+
+def stores(incomplete: str) -> list[str]:
+    """Folders, and after `@` the versions of the store before it."""
+    store, at, version = incomplete.rpartition("@")
+    if not at:
+        folder = Path(incomplete) if incomplete.endswith("/") else Path(incomplete).parent
+        found = [str(path) for path in sorted(folder.glob("*")) if path.is_dir()]
+        return [path for path in found if path.startswith(incomplete)]
+    try:
+        return [f"{store}@{ref}" for ref in _versions(store) if ref.startswith(version)]
+    except StoreError:
+        return []
+
+
+def _config(ctx: typer.Context) -> Config:
+    given = ctx.params
+    overrides = {"store": given["store"]} if given.get("store") else {}
+    return resolve(preset=given.get("preset"), file=given.get("config"), overrides=overrides).config
+
+
+def _task_names(config: Config) -> tuple[str, ...]:
+    if config.stream.order is not None:
+        return config.stream.order
+    if config.stream.source == "digits" and config.stream.setting == "dil":
+        from memtool.streams.digits import DOMAINS
+
+        return tuple(DOMAINS)
+    return ()
+
+
+def _versions(store: str) -> list[str]:
+    from memtool_stores import MemoryStore
+
+    return ["HEAD", *(version.id for version in MemoryStore.open(store).log())]

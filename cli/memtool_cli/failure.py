@@ -1,0 +1,123 @@
+"""From an error to what the user reads and the exit code that a script sees."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+from types import TracebackType
+
+import typer
+
+from memtool.errors import MemtoolError
+from memtool_stores.errors import StoreError
+
+NO, USAGE, NOT_FOUND = 1, 2, 3
+INTERRUPTED, BROKEN_PIPE = 130, 141
+
+EXIT_CODES = """\
+0 done
+1 the answer is no, or the work failed
+2 usage or configuration
+3 not found
+4 conflict
+5 integrity
+130 interrupted, work so far is safe
+141 broken pipe"""
+
+# What a verb may raise on purpose; anything else is a bug and goes to `on_unexpected`.
+EXPECTED: tuple[type[BaseException], ...] = (
+    MemtoolError,
+    StoreError,
+    typer.TyperException,
+    typer.Exit,
+    typer.Abort,
+    KeyboardInterrupt,
+    OSError,
+)
+
+
+def report(error: BaseException) -> int:
+    """Tell the user on stderr what was wrong and what helps; the exit code."""
+    match error:
+        case typer.Exit():
+            return error.exit_code
+        case KeyboardInterrupt() | typer.Abort():
+            _say(
+                "interrupted: every committed version is safe, training is saved at its last step",
+                remedy="the same command again, to go on",
+            )
+            return INTERRUPTED
+        case BrokenPipeError():
+            close_stdout()
+            return BROKEN_PIPE
+        case MemtoolError() | StoreError():
+            _say(f"error: {error.message}", expected=error.expected, remedy=error.remedy)
+            return error.exit_status
+        case typer.TyperException():
+            return _report_usage(error)
+        case OSError():
+            return _report_system(error)
+    raise error
+
+
+def close_stdout() -> None:
+    """Stdout takes no more: what Python still flushes at its end goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def on_unexpected(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """`sys.excepthook`: an error that nobody foresaw, in one line. Python then exits with 1."""
+    if "--debug" in sys.argv:
+        traceback.print_exception(kind, error, trace)
+        return
+    text = str(error).partition("\n")[0]
+    _say(
+        f"error: unexpected {kind.__name__}: {text}",
+        remedy="the same command with --debug, and report what it shows",
+    )
+
+
+def _report_usage(error: typer.TyperException) -> int:
+    context = getattr(error, "ctx", None)
+    message = error.format_message().replace("\n", " ").replace("\t", " ")
+    if not message:  # no arguments at all: the help page has been printed
+        return USAGE
+    command = context.command_path if context else "memtool"
+    _say(f"error: {message}", remedy=f"{command} --help")
+    return error.exit_code
+
+
+def _report_system(error: OSError) -> int:
+    name = error.filename or "the output"
+    match error.errno:
+        case errno.ENOENT:
+            _say(f"error: {name} is not there")
+            return NOT_FOUND
+        case errno.EACCES | errno.EPERM | errno.EROFS:
+            _say(
+                f"error: {name}: {error.strerror}",
+                remedy="another place with --store PATH or --set runs=PATH, or other permissions",
+            )
+            return USAGE
+        case errno.ENOSPC | errno.EDQUOT:
+            close_stdout()  # it may be what is full
+            _say(
+                f"error: {name}: {error.strerror}; every committed version is safe",
+                remedy="free some space (memtool gc), then the same command again",
+            )
+            return NO
+    _say(f"error: {error}")
+    return NO
+
+
+def _say(message: str, *, expected: str | None = None, remedy: str | None = None) -> None:
+    lines = [message]
+    if expected:
+        lines.append(f"  expected: {expected}")
+    if remedy:
+        lines.append(f"  try: {remedy}")
+    sys.stderr.write("\n".join(lines) + "\n")

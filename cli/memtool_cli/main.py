@@ -1,0 +1,126 @@
+"""`memtool`: the table of verbs, each loaded only when it is called, and the way out.
+
+`memtool --help` must answer at once, so this module knows the name, the panel and one sentence of
+every verb, and nothing else of it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from importlib import import_module
+from typing import Annotated, Any, NamedTuple
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from memtool import __version__
+from memtool_cli import failure
+
+
+class Verb(NamedTuple):
+    """Where a verb is and how the list of verbs names it."""
+
+    module: str
+    panel: str
+    sentence: str
+
+
+FLOW, HISTORY, FILES, SETUP = "The flow", "History", "Files", "Setup"
+
+VERBS = {
+    "demo": Verb("experiments", FLOW, "Run everything on the embedded data, in about a minute."),
+    "run": Verb("experiments", FLOW, "Run a whole experiment, tasks by seeds; goes on where left."),
+    "train-adapter": Verb("flow", FLOW, "Train the adapter of one task, as a PEFT directory."),
+    "write": Verb("flow", FLOW, "Put trained adapters into the memory, as one version."),
+    "consolidate": Verb("flow", FLOW, "Let the memory learn the keys of its adapters."),
+    "retrieve": Verb("flow", FLOW, "Show the mixture that a task, an image or a query recalls."),
+    "eval": Verb("flow", FLOW, "Measure the memory on the test images of all its tasks."),
+    "report": Verb("experiments", FLOW, "Make an HTML page from evaluation records."),
+    "ls": Verb("history", HISTORY, "List the adapters in the memory."),
+    "log": Verb("history", HISTORY, "List the versions of the memory, newest first."),
+    "show": Verb("history", HISTORY, "Show one version and what is in it."),
+    "diff": Verb("history", HISTORY, "Show what changed from one version to another."),
+    "tag": Verb("history", HISTORY, "Name a version."),
+    "rollback": Verb("history", HISTORY, "Go back to a version; what came after is kept aside."),
+    "verify": Verb("history", HISTORY, "Check every stored byte."),
+    "gc": Verb("history", HISTORY, "Remove old versions and free their space."),
+    "import": Verb("exchange", FILES, "Put PEFT adapters made elsewhere into the memory."),
+    "export": Verb("exchange", FILES, "Write adapters of the memory as PEFT directories."),
+    "init": Verb("setup", SETUP, "Write memtool.yaml, with a comment on every setting."),
+    "config": Verb("setup", SETUP, "Show the settings, where they come from, and the presets."),
+    "doctor": Verb("setup", SETUP, "Check versions, device, data, cache and memory."),
+    "pretrain": Verb("experiments", SETUP, "Train the embedded backbone from its data."),
+}
+
+
+class Verbs(TyperGroup):
+    """Lists verbs from the table; imports a verb's module when it is called or completed."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        for name, listed in VERBS.items():
+            self.commands[name] = TyperCommand(
+                name, help=listed.sentence, rich_help_panel=listed.panel
+            )
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """As the base, but with the real command in place of the listed one."""
+        name, listed, rest = super().resolve_command(ctx, args)
+        if name is None:
+            return name, listed, rest
+        module = import_module(f"memtool_cli.verbs.{VERBS[name].module}")
+        return name, typer.main.get_group(module.app).commands[name], rest
+
+
+app = typer.Typer(
+    cls=Verbs,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=f"[bold]Exit codes[/bold]\n{failure.EXIT_CODES}",
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"memtool {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback(no_args_is_help=True)
+def memtool(
+    _: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version."),
+    ] = False,
+) -> None:
+    """Adapters in a versioned associative memory: a frozen model that learns without forgetting."""
+
+
+def run() -> None:
+    """The console script `memtool`."""
+    sys.excepthook = failure.on_unexpected
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(arguments: list[str]) -> int:
+    """Run one command line; the exit code. Unforeseen errors are raised."""
+    if "_MEMTOOL_COMPLETE" in os.environ:
+        app(prog_name="memtool")
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context("memtool", list(arguments)) as context:
+            command.invoke(context)
+        sys.stdout.flush()
+    except failure.EXPECTED as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        return failure.report(error)
+    except SystemExit as stop:
+        # rich turns a closed pipe into an exit of its own while it prints a help page.
+        if isinstance(stop.__context__, BrokenPipeError):
+            failure.close_stdout()
+            return failure.BROKEN_PIPE
+        raise
+    return 0

@@ -1,0 +1,338 @@
+"""The options that verbs share, each declared once, and what a verb is called with.
+
+    @app.command("write", epilog=examples("memtool write"))
+    @verb(STORE, SEED, *COMPUTE, *CONFIGURATION)
+    def write(call: Call, directories: Annotated[list[Path] | None, typer.Argument()] = None):
+        ...
+
+`verb` adds the shared options to the signature that Typer reads, and hands their values over as
+one `Call`. An option of a setting is only another way to write it, so that every value is checked
+in one place, `memtool.config.resolve`, whatever way it came.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from memtool.config import Config, Resolved, choices, keys, parse_assignment, resolve, split_store
+from memtool.errors import ConfigError, NotFoundError, did_you_mean
+from memtool_cli import complete
+from memtool_cli.output import Out
+
+if TYPE_CHECKING:
+    from memtool.methods.mira import Mira
+    from memtool.progress import Progress
+    from memtool_stores import MemoryStore, MemoryView
+
+
+@dataclass(frozen=True)
+class Shared:
+    """One shared option. `setting` is the dotted key that it writes, if it writes one."""
+
+    flag: str
+    annotation: Any
+    default: Any = None
+    setting: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The parameter's name: the flag as an identifier."""
+        return self.flag.removeprefix("--").replace("-", "_")
+
+    @property
+    def parameter(self) -> inspect.Parameter:
+        """What stands in the signature."""
+        return inspect.Parameter(
+            self.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=self.default,
+            annotation=self.annotation,
+        )
+
+
+def _setting(flag: str, key: str, panel: str, help: str | None = None, **more: Any) -> Shared:
+    words = choices(key)
+    metavar = more.pop("metavar", "|".join(words) or "VALUE")
+    option = typer.Option(
+        flag,
+        help=help or f"{keys()[key].description}.".capitalize(),
+        metavar=metavar,
+        rich_help_panel=panel,
+        autocompletion=more.pop("autocompletion", _words(words) if words else None),
+        show_default=False,
+    )
+    return Shared(flag, Annotated[more.pop("type", str | None), option], setting=key)
+
+
+def _words(words: tuple[str, ...]) -> Callable[[str], list[str]]:
+    def offer(incomplete: str) -> list[str]:
+        return [word for word in words if word.startswith(incomplete)]
+
+    return offer
+
+
+def _switch(flag: str, panel: str, help: str, short: str | None = None) -> Shared:
+    names = (flag, short) if short else (flag,)
+    return Shared(
+        flag, Annotated[bool, typer.Option(*names, help=help, rich_help_panel=panel)], False
+    )
+
+
+STORE = _setting(
+    "--store",
+    "store",
+    "Memory",
+    "The memory: a folder; verbs that only read also take FOLDER@VERSION.",
+    metavar="PATH",
+    autocompletion=complete.stores,
+)
+SEP = _setting("--sep", "memory.separation", "Memory", "How similarities become coefficients.")
+MIX = _setting("--mix", "memory.mix", "Memory")
+RANK = _setting("--rank", "adapter.rank", "Training", "Rank of the adapters.", metavar="N")
+SEED = _setting(
+    "--seed", "seed", "Training", "Seed; `run` takes several.", metavar="N", type=list[str] | None
+)
+COMPUTE = (
+    _setting("--device", "engine.device", "Compute", "Where tensors live."),
+    _setting("--precision", "engine.precision", "Compute", "Number format of the computation."),
+)
+CONFIGURATION = (
+    Shared(
+        "--preset",
+        Annotated[
+            str | None,
+            typer.Option(
+                "--preset",
+                metavar="NAME",
+                help="Settings that ship with memtool (`memtool config presets`).",
+                rich_help_panel="Configuration",
+                autocompletion=complete.preset_names,
+            ),
+        ],
+    ),
+    Shared(
+        "--config",
+        Annotated[
+            Path | None,
+            typer.Option(
+                "--config",
+                metavar="FILE",
+                help="A YAML file of settings.",
+                rich_help_panel="Configuration",
+            ),
+        ],
+    ),
+    Shared(
+        "--set",
+        Annotated[
+            list[str] | None,
+            typer.Option(
+                "--set",
+                metavar="KEY=VALUE",
+                help="Any setting by its key; may be repeated.",
+                rich_help_panel="Configuration",
+                autocompletion=complete.settings,
+            ),
+        ],
+    ),
+)
+DRY_RUN = _switch("--dry-run", "Output", "Only say what would be done.")
+YES = _switch("--yes", "Dangerous", "Do not ask.")
+OUTPUT = (
+    _switch("--json", "Output", "One JSON document a record, nothing else on stdout."),
+    _switch("--quiet", "Output", "Only ids or one number on stdout, nothing on stderr.", "-q"),
+    _switch("--verbose", "Output", "Also what the library logs.", "-v"),
+    _switch("--debug", "Output", "The traceback of an error."),
+)
+
+
+TaskOfForeign = Annotated[
+    str | None,
+    typer.Option(
+        "--task",
+        metavar="TASK",
+        help="What an adapter that memtool did not train was trained on.",
+        rich_help_panel="Memory",
+        autocompletion=complete.tasks,
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One invocation: the shared options that were given, and what follows from them."""
+
+    given: Mapping[str, Any]
+    shared: tuple[Shared, ...]
+
+    @cached_property
+    def out(self) -> Out:
+        """Where the verb writes to."""
+        return Out(json=self.given["json"], quiet=self.given["quiet"])
+
+    @cached_property
+    def resolved(self) -> Resolved:
+        """The configuration in force. Raises ConfigError, NotFoundError."""
+        return self.resolve()
+
+    def resolve(self, *, ambient: bool = True) -> Resolved:
+        """The configuration; without `ambient` only what the command line names counts."""
+        overrides: dict[str, Any] = dict(
+            parse_assignment(text) for text in self.given.get("set") or ()
+        )
+        for option in self.shared:
+            if option.setting and self.given[option.name] not in (None, []):
+                overrides[option.setting] = self.given[option.name]
+        return resolve(
+            preset=self.given.get("preset"),
+            file=self.given.get("config"),
+            overrides=overrides,
+            ambient=ambient,
+        )
+
+    @property
+    def config(self) -> Config:
+        """The configuration in force."""
+        return self.resolved.config
+
+    @property
+    def seed(self) -> int:
+        """The one seed of a verb that takes one step. Raises ConfigError for several."""
+        if len(self.config.seed) > 1:
+            raise ConfigError(
+                f"{len(self.config.seed)} seeds ({self.resolved.origin['seed']})",
+                expected="one: a memory grows by one run",
+                remedy="--seed N, or `memtool run` for all of them",
+            )
+        return self.config.seed[0]
+
+    @property
+    def dry_run(self) -> bool:
+        """Whether only the plan is wanted."""
+        return bool(self.given.get("dry_run"))
+
+    @property
+    def store_path(self) -> str:
+        """Where the memory is, without a version."""
+        return split_store(self.config.store)[0]
+
+    @property
+    def version(self) -> str:
+        """The version that the store was named with, else HEAD."""
+        return split_store(self.config.store)[1]
+
+    def store(self) -> MemoryStore:
+        """The memory on disk. Raises NotFoundError, and the errors of the store."""
+        from memtool_stores import MemoryStore
+
+        if not MemoryStore.exists(self.store_path):
+            raise NotFoundError(
+                f"no memory at {self.store_path!r}",
+                remedy=f"{self.command('train-adapter --task 1')}, then `memtool write`; "
+                "or --store PATH for a memory elsewhere",
+            )
+        return MemoryStore.open(self.store_path)
+
+    def view(self, version: str | None = None) -> MemoryView:
+        """The memory at `version`, else at the version that the store was named with."""
+        return self.store().view(version or self.version)
+
+    def store_to_change(self) -> MemoryStore:
+        """The memory on disk, named without a version: history is only ever added to."""
+        self.refuse_version()
+        return self.store()
+
+    def refuse_version(self) -> None:
+        """Raise ConfigError when the store was named with a version, which can only be read."""
+        path, version = split_store(self.config.store)
+        if "@" in self.config.store:
+            raise ConfigError(
+                f"--store {self.config.store}: version {version} can be read, not written to",
+                expected=path,
+                remedy=f"--store {path}, perhaps after `memtool rollback {version}`",
+            )
+
+    def mira(self, progress: Progress | None = None) -> Mira:
+        """The method over this configuration, with one seed."""
+        from memtool.methods.mira import Mira
+
+        return Mira.open(self.config, seed=self.seed, progress=progress)
+
+    def confirm(self, deed: str) -> None:
+        """Ask before something that cannot be taken back, unless --yes was given.
+
+        Raises typer.Abort on no, ConfigError when nobody is there to ask.
+        """
+        if self.given["yes"]:
+            return
+        if not (sys.stdin.isatty() and sys.stderr.isatty()):
+            raise ConfigError(f"{deed}: nobody is there to ask", remedy="the same with --yes")
+        typer.confirm(f"{deed}?", err=True, abort=True)
+
+    @property
+    def line(self) -> str:
+        """The command line of this call, for the record of what ran."""
+        return shlex.join(["memtool", *sys.argv[1:]])
+
+    def command(self, text: str) -> str:
+        """`memtool <text>` with the store and the configuration that this call was given."""
+        words = ["memtool", *shlex.split(text)]
+        for option in self.shared:
+            value = self.given.get(option.name)
+            if option in _CARRIED and value not in (None, []):
+                for one in value if isinstance(value, list) else [value]:
+                    words += [option.flag, str(one)]
+        return shlex.join(words)
+
+
+_CARRIED = (STORE, RANK, SEED, *COMPUTE, *CONFIGURATION)
+
+
+def verb(*shared: Shared) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a verb its shared options, the output options included; see the top of the file."""
+    options = (*shared, *OUTPUT)
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
+
+        def called(**values: Any) -> None:
+            given = {option.name: values.pop(option.name) for option in options}
+            if given["json"] and given["quiet"]:
+                raise ConfigError("--json and --quiet", expected="one of them")
+            if given["verbose"]:
+                logging.basicConfig(stream=sys.stderr, format="%(name)s: %(message)s")
+                logging.getLogger("memtool").setLevel(logging.INFO)
+                logging.getLogger("memtool_stores").setLevel(logging.INFO)
+            function(Call(given, options), **values)
+
+        parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
+        parameters += [option.parameter for option in options]
+        called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        called.__annotations__ = {p.name: p.annotation for p in parameters}
+        called.__name__, called.__doc__ = function.__name__, function.__doc__
+        return called
+
+    return decorate
+
+
+def examples(*commands: str) -> str:
+    """The end of a verb's help: commands to copy."""
+    escaped: Iterable[str] = (command.replace("[", r"\[") for command in commands)
+    return "\n".join(["[bold]Examples[/bold]", *(f"$ {command}" for command in escaped)])
+
+
+def one_of(option: str, value: str, words: tuple[str, ...]) -> str:
+    """`value`, when it is one of `words`. Raises ConfigError with the nearest word."""
+    if value not in words:
+        raise ConfigError(f"{option} {value!r}", expected=did_you_mean(value, words))
+    return value

@@ -1,0 +1,233 @@
+"""What a verb says: data on stdout for people and scripts alike, everything else on stderr.
+
+    out = Out(json=False, quiet=False)
+    with out.progress() as progress:
+        results = mira.adapt("3", progress)
+    out.data(results, Table(("adapter", "loss"), rows), ids=[r.path for r in results])
+    out.next("memtool write")
+
+A person at a terminal gets a table, a pipe gets tab-separated columns with a header, `--json` one
+JSON document per record, `-q` only ids or one number.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from memtool.progress import Progress, ProgressEvent
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+    from rich.table import Table as RichTable
+
+    from memtool.reports.table import Grid
+
+PLAIN_LINE_EVERY_SECONDS = 5.0
+
+_NUMBER = re.compile(r"-|[-+]?[\d.,]+( (%|s|[kMGT]?B))?")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Header and rows of cells; without a header every row is a name and its value."""
+
+    header: tuple[str, ...]
+    rows: Sequence[Sequence[object]]
+    title: str = ""
+
+
+class Out:
+    """The one place that a verb writes to."""
+
+    def __init__(self, *, json: bool = False, quiet: bool = False) -> None:
+        self.json = json
+        self.quiet = quiet
+
+    def data(
+        self,
+        records: BaseModel | Sequence[BaseModel],
+        *tables: Table | Grid,
+        ids: Iterable[object],
+    ) -> None:
+        """Print records: as JSON, one a line; as their ids; or as tables."""
+        if self.json:
+            several = records if isinstance(records, Sequence) else (records,)
+            indent = 2 if sys.stdout.isatty() and len(several) == 1 else None
+            for record in several:
+                self.line(record.model_dump_json(by_alias=True, indent=indent))
+        elif self.quiet:
+            for id in ids:
+                self.line(str(id))
+        elif sys.stdout.isatty():
+            _print_tables(tables)
+        else:
+            for place, table in enumerate(tables):
+                lines = [table.header, *table.rows] if table.header else table.rows
+                for line in [""] * bool(place) + ["\t".join(map(_cell, row)) for row in lines]:
+                    self.line(line)
+                for note in getattr(table, "notes", ()):
+                    self.note(note)
+        sys.stdout.flush()
+
+    def line(self, text: str) -> None:
+        """One line of data."""
+        sys.stdout.write(text + "\n")
+
+    def note(self, text: str) -> None:
+        """One line for the reader, on stderr; not with -q."""
+        if not self.quiet:
+            sys.stderr.write(text + "\n")
+            sys.stderr.flush()
+
+    def next(self, command: str) -> None:
+        """The command that comes next."""
+        self.note(f"next: {command}")
+
+    @contextmanager
+    def progress(self) -> Iterator[Progress]:
+        """A callback for long work: a bar on a terminal, a line every few seconds elsewhere."""
+        if self.quiet:
+            yield _silence
+        elif sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+            with _bar() as progress:
+                yield progress
+        else:
+            yield PlainProgress()
+
+
+class PlainProgress:
+    """Progress as lines on stderr, one every few seconds and one at the end of a stage."""
+
+    def __init__(self, every_seconds: float = PLAIN_LINE_EVERY_SECONDS) -> None:
+        self.every_seconds = every_seconds
+        self._stage = ""
+        self._first_step = 0
+        self._started = self._spoke = 0.0
+
+    def __call__(self, event: ProgressEvent) -> None:
+        """Say where the stage stands, if it is time to."""
+        now = time.monotonic()
+        if event.stage != self._stage:
+            self._stage, self._first_step = event.stage, event.step
+            self._started = self._spoke = now
+        finished = event.step >= event.total
+        if not finished and now - self._spoke < self.every_seconds:
+            return
+        self._spoke = now
+        rate = (event.step - self._first_step) / max(now - self._started, 1e-9)
+        parts = [f"{event.stage}: {event.step}/{event.total}", _numbers(event)]
+        if rate > 0 and not finished:
+            left = (event.total - event.step) / rate
+            parts.append(f"({rate:.1f} steps/s, {duration(left)} left)")
+        sys.stderr.write(" ".join(part for part in parts if part) + "\n")
+        sys.stderr.flush()
+
+
+def duration(seconds: float) -> str:
+    """`"8.2 s"`, `"3 min 20 s"`, `"2 h 5 min"`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def size(count: int) -> str:
+    """`"512 B"`, `"1.3 MB"`; powers of 1000."""
+    number = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.1f} TB"
+
+
+def percent(fraction: float | None) -> str:
+    """`"93.4 %"`; a dash for what was not measured."""
+    return "-" if fraction is None else f"{100 * fraction:.1f} %"
+
+
+def _silence(_: ProgressEvent) -> None:
+    """Progress for -q."""
+
+
+@contextmanager
+def _bar() -> Iterator[Progress]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (
+        TextColumn("{task.fields[stage]}", markup=False),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[numbers]}", markup=False),
+        TextColumn("{task.fields[rate]}", markup=False),
+        TimeRemainingColumn(),
+    )
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None, stage="starting", numbers="", rate="")
+
+        def show(event: ProgressEvent) -> None:
+            shown = bar.tasks[0]
+            if shown.fields["stage"] != event.stage:
+                bar.reset(task, total=event.total, stage=event.stage, numbers="", rate="")
+            rate = f"{shown.speed:.1f} steps/s" if shown.speed else ""
+            bar.update(task, completed=event.step, numbers=_numbers(event), rate=rate)
+
+        yield show
+
+
+def _numbers(event: ProgressEvent) -> str:
+    return " ".join(f"{name} {value:.3g}" for name, value in event.metrics.items())
+
+
+def _cell(cell: object) -> str:
+    return " ".join("" if cell is None else part for part in str(cell).split())
+
+
+def _print_tables(tables: Iterable[Table | Grid]) -> None:
+    from rich.console import Console
+
+    console = Console(file=sys.stdout)
+    for table in tables:
+        if isinstance(table, Table):
+            console.print(_grid(table))
+        else:
+            from memtool.reports.table import to_rich
+
+            console.print(to_rich(table))
+
+
+def _grid(table: Table) -> RichTable:
+    from rich import box
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    grid = RichTable(
+        title=Text(table.title) if table.title else None,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_header=bool(table.header),
+        pad_edge=False,
+    )
+    width = len(table.header) or max((len(row) for row in table.rows), default=0)
+    for place in range(width):
+        cells = [_cell(row[place]) for row in table.rows]
+        numeric = any(cells) and all(_NUMBER.fullmatch(cell) for cell in cells)
+        grid.add_column(
+            Text(table.header[place]) if table.header else "",
+            justify="right" if numeric and table.header else "left",
+            overflow="fold",
+        )
+    for row in table.rows:
+        grid.add_row(*(Text(_cell(cell)) for cell in row))
+    return grid

@@ -1,0 +1,232 @@
+"""Typed records of the verbs that have no result type in the library; `--json` prints them.
+
+Every record names its schema and the version of it, so that a script knows how to read it.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Part(BaseModel):
+    """A piece of a record; made from the store's own objects by their attributes."""
+
+    model_config = ConfigDict(frozen=True, from_attributes=True, populate_by_name=True)
+
+
+class CliRecord(Part):
+    """A record: what `schema` names, in the version of it that `schema_version` says."""
+
+    schema_version: int = 1
+
+
+class Plan(CliRecord):
+    """What a verb would do, with --dry-run."""
+
+    schema_: Literal["memtool.plan"] = Field("memtool.plan", alias="schema")
+    verb: str
+    store: str
+    seeds: tuple[int, ...]
+    plan: dict[str, Any]
+
+
+class Version(Part):
+    """One version of the memory."""
+
+    id: str
+    parent: str | None
+    time: datetime
+    message: str
+    metadata: dict[str, Any]
+
+
+class Adapter(Part):
+    """One adapter in the memory."""
+
+    id: str
+    name: str
+    task: Any
+    domain: str | None
+    classes: tuple[Any, ...]
+    scaling: float
+    sha256: str
+    meta: dict[str, Any]
+
+
+class Log(CliRecord):
+    """Versions, newest first."""
+
+    schema_: Literal["memtool.log"] = Field("memtool.log", alias="schema")
+    store: str
+    versions: tuple[Version, ...]
+
+
+class Listing(CliRecord):
+    """The adapters of one version."""
+
+    schema_: Literal["memtool.ls"] = Field("memtool.ls", alias="schema")
+    store: str
+    version: str
+    adapters: tuple[Adapter, ...]
+
+
+class Show(CliRecord):
+    """One version: what was said of it and what is in it.
+
+    `keys` is the shape (layers, adapters, width) of the keys, none before the first consolidation.
+    """
+
+    schema_: Literal["memtool.show"] = Field("memtool.show", alias="schema")
+    store: str
+    version: Version
+    backbone: str
+    backbone_sha256: str
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    numbers_per_adapter: int
+    dtype: str
+    adapters: tuple[Adapter, ...]
+    keys: tuple[int, ...] | None
+    blobs: tuple[str, ...]
+
+
+class Diff(CliRecord):
+    """What changed from version `a` to version `b`."""
+
+    schema_: Literal["memtool.diff"] = Field("memtool.diff", alias="schema")
+    a: str
+    b: str
+    added: tuple[Adapter, ...]
+    removed: tuple[Adapter, ...]
+    changed: tuple[Adapter, ...]
+    key_drift_degrees: dict[str, float]
+    changed_blobs: tuple[str, ...]
+
+
+class Tagged(CliRecord):
+    """A name for a version."""
+
+    schema_: Literal["memtool.tag"] = Field("memtool.tag", alias="schema")
+    name: str
+    version: str
+
+
+class RolledBack(CliRecord):
+    """The version that is HEAD now, and the branch that keeps what came after it."""
+
+    schema_: Literal["memtool.rollback"] = Field("memtool.rollback", alias="schema")
+    version: str
+    before: str
+    backup: str
+
+
+class Damage(Part):
+    """One thing that is not as it was written."""
+
+    what: str
+    name: str
+    expected: str
+    found: str
+
+
+class Verified(CliRecord):
+    """What was looked at, and what was wrong."""
+
+    schema_: Literal["memtool.verify"] = Field("memtool.verify", alias="schema")
+    store: str
+    level: str
+    ok: bool
+    versions: int
+    rows: int
+    blobs: int
+    damages: tuple[Damage, ...]
+
+
+class Collected(CliRecord):
+    """What gc took away, or would with --dry-run."""
+
+    schema_: Literal["memtool.gc"] = Field("memtool.gc", alias="schema")
+    dry_run: bool
+    expired: tuple[str, ...]
+    freed_bytes: int
+    deleted_files: int
+
+
+class Exported(CliRecord):
+    """Adapters written as PEFT directories."""
+
+    schema_: Literal["memtool.export"] = Field("memtool.export", alias="schema")
+    version: str
+    directories: tuple[Path, ...]
+
+
+class Written(CliRecord):
+    """A file that was written."""
+
+    schema_: Literal["memtool.file"] = Field("memtool.file", alias="schema")
+    path: Path
+
+
+class Setting(Part):
+    """One setting in force and where it is from."""
+
+    key: str
+    value: Any
+    origin: str
+
+
+class Settings(CliRecord):
+    """All settings in force."""
+
+    schema_: Literal["memtool.config"] = Field("memtool.config", alias="schema")
+    preset: str
+    settings: tuple[Setting, ...]
+
+
+class Preset(Part):
+    """Settings that ship with memtool, and the command that runs them."""
+
+    name: str
+    summary: str
+    launch: str
+
+
+class Presets(CliRecord):
+    """All presets."""
+
+    schema_: Literal["memtool.presets"] = Field("memtool.presets", alias="schema")
+    presets: tuple[Preset, ...]
+
+
+class Check(Part):
+    """One thing that doctor looked at."""
+
+    name: str
+    ok: bool
+    found: str
+    remedy: str | None = None
+
+
+class Diagnosis(CliRecord):
+    """Everything that doctor looked at."""
+
+    schema_: Literal["memtool.doctor"] = Field("memtool.doctor", alias="schema")
+    ok: bool
+    checks: tuple[Check, ...]
+
+
+class Pretrained(CliRecord):
+    """Weights of the embedded backbone."""
+
+    schema_: Literal["memtool.pretrain"] = Field("memtool.pretrain", alias="schema")
+    path: Path
+    sha256: str
+    parameters: int
+    steps: int
+    seed: int
+    seconds: float

@@ -1,0 +1,1 @@
+"""The verbs, by theme; each module has a Typer `app`. Imported only when a verb is called."""

@@ -1,0 +1,195 @@
+"""Whole experiments: demo, run, report, pretrain."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from memtool.config import expand
+from memtool.progress import ProgressEvent
+from memtool_cli import records
+from memtool_cli.options import (
+    COMPUTE,
+    CONFIGURATION,
+    DRY_RUN,
+    MIX,
+    RANK,
+    SEED,
+    SEP,
+    STORE,
+    Call,
+    examples,
+    verb,
+)
+from memtool_cli.output import Table, duration, size
+from memtool_cli.plan import show_plan
+from memtool_cli.scores import final_average, grids
+
+if TYPE_CHECKING:
+    from memtool.backbones.pretrain import PretrainProgress
+
+app = typer.Typer(rich_markup_mode="rich")
+
+
+@app.command("demo", epilog=examples("memtool demo", "memtool demo --out try --json"))
+@verb()
+def demo(
+    call: Call,
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", metavar="DIR", help="Folder for everything.", rich_help_panel="Output"
+        ),
+    ] = Path("runs/demo"),
+) -> None:
+    """Run everything on the embedded data, in about a minute."""
+    from memtool.methods.experiment import demo as run_demo
+
+    with call.out.progress() as progress:
+        record, report = run_demo(out, progress=progress)
+    call.out.data(record, *grids([record], history=True), ids=[f"{final_average([record]):.4f}"])
+    call.out.note(f"report: {report}")
+    call.out.next(f"memtool log --store {out / 'memory'}")
+
+
+@app.command(
+    "run",
+    epilog=examples(
+        "memtool run",
+        "memtool run --preset pacs-dil --seed 0 --seed 1 --seed 2",
+        "memtool run --config experiment.yaml --sep affine --report report.html",
+        "memtool run --dry-run",
+    ),
+)
+@verb(STORE, SEP, MIX, RANK, SEED, *COMPUTE, *CONFIGURATION, DRY_RUN)
+def run(
+    call: Call,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume/--fresh",
+            help="Go on at the first step that is not committed, or begin anew.",
+            rich_help_panel="Training",
+        ),
+    ] = True,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            "--report", metavar="FILE", help="Write an HTML page.", rich_help_panel="Output"
+        ),
+    ] = None,
+) -> None:
+    """Run a whole experiment, tasks by seeds; goes on where an earlier run was stopped."""
+    from memtool.methods import experiment
+
+    call.refuse_version()
+    if call.dry_run:
+        return show_plan(call, "run")
+    with call.out.progress() as progress:
+        found = experiment.run(
+            call.config,
+            progress=progress,
+            resume=resume,
+            command=call.line,
+            preset=call.resolved.preset,
+        )
+    call.out.data(found, *grids(found), ids=[f"{final_average(found):.4f}"])
+    if report is not None:
+        from memtool.reports.html import write_report
+
+        call.out.note(f"report: {write_report(found, report)}")
+    return None
+
+
+@app.command(
+    "report",
+    epilog=examples(
+        "memtool report runs/record.json",
+        "memtool report runs/seed-*/record.json --out report.html",
+    ),
+)
+@verb()
+def report(
+    call: Call,
+    files: Annotated[
+        list[Path],
+        typer.Argument(metavar="RECORD", help="Records of one experiment, one a seed."),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option("--out", metavar="FILE", help="The page.", rich_help_panel="Output"),
+    ] = Path("report.html"),
+) -> None:
+    """Make an HTML page from evaluation records."""
+    from memtool.evaluation.record import read_record
+    from memtool.reports.html import write_report
+
+    path = write_report([read_record(file) for file in files], out)
+    call.out.data(records.Written(path=path), Table((), [("report", path)]), ids=[path])
+
+
+@app.command(
+    "pretrain",
+    epilog=examples(
+        "memtool pretrain --data ${MEMTOOL_DATA} --out nano.safetensors",
+        "memtool pretrain --data ${MEMTOOL_DATA} --out quick.safetensors --steps 200",
+    ),
+)
+@verb()
+def pretrain(
+    call: Call,
+    data: Annotated[
+        Path,
+        typer.Option(
+            "--data",
+            metavar="DIR",
+            help="Folder of omniglot, fashion_mnist and eurosat.",
+            rich_help_panel="Training",
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option("--out", metavar="FILE", help="The weights.", rich_help_panel="Output"),
+    ],
+    steps: Annotated[
+        int,
+        typer.Option("--steps", metavar="N", min=1, help="Steps.", rich_help_panel="Training"),
+    ] = 3200,
+    seed: Annotated[
+        int, typer.Option("--seed", metavar="N", min=0, help="Seed.", rich_help_panel="Training")
+    ] = 0,
+    threads: Annotated[
+        int,
+        typer.Option("--threads", metavar="N", min=1, help="Threads.", rich_help_panel="Compute"),
+    ] = 1,
+) -> None:
+    """Train the embedded backbone from its data; about ten minutes on one core."""
+    from memtool.backbones.pretrain import pretrain_nano
+
+    with call.out.progress() as progress:
+
+        def tell(now: PretrainProgress) -> None:
+            numbers = {"loss": now.loss, "images/s": now.images_per_second}
+            progress(ProgressEvent("pretrain", now.step, now.steps, numbers))
+
+        made = pretrain_nano(
+            expand(data), out, steps=steps, seed=seed, threads=threads, progress=tell
+        )
+    record = records.Pretrained(
+        path=made.path,
+        sha256=made.sha256,
+        parameters=made.parameters,
+        steps=made.steps,
+        seed=made.seed,
+        seconds=made.seconds,
+    )
+    rows = [
+        ("weights", made.path),
+        ("sha256", made.sha256),
+        ("parameters", f"{made.parameters:,}"),
+        ("size", size(made.path.stat().st_size)),
+        ("time", duration(made.seconds)),
+    ]
+    call.out.data(record, Table((), rows), ids=[made.path])

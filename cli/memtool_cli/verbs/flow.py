@@ -1,0 +1,315 @@
+"""The five steps: train-adapter, write, consolidate, retrieve, eval."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from memtool.config import choices
+from memtool.errors import ConfigError
+from memtool_cli import complete
+from memtool_cli.options import (
+    COMPUTE,
+    CONFIGURATION,
+    DRY_RUN,
+    MIX,
+    RANK,
+    SEED,
+    SEP,
+    STORE,
+    Call,
+    TaskOfForeign,
+    examples,
+    one_of,
+    verb,
+)
+from memtool_cli.output import Table, duration, percent, size
+from memtool_cli.plan import show_plan
+from memtool_cli.scores import final_average, grids
+
+app = typer.Typer(rich_markup_mode="rich")
+
+
+@app.command(
+    "train-adapter",
+    epilog=examples(
+        "memtool train-adapter --task 3",
+        "memtool train-adapter --task inverted --rank 8 --fresh",
+        "memtool train-adapter --task 1 --dry-run --json",
+        "dir=$(memtool train-adapter --task 2 -q)",
+    ),
+)
+@verb(STORE, RANK, SEED, *COMPUTE, *CONFIGURATION, DRY_RUN)
+def train_adapter(
+    call: Call,
+    task: Annotated[
+        str,
+        typer.Option(
+            "--task",
+            metavar="TASK",
+            help="Number from 1, or name.",
+            rich_help_panel="Training",
+            autocompletion=complete.tasks,
+        ),
+    ],
+    fresh: Annotated[
+        bool,
+        typer.Option(
+            "--fresh/--resume",
+            help="Train anew, or go on where an interrupted training was.",
+            rich_help_panel="Training",
+        ),
+    ] = False,
+) -> None:
+    """Train the adapter of one task, as a PEFT directory under runs/."""
+    if call.dry_run:
+        return show_plan(call, "train-adapter")
+    with call.out.progress() as progress:
+        results = call.mira(progress).adapt(task, fresh=fresh)
+    rows = [
+        (
+            result.name,
+            f"{result.task} {result.task_name}",
+            percent(result.train_accuracy),
+            f"{result.loss:.4f}",
+            duration(result.seconds),
+            size(result.bytes),
+            result.path,
+        )
+        for result in results
+    ]
+    columns = ("adapter", "task", "train accuracy", "loss", "time", "size", "path")
+    call.out.data(results, Table(columns, rows), ids=[result.path for result in results])
+    if any(result.skipped for result in results):
+        call.out.note("trained already; --fresh trains it anew")
+    call.out.next(call.command("write"))
+    return None
+
+
+@app.command(
+    "write",
+    epilog=examples(
+        "memtool write",
+        "memtool write runs/adapters/my-adapter",
+        "memtool write --store shared/memory -q",
+    ),
+)
+@verb(STORE, RANK, SEED, *COMPUTE, *CONFIGURATION, DRY_RUN)
+def write(
+    call: Call,
+    directories: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="DIR", help="PEFT directories; none: all not yet in memory."),
+    ] = None,
+    task: TaskOfForeign = None,
+) -> None:
+    """Put trained adapters into the memory, as one version."""
+    call.refuse_version()
+    if call.dry_run:
+        return show_plan(call, "write")
+    with call.out.progress() as progress:
+        result = call.mira(progress).write(directories or None, task=task)
+    rows = [(adapter.name, adapter.id) for adapter in result.added]
+    table = Table(("adapter", "id"), rows, title=f"version {result.version}")
+    call.out.data(result, table, ids=[adapter.id for adapter in result.added])
+    if not result.added:
+        call.out.note(f"nothing new to write; in memory already: {', '.join(result.skipped)}")
+    call.out.next(call.command("consolidate"))
+    return None
+
+
+@app.command(
+    "consolidate",
+    epilog=examples(
+        "memtool consolidate",
+        "memtool consolidate --sep affine",
+        "memtool consolidate --set consolidate.epochs=10 --set consolidate.lr=0.02",
+    ),
+)
+@verb(STORE, SEP, MIX, RANK, SEED, *COMPUTE, *CONFIGURATION, DRY_RUN)
+def consolidate(call: Call) -> None:
+    """Let the memory learn the keys of its adapters, as one version."""
+    call.refuse_version()
+    if call.dry_run:
+        return show_plan(call, "consolidate")
+    with call.out.progress() as progress:
+        result = call.mira(progress).consolidate()
+    rows = [
+        ("version", result.version),
+        ("tasks", " ".join(str(task) for task in result.tasks)),
+        ("separation", result.separation),
+        ("mix", result.mix),
+        ("key learning", f"{result.epochs} epochs"),
+        ("time", duration(result.seconds)),
+        ("train accuracy", percent(result.train_accuracy)),
+        ("drift of older keys", f"{result.key_drift_degrees:.2f} degrees"),
+    ]
+    call.out.data(result, Table((), rows), ids=[result.version])
+    if result.unchanged:
+        call.out.note("nothing changed since the last consolidation: no new version")
+    call.out.next(call.command("eval"))
+    return None
+
+
+@app.command(
+    "retrieve",
+    epilog=examples(
+        "memtool retrieve --task 3",
+        "memtool retrieve --image photo.png --json",
+        "memtool retrieve --query query.safetensors --store memory@HEAD~1",
+        "memtool retrieve --task 3 --out mixture",
+    ),
+)
+@verb(STORE, RANK, SEED, *COMPUTE, *CONFIGURATION)
+def retrieve(
+    call: Call,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            "--task",
+            metavar="TASK",
+            help="The test images of a task, by number or name.",
+            rich_help_panel="Memory",
+            autocompletion=complete.tasks,
+        ),
+    ] = None,
+    image: Annotated[
+        Path | None,
+        typer.Option("--image", metavar="FILE", help="A picture.", rich_help_panel="Memory"),
+    ] = None,
+    query: Annotated[
+        Path | None,
+        typer.Option(
+            "--query",
+            metavar="FILE",
+            help="Queries as safetensors.",
+            rich_help_panel="Memory",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="DIR",
+            help="Write the mixture as a PEFT directory.",
+            rich_help_panel="Output",
+        ),
+    ] = None,
+) -> None:
+    """Show the mixture of adapters that a task, an image or a query recalls."""
+    if sum(subject is not None for subject in (task, image, query)) != 1:
+        raise ConfigError(
+            "retrieve needs one subject",
+            expected="one of --task, --image and --query",
+            remedy=call.command("retrieve --task 1"),
+        )
+    with call.out.progress() as progress:
+        result = call.mira(progress).retrieve(
+            task=task, image=image, query=query, version=call.version, out=out
+        )
+    best = sorted(result.adapters, key=lambda adapter: -abs(adapter.coefficient))
+    mixture = Table(
+        ("adapter", "task", "coefficient"),
+        [(a.name, a.task, f"{a.coefficient:.3f}") for a in best],
+        title=f"{result.subject}: {result.separation}, {result.mix}, version {result.version}",
+    )
+    blocks = Table(
+        ("block", *(adapter.name for adapter in result.adapters)),
+        [
+            (number, *(f"{coefficient:.3f}" for coefficient in block))
+            for number, block in zip(result.block_numbers, result.blocks, strict=True)
+        ],
+    )
+    call.out.data(result, mixture, blocks, ids=[adapter.name for adapter in best[:1]])
+    if result.prediction is not None:
+        call.out.note(
+            f"prediction: {result.prediction.label} ({percent(result.prediction.probability)})"
+        )
+    if result.accuracy is not None:
+        call.out.note(f"accuracy on {result.samples} samples: {percent(result.accuracy)}")
+    if result.out is not None:
+        call.out.note(f"the mixture is in {result.out}")
+    call.out.next(call.command("eval"))
+
+
+@app.command(
+    "eval",
+    epilog=examples(
+        "memtool eval --setting dil",
+        "memtool eval --history --compare --report report.html",
+        "memtool eval --store memory@HEAD~2 --json",
+        "memtool eval --at-least 0.85 -q || echo worse than before",
+    ),
+)
+@verb(STORE, RANK, SEED, *COMPUTE, *CONFIGURATION, DRY_RUN)
+def evaluate(
+    call: Call,
+    setting: Annotated[
+        str | None,
+        typer.Option(
+            "--setting",
+            metavar="|".join(choices("stream.setting")),
+            help="What is known at test time; without it, that of the stream.",
+            rich_help_panel="Memory",
+        ),
+    ] = None,
+    history: Annotated[
+        bool,
+        typer.Option(
+            "--history",
+            help="Also after every earlier task, by reading the old versions.",
+            rich_help_panel="Memory",
+        ),
+    ] = False,
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare",
+            help="Also hard choice, uniform mixture and the oracle adapter.",
+            rich_help_panel="Memory",
+        ),
+    ] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            "--report", metavar="FILE", help="Write an HTML page.", rich_help_panel="Output"
+        ),
+    ] = None,
+    at_least: Annotated[
+        float | None,
+        typer.Option(
+            "--at-least",
+            metavar="FRACTION",
+            help="Exit with 1 when the final average accuracy is lower.",
+            rich_help_panel="Output",
+        ),
+    ] = None,
+) -> None:
+    """Measure the memory on the test images of all its tasks."""
+    if setting is not None:
+        one_of("--setting", setting, choices("stream.setting"))
+    if call.dry_run:
+        return show_plan(call, "eval")
+    with call.out.progress() as progress:
+        record = call.mira(progress).evaluate(
+            setting=setting,
+            version=call.version,
+            history=history,
+            compare=compare,
+            command=call.line,
+            preset=call.resolved.preset,
+        )
+    average = final_average([record])
+    call.out.data(record, *grids([record], history=history), ids=[f"{average:.4f}"])
+    if report is not None:
+        from memtool.reports.html import write_report
+
+        call.out.note(f"report: {write_report(record, report)}")
+    if at_least is not None and average < at_least:
+        call.out.note(f"final average accuracy {average:.4f} is below {at_least:g}")
+        raise typer.Exit(1)
+    if report is None:
+        call.out.next(call.command("eval --history --compare --report report.html"))
+    return None

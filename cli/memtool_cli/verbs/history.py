@@ -1,0 +1,297 @@
+"""What only the store is asked for: ls, log, show, diff, tag, rollback, verify, gc. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal, cast
+
+import typer
+
+from memtool_cli import complete, records
+from memtool_cli.options import CONFIGURATION, DRY_RUN, STORE, YES, Call, examples, one_of, verb
+from memtool_cli.output import Table, size
+from memtool_stores import AdapterRecord
+
+app = typer.Typer(rich_markup_mode="rich")
+
+LEVELS = ("heads", "checksums", "full")
+
+Reference = Annotated[
+    str,
+    typer.Argument(
+        metavar="VERSION",
+        help="HEAD, HEAD~2, a tag, a branch, a version id or its beginning.",
+        autocompletion=complete.versions,
+    ),
+]
+
+
+@app.command(
+    "ls", epilog=examples("memtool ls", "memtool ls --store memory@HEAD~1", "memtool ls -q")
+)
+@verb(STORE, *CONFIGURATION)
+def ls(call: Call) -> None:
+    """List the adapters in the memory."""
+    view = call.view()
+    adapters = _adapters(view.adapters)
+    record = records.Listing(store=call.store_path, version=view.version, adapters=adapters)
+    call.out.data(record, _adapter_table(adapters), ids=[adapter.id for adapter in adapters])
+    if not adapters:
+        call.out.next(call.command("train-adapter --task 1"))
+
+
+@app.command(
+    "log",
+    epilog=examples("memtool log", "memtool log -n 5 --json", "memtool log --store memory@v1 -q"),
+)
+@verb(STORE, *CONFIGURATION)
+def log(
+    call: Call,
+    limit: Annotated[
+        int | None, typer.Option("--limit", "-n", metavar="N", min=1, help="At most so many.")
+    ] = None,
+) -> None:
+    """List the versions of the memory, newest first."""
+    store = call.store()
+    versions = [records.Version.model_validate(v) for v in store.log(call.version, limit)]
+    names: dict[str, list[str]] = {}
+    for name, id in (*store.branches().items(), *store.tags().items()):
+        names.setdefault(id, []).append(name)
+    rows = [
+        (
+            v.id,
+            v.time.astimezone().strftime("%Y-%m-%d %H:%M:%S"),
+            v.message,
+            ", ".join(names.get(v.id, [])),
+        )
+        for v in versions
+    ]
+    call.out.data(
+        records.Log(store=call.store_path, versions=tuple(versions)),
+        Table(("version", "time", "message", "names"), rows),
+        ids=[version.id for version in versions],
+    )
+
+
+@app.command(
+    "show",
+    epilog=examples("memtool show", "memtool show HEAD~2", "memtool show v1 --json"),
+)
+@verb(STORE, *CONFIGURATION)
+def show(call: Call, version: Reference = "") -> None:
+    """Show one version and what is in it."""
+    view = call.view(version or None)
+    found = call.store().log(view.version, 1)[0]
+    keys = view.keys()
+    space = view.space
+    record = records.Show(
+        store=call.store_path,
+        version=records.Version.model_validate(found),
+        backbone=space.backbone.name,
+        backbone_sha256=space.backbone.sha256,
+        rank=space.layout.rank,
+        alpha=space.layout.alpha,
+        targets=space.layout.targets,
+        numbers_per_adapter=space.numel,
+        dtype=space.layout.dtype,
+        adapters=_adapters(view.adapters),
+        keys=None if keys is None else tuple(keys.shape),
+        blobs=view.blobs(),
+    )
+    rows = [
+        ("version", record.version.id),
+        ("parent", record.version.parent or "none"),
+        ("time", record.version.time.astimezone().isoformat(sep=" ", timespec="seconds")),
+        ("message", record.version.message),
+        *_said(record.version.metadata),
+        ("backbone", f"{record.backbone} ({record.backbone_sha256[:12]})"),
+        ("adapters", f"rank {record.rank}, alpha {record.alpha:g}, {','.join(record.targets)}"),
+        ("size", f"{record.numbers_per_adapter:,} numbers each, {record.dtype}"),
+        ("keys", "none" if record.keys is None else " x ".join(map(str, record.keys))),
+        ("blobs", ", ".join(record.blobs) or "none"),
+    ]
+    tables = Table((), rows), _adapter_table(record.adapters)
+    call.out.data(record, *tables, ids=[record.version.id])
+
+
+@app.command(
+    "diff",
+    epilog=examples("memtool diff HEAD~1", "memtool diff v1 v2", "memtool diff HEAD~1 --json"),
+)
+@verb(STORE, *CONFIGURATION)
+def diff(call: Call, a: Reference, b: Reference = "HEAD") -> None:
+    """Show what changed from one version to another; -q prints the names of what did."""
+    found = call.store().diff(a, b)
+    record = records.Diff(
+        a=found.a,
+        b=found.b,
+        added=_adapters(found.added),
+        removed=_adapters(found.removed),
+        changed=_adapters(found.changed),
+        key_drift_degrees=dict(found.key_drift_degrees),
+        changed_blobs=found.changed_blobs,
+    )
+    rows: list[tuple[str, str, str]] = []
+    for change, adapters in (
+        ("added", record.added),
+        ("removed", record.removed),
+        ("changed", record.changed),
+    ):
+        rows += [(change, "adapter", adapter.name) for adapter in adapters]
+    rows += [
+        (f"turned {degrees:.2f} degrees", "key", name)
+        for name, degrees in record.key_drift_degrees.items()
+        if degrees > 0
+    ]
+    rows += [("changed", "blob", name) for name in record.changed_blobs]
+    table = Table(("change", "what", "name"), rows, title=f"{record.a} to {record.b}")
+    call.out.data(record, table, ids=[row[2] for row in rows])
+
+
+@app.command("tag", epilog=examples("memtool tag v1", "memtool tag before-art HEAD~2"))
+@verb(STORE, *CONFIGURATION)
+def tag(
+    call: Call,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The new name.")],
+    version: Reference = "HEAD",
+) -> None:
+    """Name a version; the name never moves."""
+    id = call.store_to_change().tag(name, version)
+    record = records.Tagged(name=name, version=id)
+    call.out.data(record, Table((), [("tag", name), ("version", id)]), ids=[name])
+
+
+@app.command(
+    "rollback",
+    epilog=examples("memtool rollback HEAD~1", "memtool rollback v1 --yes", "memtool log"),
+)
+@verb(STORE, *CONFIGURATION, YES)
+def rollback(call: Call, version: Reference) -> None:
+    """Go back to a version; what came after is kept on a backup branch."""
+    store = call.store_to_change()
+    before, target = store.head(), store.view(version).version
+    call.confirm(f"roll {call.store_path} back to {target}")
+    backup = store.rollback(target)
+    record = records.RolledBack(version=target, before=before, backup=backup)
+    rows = [("version", target), ("before", before), ("kept as", backup)]
+    call.out.data(record, Table((), rows), ids=[target])
+    call.out.note(f"to undo: {call.command(f'rollback {backup}')}")
+
+
+@app.command(
+    "verify",
+    epilog=examples(
+        "memtool verify", "memtool verify --level heads", "memtool verify -q && echo ok"
+    ),
+)
+@verb(STORE, *CONFIGURATION)
+def verify(
+    call: Call,
+    level: Annotated[
+        str,
+        typer.Option(
+            "--level",
+            metavar="|".join(LEVELS),
+            help="How much is read.",
+            rich_help_panel="Memory",
+        ),
+    ] = "full",
+) -> None:
+    """Check every stored byte; exit with 1 when something is damaged."""
+    checked = cast(Literal["heads", "checksums", "full"], one_of("--level", level, LEVELS))
+    report = call.store().verify(checked)
+    damages = tuple(records.Damage.model_validate(damage) for damage in report.damages)
+    record = records.Verified(
+        store=call.store_path,
+        level=report.level,
+        ok=report.ok,
+        versions=report.versions,
+        rows=report.rows,
+        blobs=report.blobs,
+        damages=damages,
+    )
+    facts = [
+        ("state", "intact" if report.ok else "damaged"),
+        ("looked at", f"{report.versions} versions, {report.rows} values, {report.blobs} blobs"),
+    ]
+    wrong = [(d.what, d.name, d.expected, d.found) for d in damages]
+    tables = [Table((), facts)]
+    if wrong:
+        tables.append(Table(("damaged", "name", "expected", "found"), wrong))
+    call.out.data(record, *tables, ids=[f"{d.what} {d.name}" for d in damages])
+    if not report.ok:
+        call.out.next(call.command("log"))
+        raise typer.Exit(1)
+
+
+@app.command(
+    "gc",
+    epilog=examples(
+        "memtool gc --dry-run", "memtool gc --keep-last 10 --yes", "memtool gc --keep-days 30 --yes"
+    ),
+)
+@verb(STORE, *CONFIGURATION, DRY_RUN, YES)
+def gc(
+    call: Call,
+    keep_last: Annotated[
+        int | None,
+        typer.Option(
+            "--keep-last",
+            metavar="N",
+            min=1,
+            help="Versions to keep, counted from the newest.",
+            rich_help_panel="Dangerous",
+        ),
+    ] = None,
+    keep_days: Annotated[
+        float | None,
+        typer.Option(
+            "--keep-days",
+            metavar="DAYS",
+            min=0,
+            help="Keep what is younger.",
+            rich_help_panel="Dangerous",
+        ),
+    ] = None,
+) -> None:
+    """Remove old versions and free their space; tags and branches stay."""
+    store = call.store_to_change()
+    if not call.dry_run and (keep_last is not None or keep_days is not None):
+        found = store.gc(keep_last=keep_last, keep_days=keep_days, dry_run=True)
+        if found.expired:
+            call.confirm(f"remove {len(found.expired)} versions for good")
+    report = store.gc(keep_last=keep_last, keep_days=keep_days, dry_run=call.dry_run)
+    record = records.Collected(
+        dry_run=report.dry_run,
+        expired=report.expired,
+        freed_bytes=report.freed_bytes,
+        deleted_files=report.deleted_files,
+    )
+    would = "would be " if report.dry_run else ""
+    rows = [
+        (f"versions {would}removed", len(report.expired)),
+        (f"files {would}deleted", report.deleted_files),
+        (f"space {would}freed", size(report.freed_bytes)),
+    ]
+    call.out.data(record, Table((), rows), ids=[report.freed_bytes])
+
+
+def _said(metadata: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the committer recorded, in short: whole configurations are for --json."""
+    return [
+        (f"  {name}", ", ".join(map(str, value)) if isinstance(value, list) else str(value))
+        for name, value in metadata.items()
+        if not isinstance(value, dict)
+    ]
+
+
+def _adapters(found: Iterable[AdapterRecord]) -> tuple[records.Adapter, ...]:
+    return tuple(records.Adapter.model_validate(adapter) for adapter in found)
+
+
+def _adapter_table(adapters: Iterable[records.Adapter]) -> Table:
+    rows = [
+        (a.id, a.name, a.task, a.domain or "", ",".join(str(c) for c in a.classes), a.scaling)
+        for a in adapters
+    ]
+    return Table(("id", "adapter", "task", "domain", "classes", "scaling"), rows)

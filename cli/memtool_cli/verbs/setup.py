@@ -1,0 +1,274 @@
+"""Settings and surroundings: init, config, doctor."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import yaml
+
+from memtool.config import (
+    WORKING_FILE,
+    Config,
+    Resolved,
+    choices,
+    expand,
+    get,
+    keys,
+    presets,
+    to_yaml,
+)
+from memtool.errors import MemtoolError
+from memtool_cli.options import COMPUTE, CONFIGURATION, STORE, YES, Call, examples, verb
+from memtool_cli.output import Table, size
+from memtool_cli.records import Check, Diagnosis, Preset, Presets, Setting, Settings, Written
+from memtool_stores.errors import StoreError
+
+app = typer.Typer(rich_markup_mode="rich")
+config = typer.Typer(
+    rich_markup_mode="rich", no_args_is_help=True, help="Show the settings and the presets."
+)
+app.add_typer(config, name="config")
+
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "zarr", "icechunk", "safetensors", "peft")
+
+
+@app.command(
+    "init",
+    epilog=examples(
+        "memtool init",
+        "memtool init --preset pacs-dil",
+        "memtool init --preset digits-til experiments/til.yaml",
+    ),
+)
+@verb(*CONFIGURATION, YES)
+def init(
+    call: Call,
+    file: Annotated[Path, typer.Argument(metavar="FILE")] = Path(WORKING_FILE),
+) -> None:
+    """Write a file of settings, with a comment on every one."""
+    if file.exists():
+        call.confirm(f"replace {file}")
+    resolved = call.resolve(ambient=False)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(commented(resolved), encoding="utf-8")
+    call.out.data(Written(path=file), Table((), [("written", file)]), ids=[file])
+    here = "" if file == Path(WORKING_FILE) else f" --config {file}"
+    call.out.next(f"memtool train-adapter --task 1{here}")
+
+
+def commented(resolved: Resolved) -> str:
+    """Every setting with its comment; those that have their default are commented out."""
+    defaults = Config()
+    lines = [
+        f"# Settings of memtool, from the preset {resolved.preset}.",
+        "# A line that begins with # shows a default: remove the # to change it.",
+        "# The command line and MEMTOOL_* variables win over this file.",
+    ]
+    section = ""
+    for key, field in keys().items():
+        head, _, name = key.rpartition(".")
+        if head != section:
+            section = head
+            lines += ["", f"{section}:"]
+        value = get(resolved.config, key)
+        plain = list(value) if isinstance(value, tuple) else value
+        dumped = yaml.safe_dump(
+            str(plain) if isinstance(plain, Path) else plain,
+            default_flow_style=True,
+            allow_unicode=True,
+            width=1000,
+        )
+        text = dumped.removesuffix("...\n").strip()  # YAML ends a lone scalar with "..."
+        words = f" ({', '.join(choices(key))})" if choices(key) else ""
+        mark = "# " if value == get(defaults, key) else ""
+        lines.append(f"{'  ' * bool(section)}{mark}{name}: {text}  # {field.description}{words}")
+    return "\n".join(lines) + "\n"
+
+
+@config.command(
+    "show",
+    epilog=examples(
+        "memtool config show",
+        "memtool config show --origin",
+        "memtool config show --preset pacs-dil --yaml > pacs.yaml",
+    ),
+)
+@verb(STORE, *COMPUTE, *CONFIGURATION)
+def show(
+    call: Call,
+    origin: Annotated[
+        bool,
+        typer.Option("--origin", help="Where each value is from.", rich_help_panel="Output"),
+    ] = False,
+    as_yaml: Annotated[
+        bool,
+        typer.Option("--yaml", help="A file for --config.", rich_help_panel="Output"),
+    ] = False,
+) -> None:
+    """Show every setting in force."""
+    resolved = call.resolved
+    if as_yaml:
+        sys.stdout.write(to_yaml(resolved.config))
+        return
+    settings = tuple(
+        Setting(key=key, value=get(resolved.config, key), origin=resolved.origin[key])
+        for key in keys()
+    )
+    header = ("setting", "value", "from") if origin else ("setting", "value")
+    rows = [(s.key, _shown(s.value), s.origin)[: len(header)] for s in settings]
+    record = Settings(preset=resolved.preset, settings=settings)
+    call.out.data(record, Table(header, rows), ids=[f"{row[0]}={row[1]}" for row in rows])
+
+
+@config.command("presets", epilog=examples("memtool config presets", "memtool config presets -q"))
+@verb()
+def list_presets(call: Call) -> None:
+    """List the presets and the commands that run them."""
+    found = tuple(
+        Preset(name=preset.name, summary=preset.summary, launch=preset.launch)
+        for preset in presets()
+    )
+    rows = [(preset.name, preset.summary, preset.launch) for preset in found]
+    call.out.data(
+        Presets(presets=found),
+        Table(("preset", "what", "command"), rows),
+        ids=[preset.name for preset in found],
+    )
+
+
+@app.command("doctor", epilog=examples("memtool doctor", "memtool doctor --device cuda --json"))
+@verb(STORE, *COMPUTE, *CONFIGURATION)
+def doctor(call: Call) -> None:
+    """Check versions, device, data, cache and memory; exit with 1 when something is wrong."""
+    checks = (
+        *_versions(),
+        _device(call.config),
+        _data(),
+        _weights(call.config),
+        _cache(),
+        _store(call),
+    )
+    record = Diagnosis(ok=all(check.ok for check in checks), checks=checks)
+    rows = [
+        (check.name, "ok" if check.ok else "wrong", check.found, check.remedy or "")
+        for check in checks
+    ]
+    wrong = [check.name for check in checks if not check.ok]
+    call.out.data(record, Table(("check", "state", "found", "try"), rows), ids=wrong)
+    if wrong:
+        raise typer.Exit(1)
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, tuple):
+        return ",".join(str(part) for part in value)
+    return str(value)
+
+
+def _versions() -> list[Check]:
+    python = ".".join(str(part) for part in sys.version_info[:3])
+    checks = [
+        Check(name="memtool", ok=True, found=importlib.metadata.version("memtool"))
+        if _installed("memtool")
+        else Check(name="memtool", ok=True, found="from its source folder, not installed"),
+        Check(name="python", ok=sys.version_info >= (3, 11), found=python),
+    ]
+    for name in PACKAGES:
+        if _installed(name):
+            checks.append(Check(name=name, ok=True, found=importlib.metadata.version(name)))
+        else:
+            optional = name == "peft"
+            checks.append(
+                Check(
+                    name=name,
+                    ok=optional,
+                    found="not installed" + " (only for tests)" * optional,
+                    remedy=None if optional else f"pip install {name}",
+                )
+            )
+    return checks
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _device(config: Config) -> Check:
+    from memtool.engine import Engine
+
+    try:
+        engine = Engine(config.engine)
+    except MemtoolError as error:
+        return Check(name="device", ok=False, found=error.message, remedy=error.remedy)
+    return Check(name="device", ok=True, found=f"{engine.device}, {engine.precision}")
+
+
+def _data() -> Check:
+    folder = os.environ.get("MEMTOOL_DATA")
+    if not folder:
+        return Check(
+            name="data", ok=True, found="MEMTOOL_DATA is not set; the embedded digits need none"
+        )
+    there = Path(folder).expanduser().is_dir()
+    return Check(
+        name="data",
+        ok=there,
+        found=f"MEMTOOL_DATA={folder}" + ("" if there else ", which is no folder"),
+        remedy=None if there else "export MEMTOOL_DATA=FOLDER",
+    )
+
+
+def _weights(config: Config) -> Check:
+    if config.backbone.weights is None:
+        return Check(name="backbone", ok=True, found=config.backbone.name)
+    try:
+        path = expand(config.backbone.weights)
+    except MemtoolError as error:
+        return Check(name="backbone", ok=False, found=error.message, remedy=error.remedy)
+    there = path.is_file()
+    return Check(
+        name="backbone",
+        ok=there,
+        found=f"{config.backbone.name}, {path}" + ("" if there else ", which is not there"),
+        remedy=None if there else "--set backbone.weights=FILE",
+    )
+
+
+def _cache() -> Check:
+    from memtool.streams.table import cache_folder
+
+    folder = cache_folder()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    writable = there.is_dir() and os.access(there, os.W_OK)
+    used = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return Check(
+        name="cache",
+        ok=writable,
+        found=f"{folder}, {size(used)}" + ("" if writable else ", which cannot be written to"),
+        remedy=None if writable else "export MEMTOOL_CACHE=FOLDER",
+    )
+
+
+def _store(call: Call) -> Check:
+    from memtool_stores import MemoryStore
+
+    path = call.store_path
+    try:
+        if not MemoryStore.exists(path):
+            return Check(name="memory", ok=True, found=f"none yet at {path}")
+        view = call.view()
+    except StoreError as error:
+        return Check(name="memory", ok=False, found=error.message, remedy=error.remedy)
+    found = f"{path}: {len(view)} adapters at {view.version} ({view.message})"
+    return Check(name="memory", ok=True, found=found)

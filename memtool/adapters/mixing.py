@@ -1,0 +1,345 @@
+"""The one computation: y = W x + b + B (g ⊙ (A x)), for every way of choosing the gate g.
+
+x is (b, n, d), y the frozen output W x + b. A and B of t adapters of rank r are read as R = t · r
+rank-1 pieces; the gate says how much each counts for each sample or token:
+
+    whole      one adapter for all                      g = s
+    grouped    group i of the batch uses adapter i      g = s_i
+    chosen     sample i uses adapter index_i            g = s · one-hot
+    delta      ΔW = Σ_t a_t s_t B_t A_t                 g = a_t s_t
+    params     ΔW = (Σ_t a_t s_t B_t)(Σ_t a_t A_t)      rank r again after mixing
+
+with s_t the scaling (alpha / r) of adapter t and a_t its coefficient. The two mixtures agree for
+one-hot coefficients only: a negative coefficient subtracts under delta, while under params −1
+gives +BA.
+
+All of it is two functions with a gate between: `project` (z = A x) and `lift` (y + B z). Factors
+that the batch shares make them two plain matrix products, factors of every sample two batched
+ones. Which is cheaper follows from shapes alone and is decided here, by `costs`. Everything runs
+in the dtype of y.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from memtool.adapters.layout import Site
+from memtool.adapters.values import BlockValues, ModuleValues
+from memtool.errors import MismatchError, did_you_mean
+
+Mix = Literal["delta", "params"]
+
+
+def project(x: Tensor, a: Tensor) -> Tensor:
+    """The rank products z = A x (b, n, sites, R) of x (b, n, d), for all sites at once.
+
+    `a` is (sites, R, d), shared by the batch, or (b, sites, R, d), one for every sample.
+    """
+    rows = a.flatten(-3, -2)
+    # With few rows of its own, a sample's product runs up to twice as fast transposed.
+    z = F.linear(x, rows) if rows.ndim == 2 else torch.bmm(rows, x.transpose(1, 2)).transpose(1, 2)
+    return z.unflatten(-1, a.shape[-3:-1])
+
+
+def lift(y: Tensor, z: Tensor, b: Sequence[Tensor], sites: Sequence[Site]) -> Tensor:
+    """The sum y + B z on the rows of every site, of y (b, n, rows) and z (b, n, sites, R).
+
+    `b` holds for every site (R, rows of the site), shared by the batch, or (b, R, rows of the
+    site). `sites` ascend by row, y is contiguous. Without gradients the sum goes into y itself;
+    with gradients y is left as it is.
+    """
+    if not torch.is_grad_enabled():
+        tokens = y.view(-1, y.shape[-1])
+        for index, site in enumerate(sites):
+            if b[index].ndim == 2:
+                rows = tokens.narrow(-1, site.first_row, site.out_features)
+                rows.addmm_(z[:, :, index].flatten(0, 1), b[index])
+            else:
+                rows = y.narrow(-1, site.first_row, site.out_features)
+                rows.baddbmm_(z[:, :, index], b[index])
+        return y
+    # One split and one concatenation: for a slice written in place, autograd would copy the whole
+    # gradient of y, once for every slice.
+    sizes: list[int] = []
+    adapted: list[int] = []
+    end = 0
+    for site in sites:
+        if site.first_row > end:
+            sizes.append(site.first_row - end)
+        adapted.append(len(sizes))
+        sizes.append(site.out_features)
+        end = site.first_row + site.out_features
+    if end < y.shape[-1]:
+        sizes.append(y.shape[-1] - end)
+    parts = list(y.split(sizes, dim=-1))
+    for part, factor, reduced in zip(adapted, b, z.unbind(2), strict=True):
+        if factor.ndim == 2:
+            flat = torch.addmm(parts[part].flatten(0, 1), reduced.flatten(0, 1), factor)
+            parts[part] = flat.view(parts[part].shape)
+        else:
+            parts[part] = torch.baddbmm(parts[part], reduced, factor)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def spread(coefficients: Tensor, rank: int) -> Tensor:
+    """Coefficients (..., t) to gates (..., t · rank): every rank gets that of its adapter.
+
+    A product with a 0/1 matrix, which is exact, and much faster forward and backward than
+    repeating single numbers over rows as short as a rank.
+    """
+    owner = torch.eye(coefficients.shape[-1], dtype=coefficients.dtype, device=coefficients.device)
+    return coefficients @ owner.repeat_interleave(rank, dim=1)
+
+
+class Costs(NamedTuple):
+    """What each kernel costs for one module, in multiply-adds; see `costs`."""
+
+    dense: float
+    formed: float
+    mixed: float
+    folded: float
+    gathered: float
+
+
+def costs(x: Tensor, values: ModuleValues) -> Costs:
+    """Arithmetic plus memory traffic of each kernel for x (b, n, d), with N = b n tokens.
+
+    dense     project to all R ranks, gate, lift: N R (d_in + d_out)
+    formed    ΔW of every sample, then N d_in d_out; for R beyond the width and many tokens
+    mixed     A and B of every sample mixed first, then rank r: (b R + N r)(d_in + d_out)
+    folded    params without forming factors: dense, with a sum over adapters between
+    gathered  A and B of every sample copied, then rank r
+
+    Numbers moved beyond x and y count `move` multiply-adds each: about 10 is the ratio on a CPU
+    core in its caches, 100 and more on a GPU. The choices depend on it weakly.
+    """
+    move = 16
+    adapters, sites, rank, width = values.a.shape
+    batch, each, _ = x.shape
+    tokens, total = batch * each, adapters * rank
+    rows = sum(factor.shape[-1] for factor in values.b)
+    per_rank = sites * width + rows
+    own_factors = tokens * rank * per_rank + move * 3 * batch * rank * per_rank
+    dense = tokens * total * per_rank + move * (4 * tokens * sites * total + total * per_rank)
+    return Costs(
+        dense=dense,
+        formed=(batch * total + tokens) * width * rows + move * batch * rows * (total + 3 * width),
+        mixed=own_factors + batch * total * per_rank + move * total * per_rank,
+        folded=dense + move * 2 * tokens * sites * total,
+        gathered=own_factors,
+    )
+
+
+def _shared(values: ModuleValues) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """A (sites, R, d) and B (R, rows) of all adapters at once; views, but for A of many sites."""
+    return values.a.transpose(0, 1).flatten(1, 2), tuple(
+        factor.flatten(0, 1) for factor in values.b
+    )
+
+
+def add_whole(y: Tensor, x: Tensor, values: ModuleValues, scaling: Tensor) -> Tensor:
+    """Add s B A x to y, with one adapter for all samples; scaling (1,)."""
+    a, b = _shared(values)
+    return lift(y, project(x, a) * scaling.to(y.dtype), b, values.sites)
+
+
+def add_grouped(y: Tensor, x: Tensor, values: ModuleValues, scaling: Tensor) -> Tensor:
+    """Add s_i B_i A_i x to group i of t equal contiguous groups of the batch; scaling (t,)."""
+    groups = (len(scaling), x.shape[0] // len(scaling) * x.shape[1])
+    z = project(x.reshape(*groups, x.shape[-1]), values.a)
+    z = z * scaling.to(y.dtype).view(-1, 1, 1, 1)
+    return lift(y.view(*groups, y.shape[-1]), z, values.b, values.sites).view(y.shape)
+
+
+def add_chosen(
+    y: Tensor, x: Tensor, values: ModuleValues, scaling: Tensor, index: Tensor
+) -> Tensor:
+    """Add s_i B_i A_i x to y, with i = index[sample]; index (b,), scaling (t,)."""
+    cost = costs(x, values)
+    if cost.dense < cost.gathered:
+        one_hot = index.unsqueeze(1) == torch.arange(len(scaling), device=index.device)
+        return _add_dense(y, x, values, (one_hot * scaling).unsqueeze(1))
+    a = values.a.index_select(0, index)
+    b = tuple(factor.index_select(0, index) for factor in values.b)
+    z = project(x, a) * scaling.index_select(0, index).to(y.dtype).view(-1, 1, 1, 1)
+    return lift(y, z, b, values.sites)
+
+
+def add_delta(
+    y: Tensor, x: Tensor, values: ModuleValues, scaling: Tensor, coefficients: Tensor
+) -> Tensor:
+    """Add Σ_t a_t s_t B_t A_t x to y; coefficients (b, 1, t), or (b, n, t) for every token."""
+    scaled = coefficients * scaling
+    cost = costs(x, values)
+    if scaled.shape[1] < x.shape[1] and cost.formed < cost.dense:
+        return _add_formed(y, x, values, scaled)
+    return _add_dense(y, x, values, scaled)
+
+
+def _add_dense(y: Tensor, x: Tensor, values: ModuleValues, scaled: Tensor) -> Tensor:
+    a, b = _shared(values)
+    gate = spread(scaled.to(y.dtype), values.a.shape[2])
+    return lift(y, project(x, a) * gate.unsqueeze(2), b, values.sites)
+
+
+def _add_formed(y: Tensor, x: Tensor, values: ModuleValues, scaled: Tensor) -> Tensor:
+    a, b = _shared(values)
+    gate = spread(scaled.to(y.dtype), values.a.shape[2]).transpose(1, 2)
+    # ΔW transposed of every sample takes the place of B, and x that of z.
+    delta = tuple(a[i].t() @ (gate * factor) for i, factor in enumerate(b))
+    z = x.unsqueeze(2).expand(-1, -1, len(b), -1)
+    return lift(y, z, delta, values.sites)
+
+
+def _mix(coefficients: Tensor, factors: Tensor) -> Tensor:
+    """Σ_t a_t F_t (b, ...) of coefficients (b, 1, t) and factors (t, ...): one product."""
+    return (coefficients[:, 0] @ factors.flatten(1)).unflatten(1, factors.shape[1:])
+
+
+def add_params(
+    y: Tensor, x: Tensor, values: ModuleValues, scaling: Tensor, coefficients: Tensor
+) -> Tensor:
+    """Add (Σ_t a_t s_t B_t)(Σ_t a_t A_t) x to y; coefficients as in `add_delta`."""
+    adapters, _, rank, _ = values.a.shape
+    plain, scaled = coefficients.to(y.dtype), (coefficients * scaling).to(y.dtype)
+    cost = costs(x, values)
+    if plain.shape[1] < x.shape[1] and cost.mixed < cost.folded:
+        a = _mix(plain, values.a)
+        b = tuple(_mix(scaled, factor) for factor in values.b)
+        return lift(y, project(x, a), b, values.sites)
+    # Σ_t a_t A_t x sums A_t x over the adapters, and (Σ_t a_t s_t B_t) z spreads z over them.
+    a, b = _shared(values)
+    fold = torch.eye(rank, dtype=y.dtype, device=y.device).repeat(adapters, 1)
+    z = project(x, a) * spread(plain, rank).unsqueeze(2)
+    z = (z @ fold) @ fold.t() * spread(scaled, rank).unsqueeze(2)
+    return lift(y, z, b, values.sites)
+
+
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """How one block's adapters act on one batch: made per forward pass and block.
+
+    Use the constructors `whole`, `grouped`, `weighted` and `chosen`, which check the shapes. An
+    adapted layer calls `add_to`.
+
+        mixture = Mixture.weighted(values.block(3), coefficients, mix="params")
+        y = mixture.add_to(F.linear(x, weight, bias), x, "blocks.3.attn.qkv")
+    """
+
+    values: BlockValues
+    kind: Literal["whole", "grouped", "chosen", "delta", "params"]
+    gate: Tensor | None = None
+
+    @classmethod
+    def whole(cls, values: BlockValues) -> Mixture:
+        """The one adapter for every sample: LoRA training, or a fixed adapter."""
+        if len(values) != 1:
+            raise MismatchError(
+                f"{len(values)} adapters for all samples alike",
+                expected="one adapter",
+                remedy="grouped, weighted or chosen for several",
+            )
+        return cls(values, "whole")
+
+    @classmethod
+    def grouped(cls, values: BlockValues) -> Mixture:
+        """The batch is t equal contiguous groups; group i uses adapter i.
+
+        The several adapters of a task train in one pass this way.
+        """
+        return cls(values, "grouped")
+
+    @classmethod
+    def chosen(cls, values: BlockValues, index: Tensor) -> Mixture:
+        """Sample i uses adapter index[i]: exact recall and hard choice; index (b,) int64."""
+        if index.ndim != 1 or index.dtype != torch.int64:
+            raise MismatchError(
+                f"choice of shape {tuple(index.shape)} and type {index.dtype}",
+                expected="(batch,) int64",
+            )
+        # On another device the check would wait for it; the lookup itself checks there.
+        if index.device.type == "cpu" and not torch.compiler.is_compiling() and len(index):
+            low, high = (int(bound) for bound in index.aminmax())
+            if low < 0 or high >= len(values):
+                raise MismatchError(
+                    f"choice of adapters {low} to {high}", expected=f"0 to {len(values) - 1}"
+                )
+        return cls(values, "chosen", index)
+
+    @classmethod
+    def weighted(cls, values: BlockValues, coefficients: Tensor, mix: Mix = "delta") -> Mixture:
+        """Adapters weighted by coefficients (b, t), or (b, n, t) with one set for every token."""
+        if mix not in get_args(Mix):
+            raise MismatchError(f"mix {mix!r}", remedy=did_you_mean(mix, get_args(Mix)))
+        if coefficients.ndim not in (2, 3) or coefficients.shape[-1] != len(values):
+            raise MismatchError(
+                f"coefficients of shape {tuple(coefficients.shape)}",
+                expected=f"(batch, {len(values)}) or (batch, tokens, {len(values)})",
+            )
+        return cls(values, mix, coefficients)
+
+    def add_to(self, y: Tensor, x: Tensor, module: str) -> Tensor:
+        """The frozen output y of a module plus the adapters' contribution, for its input x.
+
+        x (b, *tokens, d_in), y (b, *tokens, rows of the module), any number of token dimensions
+        or none. Rows without a site, and modules without any, stay as they are. When gradients
+        are off, y may be overwritten. Raises MismatchError when the shapes do not fit.
+        """
+        values = self.values.modules.get(module)
+        if values is None:
+            return y
+        tokens = self._check(y, x, values, module)
+        batch, dtype, scaling = x.shape[0], y.dtype, self.values.scaling
+        values = ModuleValues(
+            values.sites, values.a.to(dtype), tuple(factor.to(dtype) for factor in values.b)
+        )
+        inputs = x.to(dtype).reshape(batch, tokens, x.shape[-1])
+        outputs = y.contiguous().view(batch, tokens, y.shape[-1])
+        gate = self.gate
+        with torch.autocast(x.device.type, enabled=False):
+            if gate is None:
+                add = add_whole if self.kind == "whole" else add_grouped
+                added = add(outputs, inputs, values, scaling)
+            elif self.kind == "chosen":
+                added = add_chosen(outputs, inputs, values, scaling, gate)
+            else:
+                mix = add_delta if self.kind == "delta" else add_params
+                coefficients = gate.unsqueeze(1) if gate.ndim == 2 else gate
+                added = mix(outputs, inputs, values, scaling, coefficients)
+        return added.view(y.shape)
+
+    def _check(self, y: Tensor, x: Tensor, values: ModuleValues, module: str) -> int:
+        # Returns the number of tokens of each sample.
+        site = values.sites[0]
+        if x.ndim < 2 or (*x.shape[:-1], site.module_rows) != y.shape:
+            raise MismatchError(
+                f"{module}: input {tuple(x.shape)} and output {tuple(y.shape)}",
+                expected=f"(batch, ..., {site.in_features}) and (batch, ..., {site.module_rows})",
+            )
+        if x.shape[-1] != site.in_features:
+            raise MismatchError(
+                f"{module}: input {tuple(x.shape)}", expected=f"(batch, ..., {site.in_features})"
+            )
+        batch, tokens = x.shape[0], math.prod(x.shape[1:-1])
+        if self.kind == "grouped" and batch % len(self.values):
+            raise MismatchError(
+                f"{module}: a batch of {batch} in {len(self.values)} groups",
+                expected="groups of equal size",
+            )
+        gate = self.gate
+        if gate is not None and (
+            gate.shape[0] != batch or (gate.ndim == 3 and gate.shape[1] != tokens)
+        ):
+            raise MismatchError(
+                f"{module}: {tuple(gate.shape)} coefficients or choices for a batch of "
+                f"{batch} with {tokens} tokens each",
+                expected="the batch of the input, and its tokens where every token has its own",
+            )
+        return tokens

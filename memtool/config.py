@@ -1,0 +1,463 @@
+"""Everything that can be set, as pydantic models, and where each value comes from.
+
+Precedence, highest first: command line, MEMTOOL_* variables, --config file, memtool.yaml in the
+working directory, the user's file, the preset, the defaults here (`resolve`). A setting has a
+dotted key, `adapter.rank`; as a variable it is MEMTOOL_ADAPTER__RANK.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import platformdirs
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+
+from memtool.errors import ConfigError, NotFoundError, did_you_mean
+
+Separation = Literal["softmax", "affine", "identity", "relu", "tanh", "topk"]
+Similarity = Literal["dot", "scaled-dot", "cosine", "euclidean"]
+Mix = Literal["delta", "params"]
+Setting = Literal["dil", "til", "cil", "dg"]
+HeadKind = Literal["ridge", "lda", "ncm", "linear"]
+
+
+class Settings(BaseModel):
+    """Frozen; an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BackboneSettings(Settings):
+    """The frozen model."""
+
+    name: str = Field("nano", description="nano, or timm:<model name>")
+    weights: Path | None = Field(None, description="a local safetensors file; none: by name")
+    image_size: Annotated[int, Field(ge=8)] = Field(32, description="pixels a side of the input")
+    targets: tuple[str, ...] = Field(("q", "v"), description="adapted linear maps of every block")
+
+
+class StreamSettings(Settings):
+    """The data and how it is cut into tasks."""
+
+    source: str = Field("digits", description="a description's name or path, or a folder")
+    setting: Setting = Field("dil", description="how the data is cut into tasks")
+    order: tuple[str, ...] | None = Field(None, description="order of domains or classes")
+    classes_per_task: Annotated[int, Field(ge=1)] = Field(2, description="for cil and til")
+    train_per_task: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="at most so many training images a task"
+    )
+    test_per_task: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="at most so many test images a task"
+    )
+    validation: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="share of the training images held out for validation"
+    )
+    seed: int = Field(0, description="fixes splits, subsets and transformations")
+
+
+class AdapterSettings(Settings):
+    """The shape of an adapter and where its training starts."""
+
+    rank: Annotated[int, Field(ge=1)] = Field(4, description="rank of every adapted map")
+    alpha: Annotated[float, Field(gt=0)] = Field(8.0, description="BA is scaled by alpha / rank")
+    per_task: Annotated[int, Field(ge=1)] = Field(1, description="adapters per task (J)")
+    warm_start: Literal["previous", "mean", "none"] = Field(
+        "previous", description="where training starts: the adapter before, their mean, or zero"
+    )
+
+
+class TrainSettings(Settings):
+    """Stage 1: training the adapters of a task."""
+
+    epochs: Annotated[int, Field(ge=1)] = Field(8, description="passes over the task's images")
+    batch_size: Annotated[int, Field(ge=1)] = Field(50, description="images a step")
+    lr: Annotated[float, Field(gt=0)] = Field(1e-2, description="highest learning rate")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="of AdamW")
+    warmup: Annotated[float, Field(ge=0, lt=1)] = Field(0.15, description="share of the steps")
+    clip: Annotated[float, Field(gt=0)] = Field(1.0, description="largest norm of the gradient")
+    augment: Literal["none", "flip-crop"] = Field("none", description="of the training images")
+
+
+class MemorySettings(Settings):
+    """How a query becomes coefficients, and coefficients a mixture."""
+
+    similarity: Similarity = Field("scaled-dot", description="of a query to a key")
+    separation: Separation = Field("softmax", description="from similarities to coefficients")
+    beta: Annotated[float, Field(gt=0)] = Field(1.0, description="inverse temperature of softmax")
+    topk: Annotated[int, Field(ge=1)] = Field(2, description="kept by separation topk")
+    mix: Mix = Field("delta", description="sum of the products BA, or product of the sums")
+    token: Literal["class", "mean"] = Field("mean", description="token that the query looks at")
+    query: Literal["identity", "linear", "mlp"] = Field("identity", description="query module")
+    query_norm: bool = Field(True, description="layer-normalise the query")
+    scope: Literal["block", "model"] = Field(
+        "model", description="a memory in every block, or one look at the frozen model for all"
+    )
+    look_at: Annotated[int, Field(ge=0)] = Field(
+        2, description="for scope model: the block whose input the query looks at"
+    )
+
+
+class ConsolidateSettings(Settings):
+    """Stage 2: the memory learns its keys."""
+
+    keys: Literal["closed-form", "mean-query", "random"] = Field(
+        "closed-form", description="where the keys start"
+    )
+    key_std: Annotated[float, Field(gt=0)] = Field(1.0, description="of random keys")
+    epochs: Annotated[int, Field(ge=0)] = Field(0, description="of key learning; 0: none")
+    lr: Annotated[float, Field(gt=0)] = Field(0.05, description="learning rate of the keys")
+    batch_size: Annotated[int, Field(ge=1)] = Field(50, description="images a step")
+
+
+class HeadSettings(Settings):
+    """The classifier on the features."""
+
+    kind: HeadKind = Field("lda", description="closed form (ridge, lda, ncm) or trained")
+    scope: Literal["shared", "task"] = Field(
+        "task", description="one head for all tasks, or each task's own, recalled with its adapter"
+    )
+    ridge: Annotated[float, Field(gt=0)] = Field(1e-2, description="ridge, relative to the trace")
+
+
+class EngineSettings(Settings):
+    """Where and how tensors are computed."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="cuda, mps or cpu")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="auto: bf16 where the hardware has it"
+    )
+    compile: bool = Field(False, description="torch.compile the model")
+    threads: int | None = Field(None, description="CPU threads; none: 1 for nano, else all")
+    accumulate: Annotated[int, Field(ge=1)] = Field(1, description="steps of gradient accumulation")
+    eval_batch_size: Annotated[int, Field(ge=1)] = Field(100, description="images a step")
+
+
+class Config(Settings):
+    """One experiment."""
+
+    store: str = Field("memory", description="path of the memory; to read, perhaps @VERSION")
+    runs: Path = Field(Path("runs"), description="folder of adapters, records and checkpoints")
+    seed: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (0,), min_length=1, description="one seed or several"
+    )
+    backbone: BackboneSettings = BackboneSettings()
+    stream: StreamSettings = StreamSettings()
+    adapter: AdapterSettings = AdapterSettings()
+    train: TrainSettings = TrainSettings()
+    memory: MemorySettings = MemorySettings()
+    consolidate: ConsolidateSettings = ConsolidateSettings()
+    head: HeadSettings = HeadSettings()
+    engine: EngineSettings = EngineSettings()
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A configuration, the preset below it, and for every dotted key where its value is from.
+
+    An origin is "default", "preset <name>", "<file>:<line>", the name of a variable, or
+    "command line".
+    """
+
+    config: Config
+    origin: dict[str, str]
+    preset: str
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A file of settings that ships with memtool; `launch` is the command in its first line."""
+
+    name: str
+    path: Path
+    launch: str
+    summary: str
+
+
+DEFAULT_PRESET = "digits-dil"
+WORKING_FILE = "memtool.yaml"
+COMMAND_LINE = "command line"
+NOT_SETTINGS = frozenset({"MEMTOOL_DATA", "MEMTOOL_CACHE"})
+
+
+def resolve(
+    *,
+    preset: str | None = None,
+    file: Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    environ: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    ambient: bool = True,
+) -> Resolved:
+    """The configuration in force, each value from the highest place that sets it.
+
+    `overrides` are the values of the command line by dotted key. Text (there and in variables) is
+    read by the type of the setting: "0,1,2" for several values, "none" for no value. Without
+    `ambient`, only what the arguments name counts: no variables, working or user file.
+
+    Raises ConfigError for an unknown key or a value that cannot be used, with its place;
+    NotFoundError for a preset or a file that is not there.
+    """
+    cwd = Path.cwd() if cwd is None else cwd
+    chosen = find_preset(preset or DEFAULT_PRESET)
+    origin = dict.fromkeys(keys(), "default")
+    values: dict[str, Any] = {}
+
+    def put(layer: Mapping[str, tuple[Any, str]]) -> None:
+        for key, (value, place) in layer.items():
+            values[key] = _as_field(key, value)
+            origin[key] = place
+
+    named = f"preset {chosen.name}"
+    put({key: (value, named) for key, (value, _) in _read(chosen.path, chosen.path.name).items()})
+    for path in (user_file(), cwd / WORKING_FILE):
+        if ambient and path.is_file():
+            put(_read(path, _shown(path, cwd)))
+    if file is not None:
+        put(_read(cwd / file.expanduser(), str(file)))
+    if ambient:
+        put(_from_environment(os.environ if environ is None else environ))
+    for key in overrides or {}:
+        _require_key(key, COMMAND_LINE)
+    put({key: (value, COMMAND_LINE) for key, value in (overrides or {}).items()})
+    return Resolved(_validated(values, origin), origin, chosen.name)
+
+
+def user_file() -> Path:
+    """The user's own settings, in the folder that the operating system has for them."""
+    return platformdirs.user_config_path("memtool") / "config.yaml"
+
+
+def presets() -> tuple[Preset, ...]:
+    """The presets that ship with memtool, by name."""
+    found = []
+    for path in sorted((Path(__file__).parent / "presets").glob("*.yaml")):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        comments = [line.removeprefix("#").strip() for line in lines if line.startswith("#")]
+        found.append(Preset(path.stem, path, comments[0], comments[1]))
+    return tuple(found)
+
+
+def find_preset(name: str) -> Preset:
+    """A preset by name. Raises NotFoundError."""
+    known = {preset.name: preset for preset in presets()}
+    if name not in known:
+        raise NotFoundError(
+            f"no preset {name!r}",
+            expected=did_you_mean(name, known),
+            remedy="memtool config presets",
+        )
+    return known[name]
+
+
+@functools.cache
+def keys() -> dict[str, FieldInfo]:
+    """Every setting by dotted key, in the order of the models."""
+    return dict(_walk(Config, ""))
+
+
+def choices(key: str) -> tuple[str, ...]:
+    """The words that a setting can take; empty when it is not a choice."""
+    annotation = keys()[key].annotation
+    return get_args(annotation) if get_origin(annotation) is Literal else ()
+
+
+def get(config: Config, key: str) -> Any:
+    """The value of a dotted key."""
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def to_yaml(config: Config) -> str:
+    """The whole configuration as YAML; `resolve(file=...)` on it gives an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def parse_assignment(text: str) -> tuple[str, str]:
+    """`"adapter.rank=8"` as key and text, for --set. Raises ConfigError."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {text!r}", expected="KEY=VALUE, as --set adapter.rank=8")
+    return key.strip(), value.strip()
+
+
+def split_store(store: str) -> tuple[str, str]:
+    """`"memory@HEAD~1"` as address and version; the version is HEAD when none is named."""
+    folder, slash, name = store.rpartition("/")
+    name, _, version = name.partition("@")
+    return folder + slash + name, version or "HEAD"
+
+
+def expand(path: Path | str, environ: Mapping[str, str] | None = None) -> Path:
+    """The path with `~` and every `${VARIABLE}` replaced.
+
+    Raises ConfigError that names a variable that is not set.
+    """
+    environ = os.environ if environ is None else environ
+
+    def value(match: re.Match[str]) -> str:
+        name = match[1]
+        if not environ.get(name):
+            raise ConfigError(
+                f"{path}: the variable {name} is not set", remedy=f"export {name}=FOLDER"
+            )
+        return environ[name]
+
+    return Path(re.sub(r"\$\{(\w+)\}", value, str(path))).expanduser()
+
+
+def _walk(model: type[BaseModel], prefix: str) -> list[tuple[str, FieldInfo]]:
+    found = []
+    for name, field in model.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, Settings):
+            found += _walk(section, f"{prefix}{name}.")
+        else:
+            found.append((prefix + name, field))
+    return found
+
+
+def _sections() -> set[str]:
+    return {key.partition(".")[0] for key in keys() if "." in key}
+
+
+def _read(path: Path, shown: str) -> dict[str, tuple[Any, str]]:
+    """The settings of a YAML file: dotted key to (value, "file:line")."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise NotFoundError(
+            f"no configuration file {shown}", remedy=f"memtool init {shown}"
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{shown} cannot be read: {error}") from error
+    try:
+        return _read_tree(yaml.SafeLoader(text), shown)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f"{shown}:{mark.line + 1}" if mark else shown
+        raise ConfigError(f"{place}: not YAML: {error.problem or error.context}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{shown}: not YAML: {error}") from error
+
+
+def _read_tree(loader: yaml.SafeLoader, shown: str) -> dict[str, tuple[Any, str]]:
+    found: dict[str, tuple[Any, str]] = {}
+    sections = _sections()
+
+    def visit(node: yaml.Node, prefix: str) -> None:
+        place = f"{shown}:{node.start_mark.line + 1}"
+        if isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:null":
+            return
+        if not isinstance(node, yaml.MappingNode):
+            subject = f"{prefix[:-1]!r} is a section, not a value" if prefix else "no settings here"
+            inside = [key for key in keys() if key.startswith(prefix)]
+            raise ConfigError(
+                f"{place}: {subject}",
+                expected=f"lines `key: value`, with keys such as {', '.join(inside[:4])}",
+            )
+        for key_node, value_node in node.value:
+            place = f"{shown}:{key_node.start_mark.line + 1}"
+            key = f"{prefix}{key_node.value}"
+            if key in sections:
+                visit(value_node, f"{key}.")
+                continue
+            _require_key(key, place)
+            if key in found:
+                raise ConfigError(f"{place}: {key} is set twice, first at {found[key][1]}")
+            found[key] = (loader.construct_object(value_node, deep=True), place)
+
+    root = loader.get_single_node()
+    if root is not None:
+        visit(root, "")
+    return found
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, tuple[Any, str]]:
+    names = {_variable(key): key for key in keys()}
+    found = {}
+    for name in sorted(environ):
+        if not name.startswith("MEMTOOL_") or name in NOT_SETTINGS:
+            continue
+        if name not in names:
+            close = difflib.get_close_matches(name, [*names, *NOT_SETTINGS], n=1)
+            raise ConfigError(
+                f"{name}: no such setting",
+                expected=f"did you mean {close[0]}?"
+                if close
+                else "MEMTOOL_ and a key of `memtool config show`, as MEMTOOL_ADAPTER__RANK",
+                remedy=f"unset {name}",
+            )
+        found[names[name]] = (environ[name], name)
+    return found
+
+
+def _variable(key: str) -> str:
+    return "MEMTOOL_" + key.replace(".", "__").upper()
+
+
+def _require_key(key: str, place: str) -> None:
+    if key in keys():
+        return
+    same_word = [known for known in keys() if known.rpartition(".")[2] == key]
+    close = same_word or difflib.get_close_matches(key, keys(), n=1)
+    section = key.partition(".")[0] + "."
+    inside = [known for known in keys() if known.startswith(section)]
+    if close:
+        expected = "did you mean " + " or ".join(repr(known) for known in close) + "?"
+    else:
+        expected = (
+            f"one of {', '.join(inside or dict.fromkeys(k.partition('.')[0] for k in keys()))}"
+        )
+    raise ConfigError(
+        f"{place}: no setting {key!r}", expected=expected, remedy="memtool config show"
+    )
+
+
+def _as_field(key: str, value: Any) -> Any:
+    """Text and single values in the form of the field: several, or none."""
+    annotation = keys()[key].annotation
+    arms = get_args(annotation)
+    if isinstance(value, str) and NoneType in arms and value.lower() in ("", "none", "null"):
+        return None
+    if any(get_origin(arm) is tuple for arm in (annotation, *arms)):
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.strip("[]").split(",") if part.strip())
+        if value is not None and not isinstance(value, (list, tuple)):
+            return (value,)
+    return value
+
+
+def _validated(values: Mapping[str, Any], origin: Mapping[str, str]) -> Config:
+    tree: dict[str, Any] = {}
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        (tree.setdefault(section, {}) if section else tree)[name] = value
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        path = [str(part) for part in first["loc"]]
+        key = next(k for n in (2, 1) if (k := ".".join(path[:n])) in keys())
+        wanted = choices(key)
+        raise ConfigError(
+            f"{origin[key]}: {key} cannot be {first['input']!r}",
+            expected=did_you_mean(str(first["input"]), wanted)
+            if wanted
+            else first["msg"].removeprefix("Input should be "),
+        ) from error
+
+
+def _shown(path: Path, cwd: Path) -> str:
+    return str(path.relative_to(cwd)) if path.is_relative_to(cwd) else str(path)

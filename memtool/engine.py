@@ -1,0 +1,384 @@
+"""The shared torch engine: the only place that knows devices, precision, compilation and processes.
+
+A method hands it a module, batches and a loss; the engine trains (`Engine.fit`), maps
+(`Engine.predict`), saves and resumes. It is built on accelerate, so the same command runs under
+`torchrun` or `accelerate launch`: every process takes its share of each batch.
+
+Resuming is exact: batch and learning rate are pure functions of (seed, step), so parameters,
+optimiser moments and the step are the whole state.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from memtool.config import EngineSettings, TrainSettings
+from memtool.errors import ConfigError, DivergedError
+from memtool.progress import Progress, ProgressEvent
+
+CHECKPOINT_EVERY_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """inputs (groups * size, ...) and labels int64 (groups * size,), group by group.
+
+    `seed` is for random draws on this batch: it depends on the step only.
+    """
+
+    inputs: Tensor
+    labels: Tensor
+    seed: int
+
+
+@dataclass(frozen=True, eq=False)
+class Batches:
+    """Shuffled mini-batches of arrays in memory; batch `step` depends on (seed, step) only.
+
+    inputs (n, ...): images uint8 (n, h, w, 3), or features; labels int64 (n,).
+    With `groups` > 1 every batch holds that many contiguous groups of `batch_size` samples, each
+    drawn with its own bootstrap sample (n draws with replacement) and order: the J adapters of a
+    task, trained in one pass. A single group sees every sample once an epoch.
+    """
+
+    inputs: npt.NDArray[Any]
+    labels: npt.NDArray[np.int64]
+    batch_size: int
+    epochs: int
+    seed: int
+    groups: int = 1
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches in an epoch; the last one may be smaller."""
+        return max(1, math.ceil(len(self.labels) / self.batch_size))
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch * self.epochs
+
+    def indices(self, step: int) -> npt.NDArray[np.int64]:
+        """The samples of a step: int64 (groups, size)."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        low = position * self.batch_size
+        rows = []
+        for group in range(self.groups):
+            pool = np.arange(len(self.labels))
+            if self.groups > 1:
+                bootstrap = np.random.default_rng([self.seed, 1, group])
+                pool = bootstrap.choice(pool, size=len(pool), replace=True)
+            order = np.random.default_rng([self.seed, 2, group, epoch]).permutation(pool)
+            rows.append(order[low : low + self.batch_size])
+        return np.stack(rows)
+
+    def micro_batches(self, step: int, parts: int) -> Iterator[Batch]:
+        """The step's batch cut into at most `parts` pieces, every piece with all groups."""
+        chosen = self.indices(step)
+        pieces = np.array_split(chosen, min(parts, chosen.shape[1]), axis=1)
+        for number, part in enumerate(pieces):
+            flat = part.reshape(-1)
+            draw = np.random.default_rng([self.seed, 3, step, number]).integers(2**62)
+            yield Batch(
+                torch.from_numpy(self.inputs[flat]),
+                torch.from_numpy(self.labels[flat]),
+                int(draw),
+            )
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a training ended with. `losses` holds one mean loss per finished epoch."""
+
+    steps: int
+    losses: tuple[float, ...]
+    seconds: float
+    resumed_at: int
+
+
+class Engine:
+    """Device, precision, threads and processes of one command.
+
+    `threads` is the default number of CPU threads when the settings name none.
+    """
+
+    def __init__(self, settings: EngineSettings, *, threads: int | None = None) -> None:
+        self.settings = settings
+        wanted = settings.threads or threads
+        if wanted is not None:
+            torch.set_num_threads(wanted)
+        self._accelerator = _accelerator(settings.device)
+        self.device: torch.device = self._accelerator.device
+        self.precision = _precision(settings.precision, self.device)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that writes."""
+        return bool(self._accelerator.is_main_process)
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """bfloat16 autocast, or nothing under fp32."""
+        return torch.autocast(
+            self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"
+        )
+
+    def generator(self, seed: int) -> torch.Generator:
+        """A CPU generator; draws are made on the CPU so that they agree on every device."""
+        return torch.Generator().manual_seed(seed)
+
+    def fit(
+        self,
+        module: nn.Module,
+        batches: Batches,
+        loss: Callable[[nn.Module, Batch], Tensor],
+        settings: TrainSettings,
+        *,
+        stage: str,
+        fingerprint: str = "",
+        checkpoint: Path | None = None,
+        after_step: Callable[[], None] | None = None,
+        progress: Progress | None = None,
+    ) -> FitResult:
+        """Train the parameters of `module` that require gradients.
+
+        `loss(module, batch)` gives a scalar, the mean over the batch, on tensors of the device.
+        `after_step` runs after every optimiser step (projections). With `checkpoint` the state is
+        saved every half minute and on Ctrl-C, and a file of the same `fingerprint` is resumed;
+        it is removed at the end.
+
+        Raises DivergedError on a loss that is not finite, KeyboardInterrupt after a save.
+        """
+        start = time.perf_counter()
+        module.to(self.device)
+        trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        if not trained:
+            raise ConfigError(f"{stage}: the module has no parameters to train")
+        vectors = [p for p in trained.values() if p.ndim <= 1]
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in trained.values() if p.ndim > 1]},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, settings.lr, weight_decay=settings.weight_decay)
+        total = len(batches)
+        done = 0
+        losses: list[float] = []
+        running: list[float] = []
+        if checkpoint is not None:
+            done, losses, running = _load_checkpoint(checkpoint, fingerprint, trained, optimizer)
+        resumed_at = done
+        model: nn.Module = self._accelerator.prepare_model(module)
+        if self.settings.compile:
+            model.compile()
+        saved_at = time.monotonic()
+        with _interruptible() as interrupted:
+            while done < total:
+                rate = one_cycle(done / total, settings.warmup) * settings.lr
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                step_loss = 0.0
+                for batch in batches.micro_batches(done, self.settings.accumulate):
+                    mine = self._share(batch, batches.groups)
+                    share = len(batch.labels) / (batches.groups * len(batches.indices(done)[0]))
+                    with self.autocast():
+                        value = loss(model, mine) * share
+                    value.backward()
+                    step_loss += float(value.detach())
+                if not math.isfinite(step_loss):
+                    raise DivergedError(
+                        f"{stage}: the loss became {step_loss} at step {done + 1} of {total}",
+                        remedy=f"a smaller learning rate than {settings.lr:g}, "
+                        "or --precision fp32; nothing was written",
+                    )
+                nn.utils.clip_grad_norm_(list(trained.values()), settings.clip)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                if after_step is not None:
+                    after_step()
+                done += 1
+                running.append(step_loss)
+                if done % batches.steps_per_epoch == 0:
+                    losses.append(sum(running) / len(running))
+                    running = []
+                if progress is not None and self.is_main:
+                    progress(
+                        ProgressEvent(
+                            stage=stage, step=done, total=total, metrics={"loss": step_loss}
+                        )
+                    )
+                late = time.monotonic() - saved_at > CHECKPOINT_EVERY_SECONDS
+                if checkpoint is not None and self.is_main and (late or interrupted.is_set()):
+                    state = (done, losses, running)
+                    _save_checkpoint(checkpoint, fingerprint, trained, optimizer, state)
+                    saved_at = time.monotonic()
+                if interrupted.is_set():
+                    raise KeyboardInterrupt
+        if checkpoint is not None and self.is_main:
+            checkpoint.unlink(missing_ok=True)
+        return FitResult(
+            steps=total,
+            losses=tuple(losses),
+            seconds=time.perf_counter() - start,
+            resumed_at=resumed_at,
+        )
+
+    def predict(
+        self, function: Callable[[Tensor], Tensor], images: npt.NDArray[Any], *, batch_size: int = 0
+    ) -> Tensor:
+        """`function` over all images in order, without gradients; the results joined, on the CPU.
+
+        images uint8 (n, h, w, 3); `function` maps a batch on the device to (b, ...).
+        """
+        size = batch_size or self.settings.eval_batch_size
+        parts = []
+        with torch.inference_mode(), self.autocast():
+            for low in range(0, len(images), size):
+                batch = torch.from_numpy(np.ascontiguousarray(images[low : low + size]))
+                parts.append(function(batch.to(self.device)).float().cpu())
+        return torch.cat(parts)
+
+    def _share(self, batch: Batch, groups: int) -> Batch:
+        """The share of this process in a batch: all of it when there is one process."""
+        world, rank = self._accelerator.num_processes, self._accelerator.process_index
+        inputs, labels = batch.inputs, batch.labels
+        if world > 1:
+            by_group = torch.arange(len(labels)).reshape(groups, -1)
+            if by_group.shape[1] < world:
+                chosen = by_group.reshape(-1)
+            else:
+                chosen = by_group[:, rank::world][:, : by_group.shape[1] // world].reshape(-1)
+            inputs, labels = inputs[chosen], labels[chosen]
+        return Batch(inputs.to(self.device), labels.to(self.device), batch.seed + rank)
+
+
+def one_cycle(progress: float, warmup: float) -> float:
+    """Factor on the learning rate: linear rise over the share `warmup`, then cosine to zero."""
+    if progress < warmup:
+        return 0.04 + 0.96 * progress / warmup
+    return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+
+
+def _accelerator(device: str) -> Accelerator:
+    """Accelerate keeps one state per process; start it anew when the device choice changes."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no CUDA device", remedy="--device cpu")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("--device mps: torch sees no Metal device", remedy="--device cpu")
+    if PartialState().num_processes == 1:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(cpu=device == "cpu", mixed_precision="no")
+
+
+def _precision(wanted: str, device: torch.device) -> str:
+    """What was asked for; when left open, bf16 where the hardware multiplies bfloat16."""
+    if wanted != "auto":
+        return wanted
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    if device.type == "cpu":
+        fast = torch.ops.mkldnn._is_mkldnn_bf16_supported() and _cpu_multiplies_bfloat16()
+        return "bf16" if fast else "fp32"
+    return "fp32"
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:  # not Linux: leave bfloat16 to those who ask for it
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+@contextmanager
+def _interruptible() -> Iterator[threading.Event]:
+    """Ctrl-C sets the event so that the running step can end; a second one interrupts at once."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    def first(signum: int, frame: object) -> None:
+        del signum, frame
+        event.set()
+        signal.signal(signal.SIGINT, previous)
+
+    previous = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, first)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+_State = tuple[int, list[float], list[float]]
+
+
+def _save_checkpoint(
+    path: Path,
+    fingerprint: str,
+    trained: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    state: _State,
+) -> None:
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in trained.items():
+        tensors[f"parameter/{name}"] = parameter.detach().contiguous()
+        for key, moment in optimizer.state[parameter].items():
+            tensors[f"{key}/{name}"] = moment.detach().contiguous()
+    steps, losses, running = state
+    metadata = {
+        "fingerprint": fingerprint,
+        "state": json.dumps({"steps": steps, "losses": losses, "running": running}),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata=metadata)
+        Path(temporary).replace(path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _load_checkpoint(
+    path: Path,
+    fingerprint: str,
+    trained: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+) -> _State:
+    """The saved state, loaded into parameters and optimiser; a fresh one when none fits."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("fingerprint") != fingerprint:
+                return 0, [], []
+            state = json.loads(metadata["state"])
+            for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                kind, name = key.split("/", 1)
+                value = file.get_tensor(key)
+                if kind == "parameter":
+                    trained[name].data.copy_(value)
+                else:
+                    parameter = trained[name]
+                    where = parameter.device if value.ndim else torch.device("cpu")
+                    optimizer.state[parameter][kind] = value.to(where)
+    except (FileNotFoundError, SafetensorError):
+        return 0, [], []
+    return state["steps"], state["losses"], state["running"]

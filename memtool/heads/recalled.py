@@ -1,0 +1,119 @@
+"""The head that retrieval ends in: one for all tasks, or every task's own, mixed as its adapter.
+
+With a head per task the classifier is recalled like the adapter: p(y | x) = Σ_t a_t p_t(y | x),
+with p_t the softmax of task t's head and a_t the sum of the coefficients of its adapters. For
+coefficients that are posteriors of the task this is Bayes' rule. Negative ones subtract, as they
+do in the mixture of adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+from torch.nn import functional as F
+
+from memtool.errors import CorruptError, MismatchError
+from memtool.heads.linear import LinearClassifier
+
+LEAST_PROBABILITY = 1e-6
+
+
+@dataclass(frozen=True, eq=False)
+class RecalledHead:
+    """Stacked heads: weight (h, classes, dim), bias (h, classes).
+
+    `owners` (t,) says to which head each adapter belongs; None: one head for all (h = 1). A bias
+    of −inf marks a class that the head never saw.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    owners: Tensor | None
+
+    @classmethod
+    def shared(cls, classifier: LinearClassifier) -> RecalledHead:
+        """One classifier for all tasks."""
+        return cls(classifier.weight[None], classifier.bias[None], None)
+
+    @classmethod
+    def of_tasks(
+        cls, classifiers: Sequence[LinearClassifier], owners: Sequence[int]
+    ) -> RecalledHead:
+        """A classifier per task; `owners[i]` is the place of adapter i's task."""
+        if max(owners) >= len(classifiers):
+            raise MismatchError(
+                f"adapters of task place {max(owners)}", expected=f"{len(classifiers)} heads"
+            )
+        return cls(
+            torch.stack([one.weight for one in classifiers]),
+            torch.stack([one.bias for one in classifiers]),
+            torch.tensor(owners),
+        )
+
+    @property
+    def classes(self) -> int:
+        """Number of classes, seen or not."""
+        return self.weight.shape[1]
+
+    def to(self, device: torch.device | str) -> RecalledHead:
+        """The same on another device."""
+        owners = None if self.owners is None else self.owners.to(device)
+        return RecalledHead(self.weight.to(device), self.bias.to(device), owners)
+
+    def __call__(
+        self, features: Tensor, coefficients: Tensor, allowed: Sequence[int] | None = None
+    ) -> Tensor:
+        """Scores (b, classes) of features (b, dim) under coefficients (b, t); the highest wins.
+
+        Logits for a shared head, mixed probabilities for heads of tasks. Classes that are not
+        `allowed` get −inf or 0. float32, also under autocast.
+        """
+        with torch.autocast(features.device.type, enabled=False):
+            flat = self.weight.flatten(0, 1)
+            logits = F.linear(features.float(), flat, self.bias.flatten())
+            logits = logits.unflatten(-1, self.bias.shape)
+            if allowed is not None:
+                mask = torch.full_like(self.bias[0], -torch.inf)
+                mask[list(allowed)] = 0.0
+                logits = logits + mask
+            if self.owners is None:
+                return logits[:, 0]
+            tasks = F.one_hot(self.owners, len(self.weight)).to(logits.dtype)
+            weights = coefficients.to(logits.dtype) @ tasks
+            known = torch.isfinite(logits).any(dim=-1, keepdim=True)
+            probabilities = torch.where(known, logits, 0).softmax(dim=-1) * known
+            return torch.einsum("bt,btc->bc", weights, probabilities)
+
+    def probabilities(self, scores: Tensor) -> Tensor:
+        """Scores of `__call__` as probabilities (b, classes)."""
+        if self.owners is None:
+            return scores.softmax(dim=-1)
+        kept = scores.clamp_min(0)
+        return kept / kept.sum(dim=-1, keepdim=True).clamp_min(LEAST_PROBABILITY)
+
+    def log_probabilities(self, scores: Tensor) -> Tensor:
+        """Logarithms for a cross-entropy; mixed probabilities are kept above 1e-6."""
+        if self.owners is None:
+            return scores.log_softmax(dim=-1)
+        return scores.clamp_min(LEAST_PROBABILITY).log()
+
+    def to_bytes(self) -> bytes:
+        """As a safetensors file."""
+        tensors = {"weight": self.weight.contiguous(), "bias": self.bias.contiguous()}
+        if self.owners is not None:
+            tensors["owners"] = self.owners.contiguous()
+        return save({name: tensor.cpu() for name, tensor in tensors.items()})
+
+    @classmethod
+    def from_bytes(cls, data: bytes, where: str) -> RecalledHead:
+        """What `to_bytes` wrote; `where` names it in errors. Raises CorruptError."""
+        try:
+            tensors = load(data)
+            return cls(tensors["weight"], tensors["bias"], tensors.get("owners"))
+        except (SafetensorError, KeyError) as error:
+            raise CorruptError(f"{where} holds no head: {error}") from error

@@ -1,0 +1,301 @@
+"""Adapters at the doors of the memory: the folders under `runs`, and PEFT directories in and out.
+
+A folder made by `train-adapter` is a PEFT directory (adapter_model.safetensors,
+adapter_config.json) with two files beside it: `memtool.json`, which says what it was trained on,
+and `head.safetensors`, the classifier trained with it. Without these it is anybody's PEFT adapter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+import memtool
+from memtool.adapters.layout import Layout
+from memtool.adapters.peft_files import read_peft, write_peft
+from memtool.errors import (
+    AlreadyThereError,
+    CorruptError,
+    DataError,
+    MismatchError,
+    NotFoundError,
+)
+from memtool.heads import LinearClassifier
+from memtool.methods.results import AdaptResult, WriteResult
+from memtool.methods.state import Snapshot, classifier_bytes, classifier_of, own_head_blob
+
+if TYPE_CHECKING:
+    from memtool.config import Config
+    from memtool.methods.workspace import Workspace
+    from memtool.streams.task import Task
+
+ABOUT = "memtool.json"
+OWN_HEAD = "head.safetensors"
+CATALOG = "memtool_catalog.json"
+
+
+class About(BaseModel):
+    """What an adapter was trained on: the file `memtool.json` of its folder."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: int = 1
+    result: AdaptResult
+    fingerprint: str
+    setting: str
+    domain: str | None
+    classes: tuple[str, ...]
+    stream: str
+    stream_fingerprint: str
+    backbone: str
+    backbone_sha256: str
+    warm_start: str
+    configuration: dict[str, Any]
+    memtool: str
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """A folder that holds, or will hold, one adapter."""
+
+    path: Path
+
+    @classmethod
+    def all_in(cls, folder: Path) -> list[AdapterFolder]:
+        """The finished adapters of a folder, by task, then by name."""
+        found = [cls(path.parent) for path in folder.glob(f"*/{ABOUT}")]
+        return sorted(found, key=lambda one: (one.result().task, one.path.name))
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether training ended and everything was written; the folder appears whole."""
+        return (self.path / ABOUT).is_file()
+
+    def about(self) -> About:
+        """What the adapter was trained on."""
+        file = self.path / ABOUT
+        try:
+            return About.model_validate_json(file.read_bytes())
+        except FileNotFoundError as error:
+            raise NotFoundError(f"no {file}") from error
+        except ValidationError as error:
+            raise CorruptError(
+                f"{file}: {error.errors()[0]['msg']}",
+                remedy="memtool train-adapter --fresh, or remove the folder",
+            ) from error
+
+    def result(self) -> AdaptResult:
+        """What its training returned, at the place where it is now."""
+        return self.about().result.model_copy(update={"path": self.path})
+
+
+@dataclass(frozen=True, eq=False)
+class ReadAdapter:
+    """An adapter read from a folder: its value in this layout and what the catalog keeps of it."""
+
+    path: Path
+    name: str
+    value: Tensor
+    sha256: str
+    head: LinearClassifier | None
+    meta: dict[str, Any]
+
+
+def write_adapter(
+    folder: AdapterFolder,
+    work: Workspace,
+    task: Task,
+    *,
+    value: Tensor,
+    head: LinearClassifier,
+    result: AdaptResult,
+    fingerprint: str,
+    warm_start: str,
+) -> None:
+    """Write a trained adapter; the folder appears whole or not at all."""
+    classes = work.stream.class_names
+    about = About(
+        result=result,
+        fingerprint=fingerprint,
+        setting=work.stream.setting,
+        domain=task.domain,
+        classes=tuple(classes[c] for c in task.classes),
+        stream=work.stream.name,
+        stream_fingerprint=work.stream.fingerprint,
+        backbone=work.backbone.name,
+        backbone_sha256=work.backbone.sha256,
+        warm_start=warm_start,
+        configuration=work.config.model_dump(mode="json"),
+        memtool=memtool.__version__,
+    )
+    folder.path.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(dir=folder.path.parent, prefix=f".{folder.path.name}-"))
+    try:
+        write_peft(
+            building,
+            value,
+            work.layout,
+            alpha=work.config.adapter.alpha,
+            base_model=work.backbone.name,
+        )
+        (building / OWN_HEAD).write_bytes(classifier_bytes(head))
+        (building / ABOUT).write_text(about.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        building.chmod(0o755)
+        if folder.path.exists():
+            replaced = building.with_name(f"{building.name}-old")
+            folder.path.rename(replaced)
+            building.rename(folder.path)
+            shutil.rmtree(replaced)
+        else:
+            building.rename(folder.path)
+    finally:
+        if building.exists():
+            shutil.rmtree(building)
+
+
+def read_adapter(path: Path, work: Workspace, task: Task | None = None) -> ReadAdapter:
+    """Read a folder for this backbone and layout; `task` where the folder does not say it."""
+    if not path.is_dir():
+        raise NotFoundError(f"no adapter directory {path}", remedy="ls runs/adapters")
+    found = read_peft(path, work.layout.sites)
+    if found.layout != work.layout:
+        raise MismatchError(
+            f"{path}: an adapter of rank {found.layout.rank} at {len(found.layout.sites)} sites",
+            expected=f"rank {work.layout.rank} at {len(work.layout.sites)} sites, as every value "
+            "of this memory",
+            remedy=f"--rank {found.layout.rank} with another --store",
+        )
+    folder = AdapterFolder(path)
+    about = folder.about() if folder.is_complete else None
+    if about is not None and about.backbone_sha256 != work.backbone.sha256:
+        raise MismatchError(
+            f"{path} was trained on {about.backbone} ({about.backbone_sha256[:12]}…)",
+            expected=f"{work.backbone.name} ({work.backbone.sha256[:12]}…)",
+            remedy="--preset or --set backbone.name as it was trained with",
+        )
+    number = task.number if task is not None else (about.result.task if about else None)
+    if number is None:
+        raise DataError(
+            f"{path} does not say which task it was trained on",
+            remedy=f"memtool write {path} --task N",
+        )
+    head = path / OWN_HEAD
+    own = classifier_of(head.read_bytes(), str(head)) if head.is_file() else None
+    value = found.value.float()
+    chosen = work.task(str(number))
+    names = work.stream.class_names
+    meta: dict[str, Any] = {
+        "task": number,
+        "domain": about.domain if about else chosen.domain,
+        "classes": list(about.classes) if about else [names[c] for c in chosen.classes],
+        "scaling": found.scaling,
+        "setting": about.setting if about else work.stream.setting,
+        "hyperparameters": about.configuration.get("train", {}) if about else {},
+        "provenance": {
+            "directory": path.name,
+            "stream": about.stream if about else work.stream.name,
+            "warm_start": about.warm_start if about else "unknown",
+            "memtool": about.memtool if about else "",
+        },
+        "file_sha256": found.sha256,
+    }
+    sha256 = hashlib.sha256(np.ascontiguousarray(value.numpy(), dtype="<f4").tobytes()).hexdigest()
+    name = about.result.name if about else path.resolve().name
+    return ReadAdapter(path, name, value, sha256, own, meta)
+
+
+def recalled_adapter(
+    directory: Path, work: Workspace, snapshot: Snapshot, coefficients: Tensor
+) -> Path:
+    """Write the mixture of fixed coefficients (memories, t) as one PEFT adapter.
+
+    Under delta it is the stack of all ranks, B scaled by its coefficient: rank t · r and equal to
+    the mixture. Under params A and B are mixed, and the rank stays r.
+    """
+    _, model, _ = snapshot.consolidated()
+    rank, count = work.layout.rank, len(snapshot.records)
+    values = torch.from_numpy(snapshot.view.values([r.id for r in snapshot.records]).copy())
+    scaling = torch.tensor([record.scaling for record in snapshot.records])
+    tensors = work.layout.unflatten(values)
+    stacked = model.mix == "delta"
+    layout = Layout(work.layout.sites, rank * count if stacked else rank)
+    mixed: dict[str, Tensor] = {}
+    for site in work.layout.sites:
+        place = model.memory.blocks.index(site.block) if len(coefficients) > 1 else 0
+        weights = coefficients[place].cpu().float()
+        a, b = tensors[f"{site.name}.lora_A"], tensors[f"{site.name}.lora_B"]
+        if stacked:
+            mixed[f"{site.name}.lora_A"] = a.reshape(count * rank, -1)
+            scaled = b * (weights * scaling)[:, None, None]
+            mixed[f"{site.name}.lora_B"] = scaled.permute(1, 0, 2).reshape(-1, count * rank)
+        else:
+            mixed[f"{site.name}.lora_A"] = torch.einsum("t,trd->rd", weights, a)
+            mixed[f"{site.name}.lora_B"] = torch.einsum("t,tor->or", weights * scaling, b)
+    _require_new(directory)
+    # The scaling is in B already, so alpha / r is 1.
+    write_peft(
+        directory,
+        layout.flatten(mixed),
+        layout,
+        alpha=float(layout.rank),
+        base_model=work.backbone.name,
+    )
+    return directory
+
+
+def import_peft(
+    config: Config, directories: Sequence[Path], *, task: str | None = None
+) -> WriteResult:
+    """Append PEFT directories to the memory as one version; see `Mira.write`."""
+    from memtool.methods.mira import Mira
+
+    return Mira.open(config, seed=config.seed[0]).write(directories, task=task)
+
+
+def export_peft(
+    config: Config, adapters: Sequence[str] | None, *, out: Path, version: str = "HEAD"
+) -> list[Path]:
+    """Write stored adapters (names or ids; none: all) as PEFT directories under `out`.
+
+    Each gets its head and what the catalog knows of it. Raises AlreadyThereError for a directory
+    that is not empty, before any is written.
+    """
+    from memtool.methods.workspace import Workspace
+
+    work = Workspace(config, seed=config.seed[0])
+    view = work.store.view(work.version_of(version))
+    records = [view.get(name) for name in adapters] if adapters else list(view.adapters)
+    targets = [out / record.name for record in records]
+    for directory in targets:
+        _require_new(directory)
+    for record, directory in zip(records, targets, strict=True):
+        write_peft(
+            directory,
+            torch.from_numpy(view.value(record.id).copy()),
+            work.layout,
+            alpha=float(record.scaling) * work.layout.rank,
+            base_model=work.backbone.name,
+        )
+        if own_head_blob(record.name) in view.blobs():
+            head = view.blob(own_head_blob(record.name))
+            (directory / OWN_HEAD).write_bytes(head)
+        known = {"adapter": record.name, "id": record.id, "version": view.version, **record.meta}
+        text = json.dumps(known, indent=2, default=str) + "\n"
+        (directory / CATALOG).write_text(text, encoding="utf-8")
+    return targets
+
+
+def _require_new(directory: Path) -> None:
+    if directory.exists() and any(directory.iterdir()):
+        raise AlreadyThereError(f"{directory} is not empty", remedy="name a new directory")

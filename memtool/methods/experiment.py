@@ -1,0 +1,220 @@
+"""Whole experiments: every task of a stream, every seed, baselines and report; resumable.
+
+All state is on disk (finished adapters, committed versions, finished baselines), so a run that was
+killed goes on at the first step that is not there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+import memtool_stores
+from memtool.config import Config, resolve
+from memtool.errors import ConfigError
+from memtool.evaluation.atomic import write_atomic
+from memtool.evaluation.record import Record, Row, write_record
+from memtool.evaluation.writers import write_avalanche, write_domainbed
+from memtool.methods.baselines import BASELINES
+from memtool.methods.mira import Mira
+from memtool.methods.state import Snapshot
+from memtool.progress import Progress, ProgressEvent
+from memtool.reports.figures import CoefficientMap, KeyMap
+from memtool.reports.html import Cost, write_report
+from memtool.streams.task import Task
+
+RECORD = "record.json"
+REPORT = "report.html"
+_ROWS = TypeAdapter(list[Row])
+
+
+def run(
+    config: Config,
+    *,
+    progress: Progress | None = None,
+    resume: bool = True,
+    baselines: bool = True,
+    command: str | None = None,
+    preset: str | None = None,
+) -> list[Record]:
+    """Learn all tasks in order, one memory a seed, then evaluate; one record a seed.
+
+    With several seeds, seed s uses the store `<store>-seed-<s>`; adapters, records and baselines
+    lie in `<runs>/seed-<s>`. `resume` False begins anew: the memory is rolled back to its first
+    version (the old one stays as a backup branch) and adapters are trained again.
+    """
+    records = []
+    for seed in config.seed:
+        several = len(config.seed) > 1
+        place = config.model_copy(
+            update={
+                "runs": config.runs / f"seed-{seed}",
+                "store": f"{config.store}-seed-{seed}" if several else config.store,
+                "seed": (seed,),
+            }
+        )
+        records.append(
+            _one_seed(
+                place,
+                seed,
+                progress=progress,
+                resume=resume,
+                baselines=baselines,
+                command=command,
+                preset=preset,
+            )
+        )
+    write_domainbed(records, config.runs / "results.jsonl")
+    write_avalanche(records, config.runs / "results.csv")
+    return records
+
+
+def demo(directory: Path, *, progress: Progress | None = None) -> tuple[Record, Path]:
+    """The whole pipeline on the embedded backbone and data; the record and the report's path."""
+    defaults = resolve(
+        preset="digits-dil",
+        overrides={"store": str(directory / "memory"), "runs": str(directory)},
+        ambient=False,
+    )
+    (record,) = run(defaults.config, progress=progress, command="memtool demo", preset="digits-dil")
+    return record, directory / "seed-0" / REPORT
+
+
+def _one_seed(
+    config: Config,
+    seed: int,
+    *,
+    progress: Progress | None,
+    resume: bool,
+    baselines: bool,
+    command: str | None,
+    preset: str | None,
+) -> Record:
+    begin = time.perf_counter()
+    mira = Mira.open(config, seed=seed, progress=progress)
+    work = mira.workspace
+    if config.stream.setting == "dg":
+        raise ConfigError(
+            "setting dg has no task order to learn", expected="stream.setting dil, til or cil"
+        )
+    if not resume and work.has_store:
+        _begin_anew(work.store)
+    learned = list(work.stream.tasks)
+    spent = {"adapt": 0.0, "consolidate": 0.0}
+    for task in learned:
+        number = str(task.number)
+        start = time.perf_counter()
+        mira.adapt(number, fresh=not resume)
+        folders = [config.runs / "adapters" / name for name in mira.adapter_names(task)]
+        mira.write(folders)
+        spent["adapt"] += time.perf_counter() - start
+        start = time.perf_counter()
+        state = mira.snapshot().state
+        if state is None or task.number not in state.tasks:
+            mira.consolidate()
+        spent["consolidate"] += time.perf_counter() - start
+    start = time.perf_counter()
+    setting = config.stream.setting
+    record = mira.evaluate(
+        setting=setting, history=True, compare=True, command=command, preset=preset
+    )
+    evaluated = time.perf_counter() - start
+    rows = list(record.metrics.rows)
+    if baselines and setting != "til":
+        for name in BASELINES:
+            rows += _baseline(mira, name, learned, progress)
+    snapshot = mira.snapshot()
+    record = mira.record(
+        rows,
+        learned,
+        setting=setting,
+        snapshot=snapshot,
+        seconds=time.perf_counter() - begin,
+        command=command,
+        preset=preset,
+    )
+    write_record(record, config.runs / RECORD)
+    costs = [
+        Cost(
+            "adapt: adapters of all tasks",
+            seconds=spent["adapt"],
+            parameters=work.layout.numel * len(snapshot.view.adapters),
+            bytes=work.layout.numel * 4 * len(snapshot.view.adapters),
+        ),
+        Cost(
+            "consolidate: keys and head",
+            seconds=spent["consolidate"],
+            parameters=_key_count(snapshot),
+            bytes=4 * _key_count(snapshot),
+        ),
+        Cost("evaluate: every version, and other ways to read the memory", seconds=evaluated),
+    ]
+    write_report(
+        record,
+        config.runs / REPORT,
+        coefficients=coefficient_map(mira, learned) if setting != "til" else None,
+        keys=key_map(snapshot),
+        costs=costs,
+    )
+    return record
+
+
+def coefficient_map(mira: Mira, tasks: Sequence[Task]) -> CoefficientMap:
+    """Mean coefficient of every adapter by true task and memory."""
+    found = [mira.retrieve(task=str(task.number)) for task in tasks]
+    values = np.array([result.blocks for result in found]).transpose(1, 0, 2)
+    return CoefficientMap(
+        values,
+        tuple(task.name for task in tasks),
+        tuple(adapter.name for adapter in found[0].adapters),
+        found[0].block_numbers,
+    )
+
+
+def key_map(snapshot: Snapshot) -> KeyMap | None:
+    """Cosine of every pair of keys."""
+    keys = snapshot.view.keys()
+    if keys is None:
+        return None
+    return KeyMap.of_keys(keys, tuple(record.name for record in snapshot.records))
+
+
+def _begin_anew(store: memtool_stores.MemoryStore) -> None:
+    versions = store.log()
+    if len(versions) > 1:
+        store.rollback(versions[-1].id)
+
+
+def _key_count(snapshot: Snapshot) -> int:
+    keys = snapshot.view.keys()
+    return 0 if keys is None else int(keys.size)
+
+
+def _baseline(mira: Mira, name: str, tasks: Sequence[Task], progress: Progress | None) -> list[Row]:
+    """The rows of a baseline: from its file when an earlier run finished it, else measured."""
+    work = mira.workspace
+    decides = work.config.model_dump(mode="json", include={"adapter", "train", "head", "backbone"})
+    text = json.dumps(
+        [decides, work.stream.fingerprint, work.backbone.sha256, work.seed], sort_keys=True
+    )
+    fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
+    file = work.config.runs / "baselines" / f"{name}-{fingerprint}.json"
+    if file.is_file():
+        try:
+            return _ROWS.validate_json(file.read_bytes())
+        except ValidationError:
+            file.unlink()  # cut short by a full disk: measure again
+    stage = f"baseline: {name}"
+    if progress is not None:
+        progress(ProgressEvent(stage=stage, step=0, total=1))
+    rows = BASELINES[name](work, tasks)
+    write_atomic(file, _ROWS.dump_json(rows, indent=2).decode() + "\n")
+    if progress is not None:
+        progress(ProgressEvent(stage=stage, step=1, total=1))
+    return rows

@@ -1,0 +1,907 @@
+"""MIRA: adapters in a memory of learned keys, recalled per sample without a task label.
+
+    adapt        train J adapters per task (stage 1)
+    write        append them to the store, one version
+    consolidate  learn the keys (stage 2), one version
+    retrieve     which mixture does this input recall?
+    evaluate     accuracy on every task, at any version
+
+Where the paper is silent, or where our trials found better, the default is ours and the paper's
+form is an option: keys in closed form (`consolidate.keys: random` and `epochs` for the paper's),
+chained adapters (`adapter.warm_start: none`), analytic heads (`head.kind: linear`), one early look
+for all blocks (`memory.scope: block`), softmax (`memory.separation: affine`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+import memtool_stores
+from memtool.adapters.values import AdapterValues, Recall
+from memtool.config import Config
+from memtool.errors import AlreadyThereError, ConfigError, DataError, MismatchError, NotFoundError
+from memtool.evaluation.matrix import AccuracyMatrix
+from memtool.evaluation.record import (
+    BackboneIdentity,
+    DataIdentity,
+    Environment,
+    Kind,
+    Metrics,
+    Record,
+    Row,
+    Run,
+    TaskIdentity,
+)
+from memtool.heads import FeatureStatistics, LinearClassifier, RecalledHead
+from memtool.memories.closed_form import QueryStatistics
+from memtool.memories.keyed import BlockMemory, KeyedMemory
+from memtool.memories.separation import separation
+from memtool.methods import consolidate as stage_two
+from memtool.methods.adapt import adapt
+from memtool.methods.exchange import AdapterFolder, read_adapter, recalled_adapter, write_adapter
+from memtool.methods.recall import MemoryModel, every, memory_blocks, same_for_all
+from memtool.methods.results import (
+    AdapterCoefficient,
+    AdaptResult,
+    ConsolidateResult,
+    Prediction,
+    RetrieveResult,
+    WriteResult,
+    WrittenAdapter,
+)
+from memtool.methods.state import (
+    HEAD,
+    MEMORY,
+    QUERIES,
+    QUERY_MODULES,
+    MemoryState,
+    Snapshot,
+    classifier_bytes,
+    features_blob,
+    own_head_blob,
+    solve_recalled_head,
+)
+from memtool.methods.workspace import Workspace, require_learnable
+from memtool.progress import Progress, ProgressEvent
+from memtool.streams import load_image
+from memtool.streams.task import Samples, Task
+
+SUBJECT_SAMPLES = 256
+"""Test images of a task that `retrieve --task` looks at."""
+
+SETTINGS = ("dil", "til", "cil")
+"""Settings that `evaluate` knows: task inferred (dil, cil), or given (til)."""
+
+
+class Mira:
+    """The five steps over one configuration and seed."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self.workspace = workspace
+        self.config = workspace.config
+        self.seed = workspace.seed
+
+    @classmethod
+    def open(cls, config: Config, *, seed: int, progress: Progress | None = None) -> Mira:
+        """Nothing is read yet: stream, backbone and store open when first needed."""
+        return cls(Workspace(config, seed=seed, progress=progress))
+
+    # Adapt ----------------------------------------------------------------------------------
+
+    def adapt(self, task: str, *, fresh: bool = False) -> list[AdaptResult]:
+        """Train the adapters of a task and write each as a PEFT directory under `runs`.
+
+        A finished one of the same settings is left as it is, unless `fresh`; an interrupted one
+        goes on where it was. Raises AlreadyThereError for a finished one of other settings.
+        """
+        work, settings = self.workspace, self.config.adapter
+        chosen = work.task(task)
+        require_learnable(chosen)
+        names = self.adapter_names(chosen)
+        fingerprint = self._fingerprint(chosen)
+        folders = [AdapterFolder(work.adapter_folder / name) for name in names]
+        if not fresh and all(folder.is_complete for folder in folders):
+            found = [folder.result() for folder in folders]
+            if any(folder.about().fingerprint != fingerprint for folder in folders):
+                raise AlreadyThereError(
+                    f"{folders[0].path} was trained with other settings, data or backbone",
+                    remedy=f"memtool train-adapter --task {task} --fresh, or --set runs=DIR",
+                )
+            return [result.model_copy(update={"skipped": True}) for result in found]
+        start, source = self._warm_start(chosen)
+        trained = adapt(
+            work.engine,
+            work.backbone,
+            work.layout,
+            chosen.train,
+            classes=chosen.classes,
+            class_count=len(work.stream.class_names),
+            adapter=settings,
+            train=self.config.train,
+            seed=self.seed * 1000 + chosen.number,
+            start=start,
+            fingerprint=f"{fingerprint} {source}",
+            checkpoint=None if fresh else work.adapter_folder / f".{names[0]}.checkpoint",
+            progress=work.progress,
+            stage=f"task {chosen.number}/{len(work.stream.tasks)} {chosen.name}: adapt",
+        )
+        results = []
+        for index, (name, folder) in enumerate(zip(names, folders, strict=True)):
+            result = AdaptResult(
+                path=folder.path,
+                name=name,
+                task=chosen.number,
+                task_name=chosen.name,
+                seed=self.seed,
+                train_accuracy=trained.train_accuracy[index],
+                loss=trained.fit.losses[-1] / settings.per_task if trained.fit.losses else 0.0,
+                seconds=trained.fit.seconds,
+                parameters=work.layout.numel,
+                bytes=work.layout.numel * 4,
+                resumed=trained.fit.resumed_at > 0,
+            )
+            write_adapter(
+                folder,
+                work,
+                chosen,
+                value=trained.values[index],
+                head=trained.heads[index],
+                result=result,
+                fingerprint=fingerprint,
+                warm_start=source,
+            )
+            results.append(result)
+        return results
+
+    def adapter_names(self, task: Task) -> list[str]:
+        """Names of the adapters of a task, one folder each."""
+        stem = f"task-{task.number}-seed-{self.seed}"
+        count = self.config.adapter.per_task
+        return [stem] if count == 1 else [f"{stem}-adapter-{j + 1}" for j in range(count)]
+
+    def _fingerprint(self, task: Task) -> str:
+        work = self.workspace
+        decides = {
+            "backbone": work.backbone.sha256,
+            "stream": work.stream.fingerprint,
+            "task": task.number,
+            "targets": self.config.backbone.targets,
+            "adapter": self.config.adapter.model_dump(mode="json"),
+            "train": self.config.train.model_dump(mode="json"),
+            "seed": self.seed,
+        }
+        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+    def _warm_start(self, task: Task) -> tuple[Tensor | None, str]:
+        """The value that training starts from, and a word for it: the ids it was made of."""
+        kind = self.config.adapter.warm_start
+        if kind == "none" or not self.workspace.has_store:
+            return None, "zero"
+        view = self.workspace.store.view("HEAD")
+        earlier = [r for r in view.adapters if 0 < (r.meta.get("task") or 0) < task.number]
+        if kind == "previous" and earlier:
+            last = max(int(r.meta["task"]) for r in earlier)
+            earlier = [r for r in earlier if r.meta["task"] == last]
+        if not earlier:
+            return None, "zero"
+        values = torch.from_numpy(view.values([record.id for record in earlier]).copy())
+        return values.mean(dim=0), " ".join(record.id for record in earlier)
+
+    # Write ----------------------------------------------------------------------------------
+
+    def write(
+        self, directories: Sequence[Path] | None = None, *, task: str | None = None
+    ) -> WriteResult:
+        """Append adapters to the store as one version: those not yet there, or the ones named.
+
+        `task` says what a directory that was not made by memtool was trained on. Writing what is
+        there already changes nothing; another adapter of the same name is an error.
+        """
+        work = self.workspace
+        if directories is None:
+            directories = [folder.path for folder in AdapterFolder.all_in(work.adapter_folder)]
+            if not directories:
+                raise NotFoundError(
+                    f"no adapters in {work.adapter_folder}",
+                    remedy="memtool train-adapter --task 1, or memtool write DIR",
+                )
+        given = None if task is None else work.task(task)
+        found = [read_adapter(path, work, given) for path in directories]
+        store = work.store_or_new()
+        added: list[WrittenAdapter] = []
+        skipped: list[str] = []
+
+        def append(txn: memtool_stores.Transaction) -> None:
+            added.clear()
+            skipped.clear()
+            here = {record.name: record for record in txn.adapters}
+            for adapter in found:
+                old = here.get(adapter.name)
+                if old is not None:
+                    if old.sha256 != adapter.sha256:
+                        raise AlreadyThereError(
+                            f"the memory holds another adapter named {adapter.name!r}",
+                            expected=f"values with sha256 {old.sha256[:12]}…, "
+                            f"found {adapter.sha256[:12]}… in {adapter.path}",
+                            remedy="rename the directory, write to another --store, or memtool "
+                            "rollback to the version before it",
+                        )
+                    skipped.append(adapter.name)
+                    continue
+                id = txn.add(adapter.name, adapter.value.numpy(), adapter.meta)
+                if adapter.head is not None:
+                    txn.put_blob(own_head_blob(adapter.name), classifier_bytes(adapter.head))
+                added.append(WrittenAdapter(name=adapter.name, id=id))
+
+        names = ", ".join(adapter.name for adapter in found)
+        store.run(append, f"write {names}", metadata=self._metadata("write"))
+        return WriteResult(version=store.head(), added=tuple(added), skipped=tuple(skipped))
+
+    # Consolidate ----------------------------------------------------------------------------
+
+    def consolidate(self) -> ConsolidateResult:
+        """Give every adapter in memory its key, and solve the head; one version.
+
+        Only the images of tasks that were not consolidated before are read. Running it again
+        without new adapters or other settings changes nothing.
+        """
+        begin = time.perf_counter()
+        work, config = self.workspace, self.config
+        snapshot = self._snapshot("HEAD")
+        view = snapshot.view
+        if not view.adapters:
+            raise NotFoundError(
+                f"the memory {work.store_path!r} holds no adapters",
+                remedy="memtool train-adapter --task 1 && memtool write",
+            )
+        state = snapshot.state
+        self._require_same_queries(state)
+        tasks = list(state.tasks) if state else []
+        new_tasks: list[int] = []
+        for record in view.adapters:
+            number = _task_of(record)
+            if number not in (*tasks, *new_tasks):
+                new_tasks.append(number)
+        unchanged = (
+            not new_tasks
+            and state is not None
+            and state.adapters == view.ids
+            and state.memory == config.memory
+            and state.head == config.head
+            and config.consolidate.epochs == 0
+            and view.metadata.get("consolidate") == config.consolidate.model_dump(mode="json")
+        )
+        queries = snapshot.query_statistics()
+        features = snapshot.feature_statistics()
+        probe = self._probe_memory()
+        for place, number in enumerate(new_tasks):
+            self._tell("consolidate: count", place, len(new_tasks))
+            task = work.task(str(number))
+            require_learnable(task)
+            own = snapshot.own_values(number, work.engine.device)
+            seen, asked = stage_two.count_task(
+                work.engine, work.backbone, probe, config.memory, own, task.train
+            )
+            if queries is None:
+                queries = QueryStatistics(len(asked), work.backbone.dim)
+            queries.add(len(tasks) + place, asked)
+            labels = torch.from_numpy(np.asarray(task.train.labels))
+            features[number] = FeatureStatistics(work.backbone.dim, len(work.stream.class_names))
+            features[number].add(seen, labels)
+            self._tell("consolidate: count", place + 1, len(new_tasks))
+        tasks += new_tasks
+        assert queries is not None
+        adapter_tasks = tuple(tasks.index(_task_of(record)) for record in view.adapters)
+        trained = {_task_of(r): snapshot.own_head(r.name) for r in view.adapters}
+        head = solve_recalled_head(config.head, features, trained, adapter_tasks)
+        stored = view.keys()
+        before = None if stored is None else torch.from_numpy(stored.copy())
+        keys = stage_two.start_keys(
+            config.consolidate,
+            config.memory,
+            queries,
+            adapter_tasks,
+            work.engine.generator(self.seed),
+        )
+        learned = config.consolidate.epochs > 0 or config.consolidate.keys == "random"
+        kept = 0
+        if learned and before is not None and _same_separation(state, config):
+            kept = before.shape[1]
+            keys[:, :kept] = before
+        model = self._model(snapshot, keys)
+        last = work.task(str(tasks[-1]))
+        if config.consolidate.epochs > 0 and kept < len(view.adapters):
+            modules = snapshot.model.memory.state_dict() if snapshot.model else {}
+            asked_before = {name: t for name, t in modules.items() if not name.endswith("keys")}
+            model.memory.load_state_dict({**model.memory.state_dict(), **asked_before})
+            settings = config.head
+            if settings.scope == "shared" and settings.kind in ("ridge", "ncm"):
+                # Their scores are no log posteriors; those of lda are.
+                settings = settings.model_copy(update={"kind": "lda"})
+            teacher = solve_recalled_head(settings, features, trained, adapter_tasks)
+            stage_two.learn_keys(
+                work.engine,
+                model,
+                teacher.to(work.engine.device),
+                last.train,
+                config.consolidate,
+                first_new=kept,
+                classes=last.classes,
+                seed=self.seed,
+                progress=work.progress,
+                stage=f"task {last.number} {last.name}: consolidate",
+            )
+            keys = model.memory.keys().cpu()
+        accuracy = self._accuracy(
+            model, head.to(work.engine.device), _first(last.train, 4 * SUBJECT_SAMPLES)
+        )
+        drift = (
+            0.0
+            if before is None or before.shape[::2] != keys.shape[::2]
+            else (stage_two.drift_degrees(before, keys[:, : before.shape[1]]))
+        )
+        new_state = MemoryState(
+            memory=config.memory,
+            head=config.head,
+            tasks=tuple(tasks),
+            adapters=view.ids,
+            adapter_tasks=adapter_tasks,
+            class_names=work.stream.class_names,
+            fingerprint=work.stream.fingerprint,
+        )
+        result = ConsolidateResult(
+            version=view.version,
+            tasks=tuple(tasks),
+            separation=config.memory.separation,
+            mix=config.memory.mix,
+            epochs=config.consolidate.epochs,
+            seconds=time.perf_counter() - begin,
+            train_accuracy=accuracy,
+            key_drift_degrees=drift,
+            unchanged=unchanged,
+        )
+        if unchanged:
+            return result
+        blobs = {
+            MEMORY: new_state.model_dump_json().encode(),
+            QUERIES: queries.to_bytes(),
+            HEAD: head.to_bytes(),
+            **{features_blob(number): features[number].to_bytes() for number in new_tasks},
+        }
+        learned_modules = _query_modules(model.memory)
+        if learned_modules is not None:
+            blobs[QUERY_MODULES] = learned_modules
+        array = np.ascontiguousarray(keys.numpy(), dtype=np.float32)
+
+        def commit(txn: memtool_stores.Transaction) -> None:
+            if tuple(record.id for record in txn.adapters) != view.ids:
+                raise MismatchError(
+                    "adapters were written or removed while the memory was consolidated",
+                    remedy="memtool consolidate again; nothing was lost",
+                )
+            txn.set_keys(array)
+            for name, data in blobs.items():
+                txn.put_blob(name, data)
+
+        described = " ".join(str(number) for number in tasks)
+        metadata = {
+            **self._metadata("consolidate"),
+            "learned": tasks,
+            "consolidate": config.consolidate.model_dump(mode="json"),
+        }
+        work.store.run(commit, f"consolidate tasks {described}", metadata=metadata)
+        return result.model_copy(update={"version": work.store.head()})
+
+    def _require_same_queries(self, state: MemoryState | None) -> None:
+        """Queries that were counted one way cannot be asked another way later."""
+        if state is None:
+            return
+        now, then = self.config.memory, state.memory
+        for name in ("token", "query_norm", "scope", "look_at"):
+            if getattr(now, name) != getattr(then, name):
+                raise ConfigError(
+                    f"memory.{name} is {getattr(now, name)!r}, but the queries of tasks "
+                    f"{list(state.tasks)} were counted with {getattr(then, name)!r}",
+                    remedy=f"--set memory.{name}={getattr(then, name)}, or a new --store",
+                )
+        if state.class_names != self.workspace.stream.class_names:
+            raise MismatchError(
+                "the classes of this stream are not those of the memory's head",
+                expected=", ".join(state.class_names[:8]),
+                remedy="the stream that the memory was trained on, or another --store",
+            )
+
+    def _probe_memory(self) -> KeyedMemory:
+        """A memory without content, for its query modules: what would each block be asked?"""
+        work, settings = self.workspace, self.config.memory
+        blocks = memory_blocks(settings, work.layout)
+        empty = torch.zeros(len(blocks), 1, work.backbone.dim + 1)
+        plain = settings.model_copy(update={"query": "identity"})
+        return KeyedMemory.from_settings(
+            plain, blocks, work.backbone.dim, empty, prefix_tokens=work.backbone.prefix_tokens
+        ).to(work.engine.device)
+
+    def _model(self, snapshot: Snapshot, keys: Tensor) -> MemoryModel:
+        work, settings = self.workspace, self.config.memory
+        view = snapshot.view
+        values = AdapterValues.from_flat(
+            torch.from_numpy(view.values().copy()),
+            work.layout,
+            torch.tensor([record.scaling for record in view.adapters], dtype=torch.float32),
+        )
+        memory = KeyedMemory.from_settings(
+            settings,
+            memory_blocks(settings, work.layout),
+            work.backbone.dim,
+            keys,
+            prefix_tokens=work.backbone.prefix_tokens,
+            generator=work.engine.generator(self.seed),
+        )
+        model = MemoryModel(work.backbone, values, memory, settings)
+        return model.to(work.engine.device).requires_grad_(False)
+
+    # Retrieve -------------------------------------------------------------------------------
+
+    def retrieve(
+        self,
+        *,
+        task: str | None = None,
+        image: Path | None = None,
+        query: Path | None = None,
+        version: str = "HEAD",
+        out: Path | None = None,
+    ) -> RetrieveResult:
+        """The mixture that a task's test images, one image, or a query recall.
+
+        `query` is a safetensors file with a tensor `query` (d,) or (memories, d): what a memory
+        would be asked. `out` is a folder that the recalled adapter is written to as a PEFT
+        directory (the mean coefficients, exact for them).
+        """
+        if sum(given is not None for given in (task, image, query)) != 1:
+            raise ConfigError(
+                "what should recall?", expected="exactly one of --task, --image and --query"
+            )
+        snapshot = self._snapshot(version)
+        state, model, head = snapshot.consolidated()
+        accuracy, prediction = None, None
+        if query is not None:
+            subject, samples = str(query), 1
+            coefficients = self._recall_query(model, query)
+        else:
+            if task is not None:
+                chosen = self.workspace.task(task)
+                shown = _first(chosen.test, SUBJECT_SAMPLES)
+                subject, samples = f"task {chosen.number} {chosen.name}", len(shown)
+                images = shown.images
+            else:
+                assert image is not None
+                loaded = load_image(image, self.config.backbone.image_size)
+                subject, samples, images = str(image), 1, loaded[None]
+            logits, recalled = self._recall_images(model, head, images)
+            coefficients = recalled.mean(dim=0)
+            if task is not None:
+                accuracy = float(
+                    (logits.argmax(1) == torch.from_numpy(np.asarray(shown.labels))).float().mean()
+                )
+            else:
+                prediction = _prediction(head.probabilities(logits)[0], state)
+        if out is not None:
+            recalled_adapter(out, self.workspace, snapshot, coefficients)
+        mean = coefficients.mean(dim=0)
+        return RetrieveResult(
+            version=snapshot.version,
+            subject=subject,
+            samples=samples,
+            mix=state.memory.mix,
+            separation=state.memory.separation,
+            adapters=tuple(
+                AdapterCoefficient(name=r.name, task=_task_of(r), coefficient=float(a))
+                for r, a in zip(snapshot.records, mean, strict=True)
+            ),
+            blocks=tuple(tuple(float(a) for a in row) for row in coefficients),
+            block_numbers=model.memory.blocks,
+            prediction=prediction,
+            accuracy=accuracy,
+            out=out,
+        )
+
+    def _recall_images(
+        self, model: MemoryModel, head: RecalledHead, images: npt.NDArray[np.uint8]
+    ) -> tuple[Tensor, Tensor]:
+        """Scores (n, classes) and coefficients (n, memories, t)."""
+
+        def run(batch: Tensor) -> Tensor:
+            features, coefficients = model.with_coefficients(batch)
+            scores = head(features, coefficients.mean(dim=1))
+            return torch.cat([scores, coefficients.flatten(1).float()], dim=1)
+
+        joined = self.workspace.engine.predict(run, images)
+        memories = len(model.memory.blocks)
+        return joined[:, : head.classes], joined[:, head.classes :].unflatten(1, (memories, -1))
+
+    def _recall_query(self, model: MemoryModel, path: Path) -> Tensor:
+        """Coefficients (memories, t) for the query in a safetensors file."""
+        asked = _read_query(path)
+        memories, dim = len(model.memory.blocks), self.workspace.backbone.dim
+        if asked.ndim == 1:
+            asked = asked.expand(memories, -1)
+        if tuple(asked.shape) != (memories, dim):
+            raise MismatchError(
+                f"{path}: query of shape {tuple(asked.shape)}",
+                expected=f"({dim},) or ({memories}, {dim})",
+            )
+        rows = []
+        for block, one in zip(model.memory.blocks, asked, strict=True):
+            memory = model.memory[block]
+            full = torch.cat([one.to(memory.keys), one.new_ones(1).to(memory.keys)])
+            rows.append(memory.separation(memory.similarity(full.unsqueeze(0), memory.keys))[0])
+        return torch.stack(rows).detach().cpu()
+
+    # Evaluate -------------------------------------------------------------------------------
+
+    def evaluate(
+        self,
+        *,
+        setting: str | None = None,
+        version: str = "HEAD",
+        history: bool = False,
+        compare: bool = False,
+        command: str | None = None,
+        preset: str | None = None,
+    ) -> Record:
+        """Accuracy on the test images of every task that the memory has learned.
+
+        `setting` dil and cil infer the task; til is given it and recalls its adapter exactly, with
+        the head trained with it. `history` reads the version after each task and fills the whole
+        matrix; `compare` adds hard choice, uniform mixture and the oracle adapter.
+        """
+        begin = time.perf_counter()
+        setting = setting or self.config.stream.setting
+        if setting not in SETTINGS:
+            raise ConfigError(
+                f"setting {setting!r} cannot be evaluated from one memory",
+                expected=" or ".join(SETTINGS),
+            )
+        snapshot = self._snapshot(version)
+        learned = self._learned(snapshot, setting)
+        versions = (
+            self._history(snapshot, learned, setting)
+            if history
+            else {len(learned): snapshot.version}
+        )
+        names = [task.name for task in learned]
+        matrix = AccuracyMatrix.empty(names)
+        task_accuracy = 0.0
+        for place, (count, at) in enumerate(sorted(versions.items())):
+            self._tell("evaluate", place, len(versions))
+            there = snapshot if at == snapshot.version else self._snapshot(at)
+            scores, task_accuracy = self._scores(there, learned, setting, known=count)
+            matrix = matrix.with_row(count, scores)
+            self._tell("evaluate", place + 1, len(versions))
+        label = "task given, exact recall" if setting == "til" else "memory"
+        more = {} if setting == "til" else {"task_accuracy": task_accuracy}
+        rows = [
+            Row.measured(
+                "memory", label, "method", matrix, more=more, seconds=time.perf_counter() - begin
+            )
+        ]
+        if compare and setting != "til":
+            rows += self._comparisons(snapshot, learned)
+        return self.record(
+            rows,
+            learned,
+            setting=setting,
+            snapshot=snapshot,
+            seconds=time.perf_counter() - begin,
+            command=command,
+            preset=preset,
+        )
+
+    def record(
+        self,
+        rows: Sequence[Row],
+        learned: Sequence[Task],
+        *,
+        setting: str,
+        snapshot: Snapshot,
+        seconds: float,
+        command: str | None = None,
+        preset: str | None = None,
+    ) -> Record:
+        """The record of rows measured on the learned tasks at a version."""
+        work = self.workspace
+        state = snapshot.state
+        settings = state.memory if state else self.config.memory
+        classes = work.stream.class_names
+        run = Run(
+            method="mira",
+            setting=setting,
+            preset=preset,
+            configuration=self.config.model_dump(mode="json"),
+            command=command,
+            mix=settings.mix,
+            separation=settings.separation,
+            backbone=BackboneIdentity(name=work.backbone.name, sha256=work.backbone.sha256),
+            data=DataIdentity(name=work.stream.name, fingerprint=work.stream.fingerprint),
+            tasks=tuple(
+                TaskIdentity(
+                    name=task.name,
+                    domain=task.domain,
+                    classes=tuple(classes[c] for c in task.classes),
+                    test_samples=len(task.test),
+                )
+                for task in learned
+            ),
+            class_order=classes,
+            seed=self.seed,
+            store=work.store_path,
+            store_version=snapshot.version,
+            created=datetime.now(UTC),
+        )
+        environment = Environment.here(str(work.engine.device), seconds)
+        return Record(run=run, metrics=Metrics(rows=tuple(rows)), environment=environment)
+
+    def _learned(self, snapshot: Snapshot, setting: str) -> list[Task]:
+        """The tasks in the order in which they were learned."""
+        if setting == "til":
+            numbers = list(dict.fromkeys(_task_of(record) for record in snapshot.view.adapters))
+            if not numbers:
+                raise NotFoundError(
+                    f"the memory holds no adapters at version {snapshot.version}",
+                    remedy="memtool write",
+                )
+        else:
+            numbers = list(snapshot.consolidated()[0].tasks)
+        return [self.workspace.task(str(number)) for number in numbers]
+
+    def _history(self, snapshot: Snapshot, learned: Sequence[Task], setting: str) -> dict[int, str]:
+        """The newest version at which the first i tasks, and no more, were learned, for every i."""
+        order = [task.number for task in learned]
+        found: dict[int, str] = {}
+        for version in self.workspace.store.log(snapshot.version):
+            if setting == "til":
+                view = self.workspace.store.view(version.id)
+                tasks = list(dict.fromkeys(_task_of(record) for record in view.adapters))
+            else:
+                tasks = list(version.metadata.get("learned") or [])
+            if tasks and tasks == order[: len(tasks)] and len(tasks) not in found:
+                found[len(tasks)] = version.id
+        return found
+
+    def _scores(
+        self, snapshot: Snapshot, tasks: Sequence[Task], setting: str, *, known: int
+    ) -> tuple[list[float | None], float]:
+        """Accuracy on every task, and the share of samples whose task was inferred right."""
+        if setting == "til":
+            return [
+                self._own_accuracy(snapshot, task) if place < known else None
+                for place, task in enumerate(tasks)
+            ], 1.0
+        state, model, head = snapshot.consolidated()
+        owners = torch.tensor([state.tasks[place] for place in state.adapter_tasks])
+        scores: list[float | None] = []
+        right, total = 0, 0
+        for task in tasks:
+            logits, coefficients = self._recall_images(model, head, task.test.images)
+            labels = torch.from_numpy(np.asarray(task.test.labels))
+            scores.append(float((logits.argmax(1) == labels).double().mean()))
+            if task.number in state.tasks:
+                chosen = owners[coefficients.mean(dim=1).argmax(dim=1)]
+                right += int((chosen == task.number).sum())
+                total += len(labels)
+        return scores, right / max(total, 1)
+
+    def _own_accuracy(self, snapshot: Snapshot, task: Task) -> float:
+        """The task's own adapters, exactly recalled, with the heads trained with them."""
+        engine = self.workspace.engine
+        total: Tensor | None = None
+        for record in snapshot.adapters_of(task.number):
+            head = snapshot.own_head(record.name)
+            if head is None:
+                raise NotFoundError(
+                    f"adapter {record.name!r} came without a trained head",
+                    remedy="memtool eval --setting dil, whose head is solved from statistics",
+                )
+            values = AdapterValues.from_flat(
+                torch.from_numpy(snapshot.view.value(record.id).copy())[None],
+                self.workspace.layout,
+                record.scaling,
+            ).to(engine.device)
+            logits = self._logits(every(values), head.to(engine.device), task.test, task.classes)
+            total = logits if total is None else total + logits
+        assert total is not None
+        labels = torch.from_numpy(np.asarray(task.test.labels))
+        return float((total.argmax(1) == labels).double().mean())
+
+    def _logits(
+        self,
+        recall: Recall | None,
+        head: LinearClassifier,
+        samples: Samples,
+        allowed: Sequence[int] | None = None,
+    ) -> Tensor:
+        backbone = self.workspace.backbone
+
+        def run(images: Tensor) -> Tensor:
+            return head(backbone.features(backbone.preprocess(images), recall), allowed)
+
+        return self.workspace.engine.predict(run, samples.images)
+
+    def _scored(
+        self, recall: Recall, head: RecalledHead, coefficients: Tensor, samples: Samples
+    ) -> Tensor:
+        """Scores (n, classes) under one recall and coefficients (t,) for all samples."""
+        backbone = self.workspace.backbone
+
+        def run(images: Tensor) -> Tensor:
+            features = backbone.features(backbone.preprocess(images), recall)
+            return head(features, coefficients.expand(len(images), -1))
+
+        return self.workspace.engine.predict(run, samples.images)
+
+    def _comparisons(self, snapshot: Snapshot, tasks: Sequence[Task]) -> list[Row]:
+        """Other ways to read the same memory: hard choice, uniform mixture, oracle adapter."""
+        _, model, head = snapshot.consolidated()
+        device = self.workspace.engine.device
+        count = len(snapshot.records)
+        equal = torch.full((count,), 1 / count, device=device)
+        uniform = same_for_all(model.values, equal, model.mix)
+        hard = _hard(model)
+
+        def routed(task: Task) -> Tensor:
+            return self._recall_images(hard, head, task.test.images)[0]
+
+        def mixed(task: Task) -> Tensor:
+            return self._scored(uniform, head, equal, task.test)
+
+        def oracle(task: Task) -> Tensor:
+            values = snapshot.own_values(task.number, device)
+            mine = torch.tensor([_task_of(r) == task.number for r in snapshot.records])
+            share = (mine.float() / mine.sum()).to(device)
+            alone = torch.full((len(values),), 1 / len(values), device=device)
+            recall = every(values) if len(values) == 1 else same_for_all(values, alone, model.mix)
+            return self._scored(recall, head, share, task.test)
+
+        ways: list[tuple[str, str, Kind, Callable[[Task], Tensor]]] = [
+            ("routed", "memory, hard choice by key (LDA routing)", "baseline", routed),
+            ("uniform", "uniform mixture", "baseline", mixed),
+            ("oracle", "oracle adapter (task known)", "upper bound", oracle),
+        ]
+        rows = []
+        for id, label, kind, logits in ways:
+            begin = time.perf_counter()
+            scores = []
+            for task in tasks:
+                labels = torch.from_numpy(np.asarray(task.test.labels))
+                scores.append(float((logits(task).argmax(1) == labels).double().mean()))
+            names = [task.name for task in tasks]
+            matrix = AccuracyMatrix.empty(names).with_row(len(names), scores)
+            rows.append(Row.measured(id, label, kind, matrix, seconds=time.perf_counter() - begin))
+        return rows
+
+    # Shared ---------------------------------------------------------------------------------
+
+    def plan(self, verb: str) -> dict[str, Any]:
+        """What a verb would do, for --dry-run: tasks, parameters and bytes; nothing is written."""
+        work, config = self.workspace, self.config
+        stream = work.stream
+        value_bytes = work.layout.numel * 4
+        return {
+            "verb": verb,
+            "store": work.store_path,
+            "store_exists": work.has_store,
+            "backbone": work.backbone.name,
+            "device": str(work.engine.device),
+            "precision": work.engine.precision,
+            "tasks": [task.name for task in stream.tasks],
+            "train_images": [len(task.train) for task in stream.tasks],
+            "adapters_per_task": config.adapter.per_task,
+            "parameters_per_adapter": work.layout.numel,
+            "bytes_per_adapter": value_bytes,
+            "bytes_in_all": value_bytes * config.adapter.per_task * len(stream.tasks),
+        }
+
+    def snapshot(self, version: str = "HEAD") -> Snapshot:
+        """The memory at a version, on the device."""
+        return self._snapshot(version)
+
+    def _snapshot(self, version: str) -> Snapshot:
+        work = self.workspace
+        return Snapshot.read(
+            work.store, work.version_of(version), work.backbone, work.layout, work.engine.device
+        )
+
+    def _accuracy(self, model: MemoryModel, head: RecalledHead, samples: Samples) -> float:
+        logits, _ = self._recall_images(model, head, samples.images)
+        labels = torch.from_numpy(np.asarray(samples.labels))
+        return float((logits.argmax(1) == labels).double().mean())
+
+    def _metadata(self, verb: str) -> dict[str, Any]:
+        return {
+            "verb": verb,
+            "seed": self.seed,
+            "configuration": self.config.model_dump(mode="json"),
+        }
+
+    def _tell(self, stage: str, step: int, total: int) -> None:
+        if self.workspace.progress is not None:
+            self.workspace.progress(ProgressEvent(stage=stage, step=step, total=total))
+
+
+def _hard(model: MemoryModel) -> MemoryModel:
+    """The same memory with one adapter per sample and block: that of the highest score."""
+    highest = separation("topk", topk=1)
+    memories = [
+        BlockMemory(here.keys, here.query, here.similarity, highest)
+        for here in (model.memory[block] for block in model.memory.blocks)
+    ]
+    memory = KeyedMemory(model.memory.blocks, memories)
+    return MemoryModel(model.backbone, model.values, memory, model.settings)
+
+
+def _task_of(record: memtool_stores.AdapterRecord) -> int:
+    """The task that an adapter was trained on."""
+    number = record.meta.get("task")
+    if not isinstance(number, int):
+        raise DataError(
+            f"adapter {record.name!r} does not say which task it was trained on",
+            remedy="memtool write DIR --task N, in a new --store",
+        )
+    return number
+
+
+def _same_separation(state: MemoryState | None, config: Config) -> bool:
+    """Learned keys stay only where they mean the same as before."""
+    return state is not None and (state.memory.separation, state.memory.similarity) == (
+        config.memory.separation,
+        config.memory.similarity,
+    )
+
+
+def _query_modules(memory: KeyedMemory) -> bytes | None:
+    """The learned query modules as safetensors, when there are any."""
+    tensors = {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in memory.state_dict().items()
+        if not name.endswith(".keys")
+    }
+    return save(tensors) if tensors else None
+
+
+def _first(samples: Samples, count: int) -> Samples:
+    """At most `count` samples, spread evenly."""
+    if len(samples) <= count:
+        return samples
+    chosen = np.linspace(0, len(samples) - 1, count).astype(np.int64)
+    return Samples(samples.images[chosen], samples.labels[chosen])
+
+
+def _prediction(probabilities: Tensor, state: MemoryState) -> Prediction:
+    """The most probable class of one image."""
+    best = int(probabilities.argmax())
+    return Prediction(label=state.class_names[best], probability=float(probabilities[best]))
+
+
+def _read_query(path: Path) -> Tensor:
+    try:
+        with safe_open(path, framework="pt") as file:
+            if "query" not in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                raise DataError(f"{path} has no tensor named 'query'", expected="query (d,)")
+            return file.get_tensor("query").float()
+    except FileNotFoundError as error:
+        raise NotFoundError(f"no file {path}") from error
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path} is not a safetensors file: {error}") from error

@@ -1,0 +1,242 @@
+"""What a store holds of a memory beside values and keys, and the memory made from it.
+
+Blobs: `memory` (JSON: settings, and which task and adapter each key belongs to), `queries` and
+`features.<task>` (running moments, that keys and heads are solved from), `query-modules` (learned
+g, when there are any), `head` (what retrieval ends in) and `head.<adapter>` (the classifier that
+was trained with an adapter).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+import memtool_stores
+from memtool.adapters.layout import Layout
+from memtool.adapters.values import AdapterValues
+from memtool.backbones.interface import Backbone
+from memtool.config import HeadSettings, MemorySettings
+from memtool.errors import ConfigError, CorruptError, MismatchError, NotFoundError
+from memtool.heads import FeatureStatistics, LinearClassifier, RecalledHead, solve_head
+from memtool.memories.closed_form import QueryStatistics
+from memtool.memories.keyed import KeyedMemory
+from memtool.methods.recall import MemoryModel, memory_blocks
+
+MEMORY = "memory"
+QUERIES = "queries"
+QUERY_MODULES = "query-modules"
+HEAD = "head"
+
+
+def features_blob(task: int) -> str:
+    """Name of the blob that holds the moments of a task's features."""
+    return f"features.{task}"
+
+
+def own_head_blob(adapter: str) -> str:
+    """Name of the blob that holds the classifier trained with an adapter."""
+    return f"head.{adapter}"
+
+
+class MemoryState(BaseModel):
+    """How the memory is read: the JSON blob `memory`.
+
+    `tasks` in the order in which they were consolidated; `adapters` are the ids behind the keys,
+    in key order, and `adapter_tasks` the position in `tasks` of each.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: int = 1
+    memory: MemorySettings
+    head: HeadSettings
+    tasks: tuple[int, ...]
+    adapters: tuple[str, ...]
+    adapter_tasks: tuple[int, ...]
+    class_names: tuple[str, ...]
+    fingerprint: str
+
+    @classmethod
+    def load(cls, view: memtool_stores.MemoryView) -> MemoryState | None:
+        """The state at a version; None before the first consolidation."""
+        if MEMORY not in view.blobs():
+            return None
+        try:
+            return cls.model_validate_json(view.blob(MEMORY))
+        except ValidationError as error:
+            raise CorruptError(
+                f"blob {MEMORY!r} at version {view.version}: {error.errors()[0]['msg']}",
+                remedy="memtool verify; a newer memtool may have written it",
+            ) from error
+
+
+def classifier_bytes(classifier: LinearClassifier) -> bytes:
+    """A classifier as a safetensors file."""
+    return save({"weight": classifier.weight.contiguous(), "bias": classifier.bias.contiguous()})
+
+
+def classifier_of(data: bytes, where: str) -> LinearClassifier:
+    """What `classifier_bytes` wrote."""
+    try:
+        tensors = load(data)
+        return LinearClassifier(tensors["weight"], tensors["bias"])
+    except (SafetensorError, KeyError) as error:
+        raise CorruptError(f"{where} holds no classifier: {error}") from error
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """The memory at one version, on the device: what retrieval and evaluation read.
+
+    `records` are the adapters behind the keys; `model` is None while nothing is consolidated.
+    """
+
+    version: str
+    view: memtool_stores.MemoryView
+    layout: Layout
+    records: tuple[memtool_stores.AdapterRecord, ...]
+    state: MemoryState | None
+    model: MemoryModel | None
+    head: RecalledHead | None
+
+    @classmethod
+    def read(
+        cls,
+        store: memtool_stores.MemoryStore,
+        version: str,
+        backbone: Backbone,
+        layout: Layout,
+        device: torch.device,
+    ) -> Snapshot:
+        """Read a version whole."""
+        view = store.view(version)
+        state = MemoryState.load(view)
+        if state is None:
+            return cls(view.version, view, layout, view.adapters, None, None, None)
+        here = set(view.ids)
+        kept = [place for place, id in enumerate(state.adapters) if id in here]
+        records = tuple(view.get(state.adapters[place]) for place in kept)
+        keys = view.keys()
+        if keys is None or keys.shape[1] != len(records) or not records:
+            raise MismatchError(
+                f"version {view.version} has keys for other adapters than its memory names",
+                remedy="memtool consolidate",
+            )
+        values = AdapterValues.from_flat(
+            torch.from_numpy(view.values([record.id for record in records]).copy()),
+            layout,
+            torch.tensor([record.scaling for record in records], dtype=torch.float32),
+        )
+        memory = KeyedMemory.from_settings(
+            state.memory,
+            memory_blocks(state.memory, layout),
+            backbone.dim,
+            torch.from_numpy(keys.copy()),
+            prefix_tokens=backbone.prefix_tokens,
+        )
+        if QUERY_MODULES in view.blobs():
+            memory.load_state_dict({**memory.state_dict(), **load(view.blob(QUERY_MODULES))})
+        model = MemoryModel(backbone, values, memory, state.memory).to(device).requires_grad_(False)
+        head = None
+        if HEAD in view.blobs():
+            head = RecalledHead.from_bytes(view.blob(HEAD), f"blob {HEAD!r}").to(device)
+        return cls(view.version, view, layout, records, state, model, head)
+
+    def consolidated(self) -> tuple[MemoryState, MemoryModel, RecalledHead]:
+        """State, model and head of a memory that was consolidated; an error that helps if not."""
+        if self.state is None or self.model is None or self.head is None:
+            held = f"{len(self.records)} adapters, none of which has a key"
+            raise ConfigError(
+                f"the memory at version {self.version} was never consolidated: it holds {held}",
+                remedy="memtool consolidate",
+            )
+        return self.state, self.model, self.head
+
+    def adapters_of(self, task: int) -> tuple[memtool_stores.AdapterRecord, ...]:
+        """The live adapters of a task, with a key or not."""
+        found = tuple(r for r in self.view.adapters if r.meta.get("task") == task)
+        if not found:
+            held = sorted({str(r.meta.get("task")) for r in self.view.adapters})
+            raise NotFoundError(
+                f"no adapter of task {task} at version {self.version}",
+                expected=f"one of the tasks in memory: {', '.join(held) or 'none'}",
+                remedy=f"memtool train-adapter --task {task} && memtool write",
+            )
+        return found
+
+    def own_values(self, task: int, device: torch.device) -> AdapterValues:
+        """The adapters of a task, exactly as stored (exact recall)."""
+        records = self.adapters_of(task)
+        return AdapterValues.from_flat(
+            torch.from_numpy(self.view.values([r.id for r in records]).copy()),
+            self.layout,
+            torch.tensor([r.scaling for r in records], dtype=torch.float32),
+        ).to(device)
+
+    def own_head(self, adapter: str) -> LinearClassifier | None:
+        """The classifier that was trained with an adapter, if it came with one."""
+        name = own_head_blob(adapter)
+        return classifier_of(self.view.blob(name), name) if name in self.view.blobs() else None
+
+    def query_statistics(self) -> QueryStatistics | None:
+        """Running moments of the queries by task."""
+        if QUERIES not in self.view.blobs():
+            return None
+        return QueryStatistics.from_bytes(self.view.blob(QUERIES))
+
+    def feature_statistics(self) -> dict[int, FeatureStatistics]:
+        """Moments of the features of every consolidated task, by task number, in order."""
+        tasks = self.state.tasks if self.state else ()
+        return {
+            task: FeatureStatistics.from_bytes(self.view.blob(features_blob(task)))
+            for task in tasks
+        }
+
+
+def solve_recalled_head(
+    settings: HeadSettings,
+    statistics: Mapping[int, FeatureStatistics],
+    trained: Mapping[int, LinearClassifier | None],
+    adapter_tasks: Sequence[int],
+) -> RecalledHead:
+    """The head of a memory: from the moments of the tasks' features, or the trained classifiers.
+
+    `trained[task]` came with the task's last adapter; a shared linear head is that of the task
+    learned last.
+    """
+
+    def linear(task: int) -> LinearClassifier:
+        classifier = trained[task]
+        if classifier is None:
+            raise ConfigError(
+                f"head.kind linear, but the adapter of task {task} came without a trained head",
+                remedy="--set head.kind=lda, or an adapter made by memtool train-adapter",
+            )
+        return classifier
+
+    tasks = list(statistics)
+    if settings.scope == "task":
+        solved = [
+            linear(task)
+            if settings.kind == "linear"
+            else solve_head(settings.kind, statistics[task], settings)
+            for task in tasks
+        ]
+        return RecalledHead.of_tasks(solved, adapter_tasks)
+    if settings.kind == "linear":
+        return RecalledHead.shared(linear(tasks[-1]))
+    return RecalledHead.shared(solve_head(settings.kind, merged(statistics), settings))
+
+
+def merged(statistics: Mapping[int, FeatureStatistics]) -> FeatureStatistics:
+    """The moments of all tasks together."""
+    parts = list(statistics.values())
+    whole = FeatureStatistics(parts[0].dim, parts[0].classes)
+    for part in parts:
+        whole.merge(part)
+    return whole

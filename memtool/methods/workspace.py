@@ -1,0 +1,146 @@
+"""The parts of one experiment, made from its configuration and opened when first needed."""
+
+from __future__ import annotations
+
+import re
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import memtool_stores
+from memtool.adapters.layout import Layout
+from memtool.backbones import create_backbone
+from memtool.config import Config, expand, split_store
+from memtool.engine import Engine
+from memtool.errors import DataError, NotFoundError, did_you_mean
+from memtool.streams import create_stream
+
+if TYPE_CHECKING:
+    from memtool.backbones.interface import Backbone
+    from memtool.progress import Progress
+    from memtool.streams.task import Stream, Task
+
+
+class Workspace:
+    """Stream, backbone, engine and store of a configuration and one seed."""
+
+    def __init__(self, config: Config, *, seed: int, progress: Progress | None = None) -> None:
+        self.config = config
+        self.seed = seed
+        self.progress = progress
+
+    @cached_property
+    def stream(self) -> Stream:
+        """The tasks."""
+        return create_stream(self.config.stream, self.config.backbone.image_size)
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The device; one CPU thread for the small embedded model, all of them otherwise."""
+        small = self.config.backbone.name == "nano"
+        return Engine(self.config.engine, threads=1 if small else None)
+
+    @cached_property
+    def backbone(self) -> Backbone:
+        """The frozen model, on the device."""
+        settings = self.config.backbone
+        if settings.weights is not None:
+            settings = settings.model_copy(update={"weights": expand(settings.weights)})
+        backbone = create_backbone(settings)
+        return backbone.to(self.engine.device)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Where each number of this configuration's adapters lies."""
+        sites = self.backbone.sites(self.config.backbone.targets)
+        return Layout(sites, self.config.adapter.rank)
+
+    @cached_property
+    def space(self) -> memtool_stores.Space:
+        """What a store must hold for this backbone and these adapters."""
+        settings = self.config.adapter
+        return memtool_stores.Space(
+            backbone=memtool_stores.Backbone(
+                name=self.config.backbone.name, revision="", sha256=self.backbone.sha256
+            ),
+            layout=memtool_stores.Layout(
+                segments=tuple(
+                    memtool_stores.Segment(s.name, s.shape, s.offset) for s in self.layout.segments
+                ),
+                dtype="float32",
+                rank=settings.rank,
+                alpha=settings.alpha,
+                targets=self.config.backbone.targets,
+            ),
+        )
+
+    @property
+    def store_path(self) -> str:
+        """The store's address, without the version."""
+        return split_store(self.config.store)[0]
+
+    def version_of(self, version: str) -> str:
+        """`version`, unless it is HEAD and the store was named as `path@VERSION`."""
+        named = split_store(self.config.store)[1]
+        return named if version == "HEAD" else version
+
+    @property
+    def has_store(self) -> bool:
+        """Whether a memory is there."""
+        return memtool_stores.MemoryStore.exists(self.store_path)
+
+    @cached_property
+    def store(self) -> memtool_stores.MemoryStore:
+        """The memory, which must be there and must fit this backbone and these adapters."""
+        if not self.has_store:
+            raise NotFoundError(
+                f"no memory at {self.store_path!r}",
+                remedy="memtool train-adapter --task 1 && memtool write, "
+                "or --store PATH for a memory elsewhere",
+            )
+        store = memtool_stores.MemoryStore.open(self.store_path)
+        store.space.check(self.space)
+        return store
+
+    def store_or_new(self) -> memtool_stores.MemoryStore:
+        """The memory; an empty one is made when there is none."""
+        if not self.has_store:
+            memtool_stores.MemoryStore.create(self.store_path, self.space)
+        return self.store
+
+    def task(self, name: str) -> Task:
+        """A task by number (from 1) or by name."""
+        tasks = self.stream.tasks
+        if re.fullmatch(r"\d+", name):
+            number = int(name)
+            if 1 <= number <= len(tasks):
+                return tasks[number - 1]
+            raise NotFoundError(
+                f"task {number}: {self.stream.name} has {len(tasks)} tasks",
+                expected=f"a number from 1 to {len(tasks)}, or one of "
+                + ", ".join(t.name for t in tasks),
+            )
+        for task in tasks:
+            if task.name == name:
+                return task
+        raise NotFoundError(
+            f"no task {name!r} in {self.stream.name}",
+            expected=did_you_mean(name, [t.name for t in tasks]),
+        )
+
+    @property
+    def adapter_folder(self) -> Path:
+        """Where trained adapters lie."""
+        return self.config.runs / "adapters"
+
+
+def require_learnable(task: Task) -> None:
+    """A task that cannot be learned is an error that names it."""
+    seen = len(set(task.train.labels.tolist()))
+    if seen < 2:
+        raise DataError(
+            f"task {task.number} ({task.name}) has {len(task.train)} training images "
+            f"of {seen} {'class' if seen == 1 else 'classes'}",
+            expected="images of at least two classes",
+            remedy="raise stream.train_per_task, or name the tasks to learn with stream.order",
+        )

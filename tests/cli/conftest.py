@@ -1,0 +1,80 @@
+"""The command line as a real process in an empty folder, and a small real memory to read."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from memtool_stores import Backbone, Layout, MemoryStore, Segment, Space
+
+ROOT = Path(__file__).parents[2]
+Memtool = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def environ(tmp_path: Path) -> dict[str, str]:
+    """No settings from around: no variables, a user folder of the test's own."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("MEMTOOL_")}
+    packages = os.pathsep.join(str(ROOT / folder) for folder in ("", "cli", "stores"))
+    return kept | {
+        "PYTHONPATH": packages,
+        "XDG_CONFIG_HOME": str(tmp_path / "user"),
+        "MEMTOOL_CACHE": str(tmp_path / "cache"),
+        "COLUMNS": "100",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    """An empty working folder."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def start() -> list[str]:
+    """What the console script `memtool` does."""
+    return [sys.executable, "-c", "from memtool_cli.main import run; run()"]
+
+
+@pytest.fixture
+def memtool(here: Path, environ: dict[str, str], start: list[str]) -> Memtool:
+    """Run `memtool …` in the empty folder."""
+
+    def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*start, *arguments],
+            cwd=here,
+            env=environ | variables,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    return run
+
+
+@pytest.fixture
+def memory(here: Path) -> MemoryStore:
+    """Three adapters in three versions, and keys in a fourth, at ./memory."""
+    layout = Layout(
+        (Segment("a.lora_A", (2, 8), 0), Segment("a.lora_B", (8, 2), 16)), "float32", 2, 4.0, ("q",)
+    )
+    store = MemoryStore.create(here / "memory", Space(Backbone("nano", "", "ab" * 32), layout))
+    generator = np.random.default_rng(0)
+    for task in (1, 2, 3):
+        with store.transaction(f"write task {task}", {"seed": 0}) as transaction:
+            value = generator.standard_normal(32).astype(np.float32)
+            transaction.add(f"task-{task}", value, {"task": task, "domain": f"domain {task}"})
+    with store.transaction("consolidate") as transaction:
+        transaction.set_keys(generator.standard_normal((2, 3, 8)).astype(np.float32))
+    return store

@@ -1,0 +1,179 @@
+"""The five verbs in an empty folder, as a script would call them: real training, very short."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SHORT = ("stream.train_per_task=60", "stream.test_per_task=60", "train.epochs=1")
+
+SCRIPT = """
+set -euo pipefail
+for task in 1 2; do
+    directory=$(memtool train-adapter --task $task -q)
+    test -f "$directory/adapter_model.safetensors"
+    test -f "$directory/adapter_config.json"
+    memtool write "$directory" -q > ids-$task
+    memtool consolidate --sep affine -q > version-$task
+done
+memtool retrieve --task 2 --json > retrieve.json
+memtool eval --setting dil --json > eval.json
+memtool eval --history -q > average
+"""
+
+
+@pytest.fixture(scope="module")
+def flow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder after the bash pipeline over two tasks, with its settings in variables."""
+    folder = tmp_path_factory.mktemp("flow")
+    (folder / "bin").mkdir()
+    start = folder / "bin" / "memtool"
+    start.write_text(f"#!{sys.executable}\nfrom memtool_cli.main import run\nrun()\n")
+    start.chmod(0o755)
+    done = subprocess.run(
+        ["bash", "-c", SCRIPT],
+        cwd=folder,
+        env=environment(folder),
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    return folder
+
+
+def environment(folder: Path) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("MEMTOOL_")}
+    settings = dict(text.split("=") for text in SHORT)
+    return (
+        kept
+        | {f"MEMTOOL_{key.replace('.', '__').upper()}": value for key, value in settings.items()}
+        | {
+            "PATH": f"{folder / 'bin'}{os.pathsep}{kept['PATH']}",
+            "PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in ("", "cli", "stores")),
+            "XDG_CONFIG_HOME": str(folder / "user"),
+            "MEMTOOL_CACHE": str(folder / "cache"),
+            "MEMTOOL_ENGINE__DEVICE": "cpu",
+            "OMP_NUM_THREADS": "1",
+        }
+    )
+
+
+def memtool(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["memtool", *arguments],
+        cwd=folder,
+        env=environment(folder),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_a_script_reads_ids_versions_and_numbers(flow):
+    ids = [(flow / f"ids-{task}").read_text().split() for task in (1, 2)]
+    assert [len(id) for id in ids] == [1, 1]
+    versions = memtool(flow, "log", "-q").stdout.split()
+    assert versions[0] == (flow / "version-2").read_text().strip()
+    assert (flow / "version-1").read_text().strip() in versions
+    assert memtool(flow, "ls", "-q").stdout.split() == [ids[0][0], ids[1][0]]
+
+
+def test_records_name_their_schema(flow):
+    retrieved = json.loads((flow / "retrieve.json").read_text())
+    assert retrieved["schema"] == "memtool.retrieve"
+    assert retrieved["separation"] == "affine"
+    assert [adapter["task"] for adapter in retrieved["adapters"]] == [1, 2]
+    evaluated = json.loads((flow / "eval.json").read_text())
+    assert evaluated["schema"] == "memtool.evaluation"
+    assert evaluated["run"]["setting"] == "dil"
+    assert evaluated["run"]["preset"] == "digits-dil"
+    assert evaluated["run"]["command"].startswith("memtool eval")
+
+
+def test_the_average_is_one_number_and_a_missed_threshold_is_a_no(flow):
+    average = float((flow / "average").read_text())
+    assert 0.5 < average <= 1
+    assert memtool(flow, "eval", "--at-least", "0.1", "-q").returncode == 0
+    done = memtool(flow, "eval", "--at-least", "1.0", "-q")
+    assert done.returncode == 1
+    assert float(done.stdout) == average
+
+
+def test_an_old_version_can_be_asked(flow):
+    done = memtool(flow, "ls", "--store", f"memory@{(flow / 'version-1').read_text().strip()}")
+    assert "task-1" in done.stdout
+    assert "task-2" not in done.stdout
+
+
+def test_what_was_done_is_not_done_again(flow):
+    before = memtool(flow, "log", "-q").stdout
+    done = memtool(flow, "train-adapter", "--task", "1")
+    assert done.returncode == 0, done.stderr
+    assert "--fresh" in done.stderr
+    assert "next: memtool write" in done.stderr
+    assert "nothing new" in memtool(flow, "write").stderr
+    assert memtool(flow, "log", "-q").stdout == before
+
+
+def test_an_unknown_task_names_the_known_ones(flow):
+    done = memtool(flow, "train-adapter", "--task", "invertd")
+    assert done.returncode == 3
+    assert "'inverted'" in done.stderr
+    assert memtool(flow, "train-adapter", "--task", "9").returncode == 3
+
+
+def test_a_missing_and_a_broken_image(flow):
+    assert memtool(flow, "retrieve", "--image", "nowhere.png").returncode == 3
+    (flow / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    done = memtool(flow, "retrieve", "--image", "broken.png")
+    assert done.returncode == 2
+    assert "broken.png" in done.stderr
+
+
+def test_another_rank_does_not_fit_this_memory(flow):
+    done = memtool(flow, "retrieve", "--task", "1", "--rank", "7")
+    assert done.returncode == 2
+    assert "rank" in done.stderr
+
+
+def test_a_dry_run_writes_nothing(flow):
+    done = memtool(flow, "train-adapter", "--task", "3", "--dry-run", "--json")
+    plan = json.loads(done.stdout)
+    assert plan["schema"] == "memtool.plan"
+    assert plan["plan"]["tasks"][2] == "rot90"
+    assert not any("task-3" in path.name for path in (flow / "runs").rglob("*"))
+
+
+def test_ctrl_c_while_training_is_safe_and_the_same_command_goes_on(flow):
+    command = ["memtool", "train-adapter", "--task", "4", "--set", "train.epochs=150", "--json"]
+    with subprocess.Popen(
+        command,
+        cwd=flow,
+        env=environment(flow),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as training:
+        assert training.stderr is not None
+        first = training.stderr.readline()  # a line of progress: training is on
+        training.send_signal(signal.SIGINT)
+        out, said = training.communicate(timeout=60)
+    assert ": adapt: " in first
+    assert training.returncode == 130
+    assert out == ""
+    assert "the same command again" in said
+    assert "Traceback" not in said
+    done = memtool(flow, *command[1:])
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["resumed"] is True

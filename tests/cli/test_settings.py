@@ -1,0 +1,117 @@
+"""init, config and completion: what the user sees of the settings."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from memtool.config import Config, keys, presets, resolve
+
+TABLE_OF_COMPLETION = {"_MEMTOOL_COMPLETE": "complete_bash"}
+
+
+def complete(memtool, line: str) -> list[str]:
+    """What bash would offer at the end of the line."""
+    words = line.split(" ")
+    done = memtool(**TABLE_OF_COMPLETION, COMP_WORDS=line, COMP_CWORD=str(len(words) - 1))
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize("preset", [preset.name for preset in presets()])
+def test_init_writes_the_preset_with_comments(preset, here, memtool):
+    done = memtool("init", "--preset", preset)
+    assert done.returncode == 0, done.stderr
+    assert "next: memtool train-adapter --task 1" in done.stderr
+    text = (here / "memtool.yaml").read_text()
+    for key in keys():
+        assert f"{key.rpartition('.')[2]}:" in text
+    wanted = resolve(preset=preset, environ={}, ambient=False).config
+    assert resolve(file=here / "memtool.yaml", environ={}, ambient=False).config == wanted
+
+
+def test_every_line_of_an_init_file_can_be_switched_on(here, memtool):
+    memtool("init")
+    text = (here / "memtool.yaml").read_text()
+    settings = text[text.index("# store:") :].replace("# ", "", 1)
+    on = "\n".join(re.sub(r"^( *)# ", r"\1", line) for line in settings.splitlines())
+    (here / "memtool.yaml").write_text(on)
+    resolved = resolve(environ={}, cwd=here)
+    assert resolved.config == Config()
+    assert all(origin.startswith("memtool.yaml:") for origin in resolved.origin.values())
+
+
+def test_init_never_overwrites_without_yes(here, memtool):
+    (here / "memtool.yaml").write_text("adapter: {rank: 3}\n")
+    done = memtool("init")
+    assert done.returncode == 2
+    assert "--yes" in done.stderr
+    assert (here / "memtool.yaml").read_text() == "adapter: {rank: 3}\n"
+    assert memtool("init", "--yes").returncode == 0
+    assert resolve(file=here / "memtool.yaml", environ={}, ambient=False).config == Config()
+
+
+def test_config_show_tells_where_each_value_is_from(here, memtool):
+    (here / "memtool.yaml").write_text("adapter:\n  alpha: 16\n")
+    done = memtool(
+        "config",
+        "show",
+        "--origin",
+        "--preset",
+        "pacs-dil",
+        "--set",
+        "seed=1,2",
+        "--device",
+        "cpu",
+        MEMTOOL_ADAPTER__RANK="6",
+    )
+    assert done.returncode == 0, done.stderr
+    rows = {
+        row[0]: tuple(row[1:]) for row in (line.split("\t") for line in done.stdout.splitlines())
+    }
+    assert rows["setting"] == ("value", "from")
+    assert rows["adapter.alpha"] == ("16.0", "memtool.yaml:2")
+    assert rows["adapter.rank"] == ("6", "MEMTOOL_ADAPTER__RANK")
+    assert rows["seed"] == ("1,2", "command line")
+    assert rows["engine.device"] == ("cpu", "command line")
+    assert rows["stream.source"] == ("pacs", "preset pacs-dil")
+    assert rows["memory.mix"] == (Config().memory.mix, "default")
+    assert set(rows) == {"setting", *keys()}
+
+
+def test_config_show_yaml_can_be_given_back(here, memtool):
+    text = memtool("config", "show", "--preset", "pacs-dil", "--rank", "7", "--yaml")
+    assert text.returncode == 2  # --rank belongs to the verbs that train
+    text = memtool("config", "show", "--preset", "pacs-dil", "--set", "adapter.rank=7", "--yaml")
+    (here / "given.yaml").write_text(text.stdout)
+    again = memtool("config", "show", "--config", "given.yaml", "--yaml")
+    assert again.stdout == text.stdout
+
+
+def test_config_as_json(memtool):
+    record = json.loads(memtool("config", "show", "--json").stdout)
+    assert record["schema"] == "memtool.config"
+    assert [setting["key"] for setting in record["settings"]] == list(keys())
+    names = memtool("config", "presets", "-q").stdout.split()
+    assert names == [preset.name for preset in presets()]
+
+
+def test_completion_of_verbs_presets_settings_tasks_and_versions(memory, memtool):
+    assert "train-adapter" in complete(memtool, "memtool tr")
+    assert complete(memtool, "memtool run --preset pacs") == ["pacs-dil"]
+    assert complete(memtool, "memtool consolidate --sep af") == ["affine"]
+    assert "adapter.rank=" in complete(memtool, "memtool run --set adapter.r")
+    assert "inverted" in complete(memtool, "memtool train-adapter --task in")
+    assert "HEAD" in complete(memtool, "memtool show H")
+    assert memory.head() in complete(memtool, f"memtool show {memory.head()[:3]}")
+    assert f"memory@{memory.head()}" in complete(
+        memtool, f"memtool ls --store memory@{memory.head()[:3]}"
+    )
+
+
+def test_completion_is_silent_where_it_cannot_know(here, memtool):
+    (here / "memtool.yaml").write_text("adapter: [\n")
+    assert complete(memtool, "memtool show H") == []
+    assert complete(memtool, "memtool train-adapter --task x") == []

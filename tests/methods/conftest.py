@@ -1,0 +1,61 @@
+"""A small real memory: nano on three digits domains, few images and epochs, made once."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from memtool.config import Config, resolve
+from memtool.methods.mira import Mira
+
+SMALL = {
+    "stream.train_per_task": 100,
+    "stream.test_per_task": 80,
+    "stream.order": ("upright", "inverted", "rot90"),
+    "train.epochs": 2,
+    "engine.device": "cpu",
+    "engine.precision": "fp32",
+}
+
+
+def small_config(folder: Path, **overrides: object) -> Config:
+    """The default configuration, cut down, with everything under `folder`."""
+    values = {**SMALL, "store": str(folder / "memory"), "runs": str(folder / "runs")}
+    values.update({key.replace("__", "."): value for key, value in overrides.items()})
+    return resolve(preset="digits-dil", overrides=values, environ={}, cwd=folder).config
+
+
+def learn(mira: Mira, tasks: int = 3, *, each: bool = True) -> Mira:
+    """Adapt, write and consolidate the first tasks, one by one or all at once."""
+    for task in range(1, tasks + 1):
+        mira.adapt(str(task))
+        if each:
+            mira.write()
+            mira.consolidate()
+    if not each:
+        mira.write()
+        mira.consolidate()
+    return mira
+
+
+@pytest.fixture(scope="session")
+def _learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("learned")
+    learn(Mira.open(small_config(folder), seed=0))
+    return folder
+
+
+@pytest.fixture
+def learned(_learned: Path) -> Mira:
+    """Three tasks in memory; for reading only."""
+    return Mira.open(small_config(_learned), seed=0)
+
+
+@pytest.fixture
+def learned_copy(_learned: Path, tmp_path: Path) -> Mira:
+    """Three tasks in memory; a copy that a test may change."""
+    folder = tmp_path / "copy"
+    shutil.copytree(_learned, folder)
+    return Mira.open(small_config(folder), seed=0)

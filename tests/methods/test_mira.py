@@ -1,0 +1,306 @@
+"""The five steps on a real store, real digits and the real embedded backbone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from memtool.adapters.peft_files import read_peft
+from memtool.adapters.values import AdapterValues
+from memtool.errors import (
+    AlreadyThereError,
+    ConfigError,
+    DataError,
+    MismatchError,
+    NotFoundError,
+)
+from memtool.methods.mira import Mira
+from memtool.methods.recall import every, same_for_all
+from memtool_stores import SpaceMismatchError
+from tests.methods.conftest import learn, small_config
+
+
+def versions(mira):
+    return [version.id for version in mira.workspace.store.log()]
+
+
+def test_the_memory_learns_and_knows_which_task_it_sees(learned):
+    record = learned.evaluate(history=True, compare=True)
+    memory = record.row("memory")
+    assert memory.metrics["faa"] > 0.6
+    assert memory.metrics["task_accuracy"] > 0.9
+    assert memory.metrics["faa"] > record.row("uniform").metrics["faa"]
+    assert record.row("oracle").metrics["faa"] >= memory.metrics["faa"] - 0.05
+    matrix = record.matrix("memory").values
+    assert np.isnan(matrix[0]).all()
+    assert not np.isnan(matrix[1:]).any()
+    assert matrix[1, 0] > 0.5 > matrix[1, 2]
+
+
+def test_history_agrees_with_the_version_itself(learned):
+    matrix = learned.evaluate(history=True).matrix("memory").values
+    earlier = [
+        v for v in learned.workspace.store.log() if v.metadata.get("learned") == [1, 2]
+    ]
+    alone = learned.evaluate(version=earlier[0].id).matrix("memory").values
+    assert alone.shape == (3, 2)
+    assert np.array_equal(alone[2], matrix[2, :2])
+
+
+def test_task_given_recalls_the_adapter_exactly(learned):
+    record = learned.evaluate(setting="til")
+    snapshot, work = learned.snapshot(), learned.workspace
+    task = work.stream.tasks[1]
+    (stored,) = snapshot.adapters_of(2)
+    trained = read_peft(work.adapter_folder / stored.name, work.layout.sites)
+    assert torch.equal(torch.from_numpy(snapshot.view.value(stored.id).copy()), trained.value)
+    values = AdapterValues.from_flat(trained.value[None], work.layout, trained.scaling)
+    pixels = work.backbone.preprocess(torch.from_numpy(np.asarray(task.test.images)))
+    with torch.inference_mode():
+        scores = snapshot.own_head(stored.name)(work.backbone.features(pixels, every(values)))
+    right = (scores.argmax(1).numpy() == task.test.labels).mean()
+    assert record.row("memory").accuracy[-1][1] == pytest.approx(right)
+
+
+def test_repeating_a_step_changes_nothing(learned_copy):
+    before = versions(learned_copy)
+    assert learned_copy.adapt("2")[0].skipped
+    written = learned_copy.write()
+    assert written.added == ()
+    assert len(written.skipped) == 3
+    assert learned_copy.consolidate().unchanged
+    assert versions(learned_copy) == before
+
+
+def test_learning_at_once_gives_the_keys_and_head_of_learning_in_turn(tmp_path):
+    plain = {"adapter__warm_start": "none"}
+    found = []
+    for name, each in (("turn", True), ("once", False)):
+        mira = Mira.open(small_config(tmp_path / name, **plain), seed=0)
+        learn(mira, 2, each=each)
+        snapshot = mira.snapshot()
+        found.append((torch.from_numpy(snapshot.view.keys().copy()), snapshot.head.weight))
+    for a, b in zip(*found, strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-3)
+
+
+def test_chained_adapters_start_where_the_one_before_ended(learned):
+    about = learned.workspace.store.view("HEAD").get("task-2-seed-0")
+    first = learned.workspace.store.view("HEAD").get("task-1-seed-0")
+    assert about.meta["provenance"]["warm_start"] == first.id
+
+
+def test_an_image_is_recalled_and_named(learned, tmp_path):
+    task = learned.workspace.stream.tasks[1]
+    picture = tmp_path / "digit.png"
+    Image.fromarray(np.asarray(task.test.images[0])).save(picture)
+    result = learned.retrieve(image=picture)
+    assert result.samples == 1
+    assert max(result.adapters, key=lambda a: a.coefficient).task == 2
+    assert result.prediction.label in learned.workspace.stream.class_names
+    assert 0 < result.prediction.probability <= 1
+
+
+def test_a_query_is_what_a_memory_would_be_asked(learned, tmp_path):
+    snapshot = learned.snapshot()
+    _, model, _ = snapshot.consolidated()
+    images = torch.from_numpy(np.asarray(learned.workspace.stream.tasks[2].test.images[:1]))
+    block = model.memory.blocks[0]
+    with torch.inference_mode():
+        pixels = model.backbone.preprocess(images)
+        query = model.memory[block].query.bare(model.backbone.hidden(pixels, block))[0]
+        expected = model.with_coefficients(images)[1][0, 0]
+    file = tmp_path / "q.safetensors"
+    save_file({"query": query.clone().contiguous()}, file)
+    result = learned.retrieve(query=file)
+    assert result.blocks[0] == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("mix", ["delta", "params"])
+def test_the_recalled_adapter_equals_the_mixture(learned_copy, tmp_path, mix):
+    folder = learned_copy.config.runs.parent
+    config = small_config(folder, memory__mix=mix, memory__beta=0.02)
+    mira = Mira.open(config, seed=0)
+    mira.consolidate()
+    out = tmp_path / "recalled"
+    result = mira.retrieve(task="2", out=out)
+    work, snapshot = mira.workspace, mira.snapshot()
+    found = read_peft(out, work.layout.sites)
+    alone = AdapterValues.from_flat(found.value[None], found.layout, found.scaling)
+    coefficients = torch.tensor(result.blocks[0])
+    assert coefficients.max() < 0.999
+    images = torch.from_numpy(np.asarray(work.stream.tasks[1].test.images[:8]))
+    pixels = work.backbone.preprocess(images)
+    mixture = same_for_all(snapshot.model.values, coefficients, mix)
+    with torch.inference_mode():
+        expected = work.backbone.features(pixels, mixture)
+        actual = work.backbone.features(pixels, every(alone))
+    assert torch.allclose(actual, expected, atol=1e-4)
+
+
+def test_another_separation_is_another_version_from_the_same_moments(learned_copy):
+    before = versions(learned_copy)
+    folder = learned_copy.config.runs.parent
+    for name in ("affine", "identity", "tanh", "relu", "topk"):
+        mira = Mira.open(small_config(folder, memory__separation=name), seed=0)
+        result = mira.consolidate()
+        assert result.separation == name
+        assert mira.evaluate().row("memory").metrics["faa"] > 0.5, name
+    assert len(versions(learned_copy)) == len(before) + 5
+    kept = learned_copy.evaluate(version=before[0]).row("memory").metrics["faa"]
+    assert kept > 0.6
+
+
+@pytest.mark.parametrize("kind", ["ridge", "lda", "ncm", "linear"])
+@pytest.mark.parametrize("scope", ["shared", "task"])
+def test_every_head(learned_copy, kind, scope):
+    folder = learned_copy.config.runs.parent
+    mira = Mira.open(small_config(folder, head__kind=kind, head__scope=scope), seed=0)
+    mira.consolidate()
+    faa = mira.evaluate().row("memory").metrics["faa"]
+    assert faa > (0.2 if kind in ("ncm", "linear") else 0.5)
+
+
+def test_learned_keys_leave_older_keys_where_they_were(tmp_path):
+    learning = {
+        "consolidate__keys": "random",
+        "consolidate__epochs": 2,
+        "memory__separation": "affine",
+    }
+    mira = Mira.open(small_config(tmp_path, **learning), seed=0)
+    learn(mira, 1)
+    first = mira.workspace.store.view("HEAD").keys().copy()
+    mira.adapt("2")
+    mira.write()
+    result = mira.consolidate()
+    second = mira.workspace.store.view("HEAD").keys()
+    assert np.array_equal(second[:, :1], first)
+    assert result.key_drift_degrees == pytest.approx(0, abs=1e-3)
+    drawn = torch.randn(1, 2, first.shape[2], generator=torch.Generator().manual_seed(0))
+    assert not np.allclose(second[:, 1], drawn[:, 1].numpy())
+
+
+def test_a_memory_in_every_block(tmp_path):
+    mira = Mira.open(small_config(tmp_path, memory__scope="block"), seed=0)
+    learn(mira, 2)
+    result = mira.retrieve(task="2")
+    assert result.block_numbers == (0, 1, 2, 3)
+    assert mira.evaluate().row("memory").metrics["faa"] > 0.5
+
+
+def test_linear_query_modules_are_kept_in_the_store(tmp_path):
+    settings = {"memory__query": "linear", "consolidate__epochs": 1}
+    mira = Mira.open(small_config(tmp_path, **settings), seed=0)
+    learn(mira, 2)
+    weight = mira.snapshot().model.memory[2].query.g.weight
+    assert not torch.equal(weight, torch.eye(len(weight)))
+
+
+def test_several_adapters_of_a_task_share_its_weight(tmp_path):
+    mira = Mira.open(small_config(tmp_path, adapter__per_task=2), seed=0)
+    learn(mira, 2)
+    result = mira.retrieve(task="2")
+    assert [adapter.task for adapter in result.adapters] == [1, 1, 2, 2]
+    by_name = [adapter.coefficient for adapter in result.adapters]
+    assert by_name[2] == pytest.approx(by_name[3], abs=1e-4)
+    assert sum(by_name) == pytest.approx(1, abs=1e-4)
+    assert mira.evaluate(setting="til").row("memory").metrics["faa"] > 0.5
+
+
+def test_an_exported_adapter_comes_back(learned, tmp_path):
+    from memtool.methods.exchange import export_peft, import_peft
+
+    paths = export_peft(learned.config, ["task-2-seed-0"], out=tmp_path / "out")
+    other = small_config(tmp_path, store=str(tmp_path / "other"))
+    result = import_peft(other, paths, task="2")
+    assert [adapter.name for adapter in result.added] == ["task-2-seed-0"]
+    before = learned.workspace.store.view("HEAD").value("task-2-seed-0")
+    after = Mira.open(other, seed=0).workspace.store.view("HEAD").value("task-2-seed-0")
+    assert np.array_equal(before, after)
+
+
+class TestBadInput:
+    def test_unknown_tasks(self, learned):
+        with pytest.raises(NotFoundError, match="task 9: digits"):
+            learned.adapt("9")
+        with pytest.raises(NotFoundError, match=r"(?s)no task 'invertd'.*did you mean 'inverted'"):
+            learned.adapt("invertd")
+
+    def test_an_empty_memory(self, tmp_path):
+        mira = Mira.open(small_config(tmp_path), seed=0)
+        with pytest.raises(NotFoundError, match="no memory at"):
+            mira.consolidate()
+        with pytest.raises(NotFoundError, match="no adapters in"):
+            mira.write()
+
+    def test_a_memory_that_was_never_consolidated(self, tmp_path):
+        mira = Mira.open(small_config(tmp_path), seed=0)
+        mira.adapt("1")
+        mira.write()
+        with pytest.raises(ConfigError, match=r"(?s)never consolidated.*1 adapters.*consolidate"):
+            mira.evaluate()
+
+    def test_an_adapter_of_another_rank(self, learned_copy):
+        folder = learned_copy.config.runs.parent
+        mira = Mira.open(small_config(folder, adapter__rank=2), seed=0)
+        with pytest.raises(SpaceMismatchError, match="rank"):
+            mira.write()
+
+    def test_another_adapter_of_the_same_name(self, learned_copy):
+        folder = learned_copy.config.runs.parent
+        mira = Mira.open(small_config(folder, train__lr=0.003), seed=0)
+        with pytest.raises(AlreadyThereError, match="other settings"):
+            mira.adapt("2")
+        mira.adapt("2", fresh=True)
+        before = versions(mira)
+        with pytest.raises(AlreadyThereError, match="another adapter named 'task-2-seed-0'"):
+            mira.write()
+        assert versions(mira) == before
+
+    def test_a_directory_that_is_no_adapter(self, learned, tmp_path):
+        with pytest.raises(NotFoundError, match="no adapter directory"):
+            learned.write([tmp_path / "nowhere"])
+
+    def test_images_that_cannot_be_read(self, learned, tmp_path):
+        with pytest.raises(NotFoundError, match="nowhere"):
+            learned.retrieve(image=tmp_path / "nowhere.png")
+        broken = tmp_path / "broken.png"
+        broken.write_bytes(b"\x89PNG broken")
+        with pytest.raises(DataError, match="broken"):
+            learned.retrieve(image=broken)
+
+    def test_nothing_to_retrieve(self, learned):
+        with pytest.raises(ConfigError, match="what should recall"):
+            learned.retrieve()
+
+    def test_queries_counted_another_way(self, learned_copy):
+        folder = learned_copy.config.runs.parent
+        mira = Mira.open(small_config(folder, memory__token="class"), seed=0)
+        with pytest.raises(ConfigError, match=r"(?s)memory.token is 'class'.*counted with 'mean'"):
+            mira.consolidate()
+
+    def test_a_query_of_another_width(self, learned, tmp_path):
+        file = tmp_path / "q.safetensors"
+        save_file({"query": torch.zeros(7)}, file)
+        with pytest.raises(MismatchError, match=r"query of shape \(1, 7\)"):
+            learned.retrieve(query=file)
+
+    def test_settings_that_one_memory_cannot_answer(self, learned):
+        with pytest.raises(ConfigError, match="setting 'dg'"):
+            learned.evaluate(setting="dg")
+
+    def test_another_backbone(self, learned_copy, tmp_path):
+        import memtool_stores
+
+        work = learned_copy.workspace
+        space = work.space
+        other = memtool_stores.Space(
+            memtool_stores.Backbone("timm:other", "", "0" * 64), space.layout
+        )
+        memtool_stores.MemoryStore.create(str(tmp_path / "theirs"), other)
+        config = small_config(tmp_path, store=str(tmp_path / "theirs"))
+        with pytest.raises(SpaceMismatchError, match="backbone"):
+            Mira.open(config, seed=0).consolidate()

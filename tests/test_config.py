@@ -1,0 +1,234 @@
+"""Settings: their precedence, where each is from, and what a wrong one is told."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from memtool.config import (
+    Config,
+    choices,
+    expand,
+    get,
+    keys,
+    parse_assignment,
+    presets,
+    resolve,
+    split_store,
+    to_yaml,
+    user_file,
+)
+from memtool.errors import ConfigError, NotFoundError
+
+
+@pytest.fixture(autouse=True)
+def no_settings_around(tmp_path, monkeypatch):
+    """A user folder and a working folder of the test's own, and no variables."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "user"))
+    monkeypatch.setattr("platformdirs.user_config_path", lambda name: tmp_path / "user" / name)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_without_anything_the_defaults_hold():
+    resolved = resolve(environ={})
+    assert resolved.config == Config()
+    assert resolved.preset == "digits-dil"
+    assert set(resolved.origin) == set(keys())
+    assert set(resolved.origin.values()) == {"default"}
+
+
+def test_every_level_wins_over_those_below():
+    levels = [
+        ("preset pacs-dil", lambda given: given.update(preset="pacs-dil"), 4),
+        ("user", lambda given: write(user_file(), "train: {epochs: 11}"), 11),
+        ("memtool.yaml:2", lambda given: write(Path("memtool.yaml"), "train:\n  epochs: 12"), 12),
+        (
+            "c.yaml:1",
+            lambda given: given.update(file=write(Path("c.yaml"), "train.epochs: 13")),
+            13,
+        ),
+        ("MEMTOOL_TRAIN__EPOCHS", lambda g: g.update(environ={"MEMTOOL_TRAIN__EPOCHS": "14"}), 14),
+        ("command line", lambda given: given.update(overrides={"train.epochs": "15"}), 15),
+    ]
+    given = {"environ": {}}
+    for origin, add, epochs in levels:
+        add(given)
+        resolved = resolve(**given)
+        assert resolved.config.train.epochs == epochs
+        if origin != "user":
+            assert resolved.origin["train.epochs"] == origin
+        else:
+            assert resolved.origin["train.epochs"] == f"{user_file()}:1"
+    assert resolved.origin["backbone.name"] == "preset pacs-dil"
+    assert resolved.origin["memory.mix"] == "default"
+
+
+def test_not_ambient_means_only_what_is_named():
+    write(Path("memtool.yaml"), "adapter: {rank: 3}")
+    write(user_file(), "adapter: {alpha: 3}")
+    environ = {"MEMTOOL_STORE": "elsewhere"}
+    assert resolve(environ=environ, ambient=False).config == Config()
+    assert resolve(environ=environ).config.adapter.rank == 3
+
+
+def test_text_is_read_by_the_type_of_the_setting():
+    config = resolve(
+        environ={"MEMTOOL_SEED": "0, 1,2", "MEMTOOL_ENGINE__COMPILE": "true"},
+        overrides={
+            "stream.order": "[photo, sketch]",
+            "stream.train_per_task": "none",
+            "train.lr": "1e-3",
+            "backbone.weights": "",
+            "adapter.warm_start": "none",
+            "store": "2024",
+        },
+    ).config
+    assert config.seed == (0, 1, 2)
+    assert config.engine.compile is True
+    assert config.stream.order == ("photo", "sketch")
+    assert config.stream.train_per_task is None
+    assert config.train.lr == 1e-3
+    assert config.backbone.weights is None
+    assert config.adapter.warm_start == "none"
+    assert config.store == "2024"
+
+
+def test_one_value_stands_for_several_with_one():
+    assert resolve(file=write(Path("c.yaml"), "seed: 3"), environ={}).config.seed == (3,)
+
+
+@pytest.mark.parametrize("preset", [preset.name for preset in presets()])
+def test_dump_and_load_gives_an_equal_configuration(preset):
+    config = resolve(preset=preset, environ={}, overrides={"seed": (1, 2)}).config
+    file = write(Path("dumped.yaml"), to_yaml(config))
+    assert resolve(file=file, environ={}).config == config
+
+
+@pytest.mark.parametrize("preset", presets(), ids=lambda preset: preset.name)
+def test_a_preset_begins_with_the_command_that_runs_it(preset):
+    assert preset.launch.endswith(f"memtool run --preset {preset.name}")
+    assert preset.summary
+
+
+def test_the_default_preset_is_the_defaults():
+    assert resolve(preset="digits-dil", environ={}).config == Config()
+
+
+def test_every_setting_has_a_description():
+    assert [key for key, field in keys().items() if not field.description] == []
+
+
+def test_get_reads_a_dotted_key():
+    assert get(Config(), "memory.separation") == "softmax"
+    assert "affine" in choices("memory.separation")
+    assert choices("adapter.rank") == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "said", "expected"),
+    [
+        ("adapter:\n  rank: 4\n  rnk: 3", 3, "adapter.rnk", "'adapter.rank'"),
+        ("rank: 3", 1, "no setting 'rank'", "'adapter.rank'"),
+        ("epochs: 3", 1, "no setting 'epochs'", "'train.epochs' or 'consolidate.epochs'"),
+        ("zzz: 3", 1, "no setting 'zzz'", "one of store, runs, seed, backbone"),
+        ("adapter:\n  rank: 0", 2, "adapter.rank cannot be 0", "greater than or equal to 1"),
+        ("memory:\n  separation: afine", 2, "'afine'", "did you mean 'affine'?"),
+        ("adapter: 4", 1, "'adapter' is a section", "adapter.rank"),
+        ("adapter: [4]", 1, "'adapter' is a section", "adapter.rank"),
+        ("- 4", 1, "no settings here", "key: value"),
+        ("adapter.rank: 3\nadapter:\n  rank: 3", 3, "set twice", None),
+        ("seed: []", 1, "seed cannot be", "at least 1 item"),
+        ("seed: -1", 1, "seed cannot be", "greater than or equal to 0"),
+        ("a: [1", 1, "not YAML", None),
+    ],
+)
+def test_a_wrong_file_is_told_with_its_line(text, line, said, expected):
+    with pytest.raises(ConfigError) as caught:
+        resolve(file=write(Path("bad.yaml"), text), environ={})
+    assert f"bad.yaml:{line}: " in caught.value.message
+    assert said in caught.value.message
+    assert expected is None or expected in (caught.value.expected or "")
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "adapter:\n  # rank: 8\ntrain:\n"])
+def test_nothing_set_is_nothing_wrong(text):
+    assert resolve(file=write(Path("c.yaml"), text), environ={}).config == Config()
+
+
+def test_a_wrong_variable_is_named():
+    with pytest.raises(ConfigError, match="MEMTOOL_ADAPTER__RNK") as caught:
+        resolve(environ={"MEMTOOL_ADAPTER__RNK": "3"})
+    assert caught.value.expected == "did you mean MEMTOOL_ADAPTER__RANK?"
+    with pytest.raises(ConfigError, match=r"MEMTOOL_ADAPTER__RANK: adapter\.rank cannot be 'x'"):
+        resolve(environ={"MEMTOOL_ADAPTER__RANK": "x"})
+
+
+def test_data_and_cache_are_not_settings():
+    environ = {"MEMTOOL_DATA": "data", "MEMTOOL_CACHE": "cache"}
+    assert resolve(environ=environ).config == Config()
+
+
+def test_what_is_not_there_is_not_found():
+    with pytest.raises(NotFoundError, match=r"nowhere\.yaml"):
+        resolve(file=Path("nowhere.yaml"), environ={})
+    with pytest.raises(NotFoundError) as caught:
+        resolve(preset="pacs", environ={})
+    assert "'pacs-dil'" in (caught.value.expected or "")
+
+
+def test_a_file_that_is_not_text(tmp_path):
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        resolve(file=tmp_path / "binary.yaml", environ={})
+
+
+def test_a_yaml_file_cannot_run_code():
+    with pytest.raises(ConfigError, match=r"c\.yaml:1: not YAML"):
+        resolve(file=write(Path("c.yaml"), "store: !!python/name:os.system"), environ={})
+    assert yaml.safe_load(to_yaml(Config()))["adapter"]["rank"] == Config().adapter.rank
+
+
+def test_assignments():
+    assert parse_assignment("adapter.rank = 8") == ("adapter.rank", "8")
+    assert parse_assignment("store=a=b") == ("store", "a=b")
+    with pytest.raises(ConfigError, match=r"adapter\.rank"):
+        parse_assignment("adapter.rank")
+
+
+@pytest.mark.parametrize(
+    ("store", "parts"),
+    [
+        ("memory", ("memory", "HEAD")),
+        ("memory@HEAD~2", ("memory", "HEAD~2")),
+        ("a@b/memory@v1", ("a@b/memory", "v1")),
+        ("s3://bucket/m@abc", ("s3://bucket/m", "abc")),
+    ],
+)
+def test_a_store_and_its_version(store, parts):
+    assert split_store(store) == parts
+
+
+def test_variables_in_paths_are_expanded_at_use():
+    assert expand("${A}/b", {"A": "/x"}) == Path("/x/b")
+    assert expand("plain/b", {}) == Path("plain/b")
+    with pytest.raises(ConfigError, match="variable A is not set") as caught:
+        expand("${A}/b", {})
+    assert caught.value.remedy == "export A=FOLDER"
+
+
+def test_importing_the_settings_loads_no_torch():
+    code = "import sys, memtool.config; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    root = Path(__file__).parents[1]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
