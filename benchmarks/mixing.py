@@ -5,7 +5,7 @@ Three questions, each with its limit:
  * What does a memory of 20 adapters (rank 8 on q and v of all 12 blocks, coefficients per block and
    sample from the class token) add to the eval forward of ViT-B/16 in bf16, batch 32?
  * How much faster than PEFT's Arrow layer is a weighted mixture for every token, routing included?
- * How much faster than PEFT's `adapter_names` batch is a hard choice for every sample?
+ * How much faster than PEFT's `adapter_names` batch is a hard choice for every sample, on q and v?
 
 In the last two the frozen product is not timed, as it is the same for both: each side gets the
 frozen output ready and adds the adapters' part, in bf16. The outputs are compared first, in
@@ -36,7 +36,7 @@ from memtool.backbones.vit import VitBackbone
 BATCH, TOKENS, WIDTH, RANK = 32, 197, 768, 8
 
 Layer = Callable[[Tensor, Tensor], Tensor]
-"""(x, frozen output y) to y with the adapters' part; y may be overwritten."""
+"""(x (b, n, d), frozen output y) to y with the adapters' part; y may be overwritten."""
 
 
 def run(repeats: int) -> dict[str, Any]:
@@ -94,19 +94,9 @@ def over_the_backbone(repeats: int) -> list[dict[str, Any]]:
     ]
 
 
-def layer(adapters: int, dtype: torch.dtype) -> tuple[AdapterValues, dict[str, Tensor]]:
-    """Adapters of one square linear layer, stacked, and their A and B by name for the peer."""
-    layout = Layout((Site(0, "fc", "", WIDTH, WIDTH, 0, WIDTH),), RANK)
-    flat = randn(adapters, layout.numel, seed=4, dtype=dtype) * 0.05
-    return AdapterValues.from_flat(flat, layout, 1.0), layout.unflatten(flat)
-
-
-def same_outputs(peer: Layer, ours: Layer, batch: int) -> float:
-    """The relative distance of two layers' outputs in float32; refuses layers that differ."""
-    x = randn(batch, TOKENS, WIDTH, seed=5)
-    one = peer(x, torch.zeros_like(x))
-    other = ours(x, torch.zeros_like(x))
-    relative = float((one - other).norm() / one.norm())
+def difference(ours: Tensor, peer: Tensor) -> float:
+    """Their distance relative to the peer's length; refuses float32 outputs that differ."""
+    relative = float((ours - peer).norm() / peer.norm())
     if not relative < 1e-5:
         raise AssertionError(f"the outputs differ by {relative:.2g} of their length")
     return relative
@@ -114,7 +104,9 @@ def same_outputs(peer: Layer, ours: Layer, batch: int) -> float:
 
 def arrow_layers(count: int, dtype: torch.dtype) -> tuple[Layer, Layer]:
     """PEFT's own Arrow layer with every expert kept, and the same mixture here."""
-    values, named = layer(count, dtype)
+    layout = Layout((Site(0, "fc", "", WIDTH, WIDTH, 0, WIDTH),), RANK)
+    flat = randn(count, layout.numel, seed=4, dtype=dtype) * 0.05
+    named = layout.unflatten(flat)
     names = [f"task_{i}" for i in range(count)]
     lora_a, lora_b = nn.ModuleDict(), nn.ModuleDict()
     for i, name in enumerate(names):
@@ -129,7 +121,7 @@ def arrow_layers(count: int, dtype: torch.dtype) -> tuple[Layer, Layer]:
     arrow.build_prototypes(lora_a, lora_b)
     prototypes = arrow.prototypes
     scaling, dropout = dict.fromkeys(names, 1.0), nn.Identity()
-    block = values.block(0)
+    block = AdapterValues.from_flat(flat, layout, 1.0).block(0)
     assert block is not None
 
     def peer(x: Tensor, y: Tensor) -> Tensor:
@@ -150,7 +142,9 @@ def against_arrow(repeats: int) -> list[dict[str, Any]]:
     x = randn(BATCH, TOKENS, WIDTH, seed=5, dtype=torch.bfloat16)
     y = torch.zeros_like(x)
     for count in (5, 10, 20, 40):
-        relative = same_outputs(*arrow_layers(count, torch.float32), batch=4)
+        peer, ours = arrow_layers(count, torch.float32)
+        few = randn(4, TOKENS, WIDTH, seed=5)
+        relative = difference(ours(few, torch.zeros_like(few)), peer(few, torch.zeros_like(few)))
         peer, ours = arrow_layers(count, torch.bfloat16)
         calls = {"arrow": partial(peer, x, y), "memtool": partial(ours, x, y)}
         seconds = interleaved(calls, repeats)
@@ -175,29 +169,46 @@ class Ready(nn.Module):
 
 
 def named_layers(count: int, dtype: torch.dtype) -> tuple[Layer, Layer]:
-    """PEFT's LoRA layer with a name for every sample, and the same choice here."""
-    values, named = layer(count, dtype)
+    """LoRA on q and v: two PEFT layers with a name for every sample, and the same choice here.
+
+    Models whose q, k and v are layers of their own are what PEFT adapts this way. The peer adds to
+    outputs (2, b, n, d), ours to rows of the fused output (b, n, 3 d).
+    """
+    layout = Layout(
+        tuple(
+            Site(0, "qkv", name, WIDTH, WIDTH, first, 3 * WIDTH)
+            for name, first in (("q", 0), ("v", 2 * WIDTH))
+        ),
+        RANK,
+    )
+    flat = randn(count, layout.numel, seed=4, dtype=dtype) * 0.05
+    named = layout.unflatten(flat)
     names = [f"task_{i}" for i in range(count)]
-    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["fc"])
-    peft = PeftLinear(nn.Linear(WIDTH, WIDTH), names[0], config=config, r=RANK, lora_alpha=RANK)
-    for name in names[1:]:
-        peft.update_layer(name, RANK, lora_alpha=RANK, config=config)
-    peft.to(dtype).eval()
-    for i, name in enumerate(names):
-        peft.lora_A[name].weight.copy_(named["fc.lora_A"][i])
-        peft.lora_B[name].weight.copy_(named["fc.lora_B"][i])
+    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["q", "v"])
+    layers: list[PeftLinear] = []
+    for site in layout.sites:
+        base = nn.Linear(WIDTH, WIDTH)
+        peft = PeftLinear(base, names[0], config=config, r=RANK, lora_alpha=RANK)
+        for name in names[1:]:
+            peft.update_layer(name, RANK, lora_alpha=RANK, config=config)
+        peft.to(dtype).eval()
+        for i, name in enumerate(names):
+            peft.lora_A[name].weight.copy_(named[f"{site.name}.lora_A"][i])
+            peft.lora_B[name].weight.copy_(named[f"{site.name}.lora_B"][i])
+        layers.append(peft)
     index = torch.randint(count, (BATCH,), generator=torch.Generator().manual_seed(7))
     chosen = [names[i] for i in index.tolist()]
-    block = values.block(0)
+    block = AdapterValues.from_flat(flat, layout, 1.0).block(0)
     assert block is not None
 
     def peer(x: Tensor, y: Tensor) -> Tensor:
-        peft.base_layer = Ready(y)
-        added: Tensor = peft(x, adapter_names=chosen)
-        return added
+        for peft, output in zip(layers, y, strict=True):
+            peft.base_layer = Ready(output)
+            peft(x, adapter_names=chosen)
+        return y
 
     def ours(x: Tensor, y: Tensor) -> Tensor:
-        return Mixture.chosen(block, index).add_to(y, x, "fc")
+        return Mixture.chosen(block, index).add_to(y, x, "qkv")
 
     return peer, ours
 
@@ -205,13 +216,18 @@ def named_layers(count: int, dtype: torch.dtype) -> tuple[Layer, Layer]:
 def against_names(repeats: int) -> list[dict[str, Any]]:
     """A hard choice for every sample, in bf16, for short and for long sequences."""
     count = 50
-    relative = same_outputs(*named_layers(count, torch.float32), batch=BATCH)
+    peer, ours = named_layers(count, torch.float32)
+    x = randn(BATCH, TOKENS, WIDTH, seed=5)
+    q, _, v = ours(x, torch.zeros(*x.shape[:-1], 3 * WIDTH)).chunk(3, dim=-1)
+    relative = difference(torch.stack([q, v]), peer(x, torch.zeros(2, *x.shape)))
     peer, ours = named_layers(count, torch.bfloat16)
     cases = []
     for tokens in (17, TOKENS):
         x = randn(BATCH, tokens, WIDTH, seed=5, dtype=torch.bfloat16)
-        y = torch.zeros_like(x)
-        calls = {"adapter_names": partial(peer, x, y), "memtool": partial(ours, x, y)}
+        calls = {
+            "adapter_names": partial(peer, x, x.new_zeros(2, *x.shape)),
+            "memtool": partial(ours, x, x.new_zeros(*x.shape[:-1], 3 * WIDTH)),
+        }
         seconds = interleaved(calls, 3 * repeats, inner=3)
         name = f"choice of 1 in {count} adapters, {BATCH} samples of {tokens} tokens"
         cases.append(
