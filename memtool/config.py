@@ -72,14 +72,14 @@ class AdapterSettings(Settings):
     alpha: Annotated[float, Field(gt=0)] = Field(8.0, description="BA is scaled by alpha / rank")
     per_task: Annotated[int, Field(ge=1)] = Field(1, description="adapters per task (J)")
     warm_start: Literal["previous", "mean", "none"] = Field(
-        "previous", description="where training starts: the adapter before, their mean, or zero"
+        "none", description="where training starts: the adapter before, the mean of all, or zero"
     )
 
 
 class TrainSettings(Settings):
     """Stage 1: training the adapters of a task."""
 
-    epochs: Annotated[int, Field(ge=1)] = Field(8, description="passes over the task's images")
+    epochs: Annotated[int, Field(ge=1)] = Field(4, description="passes over the task's images")
     batch_size: Annotated[int, Field(ge=1)] = Field(50, description="images a step")
     lr: Annotated[float, Field(gt=0)] = Field(1e-2, description="highest learning rate")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="of AdamW")

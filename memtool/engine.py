@@ -250,7 +250,7 @@ class Engine:
         parts = []
         with torch.inference_mode(), self.autocast():
             for low in range(0, len(images), size):
-                batch = torch.from_numpy(np.ascontiguousarray(images[low : low + size]))
+                batch = torch.from_numpy(np.array(images[low : low + size]))
                 parts.append(function(batch.to(self.device)).float().cpu())
         return torch.cat(parts)
 

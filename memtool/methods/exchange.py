@@ -172,9 +172,8 @@ def read_adapter(path: Path, work: Workspace, task: Task | None = None) -> ReadA
     if found.layout != work.layout:
         raise MismatchError(
             f"{path}: an adapter of rank {found.layout.rank} at {len(found.layout.sites)} sites",
-            expected=f"rank {work.layout.rank} at {len(work.layout.sites)} sites, as every value "
-            "of this memory",
-            remedy=f"--rank {found.layout.rank} with another --store",
+            expected=f"rank {work.layout.rank} at {len(work.layout.sites)} sites, as configured",
+            remedy=f"--rank {found.layout.rank}; a store holds adapters of one rank only",
         )
     folder = AdapterFolder(path)
     about = folder.about() if folder.is_complete else None

@@ -7,9 +7,9 @@
     evaluate     accuracy on every task, at any version
 
 Where the paper is silent, or where our trials found better, the default is ours and the paper's
-form is an option: keys in closed form (`consolidate.keys: random` and `epochs` for the paper's),
-chained adapters (`adapter.warm_start: none`), analytic heads (`head.kind: linear`), one early look
-for all blocks (`memory.scope: block`), softmax (`memory.separation: affine`).
+form is an option: keys in closed form (`consolidate.keys: random` with `epochs`), an analytic head
+per task (`head.kind: linear`, `head.scope: shared`), one early look for all blocks (`memory.scope:
+block`), softmax (`memory.separation: affine`).
 """
 
 from __future__ import annotations
@@ -286,7 +286,7 @@ class Mira:
         )
         queries = snapshot.query_statistics()
         features = snapshot.feature_statistics()
-        probe = self._probe_memory()
+        probe = self._probe_memory(snapshot)
         for place, number in enumerate(new_tasks):
             self._tell("consolidate: count", place, len(new_tasks))
             task = work.task(str(number))
@@ -324,9 +324,6 @@ class Mira:
         model = self._model(snapshot, keys)
         last = work.task(str(tasks[-1]))
         if config.consolidate.epochs > 0 and kept < len(view.adapters):
-            modules = snapshot.model.memory.state_dict() if snapshot.model else {}
-            asked_before = {name: t for name, t in modules.items() if not name.endswith("keys")}
-            model.memory.load_state_dict({**model.memory.state_dict(), **asked_before})
             settings = config.head
             if settings.scope == "shared" and settings.kind in ("ridge", "ncm"):
                 # Their scores are no log posteriors; those of lda are.
@@ -424,15 +421,21 @@ class Mira:
                 remedy="the stream that the memory was trained on, or another --store",
             )
 
-    def _probe_memory(self) -> KeyedMemory:
+    def _probe_memory(self, snapshot: Snapshot) -> KeyedMemory:
         """A memory without content, for its query modules: what would each block be asked?"""
         work, settings = self.workspace, self.config.memory
         blocks = memory_blocks(settings, work.layout)
         empty = torch.zeros(len(blocks), 1, work.backbone.dim + 1)
-        plain = settings.model_copy(update={"query": "identity"})
-        return KeyedMemory.from_settings(
-            plain, blocks, work.backbone.dim, empty, prefix_tokens=work.backbone.prefix_tokens
-        ).to(work.engine.device)
+        memory = KeyedMemory.from_settings(
+            settings,
+            blocks,
+            work.backbone.dim,
+            empty,
+            prefix_tokens=work.backbone.prefix_tokens,
+            generator=work.engine.generator(self.seed),
+        )
+        _keep_query_modules(memory, snapshot)
+        return memory.to(work.engine.device).requires_grad_(False)
 
     def _model(self, snapshot: Snapshot, keys: Tensor) -> MemoryModel:
         work, settings = self.workspace, self.config.memory
@@ -450,6 +453,7 @@ class Mira:
             prefix_tokens=work.backbone.prefix_tokens,
             generator=work.engine.generator(self.seed),
         )
+        _keep_query_modules(memory, snapshot)
         model = MemoryModel(work.backbone, values, memory, settings)
         return model.to(work.engine.device).requires_grad_(False)
 
@@ -869,6 +873,17 @@ def _same_separation(state: MemoryState | None, config: Config) -> bool:
         config.memory.separation,
         config.memory.similarity,
     )
+
+
+def _keep_query_modules(memory: KeyedMemory, snapshot: Snapshot) -> None:
+    """Go on with the query modules that were learned before, when they are of the same kind."""
+    if snapshot.model is None:
+        return
+    learned = snapshot.model.memory.state_dict()
+    names = {name for name in memory.state_dict() if not name.endswith(".keys")}
+    if names == {name for name in learned if not name.endswith(".keys")}:
+        kept = {name: learned[name].cpu() for name in names}
+        memory.load_state_dict({**memory.state_dict(), **kept})
 
 
 def _query_modules(memory: KeyedMemory) -> bytes | None:

@@ -195,7 +195,10 @@ def _of_message(text: str, doing: str, where: str) -> StoreError:
             remedy="choose another name",
         )
     if re.search(r"repository doesn.t exist", lower):
-        return NotFoundError(f"no store at {where}", remedy="memtool write makes one, from adapters of memtool train-adapter")
+        return NotFoundError(
+            f"no store at {where}",
+            remedy="memtool write makes one, from adapters of memtool train-adapter",
+        )
     if re.search(r"(ref|snapshot|branch|tag) not found|invalid snapshot id", lower):
         return NotFoundError(f"could not {doing} in {where}: {brief}")
     if re.search(r"timed? ?out|timeout|connection|dispatch failure|unavailable|slow ?down", lower):

@@ -130,7 +130,10 @@ class MemoryStore:
         url = _plain(url)
         if _is_local(url) and not cls.exists(url):
             there = "no such folder" if not Path(url).exists() else "it is not a store"
-            raise NotFoundError(f"no store at {url}: {there}", remedy="memtool write makes one, from adapters of memtool train-adapter")
+            raise NotFoundError(
+                f"no store at {url}: {there}",
+                remedy="memtool write makes one, from adapters of memtool train-adapter",
+            )
         with translated("open the store", url):
             repository = icechunk().Repository.open(storage(url), configuration())
         store = cls(url, repository, lock_timeout=lock_timeout)

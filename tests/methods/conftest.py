@@ -15,6 +15,7 @@ SMALL = {
     "stream.test_per_task": 80,
     "stream.order": ("upright", "inverted", "rot90"),
     "train.epochs": 2,
+    "adapter.warm_start": "previous",
     "engine.device": "cpu",
     "engine.precision": "fp32",
 }

@@ -42,9 +42,7 @@ def test_the_memory_learns_and_knows_which_task_it_sees(learned):
 
 def test_history_agrees_with_the_version_itself(learned):
     matrix = learned.evaluate(history=True).matrix("memory").values
-    earlier = [
-        v for v in learned.workspace.store.log() if v.metadata.get("learned") == [1, 2]
-    ]
+    earlier = [v for v in learned.workspace.store.log() if v.metadata.get("learned") == [1, 2]]
     alone = learned.evaluate(version=earlier[0].id).matrix("memory").values
     assert alone.shape == (3, 2)
     assert np.array_equal(alone[2], matrix[2, :2])
@@ -122,7 +120,7 @@ def test_a_query_is_what_a_memory_would_be_asked(learned, tmp_path):
 @pytest.mark.parametrize("mix", ["delta", "params"])
 def test_the_recalled_adapter_equals_the_mixture(learned_copy, tmp_path, mix):
     folder = learned_copy.config.runs.parent
-    config = small_config(folder, memory__mix=mix, memory__beta=0.02)
+    config = small_config(folder, memory__mix=mix, memory__separation="tanh")
     mira = Mira.open(config, seed=0)
     mira.consolidate()
     out = tmp_path / "recalled"
@@ -131,7 +129,7 @@ def test_the_recalled_adapter_equals_the_mixture(learned_copy, tmp_path, mix):
     found = read_peft(out, work.layout.sites)
     alone = AdapterValues.from_flat(found.value[None], found.layout, found.scaling)
     coefficients = torch.tensor(result.blocks[0])
-    assert coefficients.max() < 0.999
+    assert 0.5 < coefficients.max() < 0.9
     images = torch.from_numpy(np.asarray(work.stream.tasks[1].test.images[:8]))
     pixels = work.backbone.preprocess(images)
     mixture = same_for_all(snapshot.model.values, coefficients, mix)
@@ -192,11 +190,16 @@ def test_a_memory_in_every_block(tmp_path):
 
 
 def test_linear_query_modules_are_kept_in_the_store(tmp_path):
-    settings = {"memory__query": "linear", "consolidate__epochs": 1}
-    mira = Mira.open(small_config(tmp_path, **settings), seed=0)
-    learn(mira, 2)
+    settings = {"memory__query": "linear", "memory__separation": "identity"}
+    mira = Mira.open(small_config(tmp_path, consolidate__epochs=1, **settings), seed=0)
+    learn(mira, 1)
     weight = mira.snapshot().model.memory[2].query.g.weight
     assert not torch.equal(weight, torch.eye(len(weight)))
+    later = Mira.open(small_config(tmp_path, **settings), seed=0)
+    later.adapt("2")
+    later.write()
+    later.consolidate()
+    assert torch.equal(later.snapshot().model.memory[2].query.g.weight, weight)
 
 
 def test_several_adapters_of_a_task_share_its_weight(tmp_path):
@@ -246,8 +249,10 @@ class TestBadInput:
     def test_an_adapter_of_another_rank(self, learned_copy):
         folder = learned_copy.config.runs.parent
         mira = Mira.open(small_config(folder, adapter__rank=2), seed=0)
-        with pytest.raises(SpaceMismatchError, match="rank"):
+        with pytest.raises(MismatchError, match="an adapter of rank 4"):
             mira.write()
+        with pytest.raises(SpaceMismatchError, match="rank"):
+            mira.consolidate()
 
     def test_another_adapter_of_the_same_name(self, learned_copy):
         folder = learned_copy.config.runs.parent
