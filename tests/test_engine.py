@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -180,8 +181,8 @@ def test_the_rate_rises_then_falls_to_zero():
     assert peak == 15
     assert rates[peak] == pytest.approx(1)
     assert rates[-1] == pytest.approx(0)
-    assert all(a <= b for a, b in zip(rates[:15], rates[1:16], strict=True))
-    assert all(a >= b for a, b in zip(rates[15:], rates[16:], strict=False))
+    assert all(a <= b for a, b in pairwise(rates[: peak + 1]))
+    assert all(a >= b for a, b in pairwise(rates[peak:]))
 
 
 SCRIPT = """

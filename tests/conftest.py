@@ -1,0 +1,27 @@
+"""For all tests: no deadlines on a busy machine, a cache of their own, and what was skipped."""
+
+from __future__ import annotations
+
+import os
+
+import hypothesis
+import pytest
+
+hypothesis.settings.register_profile("memtool", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("memtool")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Decoded images and mapped values go to a temporary folder, not to the user's cache."""
+    os.environ["MEMTOOL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many tests were skipped because the real data is not there."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    missing = [report for report in skipped if "MEMTOOL_DATA" in str(report.longrepr)]
+    if missing:
+        terminalreporter.write_line(
+            f"{len(missing)} tests on real data were skipped: MEMTOOL_DATA names no folder"
+        )
