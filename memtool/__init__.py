@@ -1,3 +1,80 @@
-"""memtool: adapters in a versioned associative memory."""
+"""memtool: a frozen model, adapters in a versioned associative memory, a mixture for every input.
+
+>>> from memtool import Mira, resolve                                     # doctest: +SKIP
+>>> mira = Mira.open(resolve(preset="digits-dil").config, seed=0)         # doctest: +SKIP
+>>> mira.adapt("1"); mira.write(); mira.consolidate(); mira.evaluate()    # doctest: +SKIP
+
+Names are imported on first use: `import memtool` loads neither torch nor numpy.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from memtool.adapters.layout import Layout, Site
+    from memtool.adapters.linear import AdaptedLinear
+    from memtool.adapters.mixing import Mixture
+    from memtool.adapters.peft_files import read_peft, write_peft
+    from memtool.adapters.values import AdapterValues
+    from memtool.backbones import create_backbone
+    from memtool.config import Config, resolve
+    from memtool.engine import Engine
+    from memtool.errors import MemtoolError
+    from memtool.memories.hopfield import HopfieldMemory
+    from memtool.memories.keyed import KeyedMemory
+    from memtool.methods.experiment import demo, run
+    from memtool.methods.mira import Mira
+    from memtool.streams import create_stream
 
 __version__ = "0.1.0"
+
+_HOME = {
+    "AdaptedLinear": "memtool.adapters.linear",
+    "AdapterValues": "memtool.adapters.values",
+    "Config": "memtool.config",
+    "Engine": "memtool.engine",
+    "HopfieldMemory": "memtool.memories.hopfield",
+    "KeyedMemory": "memtool.memories.keyed",
+    "Layout": "memtool.adapters.layout",
+    "MemtoolError": "memtool.errors",
+    "Mira": "memtool.methods.mira",
+    "Mixture": "memtool.adapters.mixing",
+    "Site": "memtool.adapters.layout",
+    "create_backbone": "memtool.backbones",
+    "create_stream": "memtool.streams",
+    "demo": "memtool.methods.experiment",
+    "read_peft": "memtool.adapters.peft_files",
+    "resolve": "memtool.config",
+    "run": "memtool.methods.experiment",
+    "write_peft": "memtool.adapters.peft_files",
+}
+
+__all__ = [
+    "AdaptedLinear",
+    "AdapterValues",
+    "Config",
+    "Engine",
+    "HopfieldMemory",
+    "KeyedMemory",
+    "Layout",
+    "MemtoolError",
+    "Mira",
+    "Mixture",
+    "Site",
+    "__version__",
+    "create_backbone",
+    "create_stream",
+    "demo",
+    "read_peft",
+    "resolve",
+    "run",
+    "write_peft",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'memtool' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

@@ -51,7 +51,7 @@ def test_without_anything_the_defaults_hold():
 
 def test_every_level_wins_over_those_below():
     levels = [
-        ("preset pacs-dil", lambda given: given.update(preset="pacs-dil"), 4),
+        ("preset pacs-dil", lambda given: given.update(preset="pacs-dil"), 6),
         ("user", lambda given: write(user_file(), "train: {epochs: 11}"), 11),
         ("memtool.yaml:2", lambda given: write(Path("memtool.yaml"), "train:\n  epochs: 12"), 12),
         (
