@@ -1,4 +1,4 @@
-"""`python -m benchmarks NAME [--repeats N] [--json]`; without a name, the list of benchmarks.
+"""`python -m benchmarks NAME [--repeats N] [--threads N] [--json]`; no name: the list.
 
 The result of a benchmark has `passed`, and `cases` with `name`, `value`, `limit`, `passed`. JSON
 or a table goes to stdout, progress to stderr. Exit code 1: a limit was missed; 2: wrong usage.
@@ -31,10 +31,11 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("name", nargs="?", choices=sorted(known), help="none: list them")
     parser.add_argument("--repeats", type=int, default=9, help="paired repetitions (default 9)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--json", action="store_true", help="the whole result as JSON on stdout")
     given = parser.parse_args(arguments)
-    if given.repeats < 1:
-        parser.error("--repeats must be at least 1")
+    if min(given.repeats, given.threads) < 1:
+        parser.error("--repeats and --threads must be at least 1")
     if given.name is None:
         if given.json:
             print(json.dumps(known, indent=2))
@@ -42,6 +43,10 @@ def main(arguments: list[str]) -> int:
             for name, title in known.items():
                 print(f"{name:16} {title}")
         return 0
+    import torch
+
+    # One thread by default: with more, a core that is busy elsewhere holds up every small kernel.
+    torch.set_num_threads(given.threads)
     result: dict[str, Any] = importlib.import_module(f"benchmarks.{given.name}").run(given.repeats)
     if given.json:
         print(json.dumps(result, indent=2))
