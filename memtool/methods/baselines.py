@@ -5,6 +5,7 @@
     frozen + linear             one linear head, trained task after task
     sequential LoRA             one adapter and one linear head, trained task after task
     sequential LoRA + ridge     the same adapter under a ridge head from running statistics
+    sequential LoRA + LDA per task   the same under a head per task, chosen by LDA of the task
 
 Each sees a task's images only while it learns that task, as the memory does. Hard choice, uniform
 mixture and oracle adapter read the memory itself and are in `Mira.evaluate`.
@@ -59,9 +60,7 @@ def frozen(work: Workspace, tasks: Sequence[Task]) -> list[Row]:
             solved = solve_head(kind, statistics, _head_settings(work, kind))
             closed[kind] = matrix.with_row(count, _scores(solved, test, tasks))
         router.add(train[count - 1], torch.full((len(task.train),), count - 1))
-        alone = FeatureStatistics(work.backbone.dim, classes)
-        alone.add(train[count - 1], _labels(task.train.labels))
-        own.append(solve_head("lda", alone, _head_settings(work, "lda")))
+        own.append(_task_head(work, train[count - 1], task, classes))
         routed = routed.with_row(count, _routed_scores(router, own, test, tasks))
         start = time.perf_counter()
         _train_head(work, head, train[count - 1], task)
@@ -89,7 +88,9 @@ def sequential(work: Workspace, tasks: Sequence[Task]) -> list[Row]:
     names = [task.name for task in tasks]
     single = config.adapter.model_copy(update={"per_task": 1})
     statistics = FeatureStatistics(work.backbone.dim, classes)
-    linear, ridge = AccuracyMatrix.empty(names), AccuracyMatrix.empty(names)
+    router = FeatureStatistics(work.backbone.dim, len(tasks))
+    own: list[LinearClassifier] = []
+    linear, ridge, routed = (AccuracyMatrix.empty(names) for _ in range(3))
     value: Tensor | None = None
     head: LinearClassifier | None = None
     for count, task in enumerate(tasks, start=1):
@@ -112,11 +113,15 @@ def sequential(work: Workspace, tasks: Sequence[Task]) -> list[Row]:
         scaling = single.alpha / single.rank
         values = AdapterValues.from_flat(value[None], work.layout, scaling)
         recall = every(values.to(work.engine.device))
-        statistics.add(_features(work, recall, task.train.images), _labels(task.train.labels))
+        features = _features(work, recall, task.train.images)
+        statistics.add(features, _labels(task.train.labels))
+        own.append(_task_head(work, features, task, classes))
+        router.add(features, torch.full((len(features),), count - 1))
         test = [_features(work, recall, each.test.images) for each in tasks]
         solved = solve_head("ridge", statistics, _head_settings(work, "ridge"))
         linear = linear.with_row(count, _scores(head, test, tasks))
         ridge = ridge.with_row(count, _scores(solved, test, tasks))
+        routed = routed.with_row(count, _routed_scores(router, own, test, tasks))
     seconds = time.perf_counter() - begin
     return [
         Row.measured(
@@ -124,6 +129,13 @@ def sequential(work: Workspace, tasks: Sequence[Task]) -> list[Row]:
         ),
         Row.measured(
             "sequential-ridge", "sequential LoRA, ridge head", "baseline", ridge, seconds=seconds
+        ),
+        Row.measured(
+            "sequential-routed",
+            "sequential LoRA, LDA per task, routed by LDA",
+            "baseline",
+            routed,
+            seconds=seconds,
         ),
     ]
 
@@ -159,6 +171,13 @@ def _scores(
         float((head(features).argmax(1) == _labels(task.test.labels)).double().mean())
         for features, task in zip(test, tasks, strict=True)
     ]
+
+
+def _task_head(work: Workspace, features: Tensor, task: Task, classes: int) -> LinearClassifier:
+    """Linear discriminant analysis of one task's features (n, dim)."""
+    statistics = FeatureStatistics(work.backbone.dim, classes)
+    statistics.add(features, _labels(task.train.labels))
+    return solve_head("lda", statistics, _head_settings(work, "lda"))
 
 
 def _routed_scores(

@@ -33,6 +33,7 @@ def test_the_table_holds_memory_baselines_and_oracle(first):
         "frozen-linear": "baseline",
         "sequential": "baseline",
         "sequential-ridge": "baseline",
+        "sequential-routed": "baseline",
         "oracle": "upper bound",
     }
     for row in first.metrics.rows:
