@@ -21,34 +21,40 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from memtool.config import EngineSettings, TrainSettings
-from memtool.errors import ConfigError, DivergedError
+from memtool.errors import ConfigError, DivergedError, MemtoolError
 from memtool.progress import Progress, ProgressEvent
+from memtool_stores import StoreError
 
 CHECKPOINT_EVERY_SECONDS = 30.0
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Batch:
     """inputs (groups * size, ...) and labels int64 (groups * size,), group by group.
 
-    `seed` is for random draws on this batch: it depends on the step only.
+    `seed` is for random draws on this batch: it depends on the step only. `share` is the part of
+    the step's samples that it holds.
     """
 
     inputs: Tensor
     labels: Tensor
     seed: int
+    share: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +107,7 @@ class Batches:
                 torch.from_numpy(self.inputs[flat]),
                 torch.from_numpy(self.labels[flat]),
                 int(draw),
+                part.shape[1] / chosen.shape[1],
             )
 
 
@@ -133,6 +140,22 @@ class Engine:
     def is_main(self) -> bool:
         """Whether this process is the one that writes."""
         return bool(self._accelerator.is_main_process)
+
+    def on_main(self, function: Callable[[], Result]) -> Result:
+        """Call a function that writes in one process; all get what it returns, or its error."""
+        if self._accelerator.num_processes == 1:
+            return function()
+        found: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                found[0] = function()
+            except (MemtoolError, StoreError, OSError) as error:
+                found[1] = error
+        broadcast_object_list(found)
+        if found[1] is not None:
+            raise found[1]
+        result: Result = found[0]
+        return result
 
     def autocast(self) -> AbstractContextManager[None]:
         """bfloat16 autocast, or nothing under fp32."""
@@ -196,9 +219,8 @@ class Engine:
                 step_loss = 0.0
                 for batch in batches.micro_batches(done, self.settings.accumulate):
                     mine = self._share(batch, batches.groups)
-                    share = len(batch.labels) / (batches.groups * len(batches.indices(done)[0]))
                     with self.autocast():
-                        value = loss(model, mine) * share
+                        value = loss(model, mine) * batch.share
                     value.backward()
                     step_loss += float(value.detach())
                 if not math.isfinite(step_loss):
@@ -265,7 +287,7 @@ class Engine:
             else:
                 chosen = by_group[:, rank::world][:, : by_group.shape[1] // world].reshape(-1)
             inputs, labels = inputs[chosen], labels[chosen]
-        return Batch(inputs.to(self.device), labels.to(self.device), batch.seed + rank)
+        return Batch(inputs.to(self.device), labels.to(self.device), batch.seed + rank, batch.share)
 
 
 def one_cycle(progress: float, warmup: float) -> float:
@@ -281,9 +303,13 @@ def _accelerator(device: str) -> Accelerator:
         raise ConfigError("--device cuda: torch sees no CUDA device", remedy="--device cpu")
     if device == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("--device mps: torch sees no Metal device", remedy="--device cpu")
-    if PartialState().num_processes == 1:
+    no_other = not torch.cuda.is_available() and not torch.backends.mps.is_available()
+    cpu = device == "cpu" or (device == "auto" and no_other)
+    state = AcceleratorState._shared_state
+    if state and PartialState().num_processes == 1:
         AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(cpu=device == "cpu", mixed_precision="no")
+    # Without cpu=True accelerate ignores torchrun on a machine that has no accelerator.
+    return Accelerator(cpu=cpu, mixed_precision="no")
 
 
 def _precision(wanted: str, device: torch.device) -> str:

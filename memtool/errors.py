@@ -6,6 +6,7 @@ MemtoolError
 ├── MismatchError         two parts that do not fit (shape, rank, backbone)     exit 2
 ├── NotFoundError         a task, preset, file or adapter that is not there     exit 3
 ├── AlreadyThereError     something that would be overwritten                   exit 4
+├── ChangedMeanwhileError another process changed what this one was working on  exit 4
 ├── CorruptError          stored bytes that are not what was written            exit 5
 └── DivergedError         training reached a loss that is not finite            exit 1
 
@@ -78,6 +79,13 @@ class AlreadyThereError(MemtoolError):
     """Something is already there and would be overwritten."""
 
     code = "already-there"
+    exit_status = 4
+
+
+class ChangedMeanwhileError(MemtoolError):
+    """Another process changed what this one was working on; nothing was stored."""
+
+    code = "changed-meanwhile"
     exit_status = 4
 
 

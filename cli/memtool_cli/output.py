@@ -44,11 +44,15 @@ class Table:
 
 
 class Out:
-    """The one place that a verb writes to."""
+    """The one place that a verb writes to.
+
+    Under torchrun or accelerate launch only the first process speaks.
+    """
 
     def __init__(self, *, json: bool = False, quiet: bool = False) -> None:
         self.json = json
-        self.quiet = quiet
+        self.speaks = os.environ.get("RANK", "0") == "0"
+        self.quiet = quiet or not self.speaks
 
     def data(
         self,
@@ -57,6 +61,8 @@ class Out:
         ids: Iterable[object],
     ) -> None:
         """Print records: as JSON, one a line; as their ids; or as tables."""
+        if not self.speaks:
+            return
         if self.json:
             several = records if isinstance(records, Sequence) else (records,)
             indent = 2 if sys.stdout.isatty() and len(several) == 1 else None

@@ -144,11 +144,15 @@ def learn_keys(
 
 
 def drift_degrees(before: Tensor, after: Tensor) -> float:
-    """Mean angle in degrees between keys (memories, t, d_k) before and after; 0 for none."""
-    if before.numel() == 0:
+    """Mean angle in degrees between keys (memories, t, d_k) before and after.
+
+    A key without length has no direction and is left out; 0 when there is no other.
+    """
+    long = (before.norm(dim=-1) > 0) & (after.norm(dim=-1) > 0)
+    if not long.any():
         return 0.0
-    cosine = F.cosine_similarity(before.double(), after.double(), dim=-1).clamp(-1, 1)
-    return math.degrees(float(torch.arccos(cosine).mean()))
+    cosine = F.cosine_similarity(before[long].double(), after[long].double(), dim=-1)
+    return math.degrees(float(torch.arccos(cosine.clamp(-1, 1)).mean()))
 
 
 class _Scored(nn.Module):

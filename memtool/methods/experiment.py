@@ -104,7 +104,7 @@ def _one_seed(
             "setting dg has no task order to learn", expected="stream.setting dil, til or cil"
         )
     if not resume and work.has_store:
-        _begin_anew(work.store)
+        work.engine.on_main(lambda: _begin_anew(work.store))
     learned = list(work.stream.tasks)
     spent = {"adapt": 0.0, "consolidate": 0.0}
     for task in learned:
@@ -139,7 +139,7 @@ def _one_seed(
         command=command,
         preset=preset,
     )
-    write_record(record, config.runs / RECORD)
+    coefficients = coefficient_map(mira, learned) if setting != "til" else None
     costs = [
         Cost(
             "adapt: adapters of all tasks",
@@ -155,13 +155,13 @@ def _one_seed(
         ),
         Cost("evaluate: every version, and other ways to read the memory", seconds=evaluated),
     ]
-    write_report(
-        record,
-        config.runs / REPORT,
-        coefficients=coefficient_map(mira, learned) if setting != "til" else None,
-        keys=key_map(snapshot),
-        costs=costs,
-    )
+
+    def write() -> None:
+        write_record(record, config.runs / RECORD)
+        page = config.runs / REPORT
+        write_report(record, page, coefficients=coefficients, keys=key_map(snapshot), costs=costs)
+
+    work.engine.on_main(write)
     return record
 
 
@@ -214,7 +214,8 @@ def _baseline(mira: Mira, name: str, tasks: Sequence[Task], progress: Progress |
     if progress is not None:
         progress(ProgressEvent(stage=stage, step=0, total=1))
     rows = BASELINES[name](work, tasks)
-    write_atomic(file, _ROWS.dump_json(rows, indent=2).decode() + "\n")
+    text = _ROWS.dump_json(rows, indent=2).decode() + "\n"
+    work.engine.on_main(lambda: write_atomic(file, text))
     if progress is not None:
         progress(ProgressEvent(stage=stage, step=1, total=1))
     return rows

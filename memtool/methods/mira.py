@@ -32,7 +32,14 @@ from torch import Tensor
 import memtool_stores
 from memtool.adapters.values import AdapterValues, Recall
 from memtool.config import Config
-from memtool.errors import AlreadyThereError, ConfigError, DataError, MismatchError, NotFoundError
+from memtool.errors import (
+    AlreadyThereError,
+    ChangedMeanwhileError,
+    ConfigError,
+    DataError,
+    MismatchError,
+    NotFoundError,
+)
 from memtool.evaluation.matrix import AccuracyMatrix
 from memtool.evaluation.record import (
     BackboneIdentity,
@@ -138,32 +145,37 @@ class Mira:
             progress=work.progress,
             stage=f"task {chosen.number}/{len(work.stream.tasks)} {chosen.name}: adapt",
         )
-        results = []
-        for index, (name, folder) in enumerate(zip(names, folders, strict=True)):
-            result = AdaptResult(
+        results = [
+            AdaptResult(
                 path=folder.path,
                 name=name,
                 task=chosen.number,
                 task_name=chosen.name,
                 seed=self.seed,
-                train_accuracy=trained.train_accuracy[index],
-                loss=trained.fit.losses[-1] / settings.per_task if trained.fit.losses else 0.0,
+                train_accuracy=accuracy,
+                loss=trained.fit.losses[-1] / settings.per_task,
                 seconds=trained.fit.seconds,
                 parameters=work.layout.numel,
                 bytes=work.layout.numel * 4,
                 resumed=trained.fit.resumed_at > 0,
             )
-            write_adapter(
-                folder,
-                work,
-                chosen,
-                value=trained.values[index],
-                head=trained.heads[index],
-                result=result,
-                fingerprint=fingerprint,
-                warm_start=source,
-            )
-            results.append(result)
+            for name, folder, accuracy in zip(names, folders, trained.train_accuracy, strict=True)
+        ]
+
+        def write_all() -> None:
+            for index, (folder, result) in enumerate(zip(folders, results, strict=True)):
+                write_adapter(
+                    folder,
+                    work,
+                    chosen,
+                    value=trained.values[index],
+                    head=trained.heads[index],
+                    result=result,
+                    fingerprint=fingerprint,
+                    warm_start=source,
+                )
+
+        work.engine.on_main(write_all)
         return results
 
     def adapter_names(self, task: Task) -> list[str]:
@@ -210,6 +222,9 @@ class Mira:
         `task` says what a directory that was not made by memtool was trained on. Writing what is
         there already changes nothing; another adapter of the same name is an error.
         """
+        return self.workspace.engine.on_main(lambda: self._write(directories, task))
+
+    def _write(self, directories: Sequence[Path] | None, task: str | None) -> WriteResult:
         work = self.workspace
         if directories is None:
             directories = [folder.path for folder in AdapterFolder.all_in(work.adapter_folder)]
@@ -246,7 +261,8 @@ class Mira:
                     txn.put_blob(own_head_blob(adapter.name), classifier_bytes(adapter.head))
                 added.append(WrittenAdapter(name=adapter.name, id=id))
 
-        names = ", ".join(adapter.name for adapter in found)
+        here = {record.name for record in store.view("HEAD").adapters}
+        names = ", ".join(adapter.name for adapter in found if adapter.name not in here)
         store.run(append, f"write {names}", metadata=self._metadata("write"))
         return WriteResult(version=store.head(), added=tuple(added), skipped=tuple(skipped))
 
@@ -281,7 +297,6 @@ class Mira:
             and state.adapters == view.ids
             and state.memory == config.memory
             and state.head == config.head
-            and config.consolidate.epochs == 0
             and view.metadata.get("consolidate") == config.consolidate.model_dump(mode="json")
         )
         queries = snapshot.query_statistics()
@@ -328,18 +343,20 @@ class Mira:
             if settings.scope == "shared" and settings.kind in ("ridge", "ncm"):
                 # Their scores are no log posteriors; those of lda are.
                 settings = settings.model_copy(update={"kind": "lda"})
+            # Tasks written together are learned together; older ones are not seen again.
+            shown = [work.task(str(number)) for number in new_tasks] or [last]
             teacher = solve_recalled_head(settings, features, trained, adapter_tasks)
             stage_two.learn_keys(
                 work.engine,
                 model,
                 teacher.to(work.engine.device),
-                last.train,
+                _joined([task.train for task in shown]),
                 config.consolidate,
                 first_new=kept,
-                classes=last.classes,
+                classes=sorted({label for task in shown for label in task.classes}),
                 seed=self.seed,
                 progress=work.progress,
-                stage=f"task {last.number} {last.name}: consolidate",
+                stage=f"task {' '.join(str(task.number) for task in shown)}: consolidate",
             )
             keys = model.memory.keys().cpu()
         accuracy = self._accuracy(
@@ -384,9 +401,10 @@ class Mira:
         array = np.ascontiguousarray(keys.numpy(), dtype=np.float32)
 
         def commit(txn: memtool_stores.Transaction) -> None:
-            if tuple(record.id for record in txn.adapters) != view.ids:
-                raise MismatchError(
-                    "adapters were written or removed while the memory was consolidated",
+            if txn.base.version != view.version:
+                raise ChangedMeanwhileError(
+                    f"the memory moved on to version {txn.base.version} while "
+                    f"{view.version} was consolidated",
                     remedy="memtool consolidate again; nothing was lost",
                 )
             txn.set_keys(array)
@@ -399,7 +417,8 @@ class Mira:
             "learned": tasks,
             "consolidate": config.consolidate.model_dump(mode="json"),
         }
-        work.store.run(commit, f"consolidate tasks {described}", metadata=metadata)
+        message = f"consolidate tasks {described}"
+        work.engine.on_main(lambda: work.store.run(commit, message, metadata=metadata))
         return result.model_copy(update={"version": work.store.head()})
 
     def _require_same_queries(self, state: MemoryState | None) -> None:
@@ -841,7 +860,7 @@ class Mira:
         }
 
     def _tell(self, stage: str, step: int, total: int) -> None:
-        if self.workspace.progress is not None:
+        if self.workspace.progress is not None and self.workspace.engine.is_main:
             self.workspace.progress(ProgressEvent(stage=stage, step=step, total=total))
 
 
@@ -894,6 +913,16 @@ def _query_modules(memory: KeyedMemory) -> bytes | None:
         if not name.endswith(".keys")
     }
     return save(tensors) if tensors else None
+
+
+def _joined(parts: Sequence[Samples]) -> Samples:
+    """The samples of several tasks, one after another."""
+    if len(parts) == 1:
+        return parts[0]
+    return Samples(
+        np.concatenate([part.images for part in parts]),
+        np.concatenate([part.labels for part in parts]),
+    )
 
 
 def _first(samples: Samples, count: int) -> Samples:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from memtool_stores import MemoryStore
+
 ROOT = Path(__file__).parents[2]
 SHORT = ("stream.train_per_task=60", "stream.test_per_task=60", "train.epochs=1")
 
@@ -177,3 +179,32 @@ def test_ctrl_c_while_training_is_safe_and_the_same_command_goes_on(flow):
     done = memtool(flow, *command[1:])
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["resumed"] is True
+
+
+@pytest.mark.slow
+def test_two_processes_work_as_one(tmp_path):
+    """Under torchrun both processes train, one writes and speaks."""
+    script = tmp_path / "go.py"
+    script.write_text("from memtool_cli.main import run\nrun()\n")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    outputs = []
+    for verb in (["train-adapter", "--task", "1"], ["write"], ["consolidate"], ["eval"]):
+        done = subprocess.run(
+            [*launch, str(script), *verb, "-q"],
+            cwd=tmp_path,
+            env=environment(tmp_path),
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        outputs.append(done.stdout.split())
+    assert [len(words) for words in outputs] == [1, 1, 1, 1]
+    assert float(outputs[-1][0]) > 0.3
+    store = MemoryStore.open(tmp_path / "memory")
+    assert [version.message.split()[0] for version in store.log()] == [
+        "consolidate",
+        "write",
+        "create",
+    ]

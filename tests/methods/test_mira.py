@@ -12,11 +12,13 @@ from memtool.adapters.peft_files import read_peft
 from memtool.adapters.values import AdapterValues
 from memtool.errors import (
     AlreadyThereError,
+    ChangedMeanwhileError,
     ConfigError,
     DataError,
     MismatchError,
     NotFoundError,
 )
+from memtool.methods.consolidate import drift_degrees
 from memtool.methods.mira import Mira
 from memtool.methods.recall import every, same_for_all
 from memtool_stores import SpaceMismatchError
@@ -225,6 +227,14 @@ def test_an_exported_adapter_comes_back(learned, tmp_path):
     assert np.array_equal(before, after)
 
 
+def test_drift_is_an_angle_and_keys_without_length_have_none():
+    before = torch.tensor([[[1.0, 0.0], [0.0, 0.0]]])
+    after = torch.tensor([[[0.0, 2.0], [1.0, 0.0]]])
+    assert drift_degrees(before, after) == pytest.approx(90)
+    assert drift_degrees(before, before) == pytest.approx(0)
+    assert drift_degrees(before[:, 1:], after[:, 1:]) == 0
+
+
 class TestBadInput:
     def test_unknown_tasks(self, learned):
         with pytest.raises(NotFoundError, match="task 9: digits"):
@@ -296,6 +306,23 @@ class TestBadInput:
     def test_settings_that_one_memory_cannot_answer(self, learned):
         with pytest.raises(ConfigError, match="setting 'dg'"):
             learned.evaluate(setting="dg")
+
+    def test_a_memory_that_changed_meanwhile(self, learned_copy, monkeypatch):
+        mira = learned_copy
+        other = Mira.open(small_config(mira.config.runs.parent, seed=(1,)), seed=1)
+        other.adapt("1")
+        changed = small_config(mira.config.runs.parent, memory__separation="affine")
+        late = Mira.open(changed, seed=0)
+        count = late._accuracy
+
+        def write_meanwhile(*arguments):
+            other.write([other.workspace.adapter_folder / "task-1-seed-1"])
+            return count(*arguments)
+
+        monkeypatch.setattr(late, "_accuracy", write_meanwhile)
+        with pytest.raises(ChangedMeanwhileError, match="moved on to version"):
+            late.consolidate()
+        assert len(mira.workspace.store.view("HEAD")) == 4
 
     def test_another_backbone(self, learned_copy, tmp_path):
         import memtool_stores
