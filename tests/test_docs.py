@@ -1,0 +1,188 @@
+"""The documentation is true: its commands run, its options, settings and links exist."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import runpy
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import typer
+
+from memtool.config import keys, parse_assignment, resolve
+from memtool_cli.main import VERBS
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+SMALL = {
+    "MEMTOOL_STREAM__TRAIN_PER_TASK": "60",
+    "MEMTOOL_STREAM__TEST_PER_TASK": "60",
+    "MEMTOOL_TRAIN__EPOCHS": "1",
+    "MEMTOOL_ENGINE__DEVICE": "cpu",
+    "OMP_NUM_THREADS": "1",
+}
+
+MARKED = re.compile(
+    r"<!-- run(?P<slow> slow)? -->\n```(?P<language>\w+)\n(?P<code>.*?)^```", re.S | re.M
+)
+FENCED = re.compile(r"^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.S | re.M)
+INLINE = re.compile(r"`([^`\n]+)`")
+COMMAND = re.compile(r"\bmemtool (?P<verb>[a-z][a-z-]*)(?P<rest>[^\n|;&)#]*)")
+OPTION = re.compile(r"(?<!\S)(--[a-z][a-z-]*|-[a-zA-Z])\b")
+SETTING = re.compile(r"--set ([a-z_.]+=[^\s`)]+)")
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def marked(language: str) -> Iterator[object]:
+    """Every block that is marked to run, one parameter each."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for found in MARKED.finditer(text):
+            if found["language"] == language:
+                line = text[: found.start("code")].count("\n") + 1
+                slow = [pytest.mark.slow] if found["slow"] else []
+                yield pytest.param(found["code"], id=f"{page.name}:{line}", marks=slow)
+
+
+def shell(page: Path) -> list[str]:
+    """What a reader may type: the bash blocks, lines joined, and the commands in the text."""
+    text = page.read_text(encoding="utf-8")
+    blocks = [found["code"] for found in FENCED.finditer(text) if found["language"] != "text"]
+    return [block.replace("\\\n", " ") for block in blocks] + INLINE.findall(FENCED.sub("", text))
+
+
+def options(verb: str) -> set[str]:
+    """The options of a verb, `config show` included, as its help names them."""
+    name, _, below = verb.partition(" ")
+    module = import_module(f"memtool_cli.verbs.{VERBS[name].module}")
+    command = typer.main.get_group(module.app).commands[name]
+    if below:
+        command = command.commands[below]
+    named = [name for one in command.params for name in (*one.opts, *one.secondary_opts)]
+    return {"--help", "-h", *(name for name in named if name.startswith("-"))}
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """Small settings, nothing from around, and `memtool` and `python` of this interpreter."""
+    start = tmp_path / "bin" / "memtool"
+    start.parent.mkdir()
+    start.write_text(f"#!{sys.executable}\nfrom memtool_cli.main import run\nrun()\n")
+    start.chmod(0o755)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("MEMTOOL_")}
+    return {
+        **kept,
+        **SMALL,
+        "PATH": f"{start.parent}{os.pathsep}{kept['PATH']}",
+        "PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in ("", "cli", "stores")),
+        "XDG_CONFIG_HOME": str(tmp_path / "user"),
+        "MEMTOOL_CACHE": str(tmp_path / "cache"),
+    }
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    """An empty folder."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    return folder
+
+
+@pytest.mark.parametrize("code", marked("bash"))
+def test_the_commands_run_in_an_empty_folder(code, here, environment):
+    done = subprocess.run(
+        ["bash", "-c", f"set -euo pipefail\n{code}"],
+        cwd=here,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+@pytest.mark.parametrize("code", marked("python"))
+def test_the_python_runs_in_an_empty_folder(code, here, environment, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("MEMTOOL_")]:
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        if name.startswith(("MEMTOOL_", "XDG_")):
+            monkeypatch.setenv(name, value)
+    monkeypatch.chdir(here)
+    script = here.with_name("block.py")
+    script.write_text(code, encoding="utf-8")
+    runpy.run_path(str(script))
+
+
+def test_the_readme_runs_what_it_promises():
+    text = README.read_text(encoding="utf-8")
+    languages = [found["language"] for found in MARKED.finditer(text)]
+    assert languages.count("bash") >= 3
+    assert "python" in languages
+    for verb in ("train-adapter", "write", "consolidate", "retrieve", "eval"):
+        assert f"memtool {verb}" in "".join(found["code"] for found in MARKED.finditer(text))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_verbs_and_options_exist(page):
+    for text in shell(page):
+        for found in COMMAND.finditer(text):
+            verb, rest = found["verb"], found["rest"]
+            assert verb in VERBS, found[0]
+            below = re.match(r" (show|presets)\b", rest) if verb == "config" else None
+            known = options(verb + below[0] if below else verb)
+            for option in OPTION.findall(rest):
+                assert option in known, f"{found[0]}: {option}"
+        if text.startswith("-"):
+            anywhere = set().union(*(options(verb) for verb in VERBS))
+            assert text.split()[0] in anywhere, text
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_settings_exist_and_take_their_values(page):
+    sections = {key.partition(".")[0] for key in keys() if "." in key}
+    for text in shell(page):
+        assignments = SETTING.findall(text)
+        named = re.fullmatch(r"([a-z_]+)\.[a-z_]+(=\S+)?", text)
+        if named and named[1] in sections and not text.endswith((".py", ".yaml")):
+            if named[2]:
+                assignments.append(text)
+            else:
+                assert text in keys(), text
+        for assignment in assignments:
+            key, value = parse_assignment(assignment)
+            resolve(overrides={key: value}, ambient=False)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    text = FENCED.sub("", page.read_text(encoding="utf-8"))
+    for target in LINK.findall(text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, fragment = target.partition("#")
+        linked = page.parent / path if path else page
+        assert linked.exists(), target
+        if fragment:
+            titles = re.findall(r"^#+ (.+)$", linked.read_text(encoding="utf-8"), re.M)
+            slugs = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+            assert fragment in slugs, target
+
+
+def test_the_page_of_settings_is_up_to_date():
+    spec = importlib.util.spec_from_file_location("make_settings", ROOT / "docs/make_settings.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = module.PAGE.read_text(encoding="utf-8")
+    assert found == module.page(), "run: python docs/make_settings.py"
