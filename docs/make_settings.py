@@ -23,9 +23,9 @@ memtool init                                      # in memtool.yaml: a file with
 memtool config show --origin                      # what is in force, and where each value is from
 ```
 
-Precedence, highest first: command line, `MEMTOOL_*` variables, `--config FILE`, `memtool.yaml` in the
-working directory, the user's file, the preset, the default. `none` means no value; several values
-are separated by commas. An unknown key or value is an error with a suggestion.
+Precedence, highest first: command line, `MEMTOOL_*` variables, `--config FILE`, `memtool.yaml` in
+the working directory, the user's file, the preset, the default. `none` means no value; several
+values are separated by commas. An unknown key or value is an error with a suggestion.
 
 Two variables are no settings: `MEMTOOL_DATA` names the folder of the data sets, `MEMTOOL_CACHE` the
 folder of decoded images and mapped values.

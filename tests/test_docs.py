@@ -8,7 +8,6 @@ import re
 import runpy
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
@@ -40,15 +39,11 @@ SETTING = re.compile(r"--set ([a-z_.]+=[^\s`)]+)")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
-def marked(language: str) -> Iterator[object]:
-    """Every block that is marked to run, one parameter each."""
-    for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        for found in MARKED.finditer(text):
-            if found["language"] == language:
-                line = text[: found.start("code")].count("\n") + 1
-                slow = [pytest.mark.slow] if found["slow"] else []
-                yield pytest.param(found["code"], id=f"{page.name}:{line}", marks=slow)
+def marked(page: Path, language: str, *, slow: bool = False) -> list[str]:
+    """The blocks of a page that are marked to run, in order; the slow ones only when asked for."""
+    found = MARKED.finditer(page.read_text(encoding="utf-8"))
+    chosen = [one for one in found if one["language"] == language]
+    return [one["code"] for one in chosen if slow or not one["slow"]]
 
 
 def shell(page: Path) -> list[str]:
@@ -95,23 +90,27 @@ def here(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("code", marked("bash"))
-def test_the_commands_run_in_an_empty_folder(code, here, environment):
-    done = subprocess.run(
-        ["bash", "-c", f"set -euo pipefail\n{code}"],
-        cwd=here,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_commands_of_the_readme_run_one_after_the_other(slow, here, environment):
+    for code in marked(README, "bash", slow=slow):
+        done = subprocess.run(
+            ["bash", "-c", f"set -euo pipefail\n{code}"],
+            cwd=here,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=500,
+            check=False,
+        )
+        assert done.returncode == 0, f"{code}\n{done.stderr}"
+        assert done.stdout, code
 
 
-@pytest.mark.parametrize("code", marked("python"))
-def test_the_python_runs_in_an_empty_folder(code, here, environment, monkeypatch):
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if marked(page, "python")], ids=lambda page: page.name
+)
+def test_the_python_of_a_page_runs_in_an_empty_folder(page, here, environment, monkeypatch):
     for name in [name for name in os.environ if name.startswith("MEMTOOL_")]:
         monkeypatch.delenv(name)
     for name, value in environment.items():
@@ -119,17 +118,17 @@ def test_the_python_runs_in_an_empty_folder(code, here, environment, monkeypatch
             monkeypatch.setenv(name, value)
     monkeypatch.chdir(here)
     script = here.with_name("block.py")
-    script.write_text(code, encoding="utf-8")
-    runpy.run_path(str(script))
+    for code in marked(page, "python"):
+        script.write_text(code, encoding="utf-8")
+        runpy.run_path(str(script))
 
 
 def test_the_readme_runs_what_it_promises():
-    text = README.read_text(encoding="utf-8")
-    languages = [found["language"] for found in MARKED.finditer(text)]
-    assert languages.count("bash") >= 3
-    assert "python" in languages
-    for verb in ("train-adapter", "write", "consolidate", "retrieve", "eval"):
-        assert f"memtool {verb}" in "".join(found["code"] for found in MARKED.finditer(text))
+    commands = "".join(marked(README, "bash"))
+    for verb in ("train-adapter", "write", "consolidate", "retrieve", "eval", "rollback"):
+        assert f"memtool {verb}" in commands
+    assert len(marked(README, "bash", slow=True)) > len(marked(README, "bash"))
+    assert marked(README, "python")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
