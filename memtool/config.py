@@ -137,7 +137,9 @@ class EngineSettings(Settings):
         "auto", description="auto: bf16 where the hardware has it"
     )
     compile: bool = Field(False, description="torch.compile the model")
-    threads: int | None = Field(None, description="CPU threads; none: 1 for nano, else all")
+    threads: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="CPU threads; none: 1 for nano, else all"
+    )
     accumulate: Annotated[int, Field(ge=1)] = Field(1, description="steps of gradient accumulation")
     eval_batch_size: Annotated[int, Field(ge=1)] = Field(100, description="images a step")
 

@@ -40,6 +40,9 @@ from memtool_stores import StoreError
 
 CHECKPOINT_EVERY_SECONDS = 30.0
 
+DIVERGED_FACTOR = 10.0
+"""An epoch whose mean loss is so many times that of the first one has diverged."""
+
 Result = TypeVar("Result")
 
 
@@ -184,8 +187,8 @@ class Engine:
 
         `loss(module, batch)` gives a scalar, the mean over the batch, on tensors of the device.
         `after_step` runs after every optimiser step (projections). With `checkpoint` the state is
-        saved every half minute and on Ctrl-C, and a file of the same `fingerprint` is resumed;
-        it is removed at the end.
+        saved every half minute, on Ctrl-C and at the end, and a file of the same `fingerprint` is
+        resumed; who stores the result removes the file.
 
         Raises DivergedError on a loss that is not finite, KeyboardInterrupt after a save.
         """
@@ -252,8 +255,15 @@ class Engine:
                     saved_at = time.monotonic()
                 if interrupted.is_set():
                     raise KeyboardInterrupt
+        if len(losses) > 1 and losses[-1] > DIVERGED_FACTOR * losses[0] + 1:
+            raise DivergedError(
+                f"{stage}: the mean loss of an epoch rose from {losses[0]:.3g} to {losses[-1]:.3g}",
+                remedy=f"a smaller learning rate than {settings.lr:g}; nothing was written",
+            )
         if checkpoint is not None and self.is_main:
-            checkpoint.unlink(missing_ok=True)
+            final = (done, losses, running)
+            _save_checkpoint(checkpoint, fingerprint, trained, optimizer, final)
+        self._accelerator._models.clear()  # accelerate would keep every model alive
         return FitResult(
             steps=total,
             losses=tuple(losses),
@@ -277,7 +287,10 @@ class Engine:
         return torch.cat(parts)
 
     def _share(self, batch: Batch, groups: int) -> Batch:
-        """The share of this process in a batch: all of it when there is one process."""
+        """The share of this process in a batch: all of it when there is one process.
+
+        Shares are equal, so at most one sample less than there are processes is left out of a step.
+        """
         world, rank = self._accelerator.num_processes, self._accelerator.process_index
         inputs, labels = batch.inputs, batch.labels
         if world > 1:

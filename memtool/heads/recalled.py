@@ -8,6 +8,7 @@ do in the mixture of adapters.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -74,20 +75,49 @@ class RecalledHead:
         `allowed` get −inf or 0. float32, also under autocast.
         """
         with torch.autocast(features.device.type, enabled=False):
-            flat = self.weight.flatten(0, 1)
-            logits = F.linear(features.float(), flat, self.bias.flatten())
-            logits = logits.unflatten(-1, self.bias.shape)
-            if allowed is not None:
-                mask = torch.full_like(self.bias[0], -torch.inf)
-                mask[list(allowed)] = 0.0
-                logits = logits + mask
+            logits = self._logits(features, allowed)
             if self.owners is None:
                 return logits[:, 0]
-            tasks = F.one_hot(self.owners, len(self.weight)).to(logits.dtype)
-            weights = coefficients.to(logits.dtype) @ tasks
             known = torch.isfinite(logits).any(dim=-1, keepdim=True)
             probabilities = torch.where(known, logits, 0).softmax(dim=-1) * known
-            return torch.einsum("bt,btc->bc", weights, probabilities)
+            return torch.einsum("bt,btc->bc", self._weights(coefficients), probabilities)
+
+    def log_probabilities(
+        self, features: Tensor, coefficients: Tensor, allowed: Sequence[int] | None = None
+    ) -> Tensor:
+        """Log-probabilities (b, classes), for a cross-entropy that learns the coefficients.
+
+        Heads of tasks are mixed in the logarithm, log p = log softmax Σ_t a_t log p_t: the same for
+        one-hot coefficients, and a bounded loss with a gradient for all others, negative ones too.
+        """
+        with torch.autocast(features.device.type, enabled=False):
+            logits = self._logits(features, allowed)
+            if self.owners is None:
+                return logits[:, 0].log_softmax(dim=-1)
+            known = torch.isfinite(logits).any(dim=-1, keepdim=True)
+            each = torch.where(known, logits, 0).log_softmax(dim=-1)
+            each = each.clamp_min(math.log(LEAST_PROBABILITY)) * known
+            mixed = torch.einsum("bt,btc->bc", self._weights(coefficients), each)
+            if allowed is not None:
+                mixed = mixed + self._mask(allowed)
+            return mixed.log_softmax(dim=-1)
+
+    def _mask(self, allowed: Sequence[int]) -> Tensor:
+        mask = torch.full_like(self.bias[0], -torch.inf)
+        mask[list(allowed)] = 0.0
+        return mask
+
+    def _weights(self, coefficients: Tensor) -> Tensor:
+        """The coefficients (b, t) summed by task."""
+        assert self.owners is not None
+        tasks = F.one_hot(self.owners, len(self.weight)).to(self.weight.dtype)
+        return coefficients.to(self.weight.dtype) @ tasks
+
+    def _logits(self, features: Tensor, allowed: Sequence[int] | None) -> Tensor:
+        """Logits (b, heads, classes)."""
+        flat = F.linear(features.float(), self.weight.flatten(0, 1), self.bias.flatten())
+        logits = flat.unflatten(-1, self.bias.shape)
+        return logits if allowed is None else logits + self._mask(allowed)
 
     def probabilities(self, scores: Tensor) -> Tensor:
         """Scores of `__call__` as probabilities (b, classes)."""
@@ -95,12 +125,6 @@ class RecalledHead:
             return scores.softmax(dim=-1)
         kept = scores.clamp_min(0)
         return kept / kept.sum(dim=-1, keepdim=True).clamp_min(LEAST_PROBABILITY)
-
-    def log_probabilities(self, scores: Tensor) -> Tensor:
-        """Logarithms for a cross-entropy; mixed probabilities are kept above 1e-6."""
-        if self.owners is None:
-            return scores.log_softmax(dim=-1)
-        return scores.clamp_min(LEAST_PROBABILITY).log()
 
     def to_bytes(self) -> bytes:
         """As a safetensors file."""

@@ -167,8 +167,7 @@ class _Scored(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Log-probabilities (batch, classes)."""
         features, coefficients = self.model.with_coefficients(images)
-        scores = self.head(features, coefficients.mean(dim=1), self.classes)
-        return self.head.log_probabilities(scores)
+        return self.head.log_probabilities(features, coefficients.mean(dim=1), self.classes)
 
 
 def _cross_entropy(module: nn.Module, batch: Batch) -> Tensor:

@@ -74,7 +74,8 @@ class AdapterFolder:
     @classmethod
     def all_in(cls, folder: Path) -> list[AdapterFolder]:
         """The finished adapters of a folder, by task, then by name."""
-        found = [cls(path.parent) for path in folder.glob(f"*/{ABOUT}")]
+        # A name with a dot in front is a folder in the making, or one that a kill left behind.
+        found = [cls(path.parent) for path in folder.glob(f"[!.]*/{ABOUT}")]
         return sorted(found, key=lambda one: (one.result().task, one.path.name))
 
     @property
@@ -183,7 +184,7 @@ def read_adapter(path: Path, work: Workspace, task: Task | None = None) -> ReadA
             expected=f"{work.backbone.name} ({work.backbone.sha256[:12]}…)",
             remedy="--preset or --set backbone.name as it was trained with",
         )
-    number = task.number if task is not None else (about.result.task if about else None)
+    number = task.number if task is not None else _known_task(path, about)
     if number is None:
         raise DataError(
             f"{path} does not say which task it was trained on",
@@ -194,8 +195,20 @@ def read_adapter(path: Path, work: Workspace, task: Task | None = None) -> ReadA
     value = found.value.float()
     chosen = work.task(str(number))
     names = work.stream.class_names
+    if about is not None and (about.result.task_name, about.classes) != (
+        chosen.name,
+        tuple(names[c] for c in chosen.classes),
+    ):
+        raise MismatchError(
+            f"{path} was trained on task {about.result.task} {about.result.task_name!r} "
+            f"of {about.stream}",
+            expected=f"task {chosen.number} {chosen.name!r} of {work.stream.name}, as configured",
+            remedy="the stream settings that it was trained with (memtool.json holds them)",
+        )
     meta: dict[str, Any] = {
         "task": number,
+        "task_name": chosen.name,
+        "seed": about.result.seed if about else None,
         "domain": about.domain if about else chosen.domain,
         "classes": list(about.classes) if about else [names[c] for c in chosen.classes],
         "scaling": found.scaling,
@@ -212,6 +225,17 @@ def read_adapter(path: Path, work: Workspace, task: Task | None = None) -> ReadA
     sha256 = hashlib.sha256(np.ascontiguousarray(value.numpy(), dtype="<f4").tobytes()).hexdigest()
     name = about.result.name if about else path.resolve().name
     return ReadAdapter(path, name, value, sha256, own, meta)
+
+
+def _known_task(path: Path, about: About | None) -> int | None:
+    """The task that the folder itself names: one made here, or one exported from a memory."""
+    if about is not None:
+        return about.result.task
+    try:
+        task = json.loads((path / CATALOG).read_text(encoding="utf-8")).get("task")
+    except (FileNotFoundError, ValueError, AttributeError):
+        return None
+    return task if isinstance(task, int) else None
 
 
 def recalled_adapter(
@@ -241,7 +265,7 @@ def recalled_adapter(
         else:
             mixed[f"{site.name}.lora_A"] = torch.einsum("t,trd->rd", weights, a)
             mixed[f"{site.name}.lora_B"] = torch.einsum("t,tor->or", weights * scaling, b)
-    _require_new(directory)
+    require_new(directory)
     # The scaling is in B already, so alpha / r is 1.
     write_peft(
         directory,
@@ -277,7 +301,7 @@ def export_peft(
     records = [view.get(name) for name in adapters] if adapters else list(view.adapters)
     targets = [out / record.name for record in records]
     for directory in targets:
-        _require_new(directory)
+        require_new(directory)
     for record, directory in zip(records, targets, strict=True):
         write_peft(
             directory,
@@ -295,6 +319,9 @@ def export_peft(
     return targets
 
 
-def _require_new(directory: Path) -> None:
+def require_new(directory: Path) -> None:
+    """Raise AlreadyThereError for a file, or a directory that holds something."""
+    if directory.exists() and not directory.is_dir():
+        raise AlreadyThereError(f"{directory} is a file", remedy="name a new directory")
     if directory.exists() and any(directory.iterdir()):
         raise AlreadyThereError(f"{directory} is not empty", remedy="name a new directory")

@@ -22,6 +22,7 @@ from memtool.evaluation.atomic import write_atomic
 from memtool.evaluation.record import Record, Row, write_record
 from memtool.evaluation.writers import write_avalanche, write_domainbed
 from memtool.methods.baselines import BASELINES
+from memtool.methods.exchange import AdapterFolder
 from memtool.methods.mira import Mira
 from memtool.methods.state import Snapshot
 from memtool.progress import Progress, ProgressEvent
@@ -103,22 +104,19 @@ def _one_seed(
         raise ConfigError(
             "setting dg has no task order to learn", expected="stream.setting dil, til or cil"
         )
+    if resume and work.has_store:
+        _require_same_experiment(mira)
     if not resume and work.has_store:
         work.engine.on_main(lambda: _begin_anew(work.store))
     learned = list(work.stream.tasks)
-    spent = {"adapt": 0.0, "consolidate": 0.0}
     for task in learned:
         number = str(task.number)
-        start = time.perf_counter()
         mira.adapt(number, fresh=not resume)
         folders = [config.runs / "adapters" / name for name in mira.adapter_names(task)]
         mira.write(folders)
-        spent["adapt"] += time.perf_counter() - start
-        start = time.perf_counter()
         state = mira.snapshot().state
         if state is None or task.number not in state.tasks:
             mira.consolidate()
-        spent["consolidate"] += time.perf_counter() - start
     start = time.perf_counter()
     setting = config.stream.setting
     record = mira.evaluate(
@@ -126,6 +124,8 @@ def _one_seed(
     )
     evaluated = time.perf_counter() - start
     rows = list(record.metrics.rows)
+    spent = _spent(mira, learned)
+    rows[0] = rows[0].model_copy(update={"seconds": spent["adapt"] + spent["consolidate"]})
     if baselines and setting != "til":
         for name in BASELINES:
             rows += _baseline(mira, name, learned, progress)
@@ -185,6 +185,37 @@ def key_map(snapshot: Snapshot) -> KeyMap | None:
     return KeyMap.of_keys(keys, tuple(record.name for record in snapshot.records))
 
 
+def _require_same_experiment(mira: Mira) -> None:
+    """A run goes on only in a memory of its own seed and settings."""
+    work = mira.workspace
+    remedy = "another --store and --set runs=DIR, or --fresh to begin this one anew"
+    snapshot = mira.snapshot()
+    for record in snapshot.view.adapters:
+        if record.meta.get("seed") not in (None, mira.seed):
+            raise ConfigError(
+                f"the memory {work.store_path!r} holds adapters of seed {record.meta['seed']}",
+                expected=f"seed {mira.seed}, or an empty memory",
+                remedy=remedy,
+            )
+    state = snapshot.state
+    if state is not None and (state.memory, state.head) != (work.config.memory, work.config.head):
+        raise ConfigError(
+            f"the memory {work.store_path!r} was consolidated with other settings",
+            remedy=remedy,
+        )
+
+
+def _spent(mira: Mira, tasks: Sequence[Task]) -> dict[str, float]:
+    """Seconds of training and consolidation, as noted when they happened."""
+    runs = mira.workspace.config.runs
+    folders = [runs / "adapters" / name for task in tasks for name in mira.adapter_names(task)]
+    notes = [version.metadata.get("seconds", 0.0) for version in mira.workspace.store.log()]
+    return {
+        "adapt": sum(AdapterFolder(folder).result().seconds for folder in folders),
+        "consolidate": float(sum(notes)),
+    }
+
+
 def _begin_anew(store: memtool_stores.MemoryStore) -> None:
     versions = store.log()
     if len(versions) > 1:
@@ -201,7 +232,15 @@ def _baseline(mira: Mira, name: str, tasks: Sequence[Task], progress: Progress |
     work = mira.workspace
     decides = work.config.model_dump(mode="json", include={"adapter", "train", "head", "backbone"})
     text = json.dumps(
-        [decides, work.stream.fingerprint, work.backbone.sha256, work.seed], sort_keys=True
+        [
+            decides,
+            work.stream.fingerprint,
+            work.backbone.sha256,
+            work.seed,
+            work.engine.precision,
+            str(work.engine.device),
+        ],
+        sort_keys=True,
     )
     fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
     file = work.config.runs / "baselines" / f"{name}-{fingerprint}.json"

@@ -52,13 +52,19 @@ from memtool.evaluation.record import (
     Run,
     TaskIdentity,
 )
-from memtool.heads import FeatureStatistics, LinearClassifier, RecalledHead
+from memtool.heads import FeatureStatistics, LinearClassifier, RecalledHead, solve_head
 from memtool.memories.closed_form import QueryStatistics
 from memtool.memories.keyed import BlockMemory, KeyedMemory
 from memtool.memories.separation import separation
 from memtool.methods import consolidate as stage_two
 from memtool.methods.adapt import adapt
-from memtool.methods.exchange import AdapterFolder, read_adapter, recalled_adapter, write_adapter
+from memtool.methods.exchange import (
+    AdapterFolder,
+    read_adapter,
+    recalled_adapter,
+    require_new,
+    write_adapter,
+)
 from memtool.methods.recall import MemoryModel, every, memory_blocks, same_for_all
 from memtool.methods.results import (
     AdapterCoefficient,
@@ -129,6 +135,9 @@ class Mira:
                 )
             return [result.model_copy(update={"skipped": True}) for result in found]
         start, source = self._warm_start(chosen)
+        checkpoint = work.adapter_folder / f".{names[0]}.checkpoint"
+        if fresh:
+            work.engine.on_main(lambda: checkpoint.unlink(missing_ok=True))
         trained = adapt(
             work.engine,
             work.backbone,
@@ -141,7 +150,7 @@ class Mira:
             seed=self.seed * 1000 + chosen.number,
             start=start,
             fingerprint=f"{fingerprint} {source}",
-            checkpoint=None if fresh else work.adapter_folder / f".{names[0]}.checkpoint",
+            checkpoint=checkpoint,
             progress=work.progress,
             stage=f"task {chosen.number}/{len(work.stream.tasks)} {chosen.name}: adapt",
         )
@@ -169,11 +178,12 @@ class Mira:
                     work,
                     chosen,
                     value=trained.values[index],
-                    head=trained.heads[index],
+                    head=_of_classes(trained.heads[index], chosen.classes),
                     result=result,
                     fingerprint=fingerprint,
                     warm_start=source,
                 )
+            checkpoint.unlink(missing_ok=True)
 
         work.engine.on_main(write_all)
         return results
@@ -203,7 +213,12 @@ class Mira:
         if kind == "none" or not self.workspace.has_store:
             return None, "zero"
         view = self.workspace.store.view("HEAD")
-        earlier = [r for r in view.adapters if 0 < (r.meta.get("task") or 0) < task.number]
+        earlier = [
+            record
+            for record in view.adapters
+            if 0 < (record.meta.get("task") or 0) < task.number
+            and record.meta.get("seed") in (None, self.seed)
+        ]
         if kind == "previous" and earlier:
             last = max(int(r.meta["task"]) for r in earlier)
             earlier = [r for r in earlier if r.meta["task"] == last]
@@ -257,6 +272,7 @@ class Mira:
                     skipped.append(adapter.name)
                     continue
                 id = txn.add(adapter.name, adapter.value.numpy(), adapter.meta)
+                here[adapter.name] = txn.adapters[-1]
                 if adapter.head is not None:
                     txn.put_blob(own_head_blob(adapter.name), classifier_bytes(adapter.head))
                 added.append(WrittenAdapter(name=adapter.name, id=id))
@@ -299,9 +315,19 @@ class Mira:
             and state.head == config.head
             and view.metadata.get("consolidate") == config.consolidate.model_dump(mode="json")
         )
+        grown_tasks = self._grown_tasks(snapshot)
         queries = snapshot.query_statistics()
         features = snapshot.feature_statistics()
         probe = self._probe_memory(snapshot)
+        for number in grown_tasks:
+            # Queries of the frozen model stay; features come through all adapters of the task.
+            task = work.task(str(number))
+            own = snapshot.own_values(number, work.engine.device)
+            seen, _ = stage_two.count_task(
+                work.engine, work.backbone, probe, config.memory, own, task.train
+            )
+            features[number] = FeatureStatistics(work.backbone.dim, len(work.stream.class_names))
+            features[number].add(seen, torch.from_numpy(np.asarray(task.train.labels)))
         for place, number in enumerate(new_tasks):
             self._tell("consolidate: count", place, len(new_tasks))
             task = work.task(str(number))
@@ -333,7 +359,14 @@ class Mira:
         )
         learned = config.consolidate.epochs > 0 or config.consolidate.keys == "random"
         kept = 0
-        if learned and before is not None and _same_separation(state, config):
+        if learned and before is not None:
+            if not _same_separation(state, config):
+                raise ConfigError(
+                    "the keys in memory were made for another separation or similarity; learning "
+                    "them again would need the images of all tasks",
+                    remedy="--sep and memory.similarity as before, consolidate.epochs 0 with keys "
+                    "in closed form, or another --store",
+                )
             kept = before.shape[1]
             keys[:, :kept] = before
         model = self._model(snapshot, keys)
@@ -393,7 +426,10 @@ class Mira:
             MEMORY: new_state.model_dump_json().encode(),
             QUERIES: queries.to_bytes(),
             HEAD: head.to_bytes(),
-            **{features_blob(number): features[number].to_bytes() for number in new_tasks},
+            **{
+                features_blob(number): features[number].to_bytes()
+                for number in (*grown_tasks, *new_tasks)
+            },
         }
         learned_modules = _query_modules(model.memory)
         if learned_modules is not None:
@@ -410,12 +446,15 @@ class Mira:
             txn.set_keys(array)
             for name, data in blobs.items():
                 txn.put_blob(name, data)
+            if learned_modules is None and QUERY_MODULES in txn.base.blobs():
+                txn.delete_blob(QUERY_MODULES)
 
         described = " ".join(str(number) for number in tasks)
         metadata = {
             **self._metadata("consolidate"),
             "learned": tasks,
             "consolidate": config.consolidate.model_dump(mode="json"),
+            "seconds": result.seconds,
         }
         message = f"consolidate tasks {described}"
         work.engine.on_main(lambda: work.store.run(commit, message, metadata=metadata))
@@ -426,7 +465,7 @@ class Mira:
         if state is None:
             return
         now, then = self.config.memory, state.memory
-        for name in ("token", "query_norm", "scope", "look_at"):
+        for name in ("token", "query", "query_norm", "scope", "look_at"):
             if getattr(now, name) != getattr(then, name):
                 raise ConfigError(
                     f"memory.{name} is {getattr(now, name)!r}, but the queries of tasks "
@@ -439,6 +478,22 @@ class Mira:
                 expected=", ".join(state.class_names[:8]),
                 remedy="the stream that the memory was trained on, or another --store",
             )
+
+    def _grown_tasks(self, snapshot: Snapshot) -> list[int]:
+        """Consolidated tasks that got more adapters since."""
+        state = snapshot.state
+        if state is None:
+            return []
+        new = [record for record in snapshot.view.adapters if record.id not in state.adapters]
+        grown = sorted({_task_of(record) for record in new} & set(state.tasks))
+        if grown and state.memory.scope == "block":
+            raise ConfigError(
+                f"task {grown[0]} was consolidated with fewer adapters than it has now; with "
+                "memory.scope block its queries would have to be counted again",
+                remedy="write all adapters of a task before memtool consolidate; memtool rollback "
+                "goes back to before it",
+            )
+        return grown
 
     def _probe_memory(self, snapshot: Snapshot) -> KeyedMemory:
         """A memory without content, for its query modules: what would each block be asked?"""
@@ -497,6 +552,8 @@ class Mira:
             raise ConfigError(
                 "what should recall?", expected="exactly one of --task, --image and --query"
             )
+        if out is not None:
+            require_new(out)
         snapshot = self._snapshot(version)
         state, model, head = snapshot.consolidated()
         accuracy, prediction = None, None
@@ -598,6 +655,13 @@ class Mira:
                 f"setting {setting!r} cannot be evaluated from one memory",
                 expected=" or ".join(SETTINGS),
             )
+        cut = self.workspace.stream.setting
+        if setting not in ("til", cut):
+            raise ConfigError(
+                f"setting {setting!r} on tasks that were cut for {cut!r}",
+                expected=f"til or {cut}",
+                remedy=f"--set stream.setting={setting} and a memory that was trained so",
+            )
         snapshot = self._snapshot(version)
         learned = self._learned(snapshot, setting)
         versions = (
@@ -616,11 +680,7 @@ class Mira:
             self._tell("evaluate", place + 1, len(versions))
         label = "task given, exact recall" if setting == "til" else "memory"
         more = {} if setting == "til" else {"task_accuracy": task_accuracy}
-        rows = [
-            Row.measured(
-                "memory", label, "method", matrix, more=more, seconds=time.perf_counter() - begin
-            )
-        ]
+        rows = [Row.measured("memory", label, "method", matrix, more=more)]
         if compare and setting != "til":
             rows += self._comparisons(snapshot, learned)
         return self.record(
@@ -648,12 +708,16 @@ class Mira:
         work = self.workspace
         state = snapshot.state
         settings = state.memory if state else self.config.memory
+        used = self.config
+        if state is not None:
+            # What the memory was consolidated with, whatever the configuration says now.
+            used = used.model_copy(update={"memory": state.memory, "head": state.head})
         classes = work.stream.class_names
         run = Run(
             method="mira",
             setting=setting,
             preset=preset,
-            configuration=self.config.model_dump(mode="json"),
+            configuration=used.model_dump(mode="json"),
             command=command,
             mix=settings.mix,
             separation=settings.separation,
@@ -714,7 +778,8 @@ class Mira:
                 for place, task in enumerate(tasks)
             ], 1.0
         state, model, head = snapshot.consolidated()
-        owners = torch.tensor([state.tasks[place] for place in state.adapter_tasks])
+        places = torch.tensor(state.adapter_tasks)
+        by_task = torch.nn.functional.one_hot(places, len(state.tasks)).float()
         scores: list[float | None] = []
         right, total = 0, 0
         for task in tasks:
@@ -722,8 +787,8 @@ class Mira:
             labels = torch.from_numpy(np.asarray(task.test.labels))
             scores.append(float((logits.argmax(1) == labels).double().mean()))
             if task.number in state.tasks:
-                chosen = owners[coefficients.mean(dim=1).argmax(dim=1)]
-                right += int((chosen == task.number).sum())
+                chosen = (coefficients.mean(dim=1) @ by_task).argmax(dim=1)
+                right += int((chosen == state.tasks.index(task.number)).sum())
                 total += len(labels)
         return scores, right / max(total, 1)
 
@@ -777,7 +842,10 @@ class Mira:
 
     def _comparisons(self, snapshot: Snapshot, tasks: Sequence[Task]) -> list[Row]:
         """Other ways to read the same memory: hard choice, uniform mixture, oracle adapter."""
-        _, model, head = snapshot.consolidated()
+        state, model, head = snapshot.consolidated()
+        settings = self.config.consolidate
+        closed = settings.keys == "closed-form" and not settings.epochs
+        how = " (LDA routing)" if closed and state.memory.separation in ("softmax", "topk") else ""
         device = self.workspace.engine.device
         count = len(snapshot.records)
         equal = torch.full((count,), 1 / count, device=device)
@@ -787,8 +855,21 @@ class Mira:
         def routed(task: Task) -> Tensor:
             return self._recall_images(hard, head, task.test.images)[0]
 
+        # The heads of the memory were solved under one adapter each. A mixture of all deserves a
+        # head of its own, and gets one that saw every task at once.
+        statistics = FeatureStatistics(model.backbone.dim, head.classes)
+        backbone = self.workspace.backbone
+        for task in tasks:
+            features = self.workspace.engine.predict(
+                lambda images: backbone.features(backbone.preprocess(images), uniform),
+                task.train.images,
+            )
+            statistics.add(features, torch.from_numpy(np.asarray(task.train.labels)))
+        lda = solve_head("lda", statistics, self.config.head)
+        uniform_head = RecalledHead.shared(lda).to(device)
+
         def mixed(task: Task) -> Tensor:
-            return self._scored(uniform, head, equal, task.test)
+            return self._scored(uniform, uniform_head, equal, task.test)
 
         def oracle(task: Task) -> Tensor:
             values = snapshot.own_values(task.number, device)
@@ -799,20 +880,19 @@ class Mira:
             return self._scored(recall, head, share, task.test)
 
         ways: list[tuple[str, str, Kind, Callable[[Task], Tensor]]] = [
-            ("routed", "memory, hard choice by key (LDA routing)", "baseline", routed),
-            ("uniform", "uniform mixture", "baseline", mixed),
+            ("routed", f"memory, hard choice by key{how}", "baseline", routed),
+            ("uniform", "uniform mixture, LDA head on all tasks", "baseline", mixed),
             ("oracle", "oracle adapter (task known)", "upper bound", oracle),
         ]
         rows = []
         for id, label, kind, logits in ways:
-            begin = time.perf_counter()
             scores = []
             for task in tasks:
                 labels = torch.from_numpy(np.asarray(task.test.labels))
                 scores.append(float((logits(task).argmax(1) == labels).double().mean()))
             names = [task.name for task in tasks]
             matrix = AccuracyMatrix.empty(names).with_row(len(names), scores)
-            rows.append(Row.measured(id, label, kind, matrix, seconds=time.perf_counter() - begin))
+            rows.append(Row.measured(id, label, kind, matrix))
         return rows
 
     # Shared ---------------------------------------------------------------------------------
@@ -843,9 +923,19 @@ class Mira:
 
     def _snapshot(self, version: str) -> Snapshot:
         work = self.workspace
-        return Snapshot.read(
+        snapshot = Snapshot.read(
             work.store, work.version_of(version), work.backbone, work.layout, work.engine.device
         )
+        for record in snapshot.view.adapters:
+            number, name = record.meta.get("task"), record.meta.get("task_name")
+            if name is not None and work.task(str(number)).name != name:
+                raise MismatchError(
+                    f"adapter {record.name!r} was trained on task {number} {name!r}; task {number} "
+                    f"of this stream is {work.task(str(number)).name!r}",
+                    remedy="the stream settings that the memory was trained with "
+                    "(memtool show says them), or another --store",
+                )
+        return snapshot
 
     def _accuracy(self, model: MemoryModel, head: RecalledHead, samples: Samples) -> float:
         logits, _ = self._recall_images(model, head, samples.images)
@@ -873,6 +963,13 @@ def _hard(model: MemoryModel) -> MemoryModel:
     ]
     memory = KeyedMemory(model.memory.blocks, memories)
     return MemoryModel(model.backbone, model.values, memory, model.settings)
+
+
+def _of_classes(head: LinearClassifier, classes: Sequence[int]) -> LinearClassifier:
+    """The head with a bias of −inf for every class that it was not trained on."""
+    bias = torch.full_like(head.bias, -torch.inf)
+    bias[list(classes)] = head.bias[list(classes)]
+    return LinearClassifier(head.weight, bias)
 
 
 def _task_of(record: memtool_stores.AdapterRecord) -> int:

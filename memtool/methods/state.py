@@ -206,8 +206,8 @@ def solve_recalled_head(
 ) -> RecalledHead:
     """The head of a memory: from the moments of the tasks' features, or the trained classifiers.
 
-    `trained[task]` came with the task's last adapter; a shared linear head is that of the task
-    learned last.
+    `trained[task]` came with the task's last adapter; a shared linear head takes every class from
+    the task that trained it last.
     """
 
     def linear(task: int) -> LinearClassifier:
@@ -229,8 +229,17 @@ def solve_recalled_head(
         ]
         return RecalledHead.of_tasks(solved, adapter_tasks)
     if settings.kind == "linear":
-        return RecalledHead.shared(linear(tasks[-1]))
+        return RecalledHead.shared(grown([linear(task) for task in tasks]))
     return RecalledHead.shared(solve_head(settings.kind, merged(statistics), settings))
+
+
+def grown(heads: Sequence[LinearClassifier]) -> LinearClassifier:
+    """One head in which each class has the row of the last head that knows it."""
+    weight, bias = heads[0].weight.clone(), heads[0].bias.clone()
+    for head in heads[1:]:
+        known = torch.isfinite(head.bias)
+        weight[known], bias[known] = head.weight[known], head.bias[known]
+    return LinearClassifier(weight, bias)
 
 
 def merged(statistics: Mapping[int, FeatureStatistics]) -> FeatureStatistics:

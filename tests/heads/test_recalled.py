@@ -62,7 +62,26 @@ def test_probabilities_sum_to_one_even_with_negative_coefficients():
     coefficients = torch.tensor([[1.4, -0.2, -0.2], [0.4, 0.3, 0.3]])
     scores = head(torch.randn(2, 5), coefficients)
     assert torch.allclose(head.probabilities(scores).sum(1), torch.ones(2))
-    assert torch.isfinite(head.log_probabilities(scores)).all()
+
+
+@pytest.mark.parametrize("allowed", [None, (0, 2)])
+def test_the_loss_is_bounded_below_and_agrees_for_one_hot_coefficients(allowed):
+    made = heads()
+    made[1].bias[2] = -torch.inf
+    head = RecalledHead.of_tasks(made, [0, 1, 2])
+    features = torch.randn(5, 5, generator=torch.Generator().manual_seed(3))
+    wild = torch.tensor([[9.0, -4.0, -7.0]]).expand(5, -1).clone().requires_grad_()
+    logs = head.log_probabilities(features, wild, allowed)
+    assert (logs <= 0).all()
+    assert torch.allclose(logs.exp().sum(1), torch.ones(5), atol=1e-5)
+    logs[:, 0].sum().backward()
+    assert torch.isfinite(wild.grad).all()
+    assert wild.grad.abs().sum() > 0
+    one_hot = torch.eye(3)[0].expand(5, -1)
+    expected = head(features, one_hot, allowed)
+    assert torch.allclose(
+        head.log_probabilities(features, one_hot, allowed).exp(), expected, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("shared", [True, False])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from memtool.errors import ConfigError
 from memtool.evaluation.record import read_record
 from memtool.methods import experiment
 from tests.methods.conftest import small_config
@@ -77,3 +78,10 @@ def test_seeds_have_memories_of_their_own(tmp_path):
     assert [record.run.seed for record in records] == [0, 1]
     assert (tmp_path / "memory-seed-0").is_dir()
     assert (tmp_path / "memory-seed-1").is_dir()
+
+
+def test_a_memory_of_another_seed_or_other_settings_is_not_gone_on_with(folder, first):
+    with pytest.raises(ConfigError, match="holds adapters of seed 0"):
+        experiment.run(small_config(folder, seed=(1,)))
+    with pytest.raises(ConfigError, match="consolidated with other settings"):
+        experiment.run(small_config(folder, memory__separation="affine"))
