@@ -43,9 +43,12 @@ def report(error: BaseException) -> int:
     match error:
         case typer.Exit():
             return error.exit_code
-        case KeyboardInterrupt() | typer.Abort():
+        case typer.Abort():
+            _say("not done: nothing was changed")
+            return NO
+        case KeyboardInterrupt():
             _say(
-                "interrupted: every committed version is safe, training is saved at its last step",
+                "interrupted: every committed version is safe, and a running training was saved",
                 remedy="the same command again, to go on",
             )
             return INTERRUPTED

@@ -378,6 +378,10 @@ def _write(
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
+            # The file is private to the user so far: give it the mode of an ordinary new file.
+            mask = os.umask(0)
+            os.umask(mask)
+            temporary.chmod(0o666 & ~mask)
             temporary.replace(path)
             temporary = None
         except OSError as error:

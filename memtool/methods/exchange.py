@@ -184,7 +184,14 @@ def read_adapter(path: Path, work: Workspace, task: Task | None = None) -> ReadA
             expected=f"{work.backbone.name} ({work.backbone.sha256[:12]}…)",
             remedy="--preset or --set backbone.name as it was trained with",
         )
-    number = task.number if task is not None else _known_task(path, about)
+    number = _known_task(path, about)
+    if task is not None:
+        if number not in (None, task.number):
+            raise MismatchError(
+                f"{path} says that it was trained on task {number}, not {task.number}",
+                remedy="leave --task away",
+            )
+        number = task.number
     if number is None:
         raise DataError(
             f"{path} does not say which task it was trained on",

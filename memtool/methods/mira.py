@@ -135,7 +135,8 @@ class Mira:
                 )
             return [result.model_copy(update={"skipped": True}) for result in found]
         start, source = self._warm_start(chosen)
-        checkpoint = work.adapter_folder / f".{names[0]}.checkpoint"
+        # A file for each set of settings: none loses the progress of another.
+        checkpoint = work.adapter_folder / f".{names[0]}-{fingerprint[:8]}.checkpoint"
         if fresh:
             work.engine.on_main(lambda: checkpoint.unlink(missing_ok=True))
         trained = adapt(
@@ -472,12 +473,6 @@ class Mira:
                     f"{list(state.tasks)} were counted with {getattr(then, name)!r}",
                     remedy=f"--set memory.{name}={getattr(then, name)}, or a new --store",
                 )
-        if state.class_names != self.workspace.stream.class_names:
-            raise MismatchError(
-                "the classes of this stream are not those of the memory's head",
-                expected=", ".join(state.class_names[:8]),
-                remedy="the stream that the memory was trained on, or another --store",
-            )
 
     def _grown_tasks(self, snapshot: Snapshot) -> list[int]:
         """Consolidated tasks that got more adapters since."""
@@ -926,6 +921,13 @@ class Mira:
         snapshot = Snapshot.read(
             work.store, work.version_of(version), work.backbone, work.layout, work.engine.device
         )
+        state = snapshot.state
+        if state is not None and state.class_names != work.stream.class_names:
+            raise MismatchError(
+                f"the classes of {work.stream.name} are not those of the memory's head",
+                expected=", ".join(state.class_names[:8]),
+                remedy="the stream that the memory was trained on, or another --store",
+            )
         for record in snapshot.view.adapters:
             number, name = record.meta.get("task"), record.meta.get("task_name")
             if name is not None and work.task(str(number)).name != name:

@@ -105,7 +105,11 @@ class Workspace:
     def store_or_new(self) -> memtool_stores.MemoryStore:
         """The memory; an empty one is made when there is none."""
         if not self.has_store:
-            memtool_stores.MemoryStore.create(self.store_path, self.space)
+            try:
+                memtool_stores.MemoryStore.create(self.store_path, self.space)
+            except memtool_stores.StoreError:
+                if not self.has_store:  # else another process was first: go on in its memory
+                    raise
         return self.store
 
     def task(self, name: str) -> Task:

@@ -144,3 +144,19 @@ def test_gc_does_not_take_the_versions_of_a_damaged_tag(rich: MemoryStore) -> No
     path.write_bytes(whole)
     rich.gc(keep_last=1)
     assert len(rich.view("v1")) == 3
+
+
+def test_what_was_written_twice_is_read_twice(grown: MemoryStore) -> None:
+    """Keys and blobs that return to an earlier content lie in files of their own."""
+    keys = np.random.default_rng(0).standard_normal((2, 2, 3, 4)).astype(np.float32)
+    for turn in (0, 1, 0, 1):
+        with grown.transaction(f"turn {turn}") as txn:
+            txn.set_keys(keys[turn])
+            txn.put_blob("head", bytes([turn]) * 300)
+    assert grown.verify().ok
+    for path in _files(grown.url, "chunks"):
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        assert not MemoryStore.open(grown.url).verify().ok, path.name
+        path.write_bytes(whole)
+    assert grown.verify().ok
