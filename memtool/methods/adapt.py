@@ -2,8 +2,7 @@
 
 The J adapters of a task differ by seed and bootstrap sample and are trained in one pass: every
 batch holds J groups, group j runs through adapter j and head j. Heads start at zero: a head that
-starts as a good probe of the frozen features leaves the adapters nothing to learn (12 points less
-on PACS).
+starts as a good probe of the frozen features leaves the adapters little to learn.
 """
 
 from __future__ import annotations
