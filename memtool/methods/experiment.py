@@ -180,8 +180,8 @@ def coefficient_map(mira: Mira, tasks: Sequence[Task]) -> CoefficientMap:
 def key_map(snapshot: Snapshot) -> KeyMap | None:
     """Cosine of every pair of keys."""
     keys = snapshot.view.keys()
-    if keys is None:
-        return None
+    if keys is None or not np.linalg.norm(keys, axis=-1).all():
+        return None  # the key of a single task has no direction
     return KeyMap.of_keys(keys, tuple(record.name for record in snapshot.records))
 
 
@@ -197,6 +197,13 @@ def _require_same_experiment(mira: Mira) -> None:
                 expected=f"seed {mira.seed}, or an empty memory",
                 remedy=remedy,
             )
+    consolidated = [v for v in work.store.log() if v.metadata.get("verb") == "consolidate"]
+    asked = work.config.consolidate.model_dump(mode="json")
+    if consolidated and consolidated[0].metadata.get("consolidate") != asked:
+        raise ConfigError(
+            f"the memory {work.store_path!r} was consolidated with other keys or epochs",
+            remedy=remedy,
+        )
     state = snapshot.state
     if state is not None and (state.memory, state.head) != (work.config.memory, work.config.head):
         raise ConfigError(

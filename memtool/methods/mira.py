@@ -126,14 +126,19 @@ class Mira:
         names = self.adapter_names(chosen)
         fingerprint = self._fingerprint(chosen)
         folders = [AdapterFolder(work.adapter_folder / name) for name in names]
-        if not fresh and all(folder.is_complete for folder in folders):
-            found = [folder.result() for folder in folders]
-            if any(folder.about().fingerprint != fingerprint for folder in folders):
+        complete = [folder for folder in folders if folder.is_complete]
+        for folder in folders:
+            if folder not in complete:
+                require_new(folder.path)
+        if not fresh and complete:
+            if any(folder.about().fingerprint != fingerprint for folder in complete):
                 raise AlreadyThereError(
-                    f"{folders[0].path} was trained with other settings, data or backbone",
+                    f"{complete[0].path} was trained with other settings, data or backbone",
                     remedy=f"memtool train-adapter --task {task} --fresh, or --set runs=DIR",
                 )
-            return [result.model_copy(update={"skipped": True}) for result in found]
+            if len(complete) == len(folders):
+                found = [folder.result() for folder in folders]
+                return [result.model_copy(update={"skipped": True}) for result in found]
         start, source = self._warm_start(chosen)
         # A file for each set of settings: none loses the progress of another.
         checkpoint = work.adapter_folder / f".{names[0]}-{fingerprint[:8]}.checkpoint"
@@ -369,7 +374,9 @@ class Mira:
                     "in closed form, or another --store",
                 )
             kept = before.shape[1]
-            keys[:, :kept] = before
+            if config.consolidate.keys != "closed-form":
+                # Closed-form keys are relative to each other: all are solved anew.
+                keys[:, :kept] = before
         model = self._model(snapshot, keys)
         last = work.task(str(tasks[-1]))
         if config.consolidate.epochs > 0 and kept < len(view.adapters):

@@ -391,3 +391,23 @@ def test_classes_learned_in_turn_under_a_linear_head_grown_by_task(tmp_path):
     learn(mira, 2)
     scores = mira.evaluate().row("memory").accuracy[-1]
     assert min(scores) > 0.4
+
+
+def test_folders_of_others_are_never_replaced(learned_copy):
+    place = learned_copy.workspace.adapter_folder / "task-1-seed-7"
+    place.mkdir()
+    (place / "notes.txt").write_text("mine")
+    mira = Mira.open(small_config(learned_copy.config.runs.parent, seed=(7,)), seed=7)
+    with pytest.raises(AlreadyThereError, match="is not empty"):
+        mira.adapt("1", fresh=True)
+    assert (place / "notes.txt").read_text() == "mine"
+
+
+def test_learning_at_rate_zero_leaves_closed_form_keys(tmp_path):
+    learning = {"consolidate__epochs": 1, "consolidate__lr": 1e-12}
+    mira = Mira.open(small_config(tmp_path, **learning), seed=0)
+    learn(mira, 3)
+    learned_keys = mira.workspace.store.view("HEAD").keys().copy()
+    plain = Mira.open(small_config(tmp_path), seed=0)
+    plain.consolidate()
+    assert np.allclose(plain.workspace.store.view("HEAD").keys(), learned_keys, atol=1e-4)

@@ -45,8 +45,12 @@ def _ready(writer: Writer) -> None:
 
 
 def _acknowledged(writer: Writer) -> list[str]:
-    out, _ = writer.communicate(timeout=120)
-    return out.split()
+    # Not communicate(): it reads past what readline has taken into its buffer already.
+    assert writer.stdout is not None
+    with writer.stdout as lines:
+        names = lines.read().split()
+    writer.wait(timeout=120)
+    return names
 
 
 def test_a_view_stays_as_it_is_while_another_process_writes(
