@@ -19,9 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +33,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from memtool.adapters.layout import Layout, Site, sites_in_block_order
+from memtool.atomic import write_atomic
 from memtool.errors import (
     AlreadyThereError,
     CorruptError,
@@ -367,31 +366,8 @@ def _write(
             raise AlreadyThereError(
                 f"{path} is already there", remedy="another folder, or allow overwriting"
             )
-    for path, content in ((weights_path, b"".join(chunks)), (config_path, config.encode())):
-        temporary: Path | None = None
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(
-                dir=directory, prefix=f".{path.name}.", suffix=".part", delete=False
-            ) as file:
-                temporary = Path(file.name)
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            # The file is private to the user so far: give it the mode of an ordinary new file.
-            mask = os.umask(0)
-            os.umask(mask)
-            temporary.chmod(0o666 & ~mask)
-            temporary.replace(path)
-            temporary = None
-        except OSError as error:
-            raise MemtoolError(
-                f"cannot write {path}: {error.strerror}",
-                remedy="free some space, or name a folder that you may write",
-            ) from error
-        finally:
-            if temporary is not None:
-                temporary.unlink(missing_ok=True)
+    write_atomic(weights_path, b"".join(chunks))
+    write_atomic(config_path, config)
     return directory
 
 

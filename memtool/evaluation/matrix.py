@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from memtool.atomic import write_atomic
 from memtool.errors import ConfigError, CorruptError, DataError, MismatchError, NotFoundError
-from memtool.evaluation.atomic import write_atomic
 
 SCHEMA = "memtool.matrix"
 SCHEMA_VERSION = 1

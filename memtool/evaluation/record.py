@@ -21,9 +21,9 @@ from pydantic import (
     model_validator,
 )
 
+from memtool.atomic import write_atomic
 from memtool.errors import CorruptError, DataError, MismatchError, NotFoundError
 from memtool.evaluation import metrics as metric_functions
-from memtool.evaluation.atomic import write_atomic
 from memtool.evaluation.matrix import AccuracyMatrix
 
 SCHEMA: Final = "memtool.evaluation"

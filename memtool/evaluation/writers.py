@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from memtool.atomic import write_atomic
 from memtool.errors import ConfigError, MemtoolError
-from memtool.evaluation.atomic import write_atomic
 from memtool.evaluation.metrics import seen_accuracy
 from memtool.evaluation.record import Record
 

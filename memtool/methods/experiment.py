@@ -16,9 +16,9 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 import memtool_stores
+from memtool.atomic import write_atomic
 from memtool.config import Config, resolve
 from memtool.errors import ConfigError
-from memtool.evaluation.atomic import write_atomic
 from memtool.evaluation.record import Record, Row, write_record
 from memtool.evaluation.writers import write_avalanche, write_domainbed
 from memtool.methods.baselines import BASELINES

@@ -11,7 +11,7 @@ from jinja2 import PackageLoader, StrictUndefined
 from markupsafe import Markup
 from pydantic import JsonValue
 
-from memtool.evaluation.atomic import write_atomic
+from memtool.atomic import write_atomic
 from memtool.evaluation.metrics import METRICS
 from memtool.evaluation.record import Record
 from memtool.evaluation.summary import RowSummary, summarise_rows

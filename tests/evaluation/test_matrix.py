@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from memtool.atomic import write_atomic
 from memtool.errors import (
     ConfigError,
     CorruptError,
@@ -18,7 +19,6 @@ from memtool.errors import (
     MismatchError,
     NotFoundError,
 )
-from memtool.evaluation.atomic import write_atomic
 from memtool.evaluation.matrix import AccuracyMatrix
 
 scores = st.none() | st.floats(0, 1)

@@ -9,10 +9,11 @@ from pathlib import Path
 from memtool.errors import MemtoolError
 
 
-def write_atomic(path: Path, text: str) -> Path:
-    """Write UTF-8 text beside `path`, flush it to the disk, then put it in place; returns `path`.
+def write_atomic(path: Path, content: str | bytes) -> Path:
+    """Write bytes, or text as UTF-8, to `path`, whole or not at all; returns `path`.
 
-    Makes the folder. A reader sees the old file or the new one, and a failure leaves the old one.
+    The content is flushed to the disk beside `path`, then put in place. Makes the folder. A reader
+    sees the old file or the new one, and a failure leaves the old one.
     MemtoolError when the file system refuses (permission, space, a file where a folder should be).
     """
     temporary: Path | None = None
@@ -20,8 +21,8 @@ def write_atomic(path: Path, text: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
         temporary = Path(name)
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         # mkstemp makes the file private to the user: give it the mode of an ordinary new file.
