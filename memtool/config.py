@@ -27,8 +27,10 @@ from memtool.errors import ConfigError, NotFoundError, did_you_mean
 Separation = Literal["softmax", "affine", "identity", "relu", "tanh", "topk"]
 Similarity = Literal["dot", "scaled-dot", "cosine", "euclidean"]
 Mix = Literal["delta", "params"]
-Setting = Literal["dil", "til", "cil", "dg"]
+Setting = Literal["dil", "til", "cil", "dg", "mts"]
 HeadKind = Literal["ridge", "lda", "ncm", "linear"]
+MethodName = Literal["mira", "modulation"]
+Recaller = Literal["hopfield", "hopfield-published", "bayes-pcn", "bayes-pcn-published"]
 
 
 class Settings(BaseModel):
@@ -52,7 +54,10 @@ class StreamSettings(Settings):
     source: str = Field("digits", description="a description's name or path, or a folder")
     setting: Setting = Field("dil", description="how the data is cut into tasks")
     order: tuple[str, ...] | None = Field(None, description="order of domains or classes")
-    classes_per_task: Annotated[int, Field(ge=1)] = Field(2, description="for cil and til")
+    classes_per_task: Annotated[int, Field(ge=1)] = Field(2, description="for cil, til and mts")
+    splits: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="number of tasks, instead of classes_per_task"
+    )
     train_per_task: Annotated[int, Field(ge=1)] | None = Field(
         None, description="at most so many training images a task"
     )
@@ -82,6 +87,7 @@ class TrainSettings(Settings):
     epochs: Annotated[int, Field(ge=1)] = Field(4, description="passes over the task's images")
     batch_size: Annotated[int, Field(ge=1)] = Field(50, description="images a step")
     lr: Annotated[float, Field(gt=0)] = Field(1e-2, description="highest learning rate")
+    final_lr: Annotated[float, Field(ge=0)] = Field(0.0, description="learning rate at the end")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="of AdamW")
     warmup: Annotated[float, Field(ge=0, lt=1)] = Field(0.15, description="share of the steps")
     clip: Annotated[float, Field(gt=0)] = Field(1.0, description="largest norm of the gradient")
@@ -129,6 +135,36 @@ class HeadSettings(Settings):
     ridge: Annotated[float, Field(gt=0)] = Field(1e-2, description="ridge, relative to the trace")
 
 
+class ModulationSettings(Settings):
+    """Modulation: whole adapters recalled from an associative memory."""
+
+    memory: tuple[Recaller, ...] = Field(
+        ("hopfield", "bayes-pcn"),
+        min_length=1,
+        description="memories that adapters are recalled from; the first one serves retrieval",
+    )
+    key_share: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.1, description="share of an adapter's first numbers that are its key"
+    )
+    similarity: Similarity = Field("euclidean", description="hopfield: of two keys")
+    separation: Separation = Field(
+        "softmax", description="hopfield: from similarities to coefficients"
+    )
+    beta: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="hopfield: inverse temperature; none: from the gaps between the keys"
+    )
+    steps: Annotated[int, Field(ge=1)] = Field(1, description="hopfield: retrieval steps")
+    hidden: Annotated[int, Field(ge=1)] = Field(
+        256, description="bayes-pcn: hidden width, and so how many adapters it can hold"
+    )
+    predictor_epochs: Annotated[int, Field(ge=1)] = Field(
+        10, description="mts: passes over all tasks of the task predictor"
+    )
+    predictor_lr: Annotated[float, Field(gt=0)] = Field(
+        2e-3, description="mts: highest learning rate of the task predictor"
+    )
+
+
 class EngineSettings(Settings):
     """Where and how tensors are computed."""
 
@@ -147,6 +183,7 @@ class EngineSettings(Settings):
 class Config(Settings):
     """One experiment."""
 
+    method: MethodName = Field("mira", description="how the memory is read")
     store: str = Field("memory", description="path of the memory; to read, perhaps @VERSION")
     runs: Path = Field(Path("runs"), description="folder of adapters, records and checkpoints")
     seed: tuple[Annotated[int, Field(ge=0)], ...] = Field(
@@ -159,6 +196,7 @@ class Config(Settings):
     memory: MemorySettings = MemorySettings()
     consolidate: ConsolidateSettings = ConsolidateSettings()
     head: HeadSettings = HeadSettings()
+    modulation: ModulationSettings = ModulationSettings()
     engine: EngineSettings = EngineSettings()
 
 

@@ -216,7 +216,8 @@ class Engine:
         saved_at = time.monotonic()
         with _interruptible() as interrupted:
             while done < total:
-                rate = one_cycle(done / total, settings.warmup) * settings.lr
+                factor = one_cycle(done / total, settings.warmup)
+                rate = settings.final_lr + factor * (settings.lr - settings.final_lr)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 step_loss = 0.0

@@ -22,7 +22,8 @@ def cut(table: Table, settings: StreamSettings) -> Stream:
     """The stream that `settings` cut from `table`.
 
     "dil" and "dg" make one task of every domain, in the table's order or in `settings.order`;
-    "cil" and "til" make one task of every `classes_per_task` classes, in an order drawn from the
+    "cil", "til" and "mts" make one task of every `classes_per_task` classes, or `splits` tasks of
+    as equal a number of classes as they can, in an order drawn from the
     seed or in `settings.order`. An order may leave domains or classes out. A table without a test
     split gives a fifth of every class (of every domain) to testing, by the seed. `train_per_task`
     and `test_per_task` choose as equally from the classes as they can, and a larger number keeps
@@ -67,6 +68,15 @@ def _class_groups(table: Table, settings: StreamSettings) -> list[tuple[str, lis
         order = _ids(settings.order, table.class_names, table.name, "class")
     else:
         order = np.argsort(random_ranks(count, "class order", settings.seed)).tolist()
+    if settings.splits is not None:
+        if 2 * settings.splits > len(order):
+            raise ConfigError(
+                f"stream.splits is {settings.splits}, but there are {len(order)} classes"
+                f" of {table.name}",
+                expected=f"a number from 1 to {len(order) // 2}: a task has two classes or more",
+            )
+        parts = np.array_split(np.array(order), settings.splits)
+        return [(_class_task_name(table, part.tolist()), part.tolist()) for part in parts]
     width = settings.classes_per_task
     if width > len(order):
         raise ConfigError(
@@ -171,7 +181,7 @@ def _check(
         return
     if settings.train_per_task == 1:
         remedy = "a larger stream.train_per_task"
-    elif settings.setting in ("cil", "til"):
+    elif settings.setting in ("cil", "til", "mts"):
         count = len(settings.order or table.class_names)
         widths = [width for width in range(2, count + 1) if count % width != 1]
         nearest = min(widths, key=lambda width: abs(width - settings.classes_per_task), default=2)

@@ -30,7 +30,7 @@ def digits_table(setting: str, seed: int, image_size: int) -> Table:
     """The digits as a table for `setting`.
 
     "dil": the five domains of `DOMAINS`. "dg": the digits turned by the angles of `ANGLES`.
-    "cil", "til": upright digits without domains. The seed draws the 600 digits for training
+    "cil", "til", "mts": upright digits without domains. The seed draws the 600 digits for training
     (60 a class; the other 1,197 are for testing, the same digits in every domain), the noise and
     the colours. Images uint8 (n, image_size, image_size, 3), resized bicubically where image_size
     is not 32.
@@ -117,7 +117,7 @@ ANGLES = (0, 30, 60, 90, 120)  # degrees, counter-clockwise
 
 
 def digits_domains(setting: str) -> tuple[str, ...]:
-    """The names of the domains under `setting`; none under "cil" and "til"."""
+    """The names of the domains under `setting`; none under "cil", "til" and "mts"."""
     return tuple(_views(setting)) if setting in ("dil", "dg") else ()
 
 

@@ -1,0 +1,344 @@
+"""What every method does alike: train the adapters of a task, and append them to the memory.
+
+A method says what happens on the arrows of the one flow (adapt, write, consolidate, retrieve,
+evaluate). The first two are here; `mira` and `modulation` add how a memory is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import memtool_stores
+from memtool.config import Config
+from memtool.errors import AlreadyThereError, DataError, NotFoundError
+from memtool.evaluation.record import (
+    BackboneIdentity,
+    DataIdentity,
+    Environment,
+    Metrics,
+    Record,
+    Row,
+    Run,
+    TaskIdentity,
+)
+from memtool.heads import LinearClassifier
+from memtool.methods.adapt import adapt
+from memtool.methods.exchange import AdapterFolder, read_adapter, require_new, write_adapter
+from memtool.methods.results import AdaptResult, WriteResult, WrittenAdapter
+from memtool.methods.state import classifier_bytes, own_head_blob
+from memtool.methods.workspace import Workspace, require_learnable
+from memtool.progress import Progress, ProgressEvent
+from memtool.streams.task import Samples, Task
+
+
+class Method:
+    """The steps that all methods share, over one configuration and seed."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self.workspace = workspace
+        self.config = workspace.config
+        self.seed = workspace.seed
+
+    @classmethod
+    def open(cls, config: Config, *, seed: int, progress: Progress | None = None) -> Self:
+        """Nothing is read yet: stream, backbone and store open when first needed."""
+        return cls(Workspace(config, seed=seed, progress=progress))
+
+    # Adapt ----------------------------------------------------------------------------------
+
+    def adapt(self, task: str, *, fresh: bool = False) -> list[AdaptResult]:
+        """Train the adapters of a task and write each as a PEFT directory under `runs`.
+
+        A finished one of the same settings is left as it is, unless `fresh`; an interrupted one
+        goes on where it was. Raises AlreadyThereError for a finished one of other settings.
+        """
+        work, settings = self.workspace, self.config.adapter
+        chosen = work.task(task)
+        require_learnable(chosen)
+        names = self.adapter_names(chosen)
+        fingerprint = self._fingerprint(chosen)
+        folders = [AdapterFolder(work.adapter_folder / name) for name in names]
+        complete = [folder for folder in folders if folder.is_complete]
+        for folder in folders:
+            if folder not in complete:
+                require_new(folder.path)
+        if not fresh and complete:
+            if any(folder.about().fingerprint != fingerprint for folder in complete):
+                raise AlreadyThereError(
+                    f"{complete[0].path} was trained with other settings, data or backbone",
+                    remedy=f"memtool train-adapter --task {task} --fresh, or --set runs=DIR",
+                )
+            if len(complete) == len(folders):
+                found = [folder.result() for folder in folders]
+                return [result.model_copy(update={"skipped": True}) for result in found]
+        start, source = self._warm_start(chosen)
+        # A file for each set of settings: none loses the progress of another.
+        checkpoint = work.adapter_folder / f".{names[0]}-{fingerprint[:8]}.checkpoint"
+        if fresh:
+            work.engine.on_main(lambda: checkpoint.unlink(missing_ok=True))
+        trained = adapt(
+            work.engine,
+            work.backbone,
+            work.layout,
+            chosen.train,
+            classes=chosen.classes,
+            class_count=len(work.stream.class_names),
+            adapter=settings,
+            train=self.config.train,
+            seed=self.seed * 1000 + chosen.number,
+            start=start,
+            fingerprint=f"{fingerprint} {source}",
+            checkpoint=checkpoint,
+            progress=work.progress,
+            stage=f"task {chosen.number}/{len(work.stream.tasks)} {chosen.name}: adapt",
+        )
+        results = [
+            AdaptResult(
+                path=folder.path,
+                name=name,
+                task=chosen.number,
+                task_name=chosen.name,
+                seed=self.seed,
+                train_accuracy=accuracy,
+                loss=trained.fit.losses[-1] / settings.per_task,
+                seconds=trained.fit.seconds,
+                parameters=work.layout.numel,
+                bytes=work.layout.numel * 4,
+                resumed=trained.fit.resumed_at > 0,
+            )
+            for name, folder, accuracy in zip(names, folders, trained.train_accuracy, strict=True)
+        ]
+
+        def write_all() -> None:
+            for index, (folder, result) in enumerate(zip(folders, results, strict=True)):
+                write_adapter(
+                    folder,
+                    work,
+                    chosen,
+                    value=trained.values[index],
+                    head=of_classes(trained.heads[index], chosen.classes),
+                    result=result,
+                    fingerprint=fingerprint,
+                    warm_start=source,
+                )
+            checkpoint.unlink(missing_ok=True)
+
+        work.engine.on_main(write_all)
+        return results
+
+    def adapter_names(self, task: Task) -> list[str]:
+        """Names of the adapters of a task, one folder each."""
+        stem = f"task-{task.number}-seed-{self.seed}"
+        count = self.config.adapter.per_task
+        return [stem] if count == 1 else [f"{stem}-adapter-{j + 1}" for j in range(count)]
+
+    def _fingerprint(self, task: Task) -> str:
+        work = self.workspace
+        decides = {
+            "backbone": work.backbone.sha256,
+            "stream": work.stream.fingerprint,
+            "task": task.number,
+            "targets": self.config.backbone.targets,
+            "adapter": self.config.adapter.model_dump(mode="json"),
+            "train": self.config.train.model_dump(mode="json"),
+            "seed": self.seed,
+        }
+        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+    def _warm_start(self, task: Task) -> tuple[Tensor | None, str]:
+        """The value that training starts from, and a word for it: the ids it was made of."""
+        kind = self.config.adapter.warm_start
+        if kind == "none" or not self.workspace.has_store:
+            return None, "zero"
+        view = self.workspace.store.view("HEAD")
+        earlier = [
+            record
+            for record in view.adapters
+            if 0 < (record.meta.get("task") or 0) < task.number
+            and record.meta.get("seed") in (None, self.seed)
+        ]
+        if kind == "previous" and earlier:
+            last = max(int(r.meta["task"]) for r in earlier)
+            earlier = [r for r in earlier if r.meta["task"] == last]
+        if not earlier:
+            return None, "zero"
+        values = torch.from_numpy(view.values([record.id for record in earlier]).copy())
+        return values.mean(dim=0), " ".join(record.id for record in earlier)
+
+    # Write ----------------------------------------------------------------------------------
+
+    def write(
+        self, directories: Sequence[Path] | None = None, *, task: str | None = None
+    ) -> WriteResult:
+        """Append adapters to the store as one version: those not yet there, or the ones named.
+
+        `task` says what a directory that was not made by memtool was trained on. Writing what is
+        there already changes nothing; another adapter of the same name is an error.
+        """
+        return self.workspace.engine.on_main(lambda: self._write(directories, task))
+
+    def _write(self, directories: Sequence[Path] | None, task: str | None) -> WriteResult:
+        work = self.workspace
+        if directories is None:
+            directories = [folder.path for folder in AdapterFolder.all_in(work.adapter_folder)]
+            if not directories:
+                raise NotFoundError(
+                    f"no adapters in {work.adapter_folder}",
+                    remedy="memtool train-adapter --task 1, or memtool write DIR",
+                )
+        given = None if task is None else work.task(task)
+        found = [read_adapter(path, work, given) for path in directories]
+        store = work.store_or_new()
+        added: list[WrittenAdapter] = []
+        skipped: list[str] = []
+
+        def append(txn: memtool_stores.Transaction) -> None:
+            added.clear()
+            skipped.clear()
+            here = {record.name: record for record in txn.adapters}
+            for adapter in found:
+                old = here.get(adapter.name)
+                if old is not None:
+                    if old.sha256 != adapter.sha256:
+                        raise AlreadyThereError(
+                            f"the memory holds another adapter named {adapter.name!r}",
+                            expected=f"values with sha256 {old.sha256[:12]}…, "
+                            f"found {adapter.sha256[:12]}… in {adapter.path}",
+                            remedy="rename the directory, write to another --store, or memtool "
+                            "rollback to the version before it",
+                        )
+                    skipped.append(adapter.name)
+                    continue
+                id = txn.add(adapter.name, adapter.value.numpy(), adapter.meta)
+                here[adapter.name] = txn.adapters[-1]
+                if adapter.head is not None:
+                    txn.put_blob(own_head_blob(adapter.name), classifier_bytes(adapter.head))
+                added.append(WrittenAdapter(name=adapter.name, id=id))
+
+        here = {record.name for record in store.view("HEAD").adapters}
+        names = ", ".join(adapter.name for adapter in found if adapter.name not in here)
+        store.run(append, f"write {names}", metadata=self._metadata("write"))
+        return WriteResult(version=store.head(), added=tuple(added), skipped=tuple(skipped))
+
+    # Shared ---------------------------------------------------------------------------------
+
+    def plan(self, verb: str) -> dict[str, Any]:
+        """What a verb would do, for --dry-run: tasks, parameters and bytes; nothing is written."""
+        work, config = self.workspace, self.config
+        stream = work.stream
+        value_bytes = work.layout.numel * 4
+        return {
+            "verb": verb,
+            "store": work.store_path,
+            "store_exists": work.has_store,
+            "backbone": work.backbone.name,
+            "device": str(work.engine.device),
+            "precision": work.engine.precision,
+            "tasks": [task.name for task in stream.tasks],
+            "train_images": [len(task.train) for task in stream.tasks],
+            "adapters_per_task": config.adapter.per_task,
+            "parameters_per_adapter": work.layout.numel,
+            "bytes_per_adapter": value_bytes,
+            "bytes_in_all": value_bytes * config.adapter.per_task * len(stream.tasks),
+        }
+
+    def _record(
+        self,
+        rows: Sequence[Row],
+        learned: Sequence[Task],
+        *,
+        setting: str,
+        version: str,
+        used: Config,
+        mix: str | None,
+        separation: str | None,
+        seconds: float,
+        command: str | None,
+        preset: str | None,
+    ) -> Record:
+        """The record of rows measured on the learned tasks at a version, under settings `used`."""
+        work = self.workspace
+        classes = work.stream.class_names
+        run = Run(
+            method=self.config.method,
+            setting=setting,
+            preset=preset,
+            configuration=used.model_dump(mode="json"),
+            command=command,
+            mix=mix,
+            separation=separation,
+            backbone=BackboneIdentity(name=work.backbone.name, sha256=work.backbone.sha256),
+            data=DataIdentity(name=work.stream.name, fingerprint=work.stream.fingerprint),
+            tasks=tuple(
+                TaskIdentity(
+                    name=task.name,
+                    domain=task.domain,
+                    classes=tuple(classes[c] for c in task.classes),
+                    test_samples=len(task.test),
+                )
+                for task in learned
+            ),
+            class_order=classes,
+            seed=self.seed,
+            store=work.store_path,
+            store_version=version,
+            created=datetime.now(UTC),
+        )
+        environment = Environment.here(str(work.engine.device), seconds)
+        return Record(run=run, metrics=Metrics(rows=tuple(rows)), environment=environment)
+
+    def _metadata(self, verb: str) -> dict[str, Any]:
+        return {
+            "verb": verb,
+            "seed": self.seed,
+            "configuration": self.config.model_dump(mode="json"),
+        }
+
+    def _tell(self, stage: str, step: int, total: int) -> None:
+        if self.workspace.progress is not None and self.workspace.engine.is_main:
+            self.workspace.progress(ProgressEvent(stage=stage, step=step, total=total))
+
+
+def of_classes(head: LinearClassifier, classes: Sequence[int]) -> LinearClassifier:
+    """The head with a bias of −inf for every class that it was not trained on."""
+    bias = torch.full_like(head.bias, -torch.inf)
+    bias[list(classes)] = head.bias[list(classes)]
+    return LinearClassifier(head.weight, bias)
+
+
+def task_of(record: memtool_stores.AdapterRecord) -> int:
+    """The task that an adapter was trained on."""
+    number = record.meta.get("task")
+    if not isinstance(number, int):
+        raise DataError(
+            f"adapter {record.name!r} does not say which task it was trained on",
+            remedy="memtool write DIR --task N, in a new --store",
+        )
+    return number
+
+
+def joined(parts: Sequence[Samples]) -> Samples:
+    """The samples of several tasks, one after another."""
+    if len(parts) == 1:
+        return parts[0]
+    return Samples(
+        np.concatenate([part.images for part in parts]),
+        np.concatenate([part.labels for part in parts]),
+    )
+
+
+def first(samples: Samples, count: int) -> Samples:
+    """At most `count` samples, spread evenly."""
+    if len(samples) <= count:
+        return samples
+    chosen = np.linspace(0, len(samples) - 1, count).astype(np.int64)
+    return Samples(samples.images[chosen], samples.labels[chosen])
