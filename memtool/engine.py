@@ -273,18 +273,24 @@ class Engine:
         )
 
     def predict(
-        self, function: Callable[[Tensor], Tensor], images: npt.NDArray[Any], *, batch_size: int = 0
+        self,
+        function: Callable[..., Tensor],
+        images: npt.NDArray[Any],
+        *along: Tensor,
+        batch_size: int = 0,
     ) -> Tensor:
         """`function` over all images in order, without gradients; the results joined, on the CPU.
 
-        images uint8 (n, h, w, 3); `function` maps a batch on the device to (b, ...).
+        images uint8 (n, h, w, 3); `function` maps a batch on the device, and the same rows of every
+        tensor (n, ...) of `along`, to (b, ...).
         """
         size = batch_size or self.settings.eval_batch_size
         parts = []
         with torch.inference_mode(), self.autocast():
             for low in range(0, len(images), size):
                 batch = torch.from_numpy(np.array(images[low : low + size]))
-                parts.append(function(batch.to(self.device)).float().cpu())
+                beside = [tensor[low : low + size].to(self.device) for tensor in along]
+                parts.append(function(batch.to(self.device), *beside).float().cpu())
         return torch.cat(parts)
 
     def _share(self, batch: Batch, groups: int) -> Batch:

@@ -7,6 +7,7 @@ MemtoolError
 ├── NotFoundError         a task, preset, file or adapter that is not there     exit 3
 ├── AlreadyThereError     something that would be overwritten                   exit 4
 ├── ChangedMeanwhileError another process changed what this one was working on  exit 4
+├── CapacityError         a memory that holds as many patterns as it can        exit 4
 ├── CorruptError          stored bytes that are not what was written            exit 5
 └── DivergedError         training reached a loss that is not finite            exit 1
 
@@ -94,6 +95,13 @@ class CorruptError(MemtoolError):
 
     code = "corrupt"
     exit_status = 5
+
+
+class CapacityError(MemtoolError):
+    """A memory holds as many patterns as it can."""
+
+    code: ClassVar[str] = "capacity"
+    exit_status: ClassVar[int] = 4
 
 
 class DivergedError(MemtoolError):

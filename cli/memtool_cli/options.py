@@ -20,17 +20,27 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from memtool.config import Config, Resolved, choices, keys, parse_assignment, resolve, split_store
+from memtool.config import (
+    Config,
+    Recaller,
+    Resolved,
+    choices,
+    keys,
+    parse_assignment,
+    resolve,
+    split_store,
+)
 from memtool.errors import ConfigError, NotFoundError, did_you_mean
 from memtool_cli import complete
 from memtool_cli.output import Out
 
 if TYPE_CHECKING:
     from memtool.methods.mira import Mira
+    from memtool.methods.modulation import Modulation
     from memtool.progress import Progress
     from memtool_stores import MemoryStore, MemoryView
 
@@ -99,6 +109,17 @@ STORE = _setting(
 SEP = _setting("--sep", "memory.separation", "Memory", "How similarities become coefficients.")
 MIX = _setting("--mix", "memory.mix", "Memory")
 RANK = _setting("--rank", "adapter.rank", "Training", "Rank of the adapters.", metavar="N")
+MEMORY = _setting(
+    "--memory",
+    "modulation.memory",
+    "Memory",
+    "Modulation: the memories that recall whole adapters, separated by commas.",
+    metavar="|".join(get_args(Recaller)),
+    autocompletion=_words(get_args(Recaller)),
+)
+SPLITS = _setting(
+    "--splits", "stream.splits", "Training", "Tasks that the classes are cut into.", metavar="N"
+)
 SEED = _setting(
     "--seed", "seed", "Training", "Seed; `run` takes several.", metavar="N", type=list[str] | None
 )
@@ -262,11 +283,11 @@ class Call:
                 remedy=f"--store {path}, perhaps after `memtool rollback {version}`",
             )
 
-    def mira(self, progress: Progress | None = None) -> Mira:
+    def method(self, progress: Progress | None = None) -> Mira | Modulation:
         """The method over this configuration, with one seed."""
-        from memtool.methods.mira import Mira
+        from memtool.methods import open_method
 
-        return Mira.open(self.config, seed=self.seed, progress=progress)
+        return open_method(self.config, seed=self.seed, progress=progress)
 
     def confirm(self, deed: str) -> None:
         """Ask before something that cannot be taken back, unless --yes was given.
@@ -295,7 +316,7 @@ class Call:
         return shlex.join(words)
 
 
-_CARRIED = (STORE, RANK, SEED, *COMPUTE, *CONFIGURATION)
+_CARRIED = (STORE, RANK, MEMORY, SPLITS, SEED, *COMPUTE, *CONFIGURATION)
 
 
 def verb(*shared: Shared) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -9,9 +9,9 @@ from memtool_cli.records import Plan
 
 def show_plan(call: Call, verb: str) -> None:
     """Print the plan of a verb: tasks, parameters, bytes. Nothing is written."""
-    from memtool.methods.mira import Mira
+    from memtool.methods import open_method
 
-    plan = Mira.open(call.config, seed=call.config.seed[0]).plan(verb)
+    plan = open_method(call.config, seed=call.config.seed[0]).plan(verb)
     rows = [(name.replace("_", " "), _words(value)) for name, value in plan.items()]
     record = Plan(verb=verb, store=call.store_path, seeds=call.config.seed, plan=plan)
     rows.append(("seeds", _words(call.config.seed)))

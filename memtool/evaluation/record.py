@@ -114,7 +114,8 @@ class Run(Part):
 class Row(Part):
     """One method, baseline or upper bound with its own accuracy matrix, all fractions 0..1.
 
-    accuracy: T+1 rows of T scores, None where not measured; metrics: values by metric id;
+    accuracy: T+1 rows of T scores, None where not measured; recall_error: likewise the relative
+    error of every recalled adapter, empty where adapters are not recalled; metrics: by metric id;
     undefined: the reason for every metric that the matrix does not define; seconds: wall time.
     """
 
@@ -122,6 +123,7 @@ class Row(Part):
     label: str
     kind: Kind
     accuracy: tuple[tuple[Score | None, ...], ...]
+    recall_error: tuple[tuple[Annotated[float, Field(ge=0)] | None, ...], ...] = ()
     metrics: dict[str, float] = {}
     undefined: dict[str, str] = {}
     seconds: Annotated[float, Field(ge=0)] | None = None
@@ -142,6 +144,7 @@ class Row(Part):
         matrix: AccuracyMatrix,
         *,
         more: Mapping[str, float] | None = None,
+        recall_error: Sequence[Sequence[float | None]] = (),
         seconds: float | None = None,
     ) -> Row:
         """A row with all metrics of its matrix, and `more` that have inputs of their own."""
@@ -150,6 +153,7 @@ class Row(Part):
             label=label,
             kind=kind,
             accuracy=matrix.cells,
+            recall_error=tuple(tuple(row) for row in recall_error),
             metrics={**metric_functions.compute(matrix.values), **(more or {})},
             undefined=metric_functions.undefined(matrix.values),
             seconds=seconds,
@@ -238,6 +242,8 @@ class Record(Part):
                     f"row {row.id!r}: an accuracy matrix with rows of {shape} scores, "
                     f"expected {len(names) + 1} rows of {len(names)}"
                 )
+            if row.recall_error and [len(errors) for errors in row.recall_error] != shape:
+                raise ValueError(f"row {row.id!r}: recall errors of another shape than accuracies")
         return self
 
     def row(self, id: str) -> Row:

@@ -50,7 +50,8 @@ def summarise(values: Sequence[float]) -> Summary:
 class RowSummary:
     """One row of an experiment over its seeds.
 
-    accuracy: float64 (seeds, T+1, T), NaN where not measured; metrics: by id, each over the seeds
+    accuracy: float64 (seeds, T+1, T), NaN where not measured; recall_error: likewise, or None for a
+    row without recalled adapters; metrics: by id, each over the seeds
     that have it; undefined: reasons by id; seconds: over the seeds that were timed, or None.
     """
 
@@ -58,6 +59,7 @@ class RowSummary:
     label: str
     kind: Kind
     accuracy: npt.NDArray[np.float64]
+    recall_error: npt.NDArray[np.float64] | None
     metrics: dict[str, Summary]
     undefined: dict[str, str]
     seconds: Summary | None
@@ -127,6 +129,9 @@ def _summarise_row(rows: Sequence[Row], records: Sequence[Record]) -> RowSummary
         accuracy=np.stack(
             [row.matrix(r.run.task_names).values for row, r in zip(rows, records, strict=True)]
         ),
+        recall_error=np.stack([np.array(row.recall_error, dtype=np.float64) for row in rows])
+        if all(row.recall_error for row in rows)
+        else None,
         metrics={
             id: summarise([row.metrics[id] for row in rows if id in row.metrics]) for id in ids
         },

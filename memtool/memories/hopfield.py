@@ -11,12 +11,13 @@ import math
 import warnings
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from memtool.errors import ConfigError, MismatchError, NotFoundError
+from memtool.memories.recalled import Recalled, novelty
 from memtool.memories.separation import SeparationFunction, separation
 from memtool.memories.similarity import SimilarityFunction, similarity
 
@@ -88,8 +89,25 @@ class HopfieldMemory:
         self._auto_beta: float | None = None
         self._function_of_beta(1.0 if beta == "auto" else beta)
 
+    @classmethod
+    def of(cls, names: Sequence[str], patterns: Tensor, **constants: Any) -> HopfieldMemory:
+        """A memory over patterns (t, numel) that are there already, without a copy.
+
+        `constants` as in the constructor; errors as in `write`.
+        """
+        memory = cls(**constants)
+        if len(names):
+            memory.write(names[0], patterns[0])
+            memory._patterns, memory._names = patterns, list(names)
+        return memory
+
     def __len__(self) -> int:
         return len(self._names)
+
+    @property
+    def numel(self) -> int:
+        """Number of entries in a pattern."""
+        return self.patterns.shape[1]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -106,7 +124,7 @@ class HopfieldMemory:
     @property
     def key_length(self) -> int:
         """Number of leading entries that make the key."""
-        return _key_length(self.fraction, self.patterns.shape[1])
+        return key_length(self.fraction, self.patterns.shape[1])
 
     @property
     def keys(self) -> Tensor:
@@ -135,7 +153,7 @@ class HopfieldMemory:
                 f"pattern {name!r} of shape {tuple(pattern.shape)} and type {pattern.dtype}",
                 expected="one flat vector of floats",
             )
-        if _key_length(self.fraction, len(pattern)) < 1:
+        if key_length(self.fraction, len(pattern)) < 1:
             raise MismatchError(
                 f"pattern {name!r} has {len(pattern)} entries, none of which is the key",
                 expected=f"at least {math.ceil(1 / self.fraction)} for fraction {self.fraction}",
@@ -152,9 +170,9 @@ class HopfieldMemory:
         self._names.append(name)
         self._auto_beta = None
 
-    def key(self, pattern: Tensor) -> Tensor:
+    def key_of(self, patterns: Tensor) -> Tensor:
         """The key entries (..., d_k) of patterns (..., numel)."""
-        return pattern[..., : _key_length(self.fraction, pattern.shape[-1])]
+        return patterns[..., : key_length(self.fraction, patterns.shape[-1])]
 
     def coefficients(self, key: Tensor) -> Tensor:
         """How much of every stored pattern the keys (..., d_k) recall: (..., t), float64."""
@@ -166,11 +184,21 @@ class HopfieldMemory:
             query = recall(query, keys, keys, score, separate)
         return separate(score(query, keys))
 
-    def recall(self, key: Tensor) -> Tensor:
-        """θ̂ (..., numel) of keys (..., d_k): the key as given, then the mixture of the values."""
+    def recall(self, keys: Tensor) -> Recalled:
+        """Complete keys (n, d_k): the keys as given, then the mixtures of the values.
+
+        The energy is −log Σ_t exp(β sim(q, k_t)) / β, whatever the separation.
+        """
         values = self.patterns[:, self.key_length :]
-        mixture = self.coefficients(key) @ values.double()
-        return torch.cat([key.to(values.dtype), mixture.to(values.dtype)], dim=-1)
+        coefficients = self.coefficients(keys)
+        mixture = coefficients.to(values.dtype) @ values
+        scores = similarity(self.similarity)(keys.double(), self.keys.double())
+        return Recalled(
+            patterns=torch.cat([keys.to(values.dtype), mixture], dim=-1),
+            coefficients=coefficients,
+            energy=-torch.logsumexp(self.beta * scores, dim=-1) / self.beta,
+            novelty=novelty(keys, coefficients @ self.keys.double()),
+        )
 
     def _function_of_beta(self, beta: float) -> SeparationFunction:
         similarity(self.similarity)
@@ -214,6 +242,7 @@ def auto_beta(
     return math.log((len(keys) - 1) / epsilon) / float(gaps[told_apart].min())
 
 
-def _key_length(fraction: float, numel: int) -> int:
+def key_length(fraction: float, numel: int) -> int:
+    """⌊fraction · numel⌋, the entries of a key."""
     # As a decimal: 0.29 * 100 is 28.999999999999996 in floats, and the share meant is 29.
     return math.floor(Fraction(str(fraction)) * numel)

@@ -19,11 +19,13 @@ import memtool_stores
 from memtool.atomic import write_atomic
 from memtool.config import Config, resolve
 from memtool.errors import ConfigError
-from memtool.evaluation.record import Record, Row, write_record
+from memtool.evaluation.record import Environment, Metrics, Record, Row, write_record
 from memtool.evaluation.writers import write_avalanche, write_domainbed
+from memtool.methods import open_method
 from memtool.methods.baselines import BASELINES
 from memtool.methods.exchange import AdapterFolder
 from memtool.methods.mira import Mira
+from memtool.methods.modulation import Modulation
 from memtool.methods.state import Snapshot
 from memtool.progress import Progress, ProgressEvent
 from memtool.reports.figures import CoefficientMap, KeyMap
@@ -98,60 +100,64 @@ def _one_seed(
     preset: str | None,
 ) -> Record:
     begin = time.perf_counter()
-    mira = Mira.open(config, seed=seed, progress=progress)
-    work = mira.workspace
+    method = open_method(config, seed=seed, progress=progress)
+    work = method.workspace
     if config.stream.setting == "dg":
         raise ConfigError(
             "setting dg has no task order to learn", expected="stream.setting dil, til or cil"
         )
     if resume and work.has_store:
-        _require_same_experiment(mira)
+        _require_same_experiment(method)
     if not resume and work.has_store:
         work.engine.on_main(lambda: _begin_anew(work.store))
     learned = list(work.stream.tasks)
     for task in learned:
         number = str(task.number)
-        mira.adapt(number, fresh=not resume)
-        folders = [config.runs / "adapters" / name for name in mira.adapter_names(task)]
-        mira.write(folders)
-        state = mira.snapshot().state
-        if state is None or task.number not in state.tasks:
-            mira.consolidate()
+        method.adapt(number, fresh=not resume)
+        method.write([config.runs / "adapters" / name for name in method.adapter_names(task)])
+        if isinstance(method, Mira):
+            state = method.snapshot().state
+            if state is None or task.number not in state.tasks:
+                method.consolidate()
+    if isinstance(method, Modulation):
+        method.consolidate()
     start = time.perf_counter()
     setting = config.stream.setting
-    record = mira.evaluate(
+    record = method.evaluate(
         setting=setting, history=True, compare=True, command=command, preset=preset
     )
     evaluated = time.perf_counter() - start
     rows = list(record.metrics.rows)
-    spent = _spent(mira, learned)
+    spent = _spent(method, learned)
     rows[0] = rows[0].model_copy(update={"seconds": spent["adapt"] + spent["consolidate"]})
-    if baselines and setting != "til":
+    if baselines and isinstance(method, Mira) and setting != "til":
         for name in BASELINES:
-            rows += _baseline(mira, name, learned, progress)
-    snapshot = mira.snapshot()
-    record = mira.record(
-        rows,
-        learned,
-        setting=setting,
-        snapshot=snapshot,
-        seconds=time.perf_counter() - begin,
-        command=command,
-        preset=preset,
+            rows += _baseline(method, name, learned, progress)
+    record = record.model_copy(
+        update={
+            "metrics": Metrics(rows=tuple(rows)),
+            "environment": Environment.here(str(work.engine.device), time.perf_counter() - begin),
+        }
     )
-    coefficients = coefficient_map(mira, learned) if setting != "til" else None
+    coefficients, keys = None, None
+    if isinstance(method, Mira):
+        coefficients = coefficient_map(method, learned) if setting != "til" else None
+        keys = key_map(method.snapshot())
+    view = work.store.view()
+    adapters, stored_keys = len(view.adapters), view.keys()
+    key_count = 0 if stored_keys is None else int(stored_keys.size)
     costs = [
         Cost(
             "adapt: adapters of all tasks",
             seconds=spent["adapt"],
-            parameters=work.layout.numel * len(snapshot.view.adapters),
-            bytes=work.layout.numel * 4 * len(snapshot.view.adapters),
+            parameters=work.layout.numel * adapters,
+            bytes=work.layout.numel * 4 * adapters,
         ),
         Cost(
-            "consolidate: keys and head",
+            "consolidate: keys and head" if isinstance(method, Mira) else "consolidate",
             seconds=spent["consolidate"],
-            parameters=_key_count(snapshot),
-            bytes=4 * _key_count(snapshot),
+            parameters=key_count,
+            bytes=4 * key_count,
         ),
         Cost("evaluate: every version, and other ways to read the memory", seconds=evaluated),
     ]
@@ -159,7 +165,7 @@ def _one_seed(
     def write() -> None:
         write_record(record, config.runs / RECORD)
         page = config.runs / REPORT
-        write_report(record, page, coefficients=coefficients, keys=key_map(snapshot), costs=costs)
+        write_report(record, page, coefficients=coefficients, keys=keys, costs=costs)
 
     work.engine.on_main(write)
     return record
@@ -185,18 +191,20 @@ def key_map(snapshot: Snapshot) -> KeyMap | None:
     return KeyMap.of_keys(keys, tuple(record.name for record in snapshot.records))
 
 
-def _require_same_experiment(mira: Mira) -> None:
+def _require_same_experiment(method: Mira | Modulation) -> None:
     """A run goes on only in a memory of its own seed and settings."""
-    work = mira.workspace
+    work = method.workspace
     remedy = "another --store and --set runs=DIR, or --fresh to begin this one anew"
-    snapshot = mira.snapshot()
-    for record in snapshot.view.adapters:
-        if record.meta.get("seed") not in (None, mira.seed):
+    for record in work.store.view().adapters:
+        if record.meta.get("seed") not in (None, method.seed):
             raise ConfigError(
                 f"the memory {work.store_path!r} holds adapters of seed {record.meta['seed']}",
-                expected=f"seed {mira.seed}, or an empty memory",
+                expected=f"seed {method.seed}, or an empty memory",
                 remedy=remedy,
             )
+    if isinstance(method, Modulation):
+        return  # its memories follow from the adapters and are brought up to date
+    snapshot = method.snapshot()
     consolidated = [v for v in work.store.log() if v.metadata.get("verb") == "consolidate"]
     asked = work.config.consolidate.model_dump(mode="json")
     if consolidated and consolidated[0].metadata.get("consolidate") != asked:
@@ -212,11 +220,12 @@ def _require_same_experiment(mira: Mira) -> None:
         )
 
 
-def _spent(mira: Mira, tasks: Sequence[Task]) -> dict[str, float]:
+def _spent(method: Mira | Modulation, tasks: Sequence[Task]) -> dict[str, float]:
     """Seconds of training and consolidation, as noted when they happened."""
-    runs = mira.workspace.config.runs
-    folders = [runs / "adapters" / name for task in tasks for name in mira.adapter_names(task)]
-    notes = [version.metadata.get("seconds", 0.0) for version in mira.workspace.store.log()]
+    work = method.workspace
+    names = [name for task in tasks for name in method.adapter_names(task)]
+    folders = [work.config.runs / "adapters" / name for name in names]
+    notes = [version.metadata.get("seconds", 0.0) for version in work.store.log()]
     return {
         "adapt": sum(AdapterFolder(folder).result().seconds for folder in folders),
         "consolidate": float(sum(notes)),
@@ -227,11 +236,6 @@ def _begin_anew(store: memtool_stores.MemoryStore) -> None:
     versions = store.log()
     if len(versions) > 1:
         store.rollback(versions[-1].id)
-
-
-def _key_count(snapshot: Snapshot) -> int:
-    keys = snapshot.view.keys()
-    return 0 if keys is None else int(keys.size)
 
 
 def _baseline(mira: Mira, name: str, tasks: Sequence[Task], progress: Progress | None) -> list[Row]:

@@ -15,11 +15,12 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import memtool_stores
 from memtool.config import Config
-from memtool.errors import AlreadyThereError, DataError, NotFoundError
+from memtool.errors import AlreadyThereError, DataError, MismatchError, NotFoundError
 from memtool.evaluation.record import (
     BackboneIdentity,
     DataIdentity,
@@ -223,11 +224,18 @@ class Method:
                 if adapter.head is not None:
                     txn.put_blob(own_head_blob(adapter.name), classifier_bytes(adapter.head))
                 added.append(WrittenAdapter(name=adapter.name, id=id))
+            if added:
+                self._also_commit(txn, added)
 
         here = {record.name for record in store.view("HEAD").adapters}
         names = ", ".join(adapter.name for adapter in found if adapter.name not in here)
         store.run(append, f"write {names}", metadata=self._metadata("write"))
         return WriteResult(version=store.head(), added=tuple(added), skipped=tuple(skipped))
+
+    def _also_commit(
+        self, txn: memtool_stores.Transaction, added: Sequence[WrittenAdapter]
+    ) -> None:
+        """What a method changes in the version that adds adapters: here nothing."""
 
     # Shared ---------------------------------------------------------------------------------
 
@@ -250,6 +258,20 @@ class Method:
             "bytes_per_adapter": value_bytes,
             "bytes_in_all": value_bytes * config.adapter.per_task * len(stream.tasks),
         }
+
+    def _require_same_task(self, record: memtool_stores.AdapterRecord) -> None:
+        """An adapter in memory belongs to the task of its number in this stream."""
+        number, name = record.meta.get("task"), record.meta.get("task_name")
+        if name is None:
+            return
+        here = self.workspace.task(str(number))
+        if here.name != name:
+            raise MismatchError(
+                f"adapter {record.name!r} was trained on task {number} {name!r}; task {number} "
+                f"of this stream is {here.name!r}",
+                remedy="the stream settings that the memory was trained with "
+                "(memtool show says them), or another --store",
+            )
 
     def _record(
         self,
@@ -342,3 +364,16 @@ def first(samples: Samples, count: int) -> Samples:
         return samples
     chosen = np.linspace(0, len(samples) - 1, count).astype(np.int64)
     return Samples(samples.images[chosen], samples.labels[chosen])
+
+
+def read_query(path: Path) -> Tensor:
+    """The tensor `query` of a safetensors file, float32."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            if "query" not in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                raise DataError(f"{path} has no tensor named 'query'", expected="query (d,)")
+            return file.get_tensor("query").float()
+    except FileNotFoundError as error:
+        raise NotFoundError(f"no file {path}") from error
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path} is not a safetensors file: {error}") from error

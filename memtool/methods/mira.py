@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -31,7 +30,6 @@ from memtool.config import Config
 from memtool.errors import (
     ChangedMeanwhileError,
     ConfigError,
-    DataError,
     MismatchError,
     NotFoundError,
 )
@@ -50,7 +48,7 @@ from memtool.methods.exchange import (
     recalled_adapter,
     require_new,
 )
-from memtool.methods.method import Method, first, joined, task_of
+from memtool.methods.method import Method, first, joined, read_query, task_of
 from memtool.methods.recall import MemoryModel, every, memory_blocks, same_for_all
 from memtool.methods.results import (
     AdapterCoefficient,
@@ -410,7 +408,7 @@ class Mira(Method):
 
     def _recall_query(self, model: MemoryModel, path: Path) -> Tensor:
         """Coefficients (memories, t) for the query in a safetensors file."""
-        asked = _read_query(path)
+        asked = read_query(path)
         memories, dim = len(model.memory.blocks), self.workspace.backbone.dim
         if asked.ndim == 1:
             asked = asked.expand(memories, -1)
@@ -693,14 +691,7 @@ class Mira(Method):
                 remedy="the stream that the memory was trained on, or another --store",
             )
         for record in snapshot.view.adapters:
-            number, name = record.meta.get("task"), record.meta.get("task_name")
-            if name is not None and work.task(str(number)).name != name:
-                raise MismatchError(
-                    f"adapter {record.name!r} was trained on task {number} {name!r}; task {number} "
-                    f"of this stream is {work.task(str(number)).name!r}",
-                    remedy="the stream settings that the memory was trained with "
-                    "(memtool show says them), or another --store",
-                )
+            self._require_same_task(record)
         return snapshot
 
     def _accuracy(self, model: MemoryModel, head: RecalledHead, samples: Samples) -> float:
@@ -753,15 +744,3 @@ def _prediction(probabilities: Tensor, state: MemoryState) -> Prediction:
     """The most probable class of one image."""
     best = int(probabilities.argmax())
     return Prediction(label=state.class_names[best], probability=float(probabilities[best]))
-
-
-def _read_query(path: Path) -> Tensor:
-    try:
-        with safe_open(path, framework="pt") as file:
-            if "query" not in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                raise DataError(f"{path} has no tensor named 'query'", expected="query (d,)")
-            return file.get_tensor("query").float()
-    except FileNotFoundError as error:
-        raise NotFoundError(f"no file {path}") from error
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"{path} is not a safetensors file: {error}") from error

@@ -46,6 +46,17 @@ def same_for_all(values: AdapterValues, coefficients: Tensor, mix: Mix) -> Recal
     return recall
 
 
+def chosen(values: AdapterValues, index: Tensor) -> Recall:
+    """Sample i of the batch uses adapter index[i]; index (batch,) int64."""
+
+    def recall(block: int, hidden: Tensor) -> Mixture | None:
+        del hidden
+        here = values.block(block)
+        return None if here is None else Mixture.chosen(here, index)
+
+    return recall
+
+
 def memory_blocks(settings: MemorySettings, layout: Layout) -> tuple[int, ...]:
     """The blocks that have a memory."""
     return (settings.look_at,) if settings.scope == "model" else layout.blocks

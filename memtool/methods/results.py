@@ -71,6 +71,25 @@ class ConsolidateResult(Result):
     unchanged: bool = False
 
 
+class PredictorResult(Result):
+    """What consolidation did for Modulation.
+
+    `epochs` is 0 when no task predictor was trained; `train_task_accuracy` is its share of training
+    images with the right task.
+    """
+
+    schema_: Literal["memtool.consolidate-modulation"] = Field(
+        "memtool.consolidate-modulation", alias="schema"
+    )
+    version: str
+    tasks: tuple[int, ...]
+    memories: tuple[str, ...]
+    epochs: int
+    seconds: float
+    train_task_accuracy: float | None = None
+    unchanged: bool = False
+
+
 class AdapterCoefficient(BaseModel):
     """The mean coefficient of an adapter over the samples and the blocks."""
 
@@ -107,5 +126,39 @@ class RetrieveResult(Result):
     blocks: tuple[tuple[float, ...], ...]
     block_numbers: tuple[int, ...]
     prediction: Prediction | None = None
+    accuracy: float | None = None
+    out: Path | None = None
+
+
+class RecalledShare(BaseModel):
+    """How much of a stored adapter is in a recalled one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    task: int
+    share: float
+
+
+class RecallResult(Result):
+    """One adapter that a memory completed from its key (Modulation).
+
+    `recall_error` is |recalled − stored| / |stored| against `adapter`; `energy` is that of the
+    memory, lower for what it knows; `novelty` goes from 0 (a known key) to 1 (an unknown one).
+    `shares` are the coefficients of a Hopfield memory, empty for BayesPCN.
+    """
+
+    schema_: Literal["memtool.recall"] = Field("memtool.recall", alias="schema")
+    version: str
+    subject: str
+    memory: str
+    adapter: str
+    task: int
+    key_numbers: int
+    stored: int
+    recall_error: float
+    energy: float
+    novelty: float
+    shares: tuple[RecalledShare, ...] = ()
     accuracy: float | None = None
     out: Path | None = None

@@ -258,14 +258,39 @@ def accuracy_curves(rows: Sequence[RowSummary], tasks: Sequence[str], name: str 
     Several seeds: the mean, in a band of one sample standard deviation. A row that was measured
     only now and then is drawn by its markers.
     """
+    seen = [np.stack([seen_accuracy(one) for one in row.accuracy]) for row in rows]
+    return _curves(rows, seen, tasks, name, "mean accuracy on seen tasks (%)")
+
+
+def recall_error_curves(
+    rows: Sequence[RowSummary], tasks: Sequence[str], name: str = "recall"
+) -> str:
+    """Mean relative error of all recalled adapters by the number of stored tasks; log scale.
+
+    Rows without recalled adapters are left out. Several seeds as in `accuracy_curves`.
+    """
+    known = [row for row in rows if row.recall_error is not None]
+    seen = [np.stack([seen_accuracy(one) for one in row.recall_error]) for row in known]  # type: ignore[union-attr]
+    return _curves(known, seen, tasks, name, "relative recall error", log=True)
+
+
+def _curves(
+    rows: Sequence[RowSummary],
+    values: Sequence[npt.NDArray[np.float64]],
+    tasks: Sequence[str],
+    name: str,
+    what: str,
+    *,
+    log: bool = False,
+) -> str:
+    """A line for every row: values[i] (seeds, T) after each task, NaN where not measured."""
     steps = np.arange(1, len(tasks) + 1)
     markers = ("o", "s", "^", "D", "v", "P", "X")
     with _style(name):
         figure = Figure(figsize=(WIDTH, 3.3))
         axes = figure.subplots()
         others = 0
-        for row in rows:
-            seen = np.stack([seen_accuracy(accuracy) for accuracy in row.accuracy])
+        for row, seen in zip(rows, values, strict=True):
             known = ~np.isnan(seen).any(axis=0)
             if not known.any():
                 continue
@@ -315,9 +340,12 @@ def accuracy_curves(rows: Sequence[RowSummary], tasks: Sequence[str], name: str 
             rotation=45 if slanted else 0,
             ha="right" if slanted else "center",
         )
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}"))
+        if log:
+            axes.set_yscale("log")
+        else:
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}"))
         axes.set_xlabel("after task")
-        axes.set_ylabel("mean accuracy on seen tasks (%)")
+        axes.set_ylabel(what)
         if axes.lines:
             axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), handlelength=2.2)
         return _svg(figure, name)

@@ -171,6 +171,13 @@ def _accuracy(rows: Sequence[RowSummary], tasks: Sequence[str]) -> list[Picture]
             ),
         )
     ]
+    if any(row.recall_error is not None for row in rows):
+        pictures.append(
+            Picture(
+                Markup(figures.recall_error_curves(rows, tasks)),
+                "Mean relative error of all recalled adapters, by the number of tasks in memory.",
+            )
+        )
     methods = [row for row in rows if row.kind == "method"] or [main_row(rows)]
     for number, row in enumerate(methods):
         blank = " Blank cells were not measured." if _has_blanks(row) else ""

@@ -41,8 +41,8 @@ class Stream:
     """A data set cut into tasks in a fixed order.
 
     `setting` is the cut: "dil", "dg" (tasks are domains over the same classes), "cil", "til"
-    and "mts" (tasks are groups of classes). `fingerprint` is a sha256 of the source, the cut and the
-    order.
+    and "mts" (tasks are groups of classes). `fingerprint` is a sha256 of the source, the cut and
+    the order.
     """
 
     name: str

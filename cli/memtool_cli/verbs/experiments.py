@@ -14,10 +14,12 @@ from memtool_cli.options import (
     COMPUTE,
     CONFIGURATION,
     DRY_RUN,
+    MEMORY,
     MIX,
     RANK,
     SEED,
     SEP,
+    SPLITS,
     STORE,
     Call,
     examples,
@@ -59,11 +61,12 @@ def demo(
     epilog=examples(
         "memtool run",
         "memtool run --preset pacs-dil --seed 0 --seed 1 --seed 2",
+        "memtool run --preset modulation-mts --splits 50 --memory hopfield",
         "memtool run --config experiment.yaml --sep affine --report report.html",
         "memtool run --dry-run",
     ),
 )
-@verb(STORE, SEP, MIX, RANK, SEED, *COMPUTE, *CONFIGURATION, DRY_RUN)
+@verb(STORE, SEP, MIX, MEMORY, RANK, SPLITS, SEED, *COMPUTE, *CONFIGURATION, DRY_RUN)
 def run(
     call: Call,
     resume: Annotated[

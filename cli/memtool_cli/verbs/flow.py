@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,10 +14,12 @@ from memtool_cli.options import (
     COMPUTE,
     CONFIGURATION,
     DRY_RUN,
+    MEMORY,
     MIX,
     RANK,
     SEED,
     SEP,
+    SPLITS,
     STORE,
     Call,
     TaskOfForeign,
@@ -28,6 +30,9 @@ from memtool_cli.options import (
 from memtool_cli.output import Table, duration, percent, size
 from memtool_cli.plan import show_plan
 from memtool_cli.scores import final_average, grids
+
+if TYPE_CHECKING:
+    from memtool.methods.results import RecallResult, RetrieveResult
 
 app = typer.Typer(rich_markup_mode="rich")
 
@@ -41,7 +46,7 @@ app = typer.Typer(rich_markup_mode="rich")
         "dir=$(memtool train-adapter --task 2 -q)",
     ),
 )
-@verb(STORE, RANK, SEED, *COMPUTE, *CONFIGURATION, DRY_RUN)
+@verb(STORE, MEMORY, RANK, SPLITS, SEED, *COMPUTE, *CONFIGURATION, DRY_RUN)
 def train_adapter(
     call: Call,
     task: Annotated[
@@ -67,7 +72,7 @@ def train_adapter(
     if call.dry_run:
         return show_plan(call, "train-adapter")
     with call.out.progress() as progress:
-        results = call.mira(progress).adapt(task, fresh=fresh)
+        results = call.method(progress).adapt(task, fresh=fresh)
     rows = [
         (
             result.name,
@@ -96,7 +101,7 @@ def train_adapter(
         "memtool write --store shared/memory -q",
     ),
 )
-@verb(STORE, RANK, SEED, *COMPUTE, *CONFIGURATION, DRY_RUN)
+@verb(STORE, MEMORY, RANK, SPLITS, SEED, *COMPUTE, *CONFIGURATION, DRY_RUN)
 def write(
     call: Call,
     directories: Annotated[
@@ -110,7 +115,7 @@ def write(
     if call.dry_run:
         return show_plan(call, "write")
     with call.out.progress() as progress:
-        result = call.mira(progress).write(directories or None, task=task)
+        result = call.method(progress).write(directories or None, task=task)
     rows = [(adapter.name, adapter.id) for adapter in result.added]
     table = Table(("adapter", "id"), rows, title=f"version {result.version}")
     call.out.data(result, table, ids=[adapter.id for adapter in result.added])
@@ -128,24 +133,32 @@ def write(
         "memtool consolidate --set consolidate.epochs=10 --set consolidate.lr=0.02",
     ),
 )
-@verb(STORE, SEP, MIX, RANK, SEED, *COMPUTE, *CONFIGURATION, DRY_RUN)
+@verb(STORE, SEP, MIX, MEMORY, RANK, SPLITS, SEED, *COMPUTE, *CONFIGURATION, DRY_RUN)
 def consolidate(call: Call) -> None:
     """Let the memory learn the keys of its adapters, as one version."""
     call.refuse_version()
     if call.dry_run:
         return show_plan(call, "consolidate")
     with call.out.progress() as progress:
-        result = call.mira(progress).consolidate()
-    rows = [
+        result = call.method(progress).consolidate()
+    rows: list[tuple[str, str]] = [
         ("version", result.version),
         ("tasks", " ".join(str(task) for task in result.tasks)),
-        ("separation", result.separation),
-        ("mix", result.mix),
-        ("key learning", f"{result.epochs} epochs"),
-        ("time", duration(result.seconds)),
-        ("train accuracy", percent(result.train_accuracy)),
-        ("drift of older keys", f"{result.key_drift_degrees:.2f} degrees"),
     ]
+    if result.schema_ == "memtool.consolidate":
+        rows += [
+            ("separation", result.separation),
+            ("mix", result.mix),
+            ("key learning", f"{result.epochs} epochs"),
+            ("train accuracy", percent(result.train_accuracy)),
+            ("drift of older keys", f"{result.key_drift_degrees:.2f} degrees"),
+        ]
+    else:
+        rows.append(("memories", ", ".join(result.memories)))
+        if result.train_task_accuracy is not None:
+            right = percent(result.train_task_accuracy)
+            rows.append(("task predictor", f"{result.epochs} epochs, {right} of training tasks"))
+    rows.append(("time", duration(result.seconds)))
     call.out.data(result, Table((), rows), ids=[result.version])
     if result.unchanged:
         call.out.note("nothing changed since the last consolidation: no new version")
@@ -160,9 +173,10 @@ def consolidate(call: Call) -> None:
         "memtool retrieve --image photo.png --json",
         "memtool retrieve --query query.safetensors --store memory@HEAD~1",
         "memtool retrieve --task 3 --out mixture",
+        "memtool retrieve --preset modulation-til --task 7 --memory bayes-pcn --out adapter",
     ),
 )
-@verb(STORE, RANK, SEED, *COMPUTE, *CONFIGURATION)
+@verb(STORE, MEMORY, RANK, SPLITS, SEED, *COMPUTE, *CONFIGURATION)
 def retrieve(
     call: Call,
     task: Annotated[
@@ -206,9 +220,17 @@ def retrieve(
             remedy=call.command("retrieve --task 1"),
         )
     with call.out.progress() as progress:
-        result = call.mira(progress).retrieve(
+        result = call.method(progress).retrieve(
             task=task, image=image, query=query, version=call.version, out=out
         )
+    if result.schema_ == "memtool.recall":
+        _show_recall(call, result)
+    else:
+        _show_mixture(call, result)
+    call.out.next(call.command("eval"))
+
+
+def _show_mixture(call: Call, result: RetrieveResult) -> None:
     best = sorted(result.adapters, key=lambda adapter: -abs(adapter.coefficient))
     mixture = Table(
         ("adapter", "task", "coefficient"),
@@ -231,7 +253,29 @@ def retrieve(
         call.out.note(f"accuracy on {result.samples} samples: {percent(result.accuracy)}")
     if result.out is not None:
         call.out.note(f"the mixture is in {result.out}")
-    call.out.next(call.command("eval"))
+
+
+def _show_recall(call: Call, result: RecallResult) -> None:
+    facts = [
+        ("memory", f"{result.memory}, {result.stored} adapters"),
+        ("key", f"{result.key_numbers:,} numbers"),
+        ("recalled", result.adapter),
+        ("recall error", f"{result.recall_error:.2e}"),
+        ("energy", f"{result.energy:.6g}"),
+        ("novelty", f"{result.novelty:.3f}"),
+    ]
+    tables = [Table((), facts, title=f"{result.subject}, version {result.version}")]
+    if result.shares:
+        best = sorted(result.shares, key=lambda one: -abs(one.share))[:10]
+        rows = [(one.name, one.task, f"{one.share:.6f}") for one in best]
+        tables.append(Table(("adapter", "task", "share"), rows))
+    call.out.data(result, *tables, ids=[result.adapter])
+    if result.novelty > 0.5:
+        call.out.note("this key is unlike every stored one; what was recalled may mean nothing")
+    if result.accuracy is not None:
+        call.out.note(f"accuracy of the recalled adapter on its task: {percent(result.accuracy)}")
+    if result.out is not None:
+        call.out.note(f"the recalled adapter is in {result.out}")
 
 
 @app.command(
@@ -243,7 +287,7 @@ def retrieve(
         "memtool eval --at-least 0.85 -q || echo worse than before",
     ),
 )
-@verb(STORE, RANK, SEED, *COMPUTE, *CONFIGURATION, DRY_RUN)
+@verb(STORE, MEMORY, RANK, SPLITS, SEED, *COMPUTE, *CONFIGURATION, DRY_RUN)
 def evaluate(
     call: Call,
     setting: Annotated[
@@ -293,7 +337,7 @@ def evaluate(
     if call.dry_run:
         return show_plan(call, "eval")
     with call.out.progress() as progress:
-        record = call.mira(progress).evaluate(
+        record = call.method(progress).evaluate(
             setting=setting,
             version=call.version,
             history=history,

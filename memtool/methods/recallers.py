@@ -1,0 +1,111 @@
+"""The memories of Modulation over one version of the store: opened, and kept up to date.
+
+A Hopfield memory needs no state of its own: its patterns are the stored adapters. A BayesPCN memory
+keeps what it believes in a blob `recall.<memory>`, which changes in the same version as the
+adapters; the patterns that it speaks of are the stored adapters, too.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import memtool_stores
+from memtool.config import ModulationSettings, Recaller
+from memtool.errors import MismatchError
+from memtool.memories.bayes_pcn import PRESETS, BayesPCN, BayesPCNSettings, names_in
+from memtool.memories.hopfield import PUBLISHED_BETA, HopfieldMemory, key_length
+from memtool.memories.recalled import Recalled
+
+
+class AdapterMemory(Protocol):
+    """A memory of whole adapters (numel,), each recalled from its first `key_length` numbers."""
+
+    @property
+    def numel(self) -> int:
+        """Numbers in an adapter."""
+
+    @property
+    def key_length(self) -> int:
+        """Numbers in a key."""
+
+    def key_of(self, patterns: Tensor) -> Tensor:
+        """The keys (..., key_length) of adapters (..., numel)."""
+
+    def recall(self, keys: Tensor) -> Recalled:
+        """Complete keys (n, key_length)."""
+
+
+def blob_of(name: Recaller) -> str:
+    """Name of the blob that holds the state of a memory."""
+    return f"recall.{name}"
+
+
+def open_memory(
+    name: Recaller, view: memtool_stores.MemoryView, settings: ModulationSettings
+) -> AdapterMemory:
+    """The memory `name` at a version. Raises MismatchError when it was never written there."""
+    if name in ("hopfield", "hopfield-published"):
+        published = name == "hopfield-published"
+        return HopfieldMemory.of(
+            [record.name for record in view.adapters],
+            torch.from_numpy(view.values().copy()),
+            fraction=settings.key_share,
+            similarity="dot" if published else settings.similarity,
+            separation="softmax" if published else settings.separation,
+            beta=PUBLISHED_BETA if published else (settings.beta or "auto"),
+            steps=1 if published else settings.steps,
+        )
+    blob = blob_of(name)
+    names = names_in(view.blob(blob), f"blob {blob!r}") if blob in view.blobs() else ()
+    stored = tuple(record.id for record in view.adapters)
+    if set(names) != set(stored):
+        raise MismatchError(
+            f"the {name} memory at version {view.version} holds {len(names)} adapters",
+            expected=f"the {len(stored)} that are stored",
+            remedy=f"memtool consolidate --memory {name}, which brings it up to date",
+        )
+    patterns = torch.from_numpy(view.values(names).copy())
+    return BayesPCN.from_bytes(view.blob(blob), patterns, f"blob {blob!r}")
+
+
+def synchronise(
+    txn: memtool_stores.Transaction, name: Recaller, settings: ModulationSettings, *, seed: int
+) -> None:
+    """Make the state of a memory speak of exactly the adapters that are live in a transaction.
+
+    Raises CapacityError, AlreadyThereError (two adapters with one key) and DataError.
+    """
+    if name in ("hopfield", "hopfield-published"):
+        return
+    base, blob = txn.base, blob_of(name)
+    live = {record.id: record for record in txn.adapters}
+    wanted = _settings(name, settings)
+    numel = base.space.numel
+    length = key_length(settings.key_share, numel)
+    memory = BayesPCN(numel, length, wanted, seed=seed)
+    if blob in base.blobs():
+        data = base.blob(blob)
+        names = names_in(data, f"blob {blob!r}")
+        # Removed adapters are still in the base version: the memory needs them to unlearn them.
+        rows = np.stack([base.value(id) for id in names]) if names else np.zeros((0, numel), "f4")
+        stored = BayesPCN.from_bytes(data, torch.from_numpy(rows), f"blob {blob!r}")
+        if (stored.settings, stored.key_length) == (wanted, length):
+            memory = stored
+    if set(memory.names) == set(live) and blob in base.blobs():
+        return
+    for id in memory.names:
+        if id not in live:
+            memory.delete(id)
+    for id in live:
+        if id not in memory.names:
+            memory.write(id, torch.from_numpy(np.array(txn.value(id))).float())
+    txn.put_blob(blob, memory.to_bytes())
+
+
+def _settings(name: Recaller, settings: ModulationSettings) -> BayesPCNSettings:
+    preset = PRESETS["published" if name == "bayes-pcn-published" else "default"]
+    return BayesPCNSettings(**{**preset.__dict__, "hidden": settings.hidden})
