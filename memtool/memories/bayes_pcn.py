@@ -251,6 +251,9 @@ class BayesPCN:
                 f"pattern {name!r} holds numbers that are not finite",
                 remedy="train the adapter again, with a smaller learning rate",
             )
+        if not len(self):
+            self._patterns = pattern.new_zeros(0, self.numel)
+        pattern = pattern.to(self._patterns)
         key = self.key_of(pattern).double()
         checked_key(key, f"the key of {name!r}")
         scale = self._scale(key)
@@ -268,7 +271,7 @@ class BayesPCN:
         self.belief = _learned(self.belief, hidden, self.settings.sigma)
         self._names.append(name)
         self._codes = torch.cat([self._codes, hidden[None]])
-        self._patterns = torch.cat([self._patterns, pattern[None].to(self._patterns)])
+        self._patterns = torch.cat([self._patterns, pattern[None]])
         self._scales = torch.cat([self._scales, key.new_tensor([scale])])
         self._whole, self._keys = whole, keys
         self._written += 1
