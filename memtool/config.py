@@ -24,8 +24,30 @@ from pydantic.fields import FieldInfo
 
 from memtool.errors import ConfigError, NotFoundError, did_you_mean
 
-Separation = Literal["softmax", "affine", "identity", "relu", "tanh", "topk"]
-Similarity = Literal["dot", "scaled-dot", "cosine", "euclidean"]
+Separation = Literal[
+    "softmax",
+    "affine",
+    "identity",
+    "relu",
+    "tanh",
+    "topk",
+    "max",
+    "power",
+    "sparsemax",
+    "entmax",
+]
+Similarity = Literal[
+    "dot",
+    "scaled-dot",
+    "cosine",
+    "centred-cosine",
+    "euclidean",
+    "manhattan",
+    "scaled-error",
+    "kl",
+    "reverse-kl",
+    "js",
+]
 Mix = Literal["delta", "params"]
 Setting = Literal["dil", "til", "cil", "dg", "mts"]
 HeadKind = Literal["ridge", "lda", "ncm", "linear"]

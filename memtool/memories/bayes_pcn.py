@@ -384,7 +384,7 @@ class BayesPCN:
         if free is None:
             recalled = shares.to(values.dtype) @ values
         else:
-            recalled = (free * scale[:, None]).to(values.dtype)
+            recalled = free * scale[:, None].to(free)
         fitted = shares.to(values.dtype) @ stored
         return Recalled(
             patterns=torch.cat([keys.to(values.dtype), recalled], dim=1),
@@ -408,24 +408,27 @@ class BayesPCN:
     def _settle_all(
         self, evidence: Evidence, count: int, generator: torch.Generator
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The same with the free entries (count, numel − key) searched for as well, from zero."""
+        """The same with the free entries (count, numel − key) searched for as well, from zero.
+
+        What is as wide as a pattern has the type of the patterns.
+        """
         settings, belief = self.settings, self.belief
         hidden = self._start(count, generator)
-        values = self._patterns[:, self.key_length :].double() / self._scales[:, None]
-        mean = belief.mixture @ values
-        free = hidden.new_zeros(count, mean.shape[1])
+        wide = self._patterns.dtype
+        mean = (belief.mixture / self._scales).to(wide) @ self._patterns[:, self.key_length :]
+        free = mean.new_zeros(count, mean.shape[1])
         search = _Adam(settings)
 
         def slopes() -> tuple[Tensor, Tensor, Tensor]:
             code = torch.nn.functional.gelu(hidden[0])
-            error = free - code @ mean
-            square = error.square().sum(dim=1, keepdim=True)
+            error = free - code.to(wide) @ mean
+            square = error.square().sum(dim=1, keepdim=True).double()
             spread = code @ belief.covariance[0]
             v = settings.sigma**2 + (spread * code).sum(dim=1, keepdim=True)
             found, gradient = energy(hidden, evidence, belief, settings.sigma)
-            more = -(error @ mean.T) / v - square / v.square() * spread
+            more = -(error @ mean.T).double() / v - square / v.square() * spread
             gradient[0] += more * _gelu_slope(hidden[0])
-            return found + (square / (2 * v))[:, 0], gradient, error / v
+            return found + (square / (2 * v))[:, 0], gradient, error / v.to(wide)
 
         for step in range(settings.steps):
             _, toward_hidden, toward_free = slopes()

@@ -129,8 +129,8 @@ def for_similarity(keys: Tensor, name: str) -> Tensor:
 
     "dot": unchanged. "scaled-dot": times √d_k. "euclidean": −|q − k'|² equals the wanted score but
     for a term that all keys of a block share, which softmax, topk and affine do not see; it uses
-    the last entry, the one that meets the constant 1. "cosine" forgets how long a key is and cannot
-    carry such scores: ConfigError. For keys of `lda_keys` and `ridge_keys`; mean queries are
+    the last entry, the one that meets the constant 1. "cosine" forgets how long a key is, and the
+    others are no dot products either: ConfigError. For keys of `lda_keys` and `ridge_keys`; mean queries are
     points, not directions, and stay as they are.
     """
     match name:
@@ -145,9 +145,9 @@ def for_similarity(keys: Tensor, name: str) -> Tensor:
             wanted = bias + half.square().sum(dim=-1)
             root = (wanted.amax(dim=-1, keepdim=True) - wanted).sqrt()
             return torch.cat([half, (1 - root).unsqueeze(-1)], dim=-1).to(keys.dtype)
-        case "cosine":
+        case _ if name in SIMILARITIES:
             raise ConfigError(
-                "closed-form keys for similarity 'cosine'",
+                f"closed-form keys for similarity {name!r}",
                 expected="a similarity that sees the length of a key: dot, scaled-dot, euclidean",
                 remedy="consolidate.keys: mean-query, or memory.similarity: scaled-dot",
             )

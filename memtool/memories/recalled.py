@@ -27,13 +27,13 @@ class Recalled:
     @property
     def nearest(self) -> Tensor:
         """The place (n,) of the stored pattern that has the largest coefficient."""
-        return self.coefficients.argmax(dim=1)
+        return self.coefficients.argmax(dim=-1)
 
 
 def novelty(keys: Tensor, recalled: Tensor) -> Tensor:
-    """Share of keys (n, d_k) that the recalled keys (n, d_k) leave unexplained: (n,), 0 to 1."""
-    left = (keys.double() - recalled.double()).square().sum(dim=1)
-    return (left / keys.double().square().sum(dim=1)).clamp(0.0, 1.0)
+    """Share of keys (..., d_k) that the recalled ones leave unexplained: (...), 0 to 1."""
+    left = (keys.double() - recalled.double()).square().sum(dim=-1)
+    return (left / keys.double().square().sum(dim=-1)).clamp(0.0, 1.0)
 
 
 def checked_key(key: Tensor, what: str) -> Tensor:

@@ -60,12 +60,50 @@ def topk(scores: Tensor, k: int = 2, beta: float = 1.0) -> Tensor:
     return torch.zeros_like(scores).scatter(-1, places, softmax(kept, beta))
 
 
+def largest(scores: Tensor) -> Tensor:
+    """One for the largest score, zero elsewhere; equal largest ones share it."""
+    scores = _in_score_precision(scores)
+    hit = (scores == scores.amax(dim=-1, keepdim=True)).to(scores.dtype)
+    return hit / hit.sum(dim=-1, keepdim=True)
+
+
+def power(scores: Tensor, exponent: int = 2) -> Tensor:
+    """The positive part of the scores to a power, the dense associative memory: not normalised."""
+    return torch.relu(_in_score_precision(scores)) ** exponent
+
+
+def sparsemax(scores: Tensor, beta: float = 1.0) -> Tensor:
+    """The point of the simplex nearest to β s (Martins & Astudillo, 2016): sums to one, sparse."""
+    scores = _in_score_precision(scores)
+    scaled = beta * (scores - scores.amax(dim=-1, keepdim=True).detach())
+    ordered = scaled.sort(dim=-1, descending=True).values
+    count = torch.arange(1, scaled.shape[-1] + 1, device=scaled.device, dtype=scaled.dtype)
+    excess = ordered.cumsum(dim=-1) - 1
+    kept = (count * ordered > excess).sum(dim=-1, keepdim=True)
+    threshold = excess.gather(-1, kept - 1) / kept
+    return torch.relu(scaled - threshold)
+
+
+def entmax(scores: Tensor, beta: float = 1.0) -> Tensor:
+    """1.5-entmax of β s (Peters, Niculae & Martins, 2019): between softmax and sparsemax."""
+    scores = _in_score_precision(scores)
+    half = beta * (scores - scores.amax(dim=-1, keepdim=True).detach()) / 2
+    ordered = half.sort(dim=-1, descending=True).values
+    count = torch.arange(1, half.shape[-1] + 1, device=half.device, dtype=half.dtype)
+    mean = ordered.cumsum(dim=-1) / count
+    spread = ordered.square().cumsum(dim=-1) - count * mean.square()
+    # With the first n scores kept, Σ (s_i − τ)² = 1 has the smaller root τ_n.
+    thresholds = mean - torch.relu((1 - spread) / count).sqrt()
+    kept = (thresholds <= ordered).sum(dim=-1, keepdim=True)
+    return torch.relu(half - thresholds.gather(-1, kept - 1)).square()
+
+
 def separation(name: str, *, beta: float = 1.0, topk: int = 2) -> SeparationFunction:
     """The separation of that name with its constants bound.
 
-    Names: "softmax" (uses `beta`), "affine", "identity", "relu", "tanh", "topk" (uses `beta`, and
-    `topk` as the number kept). The others ignore both constants. Raises ConfigError for an unknown
-    name, a `beta` that is not positive and finite, and a `topk` below 1.
+    `beta` scales the scores of "softmax", "topk", "sparsemax" and "entmax"; `topk` is the number
+    that "topk" keeps; "power" squares. Raises ConfigError for an unknown name, a `beta` that is not
+    positive and finite, and a `topk` below 1.
     """
     if not 0 < beta < float("inf"):
         raise ConfigError(f"beta of {beta}", expected="a positive, finite number")
@@ -84,6 +122,14 @@ def separation(name: str, *, beta: float = 1.0, topk: int = 2) -> SeparationFunc
             return tanh
         case "topk":
             return partial(_keep_largest, k=topk, beta=beta)
+        case "max":
+            return largest
+        case "power":
+            return power
+        case "sparsemax":
+            return partial(sparsemax, beta=beta)
+        case "entmax":
+            return partial(entmax, beta=beta)
     raise ConfigError(
         f"unknown separation {name!r}", expected=did_you_mean(name, get_args(Separation))
     )

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from memtool.errors import ConfigError, MismatchError, did_you_mean
 
+TERMS_AT_ONCE = 1 << 24
+"""Terms of a sum over entries that are in memory at a time."""
+
 SimilarityFunction = Callable[[Tensor, Tensor], Tensor]
 """(queries (..., d), keys (t, d)) → scores (..., t)."""
 
@@ -39,13 +42,63 @@ def cosine(queries: Tensor, keys: Tensor) -> Tensor:
     return dot(F.normalize(queries, dim=-1), F.normalize(keys, dim=-1))
 
 
+def centred_cosine(queries: Tensor, keys: Tensor) -> Tensor:
+    """Cosines of queries (..., d) and keys (t, d), each less its mean → (..., t): correlations."""
+    queries, keys = _in_score_precision(queries, keys)
+    return cosine(
+        queries - queries.mean(dim=-1, keepdim=True), keys - keys.mean(dim=-1, keepdim=True)
+    )
+
+
 def negative_squared_euclidean(queries: Tensor, keys: Tensor) -> Tensor:
     """−|q − k|²: queries (..., d), keys (t, d) → (..., t); exactly 0 on an exact hit.
 
-    The differences are formed, (..., t, d) of memory: |q|² − 2 q·k + |k|² would cancel near a hit.
+    The differences are formed, as |q|² − 2 q·k + |k|² would cancel near a hit.
+    """
+    return _summed(queries, keys, lambda q, k: -(q - k).square())
+
+
+def negative_manhattan(queries: Tensor, keys: Tensor) -> Tensor:
+    """−Σ |q_i − k_i|: queries (..., d), keys (t, d) → (..., t); exactly 0 on an exact hit."""
+    return _summed(queries, keys, lambda q, k: -(q - k).abs())
+
+
+def negative_scaled_error(queries: Tensor, keys: Tensor) -> Tensor:
+    """−mean (q − k)² / var q: queries (..., d), keys (t, d) → (..., t).
+
+    Free of the scale of the data. A query without variance has no scale: its scores are those of a
+    variance of one.
     """
     queries, keys = _in_score_precision(queries, keys)
-    return -(queries.unsqueeze(-2) - keys).square().sum(dim=-1)
+    variance = queries.var(dim=-1, correction=0, keepdim=True)
+    variance = torch.where(variance > 0, variance, torch.ones_like(variance))
+    return negative_squared_euclidean(queries, keys) / (queries.shape[-1] * variance)
+
+
+def negative_kl(queries: Tensor, keys: Tensor) -> Tensor:
+    """−KL(p ‖ r), p and r the softmax of q and k: queries (..., d), keys (t, d) → (..., t)."""
+    queries, keys = _on_the_simplex(queries, keys)
+    return _summed(queries, keys, lambda p, r: -(p.exp() * (p - r)))
+
+
+def negative_reverse_kl(queries: Tensor, keys: Tensor) -> Tensor:
+    """−KL(r ‖ p), p and r the softmax of q and k: queries (..., d), keys (t, d) → (..., t)."""
+    queries, keys = _on_the_simplex(queries, keys)
+    return _summed(queries, keys, lambda p, r: -(r.exp() * (r - p)))
+
+
+def negative_js(queries: Tensor, keys: Tensor) -> Tensor:
+    """−(KL(p ‖ m) + KL(r ‖ m)) / 2, m the mean of the softmax p of q and r of k → (..., t).
+
+    Symmetric, and never below −log 2.
+    """
+    queries, keys = _on_the_simplex(queries, keys)
+
+    def half(p: Tensor, r: Tensor) -> Tensor:
+        middle = torch.logaddexp(p, r) - math.log(2)
+        return -0.5 * (p.exp() * (p - middle) + r.exp() * (r - middle))
+
+    return _summed(queries, keys, half)
 
 
 SIMILARITIES: Mapping[str, SimilarityFunction] = MappingProxyType(
@@ -53,13 +106,19 @@ SIMILARITIES: Mapping[str, SimilarityFunction] = MappingProxyType(
         "dot": dot,
         "scaled-dot": scaled_dot,
         "cosine": cosine,
+        "centred-cosine": centred_cosine,
         "euclidean": negative_squared_euclidean,
+        "manhattan": negative_manhattan,
+        "scaled-error": negative_scaled_error,
+        "kl": negative_kl,
+        "reverse-kl": negative_reverse_kl,
+        "js": negative_js,
     }
 )
 
 
 def similarity(name: str) -> SimilarityFunction:
-    """The similarity of that name: "dot", "scaled-dot", "cosine" or "euclidean".
+    """The similarity of that name, one of `SIMILARITIES`.
 
     Raises ConfigError for an unknown name.
     """
@@ -69,6 +128,26 @@ def similarity(name: str) -> SimilarityFunction:
         raise ConfigError(
             f"unknown similarity {name!r}", expected=did_you_mean(name, SIMILARITIES)
         ) from None
+
+
+def _on_the_simplex(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """The logarithms of the softmax of both."""
+    queries, keys = _in_score_precision(queries, keys)
+    return torch.log_softmax(queries, dim=-1), torch.log_softmax(keys, dim=-1)
+
+
+def _summed(queries: Tensor, keys: Tensor, term: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Σ_i term(q_i, k_i): queries (..., d), keys (t, d) → (..., t), some entries at a time.
+
+    The terms of all entries at once would take d times the memory of the scores.
+    """
+    queries, keys = _in_score_precision(queries, keys)
+    width = max(1, TERMS_AT_ONCE // max(1, queries[..., 0].numel() * len(keys)))
+    parts = [
+        term(q.unsqueeze(-2), k).sum(dim=-1)
+        for q, k in zip(queries.split(width, dim=-1), keys.split(width, dim=-1), strict=True)
+    ]
+    return torch.stack(parts).sum(dim=0)
 
 
 def _in_score_precision(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:

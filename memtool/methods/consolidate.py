@@ -27,7 +27,7 @@ from memtool.methods.recall import MemoryModel, every, features_and_queries, sam
 from memtool.progress import Progress
 from memtool.streams.task import Samples
 
-LINEAR = ("identity", "affine", "relu", "tanh")
+LINEAR = ("identity", "affine", "relu", "tanh", "power")
 """Separations that pass a score on: their closed-form scores are one-hot, not log posteriors."""
 
 SHRINKAGE = 1e-3

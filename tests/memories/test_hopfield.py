@@ -56,9 +56,9 @@ def test_auto_beta_recalls_every_pattern_within_its_bound(
 ) -> None:
     patterns = random_patterns(count, numel, std=0.02, seed=seed)
     memory = filled(patterns, similarity="euclidean", epsilon=1e-4)
-    coefficients = memory.coefficients(memory.key(patterns))
+    coefficients = memory.coefficients(memory.key_of(patterns))
     assert coefficients.diagonal().min() >= 1 / (1 + 1e-4) - 1e-12
-    error = (memory.recall(memory.key(patterns)) - patterns).abs().max()
+    error = (memory.recall(memory.key_of(patterns)).patterns - patterns).abs().max()
     assert error <= 1e-4 * 2 * patterns.abs().max()
 
 
@@ -78,7 +78,7 @@ def test_auto_beta_does_not_depend_on_the_scale_but_the_published_one_does() -> 
     patterns = random_patterns(5, 1000)
     small = 0.02 * patterns
     sharp = filled(small)
-    torch.testing.assert_close(sharp.recall(sharp.key(small)), small, atol=1e-6, rtol=0)
+    torch.testing.assert_close(sharp.recall(sharp.key_of(small)).patterns, small, atol=1e-6, rtol=0)
     published = filled(small, beta=PUBLISHED_BETA)
     assert published.coefficients(published.key(small)).diagonal().max() < 0.9
 
@@ -86,8 +86,8 @@ def test_auto_beta_does_not_depend_on_the_scale_but_the_published_one_does() -> 
 def test_the_key_comes_back_as_given_and_the_type_stays() -> None:
     patterns = random_patterns(3, 50).float()
     memory = filled(patterns)
-    key = memory.key(patterns[1]) + 0.01
-    result = memory.recall(key)
+    key = memory.key_of(patterns[1]) + 0.01
+    result = memory.recall(key).patterns
     assert result.dtype == torch.float32
     assert result.shape == (50,)
     assert torch.equal(result[:5], key)
@@ -99,7 +99,7 @@ def test_the_key_comes_back_as_given_and_the_type_stays() -> None:
 def test_one_pattern_is_always_recalled_exactly() -> None:
     pattern = random_patterns(1, 40)
     memory = filled(pattern)
-    assert torch.equal(memory.recall(memory.key(pattern)), pattern)
+    assert torch.equal(memory.recall(memory.key_of(pattern)).patterns, pattern)
 
 
 def test_only_key_entries_are_scored() -> None:
@@ -108,7 +108,7 @@ def test_only_key_entries_are_scored() -> None:
     other = patterns.clone()
     other[:, 10:] *= 1000
     torch.testing.assert_close(
-        memory.coefficients(memory.key(patterns)), filled(other).coefficients(other[:, :10])
+        memory.coefficients(memory.key_of(patterns)), filled(other).coefficients(other[:, :10])
     )
 
 
@@ -117,13 +117,13 @@ def test_indistinguishable_adapters_are_named_and_the_rest_stays_sharp() -> None
     patterns[3, :40] = patterns[1, :40]
     memory = filled(patterns, similarity="cosine")
     with pytest.warns(UserWarning, match="'task1' scores adapter 'task3'"):
-        coefficients = memory.coefficients(memory.key(patterns))
+        coefficients = memory.coefficients(memory.key_of(patterns))
     torch.testing.assert_close(coefficients[1], coefficients[3])
     assert coefficients[1, 1] == pytest.approx(0.5, abs=1e-5)
     assert coefficients[0, 0] > 1 - 1e-5
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        memory.coefficients(memory.key(patterns))  # worked out once, said once
+        memory.coefficients(memory.key_of(patterns))  # worked out once, said once
 
 
 def test_a_larger_norm_wins_under_dot_and_is_reported() -> None:
@@ -132,7 +132,7 @@ def test_a_larger_norm_wins_under_dot_and_is_reported() -> None:
     with pytest.warns(UserWarning, match="'task0' scores adapter 'task1'"):
         assert filled(patterns).beta > 0
     memory = filled(patterns, similarity="euclidean")
-    assert memory.coefficients(memory.key(patterns)).diagonal().min() > 1 - 1e-5
+    assert memory.coefficients(memory.key_of(patterns)).diagonal().min() > 1 - 1e-5
 
 
 def test_all_alike_gives_a_uniform_mixture() -> None:
@@ -140,7 +140,7 @@ def test_all_alike_gives_a_uniform_mixture() -> None:
     patterns[1, 2:] = 3.0
     memory = filled(patterns)
     with pytest.warns(UserWarning, match="no beta can tell them apart"):
-        result = memory.recall(torch.ones(2))
+        result = memory.recall(torch.ones(2)).patterns
     torch.testing.assert_close(result, torch.cat([torch.ones(2), torch.full((18,), 2.0)]))
 
 

@@ -1,6 +1,7 @@
 """Separations: oracles, and the laws that each of them keeps."""
 
 import math
+from collections.abc import Callable
 from typing import get_args
 
 import pytest
@@ -20,6 +21,15 @@ rows = st.integers(1, 7).flatmap(
 )
 
 
+def bisect(total: Callable[[float], float], row: list[float], scale: float) -> float:
+    """Where `total`, which falls, is one."""
+    low, high = scale * max(row) - 2.0, scale * max(row)
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if total(middle) > 1 else (low, middle)
+    return low
+
+
 def oracle(name: str, row: list[float], beta: float, kept: int) -> list[float]:
     count = len(row)
     match name:
@@ -34,6 +44,21 @@ def oracle(name: str, row: list[float], beta: float, kept: int) -> list[float]:
             return [max(s, 0.0) for s in row]
         case "tanh":
             return [math.tanh(s) for s in row]
+        case "max":
+            hits = row.count(max(row))
+            return [1 / hits if s == max(row) else 0.0 for s in row]
+        case "power":
+            return [max(s, 0.0) ** 2 for s in row]
+        case "sparsemax":
+            # The threshold by bisection: Σ max(β s − τ, 0) = 1.
+            threshold = bisect(lambda tau: sum(max(beta * s - tau, 0.0) for s in row), row, beta)
+            return [max(beta * s - threshold, 0.0) for s in row]
+        case "entmax":
+            half = beta / 2
+            threshold = bisect(
+                lambda tau: sum(max(half * s - tau, 0.0) ** 2 for s in row), row, half
+            )
+            return [max(half * s - threshold, 0.0) ** 2 for s in row]
     best = sorted(range(count), key=lambda i: -row[i])[:kept]
     powers = [math.exp(beta * (row[i] - max(row))) if i in best else 0.0 for i in range(count)]
     return [p / sum(powers) for p in powers]
@@ -45,7 +70,7 @@ def oracle(name: str, row: list[float], beta: float, kept: int) -> list[float]:
 def test_equals_the_obvious_formula(name: str, rows: list[list[float]], beta: float) -> None:
     scores = torch.tensor(rows, dtype=torch.float64)
     expected = torch.tensor([oracle(name, row, beta, 0) for row in rows], dtype=torch.float64)
-    torch.testing.assert_close(separation(name, beta=beta)(scores), expected, atol=1e-12, rtol=1e-9)
+    torch.testing.assert_close(separation(name, beta=beta)(scores), expected, atol=1e-11, rtol=1e-9)
 
 
 @settings(deadline=None)
@@ -63,7 +88,7 @@ def test_topk_is_a_softmax_over_the_kept(row: list[float], beta: float, kept: in
         torch.testing.assert_close(result, separation("softmax", beta=beta)(scores))
 
 
-@pytest.mark.parametrize("name", ["softmax", "affine", "topk"])
+@pytest.mark.parametrize("name", ["softmax", "affine", "topk", "max", "sparsemax", "entmax"])
 @settings(deadline=None)
 @given(rows=rows, shift=st.floats(-100, 100))
 def test_sums_to_one_and_ignores_a_shift(name: str, rows: list[list[float]], shift: float) -> None:
@@ -76,7 +101,36 @@ def test_sums_to_one_and_ignores_a_shift(name: str, rows: list[list[float]], shi
     torch.testing.assert_close(separation(name)(scores + shift), coefficients)
 
 
-@pytest.mark.parametrize("name", ["softmax", "topk"])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_order_of_the_scores_does_not_matter(name: str) -> None:
+    generator = torch.Generator().manual_seed(7)
+    scores = torch.randn(4, 6, generator=generator, dtype=torch.float64)
+    order = torch.randperm(6, generator=generator)
+    result = separation(name, beta=1.5)(scores)
+    torch.testing.assert_close(separation(name, beta=1.5)(scores[:, order]), result[:, order])
+
+
+@pytest.mark.parametrize("name", ["softmax", "topk", "sparsemax", "entmax"])
+def test_a_growing_beta_leads_to_the_largest(name: str) -> None:
+    scores = torch.tensor([[0.3, 0.1, 0.29, -4.0]], dtype=torch.float64)
+    sharp = separation(name, beta=1e5)(scores)
+    torch.testing.assert_close(sharp, separation("max")(scores))
+    flat = separation(name, beta=1e-9, topk=4)(scores)
+    torch.testing.assert_close(flat, torch.full((1, 4), 0.25, dtype=torch.float64))
+
+
+def test_sparse_ones_are_sparse_and_softmax_is_not() -> None:
+    scores = torch.linspace(-3, 3, 20, dtype=torch.float64)
+    kept = {
+        name: int((separation(name)(scores) > 0).sum())
+        for name in ("softmax", "entmax", "sparsemax", "topk", "max")
+    }
+    assert kept["softmax"] == 20
+    assert kept["max"] == 1 < kept["sparsemax"] < kept["entmax"] < 20
+    assert kept["topk"] == 2
+
+
+@pytest.mark.parametrize("name", ["softmax", "topk", "sparsemax"])
 def test_large_scores_and_a_large_beta_do_not_overflow(name: str) -> None:
     scores = torch.tensor([3e38, -3e38, 3e38 / 2])
     coefficients = separation(name, beta=1e6)(scores)
