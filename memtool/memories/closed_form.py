@@ -130,8 +130,8 @@ def for_similarity(keys: Tensor, name: str) -> Tensor:
     "dot": unchanged. "scaled-dot": times √d_k. "euclidean": −|q − k'|² equals the wanted score but
     for a term that all keys of a block share, which softmax, topk and affine do not see; it uses
     the last entry, the one that meets the constant 1. "cosine" forgets how long a key is, and the
-    others are no dot products either: ConfigError. For keys of `lda_keys` and `ridge_keys`; mean queries are
-    points, not directions, and stay as they are.
+    others are no dot products either: ConfigError. For keys of `lda_keys` and `ridge_keys`; mean
+    queries are points, not directions, and stay as they are.
     """
     match name:
         case "dot":

@@ -16,13 +16,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from memtool.errors import ConfigError, MismatchError, NotFoundError
-from memtool.memories.recalled import Recalled, novelty
+from memtool.errors import ConfigError, DataError, MismatchError, NotFoundError
+from memtool.memories.recalled import Recalled, checked_key, novelty
 from memtool.memories.separation import SeparationFunction, separation
 from memtool.memories.similarity import SimilarityFunction, similarity
 
 PUBLISHED_BETA = 25.0
 """β of the modulation paper; on raw dot products it depends on the scale of the weights."""
+
+ROWS_WORTH_SKIPPING = 4
+"""Unless fewer than a quarter of the values are asked for, reading all is as fast as choosing."""
 
 # Scores are float64; two that agree to this share of their size are one score.
 _SAME_SCORE = 1e-9
@@ -87,6 +90,7 @@ class HopfieldMemory:
         self._patterns: Tensor | None = None
         self._given_beta = beta
         self._auto_beta: float | None = None
+        self._exact_keys: Tensor | None = None
         self._function_of_beta(1.0 if beta == "auto" else beta)
 
     @classmethod
@@ -98,7 +102,10 @@ class HopfieldMemory:
         memory = cls(**constants)
         if len(names):
             memory.write(names[0], patterns[0])
+            for name, key in zip(names, memory.key_of(patterns), strict=True):
+                checked_key(key, f"the key of {name!r}")
             memory._patterns, memory._names = patterns, list(names)
+            memory._exact_keys = None
         return memory
 
     def __len__(self) -> int:
@@ -158,6 +165,9 @@ class HopfieldMemory:
                 f"pattern {name!r} has {len(pattern)} entries, none of which is the key",
                 expected=f"at least {math.ceil(1 / self.fraction)} for fraction {self.fraction}",
             )
+        checked_key(self.key_of(pattern), f"the key of {name!r}")
+        if not bool(torch.isfinite(pattern).all()):
+            raise DataError(f"pattern {name!r} holds numbers that are not finite")
         stored = self._patterns
         if stored is None:
             stored = pattern.new_empty((0, len(pattern)))
@@ -169,6 +179,7 @@ class HopfieldMemory:
         self._patterns = torch.cat([stored, pattern.detach().to(stored.device).unsqueeze(0)])
         self._names.append(name)
         self._auto_beta = None
+        self._exact_keys = None
 
     def key_of(self, patterns: Tensor) -> Tensor:
         """The key entries (..., d_k) of patterns (..., numel)."""
@@ -177,7 +188,7 @@ class HopfieldMemory:
     def coefficients(self, key: Tensor) -> Tensor:
         """How much of every stored pattern the keys (..., d_k) recall: (..., t), float64."""
         self._check(key)
-        keys, query = self.keys.double(), key.double()
+        keys, query = self._scored_keys(), key.double()
         score = similarity(self.similarity)
         separate = self._function_of_beta(self.beta)
         for _ in range(self.steps - 1):
@@ -189,16 +200,22 @@ class HopfieldMemory:
 
         The energy is −log Σ_t exp(β sim(q, k_t)) / β, whatever the separation.
         """
-        values = self.patterns[:, self.key_length :]
         coefficients = self.coefficients(keys)
-        mixture = coefficients.to(values.dtype) @ values
-        scores = similarity(self.similarity)(keys.double(), self.keys.double())
+        known = self._scored_keys()
+        scores = similarity(self.similarity)(keys.double(), known)
+        mixture = mixed(coefficients, self.patterns[:, self.key_length :])
         return Recalled(
-            patterns=torch.cat([keys.to(values.dtype), mixture], dim=-1),
+            patterns=torch.cat([keys.to(mixture.dtype), mixture], dim=-1),
             coefficients=coefficients,
             energy=-torch.logsumexp(self.beta * scores, dim=-1) / self.beta,
-            novelty=novelty(keys, coefficients @ self.keys.double()),
+            novelty=novelty(keys, coefficients @ known),
         )
+
+    def _scored_keys(self) -> Tensor:
+        """The keys in float64, kept: they are scored at every recall."""
+        if self._exact_keys is None:
+            self._exact_keys = self.keys.double()
+        return self._exact_keys
 
     def _function_of_beta(self, beta: float) -> SeparationFunction:
         similarity(self.similarity)
@@ -209,6 +226,19 @@ class HopfieldMemory:
             raise MismatchError(
                 f"a key of {key.shape[-1]} entries", expected=f"{self.key_length} entries"
             )
+
+
+def mixed(coefficients: Tensor, values: Tensor) -> Tensor:
+    """Coefficients (..., t) · values (t, v) → (..., v), in the type of the values.
+
+    Values that no coefficient asks for are not read: an exact recall reads one row, and a dense one
+    reads every row once for all queries.
+    """
+    asked = torch.nonzero((coefficients != 0).reshape(-1, len(values)).any(dim=0)).flatten()
+    if len(asked) * ROWS_WORTH_SKIPPING < len(values):
+        coefficients, values = coefficients[..., asked], values[asked]
+    with torch.autocast(values.device.type, enabled=False):
+        return coefficients.to(values.dtype) @ values
 
 
 def auto_beta(

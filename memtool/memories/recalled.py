@@ -43,7 +43,7 @@ def checked_key(key: Tensor, what: str) -> Tensor:
     """
     if not bool(torch.isfinite(key).all()):
         raise DataError(f"{what} holds numbers that are not finite")
-    if bool((key == key[0]).all()):
+    if len(key) > 1 and bool((key == key[0]).all()):
         raise DataError(
             f"{what} is constant: {float(key[0]):g} in all {len(key)} entries",
             expected="numbers that differ from adapter to adapter",

@@ -55,12 +55,12 @@ def negative_squared_euclidean(queries: Tensor, keys: Tensor) -> Tensor:
 
     The differences are formed, as |q|² − 2 q·k + |k|² would cancel near a hit.
     """
-    return _summed(queries, keys, lambda q, k: -(q - k).square())
+    return -_distance(queries, keys, 2.0).square()
 
 
 def negative_manhattan(queries: Tensor, keys: Tensor) -> Tensor:
     """−Σ |q_i − k_i|: queries (..., d), keys (t, d) → (..., t); exactly 0 on an exact hit."""
-    return _summed(queries, keys, lambda q, k: -(q - k).abs())
+    return -_distance(queries, keys, 1.0)
 
 
 def negative_scaled_error(queries: Tensor, keys: Tensor) -> Tensor:
@@ -134,6 +134,15 @@ def _on_the_simplex(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     """The logarithms of the softmax of both."""
     queries, keys = _in_score_precision(queries, keys)
     return torch.log_softmax(queries, dim=-1), torch.log_softmax(keys, dim=-1)
+
+
+def _distance(queries: Tensor, keys: Tensor, order: float) -> Tensor:
+    """(Σ |q_i − k_i|^order)^(1/order): queries (..., d), keys (t, d) → (..., t)."""
+    queries, keys = _in_score_precision(queries, keys)
+    flat = queries.reshape(-1, queries.shape[-1])
+    with torch.autocast(queries.device.type, enabled=False):
+        found = torch.cdist(flat, keys, order, "donot_use_mm_for_euclid_dist")
+    return found.reshape(*queries.shape[:-1], len(keys))
 
 
 def _summed(queries: Tensor, keys: Tensor, term: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

@@ -7,9 +7,11 @@ adapters; the patterns that it speaks of are the stored adapters, too.
 
 from __future__ import annotations
 
+import warnings
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -52,7 +54,7 @@ def open_memory(
         published = name == "hopfield-published"
         return HopfieldMemory.of(
             [record.name for record in view.adapters],
-            torch.from_numpy(view.values().copy()),
+            _mapped(view.values()),
             fraction=settings.key_share,
             similarity="dot" if published else settings.similarity,
             separation="softmax" if published else settings.separation,
@@ -68,8 +70,15 @@ def open_memory(
             expected=f"the {len(stored)} that are stored",
             remedy=f"memtool consolidate --memory {name}, which brings it up to date",
         )
-    patterns = torch.from_numpy(view.values(names).copy())
+    patterns = _mapped(view.values(names))
     return BayesPCN.from_bytes(view.blob(blob), patterns, f"blob {blob!r}")
+
+
+def _mapped(values: npt.NDArray[np.float32]) -> Tensor:
+    """Read-only values as a tensor without a copy; nothing here writes into it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(values)
 
 
 def synchronise(

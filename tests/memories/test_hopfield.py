@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from memtool.errors import ConfigError, MismatchError, NotFoundError
-from memtool.memories.hopfield import PUBLISHED_BETA, HopfieldMemory, recall
+from memtool.errors import ConfigError, DataError, MismatchError, NotFoundError
+from memtool.memories.hopfield import PUBLISHED_BETA, HopfieldMemory, mixed, recall
 from memtool.memories.separation import separation
 from memtool.memories.similarity import similarity
 
@@ -80,7 +80,7 @@ def test_auto_beta_does_not_depend_on_the_scale_but_the_published_one_does() -> 
     sharp = filled(small)
     torch.testing.assert_close(sharp.recall(sharp.key_of(small)).patterns, small, atol=1e-6, rtol=0)
     published = filled(small, beta=PUBLISHED_BETA)
-    assert published.coefficients(published.key(small)).diagonal().max() < 0.9
+    assert published.coefficients(published.key_of(small)).diagonal().max() < 0.9
 
 
 def test_the_key_comes_back_as_given_and_the_type_stays() -> None:
@@ -137,11 +137,50 @@ def test_a_larger_norm_wins_under_dot_and_is_reported() -> None:
 
 def test_all_alike_gives_a_uniform_mixture() -> None:
     patterns = torch.ones(2, 20)
+    patterns[:, 0] = 0.5
     patterns[1, 2:] = 3.0
     memory = filled(patterns)
     with pytest.warns(UserWarning, match="no beta can tell them apart"):
-        result = memory.recall(torch.ones(2)).patterns
-    torch.testing.assert_close(result, torch.cat([torch.ones(2), torch.full((18,), 2.0)]))
+        result = memory.recall(patterns[0, :2]).patterns
+    torch.testing.assert_close(result, torch.cat([patterns[0, :2], torch.full((18,), 2.0)]))
+
+
+def test_values_that_nobody_asks_for_are_not_read() -> None:
+    values = torch.randn(40, 7, generator=torch.Generator().manual_seed(0))
+    coefficients = torch.zeros(3, 40, dtype=torch.float64)
+    coefficients[0, 5], coefficients[1, 9], coefficients[2, 5] = 1.0, -0.5, 0.25
+    expected = torch.stack([values[5], -0.5 * values[9], 0.25 * values[5]])
+    values[11] = math.nan
+    torch.testing.assert_close(mixed(coefficients, values), expected)
+    torch.testing.assert_close(mixed(coefficients[0], values), expected[0])
+    dense = torch.full((40,), 1 / 40, dtype=torch.float64)
+    values[11] = 0.0
+    torch.testing.assert_close(mixed(dense, values), values.mean(0))
+
+
+def test_a_known_key_is_not_new_and_an_unknown_one_is() -> None:
+    patterns = random_patterns(6, 2000)
+    memory = filled(patterns, similarity="euclidean")
+    recalled = memory.recall(memory.key_of(patterns))
+    assert recalled.nearest.tolist() == list(range(6))
+    assert float(recalled.novelty.max()) < 1e-9
+    unknown = memory.recall(random_patterns(2, 2000, seed=5)[:, :200])
+    assert float(unknown.novelty.min()) > 0.8
+    assert float(unknown.energy.min()) > float(recalled.energy.max())
+
+
+def test_a_memory_of_given_patterns_is_that_of_written_ones() -> None:
+    patterns = random_patterns(4, 100)
+    given = HopfieldMemory.of([f"task{i}" for i in range(4)], patterns)
+    keys = given.key_of(patterns)
+    assert torch.equal(given.recall(keys).patterns, filled(patterns).recall(keys).patterns)
+    assert given.patterns.data_ptr() == patterns.data_ptr()
+    patterns[2, :10] = 0.25
+    with pytest.raises(DataError, match="the key of 'task2' is constant"):
+        HopfieldMemory.of([f"task{i}" for i in range(4)], patterns)
+    patterns[2, 3] = math.nan
+    with pytest.raises(DataError, match="not finite"):
+        HopfieldMemory.of([f"task{i}" for i in range(4)], patterns)
 
 
 def test_iterated_retrieval_cleans_a_noisy_key() -> None:
@@ -161,7 +200,7 @@ def test_iterated_retrieval_cleans_a_noisy_key() -> None:
 )
 def test_the_key_is_the_floor_of_the_share(fraction: float, numel: int, length: int) -> None:
     memory = HopfieldMemory(fraction=fraction)
-    memory.write("a", torch.zeros(numel))
+    memory.write("a", torch.arange(float(numel)))
     assert memory.key_length == length
 
 
@@ -180,9 +219,9 @@ def test_bad_input_is_an_error_that_helps() -> None:
         memory.write("a", torch.zeros(9))
     with pytest.raises(MismatchError, match="one flat vector"):
         memory.write("a", torch.zeros(2, 10))
-    memory.write("a", torch.zeros(30))
+    memory.write("a", torch.arange(30.0))
     with pytest.raises(MismatchError, match="as stored"):
-        memory.write("b", torch.zeros(31))
+        memory.write("b", torch.arange(31.0))
     with pytest.raises(MismatchError, match="a key of 4 entries"):
         memory.recall(torch.zeros(4))
     assert len(memory) == 1
