@@ -202,13 +202,18 @@ class BayesPCN:
         self.key_length = key_length
         self.settings = settings
         self.seed = seed
+        self._written = 0
+        self._empty()
+
+    def _empty(self) -> None:
+        """Nothing but the prior; what was ever written still counts, for the next seed."""
+        settings = self.settings
         self.belief = Belief.prior(settings)
         self._names: list[str] = []
         self._codes = torch.zeros(0, settings.layers - 1, settings.hidden, dtype=torch.float64)
-        self._written = 0
         self._forgot_at = 0
         self._since: list[int] = []
-        self._patterns = torch.zeros(0, numel)
+        self._patterns = torch.zeros(0, self.numel)
         # Inner products of the stored patterns, whole and key entries only, as they are.
         self._whole = torch.zeros(0, 0, dtype=torch.float64)
         self._keys = torch.zeros(0, 0, dtype=torch.float64)
@@ -307,10 +312,13 @@ class BayesPCN:
             )
 
     def forget(self, share: float) -> None:
-        """Let the belief fade toward the prior: 0 changes nothing, 1 leaves the prior."""
+        """Let the belief fade toward the prior: 0 changes nothing, 1 leaves an empty memory."""
         if not 0 <= share <= 1:
             raise ConfigError(f"forget {share}", expected="a share from 0 to 1")
         if share == 0:
+            return
+        if share == 1:
+            self._empty()
             return
         keep, belief = math.sqrt(1 - share), self.belief
         eye = torch.eye(self.settings.hidden, dtype=torch.float64)

@@ -187,29 +187,35 @@ class HopfieldMemory:
 
     def coefficients(self, key: Tensor) -> Tensor:
         """How much of every stored pattern the keys (..., d_k) recall: (..., t), float64."""
-        self._check(key)
-        keys, query = self._scored_keys(), key.double()
-        score = similarity(self.similarity)
-        separate = self._function_of_beta(self.beta)
-        for _ in range(self.steps - 1):
-            query = recall(query, keys, keys, score, separate)
-        return separate(score(query, keys))
+        return self._looked_up(key)[1]
 
     def recall(self, keys: Tensor) -> Recalled:
         """Complete keys (n, d_k): the keys as given, then the mixtures of the values.
 
         The energy is −log Σ_t exp(β sim(q, k_t)) / β, whatever the separation.
         """
-        coefficients = self.coefficients(keys)
-        known = self._scored_keys()
-        scores = similarity(self.similarity)(keys.double(), known)
-        mixture = mixed(coefficients, self.patterns[:, self.key_length :])
+        scores, coefficients = self._looked_up(keys)
+        # The mixture of the keys tells how much of a query is known; its values are the answer.
+        mixture = mixed(coefficients, self.patterns)
+        known, values = mixture.tensor_split([self.key_length], dim=-1)
         return Recalled(
-            patterns=torch.cat([keys.to(mixture.dtype), mixture], dim=-1),
+            patterns=torch.cat([keys.to(values.dtype), values], dim=-1),
             coefficients=coefficients,
             energy=-torch.logsumexp(self.beta * scores, dim=-1) / self.beta,
-            novelty=novelty(keys, coefficients @ known),
+            novelty=novelty(keys, known),
         )
+
+    def _looked_up(self, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores of the keys as given, and the coefficients after every step: both (..., t)."""
+        self._check(key)
+        keys, query = self._scored_keys(), key.double()
+        score = similarity(self.similarity)
+        separate = self._function_of_beta(self.beta)
+        scores = score(query, keys)
+        coefficients = separate(scores)
+        for _ in range(self.steps - 1):
+            coefficients = separate(score(coefficients @ keys, keys))
+        return scores, coefficients
 
     def _scored_keys(self) -> Tensor:
         """The keys in float64, kept: they are scored at every recall."""

@@ -152,11 +152,10 @@ def _summed(queries: Tensor, keys: Tensor, term: Callable[[Tensor, Tensor], Tens
     """
     queries, keys = _in_score_precision(queries, keys)
     width = max(1, TERMS_AT_ONCE // max(1, queries[..., 0].numel() * len(keys)))
-    parts = [
-        term(q.unsqueeze(-2), k).sum(dim=-1)
-        for q, k in zip(queries.split(width, dim=-1), keys.split(width, dim=-1), strict=True)
-    ]
-    return torch.stack(parts).sum(dim=0)
+    total = queries.new_zeros((*queries.shape[:-1], len(keys)))
+    for q, k in zip(queries.split(width, dim=-1), keys.split(width, dim=-1), strict=True):
+        total = total + term(q.unsqueeze(-2), k).sum(dim=-1)
+    return total
 
 
 def _in_score_precision(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:

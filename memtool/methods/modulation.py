@@ -368,7 +368,7 @@ class Modulation(Method):
 
         til: the task is known, a row for every memory and one for the exact adapters. mts: the
         predictor says the task. `history` reads the version after each task (til); `compare` adds
-        the frozen backbone with a head per task.
+        the frozen backbone with a head per task (til), or over all classes (mts).
         """
         begin = time.perf_counter()
         setting = setting or self.config.stream.setting
@@ -386,7 +386,7 @@ class Modulation(Method):
             else self._mts_rows(stored, tasks)
         )
         if compare:
-            rows.append(self._frozen_row(tasks))
+            rows.append(self._frozen_row(tasks, given=setting == "til"))
         return self._record(
             rows,
             tasks,
@@ -465,7 +465,7 @@ class Modulation(Method):
             self._row(
                 "exact-predicted",
                 "exact adapters, task predicted",
-                "baseline",
+                "upper bound",
                 labels,
                 final(scores),
                 None,
@@ -503,27 +503,34 @@ class Modulation(Method):
             else [[None if np.isnan(e) else float(e) for e in row] for row in errors],
         )
 
-    def _frozen_row(self, tasks: Sequence[Task]) -> Row:
-        """No adapter: frozen features, an LDA head per task, the task given."""
+    def _frozen_row(self, tasks: Sequence[Task], *, given: bool) -> Row:
+        """No adapter: frozen features, with an LDA head per task, or one over all classes."""
         engine, backbone = self.workspace.engine, self.workspace.backbone
+        count = len(self.workspace.stream.class_names)
+        own = [FeatureStatistics(backbone.dim, count) for _ in tasks]
 
         def features(images: Tensor) -> Tensor:
             return backbone.features(backbone.preprocess(images), None)
 
-        scores = []
-        for task in tasks:
-            statistics = FeatureStatistics(backbone.dim, len(self.workspace.stream.class_names))
+        for task, statistics in zip(tasks, own, strict=True):
             seen = engine.predict(features, task.train.images)
             statistics.add(seen, torch.from_numpy(np.asarray(task.train.labels)))
+        if not given:
+            whole = FeatureStatistics(backbone.dim, count)
+            for statistics in own:
+                whole.merge(statistics)
+            own = [whole] * len(tasks)
+        scores = []
+        for task, statistics in zip(tasks, own, strict=True):
             head = solve_head("lda", statistics, self.config.head)
-            found = head(engine.predict(features, task.test.images), task.classes).argmax(1)
+            allowed = task.classes if given else None
+            found = head(engine.predict(features, task.test.images), allowed).argmax(1)
             labels = torch.from_numpy(np.asarray(task.test.labels))
             scores.append(float((found == labels).double().mean()))
         names = [task.name for task in tasks]
         matrix = AccuracyMatrix.empty(names).with_row(len(names), scores)
-        return Row.measured(
-            "frozen", "frozen backbone, LDA head per task, task given", "baseline", matrix
-        )
+        head_of = "LDA head per task, task given" if given else "one LDA head, no task"
+        return Row.measured("frozen", f"frozen backbone, {head_of}", "baseline", matrix)
 
     def _history(self, stored: Stored) -> dict[int, str]:
         """The newest version at which the first i tasks, and no more, were in memory."""
