@@ -328,8 +328,10 @@ def keys() -> dict[str, FieldInfo]:
 
 
 def choices(key: str) -> tuple[str, ...]:
-    """The words that a setting can take; empty when it is not a choice."""
+    """The words that a setting, or each of its values, can take; empty when it is not a choice."""
     annotation = keys()[key].annotation
+    if get_origin(annotation) is tuple:
+        annotation = get_args(annotation)[0]
     return get_args(annotation) if get_origin(annotation) is Literal else ()
 
 

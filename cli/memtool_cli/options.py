@@ -20,13 +20,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from memtool.config import (
     Config,
-    Recaller,
     Resolved,
     choices,
     keys,
@@ -114,8 +113,6 @@ MEMORY = _setting(
     "modulation.memory",
     "Memory",
     "Modulation: the memories that recall whole adapters, separated by commas.",
-    metavar="|".join(get_args(Recaller)),
-    autocompletion=_words(get_args(Recaller)),
 )
 SPLITS = _setting(
     "--splits", "stream.splits", "Training", "Tasks that the classes are cut into.", metavar="N"
