@@ -12,12 +12,21 @@ if TYPE_CHECKING:
 
 
 def grids(records: Sequence[Record], *, history: bool = False) -> list[Grid]:
-    """Methods by tasks after the last one; with `history` the method after every task, too."""
-    from memtool.reports.table import methods_grid, metrics_grid, steps_grid
+    """Methods by tasks after the last one; with `history` the method after every task, too.
 
-    if not history:
-        return [methods_grid(records)]
-    return [methods_grid(records), steps_grid(records), metrics_grid(records)]
+    Where adapters were recalled, also what recalling them cost.
+    """
+    from memtool.reports.table import methods_grid, metrics_grid, recall_grid, steps_grid
+
+    shown = [methods_grid(records)]
+    if history:
+        shown.append(steps_grid(records))
+    recalled = recall_grid(records)
+    if history or recalled is not None:
+        shown.append(metrics_grid(records))
+    if recalled is not None:
+        shown.append(recalled)
+    return shown
 
 
 def final_average(records: Sequence[Record]) -> float:

@@ -197,7 +197,7 @@ class Metric:
     direction: Direction
     description: str
     of_matrix: bool = True
-    unit: Literal["fraction", "ratio"] = "fraction"
+    unit: Literal["fraction", "points", "ratio"] = "fraction"
 
 
 METRICS: dict[str, Metric] = {
@@ -258,6 +258,7 @@ METRICS: dict[str, Metric] = {
             "lower",
             "faa lost by recalling adapters instead of loading them",
             of_matrix=False,
+            unit="points",
         ),
         Metric(
             "task_accuracy",

@@ -25,6 +25,7 @@ from memtool.reports.table import (
     methods_grid,
     metrics_grid,
     percent,
+    recall_grid,
     seconds_text,
     task_labels,
 )
@@ -86,6 +87,7 @@ def render(
     )
     templates.filters["minus"] = lambda text: text.replace("-", "−") if text != MISSING else "–"
     metrics = metrics_grid(records)
+    recall = recall_grid(records)
     return templates.get_template("report.html.j2").render(
         run=records[0].run,
         environment=records[0].environment,
@@ -93,6 +95,7 @@ def render(
         summary=summary_sentence(rows, records),
         methods=methods_grid(records),
         metrics=metrics,
+        recall=recall,
         descriptions=_descriptions(metrics),
         accuracy=_accuracy(rows, task_labels(records)),
         coefficients=_coefficients(coefficients),

@@ -36,7 +36,9 @@ _COMMON = (
     "bwt.gem",
     "fwt",
 )
-_SHOWN = {
+_SHOWN: dict[str, tuple[str, ...]] = {
+    "til": ("faa", "average_incremental", "forgetting.max"),
+    "mts": ("faa",),
     "xtail": ("transfer.xtail", "average.xtail", "last.xtail", "forgetting.max"),
     "trace": ("op.trace", "bwt.gem", "bwt.trace"),
 }
@@ -226,7 +228,10 @@ def metrics_grid(records: Sequence[Record]) -> Grid:
     for number, metric in enumerate(shown):
         arrow = "↑" if metric.direction == "higher" else "↓"
         summaries = [row.metrics.get(metric.id) for row in rows]
-        if metric.unit == "fraction":
+        if metric.unit == "points":
+            name = f"{metric.id} {arrow}"
+            cells = [_cell(summary, lambda value: f"{100 * value:.3f}") for summary in summaries]
+        elif metric.unit == "fraction":
             name, cells = f"{metric.id} {arrow}", [_cell(summary) for summary in summaries]
             best = _best(summaries, rows, metric.direction == "higher")
             bold |= {(number, 1 + i) for i in best}
@@ -250,6 +255,29 @@ def metrics_grid(records: Sequence[Record]) -> Grid:
             f"No {', '.join(ids)} for {', '.join(names)} ({reason})."
             for (reason, names), ids in gaps.items()
         ),
+    )
+
+
+def recall_grid(records: Sequence[Record]) -> Grid | None:
+    """Relative recall error of every adapter after the last task: tasks × memories, or None."""
+    rows = [row for row in by_kind(summarise_rows(records)) if row.recall_error is not None]
+    if not rows:
+        return None
+    body = [
+        (
+            name,
+            *(
+                _cell(_over_seeds(row.recall_error[:, -1, place]), lambda value: f"{value:.2e}")
+                for row in rows
+                if row.recall_error is not None
+            ),
+        )
+        for place, name in enumerate(task_labels(records))
+    ]
+    return Grid(
+        title=f"Relative recall error of each adapter ({_about(records)})",
+        header=("adapter of task", *(label(row) for row in rows)),
+        rows=tuple(body),
     )
 
 
