@@ -19,10 +19,17 @@ from torch import Tensor
 from memtool.errors import ConfigError, DataError, MismatchError, NotFoundError
 from memtool.memories.recalled import Recalled, checked_key, novelty
 from memtool.memories.separation import SeparationFunction, separation
-from memtool.memories.similarity import SimilarityFunction, similarity
+from memtool.memories.similarity import (
+    SimilarityFunction,
+    negative_squared_euclidean,
+    similarity,
+)
 
 PUBLISHED_BETA = 25.0
 """β of the modulation paper; on raw dot products it depends on the scale of the weights."""
+
+ROWS_AT_ONCE = 256
+"""Keys whose scores for all keys are in memory at a time."""
 
 ROWS_WORTH_SKIPPING = 4
 """Unless fewer than a quarter of the values are asked for, reading all is as fast as choosing."""
@@ -257,11 +264,11 @@ def auto_beta(
     if len(keys) < 2:
         return 1.0
     keys = keys.double()
-    scores = similarity(keys, keys)
-    own = scores.diagonal()
-    rival, rivals = scores.masked_fill(
-        torch.eye(len(keys), dtype=torch.bool, device=keys.device), -math.inf
-    ).max(dim=1)
+    rivals = _rivals(keys, similarity)
+    pairs = torch.stack([torch.arange(len(keys), device=keys.device), rivals], dim=1)
+    own, rival = torch.stack(
+        [similarity(key, keys[pair]) for key, pair in zip(keys, pairs, strict=True)]
+    ).unbind(dim=1)
     gaps = own - rival
     told_apart = gaps > _SAME_SCORE * own.abs().maximum(rival.abs())
     if not bool(told_apart.all()):
@@ -276,6 +283,22 @@ def auto_beta(
     if not bool(told_apart.any()):
         return 1.0
     return math.log((len(keys) - 1) / epsilon) / float(gaps[told_apart].min())
+
+
+def _rivals(keys: Tensor, similarity: SimilarityFunction) -> Tensor:
+    """For each of the keys (t, d_k) the place (t,) of the other one that it scores highest."""
+    # Inner products rank by distance, too, and are many times faster than differences.
+    half = keys.square().sum(dim=1) / 2
+    found = []
+    for first in range(0, len(keys), ROWS_AT_ONCE):
+        some = keys[first : first + ROWS_AT_ONCE]
+        if similarity is negative_squared_euclidean:
+            scores = some @ keys.mT - half
+        else:
+            scores = similarity(some, keys)
+        scores.diagonal(first).fill_(-math.inf)
+        found.append(scores.argmax(dim=1))
+    return torch.cat(found)
 
 
 def key_length(fraction: float, numel: int) -> int:

@@ -176,7 +176,8 @@ def test_a_recall_does_not_depend_on_the_other_keys():
 
 
 def test_forget_one_leaves_the_prior_and_forget_zero_changes_nothing():
-    memory = filled(patterns(4, 200), 20)
+    rows = patterns(4, 200)
+    memory = filled(rows, 20)
     before = memory.belief
     memory.forget(0.0)
     assert memory.belief is before
@@ -184,7 +185,14 @@ def test_forget_one_leaves_the_prior_and_forget_zero_changes_nothing():
     prior = Belief.prior(SMALL)
     assert torch.equal(memory.belief.covariance, prior.covariance)
     assert not memory.belief.means.any()
-    assert not memory.belief.mixture.any()
+    assert memory.belief.mixture.shape == (24, 0)
+    assert not memory.belief.top.any()
+    assert memory.belief.top_variance == 1.0
+    # It is empty: what was in it can be written again.
+    assert memory.names == ()
+    memory.write("p0", rows[0])
+    found = memory.recall(memory.key_of(rows[:1])).patterns
+    assert float((found - rows[:1]).norm() / rows[0].norm()) < 1e-3
 
 
 def test_forgetting_by_halves_moves_toward_the_prior():

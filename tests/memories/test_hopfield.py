@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from memtool.errors import ConfigError, DataError, MismatchError, NotFoundError
-from memtool.memories.hopfield import PUBLISHED_BETA, HopfieldMemory, mixed, recall
+from memtool.memories.hopfield import PUBLISHED_BETA, HopfieldMemory, auto_beta, mixed, recall
 from memtool.memories.separation import separation
-from memtool.memories.similarity import similarity
+from memtool.memories.similarity import SIMILARITIES, similarity
 
 
 def filled(patterns: Tensor, **constants: object) -> HopfieldMemory:
@@ -72,6 +72,18 @@ def test_auto_beta_is_the_formula_of_the_smallest_gap() -> None:
     ]
     assert min(gaps) > 0
     assert memory.beta == pytest.approx(math.log(3 / 1e-3) / min(gaps))
+
+
+@pytest.mark.parametrize("name", SIMILARITIES)
+def test_auto_beta_is_that_of_all_scores_at_once(name: str) -> None:
+    keys = random_patterns(600, 5) + 3.0
+    scores = similarity(name)(keys, keys)
+    gaps = scores.diagonal() - scores.masked_fill(torch.eye(600).bool(), -math.inf).amax(dim=1)
+    gaps = gaps[gaps > 0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # under some similarities long keys win over short ones
+        found = auto_beta(keys, similarity(name), [str(place) for place in range(600)], 1e-6)
+    assert found == pytest.approx(math.log(599 / 1e-6) / float(gaps.min()), rel=1e-6)
 
 
 def test_auto_beta_does_not_depend_on_the_scale_but_the_published_one_does() -> None:
