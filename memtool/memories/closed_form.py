@@ -8,6 +8,7 @@ more than the queries counted here: the bias that meets the constant 1 of `Query
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -71,6 +72,24 @@ class QueryStatistics:
             )
         self._moments.grow(task_index + 1)
         self._moments.add(queries, torch.full(queries.shape[1:2], task_index))
+
+    @classmethod
+    def joined(cls, parts: Sequence[QueryStatistics]) -> QueryStatistics:
+        """Those of several memories' tasks, one after another: the tasks of part 0 come first.
+
+        Raises MismatchError for parts of another width or number of memories, or for none.
+        """
+        if not parts:
+            raise MismatchError("statistics of no task", expected="at least one")
+        whole = cls(parts[0].blocks, parts[0].dim)
+        for part in parts:
+            first = whole.tasks
+            shifted = Moments(part.blocks, part.dim, first)
+            shifted.counts = torch.cat([shifted.counts, part.counts])
+            shifted.sums = torch.cat([shifted.sums, part.sums], dim=1)
+            shifted.second = part.second
+            whole._moments.merge(shifted)
+        return whole
 
     def merge(self, other: QueryStatistics) -> None:
         """Count what `other` counted as well."""

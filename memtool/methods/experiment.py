@@ -205,14 +205,12 @@ def _require_same_experiment(method: Mira | Modulation) -> None:
     if isinstance(method, Modulation):
         return  # its memories follow from the adapters and are brought up to date
     snapshot = method.snapshot()
-    consolidated = [v for v in work.store.log() if v.metadata.get("verb") == "consolidate"]
-    asked = work.config.consolidate.model_dump(mode="json")
-    if consolidated and consolidated[0].metadata.get("consolidate") != asked:
+    state = snapshot.state
+    if state is not None and state.consolidate != work.config.consolidate:
         raise ConfigError(
             f"the memory {work.store_path!r} was consolidated with other keys or epochs",
             remedy=remedy,
         )
-    state = snapshot.state
     if state is not None and (state.memory, state.head) != (work.config.memory, work.config.head):
         raise ConfigError(
             f"the memory {work.store_path!r} was consolidated with other settings",

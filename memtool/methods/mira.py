@@ -59,11 +59,11 @@ from memtool.methods.results import (
 from memtool.methods.state import (
     HEAD,
     MEMORY,
-    QUERIES,
     QUERY_MODULES,
     MemoryState,
     Snapshot,
     features_blob,
+    queries_blob,
     solve_recalled_head,
 )
 from memtool.methods.workspace import require_learnable
@@ -99,7 +99,8 @@ class Mira(Method):
             )
         state = snapshot.state
         self._require_same_queries(state)
-        tasks = list(state.tasks) if state else []
+        queries = snapshot.query_statistics()
+        tasks = list(queries)
         new_tasks: list[int] = []
         for record in view.adapters:
             number = task_of(record)
@@ -111,10 +112,9 @@ class Mira(Method):
             and state.adapters == view.ids
             and state.memory == config.memory
             and state.head == config.head
-            and view.metadata.get("consolidate") == config.consolidate.model_dump(mode="json")
+            and state.consolidate == config.consolidate
         )
         grown_tasks = self._grown_tasks(snapshot)
-        queries = snapshot.query_statistics()
         features = snapshot.feature_statistics()
         probe = self._probe_memory(snapshot)
         for number in grown_tasks:
@@ -134,15 +134,14 @@ class Mira(Method):
             seen, asked = stage_two.count_task(
                 work.engine, work.backbone, probe, config.memory, own, task.train
             )
-            if queries is None:
-                queries = QueryStatistics(len(asked), work.backbone.dim)
-            queries.add(len(tasks) + place, asked)
+            queries[number] = QueryStatistics(len(asked), work.backbone.dim)
+            queries[number].add(0, asked)
             labels = torch.from_numpy(np.asarray(task.train.labels))
             features[number] = FeatureStatistics(work.backbone.dim, len(work.stream.class_names))
             features[number].add(seen, labels)
             self._tell("consolidate: count", place + 1, len(new_tasks))
         tasks += new_tasks
-        assert queries is not None
+        features = {number: features[number] for number in tasks}
         adapter_tasks = tuple(tasks.index(task_of(record)) for record in view.adapters)
         trained = {task_of(r): snapshot.own_head(r.name) for r in view.adapters}
         head = solve_recalled_head(config.head, features, trained, adapter_tasks)
@@ -151,7 +150,7 @@ class Mira(Method):
         keys = stage_two.start_keys(
             config.consolidate,
             config.memory,
-            queries,
+            QueryStatistics.joined(list(queries.values())),
             adapter_tasks,
             work.engine.generator(self.seed),
         )
@@ -203,6 +202,7 @@ class Mira(Method):
         new_state = MemoryState(
             memory=config.memory,
             head=config.head,
+            consolidate=config.consolidate,
             tasks=tuple(tasks),
             adapters=view.ids,
             adapter_tasks=adapter_tasks,
@@ -224,7 +224,7 @@ class Mira(Method):
             return result
         blobs = {
             MEMORY: new_state.model_dump_json().encode(),
-            QUERIES: queries.to_bytes(),
+            **{queries_blob(number): queries[number].to_bytes() for number in new_tasks},
             HEAD: head.to_bytes(),
             **{
                 features_blob(number): features[number].to_bytes()

@@ -1,9 +1,9 @@
 """What a store holds of a memory beside values and keys, and the memory made from it.
 
-Blobs: `memory` (JSON: settings, and which task and adapter each key belongs to), `queries` and
-`features.<task>` (running moments, that keys and heads are solved from), `query-modules` (learned
-g, when there are any), `head` (what retrieval ends in) and `head.<adapter>` (the classifier that
-was trained with an adapter).
+Blobs: `memory` (JSON: settings, and which task and adapter each key belongs to), `queries.<task>`
+and `features.<task>` (moments of each task alone, that keys and heads are solved from),
+`query-modules` (learned g, when there are any), `head` (what retrieval ends in) and
+`head.<adapter>` (the classifier that was trained with an adapter).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import memtool_stores
 from memtool.adapters.layout import Layout
 from memtool.adapters.values import AdapterValues
 from memtool.backbones.interface import Backbone
-from memtool.config import HeadSettings, MemorySettings
+from memtool.config import ConsolidateSettings, HeadSettings, MemorySettings
 from memtool.errors import ConfigError, CorruptError, MismatchError, NotFoundError
 from memtool.heads import FeatureStatistics, LinearClassifier, RecalledHead, solve_head
 from memtool.memories.closed_form import QueryStatistics
@@ -28,9 +28,13 @@ from memtool.memories.keyed import KeyedMemory
 from memtool.methods.recall import MemoryModel, memory_blocks
 
 MEMORY = "memory"
-QUERIES = "queries"
 QUERY_MODULES = "query-modules"
 HEAD = "head"
+
+
+def queries_blob(task: int) -> str:
+    """Name of the blob that holds the moments of a task's queries."""
+    return f"queries.{task}"
 
 
 def features_blob(task: int) -> str:
@@ -47,7 +51,8 @@ class MemoryState(BaseModel):
     """How the memory is read: the JSON blob `memory`.
 
     `tasks` in the order in which they were consolidated; `adapters` are the ids behind the keys,
-    in key order, and `adapter_tasks` the position in `tasks` of each.
+    in key order, and `adapter_tasks` the position in `tasks` of each. `consolidate` says how the
+    keys were made.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -55,6 +60,7 @@ class MemoryState(BaseModel):
     schema_version: int = 1
     memory: MemorySettings
     head: HeadSettings
+    consolidate: ConsolidateSettings = ConsolidateSettings()
     tasks: tuple[int, ...]
     adapters: tuple[str, ...]
     adapter_tasks: tuple[int, ...]
@@ -183,19 +189,32 @@ class Snapshot:
         name = own_head_blob(adapter)
         return classifier_of(self.view.blob(name), name) if name in self.view.blobs() else None
 
-    def query_statistics(self) -> QueryStatistics | None:
-        """Running moments of the queries by task."""
-        if QUERIES not in self.view.blobs():
-            return None
-        return QueryStatistics.from_bytes(self.view.blob(QUERIES))
+    def query_statistics(self) -> dict[int, QueryStatistics]:
+        """Moments of the queries of every consolidated task, by task number, in order."""
+        return query_statistics(self.view, self.state)
 
     def feature_statistics(self) -> dict[int, FeatureStatistics]:
         """Moments of the features of every consolidated task, by task number, in order."""
-        tasks = self.state.tasks if self.state else ()
-        return {
-            task: FeatureStatistics.from_bytes(self.view.blob(features_blob(task)))
-            for task in tasks
-        }
+        return feature_statistics(self.view, self.state)
+
+
+def query_statistics(
+    view: memtool_stores.MemoryView, state: MemoryState | None
+) -> dict[int, QueryStatistics]:
+    """Moments of the queries of every consolidated task at a version, in order.
+
+    A task that was consolidated before memtool kept them apart is left out, and counted again.
+    """
+    tasks = [task for task in (state.tasks if state else ()) if queries_blob(task) in view.blobs()]
+    return {task: QueryStatistics.from_bytes(view.blob(queries_blob(task))) for task in tasks}
+
+
+def feature_statistics(
+    view: memtool_stores.MemoryView, state: MemoryState | None
+) -> dict[int, FeatureStatistics]:
+    """Moments of the features of every consolidated task at a version, in order."""
+    tasks = state.tasks if state else ()
+    return {task: FeatureStatistics.from_bytes(view.blob(features_blob(task))) for task in tasks}
 
 
 def solve_recalled_head(
