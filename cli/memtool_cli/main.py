@@ -46,6 +46,8 @@ VERBS = {
     "rollback": Verb("history", HISTORY, "Go back to a version; what came after is kept aside."),
     "verify": Verb("history", HISTORY, "Check every stored byte."),
     "gc": Verb("history", HISTORY, "Remove old versions and free their space."),
+    "forget": Verb("care", HISTORY, "Take tasks or adapters out; the rest is re-normalised."),
+    "bisect": Verb("care", HISTORY, "Find the commit after which the memory got worse."),
     "import": Verb("exchange", FILES, "Put PEFT adapters made elsewhere into the memory."),
     "export": Verb("exchange", FILES, "Write adapters of the memory as PEFT directories."),
     "init": Verb("setup", SETUP, "Write memtool.yaml, with a comment on every setting."),

@@ -82,6 +82,11 @@ class Out:
                     self.note(note)
         sys.stdout.flush()
 
+    @property
+    def machine(self) -> bool:
+        """Whether a program reads what is printed: it gets all, not a page."""
+        return self.json or self.quiet or not sys.stdout.isatty()
+
     def line(self, text: str) -> None:
         """One line of data."""
         sys.stdout.write(text + "\n")

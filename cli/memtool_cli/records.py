@@ -54,6 +54,7 @@ class Adapter(Part):
     classes: tuple[Any, ...]
     scaling: float
     sha256: str
+    kind: str
     meta: dict[str, Any]
 
 
@@ -66,11 +67,12 @@ class Log(CliRecord):
 
 
 class Listing(CliRecord):
-    """The adapters of one version."""
+    """The adapters of one version that were asked for; `total` is how many fit."""
 
     schema_: Literal["memtool.ls"] = Field("memtool.ls", alias="schema")
     store: str
     version: str
+    total: int
     adapters: tuple[Adapter, ...]
 
 
@@ -114,6 +116,25 @@ class Tagged(CliRecord):
     schema_: Literal["memtool.tag"] = Field("memtool.tag", alias="schema")
     name: str
     version: str
+
+
+class Untagged(CliRecord):
+    """A tag or branch that was taken away."""
+
+    schema_: Literal["memtool.untag"] = Field("memtool.untag", alias="schema")
+    name: str
+    version: str
+
+
+class ForgetPlan(CliRecord):
+    """What forget would take, and for a purge which tags and branches keep it."""
+
+    schema_: Literal["memtool.forget-plan"] = Field("memtool.forget-plan", alias="schema")
+    store: str
+    adapters: tuple[str, ...]
+    purge: bool
+    holders: tuple[str, ...]
+    versions: int
 
 
 class RolledBack(CliRecord):

@@ -325,7 +325,8 @@ class Method:
             "configuration": self.config.model_dump(mode="json"),
         }
 
-    def _tell(self, stage: str, step: int, total: int) -> None:
+    def tell(self, stage: str, step: int, total: int) -> None:
+        """Say how far a step is, to whoever listens."""
         if self.workspace.progress is not None and self.workspace.engine.is_main:
             self.workspace.progress(ProgressEvent(stage=stage, step=step, total=total))
 

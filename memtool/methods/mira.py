@@ -127,7 +127,7 @@ class Mira(Method):
             features[number] = FeatureStatistics(work.backbone.dim, len(work.stream.class_names))
             features[number].add(seen, torch.from_numpy(np.asarray(task.train.labels)))
         for place, number in enumerate(new_tasks):
-            self._tell("consolidate: count", place, len(new_tasks))
+            self.tell("consolidate: count", place, len(new_tasks))
             task = work.task(str(number))
             require_learnable(task)
             own = snapshot.own_values(number, work.engine.device)
@@ -139,7 +139,7 @@ class Mira(Method):
             labels = torch.from_numpy(np.asarray(task.train.labels))
             features[number] = FeatureStatistics(work.backbone.dim, len(work.stream.class_names))
             features[number].add(seen, labels)
-            self._tell("consolidate: count", place + 1, len(new_tasks))
+            self.tell("consolidate: count", place + 1, len(new_tasks))
         tasks += new_tasks
         features = {number: features[number] for number in tasks}
         adapter_tasks = tuple(tasks.index(task_of(record)) for record in view.adapters)
@@ -467,11 +467,11 @@ class Mira(Method):
         matrix = AccuracyMatrix.empty(names)
         task_accuracy = 0.0
         for place, (count, at) in enumerate(sorted(versions.items())):
-            self._tell("evaluate", place, len(versions))
+            self.tell("evaluate", place, len(versions))
             there = snapshot if at == snapshot.version else self._snapshot(at)
             scores, task_accuracy = self._scores(there, learned, setting, known=count)
             matrix = matrix.with_row(count, scores)
-            self._tell("evaluate", place + 1, len(versions))
+            self.tell("evaluate", place + 1, len(versions))
         label = "task given, exact recall" if setting == "til" else "memory"
         more = {} if setting == "til" else {"task_accuracy": task_accuracy}
         rows = [Row.measured("memory", label, "method", matrix, more=more)]
@@ -616,6 +616,32 @@ class Mira(Method):
             return head(features, coefficients.expand(len(images), -1))
 
         return self.workspace.engine.predict(run, samples.images)
+
+    def known_tasks(self, version: str) -> tuple[int, ...]:
+        """Numbers of the tasks that a version can be measured on; none before consolidation."""
+        view = self.workspace.store.view(version)
+        if self.config.stream.setting == "til":
+            return tuple(dict.fromkeys(task_of(record) for record in view.adapters))
+        state = MemoryState.load(view)
+        return state.tasks if state is not None and view.keys() is not None else ()
+
+    def measure(
+        self, version: str, tasks: Sequence[int], setting: str | None = None
+    ) -> dict[str, float]:
+        """Metrics of a version on the given tasks: faa, task_accuracy. Errors as `evaluate`.
+
+        Where the task is given, one without an adapter scores 0.
+        """
+        snapshot = self._snapshot(version)
+        shown = [self.workspace.task(str(number)) for number in tasks]
+        setting = setting or self.config.stream.setting
+        if setting == "til":
+            here = {task_of(record) for record in snapshot.view.adapters}
+            own = [self._own_accuracy(snapshot, task) for task in shown if task.number in here]
+            return {"faa": sum(own) / len(tasks), "task_accuracy": 1.0}
+        scores, right = self._scores(snapshot, shown, setting, known=len(shown))
+        known = [score or 0.0 for score in scores]
+        return {"faa": sum(known) / len(known), "task_accuracy": right}
 
     def _comparisons(self, snapshot: Snapshot, tasks: Sequence[Task]) -> list[Row]:
         """Other ways to read the same memory: hard choice, uniform mixture, oracle adapter."""

@@ -400,6 +400,30 @@ class Modulation(Method):
             preset=preset,
         )
 
+    def known_tasks(self, version: str) -> tuple[int, ...]:
+        """Numbers of the tasks whose adapters are in memory at a version."""
+        return tuple(task_of(r) for r in self.workspace.store.view(version).adapters)
+
+    def measure(
+        self, version: str, tasks: Sequence[int], setting: str | None = None
+    ) -> dict[str, float]:
+        """Metrics of a version on the given tasks by the first memory: faa, and task_accuracy.
+
+        A task without an adapter scores 0. til counts every task as known.
+        """
+        stored = self.stored(version)
+        recalled = self._recall_all(self.config.modulation.memory[0], stored)
+        shown = [self.workspace.task(str(n)).test for n in tasks if n in stored.tasks]
+        places = [stored.tasks.index(n) for n in tasks if n in stored.tasks]
+        predicted = [torch.full((len(s),), p) for p, s in zip(places, shown, strict=True)]
+        right = 1.0
+        if (setting or self.config.stream.setting) == "mts":
+            predicted = [self._predicted_tasks(stored, samples.images) for samples in shown]
+            hits = sum(int((p == own).sum()) for own, p in zip(places, predicted, strict=True))
+            right = hits / max(1, sum(len(p) for p in predicted))
+        scores = self._right(stored, recalled, shown, predicted, range(len(stored)))
+        return {"faa": sum(scores) / len(tasks), "task_accuracy": right}
+
     def _til_rows(self, stored: Stored, tasks: Sequence[Task], *, history: bool) -> list[Row]:
         """The exact adapters, then every memory, with the task given."""
         count = len(tasks)
@@ -411,7 +435,7 @@ class Modulation(Method):
         shown = [task.test for task in tasks]
         exact = self._accuracies(stored, stored.values, shown)
         for step, (known, at) in enumerate(sorted(versions.items())):
-            self._tell("evaluate", step, len(versions))
+            self.tell("evaluate", step, len(versions))
             there = stored if at == stored.version else self.stored(at)
             # The exact adapters and their heads are the same at every version.
             accuracy["exact"][known, :known] = exact[:known]
@@ -419,7 +443,7 @@ class Modulation(Method):
                 recalled = self._recall_all(name, there)
                 errors[name][known, :known] = relative_errors(recalled, there.values)
                 accuracy[name][known, :known] = self._accuracies(there, recalled, shown[:known])
-            self._tell("evaluate", step + 1, len(versions))
+            self.tell("evaluate", step + 1, len(versions))
         labels = [task.name for task in tasks]
         top = float(np.mean(exact))
         rows = [

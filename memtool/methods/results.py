@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 
 class Result(BaseModel):
@@ -162,3 +162,58 @@ class RecallResult(Result):
     shares: tuple[RecalledShare, ...] = ()
     accuracy: float | None = None
     out: Path | None = None
+
+
+class Purged(BaseModel):
+    """What a purge freed and proved: `left` names what was still found, and in which objects."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    versions_removed: int
+    freed_bytes: int
+    hashes_looked_for: int
+    left: dict[str, tuple[str, ...]]
+
+
+class ForgetResult(Result):
+    """What left the memory; `blobs` were its own, `left` adapters remain."""
+
+    schema_: Literal["memtool.forget"] = Field("memtool.forget", alias="schema")
+    version: str
+    adapters: tuple[str, ...]
+    tasks: tuple[int, ...]
+    blobs: tuple[str, ...]
+    left: int
+    purged: Purged | None = None
+
+
+class Probe(BaseModel):
+    """One version that bisect looked at; no value where it cannot be measured."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: str
+    message: str
+    time: AwareDatetime
+    value: float | None
+    fell: bool | None
+
+
+class BisectResult(Result):
+    """The commit after which a metric fell by `drop` (a fraction) below its value at `good`.
+
+    `culprit` is None when it never fell. `suspects` could not be measured and lie just before it:
+    the fall may be theirs. `tasks` are those that the good version knows.
+    """
+
+    schema_: Literal["memtool.bisect"] = Field("memtool.bisect", alias="schema")
+    metric: str
+    drop: float
+    good: str
+    bad: str
+    tasks: tuple[str, ...]
+    good_value: float
+    bad_value: float
+    probes: tuple[Probe, ...]
+    culprit: Probe | None
+    suspects: tuple[Probe, ...] = ()

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, cast
 
 import typer
 
+from memtool.errors import NotFoundError, did_you_mean
 from memtool_cli import complete, records
 from memtool_cli.options import CONFIGURATION, DRY_RUN, STORE, YES, Call, examples, one_of, verb
 from memtool_cli.output import Table, size
 from memtool_stores import AdapterRecord
 
 app = typer.Typer(rich_markup_mode="rich")
+
+PAGE = 100
+"""Adapters that a table of `ls` shows at a time."""
 
 LEVELS = ("heads", "checksums", "full")
 
@@ -27,16 +32,62 @@ Reference = Annotated[
 
 
 @app.command(
-    "ls", epilog=examples("memtool ls", "memtool ls --store memory@HEAD~1", "memtool ls -q")
+    "ls",
+    epilog=examples(
+        "memtool ls",
+        "memtool ls --store memory@HEAD~1",
+        "memtool ls --task 3 -q",
+        "memtool ls --match 'task-*' --limit 50 --page 2",
+    ),
 )
 @verb(STORE, *CONFIGURATION)
-def ls(call: Call) -> None:
+def ls(
+    call: Call,
+    task: Annotated[
+        str | None,
+        typer.Option("--task", metavar="TASK", help="Only of this task, by number or name."),
+    ] = None,
+    match: Annotated[
+        str | None,
+        typer.Option("--match", metavar="PATTERN", help="Only names such as 'task-*'."),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            "--limit",
+            "-n",
+            metavar="N",
+            min=1,
+            help=f"At most so many; without it {PAGE} in a terminal, else all.",
+        ),
+    ] = None,
+    page: Annotated[
+        int, typer.Option("--page", metavar="K", min=1, help="The K-th so many, from 1.")
+    ] = 1,
+) -> None:
     """List the adapters in the memory."""
     view = call.view()
-    adapters = _adapters(view.adapters)
-    record = records.Listing(store=call.store_path, version=view.version, adapters=adapters)
+    live = sorted((*view.adapters, *view.atom_records), key=lambda record: record.row)
+    fits = [
+        record
+        for record in live
+        if (task is None or task in (str(record.task), record.meta.get("task_name")))
+        and (match is None or fnmatch.fnmatchcase(record.name, match))
+    ]
+    whole = call.out.machine and limit is None
+    size = len(fits) if whole else (limit or PAGE)
+    first = (page - 1) * size
+    adapters = _adapters(fits[first : first + size])
+    record = records.Listing(
+        store=call.store_path, version=view.version, total=len(fits), adapters=adapters
+    )
     call.out.data(record, _adapter_table(adapters), ids=[adapter.id for adapter in adapters])
-    if not adapters:
+    if len(adapters) < len(fits):
+        last = first + len(adapters)
+        call.out.note(f"{first + 1 if adapters else first} to {last} of {len(fits):,}")
+        if last < len(fits):
+            call.out.next(call.command(f"ls --page {page + 1}"))
+    if not live:
         call.out.next(call.command("train-adapter --task 1"))
 
 
@@ -148,17 +199,54 @@ def diff(call: Call, a: Reference, b: Reference = "HEAD") -> None:
     call.out.data(record, table, ids=[row[2] for row in rows])
 
 
-@app.command("tag", epilog=examples("memtool tag v1", "memtool tag before-art HEAD~2"))
-@verb(STORE, *CONFIGURATION)
+@app.command(
+    "tag",
+    epilog=examples(
+        "memtool tag v1", "memtool tag before-art HEAD~2", "memtool tag --delete backup-… --yes"
+    ),
+)
+@verb(STORE, *CONFIGURATION, YES)
 def tag(
     call: Call,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The new name.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The name.")],
     version: Reference = "HEAD",
+    delete: Annotated[
+        bool,
+        typer.Option(
+            "--delete",
+            help="Take a tag, or a branch such as backup-…, away; gc may then free its versions.",
+            rich_help_panel="Dangerous",
+        ),
+    ] = False,
 ) -> None:
     """Name a version; the name never moves."""
+    if delete:
+        return _untag(call, name)
     id = call.store_to_change().tag(name, version)
     record = records.Tagged(name=name, version=id)
     call.out.data(record, Table((), [("tag", name), ("version", id)]), ids=[name])
+    return None
+
+
+def _untag(call: Call, name: str) -> None:
+    store = call.store_to_change()
+    tags, branches = store.tags(), store.branches()
+    known = {**branches, **tags}
+    if name not in known or name == "main":
+        raise NotFoundError(
+            f"no tag or branch {name!r} that could be deleted",
+            expected=did_you_mean(name, [one for one in known if one != "main"]),
+        )
+    kind = "tag" if name in tags else "branch"
+    call.confirm(f"delete {kind} {name} at {known[name]}")
+    if kind == "tag":
+        store.delete_tag(name)
+    else:
+        store.delete_branch(name)
+    record = records.Untagged(name=name, version=known[name])
+    call.out.data(
+        record, Table((), [(f"deleted {kind}", name), ("it was", known[name])]), ids=[name]
+    )
 
 
 @app.command(
@@ -291,7 +379,15 @@ def _adapters(found: Iterable[AdapterRecord]) -> tuple[records.Adapter, ...]:
 
 def _adapter_table(adapters: Iterable[records.Adapter]) -> Table:
     rows = [
-        (a.id, a.name, a.task, a.domain or "", ",".join(str(c) for c in a.classes), a.scaling)
+        (
+            a.id,
+            a.name,
+            a.kind,
+            a.task,
+            a.domain or "",
+            ",".join(str(c) for c in a.classes),
+            a.scaling,
+        )
         for a in adapters
     ]
-    return Table(("id", "adapter", "task", "domain", "classes", "scaling"), rows)
+    return Table(("id", "name", "kind", "task", "domain", "classes", "scaling"), rows)

@@ -1,0 +1,167 @@
+"""The files of a store, looked at directly: a directory, or an object store under a prefix.
+
+icechunk reads and writes what it knows of. To copy a store, to size what gc would free, or to prove
+that bytes are gone, every file counts, known or not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+from memtool_stores.errors import NotFoundError, StorageError
+from memtool_stores.ice import of_os_error
+
+CONNECT_TIMEOUT = "5s"
+ANSWER_TIMEOUT = "60s"
+TRIES = 3
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    """One file: its path from the root of the store with `/`, its size, when it was written."""
+
+    path: str
+    nbytes: int
+    modified: datetime
+
+
+class Objects(Protocol):
+    """All files of a store. Paths are relative and use `/`; errors are StorageError."""
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """Every file whose path is `prefix` or lies under it, in no order."""
+
+    def read(self, path: str) -> bytes:
+        """The bytes of a file. Raises NotFoundError."""
+
+    def write(self, path: str, data: bytes) -> None:
+        """Write a file whole or not at all, in the place of an older one."""
+
+    def delete(self, path: str) -> None:
+        """Take a file away; one that is not there is gone already."""
+
+
+def objects_at(url: str) -> Objects:
+    """The files of the store at a directory or `s3://bucket/prefix`."""
+    return _Bucket(url) if url.startswith("s3://") else _Directory(Path(url))
+
+
+class _Directory:
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """See Objects."""
+        start = self._root / prefix
+        paths = [start] if start.is_file() else start.rglob("*")
+        for path in paths:
+            # A file may go while we look: gc and other writers are allowed to.
+            with contextlib.suppress(FileNotFoundError):
+                if path.is_file():
+                    stat = path.stat()
+                    yield ObjectInfo(
+                        path.relative_to(self._root).as_posix(),
+                        stat.st_size,
+                        datetime.fromtimestamp(stat.st_mtime, UTC),
+                    )
+
+    def read(self, path: str) -> bytes:
+        """See Objects."""
+        try:
+            return (self._root / path).read_bytes()
+        except FileNotFoundError as error:
+            raise NotFoundError(f"no file {path} in {self._root}") from error
+        except OSError as error:
+            raise of_os_error(error, f"read {path}", str(self._root)) from error
+
+    def write(self, path: str, data: bytes) -> None:
+        """See Objects."""
+        target = self._root / path
+        part = target.with_name(f".{target.name}.part")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            part.write_bytes(data)
+            part.replace(target)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise of_os_error(error, f"write {path}", str(self._root)) from error
+
+    def delete(self, path: str) -> None:
+        """See Objects."""
+        try:
+            (self._root / path).unlink(missing_ok=True)
+        except OSError as error:
+            raise of_os_error(error, f"delete {path}", str(self._root)) from error
+
+
+class _Bucket:
+    def __init__(self, url: str) -> None:
+        try:
+            from obstore.store import S3Store
+        except ImportError as error:
+            raise StorageError(
+                f"{url}: looking at the files of an object store needs obstore",
+                remedy="pip install 'memtool[s3]'",
+            ) from error
+        self._url = url
+        bucket, _, prefix = url.removeprefix("s3://").partition("/")
+        self._prefix = prefix.strip("/")
+        # Credentials, region and endpoint come from the AWS_* variables, as for icechunk.
+        endpoint = os.environ.get("AWS_ENDPOINT_URL", "")
+        self._store: Any = S3Store(
+            bucket,
+            client_options={
+                "allow_http": endpoint.startswith("http://"),
+                "connect_timeout": CONNECT_TIMEOUT,
+                "timeout": ANSWER_TIMEOUT,
+            },
+            retry_config={"max_retries": TRIES, "retry_timeout": timedelta(seconds=30)},
+        )
+
+    def _key(self, path: str) -> str:
+        return "/".join(part for part in (self._prefix, path) if part)
+
+    @contextlib.contextmanager
+    def _answering(self, doing: str) -> Iterator[None]:
+        from obstore import exceptions
+
+        try:
+            yield
+        except (FileNotFoundError, exceptions.NotFoundError) as error:
+            raise NotFoundError(f"could not {doing} in {self._url}: it is not there") from error
+        except (exceptions.BaseError, OSError) as error:
+            text = str(error).partition("\n")[0][:300]
+            raise StorageError(
+                f"could not {doing} in {self._url}: {text}",
+                transient=True,
+                remedy="check the bucket, AWS_ENDPOINT_URL and the credentials, then run it again",
+            ) from error
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """See Objects."""
+        start = len(self._prefix) + 1 if self._prefix else 0
+        with self._answering("list the files"):
+            for batch in self._store.list(self._key(prefix) or None):
+                for entry in batch:
+                    yield ObjectInfo(entry["path"][start:], entry["size"], entry["last_modified"])
+
+    def read(self, path: str) -> bytes:
+        """See Objects."""
+        with self._answering(f"read {path}"):
+            return bytes(self._store.get(self._key(path)).bytes())
+
+    def write(self, path: str, data: bytes) -> None:
+        """See Objects."""
+        with self._answering(f"write {path}"):
+            self._store.put(self._key(path), data)
+
+    def delete(self, path: str) -> None:
+        """See Objects."""
+        with contextlib.suppress(NotFoundError), self._answering(f"delete {path}"):
+            self._store.delete(self._key(path))
