@@ -90,7 +90,7 @@ class PeftAdapter:
     scaling   what B A x is multiplied with; alpha is scaling · rank
     header    the JSON header of the safetensors file, byte for byte
     sha256    of the safetensors file, hexadecimal
-    config    the parsed `adapter_config.json`
+    config    the bytes of `adapter_config.json`
     """
 
     value: Tensor
@@ -98,7 +98,7 @@ class PeftAdapter:
     scaling: float
     header: bytes
     sha256: str
-    config: Mapping[str, Any]
+    config: bytes
 
     @property
     def alpha(self) -> float:
@@ -108,7 +108,7 @@ class PeftAdapter:
     @property
     def base_model(self) -> str | None:
         """The model the adapter was made for, where the file says so."""
-        name = self.config.get("base_model_name_or_path")
+        name = _parse_config(self.config, Path(CONFIG_NAME)).get("base_model_name_or_path")
         return name if isinstance(name, str) else None
 
     @property
@@ -181,7 +181,7 @@ def write_peft(
     note = {"alpha": alpha, "extra": dict(extra or {}), "rank": layout.rank, "sites": names}
     metadata = {"format": "pt", "memtool": json.dumps(note, sort_keys=True)}
     config = _config(ranks, alpha / layout.rank, base_model)
-    return _write(directory, _header(tensors, metadata), tensors, config, overwrite)
+    return _write(directory, _header(tensors, metadata), tensors, config.encode(), overwrite)
 
 
 def read_peft(directory: Path, layout_sites: Sequence[Site]) -> PeftAdapter:
@@ -194,7 +194,8 @@ def read_peft(directory: Path, layout_sites: Sequence[Site]) -> PeftAdapter:
     numbers that are not finite.
     """
     config_path, weights_path = directory / CONFIG_NAME, directory / WEIGHTS_NAME
-    config = _parse_config(_read(config_path), config_path)
+    config_bytes = _read(config_path)
+    config = _parse_config(config_bytes, config_path)
     data = _read(weights_path)
     _check_plain_lora(config, config_path)
     try:
@@ -231,22 +232,24 @@ def read_peft(directory: Path, layout_sites: Sequence[Site]) -> PeftAdapter:
         scaling,
         header,
         hashlib.sha256(data).hexdigest(),
-        config,
+        config_bytes,
     )
 
 
 def restore_peft(directory: Path, adapter: PeftAdapter, *, overwrite: bool = False) -> Path:
     """Write an adapter as the directory it was read from; returns the directory.
 
-    The safetensors file is the same byte for byte, except for B of modules whose own scaling was
-    folded into the value (that rounds). Errors as for `write_peft`.
+    Both files are the same byte for byte, except for B of modules whose own scaling was folded into
+    the value (that rounds), and for numbers that the value was rounded to. Errors as for
+    `write_peft`.
     """
     path = directory / WEIGHTS_NAME
     entries = _entries(adapter.header, path)
     parts = adapter.layout.unflatten(adapter.value.detach().cpu())
     grouped = _sites_by_module(adapter.layout.sites)
     ranks = {module: _shape(entries, module, "A", path)[0] for module in grouped}
-    scalings = _scalings(adapter.config, ranks, path)
+    config = _parse_config(adapter.config, directory / CONFIG_NAME)
+    scalings = _scalings(config, ranks, path)
     tensors: dict[str, Tensor] = {}
     for module, sites in grouped.items():
         own = ranks[module] // len(sites)
@@ -261,8 +264,7 @@ def restore_peft(directory: Path, adapter: PeftAdapter, *, overwrite: bool = Fal
                     expected=f"{_shape(entries, module, part, path)} as the header says",
                 )
             tensors[name] = tensor.to(_DTYPES[entries[name]["dtype"]])
-    config = json.dumps(dict(adapter.config), indent=2, sort_keys=True)
-    return _write(directory, adapter.header, tensors, config, overwrite)
+    return _write(directory, adapter.header, tensors, adapter.config, overwrite)
 
 
 # Writing
@@ -352,7 +354,7 @@ def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes
 
 
 def _write(
-    directory: Path, header: bytes, tensors: Mapping[str, Tensor], config: str, overwrite: bool
+    directory: Path, header: bytes, tensors: Mapping[str, Tensor], config: bytes, overwrite: bool
 ) -> Path:
     """Both files, each whole or not at all; the tensors lie where the header says."""
     weights_path, config_path = directory / WEIGHTS_NAME, directory / CONFIG_NAME

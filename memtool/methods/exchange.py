@@ -19,11 +19,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import load, save
 from torch import Tensor
 
 import memtool
 from memtool.adapters.layout import Layout
-from memtool.adapters.peft_files import read_peft, write_peft
+from memtool.adapters.peft_files import (
+    WEIGHTS_NAME,
+    PeftAdapter,
+    read_peft,
+    restore_peft,
+    write_peft,
+)
 from memtool.errors import (
     AlreadyThereError,
     CorruptError,
@@ -39,10 +46,13 @@ if TYPE_CHECKING:
     from memtool.config import Config
     from memtool.methods.workspace import Workspace
     from memtool.streams.task import Task
+    from memtool_stores import AdapterRecord, MemoryView
 
 ABOUT = "memtool.json"
 OWN_HEAD = "head.safetensors"
 CATALOG = "memtool_catalog.json"
+PEFT_PREFIX = "peft."
+"""Blobs of this name hold what PEFT files have beside their numbers: header and configuration."""
 
 
 class About(BaseModel):
@@ -103,7 +113,11 @@ class AdapterFolder:
 
 @dataclass(frozen=True, eq=False)
 class ReadAdapter:
-    """An adapter read from a folder: its value in this layout and what the catalog keeps of it."""
+    """An adapter read from a folder: its value in this layout and what the catalog keeps of it.
+
+    `files` is all of its PEFT files but the numbers, for the blob that `meta["peft"]` names: it is
+    the same for all adapters that were written alike.
+    """
 
     path: Path
     name: str
@@ -111,6 +125,7 @@ class ReadAdapter:
     sha256: str
     head: LinearClassifier | None
     meta: dict[str, Any]
+    files: bytes
 
 
 def write_adapter(
@@ -229,9 +244,15 @@ def read_adapter(path: Path, work: Workspace, task: Task | None = None) -> ReadA
         },
         "file_sha256": found.sha256,
     }
+    files = save({"header": _bytes_tensor(found.header), "config": _bytes_tensor(found.config)})
+    meta["peft"] = PEFT_PREFIX + hashlib.sha256(files).hexdigest()[:32]
     sha256 = hashlib.sha256(np.ascontiguousarray(value.numpy(), dtype="<f4").tobytes()).hexdigest()
     name = about.result.name if about else path.resolve().name
-    return ReadAdapter(path, name, value, sha256, own, meta)
+    return ReadAdapter(path, name, value, sha256, own, meta, files)
+
+
+def _bytes_tensor(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
 def _known_task(path: Path, about: About | None) -> int | None:
@@ -298,8 +319,9 @@ def export_peft(
 ) -> list[Path]:
     """Write stored adapters (names or ids; none: all) as PEFT directories under `out`.
 
-    Each gets its head and what the catalog knows of it. Raises AlreadyThereError for a directory
-    that is not empty, before any is written.
+    An adapter that came from PEFT files gets the same bytes again. Each gets its head and what the
+    catalog knows of it. Raises AlreadyThereError for a directory that is not empty, before any is
+    written.
     """
     from memtool.methods.workspace import Workspace
 
@@ -310,20 +332,49 @@ def export_peft(
     for directory in targets:
         require_new(directory)
     for record, directory in zip(records, targets, strict=True):
-        write_peft(
-            directory,
-            torch.from_numpy(view.value(record.id).copy()),
-            work.layout,
-            alpha=float(record.scaling) * work.layout.rank,
-            base_model=work.backbone.name,
-        )
+        same = _write_stored(directory, view, record, work)
         if own_head_blob(record.name) in view.blobs():
             head = view.blob(own_head_blob(record.name))
             (directory / OWN_HEAD).write_bytes(head)
-        known = {"adapter": record.name, "id": record.id, "version": view.version, **record.meta}
+        known = {
+            "adapter": record.name,
+            "id": record.id,
+            "version": view.version,
+            "byte_identical": same,
+            **record.meta,
+        }
         text = json.dumps(known, indent=2, default=str) + "\n"
         (directory / CATALOG).write_text(text, encoding="utf-8")
     return targets
+
+
+def _write_stored(
+    directory: Path, view: MemoryView, record: AdapterRecord, work: Workspace
+) -> bool:
+    """Write one stored adapter; whether its file is the one that it came from, byte for byte.
+
+    It is not for one whose modules had scalings of their own, or numbers of more than 32 bits: both
+    were rounded on the way in.
+    """
+    value = torch.from_numpy(view.value(record.id).copy())
+    blob = record.meta.get("peft")
+    if blob is None:
+        alpha = float(record.scaling) * work.layout.rank
+        write_peft(directory, value, work.layout, alpha=alpha, base_model=work.backbone.name)
+        return False
+    files = load(view.blob(blob))
+    written = str(record.meta["file_sha256"])
+    adapter = PeftAdapter(
+        value,
+        work.layout,
+        float(record.scaling),
+        files["header"].numpy().tobytes(),
+        written,
+        files["config"].numpy().tobytes(),
+    )
+    restore_peft(directory, adapter)
+    found = hashlib.sha256((directory / WEIGHTS_NAME).read_bytes()).hexdigest()
+    return found == written
 
 
 def require_new(directory: Path) -> None:

@@ -133,6 +133,9 @@ def _blobs_of(view: MemoryView, records: Sequence[AdapterRecord]) -> tuple[str, 
     for task in dict.fromkeys(record.meta.get("task") for record in records):
         if task not in left:
             names += [f"queries.{task}", f"features.{task}"]
+    gone = {record.id for record in records}
+    used = {r.meta.get("peft") for r in view.adapters if r.id not in gone}
+    names += [str(name) for name in {r.meta.get("peft") for r in records} - used - {None}]
     return tuple(name for name in names if name in view.blobs())
 
 

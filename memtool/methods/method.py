@@ -221,6 +221,8 @@ class Method:
                     continue
                 id = txn.add(adapter.name, adapter.value.numpy(), adapter.meta)
                 here[adapter.name] = txn.adapters[-1]
+                if adapter.meta["peft"] not in txn.base.blobs():
+                    txn.put_blob(adapter.meta["peft"], adapter.files)
                 if adapter.head is not None:
                     txn.put_blob(own_head_blob(adapter.name), classifier_bytes(adapter.head))
                 added.append(WrittenAdapter(name=adapter.name, id=id))
