@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -278,15 +278,18 @@ class Engine:
         images: npt.NDArray[Any],
         *along: Tensor,
         batch_size: int = 0,
+        exact: bool = False,
     ) -> Tensor:
         """`function` over all images in order, without gradients; the results joined, on the CPU.
 
         images uint8 (n, h, w, 3); `function` maps a batch on the device, and the same rows of every
-        tensor (n, ...) of `along`, to (b, ...).
+        tensor (n, ...) of `along`, to (b, ...). `exact` computes in float32 whatever the precision
+        of the engine: for differences that bfloat16 would drown.
         """
         size = batch_size or self.settings.eval_batch_size
         parts = []
-        with torch.inference_mode(), self.autocast():
+        autocast = nullcontext() if exact else self.autocast()
+        with torch.inference_mode(), autocast:
             for low in range(0, len(images), size):
                 batch = torch.from_numpy(np.array(images[low : low + size]))
                 beside = [tensor[low : low + size].to(self.device) for tensor in along]

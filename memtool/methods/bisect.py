@@ -6,13 +6,21 @@ more tasks is no change by itself. A version that cannot be measured (no keys ye
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from memtool.errors import ConfigError, MemtoolError, NotFoundError, did_you_mean
+import memtool_stores
+from memtool.errors import (
+    ConfigError,
+    CorruptError,
+    MemtoolError,
+    MismatchError,
+    NotFoundError,
+    did_you_mean,
+)
+from memtool.evaluation import metrics
 from memtool.methods.results import BisectResult, Probe
-from memtool_stores import StoreError
 
 if TYPE_CHECKING:
     from memtool.methods.mira import Mira
@@ -20,7 +28,21 @@ if TYPE_CHECKING:
     from memtool_stores import Version
 
 METRICS = ("faa", "task_accuracy")
-"""Metrics of one version on a fixed set of tasks, better when higher."""
+"""Metrics of one version on a fixed set of tasks, better when higher.
+
+The others of `memtool.evaluation.metrics` compare versions with each other, or are one of these
+under the name of another benchmark.
+"""
+
+UNMEASURABLE: tuple[type[MemtoolError | memtool_stores.StoreError], ...] = (
+    ConfigError,
+    NotFoundError,
+    MismatchError,
+    CorruptError,
+    memtool_stores.NotFoundError,
+    memtool_stores.IntegrityError,
+)
+"""What says that a version cannot be measured (no keys, keys of others, damage): it is skipped."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +92,15 @@ def bisect(
     the two cannot be measured.
     """
     if metric not in METRICS:
-        raise ConfigError(f"metric {metric!r}", expected=did_you_mean(metric, METRICS))
+        if metric in metrics.METRICS:
+            raise ConfigError(
+                f"metric {metric!r} is none of a single version", expected=" or ".join(METRICS)
+            )
+        raise ConfigError(f"unknown metric {metric!r}", expected=did_you_mean(metric, METRICS))
     if not 0 < drop < 1:
         raise ConfigError(f"a drop of {100 * drop:g} points", expected="more than 0, less than 100")
     store = method.workspace.store
     line = store.log(bad)[::-1]
-    tasks: tuple[int, ...] = ()
     if good is None:
         start = next((place for place, v in enumerate(line) if method.known_tasks(v.id)), None)
         if start is None:
@@ -96,53 +121,46 @@ def bisect(
             f"version {line[0].id} cannot be measured: it knows no task",
             remedy="--good with a version after memtool consolidate",
         )
-    values: dict[int, float | None] = {}
+    seen: dict[int, Probe] = {}
 
-    def measure(place: int) -> float | None:
-        if place not in values:
-            method.tell(f"bisect: {line[place].message}", len(values), len(line))
-            try:
-                values[place] = method.measure(line[place].id, tasks, setting)[metric]
-            except (MemtoolError, StoreError):
-                if place in (0, len(line) - 1):
-                    raise
-                values[place] = None
-        return values[place]
-
-    first, last = measure(0), measure(len(line) - 1)
-    assert first is not None
-    assert last is not None
-
-    def fell(place: int) -> bool | None:
-        value = measure(place)
+    def look(place: int) -> Probe:
+        """Measure a place, at most once; the good and the bad end must be measurable."""
+        if place in seen:
+            return seen[place]
+        at: Version = line[place]
+        method.tell(f"bisect: {at.message}", len(seen), len(line))
+        value, reason = None, None
+        try:
+            value = method.measure(at.id, tasks, setting)[metric]
+        except UNMEASURABLE as error:
+            if place in (0, len(line) - 1):
+                raise
+            reason = error.message
         # A drop of exactly `drop` counts, whatever the last bit says.
-        return None if value is None else first - value >= drop - 1e-12
-
-    def probe(place: int) -> Probe:
-        version: Version = line[place]
-        return Probe(
-            version=version.id,
-            message=version.message,
-            time=version.time,
-            value=values.get(place),
-            fell=None if values.get(place) is None else fell(place),
+        good_value = seen[0].value if place else value
+        fell = None
+        if value is not None and good_value is not None:
+            fell = good_value - value >= drop - 1e-12
+        seen[place] = Probe(
+            version=at.id, message=at.message, time=at.time, value=value, fell=fell, reason=reason
         )
+        return seen[place]
 
-    culprit: Probe | None = None
-    suspects: Sequence[int] = ()
-    if len(line) > 1 and fell(len(line) - 1):
-        found = first_bad(len(line), fell)
-        culprit, suspects = probe(found.culprit), found.suspects
-    names = [method.workspace.task(str(number)).name for number in tasks]
+    first, last = look(0), look(len(line) - 1)
+    assert first.value is not None
+    assert last.value is not None
+    found: Found | None = None
+    if last.fell:
+        found = first_bad(len(line), lambda place: look(place).fell)
     return BisectResult(
         metric=metric,
         drop=drop,
-        good=line[0].id,
-        bad=line[-1].id,
-        tasks=tuple(names),
-        good_value=first,
-        bad_value=last,
-        probes=tuple(probe(place) for place in sorted(values)),
-        culprit=culprit,
-        suspects=tuple(probe(place) for place in suspects),
+        good=first.version,
+        bad=last.version,
+        tasks=tuple(method.workspace.task(str(number)).name for number in tasks),
+        good_value=first.value,
+        bad_value=last.value,
+        probes=tuple(seen[place] for place in sorted(seen)),
+        culprit=seen[found.culprit] if found else None,
+        suspects=tuple(seen[place] for place in found.suspects) if found else (),
     )

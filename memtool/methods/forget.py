@@ -1,177 +1,217 @@
 """Forgetting on purpose: adapters leave the memory, and what is left is re-normalised.
 
-It needs neither images nor the backbone. The moments of a forgotten task go; keys in closed form
-and a shared head are solved anew from those of the others, and learned keys of the others stay as
-they are. Older versions keep everything, until a purge takes the bytes out of the history, too.
+It needs neither images, nor the backbone, nor the configuration: the store says how its keys, head
+and recalling memories were made. The moments of a forgotten task go; keys in closed form and the
+head are solved anew from those of the others, and learned or random keys of the others stay bit for
+bit. Older versions keep everything, until a purge takes the bytes out of the history, too.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
-import memtool_stores
-from memtool.config import Config, Recaller, split_store
-from memtool.errors import AlreadyThereError, ConfigError, NotFoundError, did_you_mean
+from memtool.errors import (
+    AlreadyThereError,
+    ChangedMeanwhileError,
+    ConfigError,
+    NotFoundError,
+    did_you_mean,
+)
 from memtool.methods.results import ForgetResult, Purged
+from memtool_stores.objects import objects_at
 
 if TYPE_CHECKING:
     from memtool_stores import AdapterRecord, MemoryStore, MemoryView, Transaction
 
-MEMORY_BLOBS = ("memory", "head", "query-modules")
-"""Blobs that only mean something while an adapter is left that was consolidated."""
+# Torch is loaded only for a store that holds one of these, so their names are written out here.
+MEMORY = "memory"
+CONSOLIDATED = (MEMORY, "head", "query-modules")
+"""Blobs that only mean something while an adapter with a key is left."""
+PREDICTOR = "task-predictor"
+RECALL_PREFIX = "recall."
 
 
 def chosen(
-    view: MemoryView, names: Sequence[str], *, removed: bool = False
+    view: MemoryView, names: Sequence[str], *, purge: bool = False
 ) -> tuple[AdapterRecord, ...]:
     """The live adapters and rows of atoms that tasks (number or name) or adapters name.
 
-    With `removed` also those that left the memory before, but whose bytes are still there. Raises
+    For a purge also those that left the memory before: their bytes may still be there. Raises
     NotFoundError for a name that fits none.
     """
-    live = [*view.adapters, *view.atom_records]
-    if removed:
-        live += [record for record in view.catalog.records.values() if record.state == "removed"]
+    known = _live(view)
+    if purge:
+        known += [record for record in view.catalog.records.values() if not record.live]
     found: dict[str, AdapterRecord] = {}
     for name in names:
         number = int(name) if re.fullmatch(r"\d+", name) else None
         fits = [
             record
-            for record in live
+            for record in known
             if name in (record.id, record.name, record.meta.get("task_name"))
             or (number is not None and record.meta.get("task") == number)
         ]
         if not fits:
-            known = {str(word) for r in live for word in (r.name, r.meta.get("task_name")) if word}
+            words = {str(word) for r in known for word in (r.name, r.meta.get("task_name")) if word}
             raise NotFoundError(
                 f"nothing of {name!r} in memory at version {view.version}",
-                expected=did_you_mean(name, sorted(known)) if known else None,
+                expected=did_you_mean(name, sorted(words)) if words else None,
                 remedy="memtool ls",
             )
         found.update({record.id: record for record in fits})
     return tuple(found.values())
 
 
-def forget(
-    config: Config, names: Sequence[str], *, seed: int = 0, purge: bool = False
-) -> ForgetResult:
+def holders(store: MemoryStore, records: Sequence[AdapterRecord]) -> tuple[str, ...]:
+    """Tags and branches, other than main, that keep bytes of these rows from a purge, sorted."""
+    return tuple(sorted({name for record in records for name in store.holders(record.id)}))
+
+
+def require_no_holder(store: MemoryStore, records: Sequence[AdapterRecord]) -> None:
+    """Raise AlreadyThereError, with the commands that help, when `holders` names any."""
+    if found := holders(store, records):
+        raise AlreadyThereError(
+            f"{', '.join(found)} still lead to versions that hold what is to be purged",
+            remedy="; ".join(f"memtool tag --delete {name}" for name in found),
+        )
+
+
+def forget(store: MemoryStore, names: Sequence[str], *, purge: bool = False) -> ForgetResult:
     """Take tasks or adapters out of the memory, as one version.
 
-    With `purge` their bytes go too, with every older version of main: AlreadyThereError, before
-    anything is changed, when a tag or another branch still leads to them.
+    With `purge` their bytes go too, with every older version of main, and every stored object is
+    searched for them. A purge that was cut short is finished by another one.
+
+    Raises:
+        NotFoundError: a name fits nothing.
+        AlreadyThereError: a tag or another branch still leads to what is to be purged; nothing was
+            changed.
+        ConfigError: keys have to be solved anew, but consolidation has not caught up.
+        ChangedMeanwhileError: another process committed; nothing was forgotten.
     """
-    store = memtool_stores.MemoryStore.open(split_store(config.store)[0])
     view = store.view()
-    records = chosen(view, names, removed=purge)
+    records = chosen(view, names, purge=purge)
     if purge:
-        _require_no_holder(store, records)
-    hashes = {record.sha256: f"adapter {record.name}" for record in records}
+        require_no_holder(store, records)
     dropped = _blobs_of(view, records)
-    hashes |= {view.state.blobs[name]: f"blob {name}" for name in dropped}
 
     def change(txn: Transaction) -> None:
         if txn.base.version != view.version:
-            raise AlreadyThereError(
+            raise ChangedMeanwhileError(
                 f"the memory moved on to version {txn.base.version} meanwhile",
                 remedy="the same command again; nothing was forgotten",
             )
         for record in records:
-            if purge:
-                txn.purge(record.id)
-            else:
+            if not purge:
                 txn.remove(record.id)
+            elif record.state != "purged":
+                txn.purge(record.id)
         for name in dropped:
             txn.delete_blob(name)
-        _renormalise(txn, view, records, config, seed)
+        _renormalise(txn, view, {record.id for record in records})
 
     words = ", ".join(record.name for record in records)
     metadata = {"verb": "forget", "forgotten": [record.name for record in records], "purge": purge}
     store.run(change, f"forget {words}", metadata=metadata)
+    after = store.view()
+    # A head or memory that was solved anew: its old bytes were made of the forgotten task, too.
+    old = {
+        sha256: f"blob {name}"
+        for name, sha256 in view.state.blobs.items()
+        if sha256 not in after.state.blobs.values()
+    }
+    rows = {record.sha256: f"adapter {record.name}" for record in records}
     return ForgetResult(
-        version=store.head(),
+        version=after.version,
         adapters=tuple(record.name for record in records),
         tasks=tuple(dict.fromkeys(r.meta["task"] for r in records if "task" in r.meta)),
         blobs=dropped,
-        left=len(store.view()),
-        purged=_purged(store, hashes) if purge else None,
+        left=len(after),
+        purged=_purged(store, {**old, **rows}) if purge else None,
     )
 
 
-def _require_no_holder(store: MemoryStore, records: Sequence[AdapterRecord]) -> None:
-    holders = sorted({name for record in records for name in store.holders(record.id)})
-    if holders:
-        raise AlreadyThereError(
-            f"{', '.join(holders)} still lead to versions that hold what is to be purged",
-            remedy="; ".join(f"memtool tag --delete {name}" for name in holders),
-        )
+def _live(view: MemoryView) -> list[AdapterRecord]:
+    return [*view.adapters, *view.atom_records]
 
 
 def _purged(store: MemoryStore, hashes: dict[str, str]) -> Purged:
-    """Collect, then look through every stored object for the bytes."""
+    """Collect, then look through every stored object for bytes of these hashes."""
     collected = store.gc(keep_last=1)
     found = store.find_bytes(list(hashes))
     return Purged(
         versions_removed=len(collected.expired),
         freed_bytes=collected.freed_bytes,
-        hashes_looked_for=len(hashes),
+        hashes=len(hashes),
+        objects=sum(1 for _ in objects_at(store.url).list()),
         left={hashes[sha256]: tuple(paths) for sha256, paths in found.items()},
     )
 
 
-def _tasks_left(view: MemoryView, records: Sequence[AdapterRecord]) -> set[object]:
-    """Tasks that keep an adapter."""
-    gone = {record.id for record in records}
-    return {record.meta.get("task") for record in view.adapters if record.id not in gone}
-
-
 def _blobs_of(view: MemoryView, records: Sequence[AdapterRecord]) -> tuple[str, ...]:
-    """Blobs that speak of forgotten adapters and tasks only."""
-    left = _tasks_left(view, records)
-    names = [f"head.{record.name}" for record in records]
-    for task in dict.fromkeys(record.meta.get("task") for record in records):
-        if task not in left:
-            names += [f"queries.{task}", f"features.{task}"]
+    """Blobs of a version that speak of nothing but the forgotten."""
     gone = {record.id for record in records}
-    used = {r.meta.get("peft") for r in view.adapters if r.id not in gone}
-    names += [str(name) for name in {r.meta.get("peft") for r in records} - used - {None}]
-    return tuple(name for name in names if name in view.blobs())
-
-
-def _renormalise(
-    txn: Transaction,
-    view: MemoryView,
-    records: Sequence[AdapterRecord],
-    config: Config,
-    seed: int,
-) -> None:
-    """Make the rest of the memory one that never knew the forgotten adapters."""
-    recalled = [name for name in view.blobs() if name.startswith("recall.")]
-    if recalled:
-        from memtool.methods.recallers import synchronise
-
-        for name in get_args(Recaller):
-            if f"recall.{name}" in recalled:
-                synchronise(txn, name, config.modulation, seed=seed)
-    if "task-predictor" in view.blobs():
+    left = [record for record in _live(view) if record.id not in gone]
+    kept_names = {record.name for record in left}
+    kept_tasks = {record.meta.get("task") for record in left}
+    kept_files = {record.meta.get("peft") for record in left}
+    names: list[str] = []
+    for record in records:
+        if record.name not in kept_names:
+            names.append(f"head.{record.name}")
+        if (task := record.meta.get("task")) not in kept_tasks:
+            names += [f"queries.{task}", f"features.{task}"]
+        if (files := record.meta.get("peft")) not in kept_files:
+            names.append(str(files))
+    if any(record.live for record in records):
         # It was trained on the images of the forgotten task, too.
-        txn.delete_blob("task-predictor")
-    if "memory" in view.blobs():
-        _resolve(txn, view, records)
+        names.append(PREDICTOR)
+    return tuple(name for name in dict.fromkeys(names) if name in view.blobs())
 
 
-def _resolve(txn: Transaction, view: MemoryView, records: Sequence[AdapterRecord]) -> None:
+def _renormalise(txn: Transaction, view: MemoryView, gone: set[str]) -> None:
+    """Make the rest of the memory one that never knew the forgotten adapters."""
+    for blob in view.blobs():
+        if blob.startswith(RECALL_PREFIX):
+            _unlearn(txn, view, blob, gone)
+    if MEMORY in view.blobs():  # else nothing was consolidated, and nothing needs torch
+        _solve_again(txn, view, gone)
+
+
+def _unlearn(txn: Transaction, view: MemoryView, blob: str, gone: set[str]) -> None:
+    """Take adapters out of a BayesPCN memory; the inverse of their writing."""
+    import numpy as np
+    import torch
+
+    from memtool.memories.bayes_pcn import BayesPCN, names_in
+
+    where = f"blob {blob!r}"
+    ids = names_in(view.blob(blob), where)
+    if not gone & set(ids):
+        return
+    if gone >= set(ids):
+        txn.delete_blob(blob)
+        return
+    values = torch.from_numpy(np.stack([view.value(id) for id in ids]))
+    memory = BayesPCN.from_bytes(view.blob(blob), values, where)
+    for id in ids:
+        if id in gone:
+            memory.delete(id)
+    txn.put_blob(blob, memory.to_bytes())
+
+
+def _solve_again(txn: Transaction, view: MemoryView, gone: set[str]) -> None:
     """New keys and a new head from what is left of the moments."""
     import numpy as np
     import torch
 
-    from memtool.heads import RecalledHead
     from memtool.memories.closed_form import QueryStatistics
     from memtool.methods.consolidate import start_keys
+    from memtool.methods.method import task_of
     from memtool.methods.state import (
         HEAD,
-        MEMORY,
         MemoryState,
         classifier_of,
         feature_statistics,
@@ -180,51 +220,52 @@ def _resolve(txn: Transaction, view: MemoryView, records: Sequence[AdapterRecord
         solve_recalled_head,
     )
 
-    state = MemoryState.load(view)
-    assert state is not None
-    gone = {record.id for record in records}
-    places = [place for place, id in enumerate(state.adapters) if id not in gone]
-    adapters = tuple(state.adapters[place] for place in places)
+    state, stored = MemoryState.load(view), view.keys()
+    if state is None or stored is None:
+        return
+    # The columns of the stored keys: adapters that were live with a key before this.
+    keyed = view.ids[: stored.shape[1]]
+    places = [place for place, id in enumerate(keyed) if id not in gone]
+    if len(places) == len(keyed):
+        return
+    adapters = tuple(keyed[place] for place in places)
     if not adapters:
-        for name in MEMORY_BLOBS:
+        for name in CONSOLIDATED:
             if name in view.blobs():
                 txn.delete_blob(name)
         txn.set_keys(None)
         return
-    if set(adapters) != {record.id for record in txn.adapters}:
+    if adapters != tuple(record.id for record in txn.adapters):
         raise ConfigError(
             "some adapters in memory have no key yet",
             remedy="memtool consolidate first, then forget",
         )
-    left = [state.tasks[state.adapter_tasks[place]] for place in places]
-    tasks = tuple(task for task in state.tasks if task in left)
-    adapter_tasks = tuple(tasks.index(task) for task in left)
-    kept = MemoryState(
-        **{
-            **state.model_dump(),
-            "tasks": tasks,
-            "adapters": adapters,
-            "adapter_tasks": adapter_tasks,
-        }
-    )
-    stored = view.keys()
-    assert stored is not None
+    number = {
+        id: state.tasks[place]
+        for id, place in zip(state.adapters, state.adapter_tasks, strict=True)
+    }
+    tasks = tuple(task for task in state.tasks if task in {number[id] for id in adapters})
+    adapter_tasks = tuple(tasks.index(number[id]) for id in adapters)
     keys = np.ascontiguousarray(stored[:, places])
-    queries = query_statistics(view, state)
-    solved = state.consolidate.keys == "closed-form" and not state.consolidate.epochs
-    if solved and set(tasks) <= set(queries):
+    if state.consolidate.keys == "closed-form" and not state.consolidate.epochs:
+        queries = query_statistics(view, state)
+        if missing := [task for task in tasks if task not in queries]:
+            raise ConfigError(
+                f"the queries of task {missing[0]} were not kept apart from those of the others",
+                remedy="memtool consolidate, which counts them again, then forget",
+            )
         joined = QueryStatistics.joined([queries[task] for task in tasks])
-        found = start_keys(
-            state.consolidate, state.memory, joined, adapter_tasks, torch.Generator()
-        )
+        generator = torch.Generator()  # keys in closed form draw nothing from it
+        found = start_keys(state.consolidate, state.memory, joined, adapter_tasks, generator)
         keys = np.ascontiguousarray(found.numpy(), dtype=np.float32)
     features = {t: f for t, f in feature_statistics(view, state).items() if t in tasks}
     trained = {}
     for record in txn.adapters:
         name = own_head_blob(record.name)
         known = classifier_of(view.blob(name), name) if name in view.blobs() else None
-        trained[int(record.meta["task"])] = known
-    head: RecalledHead = solve_recalled_head(state.head, features, trained, adapter_tasks)
+        trained[task_of(record)] = known
+    head = solve_recalled_head(state.head, features, trained, adapter_tasks)
+    changes = {"tasks": tasks, "adapters": adapters, "adapter_tasks": adapter_tasks}
     txn.set_keys(keys)
-    txn.put_blob(MEMORY, kept.model_dump_json().encode())
+    txn.put_blob(MEMORY, state.model_copy(update=changes).model_dump_json().encode())
     txn.put_blob(HEAD, head.to_bytes())

@@ -443,19 +443,7 @@ class Mira(Method):
         matrix; `compare` adds hard choice, uniform mixture and the oracle adapter.
         """
         begin = time.perf_counter()
-        setting = setting or self.config.stream.setting
-        if setting not in SETTINGS:
-            raise ConfigError(
-                f"setting {setting!r} cannot be evaluated from one memory",
-                expected=" or ".join(SETTINGS),
-            )
-        cut = self.workspace.stream.setting
-        if setting not in ("til", cut):
-            raise ConfigError(
-                f"setting {setting!r} on tasks that were cut for {cut!r}",
-                expected=f"til or {cut}",
-                remedy=f"--set stream.setting={setting} and a memory that was trained so",
-            )
+        setting = self._setting(setting)
         snapshot = self._snapshot(version)
         learned = self._learned(snapshot, setting)
         versions = (
@@ -486,6 +474,23 @@ class Mira(Method):
             command=command,
             preset=preset,
         )
+
+    def _setting(self, setting: str | None) -> str:
+        """What is known at test time, checked; without a word, as the tasks were cut."""
+        setting = setting or self.config.stream.setting
+        if setting not in SETTINGS:
+            raise ConfigError(
+                f"setting {setting!r} cannot be evaluated from one memory",
+                expected=" or ".join(SETTINGS),
+            )
+        cut = self.workspace.stream.setting
+        if setting not in ("til", cut):
+            raise ConfigError(
+                f"setting {setting!r} on tasks that were cut for {cut!r}",
+                expected=f"til or {cut}",
+                remedy=f"--set stream.setting={setting} and a memory that was trained so",
+            )
+        return setting
 
     def record(
         self,
@@ -632,9 +637,9 @@ class Mira(Method):
 
         Where the task is given, one without an adapter scores 0.
         """
+        setting = self._setting(setting)
         snapshot = self._snapshot(version)
         shown = [self.workspace.task(str(number)) for number in tasks]
-        setting = setting or self.config.stream.setting
         if setting == "til":
             here = {task_of(record) for record in snapshot.view.adapters}
             own = [self._own_accuracy(snapshot, task) for task in shown if task.number in here]

@@ -165,13 +165,18 @@ class RecallResult(Result):
 
 
 class Purged(BaseModel):
-    """What a purge freed and proved: `left` names what was still found, and in which objects."""
+    """What a purge freed and proved.
+
+    Bytes of so many `hashes` were looked for in all stored `objects`; `left` names what was still
+    found, and where.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     versions_removed: int
     freed_bytes: int
-    hashes_looked_for: int
+    hashes: int
+    objects: int
     left: dict[str, tuple[str, ...]]
 
 
@@ -188,15 +193,16 @@ class ForgetResult(Result):
 
 
 class Probe(BaseModel):
-    """One version that bisect looked at; no value where it cannot be measured."""
+    """One version that bisect looked at; a reason instead of a value where it has none."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: str
     message: str
     time: AwareDatetime
-    value: float | None
-    fell: bool | None
+    value: float | None = None
+    fell: bool | None = None
+    reason: str | None = None
 
 
 class BisectResult(Result):
