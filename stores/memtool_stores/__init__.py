@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from memtool_stores.atoms import AtomBank
     from memtool_stores.catalog import AdapterRecord
     from memtool_stores.collect import GcReport
     from memtool_stores.diff import Diff
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AdapterRecord",
     "AlreadyExistsError",
+    "AtomBank",
     "Backbone",
     "ConflictError",
     "Damage",
@@ -67,6 +69,7 @@ __all__ = [
 
 _HOMES = {
     "AdapterRecord": "catalog",
+    "AtomBank": "atoms",
     "GcReport": "collect",
     "Diff": "diff",
     "Version": "history",

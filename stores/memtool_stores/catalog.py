@@ -7,24 +7,41 @@ the whole catalog, and a reader that holds an older state only reads what was ap
 from __future__ import annotations
 
 import difflib
+import gc
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 from memtool_stores.errors import IntegrityError, NotFoundError, SchemaError
 
+Kind: TypeAlias = Literal["adapter", "atoms"]
+"""What a row is: one adapter, or the rank-1 atoms of a task."""
 
-@dataclass(frozen=True)
+RowState: TypeAlias = Literal["live", "removed", "purged"]
+"""A removed row keeps its bytes; a purged one has none in this version."""
+
+KINDS = get_args(Kind)
+ROW_STATES = get_args(RowState)
+NOTHING_PRUNED: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+
+SUGGEST_AMONG = 10_000
+"""Names compared with one that is not there; with more of them the search would take seconds."""
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterRecord:
-    """One adapter of the store.
+    """One adapter of the store, or the atoms of one task.
 
     `row` is its row in the values; `sha256` the hash of that row's bytes; `scaling` what multiplies
     its B A; `meta` everything that was said of it, as JSON values. `header` is the hash of the
-    safetensors header it came with, None when it came as an array. `live` is False once removed.
+    safetensors header it came with, None when it came as an array. `pruned` holds, by module, the
+    ranks of the atoms that were taken out.
     """
 
     id: str
@@ -37,7 +54,16 @@ class AdapterRecord:
     sha256: str
     meta: Mapping[str, Any] = field(hash=False)
     header: str | None = None
-    live: bool = True
+    kind: Kind = "adapter"
+    state: RowState = "live"
+    pruned: Mapping[str, tuple[int, ...]] = field(
+        default_factory=lambda: NOTHING_PRUNED, hash=False
+    )
+
+    @property
+    def live(self) -> bool:
+        """Whether it is in the memory: neither removed nor purged."""
+        return self.state == "live"
 
     @classmethod
     def of(
@@ -50,27 +76,48 @@ class AdapterRecord:
         meta: Mapping[str, Any],
         scaling: float,
         header: str | None = None,
-        live: bool = True,
+        kind: Kind = "adapter",
+        pruned: Mapping[str, tuple[int, ...]] = NOTHING_PRUNED,
     ) -> AdapterRecord:
-        """A record with task, domain, classes and scaling taken from `meta` where it has them.
+        """A live record with task, domain, classes and scaling from `meta` where it has them.
 
         Raises:
             SchemaError: `meta` is not JSON, or one of those four is of the wrong kind.
         """
         plain = plain_json(meta, f"the meta of adapter {name!r}")
+        return cls._of_plain(id, row, name, sha256, plain, scaling, header, kind, "live", pruned)
+
+    @classmethod
+    def _of_plain(
+        cls,
+        id: str,
+        row: int,
+        name: str,
+        sha256: str,
+        meta: dict[str, Any],
+        scaling: float,
+        header: str | None,
+        kind: Kind,
+        state: RowState,
+        pruned: Mapping[str, tuple[int, ...]],
+    ) -> AdapterRecord:
+        """`of` with a meta that is JSON already and belongs to nobody else."""
         try:
+            domain = meta.get("domain")
             return cls(
-                id=id,
-                row=row,
-                name=name,
-                task=plain.get("task"),
-                domain=None if plain.get("domain") is None else str(plain["domain"]),
-                classes=tuple(plain.get("classes") or ()),
-                scaling=float(plain.get("scaling", scaling)),
-                sha256=sha256,
-                meta=MappingProxyType(plain),
-                header=header,
-                live=live,
+                id,
+                row,
+                name,
+                meta.get("task"),
+                None if domain is None else str(domain),
+                tuple(meta.get("classes") or ()),
+                float(meta.get("scaling", scaling)),
+                sha256,
+                MappingProxyType(meta),
+                header,
+                kind,
+                state,
+                pruned,
             )
         except (TypeError, ValueError) as error:
             raise SchemaError(
@@ -84,27 +131,41 @@ class AdapterRecord:
             "id": self.id,
             "row": self.row,
             "name": self.name,
-            "state": "live" if self.live else "removed",
+            "kind": self.kind,
+            "state": self.state,
             "sha256": self.sha256,
             "scaling": self.scaling,
             "header": self.header,
             "meta": dict(self.meta),
+            "pruned": {module: list(ranks) for module, ranks in self.pruned.items()},
         }
         return (json.dumps(data, separators=(",", ":"), sort_keys=True) + "\n").encode()
 
     @classmethod
     def of_line(cls, line: bytes) -> AdapterRecord:
-        """The record that `line` wrote."""
+        """The record that `line` wrote.
+
+        Raises:
+            ValueError, KeyError, TypeError, SchemaError: no such line was ever written.
+        """
         data = json.loads(line)
-        return cls.of(
-            id=data["id"],
-            row=data["row"],
-            name=data["name"],
-            sha256=data["sha256"],
-            meta=data["meta"],
-            scaling=data["scaling"],
-            header=data["header"],
-            live=data["state"] == "live",
+        # Schema 1 had adapters only, and no word for it.
+        kind, state, pruned = data.get("kind", "adapter"), data["state"], data.get("pruned")
+        if kind not in KINDS or state not in ROW_STATES:
+            raise ValueError(f"a row of kind {kind!r} in state {state!r}")
+        return cls._of_plain(
+            data["id"],
+            data["row"],
+            data["name"],
+            data["sha256"],
+            data["meta"],
+            data["scaling"],
+            data["header"],
+            kind,
+            state,
+            MappingProxyType({module: tuple(ranks) for module, ranks in pruned.items()})
+            if pruned
+            else NOTHING_PRUNED,
         )
 
 
@@ -123,26 +184,80 @@ def plain_json(value: Mapping[str, Any], what: str) -> dict[str, Any]:
     return plain
 
 
+@contextmanager
+def _collector_at_rest() -> Iterator[None]:
+    """No cyclic garbage collection inside the block, which only makes what stays.
+
+    Each run of it walks through all records made so far: half of the time of a large catalog.
+    """
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()
+
+
+class _Lines:
+    """The records of all lines read so far, in their order; only ever appended to.
+
+    Catalogs of one line of history share it, each knowing how many lines are its own: the next
+    version costs one append here and not a copy of everything. `last_of_id` and `last_of_name` give
+    the place of the newest line; from each line `before_of_id` and `before_of_name` lead to the one
+    before it with the same id or name, or to -1. `ids` are in the order of the rows.
+    """
+
+    def __init__(self, records: Iterable[AdapterRecord] = ()) -> None:
+        self.records: list[AdapterRecord] = []
+        self.ids: list[str] = []
+        self.last_of_id: dict[str, int] = {}
+        self.last_of_name: dict[str, int] = {}
+        self.before_of_id: list[int] = []
+        self.before_of_name: list[int] = []
+        self.growing = threading.Lock()
+        self.extend(records)
+
+    def extend(self, records: Iterable[AdapterRecord]) -> None:
+        """Append; what leads to a line comes after it, so that no other thread is misled."""
+        for record in records:
+            place = len(self.records)
+            self.before_of_id.append(self.last_of_id.get(record.id, -1))
+            self.before_of_name.append(self.last_of_name.get(record.name, -1))
+            self.records.append(record)
+            if record.id not in self.last_of_id:
+                self.ids.append(record.id)
+            self.last_of_id[record.id] = place
+            self.last_of_name[record.name] = place
+
+
 @dataclass(frozen=True)
+class Counts:
+    """How many rows of each sort a catalog has: live adapters, live atoms, purged ones, all."""
+
+    adapters: int = 0
+    atoms: int = 0
+    purged: int = 0
+    rows: int = 0
+
+
 class Catalog:
-    """The catalog at one version: `records` by id in row order, removed ones too.
+    """The catalog at one version; immutable.
 
     `size` is its length in bytes, `chain` the hash that binds all its lines, in hex.
     """
 
-    records: Mapping[str, AdapterRecord] = field(default_factory=dict)
-    size: int = 0
-    chain: str = ""
+    def __init__(self) -> None:
+        """The catalog of an empty store."""
+        self.size = 0
+        self.chain = ""
+        self.counts = Counts()
+        self._lines = _Lines()
+        self._length = 0
 
-    def extended(self, lines: Iterable[bytes]) -> Catalog:
+    def extended(self, lines: Sequence[bytes]) -> Catalog:
         """The catalog with more lines; the receiver stays as it is."""
-        records, size, chain = dict(self.records), self.size, self.chain
-        for line in lines:
-            record = AdapterRecord.of_line(line)
-            records[record.id] = record
-            size += len(line)
-            chain = hashlib.sha256(bytes.fromhex(chain) + line).hexdigest()
-        return Catalog(records, size, chain)
+        return self._with([AdapterRecord.of_line(line) for line in lines], lines, self._link(lines))
 
     def read_on(self, data: bytes, chain: str) -> Catalog:
         """The catalog and what was appended since, which must lead to `chain`.
@@ -150,41 +265,115 @@ class Catalog:
         Raises:
             IntegrityError: the bytes are not the lines that were written.
         """
+        lines = data.splitlines(keepends=True)
+        found = self._link(lines)
+        if found != chain:
+            raise IntegrityError(
+                what="catalog", name="chain", expected=chain, found=found or "nothing"
+            )
         try:
-            catalog = self.extended(data.splitlines(keepends=True))
-        except (ValueError, KeyError, TypeError, SchemaError) as error:
+            with _collector_at_rest():
+                return self._with([AdapterRecord.of_line(line) for line in lines], lines, found)
+        except (ValueError, KeyError, TypeError, AttributeError, SchemaError) as error:
             raise IntegrityError(
                 what="catalog", name="lines", expected="one JSON record a line", found=str(error)
             ) from error
-        if catalog.chain != chain:
-            raise IntegrityError(
-                what="catalog", name="chain", expected=chain, found=catalog.chain or "nothing"
-            )
-        return catalog
+
+    def _link(self, lines: Iterable[bytes]) -> str:
+        """The hash that binds our lines and these."""
+        digest = bytes.fromhex(self.chain)
+        for line in lines:
+            digest = hashlib.sha256(digest + line).digest()
+        return digest.hex()
+
+    def _with(
+        self, records: Sequence[AdapterRecord], lines: Sequence[bytes], chain: str
+    ) -> Catalog:
+        longer = Catalog()
+        longer.size = self.size + sum(map(len, lines))
+        longer.chain = chain
+        longer._length = self._length + len(records)
+        with self._lines.growing:
+            if len(self._lines.records) == self._length:
+                longer._lines = self._lines
+                longer._lines.extend(records)
+            else:
+                # Another version went on from here already: the two part ways.
+                longer._lines = _Lines(self._lines.records[: self._length])
+                longer._lines.extend(records)
+        longer.counts = self._counted(records)
+        return longer
+
+    def _counted(self, records: Iterable[AdapterRecord]) -> Counts:
+        counts = self.counts
+        adapters, atoms, purged, rows = counts.adapters, counts.atoms, counts.purged, counts.rows
+        changed: dict[str, AdapterRecord] = {}
+        for record in records:
+            before = changed.get(record.id) or self.by_id(record.id)
+            rows += before is None
+            for counted, step in ((before, -1), (record, 1)):
+                if counted is not None:
+                    adapters += step * (counted.live and counted.kind == "adapter")
+                    atoms += step * (counted.live and counted.kind == "atoms")
+                    purged += step * (counted.state == "purged")
+            changed[record.id] = record
+        return Counts(adapters, atoms, purged, rows)
+
+    def by_id(self, id: str) -> AdapterRecord | None:
+        """The record of that id, live or not, or None."""
+        place = self._lines.last_of_id.get(id, -1)
+        while place >= self._length:
+            place = self._lines.before_of_id[place]
+        return None if place < 0 else self._lines.records[place]
+
+    def by_name(self, name: str) -> AdapterRecord | None:
+        """The live record of that name, or None."""
+        return next((record for record in self.named(name) if record.live), None)
+
+    def named(self, name: str) -> Iterator[AdapterRecord]:
+        """The records that are called so now, live or not, the last changed first."""
+        place = self._lines.last_of_name.get(name, -1)
+        while place >= 0:
+            if place < self._length:
+                record = self._lines.records[place]
+                if self.by_id(record.id) is record:
+                    yield record
+            place = self._lines.before_of_name[place]
+
+    @cached_property
+    def records(self) -> Mapping[str, AdapterRecord]:
+        """All records by id in row order, removed and purged ones too."""
+        ids = self._lines.ids[: self.counts.rows]
+        return {record.id: record for record in map(self.by_id, ids) if record is not None}
+
+    def _live(self, kind: Kind) -> tuple[AdapterRecord, ...]:
+        return tuple(r for r in self.records.values() if r.kind == kind and r.state == "live")
 
     @cached_property
     def live(self) -> tuple[AdapterRecord, ...]:
-        """The adapters that are not removed, in row order."""
-        return tuple(record for record in self.records.values() if record.live)
+        """The adapters that are neither removed nor purged, in row order."""
+        return self._live("adapter")
 
     @cached_property
-    def names(self) -> dict[str, AdapterRecord]:
-        """The live adapters by name."""
-        return {record.name: record for record in self.live}
+    def live_atoms(self) -> tuple[AdapterRecord, ...]:
+        """The rows of atoms that are neither removed nor purged, in row order."""
+        return self._live("atoms")
 
     def get(self, id_or_name: str) -> AdapterRecord:
-        """The live adapter of that id or name.
+        """The live adapter or row of atoms of that id or name.
 
         Raises:
             NotFoundError: there is none, or it was removed.
         """
-        record = self.records.get(id_or_name)
+        record = self.by_id(id_or_name)
         if record is None or not record.live:
-            record = self.names.get(id_or_name)
+            record = self.by_name(id_or_name)
         if record is None:
-            close = difflib.get_close_matches(id_or_name, self.names, n=1)
+            names = [live.name for live in (*self.live, *self.live_atoms)]
+            few = len(names) <= SUGGEST_AMONG
+            close = difflib.get_close_matches(id_or_name, names, n=1) if few else []
             raise NotFoundError(
-                f"no adapter {id_or_name!r} among the {len(self.live)} of this version",
+                f"no adapter {id_or_name!r} among the {len(names)} of this version",
                 remedy=f"did you mean {close[0]!r}?" if close else "`memtool ls` lists them",
             )
         return record

@@ -12,9 +12,11 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from memtool_stores.errors import IntegrityError, SchemaError, StorageError
-from memtool_stores.history import MAIN, reachable, snapshots, unreadable_refs
-from memtool_stores.ice import configuration, icechunk, storage, translated
+from memtool_stores import sums
+from memtool_stores.errors import SchemaError
+from memtool_stores.history import MAIN, damaged_ref, damaged_refs, reachable, snapshots
+from memtool_stores.ice import open_repository, translated
+from memtool_stores.objects import objects_at
 
 UNLOCKED_GRACE = timedelta(hours=1)
 """On an object store no lock keeps writers out: files younger than this may be theirs."""
@@ -47,27 +49,22 @@ def collect(
         raise SchemaError(f"keep_days={keep_days}", expected="0 or more")
     with ExitStack() as stack:
         if dry_run:
-            if not local:
-                raise StorageError(f"a dry run of gc on {url} is not supported yet")
-            # The dry run is the real run, on a copy whose files are hard links: icechunk never
-            # writes into a file, it makes new ones and deletes old ones.
-            url = str(stack.enter_context(_shadow(Path(url))))
+            # The dry run is the real run, on a copy.
+            url = str(stack.enter_context(_linked(Path(url)) if local else _sketched(url)))
         with translated("collect garbage", url):
-            repository = icechunk().Repository.open(storage(url), configuration())
-            for kind, name in unreadable_refs(repository, url):
-                raise IntegrityError(
-                    what=kind,
-                    name=name,
-                    expected="the id of a version",
-                    found="a file that is none",
-                )
+            repository = open_repository(url)
+            for kind, name in damaged_refs(url):
+                raise damaged_ref(kind, name)
             before = set(reachable(repository))
             cutoff = _cutoff(repository, keep_last, keep_days)
             # What a crash or a full disk left goes first: to expire, a little room is needed.
             summaries = [_delete_unneeded(repository, local)]
             if cutoff is not None:
+                sums.before_expiry(url, repository, cutoff)
                 repository.expire_snapshots(cutoff)
-                repository = icechunk().Repository.open(storage(url), configuration())
+                repository = open_repository(url)
+            sums.after_expiry(url, repository)
+            if cutoff is not None:
                 summaries.append(_delete_unneeded(repository, local))
             expired = before - set(reachable(repository))
     return GcReport(
@@ -107,8 +104,32 @@ def _cutoff(repository: Any, keep_last: int | None, keep_days: float | None) -> 
 
 
 @contextmanager
-def _shadow(store: Path) -> Iterator[Path]:
-    """A folder inside the store with hard links to all files of the repository, gone at the end."""
+def _linked(store: Path) -> Iterator[Path]:
+    """A folder inside the store with hard links to all files of the repository, gone at the end.
+
+    icechunk never writes into a file: it makes new ones and deletes old ones.
+    """
     with tempfile.TemporaryDirectory(dir=store, prefix=".dry-run-") as folder:
         shutil.copytree(store / "ice", Path(folder) / "ice", copy_function=os.link)
+        yield Path(folder)
+
+
+@contextmanager
+def _sketched(url: str) -> Iterator[Path]:
+    """A folder that looks like a store in a bucket: chunks have their size and age, but no bytes.
+
+    Chunks are the bulk of a store, and nobody reads them to find out which of them are needed.
+    """
+    objects = objects_at(url)
+    with tempfile.TemporaryDirectory(prefix="memtool-dry-run-") as folder:
+        for entry in objects.list("ice"):
+            path = Path(folder) / entry.path
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if entry.path.startswith("ice/chunks/"):
+                with path.open("wb") as file:
+                    file.truncate(entry.nbytes)  # a hole: it takes no room
+            else:
+                path.write_bytes(objects.read(entry.path))
+            moment = entry.modified.timestamp()
+            os.utime(path, (moment, moment))
         yield Path(folder)

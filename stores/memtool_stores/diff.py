@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 
 from memtool_stores.catalog import AdapterRecord
 from memtool_stores.view import MemoryView
+
+Records: TypeAlias = tuple[AdapterRecord, ...]
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,9 @@ class Diff:
     `changed` are the adapters of both (as they are in `b`) of which something else is said.
     `key_drift_degrees` gives, by name, the angle between the old and the new key of an adapter
     that has one in both, averaged over the layers; empty when the keys have other widths.
-    `changed_blobs` were added, replaced or deleted.
+    `changed_blobs` were added, replaced or deleted. `added_atoms` and `removed_atoms` are rows of
+    atoms; `changed_atoms` are those of both of which something else is said, and `pruned_atoms`
+    counts, by name, how many of their atoms were taken out.
     """
 
     a: str
@@ -28,12 +33,21 @@ class Diff:
     changed: tuple[AdapterRecord, ...]
     key_drift_degrees: Mapping[str, float]
     changed_blobs: tuple[str, ...]
+    added_atoms: tuple[AdapterRecord, ...] = ()
+    removed_atoms: tuple[AdapterRecord, ...] = ()
+    changed_atoms: tuple[AdapterRecord, ...] = ()
+    pruned_atoms: Mapping[str, int] = field(default_factory=dict)
 
 
 def diff(a: MemoryView, b: MemoryView) -> Diff:
     """Everything that differs from version `a` to version `b`."""
-    before = {record.id: record for record in a.adapters}
-    after = {record.id: record for record in b.adapters}
+    added, removed, changed = _rows(a.adapters, b.adapters)
+    added_atoms, removed_atoms, changed_atoms = _rows(a.atom_records, b.atom_records)
+    atoms_before = {record.id: record for record in a.atom_records}
+    pruned = {
+        record.name: _pruned_count(record) - _pruned_count(atoms_before[record.id])
+        for record in changed_atoms
+    }
     blobs = {
         name
         for name in {*a.blobs(), *b.blobs()}
@@ -42,12 +56,31 @@ def diff(a: MemoryView, b: MemoryView) -> Diff:
     return Diff(
         a.version,
         b.version,
-        tuple(r for r in b.adapters if r.id not in before),
-        tuple(r for r in a.adapters if r.id not in after),
-        tuple(r for r in b.adapters if r.id in before and r != before[r.id]),
+        added,
+        removed,
+        changed,
         _key_drift(a, b),
         tuple(sorted(blobs)),
+        added_atoms,
+        removed_atoms,
+        changed_atoms,
+        {name: count for name, count in pruned.items() if count},
     )
+
+
+def _rows(a: Records, b: Records) -> tuple[Records, Records, Records]:
+    """The rows only of `b`, those only of `a`, and those of both that are not alike."""
+    before = {record.id: record for record in a}
+    after = {record.id for record in b}
+    return (
+        tuple(r for r in b if r.id not in before),
+        tuple(r for r in a if r.id not in after),
+        tuple(r for r in b if r.id in before and r != before[r.id]),
+    )
+
+
+def _pruned_count(record: AdapterRecord) -> int:
+    return sum(map(len, record.pruned.values()))
 
 
 def _key_drift(a: MemoryView, b: MemoryView) -> dict[str, float]:

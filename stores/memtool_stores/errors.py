@@ -18,7 +18,8 @@ StoreError
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 
 class StoreError(Exception):
@@ -46,6 +47,16 @@ class StoreError(Exception):
         if self.remedy:
             parts.append(f"try: {self.remedy}")
         return "\n".join(parts)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """How it goes to another process: as what it says, whatever its constructor asks for."""
+        return _restored, (type(self), self.args, vars(self))
+
+
+def _restored(kind: type[StoreError], args: tuple[Any, ...], said: Mapping[str, Any]) -> StoreError:
+    error = kind.__new__(kind, *args)
+    vars(error).update(said)
+    return error
 
 
 class NotFoundError(StoreError):
@@ -85,8 +96,8 @@ class LockTimeoutError(StoreError):
 class IntegrityError(StoreError):
     """Stored bytes are not what was written.
 
-    `what` is the kind of the damaged thing (values, keys, blob, catalog, version, reference),
-    `name` says which one, `found` what was read in its place.
+    `what` is the kind of the damaged thing (values, keys, blob, catalog, version, branch, tag,
+    store), `name` says which one, `found` what was read in its place.
     """
 
     code = "integrity"

@@ -5,21 +5,34 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from memtool_stores.errors import IntegrityError, NotFoundError, SchemaError, VersionExpiredError
+from memtool_stores.errors import (
+    IntegrityError,
+    NewerSchemaError,
+    NotFoundError,
+    SchemaError,
+    VersionExpiredError,
+)
 from memtool_stores.ice import translated
+from memtool_stores.tree import Tree, seal
 
 MAIN = "main"
 """The branch that HEAD is the tip of."""
+
+SUMS = "sums"
+"""The folder of the checksums that sums.py writes, a file for each version."""
 
 SHORTEST_PREFIX = 4
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _VERSION_ID = re.compile(r"[0-9A-HJKMNP-TV-Z]{20}")
+_REF = re.compile(rb'\{"snapshot":"([0-9A-HJKMNP-TV-Z]{20})"\}')
+_OURS = frozenset({"parent", "time", "user", "seal"})
 
 
 @dataclass(frozen=True)
@@ -45,28 +58,92 @@ def commit_metadata(*, parent: str, time: str, user: str, seal: str) -> dict[str
 def of_snapshot(snapshot: Any, *, oldest: bool) -> Version:
     """The version that an icechunk snapshot holds."""
     metadata = snapshot.metadata
-    if "time" not in metadata:
+    if not _OURS & metadata.keys():
         raise SchemaError(f"version {snapshot.id} was not committed by memtool")
-    return Version(
-        snapshot.id,
-        None if oldest else snapshot.parent_id,
-        datetime.fromisoformat(metadata["time"]),
-        snapshot.message,
-        json.loads(metadata["user"]),
+    try:
+        return Version(
+            snapshot.id,
+            None if oldest else snapshot.parent_id,
+            datetime.fromisoformat(metadata["time"]),
+            snapshot.message,
+            json.loads(metadata["user"]),
+        )
+    except (KeyError, ValueError) as error:
+        raise _damaged(snapshot.id, "what a commit notes", str(error)) from error
+
+
+def _damaged(version: str, expected: str, found: str) -> IntegrityError:
+    return IntegrityError(what="version", name=version, expected=expected, found=found)
+
+
+def check_seal(snapshot: Any, tree: Tree) -> None:
+    """Nothing, when the attributes and the metadata of a version are those that were sealed.
+
+    Raises:
+        IntegrityError: they are not.
+    """
+    metadata = snapshot.metadata
+    if not metadata.keys() >= _OURS:
+        missing = ", ".join(sorted(_OURS - metadata.keys()))
+        raise _damaged(snapshot.id, "what a commit notes", f"no {missing}")
+    found = seal(
+        tree.attributes,
+        parent=metadata["parent"],
+        time=metadata["time"],
+        message=snapshot.message,
+        user=metadata["user"],
     )
+    if found != metadata["seal"]:
+        raise _damaged(snapshot.id, f"seal {metadata['seal']}", found)
+
+
+def sealed_tree(repository: Any, version: str) -> Tree:
+    """The tree of a version, its seal checked where it has one: no changed attribute is believed.
+
+    Raises:
+        IntegrityError: they are not as they were written.
+        SchemaError: there is no memory in this version, and memtool did not commit it.
+    """
+    snapshot = repository.lookup_snapshot(version)
+    ours = bool(_OURS & snapshot.metadata.keys())
+    try:
+        tree = Tree(repository.readonly_session(snapshot_id=version))
+    except SchemaError as error:
+        if not ours or isinstance(error, NewerSchemaError):
+            raise
+        raise _damaged(version, "a memory", error.message) from error
+    if ours:
+        check_seal(snapshot, tree)
+    return tree
 
 
 def snapshots(repository: Any, version: str) -> Iterator[tuple[Any, bool]]:
     """A snapshot and its ancestors, newest first, each with whether it is our oldest.
 
     The empty snapshot that icechunk itself puts first is not one of ours.
+
+    Raises:
+        IntegrityError: one of them is lost or damaged; it names that one.
     """
-    ancestry = iter(repository.ancestry(snapshot_id=version))
-    current = next(ancestry, None)
+    with _reading_snapshot(version):
+        ancestry = iter(repository.ancestry(snapshot_id=version))
+        current = next(ancestry, None)
     while current is not None and current.parent_id is not None:
-        older = next(ancestry, None)
+        with _reading_snapshot(current.parent_id):
+            older = next(ancestry, None)
         yield current, older is None or older.parent_id is None
         current = older
+
+
+@contextmanager
+def _reading_snapshot(version: str) -> Iterator[None]:
+    try:
+        with translated("read the history", "the store"):
+            yield
+    except NotFoundError as error:
+        raise _damaged(version, "a snapshot", error.message) from error
+    except IntegrityError as error:
+        raise _damaged(version, "a snapshot", error.found) from error
 
 
 def check_name(name: str, kind: str) -> None:
@@ -94,7 +171,7 @@ def resolve(repository: Any, where: str, ref: str, as_of: datetime | None = None
         name, tilde, steps = ref.partition("~")
         if tilde and steps and not steps.isdigit():
             raise NotFoundError(f"{ref!r} names no version", expected="for example HEAD~2")
-        version = _resolve_name(repository, name)
+        version = _resolve_name(repository, where, name)
         back = int(steps or 1) if tilde else 0
         for index, (snapshot, oldest) in enumerate(snapshots(repository, version)):
             if index < back:
@@ -108,7 +185,7 @@ def resolve(repository: Any, where: str, ref: str, as_of: datetime | None = None
     )
 
 
-def _resolve_name(repository: Any, name: str) -> str:
+def _resolve_name(repository: Any, where: str, name: str) -> str:
     if name in {"HEAD", MAIN, ""}:
         return str(repository.lookup_branch(MAIN))
     if name in repository.list_branches():
@@ -117,12 +194,16 @@ def _resolve_name(repository: Any, name: str) -> str:
         return str(repository.lookup_tag(name))
     prefix = name.upper()
     if _VERSION_ID.fullmatch(prefix):
-        return _whole_id(repository, prefix)
+        return _whole_id(repository, where, prefix)
     found = set()
     if len(prefix) >= SHORTEST_PREFIX and _VERSION_ID.fullmatch(prefix.ljust(20, "0")):
         found = {v for v in reachable(repository) if v.startswith(prefix)}
     if len(found) == 1:
         return found.pop()
+    for kind, damaged in damaged_refs(where):
+        # icechunk knows nothing of a tag that it cannot read.
+        if not found and damaged == name:
+            raise damaged_ref(kind, name)
     several = f"fits {len(found)} versions: {', '.join(sorted(found))}"
     raise NotFoundError(
         f"{name!r} {several if found else 'is no branch, tag or version'}",
@@ -131,13 +212,15 @@ def _resolve_name(repository: Any, name: str) -> str:
     )
 
 
-def _whole_id(repository: Any, version: str) -> str:
+def _whole_id(repository: Any, where: str, version: str) -> str:
     try:
         with translated(f"find version {version}", "the store"):
             snapshot = repository.lookup_snapshot(version)
     except (NotFoundError, IntegrityError) as error:
         if isinstance(error, IntegrityError) and "not found" not in error.found:
-            raise
+            raise _damaged(version, "a snapshot", error.found) from error
+        if not is_expired(repository, where, version):
+            raise _damaged(version, "a snapshot", "no file") from error
         raise VersionExpiredError(
             f"version {version} is not in the store: gc has expired it, or it never was",
             remedy="`memtool log` lists the versions",
@@ -145,6 +228,16 @@ def _whole_id(repository: Any, version: str) -> str:
     if snapshot.id != version or snapshot.parent_id is None:
         raise NotFoundError(f"no version {version}")
     return version
+
+
+def is_expired(repository: Any, where: str, version: str) -> bool:
+    """Whether a version whose snapshot is not there was taken by gc, and not lost.
+
+    What gc takes, no branch or tag names, and its checksums go with it.
+    """
+    with translated("list the branches and tags", where):
+        named = set(tips(repository).values())
+    return version not in named and not (Path(where) / SUMS / version).exists()
 
 
 def tips(repository: Any) -> dict[str, str]:
@@ -157,23 +250,35 @@ def tips(repository: Any) -> dict[str, str]:
     return refs
 
 
-def unreadable_refs(repository: Any, url: str) -> list[tuple[str, str]]:
-    """Kind and name of the branches and tags of a directory whose files cannot be read.
+def damaged_refs(url: str) -> list[tuple[str, str]]:
+    """Kind and name of the branches and tags of a directory whose files are not as written.
 
-    icechunk leaves them out of its lists without a word, and gc would take their versions.
+    icechunk leaves some of them out of its lists without a word, and gc would take their versions.
+    A folder without a file has lost it: who deletes a tag leaves a mark in its folder, and who
+    deletes a branch takes the folder away. A version of which there is no trace never was.
     """
     folder = Path(url) / "ice" / "refs"
     if not folder.is_dir():
         return []
-    listed = {("branch", name) for name in repository.list_branches()}
-    listed |= {("tag", name) for name in repository.list_tags()}
-    stored = {
-        (kind, name)
-        for kind, _, name in (place.name.partition(".") for place in folder.iterdir())
-        if (folder / f"{kind}.{name}" / "ref.json").exists()
-        and not (folder / f"{kind}.{name}" / "ref.json.deleted").exists()
-    }
-    return sorted(stored - listed)
+    found = []
+    for place in sorted(folder.iterdir()):
+        kind, _, name = place.name.partition(".")
+        file = place / "ref.json"
+        if (place / "ref.json.deleted").exists():
+            continue
+        ref = _REF.fullmatch(file.read_bytes()) if file.is_file() else None
+        version = "" if ref is None else ref[1].decode()
+        traces = (Path(url) / "ice" / "snapshots" / version, Path(url) / SUMS / version)
+        if ref is None or not any(trace.exists() for trace in traces):
+            found.append((kind, name))
+    return found
+
+
+def damaged_ref(kind: str, name: str) -> IntegrityError:
+    """The error for one of `damaged_refs`."""
+    return IntegrityError(
+        what=kind, name=name, expected="the id of a version", found="a file that is none"
+    )
 
 
 def reachable(repository: Any) -> dict[str, Version]:

@@ -106,6 +106,49 @@ def storage(url: str) -> Any:
     return ice.local_filesystem_storage(str(Path(url) / "ice"))
 
 
+def open_repository(url: str) -> Any:
+    """The icechunk repository of the store at `url`, with our configuration.
+
+    Raises:
+        NotFoundError: there is none.
+        IntegrityError: there is one, but the file of its branch main is lost or damaged.
+    """
+    try:
+        with translated("open the store", url):
+            return icechunk().Repository.open(storage(url), configuration())
+    except NotFoundError as error:
+        # icechunk looks for the file of main alone to tell whether there is a repository.
+        if url.startswith("s3://") or not (Path(url) / "ice" / "refs").is_dir():
+            raise
+        raise IntegrityError(
+            what="branch", name="main", expected="the id of a version", found="no file"
+        ) from error
+
+
+def create_repository(url: str) -> Any:
+    """A new icechunk repository for a store at `url`, in format 1, which both 1.x and 2.x read.
+
+    No configuration is stored in it: it is given at every open, and a file that nobody reads cannot
+    be damaged.
+    """
+    ice = icechunk()
+    with translated("create the store", url):
+        if hasattr(ice, "SpecVersion"):
+            ice.Repository.create(storage(url), spec_version=1)
+        else:
+            ice.Repository.create(storage(url))
+    return open_repository(url)
+
+
+def manifests(repository: Any, version: str) -> frozenset[str]:
+    """Ids of the manifests that a version uses."""
+    if hasattr(repository, "list_manifest_files"):
+        listed = repository.list_manifest_files(version)
+    else:
+        listed = repository.lookup_snapshot(version).manifests
+    return frozenset(str(manifest.id) for manifest in listed)
+
+
 @contextlib.contextmanager
 def translated(doing: str, where: str) -> Iterator[None]:
     """Errors of icechunk, zarr and the system inside the block, as errors of ours.
@@ -121,12 +164,22 @@ def translated(doing: str, where: str) -> Iterator[None]:
     except icechunk().ConflictError as error:
         raise _conflict(doing, where) from error
     except icechunk().IcechunkError as error:
-        raise _of_message(str(error), doing, where) from error
+        raise _of_message(_told(error), doing, where) from error
     except OSError as error:
         raise of_os_error(error, doing, where) from error
     except (ValueError, KeyError, TypeError) as error:
         raise IntegrityError(
             what="store", name=where, expected=f"to {doing}", found=_first_line(str(error))
+        ) from error
+    except BaseException as error:
+        # Some damaged metadata make the Rust code of icechunk panic; that has no class of its own.
+        if not type(error).__module__.startswith("pyo3_"):
+            raise
+        raise IntegrityError(
+            what="store",
+            name=where,
+            expected=f"to {doing}",
+            found=f"what icechunk fails on: {error}",
         ) from error
 
 
@@ -137,6 +190,8 @@ def of_os_error(error: OSError, doing: str, where: str) -> StoreError:
             return disk_full(doing, where)
         case errno.EACCES | errno.EPERM | errno.EROFS:
             return _not_permitted(doing, where)
+        case errno.EFBIG:
+            return _too_large(doing, where)
         case _:
             return StorageError(f"could not {doing} in {where}: {error}")
 
@@ -166,6 +221,14 @@ def _not_permitted(doing: str, where: str) -> StorageError:
     )
 
 
+def _too_large(doing: str, where: str) -> StorageError:
+    return StorageError(
+        f"could not {doing}: a file in {where} would be larger than this process may write; "
+        "the last version is as it was",
+        remedy="ulimit -f unlimited",
+    )
+
+
 def _conflict(doing: str, where: str) -> ConflictError:
     return ConflictError(
         f"could not {doing}: another writer committed to {where} first; nothing was stored",
@@ -179,6 +242,12 @@ def _first_line(text: str) -> str:
     return next((line for line in lines if line), "an error without a message")
 
 
+def _told(error: Any) -> str:
+    """What an icechunk error says: its message and, in 2.x, its kind in words."""
+    kind = str(getattr(error, "kind", "")).replace("-", " ")
+    return f"{error}\n{kind}"
+
+
 def _of_message(text: str, doing: str, where: str) -> StoreError:
     """The one place that reads the messages of icechunk 1.x and the kinds of 2.x."""
     brief = _first_line(text)
@@ -187,6 +256,8 @@ def _of_message(text: str, doing: str, where: str) -> StoreError:
         return disk_full(doing, where)
     if "permission denied" in lower or "read-only file system" in lower:
         return _not_permitted(doing, where)
+    if "file too large" in lower:
+        return _too_large(doing, where)
     if "branch update conflict" in lower:
         return _conflict(doing, where)
     if "tag already exists" in lower:
@@ -205,7 +276,13 @@ def _of_message(text: str, doing: str, where: str) -> StoreError:
         return StorageError(
             f"could not {doing} in {where}: {brief}", transient=True, remedy="run it again"
         )
-    if re.search(r"magic|flatbuffer|deserial|decod|decompress|invalid|corrupt|not found", lower):
+    wrong = (
+        r"magic|flatbuffer|serializ|decod|decompress|invalid|corrupt|not found|cannot read|"
+        "only supports"
+    )
+    # What is cut short or does not decompress is an "I/O error" too, but not one of the system.
+    unpacking = "i/o error" in lower and ("::fetch_" in lower or "os error" not in lower)
+    if re.search(wrong, lower) or unpacking:
         return IntegrityError(what="store", name=where, expected=f"to {doing}", found=brief)
     return StorageError(f"could not {doing} in {where}: {brief}")
 

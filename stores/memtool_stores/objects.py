@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -17,9 +18,10 @@ from typing import Any, Protocol
 from memtool_stores.errors import NotFoundError, StorageError
 from memtool_stores.ice import of_os_error
 
-CONNECT_TIMEOUT = "5s"
+CONNECT_TIMEOUT = "3s"
 ANSWER_TIMEOUT = "60s"
-TRIES = 3
+FIRST_ANSWER_TIMEOUT = "10s"
+RETRIES = 2
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,18 @@ class Objects(Protocol):
 
 def objects_at(url: str) -> Objects:
     """The files of the store at a directory or `s3://bucket/prefix`."""
-    return _Bucket(url) if url.startswith("s3://") else _Directory(Path(url))
+    if url.startswith("s3://"):
+        return _Bucket(url, ANSWER_TIMEOUT)
+    return _Directory(Path(url))
+
+
+def bucket_holds(url: str, prefix: str) -> bool:
+    """Whether there is any file under `prefix` of `s3://bucket/…`; soon told when nobody answers.
+
+    Raises:
+        StorageError: no such bucket, no credentials, or no answer.
+    """
+    return any(True for _ in _Bucket(url, FIRST_ANSWER_TIMEOUT).list(prefix))
 
 
 class _Directory:
@@ -101,7 +114,7 @@ class _Directory:
 
 
 class _Bucket:
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, timeout: str) -> None:
         try:
             from obstore.store import S3Store
         except ImportError as error:
@@ -119,9 +132,9 @@ class _Bucket:
             client_options={
                 "allow_http": endpoint.startswith("http://"),
                 "connect_timeout": CONNECT_TIMEOUT,
-                "timeout": ANSWER_TIMEOUT,
+                "timeout": timeout,
             },
-            retry_config={"max_retries": TRIES, "retry_timeout": timedelta(seconds=30)},
+            retry_config={"max_retries": RETRIES, "retry_timeout": timedelta(seconds=5)},
         )
 
     def _key(self, path: str) -> str:
@@ -136,12 +149,27 @@ class _Bucket:
         except (FileNotFoundError, exceptions.NotFoundError) as error:
             raise NotFoundError(f"could not {doing} in {self._url}: it is not there") from error
         except (exceptions.BaseError, OSError) as error:
-            text = str(error).partition("\n")[0][:300]
-            raise StorageError(
-                f"could not {doing} in {self._url}: {text}",
-                transient=True,
-                remedy="check the bucket, AWS_ENDPOINT_URL and the credentials, then run it again",
-            ) from error
+            raise self._refusal(doing, str(error)) from error
+
+    def _refusal(self, doing: str, said: str) -> StorageError:
+        """What the object store answered, in our words."""
+        bucket = self._url.removeprefix("s3://").partition("/")[0]
+        if "NoSuchBucket" in said:
+            return StorageError(
+                f"could not {doing} in {self._url}: there is no bucket {bucket!r}",
+                remedy="make the bucket, or name another",
+            )
+        if re.search(r"credential|AccessDenied|InvalidAccessKey|SignatureDoesNotMatch|403", said):
+            return StorageError(
+                f"could not {doing} in {self._url}: not permitted with these credentials",
+                remedy="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
+            )
+        endpoint = os.environ.get("AWS_ENDPOINT_URL") or "the endpoint of the region"
+        return StorageError(
+            f"could not {doing} in {self._url}: no answer from {endpoint}",
+            transient=True,
+            remedy="check AWS_ENDPOINT_URL and AWS_REGION, then run it again",
+        )
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """See Objects."""

@@ -13,18 +13,20 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
+from memtool_stores import cache, sums
 from memtool_stores.catalog import Catalog, plain_json
 from memtool_stores.collect import GcReport, collect
 from memtool_stores.diff import Diff, diff
 from memtool_stores.errors import (
     AlreadyExistsError,
     ConflictError,
+    IntegrityError,
     LockTimeoutError,
     NotFoundError,
     StorageError,
@@ -34,23 +36,26 @@ from memtool_stores.history import (
     Version,
     check_name,
     commit_metadata,
+    damaged_ref,
+    damaged_refs,
     of_snapshot,
     resolve,
     snapshots,
 )
 from memtool_stores.ice import (
-    configuration,
+    create_repository,
     disk_full,
     guard_fork,
-    icechunk,
     of_os_error,
-    storage,
+    open_repository,
     sync_to_disk,
     translated,
 )
+from memtool_stores.move import Tell, copy, read_bundle, require_empty, write_bundle
+from memtool_stores.objects import Objects, bucket_holds, objects_at
 from memtool_stores.space import Space
 from memtool_stores.transaction import Transaction
-from memtool_stores.tree import Root, State, Tree, seal
+from memtool_stores.tree import CRC32C_BYTES, Root, State, Tree, seal, sha256
 from memtool_stores.verify import Level, VerifyReport, verify
 from memtool_stores.view import MemoryView
 
@@ -109,13 +114,14 @@ class MemoryStore:
     @staticmethod
     def _create_repository(url: str, root: Root) -> None:
         with translated("create the store", url):
-            repository = icechunk().Repository.create(storage(url), configuration())
+            repository = create_repository(url)
             session = repository.writable_session(MAIN)
             base = str(session.snapshot_id)
             tree = Tree.create(session, root)
             message = "create the memory"
             metadata = _sealed(tree, parent=base, message=message, user="{}")
-            version = session.flush(message, metadata)
+            version = session.flush(message, metadata=metadata)
+            sums.write(url, repository, version)
             repository.reset_branch(MAIN, version, from_snapshot_id=base)
 
     @classmethod
@@ -125,19 +131,22 @@ class MemoryStore:
         Raises:
             NotFoundError: no store is there.
             NewerSchemaError: only a newer memtool reads it.
+            IntegrityError: the file of its branch main is damaged.
         """
         guard_fork()
         url = _plain(url)
-        if _is_local(url) and not cls.exists(url):
-            there = "no such folder" if not Path(url).exists() else "it is not a store"
+        if not cls.exists(url):
+            there = "nothing is there"
+            if _is_local(url):
+                there = "no such folder" if not Path(url).exists() else "it is not a store"
             raise NotFoundError(
                 f"no store at {url}: {there}",
                 remedy="memtool write makes one, from adapters of memtool train-adapter",
             )
-        with translated("open the store", url):
-            repository = icechunk().Repository.open(storage(url), configuration())
-        store = cls(url, repository, lock_timeout=lock_timeout)
-        store._check_schema()
+        store = cls(url, open_repository(url), lock_timeout=lock_timeout)
+        # A damaged newest version says so when it is read; older ones can be, and rolled back to.
+        with suppress(IntegrityError):
+            store._check_schema()
         return store
 
     @classmethod
@@ -146,8 +155,8 @@ class MemoryStore:
         url = _plain(url)
         if _is_local(url):
             return (Path(url) / "ice" / "refs").is_dir()
-        with translated("look for a store", url):
-            return bool(icechunk().Repository.exists(storage(url)))
+        # Not by icechunk, which waits for minutes where nobody answers.
+        return bucket_holds(url, "ice/refs")
 
     def _check_schema(self) -> None:
         self._view(self.head()).space  # noqa: B018
@@ -294,7 +303,8 @@ class MemoryStore:
             _, catalog = transaction.write(tree)
             sealed = _sealed(tree, parent=base, message=message, user=user)
             if _is_local(self.url):
-                version = session.flush(message, sealed)
+                version = session.flush(message, metadata=sealed)
+                sums.write(self.url, self._repository, version)
                 self._sync()
                 self._repository.reset_branch(branch, version, from_snapshot_id=base)
                 self._sync()
@@ -303,6 +313,8 @@ class MemoryStore:
                 version = session.commit(message, sealed)
         transaction.version = str(version)
         self._catalog = catalog
+        if transaction.purges:
+            cache.drop(transaction.base.store_id)
 
     def _check_branch(self, branch: str, version: str) -> None:
         found = str(self._repository.lookup_branch(branch))
@@ -387,6 +399,7 @@ class MemoryStore:
         """The version id of every tag, by name."""
         guard_fork()
         with translated("list the tags", self.url):
+            self._refuse_damaged("tag")
             names = sorted(self._repository.list_tags())
             return {name: str(self._repository.lookup_tag(name)) for name in names}
 
@@ -394,8 +407,14 @@ class MemoryStore:
         """The version id of the tip of every branch, by name."""
         guard_fork()
         with translated("list the branches", self.url):
+            self._refuse_damaged("branch")
             names = sorted(self._repository.list_branches())
             return {name: str(self._repository.lookup_branch(name)) for name in names}
+
+    def _refuse_damaged(self, kind: str) -> None:
+        for damaged, name in damaged_refs(self.url):
+            if damaged == kind:
+                raise damaged_ref(kind, name)
 
     def delete_tag(self, name: str) -> None:
         """Take a tag away; its name cannot be used again.
@@ -421,23 +440,34 @@ class MemoryStore:
                 raise NotFoundError(f"no branch {name!r} that could be deleted in {self.url}")
             with translated(f"delete branch {name!r}", self.url):
                 self._repository.delete_branch(name)
+                if _is_local(self.url):
+                    # Left there it would look like a branch that lost its file.
+                    (Path(self.url) / "ice" / "refs" / f"branch.{name}").rmdir()
             self._sync()
 
     def rollback(self, to: str) -> str:
         """Make an older version the newest of main again; the branch that keeps what was.
+
+        What was is not kept, and the name is empty, when its newest version is damaged.
 
         Raises:
             NotFoundError: there is no such version.
         """
         with self._lock():
             head, target = self.head(), self._resolve(to)
-            taken = self.branches()
+            taken = self._repository.list_branches()
             stem = f"backup-{datetime.now(UTC):%Y%m%d-%H%M%S}-{head[:6].lower()}"
             backup, number = stem, 2
             while backup in taken:
                 backup, number = f"{stem}-{number}", number + 1
-            with translated(f"roll back to {to!r}", self.url):
-                self._repository.create_branch(backup, head)
+            doing = f"roll back to {to!r}"
+            try:
+                with translated(doing, self.url):
+                    self._repository.lookup_snapshot(head)
+                    self._repository.create_branch(backup, head)
+            except (IntegrityError, NotFoundError):
+                backup = ""  # a damaged version can be left, but not kept
+            with translated(doing, self.url):
                 self._sync()
                 self._repository.reset_branch(MAIN, target, from_snapshot_id=head)
             self._sync()
@@ -477,29 +507,104 @@ class MemoryStore:
             )
             if not dry_run:
                 self._sync()
-                with translated("open the store", self.url):
-                    self._repository = icechunk().Repository.open(
-                        storage(self.url), configuration()
-                    )
+                self._repository = open_repository(self.url)
+                head = self._view(self.head())
+                if report.expired and head.state.purged:
+                    # A reader of an expired version may have built a file with a purged row in it.
+                    cache.drop(head.store_id)
         return report
 
-    def clone(self, url: str | Path) -> MemoryStore:
-        """A copy with all versions in another directory.
+    def holders(self, id: str) -> list[str]:
+        """Tags and branches, other than main, that keep the bytes of this row from gc, sorted.
+
+        Each names a version in which the row still has its bytes, or leads to one that is none of
+        main's. Older versions of main are no reason: `gc(keep_last=1)` takes them.
+        """
+        with translated("read the history", self.url):
+            on_main = {s.id for s, _ in snapshots(self._repository, self.head())}
+            refs = {**self.branches(), **self.tags()}
+            has: dict[str, bool] = {}
+
+            def has_bytes(version: str) -> bool:
+                if version not in has:
+                    record = self._view(version).catalog.by_id(id)
+                    has[version] = record is not None and record.state != "purged"
+                return has[version]
+
+            found = []
+            for name in sorted(refs.keys() - {MAIN}):
+                line = (s.id for s, _ in snapshots(self._repository, refs[name]))
+                if any(has_bytes(v) for v in line if v == refs[name] or v not in on_main):
+                    found.append(name)
+            return found
+
+    def find_bytes(self, sha256s: Collection[str]) -> dict[str, list[str]]:
+        """Where bytes of these hashes lie: hash to paths inside the store, found ones only.
+
+        Every stored object is read, whatever version it belongs to or whether it belongs to any,
+        and hashed whole and without its last four bytes (the crc32c after a chunk). For the hash of
+        a row, an empty answer proves that its bytes are gone.
+
+        Raises:
+            StorageError: an object could not be read.
+        """
+        guard_fork()
+        wanted = set(sha256s)
+        found: dict[str, list[str]] = {}
+        with self._lock():
+            objects = objects_at(self.url)
+            for entry in objects.list():
+                data = objects.read(entry.path)
+                for digest in {sha256(data), sha256(data[:-CRC32C_BYTES])} & wanted:
+                    found.setdefault(digest, []).append(entry.path)
+        return {digest: sorted(found[digest]) for digest in sorted(found)}
+
+    def clone(self, url: str | Path, tell: Tell | None = None) -> MemoryStore:
+        """A copy with all versions in another directory or bucket; it appears all at once.
+
+        `tell` is called with the files copied so far and their number.
 
         Raises:
             AlreadyExistsError: something is there.
-            StorageError: no permission, no room, or one of the two is not a directory.
+            StorageError: no permission, or no room.
         """
         target = _plain(url)
-        if not (_is_local(self.url) and _is_local(target)):
-            raise StorageError(f"cannot clone {self.url} to {target}", expected="two directories")
-        with self._lock(), _appearing(Path(target)) as folder:
-            try:
-                shutil.copytree(Path(self.url) / "ice", folder / "ice")
-            except shutil.Error as error:
-                raise StorageError(f"could not clone {self.url} to {target}: {error}") from error
-            sync_to_disk(folder)
+        with self._lock():
+            files = objects_at(self.url)
+            with _new_place(target) as place:
+                # A bucket checks its own bytes: checksums are of no use there, and commits in it
+                # make none.
+                copy(files, place, tell, checksums=_is_local(self.url) and _is_local(target))
         return MemoryStore.open(target, lock_timeout=self._lock_timeout)
+
+    def bundle(self, file: str | Path) -> int:
+        """Write the whole store as one file; its size in bytes. `from_bundle` reads it.
+
+        Raises:
+            AlreadyExistsError: there is such a file.
+            StorageError: no permission, or no room.
+        """
+        head = self.view()
+        about = {"store_id": head.store_id, "head": head.version, "adapters": len(head)}
+        with self._lock():
+            files = objects_at(self.url)
+            return write_bundle(files, Path(file), about, checksums=_is_local(self.url))
+
+    @classmethod
+    def from_bundle(
+        cls, file: str | Path, url: str | Path, tell: Tell | None = None
+    ) -> MemoryStore:
+        """The store of a bundle, in a new directory or bucket; every file is checked on the way.
+
+        Raises:
+            AlreadyExistsError: something is there.
+            IntegrityError: the bundle is damaged; nothing is made.
+            SchemaError: it is no bundle.
+        """
+        target = _plain(url)
+        with _new_place(target) as place:
+            read_bundle(Path(file), place, tell, checksums=_is_local(target))
+        return cls.open(target)
 
 
 def _sealed(tree: Tree, *, parent: str, message: str, user: str) -> dict[str, Any]:
@@ -521,6 +626,22 @@ def _plain(url: str | Path) -> str:
 
 def _is_local(url: str) -> bool:
     return not url.startswith("s3://")
+
+
+@contextmanager
+def _new_place(url: str) -> Iterator[Objects]:
+    """Where a copy goes. A directory appears when the block ends well, else nothing does.
+
+    In a bucket the copy is no store until its references, the last files, are there.
+    """
+    if _is_local(url):
+        with _appearing(Path(url)) as folder:
+            yield objects_at(str(folder))
+            sync_to_disk(folder)
+    else:
+        place = objects_at(url)
+        require_empty(place, url)
+        yield place
 
 
 @contextmanager

@@ -6,14 +6,17 @@ leaves nothing behind, and all writing to disk happens while the lock of the sto
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from memtool_stores.catalog import AdapterRecord, Catalog, plain_json
+from memtool_stores.atoms import segments_of
+from memtool_stores.catalog import AdapterRecord, Catalog, Kind, plain_json
 from memtool_stores.errors import (
     AlreadyExistsError,
     NotFoundError,
@@ -37,10 +40,12 @@ class Transaction:
         self.base = base
         self.version = base.version
         self._space = base.space
-        self._records = dict(base.catalog.records)
-        self._names = {record.name: record.id for record in base.adapters}
+        # Only what differs from the base: a copy would make an append as long as the catalog.
+        self._changed: dict[str, AdapterRecord] = {}
+        self._names: dict[str, str] = {}
         self._lines: list[bytes] = []
-        self._rows: list[Array] = []
+        self._rows: list[Array | None] = []
+        self._erased: set[int] = set()
         self._keys: Array | None = None
         self._keys_set = False
         self._blobs: dict[str, bytes | None] = {}
@@ -55,12 +60,28 @@ class Transaction:
         """Bytes of payload that the commit will write."""
         blobs = sum(len(data) for data in self._blobs.values() if data is not None)
         keys = 0 if self._keys is None else self._keys.nbytes
-        return sum(row.nbytes for row in self._rows) + keys + blobs + sum(map(len, self._lines))
+        rows = sum(row.nbytes for row in self._rows if row is not None)
+        return rows + keys + blobs + sum(map(len, self._lines))
+
+    @property
+    def purges(self) -> bool:
+        """Whether bytes of a row are taken out of the memory."""
+        return bool(self._erased)
 
     @property
     def adapters(self) -> tuple[AdapterRecord, ...]:
         """The adapters that are live after the operations so far, in row order."""
-        return tuple(record for record in self._records.values() if record.live)
+        return self._live_of("adapter")
+
+    @property
+    def atom_records(self) -> tuple[AdapterRecord, ...]:
+        """The rows of atoms that are live after the operations so far, in row order."""
+        return self._live_of("atoms")
+
+    def _live_of(self, kind: Kind) -> tuple[AdapterRecord, ...]:
+        # New rows come after all of the base, in the order in which they were added.
+        records = {**self.base.catalog.records, **self._changed}
+        return tuple(r for r in records.values() if r.kind == kind and r.live)
 
     def add(
         self,
@@ -79,7 +100,57 @@ class Transaction:
             SpaceMismatchError: another shape or dtype.
             SchemaError: `meta` is not JSON, or the name is empty.
         """
-        return self._add(name, values, meta or {}, None)
+        return self._add(name, values, meta or {})
+
+    def add_atoms(
+        self,
+        name: str,
+        values: npt.NDArray[Any],
+        meta: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Append the rank-1 atoms of one task, laid out like an adapter; their id.
+
+        At every module, row i of lora_A is the key of atom i and column i of lora_B its value.
+        Names, `values` and `meta` are as in `add`; atoms and adapters share one set of names.
+
+        Raises:
+            AlreadyExistsError: a live adapter or row of atoms has this name.
+            SpaceMismatchError: another shape or dtype, or no module of the layout holds atoms.
+            SchemaError: `meta` is not JSON, or the name is empty.
+        """
+        if not self.base.modules():
+            raise SpaceMismatchError(
+                "the layout of this store has no modules, so it cannot hold atoms",
+                expected="segments <module>.lora_A (r, d_in) and <module>.lora_B (d_out, r)",
+            )
+        return self._add(name, values, meta or {}, kind="atoms")
+
+    def prune_atoms(self, id_or_name: str, ranks: Mapping[str, Iterable[int]]) -> None:
+        """Take single atoms out: `ranks` names, by module, the indices inside the row.
+
+        Their bytes stay in the row; an atom that is out already is out.
+
+        Raises:
+            NotFoundError: there is no such row of atoms, or no such module.
+            SchemaError: a rank that the module does not have, or an adapter instead of atoms.
+        """
+        record = self._live(id_or_name)
+        if record.kind != "atoms":
+            raise SchemaError(
+                f"{record.name!r} is an adapter", expected="the id or name of a row of atoms"
+            )
+        pruned = {module: set(out) for module, out in record.pruned.items()}
+        for module, indices in ranks.items():
+            count = segments_of(self._space.layout, module)[0].shape[0]
+            wanted = {operator.index(rank) for rank in indices}
+            if wrong := sorted(rank for rank in wanted if not 0 <= rank < count):
+                raise SchemaError(
+                    f"module {module!r} has no atom {wrong[0]}", expected=f"0 to {count - 1}"
+                )
+            pruned[module] = pruned.get(module, set()) | wanted
+        after = {module: tuple(sorted(out)) for module, out in sorted(pruned.items()) if out}
+        if after != dict(record.pruned):
+            self._write(replace(record, pruned=MappingProxyType(after)))
 
     def add_file(self, name: str, data: bytes, meta: Mapping[str, Any] | None = None) -> str:
         """Append the adapter of a safetensors file; `MemoryView.export` gives the same bytes back.
@@ -102,13 +173,20 @@ class Transaction:
         values = np.frombuffer(data, numpy_dtype(layout), offset=len(header.data))
         digest = sha256(header.data)
         blob = HEADER_PREFIX + digest
-        added = self._add(name, values, {"file_sha256": sha256(data), **(meta or {})}, digest)
+        said = {"file_sha256": sha256(data), **(meta or {})}
+        added = self._add(name, values, said, header=digest)
         if blob not in self._known_blobs():
             self._blobs[blob] = header.data
         return added
 
     def _add(
-        self, name: str, values: npt.NDArray[Any], meta: Mapping[str, Any], header: str | None
+        self,
+        name: str,
+        values: npt.NDArray[Any],
+        meta: Mapping[str, Any],
+        *,
+        header: str | None = None,
+        kind: Kind = "adapter",
     ) -> str:
         from ulid import ULID
 
@@ -124,12 +202,13 @@ class Transaction:
         layout = self._space.layout
         record = AdapterRecord.of(
             id=str(ULID()),
-            row=len(self._records),
+            row=self.base.state.rows + len(self._rows),
             name=name,
             sha256=sha256(row),
             meta=meta,
             scaling=layout.alpha / layout.rank,
             header=header,
+            kind=kind,
         )
         self._write(record)
         self._rows.append(row)
@@ -138,35 +217,98 @@ class Transaction:
     def _check_free(self, name: str) -> None:
         if not name or name != name.strip() or not name.isprintable():
             raise SchemaError(f"{name!r} cannot be the name of an adapter", expected="plain text")
-        if name in self._names or name in self._records:
+        if self._named(name) is not None or self._record(name) is not None:
             raise AlreadyExistsError(
                 f"there is a live adapter named {name!r}",
                 remedy="another name, or remove that one first",
             )
 
+    def _record(self, id: str) -> AdapterRecord | None:
+        """The record of that id as it is now, live or not."""
+        return self._changed.get(id) or self.base.catalog.by_id(id)
+
+    def _named(self, name: str) -> AdapterRecord | None:
+        """The live record that has that name now."""
+        if name in self._names:
+            return self._changed[self._names[name]]
+        record = self.base.catalog.by_name(name)
+        return None if record is None or record.id in self._changed else record
+
     def _write(self, record: AdapterRecord) -> None:
         """Take a new or changed record into the catalog."""
-        before = self._records.get(record.id)
+        before = self._changed.get(record.id)
         if before is not None and before.live:
             del self._names[before.name]
-        self._records[record.id] = record
+        self._changed[record.id] = record
         if record.live:
             self._names[record.name] = record.id
         self._lines.append(record.line())
 
     def _live(self, id_or_name: str) -> AdapterRecord:
-        record = self._records.get(self._names.get(id_or_name, id_or_name))
+        record = self._named(id_or_name) or self._record(id_or_name)
         if record is None or not record.live:
             raise NotFoundError(f"no adapter {id_or_name!r}", remedy="`memtool ls` lists them")
         return record
 
+    def value(self, id_or_name: str) -> Array:
+        """The value of an adapter that is live now, (numel,), added here or before.
+
+        Raises:
+            NotFoundError: there is none.
+            IntegrityError: it is not what was written.
+        """
+        record = self._live(id_or_name)
+        added = record.row - self.base.state.rows
+        row = self._rows[added] if added >= 0 else None
+        return self.base.value(record.id) if row is None else row
+
     def remove(self, id_or_name: str) -> None:
-        """Take an adapter out of the memory; its row stays, older versions still have it.
+        """Take an adapter or a row of atoms out of the memory; its row stays, and so do its bytes.
 
         Raises:
             NotFoundError: there is none.
         """
-        self._write(replace(self._live(id_or_name), live=False))
+        self._write(replace(self._live(id_or_name), state="removed"))
+
+    def purge(self, id_or_name: str) -> None:
+        """Remove an adapter or a row of atoms and erase its bytes, and its key, from this version.
+
+        One that was removed before is purged by its id, or by its name when no other row bears it.
+        The catalog keeps what was said of it. Older versions keep the bytes until gc takes those
+        versions: see `MemoryStore.holders` and `MemoryStore.find_bytes`.
+
+        Raises:
+            NotFoundError: there is none, it is purged already, or the name fits several.
+        """
+        record = self._with_bytes(id_or_name)
+        self._write(replace(record, state="purged"))
+        added = record.row - self.base.state.rows
+        if added >= 0:
+            self._rows[added] = None
+        self._erased.add(record.row)
+
+    def _with_bytes(self, id_or_name: str) -> AdapterRecord:
+        """The live or removed row of that id or name."""
+        record = self._named(id_or_name) or self._record(id_or_name)
+        rows = [record] if record is not None else self._out_of_memory(id_or_name)
+        kept = [row for row in rows if row.state != "purged"]
+        if len(kept) == 1:
+            return kept[0]
+        if kept:
+            raise NotFoundError(
+                f"{len(kept)} removed rows were called {id_or_name!r}",
+                expected=f"one of the ids {', '.join(row.id for row in kept)}",
+            )
+        if rows:
+            raise NotFoundError(f"the bytes of {id_or_name!r} are purged already")
+        raise NotFoundError(f"no adapter {id_or_name!r}", remedy="`memtool ls` lists them")
+
+    def _out_of_memory(self, name: str) -> list[AdapterRecord]:
+        """The removed and purged rows that bear this name."""
+        ids = {record.id for record in self.base.catalog.named(name)}
+        ids |= {record.id for record in self._changed.values()}
+        records = (self._record(id) for id in sorted(ids))
+        return [record for record in records if record is not None and record.name == name]
 
     def update(self, id_or_name: str, **changes: Any) -> None:
         """Change what is said of an adapter: keys of its meta, None takes one away; or its name.
@@ -191,6 +333,8 @@ class Transaction:
                 meta={key: value for key, value in meta.items() if value is not None},
                 scaling=layout.alpha / layout.rank,
                 header=record.header,
+                kind=record.kind,
+                pruned=record.pruned,
             )
         )
 
@@ -260,13 +404,14 @@ class Transaction:
         catalog = self.base.catalog.extended(self._lines)
         if self._rows:
             tree.append_values(base.rows, self._rows)
+        tree.erase_values(row for row in sorted(self._erased) if row < base.rows)
         if self._lines:
             tree.append_catalog(base.catalog_bytes, b"".join(self._lines))
         keys = base.keys
-        if self._keys_set:
-            tree.write_keys(self._keys)
-            rows = self._keys
-            keys = None if rows is None else KeysState(sha256(rows), rows.shape[1])
+        spread, keys_changed = self._keys_without_erased()
+        if keys_changed:
+            tree.write_keys(spread)
+            keys = None if spread is None else KeysState(sha256(spread), spread.shape[1])
         blobs = dict(base.blobs)
         for name, data in self._blobs.items():
             if data is None:
@@ -276,8 +421,10 @@ class Transaction:
                 tree.write_blob(name, data)
                 blobs[name] = sha256(data)
         state = State(
-            adapters=len(catalog.live),
-            rows=len(catalog.records),
+            adapters=catalog.counts.adapters,
+            atoms=catalog.counts.atoms,
+            purged=catalog.counts.purged,
+            rows=catalog.counts.rows,
             catalog_bytes=catalog.size,
             catalog_chain=catalog.chain,
             keys=keys,
@@ -286,3 +433,16 @@ class Transaction:
         root = Root(self.base.store_id, self._space, state)
         tree.set_root(root)
         return root, catalog
+
+    def _keys_without_erased(self) -> tuple[Array | None, bool]:
+        """The keys to write, with zeros at the erased rows, and whether there is a change."""
+        state = self.base.state.keys
+        keys = self._keys
+        if not self._keys_set:
+            if state is None or not any(row < state.rows for row in self._erased):
+                return None, False
+            keys = self.base.row_keys()
+        if keys is not None and self._erased:
+            keys = keys.copy()
+            keys[:, [row for row in self._erased if row < keys.shape[1]]] = 0
+        return keys, True

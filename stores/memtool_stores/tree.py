@@ -1,10 +1,9 @@
 """The zarr tree of one version, as store.md draws it: its arrays, its state, and its seal.
 
 /            attributes: schema_version, min_reader, store_id, backbone, layout, state
-/values      [T, numel]     one value a row, chunk (1, numel), crc32c
+/values      [T, numel]     one adapter, or the atoms of one task, a row: chunk (1, numel), crc32c
 /catalog     [bytes]        see catalog.py
-/keys        [L, R, d_k]    float32, row-aligned with /values (a removed row holds zeros), crc32c
-/atoms/      the place of rank-1 atoms
+/keys        [L, R, d_k]    float32, row-aligned with /values (zeros where there is no key), crc32c
 /blobs/name  [bytes]        whole files, crc32c
 """
 
@@ -12,8 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -21,17 +21,13 @@ import numpy.typing as npt
 
 from memtool_stores.catalog import Catalog
 from memtool_stores.errors import IntegrityError, NewerSchemaError, NotFoundError, SchemaError
+from memtool_stores.migrate import SCHEMA_VERSION, migrated
 from memtool_stores.space import Layout, Space
-
-SCHEMA_VERSION = 1
-"""What this code writes."""
-
-READS_UP_TO = 1
-"""The newest `min_reader` that this code understands."""
 
 CATALOG_CHUNK_BYTES = 16 * 1024
 KEYS_PER_CHUNK = 256
 BLOB_CHUNK_BYTES = 4 * 1024 * 1024
+CRC32C_BYTES = 4
 
 Array = npt.NDArray[Any]
 
@@ -46,9 +42,15 @@ class KeysState:
 
 @dataclass(frozen=True)
 class State:
-    """What a version must contain; every transaction writes it, so two of them always conflict."""
+    """What a version must contain; every transaction writes it, so two of them always conflict.
+
+    `adapters` and `atoms` count the live rows of each kind, `purged` those without bytes, `rows`
+    all there ever were.
+    """
 
     adapters: int = 0
+    atoms: int = 0
+    purged: int = 0
     rows: int = 0
     catalog_bytes: int = 0
     catalog_chain: str = ""
@@ -59,7 +61,9 @@ class State:
     def of_json(cls, data: Mapping[str, Any]) -> State:
         """The state that `asdict` wrote."""
         keys = data["keys"]
-        return cls(**{**data, "keys": None if keys is None else KeysState(**keys)})
+        # A newer schema that we may read can have more in it.
+        known = {name: data[name] for name in (f.name for f in fields(cls)) if name != "keys"}
+        return cls(**known, keys=None if keys is None else KeysState(**keys))
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,14 @@ class Root:
             **self.space.to_json(),
             "state": asdict(self.state),
         }
+
+
+def _too_new(found: int, needs: str, schema: int) -> NewerSchemaError:
+    return NewerSchemaError(
+        f"this store has schema {found} and {needs} schema {schema}",
+        expected=f"at most schema {SCHEMA_VERSION}",
+        remedy="pip install --upgrade memtool",
+    )
 
 
 def numpy_dtype(layout: Layout) -> np.dtype[Any]:
@@ -126,7 +138,6 @@ class Tree:
             "values", (0, layout.numel), (1, layout.numel), numpy_dtype(layout), attributes=bits
         )
         tree._create("catalog", (0,), (CATALOG_CHUNK_BYTES,), np.dtype("u1"), compress=True)
-        group.create_group("atoms")
         group.create_group("blobs")
         return tree
 
@@ -163,18 +174,13 @@ class Tree:
             NewerSchemaError: only a newer memtool reads this store.
             SchemaError: these are not the attributes of a memory.
         """
-        attributes = self.attributes
-        newest = attributes.get("min_reader")
-        if not isinstance(newest, int):
-            raise SchemaError("this zarr tree is not a memory", expected="schema_version 1")
-        if newest > READS_UP_TO:
-            raise NewerSchemaError(
-                f"this store has schema {attributes.get('schema_version')} and needs a memtool "
-                f"that reads schema {newest}",
-                expected=f"at most schema {READS_UP_TO}",
-                remedy="pip install --upgrade memtool",
-            )
+        found, needed = (self.attributes.get(name) for name in ("schema_version", "min_reader"))
+        if not isinstance(found, int) or not isinstance(needed, int):
+            raise SchemaError("this zarr tree is not a memory", expected="a schema_version")
+        if needed > SCHEMA_VERSION:
+            raise _too_new(found, "needs a memtool that reads", needed)
         try:
+            attributes = migrated(self.attributes)
             return Root(
                 str(attributes["store_id"]),
                 Space.from_json(attributes),
@@ -184,7 +190,15 @@ class Tree:
             raise SchemaError(f"the attributes of this memory lack {error}") from error
 
     def set_root(self, root: Root) -> None:
-        """Write the attributes."""
+        """Write the attributes, and bring an older tree to the schema they are of.
+
+        Raises:
+            NewerSchemaError: the tree is of a schema that this code may read, but not write.
+        """
+        found = self.attributes["schema_version"]
+        if found > SCHEMA_VERSION:
+            raise _too_new(found, "is written only by a memtool of", found)
+        migrated(self.attributes, self._group)
         self._group.attrs.put(root.to_json())
         self.attributes = root.to_json()
 
@@ -194,12 +208,40 @@ class Tree:
             self._values = self._group["values"]
         return np.asarray(self._values[first:last])
 
-    def append_values(self, at: int, rows: list[Array]) -> None:
-        """Write rows from row `at` on, where the values must end."""
+    def read_row(self, row: int, layout: Layout) -> Array:
+        """One row of the values, (numel,), read-only, as its chunk has it, for a check of its hash.
+
+        A row is one chunk: its bytes, then four of crc32c. The way through zarr's arrays takes
+        longer than the read itself, and the hash of the catalog proves more than the crc32c. A
+        chunk that is not there gives an empty row.
+        """
+        from zarr.core.buffer import default_buffer_prototype
+        from zarr.core.sync import sync
+
+        chunk = sync(self._group.store.get(f"values/c/{row}/0", default_buffer_prototype()))
+        data = b"" if chunk is None else chunk.as_numpy_array()[:-CRC32C_BYTES]
+        return np.frombuffer(data, numpy_dtype(layout))
+
+    def append_values(self, at: int, rows: Sequence[Array | None]) -> None:
+        """Write rows from row `at` on, where the values must end; None is a row without bytes."""
         values = self._group["values"].with_config({"write_empty_chunks": True})
         values.resize((at + len(rows), values.shape[1]))
         for index, row in enumerate(rows, start=at):
-            values[index] = row
+            if row is not None:
+                values[index] = row
+
+    def has_row(self, row: int) -> bool:
+        """Whether a row of the values has bytes."""
+        from zarr.core.sync import sync
+
+        return bool(sync(self._group.store.exists(f"values/c/{row}/0")))
+
+    def erase_values(self, rows: Iterable[int]) -> None:
+        """Take the bytes of these rows out of this version."""
+        from zarr.core.sync import sync
+
+        for row in rows:
+            sync(self._group.store.delete(f"values/c/{row}/0"))
 
     def read_catalog(self, known: Catalog, state: State) -> Catalog:
         """The catalog of `state`, reading only what `known` does not have where it is a prefix."""
@@ -232,10 +274,14 @@ class Tree:
             if "keys" in self._group:
                 del self._group["keys"]
             return
-        layers, _, width = keys.shape
-        array = self._create("keys", keys.shape, (layers, KEYS_PER_CHUNK, width), keys.dtype)
-        if keys.size:
-            array[:] = keys
+        layers, rows, width = keys.shape
+        # Chunks are stored whole: equal ones have the least beyond the last row.
+        chunks = max(1, math.ceil(rows / KEYS_PER_CHUNK))
+        step = max(1, math.ceil(rows / chunks))
+        array = self._create("keys", keys.shape, (layers, step, width), keys.dtype)
+        # One chunk after the other stays in the processor's cache; zarr's ten at a time do not.
+        for first in range(0, rows, step):
+            array[:, first : first + step] = keys[:, first : first + step]
 
     def read_blob(self, name: str) -> bytes:
         """The bytes of a blob."""

@@ -4,21 +4,31 @@
   checksums  also every version before them, and the checksum of every stored chunk
   full       also the SHA-256 of every row, key block and blob
 
-What several versions share is read once.
+What several versions share is read once. In a directory the files of snapshots, transaction logs
+and manifests are compared with their own checksums too (sums.py), those of the tips at level heads;
+where a damaged snapshot hides the versions before it, they are found by these.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from memtool_stores.catalog import Catalog
+from memtool_stores import sums
+from memtool_stores.catalog import AdapterRecord, Catalog
 from memtool_stores.errors import IntegrityError, NewerSchemaError, StoreError
-from memtool_stores.history import check_name, of_snapshot, snapshots, unreadable_refs
-from memtool_stores.ice import configuration, icechunk, storage, translated
-from memtool_stores.tree import Root, Tree, seal, sha256
+from memtool_stores.history import (
+    MAIN,
+    check_name,
+    damaged_refs,
+    of_snapshot,
+    sealed_tree,
+    snapshots,
+)
+from memtool_stores.ice import open_repository, translated
+from memtool_stores.tree import Root, Tree, sha256
 
 Level = Literal["heads", "checksums", "full"]
 
@@ -57,14 +67,22 @@ class VerifyReport:
 class _Seen:
     """What has been looked at so far, and what was found."""
 
-    versions: set[str] = field(default_factory=set)
+    versions: dict[str, str | None] = field(default_factory=dict)
+    """The parent of each, which comes before it; None for an oldest one."""
     rows: set[tuple[int, str]] = field(default_factory=set)
     keys: set[str] = field(default_factory=set)
     blobs: set[tuple[str, str]] = field(default_factory=set)
-    damages: list[Damage] = field(default_factory=list)
+    damages: dict[Hashable, Damage] = field(default_factory=dict)
+    """One for each damaged thing, however often it was read."""
+    hidden: bool = False
+    """Whether some history could not be followed to its end."""
+
+    def add(self, damage: Damage, *same: Hashable) -> None:
+        """One more, unless that thing is known to be damaged: same kind and name, or `same`."""
+        self.damages.setdefault((damage.what, *(same or (damage.name,))), damage)
 
     @contextmanager
-    def looking_at(self, what: str, name: str) -> Iterator[None]:
+    def looking_at(self, what: str, name: str, *same: Hashable) -> Iterator[None]:
         """An error inside the block becomes one damage."""
         try:
             with translated(f"read {what} {name!r}", "the store"):
@@ -73,75 +91,131 @@ class _Seen:
             raise
         except IntegrityError as error:
             known = error.what not in {"store", "array"}
-            self.damages.append(
-                Damage(
-                    error.what if known else what,
-                    error.name if known else name,
-                    error.expected or "what was written",
-                    error.found,
-                )
+            found = Damage(
+                error.what if known else what,
+                error.name if known else name,
+                error.expected or "what was written",
+                error.found,
             )
+            self.add(found, *same)
         except StoreError as error:
-            self.damages.append(Damage(what, name, "what was written", error.message))
+            self.add(Damage(what, name, "what was written", error.message), *same)
 
 
 def verify(url: str, level: Level) -> VerifyReport:
-    """Look at the whole store with fresh eyes: nothing remembered in this process is trusted."""
+    """Look at the whole store with fresh eyes: nothing remembered in this process is trusted.
+
+    Raises:
+        NotFoundError: there is no store.
+        NewerSchemaError: a branch holds what only a newer memtool reads.
+    """
     seen = _Seen()
-    with translated("open the store", url):
-        repository = icechunk().Repository.open(storage(url), configuration())
-    for kind, name in unreadable_refs(repository, url):
-        seen.damages.append(Damage(kind, name, "the id of a version", "a file that is none"))
-    for kind, names, lookup in (
-        ("branch", _names(repository.list_branches, seen, "branches"), repository.lookup_branch),
-        ("tag", _names(repository.list_tags, seen, "tags"), repository.lookup_tag),
-    ):
-        for name in names:
-            with seen.looking_at(kind, name):
-                check_name(name, kind)
-                _verify_line(repository, lookup(name), level, seen)
+    try:
+        repository = open_repository(url)
+    except IntegrityError as error:
+        # Without main nothing can be read but the files one by one.
+        known = error.what != "store"
+        what, name = (error.what, error.name) if known else ("branch", MAIN)
+        seen.add(Damage(what, name, error.expected or "", error.found))
+        repository, seen.hidden = None, True
+    damaged = damaged_refs(url)
+    for kind, name in damaged:
+        seen.add(Damage(kind, name, "the id of a version", "a file that is none"))
+        seen.hidden = True
+    if repository is not None:
+        _verify_refs(repository, damaged, level, seen)
+    if repository is not None and seen.hidden and level != "heads":
+        _verify_hidden(repository, url, level, seen)
+    _verify_files(url, seen)
     return VerifyReport(
-        level, len(seen.versions), len(seen.rows), len(seen.blobs), tuple(seen.damages)
+        level, len(seen.versions), len(seen.rows), len(seen.blobs), tuple(seen.damages.values())
     )
 
 
-def _names(list_refs: Callable[[], set[str]], seen: _Seen, what: str) -> list[str]:
-    with seen.looking_at("references", what):
-        return sorted(list_refs())
-    return []
+def _verify_refs(
+    repository: Any, damaged: Collection[tuple[str, str]], level: Level, seen: _Seen
+) -> None:
+    """Every branch and tag that is not damaged itself, and what it leads to."""
+    for kind, list_refs, lookup in (
+        ("branch", repository.list_branches, repository.lookup_branch),
+        ("tag", repository.list_tags, repository.lookup_tag),
+    ):
+        names = []
+        with seen.looking_at("references", f"of kind {kind}"):
+            names = sorted(list_refs())
+        for name in (name for name in names if (kind, name) not in damaged):
+            with seen.looking_at(kind, name):
+                check_name(name, kind)
+                _verify_line(repository, lookup(name), level, seen)
 
 
 def _verify_line(repository: Any, tip: str, level: Level, seen: _Seen) -> None:
     """A tip and, beyond the level of heads, all its ancestors, oldest first."""
-    line = []
-    for snapshot, oldest in snapshots(repository, tip):
-        line.append((snapshot, oldest))
-        if level == "heads":
-            break
+    line: list[tuple[Any, bool]] = []
+    seen.hidden = was_hidden = seen.hidden
+    with seen.looking_at("version", tip):
+        seen.hidden = True
+        for snapshot, oldest in snapshots(repository, tip):
+            line.append((snapshot, oldest))
+            if level == "heads":
+                break
+        seen.hidden = was_hidden
     for snapshot, oldest in reversed(line):
         at_tip = snapshot.id == tip
         if snapshot.id in seen.versions and not at_tip:
             continue
-        seen.versions.add(snapshot.id)
+        seen.versions[snapshot.id] = None if oldest else snapshot.parent_id
         with seen.looking_at("version", snapshot.id):
             _verify_version(repository, snapshot, oldest, level, seen, whole=at_tip)
+
+
+def _verify_files(url: str, seen: _Seen) -> None:
+    """The checksums of the files of snapshots, transaction logs and manifests."""
+    noted = sums.versions(url)
+    # Of a version that cannot be read, the parent is not known: any that has checksums will do.
+    hidden = {version: version for version in sorted(noted - seen.versions.keys()) if seen.hidden}
+    for version, parent in {**seen.versions, **hidden}.items():
+        if version not in noted:
+            if parent in noted:
+                seen.add(Damage("checksums", version, "a file with the checksums", "none"))
+            continue
+        with seen.looking_at("checksums", version):
+            for wrong in sums.check(url, version, parent):
+                seen.add(Damage(wrong.kind, wrong.version, wrong.expected, wrong.found))
+
+
+def _verify_hidden(repository: Any, url: str, level: Level, seen: _Seen) -> None:
+    """The versions that a damaged snapshot hides, as far as they can be read."""
+    for version in sorted(sums.versions(url) - seen.versions.keys()):
+        with seen.looking_at("version", version):
+            snapshot = repository.lookup_snapshot(version)
+            seen.versions[version] = snapshot.parent_id
+            _verify_version(repository, snapshot, True, level, seen, whole=False)
 
 
 def _verify_version(
     repository: Any, snapshot: Any, oldest: bool, level: Level, seen: _Seen, *, whole: bool
 ) -> None:
     """One version; with `whole` all its rows are read through it, else those not yet seen."""
-    tree = Tree(repository.readonly_session(snapshot_id=snapshot.id))
-    _verify_seal(snapshot, oldest, tree)
+    tree = sealed_tree(repository, snapshot.id)
+    of_snapshot(snapshot, oldest=oldest)
+    if not oldest and snapshot.metadata["parent"] != snapshot.parent_id:
+        raise IntegrityError(
+            what="version",
+            name=snapshot.id,
+            expected=f"parent {snapshot.metadata['parent']}",
+            found=f"parent {snapshot.parent_id}",
+        )
     root = tree.root()
     tree.check_shapes(root)
     if level == "heads":
         return
     # What this version wrote anew lies in files of its own, even if an earlier one wrote the same.
     written: set[str] = set()
-    with seen.looking_at("transaction log", snapshot.id):
-        diff = repository.diff(from_snapshot_id=snapshot.parent_id, to_snapshot_id=snapshot.id)
-        written = {str(path) for path in diff.updated_chunks}
+    if ("version", snapshot.parent_id) not in seen.damages:
+        with seen.looking_at("transaction log", snapshot.id):
+            diff = repository.diff(from_snapshot_id=snapshot.parent_id, to_snapshot_id=snapshot.id)
+            written = {str(path) for path in diff.updated_chunks}
     catalog = Catalog()
     with seen.looking_at("catalog", snapshot.id):
         catalog = tree.read_catalog(Catalog(), root.state)
@@ -151,42 +225,20 @@ def _verify_version(
     _verify_keys_and_blobs(tree, root, snapshot.id, seen, hashes=level == "full", written=written)
 
 
-def _verify_seal(snapshot: Any, oldest: bool, tree: Tree) -> None:
-    of_snapshot(snapshot, oldest=oldest)
-    metadata = snapshot.metadata
-    found = seal(
-        tree.attributes,
-        parent=metadata["parent"],
-        time=metadata["time"],
-        message=snapshot.message,
-        user=metadata["user"],
-    )
-    if found != metadata["seal"]:
-        raise IntegrityError(
-            what="version", name=snapshot.id, expected=f"seal {metadata['seal']}", found=found
-        )
-    if not oldest and metadata["parent"] != snapshot.parent_id:
-        raise IntegrityError(
-            what="version",
-            name=snapshot.id,
-            expected=f"parent {metadata['parent']}",
-            found=f"parent {snapshot.parent_id}",
-        )
-
-
 def _verify_rows(tree: Tree, catalog: Catalog, seen: _Seen, *, hashes: bool, whole: bool) -> None:
-    records = [r for r in catalog.records.values() if whole or (r.row, r.sha256) not in seen.rows]
+    wanted = [r for r in catalog.records.values() if whole or (r.row, r.sha256) not in seen.rows]
+    _verify_purged(tree, [r for r in wanted if r.state == "purged"], seen)
+    records = [r for r in wanted if r.state != "purged"]
     for begin in range(0, len(records), ROWS_PER_READ):
         some = records[begin : begin + ROWS_PER_READ]
-        damages = len(seen.damages)
-        with seen.looking_at("values", some[0].name):
-            block = tree.read_values(some[0].row, some[-1].row + 1)
-        single = len(seen.damages) > damages
         # One bad chunk fails its whole block: then the rows are read one by one to name it.
-        del seen.damages[damages:]
+        trial = _Seen()
+        with trial.looking_at("values", some[0].name):
+            block = tree.read_values(some[0].row, some[-1].row + 1)
+        single = bool(trial.damages)
         for record in some:
             seen.rows.add((record.row, record.sha256))
-            with seen.looking_at("values", record.name):
+            with seen.looking_at("values", record.name, record.row):
                 row = (
                     tree.read_values(record.row, record.row + 1)[0]
                     if single
@@ -201,13 +253,23 @@ def _verify_rows(tree: Tree, catalog: Catalog, seen: _Seen, *, hashes: bool, who
                     )
 
 
+def _verify_purged(tree: Tree, records: list[AdapterRecord], seen: _Seen) -> None:
+    """A purged row must have no bytes in this version."""
+    for record in records:
+        with seen.looking_at("values", record.name, record.row):
+            if tree.has_row(record.row):
+                raise IntegrityError(
+                    what="values", name=record.name, expected="no bytes: purged", found="bytes"
+                )
+
+
 def _verify_keys_and_blobs(
     tree: Tree, root: Root, version: str, seen: _Seen, *, hashes: bool, written: set[str]
 ) -> None:
     keys = root.state.keys
     if keys is not None and (KEYS_PATH in written or keys.sha256 not in seen.keys):
         seen.keys.add(keys.sha256)
-        with seen.looking_at("keys", version):
+        with seen.looking_at("keys", version, keys.sha256):
             found = sha256(tree.read_keys())
             if hashes and found != keys.sha256:
                 raise IntegrityError(
@@ -216,7 +278,7 @@ def _verify_keys_and_blobs(
     for name, expected in root.state.blobs.items():
         if BLOB_PATH + name in written or (name, expected) not in seen.blobs:
             seen.blobs.add((name, expected))
-            with seen.looking_at("blob", name):
+            with seen.looking_at("blob", name, name, expected):
                 found = sha256(tree.read_blob(name))
                 if hashes and found != expected:
                     raise IntegrityError(

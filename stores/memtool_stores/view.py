@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from memtool_stores.atoms import AtomBank, bank, modules_of, segments_of
 from memtool_stores.cache import ValueCache, checked
 from memtool_stores.catalog import AdapterRecord, Catalog
 from memtool_stores.errors import IntegrityError, NotFoundError, VersionExpiredError
-from memtool_stores.history import Version, of_snapshot, snapshots
-from memtool_stores.ice import configuration, guard_fork, icechunk, translated
+from memtool_stores.history import Version, is_expired, of_snapshot, sealed_tree, snapshots
+from memtool_stores.ice import guard_fork, icechunk, open_repository, translated
 from memtool_stores.space import Space
 from memtool_stores.tensorfile import write_header
 from memtool_stores.tree import Array, Root, State, Tree, sha256
@@ -57,25 +58,29 @@ class MemoryView:
                     f"version {self._id} was taken away by gc while it was read",
                     remedy="open a view of a version that `memtool log` lists",
                 ) from error
+            if isinstance(error, NotFoundError) and error.__cause__ is not None:
+                # It belongs to this version and is not there.
+                raise IntegrityError(
+                    what="version", name=self._id, expected=what, found=error.message
+                ) from error
             raise
 
     def _is_gone(self, error: Exception) -> bool:
         """Whether the version of this view has left the store."""
         if error.__cause__ is None:
             return False
-        ice = icechunk()
+        # A fresh repository: the one at hand remembers what it has seen.
+        fresh = open_repository(self._where)
         try:
-            # A fresh repository: the one at hand remembers what it has seen.
-            fresh = ice.Repository.open(self._repository.storage, configuration())
             fresh.lookup_snapshot(self._id)
-        except ice.IcechunkError as missing:
-            return "not found" in str(missing).lower()
+        except icechunk().IcechunkError as missing:
+            return "not found" in str(missing).lower() and is_expired(fresh, self._where, self._id)
         return False
 
     @cached_property
     def _tree(self) -> Tree:
         with self._reading(f"version {self._id}"):
-            return Tree(self._repository.readonly_session(snapshot_id=self._id))
+            return sealed_tree(self._repository, self._id)
 
     @cached_property
     def _root(self) -> Root:
@@ -136,17 +141,26 @@ class MemoryView:
         return self.catalog.live
 
     @property
+    def atom_records(self) -> tuple[AdapterRecord, ...]:
+        """The live rows of atoms, one a task, in row order."""
+        return self.catalog.live_atoms
+
+    @property
     def ids(self) -> tuple[str, ...]:
         """Ids of the live adapters in row order."""
         return tuple(record.id for record in self.adapters)
 
     def get(self, id_or_name: str) -> AdapterRecord:
-        """The live adapter of that id or name.
+        """The live adapter or row of atoms of that id or name.
 
         Raises:
             NotFoundError: there is none.
         """
         return self.catalog.get(id_or_name)
+
+    def modules(self) -> tuple[str, ...]:
+        """Names of the modules that hold atoms: those with a `.lora_A` and a `.lora_B`."""
+        return modules_of(self.space.layout)
 
     @cached_property
     def _positions(self) -> dict[str, int]:
@@ -156,6 +170,10 @@ class MemoryView:
     def _cache(self) -> ValueCache:
         return ValueCache(self._read_rows, self.store_id, self.space, self.adapters)
 
+    @cached_property
+    def _atom_cache(self) -> ValueCache:
+        return ValueCache(self._read_rows, self.store_id, self.space, self.atom_records)
+
     def _read_rows(self, first: int, last: int) -> Array:
         with self._reading(f"rows {first} to {last} of the values"):
             return self._tree.read_values(first, last)
@@ -164,19 +182,27 @@ class MemoryView:
         """The values of these adapters (ids or names), all live ones in row order for None.
 
         Returns:
-            (t, numel), read-only: float32, float16, or bfloat16 bits as uint16. For None it is the
-            memory-mapped cache itself, no copy.
+            (t, numel), read-only, a copy: float32, float16, or bfloat16 bits as uint16. What
+            needs one tensor of each takes `segment`, which copies nothing.
 
         Raises:
-            NotFoundError: one of them is not there.
+            NotFoundError: one of them is not there, or is a row of atoms.
             IntegrityError: a row is not what was written.
         """
         if ids is None:
             return self._cache.rows()
-        return self._cache.rows([self._positions[self.get(name).id] for name in ids])
+        return self._cache.rows([self._position(name) for name in ids])
+
+    def _position(self, id_or_name: str) -> int:
+        record = self.get(id_or_name)
+        if record.kind != "adapter":
+            raise NotFoundError(
+                f"{record.name!r} is a row of atoms", expected="adapters", remedy="view.atoms(...)"
+            )
+        return self._positions[record.id]
 
     def value(self, id_or_name: str) -> Array:
-        """The value of one adapter, (numel,), read from the store itself and checked.
+        """The value of an adapter or row of atoms, (numel,), read-only, from the store and checked.
 
         Raises:
             NotFoundError: there is none.
@@ -184,24 +210,44 @@ class MemoryView:
         """
         record = self.get(id_or_name)
         with self._reading(f"the value of {record.name!r}"):
-            row = self._tree.read_values(record.row, record.row + 1)[0]
+            row = self._tree.read_row(record.row, self.space.layout)
         return checked(row, record)
 
     def segment(self, name: str) -> Array:
-        """One tensor of all live adapters, (t, *shape), read-only.
+        """One tensor of all live adapters, (t, *shape), read-only: a part of the mapped cache.
 
         Raises:
             NotFoundError: the layout has no such segment.
         """
-        segment = self.space.layout.segment(name)
-        rows = self.values()[:, segment.offset : segment.offset + segment.numel]
-        return rows.reshape(len(rows), *segment.shape)
+        return self._cache.tensor(self.space.layout.segment(name))
+
+    def atoms(self, module: str) -> AtomBank:
+        """The atoms of one module over all live rows of atoms, pruned ones left out.
+
+        Raises:
+            NotFoundError: no module of that name holds atoms; `modules` lists them.
+            IntegrityError: a row is not what was written.
+        """
+        keys, values = map(self._atom_cache.tensor, segments_of(self.space.layout, module))
+        return bank(keys, values, self.atom_records, module)
 
     def keys(self) -> Array | None:
         """The keys of the live adapters, (L, t_k, d_k) float32, or None when there are none.
 
         Aligned with `adapters[:t_k]`: adapters added after the keys were set have none yet, and
         they are the last. Removed adapters are skipped.
+
+        Raises:
+            IntegrityError: they are not what was written.
+        """
+        keys = self.row_keys()
+        if keys is None:
+            return None
+        rows = [record.row for record in self.adapters if record.row < keys.shape[1]]
+        return keys if len(rows) == keys.shape[1] else np.ascontiguousarray(keys[:, rows])
+
+    def row_keys(self) -> Array | None:
+        """The keys by row of the values, (L, R, d_k) float32, zeros where a row had none.
 
         Raises:
             IntegrityError: they are not what was written.
@@ -215,8 +261,7 @@ class MemoryView:
             raise IntegrityError(
                 what="keys", name=self._id, expected=state.sha256, found=sha256(keys)
             )
-        rows = [record.row for record in self.adapters if record.row < state.rows]
-        return keys if len(rows) == keys.shape[1] else np.ascontiguousarray(keys[:, rows])
+        return keys
 
     def blobs(self) -> tuple[str, ...]:
         """Names of the blobs, sorted."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,8 @@ from hypothesis.stateful import (
 )
 
 from memtool_stores import MemoryStore, Transaction, VersionExpiredError
-from memtool_stores.testing import OracleVersion, assert_same, small_space, some_values
+from memtool_stores.testing import MODULE, OracleVersion, assert_same, small_space, some_values
+from memtool_stores.tree import sha256
 
 seeds = st.integers(0, 5)
 
@@ -60,8 +62,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.line.append(txn.version)
 
     def _message(self, message: str) -> OracleVersion:
-        now = self.now
-        return OracleVersion(message, now.adapters, now.keys_set, now.blobs)
+        return replace(self.now, message=message)
 
     @rule(some=st.lists(seeds, min_size=1, max_size=3))
     def add(self, some: list[int]) -> None:
@@ -73,13 +74,43 @@ class StoreMachine(RuleBasedStateMachine):
                 oracle = oracle.add(name, values, {"seed": seed})
         self._commit(txn, oracle)
 
-    @precondition(lambda self: self.now.adapters)
+    @rule(seed=seeds, task=st.integers(0, 3))
+    def add_atoms(self, seed: int, task: int) -> None:
+        name, values = self._name(), some_values(self.space, seed)
+        with self.store.transaction("atoms") as txn:
+            txn.add_atoms(name, values, {"task": task})
+        self._commit(txn, self._message("atoms").add_atoms(name, values, {"task": task}))
+
+    @precondition(lambda self: self.now.atoms)
+    @rule(which=st.integers(0, 99), ranks=st.sets(st.integers(0, 1), min_size=1))
+    def prune(self, which: int, ranks: set[int]) -> None:
+        name = list(self.now.atoms)[which % len(self.now.atoms)]
+        with self.store.transaction("prune") as txn:
+            txn.prune_atoms(name, {MODULE: ranks})
+        after = self._message("prune").prune(name, MODULE, sorted(ranks))
+        # What is pruned already makes no version.
+        if after.atoms[name].pruned != self.now.atoms[name].pruned:
+            self._commit(txn, after)
+        assert txn.version == self.line[-1]
+
+    @precondition(lambda self: self.now.adapters or self.now.atoms)
     @rule(which=st.integers(0, 99))
     def remove(self, which: int) -> None:
-        name = list(self.now.adapters)[which % len(self.now.adapters)]
+        names = [*self.now.adapters, *self.now.atoms]
+        name = names[which % len(names)]
         with self.store.transaction("remove") as txn:
             txn.remove(name)
         self._commit(txn, self._message("remove").remove(name))
+
+    @precondition(lambda self: self.now.adapters or self.now.atoms or self.now.removed)
+    @rule(which=st.integers(0, 99))
+    def purge(self, which: int) -> None:
+        names = [*self.now.adapters, *self.now.atoms, *self.now.removed]
+        name = names[which % len(names)]
+        with self.store.transaction("purge") as txn:
+            txn.purge(name)
+        self._commit(txn, self._message("purge").purge(name))
+        assert not list((self.folder / "cache").rglob("*.values"))
 
     @precondition(lambda self: self.now.adapters)
     @rule(seed=seeds, layers=st.integers(1, 3), width=st.integers(1, 4))
@@ -125,6 +156,10 @@ class StoreMachine(RuleBasedStateMachine):
             self.backups[name] = [v.id for v in reversed(self.store.log(name))]
             kept |= set(self.backups[name])
         self.versions = {v: oracle for v, oracle in self.versions.items() if v in kept}
+        # What no version holds is nowhere; what one holds is there.
+        rows = {sha256(some_values(self.space, seed)) for seed in range(6)}
+        held = set().union(*(oracle.row_hashes() for oracle in self.versions.values()))
+        assert set(self.store.find_bytes(rows)) == rows & held
 
     @rule()
     def error_inside(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,19 @@ from memtool_stores import (
     Space,
     SpaceMismatchError,
 )
-from memtool_stores.testing import OracleVersion, assert_same, fill, small_space, some_values
+from memtool_stores.testing import (
+    CONTRACT,
+    OracleVersion,
+    assert_same,
+    fill,
+    small_space,
+    some_values,
+)
+
+
+@pytest.mark.parametrize("check", CONTRACT)
+def test_a_directory_keeps_the_contract(check: Callable[[str], None], tmp_path: Path) -> None:
+    check(str(tmp_path / "contract"))
 
 
 def test_round_trip_after_reopening(grown: MemoryStore, space: Space) -> None:

@@ -1,0 +1,47 @@
+"""From an older schema to the one this code writes, a step at a time.
+
+A version is never rewritten: history stays as it was written, and is read through the same steps.
+The first commit on an old tree changes the tree too, in the same transaction.
+
+  1  arrays /values, /catalog, /keys, blobs, and an empty group /atoms
+  2  rows of kind "atoms" beside those of adapters, pruned atoms, purged rows: the state counts
+     them, and the lines of the catalog say so. A line of schema 1 has none of these words and
+     means an adapter with nothing pruned; that is why no line is written again. No group /atoms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Attributes = dict[str, Any]
+
+SCHEMA_VERSION = 2
+"""What this code writes, and the newest `min_reader` that it understands."""
+
+
+def _from_1(attributes: Attributes, group: Any | None) -> Attributes:
+    """Count atoms and purged rows, of which there are none, and take the empty group away."""
+    if group is not None and "atoms" in group:
+        del group["atoms"]
+    return {**attributes, "state": {**attributes["state"], "atoms": 0, "purged": 0}}
+
+
+MIGRATIONS: Mapping[int, Callable[[Attributes, Any | None], Attributes]] = {1: _from_1}
+"""The step away from each older schema.
+
+It takes the attributes of the root group and gives those of the next schema; `group` is the zarr
+group to change likewise, or None when the tree is only read.
+"""
+
+
+def migrated(attributes: Mapping[str, Any], group: Any | None = None) -> Attributes:
+    """The attributes as this code writes them; the tree below `group`, when given, likewise.
+
+    Raises:
+        KeyError, TypeError: these are not the attributes of a memory.
+    """
+    result = dict(attributes)
+    for version in range(result["schema_version"], SCHEMA_VERSION):
+        result = {**MIGRATIONS[version](result, group), "schema_version": version + 1}
+    return {**result, "min_reader": SCHEMA_VERSION}

@@ -1,0 +1,208 @@
+"""Schemas: an old store is read as it was, its first commit brings it up, a newer one is refused.
+
+fixtures/schema-1.zip is a store that the code of schema 1 wrote: adapters photo, art, cartoon and
+sketch (`some_values` of seeds 0 to 3), keys, a blob, tag v1, branch side; art was removed.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+
+from memtool_stores import MemoryStore, NewerSchemaError, SchemaError, Space
+from memtool_stores.migrate import MIGRATIONS, SCHEMA_VERSION
+from memtool_stores.store import _sealed
+from memtool_stores.testing import MODULE, fill, small_space, some_values
+from memtool_stores.tree import Tree
+
+SEEDS = {"photo": 0, "art": 1, "cartoon": 2, "sketch": 3}
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> MemoryStore:
+    with zipfile.ZipFile(Path(__file__).parent / "fixtures" / "schema-1.zip") as archive:
+        archive.extractall(tmp_path / "old")
+    return MemoryStore.open(tmp_path / "old")
+
+
+def _everything(store: MemoryStore) -> dict[str, object]:
+    """All that a reader can get, from every version that a branch or tag leads to."""
+    found: dict[str, object] = {"tags": store.tags()}
+    for ref in (*store.tags(), *store.branches()):
+        for version in store.log(ref):
+            view = store.view(version.id)
+            keys = view.keys()
+            found[version.id] = (
+                version,
+                view.adapters,
+                [view.value(record.id).tobytes() for record in view.adapters],
+                view.values().tobytes(),
+                None if keys is None else keys.tobytes(),
+                {name: view.blob(name) for name in view.blobs()},
+            )
+    return found
+
+
+def _attributes(store: MemoryStore, ref: str = "main") -> dict[str, object]:
+    session = store._repository.readonly_session(snapshot_id=store.view(ref).version)
+    group = zarr.open_group(session.store, mode="r")
+    return {**group.attrs, "members": sorted(name for name, _ in group.members())}
+
+
+def test_every_schema_has_its_step() -> None:
+    assert sorted(MIGRATIONS) == list(range(1, SCHEMA_VERSION))
+
+
+def test_an_old_store_is_whole_and_reads_as_it_was_written(old: MemoryStore) -> None:
+    assert _attributes(old)["schema_version"] == 1
+    assert old.space == small_space()
+    view = old.view()
+    assert {record.name for record in view.adapters} == {"photo", "cartoon", "sketch"}
+    for record in view.adapters:
+        expected = some_values(old.space, SEEDS[record.name])
+        assert view.value(record.name).tobytes() == expected.tobytes()
+        assert (record.kind, record.state, dict(record.pruned)) == ("adapter", "live", {})
+    assert {r.state for r in view.catalog.records.values()} == {"live", "removed"}
+    assert (view.state.atoms, view.state.purged) == (0, 0)
+    assert view.atom_records == ()
+    assert len(view.atoms(MODULE)) == 0
+    assert view.keys() is not None
+    assert "memory" in view.blobs()
+    for level in ("heads", "checksums", "full"):
+        assert old.verify(level).ok
+
+
+def test_reading_changes_nothing(old: MemoryStore) -> None:
+    files = {p: p.read_bytes() for p in Path(old.url).rglob("*") if p.is_file()}
+    _everything(old)
+    old.verify()
+    assert files == {p: p.read_bytes() for p in Path(old.url).rglob("*") if p.is_file()}
+
+
+def test_the_first_commit_migrates_and_history_stays(old: MemoryStore) -> None:
+    before = _everything(old)
+    first = old.head()
+    with old.transaction("atoms") as txn:
+        txn.add_atoms("a", some_values(old.space, 5), {"task": 5})
+        txn.prune_atoms("a", {MODULE: [1]})
+    new = _attributes(old)
+    assert (new["schema_version"], new["min_reader"]) == (SCHEMA_VERSION, SCHEMA_VERSION)
+    assert new["members"] == ["blobs", "catalog", "keys", "values"]
+    assert _attributes(old, first)["schema_version"] == 1
+    assert "atoms" in _attributes(old, first)["members"]  # type: ignore[operator]
+    again = MemoryStore.open(old.url)
+    after = _everything(again)
+    assert {version: after[version] for version in before} == before
+    view, was = again.view(), again.view(first)
+    assert view.adapters == was.adapters
+    assert np.array_equal(view.values(), was.values())
+    assert np.array_equal(view.keys(), was.keys())  # type: ignore[arg-type]
+    assert view.atoms(MODULE).rank.tolist() == [0]
+    assert [r.name for r in again.diff(first).added_atoms] == ["a"]
+    for level in ("heads", "checksums", "full"):
+        assert again.verify(level).ok
+
+
+@pytest.mark.parametrize("change", ["add", "remove", "keys", "blob", "purge removed"])
+def test_any_commit_migrates(old: MemoryStore, change: str) -> None:
+    with old.transaction("change") as txn:
+        match change:
+            case "add":
+                fill(txn, old.space, "new", 9)
+            case "remove":
+                txn.remove("photo")
+            case "keys":
+                txn.set_keys(None)
+            case "blob":
+                txn.put_blob("head", b"1")
+            case _:
+                txn.purge("art")
+    assert _attributes(old)["schema_version"] == SCHEMA_VERSION
+    assert MemoryStore.open(old.url).verify().ok
+    if change == "purge removed":
+        (digest,) = [r.sha256 for r in old.view().catalog.records.values() if r.name == "art"]
+        assert len(old.find_bytes([digest])) == 1
+        for name in old.tags():
+            old.delete_tag(name)
+        old.delete_branch("side")
+        old.gc(keep_last=1)
+        assert old.find_bytes([digest]) == {}
+
+
+def test_tags_and_branches_of_the_old_schema_open_and_go_on(old: MemoryStore) -> None:
+    with old.transaction("on main") as txn:
+        fill(txn, old.space, "main only", 8)
+    assert _attributes(old, "side")["schema_version"] == 1
+    with old.transaction("on side", branch="side") as txn:
+        fill(txn, old.space, "side only", 9)
+    again = MemoryStore.open(old.url)
+    assert _attributes(again, "side")["schema_version"] == SCHEMA_VERSION
+    assert again.view("side").value("side only").tobytes() == some_values(old.space, 9).tobytes()
+    assert _attributes(again, "v1")["schema_version"] == 1
+    assert len(again.view("v1").values()) == len(again.view("v1"))
+    # Back to a version of the old schema, and on from there.
+    again.rollback("v1")
+    with again.transaction("after a rollback") as txn:
+        fill(txn, old.space, "again", 10)
+    assert _attributes(again)["schema_version"] == SCHEMA_VERSION
+    assert again.verify().ok
+
+
+def test_an_old_store_can_be_collected(old: MemoryStore) -> None:
+    with old.transaction("new") as txn:
+        fill(txn, old.space, "new", 9)
+    old.gc(keep_last=1)
+    assert len(old.log()) == 1
+    assert old.verify().ok
+
+
+def _claim(store: MemoryStore, schema: int, min_reader: int) -> None:
+    """A version as a later memtool would have written it."""
+    session = store._repository.writable_session("main")
+    attributes = zarr.open_group(session.store, mode="r+").attrs
+    attributes.update({"schema_version": schema, "min_reader": min_reader})
+    attributes["state"] = {**attributes["state"], "something": "new"}
+    parent, message = store.head(), "from the future"
+    sealed = _sealed(Tree(session), parent=parent, message=message, user="{}")
+    session.commit(message, sealed)
+
+
+def test_a_schema_that_needs_a_newer_reader_is_refused(grown: MemoryStore) -> None:
+    _claim(grown, 3, 3)
+    for look in (
+        lambda: MemoryStore.open(grown.url),
+        lambda: grown.view().space,
+        grown.verify,
+    ):
+        with pytest.raises(NewerSchemaError, match="schema 3") as raised:
+            look()
+        assert raised.value.expected == f"at most schema {SCHEMA_VERSION}"
+    assert len(grown.view("HEAD~1")) == 3
+
+
+def test_a_newer_schema_that_we_can_read_is_read_but_not_written(
+    grown: MemoryStore, space: Space
+) -> None:
+    _claim(grown, 3, 2)
+    again = MemoryStore.open(grown.url)
+    assert len(again.view()) == 3
+    head = again.head()
+    with (
+        pytest.raises(NewerSchemaError, match="written only by"),
+        again.transaction("write") as txn,
+    ):
+        fill(txn, space, "new", 9)
+    assert again.head() == head
+
+
+@pytest.mark.parametrize("attributes", [{}, {"schema_version": 1}, {"schema_version": "1"}])
+def test_a_tree_that_is_no_memory(grown: MemoryStore, attributes: dict[str, object]) -> None:
+    session = grown._repository.writable_session("main")
+    zarr.open_group(session.store, mode="r+").attrs.put(attributes)
+    session.commit("something else")
+    with pytest.raises(SchemaError, match="not a memory"):
+        MemoryStore.open(grown.url)

@@ -1,0 +1,171 @@
+"""A store somewhere else: clones and bundles, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+
+import pytest
+
+from memtool_stores import (
+    AlreadyExistsError,
+    IntegrityError,
+    MemoryStore,
+    SchemaError,
+    StorageError,
+)
+from memtool_stores.move import MANIFEST, copy
+from memtool_stores.objects import objects_at
+from memtool_stores.testing import small_space, some_values
+
+SPACE = small_space()
+
+
+@pytest.fixture
+def store(tmp_path):
+    made = MemoryStore.create(tmp_path / "memory", SPACE)
+    for number in range(3):
+        with made.transaction(f"write {number}") as txn:
+            txn.add(f"a{number}", some_values(SPACE, number), {"task": number})
+            txn.put_blob("note", str(number).encode())
+    made.tag("v1", "HEAD~1")
+    made.rollback("HEAD~1")
+    return made
+
+
+def history(store):
+    return [(v.id, v.message, v.time) for v in store.log()], store.tags(), store.branches()
+
+
+def test_a_clone_is_the_same_store_and_goes_its_own_way(store, tmp_path):
+    told = []
+    copied = store.clone(tmp_path / "copy", lambda step, total: told.append((step, total)))
+    assert history(copied) == history(store)
+    assert copied.view().store_id == store.view().store_id
+    assert copied.verify().ok
+    assert told[-1][0] == told[-1][1] == len(told)
+    with copied.transaction("more") as txn:
+        txn.add("more", some_values(SPACE, 9))
+    assert len(copied.view()) == len(store.view()) + 1
+
+
+def test_a_bundle_comes_back_as_the_same_store(store, tmp_path):
+    file = tmp_path / "memory.bundle"
+    size = store.bundle(file)
+    assert size == file.stat().st_size
+    copied = MemoryStore.from_bundle(file, tmp_path / "copy")
+    assert history(copied) == history(store)
+    assert copied.verify().ok
+    store.bundle(tmp_path / "again.bundle")
+    assert (tmp_path / "again.bundle").read_bytes() == file.read_bytes()
+    with zipfile.ZipFile(file) as archive:
+        about = json.loads(archive.read(MANIFEST))
+    assert about["store_id"] == store.view().store_id
+    assert about["adapters"] == 2
+
+
+def test_nothing_is_overwritten(store, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    with pytest.raises(AlreadyExistsError):
+        store.clone(tmp_path / "full")
+    store.bundle(tmp_path / "memory.bundle")
+    with pytest.raises(AlreadyExistsError):
+        store.bundle(tmp_path / "memory.bundle")
+    with pytest.raises(AlreadyExistsError):
+        MemoryStore.from_bundle(tmp_path / "memory.bundle", tmp_path / "full")
+    assert (tmp_path / "full" / "mine.txt").read_text() == "mine"
+
+
+def test_every_cut_and_every_flipped_byte_of_a_bundle_is_found(store, tmp_path):
+    file = tmp_path / "memory.bundle"
+    store.bundle(file)
+    data = file.read_bytes()
+    broken = tmp_path / "broken.bundle"
+    step = max(1, len(data) // 40)
+    for place in range(40, len(data), step):
+        flipped = bytearray(data)
+        flipped[place] ^= 0x10
+        broken.write_bytes(flipped)
+        try:
+            copied = MemoryStore.from_bundle(broken, tmp_path / "copy")
+        except (IntegrityError, SchemaError):
+            assert not (tmp_path / "copy").exists()
+        else:
+            # A byte that means nothing, such as a date: what came out is right all the same.
+            assert copied.verify().ok
+            assert history(copied) == history(store)
+            import shutil
+
+            shutil.rmtree(tmp_path / "copy")
+        broken.write_bytes(data[:place])
+        with pytest.raises(IntegrityError):
+            MemoryStore.from_bundle(broken, tmp_path / "copy")
+        assert not (tmp_path / "copy").exists()
+
+
+def test_files_that_are_no_bundle(tmp_path):
+    with pytest.raises(StorageError, match="no bundle"):
+        MemoryStore.from_bundle(tmp_path / "nowhere", tmp_path / "copy")
+    other = tmp_path / "other.zip"
+    with zipfile.ZipFile(other, "w") as archive:
+        archive.writestr("hello.txt", "hello")
+    with pytest.raises(SchemaError, match="no bundle of memtool"):
+        MemoryStore.from_bundle(other, tmp_path / "copy")
+    newer = tmp_path / "newer.zip"
+    with zipfile.ZipFile(newer, "w") as archive:
+        archive.writestr(MANIFEST, json.dumps({"bundle_schema": 9, "files": {}}))
+    with pytest.raises(SchemaError, match="newer memtool"):
+        MemoryStore.from_bundle(newer, tmp_path / "copy")
+    outside = tmp_path / "outside.zip"
+    with zipfile.ZipFile(outside, "w") as archive:
+        files = {"ice/../../evil": "0" * 64, "ice/refs/branch.main/ref.json": "0" * 64}
+        archive.writestr(MANIFEST, json.dumps({"bundle_schema": 1, "files": files}))
+        archive.writestr("ice/../../evil", "evil")
+    with pytest.raises(IntegrityError, match="outside"):
+        MemoryStore.from_bundle(outside, tmp_path / "deep" / "copy")
+    assert not list(tmp_path.rglob("evil"))
+
+
+def test_a_copy_that_was_cut_short_is_no_store(store, tmp_path):
+    class Cut(Exception):
+        pass
+
+    def cut(step, total):
+        if step == total - 3:
+            raise Cut
+
+    with pytest.raises(Cut):
+        store.clone(tmp_path / "copy", cut)
+    assert not (tmp_path / "copy").exists()
+    # Without the folder's own atomicity, as in a bucket: the references are still missing.
+    target = objects_at(str(tmp_path / "bucket"))
+    with pytest.raises(Cut):
+        copy(objects_at(store.url), target, cut)
+    assert not MemoryStore.exists(tmp_path / "bucket")
+
+
+def test_a_copy_that_a_writer_overtakes_is_the_store_as_it_was(store, tmp_path):
+    before = history(store)
+    source = objects_at(store.url)
+
+    class Overtaken:
+        """Commits, the first time that anything but a reference is read."""
+
+        done = False
+
+        def list(self, prefix=""):
+            return source.list(prefix)
+
+        def read(self, path):
+            if not self.done and "refs" not in path:
+                self.done = True
+                with store.transaction("meanwhile") as txn:
+                    txn.add("meanwhile", some_values(SPACE, 7))
+            return source.read(path)
+
+    copy(Overtaken(), objects_at(str(tmp_path / "copy")))
+    copied = MemoryStore.open(tmp_path / "copy")
+    assert history(copied) == before
+    assert copied.verify().ok
+    assert len(store.view()) == len(copied.view()) + 1

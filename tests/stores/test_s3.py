@@ -1,0 +1,179 @@
+"""A store in a bucket: moto's server on loopback, the same laws as in a directory."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from memtool_stores import (
+    ConflictError,
+    IntegrityError,
+    MemoryStore,
+    NotFoundError,
+    StorageError,
+)
+from memtool_stores.objects import objects_at
+from memtool_stores.testing import CONTRACT, small_space, some_values
+from memtool_stores.tree import CRC32C_BYTES
+
+moto_server = pytest.importorskip("moto.server", reason="moto is not installed")
+boto3 = pytest.importorskip("boto3", reason="boto3 is not installed")
+pytest.importorskip("obstore", reason="obstore is not installed")
+
+ROOT = Path(__file__).parents[2]
+SPACE = small_space()
+
+WRITER = """
+import sys
+from memtool_stores import MemoryStore
+from memtool_stores.testing import small_space, some_values
+store, space = MemoryStore.open(sys.argv[1]), small_space()
+for number in range(10):
+    name = f"{sys.argv[2]}-{number}"
+    store.run(lambda txn: txn.add(name, some_values(space, number)), name)
+"""
+
+
+@pytest.fixture(scope="module")
+def endpoint():
+    """An object store on loopback, in this process, with one bucket."""
+    kept = dict(os.environ)
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    os.environ.update(
+        AWS_ENDPOINT_URL=f"http://{host}:{port}",
+        AWS_ACCESS_KEY_ID="testing",
+        AWS_SECRET_ACCESS_KEY="testing",
+        AWS_REGION="us-east-1",
+        AWS_DEFAULT_REGION="us-east-1",
+        NO_PROXY="127.0.0.1,localhost",
+    )
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="bucket")
+    client.close()
+    yield f"http://{host}:{port}"
+    server.stop()
+    os.environ.clear()
+    os.environ.update(kept)
+
+
+@pytest.fixture
+def url(endpoint, tmp_path, monkeypatch):
+    """A place in the bucket that nobody used before."""
+    monkeypatch.setenv("MEMTOOL_CACHE", str(tmp_path / "cache"))
+    return f"s3://bucket/{tmp_path.name}/{time.monotonic_ns()}"
+
+
+@pytest.fixture
+def store(url):
+    made = MemoryStore.create(url, SPACE)
+    for number in range(3):
+        with made.transaction(f"write {number}") as txn:
+            txn.add(f"a{number}", some_values(SPACE, number), {"task": number})
+            txn.put_blob("note", str(number).encode())
+    return made
+
+
+@pytest.mark.parametrize("check", CONTRACT, ids=lambda check: check.__name__)
+def test_a_bucket_keeps_the_contract(url, check):
+    check(url)
+
+
+def test_a_second_writer_conflicts_and_run_goes_on(store):
+    other = MemoryStore.open(store.url)
+
+    def meanwhile(txn):
+        txn.add("late", some_values(SPACE, 5))
+        with store.transaction("first") as first:
+            first.add("first", some_values(SPACE, 4))
+
+    with pytest.raises(ConflictError), other.transaction("late") as late:
+        meanwhile(late)
+    assert other.run(lambda txn: txn.add("late", some_values(SPACE, 5)), "late")
+    assert [v.message for v in store.log(limit=2)] == ["late", "first"]
+
+
+def test_no_commit_of_two_processes_is_lost(store):
+    path = os.pathsep.join(str(ROOT / folder) for folder in ("", "cli", "stores"))
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WRITER, store.url, name],
+            env={**os.environ, "PYTHONPATH": path},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name in ("left", "right")
+    ]
+    for writer in writers:
+        _, said = writer.communicate(timeout=120)
+        assert writer.returncode == 0, said
+    names = {record.name for record in MemoryStore.open(store.url).view().adapters}
+    assert names >= {f"{side}-{number}" for side in ("left", "right") for number in range(10)}
+
+
+def test_there_and_back_again(store, tmp_path):
+    store.tag("v1", "HEAD~1")
+    down = store.clone(tmp_path / "here")
+    assert [v.id for v in down.log()] == [v.id for v in store.log()]
+    assert down.tags() == store.tags()
+    assert down.verify().ok
+    with down.transaction("at home") as txn:
+        txn.add("home", some_values(SPACE, 8))
+    assert down.verify().ok
+    up = down.clone(f"{store.url}-back")
+    assert len(up.view()) == 4
+    assert up.verify().ok
+    beside = up.clone(f"{store.url}-beside")
+    assert beside.log()[0].message == "at home"
+    file = tmp_path / "memory.bundle"
+    store.bundle(file)
+    again = MemoryStore.from_bundle(file, f"{store.url}-bundle")
+    assert again.view("v1").version == store.view("v1").version
+
+
+def test_a_flipped_byte_is_found(store):
+    objects = objects_at(store.url)
+    rows = [e for e in objects.list("ice/chunks") if e.nbytes == SPACE.layout.nbytes + CRC32C_BYTES]
+    assert len(rows) == 3
+    for entry in rows:
+        data = bytearray(objects.read(entry.path))
+        data[len(data) // 2] ^= 4
+        objects.write(entry.path, bytes(data))
+    report = MemoryStore.open(store.url).verify()
+    assert not report.ok
+    assert {"a0", "a1", "a2"} == {damage.name for damage in report.damages}
+    with pytest.raises(IntegrityError):
+        MemoryStore.open(store.url).view().value("a1")
+
+
+def test_gc_spares_what_is_young_and_its_dry_run_changes_nothing(store):
+    before = sorted(entry.path for entry in objects_at(store.url).list())
+    planned = store.gc(keep_last=1, dry_run=True)
+    assert len(planned.expired) == 3
+    assert planned.freed_bytes == 0  # all of it is younger than an hour
+    assert sorted(entry.path for entry in objects_at(store.url).list()) == before
+    assert store.gc(keep_last=1).expired == planned.expired
+    assert len(store.log()) == 1
+    assert store.verify().ok
+
+
+def test_what_is_not_there_is_said_soon(endpoint, monkeypatch):
+    begin = time.monotonic()
+    with pytest.raises(NotFoundError, match="nothing is there"):
+        MemoryStore.open("s3://bucket/nothing")
+    with pytest.raises(StorageError, match="no bucket 'nobucket'"):
+        MemoryStore.open("s3://nobucket/memory")
+    with pytest.raises(StorageError, match="no bucket"):
+        MemoryStore.create("s3://nobucket/memory", SPACE)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(StorageError, match=r"no answer from http://127\.0\.0\.1:9"):
+        MemoryStore.open("s3://bucket/memory")
+    assert time.monotonic() - begin < 20
