@@ -1,5 +1,6 @@
 """`python -m benchmarks NAME [--repeats N] [--threads N] [--json]`; no name: the list.
 
+`--sizes 100,1000` gives the numbers of adapters to a benchmark that measures more than one.
 The result of a benchmark has `passed`, and `cases` with `name`, `value`, `limit`, `passed`. JSON
 or a table goes to stdout, progress to stderr. Exit code 1: a limit was missed; 2: wrong usage.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -25,6 +27,14 @@ def benchmarks() -> dict[str, str]:
     return found
 
 
+def sizes(text: str) -> tuple[int, ...]:
+    """Positive numbers with commas between them."""
+    found = tuple(int(number) for number in text.split(","))
+    if min(found) < 1:
+        raise ValueError(text)
+    return found
+
+
 def main(arguments: list[str]) -> int:
     """Run one benchmark or list all; the exit code."""
     known = benchmarks()
@@ -32,6 +42,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("name", nargs="?", choices=sorted(known), help="none: list them")
     parser.add_argument("--repeats", type=int, default=9, help="paired repetitions (default 9)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
+    parser.add_argument("--sizes", type=sizes, help="numbers of adapters: 100,1000 (store only)")
     parser.add_argument("--json", action="store_true", help="the whole result as JSON on stdout")
     given = parser.parse_args(arguments)
     if min(given.repeats, given.threads) < 1:
@@ -47,7 +58,11 @@ def main(arguments: list[str]) -> int:
 
     # One thread by default: with more, a core that is busy elsewhere holds up every small kernel.
     torch.set_num_threads(given.threads)
-    result: dict[str, Any] = importlib.import_module(f"benchmarks.{given.name}").run(given.repeats)
+    run = importlib.import_module(f"benchmarks.{given.name}").run
+    options = {} if given.sizes is None else {"sizes": given.sizes}
+    if not options.keys() <= inspect.signature(run).parameters.keys():
+        parser.error(f"{given.name} takes no --sizes")
+    result: dict[str, Any] = run(given.repeats, **options)
     if given.json:
         print(json.dumps(result, indent=2))
     else:

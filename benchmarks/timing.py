@@ -30,12 +30,17 @@ def environment() -> dict[str, Any]:
 
 
 def interleaved(
-    candidates: Mapping[str, Callable[[], object]], repeats: int, *, inner: int = 1
+    candidates: Mapping[str, Callable[[], object]],
+    repeats: int,
+    *,
+    inner: int = 1,
+    before: Callable[[], object] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds a call of every candidate, in `repeats` rounds that run each of them once.
 
     The order turns by one from round to round, so that nobody always runs first. A time is the mean
-    of `inner` calls in a row. One round before the first is not counted.
+    of `inner` calls in a row, after one of `before`, which is not timed. One round before the first
+    is not counted.
     """
     names = list(candidates)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -46,6 +51,8 @@ def interleaved(
             turn = repeat % len(names)
             for name in names[turn:] + names[:turn]:
                 call = candidates[name]
+                if before is not None:
+                    before()
                 begin = time.perf_counter()
                 for _ in range(inner):
                     call()
