@@ -38,6 +38,40 @@ def tasks(ctx: typer.Context, incomplete: str) -> list[str]:
     return [name for name in names if name.startswith(incomplete)]
 
 
+def remembered(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Names of the tasks and adapters in memory."""
+    from memtool_stores import MemoryStore
+
+    try:
+        view = MemoryStore.open(split_store(_config(ctx).store)[0]).view()
+        live = (*view.adapters, *view.atom_records)
+    except (MemtoolError, StoreError):
+        return []
+    names = [name for r in live for name in (r.meta.get("task_name"), r.name) if name]
+    return [name for name in dict.fromkeys(names) if name.startswith(incomplete)]
+
+
+def names(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Tags and branches that can be deleted; a new name is for its owner to find."""
+    from memtool_stores import MemoryStore
+
+    if not ctx.params.get("delete"):
+        return []
+    try:
+        store = MemoryStore.open(split_store(_config(ctx).store)[0])
+        known = {**store.tags(), **store.branches()}
+    except (MemtoolError, StoreError):
+        return []
+    return [name for name in sorted(known) if name != "main" and name.startswith(incomplete)]
+
+
+def fixed_set_metrics(incomplete: str) -> list[str]:
+    """Metrics that bisect can follow."""
+    from memtool.methods.bisect import METRICS
+
+    return [name for name in METRICS if name.startswith(incomplete)]
+
+
 def versions(ctx: typer.Context, incomplete: str) -> list[str]:
     """HEAD and the version ids of the store."""
     try:

@@ -137,6 +137,26 @@ class ForgetPlan(CliRecord):
     versions: int
 
 
+class Cloned(CliRecord):
+    """A whole memory in another place."""
+
+    schema_: Literal["memtool.clone"] = Field("memtool.clone", alias="schema")
+    source: str
+    target: str
+    version: str
+    adapters: int
+
+
+class Bundled(CliRecord):
+    """A whole memory as one file."""
+
+    schema_: Literal["memtool.bundle"] = Field("memtool.bundle", alias="schema")
+    path: Path
+    version: str
+    adapters: int
+    nbytes: int
+
+
 class RolledBack(CliRecord):
     """The version that is HEAD now, and the branch that keeps what came after it."""
 

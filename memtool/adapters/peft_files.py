@@ -181,7 +181,7 @@ def write_peft(
     note = {"alpha": alpha, "extra": dict(extra or {}), "rank": layout.rank, "sites": names}
     metadata = {"format": "pt", "memtool": json.dumps(note, sort_keys=True)}
     config = _config(ranks, alpha / layout.rank, base_model)
-    return _write(directory, _header(tensors, metadata), tensors, config.encode(), overwrite)
+    return _write(directory, _file(_header(tensors, metadata), tensors), config.encode(), overwrite)
 
 
 def read_peft(directory: Path, layout_sites: Sequence[Site]) -> PeftAdapter:
@@ -239,16 +239,24 @@ def read_peft(directory: Path, layout_sites: Sequence[Site]) -> PeftAdapter:
 def restore_peft(directory: Path, adapter: PeftAdapter, *, overwrite: bool = False) -> Path:
     """Write an adapter as the directory it was read from; returns the directory.
 
-    Both files are the same byte for byte, except for B of modules whose own scaling was folded into
-    the value (that rounds), and for numbers that the value was rounded to. Errors as for
+    The configuration is the same byte for byte; the tensors are `restored_file`. Errors as for
     `write_peft`.
     """
-    path = directory / WEIGHTS_NAME
+    return _write(directory, restored_file(adapter), adapter.config, overwrite)
+
+
+def restored_file(adapter: PeftAdapter) -> bytes:
+    """The safetensors file that an adapter was read from, made again from its value.
+
+    It is the same byte for byte, except for B of modules whose own scaling was folded into the
+    value (that rounds), and for numbers that the value was rounded to: `adapter.sha256` tells.
+    """
+    path = Path(WEIGHTS_NAME)
     entries = _entries(adapter.header, path)
     parts = adapter.layout.unflatten(adapter.value.detach().cpu())
     grouped = _sites_by_module(adapter.layout.sites)
     ranks = {module: _shape(entries, module, "A", path)[0] for module in grouped}
-    config = _parse_config(adapter.config, directory / CONFIG_NAME)
+    config = _parse_config(adapter.config, Path(CONFIG_NAME))
     scalings = _scalings(config, ranks, path)
     tensors: dict[str, Tensor] = {}
     for module, sites in grouped.items():
@@ -264,7 +272,7 @@ def restore_peft(directory: Path, adapter: PeftAdapter, *, overwrite: bool = Fal
                     expected=f"{_shape(entries, module, part, path)} as the header says",
                 )
             tensors[name] = tensor.to(_DTYPES[entries[name]["dtype"]])
-    return _write(directory, adapter.header, tensors, adapter.config, overwrite)
+    return _file(adapter.header, tensors)
 
 
 # Writing
@@ -353,22 +361,25 @@ def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes
     return header + b" " * (-len(header) % 8)
 
 
-def _write(
-    directory: Path, header: bytes, tensors: Mapping[str, Tensor], config: bytes, overwrite: bool
-) -> Path:
-    """Both files, each whole or not at all; the tensors lie where the header says."""
-    weights_path, config_path = directory / WEIGHTS_NAME, directory / CONFIG_NAME
-    entries = _entries(header, weights_path)
+def _file(header: bytes, tensors: Mapping[str, Tensor]) -> bytes:
+    """A safetensors file; the tensors lie where the header says."""
+    entries = _entries(header, Path(WEIGHTS_NAME))
     chunks = [len(header).to_bytes(8, "little"), header]
     for name in sorted(tensors, key=lambda name: entries[name]["data_offsets"]):
         flat = tensors[name].contiguous().reshape(-1)
         chunks.append(flat.view(torch.uint8).numpy().tobytes())
+    return b"".join(chunks)
+
+
+def _write(directory: Path, file: bytes, config: bytes, overwrite: bool) -> Path:
+    """Both files, each whole or not at all."""
+    weights_path, config_path = directory / WEIGHTS_NAME, directory / CONFIG_NAME
     for path in (weights_path, config_path):
         if path.exists() and not overwrite:
             raise AlreadyThereError(
                 f"{path} is already there", remedy="another folder, or allow overwriting"
             )
-    write_atomic(weights_path, b"".join(chunks))
+    write_atomic(weights_path, file)
     write_atomic(config_path, config)
     return directory
 

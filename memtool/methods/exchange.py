@@ -12,7 +12,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +25,10 @@ from torch import Tensor
 import memtool
 from memtool.adapters.layout import Layout
 from memtool.adapters.peft_files import (
-    WEIGHTS_NAME,
     PeftAdapter,
     read_peft,
     restore_peft,
+    restored_file,
     write_peft,
 )
 from memtool.errors import (
@@ -244,6 +244,8 @@ def read_adapter(path: Path, work: Workspace, task: Task | None = None) -> ReadA
         },
         "file_sha256": found.sha256,
     }
+    exact = hashlib.sha256(restored_file(replace(found, value=value))).hexdigest() == found.sha256
+    meta["byte_identical"] = exact
     files = save({"header": _bytes_tensor(found.header), "config": _bytes_tensor(found.config)})
     meta["peft"] = PEFT_PREFIX + hashlib.sha256(files).hexdigest()[:32]
     sha256 = hashlib.sha256(np.ascontiguousarray(value.numpy(), dtype="<f4").tobytes()).hexdigest()
@@ -319,9 +321,9 @@ def export_peft(
 ) -> list[Path]:
     """Write stored adapters (names or ids; none: all) as PEFT directories under `out`.
 
-    An adapter that came from PEFT files gets the same bytes again. Each gets its head and what the
-    catalog knows of it. Raises AlreadyThereError for a directory that is not empty, before any is
-    written.
+    An adapter that came from PEFT files becomes the same bytes again. Each gets its head and what
+    the catalog knows of it. Raises AlreadyThereError for a directory that is not empty, before any
+    is written.
     """
     from memtool.methods.workspace import Workspace
 
@@ -332,7 +334,7 @@ def export_peft(
     for directory in targets:
         require_new(directory)
     for record, directory in zip(records, targets, strict=True):
-        same = _write_stored(directory, view, record, work)
+        _write_stored(directory, view, record, work)
         if own_head_blob(record.name) in view.blobs():
             head = view.blob(own_head_blob(record.name))
             (directory / OWN_HEAD).write_bytes(head)
@@ -340,7 +342,7 @@ def export_peft(
             "adapter": record.name,
             "id": record.id,
             "version": view.version,
-            "byte_identical": same,
+            "byte_identical": False,
             **record.meta,
         }
         text = json.dumps(known, indent=2, default=str) + "\n"
@@ -350,31 +352,37 @@ def export_peft(
 
 def _write_stored(
     directory: Path, view: MemoryView, record: AdapterRecord, work: Workspace
-) -> bool:
-    """Write one stored adapter; whether its file is the one that it came from, byte for byte.
+) -> None:
+    """Write one stored adapter: as the files that it came from, where it came from files.
 
-    It is not for one whose modules had scalings of their own, or numbers of more than 32 bits: both
-    were rounded on the way in.
+    The bytes are the same unless its modules had scalings of their own or its numbers more than 32
+    bits, which were rounded on the way in; `meta["byte_identical"]` says so. Raises CorruptError
+    when they should be the same and are not.
     """
     value = torch.from_numpy(view.value(record.id).copy())
     blob = record.meta.get("peft")
     if blob is None:
         alpha = float(record.scaling) * work.layout.rank
         write_peft(directory, value, work.layout, alpha=alpha, base_model=work.backbone.name)
-        return False
+        return
     files = load(view.blob(blob))
-    written = str(record.meta["file_sha256"])
     adapter = PeftAdapter(
         value,
         work.layout,
         float(record.scaling),
         files["header"].numpy().tobytes(),
-        written,
+        str(record.meta["file_sha256"]),
         files["config"].numpy().tobytes(),
     )
+    if record.meta.get("byte_identical"):
+        found = hashlib.sha256(restored_file(adapter)).hexdigest()
+        if found != adapter.sha256:
+            raise CorruptError(
+                f"adapter {record.name!r} no longer makes the file that it came from",
+                expected=f"sha256 {adapter.sha256}, found {found}",
+                remedy="memtool verify; an older version may hold it whole",
+            )
     restore_peft(directory, adapter)
-    found = hashlib.sha256((directory / WEIGHTS_NAME).read_bytes()).hexdigest()
-    return found == written
 
 
 def require_new(directory: Path) -> None:

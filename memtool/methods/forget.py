@@ -221,13 +221,11 @@ def _solve_again(txn: Transaction, view: MemoryView, gone: set[str]) -> None:
     )
 
     state, stored = MemoryState.load(view), view.keys()
-    if state is None or stored is None:
+    if state is None or stored is None or not gone & set(state.adapters):
         return
     # The columns of the stored keys: adapters that were live with a key before this.
     keyed = view.ids[: stored.shape[1]]
     places = [place for place, id in enumerate(keyed) if id not in gone]
-    if len(places) == len(keyed):
-        return
     adapters = tuple(keyed[place] for place in places)
     if not adapters:
         for name in CONSOLIDATED:

@@ -7,9 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memtool.errors import ConfigError, NotFoundError
+from memtool.errors import ConfigError, MismatchError, NotFoundError
 from memtool.methods.bisect import bisect, first_bad
+from memtool.methods.forget import forget
 from memtool.methods.mira import Mira
+from memtool.methods.state import MemoryState
+
+
+def reopened(mira):
+    return Mira.open(mira.config, seed=0)
 
 
 @given(st.data())
@@ -48,7 +54,7 @@ def spoiled(learned_copy):
     for number in (2, 3):
         with store.transaction(f"note {number}") as txn:
             txn.put_blob("note", str(number).encode())
-    return Mira.open(learned_copy.config, seed=0)
+    return reopened(learned_copy)
 
 
 def test_the_commit_that_spoiled_the_memory_is_named(spoiled):
@@ -61,6 +67,67 @@ def test_the_commit_that_spoiled_the_memory_is_named(spoiled):
     assert len(result.probes) <= 4
     task = bisect(spoiled, metric="task_accuracy", drop=0.3, good="HEAD~3")
     assert task.culprit.message == "keys turned over"
+
+
+def test_an_adapter_overwritten_by_noise_is_named(learned_copy):
+    store = learned_copy.workspace.store
+    noise = np.random.default_rng(0).standard_normal(store.space.numel).astype(np.float32)
+    with store.transaction("noise") as txn:
+        meta = dict(store.view().get("task-1-seed-0").meta)
+        txn.update("task-1-seed-0", name="old")
+        txn.add("task-1-seed-0", noise, meta)
+        txn.remove("old")
+        keys = np.ascontiguousarray(store.view().keys()[:, [1, 2, 0]])
+        txn.set_keys(keys)
+        state = MemoryState.load(store.view())
+        ids = tuple(record.id for record in txn.adapters)
+        changed = state.model_copy(update={"adapters": ids, "adapter_tasks": (1, 2, 0)})
+        txn.put_blob("memory", changed.model_dump_json().encode())
+    for number in (2, 3):
+        with store.transaction(f"note {number}") as txn:
+            txn.put_blob("note", str(number).encode())
+    result = bisect(reopened(learned_copy), drop=0.05, good="HEAD~3")
+    assert result.culprit.message == "noise"
+
+
+def test_every_version_is_measured_once(spoiled, monkeypatch):
+    measured = []
+    measure = spoiled.measure
+
+    def counted(version, tasks, setting=None):
+        measured.append(version)
+        return measure(version, tasks, setting)
+
+    monkeypatch.setattr(spoiled, "measure", counted)
+    result = bisect(spoiled, drop=0.1, good="HEAD~4")
+    assert len(measured) == len(set(measured)) == len(result.probes)
+
+
+def test_a_forgotten_task_is_a_fall_and_a_later_task_is_none(learned_copy):
+    store = learned_copy.workspace.store
+    good = next(v.id for v in store.log() if v.metadata.get("learned") == [1, 2])
+    forget(store, ["1"])
+    result = bisect(reopened(learned_copy), drop=0.1, good=good)
+    assert result.tasks == ("upright", "inverted")
+    assert result.culprit.message == "forget task-1-seed-0"
+
+
+def test_versions_without_keys_are_skipped_and_named(learned_copy):
+    store = learned_copy.workspace.store
+    view = store.view()
+    keys = view.keys()
+    with store.transaction("keys lost") as txn:
+        txn.set_keys(None)
+    with store.transaction("still lost") as txn:
+        txn.put_blob("note", b"1")
+    with store.transaction("the wrong keys") as txn:
+        txn.set_keys(np.ascontiguousarray(keys[:, ::-1]))
+    result = bisect(reopened(learned_copy), drop=0.1, good="HEAD~3")
+    assert result.culprit.message == "the wrong keys"
+    assert [probe.message for probe in result.suspects] == ["keys lost", "still lost"]
+    assert all(probe.value is None and probe.reason for probe in result.suspects)
+    with pytest.raises(MismatchError):
+        bisect(reopened(learned_copy), drop=0.1, good="HEAD~3", bad="HEAD~1")
 
 
 def test_without_good_it_starts_where_it_can_be_measured(spoiled):
@@ -77,8 +144,13 @@ def test_a_fall_that_never_was(spoiled):
 
 
 def test_what_cannot_be_asked_is_said(spoiled):
-    with pytest.raises(ConfigError, match="metric 'fa'"):
+    with pytest.raises(ConfigError, match="unknown metric 'fa'") as caught:
         bisect(spoiled, metric="fa", drop=0.1)
+    assert "did you mean 'faa'" in caught.value.expected
+    with pytest.raises(ConfigError, match="none of a single version"):
+        bisect(spoiled, metric="forgetting.max", drop=0.1)
+    with pytest.raises(ConfigError, match="cut for 'dil'"):
+        bisect(spoiled, drop=0.1, setting="cil")
     with pytest.raises(ConfigError, match="a drop of 0 points"):
         bisect(spoiled, drop=0.0)
     with pytest.raises(NotFoundError, match="does not lead to"):

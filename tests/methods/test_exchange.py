@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from memtool.backbones.nano import build_nano
+from memtool.errors import CorruptError
 from memtool.methods.exchange import export_peft, import_peft
 from memtool.methods.mira import Mira
 from memtool_stores import IntegrityError
@@ -58,6 +61,44 @@ def test_foreign_adapters_come_out_as_they_went_in(learned, tmp_path, dtype):
     import_peft(again, [directory])
     (second,) = export_peft(again, None, out=tmp_path / "out2")
     assert sha256(second / FILES[0]) == sha256(source / FILES[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_directories_of_the_peft_library_come_out_as_they_went_in(tmp_path, dtype):
+    settings = {"backbone__targets": ("proj", "fc1"), "adapter__rank": 4, "adapter__alpha": 8.0}
+    sources = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = peft.get_peft_model(
+            build_nano().to(dtype),
+            peft.LoraConfig(
+                r=4,
+                lora_alpha=8,
+                target_modules=r".*blocks\.\d+\.(attn\.proj|mlp\.fc1)",
+                init_lora_weights=False,
+            ),
+            autocast_adapter_dtype=False,
+        )
+        sources.append(tmp_path / f"theirs-{seed}")
+        model.save_pretrained(str(sources[-1]))
+    stored = load_file(sources[0] / FILES[0])
+    assert {tensor.dtype for tensor in stored.values()} == {dtype}
+    config = small_config(tmp_path / "mine", **settings)
+    import_peft(config, sources, task="2")
+    blobs = Mira.open(config, seed=0).workspace.store.view().blobs()
+    assert len(blobs) == 1, "what they share is stored once"
+    for directory in export_peft(config, None, out=tmp_path / "out"):
+        for name in FILES:
+            assert sha256(directory / name) == sha256(tmp_path / directory.name / name)
+        again = peft.PeftModel.from_pretrained(build_nano().to(dtype), str(directory))
+        assert again.peft_config["default"].r == 4
+
+
+def test_an_adapter_that_no_longer_makes_its_file_is_corrupt(learned_copy, tmp_path):
+    with learned_copy.workspace.store.transaction("a lie") as txn:
+        txn.update("task-2-seed-0", file_sha256="0" * 64)
+    with pytest.raises(CorruptError, match="task-2-seed-0"):
+        export_peft(learned_copy.config, ["task-2-seed-0"], out=tmp_path / "out")
 
 
 def test_what_was_rounded_on_the_way_in_is_said(learned, tmp_path):

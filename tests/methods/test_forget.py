@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from memtool.errors import AlreadyThereError, ConfigError, NotFoundError
+from memtool.errors import (
+    AlreadyThereError,
+    ChangedMeanwhileError,
+    ConfigError,
+    NotFoundError,
+)
 from memtool.methods.forget import chosen, forget
 from memtool.methods.mira import Mira
 from memtool.methods.modulation import Modulation
@@ -18,7 +25,7 @@ def reopened(mira):
 
 
 def test_the_rest_is_as_if_it_had_been_learned_alone(learned_copy, tmp_path):
-    result = forget(learned_copy.config, ["inverted"])
+    result = forget(learned_copy.workspace.store, ["inverted"])
     assert result.tasks == (2,)
     assert result.left == 2
     assert set(result.blobs) == {"head.task-2-seed-0", "queries.2", "features.2"}
@@ -43,15 +50,15 @@ def test_learned_keys_of_the_others_stay_bit_for_bit(tmp_path):
     )
     mira = learn(Mira.open(config, seed=0))
     before = mira.snapshot().view.keys()
-    forget(config, ["task-1-seed-0"])
+    forget(mira.workspace.store, ["task-1-seed-0"])
     view = reopened(mira).snapshot().view
     assert np.array_equal(view.keys(), before[:, 1:])
     assert reopened(mira).evaluate().row("memory").metrics["faa"] > 0.3
 
 
 def test_forgetting_everything_leaves_a_memory_without_keys(learned_copy):
-    forget(learned_copy.config, ["1", "2"])
-    assert forget(learned_copy.config, ["3"]).left == 0
+    forget(learned_copy.workspace.store, ["1", "2"])
+    assert forget(learned_copy.workspace.store, ["3"]).left == 0
     view = reopened(learned_copy).workspace.store.view()
     assert view.keys() is None
     assert view.blobs() == ()
@@ -64,9 +71,11 @@ def test_a_purge_takes_the_bytes_out_of_everything(learned_copy):
     (record,) = chosen(store.view(), ["2"])
     head = store.view().state.blobs["head.task-2-seed-0"]
     assert store.find_bytes([record.sha256, head])
-    result = forget(learned_copy.config, ["2"], purge=True)
+    result = forget(learned_copy.workspace.store, ["2"], purge=True)
     assert result.purged.left == {}
-    assert result.purged.hashes_looked_for == 4
+    # The row, its head, queries and features; and the memory and head that knew of them.
+    assert result.purged.hashes == 6
+    assert result.purged.objects == len([p for p in Path(store.url).rglob("*") if p.is_file()])
     assert result.purged.versions_removed >= 6
     fresh = MemoryStore.open(store.url)
     assert fresh.find_bytes([record.sha256, head]) == {}
@@ -78,10 +87,44 @@ def test_a_purge_takes_the_bytes_out_of_everything(learned_copy):
 def test_a_purge_of_what_was_forgotten_before(learned_copy):
     store = learned_copy.workspace.store
     (record,) = chosen(store.view(), ["2"])
-    forget(learned_copy.config, ["2"])
+    forget(store, ["2"])
     assert store.find_bytes([record.sha256])
-    forget(learned_copy.config, [record.name], purge=True)
+    keys = store.view().keys()
+    forget(store, [record.name], purge=True)
     assert MemoryStore.open(store.url).find_bytes([record.sha256]) == {}
+    assert np.array_equal(MemoryStore.open(store.url).view().keys(), keys)
+
+
+def test_a_purge_that_was_cut_short_is_finished_by_another(learned_copy):
+    store = learned_copy.workspace.store
+    (record,) = chosen(store.view(), ["2"])
+    forget(store, ["2"])
+    with store.transaction("forget") as txn:
+        txn.purge(record.id)
+    assert store.find_bytes([record.sha256])
+    head = store.head()
+    result = forget(store, ["2"], purge=True)
+    assert result.version == head
+    assert result.purged.left == {}
+    assert store.find_bytes([record.sha256]) == {}
+
+
+def test_a_purge_of_what_left_without_a_word_to_the_memory(learned_copy):
+    store = learned_copy.workspace.store
+    with store.transaction("remove") as txn:
+        txn.remove("task-2-seed-0")
+    assert forget(store, ["task-2-seed-0"], purge=True).purged.left == {}
+    mira = reopened(learned_copy)
+    assert mira.snapshot().state.tasks == (1, 3)
+    assert mira.evaluate().row("memory").metrics["faa"] > 0.5
+
+
+def test_what_is_found_after_a_purge_is_said(learned_copy):
+    store = learned_copy.workspace.store
+    value = store.view().value("task-2-seed-0")
+    (Path(store.url) / "forgotten-copy").write_bytes(value.tobytes())
+    result = forget(store, ["2"], purge=True)
+    assert result.purged.left == {"adapter task-2-seed-0": ("forgotten-copy",)}
 
 
 def test_a_purge_refuses_while_a_tag_or_branch_keeps_it(learned_copy):
@@ -90,32 +133,81 @@ def test_a_purge_refuses_while_a_tag_or_branch_keeps_it(learned_copy):
     backup = store.rollback("HEAD~2")  # two tasks, both with keys
     before = store.head()
     with pytest.raises(AlreadyThereError, match=f"{backup}, v1 still lead"):
-        forget(learned_copy.config, ["2"], purge=True)
+        forget(learned_copy.workspace.store, ["2"], purge=True)
     assert store.head() == before
     store.delete_tag("v1")
     store.delete_branch(backup)
-    assert forget(learned_copy.config, ["2"], purge=True).purged.left == {}
+    assert forget(learned_copy.workspace.store, ["2"], purge=True).purged.left == {}
 
 
 def test_names_that_fit_nothing(learned_copy):
     with pytest.raises(NotFoundError, match="'invertd'") as caught:
-        forget(learned_copy.config, ["invertd"])
+        forget(learned_copy.workspace.store, ["invertd"])
     assert "did you mean 'inverted'" in caught.value.expected
     with pytest.raises(NotFoundError):
-        forget(learned_copy.config, ["7"])
+        forget(learned_copy.workspace.store, ["7"])
 
 
 def test_adapters_without_keys_must_be_consolidated_first(learned_copy):
-    learned_copy.adapt("upright", fresh=True)
     store = learned_copy.workspace.store
     with store.transaction("another") as txn:
         value = store.view().value("task-1-seed-0")
         txn.add("extra", value + 1, {"task": 1, "task_name": "upright"})
     with pytest.raises(ConfigError, match="no key yet"):
-        forget(learned_copy.config, ["2"])
+        forget(store, ["2"])
+    keys = store.view().keys()
+    assert forget(store, ["extra"]).left == 3
+    assert np.array_equal(store.view().keys(), keys)
 
 
-def test_modulation_unlearns_what_is_forgotten(tmp_path):
+def test_one_of_two_adapters_of_a_task(learned_copy):
+    store = learned_copy.workspace.store
+    with store.transaction("another") as txn:
+        value = store.view().value("task-1-seed-0")
+        txn.add("extra", value, {"task": 1, "task_name": "upright"})
+    mira = reopened(learned_copy)
+    mira.consolidate()
+    blobs = set(store.view().blobs())
+    result = forget(store, ["extra"])
+    assert result.blobs == ()
+    assert set(store.view().blobs()) == blobs
+    assert mira.snapshot().state.tasks == (1, 2, 3)
+    assert np.allclose(store.view().keys(), learned_copy.snapshot("HEAD~3").view.keys(), atol=1e-5)
+
+
+def test_moments_that_were_not_kept_apart_must_be_counted_again(learned_copy):
+    store = learned_copy.workspace.store
+    with store.transaction("as older versions of memtool left it") as txn:
+        txn.delete_blob("queries.1")
+    with pytest.raises(ConfigError, match="queries of task 1"):
+        forget(store, ["2"])
+    reopened(learned_copy).consolidate()
+    assert forget(store, ["2"]).left == 2
+
+
+def test_atoms_are_forgotten_like_adapters(learned_copy):
+    store = learned_copy.workspace.store
+    with store.transaction("atoms") as txn:
+        value = store.view().value("task-2-seed-0")
+        txn.add_atoms("atoms-2", value * 2, {"task": 2, "task_name": "inverted"})
+    assert set(forget(store, ["inverted"]).adapters) == {"task-2-seed-0", "atoms-2"}
+    assert store.view().atom_records == ()
+
+
+def test_somebody_else_was_first(learned_copy, monkeypatch):
+    store = learned_copy.workspace.store
+    old = store.view()
+    with store.transaction("a note") as txn:
+        txn.put_blob("note", b"1")
+    head = store.head()
+    monkeypatch.setattr(store, "view", lambda *_: old)
+    with pytest.raises(ChangedMeanwhileError):
+        forget(store, ["2"])
+    assert store.head() == head
+
+
+@pytest.mark.parametrize("purge", [False, True])
+def test_modulation_unlearns_what_is_forgotten(tmp_path, purge):
     config = small_config(
         tmp_path,
         method="modulation",
@@ -129,7 +221,12 @@ def test_modulation_unlearns_what_is_forgotten(tmp_path):
     for task in "123":
         method.adapt(task)
         method.write()
-    forget(config, ["2"])
+    store = method.workspace.store
+    forget(store, ["2"], purge=purge)
     record = Modulation.open(config, seed=0).evaluate()
     assert len(record.run.tasks) == 2
     assert record.row("bayes-pcn").metrics["recall_error"] < 0.01
+    forget(store, ["1", "3"], purge=purge)
+    assert store.view().blobs() == ()
+    method.write()
+    assert Modulation.open(config, seed=0).evaluate().row("bayes-pcn").metrics["faa"] > 0.3

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import shlex
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -26,6 +28,10 @@ from memtool_cli.options import (
 from memtool_cli.output import Table, percent, size
 from memtool_cli.records import ForgetPlan
 
+if TYPE_CHECKING:
+    from memtool.methods.results import ForgetResult, Purged
+    from memtool_stores import AdapterRecord, MemoryStore
+
 app = typer.Typer(rich_markup_mode="rich")
 
 
@@ -37,7 +43,7 @@ app = typer.Typer(rich_markup_mode="rich")
         "memtool forget task-2-seed-0 --purge --yes",
     ),
 )
-@verb(STORE, SEED, *CONFIGURATION, DRY_RUN, YES)
+@verb(STORE, *CONFIGURATION, DRY_RUN, YES)
 def forget(
     call: Call,
     names: Annotated[
@@ -45,7 +51,7 @@ def forget(
         typer.Argument(
             metavar="TASK|ADAPTER",
             help="Tasks (number or name), or adapters.",
-            autocompletion=complete.tasks,
+            autocompletion=complete.remembered,
         ),
     ],
     purge: Annotated[
@@ -58,57 +64,78 @@ def forget(
     ] = False,
 ) -> None:
     """Take tasks or adapters out of the memory; the rest is re-normalised."""
-    from memtool.methods.forget import chosen
-    from memtool.methods.forget import forget as forget_now
+    from memtool.methods import forget as forgetting
 
     store = call.store_to_change()
     view = store.view()
-    records = chosen(view, names, removed=purge)
+    records = forgetting.chosen(view, names, purge=purge)
     found = ", ".join(record.name for record in records)
     if call.dry_run:
-        holders = sorted({name for r in records for name in store.holders(r.id)}) if purge else []
-        plan = ForgetPlan(
-            store=call.store_path,
-            adapters=tuple(record.name for record in records),
-            purge=purge,
-            holders=tuple(holders),
-            versions=len(store.log()) if purge else 0,
-        )
-        rows = [("adapters", found), ("left", len(view) - len(plan.adapters))]
-        if purge:
-            rows += [
-                ("versions that would go", plan.versions),
-                ("kept by", ", ".join(holders) or "nothing"),
-            ]
-        call.out.data(plan, Table((), rows, title="forget would take"), ids=plan.adapters)
-        return
+        return _show_plan(call, store, records, purge)
     if purge:
+        forgetting.require_no_holder(store, records)
         call.confirm(f"purge {found} and remove all older versions of main for good")
-    result = forget_now(call.config, names, seed=call.seed, purge=purge)
+    result = forgetting.forget(store, names, purge=purge)
     facts: list[tuple[str, str | int]] = [
         ("version", result.version),
         ("forgotten", ", ".join(result.adapters)),
         ("adapters left", result.left),
     ]
-    gone = True
-    if result.purged is not None:
-        purged = result.purged
-        gone = not purged.left
-        looked = f"{purged.hashes_looked_for} hashes looked for in every stored object"
+    purged = result.purged
+    if purged is not None:
+        word = "NOT gone" if purged.left else "gone"
         facts += [
             ("versions removed", purged.versions_removed),
             ("space freed", size(purged.freed_bytes)),
-            ("bytes", f"gone: {looked}, none found" if gone else f"NOT gone: {looked}"),
+            ("bytes", f"{word}: {purged.objects} objects looked at, {_holding(purged)} hold it"),
         ]
         facts += [(what, ", ".join(paths)) for what, paths in purged.left.items()]
     call.out.data(result, Table((), facts), ids=[result.version])
-    if result.purged is None:
+    if purged is None:
         call.out.note("older versions still hold it: memtool rollback brings it back")
-    elif not gone:
-        call.out.note(
-            "on an object store, files younger than an hour are left: memtool gc --keep-last 1 then"
-        )
+    _say_what_else_holds_it(call, result)
+    if purged is not None and purged.left:
+        call.out.note("an object store keeps files that are younger than an hour; after that")
+        call.out.next(call.command(f"forget {shlex.join(names)} --purge"))
         raise typer.Exit(1)
+    return None
+
+
+def _show_plan(
+    call: Call, store: MemoryStore, records: Sequence[AdapterRecord], purge: bool
+) -> None:
+    from memtool.methods.forget import holders
+
+    held_by = holders(store, records) if purge else ()
+    plan = ForgetPlan(
+        store=call.store_path,
+        adapters=tuple(record.name for record in records),
+        purge=purge,
+        holders=held_by,
+        versions=len(store.log()) if purge else 0,
+    )
+    live = sum(record.live and record.kind == "adapter" for record in records)
+    rows: list[tuple[str, str | int]] = [
+        ("adapters", ", ".join(plan.adapters)),
+        ("left", len(store.view()) - live),
+    ]
+    if purge:
+        rows += [
+            ("versions that would go", plan.versions),
+            ("kept by", ", ".join(held_by) or "nothing"),
+        ]
+    call.out.data(plan, Table((), rows, title="forget would take"), ids=plan.adapters)
+
+
+def _holding(purged: Purged) -> int:
+    return len({path for paths in purged.left.values() for path in paths})
+
+
+def _say_what_else_holds_it(call: Call, result: ForgetResult) -> None:
+    """Folders of `train-adapter` lie outside the memory, and `memtool write` would read them."""
+    folders = [call.config.runs / "adapters" / name for name in result.adapters]
+    if there := [str(folder) for folder in folders if folder.is_dir()]:
+        call.out.note(f"{', '.join(there)}: still there, and memtool write would put it back")
 
 
 @app.command(
@@ -133,8 +160,9 @@ def bisect(
         typer.Option(
             "--metric",
             metavar="faa|task_accuracy",
-            help="What is measured.",
+            help="What is measured, on the tasks that the good version knows.",
             rich_help_panel="Memory",
+            autocompletion=complete.fixed_set_metrics,
         ),
     ] = "faa",
     good: Annotated[
@@ -186,8 +214,8 @@ def bisect(
             probe.version,
             probe.time.astimezone().strftime("%Y-%m-%d %H:%M:%S"),
             probe.message,
-            "not measurable" if probe.value is None else percent(probe.value),
-            {True: "fell", False: "good", None: "skipped"}[probe.fell],
+            "" if probe.value is None else percent(probe.value),
+            {True: "fell", False: "good", None: f"skipped: {probe.reason}"}[probe.fell],
         )
         for probe in result.probes
     ]

@@ -1,12 +1,15 @@
-"""Adapters in and out as PEFT directories: import, export."""
+"""Adapters in and out as PEFT directories, whole memories as copies: import, export, clone."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from memtool.errors import ConfigError
+from memtool.progress import ProgressEvent
 from memtool_cli import records
 from memtool_cli.options import (
     COMPUTE,
@@ -18,9 +21,43 @@ from memtool_cli.options import (
     examples,
     verb,
 )
-from memtool_cli.output import Table
+from memtool_cli.output import Table, size
+
+if TYPE_CHECKING:
+    from memtool.progress import Progress
+    from memtool_stores import MemoryStore
 
 app = typer.Typer(rich_markup_mode="rich")
+
+
+@app.command(
+    "clone",
+    epilog=examples(
+        "memtool clone backup",
+        "memtool clone s3://bucket/memory",
+        "memtool clone s3://bucket/memory here",
+    ),
+)
+@verb(STORE, *CONFIGURATION)
+def clone(
+    call: Call,
+    places: Annotated[
+        list[str],
+        typer.Argument(metavar="[FROM] TO", help="Folders, or s3://bucket/prefix."),
+    ],
+) -> None:
+    """Copy a whole memory, with all its versions, to another place."""
+    from memtool_stores import MemoryStore
+
+    if len(places) > 2:
+        raise ConfigError(f"{len(places)} places", expected="where to, or from where and where to")
+    if len(places) == 2:
+        source, target = MemoryStore.open(places[0]), places[1]
+    else:
+        source, target = call.store(), places[0]
+    with call.out.progress() as progress:
+        copied = source.clone(target, partial(_tell, progress, "clone"))
+    _report_copy(call, source.url, copied)
 
 
 @app.command(
@@ -28,6 +65,7 @@ app = typer.Typer(rich_markup_mode="rich")
     epilog=examples(
         "memtool import adapters/my-lora --task 2",
         "memtool import adapters/* --store shared/memory -q",
+        "memtool import memory.bundle --store copy",
     ),
 )
 @verb(STORE, RANK, *COMPUTE, *CONFIGURATION)
@@ -35,19 +73,59 @@ def import_adapters(
     call: Call,
     directories: Annotated[
         list[Path],
-        typer.Argument(metavar="DIR", help="PEFT directories that fit the backbone."),
+        typer.Argument(
+            metavar="DIR|BUNDLE",
+            help="PEFT directories that fit the backbone; or one bundle, for a new memory.",
+        ),
     ],
     task: TaskOfForeign = None,
 ) -> None:
-    """Put PEFT adapters made elsewhere into the memory, as one version."""
+    """Put PEFT adapters made elsewhere into the memory, or make a memory of a bundle."""
+    call.refuse_version()
+    bundles = [path for path in directories if path.is_file()]
+    if bundles:
+        if len(directories) > 1:
+            raise ConfigError(
+                f"{bundles[0]} is a file beside {len(directories) - 1} others",
+                expected="PEFT directories, or one bundle",
+            )
+        return _import_bundle(call, bundles[0])
     from memtool.methods.exchange import import_peft
 
-    call.refuse_version()
     result = import_peft(call.config, directories, task=task)
     rows = [(adapter.name, adapter.id) for adapter in result.added]
     table = Table(("adapter", "id"), rows, title=f"version {result.version}")
     call.out.data(result, table, ids=[adapter.id for adapter in result.added])
     call.out.next(call.command("consolidate"))
+    return None
+
+
+def _import_bundle(call: Call, file: Path) -> None:
+    from memtool_stores import MemoryStore
+
+    with call.out.progress() as progress:
+        tell = partial(_tell, progress, "import")
+        store = MemoryStore.from_bundle(file, call.store_path, tell)
+    _report_copy(call, str(file), store)
+
+
+def _report_copy(call: Call, source: str, copied: MemoryStore) -> None:
+    view = copied.view()
+    record = records.Cloned(
+        source=source, target=copied.url, version=view.version, adapters=len(view)
+    )
+    rows = [
+        ("from", record.source),
+        ("to", record.target),
+        ("version", record.version),
+        ("adapters", record.adapters),
+    ]
+    call.out.data(record, Table((), rows), ids=[record.target])
+    call.out.next(f"memtool verify --store {copied.url}")
+
+
+def _tell(progress: Progress, stage: str, step: int, total: int) -> None:
+    progress(ProgressEvent(stage=stage, step=step, total=total))
 
 
 @app.command(
@@ -56,21 +134,54 @@ def import_adapters(
         "memtool export --out adapters",
         "memtool export inverted-0 --out adapters",
         "memtool export --store memory@v1 --out old -q",
+        "memtool export --bundle memory.bundle",
     ),
 )
 @verb(STORE, RANK, *COMPUTE, *CONFIGURATION)
 def export_adapters(
     call: Call,
-    out: Annotated[
-        Path,
-        typer.Option("--out", metavar="DIR", help="Folder for them.", rich_help_panel="Output"),
-    ],
     adapters: Annotated[
         list[str] | None,
         typer.Argument(metavar="ADAPTER", help="Names or ids; none: all of the version."),
     ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Folder for them.", rich_help_panel="Output"),
+    ] = None,
+    bundle: Annotated[
+        Path | None,
+        typer.Option(
+            "--bundle",
+            metavar="FILE",
+            help="Instead, the whole memory with all its versions in one file.",
+            rich_help_panel="Output",
+        ),
+    ] = None,
 ) -> None:
-    """Write adapters of the memory as PEFT directories."""
+    """Write adapters of the memory as PEFT directories, or all of it as one file."""
+    if (out is None) == (bundle is None):
+        raise ConfigError(
+            "where to?",
+            expected="--out DIR for PEFT directories, or --bundle FILE for all versions",
+        )
+    if bundle is not None:
+        if adapters:
+            raise ConfigError(
+                "a bundle holds the whole memory", expected="no adapter names beside --bundle"
+            )
+        store = call.store_to_change()
+        view = store.view()
+        nbytes = store.bundle(bundle)
+        made = records.Bundled(path=bundle, version=view.version, adapters=len(view), nbytes=nbytes)
+        rows = [
+            ("bundle", bundle),
+            ("version", made.version),
+            ("adapters", made.adapters),
+            ("size", size(nbytes)),
+        ]
+        call.out.data(made, Table((), rows), ids=[bundle])
+        return
+    assert out is not None
     from memtool.methods.exchange import export_peft
 
     view = call.view()

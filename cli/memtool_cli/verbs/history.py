@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import shlex
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, cast
 
@@ -12,7 +13,8 @@ from memtool.errors import NotFoundError, did_you_mean
 from memtool_cli import complete, records
 from memtool_cli.options import CONFIGURATION, DRY_RUN, STORE, YES, Call, examples, one_of, verb
 from memtool_cli.output import Table, size
-from memtool_stores import AdapterRecord
+from memtool_stores import AdapterRecord, IntegrityError
+from memtool_stores.verify import verify as verify_store
 
 app = typer.Typer(rich_markup_mode="rich")
 
@@ -74,7 +76,7 @@ def ls(
         if (task is None or task in (str(record.task), record.meta.get("task_name")))
         and (match is None or fnmatch.fnmatchcase(record.name, match))
     ]
-    whole = call.out.machine and limit is None
+    whole = call.out.machine and limit is None and page == 1
     size = len(fits) if whole else (limit or PAGE)
     first = (page - 1) * size
     adapters = _adapters(fits[first : first + size])
@@ -86,7 +88,9 @@ def ls(
         last = first + len(adapters)
         call.out.note(f"{first + 1 if adapters else first} to {last} of {len(fits):,}")
         if last < len(fits):
-            call.out.next(call.command(f"ls --page {page + 1}"))
+            asked = {"--task": task, "--match": match, "--limit": limit, "--page": page + 1}
+            options = [f"{name} {shlex.quote(str(v))}" for name, v in asked.items() if v]
+            call.out.next(call.command(f"ls {' '.join(options)}"))
     if not live:
         call.out.next(call.command("train-adapter --task 1"))
 
@@ -208,7 +212,9 @@ def diff(call: Call, a: Reference, b: Reference = "HEAD") -> None:
 @verb(STORE, *CONFIGURATION, YES)
 def tag(
     call: Call,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The name.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="The name.", autocompletion=complete.names)
+    ],
     version: Reference = "HEAD",
     delete: Annotated[
         bool,
@@ -261,9 +267,14 @@ def rollback(call: Call, version: Reference) -> None:
     call.confirm(f"roll {call.store_path} back to {target}")
     backup = store.rollback(target)
     record = records.RolledBack(version=target, before=before, backup=backup)
-    rows = [("version", target), ("before", before), ("kept as", backup)]
+    rows = [
+        ("version", target),
+        ("before", before),
+        ("kept as", backup or "nothing: it is damaged"),
+    ]
     call.out.data(record, Table((), rows), ids=[target])
-    call.out.note(f"to undo: {call.command(f'rollback {backup}')}")
+    if backup:
+        call.out.note(f"to undo: {call.command(f'rollback {backup}')}")
 
 
 @app.command(
@@ -287,7 +298,13 @@ def verify(
 ) -> None:
     """Check every stored byte; exit with 1 when something is damaged."""
     checked = cast(Literal["heads", "checksums", "full"], one_of("--level", level, LEVELS))
-    report = call.store().verify(checked)
+    try:
+        store = call.store()
+    except IntegrityError:
+        # What opening needs is damaged itself; to say so is what this verb is for.
+        report = verify_store(call.store_path, checked)
+    else:
+        report = store.verify(checked)
     damages = tuple(records.Damage.model_validate(damage) for damage in report.damages)
     record = records.Verified(
         store=call.store_path,
