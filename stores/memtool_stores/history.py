@@ -19,6 +19,7 @@ from memtool_stores.errors import (
     VersionExpiredError,
 )
 from memtool_stores.ice import translated
+from memtool_stores.objects import objects_at
 from memtool_stores.tree import Tree, seal
 
 MAIN = "main"
@@ -127,12 +128,19 @@ def snapshots(repository: Any, version: str) -> Iterator[tuple[Any, bool]]:
     """
     with _reading_snapshot(version):
         ancestry = iter(repository.ancestry(snapshot_id=version))
-        current = next(ancestry, None)
+        current = _checked(next(ancestry, None), version)
     while current is not None and current.parent_id is not None:
         with _reading_snapshot(current.parent_id):
-            older = next(ancestry, None)
+            older = _checked(next(ancestry, None), current.parent_id)
         yield current, older is None or older.parent_id is None
         current = older
+
+
+def _checked(snapshot: Any, version: str) -> Any:
+    """The snapshot, if it says that it is that of the version."""
+    if snapshot is not None and snapshot.id != version:
+        raise _damaged(version, f"snapshot {version}", f"snapshot {snapshot.id}")
+    return snapshot
 
 
 @contextmanager
@@ -251,12 +259,14 @@ def tips(repository: Any) -> dict[str, str]:
 
 
 def damaged_refs(url: str) -> list[tuple[str, str]]:
-    """Kind and name of the branches and tags of a directory whose files are not as written.
+    """Kind and name of the branches and tags of a store whose files are not as written.
 
     icechunk leaves some of them out of its lists without a word, and gc would take their versions.
     A folder without a file has lost it: who deletes a tag leaves a mark in its folder, and who
     deletes a branch takes the folder away. A version of which there is no trace never was.
     """
+    if url.startswith("s3://"):
+        return _damaged_in_bucket(url)
     folder = Path(url) / "ice" / "refs"
     if not folder.is_dir():
         return []
@@ -271,6 +281,31 @@ def damaged_refs(url: str) -> list[tuple[str, str]]:
         traces = (Path(url) / "ice" / "snapshots" / version, Path(url) / SUMS / version)
         if ref is None or not any(trace.exists() for trace in traces):
             found.append((kind, name))
+    return found
+
+
+def _damaged_in_bucket(url: str) -> list[tuple[str, str]]:
+    """As `damaged_refs`. A bucket has no folders: a lost object leaves no trace, a wrong one does.
+
+    Versions are looked up one by one: a bucket lists thousands of them slower than it gives two.
+    """
+    objects = objects_at(url)
+    paths = {entry.path for entry in objects.list("ice/refs")}
+    found = []
+    for path in sorted(paths):
+        if not path.endswith("/ref.json") or f"{path}.deleted" in paths:
+            continue
+        kind, _, name = path.split("/")[-2].partition(".")
+        try:
+            ref = _REF.fullmatch(objects.read(path))
+            if ref is None:
+                found.append((kind, name))
+            else:
+                objects.read(f"ice/snapshots/{ref[1].decode()}")
+        except NotFoundError:
+            # Without its version it is damaged; without its own object, someone just deleted it.
+            if any(entry.path == path for entry in objects.list("ice/refs")):
+                found.append((kind, name))
     return found
 
 

@@ -1,7 +1,8 @@
 """The one door to icechunk: its import, its configuration, its errors, and what it leaves out.
 
-icechunk is imported on first use (it takes a quarter of a second), with its warnings off because
-they go to stdout. It calls no fsync and hangs in a forked child; both are closed here.
+icechunk is imported on first use (it takes a quarter of a second), with its log off, which goes to
+stdout and says no more than its errors. It calls no fsync and hangs in a forked child; both are
+closed here.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def guard_fork() -> None:
 def icechunk() -> Any:
     """The icechunk module."""
     guard_fork()
-    os.environ.setdefault("ICECHUNK_LOG", "error")
+    os.environ.setdefault("ICECHUNK_LOG", "off")
     import icechunk as module
 
     _fork["imported"] = True
@@ -277,8 +278,8 @@ def _of_message(text: str, doing: str, where: str) -> StoreError:
             f"could not {doing} in {where}: {brief}", transient=True, remedy="run it again"
         )
     wrong = (
-        r"magic|flatbuffer|serializ|decod|decompress|invalid|corrupt|not found|cannot read|"
-        "only supports"
+        r"magic|flatbuffer|serializ|decod|decompress|invalid|corrupt|not found|cannot be found|"
+        r"cannot read|only supports|format error"
     )
     # What is cut short or does not decompress is an "I/O error" too, but not one of the system.
     unpacking = "i/o error" in lower and ("::fetch_" in lower or "os error" not in lower)

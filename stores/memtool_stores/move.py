@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,7 @@ _UNREADABLE = (
     # A flipped bit may claim another compression, or a password.
     NotImplementedError,
     RuntimeError,
+    zlib.error,
 )
 
 Tell = Callable[[int, int], None]
@@ -58,7 +60,8 @@ def require_empty(target: Objects, url: str) -> None:
     """Raise AlreadyExistsError when there is anything at `url`."""
     for entry in target.list():
         raise AlreadyExistsError(
-            f"{url} is there and not empty ({entry.path})", remedy="another place"
+            f"{url} is there and not empty ({entry.path})",
+            remedy="another place, or first delete what is there",
         )
 
 
@@ -123,11 +126,6 @@ def _entry(path: str) -> zipfile.ZipInfo:
     return zipfile.ZipInfo(path, date_time=(1980, 1, 1, 0, 0, 0))
 
 
-def is_bundle(file: Path) -> bool:
-    """Whether this is a bundle, or was one before it was damaged: a zip file, no directory."""
-    return file.is_file() and file.read_bytes()[:2] == b"PK"
-
-
 def read_bundle(
     file: Path, target: Objects, tell: Tell | None = None, *, checksums: bool = True
 ) -> dict[str, Any]:
@@ -167,7 +165,7 @@ def _opened(file: Path) -> Iterator[zipfile.ZipFile]:
         raise StorageError(f"no bundle {file}") from error
     except OSError as error:
         raise of_os_error(error, "read the bundle", str(file)) from error
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
         raise IntegrityError(
             what="bundle",
             name=str(file),
@@ -189,6 +187,8 @@ def _manifest(archive: zipfile.ZipFile, file: Path) -> dict[str, Any]:
             f"{file} is no bundle of memtool: {error}",
             expected=f"a file with {MANIFEST} in it, as memtool export --bundle writes it",
         ) from error
+    if not isinstance(schema, int) or not isinstance(hashes, dict):
+        raise SchemaError(f"{file} is no bundle of memtool: {MANIFEST} is of another kind")
     if schema > BUNDLE_SCHEMA:
         raise SchemaError(
             f"{file} is a bundle of schema {schema}, made by a newer memtool",

@@ -15,12 +15,13 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
-from memtool_stores.errors import NotFoundError, StorageError
+from memtool_stores.errors import NotFoundError, StorageError, StoreError
 from memtool_stores.ice import of_os_error
 
 CONNECT_TIMEOUT = "3s"
 ANSWER_TIMEOUT = "60s"
 FIRST_ANSWER_TIMEOUT = "10s"
+WHOLE_TIMEOUT = "1h"
 RETRIES = 2
 
 
@@ -60,9 +61,40 @@ def bucket_holds(url: str, prefix: str) -> bool:
     """Whether there is any file under `prefix` of `s3://bucket/…`; soon told when nobody answers.
 
     Raises:
-        StorageError: no such bucket, no credentials, or no answer.
+        NotFoundError: no such bucket.
+        StorageError: no credentials, or no answer.
     """
     return any(True for _ in _Bucket(url, FIRST_ANSWER_TIMEOUT).list(prefix))
+
+
+class Retractable:
+    """The files of a new place, where what was written can be taken back."""
+
+    def __init__(self, objects: Objects) -> None:
+        self._objects = objects
+        self._written: list[str] = []
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """See Objects."""
+        return self._objects.list(prefix)
+
+    def read(self, path: str) -> bytes:
+        """See Objects."""
+        return self._objects.read(path)
+
+    def write(self, path: str, data: bytes) -> None:
+        """See Objects."""
+        self._written.append(path)
+        self._objects.write(path, data)
+
+    def delete(self, path: str) -> None:
+        """See Objects."""
+        self._objects.delete(path)
+
+    def take_back(self) -> None:
+        """Delete all that was written, the last first: references go before what they lead to."""
+        while self._written:
+            self._objects.delete(self._written.pop())
 
 
 class _Directory:
@@ -127,15 +159,23 @@ class _Bucket:
         self._prefix = prefix.strip("/")
         # Credentials, region and endpoint come from the AWS_* variables, as for icechunk.
         endpoint = os.environ.get("AWS_ENDPOINT_URL", "")
-        self._store: Any = S3Store(
-            bucket,
-            client_options={
-                "allow_http": endpoint.startswith("http://"),
-                "connect_timeout": CONNECT_TIMEOUT,
-                "timeout": timeout,
-            },
-            retry_config={"max_retries": RETRIES, "retry_timeout": timedelta(seconds=5)},
-        )
+        if endpoint and not re.match(r"https?://[^/]", endpoint):
+            raise StorageError(
+                f"AWS_ENDPOINT_URL={endpoint} is no address",
+                expected="http://host:port or https://host",
+            )
+        with self._answering("look"):
+            self._store: Any = S3Store(
+                bucket,
+                client_options={
+                    "allow_http": endpoint.startswith("http://"),
+                    "connect_timeout": CONNECT_TIMEOUT,
+                    # Of silence: a large file may take longer as long as it moves.
+                    "read_timeout": timeout,
+                    "timeout": WHOLE_TIMEOUT,
+                },
+                retry_config={"max_retries": RETRIES, "retry_timeout": timedelta(seconds=5)},
+            )
 
     def _key(self, path: str) -> str:
         return "/".join(part for part in (self._prefix, path) if part)
@@ -147,22 +187,26 @@ class _Bucket:
         try:
             yield
         except (FileNotFoundError, exceptions.NotFoundError) as error:
+            if "NoSuchBucket" in str(error):
+                raise self._refusal(doing, str(error)) from error
             raise NotFoundError(f"could not {doing} in {self._url}: it is not there") from error
         except (exceptions.BaseError, OSError) as error:
             raise self._refusal(doing, str(error)) from error
 
-    def _refusal(self, doing: str, said: str) -> StorageError:
+    def _refusal(self, doing: str, said: str) -> StoreError:
         """What the object store answered, in our words."""
         bucket = self._url.removeprefix("s3://").partition("/")[0]
         if "NoSuchBucket" in said:
-            return StorageError(
+            return NotFoundError(
                 f"could not {doing} in {self._url}: there is no bucket {bucket!r}",
                 remedy="make the bucket, or name another",
             )
-        if re.search(r"credential|AccessDenied|InvalidAccessKey|SignatureDoesNotMatch|403", said):
+        if re.search(r"redential|AccessDenied|AccessKey|SignatureDoesNotMatch|403 Forbidden", said):
             return StorageError(
-                f"could not {doing} in {self._url}: not permitted with these credentials",
-                remedy="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
+                f"could not {doing} in {self._url}: not permitted with the credentials at hand",
+                # Files of profiles are not read here.
+                remedy="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; for a profile, "
+                "`aws configure export-credentials --format env` prints them",
             )
         endpoint = os.environ.get("AWS_ENDPOINT_URL") or "the endpoint of the region"
         return StorageError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import tempfile
 import time
@@ -30,6 +31,7 @@ from memtool_stores.errors import (
     LockTimeoutError,
     NotFoundError,
     StorageError,
+    StoreError,
 )
 from memtool_stores.history import (
     MAIN,
@@ -52,7 +54,7 @@ from memtool_stores.ice import (
     translated,
 )
 from memtool_stores.move import Tell, copy, read_bundle, require_empty, write_bundle
-from memtool_stores.objects import Objects, bucket_holds, objects_at
+from memtool_stores.objects import Objects, Retractable, bucket_holds, objects_at
 from memtool_stores.space import Space
 from memtool_stores.transaction import Transaction
 from memtool_stores.tree import CRC32C_BYTES, Root, State, Tree, seal, sha256
@@ -617,7 +619,11 @@ def _sealed(tree: Tree, *, parent: str, message: str, user: str) -> dict[str, An
 def _plain(url: str | Path) -> str:
     """The url as text: absolute and without `~` for a directory."""
     text = os.fspath(url)
-    if text.startswith("s3://"):
+    if text.startswith("s3:/"):
+        # A bucket and names between single slashes: clients disagree on all else. A Path that was
+        # made of a url has lost a slash.
+        if not re.fullmatch(r"s3:/(/(?!\.{1,2}(/|$))[^/]+)+/?", text):
+            raise StorageError(f"cannot keep a store at {text}", expected="s3://bucket/prefix")
         return text.rstrip("/")
     if "://" in text and not text.startswith("file://"):
         raise StorageError(f"cannot keep a store at {text}", expected="a directory or s3://…")
@@ -630,18 +636,37 @@ def _is_local(url: str) -> bool:
 
 @contextmanager
 def _new_place(url: str) -> Iterator[Objects]:
-    """Where a copy goes. A directory appears when the block ends well, else nothing does.
+    """Where a copy goes. It appears when the block ends well and its heads hold, else nothing does.
 
-    In a bucket the copy is no store until its references, the last files, are there.
+    In a bucket the copy is no store until its references, the last files, are there; a process that
+    is killed before leaves the other files.
     """
     if _is_local(url):
         with _appearing(Path(url)) as folder:
             yield objects_at(str(folder))
+            _require_heads(str(folder))
             sync_to_disk(folder)
     else:
-        place = objects_at(url)
+        place = Retractable(objects_at(url))
         require_empty(place, url)
-        yield place
+        try:
+            yield place
+            _require_heads(url)
+        except BaseException:
+            with suppress(StoreError):  # the first error is the one to tell
+                place.take_back()
+            raise
+
+
+def _require_heads(url: str) -> None:
+    for damage in verify(url, "heads").damages:
+        raise IntegrityError(
+            what=damage.what,
+            name=damage.name,
+            expected=damage.expected,
+            found=f"{damage.found} in the copy, which was not kept",
+            remedy="`memtool verify` of what was copied",
+        )
 
 
 @contextmanager

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
+from memtool.config import resolve
+from memtool.methods.mira import Mira
 from memtool_stores import MemoryStore
 from tests.cli.test_contract import PROBE
 from tests.cli.test_history import document
+from tests.methods.conftest import learn
 
 SMALL = {
     "MEMTOOL_STREAM__TRAIN_PER_TASK": "100",
@@ -38,7 +42,7 @@ def test_ls_gives_a_script_all_of_them_unless_told_otherwise(crowd, memtool):
     assert record["total"] == len(record["adapters"]) == 121
     assert {adapter["kind"] for adapter in record["adapters"]} == {"adapter"}
     page = memtool("ls", "--limit", "50", "--page", "3", "--json")
-    assert [a["name"] for a in document(page)["adapters"]][0] == "many-097"
+    assert document(page)["adapters"][0]["name"] == "many-097"
     assert document(page)["total"] == 121
     assert "101 to 121 of 121" in page.stderr
     second = memtool("ls", "--page", "2", "-q")
@@ -62,7 +66,6 @@ def test_ls_filters_by_task_name_and_pattern(crowd, memtool):
 
 
 def test_a_terminal_gets_a_page_and_is_told_of_the_next(crowd, here, environ, start):
-    pty = pytest.importorskip("pty")
     master, slave = pty.openpty()
     done = subprocess.Popen(
         [*start, "ls"],
@@ -185,12 +188,11 @@ def test_purge_exits_with_1_when_bytes_are_left(memory, memtool, here):
 
 
 @pytest.fixture
-def spoiled(memtool, here):
+def spoiled(here):
     """Three tasks in memory; then keys turned over, and a harmless commit."""
-    for task in ("1", "2", "3"):
-        for verb in (["train-adapter", "--task", task], ["write"], ["consolidate"]):
-            done = memtool(*verb, "-q", **SMALL)
-            assert done.returncode == 0, done.stderr
+    places = {"store": str(here / "memory"), "runs": str(here / "runs")}
+    config = resolve(preset="digits-dil", overrides=places, environ=SMALL, cwd=here).config
+    learn(Mira.open(config, seed=0))
     store = MemoryStore.open(here / "memory")
     with store.transaction("keys turned over") as txn:
         txn.set_keys(np.ascontiguousarray(store.view().keys()[:, ::-1]))
@@ -211,18 +213,14 @@ def test_bisect_names_the_commit_and_rollback_undoes_it(spoiled, memtool):
     quiet = memtool(*arguments, "-q", **SMALL)
     assert quiet.stdout.split() == [line[1].id]
     assert quiet.stderr == ""
-    table = memtool(*arguments, **SMALL).stdout.splitlines()
-    assert table[0].split("\t")[:4] == ["version", "time", "message", "faa"]
-    assert any("keys turned over" in row and row.endswith("fell") for row in table)
     never = memtool("bisect", "--drop", "10", "--good", "HEAD~3", "--bad", "HEAD~2", **SMALL)
     assert never.returncode == 1
-    assert never.stderr.count(" %") >= 2
     assert "never fell" in never.stderr
-    asked = memtool("bisect", "--drop", "2", "--metric", "faaa", **SMALL)
-    assert asked.returncode == 2
-    assert "did you mean 'faa'" in asked.stderr
-    astray = memtool("bisect", "--drop", "2", "--good", "HEAD", "--bad", "HEAD~1", **SMALL)
-    assert astray.returncode == 3
+    assert never.stderr.count(" %") == 2
+    header, *rows = never.stdout.splitlines()
+    assert header.split("\t")[:4] == ["version", "time", "message", "faa"]
+    assert len(rows) == 2
+    assert all(row.endswith("\tgood") for row in rows)
     undone = memtool("rollback", f"{record['culprit']['version']}~1", "--yes")
     assert undone.returncode == 0, undone.stderr
     assert spoiled.head() == line[2].id

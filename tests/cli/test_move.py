@@ -89,11 +89,15 @@ def test_what_reads_the_store_reads_a_bucket(memtool, memory, bucket):
     assert memtool("gc", "--keep-last", "1", "--dry-run", "--store", url, **bucket).returncode == 0
     assert memtool("rollback", "HEAD~1", "--yes", "--store", url, **bucket).returncode == 0
     done = memtool("ls", "--store", "s3://nobucket/memory", **bucket)
-    assert done.returncode == 1
+    assert done.returncode == 3
     assert "no bucket 'nobucket'" in done.stderr
+    done = memtool("ls", "--store", url, **bucket | {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"})
+    assert done.returncode == 1
+    assert "no answer from http://127.0.0.1:9" in done.stderr
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_every_step_on_a_bucket(memtool, here, bucket):
     more = ("--store", "s3://bucket/flow")
     with_settings = {**QUICK, **bucket}

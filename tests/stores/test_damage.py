@@ -205,7 +205,10 @@ def test_a_reader_of_damage_is_told_so_or_given_what_was_written(
     right = [read() for read in _reads(rich.store.url)]
     paths = sorted(rich.files[kind])
     told = 0
-    for damaged in (_flips(paths, 10), _losses(paths[:3] + paths[-1:])):
+    for damaged in (
+        _flips(paths, FLIPS if kind == "snapshots" else 10),
+        _losses(paths[:3] + paths[-1:]),
+    ):
         for _, how in damaged:
             for file in cache.rglob("*.values"):
                 file.unlink()

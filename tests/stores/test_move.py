@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import zipfile
 
 import pytest
@@ -14,7 +15,7 @@ from memtool_stores import (
     SchemaError,
     StorageError,
 )
-from memtool_stores.move import MANIFEST, copy
+from memtool_stores.move import MANIFEST, copy, read_bundle
 from memtool_stores.objects import objects_at
 from memtool_stores.testing import small_space, some_values
 
@@ -95,13 +96,45 @@ def test_every_cut_and_every_flipped_byte_of_a_bundle_is_found(store, tmp_path):
             # A byte that means nothing, such as a date: what came out is right all the same.
             assert copied.verify().ok
             assert history(copied) == history(store)
-            import shutil
-
             shutil.rmtree(tmp_path / "copy")
         broken.write_bytes(data[:place])
         with pytest.raises(IntegrityError):
             MemoryStore.from_bundle(broken, tmp_path / "copy")
         assert not (tmp_path / "copy").exists()
+
+
+def test_no_bit_of_a_bundle_that_says_how_to_read_it_goes_unseen(store, tmp_path):
+    """Of names, sizes, methods and flags: an error that says so, or the same files."""
+
+    class Kept(dict):
+        write = dict.__setitem__
+
+    file = tmp_path / "memory.bundle"
+    store.bundle(file)
+    data = file.read_bytes()
+    whole, broken = Kept(), tmp_path / "broken.bundle"
+    read_bundle(file, whole)
+    places = [*range(30), *range(data.rfind(MANIFEST.encode()) - 46, len(data))]
+    for place in places:
+        flipped = bytearray(data)
+        flipped[place] ^= 1 << place % 8
+        broken.write_bytes(flipped)
+        kept = Kept()
+        try:
+            read_bundle(broken, kept)
+        except (IntegrityError, SchemaError):
+            continue
+        assert kept == whole, place
+
+
+def test_a_clone_of_a_damaged_head_is_not_kept(store, tmp_path):
+    path = f"ice/snapshots/{store.head()}"
+    objects = objects_at(store.url)
+    objects.write(path, objects.read(path)[:-7])
+    with pytest.raises(IntegrityError):
+        store.clone(tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+    assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(".")] == []
 
 
 def test_files_that_are_no_bundle(tmp_path):

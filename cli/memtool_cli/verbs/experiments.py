@@ -63,7 +63,6 @@ def demo(
         "memtool run --preset pacs-dil --seed 0 --seed 1 --seed 2",
         "memtool run --preset modulation-mts --splits 50 --memory hopfield",
         "memtool run --config experiment.yaml --sep affine --report report.html",
-        "memtool run --dry-run",
     ),
 )
 @verb(STORE, SEP, MIX, MEMORY, RANK, SPLITS, SEED, *COMPUTE, *CONFIGURATION, DRY_RUN)

@@ -172,7 +172,6 @@ def consolidate(call: Call) -> None:
         "memtool retrieve --task 3",
         "memtool retrieve --image photo.png --json",
         "memtool retrieve --query query.safetensors --store memory@HEAD~1",
-        "memtool retrieve --task 3 --out mixture",
         "memtool retrieve --preset modulation-til --task 7 --memory bayes-pcn --out adapter",
     ),
 )
