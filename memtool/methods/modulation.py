@@ -371,13 +371,7 @@ class Modulation(Method):
         the frozen backbone with a head per task (til), or over all classes (mts).
         """
         begin = time.perf_counter()
-        setting = setting or self.config.stream.setting
-        if setting not in ("til", "mts"):
-            raise ConfigError(
-                f"setting {setting!r} cannot be evaluated by Modulation",
-                expected="til, where the task is given, or mts, where it is predicted",
-                remedy=f"--setting til, or method mira for {setting}",
-            )
+        setting = self._setting(setting)
         stored = self.stored(version)
         tasks = [self.workspace.task(str(number)) for number in stored.tasks]
         rows = (
@@ -400,6 +394,17 @@ class Modulation(Method):
             preset=preset,
         )
 
+    def _setting(self, given: str | None) -> str:
+        """What is known at test time: as given, else as the stream was cut."""
+        setting = given or self.config.stream.setting
+        if setting not in ("til", "mts"):
+            raise ConfigError(
+                f"setting {setting!r} cannot be evaluated by Modulation",
+                expected="til, where the task is given, or mts, where it is predicted",
+                remedy=f"--setting til, or method mira for {setting}",
+            )
+        return setting
+
     def known_tasks(self, version: str) -> tuple[int, ...]:
         """Numbers of the tasks whose adapters are in memory at a version."""
         return tuple(task_of(r) for r in self.workspace.store.view(version).adapters)
@@ -411,13 +416,14 @@ class Modulation(Method):
 
         A task without an adapter scores 0. til counts every task as known.
         """
+        setting = self._setting(setting)
         stored = self.stored(version)
         recalled = self._recall_all(self.config.modulation.memory[0], stored)
         shown = [self.workspace.task(str(n)).test for n in tasks if n in stored.tasks]
         places = [stored.tasks.index(n) for n in tasks if n in stored.tasks]
         predicted = [torch.full((len(s),), p) for p, s in zip(places, shown, strict=True)]
         right = 1.0
-        if (setting or self.config.stream.setting) == "mts":
+        if setting == "mts":
             predicted = [self._predicted_tasks(stored, samples.images) for samples in shown]
             hits = sum(int((p == own).sum()) for own, p in zip(places, predicted, strict=True))
             right = hits / max(1, sum(len(p) for p in predicted))
