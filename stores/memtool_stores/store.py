@@ -202,14 +202,22 @@ class MemoryStore:
         return self._catalog
 
     def log(self, ref: str = MAIN, limit: int | None = None) -> list[Version]:
-        """The versions from `ref` back, newest first, at most `limit`."""
+        """The versions from `ref` back, newest first, at most `limit`.
+
+        Raises:
+            IntegrityError: one of them is damaged.
+        """
         version = self._resolve(ref)
         with translated("read the history", self.url):
             line = snapshots(self._repository, version)
             picked = (
                 line if limit is None else (x for x, _ in zip(line, range(limit), strict=False))
             )
-            return [of_snapshot(snapshot, oldest=oldest) for snapshot, oldest in picked]
+            versions = []
+            for snapshot, oldest in picked:
+                sums.check_snapshot(self.url, snapshot.id)
+                versions.append(of_snapshot(snapshot, oldest=oldest))
+            return versions
 
     def diff(self, a: str, b: str = MAIN) -> Diff:
         """What changed from version `a` to version `b`."""

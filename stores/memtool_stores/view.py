@@ -17,6 +17,7 @@ from memtool_stores.errors import IntegrityError, NotFoundError, VersionExpiredE
 from memtool_stores.history import Version, is_expired, of_snapshot, sealed_tree, snapshots
 from memtool_stores.ice import guard_fork, icechunk, open_repository, translated
 from memtool_stores.space import Space
+from memtool_stores.sums import check_snapshot
 from memtool_stores.tensorfile import write_header
 from memtool_stores.tree import Array, Root, State, Tree, sha256
 
@@ -104,6 +105,7 @@ class MemoryView:
     @cached_property
     def _version(self) -> Version:
         with self._reading(f"version {self._id}"):
+            check_snapshot(self._where, self._id)
             snapshot, oldest = next(snapshots(self._repository, self._id))
             return of_snapshot(snapshot, oldest=oldest)
 

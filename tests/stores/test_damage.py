@@ -223,8 +223,9 @@ def test_a_reader_of_damage_is_told_so_or_given_what_was_written(
                     told += 1
                 else:
                     assert found == expected, (how, number)
-    # Nobody but verify reads the files of checksums; transaction logs only icechunk for itself.
-    assert (told > 0) == (kind not in {"sums", "transactions"})
+    # Nobody but verify reads transaction logs; of checksums, those of snapshots may be looked at.
+    if kind != "sums":
+        assert (told > 0) == (kind != "transactions")
 
 
 @pytest.mark.parametrize("lost", [False, True])
