@@ -35,7 +35,7 @@ def test_init_writes_the_preset_with_comments(preset, here, memtool):
 def test_every_line_of_an_init_file_can_be_switched_on(here, memtool):
     memtool("init")
     text = (here / "memtool.yaml").read_text()
-    settings = text[text.index("# store:") :].replace("# ", "", 1)
+    settings = text[text.index("# method:") :].replace("# ", "", 1)
     on = "\n".join(re.sub(r"^( *)# ", r"\1", line) for line in settings.splitlines())
     (here / "memtool.yaml").write_text(on)
     resolved = resolve(environ={}, cwd=here)
