@@ -1,0 +1,152 @@
+"""DualGPM: an orthonormal basis of what a linear map has seen, so that learning leaves it alone.
+
+A map y = W x keeps its answers to past inputs x as long as W only moves orthogonally to them. The
+memory of the past is a basis of the span of the past inputs, or of its complement, whichever has
+fewer columns. Source: the DualGPM of the InfLoRA line of work (Liang & Li, 2023 and 2024), written
+from its definition.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from memtool.errors import ConfigError, CorruptError, DataError, MismatchError
+
+Kind = Literal["remove", "retain"]
+
+
+class DualGPM:
+    """The past of one linear map with inputs of `width` numbers; float64 on the CPU.
+
+    `basis` (width, m) is orthonormal with m ≤ width / 2. Of kind "remove" it spans the past, of
+    kind "retain" the directions that are still free.
+    """
+
+    def __init__(self, width: int, start: float = 0.97) -> None:
+        """No past yet: everything is free.
+
+        `start` is the share ε₀ of a task's energy that the past keeps at the first task; it rises
+        linearly to 1 at the last one. Raises ConfigError for a share outside (0, 1].
+        """
+        if not 0 < start <= 1:
+            raise ConfigError(f"share of energy {start}", expected="more than 0, at most 1")
+        self.width = width
+        self.start = start
+        self.kind: Kind = "remove"
+        self.basis = torch.zeros(width, 0, dtype=torch.float64)
+
+    @property
+    def kept(self) -> int:
+        """Number of directions that belong to the past."""
+        columns = self.basis.shape[1]
+        return columns if self.kind == "remove" else self.width - columns
+
+    def share(self, progress: float) -> float:
+        """The share ε of energy to keep at `progress`, from 0 (before any task) to 1 (the last)."""
+        return self.start + (1 - self.start) * min(max(progress, 0.0), 1.0)
+
+    def update(self, inputs: Tensor, progress: float) -> None:
+        """Add the inputs (n, width) of a task to the past; see `update_moment`."""
+        if inputs.ndim != 2 or inputs.shape[1] != self.width:
+            raise MismatchError(
+                f"inputs of shape {tuple(inputs.shape)}", expected=f"(n, {self.width})"
+            )
+        inputs = inputs.detach().to("cpu").double()
+        self.update_moment(inputs.mT @ inputs, progress)
+
+    def update_moment(self, second: Tensor, progress: float) -> None:
+        """Add a task whose inputs have the second moment Σ x xᵀ (width, width) to the past.
+
+        Of the task's energy Σ |x|², at least the share ε(progress) lies in the past afterwards:
+        what is there already counts, and the strongest free directions are added until it is
+        reached. The eigenvalues of the second moment are the squared singular values of the
+        inputs, so no input has to be kept. Raises DataError for numbers that are not finite.
+        """
+        second = second.detach().to("cpu").double()
+        if second.shape != (self.width, self.width):
+            raise MismatchError(
+                f"second moment of shape {tuple(second.shape)}",
+                expected=f"({self.width}, {self.width})",
+            )
+        if not bool(second.isfinite().all()):
+            raise DataError("inputs that are not finite (NaN or infinity)")
+        total = float(second.trace())
+        if total <= 0:
+            return  # inputs that are all zero need no protection
+        # A sum of many eigenvalues is right to a few roundings only.
+        missing = (1 - self.share(progress)) * total
+        free = self._free_moment(second)
+        values, vectors = torch.linalg.eigh(free)
+        values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+        left = values.sum() - torch.cat([values.new_zeros(1), values.cumsum(0)])
+        enough = left <= missing + 1e-12 * total
+        added = int(enough.int().argmax()) if bool(enough.any()) else self.width
+        added = min(added, self.width - self.kept)
+        if added:
+            self._take(vectors[:, :added])
+
+    def project(self, vectors: Tensor) -> Tensor:
+        """The part of vectors (..., width) that the past does not see; same dtype and device."""
+        if vectors.shape[-1] != self.width:
+            raise MismatchError(
+                f"vectors of shape {tuple(vectors.shape)}", expected=f"(..., {self.width})"
+            )
+        basis = self.basis.to(vectors.device)
+        exact = vectors.double()
+        inside = (exact @ basis) @ basis.mT
+        return (exact - inside if self.kind == "remove" else inside).to(vectors.dtype)
+
+    def to_bytes(self) -> bytes:
+        """As a safetensors file."""
+        about = {"kind": self.kind, "start": repr(self.start)}
+        return save({"basis": self.basis.contiguous()}, metadata=about)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> DualGPM:
+        """What `to_bytes` wrote. Raises CorruptError for anything else."""
+        try:
+            (basis,) = load(data).values()
+            about = _metadata(data)
+            memory = cls(basis.shape[0], float(about["start"]))
+        except (SafetensorError, ValueError, KeyError, IndexError) as error:
+            raise CorruptError(f"these bytes hold no basis of past inputs: {error}") from error
+        if about["kind"] not in ("remove", "retain") or basis.dtype != torch.float64:
+            raise CorruptError(f"a basis of kind {about['kind']!r} and type {basis.dtype}")
+        memory.kind = "remove" if about["kind"] == "remove" else "retain"
+        memory.basis = basis
+        return memory
+
+    def _free_moment(self, second: Tensor) -> Tensor:
+        """The second moment of the inputs' free parts (I − P) x, symmetric to the last bit."""
+        inside = self.project(self.project(second).mT)
+        return (inside + inside.mT) / 2
+
+    def _take(self, directions: Tensor) -> None:
+        """Move orthonormal free directions (width, k) to the past; then keep the smaller side."""
+        past = self.basis if self.kind == "remove" else _complement(self.basis)
+        past = torch.linalg.qr(torch.cat([past, directions], dim=1)).Q
+        if past.shape[1] <= self.width / 2:
+            self.kind, self.basis = "remove", past
+        else:
+            self.kind, self.basis = "retain", _complement(past)
+
+
+def _complement(basis: Tensor) -> Tensor:
+    """An orthonormal basis (width, width − m) of what is orthogonal to a basis (width, m)."""
+    width, columns = basis.shape
+    if columns == 0:
+        return torch.eye(width, dtype=basis.dtype)
+    return torch.linalg.qr(basis, mode="complete").Q[:, columns:].contiguous()
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    """The text that a safetensors file carries beside its tensors."""
+    length = int.from_bytes(data[:8], "little")
+    about: dict[str, str] = json.loads(data[8 : 8 + length])["__metadata__"]
+    return about
