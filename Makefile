@@ -11,7 +11,7 @@ demo: $(INSTALLED)
 	$(BIN)/memtool demo
 
 test: $(INSTALLED)
-	$(BIN)/pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not slow"
 
 test-all: $(INSTALLED)
 	$(BIN)/pytest

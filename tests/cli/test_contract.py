@@ -226,7 +226,13 @@ def test_ctrl_c_ends_with_130_and_says_what_is_safe(memory, here, environ, start
     lock = filelock.FileLock(here / "memory" / "lock")
     with lock:
         waiting = subprocess.Popen(
-            [*start, "tag", "v1"], cwd=here, env=environ, stderr=subprocess.PIPE, text=True
+            [*start, "tag", "v1"],
+            cwd=here,
+            env=environ,
+            stderr=subprocess.PIPE,
+            text=True,
+            # A test run in the background of a script ignores Ctrl-C, and its children with it.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         time.sleep(3)  # past the imports, into the wait for the lock
         waiting.send_signal(signal.SIGINT)
