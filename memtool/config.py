@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import platformdirs
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 
 from memtool.errors import ConfigError, NotFoundError, did_you_mean
@@ -50,7 +50,10 @@ Similarity = Literal[
 ]
 Mix = Literal["delta", "params"]
 Setting = Literal["dil", "til", "cil", "dg", "mts"]
-HeadKind = Literal["ridge", "lda", "ncm", "linear"]
+HeadKind = Literal["lda", "ridge", "ncm", "grown", "shared"]
+Routing = Literal["mixture", "lda", "prototype"]
+Augment = Literal["none", "flip-crop"]
+Protect = Literal["freeze", "dual-gpm", "none"]
 MethodName = Literal["mira", "modulation"]
 Recaller = Literal["hopfield", "hopfield-published", "bayes-pcn", "bayes-pcn-published"]
 
@@ -89,6 +92,9 @@ class StreamSettings(Settings):
     validation: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="share of the training images held out for validation"
     )
+    held_out: str | None = Field(
+        None, description="for dg: the domain that nothing is learned from; none: each in turn"
+    )
     seed: int = Field(0, description="fixes splits, subsets and transformations")
 
 
@@ -100,6 +106,9 @@ class AdapterSettings(Settings):
     per_task: Annotated[int, Field(ge=1)] = Field(1, description="adapters per task (J)")
     warm_start: Literal["previous", "mean", "none"] = Field(
         "none", description="where training starts: the adapter before, the mean of all, or zero"
+    )
+    residual: bool = Field(
+        False, description="train on top of the mixture that the memory recalls, not alone"
     )
 
 
@@ -113,7 +122,7 @@ class TrainSettings(Settings):
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="of AdamW")
     warmup: Annotated[float, Field(ge=0, lt=1)] = Field(0.15, description="share of the steps")
     clip: Annotated[float, Field(gt=0)] = Field(1.0, description="largest norm of the gradient")
-    augment: Literal["none", "flip-crop"] = Field("none", description="of the training images")
+    augment: Augment = Field("none", description="of the training images")
 
 
 class MemorySettings(Settings):
@@ -123,6 +132,11 @@ class MemorySettings(Settings):
     separation: Separation = Field("softmax", description="from similarities to coefficients")
     beta: Annotated[float, Field(gt=0)] = Field(1.0, description="inverse temperature of softmax")
     topk: Annotated[int, Field(ge=1)] = Field(2, description="kept by separation topk")
+    routing: Routing = Field(
+        "mixture",
+        description="mixture: as the separation says; lda, prototype: the adapters of one task, "
+        "by discriminant keys or the nearest mean query",
+    )
     mix: Mix = Field("delta", description="sum of the products BA, or product of the sums")
     token: Literal["class", "mean"] = Field("mean", description="token that the query looks at")
     query: Literal["identity", "linear", "mlp"] = Field("identity", description="query module")
@@ -142,17 +156,43 @@ class ConsolidateSettings(Settings):
         "closed-form", description="where the keys start"
     )
     key_std: Annotated[float, Field(gt=0)] = Field(1.0, description="of random keys")
+    protect: Protect = Field(
+        "freeze",
+        description="what learning may not change: the older keys, their scores on past queries "
+        "(dual-gpm, which also starts new keys where past queries score zero), or nothing",
+    )
+    energy: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.97, description="share of the past queries' energy that dual-gpm protects at first"
+    )
     epochs: Annotated[int, Field(ge=0)] = Field(0, description="of key learning; 0: none")
     lr: Annotated[float, Field(gt=0)] = Field(0.05, description="learning rate of the keys")
+    module_lr: Annotated[float, Field(gt=0)] = Field(
+        1e-3, description="learning rate of query modules and of a shared head"
+    )
     batch_size: Annotated[int, Field(ge=1)] = Field(50, description="images a step")
 
 
 class HeadSettings(Settings):
     """The classifier on the features."""
 
-    kind: HeadKind = Field("lda", description="closed form (ridge, lda, ncm) or trained")
+    @field_validator("kind", mode="before")
+    @classmethod
+    def _renamed(cls, kind: Any) -> Any:
+        # What "grown" was called before 0.3; memories and files on disk may still say so.
+        return "grown" if kind == "linear" else kind
+
+    kind: HeadKind = Field(
+        "lda",
+        description="closed form (lda, ridge, ncm), grown: trained with the adapters, class by "
+        "class; shared: one that learns on through every consolidation",
+    )
     scope: Literal["shared", "task"] = Field(
         "task", description="one head for all tasks, or each task's own, recalled with its adapter"
+    )
+    features: Literal["own", "recalled"] = Field(
+        "own",
+        description="closed form: solved on features under the task's own adapters, or under what "
+        "the memory recalls",
     )
     ridge: Annotated[float, Field(gt=0)] = Field(1e-2, description="ridge, relative to the trace")
 

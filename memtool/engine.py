@@ -17,7 +17,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,12 +116,36 @@ class Batches:
 
 @dataclass(frozen=True)
 class FitResult:
-    """What a training ended with. `losses` holds one mean loss per finished epoch."""
+    """What a training ended with. `losses` holds one mean loss per finished epoch.
+
+    `selected` is the epoch (from 1) that `select` scored best, with its `score`; None without one.
+    """
 
     steps: int
     losses: tuple[float, ...]
     seconds: float
     resumed_at: int
+    selected: int | None = None
+    score: float | None = None
+
+
+class _Best:
+    """The parameters after the epoch with the highest score; the first of equal ones."""
+
+    def __init__(self) -> None:
+        self.epoch: int | None = None
+        self.score: float | None = None
+        self._kept: dict[str, Tensor] = {}
+
+    def offer(self, score: float, epoch: int, trained: Mapping[str, nn.Parameter]) -> None:
+        if self.score is None or score > self.score:
+            self.score, self.epoch = score, epoch
+            self._kept = {name: p.detach().clone() for name, p in trained.items()}
+
+    def restore(self, trained: Mapping[str, nn.Parameter]) -> None:
+        with torch.no_grad():
+            for name, kept in self._kept.items():
+                trained[name].copy_(kept)
 
 
 class Engine:
@@ -181,12 +205,17 @@ class Engine:
         fingerprint: str = "",
         checkpoint: Path | None = None,
         after_step: Callable[[], None] | None = None,
+        select: Callable[[], float] | None = None,
+        rate_of: Callable[[str], float] | None = None,
         progress: Progress | None = None,
     ) -> FitResult:
         """Train the parameters of `module` that require gradients.
 
         `loss(module, batch)` gives a scalar, the mean over the batch, on tensors of the device.
-        `after_step` runs after every optimiser step (projections). With `checkpoint` the state is
+        `after_step` runs after every optimiser step (projections). `rate_of` gives the factor on
+        the learning rate of a parameter by its name. `select` scores the module after every epoch,
+        higher is better: the parameters end as they were after the best one, which `FitResult`
+        names; such a training has no checkpoint. With `checkpoint` the state is
         saved every half minute, on Ctrl-C and at the end, and a file of the same `fingerprint` is
         resumed; who stores the result removes the file.
 
@@ -197,11 +226,7 @@ class Engine:
         trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
         if not trained:
             raise ConfigError(f"{stage}: the module has no parameters to train")
-        vectors = [p for p in trained.values() if p.ndim <= 1]
-        groups: list[dict[str, Any]] = [
-            {"params": [p for p in trained.values() if p.ndim > 1]},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
+        groups = _parameter_groups(trained, rate_of)
         optimizer = torch.optim.AdamW(groups, settings.lr, weight_decay=settings.weight_decay)
         total = len(batches)
         done = 0
@@ -210,6 +235,7 @@ class Engine:
         if checkpoint is not None:
             done, losses, running = _load_checkpoint(checkpoint, fingerprint, trained, optimizer)
         resumed_at = done
+        best = _Best()
         model: nn.Module = self._accelerator.prepare_model(module)
         if self.settings.compile:
             model.compile()
@@ -219,7 +245,7 @@ class Engine:
                 factor = one_cycle(done / total, settings.warmup)
                 rate = settings.final_lr + factor * (settings.lr - settings.final_lr)
                 for group in optimizer.param_groups:
-                    group["lr"] = rate
+                    group["lr"] = rate * group["factor"]
                 step_loss = 0.0
                 for batch in batches.micro_batches(done, self.settings.accumulate):
                     mine = self._share(batch, batches.groups)
@@ -243,6 +269,8 @@ class Engine:
                 if done % batches.steps_per_epoch == 0:
                     losses.append(sum(running) / len(running))
                     running = []
+                    if select is not None:
+                        best.offer(select(), len(losses), trained)
                 if progress is not None and self.is_main:
                     progress(
                         ProgressEvent(
@@ -264,12 +292,15 @@ class Engine:
         if checkpoint is not None and self.is_main:
             final = (done, losses, running)
             _save_checkpoint(checkpoint, fingerprint, trained, optimizer, final)
+        best.restore(trained)
         self._accelerator._models.clear()  # accelerate would keep every model alive
         return FitResult(
             steps=total,
             losses=tuple(losses),
             seconds=time.perf_counter() - start,
             resumed_at=resumed_at,
+            selected=best.epoch,
+            score=best.score,
         )
 
     def predict(
@@ -311,6 +342,20 @@ class Engine:
                 chosen = by_group[:, rank::world][:, : by_group.shape[1] // world].reshape(-1)
             inputs, labels = inputs[chosen], labels[chosen]
         return Batch(inputs.to(self.device), labels.to(self.device), batch.seed + rank, batch.share)
+
+
+def _parameter_groups(
+    trained: Mapping[str, nn.Parameter], rate_of: Callable[[str], float] | None
+) -> list[dict[str, Any]]:
+    """Groups of equal weight decay and learning rate: vectors and numbers do not decay."""
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, parameter in trained.items():
+        factor = 1.0 if rate_of is None else rate_of(name)
+        groups.setdefault((parameter.ndim > 1, factor), []).append(parameter)
+    return [
+        {"params": members, "factor": factor, **({} if decays else {"weight_decay": 0.0})}
+        for (decays, factor), members in sorted(groups.items(), key=lambda group: group[0][1])
+    ]
 
 
 def one_cycle(progress: float, warmup: float) -> float:

@@ -51,7 +51,7 @@ def test_without_anything_the_defaults_hold():
 
 def test_every_level_wins_over_those_below():
     levels = [
-        ("preset pacs-dil", lambda given: given.update(preset="pacs-dil"), 6),
+        ("preset mira-dil", lambda given: given.update(preset="mira-dil"), 6),
         ("user", lambda given: write(user_file(), "train: {epochs: 11}"), 11),
         ("memtool.yaml:2", lambda given: write(Path("memtool.yaml"), "train:\n  epochs: 12"), 12),
         (
@@ -71,7 +71,7 @@ def test_every_level_wins_over_those_below():
             assert resolved.origin["train.epochs"] == origin
         else:
             assert resolved.origin["train.epochs"] == f"{user_file()}:1"
-    assert resolved.origin["backbone.name"] == "preset pacs-dil"
+    assert resolved.origin["backbone.name"] == "preset mira-dil"
     assert resolved.origin["memory.mix"] == "default"
 
 
@@ -185,7 +185,7 @@ def test_what_is_not_there_is_not_found():
         resolve(file=Path("nowhere.yaml"), environ={})
     with pytest.raises(NotFoundError) as caught:
         resolve(preset="pacs", environ={})
-    assert "'pacs-dil'" in (caught.value.expected or "")
+    assert "'mira-dil'" in (caught.value.expected or "")
 
 
 def test_a_file_that_is_not_text(tmp_path):

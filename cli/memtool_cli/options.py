@@ -117,6 +117,35 @@ MEMORY = _setting(
 SPLITS = _setting(
     "--splits", "stream.splits", "Training", "Tasks that the classes are cut into.", metavar="N"
 )
+HELD_OUT = _setting(
+    "--held-out",
+    "stream.held_out",
+    "Training",
+    "Setting dg: the domain that nothing is learned from.",
+    metavar="DOMAIN",
+    autocompletion=complete.tasks,
+)
+ADAPTERS = (
+    _setting(
+        "--adapters-per-task",
+        "adapter.per_task",
+        "Training",
+        "Adapters that each task leaves.",
+        metavar="N",
+    ),
+    _setting(
+        "--warm-start",
+        "adapter.warm_start",
+        "Training",
+        "Where training starts: at the adapter before, the mean of all, or zero.",
+    ),
+)
+KEYS = (
+    _setting("--routing", "memory.routing", "Memory", "A mixture, or one task's adapters."),
+    _setting("--query-module", "memory.query", "Memory", "What a block's input goes through."),
+    _setting("--protect", "consolidate.protect", "Memory", "What key learning may not change."),
+    _setting("--head", "head.kind", "Memory", "The classifier on the features."),
+)
 SEED = _setting(
     "--seed", "seed", "Training", "Seed; `run` takes several.", metavar="N", type=list[str] | None
 )
@@ -313,7 +342,7 @@ class Call:
         return shlex.join(words)
 
 
-_CARRIED = (STORE, RANK, MEMORY, SPLITS, SEED, *COMPUTE, *CONFIGURATION)
+_CARRIED = (STORE, RANK, MEMORY, SPLITS, HELD_OUT, *ADAPTERS, SEED, *COMPUTE, *CONFIGURATION)
 
 
 def verb(*shared: Shared) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -147,6 +147,21 @@ def task_accuracy(inferred: npt.ArrayLike, true: npt.ArrayLike) -> float:
     return float((first == second).mean())
 
 
+def coefficient_drift(now: npt.ArrayLike, then: npt.ArrayLike) -> float:
+    """‖a_now − a_then‖ / ‖a_then‖ of the same inputs and adapters; both (samples, ...)."""
+    after = np.asarray(now, dtype=np.float64)
+    before = np.asarray(then, dtype=np.float64)
+    if after.shape != before.shape:
+        raise MismatchError(
+            f"coefficients of shape {after.shape} now, {before.shape} then",
+            expected="two arrays of the same shape",
+        )
+    norm = float(np.linalg.norm(before))
+    if norm == 0:
+        raise UndefinedMetricError("all coefficients were zero: a relative change needs a norm")
+    return float(np.linalg.norm(after - before)) / norm
+
+
 def recall_error(recalled: npt.ArrayLike, exact: npt.ArrayLike) -> Matrix:
     """‖θ̂ − θ‖ / ‖θ‖ of every adapter: values (adapters, numel) twice, errors (adapters,)."""
     estimate = np.asarray(recalled, dtype=np.float64)
@@ -274,6 +289,29 @@ METRICS: dict[str, Metric] = {
             "relative error of a recalled adapter",
             of_matrix=False,
             unit="ratio",
+        ),
+        Metric(
+            "coefficient_drift",
+            coefficient_drift,
+            "lower",
+            "relative change of earlier tasks' coefficients since they were learned",
+            of_matrix=False,
+            unit="ratio",
+        ),
+        Metric(
+            "new_coefficients",
+            coefficient_drift,
+            "lower",
+            "coefficients that later adapters get on earlier tasks' inputs, relative to their own",
+            of_matrix=False,
+            unit="ratio",
+        ),
+        Metric(
+            "dg.validation",
+            final_average,
+            "higher",
+            "accuracy on the source domains' validation images",
+            of_matrix=False,
         ),
         Metric(
             "dg.heldout",

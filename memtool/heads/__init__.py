@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from memtool.config import HeadSettings
+from typing import get_args
+
+from memtool.config import HeadKind, HeadSettings
 from memtool.errors import ConfigError, did_you_mean
 from memtool.heads.analytic import FeatureStatistics
 from memtool.heads.linear import LinearClassifier, LinearHead, mask_logits
@@ -25,7 +27,7 @@ def solve_head(
 
     `settings.ridge` r regularises both: the penalty of ridge, and the shrinkage r / (1 + r) of lda,
     which gives the covariance the same ratio of r to 1 between trace / dim · I and itself. Raises
-    ConfigError for "linear", which is trained and not solved, and for unknown kinds.
+    ConfigError for heads that are trained and not solved, and for unknown kinds.
     """
     match kind:
         case "ncm":
@@ -34,11 +36,9 @@ def solve_head(
             return statistics.ridge(settings.ridge)
         case "lda":
             return statistics.lda(settings.ridge / (1 + settings.ridge))
-        case "linear":
+        case "grown" | "shared":
             raise ConfigError(
-                "a linear head is trained by gradient, not solved from statistics",
+                f"a {kind} head is trained by gradient, not solved from statistics",
                 expected="ncm, ridge or lda",
             )
-    raise ConfigError(
-        f"unknown head {kind!r}", expected=did_you_mean(kind, ("ncm", "ridge", "lda", "linear"))
-    )
+    raise ConfigError(f"unknown head {kind!r}", expected=did_you_mean(kind, get_args(HeadKind)))

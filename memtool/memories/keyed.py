@@ -81,15 +81,22 @@ class KeyedMemory(nn.Module):
     ) -> KeyedMemory:
         """A memory over keys (len(blocks), t, dim + 1) of blocks that are `dim` wide.
 
-        `generator` draws the first weights of mlp query modules.
+        `generator` draws the first weights of mlp query modules. Routing "lda" and "prototype"
+        have a similarity and a separation of their own: the highest key takes all.
         """
         if keys.ndim != 3 or len(keys) != len(blocks):
             raise MismatchError(
                 f"keys of shape {tuple(keys.shape)} for {len(blocks)} blocks",
                 expected=f"({len(blocks)}, adapters, {dim + 1})",
             )
-        score = similarity(settings.similarity)
-        separate = separation(settings.separation, beta=settings.beta, topk=settings.topk)
+        match settings.routing:
+            case "mixture":
+                score = similarity(settings.similarity)
+                separate = separation(settings.separation, beta=settings.beta, topk=settings.topk)
+            case "lda":
+                score, separate = similarity("scaled-dot"), separation("max")
+            case "prototype":
+                score, separate = similarity("euclidean"), separation("max")
         return cls(
             blocks,
             [
@@ -131,3 +138,9 @@ class KeyedMemory(nn.Module):
     def keys(self) -> Tensor:
         """A copy of all keys (len(blocks), t, d_k), detached."""
         return torch.stack([self[block].keys.detach() for block in self.blocks])
+
+    def set_keys(self, keys: Tensor) -> None:
+        """Replace all keys by (len(blocks), t, d_k), of the shape that they have."""
+        with torch.no_grad():
+            for block, here in zip(self.blocks, keys, strict=True):
+                self[block].keys.copy_(here)

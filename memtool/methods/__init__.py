@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from memtool.config import Config
     from memtool.methods.mira import Mira
     from memtool.methods.modulation import Modulation
@@ -12,13 +14,13 @@ if TYPE_CHECKING:
 
 
 def open_method(
-    config: Config, *, seed: int, progress: Progress | None = None
+    config: Config, *, seed: int, progress: Progress | None = None, adapters: Path | None = None
 ) -> Mira | Modulation:
-    """The method that the configuration names, over it and one seed."""
+    """The method that the configuration names, over it and one seed; `adapters` as `Workspace`."""
     if config.method == "modulation":
         from memtool.methods.modulation import Modulation
 
-        return Modulation.open(config, seed=seed, progress=progress)
+        return Modulation.open(config, seed=seed, progress=progress, adapters=adapters)
     from memtool.methods.mira import Mira
 
-    return Mira.open(config, seed=seed, progress=progress)
+    return Mira.open(config, seed=seed, progress=progress, adapters=adapters)

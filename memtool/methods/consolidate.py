@@ -2,14 +2,15 @@
 
 Task by task, on the task's own images only: its queries and features are counted into running
 moments, from which keys and head follow in closed form, exact over tasks without replay. With
-epochs the keys of the new tasks (and the query modules) then learn by cross-entropy through the
-recalled mixture, as in MIRA; keys of older tasks stay where they are.
+epochs the keys (and the query modules, and a shared head) then learn by cross-entropy through the
+recalled mixture, as in MIRA, without losing what was learned before (`consolidate.protect`).
+Tasks that are new together, as all sources of domain generalisation, learn together.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +18,14 @@ from torch.nn import functional as F
 
 from memtool.adapters.values import AdapterValues
 from memtool.backbones.interface import Backbone
-from memtool.config import ConsolidateSettings, MemorySettings, TrainSettings
+from memtool.config import Augment, ConsolidateSettings, MemorySettings, TrainSettings
 from memtool.engine import Batch, Batches, Engine, FitResult
 from memtool.errors import ConfigError
 from memtool.heads import RecalledHead
 from memtool.memories.closed_form import QueryStatistics, for_similarity
 from memtool.memories.keyed import BlockMemory, KeyedMemory
+from memtool.methods.adapt import augmented
+from memtool.methods.protect import Protection
 from memtool.methods.recall import MemoryModel, every, features_and_queries, same_for_all
 from memtool.progress import Progress
 from memtool.streams.task import Samples
@@ -75,10 +78,15 @@ def start_keys(
     mean-query    the mean query of the task
     random        N(0, key_std²)
 
-    The adapters of one task share its key; its weight is divided among them.
+    A hard routing has keys of its own, whatever the settings say: discriminant ones for "lda", the
+    mean query for "prototype". The adapters of one task share its key, and its weight.
     """
     tasks = torch.tensor(adapter_tasks)
     shares = torch.bincount(tasks)[tasks].float()
+    if memory.routing == "prototype":
+        return statistics.mean_keys()[:, tasks]
+    if memory.routing == "lda":
+        return for_similarity(statistics.lda_keys(SHRINKAGE)[:, tasks], "scaled-dot")
     if settings.keys == "random":
         width = statistics.dim + 1
         drawn = torch.randn(statistics.blocks, len(tasks), width, generator=generator)
@@ -99,48 +107,86 @@ def start_keys(
     return for_similarity(keys, memory.similarity)
 
 
-def learn_keys(
+def learn(
     engine: Engine,
     model: MemoryModel,
     head: RecalledHead,
     samples: Samples,
     settings: ConsolidateSettings,
     *,
-    first_new: int,
+    kept: int,
     classes: Sequence[int],
     seed: int,
+    head_learns: bool = False,
+    past: Protection | None = None,
+    validation: Samples | None = None,
+    augment: Augment = "none",
     progress: Progress | None = None,
     stage: str = "consolidate",
-) -> FitResult:
-    """Learn keys and query modules by cross-entropy of the recalled mixture under a fixed head.
+) -> tuple[RecalledHead, FitResult]:
+    """Learn keys, query modules and perhaps the head by cross-entropy of the recalled mixture.
 
-    Keys before `first_new` do not move: what they were is put back after every step, which also
-    undoes weight decay and momentum.
+    The first `kept` keys were learned before. What of the past may not change says
+    `settings.protect`: under "freeze" these keys and the query modules stay, under "dual-gpm"
+    nothing moves in the span of `past`, under "none" all learn. With `validation` samples the
+    parameters are those of the epoch that was right about most of them. Returns the head.
     """
-    module = _Scored(model, head, classes)
-    model.memory.requires_grad_(True)
-    old = [memory.keys.detach()[:first_new].clone() for memory in _memories(model)]
+    module = _Scored(model, head, classes, head_learns=head_learns)
+    memory = model.memory
+    memory.requires_grad_(True)
+    after_step: Callable[[], None] | None = None
+    if kept and settings.protect == "freeze":
+        for here in _memories(model):
+            here.query.requires_grad_(False)
+        old = [here.keys.detach()[:kept].clone() for here in _memories(model)]
 
-    def put_back() -> None:
-        with torch.no_grad():
-            for memory, keys in zip(_memories(model), old, strict=True):
-                memory.keys[:first_new] = keys
+        def put_back() -> None:
+            # Also undoes momentum, which goes on where there is no gradient.
+            with torch.no_grad():
+                for here, keys in zip(_memories(model), old, strict=True):
+                    here.keys[:kept] = keys
+
+        after_step = put_back
+    elif settings.protect == "dual-gpm" and past is not None:
+        after_step = past.guard(memory)
+
+    def accuracy() -> float:
+        assert validation is not None
+        predicted = engine.predict(module, validation.images).argmax(1)
+        return float((predicted == torch.from_numpy(validation.labels)).double().mean())
 
     train = TrainSettings(
-        epochs=settings.epochs, batch_size=settings.batch_size, lr=settings.lr, weight_decay=0.0
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        lr=settings.lr,
+        weight_decay=0.0,
+        augment=augment,
     )
+
+    def loss(scored: nn.Module, batch: Batch) -> Tensor:
+        return F.nll_loss(scored(augmented(batch, train)), batch.labels)
+
+    slow = settings.module_lr / settings.lr
     try:
-        return engine.fit(
+        fit = engine.fit(
             module,
             Batches(samples.images, samples.labels, settings.batch_size, settings.epochs, seed),
-            _cross_entropy,
+            loss,
             train,
             stage=stage,
-            after_step=put_back,
+            after_step=after_step,
+            select=accuracy if validation is not None and len(validation) else None,
+            rate_of=lambda name: 1.0 if name.endswith(".keys") else slow,
             progress=progress,
         )
     finally:
-        model.memory.requires_grad_(False)
+        memory.requires_grad_(False)
+    return module.head(), fit
+
+
+def features_recalled(engine: Engine, model: MemoryModel, samples: Samples) -> Tensor:
+    """Features (n, dim) of samples under the mixtures that the memory recalls for them."""
+    return engine.predict(model, samples.images)
 
 
 def drift_degrees(before: Tensor, after: Tensor) -> float:
@@ -156,22 +202,33 @@ def drift_degrees(before: Tensor, after: Tensor) -> float:
 
 
 class _Scored(nn.Module):
-    """The recalled mixture under a fixed head, only the given classes in play."""
+    """The recalled mixture under a head, only the given classes in play."""
 
-    def __init__(self, model: MemoryModel, head: RecalledHead, classes: Sequence[int]) -> None:
+    def __init__(
+        self,
+        model: MemoryModel,
+        head: RecalledHead,
+        classes: Sequence[int],
+        *,
+        head_learns: bool,
+    ) -> None:
         super().__init__()
         self.model = model
-        self.head = head
         self.classes = tuple(classes)
+        self.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head_learns)
+        self.bias = nn.Parameter(head.bias.detach().clone(), requires_grad=head_learns)
+        self._owners = head.owners
+
+    def head(self) -> RecalledHead:
+        """The head as it is now, without gradients."""
+        weight, bias = self.weight.detach().clone(), self.bias.detach().clone()
+        return RecalledHead(weight, bias, self._owners)
 
     def forward(self, images: Tensor) -> Tensor:
         """Log-probabilities (batch, classes)."""
         features, coefficients = self.model.with_coefficients(images)
-        return self.head.log_probabilities(features, coefficients.mean(dim=1), self.classes)
-
-
-def _cross_entropy(module: nn.Module, batch: Batch) -> Tensor:
-    return F.nll_loss(module(batch.inputs), batch.labels)
+        head = RecalledHead(self.weight, self.bias, self._owners)
+        return head.log_probabilities(features, coefficients.mean(dim=1), self.classes)
 
 
 def _memories(model: MemoryModel) -> list[BlockMemory]:

@@ -8,15 +8,12 @@ from its definition.
 
 from __future__ import annotations
 
-import json
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
 
-from memtool.errors import ConfigError, CorruptError, DataError, MismatchError
+from memtool.errors import ConfigError, DataError, MismatchError
 
 Kind = Literal["remove", "retain"]
 
@@ -28,8 +25,15 @@ class DualGPM:
     kind "retain" the directions that are still free.
     """
 
-    def __init__(self, width: int, start: float = 0.97) -> None:
-        """No past yet: everything is free.
+    def __init__(
+        self,
+        width: int,
+        start: float = 0.97,
+        *,
+        kind: Kind = "remove",
+        basis: Tensor | None = None,
+    ) -> None:
+        """Everything is free, unless the past is given by `kind` and `basis`.
 
         `start` is the share ε₀ of a task's energy that the past keeps at the first task; it rises
         linearly to 1 at the last one. Raises ConfigError for a share outside (0, 1].
@@ -38,8 +42,8 @@ class DualGPM:
             raise ConfigError(f"share of energy {start}", expected="more than 0, at most 1")
         self.width = width
         self.start = start
-        self.kind: Kind = "remove"
-        self.basis = torch.zeros(width, 0, dtype=torch.float64)
+        self.kind: Kind = kind
+        self.basis = torch.zeros(width, 0, dtype=torch.float64) if basis is None else basis
 
     @property
     def kept(self) -> int:
@@ -102,26 +106,6 @@ class DualGPM:
         inside = (exact @ basis) @ basis.mT
         return (exact - inside if self.kind == "remove" else inside).to(vectors.dtype)
 
-    def to_bytes(self) -> bytes:
-        """As a safetensors file."""
-        about = {"kind": self.kind, "start": repr(self.start)}
-        return save({"basis": self.basis.contiguous()}, metadata=about)
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> DualGPM:
-        """What `to_bytes` wrote. Raises CorruptError for anything else."""
-        try:
-            (basis,) = load(data).values()
-            about = _metadata(data)
-            memory = cls(basis.shape[0], float(about["start"]))
-        except (SafetensorError, ValueError, KeyError, IndexError) as error:
-            raise CorruptError(f"these bytes hold no basis of past inputs: {error}") from error
-        if about["kind"] not in ("remove", "retain") or basis.dtype != torch.float64:
-            raise CorruptError(f"a basis of kind {about['kind']!r} and type {basis.dtype}")
-        memory.kind = "remove" if about["kind"] == "remove" else "retain"
-        memory.basis = basis
-        return memory
-
     def _free_moment(self, second: Tensor) -> Tensor:
         """The second moment of the inputs' free parts (I − P) x, symmetric to the last bit."""
         inside = self.project(self.project(second).mT)
@@ -143,10 +127,3 @@ def _complement(basis: Tensor) -> Tensor:
     if columns == 0:
         return torch.eye(width, dtype=basis.dtype)
     return torch.linalg.qr(basis, mode="complete").Q[:, columns:].contiguous()
-
-
-def _metadata(data: bytes) -> dict[str, str]:
-    """The text that a safetensors file carries beside its tensors."""
-    length = int.from_bytes(data[:8], "little")
-    about: dict[str, str] = json.loads(data[8 : 8 + length])["__metadata__"]
-    return about

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,18 +20,27 @@ import memtool_stores
 from memtool.atomic import write_atomic
 from memtool.config import Config, resolve
 from memtool.errors import ConfigError
-from memtool.evaluation.record import Environment, Metrics, Record, Row, write_record
+from memtool.evaluation.matrix import AccuracyMatrix
+from memtool.evaluation.metrics import dg_heldout
+from memtool.evaluation.record import (
+    Environment,
+    Metrics,
+    Record,
+    Row,
+    write_record,
+)
 from memtool.evaluation.writers import write_avalanche, write_domainbed
 from memtool.methods import open_method
-from memtool.methods.baselines import BASELINES
+from memtool.methods.baselines import BASELINES, DG_BASELINES, HeldOut
 from memtool.methods.exchange import AdapterFolder
 from memtool.methods.mira import Mira
 from memtool.methods.modulation import Modulation
 from memtool.methods.state import Snapshot
+from memtool.methods.workspace import Workspace
 from memtool.progress import Progress, ProgressEvent
 from memtool.reports.figures import CoefficientMap, KeyMap
 from memtool.reports.html import Cost, write_report
-from memtool.streams.task import Task
+from memtool.streams.task import Samples, Task
 
 RECORD = "record.json"
 REPORT = "report.html"
@@ -45,13 +55,18 @@ def run(
     baselines: bool = True,
     command: str | None = None,
     preset: str | None = None,
+    adapters: Path | None = None,
 ) -> list[Record]:
     """Learn all tasks in order, one memory a seed, then evaluate; one record a seed.
 
     With several seeds, seed s uses the store `<store>-seed-<s>`; adapters, records and baselines
-    lie in `<runs>/seed-<s>`. `resume` False begins anew: the memory is rolled back to its first
-    version (the old one stays as a backup branch) and adapters are trained again.
+    lie in `<runs>/seed-<s>`. Domain generalisation holds every domain out in turn, each time with
+    a memory `<store>-without-<domain>` of its own and results in `without-<domain>`.
+    `resume` False begins anew: the memory is rolled back to its first version (the old one stays
+    as a backup branch) and adapters are trained again. `adapters` is the `runs` of another
+    experiment, to go on from the adapters that it trained.
     """
+    doing = _Doing(progress, resume, baselines, command, preset)
     records = []
     for seed in config.seed:
         several = len(config.seed) > 1
@@ -62,17 +77,10 @@ def run(
                 "seed": (seed,),
             }
         )
-        records.append(
-            _one_seed(
-                place,
-                seed,
-                progress=progress,
-                resume=resume,
-                baselines=baselines,
-                command=command,
-                preset=preset,
-            )
-        )
+        every_domain = config.stream.setting == "dg" and config.stream.held_out is None
+        one = _each_domain_in_turn if every_domain else _one_memory
+        shared = adapters / f"seed-{seed}" / "adapters" if adapters else None
+        records.append(one(place, seed, doing, adapters=shared))
     write_domainbed(records, config.runs / "results.jsonl")
     write_avalanche(records, config.runs / "results.csv")
     return records
@@ -89,50 +97,148 @@ def demo(directory: Path, *, progress: Progress | None = None) -> tuple[Record, 
     return record, directory / "seed-0" / REPORT
 
 
-def _one_seed(
-    config: Config,
-    seed: int,
-    *,
-    progress: Progress | None,
-    resume: bool,
-    baselines: bool,
-    command: str | None,
-    preset: str | None,
+@dataclass(frozen=True)
+class _Doing:
+    """How an experiment is run: what all of its memories have in common."""
+
+    progress: Progress | None
+    resume: bool
+    baselines: bool
+    command: str | None
+    preset: str | None
+
+
+def _each_domain_in_turn(
+    config: Config, seed: int, doing: _Doing, *, adapters: Path | None = None
 ) -> Record:
+    """A memory for every domain that is held out; one record with a column a domain.
+
+    The adapters of a domain are the same in all memories and trained once, unless their training
+    starts from what a memory holds.
+    """
     begin = time.perf_counter()
-    method = open_method(config, seed=seed, progress=progress)
-    work = method.workspace
-    if config.stream.setting == "dg":
-        raise ConfigError(
-            "setting dg has no task order to learn", expected="stream.setting dil, til or cil"
+    whole = open_method(config, seed=seed, progress=doing.progress)
+    domains = [task.name for task in whole.workspace.stream.tasks]
+    alone = config.adapter.warm_start == "none" and not config.adapter.residual
+    shared = (adapters or whole.workspace.adapter_folder) if alone else None
+    if alone and adapters is None and not doing.resume:
+        for task in whole.workspace.stream.tasks:
+            whole.adapt(str(task.number), fresh=True)
+    found = []
+    for name in domains:
+        stream = config.stream.model_copy(update={"held_out": name})
+        fold = config.model_copy(
+            update={
+                "stream": stream,
+                "store": f"{config.store}-without-{name}",
+                "runs": config.runs / f"without-{name}",
+            }
         )
-    if resume and work.has_store:
+        found.append(_one_memory(fold, seed, doing, adapters=shared))
+    record = found[-1].model_copy(
+        update={
+            "run": found[-1].run.model_copy(
+                update={
+                    "tasks": tuple(one.run.tasks[0] for one in found),
+                    "configuration": config.model_dump(mode="json"),
+                    "store": config.store,
+                }
+            ),
+            "metrics": Metrics(rows=tuple(_over_domains(found, domains))),
+            "environment": Environment.here(
+                str(whole.workspace.engine.device), time.perf_counter() - begin
+            ),
+        }
+    )
+
+    def write() -> None:
+        write_record(record, config.runs / RECORD)
+        write_report(record, config.runs / REPORT)
+
+    whole.workspace.engine.on_main(write)
+    return record
+
+
+def _over_domains(records: Sequence[Record], domains: Sequence[str]) -> list[Row]:
+    """Every row with its score on each held-out domain, from one record a domain."""
+    rows = []
+    for first in records[0].metrics.rows:
+        parts = [row for one in records for row in one.metrics.rows if row.id == first.id]
+        if len(parts) != len(domains):
+            continue
+        scores = [row.metrics["faa"] for row in parts]
+        matrix = AccuracyMatrix.empty(domains).with_row(len(domains), scores)
+        known = [row.metrics.get("dg.validation") for row in parts]
+        validation = [value for value in known if value is not None]
+        more = {}
+        if len(validation) == len(domains):
+            more["dg.validation"] = sum(validation) / len(validation)
+        # One candidate a domain: its training stopped where the validation images said.
+        more["dg.heldout"] = dg_heldout([[s] for s in scores], [[s] for s in scores])
+        seconds = [row.seconds for row in parts if row.seconds is not None]
+        rows.append(
+            Row.measured(
+                first.id,
+                first.label,
+                first.kind,
+                matrix,
+                more=more,
+                seconds=sum(seconds) if len(seconds) == len(domains) else None,
+            )
+        )
+    return rows
+
+
+def _one_memory(
+    config: Config, seed: int, doing: _Doing, *, adapters: Path | None = None
+) -> Record:
+    """Learn the tasks of one memory, then evaluate it beside the baselines.
+
+    In order, one after another; or, where a domain is held out, all the others at once. `adapters`
+    is the folder of the trained adapters where several memories share them.
+    """
+    begin = time.perf_counter()
+    method = open_method(config, seed=seed, progress=doing.progress, adapters=adapters)
+    work = method.workspace
+    if doing.resume and work.has_store:
         _require_same_experiment(method)
-    if not resume and work.has_store:
+    if not doing.resume and work.has_store:
         work.engine.on_main(lambda: _begin_anew(work.store))
     learned = list(work.stream.tasks)
+    folder = work.adapter_folder
+    at_once = config.stream.setting == "dg"
     for task in learned:
         number = str(task.number)
-        method.adapt(number, fresh=not resume)
-        method.write([config.runs / "adapters" / name for name in method.adapter_names(task)])
+        method.adapt(number, fresh=not doing.resume and adapters is None)
+        if at_once:
+            continue
+        method.write([folder / name for name in method.adapter_names(task)])
         if isinstance(method, Mira):
             state = method.snapshot().state
             if state is None or task.number not in state.tasks:
                 method.consolidate()
+    if at_once and isinstance(method, Mira):
+        method.write([folder / name for task in learned for name in method.adapter_names(task)])
+        if method.snapshot().state is None:
+            method.consolidate()
     if isinstance(method, Modulation):
         method.consolidate()
     start = time.perf_counter()
     setting = config.stream.setting
     record = method.evaluate(
-        setting=setting, history=True, compare=True, command=command, preset=preset
+        setting=setting,
+        history=True,
+        compare=True,
+        command=doing.command,
+        preset=doing.preset,
     )
     evaluated = time.perf_counter() - start
     rows = list(record.metrics.rows)
     spent = _spent(method, learned)
     rows[0] = rows[0].model_copy(update={"seconds": spent["adapt"] + spent["consolidate"]})
-    if baselines and isinstance(method, Mira) and setting != "til":
-        for name in BASELINES:
-            rows += _baseline(method, name, learned, progress)
+    if doing.baselines and isinstance(method, Mira) and setting != "til":
+        for name in DG_BASELINES if at_once else BASELINES:
+            rows += _baseline(method, name, learned, doing.progress)
     record = record.model_copy(
         update={
             "metrics": Metrics(rows=tuple(rows)),
@@ -141,17 +247,18 @@ def _one_seed(
     )
     coefficients, keys = None, None
     if isinstance(method, Mira):
-        coefficients = coefficient_map(method, learned) if setting != "til" else None
+        shown = [*learned, *([work.stream.held_out] if work.stream.held_out else [])]
+        coefficients = coefficient_map(method, shown) if setting != "til" else None
         keys = key_map(method.snapshot())
     view = work.store.view()
-    adapters, stored_keys = len(view.adapters), view.keys()
+    held, stored_keys = len(view.adapters), view.keys()
     key_count = 0 if stored_keys is None else int(stored_keys.size)
     costs = [
         Cost(
             "adapt: adapters of all tasks",
             seconds=spent["adapt"],
-            parameters=work.layout.numel * adapters,
-            bytes=work.layout.numel * 4 * adapters,
+            parameters=work.layout.numel * held,
+            bytes=work.layout.numel * 4 * held,
         ),
         Cost(
             "consolidate: keys and head" if isinstance(method, Mira) else "consolidate",
@@ -222,12 +329,29 @@ def _spent(method: Mira | Modulation, tasks: Sequence[Task]) -> dict[str, float]
     """Seconds of training and consolidation, as noted when they happened."""
     work = method.workspace
     names = [name for task in tasks for name in method.adapter_names(task)]
-    folders = [work.config.runs / "adapters" / name for name in names]
+    folders = [work.adapter_folder / name for name in names]
     notes = [version.metadata.get("seconds", 0.0) for version in work.store.log()]
     return {
-        "adapt": sum(AdapterFolder(folder).result().seconds for folder in folders),
+        "adapt": sum(AdapterFolder(one).result().seconds for one in folders),
         "consolidate": float(sum(notes)),
     }
+
+
+def _on_held_out(
+    held_out: Task,
+    baseline: Callable[[Workspace, Sequence[Task], Samples], list[HeldOut]],
+    work: Workspace,
+    sources: Sequence[Task],
+) -> list[Row]:
+    """The rows of a baseline of domain generalisation."""
+    rows = []
+    for one in baseline(work, sources, held_out.test):
+        matrix = AccuracyMatrix.empty([held_out.name]).with_row(1, [one.accuracy])
+        more = {} if one.validation is None else {"dg.validation": one.validation}
+        rows.append(
+            Row.measured(one.id, one.label, one.kind, matrix, more=more, seconds=one.seconds)
+        )
+    return rows
 
 
 def _begin_anew(store: memtool_stores.MemoryStore) -> None:
@@ -244,6 +368,7 @@ def _baseline(mira: Mira, name: str, tasks: Sequence[Task], progress: Progress |
         [
             decides,
             work.stream.fingerprint,
+            work.config.stream.held_out,
             work.backbone.sha256,
             work.seed,
             work.engine.precision,
@@ -261,7 +386,10 @@ def _baseline(mira: Mira, name: str, tasks: Sequence[Task], progress: Progress |
     stage = f"baseline: {name}"
     if progress is not None:
         progress(ProgressEvent(stage=stage, step=0, total=1))
-    rows = BASELINES[name](work, tasks)
+    if work.stream.held_out is None:
+        rows = BASELINES[name](work, tasks)
+    else:
+        rows = _on_held_out(work.stream.held_out, DG_BASELINES[name], work, tasks)
     text = _ROWS.dump_json(rows, indent=2).decode() + "\n"
     work.engine.on_main(lambda: write_atomic(file, text))
     if progress is not None:

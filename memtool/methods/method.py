@@ -50,9 +50,19 @@ class Method:
         self.seed = workspace.seed
 
     @classmethod
-    def open(cls, config: Config, *, seed: int, progress: Progress | None = None) -> Self:
-        """Nothing is read yet: stream, backbone and store open when first needed."""
-        return cls(Workspace(config, seed=seed, progress=progress))
+    def open(
+        cls,
+        config: Config,
+        *,
+        seed: int,
+        progress: Progress | None = None,
+        adapters: Path | None = None,
+    ) -> Self:
+        """Nothing is read yet: stream, backbone and store open when first needed.
+
+        `adapters` as in `Workspace`.
+        """
+        return cls(Workspace(config, seed=seed, progress=progress, adapters=adapters))
 
     # Adapt ----------------------------------------------------------------------------------
 

@@ -15,17 +15,16 @@ block`), softmax (`memory.separation: affine`).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
 import memtool_stores
-from memtool.adapters.values import AdapterValues, Recall
+from memtool.adapters.values import AdapterValues
 from memtool.config import Config
 from memtool.errors import (
     ChangedMeanwhileError,
@@ -35,21 +34,20 @@ from memtool.errors import (
 )
 from memtool.evaluation.matrix import AccuracyMatrix
 from memtool.evaluation.record import (
-    Kind,
     Record,
     Row,
 )
-from memtool.heads import FeatureStatistics, LinearClassifier, RecalledHead, solve_head
+from memtool.heads import FeatureStatistics
 from memtool.memories.closed_form import QueryStatistics
-from memtool.memories.keyed import BlockMemory, KeyedMemory
-from memtool.memories.separation import separation
+from memtool.memories.keyed import KeyedMemory
 from memtool.methods import consolidate as stage_two
 from memtool.methods.exchange import (
     recalled_adapter,
     require_new,
 )
+from memtool.methods.measure import Measure, drift
 from memtool.methods.method import Method, first, joined, read_query, task_of
-from memtool.methods.recall import MemoryModel, every, memory_blocks, same_for_all
+from memtool.methods.recall import MemoryModel, memory_blocks
 from memtool.methods.results import (
     AdapterCoefficient,
     ConsolidateResult,
@@ -59,22 +57,24 @@ from memtool.methods.results import (
 from memtool.methods.state import (
     HEAD,
     MEMORY,
+    PAST_QUERIES,
     QUERY_MODULES,
     MemoryState,
     Snapshot,
     features_blob,
+    going_on,
     queries_blob,
     solve_recalled_head,
 )
 from memtool.methods.workspace import require_learnable
 from memtool.streams import load_image
-from memtool.streams.task import Samples, Task
+from memtool.streams.task import Task
 
 SUBJECT_SAMPLES = 256
 """Test images of a task that `retrieve --task` looks at."""
 
-SETTINGS = ("dil", "til", "cil")
-"""Settings that `evaluate` knows: task inferred (dil, cil), or given (til)."""
+SETTINGS = ("dil", "til", "cil", "dg")
+"""Settings that `evaluate` knows: task inferred (dil, cil), given (til), or never seen (dg)."""
 
 
 class Mira(Method):
@@ -124,8 +124,7 @@ class Mira(Method):
             seen, _ = stage_two.count_task(
                 work.engine, work.backbone, probe, config.memory, own, task.train
             )
-            features[number] = FeatureStatistics(work.backbone.dim, len(work.stream.class_names))
-            features[number].add(seen, torch.from_numpy(np.asarray(task.train.labels)))
+            features[number] = self._counted(task, seen)
         for place, number in enumerate(new_tasks):
             self.tell("consolidate: count", place, len(new_tasks))
             task = work.task(str(number))
@@ -136,15 +135,12 @@ class Mira(Method):
             )
             queries[number] = QueryStatistics(len(asked), work.backbone.dim)
             queries[number].add(0, asked)
-            labels = torch.from_numpy(np.asarray(task.train.labels))
-            features[number] = FeatureStatistics(work.backbone.dim, len(work.stream.class_names))
-            features[number].add(seen, labels)
+            features[number] = self._counted(task, seen)
             self.tell("consolidate: count", place + 1, len(new_tasks))
         tasks += new_tasks
         features = {number: features[number] for number in tasks}
         adapter_tasks = tuple(tasks.index(task_of(record)) for record in view.adapters)
         trained = {task_of(r): snapshot.own_head(r.name) for r in view.adapters}
-        head = solve_recalled_head(config.head, features, trained, adapter_tasks)
         stored = view.keys()
         before = None if stored is None else torch.from_numpy(stored.copy())
         keys = stage_two.start_keys(
@@ -154,9 +150,16 @@ class Mira(Method):
             adapter_tasks,
             work.engine.generator(self.seed),
         )
-        learned = config.consolidate.epochs > 0 or config.consolidate.keys == "random"
-        kept = 0
-        if learned and before is not None:
+        learns = config.consolidate.epochs > 0 or config.consolidate.keys == "random"
+        protects = config.consolidate.protect == "dual-gpm"
+        if learns and config.memory.routing != "mixture":
+            raise ConfigError(
+                f"key learning under memory.routing {config.memory.routing}",
+                expected="a mixture: a hard choice has no gradient, and keys of its own",
+                remedy="--routing mixture, or --set consolidate.epochs=0 with keys in closed form",
+            )
+        kept, validation = 0, None
+        if (learns or protects) and before is not None:
             if not _same_separation(state, config):
                 raise ConfigError(
                     "the keys in memory were made for another separation or similarity; learning "
@@ -165,33 +168,65 @@ class Mira(Method):
                     "in closed form, or another --store",
                 )
             kept = before.shape[1]
-            if config.consolidate.keys != "closed-form":
-                # Closed-form keys are relative to each other: all are solved anew.
-                keys[:, :kept] = before
         model = self._model(snapshot, keys)
-        last = work.task(str(tasks[-1]))
+        past = snapshot.past_queries() if protects else None
+        if before is not None and kept and (protects or config.consolidate.keys != "closed-form"):
+            # Closed-form keys are relative to each other: all are solved anew, unless protected.
+            keys[:, :kept] = before
+        if past is not None:
+            keys[:, kept:] = past.free_keys(model.memory, keys[:, kept:])
+        model.memory.set_keys(keys)
+        # Tasks written together are learned together; older ones are not seen again.
+        shown = [work.task(str(number)) for number in new_tasks] or [work.task(str(tasks[-1]))]
+        head = solve_recalled_head(config.head, features, trained, adapter_tasks)
+        if config.head.kind == "shared" and snapshot.head is not None:
+            head = going_on(snapshot.head, head)
         if config.consolidate.epochs > 0 and kept < len(view.adapters):
-            settings = config.head
-            if settings.scope == "shared" and settings.kind in ("ridge", "ncm"):
-                # Their scores are no log posteriors; those of lda are.
-                settings = settings.model_copy(update={"kind": "lda"})
-            # Tasks written together are learned together; older ones are not seen again.
-            shown = [work.task(str(number)) for number in new_tasks] or [last]
-            teacher = solve_recalled_head(settings, features, trained, adapter_tasks)
-            stage_two.learn_keys(
+            teacher, resolved = head, config.head.features == "recalled"
+            if resolved or (config.head.scope == "shared" and config.head.kind in ("ridge", "ncm")):
+                # A head that is solved anew afterwards learns along, as one trained by gradient
+                # does: solved now it would leave the keys nothing to learn. Else keys learn under
+                # the head as it is, or under lda, whose scores are log posteriors.
+                kind = "shared" if resolved else "lda"
+                other = config.head.model_copy(update={"kind": kind})
+                teacher = solve_recalled_head(other, features, trained, adapter_tasks)
+            learned_head, learned = stage_two.learn(
                 work.engine,
                 model,
                 teacher.to(work.engine.device),
                 joined([task.train for task in shown]),
                 config.consolidate,
-                first_new=kept,
+                kept=kept,
                 classes=sorted({label for task in shown for label in task.classes}),
                 seed=self.seed,
+                head_learns=config.head.kind == "shared" or resolved,
+                past=past,
+                validation=joined([task.validation for task in shown]),
+                augment=config.train.augment,
                 progress=work.progress,
                 stage=f"task {' '.join(str(task.number) for task in shown)}: consolidate",
             )
-            keys = model.memory.keys().cpu()
-        accuracy = self._accuracy(
+            keys, validation = model.memory.keys().cpu(), learned.score
+            if config.head.kind == "shared":
+                head = learned_head.to("cpu")
+        if config.head.features == "recalled":
+            for number in new_tasks:
+                task = work.task(str(number))
+                seen = stage_two.features_recalled(work.engine, model, task.train)
+                features[number] = self._counted(task, seen)
+            if config.head.kind in ("lda", "ridge", "ncm"):
+                head = solve_recalled_head(config.head, features, trained, adapter_tasks)
+        if past is not None:
+            for number in new_tasks:
+                past.observe(
+                    work.engine,
+                    model,
+                    work.task(str(number)).train.images,
+                    start=config.consolidate.energy,
+                    progress=(tasks.index(number) + 1) / len(work.stream.tasks),
+                )
+        last = shown[-1]
+        accuracy = Measure(work).accuracy(
             model, head.to(work.engine.device), first(last.train, 4 * SUBJECT_SAMPLES)
         )
         drift = (
@@ -217,6 +252,7 @@ class Mira(Method):
             epochs=config.consolidate.epochs,
             seconds=time.perf_counter() - begin,
             train_accuracy=accuracy,
+            validation_accuracy=validation,
             key_drift_degrees=drift,
             unchanged=unchanged,
         )
@@ -231,6 +267,8 @@ class Mira(Method):
                 for number in (*grown_tasks, *new_tasks)
             },
         }
+        if past is not None:
+            blobs[PAST_QUERIES] = past.to_bytes()
         learned_modules = _query_modules(model.memory)
         if learned_modules is not None:
             blobs[QUERY_MODULES] = learned_modules
@@ -259,6 +297,13 @@ class Mira(Method):
         message = f"consolidate tasks {described}"
         work.engine.on_main(lambda: work.store.run(commit, message, metadata=metadata))
         return result.model_copy(update={"version": work.store.head()})
+
+    def _counted(self, task: Task, features: Tensor) -> FeatureStatistics:
+        """Moments of the features (n, dim) of a task's training images."""
+        work = self.workspace
+        statistics = FeatureStatistics(work.backbone.dim, len(work.stream.class_names))
+        statistics.add(features, torch.from_numpy(np.asarray(task.train.labels)))
+        return statistics
 
     def _require_same_queries(self, state: MemoryState | None) -> None:
         """Queries that were counted one way cannot be asked another way later."""
@@ -356,7 +401,7 @@ class Mira(Method):
             coefficients = self._recall_query(model, query)
         else:
             if task is not None:
-                chosen = self.workspace.task(task)
+                chosen = self.workspace.task(task, held_out=True)
                 shown = first(chosen.test, SUBJECT_SAMPLES)
                 subject, samples = f"task {chosen.number} {chosen.name}", len(shown)
                 images = shown.images
@@ -364,7 +409,7 @@ class Mira(Method):
                 assert image is not None
                 loaded = load_image(image, self.config.backbone.image_size)
                 subject, samples, images = str(image), 1, loaded[None]
-            logits, recalled = self._recall_images(model, head, images)
+            logits, recalled = Measure(self.workspace).recall(model, head, images)
             coefficients = recalled.mean(dim=0)
             if task is not None:
                 accuracy = float(
@@ -391,20 +436,6 @@ class Mira(Method):
             accuracy=accuracy,
             out=out,
         )
-
-    def _recall_images(
-        self, model: MemoryModel, head: RecalledHead, images: npt.NDArray[np.uint8]
-    ) -> tuple[Tensor, Tensor]:
-        """Scores (n, classes) and coefficients (n, memories, t)."""
-
-        def run(batch: Tensor) -> Tensor:
-            features, coefficients = model.with_coefficients(batch)
-            scores = head(features, coefficients.mean(dim=1))
-            return torch.cat([scores, coefficients.flatten(1).float()], dim=1)
-
-        joined = self.workspace.engine.predict(run, images)
-        memories = len(model.memory.blocks)
-        return joined[:, : head.classes], joined[:, head.classes :].unflatten(1, (memories, -1))
 
     def _recall_query(self, model: MemoryModel, path: Path) -> Tensor:
         """Coefficients (memories, t) for the query in a safetensors file."""
@@ -439,41 +470,97 @@ class Mira(Method):
         """Accuracy on the test images of every task that the memory has learned.
 
         `setting` dil and cil infer the task; til is given it and recalls its adapter exactly, with
-        the head trained with it. `history` reads the version after each task and fills the whole
-        matrix; `compare` adds hard choice, uniform mixture and the oracle adapter.
+        the head trained with it; dg measures on the domain that is held out. `history` reads the
+        version after each task and fills the whole matrix, and says how far old coefficients
+        drifted; `compare` adds hard choice, uniform mixture and the oracle adapter.
         """
         begin = time.perf_counter()
         setting = self._setting(setting)
         snapshot = self._snapshot(version)
+        measure = Measure(self.workspace)
         learned = self._learned(snapshot, setting)
-        versions = (
-            self._history(snapshot, learned, setting)
-            if history
-            else {len(learned): snapshot.version}
-        )
-        names = [task.name for task in learned]
-        matrix = AccuracyMatrix.empty(names)
-        task_accuracy = 0.0
-        for place, (count, at) in enumerate(sorted(versions.items())):
-            self.tell("evaluate", place, len(versions))
-            there = snapshot if at == snapshot.version else self._snapshot(at)
-            scores, task_accuracy = self._scores(there, learned, setting, known=count)
-            matrix = matrix.with_row(count, scores)
-            self.tell("evaluate", place + 1, len(versions))
-        label = "task given, exact recall" if setting == "til" else "memory"
-        more = {} if setting == "til" else {"task_accuracy": task_accuracy}
-        rows = [Row.measured("memory", label, "method", matrix, more=more)]
+        shown = learned
+        if setting == "dg":
+            shown = [self._held_out()]
+            rows = [self._generalised(snapshot, learned, shown)]
+        elif setting == "til":
+            rows = [self._told(snapshot, learned, history=history)]
+        else:
+            rows = [self._in_turn(snapshot, learned, history=history)]
         if compare and setting != "til":
-            rows += self._comparisons(snapshot, learned)
+            rows += measure.other_ways(snapshot, learned, shown)
         return self.record(
             rows,
-            learned,
+            shown,
             setting=setting,
             snapshot=snapshot,
             seconds=time.perf_counter() - begin,
             command=command,
             preset=preset,
         )
+
+    def _in_turn(self, snapshot: Snapshot, learned: Sequence[Task], *, history: bool) -> Row:
+        """The memory on all tasks, after each of them or after the last."""
+        measure = Measure(self.workspace)
+        versions = {len(learned): snapshot.version}
+        if history:
+            versions = self._history(snapshot, learned, "dil")
+        matrix = AccuracyMatrix.empty([task.name for task in learned])
+        then: dict[int, Tensor] = {}
+        more: dict[str, float] = {}
+        for place, (count, at) in enumerate(sorted(versions.items())):
+            self.tell("evaluate", place, len(versions))
+            there = snapshot if at == snapshot.version else self._snapshot(at)
+            scored = measure.scores(there, learned)
+            matrix = matrix.with_row(count, scored.accuracy)
+            then[count] = scored.coefficients[count - 1]
+            more["task_accuracy"] = scored.task_accuracy
+            self.tell("evaluate", place + 1, len(versions))
+        if len(then) == len(learned):
+            before = [then[count] for count in range(1, len(learned))]
+            more |= drift(before, scored.coefficients[:-1])
+        return Row.measured("memory", "memory", "method", matrix, more=more)
+
+    def _told(self, snapshot: Snapshot, learned: Sequence[Task], *, history: bool) -> Row:
+        """Exact recall of every task's own adapters."""
+        measure = Measure(self.workspace)
+        versions = {len(learned): snapshot.version}
+        if history:
+            versions = self._history(snapshot, learned, "til")
+        matrix = AccuracyMatrix.empty([task.name for task in learned])
+        for place, (count, at) in enumerate(sorted(versions.items())):
+            self.tell("evaluate", place, len(versions))
+            there = snapshot if at == snapshot.version else self._snapshot(at)
+            own = [measure.own_accuracy(there, task) for task in learned[:count]]
+            matrix = matrix.with_row(count, [*own, *[None] * (len(learned) - count)])
+            self.tell("evaluate", place + 1, len(versions))
+        return Row.measured("memory", "task given, exact recall", "method", matrix)
+
+    def _generalised(
+        self, snapshot: Snapshot, sources: Sequence[Task], shown: Sequence[Task]
+    ) -> Row:
+        """The memory on a domain that it never saw, and on the sources' validation images."""
+        measure = Measure(self.workspace)
+        _, model, head = snapshot.consolidated()
+        scores = measure.scores(snapshot, shown).accuracy
+        matrix = AccuracyMatrix.empty([task.name for task in shown]).with_row(len(shown), scores)
+        held = [task.validation for task in sources if len(task.validation)]
+        more = {}
+        if held:
+            known = [measure.accuracy(model, head, samples) for samples in held]
+            more["dg.validation"] = sum(known) / len(known)
+        return Row.measured("memory", "memory", "method", matrix, more=more)
+
+    def _held_out(self) -> Task:
+        """The domain that is held out. Raises ConfigError when none is."""
+        stream = self.workspace.stream
+        if stream.held_out is None:
+            raise ConfigError(
+                "setting dg measures a domain that nothing was learned from; none is held out",
+                expected="one of " + ", ".join(task.name for task in stream.tasks),
+                remedy="--held-out DOMAIN for every step of one memory, or memtool run for all",
+            )
+        return stream.held_out
 
     def _setting(self, setting: str | None) -> str:
         """What is known at test time, checked; without a word, as the tasks were cut."""
@@ -550,78 +637,6 @@ class Mira(Method):
                 found[len(tasks)] = version.id
         return found
 
-    def _scores(
-        self, snapshot: Snapshot, tasks: Sequence[Task], setting: str, *, known: int
-    ) -> tuple[list[float | None], float]:
-        """Accuracy on every task, and the share of samples whose task was inferred right."""
-        if setting == "til":
-            return [
-                self._own_accuracy(snapshot, task) if place < known else None
-                for place, task in enumerate(tasks)
-            ], 1.0
-        state, model, head = snapshot.consolidated()
-        places = torch.tensor(state.adapter_tasks)
-        by_task = torch.nn.functional.one_hot(places, len(state.tasks)).float()
-        scores: list[float | None] = []
-        right, total = 0, 0
-        for task in tasks:
-            logits, coefficients = self._recall_images(model, head, task.test.images)
-            labels = torch.from_numpy(np.asarray(task.test.labels))
-            scores.append(float((logits.argmax(1) == labels).double().mean()))
-            if task.number in state.tasks:
-                chosen = (coefficients.mean(dim=1) @ by_task).argmax(dim=1)
-                right += int((chosen == state.tasks.index(task.number)).sum())
-                total += len(labels)
-        return scores, right / max(total, 1)
-
-    def _own_accuracy(self, snapshot: Snapshot, task: Task) -> float:
-        """The task's own adapters, exactly recalled, with the heads trained with them."""
-        engine = self.workspace.engine
-        total: Tensor | None = None
-        for record in snapshot.adapters_of(task.number):
-            head = snapshot.own_head(record.name)
-            if head is None:
-                raise NotFoundError(
-                    f"adapter {record.name!r} came without a trained head",
-                    remedy="memtool eval --setting dil, whose head is solved from statistics",
-                )
-            values = AdapterValues.from_flat(
-                torch.from_numpy(snapshot.view.value(record.id).copy())[None],
-                self.workspace.layout,
-                record.scaling,
-            ).to(engine.device)
-            logits = self._logits(every(values), head.to(engine.device), task.test, task.classes)
-            total = logits if total is None else total + logits
-        assert total is not None
-        labels = torch.from_numpy(np.asarray(task.test.labels))
-        return float((total.argmax(1) == labels).double().mean())
-
-    def _logits(
-        self,
-        recall: Recall | None,
-        head: LinearClassifier,
-        samples: Samples,
-        allowed: Sequence[int] | None = None,
-    ) -> Tensor:
-        backbone = self.workspace.backbone
-
-        def run(images: Tensor) -> Tensor:
-            return head(backbone.features(backbone.preprocess(images), recall), allowed)
-
-        return self.workspace.engine.predict(run, samples.images)
-
-    def _scored(
-        self, recall: Recall, head: RecalledHead, coefficients: Tensor, samples: Samples
-    ) -> Tensor:
-        """Scores (n, classes) under one recall and coefficients (t,) for all samples."""
-        backbone = self.workspace.backbone
-
-        def run(images: Tensor) -> Tensor:
-            features = backbone.features(backbone.preprocess(images), recall)
-            return head(features, coefficients.expand(len(images), -1))
-
-        return self.workspace.engine.predict(run, samples.images)
-
     def known_tasks(self, version: str) -> tuple[int, ...]:
         """Numbers of the tasks that a version can be measured on; none before consolidation."""
         view = self.workspace.store.view(version)
@@ -638,70 +653,16 @@ class Mira(Method):
         Where the task is given, one without an adapter scores 0.
         """
         setting = self._setting(setting)
+        measure = Measure(self.workspace)
         snapshot = self._snapshot(version)
         shown = [self.workspace.task(str(number)) for number in tasks]
         if setting == "til":
             here = {task_of(record) for record in snapshot.view.adapters}
-            own = [self._own_accuracy(snapshot, task) for task in shown if task.number in here]
+            own = [measure.own_accuracy(snapshot, task) for task in shown if task.number in here]
             return {"faa": sum(own) / len(tasks), "task_accuracy": 1.0}
-        scores, right = self._scores(snapshot, shown, setting, known=len(shown))
-        known = [score or 0.0 for score in scores]
-        return {"faa": sum(known) / len(known), "task_accuracy": right}
-
-    def _comparisons(self, snapshot: Snapshot, tasks: Sequence[Task]) -> list[Row]:
-        """Other ways to read the same memory: hard choice, uniform mixture, oracle adapter."""
-        state, model, head = snapshot.consolidated()
-        settings = self.config.consolidate
-        closed = settings.keys == "closed-form" and not settings.epochs
-        how = " (LDA routing)" if closed and state.memory.separation in ("softmax", "topk") else ""
-        device = self.workspace.engine.device
-        count = len(snapshot.records)
-        equal = torch.full((count,), 1 / count, device=device)
-        uniform = same_for_all(model.values, equal, model.mix)
-        hard = _hard(model)
-
-        def routed(task: Task) -> Tensor:
-            return self._recall_images(hard, head, task.test.images)[0]
-
-        # The heads of the memory were solved under one adapter each. A mixture of all deserves a
-        # head of its own, and gets one that saw every task at once.
-        statistics = FeatureStatistics(model.backbone.dim, head.classes)
-        backbone = self.workspace.backbone
-        for task in tasks:
-            features = self.workspace.engine.predict(
-                lambda images: backbone.features(backbone.preprocess(images), uniform),
-                task.train.images,
-            )
-            statistics.add(features, torch.from_numpy(np.asarray(task.train.labels)))
-        lda = solve_head("lda", statistics, self.config.head)
-        uniform_head = RecalledHead.shared(lda).to(device)
-
-        def mixed(task: Task) -> Tensor:
-            return self._scored(uniform, uniform_head, equal, task.test)
-
-        def oracle(task: Task) -> Tensor:
-            values = snapshot.own_values(task.number, device)
-            mine = torch.tensor([task_of(r) == task.number for r in snapshot.records])
-            share = (mine.float() / mine.sum()).to(device)
-            alone = torch.full((len(values),), 1 / len(values), device=device)
-            recall = every(values) if len(values) == 1 else same_for_all(values, alone, model.mix)
-            return self._scored(recall, head, share, task.test)
-
-        ways: list[tuple[str, str, Kind, Callable[[Task], Tensor]]] = [
-            ("routed", f"memory, hard choice by key{how}", "baseline", routed),
-            ("uniform", "uniform mixture, LDA head on all tasks", "baseline", mixed),
-            ("oracle", "oracle adapter (task known)", "upper bound", oracle),
-        ]
-        rows = []
-        for id, label, kind, logits in ways:
-            scores = []
-            for task in tasks:
-                labels = torch.from_numpy(np.asarray(task.test.labels))
-                scores.append(float((logits(task).argmax(1) == labels).double().mean()))
-            names = [task.name for task in tasks]
-            matrix = AccuracyMatrix.empty(names).with_row(len(names), scores)
-            rows.append(Row.measured(id, label, kind, matrix))
-        return rows
+        scored = measure.scores(snapshot, shown)
+        mean = sum(scored.accuracy) / len(scored.accuracy)
+        return {"faa": mean, "task_accuracy": scored.task_accuracy}
 
     # Shared ---------------------------------------------------------------------------------
 
@@ -724,22 +685,6 @@ class Mira(Method):
         for record in snapshot.view.adapters:
             self._require_same_task(record)
         return snapshot
-
-    def _accuracy(self, model: MemoryModel, head: RecalledHead, samples: Samples) -> float:
-        logits, _ = self._recall_images(model, head, samples.images)
-        labels = torch.from_numpy(np.asarray(samples.labels))
-        return float((logits.argmax(1) == labels).double().mean())
-
-
-def _hard(model: MemoryModel) -> MemoryModel:
-    """The same memory with one adapter per sample and block: that of the highest score."""
-    highest = separation("topk", topk=1)
-    memories = [
-        BlockMemory(here.keys, here.query, here.similarity, highest)
-        for here in (model.memory[block] for block in model.memory.blocks)
-    ]
-    memory = KeyedMemory(model.memory.blocks, memories)
-    return MemoryModel(model.backbone, model.values, memory, model.settings)
 
 
 def _same_separation(state: MemoryState | None, config: Config) -> bool:

@@ -56,6 +56,7 @@ class ConsolidateResult(Result):
     """What consolidation learned.
 
     `train_accuracy` is on the training images of the last task, recalled without its label;
+    `validation_accuracy` on the validation images, after the epoch of key learning that was best;
     `key_drift_degrees` is the mean angle by which the keys of older adapters turned.
     """
 
@@ -67,6 +68,7 @@ class ConsolidateResult(Result):
     epochs: int
     seconds: float
     train_accuracy: float
+    validation_accuracy: float | None = None
     key_drift_degrees: float
     unchanged: bool = False
 

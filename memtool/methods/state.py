@@ -2,7 +2,8 @@
 
 Blobs: `memory` (JSON: settings, and which task and adapter each key belongs to), `queries.<task>`
 and `features.<task>` (moments of each task alone, that keys and heads are solved from),
-`query-modules` (learned g, when there are any), `head` (what retrieval ends in) and
+`query-modules` (learned g, when there are any), `past-queries` (bases of what the memory was
+asked, where `consolidate.protect` is dual-gpm), `head` (what retrieval ends in) and
 `head.<adapter>` (the classifier that was trained with an adapter).
 """
 
@@ -25,11 +26,13 @@ from memtool.errors import ConfigError, CorruptError, MismatchError, NotFoundErr
 from memtool.heads import FeatureStatistics, LinearClassifier, RecalledHead, solve_head
 from memtool.memories.closed_form import QueryStatistics
 from memtool.memories.keyed import KeyedMemory
+from memtool.methods.protect import Protection
 from memtool.methods.recall import MemoryModel, memory_blocks
 
 MEMORY = "memory"
 QUERY_MODULES = "query-modules"
 HEAD = "head"
+PAST_QUERIES = "past-queries"
 
 
 def queries_blob(task: int) -> str:
@@ -189,6 +192,12 @@ class Snapshot:
         name = own_head_blob(adapter)
         return classifier_of(self.view.blob(name), name) if name in self.view.blobs() else None
 
+    def past_queries(self) -> Protection:
+        """What learning may not change; nothing before the first protected consolidation."""
+        if PAST_QUERIES not in self.view.blobs():
+            return Protection()
+        return Protection.from_bytes(self.view.blob(PAST_QUERIES))
+
     def query_statistics(self) -> dict[int, QueryStatistics]:
         """Moments of the queries of every consolidated task, by task number, in order."""
         return query_statistics(self.view, self.state)
@@ -225,15 +234,22 @@ def solve_recalled_head(
 ) -> RecalledHead:
     """The head of a memory: from the moments of the tasks' features, or the trained classifiers.
 
-    `trained[task]` came with the task's last adapter; a shared linear head takes every class from
-    the task that trained it last.
+    `trained[task]` came with the task's last adapter; a grown head that is shared takes every
+    class from the task that trained it last. A head that learns on through every consolidation
+    (kind shared) starts as the mean of the trained ones, or as the discriminant head of all tasks
+    where an adapter came without.
     """
+    if settings.kind == "shared":
+        known = [head for head in trained.values() if head is not None]
+        if len(known) == len(trained):
+            return RecalledHead.shared(averaged(known))
+        settings = settings.model_copy(update={"kind": "lda", "scope": "shared"})
 
-    def linear(task: int) -> LinearClassifier:
+    def own(task: int) -> LinearClassifier:
         classifier = trained[task]
         if classifier is None:
             raise ConfigError(
-                f"head.kind linear, but the adapter of task {task} came without a trained head",
+                f"head.kind grown, but the adapter of task {task} came without a trained head",
                 remedy="--set head.kind=lda, or an adapter made by memtool train-adapter",
             )
         return classifier
@@ -241,15 +257,22 @@ def solve_recalled_head(
     tasks = list(statistics)
     if settings.scope == "task":
         solved = [
-            linear(task)
-            if settings.kind == "linear"
+            own(task)
+            if settings.kind == "grown"
             else solve_head(settings.kind, statistics[task], settings)
             for task in tasks
         ]
         return RecalledHead.of_tasks(solved, adapter_tasks)
-    if settings.kind == "linear":
-        return RecalledHead.shared(grown([linear(task) for task in tasks]))
+    if settings.kind == "grown":
+        return RecalledHead.shared(grown([own(task) for task in tasks]))
     return RecalledHead.shared(solve_head(settings.kind, merged(statistics), settings))
+
+
+def going_on(learned: RecalledHead, start: RecalledHead) -> RecalledHead:
+    """The learned head (one for all tasks), with the rows of `start` for classes new to it."""
+    device = start.weight.device
+    parts = [LinearClassifier(each.weight[0], each.bias[0]) for each in (start, learned.to(device))]
+    return RecalledHead.shared(grown(parts))
 
 
 def grown(heads: Sequence[LinearClassifier]) -> LinearClassifier:
@@ -259,6 +282,18 @@ def grown(heads: Sequence[LinearClassifier]) -> LinearClassifier:
         known = torch.isfinite(head.bias)
         weight[known], bias[known] = head.weight[known], head.bias[known]
     return LinearClassifier(weight, bias)
+
+
+def averaged(heads: Sequence[LinearClassifier]) -> LinearClassifier:
+    """One head in which each class has the mean of its rows in the heads that know it."""
+    known = torch.stack([torch.isfinite(head.bias) for head in heads])
+    count = known.sum(dim=0).clamp_min(1)
+    weight = torch.stack([head.weight for head in heads]) * known.unsqueeze(-1)
+    bias = torch.stack([head.bias.masked_fill(~torch.isfinite(head.bias), 0.0) for head in heads])
+    return LinearClassifier(
+        weight.sum(dim=0) / count.unsqueeze(-1),
+        (bias.sum(dim=0) / count).masked_fill(~known.any(dim=0), -torch.inf),
+    )
 
 
 def merged(statistics: Mapping[int, FeatureStatistics]) -> FeatureStatistics:

@@ -12,7 +12,7 @@ from memtool.adapters.layout import Layout
 from memtool.backbones import create_backbone
 from memtool.config import Config, expand, split_store
 from memtool.engine import Engine
-from memtool.errors import DataError, NotFoundError, did_you_mean
+from memtool.errors import ConfigError, DataError, NotFoundError, did_you_mean
 from memtool.streams import create_stream
 
 if TYPE_CHECKING:
@@ -22,12 +22,24 @@ if TYPE_CHECKING:
 
 
 class Workspace:
-    """Stream, backbone, engine and store of a configuration and one seed."""
+    """Stream, backbone, engine and store of a configuration and one seed.
 
-    def __init__(self, config: Config, *, seed: int, progress: Progress | None = None) -> None:
+    `adapters` is the folder of trained adapters where several memories share them; without one it
+    lies in the configuration's `runs`.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        seed: int,
+        progress: Progress | None = None,
+        adapters: Path | None = None,
+    ) -> None:
         self.config = config
         self.seed = seed
         self.progress = progress
+        self.adapter_folder = adapters or config.runs / "adapters"
 
     @cached_property
     def stream(self) -> Stream:
@@ -112,30 +124,31 @@ class Workspace:
                     raise
         return self.store
 
-    def task(self, name: str) -> Task:
-        """A task by number (from 1) or by name."""
-        tasks = self.stream.tasks
-        if re.fullmatch(r"\d+", name):
-            number = int(name)
-            if 1 <= number <= len(tasks):
-                return tasks[number - 1]
+    def task(self, name: str, *, held_out: bool = False) -> Task:
+        """A task by number (from 1) or by name; with `held_out` also the one to generalise to."""
+        tasks, other = self.stream.tasks, self.stream.held_out
+        by_number = re.fullmatch(r"\d+", name) is not None
+        for task in tasks:
+            if task.name == name or (by_number and task.number == int(name)):
+                return task
+        if other is not None and name in (other.name, str(other.number)):
+            if held_out:
+                return other
+            raise ConfigError(
+                f"task {other.number} {other.name!r} is held out: nothing is learned from it",
+                expected="one of the domains to learn from: " + ", ".join(t.name for t in tasks),
+                remedy="--held-out another domain",
+            )
+        if by_number:
             raise NotFoundError(
-                f"task {number}: {self.stream.name} has {len(tasks)} tasks",
-                expected=f"a number from 1 to {len(tasks)}, or one of "
+                f"task {name}: {self.stream.name} has {len(tasks)} tasks",
+                expected=f"a number from {tasks[0].number} to {tasks[-1].number}, or one of "
                 + ", ".join(t.name for t in tasks),
             )
-        for task in tasks:
-            if task.name == name:
-                return task
         raise NotFoundError(
             f"no task {name!r} in {self.stream.name}",
             expected=did_you_mean(name, [t.name for t in tasks]),
         )
-
-    @property
-    def adapter_folder(self) -> Path:
-        """Where trained adapters lie."""
-        return self.config.runs / "adapters"
 
 
 def require_learnable(task: Task) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -28,6 +29,8 @@ def cut(table: Table, settings: StreamSettings) -> Stream:
     split gives a fifth of every class (of every domain) to testing, by the seed. `train_per_task`
     and `test_per_task` choose as equally from the classes as they can, and a larger number keeps
     what a smaller one chose; `validation` is then taken from the training images, class by class.
+    `held_out` takes a domain of "dg" out of the tasks, which keep their numbers, and gives all of
+    its images to testing.
 
     Raises ConfigError for settings that do not fit the table, and DataError for a table without
     domains under "dil" or "dg" and for a task with no image or with one class only.
@@ -39,13 +42,47 @@ def cut(table: Table, settings: StreamSettings) -> Stream:
         _task(table, settings, is_test, number, name, members, by_domain=by_domain)
         for number, (name, members) in enumerate(groups, start=1)
     )
+    held_out = None
+    if settings.held_out is not None:
+        held_out = _held_out(table, settings, tasks)
+        tasks = tuple(task for task in tasks if task.number != held_out.number)
     return Stream(
         name=table.name,
         setting=settings.setting,
         tasks=tasks,
         class_names=table.class_names,
         fingerprint=_fingerprint(table, settings, groups),
+        held_out=held_out,
     )
+
+
+def _held_out(table: Table, settings: StreamSettings, tasks: Sequence[Task]) -> Task:
+    """The task of the domain that is held out, with all of its images for testing."""
+    name = settings.held_out
+    names = [task.name for task in tasks]
+    if settings.setting != "dg":
+        raise ConfigError(
+            f"stream.held_out is {name!r} under stream.setting {settings.setting}",
+            expected="stream.setting dg: only domain generalisation holds a domain out",
+        )
+    if name not in names:
+        raise ConfigError(
+            f"stream.held_out names {name!r}, which is no domain of {table.name}",
+            expected=did_you_mean(str(name), names),
+        )
+    if len(tasks) < 2:
+        raise ConfigError(
+            f"stream.held_out {name!r} leaves no domain of {table.name} to learn from",
+            expected="two domains or more",
+        )
+    task = tasks[names.index(name)]
+    assert table.domains is not None
+    rows = np.flatnonzero(table.domains == table.domain_names.index(name))
+    if settings.test_per_task is not None:
+        ranks = random_ranks(len(table), "subset", settings.seed)
+        rows = rows[balanced(table.labels[rows], ranks[rows], settings.test_per_task)]
+    nothing = table.samples(rows[:0])
+    return dataclasses.replace(task, train=nothing, validation=nothing, test=table.samples(rows))
 
 
 def _domain_groups(table: Table, settings: StreamSettings) -> list[tuple[str, list[int]]]:

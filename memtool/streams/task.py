@@ -41,8 +41,9 @@ class Stream:
     """A data set cut into tasks in a fixed order.
 
     `setting` is the cut: "dil", "dg" (tasks are domains over the same classes), "cil", "til"
-    and "mts" (tasks are groups of classes). `fingerprint` is a sha256 of the source, the cut and
-    the order.
+    and "mts" (tasks are groups of classes). `held_out` is the domain of "dg" that nothing is
+    learned from: it is not among the tasks, and all of its images are for testing. `fingerprint`
+    is a sha256 of the source, the cut and the order, the same whatever is held out.
     """
 
     name: str
@@ -50,3 +51,4 @@ class Stream:
     tasks: tuple[Task, ...]
     class_names: tuple[str, ...]
     fingerprint: str
+    held_out: Task | None = None

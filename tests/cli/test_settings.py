@@ -60,7 +60,7 @@ def test_config_show_tells_where_each_value_is_from(here, memtool):
         "show",
         "--origin",
         "--preset",
-        "pacs-dil",
+        "mira-dil",
         "--set",
         "seed=1,2",
         "--device",
@@ -76,15 +76,15 @@ def test_config_show_tells_where_each_value_is_from(here, memtool):
     assert rows["adapter.rank"] == ("6", "MEMTOOL_ADAPTER__RANK")
     assert rows["seed"] == ("1,2", "command line")
     assert rows["engine.device"] == ("cpu", "command line")
-    assert rows["stream.source"] == ("pacs", "preset pacs-dil")
+    assert rows["stream.source"] == ("pacs", "preset mira-dil")
     assert rows["memory.mix"] == (Config().memory.mix, "default")
     assert set(rows) == {"setting", *keys()}
 
 
 def test_config_show_yaml_can_be_given_back(here, memtool):
-    text = memtool("config", "show", "--preset", "pacs-dil", "--rank", "7", "--yaml")
+    text = memtool("config", "show", "--preset", "mira-dil", "--rank", "7", "--yaml")
     assert text.returncode == 2  # --rank belongs to the verbs that train
-    text = memtool("config", "show", "--preset", "pacs-dil", "--set", "adapter.rank=7", "--yaml")
+    text = memtool("config", "show", "--preset", "mira-dil", "--set", "adapter.rank=7", "--yaml")
     (here / "given.yaml").write_text(text.stdout)
     again = memtool("config", "show", "--config", "given.yaml", "--yaml")
     assert again.stdout == text.stdout
@@ -100,7 +100,7 @@ def test_config_as_json(memtool):
 
 def test_completion_of_verbs_presets_settings_tasks_and_versions(memory, memtool):
     assert "train-adapter" in complete(memtool, "memtool tr")
-    assert complete(memtool, "memtool run --preset pacs") == ["pacs-dil"]
+    assert complete(memtool, "memtool run --preset pacs") == ["mira-dil"]
     assert complete(memtool, "memtool consolidate --sep af") == ["affine"]
     assert "adapter.rank=" in complete(memtool, "memtool run --set adapter.r")
     assert "inverted" in complete(memtool, "memtool train-adapter --task in")

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from memtool.errors import ConfigError, CorruptError, DataError, MismatchError
+from memtool.errors import ConfigError, DataError, MismatchError
 from memtool.methods.dual_gpm import DualGPM
 
 
@@ -98,15 +98,6 @@ def test_share_rises_to_one() -> None:
     assert [memory.share(p) for p in (0.0, 0.5, 1.0, 2.0)] == pytest.approx([0.9, 0.95, 1.0, 1.0])
 
 
-@pytest.mark.parametrize("rows", [3, 30])
-def test_bytes_and_back(rows: int) -> None:
-    memory = DualGPM(8, start=0.95)
-    memory.update(inputs(rows, 8, 3), 0.2)
-    again = DualGPM.from_bytes(memory.to_bytes())
-    assert (again.kind, again.start, again.width) == (memory.kind, 0.95, 8)
-    assert torch.equal(again.basis, memory.basis)
-
-
 def test_errors() -> None:
     with pytest.raises(ConfigError, match="share of energy"):
         DualGPM(3, start=0.0)
@@ -119,6 +110,3 @@ def test_errors() -> None:
         memory.update(torch.full((2, 3), torch.nan), 0.0)
     with pytest.raises(MismatchError, match="vectors of shape"):
         memory.project(torch.zeros(4))
-    for data in (b"", b"12345678", DualGPM(3).to_bytes().replace(b"remove", b"forget")):
-        with pytest.raises(CorruptError):
-            DualGPM.from_bytes(data)

@@ -21,6 +21,7 @@ from memtool.errors import (
     NotFoundError,
 )
 from memtool.methods.consolidate import drift_degrees
+from memtool.methods.measure import Measure
 from memtool.methods.mira import Mira
 from memtool.methods.recall import every, same_for_all
 from memtool_stores import SpaceMismatchError
@@ -156,14 +157,14 @@ def test_another_separation_is_another_version_from_the_same_moments(learned_cop
     assert kept > 0.6
 
 
-@pytest.mark.parametrize("kind", ["ridge", "lda", "ncm", "linear"])
+@pytest.mark.parametrize("kind", ["ridge", "lda", "ncm", "grown"])
 @pytest.mark.parametrize("scope", ["shared", "task"])
 def test_every_head(learned_copy, kind, scope):
     folder = learned_copy.config.runs.parent
     mira = Mira.open(small_config(folder, head__kind=kind, head__scope=scope), seed=0)
     mira.consolidate()
     faa = mira.evaluate().row("memory").metrics["faa"]
-    assert faa > (0.2 if kind in ("ncm", "linear") else 0.5)
+    assert faa > (0.2 if kind in ("ncm", "grown") else 0.5)
 
 
 def test_learned_keys_leave_older_keys_where_they_were(tmp_path):
@@ -315,13 +316,13 @@ class TestBadInput:
         other.adapt("1")
         changed = small_config(mira.config.runs.parent, memory__separation="affine")
         late = Mira.open(changed, seed=0)
-        count = late._accuracy
+        accuracy = Measure.accuracy
 
         def write_meanwhile(*arguments):
             other.write([other.workspace.adapter_folder / "task-1-seed-1"])
-            return count(*arguments)
+            return accuracy(*arguments)
 
-        monkeypatch.setattr(late, "_accuracy", write_meanwhile)
+        monkeypatch.setattr(Measure, "accuracy", write_meanwhile)
         with pytest.raises(ChangedMeanwhileError, match="moved on to version"):
             late.consolidate()
         assert len(mira.workspace.store.view("HEAD")) == 4
@@ -386,7 +387,7 @@ def test_folders_that_a_kill_left_behind_are_not_adapters(learned_copy):
 
 
 def test_classes_learned_in_turn_under_a_linear_head_grown_by_task(tmp_path):
-    cut = {"stream__setting": "cil", "stream__order": tuple("0123"), "head__kind": "linear"}
+    cut = {"stream__setting": "cil", "stream__order": tuple("0123"), "head__kind": "grown"}
     mira = Mira.open(small_config(tmp_path, head__scope="shared", train__epochs=4, **cut), seed=0)
     learn(mira, 2)
     scores = mira.evaluate().row("memory").accuracy[-1]

@@ -11,9 +11,12 @@ from memtool.config import expand
 from memtool.progress import ProgressEvent
 from memtool_cli import records
 from memtool_cli.options import (
+    ADAPTERS,
     COMPUTE,
     CONFIGURATION,
     DRY_RUN,
+    HELD_OUT,
+    KEYS,
     MEMORY,
     MIX,
     RANK,
@@ -23,6 +26,7 @@ from memtool_cli.options import (
     STORE,
     Call,
     examples,
+    one_of,
     verb,
 )
 from memtool_cli.output import Table, duration, size
@@ -33,6 +37,9 @@ if TYPE_CHECKING:
     from memtool.backbones.pretrain import PretrainProgress
 
 app = typer.Typer(rich_markup_mode="rich")
+
+WORDS = ("separation", "query", "adapters", "keys", "protect", "memory")
+"""The ablations of `memtool.methods.ablations`, here so that help needs no torch."""
 
 
 @app.command("demo", epilog=examples("memtool demo", "memtool demo --out try --json"))
@@ -60,12 +67,26 @@ def demo(
     "run",
     epilog=examples(
         "memtool run",
-        "memtool run --preset pacs-dil --seed 0 --seed 1 --seed 2",
+        "memtool run --preset mira-dil --seed 0 --seed 1 --seed 2",
         "memtool run --preset modulation-mts --splits 50 --memory hopfield",
         "memtool run --config experiment.yaml --sep affine --report report.html",
     ),
 )
-@verb(STORE, SEP, MIX, MEMORY, RANK, SPLITS, SEED, *COMPUTE, *CONFIGURATION, DRY_RUN)
+@verb(
+    STORE,
+    SEP,
+    MIX,
+    *KEYS,
+    MEMORY,
+    RANK,
+    *ADAPTERS,
+    SPLITS,
+    HELD_OUT,
+    SEED,
+    *COMPUTE,
+    *CONFIGURATION,
+    DRY_RUN,
+)
 def run(
     call: Call,
     resume: Annotated[
@@ -103,6 +124,66 @@ def run(
 
         call.out.note(f"report: {write_report(found, report)}")
     return None
+
+
+@app.command(
+    "ablate",
+    epilog=examples(
+        "memtool ablate separation",
+        "memtool ablate protect --preset mira-dil --seed 0 --seed 1 --seed 2",
+        "memtool ablate adapters --preset mira-dg --report adapters.html",
+    ),
+)
+@verb(
+    STORE,
+    SEP,
+    MIX,
+    *KEYS,
+    RANK,
+    *ADAPTERS,
+    SPLITS,
+    HELD_OUT,
+    SEED,
+    *COMPUTE,
+    *CONFIGURATION,
+)
+def ablate(
+    call: Call,
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="|".join(WORDS),
+            help="The choice to change.",
+            autocompletion=lambda incomplete: [
+                word for word in WORDS if word.startswith(incomplete)
+            ],
+        ),
+    ],
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            "--report", metavar="FILE", help="Write an HTML page.", rich_help_panel="Output"
+        ),
+    ] = None,
+) -> None:
+    """Run one experiment with one choice changed, everything else equal; goes on as `run` does."""
+    one_of("the choice", what, WORDS)
+    call.refuse_version()
+    from memtool.methods.ablations import ablate as run_ablation
+
+    with call.out.progress() as progress:
+        found = run_ablation(
+            call.config,
+            what,
+            progress=progress,
+            command=call.line,
+            preset=call.resolved.preset,
+        )
+    call.out.data(found, *grids(found), ids=[f"{final_average(found):.4f}"])
+    if report is not None:
+        from memtool.reports.html import write_report
+
+        call.out.note(f"report: {write_report(found, report)}")
 
 
 @app.command(

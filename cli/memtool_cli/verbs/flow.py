@@ -11,9 +11,12 @@ from memtool.config import choices
 from memtool.errors import ConfigError
 from memtool_cli import complete
 from memtool_cli.options import (
+    ADAPTERS,
     COMPUTE,
     CONFIGURATION,
     DRY_RUN,
+    HELD_OUT,
+    KEYS,
     MEMORY,
     MIX,
     RANK,
@@ -46,7 +49,18 @@ app = typer.Typer(rich_markup_mode="rich")
         "dir=$(memtool train-adapter --task 2 -q)",
     ),
 )
-@verb(STORE, MEMORY, RANK, SPLITS, SEED, *COMPUTE, *CONFIGURATION, DRY_RUN)
+@verb(
+    STORE,
+    MEMORY,
+    RANK,
+    *ADAPTERS,
+    SPLITS,
+    HELD_OUT,
+    SEED,
+    *COMPUTE,
+    *CONFIGURATION,
+    DRY_RUN,
+)
 def train_adapter(
     call: Call,
     task: Annotated[
@@ -101,7 +115,7 @@ def train_adapter(
         "memtool write --store shared/memory -q",
     ),
 )
-@verb(STORE, MEMORY, RANK, SPLITS, SEED, *COMPUTE, *CONFIGURATION, DRY_RUN)
+@verb(STORE, MEMORY, RANK, SPLITS, HELD_OUT, SEED, *COMPUTE, *CONFIGURATION, DRY_RUN)
 def write(
     call: Call,
     directories: Annotated[
@@ -133,7 +147,20 @@ def write(
         "memtool consolidate --set consolidate.epochs=10 --set consolidate.lr=0.02",
     ),
 )
-@verb(STORE, SEP, MIX, MEMORY, RANK, SPLITS, SEED, *COMPUTE, *CONFIGURATION, DRY_RUN)
+@verb(
+    STORE,
+    SEP,
+    MIX,
+    *KEYS,
+    MEMORY,
+    RANK,
+    SPLITS,
+    HELD_OUT,
+    SEED,
+    *COMPUTE,
+    *CONFIGURATION,
+    DRY_RUN,
+)
 def consolidate(call: Call) -> None:
     """Let the memory learn the keys of its adapters, as one version."""
     call.refuse_version()
@@ -151,6 +178,11 @@ def consolidate(call: Call) -> None:
             ("mix", result.mix),
             ("key learning", f"{result.epochs} epochs"),
             ("train accuracy", percent(result.train_accuracy)),
+            *(
+                [("validation accuracy", percent(result.validation_accuracy))]
+                if result.validation_accuracy is not None
+                else []
+            ),
             ("drift of older keys", f"{result.key_drift_degrees:.2f} degrees"),
         ]
     else:
@@ -175,7 +207,7 @@ def consolidate(call: Call) -> None:
         "memtool retrieve --preset modulation-til --task 7 --memory bayes-pcn --out adapter",
     ),
 )
-@verb(STORE, MEMORY, RANK, SPLITS, SEED, *COMPUTE, *CONFIGURATION)
+@verb(STORE, MEMORY, RANK, SPLITS, HELD_OUT, SEED, *COMPUTE, *CONFIGURATION)
 def retrieve(
     call: Call,
     task: Annotated[
@@ -286,7 +318,7 @@ def _show_recall(call: Call, result: RecallResult) -> None:
         "memtool eval --at-least 0.85 -q || echo worse than before",
     ),
 )
-@verb(STORE, MEMORY, RANK, SPLITS, SEED, *COMPUTE, *CONFIGURATION, DRY_RUN)
+@verb(STORE, MEMORY, RANK, SPLITS, HELD_OUT, SEED, *COMPUTE, *CONFIGURATION, DRY_RUN)
 def evaluate(
     call: Call,
     setting: Annotated[

@@ -41,7 +41,7 @@ PACKAGES = ("torch", "torchvision", "timm", "numpy", "zarr", "icechunk", "safete
     "init",
     epilog=examples(
         "memtool init",
-        "memtool init --preset pacs-dil",
+        "memtool init --preset mira-dil",
         "memtool init --preset digits-til experiments/til.yaml",
     ),
 )
@@ -95,7 +95,7 @@ def commented(resolved: Resolved) -> str:
     epilog=examples(
         "memtool config show",
         "memtool config show --origin",
-        "memtool config show --preset pacs-dil --yaml > pacs.yaml",
+        "memtool config show --preset mira-dil --yaml > pacs.yaml",
     ),
 )
 @verb(STORE, *COMPUTE, *CONFIGURATION)

@@ -1,0 +1,149 @@
+"""Ablations: one experiment again and again, with one choice changed, everything else equal.
+
+The adapters are trained once and shared by all variants, unless the choice is about them. Every
+variant has a memory of its own, so that it can be looked at afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from memtool.config import Config
+from memtool.errors import ConfigError, did_you_mean
+from memtool.evaluation.record import Metrics, Record, Row
+from memtool.methods import experiment
+from memtool.progress import Progress
+
+SEPARATIONS = ("affine", "identity", "softmax", "relu", "tanh", "topk")
+
+ADAPTERS_PER_TASK = (1, 5, 10)
+
+DEFAULT_EPOCHS = 4
+"""Epochs of key learning where a variant learns keys and the configuration does not."""
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """A choice: `variants` gives the settings that each word changes, by dotted key.
+
+    `trains` says whether it changes the training of adapters.
+    """
+
+    question: str
+    variants: Callable[[Config], Mapping[str, Mapping[str, Any]]]
+    trains: bool = False
+
+
+def _learning(config: Config) -> dict[str, Any]:
+    """Settings under which keys learn by gradient, starting at random: the paper's form."""
+    epochs = config.consolidate.epochs or DEFAULT_EPOCHS
+    return {"consolidate.keys": "random", "consolidate.epochs": epochs, "memory.routing": "mixture"}
+
+
+def _query_modules(config: Config) -> dict[str, dict[str, Any]]:
+    return {
+        word: {**_learning(config), "memory.query": word} for word in ("identity", "linear", "mlp")
+    }
+
+
+def _keys(config: Config) -> dict[str, dict[str, Any]]:
+    learning = _learning(config)
+    fixed = {"consolidate.epochs": 0, "memory.routing": "mixture"}
+    return {
+        "learned": learning,
+        "random": {**fixed, "consolidate.keys": "random"},
+        "mean-query": {**fixed, "consolidate.keys": "mean-query"},
+        "closed-form": {**fixed, "consolidate.keys": "closed-form"},
+        "closed-form-learned": {**learning, "consolidate.keys": "closed-form"},
+    }
+
+
+def _protections(config: Config) -> dict[str, dict[str, Any]]:
+    learning = _learning(config)
+    if config.stream.setting == "dg":
+        raise ConfigError(
+            "an ablation of protection under setting dg",
+            expected="tasks in an order, dil or cil: all sources of dg are learned at once",
+        )
+    return {
+        word: {**learning, "consolidate.protect": word} for word in ("dual-gpm", "freeze", "none")
+    }
+
+
+ABLATIONS: dict[str, Ablation] = {
+    "separation": Ablation(
+        "how similarities become coefficients",
+        lambda _: {
+            word: {"memory.separation": word, "memory.routing": "mixture"} for word in SEPARATIONS
+        },
+    ),
+    "query": Ablation("what a block's input goes through before it meets the keys", _query_modules),
+    "adapters": Ablation(
+        "adapters per task",
+        lambda _: {str(count): {"adapter.per_task": count} for count in ADAPTERS_PER_TASK},
+        trains=True,
+    ),
+    "keys": Ablation("keys learned, random, or in closed form", _keys),
+    "protect": Ablation("what key learning may not change", _protections),
+    "memory": Ablation("the memory, a hard choice, or the same mixture for all", lambda _: {}),
+}
+"""Every ablation of the paper by its word."""
+
+
+def ablate(
+    config: Config,
+    name: str,
+    *,
+    progress: Progress | None = None,
+    command: str | None = None,
+    preset: str | None = None,
+) -> list[Record]:
+    """One record a seed, with a row for every variant; finished parts are taken from disk.
+
+    Raises ConfigError for an unknown ablation.
+    """
+    if name not in ABLATIONS:
+        raise ConfigError(f"no ablation {name!r}", expected=did_you_mean(name, ABLATIONS))
+    ablation = ABLATIONS[name]
+    variants = ablation.variants(config)
+    of_variants: list[list[Record]] = []
+    labels: list[str] = []
+    for word, changes in (variants or {"": {}}).items():
+        place = config.runs / f"ablate-{name}" / word
+        store = "-".join(part for part in (config.store, name, word) if part)
+        found = experiment.run(
+            _changed(config, {**changes, "runs": place, "store": store}),
+            progress=progress,
+            baselines=False,
+            command=command,
+            preset=preset,
+            adapters=None if ablation.trains else config.runs,
+        )
+        of_variants.append(found)
+        labels.append(word)
+    return [_side_by_side(name, labels, records) for records in zip(*of_variants, strict=True)]
+
+
+def _side_by_side(name: str, words: list[str], records: tuple[Record, ...]) -> Record:
+    """The records of one seed as one: the memory of every variant, or all rows of the only one."""
+    if len(records) == 1:
+        return records[0]
+    rows: list[Row] = []
+    for word, record in zip(words, records, strict=True):
+        memory = record.row("memory")
+        rows.append(memory.model_copy(update={"id": f"{name}-{word}", "label": f"{name} {word}"}))
+    return records[0].model_copy(update={"metrics": Metrics(rows=tuple(rows))})
+
+
+def _changed(config: Config, changes: Mapping[str, Any]) -> Config:
+    """The configuration with other values for some dotted keys, validated anew."""
+    tree = config.model_dump()
+    for key, value in changes.items():
+        *sections, last = key.split(".")
+        place = tree
+        for section in sections:
+            place = place[section]
+        place[last] = value
+    return Config.model_validate(tree)

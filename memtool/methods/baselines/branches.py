@@ -1,0 +1,61 @@
+"""A new LoRA for every task, summed with the frozen ones of tasks before: ΔW = Σ_t s B_t A_t."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from memtool.adapters.mixing import Mixture
+from memtool.adapters.values import AdapterValues, BlockValues, ModuleValues, Recall
+from memtool.methods.baselines.learner import Learner
+from memtool.methods.recall import every
+from memtool.methods.workspace import Workspace
+from memtool.streams.task import Task
+
+
+class Branches(Learner):
+    """`past` are the frozen branches (None during the first task), `values` the one that learns.
+
+    The sum of the branches is their merge: it is one adapter of rank t · r, for every input.
+    """
+
+    past: AdapterValues | None
+
+    def __init__(self, work: Workspace, tasks: int) -> None:
+        super().__init__(work, tasks)
+        self.past = None
+
+    def before_task(self, task: Task) -> None:
+        """Freeze what was learned, and begin a branch that changes nothing yet."""
+        del task
+        if self.seen:
+            flat = self.values.flat()
+            if self.past is not None:
+                flat = torch.cat([self.past.flat(), flat])
+            self.past = self.stacked(flat)
+            self.values = self.fresh(1, seed=self.work.seed + 1000 * len(self.seen))
+
+    def recall(self) -> Recall:
+        """All branches, for every input."""
+        return every(self.values) if self.past is None else summed(self.past, self.values)
+
+
+def summed(past: AdapterValues, new: AdapterValues) -> Recall:
+    """The sum of all adapters of two stacks, for every sample."""
+
+    def recall(block: int, hidden: Tensor) -> Mixture | None:
+        old, added = past.block(block), new.block(block)
+        if old is None or added is None:
+            return None
+        joined = BlockValues(
+            {name: _joined(old.modules[name], added.modules[name]) for name in old.modules},
+            torch.cat([old.scaling, added.scaling]),
+        )
+        return Mixture.weighted(joined, hidden.new_ones(len(hidden), len(joined)))
+
+    return recall
+
+
+def _joined(old: ModuleValues, new: ModuleValues) -> ModuleValues:
+    b = tuple(torch.cat(pair) for pair in zip(old.b, new.b, strict=True))
+    return ModuleValues(old.sites, torch.cat([old.a, new.a]), b)

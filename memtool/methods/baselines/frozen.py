@@ -1,0 +1,80 @@
+"""The frozen backbone under every kind of head: what the adapters have to beat."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from memtool.engine import Batch, Batches
+from memtool.evaluation.matrix import AccuracyMatrix
+from memtool.evaluation.record import Row
+from memtool.heads import LinearHead
+from memtool.methods.baselines.reading import TITLES, ClosedForms, Reading, accuracies
+from memtool.methods.workspace import Workspace
+from memtool.streams.task import Samples, Task
+
+_READINGS: tuple[Reading, ...] = ("ridge", "lda", "ncm", "routed", "linear")
+
+
+def frozen(work: Workspace, tasks: Sequence[Task]) -> list[Row]:
+    """The frozen features under every kind of head, the linear one trained task after task."""
+    begin = time.perf_counter()
+    train = [frozen_features(work, task.train) for task in tasks]
+    spent = time.perf_counter() - begin
+    samples = [task.test for task in tasks]
+    test = [frozen_features(work, each) for each in samples]
+    closed = ClosedForms(work, len(tasks))
+    head = LinearHead(work.backbone.dim, len(work.stream.class_names))
+    names = [task.name for task in tasks]
+    matrices = {reading: AccuracyMatrix.empty(names) for reading in _READINGS}
+    trained = 0.0
+    for number, (task, features) in enumerate(zip(tasks, train, strict=True), start=1):
+        closed.count(features, task)
+        begin = time.perf_counter()
+        train_head(work, head, features, task)
+        trained += time.perf_counter() - begin
+        for reading in _READINGS:
+            linear = reading == "linear"
+            predict = head.classifier().to("cpu") if linear else closed.solve(reading)
+            row = accuracies(predict, test, samples)
+            matrices[reading] = matrices[reading].with_row(number, row)
+    return [
+        Row.measured(
+            f"frozen-{reading}",
+            f"frozen + {TITLES[reading]}",
+            "baseline",
+            matrix,
+            seconds=spent + trained if reading == "linear" else spent,
+        )
+        for reading, matrix in matrices.items()
+    ]
+
+
+def frozen_features(work: Workspace, samples: Samples) -> Tensor:
+    """Features (n, dim) of the backbone as it is, on the CPU."""
+    backbone = work.backbone
+    return work.engine.predict(
+        lambda images: backbone.features(backbone.preprocess(images)), samples.images
+    )
+
+
+def train_head(work: Workspace, head: LinearHead, features: Tensor, task: Task) -> None:
+    """The budget of an adapter (epochs, batch, rate), spent on a head alone."""
+    settings = work.config.train
+
+    def loss(module: nn.Module, batch: Batch) -> Tensor:
+        return F.cross_entropy(module(batch.inputs, task.classes).float(), batch.labels)
+
+    batches = Batches(
+        features.numpy(),
+        np.asarray(task.train.labels),
+        settings.batch_size,
+        settings.epochs,
+        work.seed * 1000 + task.number,
+    )
+    stage = f"{task.name}: baseline, frozen, linear head"
+    work.engine.fit(head, batches, loss, settings, stage=stage, progress=work.progress)

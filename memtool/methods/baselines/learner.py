@@ -1,0 +1,186 @@
+"""One LoRA and one linear head that learn task after task: the loop of all trained baselines.
+
+`Learner` as it stands is sequential LoRA. Every other method is a subclass that changes one of its
+hooks (what happens before a task, the penalty of a step, what is kept after a task, which adapters
+a block uses), so that backbone, start, data, order of batches, epochs and optimiser are the same
+for all, and those of the memory's stage 1.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from memtool.adapters.lora import init_lora
+from memtool.adapters.values import AdapterValues, Recall
+from memtool.engine import Batch, Batches
+from memtool.evaluation.matrix import AccuracyMatrix
+from memtool.evaluation.record import Row
+from memtool.heads import LinearHead
+from memtool.methods.adapt import augmented
+from memtool.methods.baselines.reading import TITLES, ClosedForms, Predict, Reading, accuracies
+from memtool.methods.recall import every
+from memtool.methods.workspace import Workspace
+from memtool.streams.task import Samples, Task
+
+READINGS: tuple[Reading, ...] = ("linear", "ridge", "lda", "routed")
+
+
+class Learner(nn.Module):
+    """Sequential LoRA: each task starts from what the one before left, nothing protects it.
+
+    `forward(images)` maps uint8 images (b, h, w, 3) to logits (b, classes) of all classes of the
+    stream. Parameters: A and B of `values`, and `head`, which starts at zero.
+    """
+
+    id: ClassVar[str] = "sequential"
+    title: ClassVar[str] = "sequential LoRA"
+
+    def __init__(self, work: Workspace, tasks: int) -> None:
+        """A fresh adapter and head, to learn so many tasks."""
+        super().__init__()
+        self.work = work
+        self.tasks = tasks
+        self.seen: list[Task] = []
+        self.backbone = work.backbone
+        self.values = self.fresh(1, seed=work.seed)
+        self.head = LinearHead(work.backbone.dim, len(work.stream.class_names))
+        self.to(work.engine.device)
+
+    def fresh(self, count: int, *, seed: int) -> AdapterValues:
+        """So many new adapters that learn: A random, B zero."""
+        work = self.work
+        flat = init_lora(work.layout, count, generator=work.engine.generator(seed))
+        return self.stacked(flat, trainable=True)
+
+    def stacked(self, flat: Tensor, *, trainable: bool = False) -> AdapterValues:
+        """Adapters of flat values (t, numel), on the device, scaled by the settings' alpha / r."""
+        settings = self.work.config.adapter
+        scaling = settings.alpha / settings.rank
+        values = AdapterValues.from_flat(flat, self.work.layout, scaling, trainable=trainable)
+        return values.to(self.work.engine.device)
+
+    def recall(self) -> Recall:
+        """The adapters that a block uses."""
+        return every(self.values)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Features (b, dim)."""
+        return self.backbone.features(self.backbone.preprocess(images), self.recall())
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (b, classes), float32."""
+        logits: Tensor = self.head(self.features(images))
+        return logits.float()
+
+    def before_task(self, task: Task) -> None:
+        """What changes before a task trains; `seen` holds the tasks before it."""
+
+    def penalty(self, images: Tensor, logits: Tensor) -> Tensor:
+        """What the loss of a step has beside the cross-entropy; logits are those of the images."""
+        del images
+        return logits.new_zeros(())
+
+    def after_task(self, task: Task) -> None:
+        """What is kept of a task that was trained; `seen` does not hold it yet."""
+
+    def learn(self, task: Task, stage: str) -> None:
+        """Train on one task: cross-entropy over the task's classes, plus the penalty."""
+        work, settings = self.work, self.work.config.train
+        mask = torch.full((self.head.classes,), -torch.inf, device=work.engine.device)
+        mask[list(task.classes)] = 0.0
+        self.before_task(task)
+
+        def loss(model: nn.Module, batch: Batch) -> Tensor:
+            images = augmented(batch, settings)
+            logits = model(images)
+            return F.cross_entropy(logits + mask, batch.labels) + self.penalty(images, logits)
+
+        work.engine.fit(
+            self,
+            Batches(
+                task.train.images,
+                task.train.labels,
+                settings.batch_size,
+                settings.epochs,
+                work.seed * 1000 + task.number,
+            ),
+            loss,
+            settings,
+            stage=stage,
+            progress=work.progress,
+        )
+        self.after_task(task)
+        self.seen.append(task)
+
+    def features_of(self, samples: Samples) -> Tensor:
+        """Features (n, dim) of samples as the model is now, on the CPU."""
+        return self.work.engine.predict(self.features, samples.images)
+
+    def linear(self) -> Predict:
+        """The trained head as it is now, for features on the CPU."""
+        return self.head.classifier().to("cpu")
+
+
+def in_turn(kind: type[Learner], work: Workspace, tasks: Sequence[Task]) -> list[Row]:
+    """Learn task after task; one row with the whole matrix for every way to read the features.
+
+    Seconds are those of learning and of counting features, without the tests.
+    """
+    learner = kind(work, len(tasks))
+    closed = ClosedForms(work, len(tasks))
+    matrices = {
+        reading: AccuracyMatrix.empty([task.name for task in tasks]) for reading in READINGS
+    }
+    samples = [task.test for task in tasks]
+    seconds = 0.0
+    for number, task in enumerate(tasks, start=1):
+        begin = time.perf_counter()
+        learner.learn(task, f"task {number}/{len(tasks)} {task.name}: baseline, {kind.title}")
+        closed.count(learner.features_of(task.train), task)
+        seconds += time.perf_counter() - begin
+        test = [learner.features_of(each) for each in samples]
+        for reading in READINGS:
+            predict = learner.linear() if reading == "linear" else closed.solve(reading)
+            row = accuracies(predict, test, samples)
+            matrices[reading] = matrices[reading].with_row(number, row)
+    return [
+        Row.measured(
+            kind.id if reading == "linear" else f"{kind.id}-{reading}",
+            f"{kind.title}, {TITLES[reading]}",
+            "baseline",
+            matrix,
+            seconds=seconds,
+        )
+        for reading, matrix in matrices.items()
+    ]
+
+
+def pooled(tasks: Sequence[Task]) -> Task:
+    """All tasks as one, its images copied into memory.
+
+    Epochs over it are as many steps as the same epochs over every task, but for the last and
+    smaller batches of the tasks.
+    """
+
+    def joined(parts: Sequence[Samples]) -> Samples:
+        return Samples(
+            np.concatenate([part.images for part in parts]),
+            np.concatenate([part.labels for part in parts]),
+        )
+
+    return Task(
+        number=0,
+        name="all tasks",
+        domain=None,
+        classes=tuple(sorted({one for task in tasks for one in task.classes})),
+        train=joined([task.train for task in tasks]),
+        validation=joined([task.validation for task in tasks]),
+        test=joined([task.test for task in tasks]),
+    )

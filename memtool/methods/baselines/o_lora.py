@@ -1,0 +1,41 @@
+"""O-LoRA: the input directions of a new LoRA are pressed to be orthogonal to those of the old ones.
+
+    penalty = λ Σ_sites Σ_{old t} Σ_{ij} |A_t Aᵀ|_{ij}
+
+Source: Wang et al. 2023.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from memtool.adapters.values import AdapterValues
+from memtool.methods.baselines.branches import Branches
+
+STRENGTH = 0.1
+
+
+class OLora(Branches):
+    """A branch per task under the orthogonality penalty."""
+
+    id: ClassVar[str] = "o-lora"
+    title: ClassVar[str] = "O-LoRA"
+
+    def penalty(self, images: Tensor, logits: Tensor) -> Tensor:
+        """The overlap with the frozen branches; zero during the first task."""
+        del images
+        if self.past is None:
+            return logits.new_zeros(())
+        return STRENGTH * overlap(self.past, self.values)
+
+
+def overlap(past: AdapterValues, new: AdapterValues) -> Tensor:
+    """Σ |A_t Aᵀ| over the adapters t of `past`, the sites and the pairs of ranks; `new` has one."""
+    total = past.scaling.new_zeros(())
+    with torch.autocast(total.device.type, enabled=False):
+        for old, a in zip(past.a, new.a, strict=True):  # (t, sites, r, d), (1, sites, r, d)
+            total = total + (old @ a.transpose(-1, -2)).abs().sum()
+    return total

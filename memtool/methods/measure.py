@@ -1,0 +1,238 @@
+"""What a memory is worth: the accuracy of what it recalls, beside other ways to read it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from memtool.adapters.values import AdapterValues, Recall
+from memtool.errors import NotFoundError
+from memtool.evaluation.matrix import AccuracyMatrix
+from memtool.evaluation.metrics import coefficient_drift
+from memtool.evaluation.record import Kind, Row
+from memtool.heads import FeatureStatistics, LinearClassifier, RecalledHead, solve_head
+from memtool.memories.keyed import BlockMemory, KeyedMemory
+from memtool.memories.separation import SeparationFunction, separation
+from memtool.methods.method import task_of
+from memtool.methods.recall import MemoryModel, every, same_for_all
+from memtool.methods.state import Snapshot
+from memtool.methods.workspace import Workspace
+from memtool.streams.task import Samples, Task
+
+SIGNED = ("identity", "affine", "tanh")
+"""Separations that can give negative coefficients."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """What a memory scored on several tasks.
+
+    accuracy: one a task; task_accuracy: share of samples whose task was inferred right;
+    coefficients: (samples, memories, t) of every task, float32 on the CPU.
+    """
+
+    accuracy: tuple[float, ...]
+    task_accuracy: float
+    coefficients: tuple[Tensor, ...]
+
+
+class Measure:
+    """Measurements of memories over one workspace: its engine, backbone and tasks."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self.workspace = workspace
+
+    def recall(
+        self, model: MemoryModel, head: RecalledHead, images: npt.NDArray[np.uint8]
+    ) -> tuple[Tensor, Tensor]:
+        """Scores (n, classes) and coefficients (n, memories, t) of images."""
+
+        def run(batch: Tensor) -> Tensor:
+            features, coefficients = model.with_coefficients(batch)
+            scores = head(features, coefficients.mean(dim=1))
+            return torch.cat([scores, coefficients.flatten(1).float()], dim=1)
+
+        joined = self.workspace.engine.predict(run, images)
+        memories = len(model.memory.blocks)
+        return joined[:, : head.classes], joined[:, head.classes :].unflatten(1, (memories, -1))
+
+    def accuracy(self, model: MemoryModel, head: RecalledHead, samples: Samples) -> float:
+        """Share of samples that the recalled mixture classifies right."""
+        return _share_right(self.recall(model, head, samples.images)[0], samples)
+
+    def scores(self, snapshot: Snapshot, tasks: Sequence[Task]) -> Scores:
+        """The memory on the test images of tasks, the task inferred."""
+        state, model, head = snapshot.consolidated()
+        by_task = torch.nn.functional.one_hot(
+            torch.tensor(state.adapter_tasks), len(state.tasks)
+        ).float()
+        accuracy, coefficients = [], []
+        right, total = 0, 0
+        for task in tasks:
+            logits, recalled = self.recall(model, head, task.test.images)
+            accuracy.append(_share_right(logits, task.test))
+            coefficients.append(recalled)
+            if task.number in state.tasks:
+                chosen = (recalled.mean(dim=1) @ by_task).argmax(dim=1)
+                right += int((chosen == state.tasks.index(task.number)).sum())
+                total += len(task.test)
+        return Scores(tuple(accuracy), right / max(total, 1), tuple(coefficients))
+
+    def own_accuracy(self, snapshot: Snapshot, task: Task) -> float:
+        """The task's own adapters, exactly recalled, with the heads trained with them."""
+        engine = self.workspace.engine
+        total: Tensor | None = None
+        for record in snapshot.adapters_of(task.number):
+            head = snapshot.own_head(record.name)
+            if head is None:
+                raise NotFoundError(
+                    f"adapter {record.name!r} came without a trained head",
+                    remedy="memtool eval --setting dil, whose head is solved from statistics",
+                )
+            values = AdapterValues.from_flat(
+                torch.from_numpy(snapshot.view.value(record.id).copy())[None],
+                self.workspace.layout,
+                record.scaling,
+            ).to(engine.device)
+            logits = self._logits(every(values), head.to(engine.device), task)
+            total = logits if total is None else total + logits
+        assert total is not None
+        return _share_right(total, task.test)
+
+    def other_ways(
+        self, snapshot: Snapshot, sources: Sequence[Task], shown: Sequence[Task]
+    ) -> list[Row]:
+        """Other ways to read the same memory, on the test images of `shown`.
+
+        Hard choice, negative coefficients left out, a uniform mixture with a head solved on all
+        `sources`, and the oracle adapter where every task shown is one of them.
+        """
+        _, model, head = snapshot.consolidated()
+        device = self.workspace.engine.device
+        equal = torch.full((len(snapshot.records),), 1 / len(snapshot.records), device=device)
+        uniform = same_for_all(model.values, equal, model.mix)
+        # The heads of the memory were solved under one adapter each. A mixture of all deserves a
+        # head of its own, and gets one that saw every task at once.
+        uniform_head = RecalledHead.shared(self._lda(uniform, sources)).to(device)
+        hard = _with_separation(model, lambda _: separation("max"))
+
+        def oracle(task: Task) -> Tensor:
+            values = snapshot.own_values(task.number, device)
+            mine = torch.tensor([task_of(r) == task.number for r in snapshot.records])
+            share = (mine.float() / mine.sum()).to(device)
+            alone = torch.full((len(values),), 1 / len(values), device=device)
+            recall = every(values) if len(values) == 1 else same_for_all(values, alone, model.mix)
+            return self._scored(recall, head, share, task)
+
+        ways: list[tuple[str, str, Kind, Callable[[Task], Tensor]]] = [
+            (
+                "routed",
+                "memory, hard choice by key",
+                "baseline",
+                lambda task: self.recall(hard, head, task.test.images)[0],
+            ),
+            (
+                "uniform",
+                "uniform mixture, LDA head on all tasks",
+                "baseline",
+                lambda task: self._scored(uniform, uniform_head, equal, task),
+            ),
+        ]
+        if model.settings.routing == "mixture" and model.settings.separation in SIGNED:
+            positive = _with_separation(model, _without_negative)
+            ways.append(
+                (
+                    "memory-nonnegative",
+                    "memory, negative coefficients set to zero",
+                    "baseline",
+                    lambda task: self.recall(positive, head, task.test.images)[0],
+                )
+            )
+        learned = {task.number for task in sources}
+        if all(task.number in learned for task in shown):
+            ways.append(("oracle", "oracle adapter (task known)", "upper bound", oracle))
+        names = [task.name for task in shown]
+        rows = []
+        for id, words, kind, logits in ways:
+            scores = [_share_right(logits(task), task.test) for task in shown]
+            matrix = AccuracyMatrix.empty(names).with_row(len(names), scores)
+            rows.append(Row.measured(id, words, kind, matrix))
+        return rows
+
+    def _logits(self, recall: Recall, head: LinearClassifier, task: Task) -> Tensor:
+        backbone = self.workspace.backbone
+
+        def run(images: Tensor) -> Tensor:
+            return head(backbone.features(backbone.preprocess(images), recall), task.classes)
+
+        return self.workspace.engine.predict(run, task.test.images)
+
+    def _scored(
+        self, recall: Recall, head: RecalledHead, coefficients: Tensor, task: Task
+    ) -> Tensor:
+        """Scores (n, classes) under one recall and coefficients (t,) for all samples."""
+        backbone = self.workspace.backbone
+
+        def run(images: Tensor) -> Tensor:
+            features = backbone.features(backbone.preprocess(images), recall)
+            return head(features, coefficients.expand(len(images), -1))
+
+        return self.workspace.engine.predict(run, task.test.images)
+
+    def _lda(self, recall: Recall, tasks: Sequence[Task]) -> LinearClassifier:
+        """The discriminant head of features under one recall for all images of tasks."""
+        work = self.workspace
+        statistics = FeatureStatistics(work.backbone.dim, len(work.stream.class_names))
+        for task in tasks:
+            features = work.engine.predict(
+                lambda images: work.backbone.features(work.backbone.preprocess(images), recall),
+                task.train.images,
+            )
+            statistics.add(features, torch.from_numpy(np.asarray(task.train.labels)))
+        return solve_head("lda", statistics, work.config.head)
+
+
+def drift(then: Sequence[Tensor], now: Sequence[Tensor]) -> dict[str, float]:
+    """How the coefficients of earlier tasks' inputs changed since the tasks were learned.
+
+    then[j] (samples, memories, t_j) just after task j, now[j] (samples, memories, t) at the end,
+    all tasks but the last: the metrics coefficient_drift, of the adapters that were there, and
+    new_coefficients, of those that came later.
+    """
+    moved, new = [], []
+    for before, after in zip(then, now, strict=True):
+        known = before.shape[-1]
+        moved.append(coefficient_drift(after[..., :known].numpy(), before.numpy()))
+        new.append(float(after[..., known:].norm() / before.norm()))
+    if not moved:
+        return {}
+    return {
+        "coefficient_drift": sum(moved) / len(moved),
+        "new_coefficients": sum(new) / len(new),
+    }
+
+
+def _share_right(logits: Tensor, samples: Samples) -> float:
+    labels = torch.from_numpy(np.asarray(samples.labels))
+    return float((logits.argmax(1) == labels).double().mean())
+
+
+def _with_separation(
+    model: MemoryModel, changed: Callable[[SeparationFunction], SeparationFunction]
+) -> MemoryModel:
+    """The same memory under another separation."""
+    memories = [
+        BlockMemory(here.keys, here.query, here.similarity, changed(here.separation))
+        for here in (model.memory[block] for block in model.memory.blocks)
+    ]
+    memory = KeyedMemory(model.memory.blocks, memories)
+    return MemoryModel(model.backbone, model.values, memory, model.settings)
+
+
+def _without_negative(separate: SeparationFunction) -> SeparationFunction:
+    return lambda scores: separate(scores).clamp_min(0)

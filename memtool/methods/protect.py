@@ -1,0 +1,178 @@
+"""What learning may not change: a memory's answers to the queries of earlier tasks.
+
+Keys, and the linear maps of query modules, are linear in what they are given. For each of them a
+`DualGPM` basis holds what past tasks gave it; what an optimiser's step moves inside that span is
+taken back. The applied step is projected, not the gradient: Adam would turn a projected gradient
+out of the free space again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from memtool.engine import Engine
+from memtool.errors import ConfigError, CorruptError
+from memtool.memories.keyed import KeyedMemory
+from memtool.methods.dual_gpm import DualGPM, Kind
+from memtool.methods.recall import MemoryModel
+
+KEYS = "keys"
+
+
+class Protection:
+    """The past of every linear map of a keyed memory, by name: `<block>.keys`, `<block>.g…`.
+
+    Inputs are homogeneous: a query ends in the constant that meets the key's bias, and an input of
+    a linear map is followed by a 1 that meets its bias.
+    """
+
+    def __init__(self, pasts: dict[str, DualGPM] | None = None) -> None:
+        """No past yet."""
+        self.pasts = pasts or {}
+
+    def free_keys(self, memory: KeyedMemory, keys: Tensor) -> Tensor:
+        """The part of keys (memories, t, d_k) that scores zero on past queries."""
+        if not self.pasts:
+            return keys
+        return torch.stack(
+            [
+                self.pasts[f"{block}.{KEYS}"].project(here)
+                for block, here in zip(memory.blocks, keys, strict=True)
+            ]
+        )
+
+    def guard(self, memory: KeyedMemory) -> Callable[[], None]:
+        """A call that takes back what moved inside the past since the call before, or since now."""
+        maps = list(_maps(memory))
+        free = [self._free(each) for each in maps]
+        before = [each.rows() for each in maps]
+
+        def take_back() -> None:
+            for place, each in enumerate(maps):
+                before[place] = before[place] + (each.rows() - before[place]) @ free[place]
+                each.put(before[place])
+
+        return take_back
+
+    def _free(self, each: _Map) -> Tensor:
+        """The projector (d, d) onto what is free, on the device of the map."""
+        rows = each.rows()
+        past = self.pasts.get(each.name, DualGPM(rows.shape[1]))
+        return past.project(torch.eye(rows.shape[1], dtype=torch.float64)).to(rows)
+
+    def observe(
+        self,
+        engine: Engine,
+        model: MemoryModel,
+        images: npt.NDArray[np.uint8],
+        *,
+        start: float,
+        progress: float,
+    ) -> None:
+        """Add what the memory is asked about a task's images, as it recalls now, to the past.
+
+        `start` and `progress` as in `DualGPM`.
+        """
+        moments: dict[str, Tensor] = {}
+        with _watched(model.memory, moments):
+            engine.predict(model, images)
+        for name, moment in moments.items():
+            past = self.pasts.setdefault(name, DualGPM(len(moment), start))
+            past.update_moment(moment, progress)
+
+    def to_bytes(self) -> bytes:
+        """As a safetensors file: a basis by kind, first share and name."""
+        return save(
+            {
+                f"{past.kind} {past.start!r} {name}": past.basis.contiguous()
+                for name, past in self.pasts.items()
+            }
+        )
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Protection:
+        """What `to_bytes` wrote. Raises CorruptError for anything else."""
+        pasts = {}
+        try:
+            for about, basis in load(data).items():
+                kind, start, name = about.split(" ", 2)
+                if kind not in ("remove", "retain"):
+                    raise ValueError(f"kind {kind!r}")
+                side: Kind = "remove" if kind == "remove" else "retain"
+                pasts[name] = DualGPM(len(basis), float(start), kind=side, basis=basis)
+        except (SafetensorError, ValueError, ConfigError) as error:
+            raise CorruptError(f"these bytes hold no past queries: {error}") from error
+        return cls(pasts)
+
+
+@dataclass(frozen=True, eq=False)
+class _Map:
+    """A linear map of a memory: weight (n, d), perhaps with a bias (n,) that a 1 meets."""
+
+    name: str
+    weight: Tensor
+    bias: Tensor | None
+
+    def rows(self) -> Tensor:
+        """What meets the homogeneous input: (n, d), or (n, d + 1) with a bias; a copy."""
+        if self.bias is None:
+            return self.weight.detach().clone()
+        return torch.cat([self.weight.detach(), self.bias.detach().unsqueeze(1)], dim=1)
+
+    @torch.no_grad()
+    def put(self, rows: Tensor) -> None:
+        """Set them."""
+        width = self.weight.shape[1]
+        self.weight.copy_(rows[:, :width])
+        if self.bias is not None:
+            self.bias.copy_(rows[:, width])
+
+
+def _maps(memory: KeyedMemory) -> Iterator[_Map]:
+    """The keys of every block, which have their bias inside, and the maps of its query module."""
+    for block in memory.blocks:
+        here = memory[block]
+        yield _Map(f"{block}.{KEYS}", here.keys, None)
+        for name, layer in _layers(here.query):
+            yield _Map(f"{block}.{name}", layer.weight, layer.bias)
+
+
+def _layers(query: nn.Module) -> list[tuple[str, nn.Linear]]:
+    return [(n, module) for n, module in query.named_modules() if isinstance(module, nn.Linear)]
+
+
+@contextmanager
+def _watched(memory: KeyedMemory, moments: dict[str, Tensor]) -> Iterator[None]:
+    """Inside, what every linear map is given is added to its second moment (d, d)."""
+
+    def count(name: str, inputs: Tensor) -> None:
+        inputs = inputs.detach().double().cpu()
+        moments[name] = moments.get(name, 0) + inputs.mT @ inputs
+
+    def queries(name: str) -> Callable[[nn.Module, object, Tensor], None]:
+        return lambda _, __, output: count(name, output)
+
+    def inputs(name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
+        return lambda _, given: count(name, F.pad(given[0], (0, 1), value=1.0))
+
+    hooks = []
+    for block in memory.blocks:
+        query = memory[block].query
+        hooks.append(query.register_forward_hook(queries(f"{block}.{KEYS}")))
+        for name, layer in _layers(query):
+            hooks.append(layer.register_forward_pre_hook(inputs(f"{block}.{name}")))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
