@@ -169,6 +169,9 @@ class ConsolidateSettings(Settings):
     module_lr: Annotated[float, Field(gt=0)] = Field(
         1e-3, description="learning rate of query modules and of a shared head"
     )
+    value_lr: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="learning rate of the new adapters' values; 0: they stay as they are"
+    )
     batch_size: Annotated[int, Field(ge=1)] = Field(50, description="images a step")
 
 

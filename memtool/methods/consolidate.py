@@ -128,27 +128,23 @@ def learn(
 
     The first `kept` keys were learned before. What of the past may not change says
     `settings.protect`: under "freeze" these keys and the query modules stay, under "dual-gpm"
-    nothing moves in the span of `past`, under "none" all learn. With `validation` samples the
-    parameters are those of the epoch that was right about most of them. Returns the head.
+    nothing moves in the span of `past`, under "none" all learn. With a `settings.value_lr` the
+    values of the other adapters learn, too. With `validation` samples the parameters are those of
+    the epoch that was right about most of them. Returns the head.
     """
     module = _Scored(model, head, classes, head_learns=head_learns)
     memory = model.memory
     memory.requires_grad_(True)
-    after_step: Callable[[], None] | None = None
+    model.values.requires_grad_(settings.value_lr > 0)
+    after_step: list[Callable[[], None]] = []
     if kept and settings.protect == "freeze":
         for here in _memories(model):
             here.query.requires_grad_(False)
-        old = [here.keys.detach()[:kept].clone() for here in _memories(model)]
-
-        def put_back() -> None:
-            # Also undoes momentum, which goes on where there is no gradient.
-            with torch.no_grad():
-                for here, keys in zip(_memories(model), old, strict=True):
-                    here.keys[:kept] = keys
-
-        after_step = put_back
+        after_step.append(_keeping([here.keys for here in _memories(model)], kept))
     elif settings.protect == "dual-gpm" and past is not None:
-        after_step = past.guard(memory)
+        after_step.append(past.guard(memory))
+    if kept and settings.value_lr > 0:
+        after_step.append(_keeping(list(model.values.parameters()), kept))
 
     def accuracy() -> float:
         assert validation is not None
@@ -166,7 +162,16 @@ def learn(
     def loss(scored: nn.Module, batch: Batch) -> Tensor:
         return F.nll_loss(scored(augmented(batch, train)), batch.labels)
 
-    slow = settings.module_lr / settings.lr
+    def all_of_them() -> None:
+        for each in after_step:
+            each()
+
+    def rate_of(name: str) -> float:
+        if name.endswith(".keys"):
+            return 1.0
+        wanted = settings.value_lr if name.startswith("model.values.") else settings.module_lr
+        return wanted / settings.lr
+
     try:
         fit = engine.fit(
             module,
@@ -174,14 +179,30 @@ def learn(
             loss,
             train,
             stage=stage,
-            after_step=after_step,
+            after_step=all_of_them,
             select=accuracy if validation is not None and len(validation) else None,
-            rate_of=lambda name: 1.0 if name.endswith(".keys") else slow,
+            rate_of=rate_of,
             progress=progress,
         )
     finally:
         memory.requires_grad_(False)
+        model.values.requires_grad_(False)
     return module.head(), fit
+
+
+def _keeping(parameters: Sequence[nn.Parameter], count: int) -> Callable[[], None]:
+    """A call that puts the first `count` rows of parameters back to what they are now.
+
+    It undoes momentum as well, which goes on where there is no gradient.
+    """
+    old = [parameter.detach()[:count].clone() for parameter in parameters]
+
+    @torch.no_grad()
+    def put_back() -> None:
+        for parameter, rows in zip(parameters, old, strict=True):
+            parameter[:count] = rows
+
+    return put_back
 
 
 def features_recalled(engine: Engine, model: MemoryModel, samples: Samples) -> Tensor:

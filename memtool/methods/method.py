@@ -219,7 +219,7 @@ class Method:
             for adapter in found:
                 old = here.get(adapter.name)
                 if old is not None:
-                    if old.sha256 != adapter.sha256:
+                    if adapter.sha256 not in (old.sha256, old.meta.get("refined_from")):
                         raise AlreadyThereError(
                             f"the memory holds another adapter named {adapter.name!r}",
                             expected=f"values with sha256 {old.sha256[:12]}…, "

@@ -150,6 +150,7 @@ class Mira(Method):
             adapter_tasks,
             work.engine.generator(self.seed),
         )
+        resolved = config.head.features == "recalled"
         learns = config.consolidate.epochs > 0 or config.consolidate.keys == "random"
         protects = config.consolidate.protect == "dual-gpm"
         if learns and config.memory.routing != "mixture":
@@ -158,7 +159,14 @@ class Mira(Method):
                 expected="a mixture: a hard choice has no gradient, and keys of its own",
                 remedy="--routing mixture, or --set consolidate.epochs=0 with keys in closed form",
             )
-        kept, validation = 0, None
+        refines = config.consolidate.value_lr > 0
+        if refines and config.head.kind in ("lda", "ridge", "ncm") and not resolved:
+            raise ConfigError(
+                f"consolidate.value_lr {config.consolidate.value_lr:g} with head.features own: "
+                "the head would be solved on features of values that then change",
+                remedy="--set head.features=recalled",
+            )
+        kept, validation, learned = 0, None, None
         if (learns or protects) and before is not None:
             if not _same_separation(state, config):
                 raise ConfigError(
@@ -182,7 +190,7 @@ class Mira(Method):
         if config.head.kind == "shared" and snapshot.head is not None:
             head = going_on(snapshot.head, head)
         if config.consolidate.epochs > 0 and kept < len(view.adapters):
-            teacher, resolved = head, config.head.features == "recalled"
+            teacher = head
             if resolved or (config.head.scope == "shared" and config.head.kind in ("ridge", "ncm")):
                 # A head that is solved anew afterwards learns along, as one trained by gradient
                 # does: solved now it would leave the keys nothing to learn. Else keys learn under
@@ -259,7 +267,6 @@ class Mira(Method):
         if unchanged:
             return result
         blobs = {
-            MEMORY: new_state.model_dump_json().encode(),
             **{queries_blob(number): queries[number].to_bytes() for number in new_tasks},
             HEAD: head.to_bytes(),
             **{
@@ -274,6 +281,8 @@ class Mira(Method):
             blobs[QUERY_MODULES] = learned_modules
         array = np.ascontiguousarray(keys.numpy(), dtype=np.float32)
 
+        refined = model.values.flat().cpu().numpy() if refines and learned is not None else None
+
         def commit(txn: memtool_stores.Transaction) -> None:
             if txn.base.version != view.version:
                 raise ChangedMeanwhileError(
@@ -281,7 +290,15 @@ class Mira(Method):
                     f"{view.version} was consolidated",
                     remedy="memtool consolidate again; nothing was lost",
                 )
+            if refined is not None:
+                for record, value in zip(view.adapters[kept:], refined[kept:], strict=True):
+                    txn.remove(record.id)
+                    about = {"byte_identical": False, "refined_from": record.sha256}
+                    txn.add(record.name, value, {**record.meta, **about})
+            ids = tuple(record.id for record in txn.adapters)
+            state = new_state.model_copy(update={"adapters": ids})
             txn.set_keys(array)
+            txn.put_blob(MEMORY, state.model_dump_json().encode())
             for name, data in blobs.items():
                 txn.put_blob(name, data)
             if learned_modules is None and QUERY_MODULES in txn.base.blobs():
