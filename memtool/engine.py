@@ -17,9 +17,10 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,6 +41,8 @@ from memtool_stores import StoreError
 
 CHECKPOINT_EVERY_SECONDS = 30.0
 
+CHECKPOINT_FORMAT = "2"
+
 DIVERGED_FACTOR = 10.0
 """An epoch whose mean loss is so many times that of the first one has diverged."""
 
@@ -50,12 +53,14 @@ Result = TypeVar("Result")
 class Batch:
     """inputs (groups * size, ...) and labels int64 (groups * size,), group by group.
 
-    `seed` is for random draws on this batch: it depends on the step only. `share` is the part of
-    the step's samples that it holds.
+    `weights` float32 (groups * size,) say how much a sample counts; over a step their mean is one
+    in every group. `seed` is for random draws on this batch: it depends on the step only. `share`
+    is the part of the step's samples that it holds.
     """
 
     inputs: Tensor
     labels: Tensor
+    weights: Tensor
     seed: int
     share: float = 1.0
 
@@ -65,9 +70,15 @@ class Batches:
     """Shuffled mini-batches of arrays in memory; batch `step` depends on (seed, step) only.
 
     inputs (n, ...): images uint8 (n, h, w, 3), or features; labels int64 (n,).
-    With `groups` > 1 every batch holds that many contiguous groups of `batch_size` samples, each
-    drawn with its own bootstrap sample (n draws with replacement) and order: the J adapters of a
-    task, trained in one pass. A single group sees every sample once an epoch.
+    A single group sees every sample once an epoch. With `groups` > 1 every batch holds that many
+    contiguous groups, each with its own bootstrap sample (n draws with replacement) and order: the
+    J adapters of a task, trained in one pass. The copies of a sample are in one batch and are
+    computed once, weighted by their number: a batch of `batch_size` draws has about 0.63 as many
+    distinct samples.
+
+    All groups have as many distinct samples, so that batches are rectangles: they share one draw of
+    how often samples come up, each with an assignment to samples of its own. A group alone is a
+    plain bootstrap sample, as all assignments of a multinomial draw are equally likely.
     """
 
     inputs: npt.NDArray[Any]
@@ -77,40 +88,71 @@ class Batches:
     seed: int
     groups: int = 1
 
+    @cached_property
+    def _counts(self) -> npt.NDArray[np.int64]:
+        """How often each distinct sample of a group was drawn, in every group."""
+        total = len(self.labels)
+        if self.groups == 1:
+            return np.ones(total, dtype=np.int64)
+        draws = np.random.default_rng([self.seed, 1]).integers(total, size=total)
+        counts = np.bincount(draws, minlength=total)
+        return counts[counts > 0]
+
+    @cached_property
+    def _members(self) -> npt.NDArray[np.int64]:
+        """The distinct samples of every group, (groups, distinct), in the order of `_counts`."""
+        total, distinct = len(self.labels), len(self._counts)
+        if self.groups == 1:
+            return np.arange(total)[None]
+        seeds = ([self.seed, 1, group] for group in range(self.groups))
+        orders = (np.random.default_rng(seed).permutation(total) for seed in seeds)
+        return np.stack([order[:distinct] for order in orders])
+
+    @property
+    def _size(self) -> int:
+        """Distinct samples of a group in a full batch."""
+        return math.ceil(self.batch_size * len(self._counts) / len(self.labels))
+
     @property
     def steps_per_epoch(self) -> int:
         """Batches in an epoch; the last one may be smaller."""
-        return max(1, math.ceil(len(self.labels) / self.batch_size))
+        return math.ceil(len(self._counts) / self._size)
 
     def __len__(self) -> int:
         return self.steps_per_epoch * self.epochs
 
     def indices(self, step: int) -> npt.NDArray[np.int64]:
-        """The samples of a step: int64 (groups, size)."""
+        """The distinct samples of a step: int64 (groups, size)."""
+        return np.take_along_axis(self._members, self._places(step), axis=1)
+
+    def copies(self, step: int) -> npt.NDArray[np.int64]:
+        """How often each sample of `indices` was drawn: int64 (groups, size)."""
+        return self._counts[self._places(step)]
+
+    def _places(self, step: int) -> npt.NDArray[np.int64]:
+        """Where the samples of a step are in `_members`."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        low = position * self.batch_size
+        low = position * self._size
         rows = []
         for group in range(self.groups):
-            pool = np.arange(len(self.labels))
-            if self.groups > 1:
-                bootstrap = np.random.default_rng([self.seed, 1, group])
-                pool = bootstrap.choice(pool, size=len(pool), replace=True)
-            order = np.random.default_rng([self.seed, 2, group, epoch]).permutation(pool)
-            rows.append(order[low : low + self.batch_size])
+            order = np.random.default_rng([self.seed, 2, group, epoch])
+            rows.append(order.permutation(len(self._counts))[low : low + self._size])
         return np.stack(rows)
 
     def micro_batches(self, step: int, parts: int) -> Iterator[Batch]:
         """The step's batch cut into at most `parts` pieces, every piece with all groups."""
-        chosen = self.indices(step)
-        pieces = np.array_split(chosen, min(parts, chosen.shape[1]), axis=1)
-        for number, part in enumerate(pieces):
-            flat = part.reshape(-1)
+        chosen, copies = self.indices(step), self.copies(step)
+        size = chosen.shape[1]
+        weights = (copies / copies.mean(axis=1, keepdims=True)).astype(np.float32)
+        for number, piece in enumerate(np.array_split(np.arange(size), min(parts, size))):
+            flat = chosen[:, piece].reshape(-1)
             draw = np.random.default_rng([self.seed, 3, step, number]).integers(2**62)
             yield Batch(
                 torch.from_numpy(self.inputs[flat]),
                 torch.from_numpy(self.labels[flat]),
+                torch.from_numpy(weights[:, piece].reshape(-1)),
                 int(draw),
-                part.shape[1] / chosen.shape[1],
+                len(piece) / size,
             )
 
 
@@ -118,6 +160,7 @@ class Batches:
 class FitResult:
     """What a training ended with. `losses` holds one mean loss per finished epoch.
 
+    `by_group` holds such a curve for every group of the batches, and `losses` is their sum.
     `selected` is the epoch (from 1) that `select` scored best, with its `score`; None without one.
     """
 
@@ -125,6 +168,7 @@ class FitResult:
     losses: tuple[float, ...]
     seconds: float
     resumed_at: int
+    by_group: tuple[tuple[float, ...], ...]
     selected: int | None = None
     score: float | None = None
 
@@ -211,7 +255,10 @@ class Engine:
     ) -> FitResult:
         """Train the parameters of `module` that require gradients.
 
-        `loss(module, batch)` gives a scalar, the mean over the batch, on tensors of the device.
+        `loss(module, batch)` gives a scalar, the mean over the batch, on tensors of the device;
+        for batches of several groups one mean for every group (groups,). Parameters then have a
+        slice for every group in their first dimension, and each group learns as if it were alone:
+        its gradients are those of its own loss, clipped by their own norm.
         `after_step` runs after every optimiser step (projections). `rate_of` gives the factor on
         the learning rate of a parameter by its name. `select` scores the module after every epoch,
         higher is better: the parameters end as they were after the best one, which `FitResult`
@@ -230,8 +277,8 @@ class Engine:
         optimizer = torch.optim.AdamW(groups, settings.lr, weight_decay=settings.weight_decay)
         total = len(batches)
         done = 0
-        losses: list[float] = []
-        running: list[float] = []
+        losses: list[list[float]] = []
+        running: list[list[float]] = []
         if checkpoint is not None:
             done, losses, running = _load_checkpoint(checkpoint, fingerprint, trained, optimizer)
         resumed_at = done
@@ -246,28 +293,29 @@ class Engine:
                 rate = settings.final_lr + factor * (settings.lr - settings.final_lr)
                 for group in optimizer.param_groups:
                     group["lr"] = rate * group["factor"]
-                step_loss = 0.0
+                step_losses = torch.zeros(batches.groups, dtype=torch.float64)
                 for batch in batches.micro_batches(done, self.settings.accumulate):
                     mine = self._share(batch, batches.groups)
                     with self.autocast():
                         value = loss(model, mine) * batch.share
-                    value.backward()
-                    step_loss += float(value.detach())
+                    value.sum().backward()
+                    step_losses += value.detach().cpu().reshape(batches.groups)
+                step_loss = float(step_losses.sum())
                 if not math.isfinite(step_loss):
                     raise DivergedError(
                         f"{stage}: the loss became {step_loss} at step {done + 1} of {total}",
                         remedy=f"a smaller learning rate than {settings.lr:g}, "
                         "or --precision fp32; nothing was written",
                     )
-                nn.utils.clip_grad_norm_(list(trained.values()), settings.clip)
+                _clip(trained.values(), batches.groups, settings.clip)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 if after_step is not None:
                     after_step()
                 done += 1
-                running.append(step_loss)
+                running.append(step_losses.tolist())
                 if done % batches.steps_per_epoch == 0:
-                    losses.append(sum(running) / len(running))
+                    losses.append(np.mean(running, axis=0).tolist())
                     running = []
                     if select is not None:
                         best.offer(select(), len(losses), trained)
@@ -284,9 +332,10 @@ class Engine:
                     saved_at = time.monotonic()
                 if interrupted.is_set():
                     raise KeyboardInterrupt
-        if len(losses) > 1 and losses[-1] > DIVERGED_FACTOR * losses[0] + 1:
+        first, last = sum(losses[0]), sum(losses[-1])
+        if len(losses) > 1 and last > DIVERGED_FACTOR * first + 1:
             raise DivergedError(
-                f"{stage}: the mean loss of an epoch rose from {losses[0]:.3g} to {losses[-1]:.3g}",
+                f"{stage}: the mean loss of an epoch rose from {first:.3g} to {last:.3g}",
                 remedy=f"a smaller learning rate than {settings.lr:g}; nothing was written",
             )
         if checkpoint is not None and self.is_main:
@@ -296,9 +345,10 @@ class Engine:
         self._accelerator._models.clear()  # accelerate would keep every model alive
         return FitResult(
             steps=total,
-            losses=tuple(losses),
+            losses=tuple(sum(epoch) for epoch in losses),
             seconds=time.perf_counter() - start,
             resumed_at=resumed_at,
+            by_group=tuple(zip(*losses, strict=True)),
             selected=best.epoch,
             score=best.score,
         )
@@ -333,15 +383,21 @@ class Engine:
         Shares are equal, so at most one sample less than there are processes is left out of a step.
         """
         world, rank = self._accelerator.num_processes, self._accelerator.process_index
-        inputs, labels = batch.inputs, batch.labels
+        inputs, labels, weights = batch.inputs, batch.labels, batch.weights
         if world > 1:
             by_group = torch.arange(len(labels)).reshape(groups, -1)
             if by_group.shape[1] < world:
                 chosen = by_group.reshape(-1)
             else:
                 chosen = by_group[:, rank::world][:, : by_group.shape[1] // world].reshape(-1)
-            inputs, labels = inputs[chosen], labels[chosen]
-        return Batch(inputs.to(self.device), labels.to(self.device), batch.seed + rank, batch.share)
+            inputs, labels, weights = inputs[chosen], labels[chosen], weights[chosen]
+        return Batch(
+            inputs.to(self.device),
+            labels.to(self.device),
+            weights.to(self.device),
+            batch.seed + rank,
+            batch.share,
+        )
 
 
 def _parameter_groups(
@@ -356,6 +412,18 @@ def _parameter_groups(
         {"params": members, "factor": factor, **({} if decays else {"weight_decay": 0.0})}
         for (decays, factor), members in sorted(groups.items(), key=lambda group: group[0][1])
     ]
+
+
+def _clip(parameters: Iterable[nn.Parameter], groups: int, largest: float) -> None:
+    """Scale the gradients of every group to a norm of at most `largest`.
+
+    A group has one slice of the first dimension of every parameter; a single group has them whole.
+    """
+    slices = [p.grad.view(groups, -1) for p in parameters if p.grad is not None]
+    norms = torch.stack([torch.linalg.vector_norm(part, dim=1) for part in slices]).norm(dim=0)
+    factor = (largest / (norms + 1e-6)).clamp(max=1).unsqueeze(1)
+    for part in slices:
+        part.mul_(factor)
 
 
 def one_cycle(progress: float, warmup: float) -> float:
@@ -421,7 +489,8 @@ def _interruptible() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, previous)
 
 
-_State = tuple[int, list[float], list[float]]
+_State = tuple[int, list[list[float]], list[list[float]]]
+"""Steps done, the losses of every finished epoch and of every step of this one, by group."""
 
 
 def _save_checkpoint(
@@ -438,6 +507,7 @@ def _save_checkpoint(
             tensors[f"{key}/{name}"] = moment.detach().contiguous()
     steps, losses, running = state
     metadata = {
+        "format": CHECKPOINT_FORMAT,
         "fingerprint": fingerprint,
         "state": json.dumps({"steps": steps, "losses": losses, "running": running}),
     }
@@ -461,7 +531,8 @@ def _load_checkpoint(
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("fingerprint") != fingerprint:
+            found = metadata.get("format"), metadata.get("fingerprint")
+            if found != (CHECKPOINT_FORMAT, fingerprint):
                 return 0, [], []
             state = json.loads(metadata["state"])
             for key in file.keys():  # noqa: SIM118 - safe_open is no mapping

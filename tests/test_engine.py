@@ -56,12 +56,61 @@ def test_a_step_depends_on_seed_and_step_only():
 
 
 def test_groups_draw_bootstrap_samples_of_their_own():
-    plan = batches(groups=3, epochs=1)
-    seen = np.concatenate([plan.indices(step) for step in range(plan.steps_per_epoch)], axis=1)
-    assert seen.shape == (3, 40)
-    for group in seen:
-        assert len(set(group)) < 40
-    assert not np.array_equal(np.sort(seen[0]), np.sort(seen[1]))
+    plan = batches(groups=3, epochs=2)
+    samples = []
+    for epoch in range(2):
+        steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
+        seen = np.concatenate([plan.indices(step) for step in steps], axis=1)
+        copies = np.concatenate([plan.copies(step) for step in steps], axis=1)
+        samples.append([np.bincount(s, c, 40) for s, c in zip(seen, copies, strict=True)])
+        for group in seen:
+            assert len(set(group)) == len(group) < 40
+        assert copies.min() == 1
+    assert np.sum(samples[0], axis=1).tolist() == [40, 40, 40]
+    assert np.array_equal(*samples)  # every epoch goes through the same samples
+    assert not np.array_equal(samples[0][0], samples[0][1])
+
+
+def test_a_group_does_not_depend_on_the_number_of_groups():
+    few, many = batches(groups=2), batches(groups=5)
+    assert len(few) == len(many)
+    for step in range(len(few)):
+        assert np.array_equal(few.indices(step), many.indices(step)[:2])
+        assert np.array_equal(few.copies(step), many.copies(step)[:2])
+
+
+def test_a_group_is_a_bootstrap_sample():
+    """A sample is drawn as often as in n draws with replacement: Poisson with mean one, nearly."""
+    x, y = data()
+    counts = np.zeros((200, 40))
+    for seed in range(100):
+        plan = Batches(x, y, 40, 1, seed, groups=2)
+        for group in range(2):
+            counts[2 * seed + group][plan.indices(0)[group]] = plan.copies(0)[group]
+    assert np.all(counts.sum(axis=1) == 40)
+    for times, share in enumerate((0.363, 0.373, 0.186, 0.061)):
+        assert (counts == times).mean() == pytest.approx(share, abs=0.015)
+    assert np.abs(counts.mean(axis=0) - 1).max() < 0.3
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 40, 100])
+@pytest.mark.parametrize("count", [1, 2, 40])
+def test_no_batch_is_empty(batch_size, count):
+    x, y = data(n=count)
+    plan = Batches(x, y, batch_size, 1, 0, groups=3)
+    drawn = [plan.copies(step).sum(axis=1) for step in range(len(plan))]
+    assert np.min(drawn) >= 1
+    assert np.sum(drawn, axis=0).tolist() == [count] * 3
+
+
+def test_weights_are_copies_with_mean_one():
+    plan = batches(groups=2)
+    parts = list(plan.micro_batches(1, 3))
+    weights = torch.cat([part.weights.view(2, -1) for part in parts], dim=1)
+    assert torch.allclose(weights.mean(dim=1), torch.ones(2))
+    ratio = weights / torch.from_numpy(plan.copies(1))
+    assert torch.allclose(ratio, ratio[:, :1])
+    assert torch.equal(next(batches().micro_batches(0, 1)).weights, torch.ones(8))
 
 
 def test_micro_batches_together_are_the_batch():
@@ -82,6 +131,53 @@ def test_accumulation_changes_nothing_but_memory():
         Engine(settings).fit(module, plan, loss, TRAIN, stage="t")
         states.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
     assert torch.allclose(*states, rtol=0, atol=1e-12)
+
+
+class Stack(nn.Module):
+    """Linear classifiers, one for each group, that start differently."""
+
+    def __init__(self, first, last):
+        super().__init__()
+        start = torch.randn(5, 2, 6, generator=torch.Generator().manual_seed(0)) * 20
+        self.weight = nn.Parameter(start[first:last].double())
+        self.bias = nn.Parameter(torch.zeros(last - first, 2, dtype=torch.float64))
+
+    def forward(self, x):
+        grouped = x.view(len(self.weight), -1, 6)
+        return torch.baddbmm(self.bias[:, None], grouped, self.weight.transpose(1, 2))
+
+
+def loss_of_each(module, batch):
+    logits = module(batch.inputs)
+    each = F.cross_entropy(logits.flatten(0, 1), batch.labels, reduction="none") * batch.weights
+    return each.view(len(logits), -1).mean(dim=1)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_groups_learn_as_if_each_were_alone(accumulate):
+    """Also clipped alone: the first gradients are long, and of different lengths."""
+    x, y = data()
+    train = TRAIN.model_copy(update={"clip": 0.3})
+    engine = Engine(CPU.model_copy(update={"accumulate": accumulate}))
+    plan = Batches(x.astype(np.float64), y, 8, 4, 1, groups=3)
+    together = Stack(0, 3)
+    fit = engine.fit(together, plan, loss_of_each, train, stage="t")
+    for group in range(3):
+
+        class Alone(Batches):
+            def indices(self, step, group=group):
+                return plan.indices(step)[group][None]
+
+            def copies(self, step, group=group):
+                return plan.copies(step)[group][None]
+
+            steps_per_epoch = plan.steps_per_epoch
+
+        module = Stack(group, group + 1)
+        batches = Alone(x.astype(np.float64), y, 8, 4, 1)
+        alone = engine.fit(module, batches, loss_of_each, train, stage="t")
+        assert torch.allclose(together.weight[group], module.weight[0], rtol=0, atol=1e-10)
+        assert fit.by_group[group] == pytest.approx(alone.losses, rel=1e-6)
 
 
 def test_training_learns_and_reports():

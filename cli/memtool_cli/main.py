@@ -37,6 +37,8 @@ VERBS = {
     "consolidate": Verb("flow", FLOW, "Let the memory learn the keys of its adapters."),
     "retrieve": Verb("flow", FLOW, "Show the mixture that a task, an image or a query recalls."),
     "eval": Verb("flow", FLOW, "Measure the memory on the test images of all its tasks."),
+    "explain": Verb("explain", FLOW, "Show which adapters fire for an image, and what each adds."),
+    "ablate": Verb("experiments", FLOW, "Run one experiment with one choice changed at a time."),
     "report": Verb("experiments", FLOW, "Make an HTML page from evaluation records."),
     "ls": Verb("history", HISTORY, "List the adapters in the memory."),
     "log": Verb("history", HISTORY, "List the versions of the memory, newest first."),

@@ -1,13 +1,13 @@
 """Stage 1, adaptation: train the adapters of one task on a frozen backbone.
 
 The J adapters of a task differ by seed and bootstrap sample and are trained in one pass: every
-batch holds J groups, group j runs through adapter j and head j. Heads start at zero: a head that
-starts as a good probe of the frozen features leaves the adapters little to learn.
+batch holds J groups, group j runs through adapter j and head j. Each ends as if it had been trained
+alone: loss, clipping and optimiser of an adapter know nothing of the others. Heads start at zero: a
+head that starts as a good probe of the frozen features leaves the adapters little to learn.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +18,12 @@ from torch.nn import functional as F
 
 from memtool.adapters.layout import Layout
 from memtool.adapters.lora import init_lora
-from memtool.adapters.values import AdapterValues, Recall
+from memtool.adapters.values import AdapterValues
 from memtool.backbones.interface import Backbone
 from memtool.config import AdapterSettings, TrainSettings
 from memtool.engine import Batch, Batches, Engine, FitResult
 from memtool.heads import LinearClassifier
-from memtool.methods.recall import every
+from memtool.methods.recall import MemoryModel, every, on_top
 from memtool.progress import Progress
 from memtool.streams.task import Samples
 
@@ -51,10 +51,12 @@ class AdapterTraining(nn.Module):
         values: AdapterValues,
         head: LinearClassifier,
         classes: Sequence[int],
+        beneath: MemoryModel | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.values = values
+        self._beneath = beneath
         count = len(values)
         self.weight = nn.Parameter(head.weight.unsqueeze(0).repeat(count, 1, 1))
         self.bias = nn.Parameter(head.bias.unsqueeze(0).repeat(count, 1))
@@ -65,7 +67,11 @@ class AdapterTraining(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (J, b, classes)."""
-        features = self.backbone.features(self.backbone.preprocess(images), every(self.values))
+        pixels = self.backbone.preprocess(images)
+        recall = every(self.values)
+        if self._beneath is not None:
+            recall = on_top(self._beneath.recall(pixels), self.values)
+        features = self.backbone.features(pixels, recall)
         grouped = features.reshape(len(self.values), -1, features.shape[-1])
         logits = torch.baddbmm(self.bias.unsqueeze(1), grouped, self.weight.transpose(1, 2))
         return logits.float() + self.mask
@@ -84,6 +90,7 @@ def adapt(
     seed: int,
     start: Tensor | None = None,
     head: LinearClassifier | None = None,
+    beneath: MemoryModel | None = None,
     fingerprint: str = "",
     checkpoint: Path | None = None,
     progress: Progress | None = None,
@@ -92,7 +99,8 @@ def adapt(
     """Train `adapter.per_task` adapters on `samples`.
 
     `start` (numel,) is the value that training starts from; none: A random, B zero.
-    `head` is the classifier that it starts from; none: zero.
+    `head` is the classifier that it starts from; none: zero. `beneath` is a memory whose recalled
+    mixture the adapters are trained on top of (residual adapters).
     """
     generator = engine.generator(seed)
     values = init_lora(layout, adapter.per_task, generator=generator)
@@ -102,7 +110,7 @@ def adapt(
     stack = AdapterValues.from_flat(values, layout, scaling, trainable=True).to(engine.device)
     if head is None:
         head = LinearClassifier(torch.zeros(class_count, backbone.dim), torch.zeros(class_count))
-    module = AdapterTraining(backbone, stack, head, classes)
+    module = AdapterTraining(backbone, stack, head, classes, beneath)
     batches = Batches(
         samples.images,
         samples.labels,
@@ -111,17 +119,9 @@ def adapt(
         seed,
         groups=adapter.per_task,
     )
-    # The gradients of J adapters are clipped together: their joint norm grows like the root of J.
-    train = train.model_copy(update={"clip": train.clip * math.sqrt(adapter.per_task)})
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
-        logits = model(augmented(batch, train))
-        labels = batch.labels.reshape(len(stack), -1)
-        # A sum over the adapters of means over their samples: each learns as if it were alone.
-        return sum(
-            (F.cross_entropy(a, b) for a, b in zip(logits, labels, strict=True)),
-            start=torch.zeros((), device=logits.device),
-        )
+        return losses(model(augmented(batch, train)), batch)
 
     fit = engine.fit(
         module,
@@ -138,11 +138,20 @@ def adapt(
         LinearClassifier(w.detach().cpu().clone(), b.detach().cpu().clone())
         for w, b in zip(module.weight, module.bias, strict=True)
     )
-    return Adapted(trained, heads, _accuracies(engine, module, samples, layout, scaling), fit)
+    return Adapted(trained, heads, _accuracies(engine, module, samples), fit)
+
+
+def losses(logits: Tensor, batch: Batch) -> Tensor:
+    """The mean cross-entropy (J,) of every group of a batch, of logits (J, b, classes)."""
+    each = F.cross_entropy(logits.flatten(0, 1), batch.labels, reduction="none")
+    return (each * batch.weights).view(len(logits), -1).mean(dim=1)
 
 
 def augmented(batch: Batch, settings: TrainSettings) -> Tensor:
-    """The images as they are, or every one mirrored by chance and cropped from a padded frame."""
+    """The images as they are, or every one mirrored by chance and cropped from a padded frame.
+
+    The copies of a bootstrap sample, which are one image of the batch, share a draw.
+    """
     images = batch.inputs
     if settings.augment == "none":
         return images
@@ -161,21 +170,14 @@ def augmented(batch: Batch, settings: TrainSettings) -> Tensor:
     return padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]]
 
 
-def _accuracies(
-    engine: Engine, module: AdapterTraining, samples: Samples, layout: Layout, scaling: float
-) -> tuple[float, ...]:
+def _accuracies(engine: Engine, module: AdapterTraining, samples: Samples) -> tuple[float, ...]:
     """Training accuracy of every adapter with its own head."""
-    result = []
-    labels = torch.from_numpy(samples.labels)
-    for index, value in enumerate(module.values.flat()):
-        single = AdapterValues.from_flat(value.unsqueeze(0), layout, scaling).to(engine.device)
-        recall = every(single)
+    count = len(module.values)
 
-        def logits(images: Tensor, recall: Recall = recall, index: int = index) -> Tensor:
-            backbone = module.backbone
-            features = backbone.features(backbone.preprocess(images), recall).float()
-            return features @ module.weight[index].T + module.bias[index] + module.mask
+    def predicted(images: Tensor) -> Tensor:
+        return module(images.repeat(count, 1, 1, 1)).argmax(dim=-1).T
 
-        predicted = engine.predict(logits, samples.images).argmax(1)
-        result.append(float((predicted == labels).float().mean()))
-    return tuple(result)
+    size = max(1, engine.settings.eval_batch_size // count)
+    classes = engine.predict(predicted, samples.images, batch_size=size)
+    right = classes == torch.from_numpy(samples.labels).unsqueeze(1)
+    return tuple(right.double().mean(dim=0).tolist())

@@ -26,7 +26,13 @@ from memtool.memories.closed_form import QueryStatistics, for_similarity
 from memtool.memories.keyed import BlockMemory, KeyedMemory
 from memtool.methods.adapt import augmented
 from memtool.methods.protect import Protection
-from memtool.methods.recall import MemoryModel, every, features_and_queries, same_for_all
+from memtool.methods.recall import (
+    MemoryModel,
+    every,
+    features_and_queries,
+    on_top,
+    same_for_all,
+)
 from memtool.progress import Progress
 from memtool.streams.task import Samples
 
@@ -44,21 +50,25 @@ def count_task(
     settings: MemorySettings,
     own: AdapterValues,
     samples: Samples,
+    beneath: MemoryModel | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Features (n, dim) and queries (memories, n, dim) of a task under its own adapters.
 
-    Several adapters of one task are mixed with equal coefficients.
+    Several adapters of one task are mixed with equal coefficients. Residual ones are added to what
+    the memory `beneath` recalls.
     """
     count = len(own)
-    recall = every(own)
-    if count > 1:
-        equal = torch.full((count,), 1 / count, device=engine.device)
-        recall = same_for_all(own, equal, settings.mix)
+    equal = torch.full((count,), 1 / count, device=engine.device)
+    alone = every(own) if count == 1 else same_for_all(own, equal, settings.mix)
     look_at = settings.look_at if settings.scope == "model" else None
-    joined = engine.predict(
-        lambda images: features_and_queries(backbone, memory, recall, look_at, images),
-        samples.images,
-    )
+
+    def run(images: Tensor) -> Tensor:
+        recall = alone
+        if beneath is not None:
+            recall = on_top(beneath.recall(backbone.preprocess(images)), own, equal)
+        return features_and_queries(backbone, memory, recall, look_at, images)
+
+    joined = engine.predict(run, samples.images)
     features, *queries = joined.split(backbone.dim, dim=1)
     return features, torch.stack(queries)
 

@@ -6,6 +6,7 @@ killed goes on at the first step that is not there.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import time
@@ -14,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from pydantic import TypeAdapter, ValidationError
 
 import memtool_stores
+from memtool import __version__
 from memtool.atomic import write_atomic
 from memtool.config import Config, resolve
 from memtool.errors import ConfigError
@@ -33,12 +36,14 @@ from memtool.evaluation.writers import write_avalanche, write_domainbed
 from memtool.methods import open_method
 from memtool.methods.baselines import BASELINES, DG_BASELINES, HeldOut
 from memtool.methods.exchange import AdapterFolder
-from memtool.methods.mira import Mira
+from memtool.methods.measure import Measure
+from memtool.methods.method import first
+from memtool.methods.mira import SUBJECT_SAMPLES, Mira
 from memtool.methods.modulation import Modulation
 from memtool.methods.state import Snapshot
 from memtool.methods.workspace import Workspace
 from memtool.progress import Progress, ProgressEvent
-from memtool.reports.figures import CoefficientMap, KeyMap
+from memtool.reports.figures import CoefficientMap, KeyMap, SampleCoefficientMap
 from memtool.reports.html import Cost, write_report
 from memtool.streams.task import Samples, Task
 
@@ -162,8 +167,8 @@ def _each_domain_in_turn(
 def _over_domains(records: Sequence[Record], domains: Sequence[str]) -> list[Row]:
     """Every row with its score on each held-out domain, from one record a domain."""
     rows = []
-    for first in records[0].metrics.rows:
-        parts = [row for one in records for row in one.metrics.rows if row.id == first.id]
+    for one_row in records[0].metrics.rows:
+        parts = [row for one in records for row in one.metrics.rows if row.id == one_row.id]
         if len(parts) != len(domains):
             continue
         scores = [row.metrics["faa"] for row in parts]
@@ -245,10 +250,11 @@ def _one_memory(
             "environment": Environment.here(str(work.engine.device), time.perf_counter() - begin),
         }
     )
-    coefficients, keys = None, None
+    coefficients, samples, keys = None, None, None
     if isinstance(method, Mira):
         shown = [*learned, *([work.stream.held_out] if work.stream.held_out else [])]
-        coefficients = coefficient_map(method, shown) if setting != "til" else None
+        if setting != "til":
+            coefficients, samples = coefficient_maps(method, shown)
         keys = key_map(method.snapshot())
     view = work.store.view()
     held, stored_keys = len(view.adapters), view.keys()
@@ -272,22 +278,33 @@ def _one_memory(
     def write() -> None:
         write_record(record, config.runs / RECORD)
         page = config.runs / REPORT
-        write_report(record, page, coefficients=coefficients, keys=keys, costs=costs)
+        write_report(
+            record, page, coefficients=coefficients, samples=samples, keys=keys, costs=costs
+        )
 
     work.engine.on_main(write)
     return record
 
 
-def coefficient_map(mira: Mira, tasks: Sequence[Task]) -> CoefficientMap:
-    """Mean coefficient of every adapter by true task and memory."""
-    found = [mira.retrieve(task=str(task.number)) for task in tasks]
-    values = np.array([result.blocks for result in found]).transpose(1, 0, 2)
-    return CoefficientMap(
-        values,
-        tuple(task.name for task in tasks),
-        tuple(adapter.name for adapter in found[0].adapters),
-        found[0].block_numbers,
+def coefficient_maps(
+    mira: Mira, tasks: Sequence[Task]
+) -> tuple[CoefficientMap, SampleCoefficientMap]:
+    """The coefficients of the tasks' test images: means by true task and memory, and one by one."""
+    snapshot = mira.snapshot()
+    _, model, head = snapshot.consolidated()
+    measure = Measure(mira.workspace)
+    found = [
+        measure.recall(model, head, first(task.test, SUBJECT_SAMPLES).images)[1].double()
+        for task in tasks
+    ]
+    names = tuple(record.name for record in snapshot.records)
+    by_task = torch.stack([coefficients.mean(dim=0) for coefficients in found], dim=1)
+    shown = CoefficientMap(
+        by_task.numpy(), tuple(task.name for task in tasks), names, model.memory.blocks
     )
+    each = torch.cat([coefficients.mean(dim=1) for coefficients in found])
+    owners = [task.name for task, many in zip(tasks, found, strict=True) for _ in range(len(many))]
+    return shown, SampleCoefficientMap(each.numpy(), tuple(owners), names)
 
 
 def key_map(snapshot: Snapshot) -> KeyMap | None:
@@ -337,6 +354,16 @@ def _spent(method: Mira | Modulation, tasks: Sequence[Task]) -> dict[str, float]
     }
 
 
+def _with_the_whole_budget(work: Workspace) -> Workspace:
+    """The workspace with as many epochs of training as the memory has in both of its stages."""
+    config = work.config
+    epochs = config.train.epochs + config.consolidate.epochs
+    train = config.train.model_copy(update={"epochs": epochs})
+    other = copy.copy(work)  # what is open already stays open
+    other.config = config.model_copy(update={"train": train})
+    return other
+
+
 def _on_held_out(
     held_out: Task,
     baseline: Callable[[Workspace, Sequence[Task], Samples], list[HeldOut]],
@@ -362,10 +389,11 @@ def _begin_anew(store: memtool_stores.MemoryStore) -> None:
 
 def _baseline(mira: Mira, name: str, tasks: Sequence[Task], progress: Progress | None) -> list[Row]:
     """The rows of a baseline: from its file when an earlier run finished it, else measured."""
-    work = mira.workspace
+    work = _with_the_whole_budget(mira.workspace)
     decides = work.config.model_dump(mode="json", include={"adapter", "train", "head", "backbone"})
     text = json.dumps(
         [
+            __version__,
             decides,
             work.stream.fingerprint,
             work.config.stream.held_out,

@@ -149,7 +149,7 @@ class Measure:
                 (
                     "memory-nonnegative",
                     "memory, negative coefficients set to zero",
-                    "baseline",
+                    "method",
                     lambda task: self.recall(positive, head, task.test.images)[0],
                 )
             )

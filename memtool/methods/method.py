@@ -20,7 +20,7 @@ from torch import Tensor
 
 import memtool_stores
 from memtool.config import Config
-from memtool.errors import AlreadyThereError, DataError, MismatchError, NotFoundError
+from memtool.errors import AlreadyThereError, ConfigError, DataError, MismatchError, NotFoundError
 from memtool.evaluation.record import (
     BackboneIdentity,
     DataIdentity,
@@ -34,6 +34,7 @@ from memtool.evaluation.record import (
 from memtool.heads import LinearClassifier
 from memtool.methods.adapt import adapt
 from memtool.methods.exchange import AdapterFolder, read_adapter, require_new, write_adapter
+from memtool.methods.recall import MemoryModel
 from memtool.methods.results import AdaptResult, WriteResult, WrittenAdapter
 from memtool.methods.state import classifier_bytes, own_head_blob
 from memtool.methods.workspace import Workspace, require_learnable
@@ -92,6 +93,9 @@ class Method:
                 found = [folder.result() for folder in folders]
                 return [result.model_copy(update={"skipped": True}) for result in found]
         start, source = self._warm_start(chosen)
+        beneath, version = self._beneath(chosen)
+        if beneath is not None:
+            source = f"{source} on top of version {version}"
         # A file for each set of settings: none loses the progress of another.
         checkpoint = work.adapter_folder / f".{names[0]}-{fingerprint[:8]}.checkpoint"
         if fresh:
@@ -107,6 +111,7 @@ class Method:
             train=self.config.train,
             seed=self.seed * 1000 + chosen.number,
             start=start,
+            beneath=beneath,
             fingerprint=f"{fingerprint} {source}",
             checkpoint=checkpoint,
             progress=work.progress,
@@ -184,6 +189,15 @@ class Method:
             return None, "zero"
         values = torch.from_numpy(view.values([record.id for record in earlier]).copy())
         return values.mean(dim=0), " ".join(record.id for record in earlier)
+
+    def _beneath(self, task: Task) -> tuple[MemoryModel | None, str]:
+        """The memory that a residual adapter is trained on top of, and its version."""
+        if self.config.adapter.residual:
+            raise ConfigError(
+                f"residual adapters under method {self.config.method}, task {task.number}",
+                expected="method mira, whose mixtures an adapter can be added to",
+            )
+        return None, ""
 
     # Write ----------------------------------------------------------------------------------
 

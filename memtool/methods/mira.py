@@ -80,6 +80,21 @@ SETTINGS = ("dil", "til", "cil", "dg")
 class Mira(Method):
     """The five steps over one configuration and seed."""
 
+    def _beneath(self, task: Task) -> tuple[MemoryModel | None, str]:
+        """The consolidated memory, where adapters are residual; none before the first task."""
+        if not self.config.adapter.residual or not self.workspace.has_store:
+            return None, ""
+        snapshot = self._snapshot("HEAD")
+        if snapshot.state is None or task.number in snapshot.state.tasks:
+            return None, ""
+        if snapshot.state.memory.mix != "delta":
+            raise ConfigError(
+                f"an adapter on top of a memory of mix {snapshot.state.memory.mix!r}",
+                expected="mix delta: what is added stays added",
+                remedy="--mix delta, or --set adapter.residual=false",
+            )
+        return snapshot.model, snapshot.version
+
     # Consolidate ----------------------------------------------------------------------------
 
     def consolidate(self) -> ConsolidateResult:
@@ -125,13 +140,14 @@ class Mira(Method):
                 work.engine, work.backbone, probe, config.memory, own, task.train
             )
             features[number] = self._counted(task, seen)
+        beneath = snapshot.model if config.adapter.residual else None
         for place, number in enumerate(new_tasks):
             self.tell("consolidate: count", place, len(new_tasks))
             task = work.task(str(number))
             require_learnable(task)
             own = snapshot.own_values(number, work.engine.device)
             seen, asked = stage_two.count_task(
-                work.engine, work.backbone, probe, config.memory, own, task.train
+                work.engine, work.backbone, probe, config.memory, own, task.train, beneath
             )
             queries[number] = QueryStatistics(len(asked), work.backbone.dim)
             queries[number].add(0, asked)

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment as Templates
-from jinja2 import PackageLoader, StrictUndefined
 from markupsafe import Markup
 from pydantic import JsonValue
 
@@ -16,20 +14,27 @@ from memtool.evaluation.metrics import METRICS
 from memtool.evaluation.record import Record
 from memtool.evaluation.summary import RowSummary, summarise_rows
 from memtool.reports import figures
-from memtool.reports.figures import CoefficientMap, KeyMap
+from memtool.reports.figures import CoefficientMap, KeyMap, SampleCoefficientMap
+from memtool.reports.page import Picture, templates
 from memtool.reports.table import (
     MISSING,
     Grid,
     by_kind,
+    drift_grid,
+    held_out,
+    leading,
     main_row,
     methods_grid,
     metrics_grid,
+    negative_grid,
     percent,
     recall_grid,
     seconds_text,
     task_labels,
+    tasks_grid,
 )
 
+MOST_CURVES = 12  # more lines than that hide each other
 THIN_SPACE = "\u2009"
 
 
@@ -43,19 +48,12 @@ class Cost:
     bytes: int | None = None
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A plot with its caption."""
-
-    svg: Markup
-    caption: str
-
-
 def write_report(
     records: Record | Sequence[Record],
     path: Path,
     *,
     coefficients: CoefficientMap | None = None,
+    samples: SampleCoefficientMap | None = None,
     keys: KeyMap | None = None,
     costs: Sequence[Cost] = (),
 ) -> Path:
@@ -65,57 +63,60 @@ def write_report(
     for records of different experiments, MemtoolError when the file cannot be written.
     """
     several = (records,) if isinstance(records, Record) else tuple(records)
-    return write_atomic(path, render(several, coefficients=coefficients, keys=keys, costs=costs))
+    text = render(several, coefficients=coefficients, samples=samples, keys=keys, costs=costs)
+    return write_atomic(path, text)
 
 
 def render(
     records: Sequence[Record],
     *,
     coefficients: CoefficientMap | None = None,
+    samples: SampleCoefficientMap | None = None,
     keys: KeyMap | None = None,
     costs: Sequence[Cost] = (),
 ) -> str:
     """The HTML of `write_report` as text."""
     rows = by_kind(summarise_rows(records))
-    templates = Templates(
-        loader=PackageLoader("memtool.reports"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    templates.filters["minus"] = lambda text: text.replace("-", "−") if text != MISSING else "–"
     metrics = metrics_grid(records)
     recall = recall_grid(records)
-    return templates.get_template("report.html.j2").render(
-        run=records[0].run,
-        environment=records[0].environment,
-        seeds=[record.run.seed for record in records],
-        summary=summary_sentence(rows, records),
-        methods=methods_grid(records),
-        metrics=metrics,
-        recall=recall,
-        descriptions=_descriptions(metrics),
-        accuracy=_accuracy(rows, task_labels(records)),
-        coefficients=_coefficients(coefficients),
-        keys=_keys(keys),
-        costs=_cost_grid(costs),
-        orders=_orders(records),
-        configuration=flatten(records[0].run.configuration),
-        provenance=_provenance(records),
+    return (
+        templates()
+        .get_template("report.html.j2")
+        .render(
+            run=records[0].run,
+            environment=records[0].environment,
+            seeds=[record.run.seed for record in records],
+            summary=summary_sentence(rows, records),
+            methods=methods_grid(records),
+            metrics=metrics,
+            recall=recall,
+            descriptions=_descriptions(metrics),
+            held_out=held_out(records),
+            tasks=tasks_grid(records),
+            accuracy=_accuracy(rows, records),
+            negative=negative_grid(records),
+            drift=drift_grid(records),
+            coefficients=_coefficients(coefficients, samples),
+            keys=_keys(keys),
+            costs=_cost_grid(costs),
+            orders=_orders(records),
+            configuration=flatten(records[0].run.configuration),
+            provenance=_provenance(records),
+        )
     )
 
 
 def summary_sentence(rows: Sequence[RowSummary], records: Sequence[Record]) -> str:
     """What came out, in plain words: the method beside its best baseline and its upper bound."""
     run, method = records[0].run, main_row(rows)
-    tasks = f"{len(run.tasks)} task{'s' if len(run.tasks) > 1 else ''}"
+    kind = "held-out domain" if held_out(records) else "task"
+    tasks = f"{len(run.tasks)} {kind}{'s' if len(run.tasks) > 1 else ''}"
     own = method.metrics.get("faa")
     if own is None:
         return f"{method.label} was evaluated on {tasks} of {run.data.name} ({run.setting})."
+    begin, average = ("On", "an") if held_out(records) else ("After", "a final")
     text = (
-        f"After {tasks} of {run.data.name} ({run.setting}), {method.label} has a final average "
+        f"{begin} {tasks} of {run.data.name} ({run.setting}), {method.label} has {average} average "
         f"accuracy of {percent(own.mean)} %"
     )
     if own.low is not None and own.high is not None:
@@ -162,11 +163,18 @@ def _setting(value: JsonValue) -> str:
             return str(value)
 
 
-def _accuracy(rows: Sequence[RowSummary], tasks: Sequence[str]) -> list[Picture]:
+def _accuracy(rows: Sequence[RowSummary], records: Sequence[Record]) -> list[Picture]:
+    tasks = task_labels(records)
+    if held_out(records):
+        caption = "Accuracy of every method on each held-out domain, in percent"
+        over = "; mean over the seeds." if len(records) > 1 else "."
+        return [Picture(Markup(figures.heldout_map(rows, tasks)), caption + over)]
+    drawn = leading(rows, records, MOST_CURVES)
     pictures = [
         Picture(
-            Markup(figures.accuracy_curves(rows, tasks)),
+            Markup(figures.accuracy_curves(drawn, tasks)),
             "Mean accuracy on the tasks seen so far, after each task."
+            + (f" The leading {len(drawn)} of {len(rows)} methods." if drawn != rows else "")
             + (
                 " Bands: one sample standard deviation over the seeds."
                 if len(rows[0].accuracy) > 1
@@ -191,6 +199,14 @@ def _accuracy(rows: Sequence[RowSummary], tasks: Sequence[str]) -> list[Picture]
                 f"percent.{blank}",
             )
         )
+        if len(tasks) > 1 and figures.measured_steps(row) > 1:
+            pictures.append(
+                Picture(
+                    Markup(figures.task_curves(row, tasks, name=f"forgetting{number}")),
+                    f"{row.label}: accuracy on every task from when it was learned on; a line that "
+                    "falls is a task that is forgotten.",
+                )
+            )
     return pictures
 
 
@@ -198,16 +214,27 @@ def _has_blanks(row: RowSummary) -> bool:
     return bool((row.mean[1:] != row.mean[1:]).any())
 
 
-def _coefficients(coefficients: CoefficientMap | None) -> list[Picture]:
+def _coefficients(
+    coefficients: CoefficientMap | None, samples: SampleCoefficientMap | None
+) -> list[Picture]:
+    pictures = []
+    if samples is not None:
+        pictures.append(
+            Picture(
+                Markup(figures.sample_map(samples)),
+                f"Coefficient of every adapter (rows) for {count(len(samples.domains))} samples "
+                "(columns), by their true domain.",
+            )
+        )
     if coefficients is None:
-        return []
+        return pictures
     over = f", mean over {len(coefficients.blocks)} blocks" if coefficients.blocks else ""
-    pictures = [
+    pictures.append(
         Picture(
             Markup(figures.coefficient_map(coefficients)),
             f"Mean coefficient of each adapter by the true task of the sample{over}.",
         )
-    ]
+    )
     if len(coefficients.blocks) > 1:
         pictures.append(
             Picture(
@@ -276,6 +303,8 @@ def _descriptions(metrics: Grid) -> list[tuple[str, str, str]]:
 
 def _orders(records: Sequence[Record]) -> list[tuple[str, str]]:
     """The task order, or that of every seed when they differ."""
+    if held_out(records):
+        return [("held-out domains", ", ".join(records[0].run.task_names))]
     orders = [" → ".join(record.run.task_names) for record in records]
     if len(set(orders)) == 1:
         return [("task order", orders[0])]

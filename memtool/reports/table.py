@@ -25,6 +25,7 @@ KINDS: tuple[Kind, ...] = ("method", "baseline", "upper bound")
 # the report's map of the accuracy matrix shows them instead.
 MOST_TASK_COLUMNS = 10
 MOST_TASK_COLUMNS_WITH_SPREAD = 6
+MOST_METHOD_COLUMNS = 4
 
 # Metrics that the tables show for a setting; a record holds all that are defined.
 _COMMON = (
@@ -37,6 +38,7 @@ _COMMON = (
     "fwt",
 )
 _SHOWN: dict[str, tuple[str, ...]] = {
+    "dg": ("dg.heldout",),
     "til": ("faa", "average_incremental", "forgetting.max"),
     "mts": ("faa",),
     "xtail": ("transfer.xtail", "average.xtail", "last.xtail", "forgetting.max"),
@@ -81,6 +83,15 @@ def _cell(summary: Summary | None, text: Callable[[float], str] = percent) -> st
     return f"{text(summary.mean)} ± {text(summary.std)}"
 
 
+def _interval(summary: Summary | None, text: Callable[[float], str] = percent) -> str:
+    """`"83.5"`, or `"83.5 (82.1 to 84.9)"` for several seeds."""
+    if summary is None:
+        return MISSING
+    if summary.low is None or summary.high is None:
+        return text(summary.mean)
+    return f"{text(summary.mean)} ({text(summary.low)} to {text(summary.high)})"
+
+
 def _over_seeds(values: Iterable[float]) -> Summary | None:
     numbers = [float(value) for value in values]
     return None if any(math.isnan(number) for number in numbers) else summarise(numbers)
@@ -115,12 +126,36 @@ def _best(
     return {number for number, value in values.items() if value == best}
 
 
-def _about(records: Sequence[Record]) -> str:
+SPREAD = "mean ± sample standard deviation"
+INTERVAL = "mean (95 % t-interval)"
+
+
+def _about(records: Sequence[Record], spread: str = SPREAD) -> str:
     run = records[0].run
     about = f"{run.method}, {run.setting}, {run.data.name}"
     if len(records) > 1:
-        about += f"; {len(records)} seeds: mean ± sample standard deviation"
+        about += f"; {len(records)} seeds: {spread}"
     return about
+
+
+def held_out(records: Sequence[Record]) -> bool:
+    """Whether the tasks are domains that nothing was learned from (setting dg)."""
+    return records[0].run.setting == "dg"
+
+
+def _average(row: RowSummary, records: Sequence[Record]) -> Summary | None:
+    """Mean over the tasks after the last one; over the held-out domains in setting dg."""
+    if held_out(records) and "dg.heldout" in row.metrics:
+        return row.metrics["dg.heldout"]
+    return row.metrics.get("faa")
+
+
+def _average_name(records: Sequence[Record]) -> str:
+    return "dg.heldout" if held_out(records) else "final average"
+
+
+def _measured_at(records: Sequence[Record]) -> str:
+    return "on each held-out domain" if held_out(records) else "after the last task"
 
 
 def task_labels(records: Sequence[Record]) -> tuple[str, ...]:
@@ -153,7 +188,10 @@ def notes(rows: Sequence[RowSummary]) -> tuple[str, ...]:
 
 
 def methods_grid(records: Sequence[Record]) -> Grid:
-    """Methods × tasks after the last task, final average, forgetting and time."""
+    """Methods × tasks after the last task, final average, forgetting and time.
+
+    In setting dg the tasks are the held-out domains, and their mean is dg.heldout.
+    """
     rows = by_kind(summarise_rows(records))
     tasks = task_labels(records)
     most = MOST_TASK_COLUMNS if len(records) == 1 else MOST_TASK_COLUMNS_WITH_SPREAD
@@ -162,8 +200,9 @@ def methods_grid(records: Sequence[Record]) -> Grid:
         (f"{tasks[j]} %", [_over_seeds(row.accuracy[:, -1, j]) for row in rows], True)
         for j in shown
     ]
-    columns.append(("final average %", [row.metrics.get("faa") for row in rows], True))
-    if any("forgetting.max" in row.metrics for row in rows):
+    averages = [_average(row, records) for row in rows]
+    columns.append((f"{_average_name(records)} %", averages, True))
+    if not held_out(records) and any("forgetting.max" in row.metrics for row in rows):
         forgetting = [row.metrics.get("forgetting.max") for row in rows]
         columns.append(("forgetting (max) %", forgetting, False))
     cells = [[_cell(summary) for summary in column] for _, column, _ in columns]
@@ -173,7 +212,7 @@ def methods_grid(records: Sequence[Record]) -> Grid:
         times = [row.seconds for row in rows]
         cells.append([MISSING if time is None else seconds_text(time.mean) for time in times])
     return Grid(
-        title=f"Accuracy after the last task ({_about(records)})",
+        title=f"Accuracy {_measured_at(records)} ({_about(records)})",
         header=tuple(header),
         rows=tuple((label(row), *(c[i] for c in cells)) for i, row in enumerate(rows)),
         bold=frozenset(
@@ -183,6 +222,134 @@ def methods_grid(records: Sequence[Record]) -> Grid:
         ),
         rules=_rules(rows),
         notes=notes(rows),
+    )
+
+
+def tasks_grid(records: Sequence[Record]) -> Grid:
+    """Tasks × methods after the last task, each with its 95 % t-interval over the seeds.
+
+    Of many methods only the leading ones: those of kind method, the best baselines and the best
+    upper bound. `methods_grid` has all.
+    """
+    all_rows = by_kind(summarise_rows(records))
+    rows = leading(all_rows, records)
+    lines = [
+        (name, [_over_seeds(row.accuracy[:, -1, place]) for row in rows])
+        for place, name in enumerate(task_labels(records))
+    ]
+    lines.append((_average_name(records), [_average(row, records) for row in rows]))
+    return Grid(
+        title=f"Accuracy {_measured_at(records)} in % ({_about(records, INTERVAL)})",
+        header=(
+            "held-out domain" if held_out(records) else "task",
+            *(label(row) for row in rows),
+        ),
+        rows=tuple((name, *map(_interval, summaries)) for name, summaries in lines),
+        bold=frozenset(
+            (i, 1 + j)
+            for i, (_, summaries) in enumerate(lines)
+            for j in _best(summaries, rows, True)
+        ),
+        rules=(len(lines) - 1,),
+        notes=()
+        if len(rows) == len(all_rows)
+        else ("The best baselines by their average; the table of methods has all.",),
+    )
+
+
+def leading(
+    rows: Sequence[RowSummary], records: Sequence[Record], most: int = MOST_METHOD_COLUMNS
+) -> list[RowSummary]:
+    """At most so many rows, in their order: every method, the best upper bound and baselines."""
+
+    def average(row: RowSummary) -> float:
+        summary = _average(row, records)
+        return -math.inf if summary is None else summary.mean
+
+    by_average = sorted(rows, key=average, reverse=True)
+    first = [row for row in by_average if row.kind == "method"]
+    first += [row for row in by_average if row.kind == "upper bound"][:1]
+    first += [row for row in by_average if row.kind == "baseline"]
+    kept = {row.id for row in first[:most]}
+    return [row for row in rows if row.id in kept]
+
+
+def _signed(fraction: float) -> str:
+    """A difference in percentage points with its sign: `"+1.3"`."""
+    points = round(100 * fraction, 1) + 0.0
+    return f"{points:+.1f}" if points else "0.0"
+
+
+def negative_grid(records: Sequence[Record]) -> Grid | None:
+    """What negative coefficients carry: rows memory and memory-nonnegative, task by task, or None.
+
+    The difference is taken seed by seed. A note says what share of the gain over the best reading
+    of the frozen backbone it is, where that was measured and there is a gain.
+    """
+    rows = {row.id: row for row in summarise_rows(records)}
+    if not {"memory", "memory-nonnegative"} <= set(rows):
+        return None
+    whole, positive = rows["memory"], rows["memory-nonnegative"]
+    pairs = [
+        (name, whole.accuracy[:, -1, place], positive.accuracy[:, -1, place])
+        for place, name in enumerate(task_labels(records))
+    ]
+    averages = whole.accuracy[:, -1].mean(axis=1), positive.accuracy[:, -1].mean(axis=1)
+    pairs.append((_average_name(records), *averages))
+    body = [
+        (
+            name,
+            _interval(_over_seeds(one)),
+            _interval(_over_seeds(other)),
+            _interval(_over_seeds(one - other), _signed),
+        )
+        for name, one, other in pairs
+    ]
+    carried, own = float((averages[0] - averages[1]).mean()), float(averages[0].mean())
+    frozen = [
+        (float(row.accuracy[:, -1].mean()), row.label)
+        for row in rows.values()
+        if row.id.startswith("frozen")
+    ]
+    sentences = []
+    if frozen and own > max(frozen)[0]:
+        level, name = max(frozen)
+        gain = own - level
+        sentences.append(
+            f"{whole.label} is {percent(gain)} points above {name}; negative coefficients carry "
+            f"{_signed(carried)} of them ({round(100 * carried / gain)} %)."
+        )
+    return Grid(
+        title=f"Negative coefficients set to zero ({_about(records, INTERVAL)})",
+        header=(
+            "held-out domain" if held_out(records) else "task",
+            f"{whole.label} %",
+            "without negative %",
+            "they carry, points",
+        ),
+        rows=tuple(body),
+        rules=(len(body) - 1,),
+        notes=tuple(sentences),
+    )
+
+
+def drift_grid(records: Sequence[Record]) -> Grid | None:
+    """How coefficients of earlier tasks changed since they were learned, by method, or None."""
+    ids = ("coefficient_drift", "new_coefficients")
+    rows = [row for row in by_kind(summarise_rows(records)) if ids[0] in row.metrics]
+    if not rows:
+        return None
+    known = [id for id in ids if any(id in row.metrics for row in rows)]
+    return Grid(
+        title=f"Change of the coefficients of earlier tasks ({_about(records, INTERVAL)})",
+        header=("", *(f"{METRICS[id].id} ↓" for id in known)),
+        rows=tuple(
+            (
+                label(row),
+                *(_interval(row.metrics.get(id), lambda value: f"{value:.3g}") for id in known),
+            )
+            for row in rows
+        ),
     )
 
 
@@ -196,6 +363,19 @@ def steps_grid(records: Sequence[Record], id: str | None = None) -> Grid:
     if row is None:
         raise NotFoundError(f"no row {id!r} in the record", expected=", ".join(r.id for r in rows))
     tasks = task_labels(records)
+    if held_out(records):
+        # Nothing is learned step by step: the held-out domains are one line.
+        return Grid(
+            title=f"{row.label}: accuracy {_measured_at(records)} ({_about(records)})",
+            header=("", *(f"{task} %" for task in tasks), f"{_average_name(records)} %"),
+            rows=(
+                (
+                    label(row),
+                    *(_cell(_over_seeds(row.accuracy[:, -1, j])) for j in range(len(tasks))),
+                    _cell(_average(row, records)),
+                ),
+            ),
+        )
     steps = [i for i in range(len(tasks) + 1) if not np.isnan(row.mean[i]).all()]
     seen = [seen_accuracy(accuracy) for accuracy in row.accuracy]
     body = [

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from memtool.adapters.values import AdapterValues
 from memtool.errors import DivergedError
+from memtool.methods.adapt import adapt
 from memtool.methods.baselines import BASELINES
 from memtool.methods.baselines.ewc import STRENGTH as EWC_STRENGTH
 from memtool.methods.baselines.ewc import Ewc
@@ -104,6 +105,23 @@ def test_divergence_names_the_baseline(tmp_path):
         in_turn(Ewc, work, work.stream.tasks)
 
 
+def test_the_first_adapter_is_that_of_the_memory(work, tasks):
+    memory = adapt(
+        work.engine,
+        work.backbone,
+        work.layout,
+        tasks[0].train,
+        classes=tasks[0].classes,
+        class_count=10,
+        adapter=work.config.adapter,
+        train=work.config.train,
+        seed=work.seed * 1000 + tasks[0].number,
+    )
+    found = learned(Learner, work, tasks).values.flat()
+    assert torch.allclose(found, memory.values, atol=2e-3)  # the head's bias decays there
+    assert F.cosine_similarity(found, memory.values) > 0.999
+
+
 # EWC
 
 
@@ -190,7 +208,9 @@ def test_lwf_has_no_gradient_at_the_old_model_and_one_elsewhere(work, tasks):
 
 def test_overlap_is_the_sum_of_absolute_products(work):
     learner = Learner(work, 3)
-    old, new = learner.fresh(2, seed=1), learner.fresh(1, seed=2)
+    old = learner.fresh(2)
+    learner.seen.append(work.stream.tasks[0])  # another draw
+    new = learner.fresh(1)
     names = [segment.name for segment in work.layout.segments if "lora_A" in segment.name]
     past, added = work.layout.unflatten(old.flat()), work.layout.unflatten(new.flat())
     expected = sum(

@@ -7,7 +7,24 @@ import pytest
 from memtool.errors import ConfigError
 from memtool.evaluation.record import read_record
 from memtool.methods import experiment
-from tests.methods.conftest import small_config
+from memtool.methods.ablations import ablate
+from memtool.methods.mira import Mira
+from tests.methods.conftest import learn, small_config
+
+READINGS = ("", "-ridge", "-lda", "-routed")
+
+DG = {
+    "stream__setting": "dg",
+    "stream__order": ("rot0", "rot30", "rot60"),
+    "stream__validation": 0.2,
+    "adapter__warm_start": "none",
+    "memory__separation": "identity",
+    "memory__scope": "block",
+    "consolidate__keys": "random",
+    "consolidate__epochs": 1,
+    "head__scope": "shared",
+    "head__features": "recalled",
+}
 
 
 @pytest.fixture(scope="module")
@@ -23,18 +40,16 @@ def first(folder):
 
 def test_the_table_holds_memory_baselines_and_oracle(first):
     kinds = {row.id: row.kind for row in first.metrics.rows}
+    trained = ("sequential", "ewc", "lwf", "o-lora", "inf-lora", "moe-lora")
+    heads = ("ridge", "lda", "ncm", "routed", "linear")
     assert kinds == {
         "memory": "method",
         "routed": "baseline",
         "uniform": "baseline",
-        "frozen-ridge": "baseline",
-        "frozen-lda": "baseline",
-        "frozen-ncm": "baseline",
-        "frozen-routed": "baseline",
-        "frozen-linear": "baseline",
-        "sequential": "baseline",
-        "sequential-ridge": "baseline",
-        "sequential-routed": "baseline",
+        **{f"frozen-{head}": "baseline" for head in heads},
+        **{f"{name}{head}": "baseline" for name in trained for head in READINGS},
+        "joint": "upper bound",
+        "joint-lda": "upper bound",
         "oracle": "upper bound",
     }
     for row in first.metrics.rows:
@@ -85,3 +100,79 @@ def test_a_memory_of_another_seed_or_other_settings_is_not_gone_on_with(folder, 
         experiment.run(small_config(folder, seed=(1,)))
     with pytest.raises(ConfigError, match="consolidated with other settings"):
         experiment.run(small_config(folder, memory__separation="affine"))
+
+
+@pytest.fixture(scope="module")
+def generalised(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("generalised")
+    (record,) = experiment.run(small_config(folder, **DG), command="test")
+    return folder, record
+
+
+def test_every_domain_is_held_out_in_turn(generalised):
+    folder, record = generalised
+    assert [task.name for task in record.run.tasks] == ["rot0", "rot30", "rot60"]
+    ids = {row.id for row in record.metrics.rows}
+    assert {"memory", "memory-nonnegative", "uniform", "routed", "erm-linear", "erm-lda"} <= ids
+    assert {"moe-lora-linear", "moe-lora-lda", "frozen-lda", "frozen-prototype"} <= ids
+    assert "oracle" not in ids
+    for row in record.metrics.rows:
+        scores = row.accuracy[-1]
+        assert None not in scores
+        assert row.metrics["dg.heldout"] == pytest.approx(sum(scores) / 3)
+    memory = record.row("memory")
+    assert memory.metrics["dg.validation"] > 0.3
+    for place, name in enumerate(("rot0", "rot30", "rot60")):
+        fold = read_record(folder / "runs" / "seed-0" / f"without-{name}" / "record.json")
+        assert fold.row("memory").accuracy[-1] == (memory.accuracy[-1][place],)
+        assert (folder / f"memory-without-{name}").is_dir()
+    assert len(list((folder / "runs" / "seed-0" / "adapters").iterdir())) == 3
+
+
+def test_the_held_out_domain_is_never_learned_from(generalised):
+    folder, _ = generalised
+    mira = Mira.open(
+        small_config(
+            folder, **DG, stream__held_out="rot30", store=str(folder / "memory-without-rot30")
+        ),
+        seed=0,
+    )
+    names = [record.meta["task_name"] for record in mira.workspace.store.view().adapters]
+    assert names == ["rot0", "rot60"]
+    assert len(mira.workspace.stream.held_out.train) == 0
+    with pytest.raises(ConfigError, match="'rot30' is held out"):
+        mira.adapt("rot30")
+    assert mira.retrieve(task="rot30").samples > 0
+
+
+def test_domains_that_cannot_be_held_out(tmp_path):
+    for held_out, match in (("rot45", "no domain of digits"), ("rot0", "under stream.setting dil")):
+        cut = {"stream__setting": "dil", "stream__order": None} if held_out == "rot0" else DG
+        config = small_config(tmp_path, **cut, stream__held_out=held_out)
+        with pytest.raises(ConfigError, match=match):
+            Mira.open(config, seed=0).adapt("1")
+    mira = learn(Mira.open(small_config(tmp_path, **DG), seed=0), 2, each=False)
+    with pytest.raises(ConfigError, match="none is held out"):
+        mira.evaluate(setting="dg")
+
+
+def test_an_ablation_changes_one_choice_and_trains_adapters_once(tmp_path):
+    config = small_config(tmp_path, stream__order=("upright", "inverted"))
+    (record,) = ablate(config, "protect")
+    assert [row.label for row in record.metrics.rows] == [
+        "protect dual-gpm",
+        "protect freeze",
+        "protect none",
+    ]
+    assert len(list((tmp_path / "runs" / "seed-0" / "adapters").iterdir())) == 2
+    drift = {row.id: row.metrics["coefficient_drift"] for row in record.metrics.rows}
+    assert drift["protect-dual-gpm"] < drift["protect-none"]
+    (whole,) = ablate(config, "memory")
+    assert {"memory", "routed", "uniform"} <= {row.id for row in whole.metrics.rows}
+
+
+def test_ablations_that_make_no_sense(tmp_path):
+    with pytest.raises(ConfigError, match="no ablation 'sep'"):
+        ablate(small_config(tmp_path), "sep")
+    with pytest.raises(ConfigError, match="protection under setting dg"):
+        ablate(small_config(tmp_path, **DG), "protect")

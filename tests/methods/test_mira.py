@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from memtool.adapters.mixing import Mixture
 from memtool.adapters.peft_files import read_peft
 from memtool.adapters.values import AdapterValues
 from memtool.errors import (
@@ -23,7 +24,7 @@ from memtool.errors import (
 from memtool.methods.consolidate import drift_degrees
 from memtool.methods.measure import Measure
 from memtool.methods.mira import Mira
-from memtool.methods.recall import every, same_for_all
+from memtool.methods.recall import every, on_top, same_for_all
 from memtool_stores import SpaceMismatchError
 from tests.methods.conftest import learn, small_config
 
@@ -412,3 +413,109 @@ def test_learning_at_rate_zero_leaves_closed_form_keys(tmp_path):
     plain = Mira.open(small_config(tmp_path), seed=0)
     plain.consolidate()
     assert np.allclose(plain.workspace.store.view("HEAD").keys(), learned_keys, atol=1e-4)
+
+
+RESIDUAL = {
+    "adapter__residual": True,
+    "adapter__warm_start": "none",
+    "memory__separation": "identity",
+    "memory__scope": "block",
+    "consolidate__protect": "dual-gpm",
+    "head__scope": "shared",
+    "head__features": "recalled",
+}
+
+
+@pytest.mark.parametrize("per_task", [1, 2])
+def test_a_residual_adapter_is_trained_on_top_of_what_is_recalled(tmp_path, per_task):
+    mira = Mira.open(small_config(tmp_path, adapter__per_task=per_task, **RESIDUAL), seed=0)
+    learn(mira, 2)
+    view = mira.workspace.store.view("HEAD")
+    sources = [record.meta["provenance"]["warm_start"] for record in view.adapters]
+    assert sources[0] == "zero"
+    assert "on top of version" in sources[-1]
+    assert mira.evaluate().row("memory").metrics["faa"] > 0.4
+
+
+def test_on_top_is_the_sum_of_both(learned):
+    snapshot, work = learned.snapshot(), learned.workspace
+    _, model, _ = snapshot.consolidated()
+    own = snapshot.own_values(2, work.engine.device)
+    images = torch.from_numpy(work.stream.tasks[0].test.images[:6])
+    with torch.no_grad():
+        pixels = work.backbone.preprocess(images)
+        both = work.backbone.features(pixels, on_top(model.recall(pixels), own))
+        every_value = AdapterValues.from_flat(
+            torch.cat([model.values.flat(), own.flat()]),
+            work.layout,
+            torch.cat([model.values.scaling, own.scaling]),
+        )
+        recalled = model.recall(pixels).coefficients[model.look_at]
+        gate = torch.cat([recalled, torch.ones(6, 1)], dim=1)
+        slow = work.backbone.features(
+            pixels, lambda block, _: Mixture.weighted(every_value.block(block), gate)
+        )
+        alone = work.backbone.features(pixels, model.recall(pixels))
+    assert torch.allclose(both, slow, atol=1e-4)
+    assert not torch.allclose(both, alone, atol=1e-2)
+
+
+def test_residual_adapters_need_a_sum(tmp_path):
+    config = small_config(tmp_path, adapter__residual=True, memory__mix="params")
+    mira = learn(Mira.open(config, seed=0), 1)
+    with pytest.raises(ConfigError, match="on top of a memory of mix 'params'"):
+        mira.adapt("2")
+
+
+@pytest.mark.parametrize(("routing", "least"), [("lda", 0.6), ("prototype", 0.3)])
+def test_hard_routing_gives_all_to_the_adapters_of_one_task(tmp_path, routing, least):
+    config = small_config(tmp_path, memory__routing=routing, adapter__per_task=2)
+    mira = learn(Mira.open(config, seed=0), 2)
+    found = mira.retrieve(task="1")
+    assert sum(adapter.coefficient for adapter in found.adapters) == pytest.approx(1)
+    first, second = (a.coefficient for a in found.adapters if a.task == 1)
+    assert first == pytest.approx(second)
+    assert mira.evaluate().row("memory").metrics["faa"] > least
+    learning = small_config(tmp_path, memory__routing=routing, consolidate__epochs=1)
+    with pytest.raises(ConfigError, match=f"key learning under memory.routing {routing}"):
+        Mira.open(learning, seed=0).consolidate()
+
+
+def test_a_shared_head_learns_on(tmp_path):
+    config = small_config(
+        tmp_path,
+        head__kind="shared",
+        head__scope="shared",
+        consolidate__epochs=2,
+        consolidate__module_lr=1e-2,
+    )
+    mira = Mira.open(config, seed=0)
+    learn(mira, 1)
+    before = mira.snapshot().head
+    learn(mira, 2)
+    after = mira.snapshot().head
+    assert before.weight.shape == after.weight.shape
+    assert not torch.equal(before.weight, after.weight)
+    assert mira.evaluate().row("memory").metrics["faa"] > 0.4
+
+
+def test_values_that_consolidation_refines(tmp_path):
+    settings = {"consolidate__epochs": 1, "head__features": "recalled", "head__scope": "shared"}
+    config = small_config(tmp_path, consolidate__value_lr=1e-3, **settings)
+    mira = Mira.open(config, seed=0)
+    learn(mira, 1)
+    store = mira.workspace.store
+    trained, refined = store.view("HEAD~1"), store.view("HEAD")
+    old, new = trained.adapters[0], refined.adapters[0]
+    assert new.name == old.name
+    assert new.meta["refined_from"] == old.sha256
+    assert not np.array_equal(trained.value(old.id), refined.value(new.id))
+    assert mira.write().skipped == (new.name,)  # the trained one on disk is the same adapter
+    first = refined.value(new.id).copy()
+    learn(mira, 2)
+    later = mira.workspace.store.view("HEAD")
+    assert np.array_equal(later.value(new.id), first)  # only the new adapters learn
+    assert mira.evaluate(history=True).row("memory").metrics["faa"] > 0.4
+    wrong = small_config(tmp_path, consolidate__value_lr=1e-3, consolidate__epochs=1)
+    with pytest.raises(ConfigError, match=r"head\.features own"):
+        Mira.open(wrong, seed=0).consolidate()

@@ -103,3 +103,32 @@ def record(seed: int = 0, tasks: tuple[str, ...] = TASKS, method_level: float = 
             peak_memory_bytes=734_003_200,
         ),
     )
+
+
+def without_negative(whole: Record, loss: float = 0.02) -> Record:
+    """The record with the row of negative coefficients at zero, and the drift of the memory's."""
+    names = whole.run.task_names
+    memory = whole.row("memory")
+    scores = [None if x is None else max(x - loss, 0.0) for x in memory.accuracy[-1]]
+    matrix = AccuracyMatrix.empty(names).with_row(len(names), scores)
+    zero = Row.measured("memory-nonnegative", "negative at zero", "baseline", matrix)
+    drift = {"coefficient_drift": 0.0123 + 0.001 * whole.run.seed, "new_coefficients": 0.2}
+    drifted = memory.model_copy(update={"metrics": {**memory.metrics, **drift}})
+    rows = tuple(drifted if row.id == "memory" else row for row in whole.metrics.rows)
+    return whole.model_copy(update={"metrics": Metrics(rows=(*rows, zero))})
+
+
+def held_out_record(seed: int = 0) -> Record:
+    """Domain generalisation: every row has only the held-out accuracy of each domain."""
+    whole = record(seed)
+    rows = []
+    for row in whole.metrics.rows:
+        last = only_last(row.matrix(TASKS))
+        heldout = float(last.values[-1].mean())
+        rows.append(Row.measured(row.id, row.label, row.kind, last, more={"dg.heldout": heldout}))
+    return whole.model_copy(
+        update={
+            "run": whole.run.model_copy(update={"setting": "dg"}),
+            "metrics": Metrics(rows=tuple(rows)),
+        }
+    )

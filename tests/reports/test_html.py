@@ -11,17 +11,20 @@ import numpy as np
 import pytest
 
 from memtool.errors import MismatchError
+from memtool.evaluation.summary import summarise_rows
+from memtool.reports.drawing import INK, RULE
 from memtool.reports.figures import (
-    INK,
-    RULE,
     CoefficientMap,
     KeyMap,
+    SampleCoefficientMap,
     accuracy_map,
     coefficient_map,
     key_map,
+    sample_map,
+    task_curves,
 )
 from memtool.reports.html import Cost, count, duration, flatten, render, size, write_report
-from tests.reports.sample import TASKS, record
+from tests.reports.sample import TASKS, held_out_record, record, without_negative
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 
@@ -66,8 +69,11 @@ def full_report() -> str:
     noise = np.random.default_rng(0)
     blocks = np.eye(5) + noise.normal(0, 0.1, (4, 5, 5))
     return render(
-        [record(seed) for seed in range(3)],
+        [without_negative(record(seed)) for seed in range(3)],
         coefficients=CoefficientMap(blocks, TASKS, TASKS, (0, 1, 2, 3)),
+        samples=SampleCoefficientMap(
+            np.repeat(np.eye(5), 40, axis=0), tuple(np.repeat(TASKS, 40)), TASKS
+        ),
         keys=KeyMap.of_keys(noise.normal(size=(4, 5, 16)), TASKS),
         costs=[Cost("adapt", 41.25, 294_912, 1_200_000), Cost("retrieve, one image", 0.0241)],
     )
@@ -89,6 +95,8 @@ def test_the_page_is_whole_and_needs_nothing_else() -> None:
         "Accuracy after each task",
         "Metrics",
         "Which adapters are recalled",
+        "Negative coefficients",
+        "Drift",
         "Keys",
         "Cost",
         "How it was made",
@@ -107,7 +115,9 @@ def test_same_input_same_bytes() -> None:
 def test_what_the_page_says() -> None:
     text = full_report()
     assert "a final average accuracy of 91.2 % (3 seeds, 95 % interval 88.4 to 94.0 %)" in text
-    assert "the best baseline, routing by LDA, 88.3 %" in text
+    assert "the best baseline, negative at zero, 89.2 %" in text
+    assert "for 200 samples (columns)" in text
+    assert "a line that falls is a task that is forgotten" in text
     assert "memtool run --preset mira-dil --seed 0 1 2" in text
     assert "5f" * 32 in text
     assert "V1CSJ2R4M7K8Y3Q5B0DG" in text
@@ -172,6 +182,54 @@ def test_maps_check_their_shapes() -> None:
         KeyMap.of_keys(np.zeros((2, 3)), ("x", "y"))
     with pytest.raises(MismatchError, match="keys of shape"):
         KeyMap.of_keys(np.zeros(3), ("x",))
+
+
+def test_samples_are_shown_by_domain() -> None:
+    values = np.array([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0]])
+    samples = SampleCoefficientMap(values, ("b", "a", "b"), ("x", "y"))
+    (first, of_b), (second, of_a) = samples.groups
+    assert (first, second) == ("b", "a")
+    np.testing.assert_array_equal(of_b, [[1, 0], [3, 0]])
+    np.testing.assert_array_equal(of_a, [[0, 2]])
+    assert "<svg" in sample_map(samples)
+    with pytest.raises(MismatchError, match="samples' coefficients"):
+        SampleCoefficientMap(values, ("a", "b"), ("x", "y"))
+
+
+def test_many_samples_are_one_image() -> None:
+    values = np.random.default_rng(0).normal(size=(3000, 20))
+    domains = tuple(np.repeat(["a", "b", "c"], 1000))
+    svg = sample_map(SampleCoefficientMap(values, domains, tuple(map(str, range(20)))))
+    assert "data:image/png;base64" in svg
+    assert len(svg) < 500_000
+
+
+@pytest.mark.parametrize("count", [2, 5, 20])
+def test_a_curve_for_every_task(count: int) -> None:
+    tasks = tuple(f"t{i}" for i in range(count))
+    row = summarise_rows([record(tasks=tasks)])[0]
+    assert task_curves(row, tasks).count("<path") > count
+
+
+def test_held_out_domains() -> None:
+    text = render([held_out_record(seed) for seed in range(2)])
+    headings = Page(text).headings
+    assert headings[:3] == ["Methods", "Accuracy on held-out domains", "Metrics"]
+    assert "On 5 held-out domains of digits (dg), MIRA memory has an average accuracy" in text
+    assert "after task" not in text
+    assert "task order" not in text
+    assert "forgetting" not in text
+
+
+def test_many_methods_leave_the_leading_curves() -> None:
+    whole = record()
+    rows = list(whole.metrics.rows)
+    rows += [
+        rows[1].model_copy(update={"id": f"b{i}", "label": f"baseline {i}"}) for i in range(20)
+    ]
+    metrics = whole.metrics.model_copy(update={"rows": tuple(rows)})
+    text = render([whole.model_copy(update={"metrics": metrics})])
+    assert "The leading 12 of 26 methods." in text
 
 
 def test_keys_over_blocks_are_averaged() -> None:

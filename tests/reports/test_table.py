@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import io
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from memtool.errors import NotFoundError
+from memtool.evaluation.summary import summarise
 from memtool.reports.table import (
     Grid,
+    drift_grid,
     methods_grid,
     metrics_grid,
+    negative_grid,
     percent,
     plain_text,
     seconds_text,
     show,
     steps_grid,
+    tasks_grid,
 )
-from tests.reports.sample import TASKS, record
+from tests.reports.sample import TASKS, held_out_record, record, without_negative
 
 
 def printed(grid: Grid, *, terminal: bool, width: int = 100) -> str:
@@ -127,3 +132,84 @@ def test_labels_are_never_markup() -> None:
     grid = Grid("t", ("", "[red]a %"), (("[bold]x[/bold]", "1.0"),))
     assert "[bold]x[/bold]" in printed(grid, terminal=True)
     assert "[bold]x[/bold]" in printed(grid, terminal=False)
+
+
+def test_tasks_by_leading_methods_with_intervals() -> None:
+    records = [record(seed) for seed in range(3)]
+    grid = tasks_grid(records)
+    assert grid.header == (
+        "task",
+        "MIRA memory",
+        "uniform mixture",
+        "routing by LDA",
+        "oracle adapter (upper bound)",
+    )
+    assert [row[0] for row in grid.rows] == [*TASKS, "final average"]
+    scores = [one.row("memory").accuracy[-1][0] or 0.0 for one in records]
+    expected = summarise(scores)
+    assert expected.low is not None
+    assert expected.high is not None
+    interval = f"({percent(expected.low)} to {percent(expected.high)})"
+    assert grid.rows[0][1] == f"{percent(expected.mean)} {interval}"
+    assert grid.rules == (5,)
+    assert "95 % t-interval" in grid.title
+    assert "the table of methods has all" in grid.notes[0]
+
+
+def test_held_out_domains_have_names_of_their_own() -> None:
+    grid = methods_grid([held_out_record()])
+    assert grid.title.startswith("Accuracy on each held-out domain (MIRA, dg")
+    assert grid.header[-2:] == ("blurred %", "dg.heldout %")
+    memory = held_out_record().row("memory")
+    assert grid.rows[0][-1] == percent(memory.metrics["dg.heldout"])
+    tasks = tasks_grid([held_out_record(seed) for seed in range(2)])
+    assert tasks.header[0] == "held-out domain"
+    assert tasks.rows[-1][0] == "dg.heldout"
+    metrics = metrics_grid([held_out_record()])
+    assert [row[0] for row in metrics.rows] == ["dg.heldout ↑"]
+    assert metrics.notes == ()
+    steps = steps_grid([held_out_record()])
+    assert len(steps.rows) == 1
+    assert steps.header[-1] == "dg.heldout %"
+
+
+def test_one_held_out_domain_is_its_own_mean() -> None:
+    whole = held_out_record()
+    rows = tuple(
+        row.model_copy(update={"metrics": {"faa": row.metrics["faa"]}})
+        for row in whole.metrics.rows
+    )
+    alone = whole.model_copy(update={"metrics": whole.metrics.model_copy(update={"rows": rows})})
+    grid = methods_grid([alone])
+    assert grid.rows[0][-1] == percent(rows[0].metrics["faa"])
+
+
+def test_what_negative_coefficients_carry() -> None:
+    assert negative_grid([record()]) is None
+    records = [without_negative(record(seed), loss=0.02) for seed in range(3)]
+    grid = negative_grid(records)
+    assert grid is not None
+    # The same loss in every seed: the difference is paired, so its interval has no width.
+    assert {row[3] for row in grid.rows} == {"+2.0 (+2.0 to +2.0)"}
+    assert grid.rows[-1][0] == "final average"
+    memory = np.mean([one.row("memory").metrics["faa"] for one in records])
+    frozen = np.mean([one.row("frozen").metrics["faa"] for one in records])
+    (note,) = grid.notes
+    assert f"carry +2.0 of them ({round(2 / (memory - frozen))} %)" in note
+    one = negative_grid([without_negative(record(), loss=0.0)])
+    assert one is not None
+    assert {row[3] for row in one.rows} == {"0.0"}
+
+
+def test_negative_coefficients_without_a_gain() -> None:
+    grid = negative_grid([without_negative(record(method_level=0.5))])
+    assert grid is not None
+    assert grid.notes == ()
+
+
+def test_drift_of_coefficients() -> None:
+    assert drift_grid([record()]) is None
+    grid = drift_grid([without_negative(record())])
+    assert grid is not None
+    assert grid.header == ("", "coefficient_drift ↓", "new_coefficients ↓")
+    assert grid.rows == (("MIRA memory", "0.0123", "0.2"),)

@@ -33,7 +33,7 @@ class Branches(Learner):
             if self.past is not None:
                 flat = torch.cat([self.past.flat(), flat])
             self.past = self.stacked(flat)
-            self.values = self.fresh(1, seed=self.work.seed + 1000 * len(self.seen))
+            self.values = self.fresh(1)
 
     def recall(self) -> Recall:
         """All branches, for every input."""

@@ -49,14 +49,15 @@ class Learner(nn.Module):
         self.tasks = tasks
         self.seen: list[Task] = []
         self.backbone = work.backbone
-        self.values = self.fresh(1, seed=work.seed)
+        self.values = self.fresh(1)
         self.head = LinearHead(work.backbone.dim, len(work.stream.class_names))
         self.to(work.engine.device)
 
-    def fresh(self, count: int, *, seed: int) -> AdapterValues:
-        """So many new adapters that learn: A random, B zero."""
+    def fresh(self, count: int) -> AdapterValues:
+        """New adapters that learn: A random, the first as the memory's of this task; B zero."""
         work = self.work
-        flat = init_lora(work.layout, count, generator=work.engine.generator(seed))
+        generator = work.engine.generator(work.seed * 1000 + len(self.seen) + 1)
+        flat = init_lora(work.layout, count, generator=generator)
         return self.stacked(flat, trainable=True)
 
     def stacked(self, flat: Tensor, *, trainable: bool = False) -> AdapterValues:

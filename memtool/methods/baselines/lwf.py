@@ -23,7 +23,9 @@ from memtool.streams.task import Task
 
 TEMPERATURE = 2.0
 
-STRENGTH = 1.0
+STRENGTH = 0.3
+"""λ. Tuned as EWC's (`ewc.STRENGTH`): 0.1: 72.2 on PACS; 0.3: 72.2 and 33.4 on CIFAR-100; 1: 70.5
+and 32.8."""
 
 
 class Lwf(Learner):

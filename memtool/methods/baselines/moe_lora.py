@@ -29,7 +29,7 @@ class MoeLora(Learner):
     def __init__(self, work: Workspace, tasks: int) -> None:
         """As many experts as tasks."""
         super().__init__(work, tasks)
-        self.values = self.fresh(tasks, seed=work.seed)
+        self.values = self.fresh(tasks)
         token = "class" if work.backbone.prefix_tokens else "mean"
         prefix = work.backbone.prefix_tokens
         dim = work.backbone.dim

@@ -15,7 +15,10 @@ from torch import Tensor
 from memtool.adapters.values import AdapterValues
 from memtool.methods.baselines.branches import Branches
 
-STRENGTH = 0.1
+STRENGTH = 0.03
+"""λ. Tuned as EWC's (`ewc.STRENGTH`), where it hardly matters: none: 75.0 on PACS and 33.6 on
+CIFAR-100; 0.003: 74.2; 0.03: 74.5 and 33.2; 0.1: 74.2; 0.5: 72.5. The least of these takes 85 % of
+the overlap away on PACS (22.1 to 3.3), and without it nothing is (23.5)."""
 
 
 class OLora(Branches):

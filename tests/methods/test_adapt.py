@@ -1,0 +1,104 @@
+"""Stage 1: the adapters of a task, trained together, are those that would be trained alone."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from memtool.adapters.layout import Layout
+from memtool.adapters.lora import init_lora
+from memtool.adapters.values import AdapterValues
+from memtool.backbones import create_backbone
+from memtool.config import AdapterSettings, BackboneSettings, EngineSettings, TrainSettings
+from memtool.engine import Batches, Engine
+from memtool.heads import LinearClassifier
+from memtool.methods.adapt import AdapterTraining, adapt, losses
+from memtool.streams.task import Samples
+
+CLASSES = (0, 1, 3)
+ADAPTER = AdapterSettings(rank=2, per_task=3)
+TRAIN = TrainSettings(epochs=3, batch_size=8, lr=0.02, clip=0.5)
+
+
+@pytest.fixture(scope="module")
+def nano():
+    return create_backbone(BackboneSettings())
+
+
+@pytest.fixture(scope="module")
+def samples():
+    rng = np.random.default_rng(0)
+    labels = rng.choice(CLASSES, size=30)
+    noise = rng.integers(0, 120, size=(30, 32, 32, 3))
+    return Samples((noise + 40 * labels[:, None, None, None]).astype(np.uint8), labels)
+
+
+@dataclass(frozen=True, eq=False)
+class Alone(Batches):
+    """One group of `plan` with its copies drawn out: what a training of that adapter alone sees."""
+
+    plan: Batches | None = None
+    member: int = 0
+
+    @property
+    def steps_per_epoch(self):
+        return self.plan.steps_per_epoch
+
+    def indices(self, step):
+        group = self.member
+        return np.repeat(self.plan.indices(step)[group], self.plan.copies(step)[group])[None]
+
+    def copies(self, step):
+        return np.ones_like(self.indices(step))
+
+
+def alone(engine, backbone, layout, samples, train, seed):
+    """Each of the three adapters trained by itself, on materialised bootstrap samples."""
+    values = init_lora(layout, 3, generator=engine.generator(seed))
+    shape = (samples.images, samples.labels, train.batch_size, train.epochs, seed)
+    plan = Batches(*shape, groups=3)
+    head = LinearClassifier(torch.zeros(4, backbone.dim), torch.zeros(4))
+    for member, value in enumerate(values):
+        stack = AdapterValues.from_flat(value[None], layout, 4.0, trainable=True)
+        module = AdapterTraining(backbone, stack, head, CLASSES)
+        batches = Alone(*shape, plan=plan, member=member)
+        fit = engine.fit(
+            module,
+            batches,
+            lambda model, batch: losses(model(batch.inputs), batch),
+            train,
+            stage="alone",
+        )
+        yield stack.flat()[0], module.weight[0].detach(), fit.losses
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_adapters_trained_together_are_those_trained_alone(nano, samples, accumulate):
+    layout = Layout(nano.sites(("q", "v")), 2)
+    engine = Engine(EngineSettings(device="cpu", precision="fp32", accumulate=accumulate))
+    task = {"classes": CLASSES, "class_count": 4, "adapter": ADAPTER, "train": TRAIN, "seed": 5}
+    found = adapt(engine, nano, layout, samples, **task)
+    start = init_lora(layout, 3, generator=engine.generator(5))
+    expected = list(alone(engine, nano, layout, samples, TRAIN, 5))
+    for j, (value, weight, curve) in enumerate(expected):
+        learned = (value - start[j]).norm()
+        assert learned > 0.1
+        assert (found.values[j] - value).norm() < 2e-3 * learned
+        assert torch.allclose(found.heads[j].weight, weight, atol=1e-4)
+        assert found.fit.by_group[j] == pytest.approx(curve, rel=1e-4)
+    assert found.fit.losses == pytest.approx(np.sum(found.fit.by_group, axis=0))
+    assert found.fit.losses[-1] < 0.7 * found.fit.losses[0]
+
+
+def test_training_accuracy_is_that_of_every_adapter_with_its_head(nano, samples):
+    layout = Layout(nano.sites(("q", "v")), 2)
+    engine = Engine(EngineSettings(device="cpu", precision="fp32", eval_batch_size=7))
+    task = {"classes": CLASSES, "class_count": 4, "adapter": ADAPTER, "train": TRAIN, "seed": 5}
+    found = adapt(engine, nano, layout, samples, **task)
+    for value, head, accuracy in zip(found.values, found.heads, found.train_accuracy, strict=True):
+        stack = AdapterValues.from_flat(value[None], layout, 4.0)
+        module = AdapterTraining(nano, stack, head, CLASSES)
+        with torch.no_grad():
+            predicted = module(torch.from_numpy(samples.images))[0].argmax(dim=1)
+        assert accuracy == pytest.approx(np.mean(predicted.numpy() == samples.labels))
