@@ -167,8 +167,8 @@ def _each_domain_in_turn(
 def _over_domains(records: Sequence[Record], domains: Sequence[str]) -> list[Row]:
     """Every row with its score on each held-out domain, from one record a domain."""
     rows = []
-    for one_row in records[0].metrics.rows:
-        parts = [row for one in records for row in one.metrics.rows if row.id == one_row.id]
+    for model_row in records[0].metrics.rows:
+        parts = [row for one in records for row in one.metrics.rows if row.id == model_row.id]
         if len(parts) != len(domains):
             continue
         scores = [row.metrics["faa"] for row in parts]
@@ -183,9 +183,9 @@ def _over_domains(records: Sequence[Record], domains: Sequence[str]) -> list[Row
         seconds = [row.seconds for row in parts if row.seconds is not None]
         rows.append(
             Row.measured(
-                first.id,
-                first.label,
-                first.kind,
+                model_row.id,
+                model_row.label,
+                model_row.kind,
                 matrix,
                 more=more,
                 seconds=sum(seconds) if len(seconds) == len(domains) else None,
