@@ -158,14 +158,14 @@ def run(repeats: int) -> dict[str, Any]:
 
 def subjects() -> Iterator[Subject]:
     """The backbones whose weights are here, each with batches of its preset's size."""
-    yield subject("nano", BackboneSettings(), images=200, batch_size=50, epochs=3)
+    yield subject("nano", BackboneSettings(), images=100, batch_size=50, epochs=2)
     data = os.environ.get("MEMTOOL_DATA")
     if not data:
         progress("ViT-Tiny is left out: MEMTOOL_DATA is not set")
         return
     weights = Path(data) / VIT_TINY_FILE
     settings = BackboneSettings(name=VIT_TINY, weights=weights, image_size=96)
-    yield subject("ViT-Tiny, 96 px", settings, images=32, batch_size=32, epochs=3)
+    yield subject("ViT-Tiny, 96 px", settings, images=32, batch_size=32, epochs=2)
 
 
 def subject(

@@ -58,6 +58,20 @@ MethodName = Literal["mira", "modulation"]
 Recaller = Literal["hopfield", "hopfield-published", "bayes-pcn", "bayes-pcn-published"]
 
 
+Baseline = Literal[
+    "all",
+    "frozen",
+    "sequential",
+    "ewc",
+    "lwf",
+    "o-lora",
+    "inf-lora",
+    "moe-lora",
+    "joint",
+    "erm",
+]
+
+
 class Settings(BaseModel):
     """Frozen; an unknown key is an error."""
 
@@ -253,6 +267,9 @@ class Config(Settings):
     runs: Path = Field(Path("runs"), description="folder of adapters, records and checkpoints")
     seed: tuple[Annotated[int, Field(ge=0)], ...] = Field(
         (0,), min_length=1, description="one seed or several"
+    )
+    baselines: tuple[Baseline, ...] = Field(
+        ("all",), min_length=1, description="what `run` trains beside the memory; erm is of dg"
     )
     backbone: BackboneSettings = BackboneSettings()
     stream: StreamSettings = StreamSettings()

@@ -146,6 +146,12 @@ KEYS = (
     _setting("--protect", "consolidate.protect", "Memory", "What key learning may not change."),
     _setting("--head", "head.kind", "Memory", "The classifier on the features."),
 )
+BASELINES = _setting(
+    "--baselines",
+    "baselines",
+    "Training",
+    "What is trained beside the memory, separated by commas.",
+)
 SEED = _setting(
     "--seed", "seed", "Training", "Seed; `run` takes several.", metavar="N", type=list[str] | None
 )

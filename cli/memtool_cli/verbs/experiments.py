@@ -12,6 +12,7 @@ from memtool.progress import ProgressEvent
 from memtool_cli import records
 from memtool_cli.options import (
     ADAPTERS,
+    BASELINES,
     COMPUTE,
     CONFIGURATION,
     DRY_RUN,
@@ -82,6 +83,7 @@ def demo(
     *ADAPTERS,
     SPLITS,
     HELD_OUT,
+    BASELINES,
     SEED,
     *COMPUTE,
     *CONFIGURATION,
