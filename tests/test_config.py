@@ -142,7 +142,7 @@ def test_get_reads_a_dotted_key():
         ("adapter:\n  rank: 4\n  rnk: 3", 3, "adapter.rnk", "'adapter.rank'"),
         ("rank: 3", 1, "no setting 'rank'", "'adapter.rank'"),
         ("epochs: 3", 1, "no setting 'epochs'", "'train.epochs' or 'consolidate.epochs'"),
-        ("zzz: 3", 1, "no setting 'zzz'", "one of method, store, runs, seed, backbone"),
+        ("zzz: 3", 1, "no setting 'zzz'", "one of method, store, runs, seed, baselines, backbone"),
         ("adapter:\n  rank: 0", 2, "adapter.rank cannot be 0", "greater than or equal to 1"),
         ("memory:\n  separation: afine", 2, "'afine'", "did you mean 'affine'?"),
         ("adapter: 4", 1, "'adapter' is a section", "adapter.rank"),
@@ -184,7 +184,7 @@ def test_what_is_not_there_is_not_found():
     with pytest.raises(NotFoundError, match=r"nowhere\.yaml"):
         resolve(file=Path("nowhere.yaml"), environ={})
     with pytest.raises(NotFoundError) as caught:
-        resolve(preset="pacs", environ={})
+        resolve(preset="mira-dul", environ={})
     assert "'mira-dil'" in (caught.value.expected or "")
 
 

@@ -8,6 +8,7 @@ rank-1 pieces; the gate says how much each counts for each sample or token:
     chosen     sample i uses adapter index_i            g = s · one-hot
     delta      ΔW = Σ_t a_t s_t B_t A_t                 g = a_t s_t
     params     ΔW = (Σ_t a_t s_t B_t)(Σ_t a_t A_t)      rank r again after mixing
+    atoms      every token chooses rank-1 atoms         g = w s, k-sparse; see `atoms.py`
 
 with s_t the scaling (alpha / r) of adapter t and a_t its coefficient. The two mixtures agree for
 one-hot coefficients only: a negative coefficient subtracts under delta, while under params −1
@@ -22,7 +23,7 @@ in the dtype of y.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -30,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from memtool.adapters.atoms import AtomGate, BlockAtoms, ModuleAtoms, add_atoms
 from memtool.adapters.layout import Site
 from memtool.adapters.values import BlockValues, ModuleValues
 from memtool.errors import MismatchError, did_you_mean
@@ -226,15 +228,15 @@ def add_params(
 class Mixture:
     """How one block's adapters act on one batch: made per forward pass and block.
 
-    Use the constructors `whole`, `grouped`, `weighted` and `chosen`, which check the shapes. An
-    adapted layer calls `add_to`.
+    Use the constructors `whole`, `grouped`, `weighted`, `chosen` and `atoms`, which check the
+    shapes. An adapted layer calls `add_to`.
 
         mixture = Mixture.weighted(values.block(3), coefficients, mix="params")
         y = mixture.add_to(F.linear(x, weight, bias), x, "blocks.3.attn.qkv")
     """
 
-    values: BlockValues
-    kind: Literal["whole", "grouped", "chosen", "delta", "params"]
+    values: BlockValues | BlockAtoms
+    kind: Literal["whole", "grouped", "chosen", "delta", "params", "atoms"]
     gate: Tensor | None = None
 
     @classmethod
@@ -285,6 +287,13 @@ class Mixture:
             )
         return cls(values, mix, coefficients)
 
+    @classmethod
+    def atoms(
+        cls, modules: Mapping[str, ModuleAtoms], gate: AtomGate, *, training: bool = False
+    ) -> Mixture:
+        """Every token chooses atoms of its module; the threshold is off while `training`."""
+        return cls(BlockAtoms(modules, gate, training), "atoms")
+
     def add_to(self, y: Tensor, x: Tensor, module: str) -> Tensor:
         """The frozen output y of a module plus the adapters' contribution, for its input x.
 
@@ -292,32 +301,36 @@ class Mixture:
         or none. Rows without a site, and modules without any, stay as they are. When gradients
         are off, y may be overwritten. Raises MismatchError when the shapes do not fit.
         """
-        values = self.values.modules.get(module)
-        if values is None:
+        block = self.values
+        found = block.modules.get(module)
+        if found is None:
             return y
-        tokens = self._check(y, x, values, module)
-        batch, dtype, scaling = x.shape[0], y.dtype, self.values.scaling
+        tokens = self._check(y, x, found.sites[0], module)
+        inputs = x.to(y.dtype).reshape(x.shape[0], tokens, x.shape[-1])
+        outputs = y.contiguous().view(x.shape[0], tokens, y.shape[-1])
+        with torch.autocast(x.device.type, enabled=False):
+            if isinstance(block, BlockAtoms):
+                atoms = block.modules[module].to(y.dtype)
+                added = add_atoms(outputs, inputs, atoms, block.gate, training=block.training)
+            else:
+                added = self._add_adapters(outputs, inputs, block.modules[module], block.scaling)
+        return added.view(y.shape)
+
+    def _add_adapters(self, y: Tensor, x: Tensor, values: ModuleValues, scaling: Tensor) -> Tensor:
+        gate, dtype = self.gate, y.dtype
         values = ModuleValues(
             values.sites, values.a.to(dtype), tuple(factor.to(dtype) for factor in values.b)
         )
-        inputs = x.to(dtype).reshape(batch, tokens, x.shape[-1])
-        outputs = y.contiguous().view(batch, tokens, y.shape[-1])
-        gate = self.gate
-        with torch.autocast(x.device.type, enabled=False):
-            if gate is None:
-                add = add_whole if self.kind == "whole" else add_grouped
-                added = add(outputs, inputs, values, scaling)
-            elif self.kind == "chosen":
-                added = add_chosen(outputs, inputs, values, scaling, gate)
-            else:
-                mix = add_delta if self.kind == "delta" else add_params
-                coefficients = gate.unsqueeze(1) if gate.ndim == 2 else gate
-                added = mix(outputs, inputs, values, scaling, coefficients)
-        return added.view(y.shape)
+        if gate is None:
+            add = add_whole if self.kind == "whole" else add_grouped
+            return add(y, x, values, scaling)
+        if self.kind == "chosen":
+            return add_chosen(y, x, values, scaling, gate)
+        mix = add_delta if self.kind == "delta" else add_params
+        return mix(y, x, values, scaling, gate.unsqueeze(1) if gate.ndim == 2 else gate)
 
-    def _check(self, y: Tensor, x: Tensor, values: ModuleValues, module: str) -> int:
+    def _check(self, y: Tensor, x: Tensor, site: Site, module: str) -> int:
         # Returns the number of tokens of each sample.
-        site = values.sites[0]
         if x.ndim < 2 or (*x.shape[:-1], site.module_rows) != y.shape:
             raise MismatchError(
                 f"{module}: input {tuple(x.shape)} and output {tuple(y.shape)}",
@@ -328,10 +341,12 @@ class Mixture:
                 f"{module}: input {tuple(x.shape)}", expected=f"(batch, ..., {site.in_features})"
             )
         batch, tokens = x.shape[0], math.prod(x.shape[1:-1])
-        if self.kind == "grouped" and batch % len(self.values):
+        groups = 1
+        if self.kind == "grouped" and isinstance(self.values, BlockValues):
+            groups = len(self.values)
+        if batch % groups:
             raise MismatchError(
-                f"{module}: a batch of {batch} in {len(self.values)} groups",
-                expected="groups of equal size",
+                f"{module}: a batch of {batch} in {groups} groups", expected="groups of equal size"
             )
         gate = self.gate
         if gate is not None and (

@@ -91,7 +91,7 @@ def test_version(memtool):
         (["consolidate", "--sep", "afine", "--dry-run"], 2, "did you mean 'affine'?"),
         (["log", "--set", "adapter.rnk=8"], 2, "did you mean 'adapter.rank'?"),
         (["log", "--set", "adapter.rank"], 2, "KEY=VALUE"),
-        (["log", "--preset", "pacs"], 3, "did you mean 'mira-dil'?"),
+        (["log", "--preset", "mira-dul"], 3, "did you mean 'mira-dil'?"),
         (["log", "--config", "nowhere.yaml"], 3, "nowhere.yaml"),
         (["log", "--json", "-q"], 2, "one of them"),
         (["verify", "--level", "ful"], 2, "did you mean 'full'?"),

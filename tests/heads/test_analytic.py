@@ -194,7 +194,7 @@ def test_bad_input_is_an_error_that_helps_and_counts_nothing() -> None:
     with pytest.raises(MismatchError, match="growth by -1"):
         statistics.grow(-1)
     with pytest.raises(ConfigError, match="trained by gradient"):
-        solve_head("linear", statistics, HeadSettings())
+        solve_head("grown", statistics, HeadSettings())
     with pytest.raises(ConfigError, match="did you mean 'ridge'"):
         solve_head("rigde", statistics, HeadSettings())
     with pytest.raises(DataError, match="no vectors"):

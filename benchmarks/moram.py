@@ -1,0 +1,168 @@
+"""Atoms in one linear layer 768→768: time and saved activations against frozen layer and LoRA.
+
+1,576 tokens (8 images of 197), float32, tasks of 16 atoms, 16 kept for each token. The bank holds
+16, 160 and 800 atoms, of which the last 16 learn. Every ratio is over the frozen layer in the same
+round; plain LoRA of rank 16 stands beside it. Forward and backward give the frozen layer the
+gradient of its input, LoRA and atoms also those of what learns.
+
+Saved activations are the bytes that autograd keeps for every token between forward and backward,
+the input included, against the same gate written with tensors over all atoms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.timing import case, environment, interleaved, progress, ratio
+from memtool.adapters.atoms import AtomBank, AtomGate, ModuleAtoms, add_atoms
+from memtool.adapters.layout import Site
+
+BATCH, TOKENS, WIDTH, RANK = 8, 197, 768, 16
+LIMITS = {16: (1.2, 1.6), 160: (1.5, 1.7), 800: (2.6, 3.0)}
+"""Atoms to the limits of evaluation and of forward + backward, over the frozen layer."""
+
+SITE = Site(0, "fc", "", WIDTH, WIDTH, 0, WIDTH)
+GATE = AtomGate(topk=RANK, temperature=0.01, threshold=0.2)
+
+
+def run(repeats: int) -> dict[str, Any]:
+    """All cases."""
+    cases: list[dict[str, Any]] = []
+    for count in LIMITS:
+        cases += timed(count, 3 * repeats)
+    cases.append(saved(max(LIMITS)))
+    return {
+        "benchmark": "moram",
+        "environment": environment(),
+        "passed": all(found["passed"] for found in cases),
+        "cases": cases,
+    }
+
+
+class Layer:
+    """A frozen layer, one LoRA, and a bank of which the last task learns."""
+
+    def __init__(self, count: int) -> None:
+        generator = torch.Generator().manual_seed(count)
+
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator)
+
+        self.weight, self.bias = randn(WIDTH, WIDTH) / WIDTH**0.5, randn(WIDTH)
+        self.x = randn(BATCH, TOKENS, WIDTH).requires_grad_()
+        self.gradient = randn(BATCH, TOKENS, WIDTH)
+        self.a = (randn(RANK, WIDTH) / WIDTH**0.5).requires_grad_()
+        self.b = (randn(WIDTH, RANK) * 0.02).requires_grad_()
+        self.bank = AtomBank(
+            (randn(count, WIDTH) / WIDTH**0.5).requires_grad_(),
+            (randn(count, WIDTH) * 0.02).requires_grad_(),
+            torch.ones(count),
+            torch.arange(count) // RANK,
+            fresh=RANK,
+        )
+
+    def frozen(self) -> Tensor:
+        """W x + b."""
+        return F.linear(self.x, self.weight, self.bias)
+
+    def lora(self) -> Tensor:
+        """W x + b + B A x."""
+        return self.frozen() + F.linear(F.linear(self.x, self.a), self.b)
+
+    def atoms(self, gate: AtomGate = GATE) -> Tensor:
+        """The frozen layer with the atoms that every token chooses."""
+        atoms = ModuleAtoms((SITE,), (self.bank,))
+        return add_atoms(self.frozen(), self.x, atoms, gate, training=torch.is_grad_enabled())
+
+    def wide(self) -> Tensor:
+        """The same with tensors over all atoms, as one would write it first; no threshold."""
+        z = F.linear(self.x, self.bank.keys)
+        scores = z / z.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        best, places = scores.topk(GATE.topk, dim=-1)
+        weights = (best / GATE.temperature).softmax(dim=-1)
+        gate = torch.zeros_like(z).scatter(-1, places, weights)
+        return self.frozen() + (gate * z) @ self.bank.values
+
+    def evaluate(self, forward: Callable[[], Tensor]) -> Callable[[], object]:
+        """A call of `forward` without gradients."""
+
+        def call() -> object:
+            with torch.inference_mode():
+                return forward()
+
+        return call
+
+    def train(self, forward: Callable[[], Tensor]) -> Callable[[], object]:
+        """A call of `forward` and its backward pass."""
+        leaves = (self.x, self.a, self.b, self.bank.keys, self.bank.values)
+
+        def call() -> object:
+            for leaf in leaves:
+                leaf.grad = None
+            forward().backward(self.gradient)
+            return None
+
+        return call
+
+
+def timed(count: int, repeats: int) -> list[dict[str, Any]]:
+    """Evaluation, and forward + backward, with a bank of `count` atoms."""
+    layer = Layer(count)
+    with torch.inference_mode():
+        # Without the threshold, which no random key of 800 reaches.
+        ours, wide = layer.atoms(replace(GATE, threshold=-1.0)), layer.wide()
+        relative = float((ours - wide).norm() / (wide - layer.frozen()).norm())
+    if not relative < 1e-3:
+        raise AssertionError(f"the outputs differ by {relative:.2g} of what the atoms add")
+    cases: list[dict[str, Any]] = []
+    forwards = {"frozen": layer.frozen, "lora": layer.lora, "atoms": layer.atoms}
+    ways = (("evaluation", layer.evaluate), ("forward + backward", layer.train))
+    for (what, way), limit in zip(ways, LIMITS[count], strict=True):
+        progress(f"{what}, {count} atoms")
+        seconds = interleaved({name: way(call) for name, call in forwards.items()}, repeats)
+        name = f"{what}, {count} atoms, {RANK} kept"
+        lora = ratio(seconds, "lora", "frozen")
+        more = {"lora / frozen": lora, "relative_difference": relative}
+        cases.append(case(name, seconds, "atoms", "frozen", at_most=limit, **more))
+        progress(f"{name}: lora / frozen = {lora['median']:.3f}")
+    return cases
+
+
+def kept_bytes(forward: Callable[[], Tensor]) -> int:
+    """Bytes of different memory with a row for every token that autograd keeps for a call."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if BATCH * TOKENS in (tensor.shape[0], tensor.shape[:-1].numel()):
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()
+    assert result.requires_grad
+    return sum(kept.values())
+
+
+def saved(count: int) -> dict[str, Any]:
+    """Saved activations of the gate over those of the obvious form."""
+    layer = Layer(count)
+    ours, wide = kept_bytes(layer.atoms), kept_bytes(layer.wide)
+    own = layer.x.untyped_storage().nbytes()
+    value = ours / wide
+    progress(f"saved activations, {count} atoms: {ours:,} of {wide:,} bytes")
+    return {
+        "name": f"saved activations, {count} atoms",
+        "what": "atoms / wide",
+        "value": value,
+        "limit": "<= 0.25",
+        "passed": value <= 0.25,
+        "bytes": {"atoms": ours, "wide": wide, "input": own},
+        "without_input": (ours - own) / (wide - own),
+    }
