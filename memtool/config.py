@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -49,18 +50,21 @@ Similarity = Literal[
     "js",
 ]
 Mix = Literal["delta", "params"]
-Setting = Literal["dil", "til", "cil", "dg", "mts"]
-HeadKind = Literal["lda", "ridge", "ncm", "grown", "shared"]
+Setting = Literal["dil", "til", "cil", "dg", "mts", "xtail", "trace"]
+HeadKind = Literal["lda", "ridge", "ncm", "grown", "shared", "prototype", "text"]
 Routing = Literal["mixture", "lda", "prototype"]
 Augment = Literal["none", "flip-crop"]
 Protect = Literal["freeze", "dual-gpm", "none"]
-MethodName = Literal["mira", "modulation"]
+MethodName = Literal["mira", "moram", "modulation"]
 Recaller = Literal["hopfield", "hopfield-published", "bayes-pcn", "bayes-pcn-published"]
 
 
 Baseline = Literal[
     "all",
+    "zero-shot",
+    "in-context",
     "frozen",
+    "fine-tune",
     "sequential",
     "ewc",
     "lwf",
@@ -103,6 +107,9 @@ class StreamSettings(Settings):
     test_per_task: Annotated[int, Field(ge=1)] | None = Field(
         None, description="at most so many test images a task"
     )
+    shots: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="at most so many training images a class"
+    )
     validation: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="share of the training images held out for validation"
     )
@@ -130,13 +137,25 @@ class TrainSettings(Settings):
     """Stage 1: training the adapters of a task."""
 
     epochs: Annotated[int, Field(ge=1)] = Field(4, description="passes over the task's images")
+    iterations: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="steps a task, instead of epochs; the last epoch is finished"
+    )
     batch_size: Annotated[int, Field(ge=1)] = Field(50, description="images a step")
     lr: Annotated[float, Field(gt=0)] = Field(1e-2, description="highest learning rate")
     final_lr: Annotated[float, Field(ge=0)] = Field(0.0, description="learning rate at the end")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="of AdamW")
     warmup: Annotated[float, Field(ge=0, lt=1)] = Field(0.15, description="share of the steps")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.999), description="of AdamW: decay of the means of gradients and of their squares"
+    )
     clip: Annotated[float, Field(gt=0)] = Field(1.0, description="largest norm of the gradient")
     augment: Augment = Field("none", description="of the training images")
+
+    def epochs_for(self, samples: int) -> int:
+        """Epochs over so many samples: those of `iterations` where that is set."""
+        if self.iterations is None:
+            return self.epochs
+        return math.ceil(self.iterations / math.ceil(samples / self.batch_size))
 
 
 class MemorySettings(Settings):
@@ -150,6 +169,11 @@ class MemorySettings(Settings):
         "mixture",
         description="mixture: as the separation says; lda, prototype: the adapters of one task, "
         "by discriminant keys or the nearest mean query",
+    )
+    keys_of: Literal["task", "class"] = Field(
+        "task",
+        description="what an adapter has a key for: its task, or each class of its task (the "
+        "coefficients of its keys add up)",
     )
     mix: Mix = Field("delta", description="sum of the products BA, or product of the sums")
     token: Literal["class", "mean"] = Field("mean", description="token that the query looks at")
@@ -201,7 +225,8 @@ class HeadSettings(Settings):
     kind: HeadKind = Field(
         "lda",
         description="closed form (lda, ridge, ncm), grown: trained with the adapters, class by "
-        "class; shared: one that learns on through every consolidation",
+        "class; shared: one that learns on through every consolidation; known for all classes in "
+        "advance (xtail): prototype, of frozen features; text, of a text tower",
     )
     scope: Literal["shared", "task"] = Field(
         "task", description="one head for all tasks, or each task's own, recalled with its adapter"
@@ -212,6 +237,9 @@ class HeadSettings(Settings):
         "the memory recalls",
     )
     ridge: Annotated[float, Field(gt=0)] = Field(1e-2, description="ridge, relative to the trace")
+    scale: Annotated[float, Field(gt=0)] = Field(
+        30.0, description="prototype: logits are cosines times this"
+    )
 
 
 class ModulationSettings(Settings):
@@ -241,6 +269,53 @@ class ModulationSettings(Settings):
     )
     predictor_lr: Annotated[float, Field(gt=0)] = Field(
         2e-3, description="mts: highest learning rate of the task predictor"
+    )
+
+
+class MoramSettings(Settings):
+    """MoRAM: rank-1 atoms that every token chooses by its own response to their keys."""
+
+    topk: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="atoms that a token keeps; none: as many as a task adds (the rank)"
+    )
+    temperature: Annotated[float, Field(gt=0)] = Field(
+        0.01, description="of the softmax over the kept scores"
+    )
+    threshold: Annotated[float, Field(ge=-1, le=1)] = Field(
+        0.2, description="score below which an atom adds nothing in evaluation; -1: all pass"
+    )
+    score_norm: Literal["bank", "task"] = Field(
+        "bank",
+        description="what a response is divided by: the norm over the whole bank, as published, "
+        "or over the atoms of its task, under which old scores never change",
+    )
+    scaled_threshold: bool = Field(
+        False, description="norm bank: divide the threshold by the root of the number of tasks"
+    )
+    selected_only: bool = Field(False, description="no gradient through atoms that are not kept")
+
+
+class TextSettings(Settings):
+    """Streams of texts (setting trace)."""
+
+    prompt_tokens: Annotated[int, Field(ge=1)] = Field(1024, description="most tokens of a prompt")
+    answer_tokens: Annotated[int, Field(ge=1)] = Field(
+        512, description="most tokens of an answer, the end of text included"
+    )
+    long_prompts: Literal["cut", "refuse"] = Field(
+        "cut", description="a prompt that is too long keeps its end, or is an error"
+    )
+    generate: bool = Field(
+        False, description="score generated answers by the metric of their task, beside the loss"
+    )
+    epochs: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
+        None, description="passes over each task in turn, instead of train.epochs"
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="share of the inputs that adapters do not see in training"
+    )
+    shots: Annotated[int, Field(ge=1)] = Field(
+        4, description="examples from the training set before a prompt (baseline in-context)"
     )
 
 
@@ -279,6 +354,8 @@ class Config(Settings):
     consolidate: ConsolidateSettings = ConsolidateSettings()
     head: HeadSettings = HeadSettings()
     modulation: ModulationSettings = ModulationSettings()
+    moram: MoramSettings = MoramSettings()
+    text: TextSettings = TextSettings()
     engine: EngineSettings = EngineSettings()
 
 

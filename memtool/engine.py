@@ -274,7 +274,9 @@ class Engine:
         if not trained:
             raise ConfigError(f"{stage}: the module has no parameters to train")
         groups = _parameter_groups(trained, rate_of)
-        optimizer = torch.optim.AdamW(groups, settings.lr, weight_decay=settings.weight_decay)
+        optimizer = torch.optim.AdamW(
+            groups, settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
+        )
         total = len(batches)
         done = 0
         losses: list[list[float]] = []
@@ -335,7 +337,8 @@ class Engine:
         first, last = sum(losses[0]), sum(losses[-1])
         if len(losses) > 1 and last > DIVERGED_FACTOR * first + 1:
             raise DivergedError(
-                f"{stage}: the mean loss of an epoch rose from {first:.3g} to {last:.3g}",
+                f"{stage}: the mean loss of an epoch rose from {first:.3g} to {last:.3g} at step "
+                f"{total}, the last",
                 remedy=f"a smaller learning rate than {settings.lr:g}; nothing was written",
             )
         if checkpoint is not None and self.is_main:

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 from importlib import import_module
@@ -16,6 +17,7 @@ import typer
 
 from memtool.config import keys, parse_assignment, resolve
 from memtool_cli.main import VERBS
+from tests.cli.conftest import inside
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -90,10 +92,21 @@ def here(tmp_path: Path) -> Path:
     return folder
 
 
+def test_the_commands_of_the_readme_run_one_after_the_other(here, environment):
+    """In this process, which has imported torch already; the slow test has bash run them."""
+    for code in marked(README, "bash"):
+        for line in code.replace("\\\n", " ").splitlines():
+            name, *arguments = shlex.split(line, comments=True)
+            assert name == "memtool", line
+            done = inside(here, environment, *arguments)
+            assert done.returncode == 0, f"{line}\n{done.stderr}"
+            assert done.stdout, line
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_the_commands_of_the_readme_run_one_after_the_other(slow, here, environment):
-    for code in marked(README, "bash", slow=slow):
+def test_the_commands_of_the_readme_run_in_bash(here, environment):
+    for code in marked(README, "bash", slow=True):
         done = subprocess.run(
             ["bash", "-c", f"set -euo pipefail\n{code}"],
             cwd=here,

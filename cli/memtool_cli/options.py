@@ -40,6 +40,7 @@ from memtool_cli.output import Out
 if TYPE_CHECKING:
     from memtool.methods.mira import Mira
     from memtool.methods.modulation import Modulation
+    from memtool.methods.moram import Moram
     from memtool.progress import Progress
     from memtool_stores import MemoryStore, MemoryView
 
@@ -113,6 +114,21 @@ MEMORY = _setting(
     "modulation.memory",
     "Memory",
     "Modulation: the memories that recall whole adapters, separated by commas.",
+)
+METHOD = _setting("--method", "method", "Training", "How the memory is grown and read.")
+GATE = (
+    _setting("--score-norm", "moram.score_norm", "Memory", "MoRAM: norm of the responses."),
+    _setting("--topk", "moram.topk", "Memory", "MoRAM: atoms that a token keeps.", metavar="K"),
+    _setting(
+        "--temperature", "moram.temperature", "Memory", "MoRAM: of the softmax.", metavar="TAU"
+    ),
+    _setting(
+        "--threshold",
+        "moram.threshold",
+        "Memory",
+        "MoRAM: least score that counts in evaluation.",
+        metavar="DELTA",
+    ),
 )
 SPLITS = _setting(
     "--splits", "stream.splits", "Training", "Tasks that the classes are cut into.", metavar="N"
@@ -315,7 +331,7 @@ class Call:
                 remedy=f"--store {path}, perhaps after `memtool rollback {version}`",
             )
 
-    def method(self, progress: Progress | None = None) -> Mira | Modulation:
+    def method(self, progress: Progress | None = None) -> Mira | Modulation | Moram:
         """The method over this configuration, with one seed."""
         from memtool.methods import open_method
 
@@ -348,7 +364,18 @@ class Call:
         return shlex.join(words)
 
 
-_CARRIED = (STORE, RANK, MEMORY, SPLITS, HELD_OUT, *ADAPTERS, SEED, *COMPUTE, *CONFIGURATION)
+_CARRIED = (
+    STORE,
+    METHOD,
+    RANK,
+    MEMORY,
+    SPLITS,
+    HELD_OUT,
+    *ADAPTERS,
+    SEED,
+    *COMPUTE,
+    *CONFIGURATION,
+)
 
 
 def verb(*shared: Shared) -> Callable[[Callable[..., None]], Callable[..., None]]:

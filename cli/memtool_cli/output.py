@@ -213,9 +213,9 @@ def _print_tables(tables: Iterable[Table | Grid]) -> None:
         if isinstance(table, Table):
             console.print(_grid(table))
         else:
-            from memtool.reports.table import to_rich
+            from memtool.reports.table import show
 
-            console.print(to_rich(table))
+            show(table, console)
 
 
 def _grid(table: Table) -> RichTable:

@@ -14,27 +14,53 @@ if TYPE_CHECKING:
 def grids(records: Sequence[Record], *, history: bool = False) -> list[Grid]:
     """Methods by tasks after the last one; with `history` the method after every task, too.
 
-    Where adapters were recalled, also what recalling them cost.
+    Of several seeds also the tasks with their confidence intervals; where adapters were recalled,
+    also what recalling them cost.
     """
-    from memtool.reports.table import methods_grid, metrics_grid, recall_grid, steps_grid
+    from memtool.reports.table import (
+        atoms_grid,
+        losses_grid,
+        methods_grid,
+        metrics_grid,
+        recall_grid,
+        steps_grid,
+        tasks_grid,
+    )
 
+    losses = losses_grid(records)
+    if losses is not None and not _scored(records):
+        return [losses]
     shown = [methods_grid(records)]
-    if history:
+    if len(records) > 1:
+        shown.append(tasks_grid(records))
+    if losses is not None:
+        shown.append(losses)
+    elif history:
         shown.append(steps_grid(records))
     recalled = recall_grid(records)
-    if history or recalled is not None:
+    if history or recalled is not None or losses is not None:
         shown.append(metrics_grid(records))
-    if recalled is not None:
-        shown.append(recalled)
+    shown += [grid for grid in (recalled, atoms_grid(records)) if grid is not None]
     return shown
 
 
 def final_average(records: Sequence[Record]) -> float:
-    """Accuracy of the method after its last task, mean over the measured tasks and the seeds."""
+    """Accuracy of the method after its last task, mean over the measured tasks and the seeds.
+
+    On a stream of texts without generated answers, the loss.
+    """
     return mean(_final_average(record) for record in records)
 
 
 def _final_average(record: Record) -> float:
     rows = record.metrics.rows
     method = next((row for row in rows if row.kind == "method"), rows[0])
+    if method.loss and not _scored([record]):
+        return method.metrics["loss.final"]
     return mean(score for score in method.accuracy[-1] if score is not None)
+
+
+def _scored(records: Sequence[Record]) -> bool:
+    """Whether there is an accuracy anywhere: not where only losses were measured."""
+    rows = [row for record in records for row in record.metrics.rows]
+    return any(score is not None for row in rows for line in row.accuracy for score in line)

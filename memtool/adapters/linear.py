@@ -32,7 +32,7 @@ class AdaptedLinear(nn.Module):
         if mixture is None:
             return F.linear(x, self.weight, self.bias)
         kind = x.device.type
-        if torch.is_autocast_enabled(kind) and x.dtype == torch.float32:
+        if not x.is_meta and torch.is_autocast_enabled(kind) and x.dtype == torch.float32:
             # Autocast would convert x in the frozen product and again for the adapters.
             x = x.to(torch.get_autocast_dtype(kind))
         return mixture.add_to(F.linear(x, self.weight, self.bias), x, self.name)

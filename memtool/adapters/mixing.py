@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -308,7 +309,9 @@ class Mixture:
         tokens = self._check(y, x, found.sites[0], module)
         inputs = x.to(y.dtype).reshape(x.shape[0], tokens, x.shape[-1])
         outputs = y.contiguous().view(x.shape[0], tokens, y.shape[-1])
-        with torch.autocast(x.device.type, enabled=False):
+        # The meta device, where only shapes are computed, knows no autocast.
+        exact = nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+        with exact:
             if isinstance(block, BlockAtoms):
                 atoms = block.modules[module].to(y.dtype)
                 added = add_atoms(outputs, inputs, atoms, block.gate, training=block.training)

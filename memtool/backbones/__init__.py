@@ -14,7 +14,7 @@ __all__ = ["create_backbone"]
 
 
 def create_backbone(settings: BackboneSettings) -> Backbone:
-    """The frozen model that the settings name: "nano" or "timm:<model name>".
+    """The frozen model that the settings name: "nano", "timm:<model name>" or "open_clip:<name>".
 
     Raises ConfigError for a name that is not known or a model that cannot be adapted,
     NotFoundError for weights that are not there, MismatchError for weights that do not fit.
@@ -29,7 +29,17 @@ def create_backbone(settings: BackboneSettings) -> Backbone:
             from memtool.backbones.vit import create_timm_vit
 
             return create_timm_vit(settings, model)
+        case "hf" if model:
+            raise ConfigError(
+                f"backbone {settings.name} is a language model, and this reads images",
+                expected="an image model: nano, timm:<model name>",
+                remedy="memtool run --preset moram-trace, which reads texts",
+            )
+        case "open_clip" if model:
+            from memtool.backbones.open_clip import create_open_clip
+
+            return create_open_clip(settings, model)
     raise ConfigError(
         f"backbone name {settings.name!r} is not known",
-        expected=did_you_mean(settings.name, ["nano", "timm:<model name>"]),
+        expected=did_you_mean(settings.name, ["nano", "timm:<model name>", "open_clip:<name>"]),
     )

@@ -11,26 +11,37 @@ from memtool.adapters.layout import Site
 from memtool.adapters.values import Recall
 
 
-class Backbone(nn.Module, ABC):
-    """A frozen image model with adaptable linear layers.
+class FrozenModel(nn.Module, ABC):
+    """A frozen model with adaptable linear layers, whatever it reads.
 
-    Attributes: `name` as in the configuration; `dim`, the width of the features and of every
-    block's input; `depth`, the number of blocks; `image_size`, pixels a side of its input;
-    `prefix_tokens`, class and register tokens before the patches;
-    `sha256`, the hash of its tensors by name (before any layer is replaced).
-    All parameters have requires_grad False.
+    Attributes: `name` as in the configuration; `dim`, the width of every block's input (unless
+    `block_dim` says otherwise); `depth`, the number of blocks; `sha256`, the hash of its tensors by
+    name (before any layer is replaced). All parameters have requires_grad False.
     """
 
     name: str
     dim: int
     depth: int
-    image_size: int
-    prefix_tokens: int
     sha256: str
 
     @abstractmethod
     def sites(self, targets: Sequence[str]) -> tuple[Site, ...]:
-        """The sites of the named targets ("q", "k", "v", "proj", "fc1", "fc2") in block order."""
+        """The sites of the named targets in block order; each model has names of its own.
+
+        Raises ConfigError for a target that is not known.
+        """
+
+
+class Backbone(FrozenModel):
+    """A frozen image model; its targets are "q", "k", "v", "proj", "fc1" and "fc2".
+
+    Attributes beside those of `FrozenModel`: `image_size`, pixels a side of its input;
+    `prefix_tokens`, class and register tokens before the patches. `dim` is the width of the
+    features, too.
+    """
+
+    image_size: int
+    prefix_tokens: int
 
     @abstractmethod
     def preprocess(self, images: Tensor) -> Tensor:
@@ -44,9 +55,32 @@ class Backbone(nn.Module, ABC):
         hidden (batch, tokens, dim). What it returns adapts the linear layers of that block.
         """
 
+    def block_dim(self, block: int) -> int:
+        """Width of the input of a block, where it is not that of the features."""
+        del block
+        return self.dim
+
     @abstractmethod
     def hidden(self, pixels: Tensor, block: int) -> Tensor:
         """The input (batch, tokens, dim) of a block of the frozen model; later blocks do not run.
 
         Raises MismatchError for a block that is not there.
         """
+
+
+class TextBackbone(Backbone):
+    """An image model with a text tower beside it, as CLIP.
+
+    Blocks are counted through: those of the text tower follow those of the image tower, so that one
+    `recall` serves both. `logit_scale` is the factor on cosines of image and text features.
+    """
+
+    logit_scale: float
+
+    @abstractmethod
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """Token ids int64 (texts, context), on the CPU. Raises DataError for one too long."""
+
+    @abstractmethod
+    def text_features(self, tokens: Tensor, recall: Recall | None = None) -> Tensor:
+        """Features (texts, dim) of token ids; `recall` as in `features`."""

@@ -97,6 +97,12 @@ def forgetting_step(a: Matrix) -> float:
     return float(_measured(steps, "all seen tasks after each task").mean())
 
 
+def loss_forgetting(losses: Matrix) -> float:
+    """Mean over j < T of l[T, j] − l[j, j], of a matrix of losses: how much they rose since."""
+    _tasks(losses, at_least=2)
+    return float((_final(losses) - _learned(losses))[:-1].mean())
+
+
 def bwt_gem(a: Matrix) -> float:
     """(1/(T−1)) Σ_{j<T} (a[T, j] − a[j, j]) (GEM)."""
     return -forgetting_first(a)
@@ -160,6 +166,24 @@ def coefficient_drift(now: npt.ArrayLike, then: npt.ArrayLike) -> float:
     if norm == 0:
         raise UndefinedMetricError("all coefficients were zero: a relative change needs a norm")
     return float(np.linalg.norm(after - before)) / norm
+
+
+def length_ratio(now: npt.ArrayLike, then: npt.ArrayLike) -> float:
+    """‖now‖ / ‖then‖ of the same inputs; both (samples, ...)."""
+    norm = float(np.linalg.norm(np.asarray(then, dtype=np.float64)))
+    if norm == 0:
+        raise UndefinedMetricError("everything was zero: a ratio of lengths needs a length")
+    return float(np.linalg.norm(np.asarray(now, dtype=np.float64))) / norm
+
+
+def reuse(shares: npt.ArrayLike) -> float:
+    """Mean over tasks i ≥ 2 of Σ_{j<i} shares[i, j]: weight of inputs of task i on atoms of j."""
+    weights = np.asarray(shares, dtype=np.float64)
+    if weights.ndim != 2 or weights.shape[0] != weights.shape[1]:
+        raise MismatchError(f"shares of shape {weights.shape}", expected="(tasks, tasks)")
+    if len(weights) < 2:
+        raise UndefinedMetricError("needs at least 2 tasks")
+    return float(np.tril(weights, -1).sum(axis=1)[1:].mean())
 
 
 def recall_error(recalled: npt.ArrayLike, exact: npt.ArrayLike) -> Matrix:
@@ -303,6 +327,46 @@ METRICS: dict[str, Metric] = {
             coefficient_drift,
             "lower",
             "coefficients that later adapters get on earlier tasks' inputs, relative to their own",
+            of_matrix=False,
+            unit="ratio",
+        ),
+        Metric(
+            "atom_norm",
+            length_ratio,
+            "higher",
+            "length of what earlier tasks' atoms add now, over that just after they were learned",
+            of_matrix=False,
+            unit="ratio",
+        ),
+        Metric(
+            "atom_drift",
+            coefficient_drift,
+            "lower",
+            "relative change of what earlier tasks' atoms add since they were learned",
+            of_matrix=False,
+            unit="ratio",
+        ),
+        Metric(
+            "atom_reuse",
+            reuse,
+            "higher",
+            "gate weight of inputs of later tasks on the atoms of earlier ones",
+            of_matrix=False,
+            unit="ratio",
+        ),
+        Metric(
+            "loss.final",
+            final_average,
+            "lower",
+            "mean over tasks of the loss after the last, nats per answer token (TRACE)",
+            of_matrix=False,
+            unit="ratio",
+        ),
+        Metric(
+            "loss.forgetting",
+            loss_forgetting,
+            "lower",
+            "loss after the last task, less that just after learning, without the last task",
             of_matrix=False,
             unit="ratio",
         ),

@@ -48,6 +48,8 @@ PACKAGES = (
     "accelerate",
     "datasets",
     "pillow",
+    "open_clip_torch",
+    "transformers",
 )
 
 
@@ -77,6 +79,7 @@ class TaskIdentity(Part):
     name: str
     domain: str | None = None
     classes: tuple[str, ...] = Field((), description="class names in order")
+    prompt: str | None = Field(None, description="template of what a text tower reads")
     test_samples: Annotated[int, Field(ge=0)] | None = None
 
 
@@ -111,11 +114,30 @@ class Run(Part):
         return value
 
 
+Ratio = Annotated[float, Field(ge=0)]
+
+
+class AtomUse(Part):
+    """How the atoms of a growing bank are used (MoRAM), tasks in the order learned.
+
+    norm[i][j]: length of what the atoms of task j add after task i, over that just after task j;
+    difference[i][j]: length of the change, over the same; both on test images of task j, at the
+    layer inputs of then, None for i < j and where atoms added nothing. reuse[i][j]: the gate's
+    weight on the atoms of task j for test images of task i, with all tasks in the bank.
+    """
+
+    norm: tuple[tuple[Ratio | None, ...], ...]
+    difference: tuple[tuple[Ratio | None, ...], ...]
+    reuse: tuple[tuple[Ratio, ...], ...]
+
+
 class Row(Part):
     """One method, baseline or upper bound with its own accuracy matrix, all fractions 0..1.
 
     accuracy: T+1 rows of T scores, None where not measured; recall_error: likewise the relative
-    error of every recalled adapter, empty where adapters are not recalled; metrics: by metric id;
+    error of every recalled adapter, empty where adapters are not recalled; atom_use: of a bank of
+    atoms, where it was measured; loss: shaped as accuracy, of streams of texts, nats per answer
+    token; metrics: by metric id;
     undefined: the reason for every metric that the matrix does not define; seconds: wall time.
     """
 
@@ -123,7 +145,9 @@ class Row(Part):
     label: str
     kind: Kind
     accuracy: tuple[tuple[Score | None, ...], ...]
-    recall_error: tuple[tuple[Annotated[float, Field(ge=0)] | None, ...], ...] = ()
+    recall_error: tuple[tuple[Ratio | None, ...], ...] = ()
+    atom_use: AtomUse | None = None
+    loss: tuple[tuple[Ratio | None, ...], ...] = ()
     metrics: dict[str, float] = {}
     undefined: dict[str, str] = {}
     seconds: Annotated[float, Field(ge=0)] | None = None
@@ -242,6 +266,8 @@ class Record(Part):
                     f"row {row.id!r}: an accuracy matrix with rows of {shape} scores, "
                     f"expected {len(names) + 1} rows of {len(names)}"
                 )
+            if row.loss and [len(losses) for losses in row.loss] != shape:
+                raise ValueError(f"row {row.id!r}: losses of another shape than accuracies")
             if row.recall_error and [len(errors) for errors in row.recall_error] != shape:
                 raise ValueError(f"row {row.id!r}: recall errors of another shape than accuracies")
         return self

@@ -8,14 +8,18 @@ from memtool.config import HeadKind, HeadSettings
 from memtool.errors import ConfigError, did_you_mean
 from memtool.heads.analytic import FeatureStatistics
 from memtool.heads.linear import LinearClassifier, LinearHead, mask_logits
+from memtool.heads.prototype import CosineHead, both_ways, prototype_head
 from memtool.heads.recalled import RecalledHead
 
 __all__ = [
+    "CosineHead",
     "FeatureStatistics",
     "LinearClassifier",
     "LinearHead",
     "RecalledHead",
+    "both_ways",
     "mask_logits",
+    "prototype_head",
     "solve_head",
 ]
 
@@ -39,6 +43,11 @@ def solve_head(
         case "grown" | "shared":
             raise ConfigError(
                 f"a {kind} head is trained by gradient, not solved from statistics",
+                expected="ncm, ridge or lda",
+            )
+        case "prototype" | "text":
+            raise ConfigError(
+                f"a {kind} head is fixed in advance, not solved from statistics",
                 expected="ncm, ridge or lda",
             )
     raise ConfigError(f"unknown head {kind!r}", expected=did_you_mean(kind, get_args(HeadKind)))

@@ -21,7 +21,8 @@ from memtool.memories.similarity import SIMILARITIES
 class QueryStatistics:
     """Moments of the queries of every task, for each of `blocks` memories; float64 on the CPU.
 
-    Tasks are numbered from 0, come in any order and in any number of batches.
+    Tasks are numbered from 0, come in any order and in any number of batches. What is counted as a
+    task may as well be a part of one, such as a class: see `pooled`.
     """
 
     def __init__(self, blocks: int, dim: int) -> None:
@@ -89,6 +90,15 @@ class QueryStatistics:
             shifted.sums = torch.cat([shifted.sums, part.sums], dim=1)
             shifted.second = part.second
             whole._moments.merge(shifted)
+        return whole
+
+    def pooled(self) -> QueryStatistics:
+        """The same queries as those of a single task."""
+        whole = QueryStatistics(self.blocks, self.dim)
+        moments = whole._moments
+        moments.counts = self.counts.sum(dim=0, keepdim=True)
+        moments.sums = self.sums.sum(dim=1, keepdim=True)
+        moments.second = self.second.clone()
         return whole
 
     def merge(self, other: QueryStatistics) -> None:

@@ -1,7 +1,8 @@
 """Memories with keys of their own: each block looks at its input and mixes its adapters.
 
 The memory of MIRA. A block's query q meets the block's keys K (t, d_k); the scores are their
-similarity, the coefficients their separation: a = separation(similarity(g(h), K)).
+similarity, the coefficients their separation: a = separation(similarity(g(h), K)). An adapter may
+have several keys, one for every kind of input that needs it; their coefficients add up.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from memtool.memories.similarity import SimilarityFunction, similarity
 
 
 class BlockMemory(nn.Module):
-    """The memory of one block; its `keys` (t, d_k) and its query module are what it learns."""
+    """The memory of one block; its `keys` and its query module are what it learns.
+
+    keys (t, m · d_k): m keys of every adapter, one after another.
+    """
 
     def __init__(
         self,
@@ -28,12 +32,13 @@ class BlockMemory(nn.Module):
         similarity: SimilarityFunction,
         separation: SeparationFunction,
     ) -> None:
-        """Keys (t, d_k) are copied. Raises MismatchError when they do not fit the queries."""
+        """Keys (t, m · d_k) are copied. Raises MismatchError when they do not fit the queries."""
         super().__init__()
-        if keys.ndim != 2 or keys.shape[1] != query.width or len(keys) < 1:
+        if keys.ndim != 2 or not keys.numel() or keys.shape[1] % query.width:
             raise MismatchError(
                 f"keys of shape {tuple(keys.shape)}",
-                expected=f"(adapters, {query.width}), with at least one adapter",
+                expected=f"(adapters, {query.width}), with at least one adapter, or a multiple of "
+                f"{query.width}",
             )
         self.keys = nn.Parameter(keys.detach().clone())
         self.query = query
@@ -41,12 +46,22 @@ class BlockMemory(nn.Module):
         self.separation = separation
 
     def scores(self, hidden: Tensor) -> Tensor:
-        """Scores (batch, t) of hidden states (batch, tokens, dim)."""
-        return self.similarity(self.query(hidden), self.keys)
+        """Scores (batch, t · m) of hidden states (batch, tokens, dim)."""
+        return self._similar(self.query(hidden))
 
     def coefficients(self, hidden: Tensor) -> Tensor:
         """Coefficients (batch, t) of hidden states (batch, tokens, dim)."""
-        return self.separation(self.scores(hidden))
+        return self.answer(self.query(hidden))
+
+    def answer(self, queries: Tensor) -> Tensor:
+        """Coefficients (batch, t) of queries (batch, d_k)."""
+        shares = self.separation(self._similar(queries))
+        if shares.shape[1] == len(self.keys):
+            return shares
+        return shares.unflatten(1, (len(self.keys), -1)).sum(dim=-1)
+
+    def _similar(self, queries: Tensor) -> Tensor:
+        return self.similarity(queries, self.keys.reshape(-1, queries.shape[-1]))
 
     def forward(self, hidden: Tensor) -> Tensor:
         """As `coefficients`."""
@@ -79,7 +94,7 @@ class KeyedMemory(nn.Module):
         prefix_tokens: int = 1,
         generator: torch.Generator | None = None,
     ) -> KeyedMemory:
-        """A memory over keys (len(blocks), t, dim + 1) of blocks that are `dim` wide.
+        """A memory over keys (len(blocks), t, m · (dim + 1)) of blocks that are `dim` wide.
 
         `generator` draws the first weights of mlp query modules. Routing "lda" and "prototype"
         have a similarity and a separation of their own: the highest key takes all.
@@ -132,15 +147,15 @@ class KeyedMemory(nn.Module):
         return self[block].coefficients(hidden)
 
     def scores(self, block: int, hidden: Tensor) -> Tensor:
-        """Scores (batch, t) of a block for its input (batch, tokens, dim)."""
+        """Scores (batch, t · m) of a block for its input (batch, tokens, dim)."""
         return self[block].scores(hidden)
 
     def keys(self) -> Tensor:
-        """A copy of all keys (len(blocks), t, d_k), detached."""
+        """A copy of all keys (len(blocks), t, m · d_k), detached."""
         return torch.stack([self[block].keys.detach() for block in self.blocks])
 
     def set_keys(self, keys: Tensor) -> None:
-        """Replace all keys by (len(blocks), t, d_k), of the shape that they have."""
+        """Replace all keys by (len(blocks), t, m · d_k), of the shape that they have."""
         with torch.no_grad():
             for block, here in zip(self.blocks, keys, strict=True):
                 self[block].keys.copy_(here)

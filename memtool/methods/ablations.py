@@ -20,6 +20,9 @@ SEPARATIONS = ("affine", "identity", "softmax", "relu", "tanh", "topk")
 
 ADAPTERS_PER_TASK = (1, 5, 10)
 
+ONE_KEY = {"memory.keys_of": "task", "memory.routing": "mixture"}
+"""What every kind of keys and every separation can have."""
+
 DEFAULT_EPOCHS = 4
 """Epochs of key learning where a variant learns keys and the configuration does not."""
 
@@ -39,7 +42,7 @@ class Ablation:
 def _learning(config: Config) -> dict[str, Any]:
     """Settings under which keys learn by gradient, starting at random: the paper's form."""
     epochs = config.consolidate.epochs or DEFAULT_EPOCHS
-    return {"consolidate.keys": "random", "consolidate.epochs": epochs, "memory.routing": "mixture"}
+    return {**ONE_KEY, "consolidate.keys": "random", "consolidate.epochs": epochs}
 
 
 def _query_modules(config: Config) -> dict[str, dict[str, Any]]:
@@ -50,14 +53,19 @@ def _query_modules(config: Config) -> dict[str, dict[str, Any]]:
 
 def _keys(config: Config) -> dict[str, dict[str, Any]]:
     learning = _learning(config)
-    fixed = {"consolidate.epochs": 0, "memory.routing": "mixture"}
-    return {
+    fixed = {**ONE_KEY, "consolidate.epochs": 0}
+    closed = {**fixed, "consolidate.keys": "closed-form"}
+    variants = {
         "learned": learning,
         "random": {**fixed, "consolidate.keys": "random"},
         "mean-query": {**fixed, "consolidate.keys": "mean-query"},
-        "closed-form": {**fixed, "consolidate.keys": "closed-form"},
+        "closed-form": closed,
         "closed-form-learned": {**learning, "consolidate.keys": "closed-form"},
     }
+    similarity, separation = config.memory.similarity, config.memory.separation
+    if separation in ("softmax", "topk") and similarity in ("dot", "scaled-dot"):
+        variants["closed-form-of-classes"] = {**closed, "memory.keys_of": "class"}
+    return variants
 
 
 def _protections(config: Config) -> dict[str, dict[str, Any]]:
@@ -75,9 +83,7 @@ def _protections(config: Config) -> dict[str, dict[str, Any]]:
 ABLATIONS: dict[str, Ablation] = {
     "separation": Ablation(
         "how similarities become coefficients",
-        lambda _: {
-            word: {"memory.separation": word, "memory.routing": "mixture"} for word in SEPARATIONS
-        },
+        lambda _: {word: {**ONE_KEY, "memory.separation": word} for word in SEPARATIONS},
     ),
     "query": Ablation("what a block's input goes through before it meets the keys", _query_modules),
     "adapters": Ablation(

@@ -8,11 +8,14 @@ head that starts as a good probe of the frozen features leaves the adapters litt
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,10 +25,14 @@ from memtool.adapters.values import AdapterValues
 from memtool.backbones.interface import Backbone
 from memtool.config import AdapterSettings, TrainSettings
 from memtool.engine import Batch, Batches, Engine, FitResult
+from memtool.errors import CapacityError, DivergedError
 from memtool.heads import LinearClassifier
 from memtool.methods.recall import MemoryModel, every, on_top
 from memtool.progress import Progress
 from memtool.streams.task import Samples
+
+BYTES_TO_TRAIN = 16
+"""Of a parameter in float32: itself, its gradient and the two moments of AdamW."""
 
 
 @dataclass(frozen=True)
@@ -101,27 +108,40 @@ def adapt(
     `start` (numel,) is the value that training starts from; none: A random, B zero.
     `head` is the classifier that it starts from; none: zero. `beneath` is a memory whose recalled
     mixture the adapters are trained on top of (residual adapters).
+
+    Raises CapacityError before anything is trained where the memory of the machine cannot hold it,
+    and DivergedError, which names the stage, where training ended worse than it began.
     """
+    if head is None:
+        head = LinearClassifier(torch.zeros(class_count, backbone.dim), torch.zeros(class_count))
+    one = AdapterValues.from_flat(torch.zeros(1, layout.numel), layout, 1.0, trainable=True).to(
+        engine.device
+    )
+    trial = AdapterTraining(backbone, one, head, classes, beneath).to(engine.device)
+    require_room(engine, trial, samples, layout.numel + head.weight.numel(), adapter, train, stage)
     generator = engine.generator(seed)
     values = init_lora(layout, adapter.per_task, generator=generator)
     if start is not None:
         values = start.unsqueeze(0).repeat(adapter.per_task, 1)
     scaling = adapter.alpha / adapter.rank
     stack = AdapterValues.from_flat(values, layout, scaling, trainable=True).to(engine.device)
-    if head is None:
-        head = LinearClassifier(torch.zeros(class_count, backbone.dim), torch.zeros(class_count))
     module = AdapterTraining(backbone, stack, head, classes, beneath)
     batches = Batches(
         samples.images,
         samples.labels,
         train.batch_size,
-        train.epochs,
+        train.epochs_for(len(samples)),
         seed,
         groups=adapter.per_task,
     )
 
+    begin: list[Tensor] = []
+
     def loss(model: nn.Module, batch: Batch) -> Tensor:
-        return losses(model(augmented(batch, train)), batch)
+        found = losses(model(augmented(batch, train)), batch)
+        if not begin:
+            begin.append(found.detach())
+        return found
 
     fit = engine.fit(
         module,
@@ -134,11 +154,107 @@ def adapt(
         progress=progress,
     )
     trained = stack.flat().cpu()
+    require_learned(fit, begin, len(classes), [trained], train.lr, stage)
     heads = tuple(
         LinearClassifier(w.detach().cpu().clone(), b.detach().cpu().clone())
         for w, b in zip(module.weight, module.bias, strict=True)
     )
     return Adapted(trained, heads, _accuracies(engine, module, samples), fit)
+
+
+def require_room(
+    engine: Engine,
+    trial: AdapterTraining,
+    samples: Samples,
+    parameters: int,
+    adapter: AdapterSettings,
+    train: TrainSettings,
+    stage: str,
+) -> None:
+    """Raise CapacityError where J adapters of so many parameters cannot be trained in one pass.
+
+    What an image keeps for its backward pass is measured on `trial`, which holds one adapter.
+    """
+    count = adapter.per_task
+    kept = _bytes_kept(engine, trial, samples, 2) - _bytes_kept(engine, trial, samples, 1)
+    world = PartialState().num_processes
+    images = math.ceil(min(train.batch_size, len(samples)) / engine.settings.accumulate / world)
+    needed = count * (BYTES_TO_TRAIN * parameters + images * kept)
+    available = available_bytes(engine.device)
+    if needed <= available:
+        return
+    each = needed // count
+    if count == 1:
+        remedy = "a smaller train.batch_size or adapter.rank, or engine.accumulate"
+    else:
+        fit = max(1, available // each)
+        remedy = f"--adapters-per-task {fit}, a smaller train.batch_size, or engine.accumulate"
+    raise CapacityError(
+        f"{stage}: training {count} adapters in one pass takes about {needed:,} bytes: "
+        f"{count} x ({BYTES_TO_TRAIN * parameters:,} for parameters, gradients and moments, and "
+        f"{images} images of {kept:,})",
+        expected=f"at most the {available:,} bytes that {engine.device} has left",
+        remedy=remedy,
+    )
+
+
+def _bytes_kept(engine: Engine, trial: AdapterTraining, samples: Samples, count: int) -> int:
+    """Bytes of all that a forward pass of `count` images keeps for the backward pass."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    images = torch.zeros((count, *samples.images.shape[1:]), dtype=torch.uint8)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), engine.autocast():
+        logits = trial(images.to(engine.device))
+    del logits  # until here nothing was freed: an address stands for one storage
+    return sum(kept.values())
+
+
+def available_bytes(device: torch.device) -> int:
+    """Bytes that a device has left for this process; of the machine for all but CUDA."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not Linux: what is installed is the only bound known
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def require_learned(
+    fit: FitResult,
+    begin: Sequence[Tensor],
+    classes: int,
+    learned: Sequence[Tensor],
+    lr: float,
+    stage: str,
+) -> None:
+    """Raise DivergedError where a training by cross-entropy ended worse than it began.
+
+    That is a mean loss of the last epoch above twice the loss of the first step and above that of
+    guessing among the classes, in any group; or a number that is not finite among the `learned`.
+    `begin` holds the loss of the first step, one number a group, after a resumption of the next.
+    """
+    remedy = f"a smaller learning rate than {lr:g}; nothing was written"
+    guessing = math.log(classes)
+    first = begin[0].reshape(-1).tolist() if begin else []
+    for start, curve in zip(first, fit.by_group, strict=True) if first else ():
+        allowed = max(2 * (max(start, guessing) if fit.resumed_at else start), guessing)
+        if curve[-1] > allowed:
+            raise DivergedError(
+                f"{stage}: the loss was {start:.3g} at step 1 and {curve[-1]:.3g} on average in "
+                f"the last epoch, which ended at step {fit.steps}; guessing among {classes} "
+                f"classes has {guessing:.3g}",
+                remedy=remedy,
+            )
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in learned):
+        raise DivergedError(
+            f"{stage}: a learned number is not finite at step {fit.steps}, the last", remedy=remedy
+        )
 
 
 def losses(logits: Tensor, batch: Batch) -> Tensor:

@@ -12,6 +12,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,7 +26,7 @@ from memtool.errors import ConfigError
 from memtool.heads import RecalledHead
 from memtool.memories.closed_form import QueryStatistics, for_similarity
 from memtool.memories.keyed import BlockMemory, KeyedMemory
-from memtool.methods.adapt import augmented
+from memtool.methods.adapt import augmented, require_learned
 from memtool.methods.protect import Protection
 from memtool.methods.recall import (
     MemoryModel,
@@ -73,14 +75,30 @@ def count_task(
     return features, torch.stack(queries)
 
 
+def count_queries(
+    asked: Tensor, labels: npt.NDArray[np.int64], *, by_class: bool
+) -> QueryStatistics:
+    """Moments of a task's queries (memories, n, dim), all at once or by class of `labels` (n,)."""
+    statistics = QueryStatistics(len(asked), asked.shape[-1])
+    if not by_class:
+        statistics.add(0, asked)
+        return statistics
+    for place, label in enumerate(np.unique(labels)):
+        statistics.add(place, asked[:, torch.from_numpy(labels == label)])
+    return statistics
+
+
 def start_keys(
     settings: ConsolidateSettings,
     memory: MemorySettings,
-    statistics: QueryStatistics,
+    statistics: Sequence[QueryStatistics],
     adapter_tasks: Sequence[int],
     generator: torch.Generator,
 ) -> Tensor:
-    """Keys (memories, t, dim + 1) of all adapters before any learning by gradient.
+    """Keys (memories, t, m · (dim + 1)) of all adapters before any learning by gradient.
+
+    `statistics` has the queries of every task, counted class by class where adapters have a key
+    for every class (`memory.keys_of`); m is then the largest number of classes of a task, else 1.
 
     closed-form   separations that normalise (softmax, topk) get discriminant keys: the score is
                   the log posterior of the task. The others get ridge keys: the score is close to
@@ -90,19 +108,24 @@ def start_keys(
 
     A hard routing has keys of its own, whatever the settings say: discriminant ones for "lda", the
     mean query for "prototype". The adapters of one task share its key, and its weight.
+
+    Raises ConfigError for a choice of keys that does not go with the separation or similarity.
     """
     tasks = torch.tensor(adapter_tasks)
+    if memory.keys_of == "class":
+        return _keys_of_classes(settings, memory, statistics, tasks)
+    whole = QueryStatistics.joined([part.pooled() for part in statistics])
     shares = torch.bincount(tasks)[tasks].float()
     if memory.routing == "prototype":
-        return statistics.mean_keys()[:, tasks]
+        return whole.mean_keys()[:, tasks]
     if memory.routing == "lda":
-        return for_similarity(statistics.lda_keys(SHRINKAGE)[:, tasks], "scaled-dot")
+        return for_similarity(whole.lda_keys(SHRINKAGE)[:, tasks], "scaled-dot")
     if settings.keys == "random":
-        width = statistics.dim + 1
-        drawn = torch.randn(statistics.blocks, len(tasks), width, generator=generator)
+        width = whole.dim + 1
+        drawn = torch.randn(whole.blocks, len(tasks), width, generator=generator)
         return drawn * settings.key_std
     if settings.keys == "mean-query":
-        return statistics.mean_keys()[:, tasks]
+        return whole.mean_keys()[:, tasks]
     if memory.separation in LINEAR and memory.similarity == "euclidean":
         raise ConfigError(
             f"closed-form keys for similarity euclidean and separation {memory.separation}",
@@ -110,11 +133,57 @@ def start_keys(
             remedy="--set memory.similarity=scaled-dot, or --sep softmax",
         )
     if memory.separation not in LINEAR:
-        keys = statistics.lda_keys(SHRINKAGE)[:, tasks]
+        keys = whole.lda_keys(SHRINKAGE)[:, tasks]
         keys[..., -1] -= shares.log()
     else:
-        keys = statistics.ridge_keys(SHRINKAGE)[:, tasks] / shares[:, None]
+        keys = whole.ridge_keys(SHRINKAGE)[:, tasks] / shares[:, None]
     return for_similarity(keys, memory.similarity)
+
+
+def _keys_of_classes(
+    settings: ConsolidateSettings,
+    memory: MemorySettings,
+    statistics: Sequence[QueryStatistics],
+    tasks: Tensor,
+) -> Tensor:
+    """Closed-form keys (memories, t, m · (dim + 1)), m for every adapter.
+
+    A task with fewer classes than m has some of its keys several times, each with a part of the
+    weight: under softmax the adapter's coefficient is the posterior of its task all the same.
+    """
+    if settings.keys != "closed-form" or settings.epochs or settings.protect == "dual-gpm":
+        raise ConfigError(
+            "memory.keys_of class with keys that learn",
+            expected="keys in closed form: consolidate.keys closed-form, consolidate.epochs 0, "
+            "--protect freeze",
+            remedy="--set memory.keys_of=task",
+        )
+    mixes = memory.routing == "mixture"
+    if mixes and (memory.separation in LINEAR or memory.similarity not in ("dot", "scaled-dot")):
+        raise ConfigError(
+            f"memory.keys_of class with separation {memory.separation} and similarity "
+            f"{memory.similarity}",
+            expected="scores that are log posteriors of the classes: softmax or topk, and dot or "
+            "scaled-dot",
+            remedy="--sep softmax, or --set memory.keys_of=task",
+        )
+    whole = QueryStatistics.joined(statistics)
+    nearest = memory.routing == "prototype"
+    keys = whole.mean_keys() if nearest else whole.lda_keys(SHRINKAGE)
+    sizes = [part.tasks for part in statistics]
+    most, found = max(sizes), []
+    for own in keys.split(sizes, dim=1):
+        places = torch.arange(most) % own.shape[1]
+        repeated = own[:, places]
+        if mixes:  # a hard choice shares between equal keys by itself
+            repeated[..., -1] -= torch.bincount(places)[places].float().log()
+        found.append(repeated)
+    each = torch.stack(found, dim=1)[:, tasks]
+    if mixes:
+        each[..., -1] -= torch.bincount(tasks)[tasks].float().log().unsqueeze(-1)
+    if not nearest:
+        each = for_similarity(each, memory.similarity if mixes else "scaled-dot")
+    return each.flatten(2)
 
 
 def learn(
@@ -140,7 +209,8 @@ def learn(
     `settings.protect`: under "freeze" these keys and the query modules stay, under "dual-gpm"
     nothing moves in the span of `past`, under "none" all learn. With a `settings.value_lr` the
     values of the other adapters learn, too. With `validation` samples the parameters are those of
-    the epoch that was right about most of them. Returns the head.
+    the epoch that was right about most of them. Returns the head. Raises DivergedError as
+    `require_learned`.
     """
     module = _Scored(model, head, classes, head_learns=head_learns)
     memory = model.memory
@@ -169,8 +239,13 @@ def learn(
         augment=augment,
     )
 
+    begin: list[Tensor] = []
+
     def loss(scored: nn.Module, batch: Batch) -> Tensor:
-        return F.nll_loss(scored(augmented(batch, train)), batch.labels)
+        found = F.nll_loss(scored(augmented(batch, train)), batch.labels)
+        if not begin:
+            begin.append(found.detach())
+        return found
 
     def all_of_them() -> None:
         for each in after_step:
@@ -197,6 +272,9 @@ def learn(
     finally:
         memory.requires_grad_(False)
         model.values.requires_grad_(False)
+    parts = [*memory.state_dict().values(), *model.values.state_dict().values()]
+    fastest = max(settings.lr, settings.value_lr)
+    require_learned(fit, begin, len(classes), parts, fastest, stage)
     return module.head(), fit
 
 

@@ -71,6 +71,7 @@ class About(BaseModel):
     backbone: str
     backbone_sha256: str
     warm_start: str
+    beneath: str = ""
     configuration: dict[str, Any]
     memtool: str
 
@@ -138,6 +139,7 @@ def write_adapter(
     result: AdaptResult,
     fingerprint: str,
     warm_start: str,
+    beneath: str = "",
 ) -> None:
     """Write a trained adapter; the folder appears whole or not at all."""
     classes = work.stream.class_names
@@ -152,6 +154,7 @@ def write_adapter(
         backbone=work.backbone.name,
         backbone_sha256=work.backbone.sha256,
         warm_start=warm_start,
+        beneath=beneath,
         configuration=work.config.model_dump(mode="json"),
         memtool=memtool.__version__,
     )
@@ -237,6 +240,7 @@ def read_adapter(path: Path, work: Workspace, task: Task | None = None) -> ReadA
         "setting": about.setting if about else work.stream.setting,
         "hyperparameters": about.configuration.get("train", {}) if about else {},
         "provenance": {
+            "beneath": about.beneath if about else "",
             "directory": path.name,
             "stream": about.stream if about else work.stream.name,
             "warm_start": about.warm_start if about else "unknown",
@@ -329,7 +333,8 @@ def export_peft(
 
     work = Workspace(config, seed=config.seed[0])
     view = work.store.view(work.version_of(version))
-    records = [view.get(name) for name in adapters] if adapters else list(view.adapters)
+    everything = [*view.adapters, *view.atom_records]
+    records = [view.get(name) for name in adapters] if adapters else everything
     targets = [out / record.name for record in records]
     for directory in targets:
         require_new(directory)

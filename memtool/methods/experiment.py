@@ -21,7 +21,8 @@ from pydantic import TypeAdapter, ValidationError
 import memtool_stores
 from memtool import __version__
 from memtool.atomic import write_atomic
-from memtool.config import Config, resolve
+from memtool.config import Config, resolve, split_store
+from memtool.engine import Engine
 from memtool.errors import ConfigError
 from memtool.evaluation.matrix import AccuracyMatrix
 from memtool.evaluation.metrics import dg_heldout
@@ -34,13 +35,16 @@ from memtool.evaluation.record import (
 )
 from memtool.evaluation.writers import write_avalanche, write_domainbed
 from memtool.methods import open_method
-from memtool.methods.baselines import BASELINES, DG_BASELINES, HeldOut
+from memtool.methods.baselines import BASELINES, DG_BASELINES, FIXED_HEAD_BASELINES, HeldOut
 from memtool.methods.exchange import AdapterFolder
+from memtool.methods.fixed_head import is_fixed
 from memtool.methods.measure import Measure
 from memtool.methods.method import first
 from memtool.methods.mira import SUBJECT_SAMPLES, Mira
 from memtool.methods.modulation import Modulation
+from memtool.methods.moram import AtomsState, Moram
 from memtool.methods.state import Snapshot
+from memtool.methods.trace import run_texts
 from memtool.methods.workspace import Workspace
 from memtool.progress import Progress, ProgressEvent
 from memtool.reports.figures import CoefficientMap, KeyMap, SampleCoefficientMap
@@ -84,6 +88,8 @@ def run(
         )
         every_domain = config.stream.setting == "dg" and config.stream.held_out is None
         one = _each_domain_in_turn if every_domain else _one_memory
+        if config.stream.setting == "trace":
+            one = _one_memory_of_texts
         shared = adapters / f"seed-{seed}" / "adapters" if adapters else None
         records.append(one(place, seed, doing, adapters=shared))
     write_domainbed(records, config.runs / "results.jsonl")
@@ -168,6 +174,32 @@ def _each_domain_in_turn(
     return record
 
 
+def _one_memory_of_texts(
+    config: Config, seed: int, doing: _Doing, *, adapters: Path | None = None
+) -> Record:
+    """Learn the tasks of a stream of texts; `adapters` has no meaning, as atoms build on atoms."""
+    del adapters
+    path = split_store(config.store)[0]
+    engine = Engine(config.engine)
+    if not doing.resume and memtool_stores.MemoryStore.exists(path):
+        engine.on_main(lambda: _begin_anew(memtool_stores.MemoryStore.open(path)))
+    record, costs = run_texts(
+        config,
+        seed,
+        progress=doing.progress,
+        baselines=doing.baselines,
+        command=doing.command,
+        preset=doing.preset,
+    )
+
+    def write() -> None:
+        write_record(record, config.runs / RECORD)
+        write_report(record, config.runs / REPORT, costs=costs)
+
+    engine.on_main(write)
+    return record
+
+
 def _over_domains(records: Sequence[Record], domains: Sequence[str]) -> list[Row]:
     """Every row with its score on each held-out domain, from one record a domain."""
     rows = []
@@ -245,9 +277,9 @@ def _one_memory(
     rows = list(record.metrics.rows)
     spent = _spent(method, learned)
     rows[0] = rows[0].model_copy(update={"seconds": spent["adapt"] + spent["consolidate"]})
-    if doing.baselines and isinstance(method, Mira) and setting != "til":
+    if doing.baselines and not isinstance(method, Modulation) and setting != "til":
         wanted = config.baselines
-        for name in DG_BASELINES if at_once else BASELINES:
+        for name in _baselines(config):
             if "all" in wanted or name in wanted:
                 rows += _baseline(method, name, learned, doing.progress)
     record = record.model_copy(
@@ -263,23 +295,24 @@ def _one_memory(
             coefficients, samples = coefficient_maps(method, shown)
         keys = key_map(method.snapshot())
     view = work.store.view()
-    held, stored_keys = len(view.adapters), view.keys()
+    held, stored_keys = len(view.adapters) + len(view.atom_records), view.keys()
     key_count = 0 if stored_keys is None else int(stored_keys.size)
+    atoms = isinstance(method, Moram)
     costs = [
         Cost(
-            "adapt: adapters of all tasks",
+            "adapt: atoms of all tasks" if atoms else "adapt: adapters of all tasks",
             seconds=spent["adapt"],
             parameters=work.layout.numel * held,
             bytes=work.layout.numel * 4 * held,
         ),
-        Cost(
-            "consolidate: keys and head" if isinstance(method, Mira) else "consolidate",
-            seconds=spent["consolidate"],
-            parameters=key_count,
-            bytes=4 * key_count,
-        ),
         Cost("evaluate: every version, and other ways to read the memory", seconds=evaluated),
     ]
+    if not atoms:  # atoms find themselves: nothing is learned once they are written
+        words = "consolidate: keys and head" if isinstance(method, Mira) else "consolidate"
+        learned_keys = Cost(
+            words, seconds=spent["consolidate"], parameters=key_count, bytes=4 * key_count
+        )
+        costs.insert(1, learned_keys)
 
     def write() -> None:
         write_record(record, config.runs / RECORD)
@@ -321,11 +354,12 @@ def key_map(snapshot: Snapshot) -> KeyMap | None:
     return KeyMap.of_keys(keys, tuple(record.name for record in snapshot.records))
 
 
-def _require_same_experiment(method: Mira | Modulation) -> None:
+def _require_same_experiment(method: Mira | Modulation | Moram) -> None:
     """A run goes on only in a memory of its own seed and settings."""
     work = method.workspace
     remedy = "another --store and --set runs=DIR, or --fresh to begin this one anew"
-    for record in work.store.view().adapters:
+    view = work.store.view()
+    for record in (*view.adapters, *view.atom_records):
         if record.meta.get("seed") not in (None, method.seed):
             raise ConfigError(
                 f"the memory {work.store_path!r} holds adapters of seed {record.meta['seed']}",
@@ -334,6 +368,14 @@ def _require_same_experiment(method: Mira | Modulation) -> None:
             )
     if isinstance(method, Modulation):
         return  # its memories follow from the adapters and are brought up to date
+    if isinstance(method, Moram):
+        atoms = AtomsState.load(view)
+        if atoms is not None and (atoms.moram, atoms.head) != (method.settings, work.config.head):
+            raise ConfigError(
+                f"the memory {work.store_path!r} was begun with another gate or head",
+                remedy=remedy,
+            )
+        return
     snapshot = method.snapshot()
     state = snapshot.state
     if state is not None and state.consolidate != work.config.consolidate:
@@ -348,7 +390,7 @@ def _require_same_experiment(method: Mira | Modulation) -> None:
         )
 
 
-def _spent(method: Mira | Modulation, tasks: Sequence[Task]) -> dict[str, float]:
+def _spent(method: Mira | Modulation | Moram, tasks: Sequence[Task]) -> dict[str, float]:
     """Seconds of training and consolidation, as noted when they happened."""
     work = method.workspace
     names = [name for task in tasks for name in method.adapter_names(task)]
@@ -393,9 +435,18 @@ def _begin_anew(store: memtool_stores.MemoryStore) -> None:
         store.rollback(versions[-1].id)
 
 
-def _baseline(mira: Mira, name: str, tasks: Sequence[Task], progress: Progress | None) -> list[Row]:
+def _baselines(config: Config) -> tuple[str, ...]:
+    """The names of the baselines that a setting and a head have."""
+    if config.stream.setting == "dg":
+        return tuple(DG_BASELINES)
+    return tuple(FIXED_HEAD_BASELINES if is_fixed(config) else BASELINES)
+
+
+def _baseline(
+    method: Mira | Moram, name: str, tasks: Sequence[Task], progress: Progress | None
+) -> list[Row]:
     """The rows of a baseline: from its file when an earlier run finished it, else measured."""
-    work = _with_the_whole_budget(mira.workspace)
+    work = _with_the_whole_budget(method.workspace)
     decides = work.config.model_dump(mode="json", include={"adapter", "train", "head", "backbone"})
     text = json.dumps(
         [
@@ -421,7 +472,8 @@ def _baseline(mira: Mira, name: str, tasks: Sequence[Task], progress: Progress |
     if progress is not None:
         progress(ProgressEvent(stage=stage, step=0, total=1))
     if work.stream.held_out is None:
-        rows = BASELINES[name](work, tasks)
+        known = FIXED_HEAD_BASELINES if is_fixed(work.config) else BASELINES
+        rows = known[name](work, tasks)
     else:
         rows = _on_held_out(work.stream.held_out, DG_BASELINES[name], work, tasks)
     text = _ROWS.dump_json(rows, indent=2).decode() + "\n"

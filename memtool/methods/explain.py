@@ -27,6 +27,7 @@ from memtool.heads import RecalledHead
 from memtool.memories.closed_form import QueryStatistics
 from memtool.methods.method import first, task_of
 from memtool.methods.mira import SUBJECT_SAMPLES, Mira
+from memtool.methods.moram import Moram
 from memtool.methods.recall import MemoryModel, QueryProbe
 from memtool.methods.results import Result
 from memtool.reports.explanation import Explained, check_suffix, write_explained
@@ -122,7 +123,7 @@ class Explanation(Result):
 
 
 def explain(
-    method: Mira | Modulation,
+    method: Mira | Modulation | Moram,
     *,
     task: str | None = None,
     image: Path | None = None,
@@ -134,6 +135,11 @@ def explain(
     `out` is a plot (.svg, .png) or a page (.html). Raises ConfigError for another method than MIRA,
     for anything but one subject and for another kind of file; errors as `Mira.retrieve`.
     """
+    if isinstance(method, Moram):
+        raise ConfigError(
+            "this explains mixtures of whole adapters; method moram has atoms",
+            expected="memtool.methods.atom_map.explain_atoms",
+        )
     if not isinstance(method, Mira):
         raise ConfigError(
             "explain is about mixtures; method modulation recalls adapters whole",
@@ -226,7 +232,7 @@ def distances(
     """
     if not statistics:
         return None
-    parts = list(statistics.values())
+    parts = [part.pooled() for part in statistics.values()]
     counts = torch.stack([part.counts[0] for part in parts])
     means = torch.stack([part.sums[:, 0] / part.counts[0] for part in parts], dim=1)
     scatters = torch.stack([part.second / part.counts[0] for part in parts], dim=1)

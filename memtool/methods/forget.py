@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 MEMORY = "memory"
 CONSOLIDATED = (MEMORY, "head", "query-modules")
 """Blobs that only mean something while an adapter with a key is left."""
+ATOMS = "atoms"
 PREDICTOR = "task-predictor"
 RECALL_PREFIX = "recall."
 
@@ -128,7 +129,7 @@ def forget(store: MemoryStore, names: Sequence[str], *, purge: bool = False) -> 
         adapters=tuple(record.name for record in records),
         tasks=tuple(dict.fromkeys(r.meta["task"] for r in records if "task" in r.meta)),
         blobs=dropped,
-        left=len(after),
+        left=len(_live(after)),
         purged=_purged(store, {**old, **rows}) if purge else None,
     )
 
@@ -176,6 +177,10 @@ def _renormalise(txn: Transaction, view: MemoryView, gone: set[str]) -> None:
     for blob in view.blobs():
         if blob.startswith(RECALL_PREFIX):
             _unlearn(txn, view, blob, gone)
+    if ATOMS in view.blobs():
+        from memtool.methods.moram import solve_without
+
+        solve_without(txn, view, gone)
     if MEMORY in view.blobs():  # else nothing was consolidated, and nothing needs torch
         _solve_again(txn, view, gone)
 
@@ -207,7 +212,6 @@ def _solve_again(txn: Transaction, view: MemoryView, gone: set[str]) -> None:
     import numpy as np
     import torch
 
-    from memtool.memories.closed_form import QueryStatistics
     from memtool.methods.consolidate import start_keys
     from memtool.methods.method import task_of
     from memtool.methods.state import (
@@ -252,9 +256,9 @@ def _solve_again(txn: Transaction, view: MemoryView, gone: set[str]) -> None:
                 f"the queries of task {missing[0]} were not kept apart from those of the others",
                 remedy="memtool consolidate, which counts them again, then forget",
             )
-        joined = QueryStatistics.joined([queries[task] for task in tasks])
+        counted = [queries[task] for task in tasks]
         generator = torch.Generator()  # keys in closed form draw nothing from it
-        found = start_keys(state.consolidate, state.memory, joined, adapter_tasks, generator)
+        found = start_keys(state.consolidate, state.memory, counted, adapter_tasks, generator)
         keys = np.ascontiguousarray(found.numpy(), dtype=np.float32)
     features = {t: f for t, f in feature_statistics(view, state).items() if t in tasks}
     trained = {}

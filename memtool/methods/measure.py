@@ -109,16 +109,14 @@ class Measure:
     ) -> list[Row]:
         """Other ways to read the same memory, on the test images of `shown`.
 
-        Hard choice, negative coefficients left out, a uniform mixture with a head solved on all
-        `sources`, and the oracle adapter where every task shown is one of them.
+        Hard choice, negative coefficients left out, a uniform mixture with a head of its own, and
+        the oracle adapter where every task shown is one of them.
         """
         _, model, head = snapshot.consolidated()
         device = self.workspace.engine.device
         equal = torch.full((len(snapshot.records),), 1 / len(snapshot.records), device=device)
         uniform = same_for_all(model.values, equal, model.mix)
-        # The heads of the memory were solved under one adapter each. A mixture of all deserves a
-        # head of its own, and gets one that saw every task at once.
-        uniform_head = RecalledHead.shared(self._lda(uniform, sources)).to(device)
+        uniform_head = RecalledHead.shared(self._uniform_head(snapshot, sources)).to(device)
         hard = _with_separation(model, lambda _: separation("max"))
 
         def oracle(task: Task) -> Tensor:
@@ -138,7 +136,7 @@ class Measure:
             ),
             (
                 "uniform",
-                "uniform mixture, LDA head on all tasks",
+                "uniform mixture, LDA head",
                 "baseline",
                 lambda task: self._scored(uniform, uniform_head, equal, task),
             ),
@@ -184,15 +182,26 @@ class Measure:
 
         return self.workspace.engine.predict(run, task.test.images)
 
-    def _lda(self, recall: Recall, tasks: Sequence[Task]) -> LinearClassifier:
-        """The discriminant head of features under one recall for all images of tasks."""
+    def _uniform_head(self, snapshot: Snapshot, tasks: Sequence[Task]) -> LinearClassifier:
+        """The discriminant head of a uniform mixture, without replay, as the memory's heads are.
+
+        The features of a task are those under the mixture of all adapters that were there when it
+        was learned: all of them in dg, whose tasks are learned at once, else those up to its own.
+        """
         work = self.workspace
+        state, model, _ = snapshot.consolidated()
+        at_once = work.stream.setting == "dg"
         statistics = FeatureStatistics(work.backbone.dim, len(work.stream.class_names))
         for task in tasks:
-            features = work.engine.predict(
-                lambda images: work.backbone.features(work.backbone.preprocess(images), recall),
-                task.train.images,
-            )
+            last = len(state.tasks) if at_once else state.tasks.index(task.number) + 1
+            there = (torch.tensor(state.adapter_tasks) < last).float()
+            equal = (there / there.sum()).to(work.engine.device)
+            recall = same_for_all(model.values, equal, model.mix)
+
+            def run(images: Tensor, recall: Recall = recall) -> Tensor:
+                return work.backbone.features(work.backbone.preprocess(images), recall)
+
+            features = work.engine.predict(run, task.train.images)
             statistics.add(features, torch.from_numpy(np.asarray(task.train.labels)))
         return solve_head("lda", statistics, work.config.head)
 

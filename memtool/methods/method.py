@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -32,8 +33,14 @@ from memtool.evaluation.record import (
     TaskIdentity,
 )
 from memtool.heads import LinearClassifier
-from memtool.methods.adapt import adapt
-from memtool.methods.exchange import AdapterFolder, read_adapter, require_new, write_adapter
+from memtool.methods.adapt import Adapted, adapt
+from memtool.methods.exchange import (
+    AdapterFolder,
+    ReadAdapter,
+    read_adapter,
+    require_new,
+    write_adapter,
+)
 from memtool.methods.recall import MemoryModel
 from memtool.methods.results import AdaptResult, WriteResult, WrittenAdapter
 from memtool.methods.state import classifier_bytes, own_head_blob
@@ -42,8 +49,26 @@ from memtool.progress import Progress, ProgressEvent
 from memtool.streams.task import Samples, Task
 
 
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """The adapters of a task after training.
+
+    `source` says in words what training started from; `beneath` is the digest of what they were
+    trained on top of, where they mean nothing without it.
+    """
+
+    adapted: Adapted
+    source: str
+    beneath: str = ""
+
+
 class Method:
-    """The steps that all methods share, over one configuration and seed."""
+    """The steps that all methods share, over one configuration and seed.
+
+    `kind` is the kind of row that the method keeps in the store.
+    """
+
+    kind: ClassVar[Literal["adapter", "atoms"]] = "adapter"
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
@@ -73,7 +98,7 @@ class Method:
         A finished one of the same settings is left as it is, unless `fresh`; an interrupted one
         goes on where it was. Raises AlreadyThereError for a finished one of other settings.
         """
-        work, settings = self.workspace, self.config.adapter
+        work = self.workspace
         chosen = work.task(task)
         require_learnable(chosen)
         names = self.adapter_names(chosen)
@@ -92,31 +117,12 @@ class Method:
             if len(complete) == len(folders):
                 found = [folder.result() for folder in folders]
                 return [result.model_copy(update={"skipped": True}) for result in found]
-        start, source = self._warm_start(chosen)
-        beneath, version = self._beneath(chosen)
-        if beneath is not None:
-            source = f"{source} on top of version {version}"
         # A file for each set of settings: none loses the progress of another.
         checkpoint = work.adapter_folder / f".{names[0]}-{fingerprint[:8]}.checkpoint"
         if fresh:
             work.engine.on_main(lambda: checkpoint.unlink(missing_ok=True))
-        trained = adapt(
-            work.engine,
-            work.backbone,
-            work.layout,
-            chosen.train,
-            classes=chosen.classes,
-            class_count=len(work.stream.class_names),
-            adapter=settings,
-            train=self.config.train,
-            seed=self.seed * 1000 + chosen.number,
-            start=start,
-            beneath=beneath,
-            fingerprint=f"{fingerprint} {source}",
-            checkpoint=checkpoint,
-            progress=work.progress,
-            stage=f"task {chosen.number}/{len(work.stream.tasks)} {chosen.name}: adapt",
-        )
+        training = self._train(chosen, fingerprint, checkpoint)
+        trained = training.adapted
         results = [
             AdaptResult(
                 path=folder.path,
@@ -125,7 +131,7 @@ class Method:
                 task_name=chosen.name,
                 seed=self.seed,
                 train_accuracy=accuracy,
-                loss=trained.fit.losses[-1] / settings.per_task,
+                loss=trained.fit.losses[-1] / self.config.adapter.per_task,
                 seconds=trained.fit.seconds,
                 parameters=work.layout.numel,
                 bytes=work.layout.numel * 4,
@@ -144,12 +150,47 @@ class Method:
                     head=of_classes(trained.heads[index], chosen.classes),
                     result=result,
                     fingerprint=fingerprint,
-                    warm_start=source,
+                    warm_start=training.source,
+                    beneath=training.beneath,
                 )
             checkpoint.unlink(missing_ok=True)
 
         work.engine.on_main(write_all)
         return results
+
+    def _train(self, task: Task, fingerprint: str, checkpoint: Path) -> Trained:
+        """Train the adapters of a task; an interrupted training goes on from the checkpoint."""
+        work = self.workspace
+        start, source = self._warm_start(task)
+        beneath, version = self._beneath(task)
+        if beneath is not None:
+            source = f"{source} on top of version {version}"
+        adapted = adapt(
+            work.engine,
+            work.backbone,
+            work.layout,
+            task.train,
+            classes=task.classes,
+            class_count=len(work.stream.class_names),
+            adapter=self.config.adapter,
+            train=self.config.train,
+            seed=self.training_seed(task),
+            start=start,
+            beneath=beneath,
+            fingerprint=f"{fingerprint} {source}",
+            checkpoint=checkpoint,
+            progress=work.progress,
+            stage=self.stage(task),
+        )
+        return Trained(adapted, source)
+
+    def training_seed(self, task: Task) -> int:
+        """The seed of the training of a task: of its draws and of the order of its images."""
+        return self.seed * 1000 + task.number
+
+    def stage(self, task: Task) -> str:
+        """What progress calls the training of a task."""
+        return f"task {task.number}/{len(self.workspace.stream.tasks)} {task.name}: adapt"
 
     def adapter_names(self, task: Task) -> list[str]:
         """Names of the adapters of a task, one folder each."""
@@ -229,7 +270,7 @@ class Method:
         def append(txn: memtool_stores.Transaction) -> None:
             added.clear()
             skipped.clear()
-            here = {record.name: record for record in txn.adapters}
+            here = {record.name: record for record in (*txn.adapters, *txn.atom_records)}
             for adapter in found:
                 old = here.get(adapter.name)
                 if old is not None:
@@ -243,20 +284,41 @@ class Method:
                         )
                     skipped.append(adapter.name)
                     continue
-                id = txn.add(adapter.name, adapter.value.numpy(), adapter.meta)
-                here[adapter.name] = txn.adapters[-1]
+                record = self._append(txn, adapter)
+                here[adapter.name] = record
                 if adapter.meta["peft"] not in txn.base.blobs():
                     txn.put_blob(adapter.meta["peft"], adapter.files)
                 if adapter.head is not None:
                     txn.put_blob(own_head_blob(adapter.name), classifier_bytes(adapter.head))
-                added.append(WrittenAdapter(name=adapter.name, id=id))
+                added.append(WrittenAdapter(name=adapter.name, id=record.id))
             if added:
                 self._also_commit(txn, added)
 
-        here = {record.name for record in store.view("HEAD").adapters}
+        view = store.view("HEAD")
+        self._require_own_kind(view)
+        here = {record.name for record in (*view.adapters, *view.atom_records)}
         names = ", ".join(adapter.name for adapter in found if adapter.name not in here)
         store.run(append, f"write {names}", metadata=self._metadata("write"))
         return WriteResult(version=store.head(), added=tuple(added), skipped=tuple(skipped))
+
+    def _append(
+        self, txn: memtool_stores.Transaction, adapter: ReadAdapter
+    ) -> memtool_stores.AdapterRecord:
+        """Append one adapter in a transaction; its record."""
+        txn.add(adapter.name, adapter.value.numpy(), adapter.meta)
+        return txn.adapters[-1]
+
+    def _require_own_kind(self, view: memtool_stores.MemoryView) -> None:
+        """A memory holds whole adapters or atoms, never both: they are read in other ways."""
+        others = view.atom_records if self.kind == "adapter" else view.adapters
+        if others:
+            whole = self.kind == "atoms"
+            raise MismatchError(
+                f"the memory {self.workspace.store_path!r} holds {len(others)} "
+                + ("adapters that are recalled whole" if whole else "rows of atoms of moram"),
+                expected=f"a memory of method {self.config.method}",
+                remedy="another --store, or " + ("method mira" if whole else "--method moram"),
+            )
 
     def _also_commit(
         self, txn: memtool_stores.Transaction, added: Sequence[WrittenAdapter]
@@ -331,6 +393,7 @@ class Method:
                     name=task.name,
                     domain=task.domain,
                     classes=tuple(classes[c] for c in task.classes),
+                    prompt=task.prompt,
                     test_samples=len(task.test),
                 )
                 for task in learned

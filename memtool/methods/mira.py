@@ -38,7 +38,6 @@ from memtool.evaluation.record import (
     Row,
 )
 from memtool.heads import FeatureStatistics
-from memtool.memories.closed_form import QueryStatistics
 from memtool.memories.keyed import KeyedMemory
 from memtool.methods import consolidate as stage_two
 from memtool.methods.exchange import (
@@ -149,8 +148,9 @@ class Mira(Method):
             seen, asked = stage_two.count_task(
                 work.engine, work.backbone, probe, config.memory, own, task.train, beneath
             )
-            queries[number] = QueryStatistics(len(asked), work.backbone.dim)
-            queries[number].add(0, asked)
+            queries[number] = stage_two.count_queries(
+                asked, task.train.labels, by_class=config.memory.keys_of == "class"
+            )
             features[number] = self._counted(task, seen)
             self.tell("consolidate: count", place + 1, len(new_tasks))
         tasks += new_tasks
@@ -162,7 +162,7 @@ class Mira(Method):
         keys = stage_two.start_keys(
             config.consolidate,
             config.memory,
-            QueryStatistics.joined(list(queries.values())),
+            list(queries.values()),
             adapter_tasks,
             work.engine.generator(self.seed),
         )
@@ -343,7 +343,7 @@ class Mira(Method):
         if state is None:
             return
         now, then = self.config.memory, state.memory
-        for name in ("token", "query", "query_norm", "scope", "look_at"):
+        for name in ("token", "query", "query_norm", "scope", "look_at", "keys_of"):
             if getattr(now, name) != getattr(then, name):
                 raise ConfigError(
                     f"memory.{name} is {getattr(now, name)!r}, but the queries of tasks "
@@ -485,7 +485,7 @@ class Mira(Method):
         for block, one in zip(model.memory.blocks, asked, strict=True):
             memory = model.memory[block]
             full = torch.cat([one.to(memory.keys), one.new_ones(1).to(memory.keys)])
-            rows.append(memory.separation(memory.similarity(full.unsqueeze(0), memory.keys))[0])
+            rows.append(memory.answer(full.unsqueeze(0))[0])
         return torch.stack(rows).detach().cpu()
 
     # Evaluate -------------------------------------------------------------------------------

@@ -132,6 +132,90 @@ class RetrieveResult(Result):
     out: Path | None = None
 
 
+class HeadResult(Result):
+    """What consolidation did for MoRAM: a head under other settings; atoms learn nothing there."""
+
+    schema_: Literal["memtool.consolidate-moram"] = Field(
+        "memtool.consolidate-moram", alias="schema"
+    )
+    version: str
+    tasks: tuple[int, ...]
+    head: str
+    scope: str
+    unchanged: bool = False
+
+
+class TaskShare(BaseModel):
+    """The gate's weight on the atoms of a task, mean over samples, tokens and adapted maps."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    task: int
+    task_name: str | None
+    share: float
+
+
+class AtomWeight(BaseModel):
+    """One atom, number `rank` of its task at a site, and its share of what atoms add there."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    site: str
+    task: int
+    rank: int
+    share: float
+
+
+class AtomsResult(Result):
+    """Which atoms the tokens of an image, or of a task's test images, choose (MoRAM).
+
+    `blocks[l]` are the shares of the tasks in block `block_numbers[l]`, tasks in the order of
+    `tasks`; what is missing to one fell below the threshold. `atoms` are those that add most.
+    """
+
+    schema_: Literal["memtool.retrieve-atoms"] = Field("memtool.retrieve-atoms", alias="schema")
+    version: str
+    subject: str
+    samples: int
+    score_norm: str
+    topk: int
+    tasks: tuple[TaskShare, ...]
+    blocks: tuple[tuple[float, ...], ...]
+    block_numbers: tuple[int, ...]
+    atoms: tuple[AtomWeight, ...]
+    prediction: Prediction | None = None
+    accuracy: float | None = None
+
+
+class TaskAccuracy(BaseModel):
+    """Accuracy on the test images of a task before and after a change."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    task: int
+    task_name: str
+    before: float
+    after: float
+
+
+class PruneResult(Result):
+    """Atoms that add next to nothing, and what taking them out does; `done` when they are out.
+
+    `ranks` names them by row of atoms and site; `below` is in parts of what an atom of the same
+    site adds on average.
+    """
+
+    schema_: Literal["memtool.prune"] = Field("memtool.prune", alias="schema")
+    version: str
+    below: float
+    atoms: int
+    pruned: int
+    ranks: dict[str, dict[str, list[int]]]
+    tasks: tuple[TaskAccuracy, ...]
+    done: bool = False
+
+
 class RecalledShare(BaseModel):
     """How much of a stored adapter is in a recalled one."""
 

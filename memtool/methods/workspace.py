@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,16 +14,18 @@ from memtool.backbones import create_backbone
 from memtool.config import Config, expand, split_store
 from memtool.engine import Engine
 from memtool.errors import ConfigError, DataError, NotFoundError, did_you_mean
+from memtool.methods.fixed_head import fixed_head
 from memtool.streams import create_stream
 
 if TYPE_CHECKING:
-    from memtool.backbones.interface import Backbone
+    from memtool.backbones.interface import Backbone, FrozenModel
+    from memtool.heads import CosineHead
     from memtool.progress import Progress
     from memtool.streams.task import Stream, Task
 
 
-class Workspace:
-    """Stream, backbone, engine and store of a configuration and one seed.
+class MemoryWorkspace(ABC):
+    """Backbone, engine and store of a configuration and one seed, whatever the data.
 
     `adapters` is the folder of trained adapters where several memories share them; without one it
     lies in the configuration's `runs`.
@@ -42,24 +45,15 @@ class Workspace:
         self.adapter_folder = adapters or config.runs / "adapters"
 
     @cached_property
-    def stream(self) -> Stream:
-        """The tasks."""
-        return create_stream(self.config.stream, self.config.backbone.image_size)
-
-    @cached_property
     def engine(self) -> Engine:
         """The device; one CPU thread for the small embedded model, all of them otherwise."""
         small = self.config.backbone.name == "nano"
         return Engine(self.config.engine, threads=1 if small else None)
 
-    @cached_property
-    def backbone(self) -> Backbone:
+    @property
+    @abstractmethod
+    def backbone(self) -> FrozenModel:
         """The frozen model, on the device."""
-        settings = self.config.backbone
-        if settings.weights is not None:
-            settings = settings.model_copy(update={"weights": expand(settings.weights)})
-        backbone = create_backbone(settings)
-        return backbone.to(self.engine.device)
 
     @cached_property
     def layout(self) -> Layout:
@@ -123,6 +117,32 @@ class Workspace:
                 if not self.has_store:  # else another process was first: go on in its memory
                     raise
         return self.store
+
+
+class Workspace(MemoryWorkspace):
+    """Stream of images, backbone, engine and store of a configuration and one seed."""
+
+    @cached_property
+    def stream(self) -> Stream:
+        """The tasks."""
+        return create_stream(self.config.stream, self.config.backbone.image_size)
+
+    @cached_property
+    def backbone(self) -> Backbone:
+        """The frozen model, on the device."""
+        settings = self.config.backbone
+        if settings.weights is not None:
+            settings = settings.model_copy(update={"weights": expand(settings.weights)})
+        backbone = create_backbone(settings)
+        return backbone.to(self.engine.device)
+
+    @cached_property
+    def fixed_head(self) -> CosineHead:
+        """The head over all classes that is never trained (head.kind prototype or text).
+
+        Raises ConfigError for a head of another kind.
+        """
+        return fixed_head(self.config, self.engine, self.backbone, self.stream)
 
     def task(self, name: str, *, held_out: bool = False) -> Task:
         """A task by number (from 1) or by name; with `held_out` also the one to generalise to."""

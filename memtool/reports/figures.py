@@ -325,6 +325,23 @@ def coefficient_map(coefficients: CoefficientMap, name: str = "coefficients") ->
         return inline_svg(figure, name)
 
 
+def reuse_map(shares: npt.NDArray[np.float64], tasks: Sequence[str], name: str = "reuse") -> str:
+    """Heat map of the gate's weight: inputs of a task (rows) on the atoms of a task (columns)."""
+    _check(shares, (len(tasks), len(tasks)), "a map of shares")
+    numbered = len(tasks) <= MOST_NUMBERED
+    with style(name):
+        figure = Figure(figsize=(WIDTH, map_height(len(tasks))))
+        axes = figure.subplots()
+        norm = Normalize(0.0, float(shares.max()) or 1.0)
+        text = (lambda value: f"{value:.2f}") if numbered else None
+        mesh = heat_map(axes, shares, norm, SEQUENTIAL, text)
+        label_map(axes, list(tasks), list(tasks))
+        axes.set_xlabel("atoms of task")
+        axes.set_ylabel("inputs of task")
+        colour_bar(figure, mesh, axes, "weight", lambda value: f"{value:.2g}")
+        return inline_svg(figure, name)
+
+
 def sample_map(samples: SampleCoefficientMap, name: str = "samples") -> str:
     """Heat map of the coefficients of single samples, adapter × sample, samples by true domain."""
     norm, colours = coefficient_scale(samples.values)

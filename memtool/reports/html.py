@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from markupsafe import Markup
 from pydantic import JsonValue
 
@@ -19,10 +20,13 @@ from memtool.reports.page import Picture, templates
 from memtool.reports.table import (
     MISSING,
     Grid,
+    atom_uses,
+    atoms_grid,
     by_kind,
     drift_grid,
     held_out,
     leading,
+    losses_grid,
     main_row,
     methods_grid,
     metrics_grid,
@@ -90,12 +94,15 @@ def render(
             methods=methods_grid(records),
             metrics=metrics,
             recall=recall,
+            losses=losses_grid(records),
             descriptions=_descriptions(metrics),
             held_out=held_out(records),
             tasks=tasks_grid(records),
             accuracy=_accuracy(rows, records),
             negative=negative_grid(records),
             drift=drift_grid(records),
+            atoms=atoms_grid(records),
+            reuse=_reuse(records),
             coefficients=_coefficients(coefficients, samples),
             keys=_keys(keys),
             costs=_cost_grid(costs),
@@ -243,6 +250,21 @@ def _coefficients(
             )
         )
     return pictures
+
+
+def _reuse(records: Sequence[Record]) -> list[Picture]:
+    uses = atom_uses(records)
+    if not uses:
+        return []
+    shares = np.mean([use.reuse for use in uses], axis=0)
+    return [
+        Picture(
+            Markup(figures.reuse_map(shares, task_labels(records)[: len(shares)])),
+            "The gate's weight on the atoms of each task (columns) for test images of each task "
+            "(rows), all tasks in the bank. Left of the diagonal: atoms of earlier tasks that "
+            "later ones use.",
+        )
+    ]
 
 
 def _keys(keys: KeyMap | None) -> list[Picture]:

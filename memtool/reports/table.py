@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -14,7 +15,7 @@ from rich.text import Text
 
 from memtool.errors import NotFoundError
 from memtool.evaluation.metrics import METRICS, seen_accuracy
-from memtool.evaluation.record import Kind, Record
+from memtool.evaluation.record import AtomUse, Kind, Record
 from memtool.evaluation.summary import RowSummary, Summary, summarise, summarise_rows
 
 MISSING = "-"
@@ -353,6 +354,53 @@ def drift_grid(records: Sequence[Record]) -> Grid | None:
     )
 
 
+def atom_uses(records: Sequence[Record]) -> tuple[AtomUse, ...]:
+    """How atoms are used, by the first row in which every seed measured it; empty without one."""
+    for row in records[0].metrics.rows:
+        found = [record.row(row.id).atom_use for record in records]
+        known = tuple(use for use in found if use is not None)
+        if len(known) == len(records):
+            return known
+    return ()
+
+
+def atoms_grid(records: Sequence[Record]) -> Grid | None:
+    """What the atoms of earlier tasks still add after each task, as the bank grows, or None."""
+    uses = atom_uses(records)
+    if not uses:
+        return None
+    tables = [
+        np.array([getattr(use, name) for use in uses], dtype=np.float64)
+        for name in ("norm", "difference")
+    ]
+
+    def cell(values: npt.NDArray[np.float64]) -> str:
+        return _interval(_over_seeds(values), lambda value: f"{value:.2f}")
+
+    body = []
+    for place, name in enumerate(task_labels(records)[: len(uses[0].norm)]):
+        if not place:
+            continue
+        first = [cell(table[:, place, 0]) for table in tables]
+        earlier = [cell(table[:, place, :place].mean(axis=1)) for table in tables]
+        body.append((f"{place + 1} {name}", *first, *earlier))
+    return Grid(
+        title=f"What atoms of earlier tasks still add ({_about(records, INTERVAL)})",
+        header=(
+            "after task",
+            "first task: length ↑",
+            "change ↓",
+            "all earlier: length ↑",
+            "change ↓",
+        ),
+        rows=tuple(body),
+        notes=(
+            "Relative to just after the task was learned, on its test images at the layer inputs "
+            "of then: 1 and 0 are atoms that work as they did.",
+        ),
+    )
+
+
 def steps_grid(records: Sequence[Record], id: str | None = None) -> Grid:
     """Accuracy on every task after each task, for one row (default: the first method).
 
@@ -461,6 +509,39 @@ def recall_grid(records: Sequence[Record]) -> Grid | None:
     )
 
 
+def losses_grid(records: Sequence[Record]) -> Grid | None:
+    """The loss after the last task on streams of texts: methods × tasks, or None."""
+    rows = by_kind(summarise_rows(records))
+    last = {
+        row.id: np.array([record.row(row.id).loss[-1] for record in records], dtype=np.float64)
+        for row in rows
+        if all(record.row(row.id).loss for record in records)
+    }
+    if not last:
+        return None
+    tasks = task_labels(records)
+    places = range(len(tasks)) if len(tasks) <= MOST_TASK_COLUMNS else range(0)
+
+    def shown(summary: Summary | None) -> str:
+        return _cell(summary, lambda value: f"{value:.3f}")
+
+    body = [
+        (
+            label(row),
+            *(shown(_over_seeds(last[row.id][:, place])) for place in places),
+            shown(row.metrics.get("loss.final")),
+            shown(row.metrics.get("loss.forgetting")),
+        )
+        for row in rows
+        if row.id in last
+    ]
+    return Grid(
+        title=f"Loss after the last task, nats per answer token ({_about(records)})",
+        header=("method", *(tasks[place] for place in places), "mean ↓", "forgetting ↓"),
+        rows=tuple(body),
+    )
+
+
 def main_row(rows: Sequence[RowSummary]) -> RowSummary:
     """The first method, or the first row when there is no method."""
     return next((row for row in rows if row.kind == "method"), rows[0])
@@ -518,7 +599,7 @@ def to_rich(grid: Grid, width: int | None = None) -> Table:
     return table
 
 
-def _parts(grid: Grid, width: int) -> list[Grid]:
+def cut_to_width(grid: Grid, width: int) -> list[Grid]:
     """The grid cut between columns into grids that fit the width, the names in each of them."""
     names, *widths = (least + GAP for least in _least_widths(grid))
     groups: list[list[int]] = [[]]
@@ -568,7 +649,7 @@ def show(grid: Grid, console: Console | None = None) -> None:
     """Print the grid: a rich table in a terminal (cut to its width), plain text elsewhere."""
     console = console or Console()
     if console.is_terminal:
-        for part in _parts(grid, console.width):
+        for part in cut_to_width(grid, console.width):
             console.print(to_rich(part, console.width))
     else:
         console.print(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from os import PathLike
 from typing import TYPE_CHECKING
 
+from memtool.errors import ConfigError
 from memtool.streams.task import Samples, Stream, Task
 
 if TYPE_CHECKING:
@@ -37,13 +38,20 @@ def create_stream(settings: StreamSettings, image_size: int) -> Stream:
     openings map that file into memory. Raises NotFoundError (no such source), ConfigError (a
     setting or description that cannot be used) and DataError (data that cannot be read or cut).
     """
+    if settings.setting == "trace":
+        raise ConfigError(
+            "stream.setting trace is a stream of texts, and this reads images",
+            expected="another setting, or memtool run, which reads texts",
+        )
     from memtool.streams.cuts import cut
+    from memtool.streams.sources import templates
 
     if settings.source == "digits":
         from memtool.streams.digits import digits_table
 
         return cut(digits_table(settings.setting, settings.seed, image_size), settings)
-    return cut(open_table(settings.source, image_size), settings)
+    table = open_table(settings.source, image_size)
+    return cut(table, settings, templates(settings.source))
 
 
 def open_table(source: str, image_size: int) -> Table:

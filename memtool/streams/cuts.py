@@ -5,47 +5,58 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from memtool.config import StreamSettings
 from memtool.errors import ConfigError, DataError, did_you_mean
-from memtool.streams.ordering import balanced, random_ranks, stratified
+from memtool.streams.ordering import balanced, position_in_group, random_ranks, stratified
 from memtool.streams.table import Table
 from memtool.streams.task import Stream, Task
 
 _TEST_SHARE = 0.2
 
 
-def cut(table: Table, settings: StreamSettings) -> Stream:
-    """The stream that `settings` cut from `table`.
+_BY_DOMAIN = ("dil", "dg", "xtail")
 
-    "dil" and "dg" make one task of every domain, in the table's order or in `settings.order`;
-    "cil", "til" and "mts" make one task of every `classes_per_task` classes, or `splits` tasks of
-    as equal a number of classes as they can, in an order drawn from the
-    seed or in `settings.order`. An order may leave domains or classes out. A table without a test
-    split gives a fifth of every class (of every domain) to testing, by the seed. `train_per_task`
-    and `test_per_task` choose as equally from the classes as they can, and a larger number keeps
-    what a smaller one chose; `validation` is then taken from the training images, class by class.
+
+def cut(
+    table: Table, settings: StreamSettings, templates: Mapping[str, str] | None = None
+) -> Stream:
+    """The stream that `settings` cut from `table`; `templates` are those of prompts, by domain.
+
+    "dil", "dg" and "xtail" make one task of every domain (of a chain: of every data set), in the
+    table's order or in `settings.order`; "cil", "til" and "mts" make one task of every
+    `classes_per_task` classes, or `splits` tasks of as equal a number of classes as they can, in an
+    order drawn from the seed or in `settings.order`. An order may leave domains or classes out. A
+    table without a test split gives a fifth of every class (of every domain) to testing, by the
+    seed; under "xtail" each data set does that for itself. `shots` keeps so many training images of
+    every class, `train_per_task` and `test_per_task` choose as equally from the classes as they
+    can, and a larger number keeps what a smaller one chose; `validation` is then taken from the
+    training images, class by class.
     `held_out` takes a domain of "dg" out of the tasks, which keep their numbers, and gives all of
     its images to testing.
 
     Raises ConfigError for settings that do not fit the table, and DataError for a table without
-    domains under "dil" or "dg" and for a task with no image or with one class only.
+    domains where tasks are domains, for a task with no image or with one class only, and for test
+    images of a class that no task has training images of.
     """
-    by_domain = settings.setting in ("dil", "dg")
+    by_domain = settings.setting in _BY_DOMAIN
     groups = _domain_groups(table, settings) if by_domain else _class_groups(table, settings)
-    is_test = _test_rows(table, settings.seed)
+    is_test = _test_rows(table, settings)
     tasks = tuple(
         _task(table, settings, is_test, number, name, members, by_domain=by_domain)
         for number, (name, members) in enumerate(groups, start=1)
     )
+    if templates and by_domain:
+        tasks = tuple(dataclasses.replace(task, prompt=templates.get(task.name)) for task in tasks)
     held_out = None
     if settings.held_out is not None:
         held_out = _held_out(table, settings, tasks)
         tasks = tuple(task for task in tasks if task.number != held_out.number)
+    _check_classes(table, tasks, held_out)
     return Stream(
         name=table.name,
         setting=settings.setting,
@@ -143,13 +154,17 @@ def _ids(names: Sequence[str], known: Sequence[str], source: str, what: str) -> 
     return [index[name] for name in names]
 
 
-def _test_rows(table: Table, seed: int) -> npt.NDArray[np.bool_]:
-    if table.is_test.any():
+def _test_rows(table: Table, settings: StreamSettings) -> npt.NDArray[np.bool_]:
+    has_test = np.full(len(table), table.is_test.any())
+    if settings.setting == "xtail" and table.domains is not None:
+        has_test = np.isin(table.domains, np.unique(table.domains[table.is_test]))
+    if has_test.all():
         return table.is_test
     groups = table.labels
     if table.domains is not None:
         groups = table.domains * len(table.class_names) + table.labels
-    return stratified(groups, random_ranks(len(table), "test", seed), _TEST_SHARE)
+    drawn = stratified(groups, random_ranks(len(table), "test", settings.seed), _TEST_SHARE)
+    return np.where(has_test, table.is_test, drawn)
 
 
 def _task(
@@ -173,6 +188,8 @@ def _task(
             return rows
         return rows[balanced(table.labels[rows], ranks[rows], count)]
 
+    if settings.shots is not None:
+        train = train[position_in_group(table.labels[train], ranks[train]) < settings.shots]
     train = limited(train, settings.train_per_task)
     test = limited(test, settings.test_per_task)
     validation = train[:0]
@@ -232,6 +249,26 @@ def _check(
     )
 
 
+def _check_classes(table: Table, tasks: Sequence[Task], held_out: Task | None) -> None:
+    """A class that is tested was in the training images of some task: no other can be right."""
+    tested = [*tasks, held_out] if held_out is not None else tasks
+    learned = np.unique(np.concatenate([task.train.labels for task in tasks]))
+    for task in tested:
+        unseen = np.setdiff1d(task.test.labels, learned)
+        if len(unseen) == 0:
+            continue
+        names = [table.class_names[one] for one in unseen[:5].tolist()]
+        more = f" and {len(unseen) - 5} more" if len(unseen) > 5 else ""
+        raise DataError(
+            f"{int(np.isin(task.test.labels, unseen).sum())} test images of task {task.number} "
+            f"({task.name}) of {table.name} are of classes that no task has training images of: "
+            f"{', '.join(names)}{more}",
+            expected="training images of every class that is tested",
+            remedy="a larger stream.train_per_task, or add such images, or leave those of the "
+            "test part out",
+        )
+
+
 def _fingerprint(
     table: Table, settings: StreamSettings, groups: list[tuple[str, list[int]]]
 ) -> str:
@@ -244,4 +281,6 @@ def _fingerprint(
         "validation": settings.validation,
         "seed": settings.seed,
     }
+    if settings.shots is not None:
+        identity["shots"] = settings.shots
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

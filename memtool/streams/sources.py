@@ -12,7 +12,13 @@ A description says where a data set is and what its columns mean:
     class_names: [dog, elephant]     # only where the data itself does not carry them
 
 A folder `class/image` or `domain/class/image`, with `train` and `test` on top or without, needs no
-description.
+description. A chain puts data sets behind each other, for a stream with one task a data set:
+
+    kind: chain
+    sources: [caltech101, mnist]     # other descriptions by name, in this order
+    prompts: {mnist: "a photo of the number: {}."}   # for a text tower; others have a default
+
+A join (`kind: join`, the same keys) is for data sets of the same classes: each becomes a domain.
 """
 
 from __future__ import annotations
@@ -23,6 +29,7 @@ import json
 import os
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -36,6 +43,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from memtool.config import StreamSettings
 from memtool.errors import ConfigError, DataError, NotFoundError, did_you_mean
+from memtool.streams.prompts import DEFAULT_TEMPLATE, check_template
 from memtool.streams.table import cache_folder
 
 if TYPE_CHECKING:
@@ -90,8 +98,8 @@ class Description(BaseModel):
 
     about: str = ""
     licence: str = ""
-    kind: Literal["parquet", "json", "csv", "imagefolder", "hub", "folder"]
-    path: str
+    kind: Literal["parquet", "json", "csv", "imagefolder", "hub", "folder", "chain", "join"]
+    path: str = ""
     config: str | None = None
     revision: str | None = None
     train: str | tuple[str, ...] = "train"
@@ -103,6 +111,10 @@ class Description(BaseModel):
     domain_names: tuple[str, ...] | None = None
     separate_classes: bool = False
     """Every part has classes of its own; their names become part/name."""
+    sources: tuple[str, ...] = ()
+    """Of a chain or join: the data sets, by name or by the path of a description."""
+    prompts: dict[str, str] = {}
+    """Of a chain: templates of the prompts by data set, with {} for the class name."""
 
 
 def built_in_descriptions() -> dict[str, Path]:
@@ -140,7 +152,7 @@ def task_names(settings: StreamSettings) -> list[str]:
     Empty for a stream of class groups and for a description that does not name its domains.
     Errors as `find_source`.
     """
-    if settings.setting not in ("dil", "dg"):
+    if settings.setting not in ("dil", "dg", "xtail"):
         return []
     if settings.order:
         return list(settings.order)
@@ -163,7 +175,7 @@ def read_description(file: Path) -> Description:
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: not a description", expected="keys such as kind and path")
     try:
-        return Description.model_validate(content)
+        description = Description.model_validate(content)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"])
@@ -173,10 +185,28 @@ def read_description(file: Path) -> Description:
         if first["type"] == "missing":
             raise ConfigError(f"{file}: the key {key!r} is missing") from error
         raise ConfigError(f"{file}: {key}: {first['msg']}") from error
+    several = description.kind in ("chain", "join")
+    needed, other = ("sources", "path") if several else ("path", "sources")
+    if not getattr(description, needed):
+        raise ConfigError(f"{file}: the key {needed!r} is missing")
+    if getattr(description, other):
+        raise ConfigError(f"{file}: kind {description.kind} has no {other}")
+    return description
+
+
+def templates(source: str) -> dict[str, str]:
+    """The templates of prompts that a source's description gives, by data set; none for others.
+
+    Errors as `find_source`.
+    """
+    found = find_source(source)
+    return found.templates if isinstance(found, ChainSource) else {}
 
 
 def _described(file: Path) -> Source:
     description = read_description(file)
+    if description.kind in ("chain", "join"):
+        return ChainSource(file.stem, description, file)
     if description.kind == "hub":
         return DatasetsSource(file.stem, description, None)
     root = file.parent / Path(_expanded(description.path, file)).expanduser()
@@ -187,7 +217,7 @@ def _described(file: Path) -> Source:
             remedy=f"correct path: in {file}, or put the data there",
         )
     if description.kind == "folder":
-        return FolderSource(file.stem, root)
+        return FolderSource(file.stem, root, description.domain_names or ())
     return DatasetsSource(file.stem, description, root)
 
 
@@ -236,9 +266,11 @@ def _file_bytes(file: Path) -> bytes:
 class FolderSource:
     """A folder class/image or domain/class/image, with train and test on top or without."""
 
-    def __init__(self, name: str, root: Path) -> None:
+    def __init__(self, name: str, root: Path, domains: Sequence[str] = ()) -> None:
+        """`domains` gives their order; without it they are sorted by name."""
         self.name = name
         self._root = root
+        self._domains = tuple(domains)
         everything = _all_files(root)
         self._images = [file for file in everything if file.suffix.lower() in _IMAGE_SUFFIXES]
         if not self._images:
@@ -248,8 +280,9 @@ class FolderSource:
 
     @property
     def key(self) -> str:
-        """The names, sizes and times of the images."""
-        return f"folder/{_files_key(self._root, self._images)}"
+        """The names, sizes and times of the images, and the order of the domains."""
+        order = json.dumps(self._domains) if self._domains else ""
+        return f"folder/{order}{_files_key(self._root, self._images)}"
 
     @property
     def domain_names(self) -> tuple[str, ...]:
@@ -284,7 +317,7 @@ class FolderSource:
         domains: npt.NDArray[np.int64] | None = None
         domain_names: tuple[str, ...] = ()
         if levels == {3}:
-            domains, domain_names = _coded([part[-3] for part in parts])
+            domains, domain_names = _coded([part[-3] for part in parts], self._domains)
         yield Listing(
             labels=labels,
             domains=domains,
@@ -296,10 +329,24 @@ class FolderSource:
         )
 
 
-def _coded(words: Sequence[str]) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
-    """Ids of words (n,), and the sorted words themselves."""
+def _coded(
+    words: Sequence[str], order: Sequence[str] = ()
+) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
+    """Ids of words (n,), and the words themselves, sorted or in the given order."""
     names, ids = np.unique(np.asarray(words, dtype=np.str_), return_inverse=True)
-    return ids.astype(np.int64), tuple(str(name) for name in names)
+    found = [str(name) for name in names]
+    if not order:
+        return ids.astype(np.int64), tuple(found)
+    unknown = next((name for name in found if name not in order), None)
+    if unknown is not None:
+        raise DataError(
+            f"the folder {unknown!r} is no domain that the description names",
+            expected=did_you_mean(unknown, order),
+            remedy="correct domain_names: in the description, or the folder",
+        )
+    present = [name for name in order if name in found]
+    place = np.array([present.index(name) for name in found], dtype=np.int64)
+    return place[ids], tuple(present)
 
 
 @dataclass(frozen=True, eq=False)
@@ -555,3 +602,116 @@ def _by_number(word: str) -> tuple[bool, int, str]:
 
 def _as_tuple(parts: str | tuple[str, ...]) -> tuple[str, ...]:
     return (parts,) if isinstance(parts, str) else parts
+
+
+class ChainSource:
+    """Several data sets behind each other, each one domain; classes are the union of all.
+
+    A join has the classes that all of them have, the same ones. In a chain, a class name that two
+    data sets have is qualified by the data set in both: `Forest (eurosat)`. Domains inside a data
+    set are dropped. `templates` holds one template a data set.
+    """
+
+    def __init__(self, name: str, description: Description, file: Path) -> None:
+        """Raises ConfigError for a chain in a chain, a data set named twice or a wrong template."""
+        self.name = name
+        self._joins = description.kind == "join"
+        self._members: dict[str, Source] = {}
+        for source in description.sources:
+            beside = file.parent / source
+            member = find_source(str(beside) if beside.suffix and beside.is_file() else source)
+            if isinstance(member, ChainSource):
+                raise ConfigError(
+                    f"{file}: {source!r} is a chain itself", expected="data sets, not chains"
+                )
+            if member.name in self._members:
+                raise ConfigError(f"{file}: sources names {member.name!r} twice")
+            self._members[member.name] = member
+        for key, template in description.prompts.items():
+            if key not in self._members:
+                raise ConfigError(
+                    f"{file}: prompts names {key!r}, which is not among the sources",
+                    expected=did_you_mean(key, self._members),
+                )
+            check_template(template, f"{file}: the prompt of {key!r}")
+        self.templates = {
+            member: description.prompts.get(member, DEFAULT_TEMPLATE) for member in self._members
+        }
+
+    @property
+    def key(self) -> str:
+        """The keys of the members in order; prompts are no part of the data."""
+        members = [[name, member.key] for name, member in self._members.items()]
+        return json.dumps(["join" if self._joins else "chain", members])
+
+    @property
+    def domain_names(self) -> tuple[str, ...]:
+        """The names of the data sets, in the order of the chain."""
+        return tuple(self._members)
+
+    @contextmanager
+    def open(self) -> Iterator[Listing]:
+        """The rows of one data set after another. Raises DataError."""
+        with contextlib.ExitStack() as stack:
+            listings = [stack.enter_context(member.open()) for member in self._members.values()]
+            known = Counter(name for one in listings for name in one.class_names)
+            class_names: list[str] = []
+            labels: list[npt.NDArray[np.int64]] = []
+            for domain, listing in zip(self._members, listings, strict=True):
+                labels.append(listing.labels + len(class_names))
+                class_names += [
+                    f"{name} ({domain})" if known[name] > 1 else name
+                    for name in listing.class_names
+                ]
+            if self._joins:
+                labels, class_names = _same_classes(
+                    self.name, dict(zip(self._members, listings, strict=True))
+                )
+            sizes = [len(listing.labels) for listing in listings]
+            starts = np.cumsum([0, *sizes])
+
+            def encoded(rows: Sequence[int]) -> list[bytes]:
+                found: dict[int, bytes] = {}
+                for start, end, listing in zip(starts, starts[1:], listings, strict=False):
+                    mine = [row for row in rows if start <= row < end]
+                    if mine:
+                        inside = listing.encoded([row - int(start) for row in mine])
+                        found.update(zip(mine, inside, strict=True))
+                return [found[row] for row in rows]
+
+            def where(row: int) -> str:
+                index = int(np.searchsorted(starts, row, side="right")) - 1
+                return listings[index].where(row - int(starts[index]))
+
+            yield Listing(
+                labels=np.concatenate(labels),
+                domains=np.repeat(np.arange(len(listings)), sizes),
+                is_test=np.concatenate([listing.is_test for listing in listings]),
+                class_names=tuple(class_names),
+                domain_names=tuple(self._members),
+                encoded=encoded,
+                where=where,
+            )
+
+
+def _same_classes(
+    name: str, listings: dict[str, Listing]
+) -> tuple[list[npt.NDArray[np.int64]], list[str]]:
+    """The labels of every listing as ids into the classes of the first, and those classes.
+
+    Raises DataError where a data set has other classes.
+    """
+    first, *_ = listings
+    classes = listings[first].class_names
+    labels = []
+    for member, listing in listings.items():
+        differing = sorted(set(classes) ^ set(listing.class_names))
+        if differing:
+            raise DataError(
+                f"{name}: {member} and {first} differ in their classes: {', '.join(differing[:5])}",
+                expected="the same class names in every data set of a join",
+                remedy="class_names: in the description of one of them, or kind: chain",
+            )
+        place = np.array([classes.index(one) for one in listing.class_names], dtype=np.int64)
+        labels.append(place[listing.labels])
+    return labels, list(classes)

@@ -25,7 +25,10 @@ class Samples:
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """One step of a stream. `number` counts from 1, as on the command line."""
+    """One step of a stream. `number` counts from 1, as on the command line.
+
+    `prompt` is the template of what a text tower reads about its classes, with {} for the name.
+    """
 
     number: int
     name: str
@@ -34,16 +37,18 @@ class Task:
     train: Samples
     validation: Samples
     test: Samples
+    prompt: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Stream:
     """A data set cut into tasks in a fixed order.
 
-    `setting` is the cut: "dil", "dg" (tasks are domains over the same classes), "cil", "til"
-    and "mts" (tasks are groups of classes). `held_out` is the domain of "dg" that nothing is
-    learned from: it is not among the tasks, and all of its images are for testing. `fingerprint`
-    is a sha256 of the source, the cut and the order, the same whatever is held out.
+    `setting` is the cut: "dil", "dg" (tasks are domains over the same classes), "xtail" (tasks are
+    data sets with classes of their own), "cil", "til" and "mts" (tasks are groups of classes).
+    `held_out` is the domain of "dg" that nothing is learned from: it is not among the tasks, and
+    all of its images are for testing. `fingerprint` is a sha256 of the source, the cut and the
+    order, the same whatever is held out.
     """
 
     name: str

@@ -14,7 +14,7 @@ from memtool.config import BackboneSettings
 from memtool.errors import ConfigError, NotFoundError
 
 
-@pytest.mark.parametrize("name", ["nono", "nano:big", "timm", "timm:", "open_clip:ViT-B-32", ""])
+@pytest.mark.parametrize("name", ["nono", "nano:big", "timm", "timm:", "open_clip:", ""])
 def test_unknown_names_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="nano, timm:<model name>"):
         create_backbone(BackboneSettings(name=name))

@@ -1,20 +1,40 @@
-"""The command line as a real process in an empty folder, and a small real memory to read."""
+"""The command line in an empty folder, as a real process or in this one, and a real memory."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 
+from memtool_cli.main import main
 from memtool_stores import Backbone, Layout, MemoryStore, Segment, Space
 
 ROOT = Path(__file__).parents[2]
 Memtool = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def inside(
+    folder: Path, environment: Mapping[str, str], *arguments: str
+) -> subprocess.CompletedProcess[str]:
+    """What the process `memtool …` in `folder` does, without its start, which imports torch."""
+    out, said = io.StringIO(), io.StringIO()
+    with (
+        contextlib.chdir(folder),
+        mock.patch.dict(os.environ, environment, clear=True),
+        mock.patch.object(sys, "argv", ["memtool", *arguments]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(said),
+    ):
+        code = main(list(arguments))
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), said.getvalue())
 
 
 @pytest.fixture
@@ -59,6 +79,16 @@ def memtool(here: Path, environ: dict[str, str], start: list[str]) -> Memtool:
             timeout=120,
             check=False,
         )
+
+    return run
+
+
+@pytest.fixture
+def command(here: Path, environ: dict[str, str]) -> Memtool:
+    """Run `memtool …` in the empty folder, in this process: where a start is not the point."""
+
+    def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        return inside(here, environ | variables, *arguments)
 
     return run
 

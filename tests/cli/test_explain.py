@@ -1,11 +1,10 @@
-"""explain in a real process: tables, the record, plots, and what it refuses."""
+"""explain: tables, the record, plots, and what it refuses."""
 
 from __future__ import annotations
 
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +12,8 @@ from PIL import Image
 
 from memtool.config import resolve
 from memtool.methods.mira import Mira
+from tests.cli.conftest import inside
 
-ROOT = Path(__file__).parents[2]
 SHORT = {
     "stream.train_per_task": "60",
     "stream.test_per_task": "40",
@@ -44,21 +43,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def memtool(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("MEMTOOL_")}
     environment = {f"MEMTOOL_{key.replace('.', '__').upper()}": SHORT[key] for key in SHORT}
-    return subprocess.run(
-        [sys.executable, "-c", "from memtool_cli.main import run; run()", *arguments],
-        cwd=folder,
-        env=kept
-        | environment
-        | {
-            "PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in ("", "cli", "stores")),
-            "XDG_CONFIG_HOME": str(folder / "user"),
-            "OMP_NUM_THREADS": "1",
-        },
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    places = {"XDG_CONFIG_HOME": str(folder / "user"), "OMP_NUM_THREADS": "1"}
+    return inside(folder, kept | environment | places, *arguments)
 
 
 def test_tables_and_a_page(folder):

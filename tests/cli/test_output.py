@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import io
 import json
+import re
 
 import pytest
 from pydantic import BaseModel
 
 from memtool.progress import ProgressEvent
+from memtool.reports.table import Grid
 from memtool_cli.output import Out, PlainProgress, Table, duration, percent, size
 
 
 class Point(BaseModel):
     x: int
+
+
+class Terminal(io.StringIO):
+    """What is written, as a terminal would be shown it."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 TABLE = Table(("x", "what"), [(1, "one"), (2, "two\nlines\tand tabs")])
@@ -80,3 +89,23 @@ def test_plain_progress_speaks_now_and_then_and_at_the_end(monkeypatch):
 )
 def test_numbers_carry_units(text, wanted):
     assert text == wanted
+
+
+def test_a_wide_table_is_cut_between_columns_in_a_terminal(monkeypatch):
+    wide = Grid(
+        title="Accuracy",
+        header=("", *(f"method {number} %" for number in range(12))),
+        rows=(("task 1", *(f"{80 + number}.5" for number in range(12))),),
+        notes=("A note.",),
+    )
+    shown = Terminal()
+    monkeypatch.setattr("sys.stdout", shown)
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("TERM", "xterm")
+    Out().data(Point(x=1), TABLE, wide, ids=[1])
+    lines = re.sub(r"\x1b\[[\d;]*m", "", shown.getvalue()).splitlines()
+    assert max(map(len, lines)) <= 60
+    text = "\n".join(lines)
+    assert all(f"{80 + number}.5" in text for number in range(12))
+    assert text.count("task 1") > 1
+    assert text.count("Accuracy") == text.count("A note.") == 1

@@ -17,7 +17,8 @@ from memtool.streams.sources import built_in_descriptions, read_description
 LOCAL = sorted(
     name
     for name, file in built_in_descriptions().items()
-    if "${MEMTOOL_DATA}" in read_description(file).path
+    if (described := read_description(file)).kind == "parquet"
+    and "${MEMTOOL_DATA}" in described.path
 )
 
 

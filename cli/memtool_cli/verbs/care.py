@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from memtool.config import choices
+from memtool.errors import ConfigError
 from memtool_cli import complete
 from memtool_cli.options import (
     COMPUTE,
@@ -41,19 +42,20 @@ app = typer.Typer(rich_markup_mode="rich")
         "memtool forget inverted",
         "memtool forget 3 --dry-run",
         "memtool forget task-2-seed-0 --purge --yes",
+        "memtool forget --atoms-below 0.05 --preset moram-digits --dry-run",
     ),
 )
-@verb(STORE, *CONFIGURATION, DRY_RUN, YES)
+@verb(STORE, *COMPUTE, *CONFIGURATION, DRY_RUN, YES)
 def forget(
     call: Call,
     names: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
             metavar="TASK|ADAPTER",
             help="Tasks (number or name), or adapters.",
             autocompletion=complete.remembered,
         ),
-    ],
+    ] = None,
     purge: Annotated[
         bool,
         typer.Option(
@@ -62,8 +64,27 @@ def forget(
             rich_help_panel="Dangerous",
         ),
     ] = False,
+    atoms_below: Annotated[
+        float | None,
+        typer.Option(
+            "--atoms-below",
+            metavar="SHARE",
+            help="MoRAM: instead, single atoms that add less than this share of what an atom of "
+            "the same place adds on average.",
+            rich_help_panel="Dangerous",
+        ),
+    ] = None,
 ) -> None:
     """Take tasks or adapters out of the memory; the rest is re-normalised."""
+    if (atoms_below is None) == (not names):
+        raise ConfigError(
+            "forget needs to know what",
+            expected="tasks or adapters, or --atoms-below SHARE",
+            remedy="memtool ls",
+        )
+    if atoms_below is not None:
+        return _prune(call, atoms_below, purge)
+    assert names is not None
     from memtool.methods import forget as forgetting
 
     store = call.store_to_change()
@@ -101,6 +122,46 @@ def forget(
     return None
 
 
+def _prune(call: Call, below: float, purge: bool) -> None:
+    """Take dead atoms out, after saying what that does."""
+    if purge:
+        raise ConfigError(
+            "--purge with --atoms-below",
+            expected="one of them: the bytes of single atoms stay in the row of their task",
+        )
+    from memtool.methods.moram import Moram
+
+    call.store_to_change()
+    with call.out.progress() as progress:
+        method = call.method(progress)
+        if not isinstance(method, Moram):
+            raise ConfigError(
+                f"--atoms-below under method {method.config.method}",
+                expected="method moram, whose memory is made of atoms",
+                remedy="--preset moram, as the memory was made with, or --set method=moram",
+            )
+        found = method.dead_atoms(below)
+    rows = [
+        (f"{one.task} {one.task_name}", percent(one.before), percent(one.after))
+        for one in found.tasks
+    ]
+    title = f"{found.pruned} of {found.atoms} atoms add less than {below:g} of the average"
+    table = Table(("task", "accuracy", "without them"), rows, title=title)
+    if call.dry_run or not found.pruned:
+        call.out.data(found, table, ids=[found.pruned])
+        if not found.pruned:
+            call.out.note("there is nothing to prune: no new version")
+        return
+    call.out.note(f"{title}; accuracy by task, before and without them:")
+    for row in rows:
+        call.out.note("  " + "  ".join(row))
+    call.confirm(f"take {found.pruned} atoms out of the memory")
+    done = method.prune(found)
+    table = Table(table.header, rows, title=f"{title}; version {done.version}")
+    call.out.data(done, table, ids=[done.version])
+    call.out.note("the version before still holds them: memtool rollback brings them back")
+
+
 def _show_plan(
     call: Call, store: MemoryStore, records: Sequence[AdapterRecord], purge: bool
 ) -> None:
@@ -114,10 +175,11 @@ def _show_plan(
         holders=held_by,
         versions=len(store.log()) if purge else 0,
     )
-    live = sum(record.live and record.kind == "adapter" for record in records)
+    view = store.view()
+    live = sum(record.live for record in records)
     rows: list[tuple[str, str | int]] = [
         ("adapters", ", ".join(plan.adapters)),
-        ("left", len(store.view()) - live),
+        ("left", len(view) + len(view.atom_records) - live),
     ]
     if purge:
         rows += [

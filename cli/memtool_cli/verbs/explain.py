@@ -13,6 +13,7 @@ from memtool_cli.options import (
     COMPUTE,
     CONFIGURATION,
     MEMORY,
+    METHOD,
     RANK,
     SEED,
     SPLITS,
@@ -35,9 +36,10 @@ app = typer.Typer(rich_markup_mode="rich")
         "memtool explain --image photo.png",
         "memtool explain --image photo.png --out explain.html",
         "memtool explain --task 3 --store memory@HEAD~1 --json",
+        "memtool explain --preset moram-digits --image digit.png --layer fc1 --block 2",
     ),
 )
-@verb(STORE, MEMORY, RANK, SPLITS, SEED, *COMPUTE, *CONFIGURATION)
+@verb(STORE, METHOD, MEMORY, RANK, SPLITS, SEED, *COMPUTE, *CONFIGURATION)
 def explain(
     call: Call,
     task: Annotated[
@@ -53,6 +55,25 @@ def explain(
     image: Annotated[
         Path | None,
         typer.Option("--image", metavar="FILE", help="A picture.", rich_help_panel="Memory"),
+    ] = None,
+    layer: Annotated[
+        str | None,
+        typer.Option(
+            "--layer",
+            metavar="q|k|v|proj|fc1|fc2",
+            help="MoRAM: the adapted map to look at; none: the first configured one.",
+            rich_help_panel="Memory",
+        ),
+    ] = None,
+    block: Annotated[
+        int | None,
+        typer.Option(
+            "--block",
+            metavar="N",
+            min=0,
+            help="MoRAM: its block, from 0; none: the last.",
+            rich_help_panel="Memory",
+        ),
     ] = None,
     out: Annotated[
         Path | None,
@@ -71,6 +92,13 @@ def explain(
             expected="one of --task and --image",
             remedy=call.command("explain --task 1"),
         )
+    if call.config.method == "moram":
+        return _explain_atoms(call, task=task, image=image, layer=layer, block=block, out=out)
+    if layer is not None or block is not None:
+        raise ConfigError(
+            f"--layer and --block under method {call.config.method}",
+            expected="method moram, where every adapted map has atoms of its own",
+        )
     from memtool.methods.explain import as_shown
     from memtool.methods.explain import explain as explained
     from memtool.reports.explanation import coefficient_grid
@@ -87,5 +115,40 @@ def explain(
     )
     if result.familiar and result.familiar[0].ratio > UNLIKE:
         call.out.note("this is unlike all that the memory learned; what it says may mean little")
+    if out is not None:
+        call.out.note(f"drawn in {out}")
+    return None
+
+
+def _explain_atoms(
+    call: Call,
+    *,
+    task: str | None,
+    image: Path | None,
+    layer: str | None,
+    block: int | None,
+    out: Path | None,
+) -> None:
+    """The map of atoms at one adapted map."""
+    from memtool.methods.atom_map import explain_atoms, task_grid
+    from memtool.methods.moram import Moram
+
+    with call.out.progress() as progress:
+        method = call.method(progress)
+        assert isinstance(method, Moram)
+        result = explain_atoms(
+            method,
+            task=task,
+            image=image,
+            layer=layer,
+            block=block,
+            version=call.version,
+            out=out,
+        )
+    best = sorted(result.tasks, key=lambda one: -one.share)
+    call.out.data(result, task_grid(result), ids=[one.name for one in best[:1]])
+    if result.prediction is not None:
+        chance = f"{100 * result.prediction.probability:.1f} %"
+        call.out.note(f"prediction: {result.prediction.label} ({chance})")
     if out is not None:
         call.out.note(f"drawn in {out}")

@@ -15,9 +15,11 @@ from memtool_cli.options import (
     COMPUTE,
     CONFIGURATION,
     DRY_RUN,
+    GATE,
     HELD_OUT,
     KEYS,
     MEMORY,
+    METHOD,
     MIX,
     RANK,
     SEED,
@@ -35,7 +37,7 @@ from memtool_cli.plan import show_plan
 from memtool_cli.scores import final_average, grids
 
 if TYPE_CHECKING:
-    from memtool.methods.results import RecallResult, RetrieveResult
+    from memtool.methods.results import AtomsResult, RecallResult, RetrieveResult
 
 app = typer.Typer(rich_markup_mode="rich")
 
@@ -45,13 +47,16 @@ app = typer.Typer(rich_markup_mode="rich")
     epilog=examples(
         "memtool train-adapter --task 3",
         "memtool train-adapter --task inverted --rank 8 --fresh",
+        "memtool train-adapter --preset moram-digits --task 1 --score-norm task",
         "memtool train-adapter --task 1 --dry-run --json",
         "dir=$(memtool train-adapter --task 2 -q)",
     ),
 )
 @verb(
     STORE,
+    METHOD,
     MEMORY,
+    *GATE,
     RANK,
     *ADAPTERS,
     SPLITS,
@@ -115,7 +120,7 @@ def train_adapter(
         "memtool write --store shared/memory -q",
     ),
 )
-@verb(STORE, MEMORY, RANK, SPLITS, HELD_OUT, SEED, *COMPUTE, *CONFIGURATION, DRY_RUN)
+@verb(STORE, METHOD, MEMORY, RANK, SPLITS, HELD_OUT, SEED, *COMPUTE, *CONFIGURATION, DRY_RUN)
 def write(
     call: Call,
     directories: Annotated[
@@ -135,7 +140,8 @@ def write(
     call.out.data(result, table, ids=[adapter.id for adapter in result.added])
     if not result.added:
         call.out.note(f"nothing new to write; in memory already: {', '.join(result.skipped)}")
-    call.out.next(call.command("consolidate"))
+    # Atoms find themselves: writing them is all.
+    call.out.next(call.command("eval" if call.config.method == "moram" else "consolidate"))
     return None
 
 
@@ -149,6 +155,7 @@ def write(
 )
 @verb(
     STORE,
+    METHOD,
     SEP,
     MIX,
     *KEYS,
@@ -185,12 +192,15 @@ def consolidate(call: Call) -> None:
             ),
             ("drift of older keys", f"{result.key_drift_degrees:.2f} degrees"),
         ]
+        rows.append(("time", duration(result.seconds)))
+    elif result.schema_ == "memtool.consolidate-moram":
+        rows.append(("head", f"{result.head}, {result.scope}"))
     else:
         rows.append(("memories", ", ".join(result.memories)))
         if result.train_task_accuracy is not None:
             right = percent(result.train_task_accuracy)
             rows.append(("task predictor", f"{result.epochs} epochs, {right} of training tasks"))
-    rows.append(("time", duration(result.seconds)))
+        rows.append(("time", duration(result.seconds)))
     call.out.data(result, Table((), rows), ids=[result.version])
     if result.unchanged:
         call.out.note("nothing changed since the last consolidation: no new version")
@@ -207,7 +217,7 @@ def consolidate(call: Call) -> None:
         "memtool retrieve --preset modulation-til --task 7 --memory bayes-pcn --out adapter",
     ),
 )
-@verb(STORE, MEMORY, RANK, SPLITS, HELD_OUT, SEED, *COMPUTE, *CONFIGURATION)
+@verb(STORE, METHOD, MEMORY, RANK, SPLITS, HELD_OUT, SEED, *COMPUTE, *CONFIGURATION)
 def retrieve(
     call: Call,
     task: Annotated[
@@ -256,6 +266,8 @@ def retrieve(
         )
     if result.schema_ == "memtool.recall":
         _show_recall(call, result)
+    elif result.schema_ == "memtool.retrieve-atoms":
+        _show_atoms(call, result)
     else:
         _show_mixture(call, result)
     call.out.next(call.command("eval"))
@@ -284,6 +296,36 @@ def _show_mixture(call: Call, result: RetrieveResult) -> None:
         call.out.note(f"accuracy on {result.samples} samples: {percent(result.accuracy)}")
     if result.out is not None:
         call.out.note(f"the mixture is in {result.out}")
+
+
+def _show_atoms(call: Call, result: AtomsResult) -> None:
+    tasks = sorted(result.tasks, key=lambda one: -one.share)
+    shares = Table(
+        ("atoms of", "task", "share"),
+        [(one.name, one.task, f"{one.share:.3f}") for one in tasks],
+        title=f"{result.subject}: norm over the {result.score_norm}, {result.topk} atoms a token, "
+        f"version {result.version}",
+    )
+    blocks = Table(
+        ("block", *(one.name for one in result.tasks)),
+        [
+            (number, *(f"{share:.3f}" for share in block))
+            for number, block in zip(result.block_numbers, result.blocks, strict=True)
+        ],
+    )
+    atoms = Table(
+        ("atom at", "task", "number", "share of what is added there"),
+        [(atom.site, atom.task, atom.rank, percent(atom.share)) for atom in result.atoms],
+    )
+    call.out.data(result, shares, blocks, atoms, ids=[one.name for one in tasks[:1]])
+    missing = 1 - sum(one.share for one in tasks)
+    call.out.note(f"{percent(missing)} of the weight fell below the threshold")
+    if result.prediction is not None:
+        call.out.note(
+            f"prediction: {result.prediction.label} ({percent(result.prediction.probability)})"
+        )
+    if result.accuracy is not None:
+        call.out.note(f"accuracy on {result.samples} samples: {percent(result.accuracy)}")
 
 
 def _show_recall(call: Call, result: RecallResult) -> None:
@@ -318,7 +360,7 @@ def _show_recall(call: Call, result: RecallResult) -> None:
         "memtool eval --at-least 0.85 -q || echo worse than before",
     ),
 )
-@verb(STORE, MEMORY, RANK, SPLITS, HELD_OUT, SEED, *COMPUTE, *CONFIGURATION, DRY_RUN)
+@verb(STORE, METHOD, MEMORY, RANK, SPLITS, HELD_OUT, SEED, *COMPUTE, *CONFIGURATION, DRY_RUN)
 def evaluate(
     call: Call,
     setting: Annotated[

@@ -149,7 +149,7 @@ def show(call: Call, version: Reference = "") -> None:
         targets=space.layout.targets,
         numbers_per_adapter=space.numel,
         dtype=space.layout.dtype,
-        adapters=_adapters(view.adapters),
+        adapters=_adapters((*view.adapters, *view.atom_records)),
         keys=None if keys is None else tuple(keys.shape),
         blobs=view.blobs(),
     )

@@ -172,6 +172,14 @@ def _shown(value: object) -> str:
     return str(value)
 
 
+_OPTIONAL = {
+    "peft": "only for tests",
+    "open_clip_torch": "only for backbones open_clip:<name>, pip install 'memtool[clip]'",
+    "transformers": "only for backbones hf:<name>, pip install 'memtool[llm]'",
+}
+"""Packages that a plain installation does without, and what they are for."""
+
+
 def _versions() -> list[Check]:
     python = ".".join(str(part) for part in sys.version_info[:3])
     checks = [
@@ -184,12 +192,12 @@ def _versions() -> list[Check]:
         if _installed(name):
             checks.append(Check(name=name, ok=True, found=importlib.metadata.version(name)))
         else:
-            optional = name == "peft"
+            optional = name in _OPTIONAL
             checks.append(
                 Check(
                     name=name,
                     ok=optional,
-                    found="not installed" + " (only for tests)" * optional,
+                    found="not installed" + (f" ({_OPTIONAL[name]})" if optional else ""),
                     remedy=None if optional else f"pip install {name}",
                 )
             )

@@ -8,6 +8,12 @@
     moe-lora     as many LoRA as tasks, mixed by a learned router
     joint        one LoRA on all tasks at once: an upper bound
 
+Under a head that knows all classes in advance (`methods.fixed_head`, setting xtail) these are
+FIXED_HEAD_BASELINES: without EWC, and with
+
+    zero-shot    the backbone as it is
+    fine-tune    all weights, task after task
+
 Each sees a task's images only while it learns that task, as the memory does (joint excepted). The
 trained ones are read four ways (`reading.py`): by the linear head trained along, by a ridge or an
 LDA head from running moments, and by an LDA head per task. Domain generalisation has no order and
@@ -22,7 +28,8 @@ from functools import partial
 
 from memtool.evaluation.record import Row
 from memtool.methods.baselines.ewc import Ewc
-from memtool.methods.baselines.frozen import frozen
+from memtool.methods.baselines.fine_tune import FineTune
+from memtool.methods.baselines.frozen import frozen, zero_shot
 from memtool.methods.baselines.inf_lora import InfLora
 from memtool.methods.baselines.joint import joint
 from memtool.methods.baselines.learner import Learner, in_turn
@@ -33,7 +40,15 @@ from memtool.methods.baselines.sources import DG_BASELINES, HeldOut
 from memtool.methods.workspace import Workspace
 from memtool.streams.task import Task
 
-__all__ = ["BASELINES", "DG_BASELINES", "HeldOut", "frozen", "joint", "sequential"]
+__all__ = [
+    "BASELINES",
+    "DG_BASELINES",
+    "FIXED_HEAD_BASELINES",
+    "HeldOut",
+    "frozen",
+    "joint",
+    "sequential",
+]
 
 
 def sequential(work: Workspace, tasks: Sequence[Task]) -> list[Row]:
@@ -48,3 +63,10 @@ BASELINES: dict[str, Callable[[Workspace, Sequence[Task]], list[Row]]] = {
     "joint": joint,
 }
 """Every baseline that is trained apart from the memory, by the name of its result file."""
+
+FIXED_HEAD_BASELINES: dict[str, Callable[[Workspace, Sequence[Task]], list[Row]]] = {
+    "zero-shot": zero_shot,
+    "fine-tune": partial(in_turn, FineTune),
+    **{name: run for name, run in BASELINES.items() if name not in ("frozen", "ewc")},
+}
+"""Those under a head that is fixed in advance."""

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from memtool.errors import ConfigError
+from memtool.heads import LinearHead
 from memtool.methods.adapt import AdapterTraining
 from memtool.methods.baselines.learner import Learner
 from memtool.methods.workspace import Workspace
@@ -35,11 +37,17 @@ class Ewc(Learner):
 
     def __init__(self, work: Workspace, tasks: int) -> None:
         super().__init__(work, tasks)
+        if not isinstance(self.head, LinearHead):
+            raise ConfigError(
+                f"EWC under head.kind {work.config.head.kind}",
+                expected="a head that is trained along: its Fisher information counts the head's",
+            )
         self.importance = [torch.zeros_like(parameter) for parameter in self.held()]
         self.anchor = [parameter.detach().clone() for parameter in self.held()]
 
     def held(self) -> list[nn.Parameter]:
         """The parameters that learn: A and B, then weight and bias of the head."""
+        assert isinstance(self.head, LinearHead)
         return [*self.values.parameters(), self.head.weight, self.head.bias]
 
     def penalty(self, images: Tensor, logits: Tensor) -> Tensor:
@@ -64,6 +72,7 @@ class Ewc(Learner):
         A batch of b samples runs as one group per sample, each with a copy of adapter and head, so
         that the gradients of the copies are those of the samples.
         """
+        assert isinstance(self.head, LinearHead)
         engine = self.work.engine
         size = self.work.config.train.batch_size
         flat = self.values.flat()

@@ -54,6 +54,19 @@ def frozen(work: Workspace, tasks: Sequence[Task]) -> list[Row]:
     ]
 
 
+def zero_shot(work: Workspace, tasks: Sequence[Task]) -> list[Row]:
+    """The frozen features under the head that knows all classes in advance; nothing is learned."""
+    begin = time.perf_counter()
+    head = work.fixed_head.to("cpu")
+    seconds = time.perf_counter() - begin
+    samples = [task.test for task in tasks]
+    row = accuracies(head, [frozen_features(work, each) for each in samples], samples)
+    matrix = AccuracyMatrix.empty([task.name for task in tasks])
+    for number in range(len(tasks) + 1):
+        matrix = matrix.with_row(number, row)
+    return [Row.measured("zero-shot", "zero-shot", "baseline", matrix, seconds=seconds)]
+
+
 def frozen_features(work: Workspace, samples: Samples) -> Tensor:
     """Features (n, dim) of the backbone as it is, on the CPU."""
     backbone = work.backbone
@@ -73,7 +86,7 @@ def train_head(work: Workspace, head: LinearHead, features: Tensor, task: Task) 
         features.numpy(),
         np.asarray(task.train.labels),
         settings.batch_size,
-        settings.epochs,
+        settings.epochs_for(len(task.train)),
         work.seed * 1000 + task.number,
     )
     stage = f"{task.name}: baseline, frozen, linear head"

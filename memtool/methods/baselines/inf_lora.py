@@ -71,6 +71,11 @@ class InfLora(Branches):
         hooks = [module.register_forward_pre_hook(count) for module in adapted]
         try:
             self.features_of(samples)
+            if self.text is not None:
+                with torch.no_grad(), self.work.engine.autocast():
+                    self.text.head(
+                        self.backbone, self.recall(), sorted(set(samples.labels.tolist()))
+                    )
         finally:
             for hook in hooks:
                 hook.remove()

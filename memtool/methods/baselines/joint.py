@@ -9,10 +9,11 @@ from memtool.evaluation.matrix import AccuracyMatrix
 from memtool.evaluation.record import Row
 from memtool.methods.baselines.learner import Learner, pooled
 from memtool.methods.baselines.reading import TITLES, ClosedForms, Reading, accuracies
+from memtool.methods.fixed_head import is_fixed
 from memtool.methods.workspace import Workspace
 from memtool.streams.task import Task
 
-_READINGS: tuple[Reading, ...] = ("linear", "lda")
+_READINGS: tuple[Reading, ...] = ("linear", "lda")  # linear: the head trained along, or fixed
 
 
 def joint(work: Workspace, tasks: Sequence[Task]) -> list[Row]:
@@ -26,6 +27,7 @@ def joint(work: Workspace, tasks: Sequence[Task]) -> list[Row]:
     seconds = time.perf_counter() - begin
     samples = [task.test for task in tasks]
     test = [learner.features_of(each) for each in samples]
+    fixed = is_fixed(work.config)
     rows = []
     for reading in _READINGS:
         predict = learner.linear() if reading == "linear" else closed.solve(reading)
@@ -33,7 +35,7 @@ def joint(work: Workspace, tasks: Sequence[Task]) -> list[Row]:
         rows.append(
             Row.measured(
                 "joint" if reading == "linear" else f"joint-{reading}",
-                f"joint LoRA, {TITLES[reading]}",
+                f"joint LoRA, {TITLES['fixed' if fixed and reading == 'linear' else reading]}",
                 "upper bound",
                 matrix.with_row(len(tasks), accuracies(predict, test, samples)),
                 seconds=seconds,

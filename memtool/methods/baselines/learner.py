@@ -22,21 +22,27 @@ from memtool.adapters.values import AdapterValues, Recall
 from memtool.engine import Batch, Batches
 from memtool.evaluation.matrix import AccuracyMatrix
 from memtool.evaluation.record import Row
-from memtool.heads import LinearHead
+from memtool.heads import CosineHead, LinearClassifier, LinearHead, both_ways
 from memtool.methods.adapt import augmented
 from memtool.methods.baselines.reading import TITLES, ClosedForms, Predict, Reading, accuracies
+from memtool.methods.fixed_head import PromptTokens, is_fixed
 from memtool.methods.recall import every
 from memtool.methods.workspace import Workspace
 from memtool.streams.task import Samples, Task
 
 READINGS: tuple[Reading, ...] = ("linear", "ridge", "lda", "routed")
 
+FIXED_READINGS: tuple[Reading, ...] = ("fixed", "lda")
+"""Those under a head that is fixed in advance; LDA knows only the classes learned so far."""
+
 
 class Learner(nn.Module):
     """Sequential LoRA: each task starts from what the one before left, nothing protects it.
 
     `forward(images)` maps uint8 images (b, h, w, 3) to logits (b, classes) of all classes of the
-    stream. Parameters: A and B of `values`, and `head`, which starts at zero.
+    stream. Parameters: A and B of `values`, and `head`, which starts at zero. A head that is fixed
+    in advance (`methods.fixed_head`) has no parameters; that of a text tower moves with the text
+    adapters: `text` holds its prompts, and `head` is as the last task left it.
     """
 
     id: ClassVar[str] = "sequential"
@@ -50,7 +56,14 @@ class Learner(nn.Module):
         self.seen: list[Task] = []
         self.backbone = work.backbone
         self.values = self.fresh(1)
-        self.head = LinearHead(work.backbone.dim, len(work.stream.class_names))
+        self.text: PromptTokens | None = None
+        self.head: LinearHead | CosineHead
+        if is_fixed(work.config):
+            self.head = work.fixed_head
+            if work.config.head.kind == "text":
+                self.text = PromptTokens(work.backbone, work.stream)
+        else:
+            self.head = LinearHead(work.backbone.dim, len(work.stream.class_names))
         self.to(work.engine.device)
 
     def fresh(self, count: int) -> AdapterValues:
@@ -67,7 +80,7 @@ class Learner(nn.Module):
         values = AdapterValues.from_flat(flat, self.work.layout, scaling, trainable=trainable)
         return values.to(self.work.engine.device)
 
-    def recall(self) -> Recall:
+    def recall(self) -> Recall | None:
         """The adapters that a block uses."""
         return every(self.values)
 
@@ -75,9 +88,16 @@ class Learner(nn.Module):
         """Features (b, dim)."""
         return self.backbone.features(self.backbone.preprocess(images), self.recall())
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits (b, classes), float32."""
-        logits: Tensor = self.head(self.features(images))
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Logits (b, classes), float32.
+
+        With `labels` (b,) a text tower reads the prompts of these classes anew, so that it learns;
+        all others then have −infinity.
+        """
+        head = self.head
+        if self.text is not None and labels is not None:
+            head = self.text.head(self.backbone, self.recall(), labels.unique())
+        logits: Tensor = head(self.features(images))
         return logits.float()
 
     def before_task(self, task: Task) -> None:
@@ -91,8 +111,16 @@ class Learner(nn.Module):
     def after_task(self, task: Task) -> None:
         """What is kept of a task that was trained; `seen` does not hold it yet."""
 
+    def rate_of(self, name: str) -> float:
+        """The factor on the learning rate of a parameter."""
+        del name
+        return 1.0
+
     def learn(self, task: Task, stage: str) -> None:
-        """Train on one task: cross-entropy over the task's classes, plus the penalty."""
+        """Train on one task: cross-entropy over the task's classes, plus the penalty.
+
+        With a text tower, cross-entropy from images to texts and back over the classes of a batch.
+        """
         work, settings = self.work, self.work.config.train
         mask = torch.full((self.head.classes,), -torch.inf, device=work.engine.device)
         mask[list(task.classes)] = 0.0
@@ -100,6 +128,9 @@ class Learner(nn.Module):
 
         def loss(model: nn.Module, batch: Batch) -> Tensor:
             images = augmented(batch, settings)
+            if self.text is not None:
+                logits = model(images, batch.labels)
+                return both_ways(logits, batch.labels) + self.penalty(images, logits)
             logits = model(images)
             return F.cross_entropy(logits + mask, batch.labels) + self.penalty(images, logits)
 
@@ -109,14 +140,19 @@ class Learner(nn.Module):
                 task.train.images,
                 task.train.labels,
                 settings.batch_size,
-                settings.epochs,
+                settings.epochs_for(len(task.train)),
                 work.seed * 1000 + task.number,
             ),
             loss,
             settings,
             stage=stage,
+            rate_of=self.rate_of,
             progress=work.progress,
         )
+        if self.text is not None:
+            with torch.no_grad(), work.engine.autocast():
+                classes = range(len(work.stream.class_names))
+                self.head = self.text.head(self.backbone, self.recall(), classes)
         self.after_task(task)
         self.seen.append(task)
 
@@ -124,22 +160,31 @@ class Learner(nn.Module):
         """Features (n, dim) of samples as the model is now, on the CPU."""
         return self.work.engine.predict(self.features, samples.images)
 
+    def classifier(self) -> LinearClassifier | CosineHead:
+        """A copy of the head as it is now."""
+        return self.head if isinstance(self.head, CosineHead) else self.head.classifier()
+
     def linear(self) -> Predict:
-        """The trained head as it is now, for features on the CPU."""
-        return self.head.classifier().to("cpu")
+        """The head as it is now, for features on the CPU."""
+        return self.classifier().to("cpu")
 
 
 def in_turn(kind: type[Learner], work: Workspace, tasks: Sequence[Task]) -> list[Row]:
     """Learn task after task; one row with the whole matrix for every way to read the features.
 
-    Seconds are those of learning and of counting features, without the tests.
+    A head that is fixed in advance is read before the first task, too. Seconds are those of
+    learning and of counting features, without the tests.
     """
     learner = kind(work, len(tasks))
     closed = ClosedForms(work, len(tasks))
+    readings = FIXED_READINGS if is_fixed(work.config) else READINGS
     matrices = {
-        reading: AccuracyMatrix.empty([task.name for task in tasks]) for reading in READINGS
+        reading: AccuracyMatrix.empty([task.name for task in tasks]) for reading in readings
     }
     samples = [task.test for task in tasks]
+    if "fixed" in matrices:
+        row = accuracies(learner.linear(), [learner.features_of(each) for each in samples], samples)
+        matrices["fixed"] = matrices["fixed"].with_row(0, row)
     seconds = 0.0
     for number, task in enumerate(tasks, start=1):
         begin = time.perf_counter()
@@ -147,13 +192,14 @@ def in_turn(kind: type[Learner], work: Workspace, tasks: Sequence[Task]) -> list
         closed.count(learner.features_of(task.train), task)
         seconds += time.perf_counter() - begin
         test = [learner.features_of(each) for each in samples]
-        for reading in READINGS:
-            predict = learner.linear() if reading == "linear" else closed.solve(reading)
+        for reading in readings:
+            trained = reading in ("linear", "fixed")
+            predict = learner.linear() if trained else closed.solve(reading)
             row = accuracies(predict, test, samples)
             matrices[reading] = matrices[reading].with_row(number, row)
     return [
         Row.measured(
-            kind.id if reading == "linear" else f"{kind.id}-{reading}",
+            kind.id if reading in ("linear", "fixed") else f"{kind.id}-{reading}",
             f"{kind.title}, {TITLES[reading]}",
             "baseline",
             matrix,

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memtool.adapters.values import AdapterValues
-from memtool.heads import LinearClassifier
+from memtool.heads import CosineHead, LinearClassifier
 from memtool.methods.baselines.learner import Learner
 from memtool.methods.recall import every
 from memtool.methods.workspace import Workspace
@@ -36,19 +36,21 @@ class Lwf(Learner):
 
     def __init__(self, work: Workspace, tasks: int) -> None:
         super().__init__(work, tasks)
-        self.old: tuple[AdapterValues, LinearClassifier] | None = None
+        self.old: tuple[AdapterValues, LinearClassifier | CosineHead] | None = None
 
     def before_task(self, task: Task) -> None:
         """Keep a frozen copy as the old model."""
         del task
         if self.seen:
-            self.old = self.stacked(self.values.flat()), self.head.classifier()
+            self.old = self.stacked(self.values.flat()), self.classifier()
 
     def penalty(self, images: Tensor, logits: Tensor) -> Tensor:
         """The divergence from the old model; zero during the first task."""
         if self.old is None:
             return logits.new_zeros(())
         values, head = self.old
+        if self.text is not None:  # logits are then those of the batch's classes only
+            logits = head(self.features(images))
         classes = sorted({one for task in self.seen for one in task.classes})
         with torch.no_grad():
             pixels = self.backbone.preprocess(images)

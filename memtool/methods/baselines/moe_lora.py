@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from memtool.adapters.mixing import Mixture
 from memtool.adapters.values import Recall
+from memtool.backbones.interface import TextBackbone
 from memtool.memories.query import QueryModule
 from memtool.methods.baselines.learner import Learner
 from memtool.methods.workspace import Workspace
@@ -30,12 +31,17 @@ class MoeLora(Learner):
         """As many experts as tasks."""
         super().__init__(work, tasks)
         self.values = self.fresh(tasks)
-        token = "class" if work.backbone.prefix_tokens else "mean"
-        prefix = work.backbone.prefix_tokens
-        dim = work.backbone.dim
-        self.query = QueryModule("identity", dim, token, prefix_tokens=prefix, bias=False)
+        # A text tower's first token is the same for all texts, and its mask keeps it so.
+        looks_at_mean = isinstance(work.backbone, TextBackbone) or not work.backbone.prefix_tokens
+        token = "mean" if looks_at_mean else "class"
+        prefix = 0 if isinstance(work.backbone, TextBackbone) else work.backbone.prefix_tokens
+        self.queries = nn.ModuleDict()
         self.routers = nn.ModuleDict()
         for block in work.layout.blocks:
+            dim = work.backbone.block_dim(block)
+            self.queries[str(block)] = QueryModule(
+                "identity", dim, token, prefix_tokens=prefix, bias=False
+            )
             router = nn.Linear(dim, tasks)
             nn.init.zeros_(router.weight)
             nn.init.zeros_(router.bias)
@@ -45,7 +51,7 @@ class MoeLora(Learner):
     def coefficients(self, block: int, hidden: Tensor) -> Tensor:
         """Positive coefficients (b, experts) that sum to one, of the block's input (b, n, dim)."""
         with torch.autocast(hidden.device.type, enabled=False):
-            scores: Tensor = self.routers[str(block)](self.query(hidden))
+            scores: Tensor = self.routers[str(block)](self.queries[str(block)](hidden))
             return scores.softmax(dim=1)
 
     def recall(self) -> Recall:

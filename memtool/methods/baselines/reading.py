@@ -5,6 +5,7 @@
     ridge, lda  one head for all tasks, from running moments of the features
     routed      LDA heads of the tasks, weighed by the posterior of the task (LDA as well)
     prototype   LDA heads of the tasks, that of the nearest mean feature of a task
+    fixed       the head that knows all classes in advance (setting xtail)
 
 The closed forms count a task's features once, when the task was learned, and are never given old
 images again. Features of old tasks that move afterwards make them stale: that is the forgetting of
@@ -26,7 +27,7 @@ from memtool.methods.consolidate import SHRINKAGE
 from memtool.methods.workspace import Workspace
 from memtool.streams.task import Samples, Task
 
-Reading = Literal["linear", "ncm", "ridge", "lda", "routed", "prototype"]
+Reading = Literal["linear", "ncm", "ridge", "lda", "routed", "prototype", "fixed"]
 
 Predict = Callable[[Tensor], Tensor]
 """Scores (n, classes) of features (n, dim); the highest wins."""
@@ -38,6 +39,7 @@ TITLES: dict[Reading, str] = {
     "lda": "LDA head",
     "routed": "LDA per task, routed by LDA",
     "prototype": "LDA per task, routed by nearest prototype",
+    "fixed": "fixed head",
 }
 
 

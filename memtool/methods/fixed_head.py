@@ -1,0 +1,150 @@
+"""The head that knows all classes in advance (setting xtail): prototypes, or a text tower's words.
+
+`head.kind: text` reads the prompts of the stream with the text tower of a CLIP. `head.kind:
+prototype` stands in for it where a backbone has none: the prototypes of all classes, those of later
+tasks too, from the training images on frozen features. Either gives every model a score for classes
+that it has not learned yet, so that Transfer can be measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from memtool.adapters.values import Recall
+from memtool.backbones.interface import Backbone, TextBackbone
+from memtool.config import Config
+from memtool.engine import Batch, Engine
+from memtool.errors import ConfigError, DataError
+from memtool.heads import CosineHead, LinearClassifier, both_ways, prototype_head
+from memtool.streams.prompts import prompts
+from memtool.streams.task import Stream, Task
+
+if TYPE_CHECKING:
+    from memtool.methods.workspace import Workspace
+
+
+def is_fixed(config: Config) -> bool:
+    """Whether the configuration's head is known in advance."""
+    return config.head.kind in ("prototype", "text")
+
+
+def fixed_head(config: Config, engine: Engine, backbone: Backbone, stream: Stream) -> CosineHead:
+    """The head of `head.kind` over all classes of a stream, of the frozen model, on its device.
+
+    Raises ConfigError for a head that is not fixed and for texts without a text tower, DataError
+    for a prompt that two classes share.
+    """
+    if not is_fixed(config):
+        raise ConfigError(
+            f"head.kind {config.head.kind!r} does not know classes before they are learned",
+            expected="head.kind prototype or text",
+        )
+    if config.head.kind == "text":
+        tokens = PromptTokens(backbone, stream)
+        with torch.no_grad(), engine.autocast():
+            return tokens.head(backbone, None, range(len(stream.class_names)))
+    images = np.concatenate([task.train.images for task in stream.tasks])
+    labels = np.concatenate([task.train.labels for task in stream.tasks])
+    features = engine.predict(lambda x: backbone.features(backbone.preprocess(x)), images)
+    head = prototype_head(
+        features, torch.from_numpy(labels), len(stream.class_names), config.head.scale
+    )
+    return head.to(engine.device)
+
+
+class PromptTokens:
+    """The tokens of every class's prompt, and heads made of them by a text tower."""
+
+    def __init__(self, backbone: Backbone, stream: Stream) -> None:
+        """Raises ConfigError for a backbone without text tower, DataError for equal prompts."""
+        if not isinstance(backbone, TextBackbone):
+            raise ConfigError(
+                f"head.kind text with backbone {backbone.name}, which has no text tower",
+                expected="backbone open_clip:<model name>",
+                remedy="--set head.kind=prototype",
+            )
+        self.prompts = prompts(stream)
+        if len(set(self.prompts)) < len(self.prompts):
+            twice = next(text for text in self.prompts if self.prompts.count(text) > 1)
+            raise DataError(
+                f"two classes of {stream.name} have the prompt {twice!r}",
+                expected="a prompt of its own for every class",
+                remedy="another template in the description, or other class names",
+            )
+        self.tokens = backbone.tokenize(self.prompts)
+
+    def head(
+        self, backbone: Backbone, recall: Recall | None, classes: Sequence[int] | Tensor
+    ) -> CosineHead:
+        """The head of some classes under the adapters that `recall` gives; others are unknown."""
+        assert isinstance(backbone, TextBackbone)
+        labels = torch.as_tensor(classes, dtype=torch.int64).cpu()
+        device = next(backbone.parameters()).device
+        directions = backbone.text_features(self.tokens[labels].to(device), recall)
+        return CosineHead.of_classes(directions, labels, len(self.prompts), backbone.logit_scale)
+
+
+class FixedHeadTraining(nn.Module):
+    """Whatever adapts a frozen backbone, while it learns one task under the fixed head.
+
+    `adapting` holds the parameters that learn, `recall()` what they say to a block. `forward` maps
+    uint8 images (b, h, w, 3) to logits (b, classes), −infinity for classes that are not in the
+    task; with labels (b,) a text tower reads the prompts of these classes anew, and only these
+    count.
+    """
+
+    def __init__(
+        self, work: Workspace, adapting: nn.Module, recall: Callable[[], Recall], task: Task
+    ) -> None:
+        super().__init__()
+        self.adapting = adapting
+        self._work = work
+        self._recall = recall
+        self.text: PromptTokens | None = None
+        if work.config.head.kind == "text":
+            self.text = PromptTokens(work.backbone, work.stream)
+        self.task = task
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Logits (b, classes), float32."""
+        backbone = self._work.backbone
+        head = self.head(labels.unique() if labels is not None else self.task.classes)
+        return head(
+            backbone.features(backbone.preprocess(images), self._recall()), self.task.classes
+        )
+
+    def head(self, classes: Sequence[int] | Tensor) -> CosineHead:
+        """The head as the adapters make it now; a text tower reads so many classes only."""
+        if self.text is None:
+            return self._work.fixed_head
+        return self.text.head(self._work.backbone, self._recall(), classes)
+
+    def loss(self, model: nn.Module, images: Tensor, batch: Batch) -> Tensor:
+        """Cross-entropy of a batch over the task's classes; `model` is this one as it is called.
+
+        With a text tower: from images to texts and back, over the classes of the batch.
+        """
+        if self.text is not None:
+            return both_ways(model(images, batch.labels), batch.labels)
+        each = F.cross_entropy(model(images), batch.labels, reduction="none")
+        return (each * batch.weights).mean()
+
+    def classifier(self) -> LinearClassifier:
+        """Linear scores with the ranking of the head now, of the task's classes if it has texts."""
+        with torch.no_grad(), self._work.engine.autocast():
+            return self.head(self.task.classes).linear()
+
+
+def head_under(work: Workspace, recall: Recall, kind: str) -> CosineHead:
+    """The fixed head of a kind over all classes; that of a text tower under what `recall` says."""
+    if kind != "text":
+        return work.fixed_head
+    with torch.no_grad(), work.engine.autocast():
+        tokens = PromptTokens(work.backbone, work.stream)
+        return tokens.head(work.backbone, recall, range(len(work.stream.class_names)))

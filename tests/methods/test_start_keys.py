@@ -1,0 +1,134 @@
+"""Keys before any learning: one for every class of an adapter's task, against the obvious sums."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from memtool.config import ConsolidateSettings, MemorySettings
+from memtool.errors import ConfigError
+from memtool.memories.closed_form import QueryStatistics
+from memtool.memories.keyed import KeyedMemory
+from memtool.methods.consolidate import SHRINKAGE, count_queries, start_keys
+from memtool.methods.forget import forget
+from memtool.methods.mira import Mira
+from tests.methods.conftest import learn, small_config
+
+DIM = 6
+CLASSES = (3, 1, 2)
+"""Of three tasks of unequal size."""
+
+ADAPTERS = (0, 1, 2, 2)
+"""The task of every adapter: the last has two."""
+
+
+def counted() -> tuple[list[QueryStatistics], Tensor]:
+    """Queries of every task by class, and all of them (2, n, DIM)."""
+    generator = torch.Generator().manual_seed(0)
+    parts, shown = [], []
+    for number, classes in enumerate(CLASSES):
+        labels = np.arange(40 * classes) % classes + 10 * number
+        centres = 2 * torch.randn(2, classes, DIM, generator=generator)
+        noise = torch.randn(2, len(labels), DIM, generator=generator)
+        queries = centres[:, torch.from_numpy(labels % 10)] + noise
+        parts.append(count_queries(queries, labels, by_class=True))
+        shown.append(queries)
+    return parts, torch.cat(shown, dim=1)
+
+
+def coefficients(memory: MemorySettings, keys: Tensor, queries: Tensor) -> list[Tensor]:
+    whole = KeyedMemory.from_settings(memory, (0, 1), DIM, keys)
+    asked = torch.cat([queries, torch.ones_like(queries[..., :1])], dim=-1)
+    return [whole[block].answer(asked[block]).detach() for block in whole.blocks]
+
+
+def settings(**changes: object) -> MemorySettings:
+    return MemorySettings(**{"keys_of": "class", "query_norm": False, **changes})
+
+
+@pytest.mark.parametrize("similarity", ["dot", "scaled-dot"])
+def test_a_coefficient_is_the_posterior_of_all_classes_of_the_task(similarity):
+    parts, queries = counted()
+    memory = settings(similarity=similarity)
+    keys = start_keys(ConsolidateSettings(), memory, parts, ADAPTERS, torch.Generator())
+    assert keys.shape == (2, len(ADAPTERS), max(CLASSES) * (DIM + 1))
+    rule = QueryStatistics.joined(parts)._moments.lda(SHRINKAGE, equal_priors=True)
+    for block, found in enumerate(coefficients(memory, keys, queries)):
+        scores = queries[block].double() @ rule.weight[block].T + rule.bias[block]
+        by_class = scores.softmax(dim=1).split(list(CLASSES), dim=1)
+        by_task = [share.sum(dim=1) for share in by_class]
+        expected = torch.stack([by_task[0], by_task[1], by_task[2] / 2, by_task[2] / 2], dim=1)
+        torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("routing", ["lda", "prototype"])
+def test_hard_routing_follows_the_best_class(routing):
+    parts, queries = counted()
+    memory = settings(routing=routing)
+    keys = start_keys(ConsolidateSettings(), memory, parts, ADAPTERS, torch.Generator())
+    owner = torch.repeat_interleave(torch.arange(len(CLASSES)), torch.tensor(CLASSES))
+    whole = QueryStatistics.joined(parts)
+    for block, found in enumerate(coefficients(memory, keys, queries)):
+        if routing == "lda":
+            rule = whole._moments.lda(SHRINKAGE, equal_priors=True)
+            scores = queries[block].double() @ rule.weight[block].T + rule.bias[block]
+        else:
+            means = whole._moments.means()[block]
+            scores = -torch.cdist(queries[block].double(), means)
+        right = owner[scores.argmax(dim=1)]
+        by_task = torch.stack([found[:, 0], found[:, 1], found[:, 2] + found[:, 3]], dim=1)
+        assert torch.equal(by_task.argmax(dim=1), right)
+        assert torch.allclose(by_task.sum(dim=1), torch.ones(len(right)))
+
+
+def test_counting_by_class_loses_nothing():
+    parts, _ = counted()
+    memory = MemorySettings()
+    at_once = []
+    generator = torch.Generator().manual_seed(0)
+    for number, classes in enumerate(CLASSES):
+        labels = np.arange(40 * classes) % classes + 10 * number
+        centres = 2 * torch.randn(2, classes, DIM, generator=generator)
+        noise = torch.randn(2, len(labels), DIM, generator=generator)
+        queries = centres[:, torch.from_numpy(labels % 10)] + noise
+        at_once.append(count_queries(queries, labels, by_class=False))
+    found = [
+        start_keys(ConsolidateSettings(), memory, each, ADAPTERS, torch.Generator())
+        for each in (parts, at_once)
+    ]
+    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "learning", "said"),
+    [
+        ({"separation": "affine"}, {}, "log posteriors of the classes"),
+        ({"similarity": "euclidean"}, {}, "log posteriors of the classes"),
+        ({}, {"epochs": 2}, "keys in closed form"),
+        ({}, {"keys": "random"}, "keys in closed form"),
+        ({}, {"protect": "dual-gpm"}, "keys in closed form"),
+    ],
+)
+def test_what_keys_of_classes_do_not_go_with(changes, learning, said):
+    parts, _ = counted()
+    with pytest.raises(ConfigError, match="keys_of class") as caught:
+        start_keys(
+            ConsolidateSettings(**learning), settings(**changes), parts, ADAPTERS, torch.Generator()
+        )
+    assert said in (caught.value.expected or "")
+
+
+def test_a_memory_with_keys_of_classes_learns_forgets_and_keeps_its_kind(tmp_path):
+    config = small_config(tmp_path, memory__keys_of="class")
+    mira = learn(Mira.open(config, seed=0))
+    assert mira.evaluate().row("memory").metrics["task_accuracy"] > 0.9
+    assert mira.snapshot().view.keys().shape == (1, 3, 10 * (mira.workspace.backbone.dim + 1))
+    other = small_config(tmp_path, memory__keys_of="task")
+    with pytest.raises(ConfigError, match=r"memory\.keys_of"):
+        Mira.open(other, seed=0).consolidate()
+    forget(mira.workspace.store, ["inverted"])
+    reopened = Mira.open(config, seed=0)
+    assert reopened.snapshot().view.keys().shape == (1, 2, 10 * (mira.workspace.backbone.dim + 1))
+    assert reopened.consolidate().unchanged

@@ -1,0 +1,323 @@
+"""Learning on streams of texts: resuming, what is written, the baselines, and the whole run."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from memtool.config import Config, resolve
+from memtool.errors import ConfigError, MismatchError
+from memtool.evaluation.record import read_record
+from memtool.methods.baselines.o_lora import STRENGTH, overlap
+from memtool.methods.baselines.text import (
+    TEXT_BASELINES,
+    InContext,
+    InfLora,
+    MoeLora,
+    OLora,
+    joint,
+)
+from memtool.methods.experiment import run
+from memtool.methods.text import AtomLearner, TextLearner, TextWorkspace, dropping, in_turn
+from tests.backbones.tiny_lm import write_tiny
+
+FACTS = {
+    "letters": [(f"after {a} comes", chr(ord(a) + 1)) for a in "abcdefgh"],
+    "sums": [(f"{n} and 1 is", str(n + 1)) for n in range(8)],
+    "turned": [(f"turn {word}:", word[::-1]) for word in ("ab", "cd", "ef", "gh", "ij", "kl")],
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model, and three tasks of texts with a description."""
+    folder = tmp_path_factory.mktemp("texts")
+    write_tiny(folder / "model", max_position_embeddings=128)
+    for name, facts in FACTS.items():
+        (folder / "data" / name).mkdir(parents=True)
+        content = json.dumps([{"prompt": p, "answer": a} for p, a in facts])
+        for split in ("train", "test"):
+            (folder / "data" / name / f"{split}.json").write_text(content, encoding="utf-8")
+    tasks = [{"name": name, "metric": "exact-match"} for name in FACTS]
+    description = json.dumps({"path": "data", "tasks": tasks})  # JSON is YAML
+    (folder / "facts.yaml").write_text(description, encoding="utf-8")
+    return folder
+
+
+def config_of(place: Path, where: Path, **changes: object) -> Config:
+    return resolve(
+        preset="moram-trace",
+        overrides={
+            "store": str(where / "memory"),
+            "runs": where / "runs",
+            "backbone.name": f"hf:{place / 'model'}",
+            "stream.source": str(place / "facts.yaml"),
+            "adapter.rank": 2,
+            "adapter.alpha": 4.0,
+            "text.prompt_tokens": 60,
+            "text.answer_tokens": 6,
+            "text.epochs": None,
+            "text.dropout": 0.0,
+            "train.epochs": 4,
+            "train.batch_size": 4,
+            "train.lr": 0.02,
+            "engine.precision": "fp32",
+            **changes,
+        },
+        ambient=False,
+    ).config
+
+
+def work_of(place: Path, where: Path, **changes: object) -> TextWorkspace:
+    return TextWorkspace(config_of(place, where, **changes), seed=0)
+
+
+def test_atoms_learn_and_are_written_one_version_a_task(place: Path, tmp_path: Path) -> None:
+    work = work_of(place, tmp_path)
+    row = in_turn(AtomLearner(work, 3))
+    for task in range(3):
+        assert row.loss[task + 1][task] < row.loss[task][task] - 0.1  # type: ignore[operator]
+    assert row.metrics["loss.final"] == pytest.approx(sum(row.loss[3]) / 3)  # type: ignore[arg-type]
+    risen = [row.loss[3][j] - row.loss[j + 1][j] for j in range(2)]  # type: ignore[operator]
+    assert row.metrics["loss.forgetting"] == pytest.approx(sum(risen) / 2)
+    assert all(score is None for line in row.accuracy for score in line)
+    log = [version.message for version in work.store.log()]
+    assert log[:-1] == [
+        "write atoms of task 3 turned",
+        "write atoms of task 2 sums",
+        "write atoms of task 1 letters",
+    ]
+    records = work.store.view().atom_records
+    assert [(r.kind, r.task, r.scaling) for r in records] == [("atoms", n, 2.0) for n in (1, 2, 3)]
+    assert len(work.store.view().atoms("model.layers.1.self_attn.o_proj")) == 6
+
+
+def test_a_run_goes_on_after_the_last_task_that_is_written(place: Path, tmp_path: Path) -> None:
+    whole = in_turn(AtomLearner(work_of(place, tmp_path / "a"), 3))
+    begun = AtomLearner(work_of(place, tmp_path / "b"), 3)
+    for task in begun.work.stream.tasks[:2]:
+        begun.learn(task)
+    other = AtomLearner(work_of(place, tmp_path / "b"), 3)
+    assert in_turn(other).loss == whole.loss
+    first, second = (work_of(place, tmp_path / name).store.view() for name in "ab")
+    assert [r.sha256 for r in first.atom_records] == [r.sha256 for r in second.atom_records]
+    assert len(work_of(place, tmp_path / "b").store.log()) == 4
+
+
+def test_scores_of_a_version_are_measured_once(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = in_turn(AtomLearner(work_of(place, tmp_path), 3))
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(TextLearner, "_measured", refuse)
+    assert in_turn(AtomLearner(work_of(place, tmp_path), 3)).loss == whole.loss
+    other_gate = AtomLearner(work_of(place, tmp_path, **{"moram.threshold": 0.9}), 3)
+    with pytest.raises(AssertionError, match="measured again"):
+        other_gate.measure()
+
+
+def test_a_memory_of_other_settings_is_refused(place: Path, tmp_path: Path) -> None:
+    learner = AtomLearner(work_of(place, tmp_path), 3)
+    learner.learn(learner.work.stream.tasks[0])
+    for change in ({"train.lr": 0.01}, {"moram.temperature": 0.5}, {"stream.train_per_task": 3}):
+        work = work_of(place, tmp_path, **change)
+        with pytest.raises(ConfigError, match="trained with other settings"):
+            AtomLearner(work, 3).learn(work.stream.tasks[0])
+
+
+def test_the_store_refuses_atoms_on_top_of_others(place: Path, tmp_path: Path) -> None:
+    work = work_of(place, tmp_path)
+    learner, other = AtomLearner(work, 3), AtomLearner(work, 3)
+    task = work.stream.tasks[0]
+    for each in (learner, other):
+        each.before_task(task)
+    learner.after_task(task, 0.0)
+    with pytest.raises(MismatchError, match="atoms of 1 tasks"):
+        other.after_task(task, 0.0)
+
+
+def test_older_atoms_stay_as_they_were(place: Path, tmp_path: Path) -> None:
+    work = work_of(place, tmp_path)
+    learner = AtomLearner(work, 3)
+    tasks = work.stream.tasks
+    learner.learn(tasks[0])
+    name = work.layout.sites[0].name
+    before = learner.bank.bank(name).keys.clone()
+    learner.learn(tasks[1])
+    assert torch.equal(learner.bank.bank(name).keys[:2], before)
+
+
+def test_joint_learns_every_task_without_order(place: Path, tmp_path: Path) -> None:
+    work = work_of(place, tmp_path)
+    row = joint(work)
+    zero = TEXT_BASELINES["zero-shot"](work)
+    assert row.kind == "upper bound"
+    assert all(cell is None for line in row.loss[:3] for cell in line)
+    for after, before in zip(row.loss[3], zero.loss[0], strict=True):
+        assert after < before - 0.1  # type: ignore[operator]
+    assert len(set(zero.loss)) == 1
+    assert zero.metrics["loss.forgetting"] == 0
+
+
+def test_the_penalty_of_o_lora_is_not_zero_and_lowers_the_overlap(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = work_of(place, tmp_path)
+    tasks = work.stream.tasks
+    left: dict[float, float] = {}
+    for strength in (0.0, 1.0):
+        monkeypatch.setattr("memtool.methods.baselines.text.STRENGTH", strength)
+        learner = OLora(work, 3)
+        learner.learn(tasks[0])
+        assert float(learner.penalty()) == 0
+        learner.learn(tasks[1])
+        assert learner.past is not None
+        left[strength] = float(overlap(learner.past, learner.values).detach())
+        if strength:
+            penalty = learner.penalty()
+            penalty.backward()
+            assert float(penalty.detach()) == pytest.approx(left[strength])
+            assert any(a.grad is not None and a.grad.abs().max() > 0 for a in learner.values.a)
+    assert STRENGTH > 0
+    assert left[1.0] < 0.7 * left[0.0]
+
+
+def test_the_branch_of_inf_lora_does_not_see_old_inputs(place: Path, tmp_path: Path) -> None:
+    work = work_of(place, tmp_path)
+    learner = InfLora(work, 3)
+    learner.learn(work.stream.tasks[0])
+    learner.before_task(work.stream.tasks[1])
+    for module, second in learner.input_moments(work.stream.tasks[0].train).items():
+        block = next(site.block for site in work.layout.sites if site.module == module)
+        a = learner.values.block(block).modules[module].a[0, 0].double()  # type: ignore[union-attr]
+        seen = float(((a @ second) * a).sum() / second.trace())
+        assert seen < 0.05, module
+    assert not any(parameter.requires_grad for parameter in learner.values.a)
+
+
+def test_moments_leave_padding_out(place: Path, tmp_path: Path) -> None:
+    together = InfLora(work_of(place, tmp_path), 3)
+    alone = InfLora(work_of(place, tmp_path, **{"engine.eval_batch_size": 1}), 3)
+    samples = together.work.stream.tasks[1].train
+    for module, second in together.input_moments(samples).items():
+        torch.testing.assert_close(
+            second, alone.input_moments(samples)[module], rtol=1e-5, atol=1e-5
+        )
+
+
+def test_a_router_of_moe_lora_learns_and_looks_at_one_token_at_a_time(
+    place: Path, tmp_path: Path
+) -> None:
+    work = work_of(place, tmp_path)
+    learner = MoeLora(work, 3)
+    learner.learn(work.stream.tasks[0])
+    assert any(parameter.abs().max() > 0 for parameter in learner.routers.parameters())
+    tokens = learner.lm.encode(["turn ab:"]).tokens
+    longer = learner.lm.encode(["turn ab:"], ["x"]).tokens
+    with torch.no_grad():
+        short = learner.lm.logits(tokens, learner.recall())
+        whole = learner.lm.logits(longer, learner.recall())
+    torch.testing.assert_close(whole[:, : short.shape[1]], short, rtol=1e-4, atol=1e-4)
+
+
+def test_examples_come_from_the_training_set_and_fit(place: Path, tmp_path: Path) -> None:
+    work = work_of(place, tmp_path, **{"text.shots": 5})
+    learner = InContext(work, 3)
+    task = work.stream.tasks[0]
+    for asked, prompt in zip(learner.prompts(task, task.test), task.test.prompts, strict=True):
+        assert asked.endswith(prompt)
+        assert len(learner.lm.tokenizer(asked).input_ids) <= 60
+        *shots, _ = asked.split("\n\n")
+        assert len(shots) == 2  # a third one does not fit into 60 tokens
+        known = [f"{p} {a}" for p, a in FACTS["letters"]]
+        assert set(shots) <= set(known)
+
+
+def test_dropout_drops_a_share_of_the_inputs_by_its_seed(place: Path, tmp_path: Path) -> None:
+    learner = AtomLearner(work_of(place, tmp_path), 3)
+    learner.learn(learner.work.stream.tasks[0])
+    tokens = learner.lm.encode(["after a comes"]).tokens
+
+    def logits(share: float, seed: int) -> torch.Tensor:
+        with torch.no_grad():
+            return learner.lm.logits(tokens, dropping(learner.recall(), share, seed))
+
+    assert torch.equal(logits(0.0, 1), logits(0.0, 2))
+    assert torch.equal(logits(0.3, 1), logits(0.3, 1))
+    assert not torch.equal(logits(0.3, 1), logits(0.3, 2))
+    assert dropping(None, 0.3, 1) is None
+
+
+def test_epochs_of_each_task_are_named_one_by_one(place: Path, tmp_path: Path) -> None:
+    work = work_of(place, tmp_path, **{"text.epochs": (1, 2, 3)})
+    assert [work.epochs(task) for task in work.stream.tasks] == [1, 2, 3]
+    with pytest.raises(ConfigError, match="2 numbers for 3 tasks"):
+        _ = work_of(place, tmp_path, **{"text.epochs": (1, 2)}).stream
+
+
+def test_another_method_than_moram_is_refused(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="method mira on a stream of texts"):
+        run(config_of(place, tmp_path, method="mira"))
+
+
+def test_a_whole_run_generates_scores_and_writes_the_record(place: Path, tmp_path: Path) -> None:
+    config = config_of(
+        place,
+        tmp_path,
+        **{"text.generate": True, "train.epochs": 2, "baselines": ("sequential", "zero-shot")},
+    )
+    (record,) = run(config, preset="moram-trace")
+    assert [row.id for row in record.metrics.rows] == ["moram", "zero-shot", "sequential"]
+    moram = record.row("moram")
+    assert {"op.trace", "bwt.gem", "bwt.trace", "loss.final", "loss.forgetting"} <= set(
+        moram.metrics
+    )
+    assert all(score is not None for line in moram.accuracy for score in line)
+    assert record.run.setting == "trace"
+    folder = tmp_path / "runs" / "seed-0"
+    assert read_record(folder / "record.json") == record
+    assert "Loss on each task" in (folder / "report.html").read_text(encoding="utf-8")
+    (again,) = run(config, preset="moram-trace")
+    assert again.metrics == record.metrics
+    (fresh,) = run(config, preset="moram-trace", resume=False)
+    assert fresh.row("moram").loss == moram.loss
+
+
+def test_every_baseline_gives_a_row(place: Path, tmp_path: Path) -> None:
+    work = work_of(place, tmp_path, **{"train.epochs": 1})
+    for name, measure in TEXT_BASELINES.items():
+        row = measure(work)
+        assert row.id == name
+        assert all(cell is not None and math.isfinite(cell) for cell in row.loss[3])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not os.environ.get("MEMTOOL_DATA"), reason="MEMTOOL_DATA is not set: no TRACE texts"
+)
+def test_the_preset_learns_on_real_texts(tmp_path: Path) -> None:
+    config = resolve(
+        preset="moram-trace",
+        overrides={
+            "store": str(tmp_path / "memory"),
+            "runs": tmp_path / "runs",
+            "stream.order": ("FOMC", "NumGLUE-ds"),
+            "stream.train_per_task": 16,
+            "stream.test_per_task": 4,
+            "text.epochs": None,
+            "train.epochs": 2,
+            "train.batch_size": 8,
+        },
+        ambient=False,
+    ).config
+    row = in_turn(AtomLearner(TextWorkspace(config, seed=0), 2))
+    assert row.loss[2][0] < row.loss[0][0]  # type: ignore[operator]
+    assert row.loss[2][1] < row.loss[1][1]  # type: ignore[operator]

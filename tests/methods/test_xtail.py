@@ -1,0 +1,351 @@
+"""Setting xtail: heads that know all classes in advance, baselines, MoRAM, and a tiny CLIP."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from torch.nn import functional as F
+
+from memtool.backbones.open_clip import CLIP_TARGETS
+from memtool.config import Config, TrainSettings, resolve
+from memtool.errors import ConfigError, DataError
+from memtool.evaluation.metrics import average_xtail, transfer_xtail
+from memtool.heads import CosineHead, both_ways
+from memtool.methods import open_method
+from memtool.methods.baselines import FIXED_HEAD_BASELINES
+from memtool.methods.baselines.ewc import Ewc
+from memtool.methods.baselines.fine_tune import FineTune
+from memtool.methods.baselines.inf_lora import InfLora
+from memtool.methods.baselines.learner import Learner
+from memtool.methods.baselines.lwf import Lwf
+from memtool.methods.experiment import run
+from memtool.methods.fixed_head import FixedHeadTraining, fixed_head, head_under
+from memtool.methods.forget import forget
+from memtool.methods.moram import Moram
+from memtool.methods.pretrain_clip import pretrain_clip
+from memtool.methods.recall import every
+from memtool.methods.workspace import Workspace
+from memtool.streams.prompts import prompts
+
+COLOURS = {
+    "warm": {"red": (220, 40, 30), "dark_yellow": (160, 150, 20), "both": (200, 120, 120)},
+    "cold": {"blue": (30, 60, 210), "green": (40, 180, 60), "both": (90, 160, 170)},
+}
+CLIP = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 16, "layers": 2, "head_width": 8},
+    "text_cfg": {
+        "context_length": 20, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two data sets of three colours, with one name in both."""
+    folder = tmp_path_factory.mktemp("chain")
+    generator = np.random.default_rng(0)
+    for data, classes in COLOURS.items():
+        for part, each in (("train", 8), ("test", 5)):
+            for name, colour in classes.items():
+                where = folder / f"images of {data}" / part / name
+                where.mkdir(parents=True)
+                for number in range(each):
+                    noise = generator.normal(0, 25, (32, 32, 3)) + colour
+                    Image.fromarray(noise.clip(0, 255).astype(np.uint8)).save(
+                        where / f"{number}.png"
+                    )
+        content = {"kind": "folder", "path": f"images of {data}"}
+        (folder / f"{data}.yaml").write_text(yaml.safe_dump(content))
+    content = {
+        "kind": "chain",
+        "sources": ["warm.yaml", "cold.yaml"],
+        "prompts": {"warm": "a warm {}.", "cold": "a cold {}."},
+    }
+    (folder / "chain.yaml").write_text(yaml.safe_dump(content))
+    return folder / "chain.yaml"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEMTOOL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def config(chain: Path, folder: Path, **overrides: object) -> Config:
+    values = {
+        "stream.source": str(chain),
+        "stream.setting": "xtail",
+        "stream.shots": 6,
+        "head.kind": "prototype",
+        "train.iterations": 3,
+        "train.batch_size": 9,
+        "train.lr": 1e-3,
+        "engine.device": "cpu",
+        "engine.precision": "fp32",
+        "store": str(folder / "memory"),
+        "runs": str(folder / "runs"),
+        **{key.replace("__", "."): value for key, value in overrides.items()},
+    }
+    return resolve(preset="digits-dil", overrides=values, environ={}, cwd=folder).config
+
+
+@pytest.fixture(scope="module")
+def work(chain: Path, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return Workspace(config(chain, tmp_path_factory.mktemp("work")), seed=0)
+
+
+@pytest.fixture(scope="module")
+def clip_settings(chain: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """A tiny CLIP that saw the chain for a few steps: its features are not those of chance."""
+    folder = tmp_path_factory.mktemp("clip")
+    (folder / "clip.json").write_text(json.dumps(CLIP))
+    stream = config(chain, folder).stream
+    made = pretrain_clip(
+        str(folder / "clip.json"), stream, 32, folder / "clip.safetensors",
+        steps=40, batch_size=18, lr=3e-3,
+    )  # fmt: skip
+    assert made.steps == 40
+    assert made.chance == pytest.approx(1 / 6)
+    assert made.accuracy.keys() == {"warm", "cold"}
+    assert sum(made.accuracy.values()) / 2 > 2 * made.chance
+    return {
+        "backbone.name": f"open_clip:{folder / 'clip.json'}",
+        "backbone.weights": str(folder / "clip.safetensors"),
+        "backbone.targets": CLIP_TARGETS,
+        "head.kind": "text",
+    }
+
+
+@pytest.fixture(scope="module")
+def clip_work(
+    chain: Path, clip_settings: dict[str, object], tmp_path_factory: pytest.TempPathFactory
+) -> Workspace:
+    folder = tmp_path_factory.mktemp("clip work")
+    return Workspace(config(chain, folder, **clip_settings), seed=0)
+
+
+def images_of(work: Workspace, task: int = 0, count: int = 6) -> torch.Tensor:
+    return torch.from_numpy(np.array(work.stream.tasks[task].train.images[:count]))
+
+
+def labels_of(work: Workspace, task: int = 0, count: int = 6) -> torch.Tensor:
+    return torch.from_numpy(np.array(work.stream.tasks[task].train.labels[:count]))
+
+
+# The head
+
+
+def test_prototypes_are_of_frozen_features_and_know_every_class(work: Workspace) -> None:
+    head = work.fixed_head
+    assert head.prototypes.shape == (6, work.backbone.dim)
+    assert head.prototypes.any(dim=1).all()
+    task = work.stream.tasks[1]
+    with torch.no_grad():
+        features = work.backbone.features(
+            work.backbone.preprocess(torch.from_numpy(np.array(task.train.images)))
+        )
+    units = F.normalize(features, dim=1)
+    for label in task.classes:
+        mean = units[torch.from_numpy(task.train.labels == label)].mean(dim=0)
+        torch.testing.assert_close(
+            head.prototypes[label], F.normalize(mean, dim=0), atol=1e-5, rtol=0
+        )
+
+
+def test_a_text_head_reads_the_prompts(clip_work: Workspace) -> None:
+    head, backbone = clip_work.fixed_head, clip_work.backbone
+    texts = prompts(clip_work.stream)
+    assert texts[:3] == ("a warm both (warm).", "a warm dark yellow.", "a warm red.")
+    with torch.no_grad():
+        for label, text in enumerate(texts):
+            direction = backbone.text_features(backbone.tokenize([text]))[0]
+            torch.testing.assert_close(
+                head.prototypes[label], F.normalize(direction, dim=0), atol=1e-5, rtol=1e-4
+            )
+    assert head.scale == pytest.approx(backbone.logit_scale)
+
+
+def test_heads_that_cannot_be_are_told(chain: Path, work: Workspace, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no text tower(.|\n)*open_clip"):
+        _ = Workspace(config(chain, tmp_path, head__kind="text"), seed=0).fixed_head
+    with pytest.raises(ConfigError, match="does not know classes before"):
+        _ = Workspace(config(chain, tmp_path, head__kind="lda"), seed=0).fixed_head
+    with pytest.raises(ConfigError, match=r"EWC under head\.kind prototype"):
+        Ewc(work, 2)
+
+
+def test_equal_prompts_are_an_error(clip_work: Workspace) -> None:
+    from dataclasses import replace
+
+    twice = replace(clip_work.stream, class_names=("a", "b", "c", "d", "d_", "e"))
+    with pytest.raises(DataError, match=r"two classes of chain have the prompt 'a cold d.'"):
+        fixed_head(clip_work.config, clip_work.engine, clip_work.backbone, twice)
+
+
+# Learning under it
+
+
+def test_iterations_are_whole_epochs() -> None:
+    train = TrainSettings(iterations=500, batch_size=64, epochs=7)
+    assert train.epochs_for(160) == math.ceil(500 / 3)
+    assert TrainSettings(epochs=7).epochs_for(160) == 7
+
+
+def test_every_baseline_fills_the_whole_matrix(work: Workspace) -> None:
+    tasks = work.stream.tasks
+    rows = {row.id: row for run in FIXED_HEAD_BASELINES.values() for row in run(work, tasks)}
+    assert set(FIXED_HEAD_BASELINES) == {
+        "zero-shot", "fine-tune", "sequential", "lwf", "o-lora", "inf-lora", "moe-lora", "joint",
+    }  # fmt: skip
+    zero_shot = rows["zero-shot"].accuracy
+    assert len(set(zero_shot)) == 1  # nothing learns
+    for id in ("fine-tune", "sequential", "lwf", "o-lora", "inf-lora", "moe-lora"):
+        values = rows[id].matrix([task.name for task in tasks]).values
+        assert not np.isnan(values).any(), id
+        assert rows[id].accuracy[0] == zero_shot[0], id
+        assert rows[id].metrics["transfer.xtail"] == transfer_xtail(values) == values[1, 1], id
+        assert rows[id].metrics["average.xtail"] == average_xtail(values), id
+        # LDA counts what was learned: it cannot name a class of a later task.
+        assert rows[f"{id}-lda"].metrics["transfer.xtail"] == 0, id
+    assert rows["zero-shot"].metrics["transfer.xtail"] > 0
+    joint = rows["joint"].accuracy
+    assert joint[0] == joint[1] == (None, None)
+    assert None not in joint[2]
+
+
+def test_fine_tuning_moves_a_copy_only(work: Workspace) -> None:
+    images = images_of(work)
+    before = work.backbone.features(work.backbone.preprocess(images))
+    learner = FineTune(work, 2)
+    torch.testing.assert_close(learner.features(images), before)
+    learner.learn(work.stream.tasks[0], "test")
+    assert not torch.allclose(learner.features(images), before)
+    assert torch.equal(work.backbone.features(work.backbone.preprocess(images)), before)
+    assert not any(parameter.requires_grad for parameter in work.backbone.parameters())
+    assert learner.rate_of("backbone.vit.norm.weight") < learner.rate_of("values.a.0") == 1
+
+
+def test_the_loss_is_over_the_classes_of_the_task(work: Workspace) -> None:
+    learner = Learner(work, 2)
+    task = work.stream.tasks[0]
+    module = FixedHeadTraining(work, learner.values, lambda: every(learner.values), task)
+    images, labels = images_of(work), labels_of(work)
+    logits = module(images)
+    assert (logits[:, list(work.stream.tasks[1].classes)] == -torch.inf).all()
+    torch.testing.assert_close(logits[:, :3], learner(images)[:, :3])
+    torch.testing.assert_close(
+        module.classifier().weight, float(work.fixed_head.scale) * work.fixed_head.prototypes
+    )
+    assert F.cross_entropy(logits, labels) < F.cross_entropy(learner(images), labels)
+
+
+# CLIP: both towers
+
+
+def test_both_towers_learn_and_the_head_follows(clip_work: Workspace) -> None:
+    learner = Learner(clip_work, 2)
+    before = learner.head
+    assert isinstance(before, CosineHead)
+    learner.learn(clip_work.stream.tasks[0], "test")
+    after = learner.head
+    assert isinstance(after, CosineHead)
+    assert not torch.allclose(before.prototypes, after.prototypes, atol=1e-4)
+    expected = head_under(clip_work, every(learner.values), "text")
+    torch.testing.assert_close(after.prototypes, expected.prototypes)
+    # B of a fresh adapter is zero: what is not zero has learned.
+    tensors = clip_work.layout.unflatten(learner.values.flat()[0])
+    learned = {name for name, tensor in tensors.items() if name.endswith("B") and tensor.any()}
+    assert any(name.startswith("visual.") for name in learned)
+    assert any(name.startswith("transformer.") for name in learned)
+
+
+def test_the_loss_of_clip_reads_the_batchs_classes_anew(clip_work: Workspace) -> None:
+    learner = Learner(clip_work, 2)
+    images, labels = images_of(clip_work), labels_of(clip_work)
+    logits = learner(images, labels)
+    present = labels.unique()
+    absent = [one for one in range(6) if one not in present.tolist()]
+    assert (logits[:, absent] == -torch.inf).all()
+    torch.testing.assert_close(logits[:, present], learner(images)[:, present])
+    both_ways(logits, labels).backward()
+    grown = [parameter.grad is not None for parameter in learner.values.b]
+    assert all(grown)
+
+
+def test_lwf_holds_image_logits_against_the_old_texts(clip_work: Workspace) -> None:
+    learner = Lwf(clip_work, 2)
+    images = images_of(clip_work)
+    learner.before_task(clip_work.stream.tasks[0])
+    assert not learner.penalty(images, learner(images))
+    learner.learn(clip_work.stream.tasks[0], "test")
+    learner.before_task(clip_work.stream.tasks[1])
+    assert learner.penalty(images, learner(images)).item() == pytest.approx(0, abs=1e-6)
+    with torch.no_grad():
+        for factor in learner.values.b:
+            factor += 0.3
+    assert learner.penalty(images, learner(images)).item() > 1e-4
+
+
+def test_inf_lora_sees_the_inputs_of_both_towers(clip_work: Workspace) -> None:
+    learner = InfLora(clip_work, 2)
+    moments = learner.input_moments(clip_work.stream.tasks[0].train)
+    assert moments.keys() == {site.module for site in clip_work.layout.sites}
+
+
+def test_every_baseline_runs_on_a_clip(clip_work: Workspace) -> None:
+    tasks = clip_work.stream.tasks
+    for name, baseline in FIXED_HEAD_BASELINES.items():
+        first = baseline(clip_work, tasks)[0]
+        assert first.metrics["last.xtail"] >= 0, name
+
+
+# Whole experiments
+
+
+@pytest.mark.parametrize("kind", ["prototype", "text"])
+def test_a_run_of_moram_with_its_baselines(
+    chain: Path, tmp_path: Path, clip_settings: dict[str, object], kind: str
+) -> None:
+    more = clip_settings if kind == "text" else {}
+    values = {"method": "moram", "adapter.rank": 2, "adapter.alpha": 2.0,
+              "baselines": ("zero-shot", "sequential"), **more}  # fmt: skip
+    (record,) = run(config(chain, tmp_path, **values))
+    rows = {row.id: row for row in record.metrics.rows}
+    assert {"zero-shot", "sequential", "sequential-lda"} < rows.keys()
+    assert [task.prompt for task in record.run.tasks] == ["a warm {}.", "a cold {}."]
+    memory = record.metrics.rows[0]
+    assert memory.kind == "method"
+    assert None not in [cell for row in memory.accuracy[1:] for cell in row]
+    for metric in ("transfer.xtail", "average.xtail", "last.xtail"):
+        assert 0 <= memory.metrics[metric] <= 1
+    assert memory.metrics["transfer.xtail"] > 0
+    assert (tmp_path / "runs" / "seed-0" / "report.html").is_file()
+    # Forgetting the last task gives the memory after the first one back.
+    moram = open_method(config(chain, tmp_path, **values), seed=0)
+    assert isinstance(moram, Moram)
+    forget(moram.workspace.store, ["task-2-seed-0"])
+    (left,) = moram.evaluate(setting="xtail").metrics.rows
+    columns = [task.name for task in moram.workspace.stream.tasks]
+    assert left.matrix(columns).values[1].tolist() == pytest.approx(
+        memory.matrix(columns).values[1].tolist()
+    )
+
+
+def test_other_methods_say_that_they_cannot(chain: Path, tmp_path: Path) -> None:
+    for method in ("mira", "modulation"):
+        for changes in ({}, {"head__kind": "lda"}, {"stream__setting": "cil"}):
+            with pytest.raises(ConfigError, match=rf"method {method} (.|\n)*method moram"):
+                open_method(config(chain, tmp_path, method=method, **changes), seed=0)
+    ordinary = {"method": "mira", "head__kind": "lda", "stream__setting": "cil"}
+    ordinary["backbone__name"] = "open_clip:ViT-B-16"
+    with pytest.raises(ConfigError, match="method mira on backbone open_clip:ViT-B-16"):
+        open_method(config(chain, tmp_path, **ordinary), seed=0)
