@@ -174,7 +174,7 @@ class FitResult:
 
 
 class _Best:
-    """The parameters after the epoch with the highest score; the first of equal ones."""
+    """The parameters after the epoch with the highest score; the last of equal ones."""
 
     def __init__(self) -> None:
         self.epoch: int | None = None
@@ -182,7 +182,7 @@ class _Best:
         self._kept: dict[str, Tensor] = {}
 
     def offer(self, score: float, epoch: int, trained: Mapping[str, nn.Parameter]) -> None:
-        if self.score is None or score > self.score:
+        if self.score is None or score >= self.score:
             self.score, self.epoch = score, epoch
             self._kept = {name: p.detach().clone() for name, p in trained.items()}
 

@@ -72,7 +72,6 @@ def demo(
         "memtool run",
         "memtool run --preset mira-dil --seed 0 --seed 1 --seed 2",
         "memtool run --preset modulation-mts --splits 50 --memory hopfield",
-        "memtool run --preset moram-digits --score-norm task",
         "memtool run --config experiment.yaml --sep affine --report report.html",
     ),
 )

@@ -47,7 +47,6 @@ app = typer.Typer(rich_markup_mode="rich")
     epilog=examples(
         "memtool train-adapter --task 3",
         "memtool train-adapter --task inverted --rank 8 --fresh",
-        "memtool train-adapter --preset moram-digits --task 1 --score-norm task",
         "memtool train-adapter --task 1 --dry-run --json",
         "dir=$(memtool train-adapter --task 2 -q)",
     ),
