@@ -24,8 +24,8 @@ ADAPTERS = (0, 1, 2, 2)
 """The task of every adapter: the last has two."""
 
 
-def counted() -> tuple[list[QueryStatistics], Tensor]:
-    """Queries of every task by class, and all of them (2, n, DIM)."""
+def counted(*, by_class: bool = True) -> tuple[list[QueryStatistics], Tensor]:
+    """Moments of the queries of every task, and all queries (2, n, DIM)."""
     generator = torch.Generator().manual_seed(0)
     parts, shown = [], []
     for number, classes in enumerate(CLASSES):
@@ -33,7 +33,7 @@ def counted() -> tuple[list[QueryStatistics], Tensor]:
         centres = 2 * torch.randn(2, classes, DIM, generator=generator)
         noise = torch.randn(2, len(labels), DIM, generator=generator)
         queries = centres[:, torch.from_numpy(labels % 10)] + noise
-        parts.append(count_queries(queries, labels, by_class=True))
+        parts.append(count_queries(queries, labels, by_class=by_class))
         shown.append(queries)
     return parts, torch.cat(shown, dim=1)
 
@@ -84,19 +84,15 @@ def test_hard_routing_follows_the_best_class(routing):
 
 
 def test_counting_by_class_loses_nothing():
-    parts, _ = counted()
-    memory = MemorySettings()
-    at_once = []
-    generator = torch.Generator().manual_seed(0)
-    for number, classes in enumerate(CLASSES):
-        labels = np.arange(40 * classes) % classes + 10 * number
-        centres = 2 * torch.randn(2, classes, DIM, generator=generator)
-        noise = torch.randn(2, len(labels), DIM, generator=generator)
-        queries = centres[:, torch.from_numpy(labels % 10)] + noise
-        at_once.append(count_queries(queries, labels, by_class=False))
     found = [
-        start_keys(ConsolidateSettings(), memory, each, ADAPTERS, torch.Generator())
-        for each in (parts, at_once)
+        start_keys(
+            ConsolidateSettings(),
+            MemorySettings(),
+            counted(by_class=by_class)[0],
+            ADAPTERS,
+            torch.Generator(),
+        )
+        for by_class in (True, False)
     ]
     torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
 
