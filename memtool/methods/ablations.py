@@ -1,7 +1,9 @@
-"""Ablations: one experiment again and again, with one choice changed, everything else equal.
+"""Ablations: one experiment again and again, with one choice changed.
 
-The adapters are trained once and shared by all variants, unless the choice is about them. Every
-variant has a memory of its own, so that it can be looked at afterwards.
+Where not all variants can have what is configured, none has it: all but "adapters" and "memory"
+have one key a task and mix; "query" and "protect" learn random keys. The adapters are trained once
+and shared by all variants, unless they depend on the variant. Every variant has a memory of its
+own, so that it can be looked at afterwards.
 """
 
 from __future__ import annotations
@@ -63,7 +65,7 @@ def _keys(config: Config) -> dict[str, dict[str, Any]]:
         "closed-form-learned": {**learning, "consolidate.keys": "closed-form"},
     }
     similarity, separation = config.memory.similarity, config.memory.separation
-    if separation in ("softmax", "topk") and similarity in ("dot", "scaled-dot"):
+    if separation == "softmax" and similarity in ("dot", "scaled-dot"):
         variants["closed-form-of-classes"] = {**closed, "memory.keys_of": "class"}
     return variants
 
@@ -114,6 +116,12 @@ def ablate(
         raise ConfigError(f"no ablation {name!r}", expected=did_you_mean(name, ABLATIONS))
     ablation = ABLATIONS[name]
     variants = ablation.variants(config)
+    # Adapters that start from, or on top of, what a variant's memory made of those before.
+    own = (
+        ablation.trains
+        or config.adapter.residual
+        or (config.adapter.warm_start != "none" and config.consolidate.value_lr > 0)
+    )
     of_variants: list[list[Record]] = []
     labels: list[str] = []
     for word, changes in (variants or {"": {}}).items():
@@ -125,7 +133,7 @@ def ablate(
             baselines=False,
             command=command,
             preset=preset,
-            adapters=None if ablation.trains else config.runs,
+            adapters=None if own else config.runs,
         )
         of_variants.append(found)
         labels.append(word)

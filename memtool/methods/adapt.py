@@ -217,7 +217,8 @@ def _bytes_kept(engine: Engine, trial: AdapterTraining, samples: Samples, count:
 def available_bytes(device: torch.device) -> int:
     """Bytes that a device has left for this process; of the machine for all but CUDA."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))

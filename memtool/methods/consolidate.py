@@ -134,7 +134,7 @@ def start_keys(
         )
     if memory.separation not in LINEAR:
         keys = whole.lda_keys(SHRINKAGE)[:, tasks]
-        keys[..., -1] -= shares.log()
+        keys[..., -1] -= shares.log() / memory.beta
     else:
         keys = whole.ridge_keys(SHRINKAGE)[:, tasks] / shares[:, None]
     return for_similarity(keys, memory.similarity)
@@ -159,12 +159,12 @@ def _keys_of_classes(
             remedy="--set memory.keys_of=task",
         )
     mixes = memory.routing == "mixture"
-    if mixes and (memory.separation in LINEAR or memory.similarity not in ("dot", "scaled-dot")):
+    posterior = memory.separation == "softmax" and memory.similarity in ("dot", "scaled-dot")
+    if mixes and not posterior:
         raise ConfigError(
             f"memory.keys_of class with separation {memory.separation} and similarity "
             f"{memory.similarity}",
-            expected="scores that are log posteriors of the classes: softmax or topk, and dot or "
-            "scaled-dot",
+            expected="a posterior of the classes: softmax, and dot or scaled-dot",
             remedy="--sep softmax, or --set memory.keys_of=task",
         )
     whole = QueryStatistics.joined(statistics)
@@ -176,11 +176,12 @@ def _keys_of_classes(
         places = torch.arange(most) % own.shape[1]
         repeated = own[:, places]
         if mixes:  # a hard choice shares between equal keys by itself
-            repeated[..., -1] -= torch.bincount(places)[places].float().log()
+            repeated[..., -1] -= torch.bincount(places)[places].float().log() / memory.beta
         found.append(repeated)
     each = torch.stack(found, dim=1)[:, tasks]
     if mixes:
-        each[..., -1] -= torch.bincount(tasks)[tasks].float().log().unsqueeze(-1)
+        sharing = torch.bincount(tasks)[tasks].float().log() / memory.beta
+        each[..., -1] -= sharing.unsqueeze(-1)
     if not nearest:
         each = for_similarity(each, memory.similarity if mixes else "scaled-dot")
     return each.flatten(2)

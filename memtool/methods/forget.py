@@ -212,6 +212,7 @@ def _solve_again(txn: Transaction, view: MemoryView, gone: set[str]) -> None:
     import numpy as np
     import torch
 
+    from memtool.heads import RecalledHead
     from memtool.methods.consolidate import start_keys
     from memtool.methods.method import task_of
     from memtool.methods.state import (
@@ -249,7 +250,8 @@ def _solve_again(txn: Transaction, view: MemoryView, gone: set[str]) -> None:
     tasks = tuple(task for task in state.tasks if task in {number[id] for id in adapters})
     adapter_tasks = tuple(tasks.index(number[id]) for id in adapters)
     keys = np.ascontiguousarray(stored[:, places])
-    if state.consolidate.keys == "closed-form" and not state.consolidate.epochs:
+    again = state.consolidate.keys == "closed-form" and state.consolidate.protect != "dual-gpm"
+    if again and not state.consolidate.epochs:
         queries = query_statistics(view, state)
         if missing := [task for task in tasks if task not in queries]:
             raise ConfigError(
@@ -267,6 +269,11 @@ def _solve_again(txn: Transaction, view: MemoryView, gone: set[str]) -> None:
         known = classifier_of(view.blob(name), name) if name in view.blobs() else None
         trained[task_of(record)] = known
     head = solve_recalled_head(state.head, features, trained, adapter_tasks)
+    if state.head.kind == "shared" and HEAD in view.blobs():
+        # It learned on with the keys and stays as they do, but for classes that nobody knows now.
+        learned = RecalledHead.from_bytes(view.blob(HEAD), f"blob {HEAD!r}")
+        unknown = ~torch.isfinite(head.bias)
+        head = RecalledHead(learned.weight, learned.bias.masked_fill(unknown, -torch.inf), None)
     changes = {"tasks": tasks, "adapters": adapters, "adapter_tasks": adapter_tasks}
     txn.set_keys(keys)
     txn.put_blob(MEMORY, state.model_copy(update=changes).model_dump_json().encode())

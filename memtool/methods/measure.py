@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from memtool.adapters.values import AdapterValues, Recall
-from memtool.errors import NotFoundError
+from memtool.errors import ConfigError, NotFoundError
 from memtool.evaluation.matrix import AccuracyMatrix
 from memtool.evaluation.metrics import coefficient_drift
 from memtool.evaluation.record import Kind, Row
@@ -93,6 +93,12 @@ class Measure:
                 raise NotFoundError(
                     f"adapter {record.name!r} came without a trained head",
                     remedy="memtool eval --setting dil, whose head is solved from statistics",
+                )
+            if "refined_from" in record.meta:
+                raise ConfigError(
+                    f"adapter {record.name!r} was refined after the head that came with it",
+                    remedy="memtool eval without --setting til, or --store memory@VERSION from "
+                    "before the consolidation",
                 )
             values = AdapterValues.from_flat(
                 torch.from_numpy(snapshot.view.value(record.id).copy())[None],

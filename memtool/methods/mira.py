@@ -193,6 +193,12 @@ class Mira(Method):
                 )
             kept = before.shape[1]
         model = self._model(snapshot, keys)
+        if protects and state is not None and state.consolidate.protect != "dual-gpm":
+            raise ConfigError(
+                f"--protect dual-gpm, but tasks {list(state.tasks)} were consolidated under "
+                f"{state.consolidate.protect!r}: what they asked was not kept",
+                remedy=f"--protect {state.consolidate.protect}, or a new --store",
+            )
         past = snapshot.past_queries() if protects else None
         if before is not None and kept and (protects or config.consolidate.keys != "closed-form"):
             # Closed-form keys are relative to each other: all are solved anew, unless protected.
@@ -201,7 +207,8 @@ class Mira(Method):
             keys[:, kept:] = past.free_keys(model.memory, keys[:, kept:])
         model.memory.set_keys(keys)
         # Tasks written together are learned together; older ones are not seen again.
-        shown = [work.task(str(number)) for number in new_tasks] or [work.task(str(tasks[-1]))]
+        fresh = [*grown_tasks, *new_tasks]
+        shown = [work.task(str(number)) for number in fresh] or [work.task(str(tasks[-1]))]
         head = solve_recalled_head(config.head, features, trained, adapter_tasks)
         if config.head.kind == "shared" and snapshot.head is not None:
             head = going_on(snapshot.head, head)
@@ -234,7 +241,7 @@ class Mira(Method):
             if config.head.kind == "shared":
                 head = learned_head.to("cpu")
         if config.head.features == "recalled":
-            for number in new_tasks:
+            for number in fresh:
                 task = work.task(str(number))
                 seen = stage_two.features_recalled(work.engine, model, task.train)
                 features[number] = self._counted(task, seen)
@@ -253,10 +260,12 @@ class Mira(Method):
         accuracy = Measure(work).accuracy(
             model, head.to(work.engine.device), first(last.train, 4 * SUBJECT_SAMPLES)
         )
+        # A task with more classes than all before has made every adapter's row of keys longer.
+        width = keys.shape[-1] if before is None else min(before.shape[-1], keys.shape[-1])
         drift = (
             0.0
-            if before is None or before.shape[::2] != keys.shape[::2]
-            else (stage_two.drift_degrees(before, keys[:, : before.shape[1]]))
+            if before is None
+            else stage_two.drift_degrees(before[..., :width], keys[:, : before.shape[1], :width])
         )
         new_state = MemoryState(
             memory=config.memory,

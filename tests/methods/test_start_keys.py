@@ -48,16 +48,17 @@ def settings(**changes: object) -> MemorySettings:
     return MemorySettings(**{"keys_of": "class", "query_norm": False, **changes})
 
 
+@pytest.mark.parametrize("beta", [1.0, 0.3, 2.0])
 @pytest.mark.parametrize("similarity", ["dot", "scaled-dot"])
-def test_a_coefficient_is_the_posterior_of_all_classes_of_the_task(similarity):
+def test_a_coefficient_is_the_posterior_of_all_classes_of_the_task(similarity, beta):
     parts, queries = counted()
-    memory = settings(similarity=similarity)
+    memory = settings(similarity=similarity, beta=beta)
     keys = start_keys(ConsolidateSettings(), memory, parts, ADAPTERS, torch.Generator())
     assert keys.shape == (2, len(ADAPTERS), max(CLASSES) * (DIM + 1))
     rule = QueryStatistics.joined(parts)._moments.lda(SHRINKAGE, equal_priors=True)
     for block, found in enumerate(coefficients(memory, keys, queries)):
         scores = queries[block].double() @ rule.weight[block].T + rule.bias[block]
-        by_class = scores.softmax(dim=1).split(list(CLASSES), dim=1)
+        by_class = (beta * scores).softmax(dim=1).split(list(CLASSES), dim=1)
         by_task = [share.sum(dim=1) for share in by_class]
         expected = torch.stack([by_task[0], by_task[1], by_task[2] / 2, by_task[2] / 2], dim=1)
         torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-4)
@@ -100,8 +101,9 @@ def test_counting_by_class_loses_nothing():
 @pytest.mark.parametrize(
     ("changes", "learning", "said"),
     [
-        ({"separation": "affine"}, {}, "log posteriors of the classes"),
-        ({"similarity": "euclidean"}, {}, "log posteriors of the classes"),
+        ({"separation": "affine"}, {}, "posterior of the classes"),
+        ({"separation": "topk"}, {}, "posterior of the classes"),
+        ({"similarity": "euclidean"}, {}, "posterior of the classes"),
         ({}, {"epochs": 2}, "keys in closed form"),
         ({}, {"keys": "random"}, "keys in closed form"),
         ({}, {"protect": "dual-gpm"}, "keys in closed form"),
