@@ -56,13 +56,14 @@ def _query_modules(config: Config) -> dict[str, dict[str, Any]]:
 def _keys(config: Config) -> dict[str, dict[str, Any]]:
     learning = _learning(config)
     fixed = {**ONE_KEY, "consolidate.epochs": 0}
-    closed = {**fixed, "consolidate.keys": "closed-form"}
+    solved = {"consolidate.keys": "closed-form", "consolidate.protect": "freeze"}
+    closed = {**fixed, **solved}
     variants = {
         "learned": learning,
         "random": {**fixed, "consolidate.keys": "random"},
         "mean-query": {**fixed, "consolidate.keys": "mean-query"},
         "closed-form": closed,
-        "closed-form-learned": {**learning, "consolidate.keys": "closed-form"},
+        "closed-form-learned": {**learning, **solved},
     }
     similarity, separation = config.memory.similarity, config.memory.separation
     if separation == "softmax" and similarity in ("dot", "scaled-dot"):

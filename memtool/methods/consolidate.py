@@ -109,9 +109,17 @@ def start_keys(
     A hard routing has keys of its own, whatever the settings say: discriminant ones for "lda", the
     mean query for "prototype". The adapters of one task share its key, and its weight.
 
-    Raises ConfigError for a choice of keys that does not go with the separation or similarity.
+    Raises ConfigError for a choice of keys that does not go with the separation, the similarity or
+    the protection.
     """
     tasks = torch.tensor(adapter_tasks)
+    if settings.protect == "dual-gpm" and _solved(settings, memory):
+        raise ConfigError(
+            "keys in closed form under --protect dual-gpm",
+            expected="keys that learn: all of those in closed form are solved anew together, and "
+            "their part outside the past finds nothing",
+            remedy="--protect freeze, or --set consolidate.keys=random with consolidate.epochs",
+        )
     if memory.keys_of == "class":
         return _keys_of_classes(settings, memory, statistics, tasks)
     whole = QueryStatistics.joined([part.pooled() for part in statistics])
@@ -140,6 +148,11 @@ def start_keys(
     return for_similarity(keys, memory.similarity)
 
 
+def _solved(settings: ConsolidateSettings, memory: MemorySettings) -> bool:
+    """Whether keys are solved from moments of the queries; those of a hard routing always are."""
+    return settings.keys == "closed-form" or memory.routing != "mixture"
+
+
 def _keys_of_classes(
     settings: ConsolidateSettings,
     memory: MemorySettings,
@@ -151,11 +164,10 @@ def _keys_of_classes(
     A task with fewer classes than m has some of its keys several times, each with a part of the
     weight: under softmax the adapter's coefficient is the posterior of its task all the same.
     """
-    if settings.keys != "closed-form" or settings.epochs or settings.protect == "dual-gpm":
+    if settings.keys != "closed-form" or settings.epochs:
         raise ConfigError(
             "memory.keys_of class with keys that learn",
-            expected="keys in closed form: consolidate.keys closed-form, consolidate.epochs 0, "
-            "--protect freeze",
+            expected="keys in closed form: consolidate.keys closed-form, consolidate.epochs 0",
             remedy="--set memory.keys_of=task",
         )
     mixes = memory.routing == "mixture"

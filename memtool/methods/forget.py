@@ -250,8 +250,7 @@ def _solve_again(txn: Transaction, view: MemoryView, gone: set[str]) -> None:
     tasks = tuple(task for task in state.tasks if task in {number[id] for id in adapters})
     adapter_tasks = tuple(tasks.index(number[id]) for id in adapters)
     keys = np.ascontiguousarray(stored[:, places])
-    again = state.consolidate.keys == "closed-form" and state.consolidate.protect != "dual-gpm"
-    if again and not state.consolidate.epochs:
+    if state.consolidate.keys == "closed-form" and not state.consolidate.epochs:
         queries = query_statistics(view, state)
         if missing := [task for task in tasks if task not in queries]:
             raise ConfigError(

@@ -200,8 +200,8 @@ class Mira(Method):
                 remedy=f"--protect {state.consolidate.protect}, or a new --store",
             )
         past = snapshot.past_queries() if protects else None
-        if before is not None and kept and (protects or config.consolidate.keys != "closed-form"):
-            # Closed-form keys are relative to each other: all are solved anew, unless protected.
+        if before is not None and kept and config.consolidate.keys != "closed-form":
+            # Closed-form keys are relative to each other: all are solved anew.
             keys[:, :kept] = before
         if past is not None:
             keys[:, kept:] = past.free_keys(model.memory, keys[:, kept:])

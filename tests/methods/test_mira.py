@@ -420,6 +420,7 @@ RESIDUAL = {
     "adapter__warm_start": "none",
     "memory__separation": "identity",
     "memory__scope": "block",
+    "consolidate__keys": "mean-query",
     "consolidate__protect": "dual-gpm",
     "head__scope": "shared",
     "head__features": "recalled",

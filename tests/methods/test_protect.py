@@ -184,9 +184,9 @@ def test_frozen_keys_and_query_modules_stay_bit_for_bit(tmp_path, query):
     assert last.blob("query-modules") == first.blob("query-modules")
 
 
-def test_closed_form_keys_start_in_the_free_space_under_protection(tmp_path):
+def test_mean_queries_start_in_the_free_space_under_protection(tmp_path):
     mira = learned_in_turn(
-        tmp_path, "dual-gpm", consolidate__keys="closed-form", consolidate__epochs=0
+        tmp_path, "dual-gpm", consolidate__keys="mean-query", consolidate__epochs=0
     )
     store = mira.workspace.store
     versions = [v.id for v in store.log() if v.message.startswith("consolidate")]

@@ -106,7 +106,6 @@ def test_counting_by_class_loses_nothing():
         ({"similarity": "euclidean"}, {}, "posterior of the classes"),
         ({}, {"epochs": 2}, "keys in closed form"),
         ({}, {"keys": "random"}, "keys in closed form"),
-        ({}, {"protect": "dual-gpm"}, "keys in closed form"),
     ],
 )
 def test_what_keys_of_classes_do_not_go_with(changes, learning, said):
@@ -130,3 +129,12 @@ def test_a_memory_with_keys_of_classes_learns_forgets_and_keeps_its_kind(tmp_pat
     reopened = Mira.open(config, seed=0)
     assert reopened.snapshot().view.keys().shape == (1, 2, 10 * (mira.workspace.backbone.dim + 1))
     assert reopened.consolidate().unchanged
+
+
+@pytest.mark.parametrize("changes", [{}, {"keys_of": "task"}, {"routing": "lda"}])
+def test_solved_keys_are_not_projected(changes):
+    parts, _ = counted()
+    keys = "random" if "routing" in changes else "closed-form"  # a hard routing solves its own
+    learning = ConsolidateSettings(protect="dual-gpm", keys=keys)
+    with pytest.raises(ConfigError, match="closed form under --protect dual-gpm"):
+        start_keys(learning, settings(**changes), parts, ADAPTERS, torch.Generator())
