@@ -151,11 +151,11 @@ class TrainSettings(Settings):
     clip: Annotated[float, Field(gt=0)] = Field(1.0, description="largest norm of the gradient")
     augment: Augment = Field("none", description="of the training images")
 
-    def epochs_for(self, samples: int) -> int:
-        """Epochs over so many samples: those of `iterations` where that is set."""
+    def epochs_for(self, samples: int, tasks: int = 1) -> int:
+        """Epochs over so many samples of `tasks` tasks: by `iterations` where that is set."""
         if self.iterations is None:
             return self.epochs
-        return math.ceil(self.iterations / math.ceil(samples / self.batch_size))
+        return math.ceil(tasks * self.iterations / math.ceil(samples / self.batch_size))
 
 
 class MemorySettings(Settings):
@@ -293,6 +293,11 @@ class MoramSettings(Settings):
         False, description="norm bank: divide the threshold by the root of the number of tasks"
     )
     selected_only: bool = Field(False, description="no gradient through atoms that are not kept")
+    keys: Literal["random", "free"] = Field(
+        "random",
+        description="how keys begin: at random and learning, as published, or fixed at what a "
+        "task's inputs have outside those of earlier tasks, so that these hardly answer to them",
+    )
 
 
 class TextSettings(Settings):
@@ -371,6 +376,22 @@ class Resolved:
     origin: dict[str, str]
     preset: str
 
+    def without_effect(self) -> tuple[str, ...]:
+        """Sentences on what was asked for in vain, as `READ_UNDER` says: one a setting.
+
+        Asked for are settings of the command line and of variables; a file or preset may hold some
+        for other methods.
+        """
+        found = []
+        for key, place in self.origin.items():
+            if place == COMMAND_LINE or place.startswith("MEMTOOL_"):
+                other = _not_read_under(self.config, key)
+                if other is not None:
+                    value = get(self.config, other)
+                    shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+                    found.append(f"{key} has no effect under {other} {shown}")
+        return tuple(found)
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -381,6 +402,42 @@ class Preset:
     launch: str
     summary: str
 
+
+_OF_CLASSES = ("cil", "til", "mts")
+_OF_IMAGES = ("dil", "dg", "xtail", *_OF_CLASSES)
+
+READ_UNDER: tuple[tuple[str, str, tuple[str | None, ...]], ...] = (
+    ("memory", "method", ("mira",)),
+    ("consolidate", "method", ("mira",)),
+    ("moram", "method", ("moram",)),
+    ("modulation", "method", ("modulation",)),
+    ("baselines", "method", ("mira", "moram")),
+    ("baselines", "stream.setting", tuple(s for s in get_args(Setting) if s != "til")),
+    ("text", "stream.setting", ("trace",)),
+    ("backbone.image_size", "stream.setting", _OF_IMAGES),
+    ("train.augment", "stream.setting", _OF_IMAGES),
+    ("stream.shots", "stream.setting", _OF_IMAGES),
+    ("stream.validation", "stream.setting", _OF_IMAGES),
+    ("stream.held_out", "stream.setting", _OF_IMAGES),  # without dg it is an error
+    ("stream.splits", "stream.setting", _OF_CLASSES),
+    ("stream.classes_per_task", "stream.setting", _OF_CLASSES),
+    ("stream.classes_per_task", "stream.splits", (None,)),
+    ("train.epochs", "train.iterations", (None,)),
+    ("train.epochs", "text.epochs", (None,)),
+    ("memory.topk", "memory.separation", ("topk",)),
+    ("memory.look_at", "memory.scope", ("model",)),
+    ("consolidate.key_std", "consolidate.keys", ("random",)),
+    ("consolidate.energy", "consolidate.protect", ("dual-gpm",)),
+    ("head", "stream.setting", _OF_IMAGES),
+    ("head.kind", "method", ("mira", "moram")),
+    ("head.scope", "method", ("mira", "moram")),
+    ("head.features", "method", ("mira",)),
+    ("head.scale", "head.kind", ("prototype",)),
+    ("moram.scaled_threshold", "moram.score_norm", ("bank",)),
+    ("modulation.predictor_epochs", "stream.setting", ("mts",)),
+    ("modulation.predictor_lr", "stream.setting", ("mts",)),
+)
+"""A setting, or all of a section, is read only where another one has one of these values."""
 
 DEFAULT_PRESET = "digits-dil"
 WORKING_FILE = "memtool.yaml"
@@ -516,6 +573,15 @@ def expand(path: Path | str, environ: Mapping[str, str] | None = None) -> Path:
         return environ[name]
 
     return Path(re.sub(r"\$\{(\w+)\}", value, str(path))).expanduser()
+
+
+def _not_read_under(config: Config, key: str) -> str | None:
+    """The setting whose value makes a setting one that nothing reads, or None."""
+    for name, other, values in READ_UNDER:
+        named = key == name or key.startswith(f"{name}.")
+        if named and get(config, other) not in values and not _not_read_under(config, other):
+            return other
+    return None
 
 
 def _walk(model: type[BaseModel], prefix: str) -> list[tuple[str, FieldInfo]]:

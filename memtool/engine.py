@@ -160,7 +160,8 @@ class Batches:
 class FitResult:
     """What a training ended with. `losses` holds one mean loss per finished epoch.
 
-    `by_group` holds such a curve for every group of the batches, and `losses` is their sum.
+    `by_group` holds such a curve for every group of the batches, and `losses` is their sum;
+    `begin` is the loss of the first step of this run by group, empty where no step was left.
     `selected` is the epoch (from 1) that `select` scored best, with its `score`; None without one.
     """
 
@@ -169,6 +170,7 @@ class FitResult:
     seconds: float
     resumed_at: int
     by_group: tuple[tuple[float, ...], ...]
+    begin: tuple[float, ...]
     selected: int | None = None
     score: float | None = None
 
@@ -281,6 +283,7 @@ class Engine:
         done = 0
         losses: list[list[float]] = []
         running: list[list[float]] = []
+        begin: tuple[float, ...] = ()
         if checkpoint is not None:
             done, losses, running = _load_checkpoint(checkpoint, fingerprint, trained, optimizer)
         resumed_at = done
@@ -316,6 +319,7 @@ class Engine:
                     after_step()
                 done += 1
                 running.append(step_losses.tolist())
+                begin = begin or tuple(running[-1])
                 if done % batches.steps_per_epoch == 0:
                     losses.append(np.mean(running, axis=0).tolist())
                     running = []
@@ -352,6 +356,7 @@ class Engine:
             seconds=time.perf_counter() - start,
             resumed_at=resumed_at,
             by_group=tuple(zip(*losses, strict=True)),
+            begin=begin,
             selected=best.epoch,
             score=best.score,
         )

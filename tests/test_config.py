@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from memtool.config import (
+    READ_UNDER,
     Config,
     choices,
     expand,
@@ -232,3 +233,42 @@ def test_importing_the_settings_loads_no_torch():
     code = "import sys, memtool.config; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     root = Path(__file__).parents[1]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+
+
+# Settings without effect
+
+
+@pytest.mark.parametrize(
+    ("preset", "overrides", "sentences"),
+    [
+        ("digits-dil", {"moram.topk": "8"}, ["moram.topk has no effect under method mira"]),
+        ("moram-digits", {"moram.topk": "8", "memory.mix": "delta"}, ["memory.mix has no effect"]),
+        ("moram-digits", {"stream.classes_per_task": "2"}, ["under stream.splits 5"]),
+        ("digits-dil", {"stream.splits": "5"}, ["has no effect under stream.setting dil"]),
+        ("digits-dil", {"text.shots": "5"}, ["has no effect under stream.setting dil"]),
+        ("digits-dil", {"text.epochs": "1", "train.epochs": "1"}, ["text.epochs has no effect"]),
+        ("moram-trace", {"train.epochs": "1"}, ["under text.epochs 2,1,3,2,1,2,2,3"]),
+        ("digits-dil", {"memory.topk": "3"}, ["under memory.separation softmax"]),
+        ("digits-dil", {"memory.topk": "3", "memory.separation": "topk"}, []),
+        ("modulation-digits", {"baselines": "frozen", "seed": "1"}, ["under method modulation"]),
+        ("moram-digits", {"head.scope": "task", "train.epochs": "1"}, []),
+    ],
+)
+def test_what_is_asked_for_in_vain(preset, overrides, sentences):
+    found = resolve(preset=preset, overrides=overrides, environ={}).without_effect()
+    assert len(found) == len(sentences)
+    assert all(wanted in sentence for wanted, sentence in zip(sentences, found, strict=True))
+
+
+def test_only_what_was_asked_for_can_be_in_vain():
+    write(Path("memtool.yaml"), "moram: {topk: 8}")
+    assert resolve(environ={}).without_effect() == ()
+    asked = resolve(environ={"MEMTOOL_MORAM__TOPK": "9"}).without_effect()
+    assert asked == ("moram.topk has no effect under method mira",)
+
+
+def test_what_settings_are_read_under_is_made_of_settings():
+    for name, other, values in READ_UNDER:
+        assert any(key == name or key.startswith(f"{name}.") for key in keys()), name
+        assert other in keys()
+        assert set(values) - {None} <= set(choices(other))

@@ -42,6 +42,14 @@ def loss(module, batch):
     return F.cross_entropy(module(batch.inputs), batch.labels)
 
 
+def test_a_fit_says_the_loss_of_its_first_step():
+    fresh = model()
+    plan = batches()
+    first = next(iter(plan.micro_batches(0, 1)))
+    expected = float(loss(fresh, first).detach())
+    assert Engine(CPU).fit(fresh, plan, loss, TRAIN, stage="here").begin == (expected,)
+
+
 def test_every_sample_is_seen_once_an_epoch():
     plan = batches(batch_size=7)
     for epoch in range(3):

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from memtool.methods.mira import Mira
     from memtool.methods.modulation import Modulation
     from memtool.methods.moram import Moram
+    from memtool.methods.text_memory import TextMoram
     from memtool.progress import Progress
     from memtool_stores import MemoryStore, MemoryView
 
@@ -236,6 +237,35 @@ TaskOfForeign = Annotated[
     ),
 ]
 
+ReportFile = Annotated[
+    Path | None,
+    typer.Option("--report", metavar="FILE", help="Write an HTML page.", rich_help_panel="Output"),
+]
+
+TaskSubject = Annotated[
+    str | None,
+    typer.Option(
+        "--task",
+        metavar="TASK",
+        help="The test samples of a task, by number or name.",
+        rich_help_panel="Memory",
+        autocompletion=complete.tasks,
+    ),
+]
+ImageSubject = Annotated[
+    Path | None,
+    typer.Option("--image", metavar="FILE", help="A picture.", rich_help_panel="Memory"),
+]
+PromptSubject = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt",
+        metavar="TEXT",
+        help="What a language model is asked (setting trace).",
+        rich_help_panel="Memory",
+    ),
+]
+
 
 @dataclass(frozen=True)
 class Call:
@@ -251,8 +281,15 @@ class Call:
 
     @cached_property
     def resolved(self) -> Resolved:
-        """The configuration in force. Raises ConfigError, NotFoundError."""
-        return self.resolve()
+        """The configuration in force. Raises ConfigError, NotFoundError.
+
+        A verb that runs a method says on stderr what was asked for in vain.
+        """
+        found = self.resolve()
+        if METHOD in self.shared and not self.out.json:
+            for sentence in found.without_effect():
+                self.out.note(f"note: {sentence}")
+        return found
 
     def resolve(self, *, ambient: bool = True) -> Resolved:
         """The configuration; without `ambient` only what the command line names counts."""
@@ -331,11 +368,53 @@ class Call:
                 remedy=f"--store {path}, perhaps after `memtool rollback {version}`",
             )
 
-    def method(self, progress: Progress | None = None) -> Mira | Modulation | Moram:
+    @property
+    def reads_texts(self) -> bool:
+        """Whether the stream is one of texts, not of images."""
+        return self.config.stream.setting == "trace"
+
+    def method(self, progress: Progress | None = None) -> Mira | Modulation | Moram | TextMoram:
         """The method over this configuration, with one seed."""
+        from memtool.methods import open_text_method
+
+        if self.reads_texts:
+            return open_text_method(self.config, seed=self.seed, progress=progress)
+        return self.image_method(progress)
+
+    def image_method(self, progress: Progress | None = None) -> Mira | Modulation | Moram:
+        """The method over this configuration, which must read images."""
         from memtool.methods import open_method
 
         return open_method(self.config, seed=self.seed, progress=progress)
+
+    def require_one_subject(
+        self,
+        verb: str,
+        *,
+        task: str | None,
+        image: Path | None,
+        prompt: str | None,
+        query: Path | None = None,
+    ) -> None:
+        """Raise ConfigError unless there is one thing to look at, and of the stream's kind."""
+        texts = self.reads_texts
+        wrong = "--image" if texts and image is not None else None
+        wrong = "--prompt" if not texts and prompt is not None else wrong
+        if wrong is not None:
+            raise ConfigError(
+                f"{wrong} with the stream {self.config.stream.source}, whose tasks are "
+                + ("texts" if texts else "images"),
+                expected="--prompt TEXT or --task" if texts else "--image FILE or --task",
+            )
+        if sum(subject is not None for subject in (task, image, prompt, query)) != 1:
+            kind = "--prompt" if texts else "--image"
+            raise ConfigError(
+                f"{verb} needs one subject",
+                expected=f"one of --task, {kind} and --query"
+                if verb == "retrieve"
+                else f"one of --task and {kind}",
+                remedy=self.command(f"{verb} --task 1"),
+            )
 
     def confirm(self, deed: str) -> None:
         """Ask before something that cannot be taken back, unless --yes was given.

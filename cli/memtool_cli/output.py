@@ -75,6 +75,9 @@ class Out:
             _print_tables(tables)
         else:
             for place, table in enumerate(tables):
+                if table.title:
+                    sys.stdout.flush()
+                    self.note(table.title)  # says what the numbers are
                 lines = [table.header, *table.rows] if table.header else table.rows
                 for line in [""] * bool(place) + ["\t".join(map(_cell, row)) for row in lines]:
                     self.line(line)

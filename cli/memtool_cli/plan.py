@@ -2,23 +2,86 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from memtool_cli.options import Call
-from memtool_cli.output import Table
+from memtool_cli.output import Table, size
 from memtool_cli.records import Plan
 
 
 def show_plan(call: Call, verb: str) -> None:
-    """Print the plan of a verb: tasks, parameters, bytes. Nothing is written."""
-    from memtool.methods import open_method
+    """Print the plan of a verb: what is learned and measured, where it goes, and the tasks."""
+    from memtool.methods.plan import plan
 
-    plan = open_method(call.config, seed=call.config.seed[0]).plan(verb)
-    rows = [(name.replace("_", " "), _words(value)) for name, value in plan.items()]
-    record = Plan(verb=verb, store=call.store_path, seeds=call.config.seed, plan=plan)
-    rows.append(("seeds", _words(call.config.seed)))
-    call.out.data(record, Table((), rows, title=f"{verb} would use"), ids=plan.get("tasks", ()))
+    facts = plan(call.config, seed=call.config.seed[0], verb=verb)
+    seeds = call.config.seed
+    record = Plan(verb=verb, store=call.store_path, seeds=seeds, plan=facts)
+    rows = [*_facts(facts), ("runs", facts["runs"]), ("seeds", ", ".join(map(str, seeds)))]
+    tasks = Table(
+        ("task", "name", "training", "test", "epochs", "steps"),
+        [
+            (number, name, *(count or "-" for count in counts))
+            for number, (name, *counts) in enumerate(
+                zip(
+                    facts["tasks"],
+                    facts["train_samples"],
+                    facts["test_samples"],
+                    facts["epochs"],
+                    facts["steps"],
+                    strict=True,
+                ),
+                start=1,
+            )
+        ],
+    )
+    call.out.data(record, Table((), rows, title=f"{verb} would use"), tasks, ids=facts["tasks"])
 
 
-def _words(value: object) -> str:
-    if isinstance(value, (list, tuple)):
-        return ", ".join(str(part) for part in value)
-    return str(value)
+_SCOPES = {"shared": ", one for all tasks", "task": ", one a task", None: ""}
+
+
+def _facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
+    """The lines of a plan above its tasks; what a method does not have has none."""
+    setting = plan["setting"]
+    if setting == "dg":
+        setting += f", held out: {plan['held_out'] or 'every domain in turn'}"
+    several = f" in {plan['memories']} memories" if plan["memories"] > 1 else " in all"
+    rows = [
+        ("method", plan["method"]),
+        ("setting", setting),
+        ("backbone", f"{plan['backbone']}, {plan['device']}, {plan['precision']}"),
+    ]
+    if plan["head"] is not None:
+        rows.append(("head", plan["head"] + _SCOPES[plan["head_scope"]]))
+    rows.append(("batch size", str(plan["batch_size"])))
+    if plan["consolidation_epochs"] is not None:
+        epochs = plan["consolidation_epochs"]
+        rows.append(("key learning", f"{epochs} epochs" if epochs else "none"))
+    rows.append(
+        (
+            "a task adds",
+            ("atoms" if plan["method"] == "moram" else f"{plan['adapters_per_task']} x adapter")
+            + f" of rank {plan['rank']}, {plan['parameters_per_adapter']:,} numbers, "
+            f"{size(plan['bytes_per_adapter'])}; {size(plan['bytes_in_all'])}{several}",
+        )
+    )
+    if (memory := plan["memory"]) is not None:
+        tokens = memory["step_tokens"]
+        rows += [
+            (
+                "memory",
+                f"weights {size(memory['weights_bytes'])}, atoms {size(memory['atoms_bytes'])}, "
+                f"gradients and moments {size(memory['learning_bytes'])}",
+            ),
+            (
+                "at most",
+                f"{size(memory['step_bytes'])} in a step of {memory['step_samples']} samples of "
+                f"{tokens} tokens, {size(memory['generation_bytes'])} while "
+                f"{memory['generation_samples']} of them are answered",
+            ),
+        ]
+    if plan["baselines"] is not None:
+        rows.append(("baselines", ", ".join(plan["baselines"]) or "none"))
+    there = "there already" if plan["store_exists"] else "new"
+    rows.append(("store", f"{plan['store']} ({there})"))
+    return rows

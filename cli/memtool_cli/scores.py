@@ -7,8 +7,28 @@ from statistics import mean
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from memtool.evaluation.record import Record
     from memtool.reports.table import Grid
+    from memtool_cli.output import Out
+
+
+def show(
+    out: Out,
+    records: Sequence[Record],
+    *,
+    history: bool = False,
+    report: Path | None = None,
+) -> float:
+    """Print records of one experiment, one a seed, and write their page; the final average."""
+    average = final_average(records)
+    out.data(records, *grids(records, history=history), ids=[f"{average:.4f}"])
+    if report is not None:
+        from memtool.reports.html import write_report
+
+        out.note(f"report: {write_report(records, report)}")
+    return average
 
 
 def grids(records: Sequence[Record], *, history: bool = False) -> list[Grid]:
@@ -57,7 +77,8 @@ def _final_average(record: Record) -> float:
     method = next((row for row in rows if row.kind == "method"), rows[0])
     if method.loss and not _scored([record]):
         return method.metrics["loss.final"]
-    return mean(score for score in method.accuracy[-1] if score is not None)
+    measured = [[score for score in line if score is not None] for line in method.accuracy]
+    return mean(next(line for line in reversed(measured) if line))
 
 
 def _scored(records: Sequence[Record]) -> bool:

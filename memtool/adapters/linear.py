@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from memtool.adapters.layout import Site
 from memtool.adapters.mixing import Mixture
 
 
@@ -36,6 +37,19 @@ class AdaptedLinear(nn.Module):
             # Autocast would convert x in the frozen product and again for the adapters.
             x = x.to(torch.get_autocast_dtype(kind))
         return mixture.add_to(F.linear(x, self.weight, self.bias), x, self.name)
+
+    def site(self, block: int, part: str = "") -> Site:
+        """The layer as a site of a block; of a fused projection the part "q", "k" or "v"."""
+        rows = self.out_features // 3 if part else self.out_features
+        return Site(
+            block=block,
+            module=self.name,
+            slice=part,
+            in_features=self.in_features,
+            out_features=rows,
+            first_row="qkv".index(part) * rows if part else 0,
+            module_rows=self.out_features,
+        )
 
     def extra_repr(self) -> str:
         """`blocks.0.attn.qkv, in_features=192, out_features=576, bias=True`."""

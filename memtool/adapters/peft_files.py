@@ -108,13 +108,13 @@ class PeftAdapter:
     @property
     def base_model(self) -> str | None:
         """The model the adapter was made for, where the file says so."""
-        name = _parse_config(self.config, Path(CONFIG_NAME)).get("base_model_name_or_path")
+        name = _parsed(self.config, CONFIG_NAME).get("base_model_name_or_path")
         return name if isinstance(name, str) else None
 
     @property
     def extra(self) -> Mapping[str, Any]:
         """What `write_peft` was given as extra; empty for a file written by others."""
-        note = _note(_entries(self.header, Path(WEIGHTS_NAME)), Path(WEIGHTS_NAME))
+        note = _note(_parsed(self.header, f"the header of {WEIGHTS_NAME}"), Path(WEIGHTS_NAME))
         return note.extra if note else {}
 
 
@@ -195,7 +195,7 @@ def read_peft(directory: Path, layout_sites: Sequence[Site]) -> PeftAdapter:
     """
     config_path, weights_path = directory / CONFIG_NAME, directory / WEIGHTS_NAME
     config_bytes = _read(config_path)
-    config = _parse_config(config_bytes, config_path)
+    config = _parsed(config_bytes, str(config_path))
     data = _read(weights_path)
     _check_plain_lora(config, config_path)
     try:
@@ -203,7 +203,7 @@ def read_peft(directory: Path, layout_sites: Sequence[Site]) -> PeftAdapter:
     except (SafetensorError, json.JSONDecodeError) as error:
         raise CorruptError(f"{weights_path} is not a safetensors file: {error}") from error
     header = data[8 : 8 + int.from_bytes(data[:8], "little")]
-    note = _note(_entries(header, weights_path), weights_path)
+    note = _note(_parsed(header, f"the header of {weights_path}"), weights_path)
     modules = _modules(tensors, layout_sites, note, weights_path)
     scalings = _scalings(config, {m.name: m.a.shape[0] for m in modules}, config_path)
     scaling = _common(scalings.values(), note)
@@ -252,11 +252,11 @@ def restored_file(adapter: PeftAdapter) -> bytes:
     value (that rounds), and for numbers that the value was rounded to: `adapter.sha256` tells.
     """
     path = Path(WEIGHTS_NAME)
-    entries = _entries(adapter.header, path)
+    entries = _parsed(adapter.header, f"the header of {path}")
     parts = adapter.layout.unflatten(adapter.value.detach().cpu())
     grouped = _sites_by_module(adapter.layout.sites)
     ranks = {module: _shape(entries, module, "A", path)[0] for module in grouped}
-    config = _parse_config(adapter.config, Path(CONFIG_NAME))
+    config = _parsed(adapter.config, CONFIG_NAME)
     scalings = _scalings(config, ranks, path)
     tensors: dict[str, Tensor] = {}
     for module, sites in grouped.items():
@@ -363,7 +363,7 @@ def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes
 
 def _file(header: bytes, tensors: Mapping[str, Tensor]) -> bytes:
     """A safetensors file; the tensors lie where the header says."""
-    entries = _entries(header, Path(WEIGHTS_NAME))
+    entries = _parsed(header, f"the header of {WEIGHTS_NAME}")
     chunks = [len(header).to_bytes(8, "little"), header]
     for name in sorted(tensors, key=lambda name: entries[name]["data_offsets"]):
         flat = tensors[name].contiguous().reshape(-1)
@@ -405,14 +405,15 @@ def _read(path: Path) -> bytes:
         raise MemtoolError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _parse_config(data: bytes, path: Path) -> dict[str, Any]:
+def _parsed(data: bytes, what: str) -> dict[str, Any]:
+    """A JSON object; CorruptError says `what` is none."""
     try:
-        config = json.loads(data)
+        content = json.loads(data)
     except ValueError as error:
-        raise CorruptError(f"{path} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise CorruptError(f"{path} holds a {type(config).__name__}", expected="a JSON object")
-    return config
+        raise CorruptError(f"{what} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CorruptError(f"{what} holds a {type(content).__name__}", expected="a JSON object")
+    return content
 
 
 def _check_plain_lora(config: Mapping[str, Any], path: Path) -> None:
@@ -439,17 +440,6 @@ def _check_plain_lora(config: Mapping[str, Any], path: Path) -> None:
             f"{path}: {used[0]} is {config[used[0]]!r}, which a plain LoRA cannot represent",
             expected="LoRA on linear layers, without DoRA, biases or saved modules",
         )
-
-
-def _entries(header: bytes, path: Path) -> dict[str, Any]:
-    """The parsed header of a safetensors file."""
-    try:
-        entries = json.loads(header)
-    except ValueError as error:
-        raise CorruptError(f"{path}: the header is not JSON: {error}") from error
-    if not isinstance(entries, dict):
-        raise CorruptError(f"{path}: the header is not an object")
-    return entries
 
 
 def _shape(entries: Mapping[str, Any], module: str, part: str, path: Path) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ from memtool.adapters.values import Recall
 from memtool.backbones.interface import FrozenModel
 from memtool.backbones.tensor_hash import tensor_sha256
 from memtool.config import BackboneSettings, TextSettings, expand
-from memtool.errors import ConfigError, DataError, MismatchError, NotFoundError, did_you_mean
+from memtool.errors import ConfigError, DataError, MismatchError, NotFoundError
 
 CAUSAL_LM_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -67,6 +67,31 @@ def create_causal_lm(
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    source = model_source(settings)
+    had_bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except OSError as error:
+        raise NotFoundError(
+            f"no model {source!r} that can be read: {error}",
+            expected="a folder with config.json, model.safetensors and tokenizer.json",
+            remedy="name a local folder: hf:FOLDER",
+        ) from error
+    except ValueError as error:  # an architecture that transformers does not know
+        raise ConfigError(f"{source!r} is no causal language model: {error}") from error
+    finally:
+        if had_bars:
+            logging.enable_progress_bar()
+    return CausalLM(model, tokenizer, settings.name, text)
+
+
+def model_source(settings: BackboneSettings) -> str:
+    """Where transformers finds the model of `hf:<id or path>`: a folder that is there, or an id.
+
+    Raises ConfigError for another kind of name, NotFoundError for a folder that is not there.
+    """
     family, _, wanted = settings.name.partition(":")
     if family != "hf" or not wanted:
         raise ConfigError(
@@ -80,26 +105,9 @@ def create_causal_lm(
             remedy="--set backbone.name=hf:FOLDER",
         )
     place = expand(wanted)
-    source = str(place) if place.is_dir() else wanted
     if not place.is_dir() and (Path(wanted).is_absolute() or "$" in wanted):
         raise NotFoundError(f"there is no folder {place}", expected="a folder with config.json")
-    had_bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except OSError as error:
-        raise NotFoundError(
-            f"no model {wanted!r} that can be read: {error}",
-            expected="a folder with config.json, model.safetensors and tokenizer.json",
-            remedy="name a local folder: hf:FOLDER",
-        ) from error
-    except ValueError as error:  # an architecture that transformers does not know
-        raise ConfigError(f"{wanted!r} is no causal language model: {error}") from error
-    finally:
-        if had_bars:
-            logging.enable_progress_bar()
-    return CausalLM(model, tokenizer, settings.name, text)
+    return str(place) if place.is_dir() else wanted
 
 
 class KeyValueCache:
@@ -141,6 +149,8 @@ class CausalLM(FrozenModel):
     limits that do not fit its context.
     """
 
+    targets = CAUSAL_LM_TARGETS
+
     def __init__(self, model: Any, tokenizer: Any, name: str, text: TextSettings) -> None:
         super().__init__()
         _check_model(model, name)
@@ -173,32 +183,10 @@ class CausalLM(FrozenModel):
         self.norm = model.model.norm
         self.head = model.lm_head
 
-    def train(self, mode: bool = True) -> Self:
-        """Stay in eval mode: a frozen model has no dropout."""
-        del mode
-        return super().train(False)
-
-    def sites(self, targets: Sequence[str]) -> tuple[Site, ...]:
-        """The sites of the targets, by block, then in the order of `CAUSAL_LM_TARGETS`.
-
-        Raises ConfigError for a target that is not known, or none.
-        """
-        for target in targets:
-            if target not in CAUSAL_LM_TARGETS:
-                raise ConfigError(
-                    f"backbone {self.name} has no target {target!r}",
-                    expected=did_you_mean(target, CAUSAL_LM_TARGETS),
-                )
-        if not targets:
-            expected = f"some of {', '.join(CAUSAL_LM_TARGETS)}"
-            raise ConfigError("no targets to adapt", expected=expected)
-        return tuple(
-            layer.site(target)
-            for layer in self.layers
-            if isinstance(layer, AdaptedLayer)
-            for target in CAUSAL_LM_TARGETS
-            if target in targets
-        )
+    @property
+    def blocks(self) -> list[AdaptedLayer]:
+        """The decoder layers, from the text on."""
+        return [layer for layer in self.layers if isinstance(layer, AdaptedLayer)]
 
     # Texts ----------------------------------------------------------------------------------
 
@@ -222,7 +210,8 @@ class CausalLM(FrozenModel):
                 row = self._cut(row, number)
             lengths.append(0)
             if answers is not None:
-                answer = list(self.tokenizer(answers[number], add_special_tokens=False).input_ids)
+                said = self.tokenizer(answers[number], add_special_tokens=False, verbose=False)
+                answer = list(said.input_ids)
                 cut_answers += len(answer) >= self.answer_tokens
                 answer = [*answer[: self.answer_tokens - 1], self.ends[0]]
                 row, lengths[-1] = row + answer, len(answer)
@@ -245,6 +234,10 @@ class CausalLM(FrozenModel):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def token_texts(self, ids: Sequence[int]) -> list[str]:
+        """The text of every token id alone, special tokens by their names."""
+        return [str(self.tokenizer.decode([one])) for one in ids]
 
     # Forward --------------------------------------------------------------------------------
 
@@ -354,19 +347,11 @@ class AdaptedLayer(nn.Module):
         x = x + mixed
         return x + self.mlp(self.output_norm(x), mixture)
 
-    def site(self, target: str) -> Site:
-        """Where one of `CAUSAL_LM_TARGETS` lies in this block: a whole linear layer."""
+    def site(self, number: int, target: str) -> Site:
+        """Where one of `CAUSAL_LM_TARGETS` lies in this block, which is block `number`."""
         where = self.attention if target in ("q", "k", "v", "o") else self.mlp
-        linear = getattr(where, target)
-        return Site(
-            block=self.number,
-            module=linear.name,
-            slice="",
-            in_features=linear.in_features,
-            out_features=linear.out_features,
-            first_row=0,
-            module_rows=linear.out_features,
-        )
+        linear: AdaptedLinear = getattr(where, target)
+        return linear.site(number)
 
 
 class AdaptedAttention(nn.Module):

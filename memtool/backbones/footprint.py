@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memtool.backbones.causal_lm import CausalLM
-from memtool.config import TextSettings
-from memtool.errors import ConfigError
+from memtool.backbones.causal_lm import CausalLM, model_source
+from memtool.config import BackboneSettings, TextSettings
+from memtool.errors import ConfigError, NotFoundError
 from memtool.memories.rank1 import AtomBank, AtomGate, Rank1Memory
 
 LENGTHS = (64, 128)
@@ -101,6 +101,32 @@ def footprint(
         per_pair=round(pair),
         logits=config.vocab_size * (size + 2 * 4),
         cache=2 * lm.depth * key.out_features * size,
+    )
+
+
+def footprint_of(
+    settings: BackboneSettings,
+    *,
+    rank: int,
+    tasks: int,
+    gate: AtomGate,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Footprint:
+    """The footprint of the model that settings name; only its config.json is read.
+
+    Raises ConfigError and NotFoundError as `create_causal_lm`, and as `footprint`.
+    """
+    from transformers import AutoConfig
+
+    source = model_source(settings)
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except OSError as error:
+        raise NotFoundError(
+            f"no configuration of a model at {source!r}: {error}", expected="a config.json"
+        ) from error
+    return footprint(
+        config, targets=settings.targets, rank=rank, tasks=tasks, gate=gate, dtype=dtype
     )
 
 

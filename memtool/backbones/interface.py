@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar, Protocol, Self
 
 from torch import Tensor, nn
 
 from memtool.adapters.layout import Site
 from memtool.adapters.values import Recall
+from memtool.errors import ConfigError, did_you_mean
+
+
+class AdaptableBlock(Protocol):
+    """A block of a frozen model."""
+
+    def site(self, number: int, target: str) -> Site:
+        """Where a target lies in this block, which is block `number`."""
 
 
 class FrozenModel(nn.Module, ABC):
@@ -16,20 +25,46 @@ class FrozenModel(nn.Module, ABC):
 
     Attributes: `name` as in the configuration; `dim`, the width of every block's input (unless
     `block_dim` says otherwise); `depth`, the number of blocks; `sha256`, the hash of its tensors by
-    name (before any layer is replaced). All parameters have requires_grad False.
+    name (before any layer is replaced); `targets`, the names of the linear layers of a block that
+    can be adapted. All parameters have requires_grad False. Always in eval mode.
     """
 
     name: str
     dim: int
     depth: int
     sha256: str
+    targets: ClassVar[tuple[str, ...]]
 
+    @property
     @abstractmethod
-    def sites(self, targets: Sequence[str]) -> tuple[Site, ...]:
-        """The sites of the named targets in block order; each model has names of its own.
+    def blocks(self) -> Sequence[AdaptableBlock]:
+        """The blocks, in the order in which they are counted."""
 
-        Raises ConfigError for a target that is not known.
+    def sites(self, targets: Sequence[str]) -> tuple[Site, ...]:
+        """The sites of the named targets, by block, then in the order of the model's `targets`.
+
+        The order of the names does not matter, so equal sets give equal layouts. Raises ConfigError
+        for a target that is not known, or none.
         """
+        for target in targets:
+            if target not in self.targets:
+                raise ConfigError(
+                    f"backbone {self.name} has no target {target!r}",
+                    expected=did_you_mean(target, self.targets),
+                )
+        if not targets:
+            raise ConfigError("no targets to adapt", expected=f"some of {', '.join(self.targets)}")
+        return tuple(
+            block.site(number, target)
+            for number, block in enumerate(self.blocks)
+            for target in self.targets
+            if target in targets
+        )
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in eval mode: a frozen model has no dropout."""
+        del mode
+        return super().train(False)
 
 
 class Backbone(FrozenModel):

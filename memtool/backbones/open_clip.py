@@ -12,11 +12,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from memtool.adapters.layout import Site
@@ -25,11 +23,11 @@ from memtool.adapters.mixing import Mixture
 from memtool.adapters.values import Recall
 from memtool.backbones.interface import TextBackbone
 from memtool.backbones.tensor_hash import tensor_sha256
-from memtool.backbones.vit import attend, check_image_size, to_pixels
+from memtool.backbones.vit import attend, check_image_size, check_pixels, to_pixels
+from memtool.backbones.weight_files import read_weights
 from memtool.config import BackboneSettings
 from memtool.errors import (
     ConfigError,
-    CorruptError,
     DataError,
     MismatchError,
     NotFoundError,
@@ -144,31 +142,13 @@ def _load(clip: Any, path: Path) -> None:
     """Load every tensor of a safetensors file; position embeddings are resampled."""
     from open_clip.model import resize_pos_embed
 
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise CorruptError(
-            f"{path} cannot be read as safetensors: {error}",
-            remedy="fetch or convert the file again",
-        ) from error
-    own = clip.state_dict()
-    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    if missing or extra:
-        raise MismatchError(
-            f"{path} does not fit the model: missing {missing[:3]}, extra {extra[:3]}",
-            expected=f"the {len(own)} tensors of the model under open_clip's names",
-            remedy="name the model that the file was made for",
-        )
-    tensors = {name: tensor.to(own[name].dtype) for name, tensor in tensors.items()}
-    resize_pos_embed(tensors, clip)
-    for name, tensor in tensors.items():
-        if tensor.shape != own[name].shape or not torch.isfinite(tensor).all():
-            raise MismatchError(
-                f"{name} in {path} has shape {tuple(tensor.shape)}, or numbers that are not finite",
-                expected=f"{tuple(own[name].shape)}, finite",
-                remedy="name the model that the file was made for",
-            )
-    clip.load_state_dict(tensors)
+    given = read_weights(
+        path,
+        clip.state_dict(),
+        "open_clip's",
+        resample=lambda tensors: resize_pos_embed(tensors, clip),
+    )
+    clip.load_state_dict(given)
 
 
 class ClipBackbone(TextBackbone):
@@ -178,6 +158,8 @@ class ClipBackbone(TextBackbone):
     (`block_dim`). Blocks 0 … `image_depth` − 1 are those of the image tower, the text tower's
     follow. Always in eval mode. Raises ConfigError for a build that this class does not express.
     """
+
+    targets = CLIP_TARGETS
 
     def __init__(
         self, clip: Any, name: str, *, mean: Sequence[float], std: Sequence[float]
@@ -220,34 +202,9 @@ class ClipBackbone(TextBackbone):
         """The blocks of the image tower, then those of the text tower."""
         return [*self.clip.visual.transformer.resblocks, *self.clip.transformer.resblocks]
 
-    def train(self, mode: bool = True) -> Self:
-        """Stay in eval mode: a frozen model has no dropout."""
-        del mode
-        return super().train(False)
-
     def block_dim(self, block: int) -> int:
         """Width of the input of a block: that of its tower."""
         return self.blocks[block].dim
-
-    def sites(self, targets: Sequence[str]) -> tuple[Site, ...]:
-        """The sites of the targets in both towers, by block, then in the order of `CLIP_TARGETS`.
-
-        Raises ConfigError for a target that is not known, or none.
-        """
-        for target in targets:
-            if target not in CLIP_TARGETS:
-                raise ConfigError(
-                    f"backbone {self.name} has no target {target!r}",
-                    expected=did_you_mean(target, CLIP_TARGETS),
-                )
-        if not targets:
-            raise ConfigError("no targets to adapt", expected=f"some of {', '.join(CLIP_TARGETS)}")
-        return tuple(
-            block.site(number, target)
-            for number, block in enumerate(self.blocks)
-            for target in CLIP_TARGETS
-            if target in targets
-        )
 
     def preprocess(self, images: Tensor) -> Tensor:
         """uint8 (batch, height, width, 3) to normalised float32 (batch, 3, size, size)."""
@@ -329,12 +286,7 @@ class ClipBackbone(TextBackbone):
 
     def _embed(self, pixels: Tensor) -> Tensor:
         """The input of the first block of the image tower."""
-        if pixels.shape[1:] != (3, self.image_size, self.image_size):
-            raise MismatchError(
-                f"pixels of shape {tuple(pixels.shape)}",
-                expected=f"(batch, 3, {self.image_size}, {self.image_size})",
-                remedy="pass images through preprocess",
-            )
+        check_pixels(pixels, self.image_size)
         embedded: Tensor = self.clip.visual._embeds(pixels)
         return embedded
 
@@ -379,25 +331,15 @@ class AdaptedClipBlock(nn.Module):
 
     def site(self, number: int, target: str) -> Site:
         """Where one of `CLIP_TARGETS` lies in this block, which is block `number`."""
-        sliced = target in ("q", "k", "v")
         match target:
             case "q" | "k" | "v":
-                layer = self.in_proj
+                return self.in_proj.site(number, target)
             case "out":
-                layer = self.out_proj
+                return self.out_proj.site(number)
             case "fc":
-                layer = self.c_fc
+                return self.c_fc.site(number)
             case _:
-                layer = self.c_proj
-        return Site(
-            block=number,
-            module=layer.name,
-            slice=target if sliced else "",
-            in_features=layer.in_features,
-            out_features=self.dim if sliced else layer.out_features,
-            first_row="qkv".index(target) * self.dim if sliced else 0,
-            module_rows=layer.out_features,
-        )
+                return self.c_proj.site(number)
 
 
 def _fused(attention: nn.MultiheadAttention) -> nn.Linear:

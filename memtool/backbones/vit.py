@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from typing import Self
 
 import timm
 import torch
@@ -88,6 +87,8 @@ class VitBackbone(Backbone):
     Raises ConfigError for blocks or a pooling that this class does not express.
     """
 
+    targets = VIT_TARGETS
+
     def __init__(
         self, vit: VisionTransformer, name: str, *, mean: Sequence[float], std: Sequence[float]
     ) -> None:
@@ -113,31 +114,11 @@ class VitBackbone(Backbone):
         self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
 
-    def train(self, mode: bool = True) -> Self:
-        """Stay in eval mode: a frozen model has no dropout."""
-        del mode
-        return super().train(False)
-
-    def sites(self, targets: Sequence[str]) -> tuple[Site, ...]:
-        """The sites of the targets, by block, then in the order of `VIT_TARGETS`.
-
-        The order of `targets` does not matter, so equal sets give equal layouts. Raises ConfigError
-        for a target that is not known, or none.
-        """
-        for target in targets:
-            if target not in VIT_TARGETS:
-                raise ConfigError(
-                    f"backbone {self.name} has no target {target!r}",
-                    expected=did_you_mean(target, VIT_TARGETS),
-                )
-        if not targets:
-            raise ConfigError("no targets to adapt", expected=f"some of {', '.join(VIT_TARGETS)}")
-        return tuple(
-            block.site(number, target)
-            for number, block in enumerate(self.vit.blocks)
-            for target in VIT_TARGETS
-            if target in targets
-        )
+    @property
+    def blocks(self) -> Sequence[AdaptedBlock]:
+        """The blocks, from the image on."""
+        blocks: Sequence[AdaptedBlock] = self.vit.blocks
+        return blocks
 
     def preprocess(self, images: Tensor) -> Tensor:
         """uint8 (batch, height, width, 3) to normalised float32 (batch, 3, size, size).
@@ -167,12 +148,7 @@ class VitBackbone(Backbone):
 
     def _embed(self, pixels: Tensor) -> Tensor:
         """The input of the first block."""
-        if pixels.shape[1:] != (3, self.image_size, self.image_size):
-            raise MismatchError(
-                f"pixels of shape {tuple(pixels.shape)}",
-                expected=f"(batch, 3, {self.image_size}, {self.image_size})",
-                remedy="pass images through preprocess",
-            )
+        check_pixels(pixels, self.image_size)
         vit = self.vit
         return vit.norm_pre(vit._pos_embed(vit.patch_embed(pixels)))
 
@@ -195,26 +171,15 @@ class AdaptedBlock(nn.Module):
 
     def site(self, number: int, target: str) -> Site:
         """Where one of `VIT_TARGETS` lies in this block, which is block `number`."""
-        rows: int | None = None
         match target:
             case "q" | "k" | "v":
-                layer, rows = self.attn.qkv, self.attn.width
+                return self.attn.qkv.site(number, target)
             case "proj":
-                layer = self.attn.proj
+                return self.attn.proj.site(number)
             case "fc1":
-                layer = self.mlp.fc1
+                return self.mlp.fc1.site(number)
             case _:
-                layer = self.mlp.fc2
-        sliced = rows is not None
-        return Site(
-            block=number,
-            module=layer.name,
-            slice=target if sliced else "",
-            in_features=layer.in_features,
-            out_features=layer.out_features if rows is None else rows,
-            first_row=0 if rows is None else "qkv".index(target) * rows,
-            module_rows=layer.out_features,
-        )
+                return self.mlp.fc2.site(number)
 
 
 class AdaptedAttention(nn.Module):
@@ -278,6 +243,16 @@ def to_pixels(images: Tensor, size: int) -> Tensor:
         # Bicubic overshoots at edges; pixels do not.
         pixels = pixels.clamp(0, 1)
     return pixels
+
+
+def check_pixels(pixels: Tensor, size: int) -> None:
+    """Raise MismatchError for anything but (batch, 3, size, size)."""
+    if pixels.shape[1:] != (3, size, size):
+        raise MismatchError(
+            f"pixels of shape {tuple(pixels.shape)}",
+            expected=f"(batch, 3, {size}, {size})",
+            remedy="pass images through preprocess",
+        )
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,8 @@ from memtool.evaluation import metrics as metric_functions
 from memtool.evaluation.matrix import AccuracyMatrix
 
 SCHEMA: Final = "memtool.evaluation"
+RECORD: Final = "record.json"
+"""What the file of a record is called in the folder of a run."""
 SCHEMA_VERSION: Final = 1
 
 Kind = Literal["method", "baseline", "upper bound"]
@@ -137,8 +140,9 @@ class Row(Part):
     accuracy: T+1 rows of T scores, None where not measured; recall_error: likewise the relative
     error of every recalled adapter, empty where adapters are not recalled; atom_use: of a bank of
     atoms, where it was measured; loss: shaped as accuracy, of streams of texts, nats per answer
-    token; metrics: by metric id;
-    undefined: the reason for every metric that the matrix does not define; seconds: wall time.
+    token; cut_prompts: how many of their test prompts were longer than the limit and lost tokens;
+    metrics: by metric id; undefined: the reason for every metric that the matrix does not define;
+    seconds: wall time.
     """
 
     id: str
@@ -148,6 +152,7 @@ class Row(Part):
     recall_error: tuple[tuple[Ratio | None, ...], ...] = ()
     atom_use: AtomUse | None = None
     loss: tuple[tuple[Ratio | None, ...], ...] = ()
+    cut_prompts: Annotated[int, Field(ge=0)] | None = None
     metrics: dict[str, float] = {}
     undefined: dict[str, str] = {}
     seconds: Annotated[float, Field(ge=0)] | None = None
@@ -321,6 +326,30 @@ class Record(Part):
 def write_record(record: Record, path: Path) -> Path:
     """Write a record as JSON, whole or not at all."""
     return write_atomic(path, record.to_json())
+
+
+def find_records(path: Path) -> tuple[Path, ...]:
+    """The files of the records at a path: itself, or what a run left in this folder.
+
+    A folder has a `record.json`, or one in each of its folders `seed-<number>`, which are taken in
+    the order of the numbers. NotFoundError for a folder without any; a path that is no folder is
+    not looked at.
+    """
+    if not path.is_dir():
+        return (path,)
+    if (path / RECORD).is_file():
+        return (path / RECORD,)
+    seeds = {
+        int(match[1]): file
+        for file in path.glob(f"seed-*/{RECORD}")
+        if (match := re.fullmatch(r"seed-(\d+)", file.parent.name))
+    }
+    if not seeds:
+        raise NotFoundError(
+            f"no {RECORD} in the folder {path}, nor in folders seed-<number> of it",
+            expected="a record, or the folder that `memtool run` wrote it to (--set runs=FOLDER)",
+        )
+    return tuple(seeds[seed] for seed in sorted(seeds))
 
 
 def read_record(path: Path) -> Record:

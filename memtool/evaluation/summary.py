@@ -31,6 +31,14 @@ class Summary:
         """Number of seeds."""
         return len(self.values)
 
+    def interval(
+        self, least: float = -math.inf, most: float = math.inf
+    ) -> tuple[float, float] | None:
+        """The interval, cut at the least and the most that a value can be; None for one seed."""
+        if self.low is None or self.high is None:
+            return None
+        return max(self.low, least), min(self.high, most)
+
 
 def summarise(values: Sequence[float]) -> Summary:
     """Mean, sample standard deviation and the two-sided 95 % interval of Student's t."""

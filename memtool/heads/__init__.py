@@ -8,7 +8,8 @@ from memtool.config import HeadKind, HeadSettings
 from memtool.errors import ConfigError, did_you_mean
 from memtool.heads.analytic import FeatureStatistics
 from memtool.heads.linear import LinearClassifier, LinearHead, mask_logits
-from memtool.heads.prototype import CosineHead, both_ways, prototype_head
+from memtool.heads.losses import both_ways, distillation
+from memtool.heads.prototype import CosineHead, prototype_head
 from memtool.heads.recalled import RecalledHead
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "LinearHead",
     "RecalledHead",
     "both_ways",
+    "distillation",
     "mask_logits",
     "prototype_head",
     "solve_head",

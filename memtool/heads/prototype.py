@@ -89,18 +89,3 @@ def prototype_head(features: Tensor, labels: Tensor, classes: int, scale: float)
     sums.index_add_(0, labels.cpu(), (features.double() / norms).cpu())
     known = labels.unique().cpu()
     return CosineHead.of_classes(sums[known], known, classes, scale)
-
-
-def both_ways(logits: Tensor, labels: Tensor) -> Tensor:
-    """The mean of image→text and text→image cross-entropy of a batch: a scalar.
-
-    logits (b, classes) of images and the classes' texts, −infinity for classes that do not take
-    part; labels (b,). A text that belongs to several images of the batch has them all as target,
-    with equal shares. With one image a class this is the loss of CLIP (Radford et al. 2021).
-    """
-    present = labels.unique()
-    of_text = logits[:, present].float()  # (b, k)
-    target = (labels.unsqueeze(1) == present).float()
-    to_text = F.cross_entropy(logits.float(), labels)
-    to_image = F.cross_entropy(of_text.T, (target / target.sum(dim=0)).T)
-    return (to_text + to_image) / 2

@@ -101,12 +101,20 @@ class Rank1Memory(nn.Module):
         """How many atoms of every site learn: r, or 0 when all are frozen."""
         return len(self.fresh_keys[0]) if len(self.fresh_keys) else 0
 
-    def grow(self, flat: Tensor, *, rank: int, owner: int, scaling: float = 1.0) -> None:
+    def grow(
+        self,
+        flat: Tensor,
+        *,
+        rank: int,
+        owner: int,
+        scaling: float = 1.0,
+        keys_learn: bool = True,
+    ) -> None:
         """Freeze all atoms and add `rank` that learn at every site, from a flat value (numel,).
 
-        `owner` is their task and `scaling` alpha / r. Their dtype and device are those of `flat`.
-        Raises MismatchError when `flat` is not of the layout of these sites and that rank, and
-        when that task has atoms already.
+        `owner` is their task and `scaling` alpha / r; unless `keys_learn` only values learn. Their
+        dtype and device are those of `flat`. Raises MismatchError when `flat` is not of the layout
+        of these sites and that rank, and when that task has atoms already.
         """
         layout = Layout(self.sites, rank)
         if tuple(flat.shape) != (layout.numel,):
@@ -121,7 +129,8 @@ class Rank1Memory(nn.Module):
         tensors = layout.unflatten(flat.detach())
         contiguous = torch.contiguous_format
         for a, b in zip(layout.segments[::2], layout.segments[1::2], strict=True):
-            self.fresh_keys.append(nn.Parameter(tensors[a.name].clone(memory_format=contiguous)))
+            keys = tensors[a.name].clone(memory_format=contiguous)
+            self.fresh_keys.append(nn.Parameter(keys, requires_grad=keys_learn))
             values = tensors[b.name].t().clone(memory_format=contiguous)
             self.fresh_values.append(nn.Parameter(values))
         self.fresh_owner, self.fresh_scaling = owner, scaling

@@ -13,17 +13,24 @@ if TYPE_CHECKING:
     from memtool.methods.mira import Mira
     from memtool.methods.modulation import Modulation
     from memtool.methods.moram import Moram
+    from memtool.methods.text_memory import TextMoram
     from memtool.progress import Progress
 
 
 def open_method(
     config: Config, *, seed: int, progress: Progress | None = None, adapters: Path | None = None
 ) -> Mira | Modulation | Moram:
-    """The method that the configuration names, over it and one seed; `adapters` as `Workspace`.
+    """The method on images that the configuration names, over it and one seed.
 
-    Raises ConfigError for setting xtail, or a head that is fixed in advance, without moram, and for
-    mira on a backbone of two towers.
+    `adapters` as in `Workspace`. Raises ConfigError for a stream of texts; for setting xtail, or a
+    head that is fixed in advance, without moram; and for mira on a backbone of two towers.
     """
+    if config.stream.setting == "trace":
+        raise ConfigError(
+            f"stream {config.stream.source} of setting trace: its tasks are texts, not images",
+            expected=f"another setting under method {config.method}",
+            remedy="train-adapter, write, retrieve, eval, explain, forget and run read texts",
+        )
     ahead = config.head.kind in ("prototype", "text")
     if config.method != "moram" and (ahead or config.stream.setting == "xtail"):
         raise ConfigError(
@@ -49,3 +56,13 @@ def open_method(
     from memtool.methods.mira import Mira
 
     return Mira.open(config, seed=seed, progress=progress, adapters=adapters)
+
+
+def open_text_method(config: Config, *, seed: int, progress: Progress | None = None) -> TextMoram:
+    """The method on a stream of texts (setting trace), over a configuration and one seed.
+
+    Raises ConfigError for another method than moram.
+    """
+    from memtool.methods.text_memory import TextMoram
+
+    return TextMoram.open(config, seed=seed, progress=progress)

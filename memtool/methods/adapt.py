@@ -37,7 +37,10 @@ BYTES_TO_TRAIN = 16
 
 @dataclass(frozen=True)
 class Adapted:
-    """J trained adapters: values (J, numel), one classifier each, and how training went."""
+    """J trained adapters: values (J, numel), one classifier each, and how training went.
+
+    `heads` and `train_accuracy` are empty where texts were learned.
+    """
 
     values: Tensor
     heads: tuple[LinearClassifier, ...]
@@ -67,10 +70,8 @@ class AdapterTraining(nn.Module):
         count = len(values)
         self.weight = nn.Parameter(head.weight.unsqueeze(0).repeat(count, 1, 1))
         self.bias = nn.Parameter(head.bias.unsqueeze(0).repeat(count, 1))
-        mask = torch.full((len(head.bias),), -torch.inf)
-        mask[list(classes)] = 0.0
         self.mask: Tensor
-        self.register_buffer("mask", mask)
+        self.register_buffer("mask", class_mask(classes, len(head.bias)))
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (J, b, classes)."""
@@ -82,6 +83,13 @@ class AdapterTraining(nn.Module):
         grouped = features.reshape(len(self.values), -1, features.shape[-1])
         logits = torch.baddbmm(self.bias.unsqueeze(1), grouped, self.weight.transpose(1, 2))
         return logits.float() + self.mask
+
+
+def class_mask(classes: Sequence[int], count: int) -> Tensor:
+    """What leaves only some of `count` classes when it is added to logits: 0, or −inf (count,)."""
+    mask = torch.full((count,), -torch.inf)
+    mask[list(classes)] = 0.0
+    return mask
 
 
 def adapt(
@@ -134,19 +142,10 @@ def adapt(
         seed,
         groups=adapter.per_task,
     )
-
-    begin: list[Tensor] = []
-
-    def loss(model: nn.Module, batch: Batch) -> Tensor:
-        found = losses(model(augmented(batch, train)), batch)
-        if not begin:
-            begin.append(found.detach())
-        return found
-
     fit = engine.fit(
         module,
         batches,
-        loss,
+        lambda model, batch: losses(model(augmented(batch, train)), batch),
         train,
         stage=stage,
         fingerprint=fingerprint,
@@ -154,7 +153,7 @@ def adapt(
         progress=progress,
     )
     trained = stack.flat().cpu()
-    require_learned(fit, begin, len(classes), [trained], train.lr, stage)
+    require_learned(fit, len(classes), [trained], train.lr, stage)
     heads = tuple(
         LinearClassifier(w.detach().cpu().clone(), b.detach().cpu().clone())
         for w, b in zip(module.weight, module.bias, strict=True)
@@ -228,7 +227,6 @@ def available_bytes(device: torch.device) -> int:
 
 def require_learned(
     fit: FitResult,
-    begin: Sequence[Tensor],
     classes: int,
     learned: Sequence[Tensor],
     lr: float,
@@ -238,12 +236,10 @@ def require_learned(
 
     That is a mean loss of the last epoch above twice the loss of the first step and above that of
     guessing among the classes, in any group; or a number that is not finite among the `learned`.
-    `begin` holds the loss of the first step, one number a group, after a resumption of the next.
     """
     remedy = f"a smaller learning rate than {lr:g}; nothing was written"
     guessing = math.log(classes)
-    first = begin[0].reshape(-1).tolist() if begin else []
-    for start, curve in zip(first, fit.by_group, strict=True) if first else ():
+    for start, curve in zip(fit.begin, fit.by_group, strict=True) if fit.begin else ():
         allowed = max(2 * (max(start, guessing) if fit.resumed_at else start), guessing)
         if curve[-1] > allowed:
             raise DivergedError(

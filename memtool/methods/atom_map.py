@@ -1,4 +1,4 @@
-"""Which atom fires where: the gate of one adapted map over the tokens of an image (MoRAM)."""
+"""Which atom fires where: the gate of one adapted map over the tokens of an input (MoRAM)."""
 
 from __future__ import annotations
 
@@ -6,23 +6,28 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+import torch
+from pydantic import Field
+from torch import Tensor
 
 from memtool.adapters.layout import Site
 from memtool.errors import ConfigError, did_you_mean
-from memtool.methods.atom_watch import activation_map
+from memtool.methods.atom_measure import AtomMeasure
+from memtool.methods.atom_state import AtomSnapshot
+from memtool.methods.atom_watch import SiteWeights, activation_map
 from memtool.methods.method import first
 from memtool.methods.moram import SUBJECT_SAMPLES, Moram
-from memtool.methods.results import Prediction, Result, TaskShare
+from memtool.methods.results import Part, Prediction, Result, TaskShare
+from memtool.methods.text import TextWorkspace
+from memtool.methods.text_memory import TextMoram, TextSnapshot
+from memtool.methods.workspace import Workspace
 from memtool.reports.atom_map import AtomPicture, check_suffix, write_atom_picture
 from memtool.reports.table import Grid
 from memtool.streams import load_image
 
 
-class AtomPlace(BaseModel):
+class AtomPlace(Part):
     """One atom: number `rank` of those of its task."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     task: int
     rank: int
@@ -31,9 +36,11 @@ class AtomPlace(BaseModel):
 class AtomMap(Result):
     """The gate's weights at one adapted map, mean over the samples.
 
-    `weights[i][n]` is that of atom i, in the order of `atoms`, for token n: first `prefix_tokens`
-    that are no patch (the class token), then the patches row by row, `side` a row. `tasks` are
-    means over all tokens; what is missing to one fell below the threshold.
+    `weights[i][n]` is that of atom i, in the order of `atoms`, for token n. Of images these are
+    `prefix_tokens` that are no patch (the class token), then the patches row by row, `side` a row.
+    Of texts `columns` names them: the tokens of a prompt, or the texts of a task, each with the
+    mean over its tokens. `tasks` are means over all columns; what is missing to one fell below the
+    threshold.
     """
 
     schema_: Literal["memtool.explain-atoms"] = Field("memtool.explain-atoms", alias="schema")
@@ -44,12 +51,14 @@ class AtomMap(Result):
     block: int
     score_norm: str
     topk: int
-    prefix_tokens: int
-    side: int
+    prefix_tokens: int = 0
+    side: int = 0
+    columns: tuple[str, ...] = ()
     tasks: tuple[TaskShare, ...]
     atoms: tuple[AtomPlace, ...]
     weights: tuple[tuple[float, ...], ...]
     prediction: Prediction | None = None
+    answer: str | None = None
     out: Path | None = None
 
 
@@ -74,7 +83,7 @@ def explain_atoms(
     if out is not None:
         check_suffix(out)
     work = method.workspace
-    site = _site(work.layout.sites, layer or method.config.backbone.targets[0], block)
+    site = _site(work, layer, block)
     snapshot = method.snapshot(version)
     prediction = None
     if task is not None:
@@ -85,22 +94,80 @@ def explain_atoms(
         assert image is not None
         subject = str(image)
         images = load_image(image, method.config.backbone.image_size)[None]
-        prediction = method.prediction(snapshot, images)
+        prediction = AtomMeasure(work).prediction(snapshot, images)
     weights = activation_map(
         work.engine, work.backbone, snapshot.bank, snapshot.gate, site.name, images
     ).T.double()
+    prefix_tokens = work.backbone.prefix_tokens
+    result = _map_of(snapshot, site, weights, subject=subject, samples=len(images))
+    changes = {
+        "prefix_tokens": prefix_tokens,
+        "side": round((weights.shape[1] - prefix_tokens) ** 0.5),
+        "prediction": prediction,
+        "out": out,
+    }
+    return _drawn(work, result.model_copy(update=changes))
+
+
+def explain_text_atoms(
+    method: TextMoram,
+    *,
+    task: str | None = None,
+    prompt: str | None = None,
+    layer: str | None = None,
+    block: int | None = None,
+    version: str = "HEAD",
+    out: Path | None = None,
+) -> AtomMap:
+    """Which atoms the tokens of a prompt, or some test prompts of a task, choose at one map.
+
+    `layer` is a target, as "v" or "gate"; the rest as in `explain_atoms`. Raises DataError for a
+    prompt that is too long, where these are refused.
+    """
+    if out is not None:
+        check_suffix(out)
+    work = method.workspace
+    site = _site(work, layer, block)
+    snapshot = method.snapshot(version)
+    subject, texts = method.subject(task, prompt)
+    watch = SiteWeights(site.name, snapshot.gate)
+    found: list[Tensor] = []
+    columns: list[str] = []
+    for number, ids in enumerate(method.passes(snapshot, [watch], texts.prompts), start=1):
+        weights = watch.taken()[0].double().cpu()
+        if prompt is None:
+            weights = weights.mean(dim=0, keepdim=True)
+            columns.append(f"text {number}")
+        else:
+            columns += work.backbone.token_texts(ids.tolist())
+        found.append(weights)
+    result = _map_of(
+        snapshot, site, torch.cat(found).T, subject=subject, samples=len(texts.prompts)
+    )
+    answer = None if prompt is None else method.answer(snapshot, prompt)
+    changes = {"columns": tuple(columns), "answer": answer, "out": out}
+    return _drawn(work, result.model_copy(update=changes))
+
+
+def _map_of(
+    snapshot: AtomSnapshot | TextSnapshot,
+    site: Site,
+    weights: Tensor,
+    *,
+    subject: str,
+    samples: int,
+) -> AtomMap:
+    """The map of weights (atoms, columns) at a site."""
     stored = snapshot.view.atoms(site.name)
     owners = snapshot.bank.bank(site.name).owner.tolist()
-    result = AtomMap(
+    return AtomMap(
         version=snapshot.version,
         subject=subject,
-        samples=len(images),
+        samples=samples,
         site=site.name,
         block=site.block,
         score_norm=snapshot.gate.score_norm,
         topk=snapshot.gate.topk,
-        prefix_tokens=work.backbone.prefix_tokens,
-        side=round((weights.shape[1] - work.backbone.prefix_tokens) ** 0.5),
         tasks=tuple(
             TaskShare(
                 name=record.name,
@@ -115,9 +182,12 @@ def explain_atoms(
             for owner, rank in zip(owners, stored.rank, strict=True)
         ),
         weights=tuple(tuple(row) for row in weights.tolist()),
-        prediction=prediction,
-        out=out,
     )
+
+
+def _drawn(work: Workspace | TextWorkspace, result: AtomMap) -> AtomMap:
+    """The map, drawn where it says so."""
+    out = result.out
     if out is not None:
         work.engine.on_main(lambda: write_atom_picture(as_picture(result), out))
     return result
@@ -129,6 +199,8 @@ def as_picture(result: AtomMap) -> AtomPicture:
     about = f"{result.site}, norm over the {result.score_norm}, version {result.version}"
     if result.prediction is not None:
         about += f"; {result.prediction.label} ({100 * result.prediction.probability:.1f} %)"
+    if result.answer is not None:
+        about += f"; answer: {result.answer}"
     return AtomPicture(
         title=result.subject,
         about=about,
@@ -136,6 +208,7 @@ def as_picture(result: AtomMap) -> AtomPicture:
         weights=np.array(result.weights),
         prefix_tokens=result.prefix_tokens,
         side=result.side,
+        columns=result.columns,
         parts=task_grid(result),
     )
 
@@ -147,33 +220,38 @@ def task_grid(result: AtomMap) -> Grid:
     rows = []
     for one in result.tasks:
         mine = [place for place, atom in enumerate(result.atoms) if atom.task == one.task]
-        if not mine:
-            rows.append((one.name, "-", "-", "-"))
-            continue
         own = weights[mine]
-        best = int(own.mean(axis=1).argmax())
-        ahead = f"{own[:, :prefix].sum(axis=0).mean():.3f}" if prefix else "-"
-        atom = result.atoms[mine[best]].rank
-        rows.append((one.name, f"{one.share:.3f}", ahead, f"{atom} ({own[best].mean():.3f})"))
+        cells = [f"{one.share:.3f}", f"{own[:, :prefix].sum(axis=0).mean():.3f}" if prefix else ""]
+        best = int(own.mean(axis=1).argmax()) if mine else 0
+        atom = f"{result.atoms[mine[best]].rank} ({own[best].mean():.3f})" if mine else "-"
+        rows.append((one.name, *filter(None, cells), atom))
+    ahead = ("class token",) if prefix else ()
     return Grid(
         title=f"Weight on the atoms of every task at {result.site}",
-        header=("atoms of", "all tokens", "class token", "strongest atom"),
+        header=("atoms of", "all tokens", *ahead, "strongest atom"),
         rows=tuple(rows),
         notes=("What is missing to 1 fell below the threshold.",),
     )
 
 
-def _site(sites: tuple[Site, ...], layer: str, block: int | None) -> Site:
-    """The adapted map of a target in a block. Raises ConfigError when there is none."""
-    named = {(site.block, site.slice or site.module.rpartition(".")[2]): site for site in sites}
-    layers = sorted({name for _, name in named})
-    blocks = sorted({number for number, _ in named})
-    if layer not in layers:
-        raise ConfigError(f"--layer {layer!r} is not adapted", expected=did_you_mean(layer, layers))
-    number = blocks[-1] if block is None else block
-    if (number, layer) not in named:
+def _site(work: Workspace | TextWorkspace, layer: str | None, block: int | None) -> Site:
+    """The adapted map of a target (none: the first configured one) in a block (none: the last).
+
+    Raises ConfigError when there is none.
+    """
+    targets = work.config.backbone.targets
+    layer = targets[0] if layer is None else layer
+    if layer not in targets:
+        raise ConfigError(
+            f"--layer {layer!r} is not adapted",
+            expected=did_you_mean(layer, targets),
+            remedy="the names of backbone.targets, as the memory was trained with",
+        )
+    found = {site.block: site for site in work.backbone.sites((layer,))}
+    number = max(found) if block is None else block
+    if number not in found:
         raise ConfigError(
             f"--block {number}: no adapted {layer} there",
-            expected=f"one of {', '.join(map(str, blocks))}",
+            expected=f"one of {', '.join(map(str, sorted(found)))}",
         )
-    return named[number, layer]
+    return found[number]

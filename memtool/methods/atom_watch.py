@@ -1,9 +1,10 @@
-"""What the atoms of a bank do while images run through the backbone.
+"""What the atoms of a bank do while images or texts run through the backbone.
 
 `watched` recalls a bank and shows the input of every adapted module to a callback. From that input
 alone follow the gate's weights, and with them all that is asked of a bank: which task's atoms are
-chosen (`TaskShares`), what the atoms of a task add now and added when they were learned
-(`frozen_drift`), which atoms do nothing (`contributions`) and where one fires (`activation_map`).
+chosen (`TaskShares`), what every atom adds (`Contributions`), where one fires (`SiteWeights`) and
+what the atoms of a task add now and added when they were learned (`frozen_drift`). A watch counts
+all tokens alike: texts run one by one, as padding is no token.
 """
 
 from __future__ import annotations
@@ -175,6 +176,34 @@ def frozen_drift(
     ]
 
 
+@dataclass(eq=False)
+class Contributions:
+    """A watch that adds up what every atom adds: |w s z| |B|, over all tokens that it sees."""
+
+    gate: AtomGate
+    _sums: dict[str, Tensor] = field(default_factory=dict)
+    _tokens: dict[str, int] = field(default_factory=dict)
+
+    def __call__(self, atoms: ModuleAtoms, x: Tensor) -> None:
+        """See one module."""
+        for site, here in zip(atoms.sites, atoms.banks, strict=True):
+            used = activations(x, here, self.gate)
+            responses = (x @ here.keys.to(x.dtype).t()).to(used.dtype)
+            lengths = here.values.norm(dim=1) * here.scaling
+            each = (used * responses).abs().flatten(0, -2).double().sum(dim=0) * lengths
+            self._sums[site.name] = self._sums.get(site.name, torch.zeros_like(each)) + each
+            self._tokens[site.name] = self._tokens.get(site.name, 0) + x[..., 0].numel()
+
+    def means(self) -> dict[str, Tensor]:
+        """By site the mean over the tokens, (n,), on the CPU."""
+        return {name: total.cpu() / self._tokens[name] for name, total in self._sums.items()}
+
+
+def alike(found: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of several results, site by site; each counts alike."""
+    return {name: torch.stack([one[name] for one in found]).mean(dim=0) for name in found[0]}
+
+
 def contributions(
     engine: Engine,
     backbone: Backbone,
@@ -186,35 +215,36 @@ def contributions(
 
     Each array of images counts alike, however many it has. float32.
     """
-    found: dict[str, Tensor] = {}
+    found = []
     for some in images:
-        tokens: dict[str, int] = {}
-        sums: dict[str, Tensor] = {}
-
-        def watch(
-            atoms: ModuleAtoms,
-            x: Tensor,
-            tokens: dict[str, int] = tokens,
-            sums: dict[str, Tensor] = sums,
-        ) -> None:
-            for site, here in zip(atoms.sites, atoms.banks, strict=True):
-                used = activations(x, here, gate)
-                responses = (x @ here.keys.to(x.dtype).t()).to(used.dtype)
-                lengths = here.values.norm(dim=1) * here.scaling
-                each = (used * responses).abs().flatten(0, -2).double().sum(dim=0) * lengths
-                sums[site.name] = sums.get(site.name, torch.zeros_like(each)) + each
-                tokens[site.name] = tokens.get(site.name, 0) + x[..., 0].numel()
-
+        watch = Contributions(gate)
         recall = watched(bank, gate, watch)
         engine.predict(
             lambda batch, recall=recall: backbone.features(backbone.preprocess(batch), recall),
             some,
             exact=True,
         )
-        for name, total in sums.items():
-            mean = total.cpu() / tokens[name] / len(images)
-            found[name] = found.get(name, torch.zeros_like(mean)) + mean
-    return found
+        found.append(watch.means())
+    return alike(found)
+
+
+@dataclass(eq=False)
+class SiteWeights:
+    """A watch that keeps the gate's weights of one site."""
+
+    site: str
+    gate: AtomGate
+    _seen: list[Tensor] = field(default_factory=list)
+
+    def __call__(self, atoms: ModuleAtoms, x: Tensor) -> None:
+        """See one module."""
+        for known, here in zip(atoms.sites, atoms.banks, strict=True):
+            if known.name == self.site:
+                self._seen.append(activations(x, here, self.gate))
+
+    def taken(self) -> Tensor:
+        """The weights (b, tokens, n) of the batch that was seen last."""
+        return self._seen.pop()
 
 
 def activation_map(
@@ -229,17 +259,11 @@ def activation_map(
     names = [known.name for known in bank.sites]
     if site not in names:
         raise MismatchError(f"no atoms at {site!r}", expected=f"one of {', '.join(names)}")
-    seen: list[Tensor] = []
-
-    def watch(atoms: ModuleAtoms, x: Tensor) -> None:
-        for known, here in zip(atoms.sites, atoms.banks, strict=True):
-            if known.name == site:
-                seen.append(activations(x, here, gate))
-
-    recall = watched(bank, gate, watch)
+    weights = SiteWeights(site, gate)
+    recall = watched(bank, gate, weights)
 
     def run(batch: Tensor) -> Tensor:
         backbone.features(backbone.preprocess(batch), recall)
-        return seen.pop()
+        return weights.taken()
 
     return engine.predict(run, images).mean(dim=0)

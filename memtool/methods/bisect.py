@@ -129,7 +129,7 @@ def bisect(
         if place in seen:
             return seen[place]
         at: Version = line[place]
-        method.tell(f"bisect: {at.message}", len(seen), len(line))
+        method.workspace.tell(f"bisect: {at.message}", len(seen), len(line))
         value, reason = None, None
         try:
             value = method.measure(at.id, tasks, setting)[metric]

@@ -252,13 +252,8 @@ def learn(
         augment=augment,
     )
 
-    begin: list[Tensor] = []
-
     def loss(scored: nn.Module, batch: Batch) -> Tensor:
-        found = F.nll_loss(scored(augmented(batch, train)), batch.labels)
-        if not begin:
-            begin.append(found.detach())
-        return found
+        return F.nll_loss(scored(augmented(batch, train)), batch.labels)
 
     def all_of_them() -> None:
         for each in after_step:
@@ -287,7 +282,7 @@ def learn(
         model.values.requires_grad_(False)
     parts = [*memory.state_dict().values(), *model.values.state_dict().values()]
     fastest = max(settings.lr, settings.value_lr)
-    require_learned(fit, begin, len(classes), parts, fastest, stage)
+    require_learned(fit, len(classes), parts, fastest, stage)
     return module.head(), fit
 
 

@@ -8,12 +8,15 @@ from its definition.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
-from memtool.errors import ConfigError, DataError, MismatchError
+from memtool.errors import ConfigError, CorruptError, DataError, MismatchError
 
 Kind = Literal["remove", "retain"]
 
@@ -119,6 +122,31 @@ class DualGPM:
             self.kind, self.basis = "remove", past
         else:
             self.kind, self.basis = "retain", _complement(past)
+
+
+def spaces_to_bytes(spaces: Mapping[str, DualGPM], dtype: torch.dtype = torch.float64) -> bytes:
+    """As a safetensors file: a basis by kind, first share and name."""
+    return save(
+        {
+            f"{space.kind} {space.start!r} {name}": space.basis.to(dtype).contiguous()
+            for name, space in spaces.items()
+        }
+    )
+
+
+def spaces_from_bytes(data: bytes) -> dict[str, DualGPM]:
+    """What `spaces_to_bytes` wrote. Raises CorruptError for anything else."""
+    spaces = {}
+    try:
+        for about, basis in load(data).items():
+            kind, start, name = about.split(" ", 2)
+            if kind not in ("remove", "retain"):
+                raise ValueError(f"kind {kind!r}")
+            side: Kind = "remove" if kind == "remove" else "retain"
+            spaces[name] = DualGPM(len(basis), float(start), kind=side, basis=basis.double())
+    except (SafetensorError, ValueError, ConfigError) as error:
+        raise CorruptError(f"these bytes hold no bases of the past: {error}") from error
+    return spaces
 
 
 def _complement(basis: Tensor) -> Tensor:

@@ -44,8 +44,7 @@ from memtool.methods.state import Snapshot, classifier_bytes, classifier_of, own
 
 if TYPE_CHECKING:
     from memtool.config import Config
-    from memtool.methods.workspace import Workspace
-    from memtool.streams.task import Task
+    from memtool.methods.workspace import MemoryWorkspace, T, Workspace
     from memtool_stores import AdapterRecord, MemoryView
 
 ABOUT = "memtool.json"
@@ -131,17 +130,20 @@ class ReadAdapter:
 
 def write_adapter(
     folder: AdapterFolder,
-    work: Workspace,
-    task: Task,
+    work: MemoryWorkspace[T],
+    task: T,
     *,
     value: Tensor,
-    head: LinearClassifier,
+    head: LinearClassifier | None,
     result: AdaptResult,
     fingerprint: str,
     warm_start: str,
     beneath: str = "",
 ) -> None:
-    """Write a trained adapter; the folder appears whole or not at all."""
+    """Write a trained adapter, and its head where it has one.
+
+    The folder appears whole or not at all.
+    """
     classes = work.stream.class_names
     about = About(
         result=result,
@@ -168,7 +170,8 @@ def write_adapter(
             alpha=work.config.adapter.alpha,
             base_model=work.backbone.name,
         )
-        (building / OWN_HEAD).write_bytes(classifier_bytes(head))
+        if head is not None:
+            (building / OWN_HEAD).write_bytes(classifier_bytes(head))
         (building / ABOUT).write_text(about.model_dump_json(indent=2) + "\n", encoding="utf-8")
         building.chmod(0o755)
         if folder.path.exists():
@@ -183,7 +186,7 @@ def write_adapter(
             shutil.rmtree(building)
 
 
-def read_adapter(path: Path, work: Workspace, task: Task | None = None) -> ReadAdapter:
+def read_adapter(path: Path, work: MemoryWorkspace[T], task: T | None = None) -> ReadAdapter:
     """Read a folder for this backbone and layout; `task` where the folder does not say it."""
     if not path.is_dir():
         raise NotFoundError(f"no adapter directory {path}", remedy="ls runs/adapters")
@@ -241,6 +244,8 @@ def read_adapter(path: Path, work: Workspace, task: Task | None = None) -> ReadA
         "hyperparameters": about.configuration.get("train", {}) if about else {},
         "provenance": {
             "beneath": about.beneath if about else "",
+            "fingerprint": about.fingerprint if about else "",
+            "seconds": about.result.seconds if about else 0.0,
             "directory": path.name,
             "stream": about.stream if about else work.stream.name,
             "warm_start": about.warm_start if about else "unknown",

@@ -7,26 +7,23 @@ killed goes on at the first step that is not there.
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 import memtool_stores
 from memtool import __version__
-from memtool.atomic import write_atomic
 from memtool.config import Config, resolve, split_store
 from memtool.engine import Engine
 from memtool.errors import ConfigError
 from memtool.evaluation.matrix import AccuracyMatrix
-from memtool.evaluation.metrics import dg_heldout
 from memtool.evaluation.record import (
+    RECORD,
     Environment,
     Metrics,
     Record,
@@ -35,23 +32,25 @@ from memtool.evaluation.record import (
 )
 from memtool.evaluation.writers import write_avalanche, write_domainbed
 from memtool.methods import open_method
+from memtool.methods.atom_state import AtomsState
 from memtool.methods.baselines import BASELINES, DG_BASELINES, FIXED_HEAD_BASELINES, HeldOut
+from memtool.methods.baselines.text import TEXT_BASELINES
 from memtool.methods.exchange import AdapterFolder
 from memtool.methods.fixed_head import is_fixed
+from memtool.methods.kept import fingerprint_of, kept
 from memtool.methods.measure import Measure
 from memtool.methods.method import first
 from memtool.methods.mira import SUBJECT_SAMPLES, Mira
 from memtool.methods.modulation import Modulation
-from memtool.methods.moram import AtomsState, Moram
+from memtool.methods.moram import Moram
 from memtool.methods.state import Snapshot
 from memtool.methods.trace import run_texts
 from memtool.methods.workspace import Workspace
-from memtool.progress import Progress, ProgressEvent
+from memtool.progress import Progress
 from memtool.reports.figures import CoefficientMap, KeyMap, SampleCoefficientMap
 from memtool.reports.html import Cost, write_report
 from memtool.streams.task import Samples, Task
 
-RECORD = "record.json"
 REPORT = "report.html"
 _ROWS = TypeAdapter(list[Row])
 
@@ -81,7 +80,7 @@ def run(
         several = len(config.seed) > 1
         place = config.model_copy(
             update={
-                "runs": config.runs / f"seed-{seed}",
+                "runs": folder_of(config, seed),
                 "store": f"{config.store}-seed-{seed}" if several else config.store,
                 "seed": (seed,),
             }
@@ -95,6 +94,11 @@ def run(
     write_domainbed(records, config.runs / "results.jsonl")
     write_avalanche(records, config.runs / "results.csv")
     return records
+
+
+def folder_of(config: Config, seed: int) -> Path:
+    """Where `run` puts the record, the report and the adapters of a seed."""
+    return config.runs / f"seed-{seed}"
 
 
 def demo(directory: Path, *, progress: Progress | None = None) -> tuple[Record, Path]:
@@ -187,6 +191,7 @@ def _one_memory_of_texts(
         config,
         seed,
         progress=doing.progress,
+        fresh=not doing.resume,
         baselines=doing.baselines,
         command=doing.command,
         preset=doing.preset,
@@ -214,8 +219,7 @@ def _over_domains(records: Sequence[Record], domains: Sequence[str]) -> list[Row
         more = {}
         if len(validation) == len(domains):
             more["dg.validation"] = sum(validation) / len(validation)
-        # One candidate a domain: its training stopped where the validation images said.
-        more["dg.heldout"] = dg_heldout([[s] for s in scores], [[s] for s in scores])
+        more["dg.heldout"] = sum(scores) / len(scores)
         seconds = [row.seconds for row in parts if row.seconds is not None]
         rows.append(
             Row.measured(
@@ -277,11 +281,9 @@ def _one_memory(
     rows = list(record.metrics.rows)
     spent = _spent(method, learned)
     rows[0] = rows[0].model_copy(update={"seconds": spent["adapt"] + spent["consolidate"]})
-    if doing.baselines and not isinstance(method, Modulation) and setting != "til":
-        wanted = config.baselines
-        for name in _baselines(config):
-            if "all" in wanted or name in wanted:
-                rows += _baseline(method, name, learned, doing.progress)
+    if doing.baselines and not isinstance(method, Modulation):
+        for name in chosen_baselines(config):
+            rows += _baseline(method, name, learned)
     record = record.model_copy(
         update={
             "metrics": Metrics(rows=tuple(rows)),
@@ -408,7 +410,8 @@ def _spent(method: Mira | Modulation | Moram, tasks: Sequence[Task]) -> dict[str
 def _with_the_whole_budget(work: Workspace) -> Workspace:
     """The workspace with as many epochs of training as the memory has in both of its stages."""
     config = work.config
-    epochs = config.train.epochs + config.consolidate.epochs
+    consolidation = config.consolidate.epochs if config.method == "mira" else 0
+    epochs = config.train.epochs + consolidation
     train = config.train.model_copy(update={"epochs": epochs})
     other = copy.copy(work)  # what is open already stays open
     other.config = config.model_copy(update={"train": train})
@@ -438,49 +441,46 @@ def _begin_anew(store: memtool_stores.MemoryStore) -> None:
         store.rollback(versions[-1].id)
 
 
-def _baselines(config: Config) -> tuple[str, ...]:
-    """The names of the baselines that a setting and a head have."""
-    if config.stream.setting == "dg":
-        return tuple(DG_BASELINES)
-    return tuple(FIXED_HEAD_BASELINES if is_fixed(config) else BASELINES)
+def chosen_baselines(config: Config) -> tuple[str, ...]:
+    """The baselines that `run` measures: of those that the setting and the head have, the wanted.
+
+    None where the task is known (til) or adapters are recalled whole: `evaluate` compares these.
+    """
+    setting, wanted = config.stream.setting, config.baselines
+    known: Iterable[str] = FIXED_HEAD_BASELINES if is_fixed(config) else BASELINES
+    if config.method == "modulation" or setting == "til":
+        known = ()
+    elif setting == "dg":
+        known = DG_BASELINES
+    elif setting == "trace":
+        known = TEXT_BASELINES
+    return tuple(name for name in known if "all" in wanted or name in wanted)
 
 
-def _baseline(
-    method: Mira | Moram, name: str, tasks: Sequence[Task], progress: Progress | None
-) -> list[Row]:
+def _baseline(method: Mira | Moram, name: str, tasks: Sequence[Task]) -> list[Row]:
     """The rows of a baseline: from its file when an earlier run finished it, else measured."""
     work = _with_the_whole_budget(method.workspace)
-    decides = work.config.model_dump(mode="json", include={"adapter", "train", "head", "backbone"})
-    text = json.dumps(
-        [
-            __version__,
-            decides,
-            work.stream.fingerprint,
-            work.config.stream.held_out,
-            work.backbone.sha256,
-            work.seed,
-            work.engine.precision,
-            str(work.engine.device),
-        ],
-        sort_keys=True,
-    )
-    fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
-    file = work.config.runs / "baselines" / f"{name}-{fingerprint}.json"
-    if file.is_file():
-        try:
-            return _ROWS.validate_json(file.read_bytes())
-        except ValidationError:
-            file.unlink()  # cut short by a full disk: measure again
-    stage = f"baseline: {name}"
-    if progress is not None:
-        progress(ProgressEvent(stage=stage, step=0, total=1))
-    if work.stream.held_out is None:
-        known = FIXED_HEAD_BASELINES if is_fixed(work.config) else BASELINES
-        rows = known[name](work, tasks)
-    else:
-        rows = _on_held_out(work.stream.held_out, DG_BASELINES[name], work, tasks)
-    text = _ROWS.dump_json(rows, indent=2).decode() + "\n"
-    work.engine.on_main(lambda: write_atomic(file, text))
-    if progress is not None:
-        progress(ProgressEvent(stage=stage, step=1, total=1))
-    return rows
+    decides = [
+        __version__,
+        work.config.model_dump(mode="json", include={"adapter", "train", "head", "backbone"}),
+        work.stream.fingerprint,
+        work.config.stream.held_out,
+        work.backbone.sha256,
+        work.seed,
+        work.engine.precision,
+        str(work.engine.device),
+    ]
+
+    def measure() -> list[Row]:
+        stage = f"baseline: {name}"
+        work.tell(stage, 0, 1)
+        if work.stream.held_out is None:
+            known = FIXED_HEAD_BASELINES if is_fixed(work.config) else BASELINES
+            rows = known[name](work, tasks)
+        else:
+            rows = _on_held_out(work.stream.held_out, DG_BASELINES[name], work, tasks)
+        work.tell(stage, 1, 1)
+        return rows
+
+    file = work.config.runs / "baselines" / f"{name}-{fingerprint_of(decides)[:16]}.json"
+    return kept(file, _ROWS, work.engine, measure)

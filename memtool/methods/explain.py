@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from memtool.adapters.mixing import Mixture
@@ -29,7 +29,7 @@ from memtool.methods.method import first, task_of
 from memtool.methods.mira import SUBJECT_SAMPLES, Mira
 from memtool.methods.moram import Moram
 from memtool.methods.recall import MemoryModel, QueryProbe
-from memtool.methods.results import Result
+from memtool.methods.results import Part, Result
 from memtool.reports.explanation import Explained, check_suffix, write_explained
 from memtool.reports.table import Grid, percent
 from memtool.streams import load_image
@@ -44,7 +44,7 @@ NEAREST = 3
 """Tasks whose distance a terminal and a page show; the record has all."""
 
 
-class Outcome(BaseModel):
+class Outcome(Part):
     """What comes out of a mixture.
 
     `probability` is that of the class that wins with the whole mixture, `changed` the share of
@@ -52,23 +52,19 @@ class Outcome(BaseModel):
     image (None where nothing that is left knows a class), `accuracy` is for a task.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     probability: float
     changed: float
     label: str | None = None
     accuracy: float | None = None
 
 
-class AdapterPart(BaseModel):
+class AdapterPart(Part):
     """One adapter's part in a mixture.
 
     `coefficient` is the mean over samples and memories, `negative` the share of them below zero.
     `contribution` is the probability of the winning class less that `without` the adapter: below
     zero for an adapter that speaks against it.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     task: int
@@ -79,15 +75,13 @@ class AdapterPart(BaseModel):
     without: Outcome
 
 
-class Familiarity(BaseModel):
+class Familiarity(Part):
     """How far the queries lie from those of a task that was learned.
 
     `distance` is Mahalanobis' from the task's mean query by the covariance within tasks, root mean
     square over samples and memories; `ratio` compares it to the task's own training images, so that
     1 is as far as one of them and several times that is unlike all that was learned.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     task: int
     task_name: str | None
@@ -143,7 +137,7 @@ def explain(
     if not isinstance(method, Mira):
         raise ConfigError(
             "explain is about mixtures; method modulation recalls adapters whole",
-            expected="method mira",
+            expected="method mira, or moram for its atoms",
             remedy="memtool retrieve, which says how well an adapter was recalled",
         )
     if (task is None) == (image is None):
@@ -175,10 +169,10 @@ def explain(
         return _outcome(probabilities, before, labels, state.class_names)
 
     below = seen.coefficients < 0
-    method.tell("explain", 0, total)
+    method.workspace.tell("explain", 0, total)
     clamped = seen.coefficients.clamp_min(0)
     without_negative = outcome(mixed(clamped)) if bool(below.any()) else None
-    method.tell("explain", 1, total)
+    method.workspace.tell("explain", 1, total)
     whole = outcome(before)
     parts = []
     for place, record in enumerate(snapshot.records):
@@ -186,7 +180,7 @@ def explain(
         if bool(taking_part[place]):
             others = torch.arange(count) != place
             without = outcome(mixed(seen.coefficients * others))
-            method.tell("explain", 1 + int(taking_part[: place + 1].sum()), total)
+            method.workspace.tell("explain", 1 + int(taking_part[: place + 1].sum()), total)
         parts.append(
             AdapterPart(
                 name=record.name,
@@ -377,7 +371,8 @@ def as_shown(result: Explanation) -> Explained:
         facts += [("negative coefficients", share), ("with those at zero", _words(rest))]
     for place, near in enumerate(result.familiar[:NEAREST]):
         name = f"{near.task} {near.task_name}" if near.task_name else str(near.task)
-        facts.append(("" if place else "distance", f"{near.ratio:.2f} x the usual of task {name}"))
+        far = f"{near.ratio:.2f} x as far from task {name} as its own images"
+        facts.append(("" if place else "distance", far))
     mixture = result.routing == "mixture"
     how = result.separation if mixture else f"hard choice by {result.routing}"
     return Explained(
@@ -398,7 +393,7 @@ def _parts(result: Explanation) -> Grid:
     order = sorted(result.adapters, key=lambda part: -abs(part.coefficient))
     return Grid(
         title="Adapters",
-        header=("adapter", "task", "coefficient", "below 0 %", "adds %", "without it"),
+        header=("adapter", "task", "coefficient", "negative %", "adds points", "without it"),
         rows=tuple(
             (
                 part.name,
@@ -412,8 +407,9 @@ def _parts(result: Explanation) -> Grid:
         ),
         bold=frozenset((i, 2) for i, part in enumerate(order) if round(part.coefficient, 3) < 0),
         notes=(
-            "adds: points of the winning class's probability that go without the adapter; without "
-            "it: what then comes out.",
+            "coefficient: mean over images and blocks, of which negative % are below 0; adds: "
+            "percentage points of the winning class's probability that go when this adapter is "
+            "left out and all others stay; without it: what then comes out.",
         ),
     )
 

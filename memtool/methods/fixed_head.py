@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from memtool.adapters.values import Recall
 from memtool.backbones.interface import Backbone, TextBackbone
 from memtool.config import Config
-from memtool.engine import Batch, Engine
+from memtool.engine import Engine
 from memtool.errors import ConfigError, DataError
 from memtool.heads import CosineHead, LinearClassifier, both_ways, prototype_head
 from memtool.streams.prompts import prompts
@@ -90,17 +90,34 @@ class PromptTokens:
         return CosineHead.of_classes(directions, labels, len(self.prompts), backbone.logit_scale)
 
 
+def compared(config: Config, stream: Stream, task: Task) -> tuple[int, ...]:
+    """The classes that the images of a task are told apart from while it is learned.
+
+    Under prototypes those of all tasks up to it: an elephant that is drawn must win over the ones
+    in photographs, too. Else the classes of the task.
+    """
+    if config.head.kind != "prototype":
+        return task.classes
+    before = (one for other in stream.tasks if other.number < task.number for one in other.classes)
+    return tuple(sorted({*before, *task.classes}))
+
+
 class FixedHeadTraining(nn.Module):
     """Whatever adapts a frozen backbone, while it learns one task under the fixed head.
 
     `adapting` holds the parameters that learn, `recall()` what they say to a block. `forward` maps
-    uint8 images (b, h, w, 3) to logits (b, classes), −infinity for classes that are not in the
-    task; with labels (b,) a text tower reads the prompts of these classes anew, and only these
-    count.
+    uint8 images (b, h, w, 3) to logits (b, classes), −infinity for classes that are not
+    `compared`; with labels (b,) to the loss: cross-entropy over the classes compared. A text tower
+    reads the prompts of the labels anew, and its loss goes from images to texts and back over the
+    classes of the batch.
     """
 
     def __init__(
-        self, work: Workspace, adapting: nn.Module, recall: Callable[[], Recall], task: Task
+        self,
+        work: Workspace,
+        adapting: nn.Module,
+        recall: Callable[[], Recall],
+        task: Task,
     ) -> None:
         super().__init__()
         self.adapting = adapting
@@ -109,15 +126,17 @@ class FixedHeadTraining(nn.Module):
         self.text: PromptTokens | None = None
         if work.config.head.kind == "text":
             self.text = PromptTokens(work.backbone, work.stream)
-        self.task = task
+        self.classes = compared(work.config, work.stream, task)
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Logits (b, classes), float32."""
+        """Logits (b, classes), float32, or with labels the loss."""
         backbone = self._work.backbone
-        head = self.head(labels.unique() if labels is not None else self.task.classes)
-        return head(
-            backbone.features(backbone.preprocess(images), self._recall()), self.task.classes
-        )
+        features = backbone.features(backbone.preprocess(images), self._recall())
+        if labels is None:
+            return self.head(self.classes)(features, self.classes)
+        if self.text is None:
+            return F.cross_entropy(self.head(self.classes)(features, self.classes), labels)
+        return both_ways(self.head(labels.unique())(features), labels)
 
     def head(self, classes: Sequence[int] | Tensor) -> CosineHead:
         """The head as the adapters make it now; a text tower reads so many classes only."""
@@ -125,20 +144,10 @@ class FixedHeadTraining(nn.Module):
             return self._work.fixed_head
         return self.text.head(self._work.backbone, self._recall(), classes)
 
-    def loss(self, model: nn.Module, images: Tensor, batch: Batch) -> Tensor:
-        """Cross-entropy of a batch over the task's classes; `model` is this one as it is called.
-
-        With a text tower: from images to texts and back, over the classes of the batch.
-        """
-        if self.text is not None:
-            return both_ways(model(images, batch.labels), batch.labels)
-        each = F.cross_entropy(model(images), batch.labels, reduction="none")
-        return (each * batch.weights).mean()
-
     def classifier(self) -> LinearClassifier:
-        """Linear scores with the ranking of the head now, of the task's classes if it has texts."""
+        """Linear scores with the ranking of the head now; of a text tower's, the task's classes."""
         with torch.no_grad(), self._work.engine.autocast():
-            return self.head(self.task.classes).linear()
+            return self.head(self.classes).linear()
 
 
 def head_under(work: Workspace, recall: Recall, kind: str) -> CosineHead:

@@ -178,7 +178,7 @@ def _renormalise(txn: Transaction, view: MemoryView, gone: set[str]) -> None:
         if blob.startswith(RECALL_PREFIX):
             _unlearn(txn, view, blob, gone)
     if ATOMS in view.blobs():
-        from memtool.methods.moram import solve_without
+        from memtool.methods.atom_state import solve_without
 
         solve_without(txn, view, gone)
     if MEMORY in view.blobs():  # else nothing was consolidated, and nothing needs torch
@@ -218,9 +218,8 @@ def _solve_again(txn: Transaction, view: MemoryView, gone: set[str]) -> None:
     from memtool.methods.state import (
         HEAD,
         MemoryState,
-        classifier_of,
         feature_statistics,
-        own_head_blob,
+        own_head,
         query_statistics,
         solve_recalled_head,
     )
@@ -261,12 +260,8 @@ def _solve_again(txn: Transaction, view: MemoryView, gone: set[str]) -> None:
         generator = torch.Generator()  # keys in closed form draw nothing from it
         found = start_keys(state.consolidate, state.memory, counted, adapter_tasks, generator)
         keys = np.ascontiguousarray(found.numpy(), dtype=np.float32)
-    features = {t: f for t, f in feature_statistics(view, state).items() if t in tasks}
-    trained = {}
-    for record in txn.adapters:
-        name = own_head_blob(record.name)
-        known = classifier_of(view.blob(name), name) if name in view.blobs() else None
-        trained[task_of(record)] = known
+    features = feature_statistics(view, tasks)
+    trained = {task_of(record): own_head(view, record.name) for record in txn.adapters}
     head = solve_recalled_head(state.head, features, trained, adapter_tasks)
     if state.head.kind == "shared" and HEAD in view.blobs():
         # It learned on with the keys and stays as they do, but for classes that nobody knows now.
@@ -275,5 +270,5 @@ def _solve_again(txn: Transaction, view: MemoryView, gone: set[str]) -> None:
         head = RecalledHead(learned.weight, learned.bias.masked_fill(unknown, -torch.inf), None)
     changes = {"tasks": tasks, "adapters": adapters, "adapter_tasks": adapter_tasks}
     txn.set_keys(keys)
-    txn.put_blob(MEMORY, state.model_copy(update=changes).model_dump_json().encode())
+    state.model_copy(update=changes).put(txn)
     txn.put_blob(HEAD, head.to_bytes())

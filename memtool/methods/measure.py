@@ -63,7 +63,7 @@ class Measure:
 
     def accuracy(self, model: MemoryModel, head: RecalledHead, samples: Samples) -> float:
         """Share of samples that the recalled mixture classifies right."""
-        return _share_right(self.recall(model, head, samples.images)[0], samples)
+        return share_right(self.recall(model, head, samples.images)[0], samples)
 
     def scores(self, snapshot: Snapshot, tasks: Sequence[Task]) -> Scores:
         """The memory on the test images of tasks, the task inferred."""
@@ -75,7 +75,7 @@ class Measure:
         right, total = 0, 0
         for task in tasks:
             logits, recalled = self.recall(model, head, task.test.images)
-            accuracy.append(_share_right(logits, task.test))
+            accuracy.append(share_right(logits, task.test))
             coefficients.append(recalled)
             if task.number in state.tasks:
                 chosen = (recalled.mean(dim=1) @ by_task).argmax(dim=1)
@@ -108,7 +108,7 @@ class Measure:
             logits = self._logits(every(values), head.to(engine.device), task)
             total = logits if total is None else total + logits
         assert total is not None
-        return _share_right(total, task.test)
+        return share_right(total, task.test)
 
     def other_ways(
         self, snapshot: Snapshot, sources: Sequence[Task], shown: Sequence[Task]
@@ -163,7 +163,7 @@ class Measure:
         names = [task.name for task in shown]
         rows = []
         for id, words, kind, logits in ways:
-            scores = [_share_right(logits(task), task.test) for task in shown]
+            scores = [share_right(logits(task), task.test) for task in shown]
             matrix = AccuracyMatrix.empty(names).with_row(len(names), scores)
             rows.append(Row.measured(id, words, kind, matrix))
         return rows
@@ -204,11 +204,8 @@ class Measure:
             equal = (there / there.sum()).to(work.engine.device)
             recall = same_for_all(model.values, equal, model.mix)
 
-            def run(images: Tensor, recall: Recall = recall) -> Tensor:
-                return work.backbone.features(work.backbone.preprocess(images), recall)
-
-            features = work.engine.predict(run, task.train.images)
-            statistics.add(features, torch.from_numpy(np.asarray(task.train.labels)))
+            features = work.features(task.train.images, recall)
+            statistics.merge(work.counted(features, task.train))
         return solve_head("lda", statistics, work.config.head)
 
 
@@ -232,7 +229,8 @@ def drift(then: Sequence[Tensor], now: Sequence[Tensor]) -> dict[str, float]:
     }
 
 
-def _share_right(logits: Tensor, samples: Samples) -> float:
+def share_right(logits: Tensor, samples: Samples) -> float:
+    """Share of samples whose own class has the highest of the logits (n, classes)."""
     labels = torch.from_numpy(np.asarray(samples.labels))
     return float((logits.argmax(1) == labels).double().mean())
 

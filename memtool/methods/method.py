@@ -6,13 +6,12 @@ evaluate). The first two are here; `mira` and `modulation` add how a memory is r
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Generic, Literal, Self
 
 import numpy as np
 import torch
@@ -21,7 +20,14 @@ from torch import Tensor
 
 import memtool_stores
 from memtool.config import Config
-from memtool.errors import AlreadyThereError, ConfigError, DataError, MismatchError, NotFoundError
+from memtool.errors import (
+    AlreadyThereError,
+    ChangedMeanwhileError,
+    ConfigError,
+    DataError,
+    MismatchError,
+    NotFoundError,
+)
 from memtool.evaluation.record import (
     BackboneIdentity,
     DataIdentity,
@@ -41,11 +47,12 @@ from memtool.methods.exchange import (
     require_new,
     write_adapter,
 )
+from memtool.methods.kept import fingerprint_of
 from memtool.methods.recall import MemoryModel
 from memtool.methods.results import AdaptResult, WriteResult, WrittenAdapter
 from memtool.methods.state import classifier_bytes, own_head_blob
-from memtool.methods.workspace import Workspace, require_learnable
-from memtool.progress import Progress, ProgressEvent
+from memtool.methods.workspace import MemoryWorkspace, T, Workspace, require_learnable
+from memtool.progress import Progress
 from memtool.streams.task import Samples, Task
 
 
@@ -62,33 +69,20 @@ class Trained:
     beneath: str = ""
 
 
-class Method:
-    """The steps that all methods share, over one configuration and seed.
+class MemoryMethod(ABC, Generic[T]):
+    """The steps that all methods share, whatever the data, over one configuration and seed.
 
-    `kind` is the kind of row that the method keeps in the store.
+    `kind` is the kind of row that the method keeps in the store; `version_each` says whether every
+    directory that is written becomes a version of its own.
     """
 
     kind: ClassVar[Literal["adapter", "atoms"]] = "adapter"
+    version_each: ClassVar[bool] = False
 
-    def __init__(self, workspace: Workspace) -> None:
-        self.workspace = workspace
+    def __init__(self, workspace: MemoryWorkspace[T]) -> None:
+        self.workspace: MemoryWorkspace[T] = workspace
         self.config = workspace.config
         self.seed = workspace.seed
-
-    @classmethod
-    def open(
-        cls,
-        config: Config,
-        *,
-        seed: int,
-        progress: Progress | None = None,
-        adapters: Path | None = None,
-    ) -> Self:
-        """Nothing is read yet: stream, backbone and store open when first needed.
-
-        `adapters` as in `Workspace`.
-        """
-        return cls(Workspace(config, seed=seed, progress=progress, adapters=adapters))
 
     # Adapt ----------------------------------------------------------------------------------
 
@@ -100,7 +94,7 @@ class Method:
         """
         work = self.workspace
         chosen = work.task(task)
-        require_learnable(chosen)
+        self._require_learnable(chosen)
         names = self.adapter_names(chosen)
         fingerprint = self._fingerprint(chosen)
         folders = [AdapterFolder(work.adapter_folder / name) for name in names]
@@ -123,6 +117,7 @@ class Method:
             work.engine.on_main(lambda: checkpoint.unlink(missing_ok=True))
         training = self._train(chosen, fingerprint, checkpoint)
         trained = training.adapted
+        accuracies = trained.train_accuracy or (None,) * len(folders)
         results = [
             AdaptResult(
                 path=folder.path,
@@ -137,17 +132,18 @@ class Method:
                 bytes=work.layout.numel * 4,
                 resumed=trained.fit.resumed_at > 0,
             )
-            for name, folder, accuracy in zip(names, folders, trained.train_accuracy, strict=True)
+            for name, folder, accuracy in zip(names, folders, accuracies, strict=True)
         ]
 
         def write_all() -> None:
+            heads = [of_classes(head, chosen.classes) for head in trained.heads]
             for index, (folder, result) in enumerate(zip(folders, results, strict=True)):
                 write_adapter(
                     folder,
                     work,
                     chosen,
                     value=trained.values[index],
-                    head=of_classes(trained.heads[index], chosen.classes),
+                    head=heads[index] if heads else None,
                     result=result,
                     fingerprint=fingerprint,
                     warm_start=training.source,
@@ -158,99 +154,43 @@ class Method:
         work.engine.on_main(write_all)
         return results
 
-    def _train(self, task: Task, fingerprint: str, checkpoint: Path) -> Trained:
+    @abstractmethod
+    def _train(self, task: T, fingerprint: str, checkpoint: Path) -> Trained:
         """Train the adapters of a task; an interrupted training goes on from the checkpoint."""
-        work = self.workspace
-        start, source = self._warm_start(task)
-        beneath, version = self._beneath(task)
-        if beneath is not None:
-            source = f"{source} on top of version {version}"
-        adapted = adapt(
-            work.engine,
-            work.backbone,
-            work.layout,
-            task.train,
-            classes=task.classes,
-            class_count=len(work.stream.class_names),
-            adapter=self.config.adapter,
-            train=self.config.train,
-            seed=self.training_seed(task),
-            start=start,
-            beneath=beneath,
-            fingerprint=f"{fingerprint} {source}",
-            checkpoint=checkpoint,
-            progress=work.progress,
-            stage=self.stage(task),
-        )
-        return Trained(adapted, source)
 
-    def training_seed(self, task: Task) -> int:
-        """The seed of the training of a task: of its draws and of the order of its images."""
-        return self.seed * 1000 + task.number
+    @abstractmethod
+    def _fingerprint(self, task: T) -> str:
+        """The hash of all that decides what training a task gives."""
 
-    def stage(self, task: Task) -> str:
+    def _require_learnable(self, task: T) -> None:
+        """Raise DataError for a task that nothing can be learned from; here there is none."""
+
+    def stage(self, task: T) -> str:
         """What progress calls the training of a task."""
-        return f"task {task.number}/{len(self.workspace.stream.tasks)} {task.name}: adapt"
+        return f"task {task.number}/{self.workspace.stream.count} {task.name}: adapt"
 
-    def adapter_names(self, task: Task) -> list[str]:
+    def adapter_names(self, task: T) -> list[str]:
         """Names of the adapters of a task, one folder each."""
         stem = f"task-{task.number}-seed-{self.seed}"
         count = self.config.adapter.per_task
         return [stem] if count == 1 else [f"{stem}-adapter-{j + 1}" for j in range(count)]
-
-    def _fingerprint(self, task: Task) -> str:
-        work = self.workspace
-        decides = {
-            "backbone": work.backbone.sha256,
-            "stream": work.stream.fingerprint,
-            "task": task.number,
-            "targets": self.config.backbone.targets,
-            "adapter": self.config.adapter.model_dump(mode="json"),
-            "train": self.config.train.model_dump(mode="json"),
-            "seed": self.seed,
-        }
-        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
-
-    def _warm_start(self, task: Task) -> tuple[Tensor | None, str]:
-        """The value that training starts from, and a word for it: the ids it was made of."""
-        kind = self.config.adapter.warm_start
-        if kind == "none" or not self.workspace.has_store:
-            return None, "zero"
-        view = self.workspace.store.view("HEAD")
-        earlier = [
-            record
-            for record in view.adapters
-            if 0 < (record.meta.get("task") or 0) < task.number
-            and record.meta.get("seed") in (None, self.seed)
-        ]
-        if kind == "previous" and earlier:
-            last = max(int(r.meta["task"]) for r in earlier)
-            earlier = [r for r in earlier if r.meta["task"] == last]
-        if not earlier:
-            return None, "zero"
-        values = torch.from_numpy(view.values([record.id for record in earlier]).copy())
-        return values.mean(dim=0), " ".join(record.id for record in earlier)
-
-    def _beneath(self, task: Task) -> tuple[MemoryModel | None, str]:
-        """The memory that a residual adapter is trained on top of, and its version."""
-        if self.config.adapter.residual:
-            raise ConfigError(
-                f"residual adapters under method {self.config.method}, task {task.number}",
-                expected="method mira, whose mixtures an adapter can be added to",
-            )
-        return None, ""
 
     # Write ----------------------------------------------------------------------------------
 
     def write(
         self, directories: Sequence[Path] | None = None, *, task: str | None = None
     ) -> WriteResult:
-        """Append adapters to the store as one version: those not yet there, or the ones named.
+        """Append adapters to the store: those not yet there, or the ones named.
 
-        `task` says what a directory that was not made by memtool was trained on. Writing what is
-        there already changes nothing; another adapter of the same name is an error.
+        They become one version, or one each where the method's `version_each` says so. `task` says
+        what a directory that was not made by memtool was trained on. Writing what is there already
+        changes nothing; another adapter of the same name is an error.
         """
+        self._require_settings()
         return self.workspace.engine.on_main(lambda: self._write(directories, task))
+
+    def _require_settings(self) -> None:
+        """Settings that the method cannot write adapters under are errors; here none are."""
 
     def _write(self, directories: Sequence[Path] | None, task: str | None) -> WriteResult:
         work = self.workspace
@@ -261,6 +201,16 @@ class Method:
                     f"no adapters in {work.adapter_folder}",
                     remedy="memtool train-adapter --task 1, or memtool write DIR",
                 )
+        versions = [[path] for path in directories] if self.version_each else [directories]
+        results = [self._write_version(version, task) for version in versions]
+        return WriteResult(
+            version=results[-1].version,
+            added=tuple(adapter for result in results for adapter in result.added),
+            skipped=tuple(name for result in results for name in result.skipped),
+        )
+
+    def _write_version(self, directories: Sequence[Path], task: str | None) -> WriteResult:
+        work = self.workspace
         given = None if task is None else work.task(task)
         found = [read_adapter(path, work, given) for path in directories]
         store = work.store_or_new()
@@ -327,26 +277,6 @@ class Method:
 
     # Shared ---------------------------------------------------------------------------------
 
-    def plan(self, verb: str) -> dict[str, Any]:
-        """What a verb would do, for --dry-run: tasks, parameters and bytes; nothing is written."""
-        work, config = self.workspace, self.config
-        stream = work.stream
-        value_bytes = work.layout.numel * 4
-        return {
-            "verb": verb,
-            "store": work.store_path,
-            "store_exists": work.has_store,
-            "backbone": work.backbone.name,
-            "device": str(work.engine.device),
-            "precision": work.engine.precision,
-            "tasks": [task.name for task in stream.tasks],
-            "train_images": [len(task.train) for task in stream.tasks],
-            "adapters_per_task": config.adapter.per_task,
-            "parameters_per_adapter": work.layout.numel,
-            "bytes_per_adapter": value_bytes,
-            "bytes_in_all": value_bytes * config.adapter.per_task * len(stream.tasks),
-        }
-
     def _require_same_task(self, record: memtool_stores.AdapterRecord) -> None:
         """An adapter in memory belongs to the task of its number in this stream."""
         number, name = record.meta.get("task"), record.meta.get("task_name")
@@ -364,7 +294,7 @@ class Method:
     def _record(
         self,
         rows: Sequence[Row],
-        learned: Sequence[Task],
+        learned: Sequence[T],
         *,
         setting: str,
         version: str,
@@ -414,10 +344,97 @@ class Method:
             "configuration": self.config.model_dump(mode="json"),
         }
 
-    def tell(self, stage: str, step: int, total: int) -> None:
-        """Say how far a step is, to whoever listens."""
-        if self.workspace.progress is not None and self.workspace.engine.is_main:
-            self.workspace.progress(ProgressEvent(stage=stage, step=step, total=total))
+
+class Method(MemoryMethod[Task]):
+    """The steps that methods on images share: how the adapters of a task are trained."""
+
+    workspace: Workspace
+
+    @classmethod
+    def open(
+        cls,
+        config: Config,
+        *,
+        seed: int,
+        progress: Progress | None = None,
+        adapters: Path | None = None,
+    ) -> Self:
+        """Nothing is read yet: stream, backbone and store open when first needed.
+
+        `adapters` as in `Workspace`.
+        """
+        return cls(Workspace(config, seed=seed, progress=progress, adapters=adapters))
+
+    def _train(self, task: Task, fingerprint: str, checkpoint: Path) -> Trained:
+        work = self.workspace
+        start, source = self._warm_start(task)
+        beneath, version = self._beneath(task)
+        if beneath is not None:
+            source = f"{source} on top of version {version}"
+        adapted = adapt(
+            work.engine,
+            work.backbone,
+            work.layout,
+            task.train,
+            classes=task.classes,
+            class_count=len(work.stream.class_names),
+            adapter=self.config.adapter,
+            train=self.config.train,
+            seed=work.training_seed(task.number),
+            start=start,
+            beneath=beneath,
+            fingerprint=f"{fingerprint} {source}",
+            checkpoint=checkpoint,
+            progress=work.progress,
+            stage=self.stage(task),
+        )
+        return Trained(adapted, source)
+
+    def _fingerprint(self, task: Task) -> str:
+        work = self.workspace
+        decides = {
+            "backbone": work.backbone.sha256,
+            "stream": work.stream.fingerprint,
+            "task": task.number,
+            "targets": self.config.backbone.targets,
+            "adapter": self.config.adapter.model_dump(mode="json"),
+            "train": self.config.train.model_dump(mode="json"),
+            "seed": self.seed,
+        }
+        return fingerprint_of(decides)
+
+    def _require_learnable(self, task: Task) -> None:
+        """Raise DataError for a task without images of two classes."""
+        require_learnable(task)
+
+    def _warm_start(self, task: Task) -> tuple[Tensor | None, str]:
+        """The value that training starts from, and a word for it: the ids it was made of."""
+        kind = self.config.adapter.warm_start
+        if kind == "none" or not self.workspace.has_store:
+            return None, "zero"
+        view = self.workspace.store.view("HEAD")
+        earlier = [
+            record
+            for record in view.adapters
+            if 0 < (record.meta.get("task") or 0) < task.number
+            and record.meta.get("seed") in (None, self.seed)
+        ]
+        if kind == "previous" and earlier:
+            last = max(int(r.meta["task"]) for r in earlier)
+            earlier = [r for r in earlier if r.meta["task"] == last]
+        if not earlier:
+            return None, "zero"
+        values = torch.from_numpy(view.values([record.id for record in earlier]).copy())
+        return values.mean(dim=0), " ".join(record.id for record in earlier)
+
+    def _beneath(self, task: Task) -> tuple[MemoryModel | None, str]:
+        """The memory that a residual adapter is trained on top of, and its version."""
+        if self.config.adapter.residual:
+            raise ConfigError(
+                f"residual adapters under method {self.config.method}, task {task.number}",
+                expected="method mira, whose mixtures an adapter can be added to",
+            )
+        return None, ""
 
 
 def of_classes(head: LinearClassifier, classes: Sequence[int]) -> LinearClassifier:
@@ -436,6 +453,29 @@ def task_of(record: memtool_stores.AdapterRecord) -> int:
             remedy="memtool write DIR --task N, in a new --store",
         )
     return number
+
+
+def require_unmoved(txn: memtool_stores.Transaction, view: memtool_stores.MemoryView) -> None:
+    """Raise ChangedMeanwhileError where a transaction begins at another version than was read."""
+    if txn.base.version != view.version:
+        raise ChangedMeanwhileError(
+            f"the memory moved on to version {txn.base.version} while {view.version} was worked on",
+            remedy="the same command again; nothing was changed",
+        )
+
+
+def newest_after_each(
+    history: Iterable[tuple[str, tuple[int, ...]]], order: Sequence[int]
+) -> dict[int, str]:
+    """Of versions with the tasks that each knows, newest first: the one after every task.
+
+    By number of tasks i: the newest version that knows the first i of `order`, and no more.
+    """
+    found: dict[int, str] = {}
+    for version, tasks in history:
+        if tasks and tasks == tuple(order[: len(tasks)]):
+            found.setdefault(len(tasks), version)
+    return found
 
 
 def joined(parts: Sequence[Samples]) -> Samples:

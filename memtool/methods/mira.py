@@ -27,7 +27,6 @@ import memtool_stores
 from memtool.adapters.values import AdapterValues
 from memtool.config import Config
 from memtool.errors import (
-    ChangedMeanwhileError,
     ConfigError,
     MismatchError,
     NotFoundError,
@@ -37,15 +36,22 @@ from memtool.evaluation.record import (
     Record,
     Row,
 )
-from memtool.heads import FeatureStatistics
 from memtool.memories.keyed import KeyedMemory
 from memtool.methods import consolidate as stage_two
 from memtool.methods.exchange import (
     recalled_adapter,
     require_new,
 )
-from memtool.methods.measure import Measure, drift
-from memtool.methods.method import Method, first, joined, read_query, task_of
+from memtool.methods.measure import Measure, drift, share_right
+from memtool.methods.method import (
+    Method,
+    first,
+    joined,
+    newest_after_each,
+    read_query,
+    require_unmoved,
+    task_of,
+)
 from memtool.methods.recall import MemoryModel, memory_blocks
 from memtool.methods.results import (
     AdapterCoefficient,
@@ -55,7 +61,6 @@ from memtool.methods.results import (
 )
 from memtool.methods.state import (
     HEAD,
-    MEMORY,
     PAST_QUERIES,
     QUERY_MODULES,
     MemoryState,
@@ -138,10 +143,9 @@ class Mira(Method):
             seen, _ = stage_two.count_task(
                 work.engine, work.backbone, probe, config.memory, own, task.train
             )
-            features[number] = self._counted(task, seen)
+            features[number] = work.counted(seen, task.train)
         beneath = snapshot.model if config.adapter.residual else None
-        for place, number in enumerate(new_tasks):
-            self.tell("consolidate: count", place, len(new_tasks))
+        for number in work.telling("consolidate: count", new_tasks):
             task = work.task(str(number))
             require_learnable(task)
             own = snapshot.own_values(number, work.engine.device)
@@ -151,8 +155,7 @@ class Mira(Method):
             queries[number] = stage_two.count_queries(
                 asked, task.train.labels, by_class=config.memory.keys_of == "class"
             )
-            features[number] = self._counted(task, seen)
-            self.tell("consolidate: count", place + 1, len(new_tasks))
+            features[number] = work.counted(seen, task.train)
         tasks += new_tasks
         features = {number: features[number] for number in tasks}
         adapter_tasks = tuple(tasks.index(task_of(record)) for record in view.adapters)
@@ -244,7 +247,7 @@ class Mira(Method):
             for number in fresh:
                 task = work.task(str(number))
                 seen = stage_two.features_recalled(work.engine, model, task.train)
-                features[number] = self._counted(task, seen)
+                features[number] = work.counted(seen, task.train)
             if config.head.kind in ("lda", "ridge", "ncm"):
                 head = solve_recalled_head(config.head, features, trained, adapter_tasks)
         if past is not None:
@@ -309,12 +312,7 @@ class Mira(Method):
         refined = model.values.flat().cpu().numpy() if refines and learned is not None else None
 
         def commit(txn: memtool_stores.Transaction) -> None:
-            if txn.base.version != view.version:
-                raise ChangedMeanwhileError(
-                    f"the memory moved on to version {txn.base.version} while "
-                    f"{view.version} was consolidated",
-                    remedy="memtool consolidate again; nothing was lost",
-                )
+            require_unmoved(txn, view)
             if refined is not None:
                 for record, value in zip(view.adapters[kept:], refined[kept:], strict=True):
                     txn.remove(record.id)
@@ -323,7 +321,7 @@ class Mira(Method):
             ids = tuple(record.id for record in txn.adapters)
             state = new_state.model_copy(update={"adapters": ids})
             txn.set_keys(array)
-            txn.put_blob(MEMORY, state.model_dump_json().encode())
+            state.put(txn)
             for name, data in blobs.items():
                 txn.put_blob(name, data)
             if learned_modules is None and QUERY_MODULES in txn.base.blobs():
@@ -339,13 +337,6 @@ class Mira(Method):
         message = f"consolidate tasks {described}"
         work.engine.on_main(lambda: work.store.run(commit, message, metadata=metadata))
         return result.model_copy(update={"version": work.store.head()})
-
-    def _counted(self, task: Task, features: Tensor) -> FeatureStatistics:
-        """Moments of the features (n, dim) of a task's training images."""
-        work = self.workspace
-        statistics = FeatureStatistics(work.backbone.dim, len(work.stream.class_names))
-        statistics.add(features, torch.from_numpy(np.asarray(task.train.labels)))
-        return statistics
 
     def _require_same_queries(self, state: MemoryState | None) -> None:
         """Queries that were counted one way cannot be asked another way later."""
@@ -454,9 +445,7 @@ class Mira(Method):
             logits, recalled = Measure(self.workspace).recall(model, head, images)
             coefficients = recalled.mean(dim=0)
             if task is not None:
-                accuracy = float(
-                    (logits.argmax(1) == torch.from_numpy(np.asarray(shown.labels))).float().mean()
-                )
+                accuracy = share_right(logits, shown)
             else:
                 prediction = _prediction(head.probabilities(logits)[0], state)
         if out is not None:
@@ -550,14 +539,12 @@ class Mira(Method):
         matrix = AccuracyMatrix.empty([task.name for task in learned])
         then: dict[int, Tensor] = {}
         more: dict[str, float] = {}
-        for place, (count, at) in enumerate(sorted(versions.items())):
-            self.tell("evaluate", place, len(versions))
+        for count, at in self.workspace.telling("evaluate", sorted(versions.items())):
             there = snapshot if at == snapshot.version else self._snapshot(at)
             scored = measure.scores(there, learned)
             matrix = matrix.with_row(count, scored.accuracy)
             then[count] = scored.coefficients[count - 1]
             more["task_accuracy"] = scored.task_accuracy
-            self.tell("evaluate", place + 1, len(versions))
         if len(then) == len(learned):
             before = [then[count] for count in range(1, len(learned))]
             more |= drift(before, scored.coefficients[:-1])
@@ -570,12 +557,10 @@ class Mira(Method):
         if history:
             versions = self._history(snapshot, learned, "til")
         matrix = AccuracyMatrix.empty([task.name for task in learned])
-        for place, (count, at) in enumerate(sorted(versions.items())):
-            self.tell("evaluate", place, len(versions))
+        for count, at in self.workspace.telling("evaluate", sorted(versions.items())):
             there = snapshot if at == snapshot.version else self._snapshot(at)
             own = [measure.own_accuracy(there, task) for task in learned[:count]]
             matrix = matrix.with_row(count, [*own, *[None] * (len(learned) - count)])
-            self.tell("evaluate", place + 1, len(versions))
         return Row.measured("memory", "task given, exact recall", "method", matrix)
 
     def _generalised(
@@ -667,17 +652,16 @@ class Mira(Method):
 
     def _history(self, snapshot: Snapshot, learned: Sequence[Task], setting: str) -> dict[int, str]:
         """The newest version at which the first i tasks, and no more, were learned, for every i."""
-        order = [task.number for task in learned]
-        found: dict[int, str] = {}
-        for version in self.workspace.store.log(snapshot.version):
-            if setting == "til":
-                view = self.workspace.store.view(version.id)
-                tasks = list(dict.fromkeys(task_of(record) for record in view.adapters))
-            else:
-                tasks = list(version.metadata.get("learned") or [])
-            if tasks and tasks == order[: len(tasks)] and len(tasks) not in found:
-                found[len(tasks)] = version.id
-        return found
+        store = self.workspace.store
+
+        def known(version: memtool_stores.Version) -> tuple[int, ...]:
+            if setting != "til":
+                return tuple(version.metadata.get("learned") or ())
+            records = store.view(version.id).adapters
+            return tuple(dict.fromkeys(task_of(record) for record in records))
+
+        history = ((version.id, known(version)) for version in store.log(snapshot.version))
+        return newest_after_each(history, [task.number for task in learned])
 
     def known_tasks(self, version: str) -> tuple[int, ...]:
         """Numbers of the tasks that a version can be measured on; none before consolidation."""

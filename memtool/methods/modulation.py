@@ -17,6 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +31,6 @@ from memtool.adapters.peft_files import write_peft
 from memtool.adapters.values import AdapterValues
 from memtool.config import Recaller
 from memtool.errors import (
-    ChangedMeanwhileError,
     ConfigError,
     CorruptError,
     MismatchError,
@@ -38,20 +38,27 @@ from memtool.errors import (
 )
 from memtool.evaluation.matrix import AccuracyMatrix
 from memtool.evaluation.record import Kind, Record, Row
-from memtool.heads import FeatureStatistics, LinearClassifier, RecalledHead, solve_head
+from memtool.heads import LinearClassifier, RecalledHead, solve_head
 from memtool.methods.adapt import adapt
-from memtool.methods.exchange import OWN_HEAD, AdapterFolder, require_new
-from memtool.methods.method import Method, first, read_query, task_of
+from memtool.methods.exchange import OWN_HEAD, require_new
+from memtool.methods.measure import share_right
+from memtool.methods.method import (
+    Method,
+    first,
+    newest_after_each,
+    read_query,
+    require_unmoved,
+    task_of,
+)
 from memtool.methods.recall import chosen, every
 from memtool.methods.recallers import AdapterMemory, open_memory, synchronise
 from memtool.methods.results import (
     PredictorResult,
     RecalledShare,
     RecallResult,
-    WriteResult,
     WrittenAdapter,
 )
-from memtool.methods.state import classifier_bytes, classifier_of, own_head_blob
+from memtool.methods.state import classifier_bytes, classifier_of, merged, own_head_blob
 from memtool.streams import load_image
 from memtool.streams.task import Samples, Task
 
@@ -123,32 +130,18 @@ class Predictor:
 class Modulation(Method):
     """The five steps of Modulation over one configuration and seed."""
 
+    version_each: ClassVar[bool] = True
+
     # Write ----------------------------------------------------------------------------------
 
-    def write(
-        self, directories: Sequence[Path] | None = None, *, task: str | None = None
-    ) -> WriteResult:
-        """Append adapters to the store and to the memories, one version for each adapter.
-
-        Arguments and errors as in `Method.write`; a task has one adapter in these memories.
-        """
+    def _require_settings(self) -> None:
+        """A task has one adapter in these memories."""
         if self.config.adapter.per_task > 1:
             raise ConfigError(
                 f"adapter.per_task is {self.config.adapter.per_task}",
                 expected="1: Modulation recalls the one adapter of a task",
                 remedy="--set adapter.per_task=1, or method mira",
             )
-        if directories is None:
-            folder = self.workspace.adapter_folder
-            directories = [found.path for found in AdapterFolder.all_in(folder)]
-            if not directories:
-                return super().write(None, task=task)  # which says what is missing
-        results = [super(Modulation, self).write([path], task=task) for path in directories]
-        return WriteResult(
-            version=results[-1].version,
-            added=tuple(adapter for result in results for adapter in result.added),
-            skipped=tuple(name for result in results for name in result.skipped),
-        )
 
     def _also_commit(
         self, txn: memtool_stores.Transaction, added: Sequence[WrittenAdapter]
@@ -192,12 +185,7 @@ class Modulation(Method):
             predictor, accuracy = self._train_predictor(stored)
 
         def commit(txn: memtool_stores.Transaction) -> None:
-            if txn.base.version != stored.version:
-                raise ChangedMeanwhileError(
-                    f"the memory moved on to version {txn.base.version} while "
-                    f"{stored.version} was consolidated",
-                    remedy="memtool consolidate again; nothing was lost",
-                )
+            require_unmoved(txn, stored.view)
             for name in settings.memory:
                 synchronise(txn, name, settings, seed=self.seed)
             if fresh and predictor is not None:
@@ -239,14 +227,13 @@ class Modulation(Method):
             class_count=len(tasks),
             adapter=self.config.adapter,
             train=train,
-            seed=self.seed * 1000,
+            seed=work.training_seed(0),
             fingerprint=f"predictor {stored.version} {train.model_dump_json()}",
             checkpoint=work.adapter_folder / f".predictor-seed-{self.seed}.checkpoint",
             progress=work.progress,
             stage=f"task predictor of {len(tasks)} tasks",
         )
-        scaling = self.config.adapter.alpha / self.config.adapter.rank
-        predictor = Predictor(trained.values[0], scaling, trained.heads[0], stored.tasks)
+        predictor = Predictor(trained.values[0], work.scaling, trained.heads[0], stored.tasks)
         return predictor, trained.train_accuracy[0]
 
     def _predictor(self, stored: Stored) -> Predictor | None:
@@ -440,8 +427,7 @@ class Modulation(Method):
         errors = {name: np.full((count + 1, count), np.nan) for name in names}
         shown = [task.test for task in tasks]
         exact = self._accuracies(stored, stored.values, shown)
-        for step, (known, at) in enumerate(sorted(versions.items())):
-            self.tell("evaluate", step, len(versions))
+        for known, at in self.workspace.telling("evaluate", sorted(versions.items())):
             there = stored if at == stored.version else self.stored(at)
             # The exact adapters and their heads are the same at every version.
             accuracy["exact"][known, :known] = exact[:known]
@@ -449,7 +435,6 @@ class Modulation(Method):
                 recalled = self._recall_all(name, there)
                 errors[name][known, :known] = relative_errors(recalled, there.values)
                 accuracy[name][known, :known] = self._accuracies(there, recalled, shown[:known])
-            self.tell("evaluate", step + 1, len(versions))
         labels = [task.name for task in tasks]
         top = float(np.mean(exact))
         rows = [
@@ -535,28 +520,18 @@ class Modulation(Method):
 
     def _frozen_row(self, tasks: Sequence[Task], *, given: bool) -> Row:
         """No adapter: frozen features, with an LDA head per task, or one over all classes."""
-        engine, backbone = self.workspace.engine, self.workspace.backbone
-        count = len(self.workspace.stream.class_names)
-        own = [FeatureStatistics(backbone.dim, count) for _ in tasks]
-
-        def features(images: Tensor) -> Tensor:
-            return backbone.features(backbone.preprocess(images), None)
-
-        for task, statistics in zip(tasks, own, strict=True):
-            seen = engine.predict(features, task.train.images)
-            statistics.add(seen, torch.from_numpy(np.asarray(task.train.labels)))
+        work = self.workspace
+        own = {
+            task.number: work.counted(work.features(task.train.images), task.train)
+            for task in tasks
+        }
         if not given:
-            whole = FeatureStatistics(backbone.dim, count)
-            for statistics in own:
-                whole.merge(statistics)
-            own = [whole] * len(tasks)
+            own = dict.fromkeys(own, merged(own))
         scores = []
-        for task, statistics in zip(tasks, own, strict=True):
-            head = solve_head("lda", statistics, self.config.head)
+        for task in tasks:
+            head = solve_head("lda", own[task.number], self.config.head)
             allowed = task.classes if given else None
-            found = head(engine.predict(features, task.test.images), allowed).argmax(1)
-            labels = torch.from_numpy(np.asarray(task.test.labels))
-            scores.append(float((found == labels).double().mean()))
+            scores.append(share_right(head(work.features(task.test.images), allowed), task.test))
         names = [task.name for task in tasks]
         matrix = AccuracyMatrix.empty(names).with_row(len(names), scores)
         head_of = "LDA head per task, task given" if given else "one LDA head, no task"
@@ -564,13 +539,9 @@ class Modulation(Method):
 
     def _history(self, stored: Stored) -> dict[int, str]:
         """The newest version at which the first i tasks, and no more, were in memory."""
-        found: dict[int, str] = {}
-        store = self.workspace.store
-        for version in store.log(stored.version):
-            tasks = tuple(task_of(record) for record in store.view(version.id).adapters)
-            if tasks and tasks == stored.tasks[: len(tasks)] and len(tasks) not in found:
-                found[len(tasks)] = version.id
-        return found
+        versions = self.workspace.store.log(stored.version)
+        history = ((version.id, self.known_tasks(version.id)) for version in versions)
+        return newest_after_each(history, stored.tasks)
 
     def _recall_all(self, name: Recaller, stored: Stored) -> Tensor:
         """Every adapter of a version, recalled from its own key: (t, numel) float32."""

@@ -33,7 +33,7 @@ from memtool.errors import AlreadyThereError
 from memtool.heads import CosineHead, both_ways
 from memtool.methods.baselines.learner import pooled
 from memtool.methods.fixed_head import PromptTokens
-from memtool.progress import Progress
+from memtool.progress import Progress, ProgressEvent
 from memtool.streams import create_stream
 from memtool.streams.task import Stream
 
@@ -167,6 +167,13 @@ def open_clip_tensors(backbone: ClipBackbone) -> dict[str, Tensor]:
     return tensors
 
 
+def _told(event: ProgressEvent) -> None:
+    """Every hundredth step on stderr."""
+    if event.step % 100 == 0 or event.step == event.total:
+        numbers = ", ".join(f"{name} {value:.3g}" for name, value in event.metrics.items())
+        sys.stderr.write(f"{event.stage}: {event.step}/{event.total} {numbers}\n")
+
+
 def main(arguments: list[str]) -> int:
     """The command of the module's first lines."""
     parser = argparse.ArgumentParser(description="A small CLIP from nothing.")
@@ -192,6 +199,7 @@ def main(arguments: list[str]) -> int:
         lr=given.lr,
         seed=given.seed,
         threads=given.threads,
+        progress=_told,
     )
     told = {**made.__dict__, "path": str(made.path)}
     sys.stdout.write(json.dumps(told, indent=2) + "\n")

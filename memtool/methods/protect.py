@@ -15,15 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memtool.engine import Engine
-from memtool.errors import ConfigError, CorruptError
 from memtool.memories.keyed import KeyedMemory
-from memtool.methods.dual_gpm import DualGPM, Kind
+from memtool.methods.dual_gpm import DualGPM, spaces_from_bytes, spaces_to_bytes
 from memtool.methods.recall import MemoryModel
 
 KEYS = "keys"
@@ -91,28 +88,13 @@ class Protection:
             past.update_moment(moment, progress)
 
     def to_bytes(self) -> bytes:
-        """As a safetensors file: a basis by kind, first share and name."""
-        return save(
-            {
-                f"{past.kind} {past.start!r} {name}": past.basis.contiguous()
-                for name, past in self.pasts.items()
-            }
-        )
+        """As `spaces_to_bytes`."""
+        return spaces_to_bytes(self.pasts)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Protection:
         """What `to_bytes` wrote. Raises CorruptError for anything else."""
-        pasts = {}
-        try:
-            for about, basis in load(data).items():
-                kind, start, name = about.split(" ", 2)
-                if kind not in ("remove", "retain"):
-                    raise ValueError(f"kind {kind!r}")
-                side: Kind = "remove" if kind == "remove" else "retain"
-                pasts[name] = DualGPM(len(basis), float(start), kind=side, basis=basis)
-        except (SafetensorError, ValueError, ConfigError) as error:
-            raise CorruptError(f"these bytes hold no past queries: {error}") from error
-        return cls(pasts)
+        return cls(spaces_from_bytes(data))
 
 
 @dataclass(frozen=True, eq=False)

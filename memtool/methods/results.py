@@ -8,16 +8,22 @@ from typing import Literal
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 
-class Result(BaseModel):
-    """Frozen; `schema` and `schema_version` say how to read it."""
+class Part(BaseModel):
+    """A piece of a result: frozen; an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Result(Part):
+    """A whole result; `schema` and `schema_version` say how to read it."""
+
+    model_config = ConfigDict(populate_by_name=True)
 
     schema_version: int = 1
 
 
 class AdaptResult(Result):
-    """One trained adapter, written as a PEFT directory."""
+    """One trained adapter, written as a PEFT directory; texts have no accuracy in training."""
 
     schema_: Literal["memtool.adapt"] = Field("memtool.adapt", alias="schema")
     path: Path
@@ -25,7 +31,7 @@ class AdaptResult(Result):
     task: int
     task_name: str
     seed: int
-    train_accuracy: float
+    train_accuracy: float | None
     loss: float
     seconds: float
     parameters: int
@@ -34,10 +40,8 @@ class AdaptResult(Result):
     skipped: bool = False
 
 
-class WrittenAdapter(BaseModel):
+class WrittenAdapter(Part):
     """Name and id of an adapter now in memory."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     id: str
@@ -92,20 +96,16 @@ class PredictorResult(Result):
     unchanged: bool = False
 
 
-class AdapterCoefficient(BaseModel):
+class AdapterCoefficient(Part):
     """The mean coefficient of an adapter over the samples and the blocks."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     task: int
     coefficient: float
 
 
-class Prediction(BaseModel):
+class Prediction(Part):
     """The most probable class of one image."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     label: str
     probability: float
@@ -133,22 +133,23 @@ class RetrieveResult(Result):
 
 
 class HeadResult(Result):
-    """What consolidation did for MoRAM: a head under other settings; atoms learn nothing there."""
+    """What consolidation did for MoRAM: a head under other settings; atoms learn nothing there.
+
+    A memory of texts has no head.
+    """
 
     schema_: Literal["memtool.consolidate-moram"] = Field(
         "memtool.consolidate-moram", alias="schema"
     )
     version: str
     tasks: tuple[int, ...]
-    head: str
-    scope: str
+    head: str | None = None
+    scope: str | None = None
     unchanged: bool = False
 
 
-class TaskShare(BaseModel):
+class TaskShare(Part):
     """The gate's weight on the atoms of a task, mean over samples, tokens and adapted maps."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     task: int
@@ -156,10 +157,8 @@ class TaskShare(BaseModel):
     share: float
 
 
-class AtomWeight(BaseModel):
+class AtomWeight(Part):
     """One atom, number `rank` of its task at a site, and its share of what atoms add there."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     site: str
     task: int
@@ -168,10 +167,11 @@ class AtomWeight(BaseModel):
 
 
 class AtomsResult(Result):
-    """Which atoms the tokens of an image, or of a task's test images, choose (MoRAM).
+    """Which atoms the tokens of an image or prompt, or of a task's test samples, choose (MoRAM).
 
     `blocks[l]` are the shares of the tasks in block `block_numbers[l]`, tasks in the order of
     `tasks`; what is missing to one fell below the threshold. `atoms` are those that add most.
+    Images give a prediction and an accuracy; a prompt gives an answer, a task of texts its loss.
     """
 
     schema_: Literal["memtool.retrieve-atoms"] = Field("memtool.retrieve-atoms", alias="schema")
@@ -186,12 +186,12 @@ class AtomsResult(Result):
     atoms: tuple[AtomWeight, ...]
     prediction: Prediction | None = None
     accuracy: float | None = None
+    answer: str | None = None
+    loss: float | None = None
 
 
-class TaskAccuracy(BaseModel):
-    """Accuracy on the test images of a task before and after a change."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class TaskAccuracy(Part):
+    """Accuracy, or loss, on the test samples of a task before and after a change."""
 
     task: int
     task_name: str
@@ -213,13 +213,12 @@ class PruneResult(Result):
     pruned: int
     ranks: dict[str, dict[str, list[int]]]
     tasks: tuple[TaskAccuracy, ...]
+    measure: Literal["accuracy", "loss"] = "accuracy"
     done: bool = False
 
 
-class RecalledShare(BaseModel):
+class RecalledShare(Part):
     """How much of a stored adapter is in a recalled one."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     task: int
@@ -250,14 +249,12 @@ class RecallResult(Result):
     out: Path | None = None
 
 
-class Purged(BaseModel):
+class Purged(Part):
     """What a purge freed and proved.
 
     Bytes of so many `hashes` were looked for in all stored `objects`; `left` names what was still
     found, and where.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     versions_removed: int
     freed_bytes: int
@@ -278,10 +275,8 @@ class ForgetResult(Result):
     purged: Purged | None = None
 
 
-class Probe(BaseModel):
+class Probe(Part):
     """One version that bisect looked at; a reason instead of a value where it has none."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: str
     message: str

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -50,7 +51,32 @@ def own_head_blob(adapter: str) -> str:
     return f"head.{adapter}"
 
 
-class MemoryState(BaseModel):
+class StoredState(BaseModel):
+    """How a memory is read: the JSON blob `blob` of a version."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    blob: ClassVar[str]
+
+    @classmethod
+    def load(cls, view: memtool_stores.MemoryView) -> Self | None:
+        """The state at a version; None before there is any. Raises CorruptError."""
+        if cls.blob not in view.blobs():
+            return None
+        try:
+            return cls.model_validate_json(view.blob(cls.blob))
+        except ValidationError as error:
+            raise CorruptError(
+                f"blob {cls.blob!r} at version {view.version}: {error.errors()[0]['msg']}",
+                remedy="memtool verify; a newer memtool may have written it",
+            ) from error
+
+    def put(self, txn: memtool_stores.Transaction) -> None:
+        """Make it the state of the version that is being written."""
+        txn.put_blob(self.blob, self.model_dump_json().encode())
+
+
+class MemoryState(StoredState):
     """How the memory is read: the JSON blob `memory`.
 
     `tasks` in the order in which they were consolidated; `adapters` are the ids behind the keys,
@@ -58,7 +84,7 @@ class MemoryState(BaseModel):
     keys were made.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    blob: ClassVar[str] = MEMORY
 
     schema_version: int = 1
     memory: MemorySettings
@@ -69,19 +95,6 @@ class MemoryState(BaseModel):
     adapter_tasks: tuple[int, ...]
     class_names: tuple[str, ...]
     fingerprint: str
-
-    @classmethod
-    def load(cls, view: memtool_stores.MemoryView) -> MemoryState | None:
-        """The state at a version; None before the first consolidation."""
-        if MEMORY not in view.blobs():
-            return None
-        try:
-            return cls.model_validate_json(view.blob(MEMORY))
-        except ValidationError as error:
-            raise CorruptError(
-                f"blob {MEMORY!r} at version {view.version}: {error.errors()[0]['msg']}",
-                remedy="memtool verify; a newer memtool may have written it",
-            ) from error
 
 
 def classifier_bytes(classifier: LinearClassifier) -> bytes:
@@ -96,6 +109,12 @@ def classifier_of(data: bytes, where: str) -> LinearClassifier:
         return LinearClassifier(tensors["weight"], tensors["bias"])
     except (SafetensorError, KeyError) as error:
         raise CorruptError(f"{where} holds no classifier: {error}") from error
+
+
+def own_head(view: memtool_stores.MemoryView, adapter: str) -> LinearClassifier | None:
+    """The classifier that was trained with an adapter, if it came with one."""
+    name = own_head_blob(adapter)
+    return classifier_of(view.blob(name), name) if name in view.blobs() else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,8 +208,7 @@ class Snapshot:
 
     def own_head(self, adapter: str) -> LinearClassifier | None:
         """The classifier that was trained with an adapter, if it came with one."""
-        name = own_head_blob(adapter)
-        return classifier_of(self.view.blob(name), name) if name in self.view.blobs() else None
+        return own_head(self.view, adapter)
 
     def past_queries(self) -> Protection:
         """What learning may not change; nothing before the first protected consolidation."""
@@ -204,7 +222,7 @@ class Snapshot:
 
     def feature_statistics(self) -> dict[int, FeatureStatistics]:
         """Moments of the features of every consolidated task, by task number, in order."""
-        return feature_statistics(self.view, self.state)
+        return feature_statistics(self.view, self.state.tasks if self.state else ())
 
 
 def query_statistics(
@@ -219,10 +237,9 @@ def query_statistics(
 
 
 def feature_statistics(
-    view: memtool_stores.MemoryView, state: MemoryState | None
+    view: memtool_stores.MemoryView, tasks: Sequence[int]
 ) -> dict[int, FeatureStatistics]:
-    """Moments of the features of every consolidated task at a version, in order."""
-    tasks = state.tasks if state else ()
+    """Moments of the features of tasks at a version, in order."""
     return {task: FeatureStatistics.from_bytes(view.blob(features_blob(task))) for task in tasks}
 
 

@@ -6,32 +6,23 @@ killed goes on at the first of them that is not there.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter
 
 from memtool import __version__
-from memtool.atomic import write_atomic
 from memtool.config import Config
 from memtool.errors import ConfigError
-from memtool.evaluation.record import (
-    BackboneIdentity,
-    DataIdentity,
-    Environment,
-    Metrics,
-    Record,
-    Row,
-    Run,
-    TaskIdentity,
-)
+from memtool.evaluation.record import Environment, Metrics, Record, Row
 from memtool.methods.baselines.text import TEXT_BASELINES
-from memtool.methods.text import AtomLearner, TextWorkspace, in_turn
+from memtool.methods.kept import fingerprint_of, kept
+from memtool.methods.text import TextWorkspace
+from memtool.methods.text_memory import TextMoram
 from memtool.progress import Progress
 from memtool.reports.html import Cost
+
+_ROW = TypeAdapter(Row)
 
 
 def run_texts(
@@ -39,54 +30,43 @@ def run_texts(
     seed: int,
     *,
     progress: Progress | None = None,
+    fresh: bool = False,
     baselines: bool = True,
     command: str | None = None,
     preset: str | None = None,
 ) -> tuple[Record, list[Cost]]:
-    """Learn all tasks in order into one memory, then measure the baselines; nothing else is kept.
+    """Learn all tasks in order into one memory, and measure it and the baselines.
 
-    Raises ConfigError for another method than moram, and for a memory of other settings or seed.
+    What was written before is not trained again, nor are finished adapters unless `fresh`. Raises
+    ConfigError for another method than moram, and for a memory of other settings or seed.
     """
-    if config.method != "moram":
-        raise ConfigError(
-            f"method {config.method} on a stream of texts (setting trace)",
-            expected="method moram",
-            remedy="memtool run --preset moram-trace",
-        )
     begin = time.perf_counter()
-    work = TextWorkspace(config, seed=seed, progress=progress)
+    method = TextMoram.open(config, seed=seed, progress=progress)
+    work = method.workspace
     _require_same_seed(work)
-    rows = [in_turn(AtomLearner(work, len(work.stream.tasks)))]
-    records = work.store.view().atom_records
-    spent = sum((r.meta.get("provenance") or {}).get("seconds", 0.0) for r in records)
+    for task in work.stream.tasks:
+        method.learn(task, fresh=fresh)
+    record = method.evaluate(history=True, command=command, preset=preset)
+    rows = list(record.metrics.rows)
+    learned = work.store.view().atom_records
+    spent = sum((r.meta.get("provenance") or {}).get("seconds", 0.0) for r in learned)
     rows[0] = rows[0].model_copy(update={"seconds": spent})
     if baselines:
         wanted = config.baselines
         for name, measure in TEXT_BASELINES.items():
             if "all" in wanted or name in wanted:
                 rows.append(_baseline(work, name, measure))
-    run = Run(
-        method=config.method,
-        setting=config.stream.setting,
-        preset=preset,
-        configuration=config.model_dump(mode="json"),
-        command=command,
-        backbone=BackboneIdentity(name=work.backbone.name, sha256=work.backbone.sha256),
-        data=DataIdentity(name=work.stream.name, fingerprint=work.stream.fingerprint),
-        tasks=tuple(
-            TaskIdentity(name=task.name, test_samples=len(task.test)) for task in work.stream.tasks
-        ),
-        seed=seed,
-        store=work.store_path,
-        store_version=work.store.head(),
-        created=datetime.now(UTC),
+    record = record.model_copy(
+        update={
+            "metrics": Metrics(rows=tuple(rows)),
+            "environment": Environment.here(str(work.engine.device), time.perf_counter() - begin),
+        }
     )
-    numbers = work.layout.numel * len(records)
+    numbers = work.layout.numel * len(learned)
     costs = [
         Cost("adapt: atoms of all tasks", seconds=spent, parameters=numbers, bytes=4 * numbers)
     ]
-    environment = Environment.here(str(work.engine.device), time.perf_counter() - begin)
-    return Record(run=run, metrics=Metrics(rows=tuple(rows)), environment=environment), costs
+    return record, costs
 
 
 def _require_same_seed(work: TextWorkspace) -> None:
@@ -113,15 +93,5 @@ def _baseline(work: TextWorkspace, name: str, measure: Callable[[TextWorkspace],
         work.engine.precision,
         str(work.engine.device),
     ]
-    text = json.dumps(decides, sort_keys=True)
-    fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
-    file = work.config.runs / "baselines" / f"{name}-{fingerprint}.json"
-    if file.is_file():
-        try:
-            return Row.model_validate_json(file.read_bytes())
-        except ValidationError:
-            file.unlink()  # cut short by a full disk: measure again
-    row = measure(work)
-    content = row.model_dump_json(indent=2) + "\n"
-    work.engine.on_main(lambda: write_atomic(file, content))
-    return row
+    file = work.config.runs / "baselines" / f"{name}-{fingerprint_of(decides)[:16]}.json"
+    return kept(file, _ROW, work.engine, lambda: measure(work))

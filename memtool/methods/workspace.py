@@ -4,28 +4,46 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
 
 import memtool_stores
 from memtool.adapters.layout import Layout
+from memtool.adapters.lora import init_lora
+from memtool.adapters.values import AdapterValues, Recall
 from memtool.backbones import create_backbone
 from memtool.config import Config, expand, split_store
 from memtool.engine import Engine
 from memtool.errors import ConfigError, DataError, NotFoundError, did_you_mean
+from memtool.heads import FeatureStatistics
 from memtool.methods.fixed_head import fixed_head
+from memtool.progress import ProgressEvent
 from memtool.streams import create_stream
+from memtool.streams.task import Samples, Task
+from memtool.streams.text import TextTask
 
 if TYPE_CHECKING:
     from memtool.backbones.interface import Backbone, FrozenModel
     from memtool.heads import CosineHead
     from memtool.progress import Progress
-    from memtool.streams.task import Stream, Task
+    from memtool.streams.task import Stream
+    from memtool.streams.text import TextStream
+
+Item = TypeVar("Item")
+
+T = TypeVar("T", bound=Task | TextTask)
+"""What a task is made of: images or texts."""
 
 
-class MemoryWorkspace(ABC):
-    """Backbone, engine and store of a configuration and one seed, whatever the data.
+class MemoryWorkspace(ABC, Generic[T]):
+    """Stream, backbone, engine and store of a configuration and one seed, whatever the data.
 
     `adapters` is the folder of trained adapters where several memories share them; without one it
     lies in the configuration's `runs`.
@@ -52,8 +70,48 @@ class MemoryWorkspace(ABC):
 
     @property
     @abstractmethod
+    def stream(self) -> Stream | TextStream:
+        """The tasks."""
+
+    @property
+    @abstractmethod
     def backbone(self) -> FrozenModel:
         """The frozen model, on the device."""
+
+    @abstractmethod
+    def task(self, name: str) -> T:
+        """A task by number (from 1) or by name. Raises NotFoundError for another word."""
+
+    def tell(self, stage: str, step: int, total: int) -> None:
+        """Say how far a step is, to whoever listens."""
+        if self.progress is not None and self.engine.is_main:
+            self.progress(ProgressEvent(stage=stage, step=step, total=total))
+
+    def telling(self, stage: str, items: Sequence[Item]) -> Iterator[Item]:
+        """The items of a step one by one; how far it is, is said before and after each."""
+        for place, item in enumerate(items):
+            self.tell(stage, place, len(items))
+            yield item
+            self.tell(stage, place + 1, len(items))
+
+    def training_seed(self, number: int) -> int:
+        """The seed of the training of task `number`: of its draws and of the order of samples."""
+        return self.seed * 1000 + number
+
+    @property
+    def scaling(self) -> float:
+        """Alpha / r of the configured adapters."""
+        return self.config.adapter.alpha / self.config.adapter.rank
+
+    def stacked(self, flat: Tensor, *, trainable: bool = False) -> AdapterValues:
+        """Configured adapters of flat values (t, numel), on the device."""
+        values = AdapterValues.from_flat(flat, self.layout, self.scaling, trainable=trainable)
+        return values.to(self.engine.device)
+
+    def fresh(self, count: int, number: int) -> AdapterValues:
+        """New adapters that learn task `number`: A random, the first as the memory's; B zero."""
+        generator = self.engine.generator(self.training_seed(number))
+        return self.stacked(init_lora(self.layout, count, generator=generator), trainable=True)
 
     @cached_property
     def layout(self) -> Layout:
@@ -119,7 +177,7 @@ class MemoryWorkspace(ABC):
         return self.store
 
 
-class Workspace(MemoryWorkspace):
+class Workspace(MemoryWorkspace[Task]):
     """Stream of images, backbone, engine and store of a configuration and one seed."""
 
     @cached_property
@@ -144,13 +202,22 @@ class Workspace(MemoryWorkspace):
         """
         return fixed_head(self.config, self.engine, self.backbone, self.stream)
 
+    def features(self, images: npt.NDArray[np.uint8], recall: Recall | None = None) -> Tensor:
+        """Features (n, dim) of images under a recall, on the CPU."""
+        backbone = self.backbone
+        return self.engine.predict(
+            lambda batch: backbone.features(backbone.preprocess(batch), recall), images
+        )
+
+    def counted(self, features: Tensor, samples: Samples) -> FeatureStatistics:
+        """Moments of the features (n, dim) of samples, by class of the stream."""
+        statistics = FeatureStatistics(self.backbone.dim, len(self.stream.class_names))
+        statistics.add(features, torch.from_numpy(np.asarray(samples.labels)))
+        return statistics
+
     def task(self, name: str, *, held_out: bool = False) -> Task:
         """A task by number (from 1) or by name; with `held_out` also the one to generalise to."""
         tasks, other = self.stream.tasks, self.stream.held_out
-        by_number = re.fullmatch(r"\d+", name) is not None
-        for task in tasks:
-            if task.name == name or (by_number and task.number == int(name)):
-                return task
         if other is not None and name in (other.name, str(other.number)):
             if held_out:
                 return other
@@ -159,16 +226,25 @@ class Workspace(MemoryWorkspace):
                 expected="one of the domains to learn from: " + ", ".join(t.name for t in tasks),
                 remedy="--held-out another domain",
             )
-        if by_number:
-            raise NotFoundError(
-                f"task {name}: {self.stream.name} has {len(tasks)} tasks",
-                expected=f"a number from {tasks[0].number} to {tasks[-1].number}, or one of "
-                + ", ".join(t.name for t in tasks),
-            )
+        return task_named(name, tasks, self.stream.name)
+
+
+def task_named(name: str, tasks: Sequence[T], stream: str) -> T:
+    """The task of a number (from 1) or name. Raises NotFoundError when the stream has none."""
+    by_number = re.fullmatch(r"\d+", name) is not None
+    for task in tasks:
+        if task.name == name or (by_number and task.number == int(name)):
+            return task
+    if by_number:
         raise NotFoundError(
-            f"no task {name!r} in {self.stream.name}",
-            expected=did_you_mean(name, [t.name for t in tasks]),
+            f"task {name}: {stream} has {len(tasks)} tasks",
+            expected=f"a number from {tasks[0].number} to {tasks[-1].number}, or one of "
+            + ", ".join(t.name for t in tasks),
         )
+    raise NotFoundError(
+        f"no task {name!r} in {stream}",
+        expected=did_you_mean(name, [t.name for t in tasks]),
+    )
 
 
 def require_learnable(task: Task) -> None:

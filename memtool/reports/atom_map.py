@@ -1,7 +1,10 @@
-"""A map of atoms as a plot or a page: atoms, grouped by task, × the tokens of an image."""
+"""A map of atoms as a plot or a page: atoms, grouped by task, × the tokens of an input."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from memtool.reports.table import Grid
 __all__ = ["AtomPicture", "check_suffix", "write_atom_picture"]
 
 MOST_PANELS = 12  # tasks that get a map of the image's patches
+LINE = 48  # tokens of a text that stand beside each other with their names
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,8 +34,8 @@ class AtomPicture:
     """What is shown of the atoms of one adapted map.
 
     weights (atoms, tokens): the tokens are `prefix_tokens` that are no patch, then `side` x `side`
-    patches; tasks: for every atom the name of its task, atoms of a task next to each other; parts:
-    the weight of every task, as a table.
+    patches; or, of a text, those that `columns` names. tasks: for every atom the name of its task,
+    atoms of a task next to each other; parts: the weight of every task, as a table.
     """
 
     title: str
@@ -41,9 +45,10 @@ class AtomPicture:
     prefix_tokens: int
     side: int
     parts: Grid
+    columns: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        expected = (len(self.tasks), self.prefix_tokens + self.side**2)
+        expected = (len(self.tasks), len(self.columns) or self.prefix_tokens + self.side**2)
         if self.weights.shape != expected:
             raise MismatchError(
                 f"weights of shape {self.weights.shape}", expected=f"{expected}: atoms, tokens"
@@ -65,33 +70,50 @@ def write_atom_picture(picture: AtomPicture, path: Path) -> Path:
     check_suffix(path)
     if path.suffix.lower() == ".html":
         return write_atomic(path, _page(picture))
-    with style("atoms"):
+    with style("atoms"), _any_script():
         figure = _figure(picture)
-        figure.suptitle(f"{picture.title}: {picture.about}", fontsize=9)
+        title = f"{drawing.short(picture.title, 60)}: {drawing.short(picture.about, 90)}"
+        figure.suptitle(_visible(title), fontsize=9, parse_math=False)
         return write_atomic(path, drawing.file_bytes(figure, path.suffix.lower()[1:]))
 
 
 def _page(picture: AtomPicture) -> str:
-    with style("atoms"):
+    with style("atoms"), _any_script():
         svg = drawing.inline_svg(_figure(picture), "atoms")
+    columns, parts = "the class token, then the patches row by row", "patch by patch"
+    if picture.columns:
+        columns = "the tokens of a prompt, or the means over those of a text"
+        parts = "column by column, in lines"
     caption = (
-        "Above: the weight that every token (columns: the class token, then the patches row by "
-        "row) gives to every atom (rows, grouped by task). Below: the weight on all atoms of a "
-        "task, patch by patch."
+        f"Above: the weight that the columns ({columns}) give to every atom (rows, grouped by "
+        f"task). Below: the weight on all atoms of a task, {parts}."
     )
     shown = [Picture(Markup(svg), caption)]
     return templates().get_template("atoms.html.j2").render(picture=picture, pictures=shown)
 
 
 def _figure(picture: AtomPicture) -> Figure:
-    """Atoms × tokens, above one map of the patches for every task."""
+    """Atoms × tokens, above the weights of every task: on the patches, or token by token."""
     groups = picture.groups
-    panels = groups[:MOST_PANELS]
-    lines = -(-len(panels) // 6)
+    if picture.columns:
+        lines, each = -(-len(picture.columns) // LINE), 0.9 + 0.17 * len(groups)
+    else:
+        lines, each = -(-len(groups[:MOST_PANELS]) // 6), 1.5
     tall = max(1.6, min(0.05 * len(picture.tasks) + 0.6, 5.0))
-    figure = Figure(figsize=(drawing.WIDTH, tall + 1.5 * lines), layout="constrained")
-    parts: Any = figure.subfigures(2, 1, height_ratios=(tall, 1.5 * lines))
+    figure = Figure(figsize=(drawing.WIDTH, tall + each * lines), layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=(tall, each * lines))
     above, below = parts
+    _draw_atoms(above, picture)
+    if picture.columns:
+        _draw_lines(below, picture, lines)
+    else:
+        _draw_patches(below, picture, lines)
+    return figure
+
+
+def _draw_atoms(above: Any, picture: AtomPicture) -> None:
+    """Every atom on every token."""
+    groups = picture.groups
     axes = above.subplots()
     largest = float(picture.weights.max()) or 1.0
     mesh = drawing.heat_map(axes, picture.weights, Normalize(0, largest), SEQUENTIAL, None)
@@ -106,9 +128,50 @@ def _figure(picture: AtomPicture) -> Figure:
     if picture.prefix_tokens:
         axes.axvline(picture.prefix_tokens, color=INK, linewidth=0.8)
     axes.set_xticks([])
-    axes.set_xlabel("tokens")
+    if not picture.columns:
+        axes.set_xlabel("tokens")
     axes.set_ylabel("atoms by task")
     drawing.colour_bar(above, mesh, axes, "weight", lambda value: f"{value:.2g}")
+
+
+def _draw_lines(below: Any, picture: AtomPicture, lines: int) -> None:
+    """The atoms of every task on every token of a text, with the names of the tokens."""
+    names = [name for name, _ in picture.groups]
+    sums = np.stack([rows.sum(axis=0) for _, rows in picture.groups])
+    most = float(sums.max()) or 1.0
+    for line, axes in enumerate(below.subplots(lines, 1, squeeze=False).flat):
+        shown = sums[:, line * LINE : (line + 1) * LINE]
+        width = LINE if lines > 1 else shown.shape[1]  # tokens are as wide in every line
+        padded = np.full((len(names), width), np.nan)
+        padded[:, : shown.shape[1]] = shown
+        drawing.heat_map(axes, padded, Normalize(0, most), SEQUENTIAL, None)
+        words = [
+            drawing.short(_visible(word), 12)
+            for word in picture.columns[line * LINE : (line + 1) * LINE]
+        ]
+        places = np.arange(len(words)) + 0.5
+        axes.set_xticks(places, words, rotation=90, fontsize=7, parse_math=False)
+        axes.set_yticks(*drawing.ticks(names, 26), fontsize=7)
+
+
+def _visible(text: str) -> str:
+    """Text with a sign for every character that would not be seen in a plot."""
+    signs = {"\n": "⏎", "\t": "⇥"}
+    seen = "".join(signs.get(c, c if c.isprintable() else "�") for c in text)
+    return seen if seen.strip() else "␣"  # a tokenizer may drop a space that stands alone
+
+
+@contextmanager
+def _any_script() -> Iterator[None]:
+    """Draw letters that the font of the plot lacks as boxes; a browser has its own fonts."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        yield
+
+
+def _draw_patches(below: Any, picture: AtomPicture, lines: int) -> None:
+    """A map of the image for every task."""
+    panels = picture.groups[:MOST_PANELS]
     maps = [
         rows[:, picture.prefix_tokens :].sum(axis=0).reshape(picture.side, picture.side)
         for _, rows in panels
@@ -124,4 +187,3 @@ def _figure(picture: AtomPicture) -> Figure:
         panel.set_xticks([])
         panel.set_yticks([])
         panel.set_title(drawing.short(name, 12), fontsize=8)
-    return figure

@@ -126,6 +126,14 @@ def _steps(tasks: Sequence[str]) -> list[str]:
     return [f"{i} {task}" for i, task in enumerate(tasks, start=1)]
 
 
+def _shares(values: npt.NDArray[np.float64]) -> Normalize:
+    """From the tenth below the least known share to the tenth above the largest."""
+    known = values[~np.isnan(values)]
+    low = float(np.floor(10 * known.min()) / 10) if known.size else 0.0
+    high = float(np.ceil(10 * known.max()) / 10) if known.size else 1.0
+    return Normalize(low, max(high, low + 0.1))
+
+
 def accuracy_map(
     accuracy: npt.NDArray[np.float64], tasks: Sequence[str], name: str = "accuracy"
 ) -> str:
@@ -133,15 +141,11 @@ def accuracy_map(
     first = 1 if np.isnan(accuracy[0]).all() else 0
     values = accuracy[first:]
     steps = ["before any", *_steps(tasks)][first:]
-    known = values[~np.isnan(values)]
-    low = float(np.floor(10 * known.min()) / 10) if known.size else 0.0
-    high = float(np.ceil(10 * known.max()) / 10) if known.size else 1.0
-    norm = Normalize(low, max(high, low + 0.1))
     with style(name):
         figure = Figure(figsize=(WIDTH, map_height(len(values))))
         axes = figure.subplots()
         numbered = len(tasks) <= MOST_NUMBERED
-        mesh = heat_map(axes, values, norm, SEQUENTIAL, percent if numbered else None)
+        mesh = heat_map(axes, values, _shares(values), SEQUENTIAL, percent if numbered else None)
         label_map(axes, steps, list(tasks))
         axes.set_xlabel("accuracy on task")
         axes.set_ylabel("after task")
@@ -152,15 +156,11 @@ def accuracy_map(
 def heldout_map(rows: Sequence[RowSummary], domains: Sequence[str], name: str = "heldout") -> str:
     """Heat map of the accuracy of every method (rows) on every held-out domain, in percent."""
     values = np.stack([row.mean[-1] for row in rows])
-    known = values[~np.isnan(values)]
-    low = float(np.floor(10 * known.min()) / 10) if known.size else 0.0
-    high = float(np.ceil(10 * known.max()) / 10) if known.size else 1.0
-    norm = Normalize(low, max(high, low + 0.1))
     with style(name):
         figure = Figure(figsize=(WIDTH, map_height(len(values))))
         axes = figure.subplots()
         text = percent if len(domains) <= MOST_NUMBERED and len(rows) <= 30 else None
-        mesh = heat_map(axes, values, norm, SEQUENTIAL, text)
+        mesh = heat_map(axes, values, _shares(values), SEQUENTIAL, text)
         label_map(axes, [label(row) for row in rows], list(domains), most=40, length=40)
         axes.set_xlabel("held-out domain")
         colour_bar(figure, mesh, axes, "accuracy (%)", lambda value: f"{100 * value:.0f}")

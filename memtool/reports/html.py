@@ -126,8 +126,10 @@ def summary_sentence(rows: Sequence[RowSummary], records: Sequence[Record]) -> s
         f"{begin} {tasks} of {run.data.name} ({run.setting}), {method.label} has {average} average "
         f"accuracy of {percent(own.mean)} %"
     )
-    if own.low is not None and own.high is not None:
-        text += f" ({own.n} seeds, 95 % interval {percent(own.low)} to {percent(own.high)} %)"
+    bounds = own.interval(0.0, 1.0)
+    if bounds is not None:
+        low, high = map(percent, bounds)
+        text += f" ({own.n} seeds, 95 % t-interval {low} to {high} %)"
     rest = [row for row in rows if row is not method and "faa" in row.metrics]
     others: list[str] = []
     for kind, words in (("baseline", "the best baseline"), ("upper bound", "the upper bound")):

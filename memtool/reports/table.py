@@ -15,7 +15,7 @@ from rich.text import Text
 
 from memtool.errors import NotFoundError
 from memtool.evaluation.metrics import METRICS, seen_accuracy
-from memtool.evaluation.record import AtomUse, Kind, Record
+from memtool.evaluation.record import AtomUse, Kind, Record, Row
 from memtool.evaluation.summary import RowSummary, Summary, summarise, summarise_rows
 
 MISSING = "-"
@@ -84,13 +84,20 @@ def _cell(summary: Summary | None, text: Callable[[float], str] = percent) -> st
     return f"{text(summary.mean)} ± {text(summary.std)}"
 
 
-def _interval(summary: Summary | None, text: Callable[[float], str] = percent) -> str:
-    """`"83.5"`, or `"83.5 (82.1 to 84.9)"` for several seeds."""
+def _interval(
+    summary: Summary | None,
+    text: Callable[[float], str] = percent,
+    *,
+    least: float = 0.0,
+    most: float = 1.0,
+) -> str:
+    """`"83.5"`, or `"83.5 (82.1 to 84.9)"` for several seeds, cut at `least` and `most`."""
     if summary is None:
         return MISSING
-    if summary.low is None or summary.high is None:
+    bounds = summary.interval(least, most)
+    if bounds is None:
         return text(summary.mean)
-    return f"{text(summary.mean)} ({text(summary.low)} to {text(summary.high)})"
+    return f"{text(summary.mean)} ({text(bounds[0])} to {text(bounds[1])})"
 
 
 def _over_seeds(values: Iterable[float]) -> Summary | None:
@@ -128,7 +135,7 @@ def _best(
 
 
 SPREAD = "mean ± sample standard deviation"
-INTERVAL = "mean (95 % t-interval)"
+INTERVAL = "mean (95 % t-interval over the seeds)"
 
 
 def _about(records: Sequence[Record], spread: str = SPREAD) -> str:
@@ -302,7 +309,7 @@ def negative_grid(records: Sequence[Record]) -> Grid | None:
             name,
             _interval(_over_seeds(one)),
             _interval(_over_seeds(other)),
-            _interval(_over_seeds(one - other), _signed),
+            _interval(_over_seeds(one - other), _signed, least=-1.0),
         )
         for name, one, other in pairs
     ]
@@ -347,7 +354,10 @@ def drift_grid(records: Sequence[Record]) -> Grid | None:
         rows=tuple(
             (
                 label(row),
-                *(_interval(row.metrics.get(id), lambda value: f"{value:.3g}") for id in known),
+                *(
+                    _interval(row.metrics.get(id), lambda value: f"{value:.3g}", most=math.inf)
+                    for id in known
+                ),
             )
             for row in rows
         ),
@@ -375,7 +385,7 @@ def atoms_grid(records: Sequence[Record]) -> Grid | None:
     ]
 
     def cell(values: npt.NDArray[np.float64]) -> str:
-        return _interval(_over_seeds(values), lambda value: f"{value:.2f}")
+        return _interval(_over_seeds(values), lambda value: f"{value:.2f}", most=math.inf)
 
     body = []
     for place, name in enumerate(task_labels(records)[: len(uses[0].norm)]):
@@ -513,7 +523,7 @@ def losses_grid(records: Sequence[Record]) -> Grid | None:
     """The loss after the last task on streams of texts: methods × tasks, or None."""
     rows = by_kind(summarise_rows(records))
     last = {
-        row.id: np.array([record.row(row.id).loss[-1] for record in records], dtype=np.float64)
+        row.id: np.array([_after_last(record.row(row.id)) for record in records], dtype=np.float64)
         for row in rows
         if all(record.row(row.id).loss for record in records)
     }
@@ -535,11 +545,18 @@ def losses_grid(records: Sequence[Record]) -> Grid | None:
         for row in rows
         if row.id in last
     ]
+    cut = max(row.cut_prompts or 0 for record in records for row in record.metrics.rows)
     return Grid(
         title=f"Loss after the last task, nats per answer token ({_about(records)})",
         header=("method", *(tasks[place] for place in places), "mean ↓", "forgetting ↓"),
         rows=tuple(body),
+        notes=(f"{cut} test prompts were longer than text.prompt_tokens, and cut.",) if cut else (),
     )
+
+
+def _after_last(row: Row) -> tuple[float | None, ...]:
+    """The losses after the last task that was learned."""
+    return next(line for line in reversed(row.loss) if any(loss is not None for loss in line))
 
 
 def main_row(rows: Sequence[RowSummary]) -> RowSummary:

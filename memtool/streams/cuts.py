@@ -12,7 +12,13 @@ import numpy.typing as npt
 
 from memtool.config import StreamSettings
 from memtool.errors import ConfigError, DataError, did_you_mean
-from memtool.streams.ordering import balanced, position_in_group, random_ranks, stratified
+from memtool.streams.ordering import (
+    balanced,
+    named_places,
+    position_in_group,
+    random_ranks,
+    stratified,
+)
 from memtool.streams.table import Table
 from memtool.streams.task import Stream, Task
 
@@ -105,7 +111,7 @@ def _domain_groups(table: Table, settings: StreamSettings) -> list[tuple[str, li
             remedy="stream.setting cil or til",
         )
     names = settings.order or table.domain_names
-    ids = _ids(names, table.domain_names, table.name, "domain")
+    ids = named_places(names, table.domain_names, table.name, "domain")
     return [(name, [one]) for name, one in zip(names, ids, strict=True)]
 
 
@@ -113,7 +119,7 @@ def _class_groups(table: Table, settings: StreamSettings) -> list[tuple[str, lis
     """(task name, class ids in order) of every task."""
     count = len(table.class_names)
     if settings.order:
-        order = _ids(settings.order, table.class_names, table.name, "class")
+        order = named_places(settings.order, table.class_names, table.name, "class")
     else:
         order = np.argsort(random_ranks(count, "class order", settings.seed)).tolist()
     if settings.splits is not None:
@@ -139,19 +145,6 @@ def _class_groups(table: Table, settings: StreamSettings) -> list[tuple[str, lis
 def _class_task_name(table: Table, classes: Sequence[int]) -> str:
     names = [table.class_names[one] for one in classes]
     return "+".join(names) if len(names) <= 3 else f"{names[0]}..{names[-1]}"
-
-
-def _ids(names: Sequence[str], known: Sequence[str], source: str, what: str) -> list[int]:
-    index = {name: number for number, name in enumerate(known)}
-    for place, name in enumerate(names):
-        if name not in index:
-            raise ConfigError(
-                f"stream.order names {name!r}, which is no {what} of {source}",
-                expected=did_you_mean(name, known),
-            )
-        if name in names[:place]:
-            raise ConfigError(f"stream.order names {name!r} twice")
-    return [index[name] for name in names]
 
 
 def _test_rows(table: Table, settings: StreamSettings) -> npt.NDArray[np.bool_]:

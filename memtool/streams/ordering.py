@@ -1,11 +1,34 @@
-"""Seeded orders that stay the same on every machine and with every numpy."""
+"""Orders of a stream: those that a configuration names, and those drawn from its seed.
+
+A seeded order stays the same on every machine and with every numpy.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+
+from memtool.errors import ConfigError, did_you_mean
+
+
+def named_places(order: Sequence[str], known: Sequence[str], source: str, what: str) -> list[int]:
+    """The place in `known` of every name of `stream.order`.
+
+    Raises ConfigError for a name that is no `what` of `source`, and for one that comes twice.
+    """
+    index = {name: number for number, name in enumerate(known)}
+    for place, name in enumerate(order):
+        if name not in index:
+            raise ConfigError(
+                f"stream.order names {name!r}, which is no {what} of {source}",
+                expected=did_you_mean(name, known),
+            )
+        if name in order[:place]:
+            raise ConfigError(f"stream.order names {name!r} twice")
+    return [index[name] for name in order]
 
 
 def random_ranks(count: int, purpose: str, seed: int) -> npt.NDArray[np.uint64]:

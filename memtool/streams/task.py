@@ -57,3 +57,8 @@ class Stream:
     class_names: tuple[str, ...]
     fingerprint: str
     held_out: Task | None = None
+
+    @property
+    def count(self) -> int:
+        """How many tasks have a number: those to learn, and the one that is held out."""
+        return len(self.tasks) + (self.held_out is not None)

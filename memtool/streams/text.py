@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from memtool.config import StreamSettings, expand
 from memtool.errors import ConfigError, DataError, NotFoundError, did_you_mean
-from memtool.streams.ordering import random_ranks
+from memtool.streams.ordering import named_places, random_ranks
 
 TextMetric = Literal[
     "first-character", "number", "exact-match", "rouge-l", "edit-similarity", "sari"
@@ -59,7 +59,10 @@ class TextSamples:
 
 @dataclass(frozen=True)
 class TextTask:
-    """One step of a stream of texts. `number` counts from 1, as on the command line."""
+    """One step of a stream of texts. `number` counts from 1, as on the command line.
+
+    It has no classes, domain or template, which tasks of images have.
+    """
 
     number: int
     name: str
@@ -67,6 +70,9 @@ class TextTask:
     train: TextSamples
     validation: TextSamples
     test: TextSamples
+    domain: None = None
+    classes: tuple[int, ...] = ()
+    prompt: None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,12 @@ class TextStream:
     tasks: tuple[TextTask, ...]
     fingerprint: str
     setting: str = "trace"
+    class_names: tuple[str, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """How many tasks have a number."""
+        return len(self.tasks)
 
 
 class TaskDescription(BaseModel):
@@ -129,8 +141,12 @@ def open_text_stream(settings: StreamSettings) -> TextStream:
             expected=f"the folder that path: {description.path} names",
             remedy=f"correct path: in {file}, or put the data there",
         )
-    chosen = _ordered(description, settings.order, file.stem)
-    tasks = tuple(_task(root, one, number, settings) for number, one in enumerate(chosen, start=1))
+    names = [task.name for task in description.tasks]
+    places = named_places(settings.order or names, names, file.stem, "task")
+    tasks = tuple(
+        _task(root, description.tasks[place], number, settings)
+        for number, place in enumerate(places, start=1)
+    )
     return TextStream(file.stem, tasks, _fingerprint(tasks))
 
 
@@ -206,22 +222,6 @@ def _refuse_empty(file: Path, what: str, texts: Sequence[str]) -> None:
         expected=f"a {what} of at least one visible character",
         remedy="take these entries out",
     )
-
-
-def _ordered(
-    description: TextDescription, order: Sequence[str] | None, source: str
-) -> list[TaskDescription]:
-    known = {task.name: task for task in description.tasks}
-    names = list(order or known)
-    for place, name in enumerate(names):
-        if name not in known:
-            raise ConfigError(
-                f"stream.order names {name!r}, which is no task of {source}",
-                expected=did_you_mean(name, known),
-            )
-        if name in names[:place]:
-            raise ConfigError(f"stream.order names {name!r} twice")
-    return [known[name] for name in names]
 
 
 def _task(

@@ -215,6 +215,11 @@ def test_two_seeds_have_a_spread_and_intervals(command, here):
     records = [str(path) for path in sorted(here.glob("runs/seed-*/record.json"))]
     assert len(records) == 2
     assert command("report", *records, "--out", "again.html").returncode == 0
+    assert command("report", "runs", "--out", "folder.html").returncode == 0
+    assert "2 seeds" in (here / "folder.html").read_text()
+    none = command("report", "runs/seed-0/adapters")
+    assert none.returncode == 3
+    assert "no record.json in the folder runs/seed-0/adapters" in none.stderr
 
 
 def test_a_run_that_was_killed_goes_on_where_it_was(here, environ, start, command):

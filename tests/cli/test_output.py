@@ -33,6 +33,14 @@ def test_a_pipe_gets_tab_separated_columns(capsys):
     assert capsys.readouterr().out == "x\twhat\n1\tone\n2\ttwo lines and tabs\n"
 
 
+def test_what_the_numbers_are_goes_to_stderr(capsys):
+    title = "accuracy (3 seeds: mean \u00b1 sample standard deviation)"
+    Out().data(Point(x=1), Grid(title, ("x", "y"), (("1", "2"),), notes=("a note",)), ids=[1])
+    said = capsys.readouterr()
+    assert said.out == "x\ty\n1\t2\n"
+    assert said.err == f"{title}\na note\n"
+
+
 def test_json_is_one_document_a_record(capsys):
     Out(json=True).data([Point(x=1), Point(x=2)], TABLE, ids=[1])
     lines = capsys.readouterr().out.splitlines()

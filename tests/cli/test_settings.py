@@ -90,6 +90,35 @@ def test_config_show_yaml_can_be_given_back(here, memtool):
     assert again.stdout == text.stdout
 
 
+def test_a_setting_that_nothing_reads_is_named_once(command):
+    given = ("run", "--dry-run", "--topk", "8", "--set", "train.iterations=20")
+    said = command(*given)
+    assert said.returncode == 0
+    assert said.stderr.splitlines().count("note: moram.topk has no effect under method mira") == 1
+    lines = dict(line.split("\t", 1) for line in said.stdout.splitlines() if line)
+    assert lines["setting"] == "dil"
+    assert lines["head"] == "lda, one a task"
+    assert lines["baselines"].startswith("frozen, sequential, ewc")
+    assert lines["runs"] == "runs"
+    assert lines["task"] == "name\ttraining\ttest\tepochs\tsteps"
+    assert lines["3"] == "rot90\t600\t1197\t2\t24"
+    silent = command(*given, "--json")
+    assert silent.stderr == ""
+    facts = json.loads(silent.stdout)["plan"]
+    assert facts["steps"] == [24] * 5
+    assert facts["baselines"][:3] == ["frozen", "sequential", "ewc"]
+    assert "moram" not in command("config", "show", MEMTOOL_MORAM__TOPK="8").stderr
+
+
+def test_presets_are_listed_with_what_they_say_first(memtool):
+    rows = [line.split("\t") for line in memtool("config", "presets").stdout.splitlines()][1:]
+    assert [row[0] for row in rows] == [preset.path.stem for preset in presets()]
+    for (name, what, command), preset in zip(rows, presets(), strict=True):
+        first, second, *_ = preset.path.read_text().splitlines()
+        assert (f"# {command}", f"# {what}") == (first, second)
+        assert f"memtool run --preset {name}" in command
+
+
 def test_config_as_json(memtool):
     record = json.loads(memtool("config", "show", "--json").stdout)
     assert record["schema"] == "memtool.config"

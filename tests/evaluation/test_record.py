@@ -16,6 +16,7 @@ from memtool.evaluation.record import (
     Environment,
     Record,
     Row,
+    find_records,
     peak_resident_bytes,
     read_record,
     write_record,
@@ -33,6 +34,20 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
     document = json.loads(path.read_text())
     assert list(document) == ["schema", "schema_version", "run", "metrics", "environment"]
     assert (document["schema"], document["schema_version"]) == ("memtool.evaluation", 1)
+
+
+def test_the_records_of_a_folder(tmp_path: Path) -> None:
+    for seed in (10, 9):
+        write_record(record(seed), tmp_path / f"seed-{seed}" / "record.json")
+    (tmp_path / "seed-x").mkdir()
+    paths = tuple(tmp_path / f"seed-{seed}" / "record.json" for seed in (9, 10))
+    assert find_records(tmp_path) == paths
+    assert find_records(tmp_path / "seed-9") == paths[:1]
+    assert find_records(paths[1]) == paths[1:]
+    with pytest.raises(NotFoundError, match=r"no record.json in the folder .*seed-x"):
+        find_records(tmp_path / "seed-x")
+    own = write_record(record(), tmp_path / "record.json")
+    assert find_records(tmp_path) == (own,)
 
 
 def test_awkward_floats_survive() -> None:

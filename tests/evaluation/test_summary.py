@@ -39,6 +39,14 @@ def test_one_seed_has_no_spread() -> None:
     summary = summarise([0.5])
     assert (summary.n, summary.mean) == (1, 0.5)
     assert summary.std is summary.low is summary.high is None
+    assert summary.interval() is None
+
+
+def test_an_interval_ends_where_values_do():
+    summary = summarise([0.95, 0.99])
+    assert summary.interval() == (summary.low, summary.high)
+    assert summary.interval(0.0, 1.0) == (summary.low, 1.0)
+    assert summarise([0.01, 0.05]).interval(0.0)[0] == 0.0
 
 
 @pytest.mark.parametrize("values", [[], [float("nan")], [[0.1, 0.2]]])

@@ -94,6 +94,17 @@ def test_growing_freezes_what_is_there_and_only_the_newest_learn(x):
         assert (after[2:] != before[name][2:]).any(dim=1).all()
 
 
+def test_keys_that_are_fixed_learn_nothing(x):
+    memory = Rank1Memory(SITES)
+    memory.grow(flat(2, 1), rank=2, owner=0)
+    memory.grow(flat(3, 2), rank=3, owner=1, keys_learn=False)
+    memory.train()
+    sum(out.square().sum() for out in outputs(memory, x).values()).backward()
+    assert all(keys.grad is None for keys in memory.fresh_keys)
+    assert all(values.grad is not None for values in memory.fresh_values)
+    torch.testing.assert_close(memory.fresh(), flat(3, 2))
+
+
 def test_what_learns_goes_out_and_comes_in_as_a_flat_value():
     memory = Rank1Memory(SITES)
     value = flat(3, 4)

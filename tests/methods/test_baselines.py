@@ -9,19 +9,21 @@ from torch.nn import functional as F
 
 from memtool.adapters.values import AdapterValues
 from memtool.errors import DivergedError
+from memtool.heads.losses import TEMPERATURE, distillation
 from memtool.methods.adapt import adapt
 from memtool.methods.baselines import BASELINES
 from memtool.methods.baselines.ewc import STRENGTH as EWC_STRENGTH
 from memtool.methods.baselines.ewc import Ewc
-from memtool.methods.baselines.inf_lora import InfLora, free_directions
+from memtool.methods.baselines.inf_lora import InfLora
 from memtool.methods.baselines.learner import Learner, in_turn, pooled
-from memtool.methods.baselines.lwf import TEMPERATURE, Lwf, distillation
+from memtool.methods.baselines.lwf import Lwf
 from memtool.methods.baselines.moe_lora import MoeLora
 from memtool.methods.baselines.o_lora import STRENGTH as O_LORA_STRENGTH
 from memtool.methods.baselines.o_lora import OLora, overlap
 from memtool.methods.baselines.reading import ClosedForms, accuracy
 from memtool.methods.baselines.sources import DG_BASELINES
 from memtool.methods.dual_gpm import DualGPM
+from memtool.methods.past_inputs import free_directions
 from memtool.methods.recall import every
 from memtool.methods.workspace import Workspace
 from memtool.streams.task import Samples

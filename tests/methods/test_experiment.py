@@ -9,6 +9,7 @@ from memtool.evaluation.record import read_record
 from memtool.methods import experiment
 from memtool.methods.ablations import ablate
 from memtool.methods.mira import Mira
+from memtool.methods.plan import plan
 from tests.methods.conftest import learn, small_config
 
 READINGS = ("", "-ridge", "-lda", "-routed")
@@ -143,6 +144,49 @@ def test_the_held_out_domain_is_never_learned_from(generalised):
     with pytest.raises(ConfigError, match="'rot30' is held out"):
         mira.adapt("rot30")
     assert mira.retrieve(task="rot30").samples > 0
+
+
+def test_domains_keep_their_numbers_where_one_is_held_out(tmp_path):
+    mira = Mira.open(small_config(tmp_path, **DG, stream__held_out="rot0"), seed=0)
+    tasks = mira.workspace.stream.tasks
+    assert [mira.stage(task) for task in tasks] == [
+        "task 2/3 rot30: adapt",
+        "task 3/3 rot60: adapt",
+    ]
+    assert mira.workspace.stream.count == 3
+
+
+def test_a_plan_of_held_out_domains_writes_nothing(tmp_path):
+    config = small_config(tmp_path, **DG)
+    facts = plan(config, seed=0, verb="run")
+    assert (facts["setting"], facts["held_out"], facts["memories"]) == ("dg", None, 3)
+    assert facts["tasks"] == ["rot0", "rot30", "rot60"]
+    assert (facts["train_samples"], facts["test_samples"]) == ([80] * 3, [80] * 3)
+    assert (facts["epochs"], facts["steps"]) == ([2] * 3, [4] * 3)
+    assert facts["bytes_in_all"] == 3 * 2 * facts["bytes_per_adapter"]
+    assert facts["baselines"] == ["frozen", "erm", "moe-lora"]
+    assert (facts["head"], facts["head_scope"]) == ("lda", "shared")
+    assert facts["runs"] == str(tmp_path / "runs")
+    one = plan(small_config(tmp_path, **DG, stream__held_out="rot30"), seed=0, verb="write")
+    assert (one["held_out"], one["memories"], one["baselines"]) == ("rot30", 1, None)
+    assert one["train_samples"] == [80, 0, 80]
+    assert one["test_samples"] == [0, 80, 0]
+    assert one["epochs"] == [2, 0, 2]
+    assert not list(tmp_path.iterdir())
+
+
+def test_baselines_are_those_of_the_setting_and_the_method(tmp_path):
+    chosen = {
+        setting: experiment.chosen_baselines(small_config(tmp_path, stream__setting=setting))
+        for setting in ("dil", "til", "dg")
+    }
+    assert chosen["til"] == ()
+    assert chosen["dg"] == ("frozen", "erm", "moe-lora")
+    assert {"ewc", "joint"} < set(chosen["dil"])
+    wanted = small_config(tmp_path, baselines=("joint", "frozen", "erm"))
+    assert experiment.chosen_baselines(wanted) == ("frozen", "joint")
+    other = small_config(tmp_path, method="modulation", stream__setting="mts")
+    assert experiment.chosen_baselines(other) == ()
 
 
 def test_domains_that_cannot_be_held_out(tmp_path):

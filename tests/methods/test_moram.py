@@ -25,13 +25,16 @@ from memtool.evaluation.record import Record
 from memtool.memories.rank1 import Rank1Memory
 from memtool.methods import experiment
 from memtool.methods.atom_map import as_picture, explain_atoms, task_grid
+from memtool.methods.atom_prune import dead_atoms, prune
+from memtool.methods.atom_state import AtomsState, bank_of, digest
 from memtool.methods.atom_watch import contribution, contributions, frozen_drift, task_shares
 from memtool.methods.bisect import bisect
 from memtool.methods.exchange import export_peft
 from memtool.methods.forget import forget
 from memtool.methods.method import first
 from memtool.methods.mira import Mira
-from memtool.methods.moram import AtomsState, Moram, bank_of, digest
+from memtool.methods.moram import Moram
+from memtool.methods.past_inputs import PastInputs
 from memtool.reports.html import render
 from memtool.reports.table import atoms_grid
 from memtool_stores import Backbone, MemoryStore, Space, SpaceMismatchError
@@ -120,6 +123,42 @@ def test_scaling_is_that_of_the_atoms_whatever_comes_later(tmp_path):
     moram = grow(Moram.open(config_in(tmp_path, adapter__alpha=12), seed=0), 1)
     bank = moram.snapshot().bank
     assert bank.bank(bank.sites[0].name).scaling.tolist() == [3.0] * 4
+
+
+def test_free_keys_hardly_answer_to_earlier_tasks(tmp_path):
+    moram = grow(Moram.open(config_in(tmp_path, moram__keys="free"), seed=0), 2)
+    work, view = moram.workspace, moram.workspace.store.view()
+    assert "past-inputs" in view.blobs()
+    one, two = (bank_of(view, work.layout, rows) for rows in (1, 2))
+    past = PastInputs(work.layout)
+    earlier = past.moments(work, work.task("1").train, one.recall(moram.gate))
+    past.add(earlier, 0.0)
+    now = PastInputs(work.layout).moments(work, work.task("2").train, one.recall(moram.gate))
+    for site in work.layout.sites:
+        keys = two.bank(site.name).keys[4:].double()
+        lengths = keys.norm(dim=1)  # a key is zero where nothing is free
+        torch.testing.assert_close(lengths, lengths.round(), atol=1e-5, rtol=0)
+        # Of every earlier input's energy 3 % is outside the past; nothing inside is answered to.
+        assert past.space[site.module].kept > 0
+        inside = keys - past.space[site.module].project(keys)
+        assert inside.abs().max() < 1e-3
+        assert (keys @ earlier[site.module] @ keys.T).trace() < 0.04 * earlier[site.module].trace()
+        # They are those of the task's own inputs that have most energy, in this order.
+        own = (keys @ now[site.module] @ keys.T).diagonal()
+        assert (own.diff() <= 1e-6 * own[0]).all()
+    assert two.bank(site.name).values[4:].any()
+
+
+def test_free_keys_are_of_the_whole_memory(grown, tmp_path):
+    with pytest.raises(ConfigError, match="another gate: keys random, here free"):
+        reopened(grown, moram__keys="free").adapt("3", fresh=True)
+    moram = grow(Moram.open(config_in(tmp_path, moram__keys="free"), seed=0), 2)
+    assert moram.adapt("2")[0].skipped
+    assert moram.evaluate(history=True).row("memory").metrics["faa"] > 0.7
+    forget(moram.workspace.store, ["task-2-seed-0"])
+    assert "past-inputs" in moram.workspace.store.view().blobs()
+    forget(moram.workspace.store, ["task-1-seed-0"])
+    assert "past-inputs" not in moram.workspace.store.view().blobs()
 
 
 def test_repeating_a_step_changes_nothing(grown_copy):
@@ -268,7 +307,7 @@ class TestWhatAtomsDo:
 
     def test_drift_against_the_definition(self, grown):
         work, snapshot = grown.workspace, grown.snapshot()
-        versions = grown._history(snapshot)
+        versions = grown._history(snapshot.version, snapshot.tasks)
         then = grown.snapshot(versions[1])
         images = first(work.stream.tasks[0].test, 8).images
         same, later = frozen_drift(
@@ -385,12 +424,14 @@ class TestExplain:
 
     def test_an_older_version(self, grown):
         snapshot = grown.snapshot()
-        result = explain_atoms(grown, task="1", version=grown._history(snapshot)[1])
+        result = explain_atoms(
+            grown, task="1", version=grown._history(snapshot.version, snapshot.tasks)[1]
+        )
         assert {atom.task for atom in result.atoms} == {1}
         assert as_picture(result).weights.shape == (4, 17)
 
     def test_what_is_not_adapted(self, grown):
-        with pytest.raises(ConfigError, match=r"(?s)--layer 'out'.*one of fc1"):
+        with pytest.raises(ConfigError, match=r"(?s)--layer 'out'.*one of .*fc1"):
             explain_atoms(grown, task="1", layer="out")
         with pytest.raises(ConfigError, match=r"(?s)--block 9.*0, 1, 2, 3"):
             explain_atoms(grown, task="1", block=9)
@@ -420,10 +461,10 @@ class TestForget:
 
     def test_dead_atoms_go_and_the_effect_is_known_before(self, grown_copy):
         before = grown_copy.workspace.store.head()
-        found = grown_copy.dead_atoms(0.1)
+        found = dead_atoms(grown_copy, 0.1)
         assert grown_copy.workspace.store.head() == before
         assert 0 < found.pruned < found.atoms == 12 * 24
-        done = grown_copy.prune(found)
+        done = prune(grown_copy, found)
         assert done.done
         moram = reopened(grown_copy)
         row = moram.evaluate(history=True).row("memory")
@@ -432,18 +473,18 @@ class TestForget:
         assert left == found.atoms - found.pruned
         assert moram.adapt("2")[0].skipped
         with pytest.raises(ChangedMeanwhileError, match="nothing was pruned"):
-            moram.prune(found)
+            prune(moram, found)
 
     def test_what_is_no_share(self, grown):
         for below in (0, 1, -1, 3):
             with pytest.raises(ConfigError, match="between 0 and 1"):
-                grown.dead_atoms(below)
+                dead_atoms(grown, below)
 
 
 @pytest.mark.slow
 def test_a_task_learned_on_a_pruned_bank(tmp_path):
     moram = grow(Moram.open(config_in(tmp_path), seed=0), 2)
-    moram.prune(moram.dead_atoms(0.2))
+    prune(moram, dead_atoms(moram, 0.2))
     moram.adapt("3")
     moram.write()
     assert moram.snapshot().tasks == (1, 2, 3)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from pathlib import Path
@@ -10,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from memtool.config import Config, resolve
-from memtool.errors import ConfigError, MismatchError
+from memtool.config import resolve
+from memtool.errors import ConfigError
 from memtool.evaluation.record import read_record
+from memtool.memories.rank1 import Rank1Memory
+from memtool.methods.atom_state import gate_of
 from memtool.methods.baselines.o_lora import STRENGTH, overlap
 from memtool.methods.baselines.text import (
     TEXT_BASELINES,
@@ -23,136 +24,53 @@ from memtool.methods.baselines.text import (
     joint,
 )
 from memtool.methods.experiment import run
-from memtool.methods.text import AtomLearner, TextLearner, TextWorkspace, dropping, in_turn
-from tests.backbones.tiny_lm import write_tiny
-
-FACTS = {
-    "letters": [(f"after {a} comes", chr(ord(a) + 1)) for a in "abcdefgh"],
-    "sums": [(f"{n} and 1 is", str(n + 1)) for n in range(8)],
-    "turned": [(f"turn {word}:", word[::-1]) for word in ("ab", "cd", "ef", "gh", "ij", "kl")],
-}
+from memtool.methods.text import (
+    AtomLearner,
+    TextScores,
+    TextWorkspace,
+    dropping,
+    text_row,
+)
+from tests.methods.facts import FACTS, config_of, work_of, write_facts
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model, and three tasks of texts with a description."""
-    folder = tmp_path_factory.mktemp("texts")
-    write_tiny(folder / "model", max_position_embeddings=128)
-    for name, facts in FACTS.items():
-        (folder / "data" / name).mkdir(parents=True)
-        content = json.dumps([{"prompt": p, "answer": a} for p, a in facts])
-        for split in ("train", "test"):
-            (folder / "data" / name / f"{split}.json").write_text(content, encoding="utf-8")
-    tasks = [{"name": name, "metric": "exact-match"} for name in FACTS]
-    description = json.dumps({"path": "data", "tasks": tasks})  # JSON is YAML
-    (folder / "facts.yaml").write_text(description, encoding="utf-8")
-    return folder
+    return write_facts(tmp_path_factory.mktemp("texts"))
 
 
-def config_of(place: Path, where: Path, **changes: object) -> Config:
-    return resolve(
-        preset="moram-trace",
-        overrides={
-            "store": str(where / "memory"),
-            "runs": where / "runs",
-            "backbone.name": f"hf:{place / 'model'}",
-            "stream.source": str(place / "facts.yaml"),
-            "adapter.rank": 2,
-            "adapter.alpha": 4.0,
-            "text.prompt_tokens": 60,
-            "text.answer_tokens": 6,
-            "text.epochs": None,
-            "text.dropout": 0.0,
-            "train.epochs": 4,
-            "train.batch_size": 4,
-            "train.lr": 0.02,
-            "engine.precision": "fp32",
-            **changes,
-        },
-        ambient=False,
-    ).config
-
-
-def work_of(place: Path, where: Path, **changes: object) -> TextWorkspace:
-    return TextWorkspace(config_of(place, where, **changes), seed=0)
-
-
-def test_atoms_learn_and_are_written_one_version_a_task(place: Path, tmp_path: Path) -> None:
-    work = work_of(place, tmp_path)
-    row = in_turn(AtomLearner(work, 3))
-    for task in range(3):
-        assert row.loss[task + 1][task] < row.loss[task][task] - 0.1  # type: ignore[operator]
-    assert row.metrics["loss.final"] == pytest.approx(sum(row.loss[3]) / 3)  # type: ignore[arg-type]
-    risen = [row.loss[3][j] - row.loss[j + 1][j] for j in range(2)]  # type: ignore[operator]
-    assert row.metrics["loss.forgetting"] == pytest.approx(sum(risen) / 2)
-    assert all(score is None for line in row.accuracy for score in line)
-    log = [version.message for version in work.store.log()]
-    assert log[:-1] == [
-        "write atoms of task 3 turned",
-        "write atoms of task 2 sums",
-        "write atoms of task 1 letters",
-    ]
-    records = work.store.view().atom_records
-    assert [(r.kind, r.task, r.scaling) for r in records] == [("atoms", n, 2.0) for n in (1, 2, 3)]
-    assert len(work.store.view().atoms("model.layers.1.self_attn.o_proj")) == 6
-
-
-def test_a_run_goes_on_after_the_last_task_that_is_written(place: Path, tmp_path: Path) -> None:
-    whole = in_turn(AtomLearner(work_of(place, tmp_path / "a"), 3))
-    begun = AtomLearner(work_of(place, tmp_path / "b"), 3)
-    for task in begun.work.stream.tasks[:2]:
-        begun.learn(task)
-    other = AtomLearner(work_of(place, tmp_path / "b"), 3)
-    assert in_turn(other).loss == whole.loss
-    first, second = (work_of(place, tmp_path / name).store.view() for name in "ab")
-    assert [r.sha256 for r in first.atom_records] == [r.sha256 for r in second.atom_records]
-    assert len(work_of(place, tmp_path / "b").store.log()) == 4
-
-
-def test_scores_of_a_version_are_measured_once(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = in_turn(AtomLearner(work_of(place, tmp_path), 3))
-
-    def refuse(*_: object) -> None:
-        raise AssertionError("measured again")
-
-    monkeypatch.setattr(TextLearner, "_measured", refuse)
-    assert in_turn(AtomLearner(work_of(place, tmp_path), 3)).loss == whole.loss
-    other_gate = AtomLearner(work_of(place, tmp_path, **{"moram.threshold": 0.9}), 3)
-    with pytest.raises(AssertionError, match="measured again"):
-        other_gate.measure()
-
-
-def test_a_memory_of_other_settings_is_refused(place: Path, tmp_path: Path) -> None:
-    learner = AtomLearner(work_of(place, tmp_path), 3)
-    learner.learn(learner.work.stream.tasks[0])
-    for change in ({"train.lr": 0.01}, {"moram.temperature": 0.5}, {"stream.train_per_task": 3}):
-        work = work_of(place, tmp_path, **change)
-        with pytest.raises(ConfigError, match="trained with other settings"):
-            AtomLearner(work, 3).learn(work.stream.tasks[0])
-
-
-def test_the_store_refuses_atoms_on_top_of_others(place: Path, tmp_path: Path) -> None:
-    work = work_of(place, tmp_path)
-    learner, other = AtomLearner(work, 3), AtomLearner(work, 3)
-    task = work.stream.tasks[0]
-    for each in (learner, other):
-        each.before_task(task)
-    learner.after_task(task, 0.0)
-    with pytest.raises(MismatchError, match="atoms of 1 tasks"):
-        other.after_task(task, 0.0)
+def atoms_of(work: TextWorkspace) -> AtomLearner:
+    """An empty bank that learns, through the configured gate."""
+    gate = gate_of(work.config.moram, work.config.adapter.rank)
+    return AtomLearner(work, Rank1Memory(work.layout.sites), gate)
 
 
 def test_older_atoms_stay_as_they_were(place: Path, tmp_path: Path) -> None:
     work = work_of(place, tmp_path)
-    learner = AtomLearner(work, 3)
+    learner = atoms_of(work)
     tasks = work.stream.tasks
     learner.learn(tasks[0])
     name = work.layout.sites[0].name
     before = learner.bank.bank(name).keys.clone()
     learner.learn(tasks[1])
     assert torch.equal(learner.bank.bank(name).keys[:2], before)
+
+
+def test_a_row_of_some_tasks_has_the_metrics_of_a_stream_that_ended_there(
+    place: Path, tmp_path: Path
+) -> None:
+    learner = atoms_of(work_of(place, tmp_path))
+    tasks = learner.work.stream.tasks
+    found = {
+        0: TextScores(losses=(3.0, 3.0, 3.0)),
+        1: TextScores(losses=(1.0, 3.0, 3.0)),
+        2: TextScores(losses=(1.5, 0.5, 2.0), cut_prompts=4),
+    }
+    row = text_row(learner, found, seconds=None, tasks=tasks)
+    assert row.loss[2:] == ((1.5, 0.5, 2.0), (None, None, None))
+    assert row.metrics == {"loss.final": 1.0, "loss.forgetting": 0.5}
+    assert row.cut_prompts == 4
 
 
 def test_joint_learns_every_task_without_order(place: Path, tmp_path: Path) -> None:
@@ -242,7 +160,7 @@ def test_examples_come_from_the_training_set_and_fit(place: Path, tmp_path: Path
 
 
 def test_dropout_drops_a_share_of_the_inputs_by_its_seed(place: Path, tmp_path: Path) -> None:
-    learner = AtomLearner(work_of(place, tmp_path), 3)
+    learner = atoms_of(work_of(place, tmp_path))
     learner.learn(learner.work.stream.tasks[0])
     tokens = learner.lm.encode(["after a comes"]).tokens
 
@@ -318,6 +236,6 @@ def test_the_preset_learns_on_real_texts(tmp_path: Path) -> None:
         },
         ambient=False,
     ).config
-    row = in_turn(AtomLearner(TextWorkspace(config, seed=0), 2))
+    row = run(config, baselines=False)[0].row("moram")
     assert row.loss[2][0] < row.loss[0][0]  # type: ignore[operator]
     assert row.loss[2][1] < row.loss[1][1]  # type: ignore[operator]

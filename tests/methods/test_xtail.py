@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,12 @@ from memtool.methods.baselines.inf_lora import InfLora
 from memtool.methods.baselines.learner import Learner
 from memtool.methods.baselines.lwf import Lwf
 from memtool.methods.experiment import run
-from memtool.methods.fixed_head import FixedHeadTraining, fixed_head, head_under
+from memtool.methods.fixed_head import (
+    FixedHeadTraining,
+    compared,
+    fixed_head,
+    head_under,
+)
 from memtool.methods.forget import forget
 from memtool.methods.moram import Moram
 from memtool.methods.pretrain_clip import pretrain_clip
@@ -184,8 +190,6 @@ def test_heads_that_cannot_be_are_told(chain: Path, work: Workspace, tmp_path: P
 
 
 def test_equal_prompts_are_an_error(clip_work: Workspace) -> None:
-    from dataclasses import replace
-
     twice = replace(clip_work.stream, class_names=("a", "b", "c", "d", "d_", "e"))
     with pytest.raises(DataError, match=r"two classes of chain have the prompt 'a cold d.'"):
         fixed_head(clip_work.config, clip_work.engine, clip_work.backbone, twice)
@@ -197,6 +201,7 @@ def test_equal_prompts_are_an_error(clip_work: Workspace) -> None:
 def test_iterations_are_whole_epochs() -> None:
     train = TrainSettings(iterations=500, batch_size=64, epochs=7)
     assert train.epochs_for(160) == math.ceil(500 / 3)
+    assert train.epochs_for(160 * 7, 7) == math.ceil(7 * 500 / 18)
     assert TrainSettings(epochs=7).epochs_for(160) == 7
 
 
@@ -246,6 +251,18 @@ def test_the_loss_is_over_the_classes_of_the_task(work: Workspace) -> None:
         module.classifier().weight, float(work.fixed_head.scale) * work.fixed_head.prototypes
     )
     assert F.cross_entropy(logits, labels) < F.cross_entropy(learner(images), labels)
+    torch.testing.assert_close(module(images, labels), F.cross_entropy(logits, labels))
+
+
+def test_prototypes_of_earlier_tasks_compete_too(work: Workspace, clip_work: Workspace) -> None:
+    first, second = work.stream.tasks
+    assert compared(work.config, work.stream, first) == first.classes
+    assert compared(work.config, work.stream, second) == (*first.classes, *second.classes)
+    pooled = replace(second, number=0)
+    assert compared(work.config, work.stream, pooled) == second.classes
+    # The words of a text tower move with every task: only those of the batch are read.
+    second = clip_work.stream.tasks[1]
+    assert compared(clip_work.config, clip_work.stream, second) == second.classes
 
 
 # CLIP: both towers
@@ -297,7 +314,8 @@ def test_lwf_holds_image_logits_against_the_old_texts(clip_work: Workspace) -> N
 
 def test_inf_lora_sees_the_inputs_of_both_towers(clip_work: Workspace) -> None:
     learner = InfLora(clip_work, 2)
-    moments = learner.input_moments(clip_work.stream.tasks[0].train)
+    samples = clip_work.stream.tasks[0].train
+    moments = learner.inputs.moments(clip_work, samples, learner.recall())
     assert moments.keys() == {site.module for site in clip_work.layout.sites}
 
 
@@ -324,7 +342,8 @@ def test_a_run_of_moram_with_its_baselines(
     assert [task.prompt for task in record.run.tasks] == ["a warm {}.", "a cold {}."]
     memory = record.metrics.rows[0]
     assert memory.kind == "method"
-    assert None not in [cell for row in memory.accuracy[1:] for cell in row]
+    assert None not in [cell for row in memory.accuracy for cell in row]
+    assert memory.accuracy[0] == rows["zero-shot"].accuracy[0]
     for metric in ("transfer.xtail", "average.xtail", "last.xtail"):
         assert 0 <= memory.metrics[metric] <= 1
     assert memory.metrics["transfer.xtail"] > 0

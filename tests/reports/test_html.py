@@ -114,7 +114,7 @@ def test_same_input_same_bytes() -> None:
 
 def test_what_the_page_says() -> None:
     text = full_report()
-    assert "a final average accuracy of 91.2 % (3 seeds, 95 % interval 88.4 to 94.0 %)" in text
+    assert "a final average accuracy of 91.2 % (3 seeds, 95 % t-interval 88.4 to 94.0 %)" in text
     assert "the best baseline, negative at zero, 89.2 %" in text
     assert "for 200 samples (columns)" in text
     assert "a line that falls is a task that is forgotten" in text

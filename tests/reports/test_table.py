@@ -156,6 +156,19 @@ def test_tasks_by_leading_methods_with_intervals() -> None:
     assert "the table of methods has all" in grid.notes[0]
 
 
+def test_intervals_of_few_seeds_end_at_0_and_100_percent() -> None:
+    bounds = []
+    for level in (0.985, 0.02):
+        grid = tasks_grid([record(seed, method_level=level) for seed in (0, 2)])
+        cells = [cell.split("(")[1].rstrip(")") for row in grid.rows for cell in row[1:]]
+        bounds += [float(bound) for cell in cells for bound in cell.split(" to ")]
+    assert (min(bounds), max(bounds)) == (0.0, 100.0)
+    assert "2 seeds: mean (95 % t-interval over the seeds)" in grid.title
+    one = tasks_grid([record()])
+    assert "interval" not in one.title
+    assert not any("(" in cell for row in one.rows for cell in row[1:])
+
+
 def test_held_out_domains_have_names_of_their_own() -> None:
     grid = methods_grid([held_out_record()])
     assert grid.title.startswith("Accuracy on each held-out domain (MIRA, dg")

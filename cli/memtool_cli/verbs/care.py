@@ -129,34 +129,39 @@ def _prune(call: Call, below: float, purge: bool) -> None:
             "--purge with --atoms-below",
             expected="one of them: the bytes of single atoms stay in the row of their task",
         )
+    from memtool.methods.atom_prune import dead_atoms, dead_text_atoms, prune
     from memtool.methods.moram import Moram
+    from memtool.methods.text_memory import TextMoram
 
     call.store_to_change()
     with call.out.progress() as progress:
         method = call.method(progress)
-        if not isinstance(method, Moram):
+        if not isinstance(method, Moram | TextMoram):
             raise ConfigError(
                 f"--atoms-below under method {method.config.method}",
                 expected="method moram, whose memory is made of atoms",
                 remedy="--preset moram, as the memory was made with, or --set method=moram",
             )
-        found = method.dead_atoms(below)
+        if isinstance(method, TextMoram):
+            found = dead_text_atoms(method, below)
+        else:
+            found = dead_atoms(method, below)
+    shown = percent if found.measure == "accuracy" else "{:.3f}".format
     rows = [
-        (f"{one.task} {one.task_name}", percent(one.before), percent(one.after))
-        for one in found.tasks
+        (f"{one.task} {one.task_name}", shown(one.before), shown(one.after)) for one in found.tasks
     ]
     title = f"{found.pruned} of {found.atoms} atoms add less than {below:g} of the average"
-    table = Table(("task", "accuracy", "without them"), rows, title=title)
+    table = Table(("task", found.measure, "without them"), rows, title=title)
     if call.dry_run or not found.pruned:
         call.out.data(found, table, ids=[found.pruned])
         if not found.pruned:
             call.out.note("there is nothing to prune: no new version")
         return
-    call.out.note(f"{title}; accuracy by task, before and without them:")
+    call.out.note(f"{title}; {found.measure} by task, before and without them:")
     for row in rows:
         call.out.note("  " + "  ".join(row))
     call.confirm(f"take {found.pruned} atoms out of the memory")
-    done = method.prune(found)
+    done = prune(method, found)
     table = Table(table.header, rows, title=f"{title}; version {done.version}")
     call.out.data(done, table, ids=[done.version])
     call.out.note("the version before still holds them: memtool rollback brings them back")
@@ -264,7 +269,7 @@ def bisect(
         one_of("--setting", setting, choices("stream.setting"))
     with call.out.progress() as progress:
         result = halve(
-            call.method(progress),
+            call.image_method(progress),
             metric=metric,
             drop=drop / 100,
             good=good,

@@ -28,13 +28,14 @@ from memtool_cli.options import (
     SPLITS,
     STORE,
     Call,
+    ReportFile,
     examples,
     one_of,
     verb,
 )
 from memtool_cli.output import Table, duration, size
 from memtool_cli.plan import show_plan
-from memtool_cli.scores import final_average, grids
+from memtool_cli.scores import show
 
 if TYPE_CHECKING:
     from memtool.backbones.pretrain import PretrainProgress
@@ -61,7 +62,7 @@ def demo(
 
     with call.out.progress() as progress:
         record, report = run_demo(out, progress=progress)
-    call.out.data(record, *grids([record], history=True), ids=[f"{final_average([record]):.4f}"])
+    show(call.out, [record], history=True)
     call.out.note(f"report: {report}")
     call.out.next(f"memtool log --store {out / 'memory'}")
 
@@ -103,12 +104,7 @@ def run(
             rich_help_panel="Training",
         ),
     ] = True,
-    report: Annotated[
-        Path | None,
-        typer.Option(
-            "--report", metavar="FILE", help="Write an HTML page.", rich_help_panel="Output"
-        ),
-    ] = None,
+    report: ReportFile = None,
 ) -> None:
     """Run a whole experiment, tasks by seeds; goes on where an earlier run was stopped."""
     from memtool.methods import experiment
@@ -124,11 +120,11 @@ def run(
             command=call.line,
             preset=call.resolved.preset,
         )
-    call.out.data(found, *grids(found), ids=[f"{final_average(found):.4f}"])
-    if report is not None:
-        from memtool.reports.html import write_report
-
-        call.out.note(f"report: {write_report(found, report)}")
+    show(call.out, found, report=report)
+    for seed in call.config.seed:
+        call.out.note(
+            f"record.json and report.html of seed {seed}: {experiment.folder_of(call.config, seed)}"
+        )
     return None
 
 
@@ -165,12 +161,7 @@ def ablate(
             ],
         ),
     ],
-    report: Annotated[
-        Path | None,
-        typer.Option(
-            "--report", metavar="FILE", help="Write an HTML page.", rich_help_panel="Output"
-        ),
-    ] = None,
+    report: ReportFile = None,
 ) -> None:
     """Run one experiment with one choice changed, everything else equal; goes on as `run` does."""
     one_of("the choice", what, WORDS)
@@ -185,18 +176,15 @@ def ablate(
             command=call.line,
             preset=call.resolved.preset,
         )
-    call.out.data(found, *grids(found), ids=[f"{final_average(found):.4f}"])
-    if report is not None:
-        from memtool.reports.html import write_report
-
-        call.out.note(f"report: {write_report(found, report)}")
+    show(call.out, found, report=report)
 
 
 @app.command(
     "report",
     epilog=examples(
-        "memtool report runs/record.json",
-        "memtool report runs/seed-*/record.json --out report.html",
+        "memtool report runs",
+        "memtool report runs/seed-0 runs/seed-2 --out report.html",
+        "memtool eval --json > before.json && memtool report before.json",
     ),
 )
 @verb()
@@ -204,7 +192,10 @@ def report(
     call: Call,
     files: Annotated[
         list[Path],
-        typer.Argument(metavar="RECORD", help="Records of one experiment, one a seed."),
+        typer.Argument(
+            metavar="RECORD",
+            help="Records of one experiment, one a seed; or the folder of a run.",
+        ),
     ],
     out: Annotated[
         Path,
@@ -212,10 +203,11 @@ def report(
     ] = Path("report.html"),
 ) -> None:
     """Make an HTML page from evaluation records."""
-    from memtool.evaluation.record import read_record
+    from memtool.evaluation.record import find_records, read_record
     from memtool.reports.html import write_report
 
-    path = write_report([read_record(file) for file in files], out)
+    found = [read_record(file) for path in files for file in find_records(path)]
+    path = write_report(found, out)
     call.out.data(records.Written(path=path), Table((), [("report", path)]), ids=[path])
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from memtool.errors import ConfigError
-from memtool_cli import complete
 from memtool_cli.options import (
     COMPUTE,
     CONFIGURATION,
@@ -19,6 +18,9 @@ from memtool_cli.options import (
     SPLITS,
     STORE,
     Call,
+    ImageSubject,
+    PromptSubject,
+    TaskSubject,
     examples,
     verb,
 )
@@ -33,35 +35,24 @@ app = typer.Typer(rich_markup_mode="rich")
 @app.command(
     "explain",
     epilog=examples(
-        "memtool explain --image photo.png",
         "memtool explain --image photo.png --out explain.html",
         "memtool explain --task 3 --store memory@HEAD~1 --json",
         "memtool explain --preset moram-digits --image digit.png --layer fc1 --block 2",
+        "memtool explain --preset moram-trace --prompt 'Once upon a time' --out atoms.html",
     ),
 )
 @verb(STORE, METHOD, MEMORY, RANK, SPLITS, SEED, *COMPUTE, *CONFIGURATION)
 def explain(
     call: Call,
-    task: Annotated[
-        str | None,
-        typer.Option(
-            "--task",
-            metavar="TASK",
-            help="The test images of a task, by number or name.",
-            rich_help_panel="Memory",
-            autocompletion=complete.tasks,
-        ),
-    ] = None,
-    image: Annotated[
-        Path | None,
-        typer.Option("--image", metavar="FILE", help="A picture.", rich_help_panel="Memory"),
-    ] = None,
+    task: TaskSubject = None,
+    image: ImageSubject = None,
+    prompt: PromptSubject = None,
     layer: Annotated[
         str | None,
         typer.Option(
             "--layer",
-            metavar="q|k|v|proj|fc1|fc2",
-            help="MoRAM: the adapted map to look at; none: the first configured one.",
+            metavar="q|k|v|…",
+            help="MoRAM: the adapted map to look at, one of backbone.targets; none: the first.",
             rich_help_panel="Memory",
         ),
     ] = None,
@@ -85,15 +76,12 @@ def explain(
         ),
     ] = None,
 ) -> None:
-    """Show which adapters fire for an image or a task, and what each of them adds."""
-    if (task is None) == (image is None):
-        raise ConfigError(
-            "explain needs one subject",
-            expected="one of --task and --image",
-            remedy=call.command("explain --task 1"),
-        )
+    """Show which adapters fire for an image, a prompt or a task, and what each of them adds."""
+    call.require_one_subject("explain", task=task, image=image, prompt=prompt)
     if call.config.method == "moram":
-        return _explain_atoms(call, task=task, image=image, layer=layer, block=block, out=out)
+        return _explain_atoms(
+            call, task=task, image=image, prompt=prompt, layer=layer, block=block, out=out
+        )
     if layer is not None or block is not None:
         raise ConfigError(
             f"--layer and --block under method {call.config.method}",
@@ -105,7 +93,7 @@ def explain(
 
     with call.out.progress() as progress:
         result = explained(
-            call.method(progress), task=task, image=image, version=call.version, out=out
+            call.image_method(progress), task=task, image=image, version=call.version, out=out
         )
     view = as_shown(result)
     facts = Table((), view.facts, title=f"{view.title}: {view.about}")
@@ -125,30 +113,30 @@ def _explain_atoms(
     *,
     task: str | None,
     image: Path | None,
+    prompt: str | None,
     layer: str | None,
     block: int | None,
     out: Path | None,
 ) -> None:
     """The map of atoms at one adapted map."""
-    from memtool.methods.atom_map import explain_atoms, task_grid
+    from memtool.methods.atom_map import explain_atoms, explain_text_atoms, task_grid
     from memtool.methods.moram import Moram
+    from memtool.methods.text_memory import TextMoram
 
+    where: dict[str, Any] = {"layer": layer, "block": block, "version": call.version, "out": out}
     with call.out.progress() as progress:
         method = call.method(progress)
-        assert isinstance(method, Moram)
-        result = explain_atoms(
-            method,
-            task=task,
-            image=image,
-            layer=layer,
-            block=block,
-            version=call.version,
-            out=out,
-        )
+        if isinstance(method, TextMoram):
+            result = explain_text_atoms(method, task=task, prompt=prompt, **where)
+        else:
+            assert isinstance(method, Moram)
+            result = explain_atoms(method, task=task, image=image, **where)
     best = sorted(result.tasks, key=lambda one: -one.share)
     call.out.data(result, task_grid(result), ids=[one.name for one in best[:1]])
     if result.prediction is not None:
         chance = f"{100 * result.prediction.probability:.1f} %"
         call.out.note(f"prediction: {result.prediction.label} ({chance})")
+    if result.answer is not None:
+        call.out.note(f"answer: {result.answer}")
     if out is not None:
         call.out.note(f"drawn in {out}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,17 +28,28 @@ from memtool_cli.options import (
     SPLITS,
     STORE,
     Call,
+    ImageSubject,
+    PromptSubject,
+    ReportFile,
     TaskOfForeign,
+    TaskSubject,
     examples,
     one_of,
     verb,
 )
 from memtool_cli.output import Table, duration, percent, size
 from memtool_cli.plan import show_plan
-from memtool_cli.scores import final_average, grids
+from memtool_cli.scores import show
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from memtool.evaluation.record import Record
+    from memtool.methods.mira import Mira
+    from memtool.methods.modulation import Modulation
+    from memtool.methods.moram import Moram
     from memtool.methods.results import AtomsResult, RecallResult, RetrieveResult
+    from memtool.methods.text_memory import TextMoram
 
 app = typer.Typer(rich_markup_mode="rich")
 
@@ -95,7 +107,7 @@ def train_adapter(
         (
             result.name,
             f"{result.task} {result.task_name}",
-            percent(result.train_accuracy),
+            "-" if result.train_accuracy is None else percent(result.train_accuracy),
             f"{result.loss:.4f}",
             duration(result.seconds),
             size(result.bytes),
@@ -193,7 +205,8 @@ def consolidate(call: Call) -> None:
         ]
         rows.append(("time", duration(result.seconds)))
     elif result.schema_ == "memtool.consolidate-moram":
-        rows.append(("head", f"{result.head}, {result.scope}"))
+        if result.head is not None:
+            rows.append(("head", f"{result.head}, {result.scope}"))
     else:
         rows.append(("memories", ", ".join(result.memories)))
         if result.train_task_accuracy is not None:
@@ -201,7 +214,11 @@ def consolidate(call: Call) -> None:
             rows.append(("task predictor", f"{result.epochs} epochs, {right} of training tasks"))
         rows.append(("time", duration(result.seconds)))
     call.out.data(result, Table((), rows), ids=[result.version])
-    if result.unchanged:
+    if call.reads_texts:
+        call.out.note(
+            "there is nothing to learn: atoms find themselves, and the model has its head"
+        )
+    elif result.unchanged:
         call.out.note("nothing changed since the last consolidation: no new version")
     call.out.next(call.command("eval"))
     return None
@@ -210,29 +227,18 @@ def consolidate(call: Call) -> None:
 @app.command(
     "retrieve",
     epilog=examples(
-        "memtool retrieve --task 3",
         "memtool retrieve --image photo.png --json",
         "memtool retrieve --query query.safetensors --store memory@HEAD~1",
         "memtool retrieve --preset modulation-til --task 7 --memory bayes-pcn --out adapter",
+        "memtool retrieve --preset moram-trace --prompt 'Once upon a time'",
     ),
 )
 @verb(STORE, METHOD, MEMORY, RANK, SPLITS, HELD_OUT, SEED, *COMPUTE, *CONFIGURATION)
 def retrieve(
     call: Call,
-    task: Annotated[
-        str | None,
-        typer.Option(
-            "--task",
-            metavar="TASK",
-            help="The test images of a task, by number or name.",
-            rich_help_panel="Memory",
-            autocompletion=complete.tasks,
-        ),
-    ] = None,
-    image: Annotated[
-        Path | None,
-        typer.Option("--image", metavar="FILE", help="A picture.", rich_help_panel="Memory"),
-    ] = None,
+    task: TaskSubject = None,
+    image: ImageSubject = None,
+    prompt: PromptSubject = None,
     query: Annotated[
         Path | None,
         typer.Option(
@@ -252,17 +258,26 @@ def retrieve(
         ),
     ] = None,
 ) -> None:
-    """Show the mixture of adapters that a task, an image or a query recalls."""
-    if sum(subject is not None for subject in (task, image, query)) != 1:
-        raise ConfigError(
-            "retrieve needs one subject",
-            expected="one of --task, --image and --query",
-            remedy=call.command("retrieve --task 1"),
-        )
+    """Show the mixture of adapters that a task, an image, a prompt or a query recalls."""
+    from memtool.methods.text_memory import TextMoram
+
+    call.require_one_subject("retrieve", task=task, image=image, prompt=prompt, query=query)
+    result: RetrieveResult | RecallResult | AtomsResult
     with call.out.progress() as progress:
-        result = call.method(progress).retrieve(
-            task=task, image=image, query=query, version=call.version, out=out
-        )
+        method = call.method(progress)
+        if isinstance(method, TextMoram):
+            if query is not None or out is not None:
+                raise ConfigError(
+                    f"{'--query' if query is not None else '--out'} on a stream of texts: every "
+                    "token of every layer asks for itself, and gets a mixture of its own",
+                    expected="--task or --prompt",
+                    remedy="memtool explain --prompt TEXT, which maps atoms to tokens",
+                )
+            result = method.retrieve(task=task, prompt=prompt, version=call.version)
+        else:
+            result = method.retrieve(
+                task=task, image=image, query=query, version=call.version, out=out
+            )
     if result.schema_ == "memtool.recall":
         _show_recall(call, result)
     elif result.schema_ == "memtool.retrieve-atoms":
@@ -325,6 +340,10 @@ def _show_atoms(call: Call, result: AtomsResult) -> None:
         )
     if result.accuracy is not None:
         call.out.note(f"accuracy on {result.samples} samples: {percent(result.accuracy)}")
+    if result.loss is not None:
+        call.out.note(f"loss on {result.samples} texts: {result.loss:.3f} nats per answer token")
+    if result.answer is not None:
+        call.out.note(f"answer: {result.answer}")
 
 
 def _show_recall(call: Call, result: RecallResult) -> None:
@@ -387,12 +406,15 @@ def evaluate(
             rich_help_panel="Memory",
         ),
     ] = False,
-    report: Annotated[
-        Path | None,
+    unseen: Annotated[
+        bool,
         typer.Option(
-            "--report", metavar="FILE", help="Write an HTML page.", rich_help_panel="Output"
+            "--unseen",
+            help="Also the tasks that are not in memory (MoRAM; always in setting xtail).",
+            rich_help_panel="Memory",
         ),
-    ] = None,
+    ] = False,
+    report: ReportFile = None,
     at_least: Annotated[
         float | None,
         typer.Option(
@@ -403,13 +425,19 @@ def evaluate(
         ),
     ] = None,
 ) -> None:
-    """Measure the memory on the test images of all its tasks."""
+    """Measure the memory on the test samples of all its tasks."""
     if setting is not None:
         one_of("--setting", setting, choices("stream.setting"))
     if call.dry_run:
         return show_plan(call, "eval")
+    if at_least is not None and call.reads_texts and not call.config.text.generate:
+        raise ConfigError(
+            "--at-least where only losses are measured",
+            expected="an accuracy to compare it with",
+            remedy="--set text.generate=true",
+        )
     with call.out.progress() as progress:
-        record = call.method(progress).evaluate(
+        record = _measured(call.method(progress), unseen)(
             setting=setting,
             version=call.version,
             history=history,
@@ -417,15 +445,25 @@ def evaluate(
             command=call.line,
             preset=call.resolved.preset,
         )
-    average = final_average([record])
-    call.out.data(record, *grids([record], history=history), ids=[f"{average:.4f}"])
-    if report is not None:
-        from memtool.reports.html import write_report
-
-        call.out.note(f"report: {write_report(record, report)}")
+    average = show(call.out, [record], history=history, report=report)
     if at_least is not None and average < at_least:
         call.out.note(f"final average accuracy {average:.4f} is below {at_least:g}")
         raise typer.Exit(1)
     if report is None:
         call.out.next(call.command("eval --history --compare --report report.html"))
     return None
+
+
+def _measured(method: Mira | Modulation | Moram | TextMoram, unseen: bool) -> Callable[..., Record]:
+    """What evaluates a method; with `unseen` on all tasks of the stream."""
+    if not unseen:
+        return method.evaluate
+    from memtool.methods.moram import Moram
+    from memtool.methods.text_memory import TextMoram
+
+    if not isinstance(method, Moram | TextMoram):
+        raise ConfigError(
+            f"--unseen under method {method.config.method}",
+            expected="method moram: other memories have no classes of tasks they never saw",
+        )
+    return partial(method.evaluate, unseen=True)

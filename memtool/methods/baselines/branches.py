@@ -29,19 +29,23 @@ class Branches(Learner):
         """Freeze what was learned, and begin a branch that changes nothing yet."""
         del task
         if self.seen:
-            flat = self.values.flat()
-            if self.past is not None:
-                flat = torch.cat([self.past.flat(), flat])
-            self.past = self.stacked(flat)
+            self.past = self.work.stacked(flat_of_all(self.past, self.values))
             self.values = self.fresh(1)
 
     def recall(self) -> Recall:
         """All branches, for every input."""
-        return every(self.values) if self.past is None else summed(self.past, self.values)
+        return summed(self.past, self.values)
 
 
-def summed(past: AdapterValues, new: AdapterValues) -> Recall:
-    """The sum of all adapters of two stacks, for every sample."""
+def flat_of_all(past: AdapterValues | None, new: AdapterValues) -> Tensor:
+    """The flat values (t, numel) of all branches."""
+    return new.flat() if past is None else torch.cat([past.flat(), new.flat()])
+
+
+def summed(past: AdapterValues | None, new: AdapterValues) -> Recall:
+    """The sum of all branches, for every sample."""
+    if past is None:
+        return every(new)
 
     def recall(block: int, hidden: Tensor) -> Mixture | None:
         old, added = past.block(block), new.block(block)

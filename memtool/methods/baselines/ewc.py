@@ -80,7 +80,7 @@ class Ewc(Learner):
         for low in range(0, len(samples), size):
             images = torch.from_numpy(np.array(samples.images[low : low + size]))
             labels = torch.from_numpy(np.array(samples.labels[low : low + size]))
-            copies = self.stacked(flat.repeat(len(labels), 1), trainable=True)
+            copies = self.work.stacked(flat.repeat(len(labels), 1), trainable=True)
             module = AdapterTraining(self.backbone, copies, self.head.classifier(), classes)
             module.to(engine.device)
             with engine.autocast():

@@ -87,7 +87,7 @@ def train_head(work: Workspace, head: LinearHead, features: Tensor, task: Task) 
         np.asarray(task.train.labels),
         settings.batch_size,
         settings.epochs_for(len(task.train)),
-        work.seed * 1000 + task.number,
+        work.training_seed(task.number),
     )
     stage = f"{task.name}: baseline, frozen, linear head"
     work.engine.fit(head, batches, loss, settings, stage=stage, progress=work.progress)

@@ -12,20 +12,19 @@ import time
 from collections.abc import Sequence
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memtool.adapters.lora import init_lora
 from memtool.adapters.values import AdapterValues, Recall
 from memtool.engine import Batch, Batches
 from memtool.evaluation.matrix import AccuracyMatrix
 from memtool.evaluation.record import Row
 from memtool.heads import CosineHead, LinearClassifier, LinearHead, both_ways
-from memtool.methods.adapt import augmented
+from memtool.methods.adapt import augmented, class_mask
 from memtool.methods.baselines.reading import TITLES, ClosedForms, Predict, Reading, accuracies
-from memtool.methods.fixed_head import PromptTokens, is_fixed
+from memtool.methods.fixed_head import PromptTokens, compared, is_fixed
+from memtool.methods.method import joined
 from memtool.methods.recall import every
 from memtool.methods.workspace import Workspace
 from memtool.streams.task import Samples, Task
@@ -67,18 +66,8 @@ class Learner(nn.Module):
         self.to(work.engine.device)
 
     def fresh(self, count: int) -> AdapterValues:
-        """New adapters that learn: A random, the first as the memory's of this task; B zero."""
-        work = self.work
-        generator = work.engine.generator(work.seed * 1000 + len(self.seen) + 1)
-        flat = init_lora(work.layout, count, generator=generator)
-        return self.stacked(flat, trainable=True)
-
-    def stacked(self, flat: Tensor, *, trainable: bool = False) -> AdapterValues:
-        """Adapters of flat values (t, numel), on the device, scaled by the settings' alpha / r."""
-        settings = self.work.config.adapter
-        scaling = settings.alpha / settings.rank
-        values = AdapterValues.from_flat(flat, self.work.layout, scaling, trainable=trainable)
-        return values.to(self.work.engine.device)
+        """New adapters for the next task."""
+        return self.work.fresh(count, len(self.seen) + 1)
 
     def recall(self) -> Recall | None:
         """The adapters that a block uses."""
@@ -117,13 +106,13 @@ class Learner(nn.Module):
         return 1.0
 
     def learn(self, task: Task, stage: str) -> None:
-        """Train on one task: cross-entropy over the task's classes, plus the penalty.
+        """Train on one task: cross-entropy over its classes (`compared`), plus the penalty.
 
         With a text tower, cross-entropy from images to texts and back over the classes of a batch.
         """
         work, settings = self.work, self.work.config.train
-        mask = torch.full((self.head.classes,), -torch.inf, device=work.engine.device)
-        mask[list(task.classes)] = 0.0
+        classes = compared(work.config, work.stream, task)
+        mask = class_mask(classes, self.head.classes).to(work.engine.device)
         self.before_task(task)
 
         def loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -140,8 +129,8 @@ class Learner(nn.Module):
                 task.train.images,
                 task.train.labels,
                 settings.batch_size,
-                settings.epochs_for(len(task.train)),
-                work.seed * 1000 + task.number,
+                settings.epochs_for(len(task.train), 1 if task.number else len(work.stream.tasks)),
+                work.training_seed(task.number),
             ),
             loss,
             settings,
@@ -151,8 +140,8 @@ class Learner(nn.Module):
         )
         if self.text is not None:
             with torch.no_grad(), work.engine.autocast():
-                classes = range(len(work.stream.class_names))
-                self.head = self.text.head(self.backbone, self.recall(), classes)
+                every_class = range(len(work.stream.class_names))
+                self.head = self.text.head(self.backbone, self.recall(), every_class)
         self.after_task(task)
         self.seen.append(task)
 
@@ -212,16 +201,9 @@ def in_turn(kind: type[Learner], work: Workspace, tasks: Sequence[Task]) -> list
 def pooled(tasks: Sequence[Task]) -> Task:
     """All tasks as one, its images copied into memory.
 
-    Epochs over it are as many steps as the same epochs over every task, but for the last and
-    smaller batches of the tasks.
+    Its number is 0. Epochs over it are as many steps as the same epochs over every task, but for
+    the last and smaller batches of the tasks.
     """
-
-    def joined(parts: Sequence[Samples]) -> Samples:
-        return Samples(
-            np.concatenate([part.images for part in parts]),
-            np.concatenate([part.labels for part in parts]),
-        )
-
     return Task(
         number=0,
         name="all tasks",

@@ -12,16 +12,13 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from memtool.adapters.values import AdapterValues
-from memtool.heads import CosineHead, LinearClassifier
+from memtool.heads import CosineHead, LinearClassifier, distillation
 from memtool.methods.baselines.learner import Learner
 from memtool.methods.recall import every
 from memtool.methods.workspace import Workspace
 from memtool.streams.task import Task
-
-TEMPERATURE = 2.0
 
 STRENGTH = 0.3
 """λ. Tuned as EWC's (`ewc.STRENGTH`): 0.1: 72.2 on PACS; 0.3: 72.2 and 33.4 on CIFAR-100; 1: 70.5
@@ -42,7 +39,7 @@ class Lwf(Learner):
         """Keep a frozen copy as the old model."""
         del task
         if self.seen:
-            self.old = self.stacked(self.values.flat()), self.classifier()
+            self.old = self.work.stacked(self.values.flat()), self.classifier()
 
     def penalty(self, images: Tensor, logits: Tensor) -> Tensor:
         """The divergence from the old model; zero during the first task."""
@@ -56,14 +53,3 @@ class Lwf(Learner):
             pixels = self.backbone.preprocess(images)
             wanted = head(self.backbone.features(pixels, every(values)))
         return STRENGTH * distillation(logits[:, classes], wanted[:, classes])
-
-
-def distillation(logits: Tensor, wanted: Tensor) -> Tensor:
-    """T² KL(softmax(wanted / T) ‖ softmax(logits / T)), the mean over the batch (b, classes)."""
-    divergence = F.kl_div(
-        F.log_softmax(logits.float() / TEMPERATURE, dim=1),
-        F.log_softmax(wanted.float() / TEMPERATURE, dim=1),
-        reduction="batchmean",
-        log_target=True,
-    )
-    return TEMPERATURE**2 * divergence

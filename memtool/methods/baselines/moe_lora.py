@@ -42,10 +42,7 @@ class MoeLora(Learner):
             self.queries[str(block)] = QueryModule(
                 "identity", dim, token, prefix_tokens=prefix, bias=False
             )
-            router = nn.Linear(dim, tasks)
-            nn.init.zeros_(router.weight)
-            nn.init.zeros_(router.bias)
-            self.routers[str(block)] = router
+            self.routers[str(block)] = router(dim, tasks)
         self.to(work.engine.device)
 
     def coefficients(self, block: int, hidden: Tensor) -> Tensor:
@@ -64,3 +61,11 @@ class MoeLora(Learner):
             return Mixture.weighted(here, self.coefficients(block, hidden))
 
         return recall
+
+
+def router(dim: int, experts: int) -> nn.Linear:
+    """Scores of experts from a query (..., dim), all zero at first."""
+    linear = nn.Linear(dim, experts)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear

@@ -29,15 +29,18 @@ class OLora(Branches):
 
     def penalty(self, images: Tensor, logits: Tensor) -> Tensor:
         """The overlap with the frozen branches; zero during the first task."""
-        del images
-        if self.past is None:
-            return logits.new_zeros(())
+        del images, logits
         return STRENGTH * overlap(self.past, self.values)
 
 
-def overlap(past: AdapterValues, new: AdapterValues) -> Tensor:
-    """Σ |A_t Aᵀ| over the adapters t of `past`, the sites and the pairs of ranks; `new` has one."""
-    total = past.scaling.new_zeros(())
+def overlap(past: AdapterValues | None, new: AdapterValues) -> Tensor:
+    """Σ |A_t Aᵀ| over the adapters t of `past`, the sites and the pairs of ranks; `new` has one.
+
+    Zero where there is no past.
+    """
+    total = new.scaling.new_zeros(())
+    if past is None:
+        return total
     with torch.autocast(total.device.type, enabled=False):
         for old, a in zip(past.a, new.a, strict=True):  # (t, sites, r, d), (1, sites, r, d)
             total = total + (old @ a.transpose(-1, -2)).abs().sum()

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from memtool.heads import FeatureStatistics, LinearClassifier, RecalledHead, solve_head
 from memtool.methods.consolidate import SHRINKAGE
+from memtool.methods.measure import share_right
 from memtool.methods.workspace import Workspace
 from memtool.streams.task import Samples, Task
 
@@ -83,8 +84,7 @@ class ClosedForms:
 
 def accuracy(predict: Predict, features: Tensor, samples: Samples) -> float:
     """The share of features (n, dim) whose highest score is that of the sample's class."""
-    labels = torch.from_numpy(np.asarray(samples.labels))
-    return float((predict(features).argmax(dim=1) == labels).double().mean())
+    return share_right(predict(features), samples)
 
 
 def accuracies(

@@ -17,23 +17,21 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from memtool.adapters.linear import AdaptedLinear
 from memtool.adapters.mixing import Mixture
 from memtool.adapters.values import AdapterValues, Recall
 from memtool.backbones.causal_lm import PAD
 from memtool.evaluation.record import Kind, Row
-from memtool.methods.baselines.branches import summed
+from memtool.methods.baselines.branches import flat_of_all, summed
 from memtool.methods.baselines.fine_tune import RATE
-from memtool.methods.baselines.inf_lora import free_directions
+from memtool.methods.baselines.moe_lora import router
 from memtool.methods.baselines.o_lora import STRENGTH, overlap
-from memtool.methods.dual_gpm import DualGPM
-from memtool.methods.recall import every
+from memtool.methods.past_inputs import PastInputs
 from memtool.methods.text import TextLearner, TextWorkspace, in_turn, text_row, trimmed
 from memtool.streams.ordering import random_ranks
 from memtool.streams.text import TextSamples, TextTask
@@ -109,15 +107,12 @@ class Branches(TextLearner):
         """Freeze what was learned, and begin a branch that changes nothing yet."""
         del task
         if self.seen:
-            flat = self.values.flat()
-            self.past = self.stacked(
-                flat if self.past is None else torch.cat([self.past.flat(), flat])
-            )
+            self.past = self.work.stacked(flat_of_all(self.past, self.values))
             self.values = self.fresh(1)
 
     def recall(self) -> Recall | None:
         """All branches, for every input."""
-        return every(self.values) if self.past is None else summed(self.past, self.values)
+        return summed(self.past, self.values)
 
 
 class OLora(Branches):
@@ -128,8 +123,6 @@ class OLora(Branches):
 
     def penalty(self) -> Tensor:
         """λ times the overlap with the frozen branches; zero during the first task."""
-        if self.past is None:
-            return super().penalty()
         return STRENGTH * overlap(self.past, self.values)
 
 
@@ -142,57 +135,31 @@ class InfLora(Branches):
     def begin(self) -> None:
         """The first branch, and an empty past of every adapted layer."""
         super().begin()
-        widths = {site.module: site.in_features for site in self.work.layout.sites}
-        self.space = {module: DualGPM(width) for module, width in widths.items()}
+        self.inputs = PastInputs(self.work.layout)
 
     def before_task(self, task: TextTask) -> None:
         """Begin a branch with A from the task's inputs, B zero."""
         super().before_task(task)
-        layout = self.work.layout
-        moments = self.input_moments(task.train)
-        rows = {
-            module: free_directions(self.space[module], second, layout.rank)
-            for module, second in moments.items()
-        }
-        flat = torch.zeros(1, layout.numel)
-        tensors = layout.unflatten(flat)  # views
-        for site in layout.sites:
-            tensors[f"{site.name}.lora_A"].copy_(rows[site.module])
-        self.values = self.stacked(flat, trainable=True)
+        free = self.inputs.free_branch(self.input_moments(task.train))
+        self.values = self.work.stacked(free, trainable=True)
         self.values.a.requires_grad_(False)
 
     def after_task(self, task: TextTask, seconds: float) -> None:
         """Add the task's inputs, as the trained model has them, to the past."""
         del seconds
-        progress = len(self.seen) / self.tasks
-        for module, second in self.input_moments(task.train).items():
-            self.space[module].update_moment(second, progress)
+        self.inputs.add(self.input_moments(task.train), len(self.seen) / self.tasks)
 
     @torch.no_grad()
     def input_moments(self, samples: TextSamples) -> dict[str, Tensor]:
-        """Second moment Σ x xᵀ (d, d), float64, of all tokens that enter each adapted layer."""
-        moments: dict[str, Tensor] = {}
+        """The second moment of all tokens that enter each adapted layer; padding is no input."""
         real = torch.empty(0)
-
-        def count(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-            assert isinstance(module, AdaptedLinear)
-            x = arguments[0][real].float()  # padding is no input
-            with torch.autocast(x.device.type, enabled=False):
-                second = (x.mT @ x).cpu().double()
-            moments[module.name] = moments.get(module.name, 0) + second
-
-        found = [m for m in self.lm.modules() if isinstance(m, AdaptedLinear)]
-        hooks = [m.register_forward_pre_hook(count) for m in found if m.name in self.space]
         tokens = self.lm.encode(samples.prompts, samples.answers).tokens
-        try:
+        with self.inputs.counted(self.lm, lambda x: x[real]) as moments:
             for rows in self._batches(tokens):
                 batch = trimmed(tokens[rows]).to(self.work.engine.device)
                 real = batch != PAD
                 with self.work.engine.autocast():
                     self.lm.hidden(batch, self.recall())
-        finally:
-            for hook in hooks:
-                hook.remove()
         return moments
 
 
@@ -211,10 +178,7 @@ class MoeLora(TextLearner):
         self.values = self.fresh(self.tasks)
         self.routers = nn.ModuleDict()
         for block in self.work.layout.blocks:
-            router = nn.Linear(self.lm.dim, self.tasks)
-            nn.init.zeros_(router.weight)
-            nn.init.zeros_(router.bias)
-            self.routers[str(block)] = router
+            self.routers[str(block)] = router(self.lm.dim, self.tasks)
 
     def recall(self) -> Recall | None:
         """The experts as the router of the block weighs them."""

@@ -1,0 +1,150 @@
+"""What a store holds of a memory of atoms, and the bank and head made from it.
+
+Blobs beside the rows of atoms: `atoms` (JSON: gate and head), `features.<task>` (moments of each
+task's features as they were when it was written), `past-inputs` (what entered the adapted maps, of
+keys that begin free of it), `head` and `head.<adapter>`, as in `state`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+import memtool_stores
+from memtool.adapters.atoms import AtomBank, AtomGate
+from memtool.adapters.layout import Layout
+from memtool.config import HeadSettings, MoramSettings
+from memtool.heads import FeatureStatistics, LinearClassifier, RecalledHead
+from memtool.memories.rank1 import Rank1Memory
+from memtool.methods.method import task_of
+from memtool.methods.state import (
+    HEAD,
+    StoredState,
+    feature_statistics,
+    own_head,
+    solve_recalled_head,
+)
+
+ATOMS = "atoms"
+"""Blob of `AtomsState`."""
+
+PAST_INPUTS = "past-inputs"
+"""Blob of `PastInputs`, where keys begin free of them (`moram.keys`)."""
+
+
+class AtomsState(StoredState):
+    """How the atoms are read: the JSON blob `atoms`. `moram.topk` is a number here."""
+
+    blob: ClassVar[str] = ATOMS
+
+    schema_version: int = 1
+    moram: MoramSettings
+    head: HeadSettings
+    class_names: tuple[str, ...]
+    fingerprint: str
+
+
+@dataclass(frozen=True, eq=False)
+class AtomSnapshot:
+    """The memory at one version, on the device: what retrieval and evaluation read.
+
+    `tasks` are the numbers of the tasks whose atoms are there, in the order written.
+    """
+
+    version: str
+    view: memtool_stores.MemoryView
+    tasks: tuple[int, ...]
+    bank: Rank1Memory
+    gate: AtomGate
+    state: AtomsState
+    head: RecalledHead
+
+
+def resolved(settings: MoramSettings, rank: int) -> MoramSettings:
+    """The settings with a number for topk: the rank where none is given, but at least 2."""
+    return settings.model_copy(update={"topk": settings.topk or max(rank, 2)})
+
+
+def gate_of(settings: MoramSettings, rank: int) -> AtomGate:
+    """The gate that the settings describe."""
+    return AtomGate(**resolved(settings, rank).model_dump(exclude={"keys"}))
+
+
+def bank_of(
+    view: memtool_stores.MemoryView, layout: Layout, rows: int | None = None
+) -> Rank1Memory:
+    """The atoms of a version, or of its first `rows` rows, frozen, on the CPU.
+
+    The owner of an atom is the number of its task. Pruned atoms are left out.
+    """
+    memory = Rank1Memory(layout.sites)
+    records = view.atom_records[:rows]
+    if records:
+        for site in memory.sites:
+            stored = view.atoms(site.name)
+            kept = np.flatnonzero(stored.owner < len(records))
+            tasks = [task_of(records[place]) for place in stored.owner[kept].tolist()]
+            memory.append(
+                site.name,
+                AtomBank(
+                    torch.from_numpy(stored.keys[kept].copy()),
+                    torch.from_numpy(np.ascontiguousarray(stored.values[:, kept].T)),
+                    torch.from_numpy(stored.scaling[kept].astype(np.float32)),
+                    torch.tensor(tasks, dtype=torch.int64),
+                ),
+            )
+    return memory.eval().requires_grad_(False)
+
+
+def digest(records: Sequence[memtool_stores.AdapterRecord], head: str | None = None) -> str:
+    """What atoms were trained on top of: the bytes, scalings and prunings of rows, and a head."""
+    said = [
+        [r.sha256, r.scaling, {site: list(ranks) for site, ranks in sorted(r.pruned.items())}]
+        for r in records
+    ]
+    return hashlib.sha256(json.dumps([said, head]).encode()).hexdigest()[:32]
+
+
+def trained_heads(view: memtool_stores.MemoryView) -> dict[int, LinearClassifier | None]:
+    """The classifier that was trained with the atoms of each task, where they came with one."""
+    return {task_of(record): own_head(view, record.name) for record in view.atom_records}
+
+
+def solve(
+    settings: HeadSettings,
+    statistics: Mapping[int, FeatureStatistics],
+    trained: Mapping[int, LinearClassifier | None],
+) -> RecalledHead:
+    """The head of a memory of atoms: from the moments of the features, or the trained heads.
+
+    A head that goes on from task to task (kind shared) is, for every class, that of its last task.
+    """
+    if settings.kind == "shared":
+        settings = settings.model_copy(update={"kind": "grown", "scope": "shared"})
+    return solve_recalled_head(settings, statistics, trained, range(len(statistics)))
+
+
+def solve_without(
+    txn: memtool_stores.Transaction, view: memtool_stores.MemoryView, gone: set[str]
+) -> None:
+    """In a transaction that takes rows of atoms away: the head of those that are left."""
+    state = AtomsState.load(view)
+    if state is None or not gone & {record.id for record in view.atom_records}:
+        return
+    left = [task_of(record) for record in view.atom_records if record.id not in gone]
+    if not left:
+        for name in view.blobs():
+            if name in (ATOMS, HEAD, PAST_INPUTS):
+                txn.delete_blob(name)
+        return
+    if state.head.kind in ("prototype", "text"):
+        return  # prototypes stay what they are, and texts are read again by the atoms that are left
+    trained = {task: head for task, head in trained_heads(view).items() if task in left}
+    head = solve(state.head, feature_statistics(view, left), trained)
+    txn.put_blob(HEAD, head.to_bytes())

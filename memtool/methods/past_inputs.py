@@ -1,0 +1,117 @@
+"""What entered the adapted maps so far, so that what is new can begin where it is not.
+
+A row of A that is orthogonal to all inputs of earlier tasks answers them with zero: new adapters,
+or atoms, with such keys hardly change what was learned before. Source: InfLoRA (Liang & Li 2024).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memtool.adapters.layout import Layout
+from memtool.adapters.linear import AdaptedLinear
+from memtool.adapters.values import Recall
+from memtool.methods.dual_gpm import DualGPM, spaces_from_bytes, spaces_to_bytes
+from memtool.methods.fixed_head import PromptTokens
+from memtool.methods.workspace import Workspace
+from memtool.streams.task import Samples
+
+
+class PastInputs:
+    """The space of the inputs that each adapted module of a layout had so far (DualGPM)."""
+
+    def __init__(self, layout: Layout, space: Mapping[str, DualGPM] | None = None) -> None:
+        """No past yet, but for the spaces of modules that are given."""
+        self.layout = layout
+        widths = {site.module: site.in_features for site in layout.sites}
+        self.space = {module: DualGPM(width) for module, width in widths.items()}
+        self.space.update(space or {})
+
+    def moments(
+        self, work: Workspace, samples: Samples, recall: Recall | None
+    ) -> dict[str, Tensor]:
+        """The second moment of all tokens of images that enter each adapted module.
+
+        Under a head of kind text also of the prompts of their classes, which the text tower reads.
+        """
+        with self.counted(work.backbone, lambda x: x.flatten(0, -2)) as moments:
+            work.features(samples.images, recall)
+            if work.config.head.kind == "text":
+                with torch.no_grad(), work.engine.autocast():
+                    classes = sorted(set(samples.labels.tolist()))
+                    PromptTokens(work.backbone, work.stream).head(work.backbone, recall, classes)
+        return moments
+
+    @contextmanager
+    def counted(
+        self, model: nn.Module, rows: Callable[[Tensor], Tensor]
+    ) -> Iterator[dict[str, Tensor]]:
+        """Count what enters the adapted modules of a model: Σ x xᵀ (d, d) of each, float64.
+
+        `rows` picks the tokens (n, d) that count from an input (batch, tokens, d).
+        """
+        moments: dict[str, Tensor] = {}
+
+        def count(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            assert isinstance(module, AdaptedLinear)
+            x = rows(arguments[0].detach()).float()
+            with torch.autocast(x.device.type, enabled=False):
+                second = (x.mT @ x).cpu().double()
+            moments[module.name] = moments.get(module.name, 0) + second
+
+        adapted = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
+        hooks = [
+            module.register_forward_pre_hook(count)
+            for module in adapted
+            if module.name in self.space
+        ]
+        try:
+            yield moments
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def free_branch(self, moments: Mapping[str, Tensor]) -> Tensor:
+        """An adapter (1, numel) for inputs of these moments: A where the past is not, B zero."""
+        layout = self.layout
+        rows = {
+            module: free_directions(self.space[module], second, layout.rank)
+            for module, second in moments.items()
+        }
+        flat = torch.zeros(1, layout.numel)
+        tensors = layout.unflatten(flat)  # views
+        for site in layout.sites:
+            tensors[f"{site.name}.lora_A"].copy_(rows[site.module])
+        return flat
+
+    def add(self, moments: Mapping[str, Tensor], progress: float) -> None:
+        """Add inputs of these moments; `progress` is the share of the tasks before them."""
+        for module, second in moments.items():
+            self.space[module].update_moment(second, progress)
+
+    def to_bytes(self) -> bytes:
+        """As `spaces_to_bytes`, in float32."""
+        return spaces_to_bytes(self.space, torch.float32)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, layout: Layout) -> PastInputs:
+        """What `to_bytes` wrote, for the same layout. Raises CorruptError for anything else."""
+        return cls(layout, spaces_from_bytes(data))
+
+
+def free_directions(space: DualGPM, second: Tensor, rank: int) -> Tensor:
+    """The leading `rank` principal directions (rank, d) of inputs outside the past, float64.
+
+    `second` (d, d) is the inputs' second moment. A row is zero where the inputs leave no free
+    direction of any energy.
+    """
+    free = space.project(space.project(second).mT)
+    energies, vectors = torch.linalg.eigh((free + free.mT) / 2)
+    rows = vectors.flip(1).mT[:rank]
+    present = energies.flip(0)[:rank] > 1e-10 * second.trace()
+    return rows * present.unsqueeze(1)

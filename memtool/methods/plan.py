@@ -1,0 +1,129 @@
+"""What a verb would do, for --dry-run: tasks, training, baselines and bytes; nothing is written."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from memtool.backbones.footprint import Footprint
+from memtool.config import Config
+from memtool.methods import open_method
+from memtool.methods.experiment import chosen_baselines
+from memtool.methods.text import TextWorkspace
+from memtool.methods.workspace import Workspace
+from memtool.streams import create_stream
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is known of a task before anything is learned; without `epochs` it is not learned."""
+
+    name: str
+    train: int
+    test: int
+    epochs: int
+
+
+def plan(config: Config, *, seed: int, verb: str) -> dict[str, Any]:
+    """The facts of a plan, ready for JSON.
+
+    Lists have one entry a task, in the order of their numbers. Under setting dg the domain that is
+    held out is among them with no training samples, and it alone has test samples; where every
+    domain is held out in turn (`held_out` None), all have both, and there is a memory for each.
+    `bytes_in_all` is of all memories of one seed. Of a language model only the configuration is
+    read, and `memory` says in bytes where its memory goes; None for images. Raises what opening
+    method, data and backbone does.
+    """
+    work: Workspace | TextWorkspace
+    memory = None
+    if config.stream.setting == "trace":
+        work = TextWorkspace(config, seed=seed)
+        found = work.footprint()
+        memory, numbers = _memory(config, found), found.atoms // 4 // len(work.stream.tasks)
+        tasks = [
+            _Task(task.name, len(task.train), len(task.test), work.epochs(task))
+            for task in work.stream.tasks
+        ]
+    else:
+        work = open_method(config, seed=seed).workspace
+        tasks, numbers = _image_tasks(work), work.layout.numel
+    in_turn = config.stream.setting == "dg" and config.stream.held_out is None
+    learned = sum(task.epochs > 0 for task in tasks) - in_turn
+    value_bytes = numbers * 4
+    has_head = config.method != "modulation" and config.stream.setting != "trace"
+    return {
+        "verb": verb,
+        "method": config.method,
+        "setting": config.stream.setting,
+        "held_out": config.stream.held_out,
+        "backbone": config.backbone.name,
+        "device": str(work.engine.device),
+        "precision": work.engine.precision,
+        "head": config.head.kind if has_head else None,
+        "head_scope": config.head.scope if has_head and _has_scope(config) else None,
+        "tasks": [task.name for task in tasks],
+        "train_samples": [task.train for task in tasks],
+        "test_samples": [task.test for task in tasks],
+        "epochs": [task.epochs for task in tasks],
+        "steps": [task.epochs * math.ceil(task.train / config.train.batch_size) for task in tasks],
+        "batch_size": config.train.batch_size,
+        "consolidation_epochs": config.consolidate.epochs if config.method == "mira" else None,
+        "adapters_per_task": config.adapter.per_task,
+        "rank": config.adapter.rank,
+        "parameters_per_adapter": numbers,
+        "bytes_per_adapter": value_bytes,
+        "memories": len(tasks) if in_turn else 1,
+        "bytes_in_all": value_bytes
+        * config.adapter.per_task
+        * learned
+        * (len(tasks) if in_turn else 1),
+        "memory": memory,
+        "baselines": list(chosen_baselines(config)) if verb == "run" else None,
+        "store": work.store_path,
+        "store_exists": work.has_store,
+        "runs": str(config.runs),
+    }
+
+
+def _memory(config: Config, found: Footprint) -> dict[str, int]:
+    """Bytes of the parts of a language model that learns atoms, at the limits of the texts."""
+    tokens = config.text.prompt_tokens + config.text.answer_tokens
+    samples = math.ceil(config.train.batch_size / config.engine.accumulate)
+    asked = config.engine.eval_batch_size
+    return {
+        "weights_bytes": found.weights,
+        "atoms_bytes": found.atoms,
+        "learning_bytes": found.learning,
+        "step_samples": samples,
+        "step_tokens": tokens,
+        "step_bytes": found.training(samples, tokens, config.text.answer_tokens),
+        "generation_samples": asked,
+        "generation_bytes": found.generation(asked, tokens),
+    }
+
+
+def _image_tasks(work: Workspace) -> list[_Task]:
+    """The tasks of a stream of images, the one that is held out in its place."""
+    stream, config = work.stream, work.config
+    apart = stream.setting == "dg"
+    found = {}
+    for task in stream.tasks:
+        test = len(task.test)
+        if apart:
+            test = 0
+            if stream.held_out is None:  # its turn comes, and all of its images are for testing
+                turn = config.stream.model_copy(update={"held_out": task.name})
+                other = create_stream(turn, config.backbone.image_size).held_out
+                test = len(other.test) if other is not None else 0
+        epochs = config.train.epochs_for(len(task.train))
+        found[task.number] = _Task(task.name, len(task.train), test, epochs)
+    if stream.held_out is not None:
+        held = stream.held_out
+        found[held.number] = _Task(held.name, 0, len(held.test), 0)
+    return [found[number] for number in sorted(found)]
+
+
+def _has_scope(config: Config) -> bool:
+    """Whether there is one head for all tasks or one a task: not where one learns on."""
+    return config.head.kind not in ("shared", "prototype", "text")

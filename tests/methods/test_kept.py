@@ -1,0 +1,35 @@
+"""Results that are kept on disk, and the versions that a history is read at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from memtool.config import EngineSettings
+from memtool.engine import Engine
+from memtool.methods.kept import fingerprint_of, kept
+from memtool.methods.method import newest_after_each
+
+NUMBERS = TypeAdapter(list[float])
+
+
+def test_a_result_is_found_once_and_read_again(tmp_path: Path) -> None:
+    file, engine = tmp_path / "runs" / "numbers.json", Engine(EngineSettings(device="cpu"))
+    found = kept(file, NUMBERS, engine, lambda: [0.1, 2.0])
+    assert found == [0.1, 2.0]
+    assert kept(file, NUMBERS, engine, lambda: [3.0]) == found
+    file.write_text(file.read_text()[:-4])  # as a full disk leaves it
+    assert kept(file, NUMBERS, engine, lambda: [3.0]) == [3.0]
+    assert NUMBERS.validate_json(file.read_bytes()) == [3.0]
+
+
+def test_a_fingerprint_follows_from_what_is_said_not_from_its_order() -> None:
+    assert fingerprint_of({"a": 1, "b": [2]}) == fingerprint_of({"b": [2], "a": 1})
+    assert fingerprint_of([1, 2]) != fingerprint_of([2, 1])
+
+
+def test_the_newest_version_after_every_task() -> None:
+    history = [("e", (3, 1, 2)), ("d", (3, 1)), ("c", (3, 1)), ("b", (1,)), ("a", (3,)), ("0", ())]
+    assert newest_after_each(history, [3, 1, 2]) == {3: "e", 2: "d", 1: "a"}
+    assert newest_after_each(history, [1]) == {1: "b"}
