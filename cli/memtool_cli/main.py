@@ -6,11 +6,12 @@ every verb, and nothing else of it.
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import traceback
 from importlib import import_module
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, NoReturn
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -106,7 +107,22 @@ def memtool(
 def run() -> None:
     """The console script `memtool`."""
     sys.excepthook = failure.on_unexpected
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    if "icechunk" in sys.modules:
+        _leave(code)
+    sys.exit(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """End without tearing the interpreter down, after all that is to be done at exit.
+
+    Threads of icechunk's runtime may want the interpreter once more, and abort the process when it
+    is half gone: everything was done and said, but the exit code is that of a crash.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def main(arguments: list[str]) -> int:

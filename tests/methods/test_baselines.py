@@ -287,9 +287,9 @@ def test_no_direction_is_left_when_the_past_holds_them_all():
 
 def test_a_new_branch_hardly_sees_old_inputs(work, tasks):
     learner = learned(InfLora, work, tasks)
-    old = learner.input_moments(tasks[0].train)
+    old = learner.inputs.moments(work, tasks[0].train, learner.recall())
     learner.before_task(tasks[1])
-    new = learner.input_moments(tasks[1].train)
+    new = learner.inputs.moments(work, tasks[1].train, learner.recall())
     random = Learner(work, 3).values.flat()
 
     def seen(values, moments):  # mean share of |x|² that A, with rows of length one, sees

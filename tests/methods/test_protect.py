@@ -144,7 +144,7 @@ def test_bytes_and_back():
     assert Protection.from_bytes(Protection().to_bytes()).pasts == {}
     named = Protection({"a": DualGPM(3)}).to_bytes()
     for data in (b"", b"nothing", named.replace(b"remove", b"forget")):
-        with pytest.raises(CorruptError, match="past queries"):
+        with pytest.raises(CorruptError, match="bases of the past"):
             Protection.from_bytes(data)
 
 
