@@ -240,6 +240,11 @@ class HeadSettings(Settings):
     scale: Annotated[float, Field(gt=0)] = Field(
         30.0, description="prototype: logits are cosines times this"
     )
+    rivals: Literal["seen", "task"] = Field(
+        "seen",
+        description="prototype: what images are told apart from while their task is learned: the "
+        "classes of all tasks so far, or of the task",
+    )
 
 
 class ModulationSettings(Settings):
@@ -433,6 +438,7 @@ READ_UNDER: tuple[tuple[str, str, tuple[str | None, ...]], ...] = (
     ("head.scope", "method", ("mira", "moram")),
     ("head.features", "method", ("mira",)),
     ("head.scale", "head.kind", ("prototype",)),
+    ("head.rivals", "head.kind", ("prototype",)),
     ("moram.scaled_threshold", "moram.score_norm", ("bank",)),
     ("modulation.predictor_epochs", "stream.setting", ("mts",)),
     ("modulation.predictor_lr", "stream.setting", ("mts",)),

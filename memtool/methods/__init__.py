@@ -29,7 +29,7 @@ def open_method(
         raise ConfigError(
             f"stream {config.stream.source} of setting trace: its tasks are texts, not images",
             expected=f"another setting under method {config.method}",
-            remedy="train-adapter, write, retrieve, eval, explain, forget and run read texts",
+            remedy="--set method=moram, which reads texts",
         )
     ahead = config.head.kind in ("prototype", "text")
     if config.method != "moram" and (ahead or config.stream.setting == "xtail"):

@@ -228,7 +228,7 @@ def task_grid(result: AtomMap) -> Grid:
     ahead = ("class token",) if prefix else ()
     return Grid(
         title=f"Weight on the atoms of every task at {result.site}",
-        header=("atoms of", "all tokens", *ahead, "strongest atom"),
+        header=("atoms of", "all tokens", *ahead, "strongest atom (its weight)"),
         rows=tuple(rows),
         notes=("What is missing to 1 fell below the threshold.",),
     )

@@ -13,6 +13,7 @@ from memtool.evaluation.record import AtomUse
 from memtool.memories.rank1 import Rank1Memory
 from memtool.methods.atom_state import AtomSnapshot
 from memtool.methods.atom_watch import (
+    Drift,
     TaskShares,
     contributions,
     frozen_drift,
@@ -116,31 +117,44 @@ class AtomMeasure:
 
     def use(self, snapshot: AtomSnapshot, banks: Sequence[Rank1Memory]) -> AtomUse:
         """Drift of the atoms of every task, bank by bank, and who uses them in the last one."""
-        work, count = self.workspace, len(snapshot.tasks)
-        norm: list[list[float | None]] = [[None] * count for _ in range(count)]
-        difference: list[list[float | None]] = [[None] * count for _ in range(count)]
-        shared = []
+        work, shared, drifts = self.workspace, [], []
         told = work.telling("evaluate: use of atoms", snapshot.tasks)
         for place, number in enumerate(told):
             images = first(work.task(str(number)).test, DRIFT_SAMPLES).images
-            drifts = frozen_drift(
-                work.engine,
-                work.backbone,
-                banks[place],
-                banks[place:],
-                snapshot.gate,
-                number,
-                images,
+            drifts.append(
+                frozen_drift(
+                    work.engine,
+                    work.backbone,
+                    banks[place],
+                    banks[place:],
+                    snapshot.gate,
+                    number,
+                    images,
+                )
             )
-            for later, drift in enumerate(drifts, start=place):
-                norm[later][place], difference[later][place] = drift.norm, drift.difference
-            shares, _ = self.shares(snapshot, images)
-            shared.append(tuple(shares.double().mean(dim=(0, 1)).tolist()))
-        return AtomUse(
-            norm=tuple(map(tuple, norm)),
-            difference=tuple(map(tuple, difference)),
-            reuse=tuple(shared),
+            shared.append(self.shares(snapshot, images)[0])
+        return used(drifts, shared)
+
+
+def used(drifts: Sequence[Sequence[Drift]], shares: Sequence[Tensor]) -> AtomUse:
+    """How atoms are used, tasks in the order learned.
+
+    `drifts[j][i]` is that of the atoms of task j in the bank after task j + i, `shares[j]` the
+    shares (n, blocks, tasks) of the samples of task j in the last bank.
+    """
+    count = len(drifts)
+
+    def table(name: str) -> tuple[tuple[float | None, ...], ...]:
+        return tuple(
+            tuple(
+                getattr(drifts[task][after - task], name) if task <= after else None
+                for task in range(count)
+            )
+            for after in range(count)
         )
+
+    reused = tuple(tuple(each.double().mean(dim=(0, 1)).tolist()) for each in shares)
+    return AtomUse(norm=table("norm"), difference=table("difference"), reuse=reused)
 
 
 def strongest(

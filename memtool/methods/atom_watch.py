@@ -3,7 +3,7 @@
 `watched` recalls a bank and shows the input of every adapted module to a callback. From that input
 alone follow the gate's weights, and with them all that is asked of a bank: which task's atoms are
 chosen (`TaskShares`), what every atom adds (`Contributions`), where one fires (`SiteWeights`) and
-what the atoms of a task add now and added when they were learned (`frozen_drift`). A watch counts
+what the atoms of a task add now and added when they were learned (`Drifts`). A watch counts
 all tokens alike: texts run one by one, as padding is no token.
 """
 
@@ -136,6 +136,44 @@ class Drift:
     difference: float | None
 
 
+@dataclass(eq=False)
+class Drifts:
+    """A watch that asks what the atoms of a task add in each of the `later` banks.
+
+    It sees the inputs of the modules as they were in the bank of then: a difference is the gate's
+    alone, made by atoms that came (or went), and not that of layers below. float32.
+    """
+
+    task: int
+    gate: AtomGate
+    later: Sequence[Rank1Memory]
+    _before: float = 0.0
+    _now: list[tuple[float, float]] = field(default_factory=list)
+
+    def __call__(self, atoms: ModuleAtoms, x: Tensor) -> None:
+        """See one module."""
+        x = x.float()
+        self._now = self._now or [(0.0, 0.0)] * len(self.later)
+        for site, bank in zip(atoms.sites, atoms.banks, strict=True):
+            old = contribution(x, bank, self.gate, self.task)
+            self._before += float(old.double().square().sum())
+            for place, memory in enumerate(self.later):
+                new = contribution(x, memory.bank(site.name), self.gate, self.task)
+                length, apart = self._now[place]
+                length += float(new.double().square().sum())
+                apart += float((new - old).double().square().sum())
+                self._now[place] = length, apart
+
+    def found(self) -> list[Drift]:
+        """The drift in each of the later banks, over all that was seen."""
+        if not self._before:
+            return [Drift(None, None) for _ in self.later]
+        return [
+            Drift((length / self._before) ** 0.5, (apart / self._before) ** 0.5)
+            for length, apart in self._now
+        ]
+
+
 def frozen_drift(
     engine: Engine,
     backbone: Backbone,
@@ -145,35 +183,16 @@ def frozen_drift(
     task: int,
     images: npt.NDArray[np.uint8],
 ) -> list[Drift]:
-    """How far the atoms of a task drifted in each of the `later` banks.
+    """How far the atoms of a task drifted in each of the `later` banks, as in `Drifts`.
 
-    The images run once, through the bank as it was when the task was learned, and every bank is
-    asked at the inputs that its modules had then: a difference is the gate's alone, made by atoms
-    that came (or went), and not that of layers below. float32.
+    The images run once, through the bank as it was when the task was learned. float32.
     """
-    before = 0.0
-    lengths, apart = [0.0] * len(later), [0.0] * len(later)
-
-    def watch(atoms: ModuleAtoms, x: Tensor) -> None:
-        nonlocal before
-        for site, bank in zip(atoms.sites, atoms.banks, strict=True):
-            old = contribution(x, bank, gate, task)
-            before += float(old.double().square().sum())
-            for place, memory in enumerate(later):
-                new = contribution(x, memory.bank(site.name), gate, task)
-                lengths[place] += float(new.double().square().sum())
-                apart[place] += float((new - old).double().square().sum())
-
-    recall = watched(then, gate, watch)
+    drifts = Drifts(task, gate, later)
+    recall = watched(then, gate, drifts)
     engine.predict(
         lambda batch: backbone.features(backbone.preprocess(batch), recall), images, exact=True
     )
-    if not before:
-        return [Drift(None, None) for _ in later]
-    return [
-        Drift((length / before) ** 0.5, (distance / before) ** 0.5)
-        for length, distance in zip(lengths, apart, strict=True)
-    ]
+    return drifts.found()
 
 
 @dataclass(eq=False)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from memtool.methods.mira import Mira
     from memtool.methods.modulation import Modulation
     from memtool.methods.moram import Moram
+    from memtool.methods.text_memory import TextMoram
     from memtool_stores import Version
 
 METRICS = ("faa", "task_accuracy")
@@ -34,6 +35,11 @@ METRICS = ("faa", "task_accuracy")
 The others of `memtool.evaluation.metrics` compare versions with each other, or are one of these
 under the name of another benchmark.
 """
+
+LOSS = "loss"
+"""Of texts: nats, better when lower."""
+
+TEXT_METRICS = (LOSS, *METRICS)
 
 UNMEASURABLE: tuple[type[MemtoolError | memtool_stores.StoreError], ...] = (
     ConfigError,
@@ -78,27 +84,32 @@ def first_bad(count: int, is_bad: Callable[[int], bool | None]) -> Found:
 
 
 def bisect(
-    method: Mira | Modulation | Moram,
+    method: Mira | Modulation | Moram | TextMoram,
     *,
-    metric: str = "faa",
+    metric: str | None = None,
     drop: float,
     good: str | None = None,
     bad: str = "HEAD",
     setting: str | None = None,
 ) -> BisectResult:
-    """Find the first version after `good`, up to `bad`, whose metric is `drop` lower or more.
+    """Find the first version after `good`, up to `bad`, whose metric is `drop` worse or more.
 
-    `drop` is a fraction (0.02 for two points). Without `good`: the oldest version before `bad`
-    that can be measured. Raises NotFoundError when `good` does not lead to `bad`, or when one of
-    the two cannot be measured.
+    `metric` is one of `METRICS`, of texts one of `TEXT_METRICS`; by default the first. `drop` is a
+    fraction (0.02 for two points); of a loss it is nats. Without `good`: the oldest version before
+    `bad` that can be measured. Raises NotFoundError when `good` does not lead to `bad`, or when one
+    of the two cannot be measured; ConfigError for another metric.
     """
-    if metric not in METRICS:
+    known = TEXT_METRICS if method.config.stream.setting == "trace" else METRICS
+    metric = known[0] if metric is None else metric
+    if metric not in known:
         if metric in metrics.METRICS:
             raise ConfigError(
-                f"metric {metric!r} is none of a single version", expected=" or ".join(METRICS)
+                f"metric {metric!r} is none of a single version", expected=" or ".join(known)
             )
-        raise ConfigError(f"unknown metric {metric!r}", expected=did_you_mean(metric, METRICS))
-    if not 0 < drop < 1:
+        raise ConfigError(f"unknown metric {metric!r}", expected=did_you_mean(metric, known))
+    if metric == LOSS and drop <= 0:
+        raise ConfigError(f"a loss that rises by {drop:g}", expected="more than 0 nats")
+    if metric != LOSS and not 0 < drop < 1:
         raise ConfigError(f"a drop of {100 * drop:g} points", expected="more than 0, less than 100")
     store = method.workspace.store
     line = store.log(bad)[::-1]
@@ -132,7 +143,14 @@ def bisect(
         method.workspace.tell(f"bisect: {at.message}", len(seen), len(line))
         value, reason = None, None
         try:
-            value = method.measure(at.id, tasks, setting)[metric]
+            values = method.measure(at.id, tasks, setting)
+            if metric not in values:
+                raise ConfigError(
+                    f"{metric} of answers that are not generated",
+                    expected=" or ".join(values),
+                    remedy="--set text.generate=true",
+                )
+            value = values[metric]
         except UNMEASURABLE as error:
             if place in (0, len(line) - 1):
                 raise
@@ -141,7 +159,8 @@ def bisect(
         good_value = seen[0].value if place else value
         fell = None
         if value is not None and good_value is not None:
-            fell = good_value - value >= drop - 1e-12
+            lost = value - good_value if metric == LOSS else good_value - value
+            fell = lost >= drop - 1e-12
         seen[place] = Probe(
             version=at.id, message=at.message, time=at.time, value=value, fell=fell, reason=reason
         )

@@ -39,11 +39,10 @@ from memtool.errors import (
     NotFoundError,
 )
 from memtool.heads import LinearClassifier
-from memtool.methods.results import AdaptResult, WriteResult
+from memtool.methods.results import AdaptResult
 from memtool.methods.state import Snapshot, classifier_bytes, classifier_of, own_head_blob
 
 if TYPE_CHECKING:
-    from memtool.config import Config
     from memtool.methods.workspace import MemoryWorkspace, T, Workspace
     from memtool_stores import AdapterRecord, MemoryView
 
@@ -316,17 +315,12 @@ def recalled_adapter(
     return directory
 
 
-def import_peft(
-    config: Config, directories: Sequence[Path], *, task: str | None = None
-) -> WriteResult:
-    """Append PEFT directories to the memory as one version; see `Mira.write`."""
-    from memtool.methods.mira import Mira
-
-    return Mira.open(config, seed=config.seed[0]).write(directories, task=task)
-
-
 def export_peft(
-    config: Config, adapters: Sequence[str] | None, *, out: Path, version: str = "HEAD"
+    work: MemoryWorkspace[Any],
+    adapters: Sequence[str] | None,
+    *,
+    out: Path,
+    version: str = "HEAD",
 ) -> list[Path]:
     """Write stored adapters (names or ids; none: all) as PEFT directories under `out`.
 
@@ -334,9 +328,6 @@ def export_peft(
     the catalog knows of it. Raises AlreadyThereError for a directory that is not empty, before any
     is written.
     """
-    from memtool.methods.workspace import Workspace
-
-    work = Workspace(config, seed=config.seed[0])
     view = work.store.view(work.version_of(version))
     everything = [*view.adapters, *view.atom_records]
     records = [view.get(name) for name in adapters] if adapters else everything
@@ -361,7 +352,7 @@ def export_peft(
 
 
 def _write_stored(
-    directory: Path, view: MemoryView, record: AdapterRecord, work: Workspace
+    directory: Path, view: MemoryView, record: AdapterRecord, work: MemoryWorkspace[Any]
 ) -> None:
     """Write one stored adapter: as the files that it came from, where it came from files.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -442,19 +442,24 @@ def _begin_anew(store: memtool_stores.MemoryStore) -> None:
 
 
 def chosen_baselines(config: Config) -> tuple[str, ...]:
-    """The baselines that `run` measures: of those that the setting and the head have, the wanted.
+    """The baselines that `run` measures: those of the known that are wanted."""
+    wanted = config.baselines
+    return tuple(name for name in known_baselines(config) if "all" in wanted or name in wanted)
+
+
+def known_baselines(config: Config) -> tuple[str, ...]:
+    """The baselines that the setting and the head have.
 
     None where the task is known (til) or adapters are recalled whole: `evaluate` compares these.
     """
-    setting, wanted = config.stream.setting, config.baselines
-    known: Iterable[str] = FIXED_HEAD_BASELINES if is_fixed(config) else BASELINES
+    setting = config.stream.setting
     if config.method == "modulation" or setting == "til":
-        known = ()
-    elif setting == "dg":
-        known = DG_BASELINES
-    elif setting == "trace":
-        known = TEXT_BASELINES
-    return tuple(name for name in known if "all" in wanted or name in wanted)
+        return ()
+    if setting == "dg":
+        return tuple(DG_BASELINES)
+    if setting == "trace":
+        return tuple(TEXT_BASELINES)
+    return tuple(FIXED_HEAD_BASELINES if is_fixed(config) else BASELINES)
 
 
 def _baseline(method: Mira | Moram, name: str, tasks: Sequence[Task]) -> list[Row]:

@@ -93,10 +93,10 @@ class PromptTokens:
 def compared(config: Config, stream: Stream, task: Task) -> tuple[int, ...]:
     """The classes that the images of a task are told apart from while it is learned.
 
-    Under prototypes those of all tasks up to it: an elephant that is drawn must win over the ones
-    in photographs, too. Else the classes of the task.
+    Under prototypes with `head.rivals=seen` those of all tasks up to it: an elephant that is drawn
+    must win over the ones in photographs, too. Else the classes of the task.
     """
-    if config.head.kind != "prototype":
+    if config.head.kind != "prototype" or config.head.rivals == "task":
         return task.classes
     before = (one for other in stream.tasks if other.number < task.number for one in other.classes)
     return tuple(sorted({*before, *task.classes}))

@@ -289,6 +289,8 @@ class Probe(Part):
 class BisectResult(Result):
     """The commit after which a metric fell by `drop` (a fraction) below its value at `good`.
 
+    A loss rose by so many nats instead.
+
     `culprit` is None when it never fell. `suspects` could not be measured and lie just before it:
     the fall may be theirs. `tasks` are those that the good version knows.
     """

@@ -27,13 +27,13 @@ import memtool_stores
 from memtool.adapters.atoms import AtomGate, ModuleAtoms
 from memtool.config import Config, MoramSettings
 from memtool.errors import ConfigError, NotFoundError
-from memtool.evaluation.record import Record, Row
+from memtool.evaluation.record import AtomUse, Record, Row
 from memtool.memories.rank1 import Rank1Memory
 from memtool.methods.adapt import Adapted
-from memtool.methods.atom_measure import strongest
+from memtool.methods.atom_measure import strongest, use_metrics, used
 from memtool.methods.atom_method import AtomMethod
 from memtool.methods.atom_state import bank_of, digest, gate_of, resolved
-from memtool.methods.atom_watch import Contributions, TaskShares, Watch, watched
+from memtool.methods.atom_watch import Contributions, Drifts, TaskShares, Watch, watched
 from memtool.methods.exchange import ReadAdapter
 from memtool.methods.kept import fingerprint_of, kept
 from memtool.methods.method import Trained, task_of
@@ -189,14 +189,9 @@ class TextMoram(AtomMethod[TextTask]):
         """
         snapshot = self.snapshot(version)
         subject, texts = self.subject(task, prompt)
-        shares = TaskShares(snapshot.tasks, snapshot.gate)
         added = Contributions(snapshot.gate)
-        found: list[Tensor] = []
-        blocks: tuple[int, ...] = ()
-        for _ in self.passes(snapshot, (shares, added), texts.prompts):
-            blocks = shares.blocks
-            found.append(shares.taken())
-        by_block = torch.cat(found).double().mean(dim=0)
+        shares, blocks = self.shares(snapshot, texts.prompts, [added])
+        by_block = shares.double().mean(dim=0)
         learner = self._learner(snapshot)
         encoded = learner.lm.encode(texts.prompts, texts.answers) if texts.answers else None
         records = snapshot.view.atom_records
@@ -237,6 +232,21 @@ class TextMoram(AtomMethod[TextTask]):
         if not prompt.strip():
             raise ConfigError("--prompt is empty", expected="text with a visible character")
         return prompt, TextSamples((prompt,), ())
+
+    def shares(
+        self, snapshot: TextSnapshot, prompts: Sequence[str], beside: Sequence[Watch] = ()
+    ) -> tuple[Tensor, tuple[int, ...]]:
+        """The counted shares (n, blocks, tasks) of prompts, as in `TaskShares`, and the blocks.
+
+        Other watches may look on.
+        """
+        watch = TaskShares(snapshot.tasks, snapshot.gate)
+        found: list[Tensor] = []
+        blocks: tuple[int, ...] = ()
+        for _ in self.passes(snapshot, (watch, *beside), prompts):
+            blocks = watch.blocks
+            found.append(watch.taken())
+        return torch.cat(found), blocks
 
     def contributions(self, snapshot: TextSnapshot, prompts: Sequence[str]) -> Mapping[str, Tensor]:
         """What every atom adds on average over the tokens of prompts, by site (n,)."""
@@ -285,10 +295,7 @@ class TextMoram(AtomMethod[TextTask]):
         a threshold. Raises ConfigError for another setting than trace.
         """
         begin = time.perf_counter()
-        if setting not in (None, "trace"):
-            raise ConfigError(
-                f"setting {setting!r} on a stream of texts", expected="trace: no task is known"
-            )
+        self._require_setting(setting)
         work, snapshot = self.workspace, self.snapshot(version)
         shown = [work.task(str(number)) for number in snapshot.tasks]
         if unseen:
@@ -311,14 +318,35 @@ class TextMoram(AtomMethod[TextTask]):
 
     def _row(self, snapshot: TextSnapshot, shown: Sequence[TextTask], *, history: bool) -> Row:
         """The memory on tasks, after each of them or after the last."""
-        found: dict[int, TextScores] = {}
+        count = len(snapshot.tasks)
+        there = {count: snapshot}
         if history:
-            found[0] = self.scores(self._empty(snapshot), shown)
-            for learned, at in sorted(self._history(snapshot.version, snapshot.tasks).items()):
-                if learned < len(snapshot.tasks):
-                    found[learned] = self.scores(self.snapshot(at), shown)
-        found[len(snapshot.tasks)] = self.scores(snapshot, shown)
-        return text_row(self._learner(snapshot), found, seconds=None, tasks=shown)
+            versions = self._history(snapshot.version, snapshot.tasks)
+            there = {n: self.snapshot(at) for n, at in versions.items() if n < count} | there
+            there[0] = self._empty(snapshot)
+        found = {learned: self.scores(there[learned], shown) for learned in sorted(there)}
+        row = text_row(self._learner(snapshot), found, seconds=None, tasks=shown)
+        if count < 2 or any(place not in there for place in range(count)):
+            return row
+        use = self.use(snapshot, [there[place + 1] for place in range(count)])
+        metrics = {**row.metrics, **use_metrics(use)}
+        return row.model_copy(update={"atom_use": use, "metrics": metrics})
+
+    def use(self, snapshot: TextSnapshot, grown: Sequence[TextSnapshot]) -> AtomUse:
+        """Drift of the atoms of every task, version by version, and who uses them in the last one.
+
+        `grown` are the versions after each task; some test prompts of a task are looked at.
+        """
+        drifts, shared = [], []
+        told = self.workspace.telling("evaluate: use of atoms", snapshot.tasks)
+        for place, number in enumerate(told):
+            prompts = some(self.workspace.task(str(number)).test).prompts
+            drift = Drifts(number, snapshot.gate, [one.bank for one in grown[place:]])
+            for _ in self.passes(grown[place], [drift], prompts):
+                pass
+            drifts.append(drift.found())
+            shared.append(self.shares(snapshot, prompts)[0])
+        return used(drifts, shared)
 
     def _without_threshold(self, snapshot: TextSnapshot, shown: Sequence[TextTask]) -> Row:
         """The same atoms, all kept ones counting."""
@@ -345,6 +373,34 @@ class TextMoram(AtomMethod[TextTask]):
         name = f"moram-after-{len(snapshot.tasks)}-{fingerprint_of(decides)[:16]}.json"
         file = work.config.runs / "scores" / name
         return kept(file, _SCORES, work.engine, lambda: self.measured(snapshot, tasks))
+
+    def measure(
+        self, version: str, tasks: Sequence[int], setting: str | None = None
+    ) -> dict[str, float]:
+        """Metrics of a version, means over the given tasks: loss, faa, task_accuracy.
+
+        faa is that of the tasks' metrics, with `text.generate` only. A prompt counts as inferred
+        right when the atoms of its task have most weight. Errors as `evaluate`.
+        """
+        self._require_setting(setting)
+        snapshot = self.snapshot(version)
+        shown = [self.workspace.task(str(number)) for number in tasks]
+        scores = self.scores(snapshot, shown)
+        found = {"loss": sum(scores.losses) / len(shown)}
+        if scores.scores is not None:
+            found["faa"] = sum(scores.scores) / len(shown)
+        right: list[bool] = []
+        for task in shown:
+            shares, _ = self.shares(snapshot, some(task.test).prompts)
+            most = shares.mean(dim=1).argmax(dim=1).tolist()
+            right += [snapshot.tasks[place] == task.number for place in most]
+        return {**found, "task_accuracy": sum(right) / len(right)}
+
+    def _require_setting(self, setting: str | None) -> None:
+        if setting not in (None, "trace"):
+            raise ConfigError(
+                f"setting {setting!r} on a stream of texts", expected="trace: no task is known"
+            )
 
     def measured(self, snapshot: TextSnapshot, tasks: Sequence[TextTask]) -> TextScores:
         """What atoms reach on tasks, whether they are in a store or not."""

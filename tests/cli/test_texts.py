@@ -95,11 +95,29 @@ def test_what_is_recalled_and_where_atoms_fire(texts, grown, here):
         (("retrieve", "--prompt", " "), "--prompt is empty"),
         (("train-adapter", "--task", "1", "--method", "mira"), "expected: method moram"),
         (("train-adapter", "--task", "3", "--topk", "9"), "another gate: topk 2, here 9"),
-        (("bisect", "--drop", "2"), "its tasks are texts"),
+        (("explain", "--task", "1", "--method", "mira"), "its tasks are texts"),
+        (("bisect", "--drop", "2", "--metric", "faa"), "--set text.generate=true"),
     ],
 )
 def test_what_texts_do_not_have(texts, grown, arguments, words):
     assert words in texts(*arguments, status=2).stderr
+
+
+def test_a_version_that_made_texts_worse_is_found(texts, grown):
+    texts("forget", "1")
+    found = json.loads(texts("bisect", "--good", "HEAD~1", "--drop", "0.0001", "--json").stdout)
+    assert (found["metric"], found["drop"]) == ("loss", 0.0001)
+    assert found["culprit"]["version"] == found["bad"]
+    done = texts("bisect", "--good", "HEAD~1", "--drop", "9", status=1)
+    assert "it never rose by 9 nats" in done.stderr
+
+
+def test_atoms_go_to_another_memory_as_peft(texts, grown, here):
+    texts("export", "--out", "out")
+    assert (here / "out" / "task-2-seed-0" / "adapter_model.safetensors").is_file()
+    done = texts("import", "out/task-1-seed-0", "--store", "other")
+    assert "next: memtool eval" in done.stderr
+    assert "task-1-seed-0" in texts("log", "--store", "other").stdout
 
 
 def test_images_have_no_prompt(command):
@@ -128,7 +146,8 @@ def test_a_run_goes_on_and_says_before_where_its_memory_goes(texts, grown, here)
     assert plan["memory"]["step_tokens"] == 66
     stored = json.loads(texts("show", "--store", str(here / "memory"), "--json").stdout)
     assert plan["parameters_per_adapter"] == stored["numbers_per_adapter"]
-    done = texts("run", "--baselines", "zero-shot", "--json")
+    done = texts("run", "--baselines", "zero-shot,ewc", "--json")
+    assert "no baseline ewc here; there are zero-shot, in-context" in done.stderr
     record = json.loads(done.stdout)
     assert [row["id"] for row in record["metrics"]["rows"]] == ["moram", "zero-shot"]
     assert len(record["metrics"]["rows"][0]["loss"]) == 4

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from memtool.backbones.nano import build_nano
 from memtool.errors import CorruptError
-from memtool.methods.exchange import export_peft, import_peft
+from memtool.methods.exchange import export_peft
 from memtool.methods.mira import Mira
 from memtool_stores import IntegrityError
 from tests.methods.conftest import small_config
@@ -37,7 +37,7 @@ def foreign(folder, source, dtype):
 
 
 def test_trained_adapters_come_out_as_they_went_in(learned, tmp_path):
-    written = export_peft(learned.config, None, out=tmp_path / "out")
+    written = export_peft(learned.workspace, None, out=tmp_path / "out")
     assert len(written) == 3
     for directory in written:
         source = learned.config.runs / "adapters" / directory.name
@@ -52,14 +52,16 @@ def test_trained_adapters_come_out_as_they_went_in(learned, tmp_path):
 def test_foreign_adapters_come_out_as_they_went_in(learned, tmp_path, dtype):
     source = foreign(tmp_path / "theirs", learned.config.runs / "adapters/task-2-seed-0", dtype)
     config = small_config(tmp_path / "mine")
-    import_peft(config, [source], task="2")
-    (directory,) = export_peft(config, ["theirs"], out=tmp_path / "out")
+    mira = Mira.open(config, seed=0)
+    mira.write([source], task="2")
+    (directory,) = export_peft(mira.workspace, ["theirs"], out=tmp_path / "out")
     for name in FILES:
         assert (directory / name).read_bytes() == (source / name).read_bytes()
     # And once more, from the copy.
     again = small_config(tmp_path / "again")
-    import_peft(again, [directory])
-    (second,) = export_peft(again, None, out=tmp_path / "out2")
+    other = Mira.open(again, seed=0)
+    other.write([directory])
+    (second,) = export_peft(other.workspace, None, out=tmp_path / "out2")
     assert sha256(second / FILES[0]) == sha256(source / FILES[0])
 
 
@@ -84,10 +86,11 @@ def test_directories_of_the_peft_library_come_out_as_they_went_in(tmp_path, dtyp
     stored = load_file(sources[0] / FILES[0])
     assert {tensor.dtype for tensor in stored.values()} == {dtype}
     config = small_config(tmp_path / "mine", **settings)
-    import_peft(config, sources, task="2")
-    blobs = Mira.open(config, seed=0).workspace.store.view().blobs()
+    mira = Mira.open(config, seed=0)
+    mira.write(sources, task="2")
+    blobs = mira.workspace.store.view().blobs()
     assert len(blobs) == 1, "what they share is stored once"
-    for directory in export_peft(config, None, out=tmp_path / "out"):
+    for directory in export_peft(mira.workspace, None, out=tmp_path / "out"):
         for name in FILES:
             assert sha256(directory / name) == sha256(tmp_path / directory.name / name)
         again = peft.PeftModel.from_pretrained(build_nano().to(dtype), str(directory))
@@ -98,7 +101,7 @@ def test_an_adapter_that_no_longer_makes_its_file_is_corrupt(learned_copy, tmp_p
     with learned_copy.workspace.store.transaction("a lie") as txn:
         txn.update("task-2-seed-0", file_sha256="0" * 64)
     with pytest.raises(CorruptError, match="task-2-seed-0"):
-        export_peft(learned_copy.config, ["task-2-seed-0"], out=tmp_path / "out")
+        export_peft(learned_copy.workspace, ["task-2-seed-0"], out=tmp_path / "out")
 
 
 def test_what_was_rounded_on_the_way_in_is_said(learned, tmp_path):
@@ -107,8 +110,9 @@ def test_what_was_rounded_on_the_way_in_is_said(learned, tmp_path):
     tensors = {name: t + 1e-12 for name, t in load_file(source / FILES[0]).items() if "A" in name}
     save_file({**load_file(source / FILES[0]), **tensors}, source / FILES[0])
     config = small_config(tmp_path / "mine")
-    import_peft(config, [source], task="2")
-    (directory,) = export_peft(config, None, out=tmp_path / "out")
+    mira = Mira.open(config, seed=0)
+    mira.write([source], task="2")
+    (directory,) = export_peft(mira.workspace, None, out=tmp_path / "out")
     assert not json.loads((directory / "memtool_catalog.json").read_text())["byte_identical"]
     ours, theirs = load_file(directory / FILES[0]), load_file(source / FILES[0])
     for name, tensor in theirs.items():
@@ -128,4 +132,4 @@ def test_a_damaged_header_is_named(learned_copy, tmp_path):
             broken[70] ^= 1
             path.write_bytes(bytes(broken))
     with pytest.raises(IntegrityError, match="peft"):
-        export_peft(Mira.open(learned_copy.config, seed=0).config, None, out=tmp_path / "out")
+        export_peft(Mira.open(learned_copy.config, seed=0).workspace, None, out=tmp_path / "out")

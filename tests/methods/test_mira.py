@@ -220,14 +220,14 @@ def test_several_adapters_of_a_task_share_its_weight(tmp_path):
 
 
 def test_an_exported_adapter_comes_back(learned, tmp_path):
-    from memtool.methods.exchange import export_peft, import_peft
+    from memtool.methods.exchange import export_peft
 
-    paths = export_peft(learned.config, ["task-2-seed-0"], out=tmp_path / "out")
-    other = small_config(tmp_path, store=str(tmp_path / "other"))
-    result = import_peft(other, paths, task="2")
+    paths = export_peft(learned.workspace, ["task-2-seed-0"], out=tmp_path / "out")
+    other = Mira.open(small_config(tmp_path, store=str(tmp_path / "other")), seed=0)
+    result = other.write(paths, task="2")
     assert [adapter.name for adapter in result.added] == ["task-2-seed-0"]
     before = learned.workspace.store.view("HEAD").value("task-2-seed-0")
-    after = Mira.open(other, seed=0).workspace.store.view("HEAD").value("task-2-seed-0")
+    after = other.workspace.store.view("HEAD").value("task-2-seed-0")
     assert np.array_equal(before, after)
 
 

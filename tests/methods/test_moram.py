@@ -491,7 +491,7 @@ def test_a_task_learned_on_a_pruned_bank(tmp_path):
 
 
 def test_an_exported_row_comes_back_in_another_memory(grown, tmp_path):
-    paths = export_peft(grown.config, ["task-1-seed-0"], out=tmp_path / "out")
+    paths = export_peft(grown.workspace, ["task-1-seed-0"], out=tmp_path / "out")
     other = Moram.open(config_in(tmp_path, store=str(tmp_path / "other")), seed=0)
     assert other.write(paths).added[0].name == "task-1-seed-0"
     values = [m.workspace.store.view().value("task-1-seed-0") for m in (grown, other)]
@@ -597,7 +597,7 @@ class TestBadInput:
             grown.evaluate(setting="dil")
 
     def test_the_same_task_twice(self, grown_copy, tmp_path):
-        paths = export_peft(grown_copy.config, ["task-1-seed-0"], out=tmp_path / "out")
+        paths = export_peft(grown_copy.workspace, ["task-1-seed-0"], out=tmp_path / "out")
         paths[0].rename(tmp_path / "copy-of-1")
         with pytest.raises(AlreadyThereError, match="atoms of task 1 already"):
             grown_copy.write([tmp_path / "copy-of-1"])

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import memtool_stores
-from memtool.adapters.atoms import activations
+from memtool.adapters.atoms import ModuleAtoms, activations
 from memtool.errors import (
     AlreadyThereError,
     ConfigError,
@@ -21,6 +21,8 @@ from memtool.errors import (
 )
 from memtool.methods.atom_map import as_picture, explain_text_atoms
 from memtool.methods.atom_prune import dead_text_atoms, prune
+from memtool.methods.bisect import bisect
+from memtool.methods.exchange import export_peft
 from memtool.methods.experiment import run
 from memtool.methods.forget import forget
 from memtool.methods.text import TextLearner
@@ -252,6 +254,81 @@ def test_cut_prompts_are_counted_in_the_record(place: Path, grown: TextMoram) ->
     # "after a comes" and "0 and 1 is" are longer, "turn ab:" is not; each with one token ahead.
     assert short.evaluate().row("moram").cut_prompts == 16
     assert grown.evaluate().row("moram").cut_prompts == 0
+
+
+def test_the_use_of_atoms_follows_from_their_contributions(grown: TextMoram) -> None:
+    row = grown.evaluate(history=True).row("moram")
+    use = row.atom_use
+    assert use is not None
+    assert [use.norm[i][i] for i in range(3)] == [1, 1, 1]
+    assert [use.difference[i][i] for i in range(3)] == [0, 0, 0]
+    assert use.norm[0][1] is None
+    assert row.metrics["atom_drift"] == pytest.approx(
+        (use.difference[2][0] + use.difference[2][1]) / 2
+    )
+    # The atoms of the first task, by hand: the inputs of then, through the bank of then and of now.
+    work, store = grown.workspace, grown.workspace.store
+    versions = [version.id for version in store.log() if "task-1" in version.message]
+    then, now = grown.snapshot(versions[0]), grown.snapshot()
+    assert then.tasks == (1,)
+    seen: list[tuple[str, torch.Tensor]] = []
+
+    def watch(atoms: ModuleAtoms, x: torch.Tensor) -> None:
+        seen.extend((site.name, x) for site in atoms.sites)
+
+    for _ in grown.passes(then, [watch], work.task("1").test.prompts):
+        pass
+    before, apart = 0.0, 0.0
+    for name, x in seen:
+        adds = []
+        for snapshot in (then, now):
+            bank = snapshot.bank.bank(name)
+            weights = activations(x, bank, snapshot.gate)
+            added = torch.zeros(*x.shape[:-1], bank.values.shape[1], dtype=torch.float64)
+            for atom in range(2):
+                response = x.double() @ bank.keys[atom].double()
+                scale = weights[..., atom].double() * response * bank.scaling[atom].double()
+                added += scale.unsqueeze(-1) * bank.values[atom].double()
+            adds.append(added)
+        before += float(adds[0].square().sum())
+        apart += float((adds[1] - adds[0]).square().sum())
+    assert use.difference[2][0] == pytest.approx((apart / before) ** 0.5, rel=1e-4)
+    assert use.difference[2][0] > 0.01
+    shares = grown.retrieve(task="2").tasks
+    assert use.reuse[1] == pytest.approx([one.share for one in shares], abs=1e-6)
+
+
+def test_the_version_that_made_texts_worse_is_found(grown_copy: TextMoram) -> None:
+    first = grown_copy.workspace.store.log()[::-1]
+    start = next(v.id for v in first if grown_copy.known_tasks(v.id) == (1, 2, 3))
+    forget(grown_copy.workspace.store, ["1"])
+    result = bisect(grown_copy, good=start, drop=0.05)
+    assert result.metric == "loss"
+    assert result.culprit is not None
+    assert result.culprit.version == grown_copy.workspace.store.head()
+    assert result.bad_value - result.good_value > 0.05
+    assert bisect(grown_copy, good=start, drop=9.0).culprit is None
+    shares = bisect(grown_copy, good=start, drop=0.01, metric="task_accuracy")
+    assert 0 <= shares.bad_value <= shares.good_value <= 1
+    with pytest.raises(ConfigError, match=r"faa of answers that are not generated"):
+        bisect(grown_copy, good=start, drop=0.01, metric="faa")
+    with pytest.raises(ConfigError, match="more than 0 nats"):
+        bisect(grown_copy, good=start, drop=0.0)
+
+
+def test_atoms_of_texts_go_out_as_peft_and_come_back(
+    place: Path, grown: TextMoram, tmp_path: Path
+) -> None:
+    paths = export_peft(grown.workspace, ["task-1-seed-0"], out=tmp_path / "out")
+    source = grown.config.runs / "adapters" / "task-1-seed-0"
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (paths[0] / name).read_bytes() == (source / name).read_bytes()
+    other = moram_of(place, tmp_path / "other")
+    assert other.write(paths).added[0].name == "task-1-seed-0"
+    (record,) = other.workspace.store.view().atom_records
+    assert record.sha256 == grown.workspace.store.view().atom_records[0].sha256
+    expected = grown.evaluate(history=True).row("moram").loss[1][0]
+    assert other.evaluate().row("moram").loss[1][0] == pytest.approx(expected)
 
 
 def test_another_setting_is_refused(grown: TextMoram) -> None:

@@ -258,6 +258,9 @@ def test_prototypes_of_earlier_tasks_compete_too(work: Workspace, clip_work: Wor
     first, second = work.stream.tasks
     assert compared(work.config, work.stream, first) == first.classes
     assert compared(work.config, work.stream, second) == (*first.classes, *second.classes)
+    head = work.config.head.model_copy(update={"rivals": "task"})
+    within = work.config.model_copy(update={"head": head})
+    assert compared(within, work.stream, second) == second.classes
     pooled = replace(second, number=0)
     assert compared(work.config, work.stream, pooled) == second.classes
     # The words of a text tower move with every task: only those of the batch are read.

@@ -219,19 +219,23 @@ def bisect(
     drop: Annotated[
         float,
         typer.Option(
-            "--drop", metavar="POINTS", help="Percentage points.", rich_help_panel="Memory"
+            "--drop",
+            metavar="POINTS",
+            help="Percentage points; of a loss nats.",
+            rich_help_panel="Memory",
         ),
     ],
     metric: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--metric",
-            metavar="faa|task_accuracy",
-            help="What is measured, on the tasks that the good version knows.",
+            metavar="faa|task_accuracy|loss",
+            help="What is measured, on the tasks that the good version knows; none: faa, of texts "
+            "loss.",
             rich_help_panel="Memory",
             autocompletion=complete.fixed_set_metrics,
         ),
-    ] = "faa",
+    ] = None,
     good: Annotated[
         str | None,
         typer.Option(
@@ -263,26 +267,30 @@ def bisect(
     ] = None,
 ) -> None:
     """Find the commit after which the memory got worse, by halving; 1 when it never did."""
+    from memtool.methods.bisect import LOSS
     from memtool.methods.bisect import bisect as halve
 
     if setting is not None:
         one_of("--setting", setting, choices("stream.setting"))
     with call.out.progress() as progress:
+        of_loss = metric == LOSS or (metric is None and call.reads_texts)
         result = halve(
-            call.image_method(progress),
+            call.method(progress),
             metric=metric,
-            drop=drop / 100,
+            drop=drop if of_loss else drop / 100,
             good=good,
             bad=call.version if bad == "HEAD" else bad,
             setting=setting,
         )
+    shown = (lambda value: f"{value:.3f}") if of_loss else percent
+    word = "rose" if of_loss else "fell"
     rows = [
         (
             probe.version,
             probe.time.astimezone().strftime("%Y-%m-%d %H:%M:%S"),
             probe.message,
-            "" if probe.value is None else percent(probe.value),
-            {True: "fell", False: "good", None: f"skipped: {probe.reason}"}[probe.fell],
+            "" if probe.value is None else shown(probe.value),
+            {True: word, False: "good", None: f"skipped: {probe.reason}"}[probe.fell],
         )
         for probe in result.probes
     ]
@@ -291,8 +299,9 @@ def bisect(
     call.out.data(result, table, ids=[result.culprit.version] if result.culprit else [])
     if result.culprit is None:
         call.out.note(
-            f"it never fell by {drop:g} points: {percent(result.good_value)} at {result.good}, "
-            f"{percent(result.bad_value)} at {result.bad}"
+            f"it never {word} by {drop:g} {'nats' if of_loss else 'points'}: "
+            f"{shown(result.good_value)} at {result.good}, {shown(result.bad_value)} at "
+            f"{result.bad}"
         )
         raise typer.Exit(1)
     call.out.note(f"first bad: {result.culprit.version} ({result.culprit.message})")

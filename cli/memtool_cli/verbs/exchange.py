@@ -90,13 +90,12 @@ def import_adapters(
                 expected="PEFT directories, or one bundle",
             )
         return _import_bundle(call, bundles[0])
-    from memtool.methods.exchange import import_peft
-
-    result = import_peft(call.config, directories, task=task)
+    result = call.method().write(directories, task=task)
     rows = [(adapter.name, adapter.id) for adapter in result.added]
     table = Table(("adapter", "id"), rows, title=f"version {result.version}")
     call.out.data(result, table, ids=[adapter.id for adapter in result.added])
-    call.out.next(call.command("consolidate"))
+    # Atoms find themselves: writing them is all.
+    call.out.next(call.command("eval" if call.config.method == "moram" else "consolidate"))
     return None
 
 
@@ -185,7 +184,8 @@ def export_adapters(
     from memtool.methods.exchange import export_peft
 
     view = call.view()
-    directories = tuple(export_peft(call.config, adapters, out=out, version=view.version))
+    work = call.method().workspace
+    directories = tuple(export_peft(work, adapters, out=out, version=view.version))
     record = records.Exported(version=view.version, directories=directories)
     table = Table(("directory",), [(directory,) for directory in directories])
     call.out.data(record, table, ids=directories)

@@ -110,6 +110,10 @@ def run(
     from memtool.methods import experiment
 
     call.refuse_version()
+    known = experiment.known_baselines(call.config)
+    absent = [name for name in call.config.baselines if name not in ("all", *known)]
+    if absent and known:
+        call.out.note(f"no baseline {', '.join(absent)} here; there are {', '.join(known)}")
     if call.dry_run:
         return show_plan(call, "run")
     with call.out.progress() as progress:
