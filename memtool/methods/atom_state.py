@@ -23,6 +23,7 @@ from memtool.config import HeadSettings, MoramSettings
 from memtool.heads import FeatureStatistics, LinearClassifier, RecalledHead
 from memtool.memories.rank1 import Rank1Memory
 from memtool.methods.method import task_of
+from memtool.methods.past_inputs import PastInputs
 from memtool.methods.state import (
     HEAD,
     StoredState,
@@ -102,6 +103,13 @@ def bank_of(
     return memory.eval().requires_grad_(False)
 
 
+def past_inputs_of(view: memtool_stores.MemoryView | None, layout: Layout) -> PastInputs:
+    """What entered the adapted maps in the tasks of a version; nothing without one."""
+    if view is None or PAST_INPUTS not in view.blobs():
+        return PastInputs(layout)
+    return PastInputs.from_bytes(view.blob(PAST_INPUTS), layout)
+
+
 def digest(records: Sequence[memtool_stores.AdapterRecord], head: str | None = None) -> str:
     """What atoms were trained on top of: the bytes, scalings and prunings of rows, and a head."""
     said = [
@@ -134,8 +142,7 @@ def solve_without(
     txn: memtool_stores.Transaction, view: memtool_stores.MemoryView, gone: set[str]
 ) -> None:
     """In a transaction that takes rows of atoms away: the head of those that are left."""
-    state = AtomsState.load(view)
-    if state is None or not gone & {record.id for record in view.atom_records}:
+    if not gone & {record.id for record in view.atom_records}:
         return
     left = [task_of(record) for record in view.atom_records if record.id not in gone]
     if not left:
@@ -143,6 +150,9 @@ def solve_without(
             if name in (ATOMS, HEAD, PAST_INPUTS):
                 txn.delete_blob(name)
         return
+    state = AtomsState.load(view)
+    if state is None:
+        return  # of texts, which need no head
     if state.head.kind in ("prototype", "text"):
         return  # prototypes stay what they are, and texts are read again by the atoms that are left
     trained = {task: head for task, head in trained_heads(view).items() if task in left}

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 MEMORY = "memory"
 CONSOLIDATED = (MEMORY, "head", "query-modules")
 """Blobs that only mean something while an adapter with a key is left."""
-ATOMS = "atoms"
+OF_ATOMS = {"atoms", "past-inputs"}
 PREDICTOR = "task-predictor"
 RECALL_PREFIX = "recall."
 
@@ -177,7 +177,7 @@ def _renormalise(txn: Transaction, view: MemoryView, gone: set[str]) -> None:
     for blob in view.blobs():
         if blob.startswith(RECALL_PREFIX):
             _unlearn(txn, view, blob, gone)
-    if ATOMS in view.blobs():
+    if OF_ATOMS & set(view.blobs()):
         from memtool.methods.atom_state import solve_without
 
         solve_without(txn, view, gone)

@@ -43,6 +43,7 @@ from memtool.methods.atom_state import (
     bank_of,
     digest,
     gate_of,
+    past_inputs_of,
     resolved,
     solve,
     trained_heads,
@@ -59,7 +60,6 @@ from memtool.methods.method import (
     require_unmoved,
     task_of,
 )
-from memtool.methods.past_inputs import PastInputs
 from memtool.methods.results import AtomsResult, HeadResult, TaskShare
 from memtool.methods.state import HEAD, feature_statistics, features_blob, grown
 from memtool.methods.workspace import Workspace
@@ -102,7 +102,7 @@ class Moram(AtomMethod[Task], Method):
         free = self.settings.keys == "free"
         if free:
             bank.to(work.engine.device)
-            past = self._past_inputs(view if len(bank) else None)
+            past = past_inputs_of(view if len(bank) else None, work.layout)
             moments = past.moments(work, task.train, bank.recall(self.gate) if len(bank) else None)
             start = past.free_branch(moments)[0].to(work.engine.device)
         else:
@@ -189,18 +189,11 @@ class Moram(AtomMethod[Task], Method):
         txn.put_blob(HEAD, head.to_bytes())
         new.put(txn)
         if settings.keys == "free":
-            past = self._past_inputs(view)
+            past = past_inputs_of(view, work.layout)
             moments = past.moments(work, task.train, bank.recall(gate))
             past.add(moments, len(known) / len(work.stream.tasks))
             txn.put_blob(PAST_INPUTS, past.to_bytes())
         return record
-
-    def _past_inputs(self, view: memtool_stores.MemoryView | None) -> PastInputs:
-        """What entered the adapted maps in the tasks of a version."""
-        layout = self.workspace.layout
-        if view is None or PAST_INPUTS not in view.blobs():
-            return PastInputs(layout)
-        return PastInputs.from_bytes(view.blob(PAST_INPUTS), layout)
 
     def _trained_through(
         self, view: memtool_stores.MemoryView, adapter: ReadAdapter

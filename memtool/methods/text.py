@@ -36,6 +36,7 @@ from memtool.evaluation.record import Kind, Row
 from memtool.evaluation.text import score
 from memtool.memories.rank1 import Rank1Memory, init_atoms
 from memtool.methods.atom_state import gate_of
+from memtool.methods.past_inputs import PastInputs
 from memtool.methods.recall import every
 from memtool.methods.workspace import MemoryWorkspace, task_named
 from memtool.streams.text import TextSamples, TextStream, TextTask, open_text_stream
@@ -297,6 +298,19 @@ class TextLearner(nn.Module):
                 found[row] = self.lm.decode(ids).strip()
         return found
 
+    @torch.no_grad()
+    def input_moments(self, past: PastInputs, samples: TextSamples) -> dict[str, Tensor]:
+        """The second moment of all tokens that enter each adapted layer; padding is no input."""
+        real = torch.empty(0)
+        tokens = self.lm.encode(samples.prompts, samples.answers).tokens
+        with past.counted(self.lm, lambda x: x[real]) as moments:
+            for rows in self._batches(tokens):
+                batch = trimmed(tokens[rows]).to(self.work.engine.device)
+                real = batch != PAD
+                with self.work.engine.autocast():
+                    self.lm.hidden(batch, self.recall())
+        return moments
+
     def _batches(self, tokens: Tensor) -> Sequence[Tensor]:
         """Places of samples, those of like lengths together, so that little is padded."""
         order = (tokens != PAD).sum(dim=1).argsort(stable=True)
@@ -306,7 +320,8 @@ class TextLearner(nn.Module):
 class AtomLearner(TextLearner):
     """MoRAM: r new atoms a task at every adapted map; the older ones are frozen.
 
-    `bank` holds the atoms of the tasks `seen`, frozen, and is read through `gate`.
+    `bank` holds the atoms of the tasks `seen`, frozen, and is read through `gate`. With a `past`
+    the keys of new atoms are not random: they lie where it has no inputs, and do not learn.
     """
 
     id: ClassVar[str] = "moram"
@@ -314,10 +329,16 @@ class AtomLearner(TextLearner):
     kind: ClassVar[Kind] = "method"
 
     def __init__(
-        self, work: TextWorkspace, bank: Rank1Memory, gate: AtomGate, seen: Sequence[TextTask] = ()
+        self,
+        work: TextWorkspace,
+        bank: Rank1Memory,
+        gate: AtomGate,
+        seen: Sequence[TextTask] = (),
+        past: PastInputs | None = None,
     ) -> None:
         super().__init__(work, len(work.stream.tasks))
         self.gate = gate
+        self.past = past
         self.bank = bank.to(work.engine.device)
         self.seen = list(seen)
 
@@ -334,11 +355,17 @@ class AtomLearner(TextLearner):
         Raises MismatchError where `moram.topk` asks for more atoms than there are then.
         """
         work = self.work
-        generator = work.engine.generator(work.training_seed(task.number))
-        flat = init_atoms(work.layout, generator=generator)
-        rank = work.config.adapter.rank
+        if self.past is None:
+            generator = work.engine.generator(work.training_seed(task.number))
+            flat = init_atoms(work.layout, generator=generator)
+        else:
+            flat = self.past.free_branch(self.input_moments(self.past, task.train))[0]
         self.bank.grow(
-            flat.to(work.engine.device), rank=rank, owner=task.number, scaling=self.work.scaling
+            flat.to(work.engine.device),
+            rank=work.config.adapter.rank,
+            owner=task.number,
+            scaling=work.scaling,
+            keys_learn=self.past is None,
         )
         if work.config.moram.topk is not None:
             self.bank.check_topk(self.gate.topk)

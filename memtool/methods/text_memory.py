@@ -32,11 +32,19 @@ from memtool.memories.rank1 import Rank1Memory
 from memtool.methods.adapt import Adapted
 from memtool.methods.atom_measure import strongest, use_metrics, used
 from memtool.methods.atom_method import AtomMethod
-from memtool.methods.atom_state import bank_of, digest, gate_of, resolved
+from memtool.methods.atom_state import (
+    PAST_INPUTS,
+    bank_of,
+    digest,
+    gate_of,
+    past_inputs_of,
+    resolved,
+)
 from memtool.methods.atom_watch import Contributions, Drifts, TaskShares, Watch, watched
 from memtool.methods.exchange import ReadAdapter
 from memtool.methods.kept import fingerprint_of, kept
 from memtool.methods.method import Trained, task_of
+from memtool.methods.past_inputs import PastInputs
 from memtool.methods.results import AtomsResult, HeadResult, TaskShare
 from memtool.methods.text import AtomLearner, TextScores, TextWorkspace, text_row
 from memtool.progress import Progress
@@ -86,6 +94,7 @@ class TextMoram(AtomMethod[TextTask]):
         self._require_settings()
         work = self.workspace
         bank, source, beneath = Rank1Memory(work.layout.sites), "zero", self._beneath_digest(task)
+        past = self._past_inputs(None)
         if work.has_store:
             view = work.store.view("HEAD")
             self._require_own_kind(view)
@@ -93,20 +102,17 @@ class TextMoram(AtomMethod[TextTask]):
                 self._require_same_gate(self._settings_of(view.atom_records[:rows]), self.settings)
                 bank = bank_of(view, work.layout, rows)
                 source = f"zero on top of {rows} tasks, version {view.version}"
-        learner = AtomLearner(work, bank, self.gate)
+                past = self._past_inputs(view)
+        learner = AtomLearner(work, bank, self.gate, past=past)
         fit = learner.learn(task, fingerprint=fingerprint, checkpoint=checkpoint)
         flat = learner.bank.fresh().float().cpu().unsqueeze(0)
         return Trained(Adapted(flat, (), (), fit), source, beneath)
 
-    def _require_settings(self) -> None:
-        """As for images, and keys are random: no inputs of earlier texts are kept."""
-        super()._require_settings()
-        if self.config.moram.keys != "random":
-            raise ConfigError(
-                f"moram.keys {self.config.moram.keys} on texts (setting trace)",
-                expected="random",
-                remedy="--set moram.keys=random; O-LoRA and InfLoRA are among the baselines",
-            )
+    def _past_inputs(self, view: memtool_stores.MemoryView | None) -> PastInputs | None:
+        """What entered the adapted maps in the tasks of a version, where free keys need it."""
+        if self.config.moram.keys != "free":
+            return None
+        return past_inputs_of(view, self.workspace.layout)
 
     def _fingerprint(self, task: TextTask) -> str:
         work = self.workspace
@@ -132,6 +138,7 @@ class TextMoram(AtomMethod[TextTask]):
 
         Raises MismatchError for atoms that were trained on top of others than those in memory.
         """
+        work = self.workspace
         self._require_new_task(txn, adapter)
         self._require_trained_here(txn.base, adapter)
         about, rows = self._about(adapter), txn.base.atom_records
@@ -142,13 +149,35 @@ class TextMoram(AtomMethod[TextTask]):
             configuration["moram"] = self._settings_of(rows).model_dump(mode="json")
         given = MoramSettings.model_validate(configuration["moram"])
         if rows:
-            rank = self.workspace.layout.rank
-            self._require_same_gate(self._settings_of(rows), resolved(given, rank))
+            resolved_here = resolved(given, work.layout.rank)
+            self._require_same_gate(self._settings_of(rows), resolved_here)
         parts = ("adapter", "train", "moram", "text")
         hyperparameters = {part: configuration[part] for part in parts}
         meta = {**adapter.meta, "hyperparameters": hyperparameters}
         txn.add_atoms(adapter.name, adapter.value.numpy(), meta)
-        return txn.atom_records[-1]
+        record = txn.atom_records[-1]
+        if given.keys == "free":
+            self._count_inputs(txn, adapter, gate_of(given, work.layout.rank), record.scaling)
+        return record
+
+    def _count_inputs(
+        self,
+        txn: memtool_stores.Transaction,
+        adapter: ReadAdapter,
+        gate: AtomGate,
+        scaling: float,
+    ) -> None:
+        """Add the inputs of a task, as the model has them with its atoms, to the past."""
+        work, number = self.workspace, int(adapter.meta["task"])
+        bank = bank_of(txn.base, work.layout)
+        known = len(txn.base.atom_records)
+        bank.grow(adapter.value, rank=work.layout.rank, owner=number, scaling=scaling)
+        bank.freeze()
+        past = past_inputs_of(txn.base, work.layout)
+        learner = AtomLearner(work, bank, gate).eval()
+        moments = learner.input_moments(past, work.task(str(number)).train)
+        past.add(moments, known / len(work.stream.tasks))
+        txn.put_blob(PAST_INPUTS, past.to_bytes())
 
     def learn(self, task: TextTask, *, fresh: bool = False) -> None:
         """Train and write a task, unless its atoms are in memory; `fresh` as in `adapt`.

@@ -113,7 +113,7 @@ def test_the_branch_of_inf_lora_does_not_see_old_inputs(place: Path, tmp_path: P
     learner = InfLora(work, 3)
     learner.learn(work.stream.tasks[0])
     learner.before_task(work.stream.tasks[1])
-    for module, second in learner.input_moments(work.stream.tasks[0].train).items():
+    for module, second in learner.input_moments(learner.inputs, work.stream.tasks[0].train).items():
         block = next(site.block for site in work.layout.sites if site.module == module)
         a = learner.values.block(block).modules[module].a[0, 0].double()  # type: ignore[union-attr]
         seen = float(((a @ second) * a).sum() / second.trace())
@@ -125,9 +125,9 @@ def test_moments_leave_padding_out(place: Path, tmp_path: Path) -> None:
     together = InfLora(work_of(place, tmp_path), 3)
     alone = InfLora(work_of(place, tmp_path, **{"engine.eval_batch_size": 1}), 3)
     samples = together.work.stream.tasks[1].train
-    for module, second in together.input_moments(samples).items():
+    for module, second in together.input_moments(together.inputs, samples).items():
         torch.testing.assert_close(
-            second, alone.input_moments(samples)[module], rtol=1e-5, atol=1e-5
+            second, alone.input_moments(alone.inputs, samples)[module], rtol=1e-5, atol=1e-5
         )
 
 

@@ -21,6 +21,7 @@ from memtool.errors import (
 )
 from memtool.methods.atom_map import as_picture, explain_text_atoms
 from memtool.methods.atom_prune import dead_text_atoms, prune
+from memtool.methods.atom_state import PAST_INPUTS, past_inputs_of
 from memtool.methods.bisect import bisect
 from memtool.methods.exchange import export_peft
 from memtool.methods.experiment import run
@@ -66,12 +67,6 @@ def grown_copy(place: Path, _grown: Path, tmp_path: Path) -> TextMoram:
 
 
 # Adapt and write --------------------------------------------------------------------------------
-
-
-def test_keys_free_of_earlier_texts_are_refused(place: Path, tmp_path: Path) -> None:
-    method = moram_of(place, tmp_path, **{"moram.keys": "free"})
-    with pytest.raises(ConfigError, match=r"moram\.keys free on texts"):
-        method.adapt("1")
 
 
 def test_a_task_is_trained_into_a_folder_and_written_as_one_version(
@@ -472,3 +467,40 @@ def test_a_long_prompt_is_refused_where_it_would_be_cut(place: Path, grown: Text
     with pytest.raises(DataError, match="prompt 1 has 81 tokens"):
         strict.retrieve(prompt="a" * 80)
     assert grown.retrieve(prompt="a" * 80).samples == 1
+
+
+# Keys free of earlier texts ---------------------------------------------------------------------
+
+
+def test_free_keys_do_not_answer_to_earlier_texts(place: Path, tmp_path: Path) -> None:
+    free = {"moram.keys": "free", "moram.temperature": 0.2, "moram.threshold": -1.0}
+    method = grow(moram_of(place, tmp_path, **free), 1, 2)
+    work, snapshot = method.workspace, method.snapshot()
+    past = past_inputs_of(work.store.view("HEAD~1"), work.layout)
+    name = work.backbone.sites(("q",))[0].name
+    module = work.backbone.sites(("q",))[0].module
+    learned = past.space[module]
+    bank = snapshot.bank.bank(name)
+    new = bank.keys[bank.owner == 2].double()
+    inside = new - learned.project(new)
+    assert float(inside.abs().max()) < 1e-5
+    present = new.norm(dim=1) > 0
+    torch.testing.assert_close(
+        new[present].norm(dim=1), torch.ones(int(present.sum()), dtype=torch.float64)
+    )
+    # A run makes the same ones.
+    (record,) = run(config_of(place, tmp_path / "run", **free), baselines=False)
+    there = moram_of(place, tmp_path / "run", **free).workspace.store.view().atom_records
+    here = work.store.view().atom_records
+    assert [r.sha256 for r in there[:2]] == [r.sha256 for r in here]
+    assert record.row("moram").atom_use is not None
+
+
+def test_a_memory_of_free_keys_forgets_its_past_with_its_last_task(
+    place: Path, tmp_path: Path
+) -> None:
+    method = grow(moram_of(place, tmp_path, **{"moram.keys": "free"}), 1)
+    store = method.workspace.store
+    assert PAST_INPUTS in store.view().blobs()
+    forget(store, ["1"])
+    assert PAST_INPUTS not in store.view().blobs()

@@ -25,14 +25,13 @@ from torch import Tensor, nn
 
 from memtool.adapters.mixing import Mixture
 from memtool.adapters.values import AdapterValues, Recall
-from memtool.backbones.causal_lm import PAD
 from memtool.evaluation.record import Kind, Row
 from memtool.methods.baselines.branches import flat_of_all, summed
 from memtool.methods.baselines.fine_tune import RATE
 from memtool.methods.baselines.moe_lora import router
 from memtool.methods.baselines.o_lora import STRENGTH, overlap
 from memtool.methods.past_inputs import PastInputs
-from memtool.methods.text import TextLearner, TextWorkspace, in_turn, text_row, trimmed
+from memtool.methods.text import TextLearner, TextWorkspace, in_turn, text_row
 from memtool.streams.ordering import random_ranks
 from memtool.streams.text import TextSamples, TextTask
 
@@ -140,27 +139,15 @@ class InfLora(Branches):
     def before_task(self, task: TextTask) -> None:
         """Begin a branch with A from the task's inputs, B zero."""
         super().before_task(task)
-        free = self.inputs.free_branch(self.input_moments(task.train))
+        free = self.inputs.free_branch(self.input_moments(self.inputs, task.train))
         self.values = self.work.stacked(free, trainable=True)
         self.values.a.requires_grad_(False)
 
     def after_task(self, task: TextTask, seconds: float) -> None:
         """Add the task's inputs, as the trained model has them, to the past."""
         del seconds
-        self.inputs.add(self.input_moments(task.train), len(self.seen) / self.tasks)
-
-    @torch.no_grad()
-    def input_moments(self, samples: TextSamples) -> dict[str, Tensor]:
-        """The second moment of all tokens that enter each adapted layer; padding is no input."""
-        real = torch.empty(0)
-        tokens = self.lm.encode(samples.prompts, samples.answers).tokens
-        with self.inputs.counted(self.lm, lambda x: x[real]) as moments:
-            for rows in self._batches(tokens):
-                batch = trimmed(tokens[rows]).to(self.work.engine.device)
-                real = batch != PAD
-                with self.work.engine.autocast():
-                    self.lm.hidden(batch, self.recall())
-        return moments
+        moments = self.input_moments(self.inputs, task.train)
+        self.inputs.add(moments, len(self.seen) / self.tasks)
 
 
 class MoeLora(TextLearner):
