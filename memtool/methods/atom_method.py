@@ -14,9 +14,10 @@ import memtool_stores
 from memtool.adapters.atoms import AtomGate
 from memtool.config import MoramSettings
 from memtool.errors import AlreadyThereError, ConfigError, MismatchError
-from memtool.methods.atom_state import digest, gate_of, resolved
+from memtool.methods.atom_state import digest, gate_of, past_inputs_of, resolved
 from memtool.methods.exchange import About, AdapterFolder, ReadAdapter
 from memtool.methods.method import MemoryMethod, newest_after_each, task_of
+from memtool.methods.past_inputs import PastInputs
 from memtool.methods.workspace import T
 
 
@@ -53,6 +54,17 @@ class AtomMethod(MemoryMethod[T]):
             if task_of(record) == task.number:
                 return place
         return len(view.atom_records)
+
+    def _past_inputs(self, view: memtool_stores.MemoryView, rows: int) -> PastInputs:
+        """What entered the adapted maps in the tasks of the first `rows` rows of atoms.
+
+        Of a task that is trained anew though it is in memory, as the version before it has it.
+        """
+        if rows < len(view.atom_records):
+            tasks = [task_of(record) for record in view.atom_records]
+            before = self._history(view.version, tasks).get(rows, view.version)
+            view = self.workspace.store.view(before)
+        return past_inputs_of(view, self.workspace.layout)
 
     def _beneath_digest(self, task: T) -> str:
         """What the task is, or in memory was, trained on top of."""

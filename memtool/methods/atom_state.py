@@ -103,9 +103,9 @@ def bank_of(
     return memory.eval().requires_grad_(False)
 
 
-def past_inputs_of(view: memtool_stores.MemoryView | None, layout: Layout) -> PastInputs:
-    """What entered the adapted maps in the tasks of a version; nothing without one."""
-    if view is None or PAST_INPUTS not in view.blobs():
+def past_inputs_of(view: memtool_stores.MemoryView, layout: Layout) -> PastInputs:
+    """What entered the adapted maps in the tasks of a version, where it keeps that."""
+    if PAST_INPUTS not in view.blobs():
         return PastInputs(layout)
     return PastInputs.from_bytes(view.blob(PAST_INPUTS), layout)
 

@@ -60,6 +60,7 @@ from memtool.methods.method import (
     require_unmoved,
     task_of,
 )
+from memtool.methods.past_inputs import PastInputs
 from memtool.methods.results import AtomsResult, HeadResult, TaskShare
 from memtool.methods.state import HEAD, feature_statistics, features_blob, grown
 from memtool.methods.workspace import Workspace
@@ -87,6 +88,7 @@ class Moram(AtomMethod[Task], Method):
         classes = len(work.stream.class_names)
         head = LinearClassifier(torch.zeros(classes, work.backbone.dim), torch.zeros(classes))
         bank, source, beneath = Rank1Memory(work.layout.sites), "zero", self._beneath_digest(task)
+        free, past = self.settings.keys == "free", PastInputs(work.layout)
         if work.has_store:
             view = work.store.view("HEAD")
             self._require_own_kind(view)
@@ -96,13 +98,12 @@ class Moram(AtomMethod[Task], Method):
                 state = self._state(view)
                 self._require_same_gate(state.moram, self.settings)
                 source = f"zero on top of {rows} tasks, version {view.version}"
+                past = self._past_inputs(view, rows) if free else past
                 if self.config.head.kind == "shared" and HEAD in view.blobs():
                     known = RecalledHead.from_bytes(view.blob(HEAD), f"blob {HEAD!r}")
                     head = grown([head, LinearClassifier(known.weight[0], known.bias[0])])
-        free = self.settings.keys == "free"
         if free:
             bank.to(work.engine.device)
-            past = past_inputs_of(view if len(bank) else None, work.layout)
             moments = past.moments(work, task.train, bank.recall(self.gate) if len(bank) else None)
             start = past.free_branch(moments)[0].to(work.engine.device)
         else:

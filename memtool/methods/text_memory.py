@@ -94,7 +94,7 @@ class TextMoram(AtomMethod[TextTask]):
         self._require_settings()
         work = self.workspace
         bank, source, beneath = Rank1Memory(work.layout.sites), "zero", self._beneath_digest(task)
-        past = self._past_inputs(None)
+        past = PastInputs(work.layout) if self.settings.keys == "free" else None
         if work.has_store:
             view = work.store.view("HEAD")
             self._require_own_kind(view)
@@ -102,17 +102,11 @@ class TextMoram(AtomMethod[TextTask]):
                 self._require_same_gate(self._settings_of(view.atom_records[:rows]), self.settings)
                 bank = bank_of(view, work.layout, rows)
                 source = f"zero on top of {rows} tasks, version {view.version}"
-                past = self._past_inputs(view)
+                past = past and self._past_inputs(view, rows)
         learner = AtomLearner(work, bank, self.gate, past=past)
         fit = learner.learn(task, fingerprint=fingerprint, checkpoint=checkpoint)
         flat = learner.bank.fresh().float().cpu().unsqueeze(0)
         return Trained(Adapted(flat, (), (), fit), source, beneath)
-
-    def _past_inputs(self, view: memtool_stores.MemoryView | None) -> PastInputs | None:
-        """What entered the adapted maps in the tasks of a version, where free keys need it."""
-        if self.config.moram.keys != "free":
-            return None
-        return past_inputs_of(view, self.workspace.layout)
 
     def _fingerprint(self, task: TextTask) -> str:
         work = self.workspace

@@ -154,6 +154,10 @@ def test_free_keys_are_of_the_whole_memory(grown, tmp_path):
         reopened(grown, moram__keys="free").adapt("3", fresh=True)
     moram = grow(Moram.open(config_in(tmp_path, moram__keys="free"), seed=0), 2)
     assert moram.adapt("2")[0].skipped
+    # Trained anew, a task sees the inputs of those before it only: the same atoms again.
+    moram.adapt("1", fresh=True)
+    moram.adapt("2", fresh=True)
+    assert set(moram.write().skipped) == {"task-1-seed-0", "task-2-seed-0"}
     assert moram.evaluate(history=True).row("memory").metrics["faa"] > 0.7
     forget(moram.workspace.store, ["task-2-seed-0"])
     assert "past-inputs" in moram.workspace.store.view().blobs()
