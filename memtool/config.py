@@ -240,10 +240,10 @@ class HeadSettings(Settings):
     scale: Annotated[float, Field(gt=0)] = Field(
         30.0, description="prototype: logits are cosines times this"
     )
-    rivals: Literal["seen", "task"] = Field(
-        "seen",
+    rivals: Literal["task", "seen"] = Field(
+        "task",
         description="prototype: what images are told apart from while their task is learned: the "
-        "classes of all tasks so far, or of the task",
+        "classes of the task, or of all tasks so far",
     )
 
 

@@ -254,15 +254,17 @@ def test_the_loss_is_over_the_classes_of_the_task(work: Workspace) -> None:
     torch.testing.assert_close(module(images, labels), F.cross_entropy(logits, labels))
 
 
-def test_prototypes_of_earlier_tasks_compete_too(work: Workspace, clip_work: Workspace) -> None:
+def test_prototypes_of_earlier_tasks_compete_where_they_are_asked_to(
+    work: Workspace, clip_work: Workspace
+) -> None:
     first, second = work.stream.tasks
-    assert compared(work.config, work.stream, first) == first.classes
-    assert compared(work.config, work.stream, second) == (*first.classes, *second.classes)
-    head = work.config.head.model_copy(update={"rivals": "task"})
-    within = work.config.model_copy(update={"head": head})
-    assert compared(within, work.stream, second) == second.classes
+    assert compared(work.config, work.stream, second) == second.classes
+    head = work.config.head.model_copy(update={"rivals": "seen"})
+    config = work.config.model_copy(update={"head": head})
+    assert compared(config, work.stream, first) == first.classes
+    assert compared(config, work.stream, second) == (*first.classes, *second.classes)
     pooled = replace(second, number=0)
-    assert compared(work.config, work.stream, pooled) == second.classes
+    assert compared(config, work.stream, pooled) == second.classes
     # The words of a text tower move with every task: only those of the batch are read.
     second = clip_work.stream.tasks[1]
     assert compared(clip_work.config, clip_work.stream, second) == second.classes
