@@ -74,7 +74,7 @@ def resolved(settings: MoramSettings, rank: int) -> MoramSettings:
 
 def gate_of(settings: MoramSettings, rank: int) -> AtomGate:
     """The gate that the settings describe."""
-    return AtomGate(**resolved(settings, rank).model_dump(exclude={"keys"}))
+    return AtomGate(**resolved(settings, rank).model_dump(exclude={"keys", "energy"}))
 
 
 def bank_of(
@@ -103,10 +103,13 @@ def bank_of(
     return memory.eval().requires_grad_(False)
 
 
-def past_inputs_of(view: memtool_stores.MemoryView, layout: Layout) -> PastInputs:
-    """What entered the adapted maps in the tasks of a version, where it keeps that."""
+def past_inputs_of(view: memtool_stores.MemoryView, layout: Layout, *, energy: float) -> PastInputs:
+    """What entered the adapted maps in the tasks of a version, where it keeps that.
+
+    `energy` as in `PastInputs`, where there is nothing yet.
+    """
     if PAST_INPUTS not in view.blobs():
-        return PastInputs(layout)
+        return PastInputs(layout, energy=energy)
     return PastInputs.from_bytes(view.blob(PAST_INPUTS), layout)
 
 

@@ -88,7 +88,8 @@ class Moram(AtomMethod[Task], Method):
         classes = len(work.stream.class_names)
         head = LinearClassifier(torch.zeros(classes, work.backbone.dim), torch.zeros(classes))
         bank, source, beneath = Rank1Memory(work.layout.sites), "zero", self._beneath_digest(task)
-        free, past = self.settings.keys == "free", PastInputs(work.layout)
+        free = self.settings.keys == "free"
+        past = PastInputs(work.layout, energy=self.settings.energy)
         if work.has_store:
             view = work.store.view("HEAD")
             self._require_own_kind(view)
@@ -190,7 +191,7 @@ class Moram(AtomMethod[Task], Method):
         txn.put_blob(HEAD, head.to_bytes())
         new.put(txn)
         if settings.keys == "free":
-            past = past_inputs_of(view, work.layout)
+            past = past_inputs_of(view, work.layout, energy=settings.energy)
             moments = past.moments(work, task.train, bank.recall(gate))
             past.add(moments, len(known) / len(work.stream.tasks))
             txn.put_blob(PAST_INPUTS, past.to_bytes())

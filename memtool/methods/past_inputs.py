@@ -21,15 +21,27 @@ from memtool.methods.fixed_head import PromptTokens
 from memtool.methods.workspace import Workspace
 from memtool.streams.task import Samples
 
+ENERGY = 0.97
+"""The share of the first task's energy that InfLoRA keeps."""
+
 
 class PastInputs:
     """The space of the inputs that each adapted module of a layout had so far (DualGPM)."""
 
-    def __init__(self, layout: Layout, space: Mapping[str, DualGPM] | None = None) -> None:
-        """No past yet, but for the spaces of modules that are given."""
+    def __init__(
+        self,
+        layout: Layout,
+        space: Mapping[str, DualGPM] | None = None,
+        *,
+        energy: float = ENERGY,
+    ) -> None:
+        """No past yet, but for the spaces of modules that are given.
+
+        `energy` is the share of the first task's that the past holds; it rises to 1 at the last.
+        """
         self.layout = layout
         widths = {site.module: site.in_features for site in layout.sites}
-        self.space = {module: DualGPM(width) for module, width in widths.items()}
+        self.space = {module: DualGPM(width, energy) for module, width in widths.items()}
         self.space.update(space or {})
 
     def moments(

@@ -94,7 +94,9 @@ class TextMoram(AtomMethod[TextTask]):
         self._require_settings()
         work = self.workspace
         bank, source, beneath = Rank1Memory(work.layout.sites), "zero", self._beneath_digest(task)
-        past = PastInputs(work.layout) if self.settings.keys == "free" else None
+        past = None
+        if self.settings.keys == "free":
+            past = PastInputs(work.layout, energy=self.settings.energy)
         if work.has_store:
             view = work.store.view("HEAD")
             self._require_own_kind(view)
@@ -102,7 +104,8 @@ class TextMoram(AtomMethod[TextTask]):
                 self._require_same_gate(self._settings_of(view.atom_records[:rows]), self.settings)
                 bank = bank_of(view, work.layout, rows)
                 source = f"zero on top of {rows} tasks, version {view.version}"
-                past = past and self._past_inputs(view, rows)
+                if past is not None:
+                    past = self._past_inputs(view, rows)
         learner = AtomLearner(work, bank, self.gate, past=past)
         fit = learner.learn(task, fingerprint=fingerprint, checkpoint=checkpoint)
         flat = learner.bank.fresh().float().cpu().unsqueeze(0)
@@ -151,7 +154,8 @@ class TextMoram(AtomMethod[TextTask]):
         txn.add_atoms(adapter.name, adapter.value.numpy(), meta)
         record = txn.atom_records[-1]
         if given.keys == "free":
-            self._count_inputs(txn, adapter, gate_of(given, work.layout.rank), record.scaling)
+            gate = gate_of(given, work.layout.rank)
+            self._count_inputs(txn, adapter, gate, record.scaling, given.energy)
         return record
 
     def _count_inputs(
@@ -160,6 +164,7 @@ class TextMoram(AtomMethod[TextTask]):
         adapter: ReadAdapter,
         gate: AtomGate,
         scaling: float,
+        energy: float,
     ) -> None:
         """Add the inputs of a task, as the model has them with its atoms, to the past."""
         work, number = self.workspace, int(adapter.meta["task"])
@@ -167,7 +172,7 @@ class TextMoram(AtomMethod[TextTask]):
         known = len(txn.base.atom_records)
         bank.grow(adapter.value, rank=work.layout.rank, owner=number, scaling=scaling)
         bank.freeze()
-        past = past_inputs_of(txn.base, work.layout)
+        past = past_inputs_of(txn.base, work.layout, energy=energy)
         learner = AtomLearner(work, bank, gate).eval()
         moments = learner.input_moments(past, work.task(str(number)).train)
         past.add(moments, known / len(work.stream.tasks))
