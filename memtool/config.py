@@ -131,6 +131,11 @@ class AdapterSettings(Settings):
     residual: bool = Field(
         False, description="train on top of the mixture that the memory recalls, not alone"
     )
+    past_energy: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.97,
+        description="InfLoRA, free keys of MoRAM: share of the energy of the first task's inputs "
+        "that later tasks keep clear of, rising to 1 at the last; less leaves them more room",
+    )
 
 
 class TrainSettings(Settings):
@@ -303,11 +308,6 @@ class MoramSettings(Settings):
         description="how keys begin: at random and learning, as published, or fixed at what a "
         "task's inputs have outside those of earlier tasks, so that these hardly answer to them",
     )
-    energy: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.97,
-        description="free keys: share of the energy of the first task's inputs that later keys do "
-        "not answer to; it rises to 1 at the last task. Less leaves more room for later keys",
-    )
 
 
 class TextSettings(Settings):
@@ -445,7 +445,6 @@ READ_UNDER: tuple[tuple[str, str, tuple[str | None, ...]], ...] = (
     ("head.scale", "head.kind", ("prototype",)),
     ("head.rivals", "head.kind", ("prototype",)),
     ("moram.scaled_threshold", "moram.score_norm", ("bank",)),
-    ("moram.energy", "moram.keys", ("free",)),
     ("modulation.predictor_epochs", "stream.setting", ("mts",)),
     ("modulation.predictor_lr", "stream.setting", ("mts",)),
 )

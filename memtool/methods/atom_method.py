@@ -64,7 +64,7 @@ class AtomMethod(MemoryMethod[T]):
             tasks = [task_of(record) for record in view.atom_records]
             before = self._history(view.version, tasks).get(rows, view.version)
             view = self.workspace.store.view(before)
-        return past_inputs_of(view, self.workspace.layout, energy=self.settings.energy)
+        return past_inputs_of(view, self.workspace.layout, self.config.adapter.past_energy)
 
     def _beneath_digest(self, task: T) -> str:
         """What the task is, or in memory was, trained on top of."""

@@ -74,7 +74,7 @@ def resolved(settings: MoramSettings, rank: int) -> MoramSettings:
 
 def gate_of(settings: MoramSettings, rank: int) -> AtomGate:
     """The gate that the settings describe."""
-    return AtomGate(**resolved(settings, rank).model_dump(exclude={"keys", "energy"}))
+    return AtomGate(**resolved(settings, rank).model_dump(exclude={"keys"}))
 
 
 def bank_of(
@@ -103,14 +103,14 @@ def bank_of(
     return memory.eval().requires_grad_(False)
 
 
-def past_inputs_of(view: memtool_stores.MemoryView, layout: Layout, *, energy: float) -> PastInputs:
+def past_inputs_of(view: memtool_stores.MemoryView, layout: Layout, energy: float) -> PastInputs:
     """What entered the adapted maps in the tasks of a version, where it keeps that.
 
-    `energy` as in `PastInputs`, where there is nothing yet.
+    `energy` as in `PastInputs`.
     """
     if PAST_INPUTS not in view.blobs():
-        return PastInputs(layout, energy=energy)
-    return PastInputs.from_bytes(view.blob(PAST_INPUTS), layout)
+        return PastInputs(layout, energy)
+    return PastInputs.from_bytes(view.blob(PAST_INPUTS), layout, energy)
 
 
 def digest(records: Sequence[memtool_stores.AdapterRecord], head: str | None = None) -> str:

@@ -89,7 +89,7 @@ class Moram(AtomMethod[Task], Method):
         head = LinearClassifier(torch.zeros(classes, work.backbone.dim), torch.zeros(classes))
         bank, source, beneath = Rank1Memory(work.layout.sites), "zero", self._beneath_digest(task)
         free = self.settings.keys == "free"
-        past = PastInputs(work.layout, energy=self.settings.energy)
+        past = PastInputs(work.layout, adapter.past_energy)
         if work.has_store:
             view = work.store.view("HEAD")
             self._require_own_kind(view)
@@ -191,7 +191,7 @@ class Moram(AtomMethod[Task], Method):
         txn.put_blob(HEAD, head.to_bytes())
         new.put(txn)
         if settings.keys == "free":
-            past = past_inputs_of(view, work.layout, energy=settings.energy)
+            past = past_inputs_of(view, work.layout, self.config.adapter.past_energy)
             moments = past.moments(work, task.train, bank.recall(gate))
             past.add(moments, len(known) / len(work.stream.tasks))
             txn.put_blob(PAST_INPUTS, past.to_bytes())

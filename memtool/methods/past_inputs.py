@@ -21,23 +21,17 @@ from memtool.methods.fixed_head import PromptTokens
 from memtool.methods.workspace import Workspace
 from memtool.streams.task import Samples
 
-ENERGY = 0.97
-"""The share of the first task's energy that InfLoRA keeps."""
-
 
 class PastInputs:
     """The space of the inputs that each adapted module of a layout had so far (DualGPM)."""
 
     def __init__(
-        self,
-        layout: Layout,
-        space: Mapping[str, DualGPM] | None = None,
-        *,
-        energy: float = ENERGY,
+        self, layout: Layout, energy: float, space: Mapping[str, DualGPM] | None = None
     ) -> None:
         """No past yet, but for the spaces of modules that are given.
 
-        `energy` is the share of the first task's that the past holds; it rises to 1 at the last.
+        `energy` is the share of the first task's that the past holds (`adapter.past_energy`); it
+        rises to 1 at the last.
         """
         self.layout = layout
         widths = {site.module: site.in_features for site in layout.sites}
@@ -111,9 +105,9 @@ class PastInputs:
         return spaces_to_bytes(self.space, torch.float32)
 
     @classmethod
-    def from_bytes(cls, data: bytes, layout: Layout) -> PastInputs:
+    def from_bytes(cls, data: bytes, layout: Layout, energy: float) -> PastInputs:
         """What `to_bytes` wrote, for the same layout. Raises CorruptError for anything else."""
-        return cls(layout, spaces_from_bytes(data))
+        return cls(layout, energy, spaces_from_bytes(data))
 
 
 def free_directions(space: DualGPM, second: Tensor, rank: int) -> Tensor:

@@ -96,7 +96,7 @@ class TextMoram(AtomMethod[TextTask]):
         bank, source, beneath = Rank1Memory(work.layout.sites), "zero", self._beneath_digest(task)
         past = None
         if self.settings.keys == "free":
-            past = PastInputs(work.layout, energy=self.settings.energy)
+            past = PastInputs(work.layout, self.config.adapter.past_energy)
         if work.has_store:
             view = work.store.view("HEAD")
             self._require_own_kind(view)
@@ -155,7 +155,7 @@ class TextMoram(AtomMethod[TextTask]):
         record = txn.atom_records[-1]
         if given.keys == "free":
             gate = gate_of(given, work.layout.rank)
-            self._count_inputs(txn, adapter, gate, record.scaling, given.energy)
+            self._count_inputs(txn, adapter, gate, record.scaling)
         return record
 
     def _count_inputs(
@@ -164,7 +164,6 @@ class TextMoram(AtomMethod[TextTask]):
         adapter: ReadAdapter,
         gate: AtomGate,
         scaling: float,
-        energy: float,
     ) -> None:
         """Add the inputs of a task, as the model has them with its atoms, to the past."""
         work, number = self.workspace, int(adapter.meta["task"])
@@ -172,7 +171,7 @@ class TextMoram(AtomMethod[TextTask]):
         known = len(txn.base.atom_records)
         bank.grow(adapter.value, rank=work.layout.rank, owner=number, scaling=scaling)
         bank.freeze()
-        past = past_inputs_of(txn.base, work.layout, energy=energy)
+        past = past_inputs_of(txn.base, work.layout, self.config.adapter.past_energy)
         learner = AtomLearner(work, bank, gate).eval()
         moments = learner.input_moments(past, work.task(str(number)).train)
         past.add(moments, known / len(work.stream.tasks))

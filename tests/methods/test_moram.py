@@ -130,10 +130,10 @@ def test_free_keys_hardly_answer_to_earlier_tasks(tmp_path):
     work, view = moram.workspace, moram.workspace.store.view()
     assert "past-inputs" in view.blobs()
     one, two = (bank_of(view, work.layout, rows) for rows in (1, 2))
-    past = PastInputs(work.layout)
+    past = PastInputs(work.layout, 0.97)
     earlier = past.moments(work, work.task("1").train, one.recall(moram.gate))
     past.add(earlier, 0.0)
-    now = PastInputs(work.layout).moments(work, work.task("2").train, one.recall(moram.gate))
+    now = PastInputs(work.layout, 0.97).moments(work, work.task("2").train, one.recall(moram.gate))
     for site in work.layout.sites:
         keys = two.bank(site.name).keys[4:].double()
         lengths = keys.norm(dim=1)  # a key is zero where nothing is free
