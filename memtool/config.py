@@ -131,11 +131,6 @@ class AdapterSettings(Settings):
     residual: bool = Field(
         False, description="train on top of the mixture that the memory recalls, not alone"
     )
-    past_energy: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.97,
-        description="InfLoRA, free keys of MoRAM: share of the energy of the first task's inputs "
-        "that later tasks keep clear of, rising to 1 at the last; less leaves them more room",
-    )
 
 
 class TrainSettings(Settings):
@@ -310,6 +305,16 @@ class MoramSettings(Settings):
     )
 
 
+class PastSettings(Settings):
+    """What earlier tasks' inputs take of the room of later ones: InfLoRA, free keys of MoRAM."""
+
+    energy: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.97,
+        description="share of the energy of the first task's inputs that later tasks keep clear "
+        "of, rising to 1 at the last; less leaves them more room",
+    )
+
+
 class TextSettings(Settings):
     """Streams of texts (setting trace)."""
 
@@ -370,6 +375,7 @@ class Config(Settings):
     head: HeadSettings = HeadSettings()
     modulation: ModulationSettings = ModulationSettings()
     moram: MoramSettings = MoramSettings()
+    past: PastSettings = PastSettings()
     text: TextSettings = TextSettings()
     engine: EngineSettings = EngineSettings()
 
@@ -420,6 +426,7 @@ READ_UNDER: tuple[tuple[str, str, tuple[str | None, ...]], ...] = (
     ("memory", "method", ("mira",)),
     ("consolidate", "method", ("mira",)),
     ("moram", "method", ("moram",)),
+    ("past", "method", ("mira", "moram")),
     ("modulation", "method", ("modulation",)),
     ("baselines", "method", ("mira", "moram")),
     ("baselines", "stream.setting", tuple(s for s in get_args(Setting) if s != "til")),

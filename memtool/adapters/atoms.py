@@ -176,9 +176,23 @@ class ModuleAtoms:
             return keys[0] if len(keys) == 1 else torch.cat(keys)
 
     def to(self, dtype: torch.dtype) -> ModuleAtoms:
-        """The same with keys and values of another dtype; itself where that is the dtype."""
+        """The same with keys and values of another dtype; itself where that is the dtype.
+
+        Of frozen atoms it is made once, and kept.
+        """
         if all(bank.keys.dtype == bank.values.dtype == dtype for bank in self.banks):
             return self
+        if any(bank.fresh for bank in self.banks):
+            return self._cast(dtype)
+        if dtype not in self._casts:
+            self._casts[dtype] = self._cast(dtype)
+        return self._casts[dtype]
+
+    @cached_property
+    def _casts(self) -> dict[torch.dtype, ModuleAtoms]:
+        return {}
+
+    def _cast(self, dtype: torch.dtype) -> ModuleAtoms:
         return ModuleAtoms(
             self.sites,
             tuple(

@@ -71,7 +71,7 @@ def create_causal_lm(
     had_bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(source)
     except OSError as error:
         raise NotFoundError(
@@ -84,7 +84,11 @@ def create_causal_lm(
     finally:
         if had_bars:
             logging.enable_progress_bar()
-    return CausalLM(model, tokenizer, settings.name, text)
+    # One model, whatever its numbers are kept in here: it is known by those on disk.
+    sha256 = tensor_sha256(model.state_dict())
+    for parameter in model.parameters():  # not buffers: those of the rotary embedding stay float32
+        parameter.data = parameter.data.to(dtype)
+    return CausalLM(model, tokenizer, settings.name, text, sha256=sha256)
 
 
 def model_source(settings: BackboneSettings) -> str:
@@ -141,7 +145,7 @@ class CausalLM(FrozenModel):
 
     Attributes beside those of `FrozenModel`: `context`, tokens that it can look at;
     `prompt_tokens` and `answer_tokens`, the most that a prompt and an answer may have.
-    `sha256` is empty for a model on the meta device, which has no weights. Always in eval mode.
+    `sha256` is that of the weights on disk, empty where there are none. Always in eval mode.
 
     A prompt that is too long loses tokens behind its first one (kept where it is the tokenizer's
     begin-of-text token) and keeps its end, where the question is; or is refused, as
@@ -151,7 +155,9 @@ class CausalLM(FrozenModel):
 
     targets = CAUSAL_LM_TARGETS
 
-    def __init__(self, model: Any, tokenizer: Any, name: str, text: TextSettings) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, name: str, text: TextSettings, *, sha256: str = ""
+    ) -> None:
         super().__init__()
         _check_model(model, name)
         model.eval().requires_grad_(False)
@@ -171,8 +177,7 @@ class CausalLM(FrozenModel):
                 f"--set text.answer_tokens={self.context // 4}",
             )
         self._refuse_long = text.long_prompts == "refuse"
-        meta = any(parameter.is_meta for parameter in model.parameters())
-        self.sha256 = "" if meta else tensor_sha256(model.state_dict())
+        self.sha256 = sha256
         self.tokenizer = tokenizer
         self.ends = _end_tokens(model, tokenizer)
         self.embed = model.model.embed_tokens

@@ -140,7 +140,8 @@ class Row(Part):
     accuracy: T+1 rows of T scores, None where not measured; recall_error: likewise the relative
     error of every recalled adapter, empty where adapters are not recalled; atom_use: of a bank of
     atoms, where it was measured; loss: shaped as accuracy, of streams of texts, nats per answer
-    token; cut_prompts: how many of their test prompts were longer than the limit and lost tokens;
+    token; cut_prompts, cut_answers: how many of their tests were longer than the limits and lost
+    tokens;
     metrics: by metric id; undefined: the reason for every metric that the matrix does not define;
     seconds: wall time.
     """
@@ -153,6 +154,7 @@ class Row(Part):
     atom_use: AtomUse | None = None
     loss: tuple[tuple[Ratio | None, ...], ...] = ()
     cut_prompts: Annotated[int, Field(ge=0)] | None = None
+    cut_answers: Annotated[int, Field(ge=0)] | None = None
     metrics: dict[str, float] = {}
     undefined: dict[str, str] = {}
     seconds: Annotated[float, Field(ge=0)] | None = None

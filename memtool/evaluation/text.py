@@ -15,14 +15,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 
 from memtool.errors import ConfigError, DataError, MismatchError, did_you_mean
 
 GRAMS = 4
 """SARI looks at runs of 1 to so many words."""
 
-_NUMBER = re.compile(r"[-+−]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
+_NUMBER = re.compile(r"[-+−]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 _WORD = re.compile(r"\w+|[^\w\s]")
 
 
@@ -70,11 +70,14 @@ def number(prediction: str, answer: str) -> float:
 
 
 def first_number(text: str) -> Decimal | None:
-    """The first number of a text, thousands apart by commas or not; None without one."""
+    """The first number of a text, thousands apart by commas or not; None without one that fits."""
     found = _NUMBER.search(text)
     if found is None:
         return None
-    return Decimal(found[0].replace(",", "").replace("−", "-"))
+    try:
+        return Decimal(found[0].replace(",", "").replace("−", "-"))
+    except InvalidOperation:  # an exponent that no number has
+        return None
 
 
 def exact_match(prediction: str, answer: str) -> float:

@@ -51,5 +51,6 @@ def solve_head(
             raise ConfigError(
                 f"a {kind} head is fixed in advance, not solved from statistics",
                 expected="ncm, ridge or lda",
+                remedy="a memory that was begun under it: another --store",
             )
     raise ConfigError(f"unknown head {kind!r}", expected=did_you_mean(kind, get_args(HeadKind)))

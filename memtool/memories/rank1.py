@@ -134,6 +134,7 @@ class Rank1Memory(nn.Module):
             values = tensors[b.name].t().clone(memory_format=contiguous)
             self.fresh_values.append(nn.Parameter(values))
         self.fresh_owner, self.fresh_scaling = owner, scaling
+        self._frozen_blocks = {}
 
     def append(self, name: str, bank: AtomBank) -> None:
         """Add frozen atoms to the bank of one site, behind those that are there.

@@ -248,6 +248,9 @@ def _site(work: Workspace | TextWorkspace, layer: str | None, block: int | None)
             remedy="the names of backbone.targets, as the memory was trained with",
         )
     found = {site.block: site for site in work.backbone.sites((layer,))}
+    depth = getattr(work.backbone, "image_depth", None)
+    if depth is not None:  # of two towers, the one that images go through
+        found = {number: site for number, site in found.items() if number < depth}
     number = max(found) if block is None else block
     if number not in found:
         raise ConfigError(

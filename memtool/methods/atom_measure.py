@@ -82,10 +82,12 @@ class AtomMeasure:
         allowed = task.classes if setting == "til" else None
         return share_right(self.scores(snapshot, task.test.images, allowed), task.test)
 
-    def zero_shot(self, task: Task) -> float:
+    def zero_shot(self, task: Task, setting: str) -> float:
         """Share of a task's test images that the frozen model has right, under a fixed head."""
         head = self.workspace.fixed_head.to("cpu")
-        return share_right(head(self.workspace.features(task.test.images)), task.test)
+        allowed = task.classes if setting == "til" else None
+        scores = head(self.workspace.features(task.test.images), allowed)
+        return share_right(scores, task.test)
 
     def shares(self, snapshot: AtomSnapshot, images: Images) -> tuple[Tensor, tuple[int, ...]]:
         """The counted shares (n, blocks, tasks) of images, as in `TaskShares`, and the blocks."""

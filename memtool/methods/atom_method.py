@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 import memtool_stores
 from memtool.adapters.atoms import AtomGate
 from memtool.config import MoramSettings
-from memtool.errors import AlreadyThereError, ConfigError, MismatchError
+from memtool.errors import AlreadyThereError, ConfigError, MismatchError, NotFoundError
 from memtool.methods.atom_state import digest, gate_of, past_inputs_of, resolved
 from memtool.methods.exchange import About, AdapterFolder, ReadAdapter
 from memtool.methods.method import MemoryMethod, newest_after_each, task_of
@@ -62,9 +62,15 @@ class AtomMethod(MemoryMethod[T]):
         """
         if rows < len(view.atom_records):
             tasks = [task_of(record) for record in view.atom_records]
-            before = self._history(view.version, tasks).get(rows, view.version)
+            before = self._history(view.version, tasks).get(rows)
+            if before is None:
+                raise NotFoundError(
+                    f"no version of {self.workspace.store_path!r} holds the {rows} tasks before "
+                    "that one: what their inputs leave free is not known any more",
+                    remedy="another --store, to learn the tasks anew",
+                )
             view = self.workspace.store.view(before)
-        return past_inputs_of(view, self.workspace.layout, self.config.adapter.past_energy)
+        return past_inputs_of(view, self.workspace.layout, self.config.past.energy)
 
     def _beneath_digest(self, task: T) -> str:
         """What the task is, or in memory was, trained on top of."""

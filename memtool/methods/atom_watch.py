@@ -77,7 +77,9 @@ class TaskShares:
                 weights = activations(x, bank, self.gate, training=not self.counted)
                 owners = torch.tensor(self.tasks, device=bank.owner.device)
                 of_task = (bank.owner.unsqueeze(1) == owners).to(weights.dtype)
-                self._sums.setdefault(site.block, []).append(weights.mean(dim=1) @ of_task)
+                with torch.autocast(x.device.type, enabled=False):
+                    shares = weights.mean(dim=1) @ of_task
+                self._sums.setdefault(site.block, []).append(shares)
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -117,11 +119,15 @@ def task_shares(
 
 
 def contribution(x: Tensor, bank: AtomBank, gate: AtomGate, task: int) -> Tensor:
-    """What the atoms of a task add to every token: Σ_i w_i s_i z_i B_i, (b, tokens, d_out)."""
+    """What the atoms of a task add to every token: Σ_i w_i s_i z_i B_i, (b, tokens, d_out).
+
+    In the dtype of the scores, float32 at least, also where autocast is on.
+    """
     mine = bank.owner == task
     used = activations(x, bank, gate)[..., mine]
-    responses = (x @ bank.keys[mine].to(x.dtype).t()).to(used.dtype)
-    return (used * responses * bank.scaling[mine]) @ bank.values[mine].to(used.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        responses = x.to(used.dtype) @ bank.keys[mine].to(used.dtype).t()
+        return (used * responses * bank.scaling[mine]) @ bank.values[mine].to(used.dtype)
 
 
 @dataclass(frozen=True)
@@ -207,7 +213,8 @@ class Contributions:
         """See one module."""
         for site, here in zip(atoms.sites, atoms.banks, strict=True):
             used = activations(x, here, self.gate)
-            responses = (x @ here.keys.to(x.dtype).t()).to(used.dtype)
+            with torch.autocast(x.device.type, enabled=False):
+                responses = x.to(used.dtype) @ here.keys.to(used.dtype).t()
             lengths = here.values.norm(dim=1) * here.scaling
             each = (used * responses).abs().flatten(0, -2).double().sum(dim=0) * lengths
             self._sums[site.name] = self._sums.get(site.name, torch.zeros_like(each)) + each

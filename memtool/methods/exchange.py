@@ -346,6 +346,11 @@ def export_peft(
             "byte_identical": False,
             **record.meta,
         }
+        if record.pruned:
+            known |= {
+                "byte_identical": False,
+                "pruned": {k: list(v) for k, v in record.pruned.items()},
+            }
         text = json.dumps(known, indent=2, default=str) + "\n"
         (directory / CATALOG).write_text(text, encoding="utf-8")
     return targets
@@ -356,13 +361,17 @@ def _write_stored(
 ) -> None:
     """Write one stored adapter: as the files that it came from, where it came from files.
 
-    The bytes are the same unless its modules had scalings of their own or its numbers more than 32
-    bits, which were rounded on the way in; `meta["byte_identical"]` says so. Raises CorruptError
-    when they should be the same and are not.
+    The bytes are the same unless atoms of it were pruned, which are zeros then, its modules had
+    scalings of their own or its numbers more than 32 bits, which were rounded on the way in;
+    `meta["byte_identical"]` says so. Raises CorruptError when they should be the same and are not.
     """
     value = torch.from_numpy(view.value(record.id).copy())
     blob = record.meta.get("peft")
-    if blob is None:
+    tensors = work.layout.unflatten(value)  # views
+    for site, ranks in record.pruned.items():
+        tensors[f"{site}.lora_A"][list(ranks)] = 0
+        tensors[f"{site}.lora_B"][:, list(ranks)] = 0
+    if blob is None or record.pruned:
         alpha = float(record.scaling) * work.layout.rank
         write_peft(directory, value, work.layout, alpha=alpha, base_model=work.backbone.name)
         return

@@ -36,7 +36,7 @@ from memtool.methods.atom_state import AtomsState
 from memtool.methods.baselines import BASELINES, DG_BASELINES, FIXED_HEAD_BASELINES, HeldOut
 from memtool.methods.baselines.text import TEXT_BASELINES
 from memtool.methods.exchange import AdapterFolder
-from memtool.methods.fixed_head import is_fixed
+from memtool.methods.fixed_head import is_fixed, learned_under
 from memtool.methods.kept import fingerprint_of, kept
 from memtool.methods.measure import Measure
 from memtool.methods.method import first
@@ -474,6 +474,8 @@ def _baseline(method: Mira | Moram, name: str, tasks: Sequence[Task]) -> list[Ro
         work.seed,
         work.engine.precision,
         str(work.engine.device),
+        learned_under(work.config, work.stream),
+        work.config.past.energy if name == "inf-lora" else None,
     ]
 
     def measure() -> list[Row]:

@@ -34,6 +34,14 @@ def is_fixed(config: Config) -> bool:
     return config.head.kind in ("prototype", "text")
 
 
+def learned_under(config: Config, stream: Stream) -> list[object]:
+    """All that decides what is learned under a fixed head; nothing of another. JSON values."""
+    head = config.head
+    if head.kind == "prototype":
+        return [head.kind, head.scale, head.rivals]
+    return [head.kind, *prompts(stream)] if head.kind == "text" else []
+
+
 def fixed_head(config: Config, engine: Engine, backbone: Backbone, stream: Stream) -> CosineHead:
     """The head of `head.kind` over all classes of a stream, of the frozen model, on its device.
 

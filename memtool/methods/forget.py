@@ -173,7 +173,10 @@ def _blobs_of(view: MemoryView, records: Sequence[AdapterRecord]) -> tuple[str, 
 
 
 def _renormalise(txn: Transaction, view: MemoryView, gone: set[str]) -> None:
-    """Make the rest of the memory one that never knew the forgotten adapters."""
+    """Make the rest of the memory one that never knew the forgotten adapters.
+
+    But for `past-inputs`, which later tasks were counted on top of.
+    """
     for blob in view.blobs():
         if blob.startswith(RECALL_PREFIX):
             _unlearn(txn, view, blob, gone)

@@ -21,6 +21,13 @@ def fingerprint_of(decides: object) -> str:
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
+def _read(file: Path, kind: TypeAdapter[Result]) -> Result | None:
+    try:
+        return kind.validate_json(file.read_bytes())
+    except (FileNotFoundError, ValidationError):  # not there, or cut short by a full disk
+        return None
+
+
 def kept(
     file: Path, kind: TypeAdapter[Result], engine: Engine, find: Callable[[], Result]
 ) -> Result:
@@ -28,11 +35,9 @@ def kept(
 
     The name of the file says what the result depends on, as by `fingerprint_of`.
     """
-    if file.is_file():
-        try:
-            return kind.validate_json(file.read_bytes())
-        except ValidationError:
-            file.unlink()  # cut short by a full disk: find it again
+    known = engine.on_main(lambda: _read(file, kind))
+    if known is not None:
+        return known
     found = find()
     content = kind.dump_json(found, indent=2).decode() + "\n"
     engine.on_main(lambda: write_atomic(file, content))

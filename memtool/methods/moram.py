@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 import memtool_stores
-from memtool.config import MoramSettings
+from memtool.config import HeadSettings, MoramSettings
 from memtool.errors import (
     ConfigError,
     MismatchError,
@@ -50,7 +50,7 @@ from memtool.methods.atom_state import (
 )
 from memtool.methods.atom_training import train_atoms
 from memtool.methods.exchange import ReadAdapter
-from memtool.methods.fixed_head import head_under, is_fixed
+from memtool.methods.fixed_head import head_under, is_fixed, learned_under
 from memtool.methods.kept import fingerprint_of
 from memtool.methods.measure import share_right
 from memtool.methods.method import (
@@ -89,7 +89,7 @@ class Moram(AtomMethod[Task], Method):
         head = LinearClassifier(torch.zeros(classes, work.backbone.dim), torch.zeros(classes))
         bank, source, beneath = Rank1Memory(work.layout.sites), "zero", self._beneath_digest(task)
         free = self.settings.keys == "free"
-        past = PastInputs(work.layout, adapter.past_energy)
+        past = PastInputs(work.layout, self.config.past.energy)
         if work.has_store:
             view = work.store.view("HEAD")
             self._require_own_kind(view)
@@ -116,7 +116,8 @@ class Moram(AtomMethod[Task], Method):
             scaling=work.scaling,
             keys_learn=not free,
         )
-        bank.check_topk(self.gate.topk)
+        if self.config.moram.topk is not None:
+            bank.check_topk(self.gate.topk)
         bank.train()
         adapted = train_atoms(
             work,
@@ -132,12 +133,16 @@ class Moram(AtomMethod[Task], Method):
         return Trained(adapted, source, beneath)
 
     def _fingerprint(self, task: Task) -> str:
-        decides = {
+        decides: dict[str, object] = {
             "trained": super()._fingerprint(task),
             "moram": self.settings.model_dump(mode="json"),
             "head goes on": self.config.head.kind == "shared",
             "beneath": self._beneath_digest(task),
         }
+        if fixed := learned_under(self.config, self.workspace.stream):
+            decides["head"] = fixed
+        if self.settings.keys == "free":
+            decides["past"] = self.config.past.energy
         return fingerprint_of(decides)
 
     def _digest_at(
@@ -162,6 +167,7 @@ class Moram(AtomMethod[Task], Method):
         known = [task_of(record) for record in txn.atom_records]
         self._require_new_task(txn, adapter)
         self._require_trained_here(view, adapter)
+        self._require_same_head(adapter)
         settings = self._trained_through(view, adapter)
         gate = gate_of(settings, work.layout.rank)
         txn.add_atoms(adapter.name, adapter.value.numpy(), adapter.meta)
@@ -169,7 +175,8 @@ class Moram(AtomMethod[Task], Method):
         bank = bank_of(view, work.layout)
         bank.grow(adapter.value, rank=work.layout.rank, owner=number, scaling=record.scaling)
         bank.freeze()
-        bank.check_topk(gate.topk)
+        if self.config.moram.topk is not None:
+            bank.check_topk(gate.topk)
         task = work.task(str(number))
         statistics = feature_statistics(view, known)
         bank.eval().to(work.engine.device)
@@ -191,11 +198,28 @@ class Moram(AtomMethod[Task], Method):
         txn.put_blob(HEAD, head.to_bytes())
         new.put(txn)
         if settings.keys == "free":
-            past = past_inputs_of(view, work.layout, self.config.adapter.past_energy)
+            past = past_inputs_of(view, work.layout, self.config.past.energy)
             moments = past.moments(work, task.train, bank.recall(gate))
             past.add(moments, len(known) / len(work.stream.tasks))
             txn.put_blob(PAST_INPUTS, past.to_bytes())
         return record
+
+    def _require_same_head(self, adapter: ReadAdapter) -> None:
+        """Atoms that learned under a fixed head belong under it, and others not."""
+        about = self._about(adapter)
+        if about is None:
+            return
+        given = HeadSettings.model_validate(about.configuration["head"])
+        trained = self.config.model_copy(update={"head": given})
+        stream = self.workspace.stream
+        there, here = (learned_under(config, stream) for config in (trained, self.config))
+        if there != here:
+            raise MismatchError(
+                f"{adapter.path} learned under head {given.kind} "
+                f"{given.model_dump(include={'scale', 'rivals'})}",
+                expected=f"head {self.config.head.kind}, as configured",
+                remedy=f"memtool train-adapter --task {adapter.meta['task']} --fresh",
+            )
 
     def _trained_through(
         self, view: memtool_stores.MemoryView, adapter: ReadAdapter
@@ -362,7 +386,8 @@ class Moram(AtomMethod[Task], Method):
         versions[count] = snapshot.version
         matrix = AccuracyMatrix.empty([task.name for task in shown])
         if history and is_fixed(self.config):
-            matrix = matrix.with_row(0, [measure.zero_shot(task) for task in shown])
+            before = [measure.zero_shot(task, setting) for task in shown]
+            matrix = matrix.with_row(0, before)
         banks: dict[int, Rank1Memory] = {}
         for learned, at in self.workspace.telling("evaluate", sorted(versions.items())):
             there = snapshot if at == snapshot.version else self.snapshot(at)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from memtool.adapters.layout import Layout
 from memtool.adapters.linear import AdaptedLinear
 from memtool.adapters.values import Recall
+from memtool.errors import ConfigError
 from memtool.methods.dual_gpm import DualGPM, spaces_from_bytes, spaces_to_bytes
 from memtool.methods.fixed_head import PromptTokens
 from memtool.methods.workspace import Workspace
@@ -30,7 +31,7 @@ class PastInputs:
     ) -> None:
         """No past yet, but for the spaces of modules that are given.
 
-        `energy` is the share of the first task's that the past holds (`adapter.past_energy`); it
+        `energy` is the share of the first task's that the past holds (`past.energy`); it
         rises to 1 at the last.
         """
         self.layout = layout
@@ -106,8 +107,19 @@ class PastInputs:
 
     @classmethod
     def from_bytes(cls, data: bytes, layout: Layout, energy: float) -> PastInputs:
-        """What `to_bytes` wrote, for the same layout. Raises CorruptError for anything else."""
-        return cls(layout, energy, spaces_from_bytes(data))
+        """What `to_bytes` wrote, for the same layout.
+
+        Raises CorruptError for anything else, ConfigError where it kept another share of energy.
+        """
+        spaces = spaces_from_bytes(data)
+        for space in spaces.values():
+            if space.start != energy:
+                raise ConfigError(
+                    f"past.energy {energy:g} in a memory of free keys that keeps {space.start:g}",
+                    expected="one share for all tasks",
+                    remedy=f"--set past.energy={space.start:g}, or another --store",
+                )
+        return cls(layout, energy, spaces)
 
 
 def free_directions(space: DualGPM, second: Tensor, rank: int) -> Tensor:

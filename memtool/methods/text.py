@@ -1,8 +1,8 @@
 """Learning on a stream of texts, task after task: MoRAM's atoms, and the loop that all rules share.
 
 A model is trained to continue each prompt with its answer: cross-entropy, the mean over the answer
-tokens of a batch. After every task it is measured on the test texts of all tasks: −log p of an
-answer token (always), and the metric of the task on greedy answers (`text.generate`).
+tokens of what is computed at once. After every task it is measured on the test texts of all tasks:
+−log p of an answer token (always), and the metric of the task on greedy answers (`text.generate`).
 
 `TextLearner` as it stands is sequential LoRA. `AtomLearner` is MoRAM: r atoms a task, on top of the
 frozen ones before; `memtool.methods.text_memory` keeps them in a memory. The other rules are in
@@ -100,8 +100,8 @@ class TextScores(BaseModel):
     """What a model reaches on the test texts of every task.
 
     `losses` are −log p in nats per answer token; `scores` the tasks' metrics, fractions 0..1, of
-    generated answers, None where nothing was generated. `cut_prompts` counts the prompts that were
-    longer than the limit, over all tasks.
+    generated answers, None where nothing was generated. `cut_prompts` and `cut_answers` count those
+    that were longer than the limits, over all tasks.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -109,13 +109,14 @@ class TextScores(BaseModel):
     losses: tuple[float, ...]
     scores: tuple[float, ...] | None = None
     cut_prompts: int = 0
+    cut_answers: int = 0
 
 
 @dataclass(frozen=True, eq=False)
 class Dropped(Mixture):
     """A mixture whose adapters do not see a random share of their inputs, the rest scaled up.
 
-    Every adapted layer draws for itself from `generator`, on the CPU, alike on every device.
+    Every adapted layer draws for itself from `generator`, which is of the device of the inputs.
     """
 
     share: float = 0.0
@@ -130,15 +131,15 @@ class Dropped(Mixture):
         """As `Mixture.add_to`."""
         if module not in self.values.modules:
             return y
-        kept = torch.rand(x.shape, generator=self.generator) >= self.share
-        return super().add_to(y, x * (kept.to(x.device) / (1 - self.share)).to(x.dtype), module)
+        kept = torch.rand(x.shape, generator=self.generator, device=x.device) >= self.share
+        return super().add_to(y, x * (kept / (1 - self.share)).to(x.dtype), module)
 
 
-def dropping(recall: Recall | None, share: float, seed: int) -> Recall | None:
+def dropping(recall: Recall | None, share: float, seed: int, device: torch.device) -> Recall | None:
     """The recall with inputs dropped, by a generator of this seed; as it is for a share of 0."""
     if recall is None or share == 0:
         return recall
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def dropped(block: int, hidden: Tensor) -> Mixture | None:
         mixture = recall(block, hidden)
@@ -211,7 +212,7 @@ class TextLearner(nn.Module):
 
     def forward(self, tokens: Tensor, answers: Tensor, seed: int) -> Tensor:
         """The mean −log p of the answer tokens of a batch; see `EncodedTexts`."""
-        recall = dropping(self.recall(), self.work.config.text.dropout, seed)
+        recall = dropping(self.recall(), self.work.config.text.dropout, seed, tokens.device)
         loss = self.lm.answer_loss(tokens, answers, recall)
         return loss.sum() / answers.sum()
 
@@ -258,11 +259,12 @@ class TextLearner(nn.Module):
         self.eval()
         losses: list[float] = []
         scores: list[float] = []
-        cut = 0
+        cut_prompts = cut_answers = 0
         for done, task in enumerate(tasks):
             prompts = self.prompts(task, task.test)
             encoded = self.lm.encode(prompts, task.test.answers)
-            cut += encoded.cut_prompts
+            cut_prompts += encoded.cut_prompts
+            cut_answers += encoded.cut_answers
             losses.append(self.loss(encoded))
             if work.config.text.generate:
                 said = self.answers(prompts)
@@ -270,7 +272,12 @@ class TextLearner(nn.Module):
             stage = f"after {len(self.seen)} tasks: measure {self.title}"
             work.tell(stage, done + 1, len(tasks))
         generated = tuple(scores) if work.config.text.generate else None
-        return TextScores(losses=tuple(losses), scores=generated, cut_prompts=cut)
+        return TextScores(
+            losses=tuple(losses),
+            scores=generated,
+            cut_prompts=cut_prompts,
+            cut_answers=cut_answers,
+        )
 
     @torch.no_grad()
     def loss(self, encoded: EncodedTexts) -> float:
@@ -420,5 +427,6 @@ def text_row(
         "accuracy": matrix.cells,
         "loss": cells,
         "cut_prompts": found[learned].cut_prompts,
+        "cut_answers": found[learned].cut_answers,
     }
     return row.model_copy(update=changes)

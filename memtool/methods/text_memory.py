@@ -24,6 +24,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 import memtool_stores
+from memtool import __version__
 from memtool.adapters.atoms import AtomGate, ModuleAtoms
 from memtool.config import Config, MoramSettings
 from memtool.errors import ConfigError, NotFoundError
@@ -96,7 +97,7 @@ class TextMoram(AtomMethod[TextTask]):
         bank, source, beneath = Rank1Memory(work.layout.sites), "zero", self._beneath_digest(task)
         past = None
         if self.settings.keys == "free":
-            past = PastInputs(work.layout, self.config.adapter.past_energy)
+            past = PastInputs(work.layout, self.config.past.energy)
         if work.has_store:
             view = work.store.view("HEAD")
             self._require_own_kind(view)
@@ -124,6 +125,8 @@ class TextMoram(AtomMethod[TextTask]):
             "seed": work.seed,
             "beneath": self._beneath_digest(task),
         }
+        if self.settings.keys == "free":
+            decides["past"] = work.config.past.energy
         return fingerprint_of(decides)
 
     # Write ----------------------------------------------------------------------------------
@@ -171,7 +174,7 @@ class TextMoram(AtomMethod[TextTask]):
         known = len(txn.base.atom_records)
         bank.grow(adapter.value, rank=work.layout.rank, owner=number, scaling=scaling)
         bank.freeze()
-        past = past_inputs_of(txn.base, work.layout, self.config.adapter.past_energy)
+        past = past_inputs_of(txn.base, work.layout, self.config.past.energy)
         learner = AtomLearner(work, bank, gate).eval()
         moments = learner.input_moments(past, work.task(str(number)).train)
         past.add(moments, known / len(work.stream.tasks))
@@ -189,8 +192,15 @@ class TextMoram(AtomMethod[TextTask]):
             self.adapt(str(task.number), fresh=fresh)
             self.write([work.adapter_folder / name for name in self.adapter_names(task)])
             return
+        if task_of(records[place]) != task.number:
+            raise ConfigError(
+                f"the memory {work.store_path!r} holds task {task_of(records[place])} in the place "
+                f"of task {task.number} {task.name}, which was forgotten or never learned",
+                expected="the tasks of the stream, in its order",
+                remedy="another --store and --set runs=DIR, or --fresh to begin this one anew",
+            )
         known = (records[place].meta.get("provenance") or {}).get("fingerprint")
-        if task_of(records[place]) != task.number or known != self._fingerprint(task):
+        if known != self._fingerprint(task):
             raise ConfigError(
                 f"the memory {work.store_path!r} holds atoms {records[place].name!r} that were "
                 f"trained with other settings, texts or model than task {task.number} {task.name}",
@@ -388,6 +398,7 @@ class TextMoram(AtomMethod[TextTask]):
         """What the memory reaches on tasks; measured once, and kept under `runs`."""
         work = self.workspace
         decides = [
+            __version__,
             digest(snapshot.view.atom_records[: len(snapshot.tasks)]),
             work.backbone.sha256,
             work.stream.fingerprint,
@@ -396,6 +407,7 @@ class TextMoram(AtomMethod[TextTask]):
             work.config.text.model_dump(mode="json"),
             work.config.backbone.targets,
             work.engine.precision,
+            str(work.engine.device),
         ]
         name = f"moram-after-{len(snapshot.tasks)}-{fingerprint_of(decides)[:16]}.json"
         file = work.config.runs / "scores" / name

@@ -92,6 +92,7 @@ def _baseline(work: TextWorkspace, name: str, measure: Callable[[TextWorkspace],
         work.seed,
         work.engine.precision,
         str(work.engine.device),
+        work.config.past.energy if name == "inf-lora" else None,
     ]
     file = work.config.runs / "baselines" / f"{name}-{fingerprint_of(decides)[:16]}.json"
     return kept(file, _ROW, work.engine, lambda: measure(work))

@@ -545,12 +545,20 @@ def losses_grid(records: Sequence[Record]) -> Grid | None:
         for row in rows
         if row.id in last
     ]
-    cut = max(row.cut_prompts or 0 for record in records for row in record.metrics.rows)
+    rows_of_all = [row for record in records for row in record.metrics.rows]
+    cut = {
+        name: max(getattr(row, f"cut_{name}") or 0 for row in rows_of_all)
+        for name in ("prompts", "answers")
+    }
     return Grid(
         title=f"Loss after the last task, nats per answer token ({_about(records)})",
         header=("method", *(tasks[place] for place in places), "mean ↓", "forgetting ↓"),
         rows=tuple(body),
-        notes=(f"{cut} test prompts were longer than text.prompt_tokens, and cut.",) if cut else (),
+        notes=tuple(
+            f"{count} test {name} were longer than text.{name[:-1]}_tokens, and cut."
+            for name, count in cut.items()
+            if count
+        ),
     )
 
 

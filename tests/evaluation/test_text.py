@@ -40,6 +40,10 @@ def test_first_character(prediction: str, answer: str, right: float) -> None:
         (".5", "0.5", 1),
         ("10", "1", 0),
         ("1e3", "1000", 1),
+        ("1,2,3", "1", 1),
+        ("1,680,000 in all", "1680000", 1),
+        ("1e99999999999999999999", "1", 0),
+        ("7", "1e99999999999999999999", 0),
         ("no idea", "4", 0),
         ("august ", "August", 1),
         ("4 in May", "May", 0),
@@ -51,6 +55,7 @@ def test_number(prediction: str, answer: str, right: float) -> None:
 
 def test_a_text_without_a_number_has_none() -> None:
     assert first_number("none, at all.") is None
+    assert first_number("1e99999999999999999999") is None
 
 
 def test_exact_match() -> None:

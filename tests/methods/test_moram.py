@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from PIL import Image
 
 from memtool.adapters.atoms import AtomBank, AtomGate, activations, add_atoms
 from memtool.adapters.layout import Layout
+from memtool.adapters.peft_files import read_peft
 from memtool.config import resolve
 from memtool.errors import (
     AlreadyThereError,
@@ -138,6 +140,7 @@ def test_free_keys_hardly_answer_to_earlier_tasks(tmp_path):
         keys = two.bank(site.name).keys[4:].double()
         lengths = keys.norm(dim=1)  # a key is zero where nothing is free
         torch.testing.assert_close(lengths, lengths.round(), atol=1e-5, rtol=0)
+        assert lengths.any()
         # Of every earlier input's energy 3 % is outside the past; nothing inside is answered to.
         assert past.space[site.module].kept > 0
         inside = keys - past.space[site.module].project(keys)
@@ -149,6 +152,15 @@ def test_free_keys_hardly_answer_to_earlier_tasks(tmp_path):
     assert two.bank(site.name).values[4:].any()
 
 
+def test_a_task_of_one_atom_is_learned(tmp_path):
+    moram = grow(Moram.open(config_in(tmp_path, adapter__rank=1, adapter__alpha=1), seed=0), 1)
+    assert len(moram.snapshot().bank) == 1
+    with pytest.raises(MismatchError, match="topk of 2 with 1 atoms"):
+        Moram.open(
+            config_in(tmp_path / "b", adapter__rank=1, adapter__alpha=1, moram__topk=2), seed=0
+        ).adapt("1")
+
+
 def test_free_keys_are_of_the_whole_memory(grown, tmp_path):
     with pytest.raises(ConfigError, match="another gate: keys random, here free"):
         reopened(grown, moram__keys="free").adapt("3", fresh=True)
@@ -158,6 +170,8 @@ def test_free_keys_are_of_the_whole_memory(grown, tmp_path):
     moram.adapt("1", fresh=True)
     moram.adapt("2", fresh=True)
     assert set(moram.write().skipped) == {"task-1-seed-0", "task-2-seed-0"}
+    with pytest.raises(ConfigError, match=r"past\.energy 0\.5 in a memory"):
+        reopened(moram, moram__keys="free", past__energy=0.5).adapt("3")
     assert moram.evaluate(history=True).row("memory").metrics["faa"] > 0.7
     forget(moram.workspace.store, ["task-2-seed-0"])
     assert "past-inputs" in moram.workspace.store.view().blobs()
@@ -463,7 +477,7 @@ class TestForget:
             moram.retrieve(task="1")
         assert moram.evaluate(version=grown_copy.workspace.store.log()[1].id)
 
-    def test_dead_atoms_go_and_the_effect_is_known_before(self, grown_copy):
+    def test_dead_atoms_go_and_the_effect_is_known_before(self, grown_copy, tmp_path):
         before = grown_copy.workspace.store.head()
         found = dead_atoms(grown_copy, 0.1)
         assert grown_copy.workspace.store.head() == before
@@ -476,6 +490,18 @@ class TestForget:
         left = sum(len(moram.snapshot().bank.bank(s.name)) for s in moram.workspace.layout.sites)
         assert left == found.atoms - found.pruned
         assert moram.adapt("2")[0].skipped
+        # What was taken out is zero in an export, which says so.
+        (path,) = export_peft(moram.workspace, ["task-1-seed-0"], out=tmp_path / "out")
+        said = json.loads((path / "memtool_catalog.json").read_text())
+        assert not said["byte_identical"]
+        (record, *_) = moram.workspace.store.view().atom_records
+        assert said["pruned"] == {site: list(ranks) for site, ranks in record.pruned.items()}
+        value = read_peft(path, moram.workspace.layout.sites).value
+        tensors = moram.workspace.layout.unflatten(value)
+        for site in moram.workspace.layout.sites:
+            gone = ~tensors[f"{site.name}.lora_A"].any(dim=1)
+            assert set(gone.nonzero()[:, 0].tolist()) == set(record.pruned.get(site.name, ()))
+            assert not tensors[f"{site.name}.lora_B"][:, gone].any()
         with pytest.raises(ChangedMeanwhileError, match="nothing was pruned"):
             prune(moram, found)
 

@@ -65,12 +65,12 @@ def test_a_row_of_some_tasks_has_the_metrics_of_a_stream_that_ended_there(
     found = {
         0: TextScores(losses=(3.0, 3.0, 3.0)),
         1: TextScores(losses=(1.0, 3.0, 3.0)),
-        2: TextScores(losses=(1.5, 0.5, 2.0), cut_prompts=4),
+        2: TextScores(losses=(1.5, 0.5, 2.0), cut_prompts=4, cut_answers=2),
     }
     row = text_row(learner, found, seconds=None, tasks=tasks)
     assert row.loss[2:] == ((1.5, 0.5, 2.0), (None, None, None))
     assert row.metrics == {"loss.final": 1.0, "loss.forgetting": 0.5}
-    assert row.cut_prompts == 4
+    assert (row.cut_prompts, row.cut_answers) == (4, 2)
 
 
 def test_joint_learns_every_task_without_order(place: Path, tmp_path: Path) -> None:
@@ -166,12 +166,12 @@ def test_dropout_drops_a_share_of_the_inputs_by_its_seed(place: Path, tmp_path: 
 
     def logits(share: float, seed: int) -> torch.Tensor:
         with torch.no_grad():
-            return learner.lm.logits(tokens, dropping(learner.recall(), share, seed))
+            return learner.lm.logits(tokens, dropping(learner.recall(), share, seed, tokens.device))
 
     assert torch.equal(logits(0.0, 1), logits(0.0, 2))
     assert torch.equal(logits(0.3, 1), logits(0.3, 1))
     assert not torch.equal(logits(0.3, 1), logits(0.3, 2))
-    assert dropping(None, 0.3, 1) is None
+    assert dropping(None, 0.3, 1, tokens.device) is None
 
 
 def test_epochs_of_each_task_are_named_one_by_one(place: Path, tmp_path: Path) -> None:

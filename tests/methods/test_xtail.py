@@ -16,10 +16,11 @@ from torch.nn import functional as F
 
 from memtool.backbones.open_clip import CLIP_TARGETS
 from memtool.config import Config, TrainSettings, resolve
-from memtool.errors import ConfigError, DataError
+from memtool.errors import AlreadyThereError, ConfigError, DataError
 from memtool.evaluation.metrics import average_xtail, transfer_xtail
 from memtool.heads import CosineHead, both_ways
 from memtool.methods import open_method
+from memtool.methods.atom_map import explain_atoms
 from memtool.methods.baselines import FIXED_HEAD_BASELINES
 from memtool.methods.baselines.ewc import Ewc
 from memtool.methods.baselines.fine_tune import FineTune
@@ -303,7 +304,7 @@ def test_the_loss_of_clip_reads_the_batchs_classes_anew(clip_work: Workspace) ->
     assert all(grown)
 
 
-def test_lwf_holds_image_logits_against_the_old_texts(clip_work: Workspace) -> None:
+def test_lwf_holds_what_both_towers_say_against_the_old_ones(clip_work: Workspace) -> None:
     learner = Lwf(clip_work, 2)
     images = images_of(clip_work)
     learner.before_task(clip_work.stream.tasks[0])
@@ -314,7 +315,15 @@ def test_lwf_holds_image_logits_against_the_old_texts(clip_work: Workspace) -> N
     with torch.no_grad():
         for factor in learner.values.b:
             factor += 0.3
-    assert learner.penalty(images, learner(images)).item() > 1e-4
+    loss = learner.penalty(images, learner(images))
+    assert loss.item() > 1e-4
+    loss.backward()
+    of_text = [
+        factor.grad
+        for site, factor in zip(clip_work.layout.sites, learner.values.b, strict=False)
+        if site.block >= 2
+    ]
+    assert any(grad is not None and grad.any() for grad in of_text)
 
 
 def test_inf_lora_sees_the_inputs_of_both_towers(clip_work: Workspace) -> None:
@@ -341,6 +350,9 @@ def test_a_run_of_moram_with_its_baselines(
     more = clip_settings if kind == "text" else {}
     values = {"method": "moram", "adapter.rank": 2, "adapter.alpha": 2.0,
               "baselines": ("zero-shot", "sequential"), **more}  # fmt: skip
+    other = chain.with_name("other.yaml")
+    told = yaml.safe_load(chain.read_text())
+    other.write_text(yaml.safe_dump({**told, "prompts": {"warm": "one warm {}."}}))
     (record,) = run(config(chain, tmp_path, **values))
     rows = {row.id: row for row in record.metrics.rows}
     assert {"zero-shot", "sequential", "sequential-lda"} < rows.keys()
@@ -353,6 +365,21 @@ def test_a_run_of_moram_with_its_baselines(
         assert 0 <= memory.metrics[metric] <= 1
     assert memory.metrics["transfer.xtail"] > 0
     assert (tmp_path / "runs" / "seed-0" / "report.html").is_file()
+    # What it learned under is part of what it is.
+    folder = tmp_path / "runs" / "seed-0" / "adapters"
+    first = open_method(config(chain, tmp_path, **values), seed=0, adapters=folder)
+    assert first.adapt("2")[0].skipped
+    changed = {"head.rivals": "seen"} if kind == "prototype" else {"stream.source": str(other)}
+    settings = config(chain, tmp_path, **{**values, **changed})
+    again = open_method(settings, seed=0, adapters=folder)
+    with pytest.raises(AlreadyThereError):
+        again.adapt("2")
+    if kind == "text":  # the image tower's last block, not the text tower's
+        assert isinstance(first, Moram)
+        shown = explain_atoms(first, task="1")
+        assert shown.block == 1
+        with pytest.raises(ConfigError, match="--block 3"):
+            explain_atoms(first, task="1", block=3)
     # Forgetting the last task gives the memory after the first one back.
     moram = open_method(config(chain, tmp_path, **values), seed=0)
     assert isinstance(moram, Moram)

@@ -24,7 +24,7 @@ class InfLora(Branches):
 
     def __init__(self, work: Workspace, tasks: int) -> None:
         super().__init__(work, tasks)
-        self.inputs = PastInputs(work.layout, work.config.adapter.past_energy)
+        self.inputs = PastInputs(work.layout, work.config.past.energy)
 
     def before_task(self, task: Task) -> None:
         """Begin a branch with A from the task's inputs, B zero."""

@@ -46,9 +46,10 @@ class Lwf(Learner):
         if self.old is None:
             return logits.new_zeros(())
         values, head = self.old
-        if self.text is not None:  # logits are then those of the batch's classes only
-            logits = head(self.features(images))
         classes = sorted({one for task in self.seen for one in task.classes})
+        if self.text is not None:  # logits are then those of the batch's classes only
+            now = self.text.head(self.backbone, self.recall(), classes)
+            logits = now(self.features(images))
         with torch.no_grad():
             pixels = self.backbone.preprocess(images)
             wanted = head(self.backbone.features(pixels, every(values)))

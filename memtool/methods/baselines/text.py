@@ -134,7 +134,7 @@ class InfLora(Branches):
     def begin(self) -> None:
         """The first branch, and an empty past of every adapted layer."""
         super().begin()
-        self.inputs = PastInputs(self.work.layout, self.work.config.adapter.past_energy)
+        self.inputs = PastInputs(self.work.layout, self.work.config.past.energy)
 
     def before_task(self, task: TextTask) -> None:
         """Begin a branch with A from the task's inputs, B zero."""
