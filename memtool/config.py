@@ -61,6 +61,7 @@ Recaller = Literal["hopfield", "hopfield-published", "bayes-pcn", "bayes-pcn-pub
 
 Baseline = Literal[
     "all",
+    "none",
     "zero-shot",
     "in-context",
     "frozen",
@@ -364,7 +365,9 @@ class Config(Settings):
         (0,), min_length=1, description="one seed or several"
     )
     baselines: tuple[Baseline, ...] = Field(
-        ("all",), min_length=1, description="what `run` trains beside the memory; erm is of dg"
+        ("all",),
+        min_length=1,
+        description="what `run` trains beside the memory, or none; erm is of dg",
     )
     backbone: BackboneSettings = BackboneSettings()
     stream: StreamSettings = StreamSettings()

@@ -98,7 +98,10 @@ class Show(CliRecord):
 
 
 class Diff(CliRecord):
-    """What changed from version `a` to version `b`."""
+    """What changed from version `a` to version `b`; rows of atoms are among the adapters.
+
+    `pruned_atoms` counts, by name, the single atoms that were taken out.
+    """
 
     schema_: Literal["memtool.diff"] = Field("memtool.diff", alias="schema")
     a: str
@@ -108,6 +111,7 @@ class Diff(CliRecord):
     changed: tuple[Adapter, ...]
     key_drift_degrees: dict[str, float]
     changed_blobs: tuple[str, ...]
+    pruned_atoms: dict[str, int] = {}
 
 
 class Tagged(CliRecord):

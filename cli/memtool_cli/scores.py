@@ -47,9 +47,9 @@ def grids(records: Sequence[Record], *, history: bool = False) -> list[Grid]:
         tasks_grid,
     )
 
-    losses = losses_grid(records)
+    losses, atoms = losses_grid(records), atoms_grid(records)
     if losses is not None and not _scored(records):
-        return [losses]
+        return [losses, *([atoms] if atoms else [])]
     shown = [methods_grid(records)]
     if len(records) > 1:
         shown.append(tasks_grid(records))
@@ -58,9 +58,10 @@ def grids(records: Sequence[Record], *, history: bool = False) -> list[Grid]:
     elif history:
         shown.append(steps_grid(records))
     recalled = recall_grid(records)
-    if history or recalled is not None or losses is not None:
+    chain = records[0].run.setting == "xtail"
+    if history or chain or recalled is not None or losses is not None:
         shown.append(metrics_grid(records))
-    shown += [grid for grid in (recalled, atoms_grid(records)) if grid is not None]
+    shown += [grid for grid in (recalled, atoms) if grid is not None]
     return shown
 
 

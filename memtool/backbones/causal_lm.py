@@ -114,6 +114,18 @@ def model_source(settings: BackboneSettings) -> str:
     return str(place) if place.is_dir() else wanted
 
 
+def check_limits(name: str, context: int, text: TextSettings) -> None:
+    """Raise ConfigError for prompts and answers that together exceed the context of a model."""
+    if text.prompt_tokens + text.answer_tokens > context:
+        raise ConfigError(
+            f"prompts of {text.prompt_tokens} and answers of {text.answer_tokens} tokens for "
+            f"{name}, whose context is {context}",
+            expected=f"at most {context} together",
+            remedy=f"--set text.prompt_tokens={max(1, context - context // 4)} "
+            f"--set text.answer_tokens={context // 4}",
+        )
+
+
 class KeyValueCache:
     """The keys and values of all tokens so far, (b, heads, capacity, head_dim) for every block."""
 
@@ -168,14 +180,7 @@ class CausalLM(FrozenModel):
         self.context: int = config.max_position_embeddings
         self.prompt_tokens = text.prompt_tokens
         self.answer_tokens = text.answer_tokens
-        if self.prompt_tokens + self.answer_tokens > self.context:
-            raise ConfigError(
-                f"prompts of {self.prompt_tokens} and answers of {self.answer_tokens} tokens for "
-                f"{name}, whose context is {self.context}",
-                expected=f"at most {self.context} together",
-                remedy=f"--set text.prompt_tokens={max(1, self.context - self.context // 4)} "
-                f"--set text.answer_tokens={self.context // 4}",
-            )
+        check_limits(name, self.context, text)
         self._refuse_long = text.long_prompts == "refuse"
         self.sha256 = sha256
         self.tokenizer = tokenizer

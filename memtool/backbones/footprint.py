@@ -1,8 +1,8 @@
 """Where the memory goes when a language model of some size learns atoms, without its weights.
 
 The model is built from its configuration on torch's meta device, where tensors have shapes but no
-numbers, and its own forward pass runs there: what autograd would keep for backward is counted, not
-estimated.
+numbers, and its own forward pass runs there: what autograd would keep for backward is counted,
+without dropout.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memtool.backbones.causal_lm import CausalLM, model_source
+from memtool.backbones.causal_lm import CausalLM, check_limits, model_source
 from memtool.config import BackboneSettings, TextSettings
 from memtool.errors import ConfigError, NotFoundError
 from memtool.memories.rank1 import AtomBank, AtomGate, Rank1Memory
@@ -110,6 +110,7 @@ def footprint_of(
     rank: int,
     tasks: int,
     gate: AtomGate,
+    text: TextSettings,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Footprint:
     """The footprint of the model that settings name; only its config.json is read.
@@ -125,6 +126,7 @@ def footprint_of(
         raise NotFoundError(
             f"no configuration of a model at {source!r}: {error}", expected="a config.json"
         ) from error
+    check_limits(settings.name, config.max_position_embeddings, text)
     return footprint(
         config, targets=settings.targets, rank=rank, tasks=tasks, gate=gate, dtype=dtype
     )

@@ -228,7 +228,7 @@ class Metric:
     """A metric under its id.
 
     `direction` says which way is better; `of_matrix` whether `function` takes the accuracy matrix
-    alone; `unit` is "fraction" (shown as percent or percentage points) or "ratio" (shown as is).
+    alone; `unit` is "fraction" or "points" (shown times 100), "ratio" or "nats" (shown as is).
     """
 
     id: str
@@ -236,7 +236,7 @@ class Metric:
     direction: Direction
     description: str
     of_matrix: bool = True
-    unit: Literal["fraction", "points", "ratio"] = "fraction"
+    unit: Literal["fraction", "points", "ratio", "nats"] = "fraction"
 
 
 METRICS: dict[str, Metric] = {
@@ -360,7 +360,7 @@ METRICS: dict[str, Metric] = {
             "lower",
             "mean over tasks of the loss after the last, nats per answer token (TRACE)",
             of_matrix=False,
-            unit="ratio",
+            unit="nats",
         ),
         Metric(
             "loss.forgetting",
@@ -368,7 +368,7 @@ METRICS: dict[str, Metric] = {
             "lower",
             "loss after the last task, less that just after learning, without the last task",
             of_matrix=False,
-            unit="ratio",
+            unit="nats",
         ),
         Metric(
             "dg.validation",

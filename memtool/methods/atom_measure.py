@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
+from torch.nn import functional as F
 
 from memtool.evaluation.metrics import reuse
 from memtool.evaluation.record import AtomUse
@@ -51,11 +52,14 @@ class AtomMeasure:
         shares = TaskShares(snapshot.tasks, snapshot.gate, counted=False)
         plain = snapshot.bank.recall(snapshot.gate)
         seen = watched(snapshot.bank, snapshot.gate, shares)
+        by_cosine = snapshot.state.head.kind in ("prototype", "text")
 
         def run(batch: Tensor) -> Tensor:
             pixels = backbone.preprocess(batch)
             if head.owners is None:
                 features = backbone.features(pixels, plain)
+                if by_cosine:  # the head has scaled directions: those logits, and probabilities
+                    features = F.normalize(features.float(), dim=-1)
                 return head(features, features.new_zeros(len(batch), 1), allowed)
             features = backbone.features(pixels, seen)
             return head(features, shares.taken().mean(dim=1), allowed)

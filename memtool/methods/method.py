@@ -106,7 +106,7 @@ class MemoryMethod(ABC, Generic[T]):
             if any(folder.about().fingerprint != fingerprint for folder in complete):
                 raise AlreadyThereError(
                     f"{complete[0].path} was trained with other settings, data or backbone",
-                    remedy=f"memtool train-adapter --task {task} --fresh, or --set runs=DIR",
+                    remedy="the same command with --fresh, or with --set runs=DIR",
                 )
             if len(complete) == len(folders):
                 found = [folder.result() for folder in folders]

@@ -285,7 +285,7 @@ class Moram(AtomMethod[Task], Method):
             raise ConfigError(
                 f"{'--query' if query is not None else '--out'} under method moram: every token "
                 "of every layer asks for itself, and gets a mixture of its own",
-                expected="--task or --image",
+                expected="--task or --image alone",
                 remedy="memtool explain --image FILE, which maps atoms to tokens",
             )
         if (task is None) == (image is None):

@@ -29,7 +29,7 @@ from memtool.adapters.values import AdapterValues, Recall
 from memtool.backbones.causal_lm import PAD, CausalLM, EncodedTexts, create_causal_lm
 from memtool.backbones.footprint import Footprint, footprint_of
 from memtool.engine import Batch, Batches, FitResult
-from memtool.errors import ConfigError
+from memtool.errors import ConfigError, DataError
 from memtool.evaluation.matrix import AccuracyMatrix
 from memtool.evaluation.metrics import final_average, loss_forgetting
 from memtool.evaluation.record import Kind, Row
@@ -72,6 +72,24 @@ class TextWorkspace(MemoryWorkspace[TextTask]):
         """A task by number (from 1) or by name. Raises NotFoundError for another word."""
         return task_named(name, self.stream.tasks, self.stream.name)
 
+    def require_fitting(self, tasks: Sequence[TextTask]) -> None:
+        """Raise DataError for a prompt that is too long, where these are refused, before any work.
+
+        It names the task and whether the text is for training or testing.
+        """
+        if self.config.text.long_prompts != "refuse":
+            return
+        for task in tasks:
+            for part, samples in (("train", task.train), ("test", task.test)):
+                try:
+                    self.backbone.encode(samples.prompts)
+                except DataError as error:
+                    raise DataError(
+                        f"task {task.number} {task.name}, {part}: {error.message}",
+                        expected=error.expected,
+                        remedy=error.remedy,
+                    ) from error
+
     def footprint(self) -> Footprint:
         """Where the memory goes with the atoms of all tasks, counted without weights.
 
@@ -84,6 +102,7 @@ class TextWorkspace(MemoryWorkspace[TextTask]):
             rank=rank,
             tasks=len(self.stream.tasks),
             gate=gate_of(counted, rank),
+            text=self.config.text,
             dtype=self.dtype,
         )
 

@@ -94,6 +94,7 @@ class TextMoram(AtomMethod[TextTask]):
     def _train(self, task: TextTask, fingerprint: str, checkpoint: Path) -> Trained:
         self._require_settings()
         work = self.workspace
+        work.require_fitting([task])
         bank, source, beneath = Rank1Memory(work.layout.sites), "zero", self._beneath_digest(task)
         past = None
         if self.settings.keys == "free":

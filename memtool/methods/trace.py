@@ -44,6 +44,7 @@ def run_texts(
     method = TextMoram.open(config, seed=seed, progress=progress)
     work = method.workspace
     _require_same_seed(work)
+    work.require_fitting(work.stream.tasks)
     for task in work.stream.tasks:
         method.learn(task, fresh=fresh)
     record = method.evaluate(history=True, command=command, preset=preset)

@@ -262,7 +262,7 @@ def _reuse(records: Sequence[Record]) -> list[Picture]:
     return [
         Picture(
             Markup(figures.reuse_map(shares, task_labels(records)[: len(shares)])),
-            "The gate's weight on the atoms of each task (columns) for test images of each task "
+            "The gate's weight on the atoms of each task (columns) for tests of each task "
             "(rows), all tasks in the bank. Left of the diagonal: atoms of earlier tasks that "
             "later ones use.",
         )

@@ -405,7 +405,7 @@ def atoms_grid(records: Sequence[Record]) -> Grid | None:
         ),
         rows=tuple(body),
         notes=(
-            "Relative to just after the task was learned, on its test images at the layer inputs "
+            "Relative to just after the task was learned, on its tests at the layer inputs "
             "of then: 1 and 0 are atoms that work as they did.",
         ),
     )
@@ -474,7 +474,7 @@ def metrics_grid(records: Sequence[Record]) -> Grid:
             best = _best(summaries, rows, metric.direction == "higher")
             bold |= {(number, 1 + i) for i in best}
         else:
-            name = f"{metric.id} {arrow} (ratio)"
+            name = f"{metric.id} {arrow} ({metric.unit})"
             cells = [_cell(summary, lambda value: f"{value:.3g}") for summary in summaries]
         body.append((name, *cells))
     # One sentence for all metrics that miss the same scores of the same rows.

@@ -219,7 +219,7 @@ def _refuse_empty(file: Path, what: str, texts: Sequence[str]) -> None:
     places = ", ".join(map(str, empty[:SHOWN])) + (", …" if len(empty) > SHOWN else "")
     raise DataError(
         f"{file}: {len(empty)} of {len(texts)} entries have an empty {what}: {places}",
-        expected=f"a {what} of at least one visible character",
+        expected=f"{what}s of at least one visible character",
         remedy="take these entries out",
     )
 

@@ -18,6 +18,10 @@ DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
 """Bytes of one element of every dtype that a value can have."""
 
 
+SHOWN = 10
+"""Differences that an error names."""
+
+
 @dataclass(frozen=True)
 class Segment:
     """One tensor of the flat value: its name, shape, and offset in elements."""
@@ -191,7 +195,7 @@ class Space:
         """Nothing, when `other` is the same space.
 
         Raises:
-            SpaceMismatchError: names every difference.
+            SpaceMismatchError: names the differences, `SHOWN` at most.
         """
         differences = [
             f"{label}: {mine!r} here, {theirs!r} given"
@@ -217,8 +221,10 @@ class Space:
             if name in theirs and mine[name] != theirs[name]
         ]
         if differences:
+            more = len(differences) - SHOWN
+            shown = [*differences[:SHOWN], *([f"and {more} more"] if more > 0 else [])]
             raise SpaceMismatchError(
-                "this belongs to another space than the store: " + "; ".join(differences),
+                "this belongs to another space than the store: " + "; ".join(shown),
                 remedy="use the backbone and adapter settings of the store, or make a new store",
             )
 

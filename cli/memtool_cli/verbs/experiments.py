@@ -111,7 +111,7 @@ def run(
 
     call.refuse_version()
     known = experiment.known_baselines(call.config)
-    absent = [name for name in call.config.baselines if name not in ("all", *known)]
+    absent = [name for name in call.config.baselines if name not in ("all", "none", *known)]
     if absent and known:
         call.out.note(f"no baseline {', '.join(absent)} here; there are {', '.join(known)}")
     if call.dry_run:

@@ -180,11 +180,12 @@ def diff(call: Call, a: Reference, b: Reference = "HEAD") -> None:
     record = records.Diff(
         a=found.a,
         b=found.b,
-        added=_adapters(found.added),
-        removed=_adapters(found.removed),
-        changed=_adapters(found.changed),
+        added=_adapters((*found.added, *found.added_atoms)),
+        removed=_adapters((*found.removed, *found.removed_atoms)),
+        changed=_adapters((*found.changed, *found.changed_atoms)),
         key_drift_degrees=dict(found.key_drift_degrees),
         changed_blobs=found.changed_blobs,
+        pruned_atoms=dict(found.pruned_atoms),
     )
     rows: list[tuple[str, str, str]] = []
     for change, adapters in (
@@ -192,7 +193,8 @@ def diff(call: Call, a: Reference, b: Reference = "HEAD") -> None:
         ("removed", record.removed),
         ("changed", record.changed),
     ):
-        rows += [(change, "adapter", adapter.name) for adapter in adapters]
+        rows += [(change, adapter.kind, adapter.name) for adapter in adapters]
+    rows += [(f"lost {count}", "atoms", name) for name, count in record.pruned_atoms.items()]
     rows += [
         (f"turned {degrees:.2f} degrees", "key", name)
         for name, degrees in record.key_drift_degrees.items()
