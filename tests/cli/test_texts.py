@@ -118,6 +118,9 @@ def test_atoms_go_to_another_memory_as_peft(texts, grown, here):
     done = texts("import", "out/task-1-seed-0", "--store", "other")
     assert "next: memtool eval" in done.stderr
     assert "task-1-seed-0" in texts("log", "--store", "other").stdout
+    texts("diff", "HEAD~1", "-q")
+    assert "adapters\t2" in texts("export", "--bundle", "all.bundle").stdout
+    assert "adapters\t2" in texts("import", "all.bundle", "--store", "copy").stdout
 
 
 def test_images_have_no_prompt(command):
@@ -134,11 +137,18 @@ def test_a_task_and_dead_atoms_are_forgotten(texts, grown):
     refused = texts("forget", *below, status=2)
     assert "loss by task, before and without them" in refused.stderr
     assert json.loads(texts("forget", *below, "--yes", "--json").stdout)["done"]
+    pruned = json.loads(texts("diff", "HEAD~1", "--json").stdout)
+    assert [one["name"] for one in pruned["changed"]] == ["task-1-seed-0", "task-2-seed-0"]
+    assert sum(pruned["pruned_atoms"].values()) == plan["pruned"]
+    assert "lost " in texts("diff", "HEAD~1").stdout
     assert "adapters left\t1" in texts("forget", "1").stdout
+    assert "removed\tatoms\ttask-1-seed-0" in texts("diff", "HEAD~1").stdout
     assert texts("eval").stdout.startswith("method\tsums\tmean")
 
 
 def test_a_run_goes_on_and_says_before_where_its_memory_goes(texts, grown, here):
+    too_many = ("--set", "text.prompt_tokens=128")
+    assert "whose context is 128" in texts("run", "--dry-run", *too_many, status=2).stderr
     plan = json.loads(texts("run", "--dry-run", "--json").stdout)["plan"]
     assert plan["tasks"] == ["letters", "sums", "turned"]
     assert plan["epochs"] == [1, 1, 1]

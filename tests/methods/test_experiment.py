@@ -185,6 +185,8 @@ def test_baselines_are_those_of_the_setting_and_the_method(tmp_path):
     assert {"ewc", "joint"} < set(chosen["dil"])
     wanted = small_config(tmp_path, baselines=("joint", "frozen", "erm"))
     assert experiment.chosen_baselines(wanted) == ("frozen", "joint")
+    nothing = small_config(tmp_path, baselines=("none",))
+    assert experiment.chosen_baselines(nothing) == ()
     other = small_config(tmp_path, method="modulation", stream__setting="mts")
     assert experiment.chosen_baselines(other) == ()
 

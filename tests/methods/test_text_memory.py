@@ -469,6 +469,19 @@ def test_a_long_prompt_is_refused_where_it_would_be_cut(place: Path, grown: Text
     assert grown.retrieve(prompt="a" * 80).samples == 1
 
 
+def test_a_long_prompt_of_a_later_task_is_refused_before_anything_is_learned(
+    place: Path, tmp_path: Path
+) -> None:
+    changes = {
+        "text.long_prompts": "refuse",
+        "text.prompt_tokens": 12,
+        "stream.order": ("sums", "letters"),
+    }
+    with pytest.raises(DataError, match=r"task 2 letters, train: prompt 1 has 1\d tokens"):
+        run(config_of(place, tmp_path, **changes))
+    assert not (tmp_path / "memory").exists()
+
+
 # Keys free of earlier texts ---------------------------------------------------------------------
 
 

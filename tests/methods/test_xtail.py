@@ -39,6 +39,7 @@ from memtool.methods.moram import Moram
 from memtool.methods.pretrain_clip import pretrain_clip
 from memtool.methods.recall import every
 from memtool.methods.workspace import Workspace
+from memtool.streams import load_image
 from memtool.streams.prompts import prompts
 
 COLOURS = {
@@ -365,6 +366,20 @@ def test_a_run_of_moram_with_its_baselines(
         assert 0 <= memory.metrics[metric] <= 1
     assert memory.metrics["transfer.xtail"] > 0
     assert (tmp_path / "runs" / "seed-0" / "report.html").is_file()
+    # The probability of a class is that of the cosines.
+    seen = open_method(config(chain, tmp_path, **values), seed=0)
+    assert isinstance(seen, Moram)
+    picture = chain.parent / "images of warm" / "test" / "red" / "0.png"
+    said = seen.retrieve(image=picture).prediction
+    snapshot, work = seen.snapshot(), seen.workspace
+    head = head_under(work, snapshot.bank.recall(snapshot.gate), work.config.head.kind)
+    image = torch.from_numpy(load_image(picture, work.config.backbone.image_size)[None].copy())
+    with torch.no_grad():
+        pixels = work.backbone.preprocess(image)
+        features = work.backbone.features(pixels, snapshot.bank.eval().recall(snapshot.gate))
+        expected = head(features).softmax(dim=1).max()
+    assert said is not None
+    assert said.probability == pytest.approx(float(expected), abs=1e-5)
     # What it learned under is part of what it is.
     folder = tmp_path / "runs" / "seed-0" / "adapters"
     first = open_method(config(chain, tmp_path, **values), seed=0, adapters=folder)
