@@ -84,8 +84,8 @@ def create_causal_lm(
     finally:
         if had_bars:
             logging.enable_progress_bar()
-    # One model, whatever its numbers are kept in here: it is known by those on disk.
-    sha256 = tensor_sha256(model.state_dict())
+    # One model, whatever its numbers are kept in on disk and here: float32 holds them all.
+    sha256 = tensor_sha256(model.state_dict(), torch.float32)
     for parameter in model.parameters():  # not buffers: those of the rotary embedding stay float32
         parameter.data = parameter.data.to(dtype)
     return CausalLM(model, tokenizer, settings.name, text, sha256=sha256)
@@ -157,7 +157,7 @@ class CausalLM(FrozenModel):
 
     Attributes beside those of `FrozenModel`: `context`, tokens that it can look at;
     `prompt_tokens` and `answer_tokens`, the most that a prompt and an answer may have.
-    `sha256` is that of the weights on disk, empty where there are none. Always in eval mode.
+    `sha256` is that of the weights as float32, empty where there are none. Always in eval mode.
 
     A prompt that is too long loses tokens behind its first one (kept where it is the tokenizer's
     begin-of-text token) and keeps its end, where the question is; or is refused, as
