@@ -511,6 +511,18 @@ class TestForget:
                 dead_atoms(grown, below)
 
 
+def test_what_atoms_add_is_float32_under_autocast(grown):
+    bank, gate = grown.snapshot().bank, grown.gate
+    site = bank.sites[0]
+    here = bank.bank(site.name)
+    x = torch.randn(2, 5, site.in_features, generator=torch.Generator().manual_seed(0))
+    exact = contribution(x, here, gate, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = contribution(x, here, gate, 1)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, exact)
+
+
 @pytest.mark.slow
 def test_a_task_learned_on_a_pruned_bank(tmp_path):
     moram = grow(Moram.open(config_in(tmp_path), seed=0), 2)
