@@ -297,6 +297,7 @@ def test_more_adapters_than_memory_is_a_conflict(command, here):
                 "keys-mean-query",
                 "keys-closed-form",
                 "keys-closed-form-learned",
+                "keys-closed-form-of-classes",
             },
             marks=slow,
         ),
