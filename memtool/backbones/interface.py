@@ -107,10 +107,12 @@ class TextBackbone(Backbone):
     """An image model with a text tower beside it, as CLIP.
 
     Blocks are counted through: those of the text tower follow those of the image tower, so that one
-    `recall` serves both. `logit_scale` is the factor on cosines of image and text features.
+    `recall` serves both; `image_depth` is how many the image tower has. `logit_scale` is the factor
+    on cosines of image and text features.
     """
 
     logit_scale: float
+    image_depth: int
 
     @abstractmethod
     def tokenize(self, texts: Sequence[str]) -> Tensor:

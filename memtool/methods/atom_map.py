@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from memtool.adapters.layout import Site
+from memtool.backbones.interface import TextBackbone
 from memtool.errors import ConfigError, did_you_mean
 from memtool.methods.atom_measure import AtomMeasure
 from memtool.methods.atom_state import AtomSnapshot
@@ -248,8 +249,8 @@ def _site(work: Workspace | TextWorkspace, layer: str | None, block: int | None)
             remedy="the names of backbone.targets, as the memory was trained with",
         )
     found = {site.block: site for site in work.backbone.sites((layer,))}
-    depth = getattr(work.backbone, "image_depth", None)
-    if depth is not None:  # of two towers, the one that images go through
+    if isinstance(work.backbone, TextBackbone):  # images go through one of its towers
+        depth = work.backbone.image_depth
         found = {number: site for number, site in found.items() if number < depth}
     number = max(found) if block is None else block
     if number not in found:
