@@ -44,7 +44,7 @@ def remembered(ctx: typer.Context, incomplete: str) -> list[str]:
 
     try:
         view = MemoryStore.open(split_store(_config(ctx).store)[0]).view()
-        live = (*view.adapters, *view.atom_records)
+        live = view.live
     except (MemtoolError, StoreError):
         return []
     names = [name for r in live for name in (r.meta.get("task_name"), r.name) if name]

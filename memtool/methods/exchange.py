@@ -329,8 +329,7 @@ def export_peft(
     is written.
     """
     view = work.store.view(work.version_of(version))
-    everything = [*view.adapters, *view.atom_records]
-    records = [view.get(name) for name in adapters] if adapters else everything
+    records = [view.get(name) for name in adapters] if adapters else view.live
     targets = [out / record.name for record in records]
     for directory in targets:
         require_new(directory)

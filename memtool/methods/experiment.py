@@ -364,7 +364,7 @@ def _require_same_experiment(method: Mira | Modulation | Moram) -> None:
     work = method.workspace
     remedy = "another --store and --set runs=DIR, or --fresh to begin this one anew"
     view = work.store.view()
-    for record in (*view.adapters, *view.atom_records):
+    for record in view.live:
         if record.meta.get("seed") not in (None, method.seed):
             raise ConfigError(
                 f"the memory {work.store_path!r} holds adapters of seed {record.meta['seed']}",

@@ -42,7 +42,7 @@ def chosen(
     For a purge also those that left the memory before: their bytes may still be there. Raises
     NotFoundError for a name that fits none.
     """
-    known = _live(view)
+    known = [*view.live]
     if purge:
         known += [record for record in view.catalog.records.values() if not record.live]
     found: dict[str, AdapterRecord] = {}
@@ -129,13 +129,9 @@ def forget(store: MemoryStore, names: Sequence[str], *, purge: bool = False) -> 
         adapters=tuple(record.name for record in records),
         tasks=tuple(dict.fromkeys(r.meta["task"] for r in records if "task" in r.meta)),
         blobs=dropped,
-        left=len(_live(after)),
+        left=len(after.live),
         purged=_purged(store, {**old, **rows}) if purge else None,
     )
-
-
-def _live(view: MemoryView) -> list[AdapterRecord]:
-    return [*view.adapters, *view.atom_records]
 
 
 def _purged(store: MemoryStore, hashes: dict[str, str]) -> Purged:
@@ -154,7 +150,7 @@ def _purged(store: MemoryStore, hashes: dict[str, str]) -> Purged:
 def _blobs_of(view: MemoryView, records: Sequence[AdapterRecord]) -> tuple[str, ...]:
     """Blobs of a version that speak of nothing but the forgotten."""
     gone = {record.id for record in records}
-    left = [record for record in _live(view) if record.id not in gone]
+    left = [record for record in view.live if record.id not in gone]
     kept_names = {record.name for record in left}
     kept_tasks = {record.meta.get("task") for record in left}
     kept_files = {record.meta.get("peft") for record in left}

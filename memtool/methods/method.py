@@ -246,7 +246,7 @@ class MemoryMethod(ABC, Generic[T]):
 
         view = store.view("HEAD")
         self._require_own_kind(view)
-        here = {record.name for record in (*view.adapters, *view.atom_records)}
+        here = {record.name for record in view.live}
         names = ", ".join(adapter.name for adapter in found if adapter.name not in here)
         store.run(append, f"write {names}", metadata=self._metadata("write"))
         return WriteResult(version=store.head(), added=tuple(added), skipped=tuple(skipped))

@@ -148,6 +148,11 @@ class MemoryView:
         return self.catalog.live_atoms
 
     @property
+    def live(self) -> tuple[AdapterRecord, ...]:
+        """The live adapters, then the live rows of atoms."""
+        return (*self.adapters, *self.atom_records)
+
+    @property
     def ids(self) -> tuple[str, ...]:
         """Ids of the live adapters in row order."""
         return tuple(record.id for record in self.adapters)

@@ -184,7 +184,7 @@ def _show_plan(
     live = sum(record.live for record in records)
     rows: list[tuple[str, str | int]] = [
         ("adapters", ", ".join(plan.adapters)),
-        ("left", len(view) + len(view.atom_records) - live),
+        ("left", len(view.live) - live),
     ]
     if purge:
         rows += [

@@ -25,7 +25,7 @@ from memtool_cli.output import Table, size
 
 if TYPE_CHECKING:
     from memtool.progress import Progress
-    from memtool_stores import MemoryStore, MemoryView
+    from memtool_stores import MemoryStore
 
 app = typer.Typer(rich_markup_mode="rich")
 
@@ -111,7 +111,7 @@ def _import_bundle(call: Call, file: Path) -> None:
 def _report_copy(call: Call, source: str, copied: MemoryStore) -> None:
     view = copied.view()
     record = records.Cloned(
-        source=source, target=copied.url, version=view.version, adapters=_rows(view)
+        source=source, target=copied.url, version=view.version, adapters=len(view.live)
     )
     rows = [
         ("from", record.source),
@@ -121,11 +121,6 @@ def _report_copy(call: Call, source: str, copied: MemoryStore) -> None:
     ]
     call.out.data(record, Table((), rows), ids=[record.target])
     call.out.next(f"memtool verify --store {copied.url}")
-
-
-def _rows(view: MemoryView) -> int:
-    """How many adapters and rows of atoms a version has."""
-    return len(view) + len(view.atom_records)
 
 
 def _tell(progress: Progress, stage: str, step: int, total: int) -> None:
@@ -177,7 +172,7 @@ def export_adapters(
         view = store.view()
         nbytes = store.bundle(bundle)
         made = records.Bundled(
-            path=bundle, version=view.version, adapters=_rows(view), nbytes=nbytes
+            path=bundle, version=view.version, adapters=len(view.live), nbytes=nbytes
         )
         rows = [
             ("bundle", bundle),

@@ -69,7 +69,7 @@ def ls(
 ) -> None:
     """List the adapters in the memory."""
     view = call.view()
-    live = sorted((*view.adapters, *view.atom_records), key=lambda record: record.row)
+    live = sorted(view.live, key=lambda record: record.row)
     fits = [
         record
         for record in live
@@ -149,7 +149,7 @@ def show(call: Call, version: Reference = "") -> None:
         targets=space.layout.targets,
         numbers_per_adapter=space.numel,
         dtype=space.layout.dtype,
-        adapters=_adapters((*view.adapters, *view.atom_records)),
+        adapters=_adapters(view.live),
         keys=None if keys is None else tuple(keys.shape),
         blobs=view.blobs(),
     )

@@ -278,7 +278,5 @@ def _store(call: Call) -> Check:
         view = call.view()
     except StoreError as error:
         return Check(name="memory", ok=False, found=error.message, remedy=error.remedy)
-    found = (
-        f"{path}: {len(view) + len(view.atom_records)} adapters at {view.version} ({view.message})"
-    )
+    found = f"{path}: {len(view.live)} adapters at {view.version} ({view.message})"
     return Check(name="memory", ok=True, found=found)
