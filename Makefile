@@ -14,7 +14,7 @@ test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not slow"
 
 test-all: $(INSTALLED)
-	$(BIN)/pytest
+	MEMTOOL_FUZZ_CASES=$${MEMTOOL_FUZZ_CASES:-20000} $(BIN)/pytest
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -24,6 +24,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic.fields import FieldInfo
 
 from memtool.errors import ConfigError, NotFoundError, did_you_mean
+from memtool_stores import limits
+from memtool_stores.limits import Limits
 
 Separation = Literal[
     "softmax",
@@ -355,6 +357,33 @@ class EngineSettings(Settings):
     eval_batch_size: Annotated[int, Field(ge=1)] = Field(100, description="images a step")
 
 
+class LimitSettings(Settings):
+    """How large what comes from outside may be, before it is read at all."""
+
+    header_bytes: Annotated[int, Field(ge=1)] = Field(
+        Limits.header_bytes, description="header of a safetensors file"
+    )
+    text_bytes: Annotated[int, Field(ge=1)] = Field(
+        Limits.text_bytes, description="a YAML or JSON file"
+    )
+    array_bytes: Annotated[int, Field(ge=1)] = Field(
+        Limits.array_bytes, description="keys, a blob, the tensors of a file"
+    )
+    bundle_files: Annotated[int, Field(ge=1)] = Field(
+        Limits.bundle_files, description="files in a bundle"
+    )
+    image_bytes: Annotated[int, Field(ge=1)] = Field(
+        Limits.image_bytes, description="an image as it is encoded"
+    )
+    image_pixels: Annotated[int, Field(ge=1)] = Field(
+        Limits.image_pixels, description="an image decoded, width times height"
+    )
+
+    def put_in_force(self) -> None:
+        """Make these the limits of this process."""
+        limits.use(Limits(**self.model_dump()))
+
+
 class Config(Settings):
     """One experiment."""
 
@@ -381,6 +410,7 @@ class Config(Settings):
     past: PastSettings = PastSettings()
     text: TextSettings = TextSettings()
     engine: EngineSettings = EngineSettings()
+    limits: LimitSettings = LimitSettings()
 
 
 @dataclass(frozen=True)

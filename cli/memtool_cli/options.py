@@ -286,6 +286,7 @@ class Call:
         A verb that runs a method says on stderr what was asked for in vain.
         """
         found = self.resolve()
+        found.config.limits.put_in_force()
         if METHOD in self.shared and not self.out.json:
             for sentence in found.without_effect():
                 self.out.note(f"note: {sentence}")

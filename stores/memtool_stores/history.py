@@ -19,6 +19,7 @@ from memtool_stores.errors import (
     VersionExpiredError,
 )
 from memtool_stores.ice import translated
+from memtool_stores.names import is_version_id
 from memtool_stores.objects import objects_at
 from memtool_stores.tree import Tree, seal
 
@@ -30,8 +31,6 @@ SUMS = "sums"
 
 SHORTEST_PREFIX = 4
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_VERSION_ID = re.compile(r"[0-9A-HJKMNP-TV-Z]{20}")
 _REF = re.compile(rb'\{"snapshot":"([0-9A-HJKMNP-TV-Z]{20})"\}')
 _OURS = frozenset({"parent", "time", "user", "seal"})
 
@@ -154,20 +153,6 @@ def _reading_snapshot(version: str) -> Iterator[None]:
         raise _damaged(version, "a snapshot", error.found) from error
 
 
-def check_name(name: str, kind: str) -> None:
-    """Nothing, when `name` can be a tag, branch or blob.
-
-    Raises:
-        SchemaError: it has other characters, or reads as another way to name a version.
-    """
-    if not _NAME.fullmatch(name) or name == "HEAD" or _VERSION_ID.fullmatch(name):
-        raise SchemaError(
-            f"{name!r} cannot be the name of a {kind}",
-            expected="letters, digits, '.', '_' and '-', at most 100, beginning with one of the "
-            "first two; not HEAD, not a version id",
-        )
-
-
 def resolve(repository: Any, where: str, ref: str, as_of: datetime | None = None) -> str:
     """The version id that `ref` names; with `as_of`, its newest ancestor not younger than that.
 
@@ -201,10 +186,10 @@ def _resolve_name(repository: Any, where: str, name: str) -> str:
     if name in repository.list_tags():
         return str(repository.lookup_tag(name))
     prefix = name.upper()
-    if _VERSION_ID.fullmatch(prefix):
+    if is_version_id(prefix):
         return _whole_id(repository, where, prefix)
     found = set()
-    if len(prefix) >= SHORTEST_PREFIX and _VERSION_ID.fullmatch(prefix.ljust(20, "0")):
+    if len(prefix) >= SHORTEST_PREFIX and is_version_id(prefix.ljust(20, "0")):
         found = {v for v in reachable(repository) if v.startswith(prefix)}
     if len(found) == 1:
         return found.pop()

@@ -36,7 +36,6 @@ from memtool_stores.errors import (
 from memtool_stores.history import (
     MAIN,
     Version,
-    check_name,
     commit_metadata,
     damaged_ref,
     damaged_refs,
@@ -54,6 +53,7 @@ from memtool_stores.ice import (
     translated,
 )
 from memtool_stores.move import Tell, copy, read_bundle, require_empty, write_bundle
+from memtool_stores.names import check_ref
 from memtool_stores.objects import Objects, Retractable, bucket_holds, objects_at
 from memtool_stores.space import Space
 from memtool_stores.transaction import Transaction
@@ -392,7 +392,7 @@ class MemoryStore:
         return self._name(name, ref, "branch")
 
     def _name(self, name: str, ref: str, kind: str) -> str:
-        check_name(name, kind)
+        check_ref(name, kind)
         with self._lock():
             version = self._resolve(ref)
             if name in self.branches() or name in self.tags():

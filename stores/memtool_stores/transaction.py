@@ -23,7 +23,7 @@ from memtool_stores.errors import (
     SchemaError,
     SpaceMismatchError,
 )
-from memtool_stores.history import check_name
+from memtool_stores.names import check_name, check_ref
 from memtool_stores.tensorfile import read_header
 from memtool_stores.tree import Array, KeysState, Root, State, Tree, numpy_dtype, sha256
 from memtool_stores.view import HEADER_PREFIX, MemoryView
@@ -215,8 +215,7 @@ class Transaction:
         return record.id
 
     def _check_free(self, name: str) -> None:
-        if not name or name != name.strip() or not name.isprintable():
-            raise SchemaError(f"{name!r} cannot be the name of an adapter", expected="plain text")
+        check_name(name, "an adapter")
         if self._named(name) is not None or self._record(name) is not None:
             raise AlreadyExistsError(
                 f"there is a live adapter named {name!r}",
@@ -370,7 +369,7 @@ class Transaction:
             SchemaError: the name has other characters than letters, digits, '.', '_' and '-', or
                 begins with "header-", which belongs to the store.
         """
-        check_name(name, "blob")
+        check_ref(name, "blob")
         self._refuse_header(name)
         self._blobs[name] = bytes(data)
 

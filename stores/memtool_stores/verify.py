@@ -21,13 +21,13 @@ from memtool_stores.catalog import AdapterRecord, Catalog
 from memtool_stores.errors import IntegrityError, NewerSchemaError, StoreError
 from memtool_stores.history import (
     MAIN,
-    check_name,
     damaged_refs,
     of_snapshot,
     sealed_tree,
     snapshots,
 )
 from memtool_stores.ice import open_repository, translated
+from memtool_stores.names import check_ref
 from memtool_stores.tree import Root, Tree, sha256
 
 Level = Literal["heads", "checksums", "full"]
@@ -145,7 +145,7 @@ def _verify_refs(
             names = sorted(list_refs())
         for name in (name for name in names if (kind, name) not in damaged):
             with seen.looking_at(kind, name):
-                check_name(name, kind)
+                check_ref(name, kind)
                 _verify_line(repository, lookup(name), level, seen)
 
 

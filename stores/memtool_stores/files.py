@@ -1,0 +1,125 @@
+"""Files that appear whole or not at all, and what is left when a process dies in between.
+
+A file in the making lies beside its place, under a name that nobody can guess
+(`.<name>.<random>.part`), and is opened exclusively. A process that is killed leaves it there, and
+`leftovers` finds it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+PART = ".part"
+"""How the names of files and folders in the making end; they begin with a dot."""
+
+_DESCRIPTOR = re.compile(r"/proc/(?:self|\d+|thread-self)(?:/task/\d+)?/fd")
+
+
+@contextmanager
+def appearing(path: Path, *, private: bool = False) -> Iterator[BinaryIO]:
+    """A file to write into that becomes `path` when the block ends well, else is gone.
+
+    It is flushed to the disk before it is put in place, so that a reader sees the old file or the
+    new one. An old file keeps its mode; a new one has that of any new file, or with `private` only
+    its owner may read it. Links are followed. What is no ordinary file (a device, a pipe, standard
+    output) is never replaced: it is written to as it stands.
+
+    Raises:
+        OSError: the file system refuses; nothing has changed.
+    """
+    descriptor = _descriptor(path)
+    if descriptor is not None or _is_special(path):
+        handle = os.open(path, os.O_WRONLY) if descriptor is None else os.dup(descriptor)
+        with os.fdopen(handle, "wb") as file:
+            yield file
+        return
+    target = Path(os.path.realpath(path))
+    temporary = part(target)
+    try:
+        with temporary.open("r+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(_mode(target, private))
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, data: bytes, *, private: bool = False) -> None:
+    """Write `data` to `path` as `appearing` does.
+
+    Raises:
+        OSError: the file system refuses; nothing has changed.
+    """
+    with appearing(path, private=private) as file:
+        file.write(data)
+
+
+def part(target: Path) -> Path:
+    """A new empty file beside `target`, for what will be put in its place; private to its owner."""
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=_prefix(target), suffix=PART)
+    os.close(handle)
+    return Path(name)
+
+
+def part_folder(target: Path) -> Path:
+    """As `part`, a folder."""
+    return Path(tempfile.mkdtemp(dir=target.parent, prefix=_prefix(target), suffix=PART))
+
+
+def leftovers(folder: Path) -> Iterator[Path]:
+    """Files and folders in the making that lie in `folder`: of a process at work, or killed."""
+    try:
+        yield from sorted(path for path in folder.iterdir() if is_part(path.name))
+    except OSError:
+        return
+
+
+def is_part(name: str) -> bool:
+    """Whether this is the name of a file or folder in the making."""
+    return name.startswith(".") and name.endswith(PART)
+
+
+def _prefix(target: Path) -> str:
+    # Names may be as long as the file system takes; what is random needs some room.
+    return f".{target.name.encode()[:200].decode(errors='ignore')}."
+
+
+def _descriptor(path: Path) -> int | None:
+    """The open file that a path like /dev/stdout or /dev/fd/1 stands for."""
+    for _ in range(40):
+        parent = os.path.realpath(path.parent)
+        if _DESCRIPTOR.fullmatch(parent) and path.name.isdecimal():
+            own = {"self", "thread-self", str(os.getpid())}
+            return int(path.name) if parent.split("/")[2] in own else None
+        if not path.is_symlink():
+            return None
+        path = Path(parent, path.readlink())
+    return None
+
+
+def _is_special(path: Path) -> bool:
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def _mode(target: Path, private: bool) -> int:
+    if private:
+        return 0o600
+    try:
+        return stat.S_IMODE(target.stat().st_mode)
+    except FileNotFoundError:
+        mask = os.umask(0)
+        os.umask(mask)
+        return 0o666 & ~mask

@@ -1,0 +1,104 @@
+"""What every test of a door shares: how many cases, what may come out, and what must not change.
+
+A door is where something that a stranger made comes in. Whatever it is, it is taken or refused with
+an error of ours that says what and where; it neither hangs nor writes where it was not asked to.
+`make test` runs `CASES` generated cases a door; `make test-all` sets MEMTOOL_FUZZ_CASES to 20,000.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+
+from memtool.errors import MemtoolError
+from memtool_stores import StoreError
+
+CASES = int(os.environ.get("MEMTOOL_FUZZ_CASES", "200"))
+HANG_SECONDS = 5
+
+cases = settings(
+    max_examples=CASES,
+    deadline=HANG_SECONDS * 1000,
+    suppress_health_check=list(HealthCheck),
+    # A run of a few cases finds the same as the run before; a long one looks for what is new.
+    derandomize=CASES <= 200,
+)
+"""Decorator of a test of a door: so many cases, none of which may take longer than a hang."""
+
+long = pytest.mark.timeout(max(300, CASES))
+"""Mark of a test of a door: 20,000 cases take their time."""
+
+
+@contextmanager
+def refused_or_taken() -> Iterator[None]:
+    """Nothing comes out of the block but an error of ours, with a message that can be printed."""
+    try:
+        yield
+    except (MemtoolError, StoreError) as error:
+        for text in (error.message, error.expected, error.remedy):
+            assert text is None or (text.strip() and text.isprintable()), repr(text)
+
+
+@contextmanager
+def nothing_else_changes(sandbox: Path, *, but: Path | None = None) -> Iterator[None]:
+    """Nothing in `sandbox` appears, goes or changes inside the block, `but` under one path."""
+    before = _listing(sandbox, but)
+    yield
+    after = _listing(sandbox, but)
+    changed = sorted(path for path in {*before, *after} if before.get(path) != after.get(path))
+    assert not changed, f"written outside of {but}: {changed[:5]}"
+
+
+def _listing(sandbox: Path, but: Path | None) -> dict[str, tuple[int, ...]]:
+    found = {}
+    for folder, _, files in os.walk(sandbox):
+        for path in (Path(folder, file) for file in files):
+            if but is None or not path.is_relative_to(but):
+                stat = path.lstat()
+                found[str(path)] = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    return found
+
+
+@st.composite
+def damaged(draw: st.DrawFn, whole: bytes) -> bytes:
+    """The bytes of a good file after up to four accidents: flips, cuts, repeats, strange bytes."""
+    data = bytearray(whole)
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, max(0, len(data) - 1)))
+        match draw(st.sampled_from(["flip", "cut", "insert", "replace", "repeat", "remove"])):
+            case "flip" if data:
+                data[at] ^= 1 << draw(st.integers(0, 7))
+            case "cut":
+                del data[at:]
+            case "insert":
+                data[at:at] = draw(STRANGE)
+            case "replace":
+                strange = draw(STRANGE)
+                data[at : at + len(strange)] = strange
+            case "repeat":
+                data[at:at] = data[at : at + draw(st.integers(1, 64))]
+            case _:
+                del data[at : at + draw(st.integers(1, 64))]
+    return bytes(data)
+
+
+_BYTES = b"../ / { [[[[[[[[[[[[[[[[ 1e999 NaN -1 99999999999999999999 null =1+1 <script>".split()
+STRANGE = st.one_of(
+    st.binary(max_size=16),
+    st.sampled_from([*_BYTES, b"\x00", b"\xff" * 8, b"\x1b[2J", b"\xed\xa0\x80", b"\n", b"\t"]),
+)
+"""Bytes that parsers stumble over."""
+
+_NAMES = ". .. ../x ../../x /abs/x a/b a\\b .hidden -rf ~ ~root =1+1 <b> CON HEAD main a@b %s {0}"
+NAMES = st.one_of(
+    st.text(max_size=40),
+    st.sampled_from([*_NAMES.split(), "", "nul\0", "tab\t", "line\n", "\x1b[2J", "\u202eabc"]),
+    st.sampled_from(["\ud800", "x" * 300, "é" * 150, " x", "x ", "a b", "0" * 20]),
+)
+"""Names as a stranger would choose them."""
