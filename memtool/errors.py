@@ -20,12 +20,14 @@ import difflib
 from collections.abc import Iterable
 from typing import ClassVar
 
+from memtool_stores.printable import one_line
+
 
 class MemtoolError(Exception):
     """Base of all errors that memtool raises on purpose.
 
     `message` says what was wrong and where; `expected` what would have been right; `remedy` is the
-    command or the change that helps.
+    command or the change that helps; each is one printable line, whatever a file put into it.
     """
 
     code: ClassVar[str] = "error"
@@ -34,10 +36,10 @@ class MemtoolError(Exception):
     def __init__(
         self, message: str, *, expected: str | None = None, remedy: str | None = None
     ) -> None:
-        super().__init__(message)
-        self.message = message
-        self.expected = expected
-        self.remedy = remedy
+        self.message = one_line(message)
+        self.expected = None if expected is None else one_line(expected)
+        self.remedy = None if remedy is None else one_line(remedy)
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         parts = [self.message]

@@ -88,9 +88,9 @@ class FeatureStatistics:
         return self._moments.to_bytes()
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> FeatureStatistics:
+    def from_bytes(cls, data: bytes, where: str) -> FeatureStatistics:
         """What `to_bytes` wrote. Raises CorruptError for anything else."""
-        moments = Moments.from_bytes(data)
+        moments = Moments.from_bytes(data, where)
         if moments.groups != 1:
             raise MismatchError(
                 f"statistics of {moments.groups} groups",

@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 
 from memtool.errors import CorruptError, MismatchError
 from memtool.heads.linear import LinearClassifier
+from memtool.tensor_bytes import read_tensors
 
 LEAST_PROBABILITY = 1e-6
 
@@ -115,6 +115,10 @@ class RecalledHead:
 
     def _logits(self, features: Tensor, allowed: Sequence[int] | None) -> Tensor:
         """Logits (b, heads, classes)."""
+        if features.shape[-1] != self.weight.shape[-1]:
+            raise MismatchError(
+                f"features of width {features.shape[-1]}", expected=f"width {self.weight.shape[-1]}"
+            )
         flat = F.linear(features.float(), self.weight.flatten(0, 1), self.bias.flatten())
         logits = flat.unflatten(-1, self.bias.shape)
         return logits if allowed is None else logits + self._mask(allowed)
@@ -136,8 +140,10 @@ class RecalledHead:
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> RecalledHead:
         """What `to_bytes` wrote; `where` names it in errors. Raises CorruptError."""
-        try:
-            tensors = load(data)
-            return cls(tensors["weight"], tensors["bias"], tensors.get("owners"))
-        except (SafetensorError, KeyError) as error:
-            raise CorruptError(f"{where} holds no head: {error}") from error
+        tensors = read_tensors(data, where, weight="h c d", bias="h c", owners="?int64 t")
+        weight, owners = tensors["weight"], tensors.get("owners")
+        if weight.numel() == 0 or (owners is None and len(weight) != 1):
+            raise CorruptError(f"{where} holds weights of shape {tuple(weight.shape)}")
+        if owners is not None and not bool(((owners >= 0) & (owners < len(weight))).all()):
+            raise CorruptError(f"{where} names owners that are none of its {len(weight)} heads")
+        return cls(weight, tensors["bias"], owners)

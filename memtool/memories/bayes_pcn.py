@@ -31,11 +31,11 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import save
 from torch import Tensor
 
 from memtool.errors import (
@@ -48,9 +48,13 @@ from memtool.errors import (
     NotFoundError,
 )
 from memtool.memories.recalled import Recalled, checked_key, novelty
+from memtool.tensor_bytes import read_tensors
 
 CROWDED_SHARE = 0.8
 """Share of the hidden width beyond which a memory warns: recall breaks down at t ≈ h."""
+
+MOST_STEPS = 100_000
+"""Steps of a search; what asks for more is no memory of ours."""
 
 _SAME_KEY = 1e-10
 """Two keys whose squared distance is this share of their squared length are one key."""
@@ -81,6 +85,8 @@ class BayesPCNSettings:
                 raise ConfigError(
                     f"BayesPCN with {name} {getattr(self, name)}", expected=f"at least {at_least}"
                 )
+        if self.steps > MOST_STEPS:
+            raise ConfigError(f"BayesPCN with {self.steps} steps", expected=f"at most {MOST_STEPS}")
         for name in ("sigma", "step_size"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"BayesPCN with {name} {getattr(self, name)}", expected="above 0")
@@ -493,28 +499,33 @@ class BayesPCN:
 
         Raises CorruptError for other bytes, and MismatchError for other patterns.
         """
-        try:
-            about, tensors = _opened(data)
-            memory = cls(
-                about["numel"],
-                about["key_length"],
-                BayesPCNSettings(**about["settings"]),
-                seed=about["seed"],
+        about = _about(data, where)
+        tensors = read_tensors(data, where, **_SHAPES)
+        settings = about.settings
+        layers, hidden = tensors["covariance"].shape[:2]
+        count = len(tensors["codes"])
+        if (settings.hidden, settings.layers - 1, len(tensors["means"])) != (
+            hidden,
+            layers,
+            layers - 1,
+        ) or not count == len(about.names) == len(about.since):
+            raise CorruptError(
+                f"{where} holds {count} patterns in {layers} layers of {hidden}",
+                expected=f"{len(about.names)} patterns in the layers of {settings}",
             )
-            memory.belief = Belief(
-                tensors["covariance"],
-                tensors["means"],
-                tensors["mixture"],
-                tensors["top"],
-                float(tensors["top_variance"]),
-            )
-            memory._codes = tensors["codes"]
-            memory._whole, memory._keys = tensors["whole"], tensors["keys"]
-            memory._scales = tensors["scales"]
-            memory._names, memory._since = list(about["names"]), list(about["since"])
-            memory._written, memory._forgot_at = about["written"], about["forgot_at"]
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise CorruptError(f"{where} holds no BayesPCN memory: {error}") from error
+        memory = cls(about.numel, about.key_length, settings, seed=about.seed)
+        memory.belief = Belief(
+            tensors["covariance"],
+            tensors["means"],
+            tensors["mixture"],
+            tensors["top"],
+            float(tensors["top_variance"]),
+        )
+        memory._codes = tensors["codes"]
+        memory._whole, memory._keys = tensors["whole"], tensors["keys"]
+        memory._scales = tensors["scales"]
+        memory._names, memory._since = list(about.names), list(about.since)
+        memory._written, memory._forgot_at = about.written, about.forgot_at
         if tuple(patterns.shape) != (len(memory), memory.numel):
             raise MismatchError(
                 f"patterns of shape {tuple(patterns.shape)} for {where}",
@@ -526,17 +537,50 @@ class BayesPCN:
 
 def names_in(data: bytes, where: str) -> tuple[str, ...]:
     """The names of the patterns behind the bytes of a memory, in order. Raises CorruptError."""
+    return _about(data, where).names
+
+
+_SHAPES = {
+    "covariance": "float64 l h h",
+    "means": "float64 m h h",
+    "mixture": "float64 h t",
+    "top": "float64 h",
+    "top_variance": "float64",
+    "codes": "float64 t l h",
+    "whole": "float64 t t",
+    "keys": "float64 t t",
+    "scales": "float64 t",
+}
+
+
+class _About(BaseModel):
+    """What the header of a stored memory says."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    numel: int
+    key_length: int
+    settings: BayesPCNSettings
+    seed: int
+    names: tuple[str, ...]
+    since: tuple[int, ...]
+    written: int
+    forgot_at: int
+
+
+def _about(data: bytes, where: str) -> _About:
     try:
-        return tuple(_opened(data)[0]["names"])
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])
+        return _About.model_validate_json(header["__metadata__"]["memory"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise CorruptError(
+            f"{where} holds no BayesPCN memory: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        ) from error
+    # RecursionError: what is nested too deep for json.
+    except (KeyError, TypeError, ValueError, RecursionError, ConfigError) as error:
         raise CorruptError(f"{where} holds no BayesPCN memory: {error}") from error
-
-
-def _opened(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What is said in the header, and the tensors."""
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    return json.loads(header["__metadata__"]["memory"]), load(data)
 
 
 def _learned(belief: Belief, hidden: Tensor, sigma: float) -> Belief:

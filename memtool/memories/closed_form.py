@@ -136,9 +136,9 @@ class QueryStatistics:
         return self._moments.to_bytes()
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> QueryStatistics:
+    def from_bytes(cls, data: bytes, where: str) -> QueryStatistics:
         """What `to_bytes` wrote. Raises CorruptError for anything else."""
-        moments = Moments.from_bytes(data)
+        moments = Moments.from_bytes(data, where)
         statistics = cls(moments.groups, moments.dim)
         statistics._moments = moments
         return statistics

@@ -8,16 +8,15 @@ nothing forgotten. All of it is float64 on the CPU.
 
 from __future__ import annotations
 
-import json
 import math
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from memtool.errors import ConfigError, CorruptError, DataError, MismatchError
+from memtool.tensor_bytes import read_tensors
 
 # Below this share of the raw second moment, a centred one is what rounding left of it.
 _ROUNDING = 1e-12
@@ -178,27 +177,16 @@ class Moments:
         return save({name: tensor.contiguous() for name, tensor in tensors.items()})
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Moments:
-        """What `to_bytes` wrote. Raises CorruptError for anything else."""
-        try:
-            tensors = load(data)
-        except (SafetensorError, json.JSONDecodeError) as error:
-            raise CorruptError(f"statistics are not a safetensors file: {error}") from error
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        wrong = CorruptError(
-            f"statistics hold {shapes}",
-            expected="float64 counts (c,), sums (g, c, d) and second (g, d, d)",
+    def from_bytes(cls, data: bytes, where: str) -> Moments:
+        """What `to_bytes` wrote; `where` names it in errors. Raises CorruptError otherwise."""
+        tensors = read_tensors(
+            data, where, counts="float64 c", sums="float64 g c d", second="float64 g d d"
         )
-        if set(shapes) != {"counts", "sums", "second"} or len(shapes["sums"]) != 3:
-            raise wrong
-        groups, classes, dim = shapes["sums"]
-        if (shapes["counts"], shapes["second"]) != ((classes,), (groups, dim, dim)):
-            raise wrong
-        if any(tensor.dtype != torch.float64 for tensor in tensors.values()):
-            raise wrong
-        moments = cls(groups, dim, 0)
-        moments.counts, moments.sums = tensors["counts"], tensors["sums"]
-        moments.second = tensors["second"]
+        counts, sums = tensors["counts"], tensors["sums"]
+        if sums.shape[0] == 0 or sums.shape[2] == 0 or bool((counts < 0).any()):
+            raise CorruptError(f"{where} holds moments of nothing, shape {tuple(sums.shape)}")
+        moments = cls(sums.shape[0], sums.shape[2], 0)
+        moments.counts, moments.sums, moments.second = counts, sums, tensors["second"]
         return moments
 
     def _overall_mean(self) -> Tensor:

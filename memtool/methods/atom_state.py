@@ -110,7 +110,7 @@ def past_inputs_of(view: memtool_stores.MemoryView, layout: Layout, energy: floa
     """
     if PAST_INPUTS not in view.blobs():
         return PastInputs(layout, energy)
-    return PastInputs.from_bytes(view.blob(PAST_INPUTS), layout, energy)
+    return PastInputs.from_bytes(view.blob(PAST_INPUTS), layout, energy, f"blob {PAST_INPUTS!r}")
 
 
 def digest(records: Sequence[memtool_stores.AdapterRecord], head: str | None = None) -> str:

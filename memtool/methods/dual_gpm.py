@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from memtool.errors import ConfigError, CorruptError, DataError, MismatchError
+from memtool.tensor_bytes import load_tensors
 
 Kind = Literal["remove", "retain"]
 
@@ -134,18 +134,18 @@ def spaces_to_bytes(spaces: Mapping[str, DualGPM], dtype: torch.dtype = torch.fl
     )
 
 
-def spaces_from_bytes(data: bytes) -> dict[str, DualGPM]:
-    """What `spaces_to_bytes` wrote. Raises CorruptError for anything else."""
+def spaces_from_bytes(data: bytes, where: str) -> dict[str, DualGPM]:
+    """What `spaces_to_bytes` wrote; `where` names it in errors. Raises CorruptError otherwise."""
     spaces = {}
-    try:
-        for about, basis in load(data).items():
+    for about, basis in load_tensors(data, where).items():
+        try:
             kind, start, name = about.split(" ", 2)
-            if kind not in ("remove", "retain"):
-                raise ValueError(f"kind {kind!r}")
+            if kind not in ("remove", "retain") or basis.ndim != 2 or bool(basis.isnan().any()):
+                raise ValueError(f"tensor {about!r} of shape {tuple(basis.shape)}")
             side: Kind = "remove" if kind == "remove" else "retain"
             spaces[name] = DualGPM(len(basis), float(start), kind=side, basis=basis.double())
-    except (SafetensorError, ValueError, ConfigError) as error:
-        raise CorruptError(f"these bytes hold no bases of the past: {error}") from error
+        except (ValueError, ConfigError, MismatchError) as error:
+            raise CorruptError(f"{where} holds no bases of the past: {error}") from error
     return spaces
 
 

@@ -22,8 +22,7 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 import memtool_stores
@@ -32,7 +31,6 @@ from memtool.adapters.values import AdapterValues
 from memtool.config import Recaller
 from memtool.errors import (
     ConfigError,
-    CorruptError,
     MismatchError,
     NotFoundError,
 )
@@ -61,6 +59,7 @@ from memtool.methods.results import (
 from memtool.methods.state import classifier_bytes, classifier_of, merged, own_head_blob
 from memtool.streams import load_image
 from memtool.streams.task import Samples, Task
+from memtool.tensor_bytes import read_tensors
 
 Numbers = npt.NDArray[np.float64]
 
@@ -115,16 +114,15 @@ class Predictor:
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> Predictor:
         """What `to_bytes` wrote."""
-        try:
-            tensors = load(data)
-            return cls(
-                tensors["value"],
-                float(tensors["scaling"]),
-                LinearClassifier(tensors["weight"], tensors["bias"]),
-                tuple(tensors["tasks"].tolist()),
-            )
-        except (SafetensorError, KeyError) as error:
-            raise CorruptError(f"{where} holds no task predictor: {error}") from error
+        tensors = read_tensors(
+            data, where, value="n", scaling="float64", weight="t d", bias="t", tasks="int64 t"
+        )
+        return cls(
+            tensors["value"],
+            float(tensors["scaling"]),
+            LinearClassifier(tensors["weight"], tensors["bias"]),
+            tuple(tensors["tasks"].tolist()),
+        )
 
 
 class Modulation(Method):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from memtool.adapters.layout import Layout
 from memtool.adapters.linear import AdaptedLinear
 from memtool.adapters.values import Recall
-from memtool.errors import ConfigError
+from memtool.errors import ConfigError, CorruptError
 from memtool.methods.dual_gpm import DualGPM, spaces_from_bytes, spaces_to_bytes
 from memtool.methods.fixed_head import PromptTokens
 from memtool.methods.workspace import Workspace
@@ -106,13 +106,19 @@ class PastInputs:
         return spaces_to_bytes(self.space, torch.float32)
 
     @classmethod
-    def from_bytes(cls, data: bytes, layout: Layout, energy: float) -> PastInputs:
+    def from_bytes(cls, data: bytes, layout: Layout, energy: float, where: str) -> PastInputs:
         """What `to_bytes` wrote, for the same layout.
 
         Raises CorruptError for anything else, ConfigError where it kept another share of energy.
         """
-        spaces = spaces_from_bytes(data)
-        for space in spaces.values():
+        spaces = spaces_from_bytes(data, where)
+        widths = {site.module: site.in_features for site in layout.sites}
+        for module, space in spaces.items():
+            if widths.get(module) != space.width:
+                raise CorruptError(
+                    f"{where} holds inputs of {module!r}, {space.width} wide",
+                    expected="modules of the layout, as wide as they are",
+                )
             if space.start != energy:
                 raise ConfigError(
                     f"past.energy {energy:g} in a memory of free keys that keeps {space.start:g}",

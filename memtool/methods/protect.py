@@ -92,9 +92,9 @@ class Protection:
         return spaces_to_bytes(self.pasts)
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Protection:
+    def from_bytes(cls, data: bytes, where: str) -> Protection:
         """What `to_bytes` wrote. Raises CorruptError for anything else."""
-        return cls(spaces_from_bytes(data))
+        return cls(spaces_from_bytes(data, where))
 
 
 @dataclass(frozen=True, eq=False)

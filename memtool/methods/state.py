@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from safetensors.torch import save
 
 import memtool_stores
 from memtool.adapters.layout import Layout
@@ -29,6 +28,7 @@ from memtool.memories.closed_form import QueryStatistics
 from memtool.memories.keyed import KeyedMemory
 from memtool.methods.protect import Protection
 from memtool.methods.recall import MemoryModel, memory_blocks
+from memtool.tensor_bytes import load_tensors, read_tensors
 
 MEMORY = "memory"
 QUERY_MODULES = "query-modules"
@@ -96,6 +96,15 @@ class MemoryState(StoredState):
     class_names: tuple[str, ...]
     fingerprint: str
 
+    @model_validator(mode="after")
+    def _fits_itself(self) -> Self:
+        places = range(len(self.tasks))
+        if len(self.adapter_tasks) != len(self.adapters):
+            raise ValueError(f"{len(self.adapters)} adapters of {len(self.adapter_tasks)} tasks")
+        if not all(place in places for place in self.adapter_tasks):
+            raise ValueError(f"adapters of other tasks than the {len(places)} that are named")
+        return self
+
 
 def classifier_bytes(classifier: LinearClassifier) -> bytes:
     """A classifier as a safetensors file."""
@@ -104,11 +113,8 @@ def classifier_bytes(classifier: LinearClassifier) -> bytes:
 
 def classifier_of(data: bytes, where: str) -> LinearClassifier:
     """What `classifier_bytes` wrote."""
-    try:
-        tensors = load(data)
-        return LinearClassifier(tensors["weight"], tensors["bias"])
-    except (SafetensorError, KeyError) as error:
-        raise CorruptError(f"{where} holds no classifier: {error}") from error
+    tensors = read_tensors(data, where, weight="c d", bias="c")
+    return LinearClassifier(tensors["weight"], tensors["bias"])
 
 
 def own_head(view: memtool_stores.MemoryView, adapter: str) -> LinearClassifier | None:
@@ -168,11 +174,12 @@ class Snapshot:
             prefix_tokens=backbone.prefix_tokens,
         )
         if QUERY_MODULES in view.blobs():
-            memory.load_state_dict({**memory.state_dict(), **load(view.blob(QUERY_MODULES))})
+            _load_query_modules(memory, view.blob(QUERY_MODULES))
         model = MemoryModel(backbone, values, memory, state.memory).to(device).requires_grad_(False)
         head = None
         if HEAD in view.blobs():
             head = RecalledHead.from_bytes(view.blob(HEAD), f"blob {HEAD!r}").to(device)
+            _check_head(head, state, len(records), view.version)
         return cls(view.version, view, layout, records, state, model, head)
 
     def consolidated(self) -> tuple[MemoryState, MemoryModel, RecalledHead]:
@@ -214,7 +221,7 @@ class Snapshot:
         """What learning may not change; nothing before the first protected consolidation."""
         if PAST_QUERIES not in self.view.blobs():
             return Protection()
-        return Protection.from_bytes(self.view.blob(PAST_QUERIES))
+        return Protection.from_bytes(self.view.blob(PAST_QUERIES), f"blob {PAST_QUERIES!r}")
 
     def query_statistics(self) -> dict[int, QueryStatistics]:
         """Moments of the queries of every consolidated task, by task number, in order."""
@@ -225,6 +232,30 @@ class Snapshot:
         return feature_statistics(self.view, self.state.tasks if self.state else ())
 
 
+def _load_query_modules(memory: KeyedMemory, data: bytes) -> None:
+    """Put the learned query modules of a blob in the place of those of a new memory."""
+    where = f"blob {QUERY_MODULES!r}"
+    learned, fresh = load_tensors(data, where), memory.state_dict()
+    for name, tensor in learned.items():
+        if ".query." not in name or name not in fresh or fresh[name].shape != tensor.shape:
+            raise CorruptError(
+                f"{where} holds {name!r} of shape {tuple(tensor.shape)}",
+                expected="the parts of the query modules that the memory's settings name",
+            )
+    memory.load_state_dict({**fresh, **learned})
+
+
+def _check_head(head: RecalledHead, state: MemoryState, adapters: int, version: str) -> None:
+    """Raise MismatchError where a head does not belong to the memory beside it."""
+    owners = adapters if head.owners is None else len(head.owners)
+    if (head.classes, owners) != (len(state.class_names), adapters):
+        raise MismatchError(
+            f"the head at version {version} is of {head.classes} classes and {owners} adapters",
+            expected=f"{len(state.class_names)} classes and {adapters} adapters, as in its memory",
+            remedy="memtool consolidate",
+        )
+
+
 def query_statistics(
     view: memtool_stores.MemoryView, state: MemoryState | None
 ) -> dict[int, QueryStatistics]:
@@ -233,14 +264,16 @@ def query_statistics(
     A task that was consolidated before memtool kept them apart is left out, and counted again.
     """
     tasks = [task for task in (state.tasks if state else ()) if queries_blob(task) in view.blobs()]
-    return {task: QueryStatistics.from_bytes(view.blob(queries_blob(task))) for task in tasks}
+    blobs = {task: queries_blob(task) for task in tasks}
+    return {t: QueryStatistics.from_bytes(view.blob(b), f"blob {b!r}") for t, b in blobs.items()}
 
 
 def feature_statistics(
     view: memtool_stores.MemoryView, tasks: Sequence[int]
 ) -> dict[int, FeatureStatistics]:
     """Moments of the features of tasks at a version, in order."""
-    return {task: FeatureStatistics.from_bytes(view.blob(features_blob(task))) for task in tasks}
+    blobs = {task: features_blob(task) for task in tasks}
+    return {t: FeatureStatistics.from_bytes(view.blob(b), f"blob {b!r}") for t, b in blobs.items()}
 
 
 def solve_recalled_head(

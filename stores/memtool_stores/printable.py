@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 SHOWN_CHARACTERS = 80
+
+_LINE_END = re.compile(r"\s*[\n\r]\s*")
 
 
 def printable(text: str) -> str:
@@ -16,6 +19,11 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def one_line(text: str) -> str:
+    """The text as an error says it: printable, with a space for every end of a line."""
+    return printable(_LINE_END.sub(" ", text.strip()))
 
 
 def shown(value: Any) -> str:

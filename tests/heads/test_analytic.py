@@ -168,7 +168,7 @@ def test_one_class_and_constant_features_have_their_limits() -> None:
 def test_round_trip_through_bytes() -> None:
     statistics = counted(*problem())
     data = statistics.to_bytes()
-    again = FeatureStatistics.from_bytes(data)
+    again = FeatureStatistics.from_bytes(data, "here")
     assert again.to_bytes() == data
     assert (again.dim, again.classes) == (8, 5)
     assert torch.equal(again.ridge().weight, statistics.ridge().weight)

@@ -97,5 +97,5 @@ def test_bytes_round_trip(shared):
 def test_bad_input():
     with pytest.raises(MismatchError, match="2 heads"):
         RecalledHead.of_tasks(heads(2), [0, 2])
-    with pytest.raises(CorruptError, match="here holds no head"):
+    with pytest.raises(CorruptError, match="here is no safetensors file"):
         RecalledHead.from_bytes(b"nothing", "here")

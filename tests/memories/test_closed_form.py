@@ -169,7 +169,7 @@ def test_every_linear_similarity_scores_the_same_tasks(name: str, kind: str) -> 
 def test_round_trip_through_bytes() -> None:
     statistics = counted(tasks(3, 2, 5))
     data = statistics.to_bytes()
-    again = QueryStatistics.from_bytes(data)
+    again = QueryStatistics.from_bytes(data, "here")
     assert again.to_bytes() == data
     assert torch.equal(again.lda_keys(0.1), statistics.lda_keys(0.1))
     assert (again.blocks, again.dim, again.tasks) == (2, 5, 3)
@@ -183,22 +183,22 @@ def test_corrupt_bytes_are_refused() -> None:
 
     data = counted(tasks(2, 1, 3)).to_bytes()
     for bad in (b"", b"nonsense", data[:-1], data[: len(data) // 2]):
-        with pytest.raises(CorruptError, match="not a safetensors file"):
-            QueryStatistics.from_bytes(bad)
+        with pytest.raises(CorruptError, match="here is no safetensors file"):
+            QueryStatistics.from_bytes(bad, "here")
     whole = {
         "counts": torch.zeros(2).double(),
         "sums": torch.zeros(1, 2, 3).double(),
         "second": torch.zeros(1, 3, 3).double(),
     }
-    Moments.from_bytes(save(whole))
+    Moments.from_bytes(save(whole), "here")
     for name, tensor in (
         ("counts", torch.zeros(3).double()),
         ("sums", torch.zeros(2, 3).double()),
         ("second", torch.zeros(1, 3, 3)),
         ("extra", torch.zeros(1)),
     ):
-        with pytest.raises(CorruptError, match="statistics hold"):
-            Moments.from_bytes(save(whole | {name: tensor}))
+        with pytest.raises(CorruptError, match="here holds"):
+            Moments.from_bytes(save(whole | {name: tensor}), "here")
 
 
 def test_bad_input_is_an_error_that_helps_and_leaves_the_statistics() -> None:

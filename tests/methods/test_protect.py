@@ -136,16 +136,16 @@ def test_bytes_and_back():
     past.observe(
         Asked(), Scoring(memory_of("linear")), hidden_states(1).numpy(), start=0.9, progress=0.5
     )
-    again = Protection.from_bytes(past.to_bytes())
+    again = Protection.from_bytes(past.to_bytes(), "here")
     assert set(again.pasts) == set(past.pasts) == {"0.keys", "0.g", "3.keys", "3.g"}
     for name, one in past.pasts.items():
         assert torch.equal(again.pasts[name].basis, one.basis)
         assert (again.pasts[name].kind, again.pasts[name].start) == (one.kind, one.start)
-    assert Protection.from_bytes(Protection().to_bytes()).pasts == {}
+    assert Protection.from_bytes(Protection().to_bytes(), "here").pasts == {}
     named = Protection({"a": DualGPM(3)}).to_bytes()
     for data in (b"", b"nothing", named.replace(b"remove", b"forget")):
-        with pytest.raises(CorruptError, match="bases of the past"):
-            Protection.from_bytes(data)
+        with pytest.raises(CorruptError, match=r"^here "):
+            Protection.from_bytes(data, "here")
 
 
 def learned_in_turn(folder, protect, **more):
@@ -192,7 +192,7 @@ def test_mean_queries_start_in_the_free_space_under_protection(tmp_path):
     versions = [v.id for v in store.log() if v.message.startswith("consolidate")]
     later, earlier = (store.view(version) for version in versions[:2])
     assert np.array_equal(later.keys()[:, :2], earlier.keys())
-    past = Protection.from_bytes(earlier.blob("past-queries"))
+    past = Protection.from_bytes(earlier.blob("past-queries"), "here")
     block = mira.snapshot().model.memory.blocks[0]
     new = torch.from_numpy(later.keys()[0, 2].copy())
     assert torch.allclose(past.pasts[f"{block}.{KEYS}"].project(new), new, atol=1e-5)
