@@ -61,8 +61,9 @@ def create_causal_lm(
 ) -> CausalLM:
     """The model of `hf:<id or path>`, a folder as `save_pretrained` makes it or an id on the hub.
 
-    Its weights are safetensors and are kept in `dtype`. Raises ConfigError for a name or a model
-    that cannot be used, NotFoundError where there are no such files.
+    Its weights are safetensors and are kept in `dtype`; code that comes with it is not run. Raises
+    ConfigError for a name or a model that cannot be used, NotFoundError where there are no such
+    files.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -71,8 +72,11 @@ def create_causal_lm(
     had_bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        # Code that comes with a model is never run, nor asked about on the terminal.
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype="auto", use_safetensors=True, trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except OSError as error:
         raise NotFoundError(
             f"no model {source!r} that can be read: {error}",

@@ -121,11 +121,13 @@ def footprint_of(
 
     source = model_source(settings)
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except OSError as error:
         raise NotFoundError(
             f"no configuration of a model at {source!r}: {error}", expected="a config.json"
         ) from error
+    except ValueError as error:
+        raise ConfigError(f"{source!r} is no causal language model: {error}") from error
     check_limits(settings.name, config.max_position_embeddings, text)
     return footprint(
         config, targets=settings.targets, rank=rank, tasks=tasks, gate=gate, dtype=dtype

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from memtool.adapters.lora import init_lora
 from memtool.adapters.values import AdapterValues, Recall
 from memtool.backbones import create_backbone
 from memtool.backbones.causal_lm import CAUSAL_LM_TARGETS, PAD, CausalLM, create_causal_lm
-from memtool.backbones.footprint import footprint
+from memtool.backbones.footprint import footprint, footprint_of
 from memtool.config import BackboneSettings, TextSettings
 from memtool.errors import ConfigError, DataError, MismatchError, NotFoundError
 from memtool.memories.rank1 import AtomGate, Rank1Memory, init_atoms
@@ -204,6 +205,22 @@ def test_what_is_no_language_model_is_refused(tmp_path: Path) -> None:
         create_causal_lm(BackboneSettings(name="hf:x/y", weights=weights), LIMITS)
     with pytest.raises(ConfigError, match="is a language model"):
         create_backbone(BackboneSettings(name="hf:x/y"))
+
+
+def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    folder = write_tiny(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    names = {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}
+    config |= {"model_type": "theirs", "auto_map": names}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "theirs.py").write_text(f"open({str(ran)!r}, 'w')")
+    settings = BackboneSettings(name=f"hf:{folder}", targets=("q", "v"))
+    with pytest.raises(ConfigError, match="is no causal language model"):
+        create_causal_lm(settings, TextSettings())
+    with pytest.raises(ConfigError, match="is no causal language model"):
+        footprint_of(settings, rank=2, tasks=2, gate=AtomGate(2), text=TextSettings())
+    assert not ran.exists()
 
 
 def test_models_that_are_not_expressed_are_refused() -> None:
