@@ -24,8 +24,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic.fields import FieldInfo
 
 from memtool.errors import ConfigError, NotFoundError, did_you_mean
+from memtool.yaml_file import Node, read_yaml
 from memtool_stores import limits
 from memtool_stores.limits import Limits
+from memtool_stores.printable import printable, shown
 
 Separation = Literal[
     "softmax",
@@ -80,9 +82,13 @@ Baseline = Literal[
 
 
 class Settings(BaseModel):
-    """Frozen; an unknown key is an error."""
+    """Frozen; an unknown key is an error, and so are numbers that are not finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+Seed = Annotated[int, Field(ge=0, le=10**15)]
+"""What generators of all libraries take, times a thousand and a task's number."""
 
 
 class BackboneSettings(Settings):
@@ -90,7 +96,9 @@ class BackboneSettings(Settings):
 
     name: str = Field("nano", description="nano, or timm:<model name>")
     weights: Path | None = Field(None, description="a local safetensors file; none: by name")
-    image_size: Annotated[int, Field(ge=8)] = Field(32, description="pixels a side of the input")
+    image_size: Annotated[int, Field(ge=8, le=8192)] = Field(
+        32, description="pixels a side of the input"
+    )
     targets: tuple[str, ...] = Field(("q", "v"), description="adapted linear maps of every block")
 
 
@@ -119,7 +127,7 @@ class StreamSettings(Settings):
     held_out: str | None = Field(
         None, description="for dg: the domain that nothing is learned from; none: each in turn"
     )
-    seed: int = Field(0, description="fixes splits, subsets and transformations")
+    seed: Seed = Field(0, description="fixes splits, subsets and transformations")
 
 
 class AdapterSettings(Settings):
@@ -350,7 +358,7 @@ class EngineSettings(Settings):
         "auto", description="auto: bf16 where the hardware has it"
     )
     compile: bool = Field(False, description="torch.compile the model")
-    threads: Annotated[int, Field(ge=1)] | None = Field(
+    threads: Annotated[int, Field(ge=1, le=4096)] | None = Field(
         None, description="CPU threads; none: 1 for nano, else all"
     )
     accumulate: Annotated[int, Field(ge=1)] = Field(1, description="steps of gradient accumulation")
@@ -364,7 +372,10 @@ class LimitSettings(Settings):
         Limits.header_bytes, description="header of a safetensors file"
     )
     text_bytes: Annotated[int, Field(ge=1)] = Field(
-        Limits.text_bytes, description="a YAML or JSON file"
+        Limits.text_bytes, description="a JSON file or a table as CSV"
+    )
+    yaml_bytes: Annotated[int, Field(ge=1)] = Field(
+        Limits.yaml_bytes, description="a YAML file: a description, or settings"
     )
     array_bytes: Annotated[int, Field(ge=1)] = Field(
         Limits.array_bytes, description="keys, a blob, the tensors of a file"
@@ -390,9 +401,7 @@ class Config(Settings):
     method: MethodName = Field("mira", description="how the memory is read")
     store: str = Field("memory", description="path of the memory; to read, perhaps @VERSION")
     runs: Path = Field(Path("runs"), description="folder of adapters, records and checkpoints")
-    seed: tuple[Annotated[int, Field(ge=0)], ...] = Field(
-        (0,), min_length=1, description="one seed or several"
-    )
+    seed: tuple[Seed, ...] = Field((0,), min_length=1, description="one seed or several")
     baselines: tuple[Baseline, ...] = Field(
         ("all",),
         min_length=1,
@@ -521,16 +530,17 @@ def resolve(
 
     def put(layer: Mapping[str, tuple[Any, str]]) -> None:
         for key, (value, place) in layer.items():
+            _require_text(key, value, place)
             values[key] = _as_field(key, value)
             origin[key] = place
 
     named = f"preset {chosen.name}"
     put({key: (value, named) for key, (value, _) in _read(chosen.path, chosen.path.name).items()})
     for path in (user_file(), cwd / WORKING_FILE):
-        if ambient and path.is_file():
+        if ambient and os.path.exists(path):  # noqa: PTH110 - False where nobody may look
             put(_read(path, _shown(path, cwd)))
     if file is not None:
-        put(_read(cwd / file.expanduser(), str(file)))
+        put(_read(cwd / _at_home(file), str(file)))
     if ambient:
         put(_from_environment(os.environ if environ is None else environ))
     for key in overrides or {}:
@@ -597,7 +607,7 @@ def parse_assignment(text: str) -> tuple[str, str]:
     """`"adapter.rank=8"` as key and text, for --set. Raises ConfigError."""
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise ConfigError(f"--set {text!r}", expected="KEY=VALUE, as --set adapter.rank=8")
+        raise ConfigError(f"--set {shown(text)}", expected="KEY=VALUE, as --set adapter.rank=8")
     return key.strip(), value.strip()
 
 
@@ -611,7 +621,8 @@ def split_store(store: str) -> tuple[str, str]:
 def expand(path: Path | str, environ: Mapping[str, str] | None = None) -> Path:
     """The path with `~` and every `${VARIABLE}` replaced.
 
-    Raises ConfigError that names a variable that is not set.
+    Raises ConfigError that names a variable that is not set, or a user whom nobody knows. What a
+    variable holds is never said: it may be a secret.
     """
     environ = os.environ if environ is None else environ
 
@@ -619,11 +630,24 @@ def expand(path: Path | str, environ: Mapping[str, str] | None = None) -> Path:
         name = match[1]
         if not environ.get(name):
             raise ConfigError(
-                f"{path}: the variable {name} is not set", remedy=f"export {name}=FOLDER"
+                f"{printable(str(path))}: the variable {name} is not set",
+                remedy=f"export {name}=FOLDER",
             )
         return environ[name]
 
-    return Path(re.sub(r"\$\{(\w+)\}", value, str(path))).expanduser()
+    return _at_home(Path(re.sub(r"\$\{(\w+)\}", value, str(path))))
+
+
+def _at_home(path: Path) -> Path:
+    """The path with `~` replaced. Raises ConfigError where there is no such user."""
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{printable(str(path))}: there is no user {shown(path.parts[0][1:])}",
+            expected="~ for your own home, or the name of a user of this machine",
+            remedy="write the path out, or ./~ for a folder of that name",
+        ) from error
 
 
 def _not_read_under(config: Config, key: str) -> str | None:
@@ -650,55 +674,35 @@ def _sections() -> set[str]:
     return {key.partition(".")[0] for key in keys() if "." in key}
 
 
-def _read(path: Path, shown: str) -> dict[str, tuple[Any, str]]:
+def _read(path: Path, name: str) -> dict[str, tuple[Any, str]]:
     """The settings of a YAML file: dotted key to (value, "file:line")."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise NotFoundError(
-            f"no configuration file {shown}", remedy=f"memtool init {shown}"
-        ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{shown} cannot be read: {error}") from error
-    try:
-        return _read_tree(yaml.SafeLoader(text), shown)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        place = f"{shown}:{mark.line + 1}" if mark else shown
-        raise ConfigError(f"{place}: not YAML: {error.problem or error.context}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{shown}: not YAML: {error}") from error
-
-
-def _read_tree(loader: yaml.SafeLoader, shown: str) -> dict[str, tuple[Any, str]]:
+    name = printable(name)
+    tree = read_yaml(path, name, remedy=f"memtool init {name}")
     found: dict[str, tuple[Any, str]] = {}
     sections = _sections()
 
-    def visit(node: yaml.Node, prefix: str) -> None:
-        place = f"{shown}:{node.start_mark.line + 1}"
-        if isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:null":
+    def visit(node: Node, prefix: str) -> None:
+        if node.value is None:
             return
-        if not isinstance(node, yaml.MappingNode):
+        if not isinstance(node.value, dict):
             subject = f"{prefix[:-1]!r} is a section, not a value" if prefix else "no settings here"
             inside = [key for key in keys() if key.startswith(prefix)]
             raise ConfigError(
-                f"{place}: {subject}",
+                f"{name}:{node.line}: {subject}",
                 expected=f"lines `key: value`, with keys such as {', '.join(inside[:4])}",
             )
-        for key_node, value_node in node.value:
-            place = f"{shown}:{key_node.start_mark.line + 1}"
-            key = f"{prefix}{key_node.value}"
+        for word, inner in node.value.items():
+            key, place = f"{prefix}{word}", f"{name}:{inner.line}"
             if key in sections:
-                visit(value_node, f"{key}.")
+                visit(inner, f"{key}.")
                 continue
             _require_key(key, place)
             if key in found:
                 raise ConfigError(f"{place}: {key} is set twice, first at {found[key][1]}")
-            found[key] = (loader.construct_object(value_node, deep=True), place)
+            found[key] = (inner.plain(), place)
 
-    root = loader.get_single_node()
-    if root is not None:
-        visit(root, "")
+    if tree is not None:
+        visit(tree, "")
     return found
 
 
@@ -711,11 +715,11 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, tuple[Any, str]]:
         if name not in names:
             close = difflib.get_close_matches(name, [*names, *NOT_SETTINGS], n=1)
             raise ConfigError(
-                f"{name}: no such setting",
+                f"{printable(name)}: no such setting",
                 expected=f"did you mean {close[0]}?"
                 if close
                 else "MEMTOOL_ and a key of `memtool config show`, as MEMTOOL_ADAPTER__RANK",
-                remedy=f"unset {name}",
+                remedy=f"unset {printable(name)}",
             )
         found[names[name]] = (environ[name], name)
     return found
@@ -739,8 +743,17 @@ def _require_key(key: str, place: str) -> None:
             f"one of {', '.join(inside or dict.fromkeys(k.partition('.')[0] for k in keys()))}"
         )
     raise ConfigError(
-        f"{place}: no setting {key!r}", expected=expected, remedy="memtool config show"
+        f"{place}: no setting {shown(key)}", expected=expected, remedy="memtool config show"
     )
+
+
+def _require_text(key: str, value: Any, place: str) -> None:
+    """Raise ConfigError for text that no path and no file of ours can hold."""
+    for text in value if isinstance(value, (list, tuple)) else (value,):
+        if isinstance(text, str) and ("\0" in text or any("\ud800" <= c <= "\udfff" for c in text)):
+            raise ConfigError(
+                f"{place}: {key} cannot be {shown(text)}", expected="text without NUL, in UTF-8"
+            )
 
 
 def _as_field(key: str, value: Any) -> Any:
@@ -770,7 +783,7 @@ def _validated(values: Mapping[str, Any], origin: Mapping[str, str]) -> Config:
         key = next(k for n in (2, 1) if (k := ".".join(path[:n])) in keys())
         wanted = choices(key)
         raise ConfigError(
-            f"{origin[key]}: {key} cannot be {first['input']!r}",
+            f"{origin[key]}: {key} cannot be {shown(first['input'])}",
             expected=did_you_mean(str(first["input"]), wanted)
             if wanted
             else first["msg"].removeprefix("Input should be "),

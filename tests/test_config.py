@@ -144,7 +144,7 @@ def test_get_reads_a_dotted_key():
         ("rank: 3", 1, "no setting 'rank'", "'adapter.rank'"),
         ("epochs: 3", 1, "no setting 'epochs'", "'train.epochs' or 'consolidate.epochs'"),
         ("zzz: 3", 1, "no setting 'zzz'", "one of method, store, runs, seed, baselines, backbone"),
-        ("adapter:\n  rank: 0", 2, "adapter.rank cannot be 0", "greater than or equal to 1"),
+        ("adapter:\n  rank: 0", 2, "adapter.rank cannot be '0'", "greater than or equal to 1"),
         ("memory:\n  separation: afine", 2, "'afine'", "did you mean 'affine'?"),
         ("adapter: 4", 1, "'adapter' is a section", "adapter.rank"),
         ("adapter: [4]", 1, "'adapter' is a section", "adapter.rank"),
@@ -196,7 +196,7 @@ def test_a_file_that_is_not_text(tmp_path):
 
 
 def test_a_yaml_file_cannot_run_code():
-    with pytest.raises(ConfigError, match=r"c\.yaml:1: not YAML"):
+    with pytest.raises(ConfigError, match=r"c\.yaml:1: the tag .*os\.system"):
         resolve(file=write(Path("c.yaml"), "store: !!python/name:os.system"), environ={})
     assert yaml.safe_load(to_yaml(Config()))["adapter"]["rank"] == Config().adapter.rank
 

@@ -469,11 +469,14 @@ def verb(*shared: Shared) -> Callable[[Callable[..., None]], Callable[..., None]
             given = {option.name: values.pop(option.name) for option in options}
             if given["json"] and given["quiet"]:
                 raise ConfigError("--json and --quiet", expected="one of them")
+            call = Call(given, options)
             if given["verbose"]:
                 logging.basicConfig(stream=sys.stderr, format="%(name)s: %(message)s")
                 logging.getLogger("memtool").setLevel(logging.INFO)
                 logging.getLogger("memtool_stores").setLevel(logging.INFO)
-            function(Call(given, options), **values)
+                return function(call, **values)
+            with call.out.hearing():
+                return function(call, **values)
 
         parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
         parameters += [option.parameter for option in options]

@@ -12,6 +12,7 @@ JSON document per record, `-q` only ids or one number.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -100,6 +101,19 @@ class Out:
             sys.stderr.write(text + "\n")
             sys.stderr.flush()
 
+    @contextmanager
+    def hearing(self) -> Iterator[None]:
+        """While the block runs, what the library warns of is a note, each once; not with --json."""
+        hearer = _Hearer(self)
+        loggers = [logging.getLogger(name) for name in ("memtool", "memtool_stores")]
+        for logger in loggers:
+            logger.addHandler(hearer)
+        try:
+            yield
+        finally:
+            for logger in loggers:
+                logger.removeHandler(hearer)
+
     def next(self, command: str) -> None:
         """The command that comes next."""
         self.note(f"next: {command}")
@@ -114,6 +128,22 @@ class Out:
                 yield progress
         else:
             yield PlainProgress()
+
+
+class _Hearer(logging.Handler):
+    """Turns warnings of the library into notes."""
+
+    def __init__(self, out: Out) -> None:
+        super().__init__(logging.WARNING)
+        self._out = out
+        self._said: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Say it, unless it was said."""
+        text = record.getMessage()
+        if text not in self._said and not self._out.json:
+            self._out.note(f"note: {text}")
+        self._said.add(text)
 
 
 class PlainProgress:

@@ -83,6 +83,7 @@ def plan(config: Config, *, seed: int, verb: str) -> dict[str, Any]:
         "store": work.store_path,
         "store_exists": work.has_store,
         "runs": str(config.runs),
+        "notes": list(work.stream.notes),
     }
 
 

@@ -7,6 +7,9 @@ Everything heavy is imported inside the functions, so that `import memtool.strea
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+from collections.abc import Iterable
 from os import PathLike
 from typing import TYPE_CHECKING
 
@@ -28,7 +31,10 @@ __all__ = [
     "list_sources",
     "load_image",
     "open_table",
+    "tell",
 ]
+
+_log = logging.getLogger(__name__)
 
 
 def create_stream(settings: StreamSettings, image_size: int) -> Stream:
@@ -37,6 +43,7 @@ def create_stream(settings: StreamSettings, image_size: int) -> Stream:
     The first opening of a data set decodes it into the cache (minutes for a big one); later
     openings map that file into memory. Raises NotFoundError (no such source), ConfigError (a
     setting or description that cannot be used) and DataError (data that cannot be read or cut).
+    What is worth knowing of the data is in the stream's `notes`, and told to the log.
     """
     if settings.setting == "trace":
         raise ConfigError(
@@ -51,7 +58,15 @@ def create_stream(settings: StreamSettings, image_size: int) -> Stream:
 
         return cut(digits_table(settings.setting, settings.seed, image_size), settings)
     table = open_table(settings.source, image_size)
-    return cut(table, settings, templates(settings.source))
+    stream = cut(table, settings, templates(settings.source))
+    tell(stream.notes)
+    return stream
+
+
+def tell(notes: Iterable[str]) -> None:
+    """Tell the log what is worth knowing of a stream; the command line says it on stderr."""
+    for note in notes:
+        _log.warning("%s", note)
 
 
 def open_table(source: str, image_size: int) -> Table:
@@ -62,7 +77,9 @@ def open_table(source: str, image_size: int) -> Table:
     from memtool.streams.cache import open_cached
     from memtool.streams.sources import find_source
 
-    return open_cached(find_source(source), image_size)
+    found = find_source(source)
+    table = open_cached(found, image_size)
+    return dataclasses.replace(table, notes=(*found.notes, *table.notes))
 
 
 def list_sources() -> list[str]:

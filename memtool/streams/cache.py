@@ -1,8 +1,9 @@
 """Data sets decoded once into memory-mapped uint8 arrays.
 
 An entry of the cache is a folder, `<name>-<size>px-<key>`, with images.npy (rows, size, size, 3),
-rows.npz (labels, domains, is_test) and header.json. Its key covers what the source's files look
-like from outside (names, sizes, times), so a warm opening reads no image and imports no reader.
+rows.npz (labels, domains, is_test, content) and header.json. Its key covers what the files of the
+source look like from outside (names, sizes, times), so a warm opening reads no image and imports no
+reader.
 Writing happens beside the entry, under a lock, and ends with a rename: other processes see a whole
 entry or none. An entry that does not fit its header is built again.
 """
@@ -22,12 +23,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from memtool.streams.images import decode_square
+from memtool.streams.images import decode_square, quiet_decoders
+from memtool.streams.listing import Listing, Source
 from memtool.streams.ordering import random_ranks
-from memtool.streams.sources import Listing, Source
 from memtool.streams.table import Table, cache_error, cache_folder
 
-_FORMAT = 1
+_FORMAT = 2
 _CHUNK_ROWS = 256
 
 _log = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ def _read(entry: Path, name: str, image_size: int) -> Table | None:
         header = json.loads((entry / "header.json").read_text(encoding="utf-8"))
         with np.load(entry / "rows.npz", allow_pickle=False) as rows:
             labels, domains, is_test = rows["labels"], rows["domains"], rows["is_test"]
+            content = rows["content"]
         # Copy-on-write: torch.from_numpy warns about read-only arrays, the file stays as it is.
         images = np.asarray(np.load(entry / "images.npy", mmap_mode="c", allow_pickle=False))
         fits = (
@@ -79,7 +81,7 @@ def _read(entry: Path, name: str, image_size: int) -> Table | None:
             and images.dtype == np.uint8
             and images.shape == (len(labels), image_size, image_size, 3)
             and list(images.shape) == header["shape"]
-            and header["rows_sha256"] == _rows_hash(labels, domains, is_test)
+            and header["rows_sha256"] == _rows_hash(labels, domains, is_test, content)
         )
         if fits:
             return Table(
@@ -91,6 +93,8 @@ def _read(entry: Path, name: str, image_size: int) -> Table | None:
                 class_names=tuple(header["class_names"]),
                 domain_names=tuple(header["domain_names"]),
                 fingerprint=header["fingerprint"],
+                content=content,
+                notes=tuple(header["notes"]),
             )
         reason = "its header does not fit its arrays"
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
@@ -123,11 +127,13 @@ def _write(folder: Path, listing: Listing, image_size: int) -> None:
     order = np.lexsort((random_ranks(count, "table", 0), domains, listing.is_test))
     labels, domains, is_test = listing.labels[order], domains[order], listing.is_test[order]
     shape = (count, image_size, image_size, 3)
-    content = hashlib.sha256()
+    fingerprint = hashlib.sha256()
+    content = np.empty(count, np.uint64)
 
     with (
         (folder / "images.npy").open("wb") as file,
         ThreadPoolExecutor(max_workers=os.cpu_count()) as pool,
+        quiet_decoders(),
     ):
         np.lib.format.write_array_header_1_0(
             file, {"descr": "|u1", "fortran_order": False, "shape": shape}
@@ -140,23 +146,25 @@ def _write(folder: Path, listing: Listing, image_size: int) -> None:
             rows = order[start : start + _CHUNK_ROWS].tolist()
             encoded = listing.encoded(rows)
             for data in encoded:
-                content.update(hashlib.sha256(data).digest())
-            for square in pool.map(decode, rows, encoded):
-                file.write(square.tobytes())
+                fingerprint.update(hashlib.sha256(data).digest())
+            for place, square in enumerate(pool.map(decode, rows, encoded), start):
+                pixels = square.tobytes()
+                content[place] = int.from_bytes(hashlib.sha256(pixels).digest()[:8], "little")
+                file.write(pixels)
         file.flush()
         os.fsync(file.fileno())
 
-    np.savez(folder / "rows.npz", labels=labels, domains=domains, is_test=is_test)
-    rows_hash = _rows_hash(labels, domains, is_test)
+    np.savez(folder / "rows.npz", labels=labels, domains=domains, is_test=is_test, content=content)
     names = json.dumps([listing.class_names, listing.domain_names])
-    content.update(f"{rows_hash}/{names}".encode())
+    fingerprint.update(f"{_rows_hash(labels, domains, is_test)}/{names}".encode())
     header = {
         "format": _FORMAT,
         "shape": shape,
-        "rows_sha256": rows_hash,
+        "rows_sha256": _rows_hash(labels, domains, is_test, content),
         "class_names": listing.class_names,
         "domain_names": listing.domain_names,
-        "fingerprint": content.hexdigest(),
+        "fingerprint": fingerprint.hexdigest(),
+        "notes": listing.notes,
     }
     (folder / "header.json").write_text(json.dumps(header, indent=1), encoding="utf-8")
 
@@ -165,8 +173,11 @@ def _rows_hash(
     labels: npt.NDArray[np.int64],
     domains: npt.NDArray[np.int64],
     is_test: npt.NDArray[np.bool_],
+    content: npt.NDArray[np.uint64] | None = None,
 ) -> str:
     digest = hashlib.sha256(labels.astype("<i8").tobytes())
     digest.update(domains.astype("<i8").tobytes())
     digest.update(is_test.astype("u1").tobytes())
+    if content is not None:
+        digest.update(content.astype("<u8").tobytes())
     return digest.hexdigest()

@@ -19,6 +19,7 @@ from memtool.streams.ordering import (
     random_ranks,
     stratified,
 )
+from memtool.streams.parts import alike
 from memtool.streams.table import Table
 from memtool.streams.task import Stream, Task
 
@@ -70,7 +71,38 @@ def cut(
         class_names=table.class_names,
         fingerprint=_fingerprint(table, settings, groups),
         held_out=held_out,
+        notes=_notes(table, is_test, groups, held_out, by_domain=by_domain),
     )
+
+
+def _notes(
+    table: Table,
+    is_test: npt.NDArray[np.bool_],
+    groups: Sequence[tuple[str, list[int]]],
+    held_out: Task | None,
+    *,
+    by_domain: bool,
+) -> tuple[str, ...]:
+    """What is worth knowing of the data: the table's own notes, names alike, images in both parts.
+
+    Images are compared before `shots` and the like choose among them.
+    """
+    notes = [*table.notes, *alike(table.class_names, f"{table.name}: classes")]
+    notes += alike(table.domain_names, f"{table.name}: domains")
+    if table.content is None:
+        return tuple(notes)
+    column = table.domains if by_domain and table.domains is not None else table.labels
+    used = np.isin(column, [one for _, members in groups for one in members])
+    if held_out is not None:
+        is_test = column == table.domain_names.index(held_out.name)
+    test, train = table.content[used & is_test], table.content[used & ~is_test]
+    both = int(np.isin(test, train).sum())
+    if both:
+        notes.append(
+            f"{table.name}: {both:,} of {len(test):,} test images are also among the training "
+            "images, pixel by pixel"
+        )
+    return tuple(notes)
 
 
 def _held_out(table: Table, settings: StreamSettings, tasks: Sequence[Task]) -> Task:

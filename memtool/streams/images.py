@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import io
 import struct
+import threading
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 
@@ -12,15 +17,32 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from memtool.errors import DataError, NotFoundError
+from memtool_stores import limits
+from memtool_stores.errors import SchemaError
+from memtool_stores.files import read_ordinary
+from memtool_stores.printable import printable
 
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+"""What is decoded; other decoders of Pillow run programs, or are little tried."""
+
+_KINDS = "a complete PNG, JPEG, WebP, BMP, GIF, TIFF or PPM image"
+
+# All that Pillow's decoders raise for bytes that are not what they say.
 _DECODE_ERRORS = (
-    OSError,  # unidentified or truncated
-    SyntaxError,  # what Pillow raises for a broken PNG chunk
+    OSError,  # unidentified or truncated; the bytes are in memory, so it is not the disk
+    SyntaxError,  # a broken PNG chunk
     ValueError,
+    ArithmeticError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
     EOFError,
     struct.error,
-    Image.DecompressionBombError,
+    zlib.error,
 )
+
+_opening = threading.Lock()
 
 
 def decode_square(encoded: bytes, image_size: int, where: str) -> npt.NDArray[np.uint8]:
@@ -28,20 +50,91 @@ def decode_square(encoded: bytes, image_size: int, where: str) -> npt.NDArray[np
 
     The largest centred square is resized by bicubic interpolation with antialiasing, which is the
     same as resizing the shorter side and cropping the centre. The orientation in the EXIF data is
-    applied. Raises DataError, beginning with `where`, for bytes that are not a readable image.
+    applied where that can be read; of several frames the first one counts. Raises DataError,
+    beginning with `where`, for bytes that are not a readable image, and for an image of more than
+    limits.image_pixels, before it is decoded.
     """
+    where = printable(where)
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            upright = ImageOps.exif_transpose(image)
-            rgb = _as_rgb(upright)
+        with _opened(encoded) as image:
+            width, height = image.size
+            limits.require("image_pixels", width * height, f"{where}: {width} x {height}")
+            rgb = _as_rgb(_upright(image))
             square = ImageOps.fit(rgb, (image_size, image_size), Image.Resampling.BICUBIC)
-    except _DECODE_ERRORS as error:
+    except SchemaError as error:
+        raise _too_large(error) from error
+    except MemoryError as error:
         raise DataError(
-            f"{where}: not an image that can be read ({error})",
-            expected="a complete PNG, JPEG, WebP, BMP, GIF or TIFF image",
+            f"{where}: there is no memory to decode it",
+            remedy="a smaller copy of the image, or a machine with more memory",
+        ) from error
+    except _DECODE_ERRORS as error:
+        reason = "no format that is read here" if "cannot identify" in str(error) else str(error)
+        raise DataError(
+            f"{where}: not an image that can be read ({printable(reason)})",
+            expected=_KINDS,
             remedy="replace or remove it",
         ) from error
     return np.asarray(square, dtype=np.uint8)
+
+
+def load_square(path: str | PathLike[str], image_size: int) -> npt.NDArray[np.uint8]:
+    """Read and decode one file: uint8 (image_size, image_size, 3).
+
+    Raises NotFoundError where there is no such file, DataError where it is not a readable image,
+    no ordinary file, or above limits.image_bytes or limits.image_pixels.
+    """
+    with quiet_decoders():
+        return decode_square(image_bytes(Path(path)), image_size, str(path))
+
+
+def image_bytes(file: Path) -> bytes:
+    """The encoded image in a file. Raises NotFoundError and DataError as `load_square`."""
+    name = printable(str(file))
+    try:
+        return read_ordinary(file, "image_bytes")
+    except FileNotFoundError as error:
+        raise NotFoundError(f"there is no image {name}", remedy="check the path") from error
+    except SchemaError as error:
+        if "limits." in (error.expected or ""):
+            raise _too_large(error) from error
+        raise DataError(
+            f"{error.message}, not an image file", expected="the path of one image"
+        ) from error
+    except OSError as error:
+        raise DataError(
+            f"{name}: cannot be read ({error.strerror})", remedy="check its path and permissions"
+        ) from error
+
+
+@contextmanager
+def quiet_decoders() -> Iterator[None]:
+    """Inside, Pillow warns of nothing: of an image that it could decode all the same.
+
+    Warnings are of the whole process, so this is for one thread, around those that decode.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        yield
+
+
+def _opened(encoded: bytes) -> Image.Image:
+    """The image of which only the header is read."""
+    # Pillow's own limit, a variable of its module, would warn or raise before ours is looked at.
+    with _opening:
+        most, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(io.BytesIO(encoded), formats=FORMATS)
+        finally:
+            Image.MAX_IMAGE_PIXELS = most
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()
+    try:
+        return ImageOps.exif_transpose(image)
+    except _DECODE_ERRORS:
+        return image  # its pixels are whole; only what is said of them is not
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
@@ -57,18 +150,9 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def load_square(path: str | PathLike[str], image_size: int) -> npt.NDArray[np.uint8]:
-    """Read and decode one file: uint8 (image_size, image_size, 3).
-
-    Raises NotFoundError where there is no such file, DataError where it is not a readable image.
-    """
-    file = Path(path)
-    if not file.exists():
-        raise NotFoundError(f"there is no image {file}", remedy="check the path")
-    if not file.is_file():
-        raise DataError(f"{file} is not an image file", expected="the path of one image")
-    try:
-        encoded = file.read_bytes()
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror})") from error
-    return decode_square(encoded, image_size, str(file))
+def _too_large(error: SchemaError) -> DataError:
+    return DataError(
+        error.message,
+        expected=error.expected,
+        remedy=f"a smaller copy of the image, or {error.remedy}",
+    )

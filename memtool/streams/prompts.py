@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from memtool.errors import ConfigError
 from memtool.streams.task import Stream
+from memtool_stores.printable import shown
 
 DEFAULT_TEMPLATE = "a photo of a {}."
 """The template of a task that has none of its own."""
@@ -33,4 +34,6 @@ def prompt(template: str, class_name: str) -> str:
 def check_template(template: str, where: str) -> None:
     """Raise ConfigError, beginning with `where`, unless the template has one place for the name."""
     if template.count("{}") != 1:
-        raise ConfigError(f"{where} is {template!r}", expected="text with one {} for the class")
+        raise ConfigError(
+            f"{where} is {shown(template)}", expected="text with one {} for the class"
+        )

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from memtool.config import expand
 from memtool.errors import DataError
 from memtool.streams.task import Samples
 
@@ -24,7 +25,9 @@ class Table:
     images uint8 (n, size, size, 3), perhaps memory-mapped; labels int64 (n,), ids into
     `class_names`; domains int64 (n,), ids into `domain_names`, or none; is_test bool (n,), all
     False where the source has no test split of its own. `fingerprint` is a sha256 of the encoded
-    images and their labels: it does not depend on paths, times or the image size.
+    images and their labels: it does not depend on paths, times or the image size. `content` uint64
+    (n,) is the same for two rows whose images are the same, pixel by pixel. `notes` are sentences
+    on what was taken for what and what was left out.
     """
 
     name: str
@@ -35,6 +38,8 @@ class Table:
     class_names: tuple[str, ...]
     domain_names: tuple[str, ...]
     fingerprint: str
+    content: npt.NDArray[np.uint64] | None = None
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -75,7 +80,7 @@ def cache_folder() -> Path:
     """Where decoded data is kept: $MEMTOOL_CACHE, else the user's cache folder."""
     given = os.environ.get("MEMTOOL_CACHE")
     if given:
-        return Path(given).expanduser()
+        return expand(given)
     import platformdirs
 
     return platformdirs.user_cache_path("memtool")

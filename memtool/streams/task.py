@@ -48,7 +48,8 @@ class Stream:
     data sets with classes of their own), "cil", "til" and "mts" (tasks are groups of classes).
     `held_out` is the domain of "dg" that nothing is learned from: it is not among the tasks, and
     all of its images are for testing. `fingerprint` is a sha256 of the source, the cut and the
-    order, the same whatever is held out.
+    order, the same whatever is held out. `notes` are sentences on what was taken for what, what was
+    left out, and what is in training and test alike.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Stream:
     class_names: tuple[str, ...]
     fingerprint: str
     held_out: Task | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def count(self) -> int:

@@ -1,8 +1,10 @@
 """Streams of texts: a task is a folder of prompts and answers.
 
     <path>/<task>/train.json         a list of {"prompt": ..., "answer": ...}
-    <path>/<task>/eval.json          or validation.json; a task may go without
+    <path>/<task>/eval.json          or validation.json, val.json, dev.json; a task may go without
     <path>/<task>/test.json
+
+The case of these names does not matter.
 
 A description in YAML names the folder, the tasks in their order, and how an answer of each task is
 scored (`memtool.evaluation.text`):
@@ -22,19 +24,21 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from memtool.config import StreamSettings, expand
 from memtool.errors import ConfigError, DataError, NotFoundError, did_you_mean
+from memtool.streams import tell
+from memtool.streams.description import folder_of, read_model
+from memtool.streams.files import files_below, left_out
 from memtool.streams.ordering import named_places, random_ranks
+from memtool.streams.parts import PartName, part_of
+from memtool.streams.rows import Written, parse_json, text_of
+from memtool_stores.printable import printable, shown
 
 TextMetric = Literal[
     "first-character", "number", "exact-match", "rouge-l", "edit-similarity", "sari"
 ]
-
-VALIDATION = ("eval", "validation")
-"""Names that the validation split may have; the first one that is there."""
 
 SHOWN = 3
 """Places of wrong entries that a message names."""
@@ -84,6 +88,8 @@ class TextStream:
     fingerprint: str
     setting: str = "trace"
     class_names: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    """Sentences on files that were left out, and on prompts in training and test alike."""
 
     @property
     def count(self) -> int:
@@ -126,48 +132,39 @@ def open_text_stream(settings: StreamSettings) -> TextStream:
     or a description that cannot be used, DataError for texts that cannot be used.
     """
     built_in = text_descriptions()
-    file = built_in.get(settings.source) or Path(settings.source).expanduser()
-    if file.suffix not in (".yaml", ".yml") or not file.is_file():
+    file = built_in.get(settings.source) or expand(settings.source)
+    if file.suffix not in (".yaml", ".yml"):
         raise NotFoundError(
-            f"there is no text source {settings.source!r}",
+            f"there is no text source {shown(settings.source)}",
             expected=did_you_mean(settings.source, built_in),
             remedy="a name of these, or the path of a YAML description of prompts and answers",
         )
     description = read_text_description(file)
-    root = file.parent / expand(description.path)
-    if not root.is_dir():
-        raise NotFoundError(
-            f"{file.stem}: there is no folder {root}",
-            expected=f"the folder that path: {description.path} names",
-            remedy=f"correct path: in {file}, or put the data there",
-        )
+    root = folder_of(description.path, file)
+    name = printable(file.stem)
     names = [task.name for task in description.tasks]
-    places = named_places(settings.order or names, names, file.stem, "task")
+    places = named_places(settings.order or names, names, name, "task")
+    notes: list[str] = []
     tasks = tuple(
-        _task(root, description.tasks[place], number, settings)
+        _task(root, description.tasks[place], number, settings, notes)
         for number, place in enumerate(places, start=1)
     )
-    return TextStream(file.stem, tasks, _fingerprint(tasks))
+    tell(notes)
+    return TextStream(name, tasks, _fingerprint(tasks), notes=tuple(notes))
 
 
 def read_text_description(file: Path) -> TextDescription:
-    """Parse and validate one description; ConfigError names the file and the key."""
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{file}: not a YAML file that can be read: {error}") from error
-    try:
-        description = TextDescription.model_validate(content)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"]) or "description"
-        known = [*TextDescription.model_fields, *TaskDescription.model_fields]
-        expected = did_you_mean(key, known) if first["type"] == "extra_forbidden" else None
-        raise ConfigError(f"{file}: {key}: {first['msg']}", expected=expected) from error
+    """Parse and validate one description; ConfigError names the file, the line and the key."""
+    description = read_model(file, TextDescription, TaskDescription.model_fields)
     names = [task.name for task in description.tasks]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise ConfigError(f"{file}: tasks names {twice!r} twice")
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"{printable(str(file))}: tasks names {shown(name)} twice")
+        if "/" in name or name.startswith(".") or not name.isprintable():
+            raise ConfigError(
+                f"{printable(str(file))}: tasks names {shown(name)}",
+                expected="the name of a folder in path:",
+            )
     return description
 
 
@@ -178,21 +175,20 @@ def read_samples(file: Path) -> TextSamples:
     anything but a list of {"prompt": text, "answer": text}, and for empty prompts and answers: a
     model cannot learn to say nothing, nor is there anything to score.
     """
+    name = printable(str(file))
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(text_of(file), name)
     except FileNotFoundError as error:
         raise NotFoundError(
-            f"there is no {file}",
+            f"there is no {name}",
             expected="train.json and test.json in the folder of every task",
             remedy="add the split, or leave the task out by stream.order",
         ) from error
-    except (OSError, ValueError) as error:  # also text that is not UTF-8, or no JSON
-        raise DataError(f"{file} cannot be read as JSON: {error}") from error
     if not isinstance(content, list) or not content:
         what = "an empty list" if content == [] else f"a JSON {type(content).__name__}"
-        raise DataError(f"{file} holds {what}", expected=_SHAPE)
+        raise DataError(f"{name} holds {what}", expected=_SHAPE)
     for number, entry in enumerate(content, start=1):
-        _check(entry, f"{file}, entry {number}")
+        _check(entry, f"{name}, entry {number}")
     prompts = tuple(entry["prompt"] for entry in content)
     answers = tuple(entry["answer"] for entry in content)
     _refuse_empty(file, "prompt", prompts)
@@ -205,11 +201,21 @@ _SHAPE = 'a list of {"prompt": text, "answer": text}'
 
 def _check(entry: Any, where: str) -> None:
     if not isinstance(entry, dict) or set(entry) != {"prompt", "answer"}:
-        found = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
+        found = shown(sorted(entry)) if isinstance(entry, dict) else type(entry).__name__
         raise DataError(f"{where}: {found}", expected='the keys "prompt" and "answer", no others')
     for key in ("prompt", "answer"):
-        if not isinstance(entry[key], str):
-            raise DataError(f"{where}: {key} is {entry[key]!r}", expected="text in quotes")
+        value = entry[key]
+        if not isinstance(value, str) or isinstance(value, Written):
+            raise DataError(f"{where}: {key} is {_as_json(value)}", expected="text in quotes")
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise DataError(
+                f"{where}: {key} has half of a character: {shown(value)}",
+                expected="pairs of \\ud800 to \\udfff",
+            )
+
+
+def _as_json(value: Any) -> str:
+    return str(value) if isinstance(value, Written) else shown(value)
 
 
 def _refuse_empty(file: Path, what: str, texts: Sequence[str]) -> None:
@@ -218,20 +224,26 @@ def _refuse_empty(file: Path, what: str, texts: Sequence[str]) -> None:
         return
     places = ", ".join(map(str, empty[:SHOWN])) + (", …" if len(empty) > SHOWN else "")
     raise DataError(
-        f"{file}: {len(empty)} of {len(texts)} entries have an empty {what}: {places}",
+        f"{printable(str(file))}: {len(empty)} of {len(texts)} entries have an empty {what}: "
+        f"{places}",
         expected=f"{what}s of at least one visible character",
         remedy="take these entries out",
     )
 
 
 def _task(
-    root: Path, description: TaskDescription, number: int, settings: StreamSettings
+    root: Path,
+    description: TaskDescription,
+    number: int,
+    settings: StreamSettings,
+    notes: list[str],
 ) -> TextTask:
     folder = root / description.name
-    files = [folder / f"{name}.json" for name in VALIDATION]
-    validation = next((file for file in files if file.is_file()), None)
-    train = read_samples(folder / "train.json")
-    test = read_samples(folder / "test.json")
+    files = _parts(folder, description.name, notes)
+    train = read_samples(files.get("training", folder / "train.json"))
+    test = read_samples(files.get("testing", folder / "test.json"))
+    validation = files.get("validation")
+    notes += _repeated(description.name, train, test)
     return TextTask(
         number=number,
         name=description.name,
@@ -240,6 +252,49 @@ def _task(
         validation=TextSamples((), ()) if validation is None else read_samples(validation),
         test=_limited(test, settings.test_per_task, settings.seed),
     )
+
+
+def _parts(folder: Path, name: str, notes: list[str]) -> dict[PartName, Path]:
+    """The files of a task by the part that they hold, as their names say.
+
+    Raises NotFoundError where there is no folder, DataError where two files hold the same part.
+    """
+    if not folder.is_dir():
+        raise NotFoundError(
+            f"there is no folder {printable(str(folder))}",
+            expected="a folder for every task that the description names",
+            remedy="add the task, or leave it out by stream.order",
+        )
+    found = files_below(folder)
+    parts: dict[PartName, Path] = {}
+    for file in found.files:
+        part = part_of(file.stem) if file.suffix.lower() == ".json" else None
+        if part is None or file.parent != folder:
+            continue
+        if part in parts:
+            raise DataError(
+                f"{printable(str(folder))}: {printable(parts[part].name)} and "
+                f"{printable(file.name)} are both for {part}",
+                expected="one file for training, one for testing, one or none for validation",
+                remedy="put their entries into one, or take one out",
+            )
+        parts[part] = file
+    notes += left_out(name, found, list(parts.values()))
+    return parts
+
+
+def _repeated(name: str, train: TextSamples, test: TextSamples) -> list[str]:
+    """A sentence on the test prompts that are among the training prompts; none for none."""
+    learned = set(train.prompts)
+    pairs = set(zip(train.prompts, train.answers, strict=True))
+    both = [pair for pair in zip(test.prompts, test.answers, strict=True) if pair[0] in learned]
+    if not both:
+        return []
+    same = sum(pair in pairs for pair in both)
+    return [
+        f"{name}: {len(both):,} of {len(test):,} test prompts are also among the training prompts, "
+        f"{same:,} of them with the same answer"
+    ]
 
 
 def _limited(samples: TextSamples, count: int | None, seed: int) -> TextSamples:

@@ -16,6 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from memtool_stores import limits
+from memtool_stores.errors import SchemaError
+from memtool_stores.printable import printable, shown
+
 PART = ".part"
 """How the names of files and folders in the making end; they begin with a dot."""
 
@@ -61,6 +65,38 @@ def write_whole(path: Path, data: bytes, *, private: bool = False) -> None:
     """
     with appearing(path, private=private) as file:
         file.write(data)
+
+
+def read_ordinary(path: Path, limit: str) -> bytes:
+    """All bytes of an ordinary file that is not above the limit of that name; links are followed.
+
+    Raises:
+        SchemaError: it is a folder, a pipe or a device, which could keep a reader for ever, or is
+            too large, or no file can have this path.
+        OSError: the file system refuses.
+    """
+    try:
+        # A pipe would wait for its writer here.
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    except ValueError as error:
+        raise SchemaError(
+            f"{shown(str(path))} cannot be the path of a file", expected="a path without NUL"
+        ) from error
+    state = os.fstat(handle)
+    if not stat.S_ISREG(state.st_mode):
+        os.close(handle)
+        what = "a folder" if stat.S_ISDIR(state.st_mode) else "a pipe or a device"
+        raise SchemaError(
+            f"{printable(str(path))} is {what}",
+            expected="an ordinary file",
+            remedy="the path of a file; what a program writes goes into one first",
+        )
+    with os.fdopen(handle, "rb") as file:
+        limits.require(limit, state.st_size, printable(str(path)))
+        most = getattr(limits.current(), limit)
+        data = file.read(most + 1)  # it may grow, or say nothing of its size
+    limits.require(limit, len(data), printable(str(path)))
+    return data
 
 
 def part(target: Path) -> Path:

@@ -12,7 +12,8 @@ import yaml
 from memtool.config import StreamSettings, resolve
 from memtool.errors import DataError, NotFoundError
 from memtool.streams import create_stream, open_table
-from memtool.streams.sources import built_in_descriptions, read_description, task_names
+from memtool.streams.description import read_description
+from memtool.streams.sources import built_in_descriptions, task_names
 
 Folder = Callable[..., Path]
 

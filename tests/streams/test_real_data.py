@@ -12,7 +12,8 @@ from PIL import Image
 
 from memtool.config import StreamSettings
 from memtool.streams import create_stream, open_table
-from memtool.streams.sources import built_in_descriptions, read_description
+from memtool.streams.description import read_description
+from memtool.streams.sources import built_in_descriptions
 
 LOCAL = sorted(
     name

@@ -16,7 +16,8 @@ from PIL import Image
 from memtool.config import StreamSettings
 from memtool.errors import ConfigError, DataError, NotFoundError
 from memtool.streams import create_stream, list_sources, open_table
-from memtool.streams.sources import built_in_descriptions, read_description, task_names
+from memtool.streams.description import read_description
+from memtool.streams.sources import built_in_descriptions, task_names
 
 Folder = Callable[..., Path]
 
@@ -188,7 +189,7 @@ def test_datasets_leaves_nothing_in_the_cache(tmp_path: Path, own_cache: Path) -
 
 def test_an_unknown_key(tmp_path: Path) -> None:
     source = _describe(tmp_path, **COLUMNS, domian="place")
-    with pytest.raises(ConfigError, match=r"mine\.yaml: unknown key 'domian'") as error:
+    with pytest.raises(ConfigError, match=r"mine\.yaml:\d: unknown key 'domian'") as error:
         open_table(source, 8)
     assert "did you mean 'domain'" in str(error.value)
 
@@ -196,7 +197,7 @@ def test_an_unknown_key(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("kind: [parquet", "not valid YAML"),
+        ("kind: [parquet", "yaml:1: not YAML"),
         ("- a\n- b\n", "not a description"),
         ("kind: parquet\n", "'path' is missing"),
         ("kind: zip\npath: .\n", "kind: Input should be"),
@@ -210,7 +211,7 @@ def test_a_description_that_cannot_be_used(tmp_path: Path, text: str, message: s
 
 
 def test_a_description_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(NotFoundError, match=r"no description .*gone\.yaml"):
+    with pytest.raises(NotFoundError, match=r"there is no file .*gone\.yaml"):
         open_table(str(tmp_path / "gone.yaml"), 8)
 
 
@@ -241,9 +242,13 @@ def test_a_column_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_a_column_that_holds_no_images(tmp_path: Path) -> None:
-    _parquet(tmp_path / "a.parquet", [0, 1], size=[3, 4])
-    with pytest.raises(DataError, match="cannot be read"):
-        open_table(_describe(tmp_path, **{**COLUMNS, "image": "size"}), 8)
+    columns = {"size": [3, 4], "grey": [[1, 2], [3, 4]], "squares": [[[1, 2]], [[3, 4]]]}
+    _parquet(tmp_path / "a.parquet", [0, 1], **columns, word=["x", "y"])
+    for column in columns:
+        with pytest.raises(DataError, match=f"'{column}' of a.parquet holds .* not images"):
+            open_table(_describe(tmp_path, **{**COLUMNS, "image": column}), 8)
+    with pytest.raises(DataError, match=r"row \d of a\.parquet \([xy]\): there is no such image"):
+        open_table(_describe(tmp_path, **{**COLUMNS, "image": "word"}), 8)
 
 
 def test_a_file_that_is_not_parquet(tmp_path: Path) -> None:
