@@ -77,9 +77,9 @@ def _sort_out(
     path = Path(entry.path)
     if entry.name.startswith("."):
         left_out[_HIDDEN] += 1
-    elif entry.is_dir():
+    elif path.is_dir():
         (links if entry.is_symlink() else folders).append(path)
-    elif entry.is_file():
+    elif path.is_file():
         files.append(path)
     elif entry.is_symlink() and not path.exists():
         left_out[_LOST] += 1

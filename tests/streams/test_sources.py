@@ -151,6 +151,48 @@ def test_json_with_relative_paths(image_folder: Folder, own_cache: Path) -> None
         open_table(source, 12)
 
 
+def test_a_table_names_images_of_its_folder_only(image_folder: Folder, tmp_path: Path) -> None:
+    root = image_folder(["images"])
+    Image.new("RGB", (4, 4)).save(tmp_path / "private.png")
+    for path in ("../private.png", str(tmp_path / "private.png"), "images/../../private.png"):
+        (root / "rows.csv").write_text(f"image,label\nimages/00.png,a\n{path},b\n")
+        with pytest.raises(DataError, match=r"row 1 of rows\.csv, line 3 .*outside") as error:
+            open_table(_describe(root, kind="csv", train="rows.csv"), 12)
+        assert "path: of the description" in str(error.value)
+    (root / "rows.csv").write_text(f"image,label\n{root}/images/00.png,a\nimages/01.png,b\n")
+    assert len(open_table(_describe(root, kind="csv", train="rows.csv"), 12)) == 2
+
+
+def test_labels_of_csv_are_text_as_written(image_folder: Folder) -> None:
+    root = image_folder(["."])
+    labels = ["007", "7", "NA", "None", " a", "1e3"]
+    rows = [f"{row % 5:02}.png,{label}" for row, label in enumerate(labels)]
+    (root / "rows.csv").write_text("\n".join(["image,label", *rows]))
+    table = open_table(_describe(root, kind="csv", train="rows.csv"), 12)
+    assert set(table.class_names) == set(labels)
+    (root / "rows.csv").write_text("image,label\n00.png,a\n\n01.png,\n")
+    with pytest.raises(DataError, match=r"row 1 of rows\.csv, line 4: no label"):
+        open_table(_describe(root, kind="csv", train="rows.csv"), 12)
+
+
+@pytest.mark.parametrize("labels", [["a", "", "b"], ["a", "  ", "b"], [0.5, float("nan"), 1.0]])
+def test_a_label_that_is_missing_in_parquet(tmp_path: Path, labels: list[object]) -> None:
+    _parquet(tmp_path / "a.parquet", labels)
+    with pytest.raises(DataError, match=r"row 1 of a\.parquet: no kind"):
+        open_table(_describe(tmp_path, **COLUMNS), 8)
+
+
+def test_imagefolder_says_what_it_leaves_out(image_folder: Folder) -> None:
+    image_folder(["train/ant", "train/bee"])
+    root = image_folder(["validation/ant", "validation/bee"], each=2)
+    (root / "train" / "ant" / "1.heif").write_text("")
+    notes = open_table(_describe(root, kind="imagefolder", train="train"), 12).notes
+    assert notes == (
+        "mine: left out: .yaml (1), .heif (1)",
+        "mine: 4 of 14 images are in no part that the description names",
+    )
+
+
 def test_imagefolder_through_datasets(image_folder: Folder) -> None:
     leaves = ["ant", "bee"]
     image_folder([f"train/{leaf}" for leaf in leaves])

@@ -156,6 +156,40 @@ def test_images_are_not_read_from_a_stream_of_texts() -> None:
         create_stream(StreamSettings(source="digits", setting="trace"), 32)
 
 
+@pytest.mark.parametrize("name", ["Eval", "validation", "dev", "VAL"])
+def test_parts_are_known_by_name_whatever_their_case(description: Path, name: str) -> None:
+    folder = description.parent / "data/a"
+    (folder / "eval.json").rename(folder / f"{name}.json")
+    (folder / "train.json").rename(folder / "Training.json")
+    assert len(opened(description).tasks[0].validation) == 2
+    write(folder, {"train": entries(3)})
+    with pytest.raises(DataError, match=r"Training\.json and train\.json are both for training"):
+        opened(description)
+
+
+def test_what_is_left_out_and_what_comes_twice_is_said(
+    description: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert opened(description).notes == (
+        "a: 4 of 4 test prompts are also among the training prompts, 4 of them with the same "
+        "answer",
+        "b: 4 of 4 test prompts are also among the training prompts, 4 of them with the same "
+        "answer",
+    )
+    assert "4 of 4 test prompts" in caplog.text
+    write(description.parent / "data/a", {"test": entries(4, "new"), "more": entries(1)})
+    (description.parent / "data/a/notes.txt").write_text("x")
+    notes = opened(description, order=("a",)).notes
+    assert notes == ("a: left out: .json (1), .txt (1)",)
+
+
+def test_halves_of_characters_are_refused(description: Path) -> None:
+    text = '[{"prompt": "a", "answer": "\\ud800"}]'
+    (description.parent / "data/a/train.json").write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match=r"entry 1: answer has half of a character"):
+        opened(description)
+
+
 @needs_data
 @pytest.mark.parametrize(("name", "tasks"), [("trace", 8), ("text_cl5", 5)])
 def test_built_in_streams_are_whole(name: str, tasks: int) -> None:
