@@ -23,6 +23,9 @@ from memtool_stores.printable import printable, shown
 MOST_LEVELS = 16
 """Lists and sections inside each other; ours have three."""
 
+MOST_VALUES = 30_000
+"""Values in a file, which are what takes a parser its time; the classes of ImageNet are 21,841."""
+
 _NONE = frozenset({"", "~", "null", "Null", "NULL"})
 _CORE = "tag:yaml.org,2002:"
 _TAGS = frozenset(
@@ -106,6 +109,7 @@ class _Tree:
     def __init__(self, text: str, name: str) -> None:
         self._events: Iterator[Any] = yaml.parse(text, Loader=yaml.SafeLoader)
         self._name = name
+        self._values = 0
 
     def root(self) -> Node | None:
         found: list[Node] = []
@@ -125,6 +129,9 @@ class _Tree:
             raise self._refused(
                 event, f"{level} levels", f"at most {MOST_LEVELS} inside each other"
             )
+        self._values += 1
+        if self._values > MOST_VALUES:
+            raise self._refused(event, f"more than {MOST_VALUES:,} values", "fewer")
         line = event.start_mark.line + 1
         match event:
             case yaml.ScalarEvent():
@@ -165,7 +172,7 @@ class _Tree:
         return ConfigError(
             f"{self._name}:{event.start_mark.line + 1}: {printable(what)}",
             expected=expected,
-            remedy="write it out",
+            remedy="leave it out, or write it in another way",
         )
 
 

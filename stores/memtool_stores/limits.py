@@ -24,8 +24,8 @@ class Limits:
     """Header of a safetensors file; the format itself ends there."""
     text_bytes: int = 64 * MB
     """A file of JSON or of a table, and a line of a catalog."""
-    yaml_bytes: int = 1 * MB
-    """A YAML file: settings, a description. A megabyte takes the parser seconds."""
+    yaml_bytes: int = MB // 4
+    """A YAML file: settings, a description. So much takes the parser seconds."""
     array_bytes: int = 64 * GB
     """Keys, a catalog, a blob, and the tensors of one file."""
     bundle_files: int = 10_000_000
