@@ -114,7 +114,7 @@ def model_source(settings: BackboneSettings) -> str:
         )
     place = expand(wanted)
     if not place.is_dir() and (Path(wanted).is_absolute() or "$" in wanted):
-        raise NotFoundError(f"there is no folder {place}", expected="a folder with config.json")
+        raise NotFoundError(f"there is no folder {wanted}", expected="a folder with config.json")
     return str(place) if place.is_dir() else wanted
 
 

@@ -28,6 +28,7 @@ from memtool.progress import ProgressEvent
 from memtool.streams import create_stream
 from memtool.streams.task import Samples, Task
 from memtool.streams.text import TextTask
+from memtool_stores.printable import printable
 
 if TYPE_CHECKING:
     from memtool.backbones.interface import Backbone, FrozenModel
@@ -190,7 +191,14 @@ class Workspace(MemoryWorkspace[Task]):
         """The frozen model, on the device."""
         settings = self.config.backbone
         if settings.weights is not None:
-            settings = settings.model_copy(update={"weights": expand(settings.weights)})
+            weights = expand(settings.weights)
+            if not weights.is_file():  # named as written: a variable may hold a secret
+                raise NotFoundError(
+                    f"no weights at {printable(str(settings.weights))}",
+                    expected="a safetensors file",
+                    remedy="--set backbone.weights=FILE",
+                )
+            settings = settings.model_copy(update={"weights": weights})
         backbone = create_backbone(settings)
         return backbone.to(self.engine.device)
 

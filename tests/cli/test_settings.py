@@ -6,6 +6,7 @@ import json
 import re
 
 import pytest
+from PIL import Image
 
 from memtool.config import Config, keys, presets, resolve
 
@@ -144,3 +145,27 @@ def test_completion_is_silent_where_it_cannot_know(here, memtool):
     (here / "memtool.yaml").write_text("adapter: [\n")
     assert complete(memtool, "memtool show H") == []
     assert complete(memtool, "memtool train-adapter --task x") == []
+
+
+def test_what_the_data_are_taken_for_is_said_once_and_on_stderr(here, memtool):
+    colours = {"cat": (200, 0, 0), "dog": (0, 0, 200)}
+    for part in ("Train", "TEST"):
+        for name, colour in colours.items():
+            folder = here / "photos" / part / "garden" / name
+            folder.mkdir(parents=True)
+            for number in range(4):
+                Image.new("RGB", (32, 32), (*colour[:2], number)).save(folder / f"{number}.png")
+    (here / "photos" / "TEST" / "list.txt").write_text("")
+    asked = ("run", "--dry-run", "--set", "stream.source=photos")
+    said = memtool(*asked, MEMTOOL_CACHE=str(here / "cache"))
+    notes = [line for line in said.stderr.splitlines() if line.startswith("note: ")]
+    assert notes == [
+        "note: photos: 16 images; for training: Train (8); for testing: TEST (8); domains: garden "
+        "(16); 2 classes: cat, dog",
+        "note: photos: left out: .txt (1)",
+        "note: photos: 8 of 8 test images are also among the training images, pixel by pixel",
+    ]
+    silent = memtool(*asked, "--json", MEMTOOL_CACHE=str(here / "cache"))
+    assert silent.stderr == ""
+    assert [f"note: {note}" for note in json.loads(silent.stdout)["plan"]["notes"]] == notes
+    assert memtool(*asked, "-q", MEMTOOL_CACHE=str(here / "cache")).stderr == ""

@@ -248,7 +248,8 @@ def _weights(config: Config) -> Check:
     return Check(
         name="backbone",
         ok=there,
-        found=f"{config.backbone.name}, {path}" + ("" if there else ", which is not there"),
+        found=f"{config.backbone.name}, {config.backbone.weights}"
+        + ("" if there else ", which is not there"),
         remedy=None if there else "--set backbone.weights=FILE",
     )
 
