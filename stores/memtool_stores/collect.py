@@ -111,8 +111,9 @@ def _make_room(url: str, tips: Collection[str]) -> None:
         room.give_up_reserve(url)
     if room.is_full(url, EXPIRY_BYTES):
         raise StorageError(
-            f"could not expire versions: the disk of {url} is full ({room.free(url):,} bytes free, about "
-            f"{needed:,} needed), and no file in the store is without use; nothing was expired",
+            f"could not expire versions: the disk of {url} is full ({room.free(url):,} bytes free, "
+            f"about {needed:,} needed), and no file in the store is without use; nothing was "
+            "expired",
             remedy=f"delete or move something beside the store ({needed:,} bytes), then "
             "`memtool gc` again",
         )

@@ -32,6 +32,14 @@ from memtool_stores.errors import (
 ROWS_PER_MANIFEST = 512
 """Rows of `/values` listed by one manifest file: what makes an append independent of T."""
 
+HANDLES = 20
+"""Files that must be free to be opened before a store is: zarr reads ten chunks at a time."""
+
+MEMORY_BYTES = 128 * 1024 * 1024
+"""Address space that must be free where the system limits it (`ulimit -v`)."""
+
+_runs = {"threads": False}
+
 _fork = {"imported": False, "child": False}
 
 
@@ -121,10 +129,14 @@ def open_repository(url: str) -> Any:
     Raises:
         NotFoundError: there is none.
         IntegrityError: there is one, but the file of its branch main is lost or damaged.
+        StorageError: this process may not open the files, or use the memory, that icechunk needs.
     """
+    _require_resources(url)
     try:
         with translated("open the store", url):
-            return icechunk().Repository.open(storage(url), configuration())
+            repository = icechunk().Repository.open(storage(url), configuration())
+            _runs["threads"] = True
+            return repository
     except NotFoundError as error:
         # icechunk looks for the file of main alone to tell whether there is a repository.
         if url.startswith("s3://") or not (Path(url) / "ice" / "refs").is_dir():
@@ -132,6 +144,25 @@ def open_repository(url: str) -> Any:
         raise IntegrityError(
             what="branch", name="main", expected="the id of a version", found="no file"
         ) from error
+
+
+def _require_resources(url: str) -> None:
+    """Without some files and memory the threads of icechunk begin in a panic, or hang."""
+    if sys.platform != "linux" or _runs["threads"]:
+        return
+    import resource
+
+    handles, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    room, _ = resource.getrlimit(resource.RLIMIT_AS)
+    try:
+        if handles - sum(1 for _ in Path("/proc/self/fd").iterdir()) < HANDLES:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        if room != resource.RLIM_INFINITY:
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            if room - pages * resource.getpagesize() < MEMORY_BYTES:
+                raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+    except OSError as error:
+        raise of_os_error(error, "open the store", url) from error
 
 
 def create_repository(url: str) -> Any:
@@ -242,7 +273,7 @@ def _out_of_memory(doing: str, where: str) -> StorageError:
 
 _IN_WORDS = (
     (r"too many open files", errno.EMFILE),
-    (r"cannot allocate memory|out of memory|unable to allocate|memory allocation", errno.ENOMEM),
+    (r"cannot allocate memory|out of memory|unable to allocate|failed to map", errno.ENOMEM),
     (r"no space left|quota exceeded", errno.ENOSPC),
     (r"permission denied|read-only file system", errno.EACCES),
     (r"file too large", errno.EFBIG),

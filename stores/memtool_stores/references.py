@@ -135,14 +135,15 @@ def damaged_ref(kind: str, name: str) -> IntegrityError:
     )
 
 
-def make(url: str, repository: Any, kind: str, name: str, version: str) -> None:
+def make(url: str, repository: Any, kind: str, name: str, version: str, doing: str) -> None:
     """Make a branch or a tag, whole or not at all; the caller holds the lock.
+
+    `doing` is what it is made for, as errors say it ("roll back to 'v1'").
 
     Raises:
         StorageError: no permission, or no room; what was begun is taken back.
     """
     create = repository.create_tag if kind == "tag" else repository.create_branch
-    doing = f"make {kind} {name!r}"
     if url.startswith("s3://"):
         with translated(doing, url):
             create(name, version)

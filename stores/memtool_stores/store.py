@@ -406,14 +406,13 @@ class MemoryStore:
             version = self._resolve(ref)
             if name in self.branches() or name in self.tags():
                 raise AlreadyExistsError(f"{name!r} is a tag or branch already")
-            self._make_reference(kind, name, version)
+            self._make_reference(kind, name, version, f"make {kind} {name!r}")
             self._sync()
         return version
 
-    def _make_reference(self, kind: str, name: str, version: str) -> None:
-        doing = f"make {kind} {name!r}"
+    def _make_reference(self, kind: str, name: str, version: str, doing: str) -> None:
         self._check_room(doing, room.REFERENCE_BYTES, room.REFERENCE_FILES)
-        references.make(self.url, self._repository, kind, name, version)
+        references.make(self.url, self._repository, kind, name, version, doing)
 
     def tags(self) -> dict[str, str]:
         """The version id of every tag, by name."""
@@ -486,7 +485,7 @@ class MemoryStore:
             try:
                 with translated(doing, self.url):
                     self._repository.lookup_snapshot(head)
-                self._make_reference("branch", backup, head)
+                self._make_reference("branch", backup, head, doing)
             except (IntegrityError, NotFoundError):
                 backup = ""  # a damaged version can be left, but not kept
             with translated(doing, self.url):

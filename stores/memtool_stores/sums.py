@@ -186,9 +186,13 @@ def _write(url: str, version: str, files: Collection[str]) -> None:
             digest = hashlib.sha256((Path(url) / path).read_bytes()).hexdigest()
             lines.append(f"{digest}  {path}\n")
         _folder(url).mkdir(exist_ok=True)
+        text = "".join(lines).encode()
+        noted = _folder(url) / version
+        if noted.is_file() and noted.read_bytes() == text:
+            return  # on a full disk there would be no room to write the same again
         # Whoever commits brings all of it to the disk at once.
-        with appearing(_folder(url) / version, flushed=False) as file:
-            file.write("".join(lines).encode())
+        with appearing(noted, flushed=False) as file:
+            file.write(text)
     except OSError as error:
         raise of_os_error(error, f"note the checksums of version {version}", url) from error
 
