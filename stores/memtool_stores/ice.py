@@ -35,8 +35,11 @@ ROWS_PER_MANIFEST = 512
 HANDLES = 20
 """Files that must be free to be opened before a store is: zarr reads ten chunks at a time."""
 
-MEMORY_BYTES = 128 * 1024 * 1024
-"""Address space that must be free where the system limits it (`ulimit -v`)."""
+MEMORY_BYTES = 1024 * 1024 * 1024
+"""Address space that must be free where the system limits it (`ulimit -v`): most is never used."""
+
+SCARCE_BYTES = 128 * 1024 * 1024
+"""With less of it a failure to unpack says nothing of the bytes that were to be unpacked."""
 
 _runs = {"threads": False}
 
@@ -148,21 +151,40 @@ def open_repository(url: str) -> Any:
 
 def _require_resources(url: str) -> None:
     """Without some files and memory the threads of icechunk begin in a panic, or hang."""
-    if sys.platform != "linux" or _runs["threads"]:
+    if _runs["threads"]:
         return
+    doing = "open the store"
+    try:
+        handles, room = _free_handles(), _free_address_space()
+    except OSError as error:
+        raise of_os_error(error, doing, url) from error
+    if handles < HANDLES:
+        raise of_os_error(OSError(errno.EMFILE, ""), doing, url)
+    if room < MEMORY_BYTES:
+        raise _out_of_memory(doing, url)
+
+
+def _free_handles() -> float:
+    """How many more files this process may open."""
+    if sys.platform != "linux":
+        return float("inf")
     import resource
 
-    handles, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    room, _ = resource.getrlimit(resource.RLIMIT_AS)
-    try:
-        if handles - sum(1 for _ in Path("/proc/self/fd").iterdir()) < HANDLES:
-            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-        if room != resource.RLIM_INFINITY:
-            pages = int(Path("/proc/self/statm").read_text().split()[0])
-            if room - pages * resource.getpagesize() < MEMORY_BYTES:
-                raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
-    except OSError as error:
-        raise of_os_error(error, "open the store", url) from error
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return most - sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+def _free_address_space() -> float:
+    """How many more bytes of memory this process may ask for, by the limit that was set for it."""
+    if sys.platform != "linux":
+        return float("inf")
+    import resource
+
+    most, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if most == resource.RLIM_INFINITY:
+        return float("inf")
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    return most - pages * resource.getpagesize()
 
 
 def create_repository(url: str) -> Any:
@@ -267,7 +289,7 @@ def _of_errno(code: int | None, doing: str, where: str) -> StorageError | None:
 def _out_of_memory(doing: str, where: str) -> StorageError:
     return StorageError(
         f"could not {doing} in {where}: not enough memory, or too many threads",
-        remedy="end other programs, or give more memory (`ulimit -v`), then again",
+        remedy="end other programs, or take away the limit (`ulimit -v unlimited`), then again",
     )
 
 
@@ -379,6 +401,8 @@ def _of_message(text: str, doing: str, where: str) -> StoreError:
     )
     # What is cut short or does not decompress is an "I/O error" too, but not one of the system.
     unpacking = "i/o error" in lower and ("::fetch_" in lower or "os error" not in lower)
+    if unpacking and _free_address_space() < SCARCE_BYTES:
+        return _out_of_memory(doing, where)
     if re.search(wrong, lower) or unpacking:
         return IntegrityError(what="store", name=where, expected=f"to {doing}", found=brief)
     return StorageError(f"could not {doing} in {where}: {brief}")
