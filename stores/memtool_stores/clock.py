@@ -78,6 +78,7 @@ def of_message(text: str, doing: str, where: str) -> ClockError | None:
     ordering = "invalid snapshot timestamp ordering" in text
     if not ordering and "snapshot timestamp is invalid" not in text:
         return None
+    text = re.sub(r"\s*\n[\s|]*", " ", text)  # icechunk breaks its lines anywhere
     times = [datetime.fromisoformat(found).replace(tzinfo=UTC) for found in _TIME.findall(text)]
     if len(times) < 2:
         return ClockError(
