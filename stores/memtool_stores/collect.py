@@ -212,9 +212,11 @@ def _some(versions: list[str]) -> str:
 
 def _copied(url: str, local: bool, stack: ExitStack) -> str:
     """What the dry run works on: links beside the files, or a sketch of them elsewhere."""
-    if local:
-        # A full disk has no room for the links, and some file systems have none at all.
-        with suppress(OSError):
+    needed = 2 * EXPIRY_BYTES
+    if local and room.is_full(url, needed):
+        room.give_up_reserve(url)
+    if local and not room.is_full(url, needed):
+        with suppress(OSError):  # some file systems have no links
             return str(stack.enter_context(_linked(Path(url))))
     return str(stack.enter_context(_sketched(url)))
 

@@ -514,7 +514,8 @@ class MemoryStore:
     ) -> GcReport:
         """Expire old versions and free what nothing needs; tips of branches and tags stay.
 
-        `keep_last` counts versions of main, `keep_days` is an age; with both, a version stays that
+        `keep_last` counts versions of main, `keep_days` is an age, back from the newest version or
+        from this clock's time, whichever is earlier; with both, a version stays that
         either keeps; with none, only files of no version go. Readers of an expired version get
         VersionExpiredError.
         """
@@ -528,9 +529,9 @@ class MemoryStore:
                 keep_days=keep_days,
                 dry_run=dry_run,
             )
+            if _is_local(self.url):
+                room.try_to_keep_reserve(self.url)
             if not dry_run:
-                if _is_local(self.url):
-                    room.try_to_keep_reserve(self.url)
                 self._sync()
                 self._repository = open_repository(self.url)
                 head = self._view(self.head())

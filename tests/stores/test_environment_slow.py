@@ -1,4 +1,4 @@
-"""The environment of a store for real: a disk with nothing free, limits of the system, false clocks.
+"""The environment of a store for real: a full disk, limits of the system, false clocks.
 
 What this machine cannot give (mounting, faketime) is skipped, and said.
 """
