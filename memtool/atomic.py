@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from memtool.errors import MemtoolError
@@ -22,8 +23,17 @@ def write_atomic(path: Path, content: str | bytes, *, private: bool = False) -> 
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise MemtoolError(
-            f"cannot write {path}: {error.strerror}",
-            remedy="free some space, or name a folder that you may write",
-        ) from error
+        raise cannot_write(path, error.strerror or str(error)) from error
     return path
+
+
+def cannot_write(path: Path, why: str) -> MemtoolError:
+    """The error of a file that could not be written: says why, and how much room there is."""
+    folder = path.parent
+    while not folder.is_dir():
+        folder = folder.parent
+    return MemtoolError(
+        f"cannot write {path}: {why} ({shutil.disk_usage(folder).free:,} bytes free there); "
+        "what was there before is as it was",
+        remedy="free some space, or name a folder that you may write",
+    )

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -34,10 +32,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from memtool.atomic import cannot_write
 from memtool.config import EngineSettings, TrainSettings
 from memtool.errors import ConfigError, DivergedError, MemtoolError
 from memtool.progress import Progress, ProgressEvent
-from memtool_stores import StoreError
+from memtool_stores import StoreError, files
 
 CHECKPOINT_EVERY_SECONDS = 30.0
 
@@ -519,14 +518,18 @@ def _save_checkpoint(
         "fingerprint": fingerprint,
         "state": json.dumps({"steps": steps, "losses": losses, "running": running}),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    os.close(handle)
+    temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = files.part(path)
         save_file(tensors, temporary, metadata=metadata)
-        Path(temporary).replace(path)
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        # safetensors tells what the system said in its own error.
+        raise cannot_write(path, f"the training cannot be saved: {error}") from error
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 def _load_checkpoint(

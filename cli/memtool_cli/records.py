@@ -179,9 +179,18 @@ class Damage(Part):
     found: str
 
 
-class Verified(CliRecord):
-    """What was looked at, and what was wrong."""
+class Unchecked(Part):
+    """One thing that the system would not let us read."""
 
+    what: str
+    name: str
+    why: str
+
+
+class Verified(CliRecord):
+    """What was looked at, what was wrong, and what could not be looked at."""
+
+    schema_version: int = 2
     schema_: Literal["memtool.verify"] = Field("memtool.verify", alias="schema")
     store: str
     level: str
@@ -190,6 +199,8 @@ class Verified(CliRecord):
     rows: int
     blobs: int
     damages: tuple[Damage, ...]
+    unchecked: tuple[Unchecked, ...]
+    unfinished: tuple[str, ...]
 
 
 class Collected(CliRecord):
@@ -200,6 +211,7 @@ class Collected(CliRecord):
     expired: tuple[str, ...]
     freed_bytes: int
     deleted_files: int
+    notes: tuple[str, ...] = ()
 
 
 class Exported(CliRecord):

@@ -29,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from memtool.atomic import write_atomic
 from memtool.backbones.nano import NANO_IMAGE_SIZE, NANO_MEAN, NANO_STD, build_nano
 from memtool.backbones.tensor_hash import tensor_sha256
 from memtool.errors import (
@@ -434,12 +435,10 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write beside the target and move over it: a killed run leaves the old file or the new one.
+    """A killed run leaves the old file or the new one.
 
     The metadata is one JSON string, as safetensors writes several keys in a random order.
     """
-    beside = path.with_name(path.name + ".part")
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     # save, not save_file: that one writes files which only their owner may read.
-    beside.write_bytes(save(contiguous, {_METADATA: json.dumps(metadata, sort_keys=True)}))
-    beside.replace(path)
+    write_atomic(path, save(contiguous, {_METADATA: json.dumps(metadata, sort_keys=True)}))

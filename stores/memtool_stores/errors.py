@@ -11,6 +11,7 @@ StoreError
 │   └── NewerSchemaError     a store made by a newer memtool                newer-schema
 ├── SpaceMismatchError       another backbone, layout or shape              space-mismatch
 ├── ForkedProcessError       used in a forked child                         forked-process
+├── ClockError               clocks that are too far apart for an order      clock
 └── StorageError             the disk or the object store refused           storage
 
 `code` never changes for a class; programs compare it instead of the message.
@@ -143,6 +144,12 @@ class ForkedProcessError(StoreError):
     """The store was used in a child made by fork, where its threads do not exist."""
 
     code = "forked-process"
+
+
+class ClockError(StoreError):
+    """The clocks of the machines that write to a store are too far apart; nothing was stored."""
+
+    code = "clock"
 
 
 class StorageError(StoreError):

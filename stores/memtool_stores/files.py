@@ -27,13 +27,14 @@ _DESCRIPTOR = re.compile(r"/proc/(?:self|\d+|thread-self)(?:/task/\d+)?/fd")
 
 
 @contextmanager
-def appearing(path: Path, *, private: bool = False) -> Iterator[BinaryIO]:
+def appearing(path: Path, *, private: bool = False, flushed: bool = True) -> Iterator[BinaryIO]:
     """A file to write into that becomes `path` when the block ends well, else is gone.
 
     It is flushed to the disk before it is put in place, so that a reader sees the old file or the
-    new one. An old file keeps its mode; a new one has that of any new file, or with `private` only
-    its owner may read it. Links are followed. What is no ordinary file (a device, a pipe, standard
-    output) is never replaced: it is written to as it stands.
+    new one, whatever stops in between; without `flushed`, the caller sees to that. An old file
+    keeps its mode; a new one has that of any new file, or with `private` only its owner may read
+    it. Links are followed. What is no ordinary file (a device, a pipe, standard output) is never
+    replaced: it is written to as it stands.
 
     Raises:
         OSError: the file system refuses; nothing has changed.
@@ -50,7 +51,8 @@ def appearing(path: Path, *, private: bool = False) -> Iterator[BinaryIO]:
         with temporary.open("r+b") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if flushed:
+                os.fsync(file.fileno())
         temporary.chmod(_mode(target, private))
         temporary.replace(target)
     finally:

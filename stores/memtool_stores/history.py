@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,18 +19,14 @@ from memtool_stores.errors import (
 )
 from memtool_stores.ice import translated
 from memtool_stores.names import is_version_id
-from memtool_stores.objects import objects_at
+from memtool_stores.references import SUMS, damaged_ref, unreadable
 from memtool_stores.tree import Tree, seal
 
 MAIN = "main"
 """The branch that HEAD is the tip of."""
 
-SUMS = "sums"
-"""The folder of the checksums that sums.py writes, a file for each version."""
-
 SHORTEST_PREFIX = 4
 
-_REF = re.compile(rb'\{"snapshot":"([0-9A-HJKMNP-TV-Z]{20})"\}')
 _OURS = frozenset({"parent", "time", "user", "seal"})
 
 
@@ -181,7 +176,7 @@ def resolve(repository: Any, where: str, ref: str, as_of: datetime | None = None
 def _resolve_name(repository: Any, where: str, name: str) -> str:
     if name in {"HEAD", MAIN, ""}:
         return str(repository.lookup_branch(MAIN))
-    if name in repository.list_branches():
+    if name in list_refs(repository, where, "branch"):
         return str(repository.lookup_branch(name))
     if name in repository.list_tags():
         return str(repository.lookup_tag(name))
@@ -190,10 +185,10 @@ def _resolve_name(repository: Any, where: str, name: str) -> str:
         return _whole_id(repository, where, prefix)
     found = set()
     if len(prefix) >= SHORTEST_PREFIX and is_version_id(prefix.ljust(20, "0")):
-        found = {v for v in reachable(repository) if v.startswith(prefix)}
+        found = {v for v in reachable(repository, where) if v.startswith(prefix)}
     if len(found) == 1:
         return found.pop()
-    for kind, damaged in damaged_refs(where):
+    for kind, damaged in unreadable(where).damaged:
         # icechunk knows nothing of a tag that it cannot read.
         if not found and damaged == name:
             raise damaged_ref(kind, name)
@@ -229,82 +224,30 @@ def is_expired(repository: Any, where: str, version: str) -> bool:
     What gc takes, no branch or tag names, and its checksums go with it.
     """
     with translated("list the branches and tags", where):
-        named = set(tips(repository).values())
+        named = set(tips(repository, where).values())
     return version not in named and not (Path(where) / SUMS / version).exists()
 
 
-def tips(repository: Any) -> dict[str, str]:
+def list_refs(repository: Any, where: str, kind: str) -> list[str]:
+    """The names of the branches or the tags of a store, sorted; none that was never finished."""
+    names = repository.list_tags() if kind == "tag" else repository.list_branches()
+    unfinished = unreadable(where).unfinished
+    return sorted(name for name in names if (kind, name) not in unfinished)
+
+
+def tips(repository: Any, where: str) -> dict[str, str]:
     """Every branch and tag with the version that it names, branches first."""
-    refs = {
-        name: str(repository.lookup_branch(name)) for name in sorted(repository.list_branches())
-    }
-    for name in sorted(repository.list_tags()):
+    branches = list_refs(repository, where, "branch")
+    refs = {name: str(repository.lookup_branch(name)) for name in branches}
+    for name in list_refs(repository, where, "tag"):
         refs.setdefault(name, str(repository.lookup_tag(name)))
     return refs
 
 
-def damaged_refs(url: str) -> list[tuple[str, str]]:
-    """Kind and name of the branches and tags of a store whose files are not as written.
-
-    icechunk leaves some of them out of its lists without a word, and gc would take their versions.
-    A folder without a file has lost it: who deletes a tag leaves a mark in its folder, and who
-    deletes a branch takes the folder away. A version of which there is no trace never was.
-    """
-    if url.startswith("s3://"):
-        return _damaged_in_bucket(url)
-    folder = Path(url) / "ice" / "refs"
-    if not folder.is_dir():
-        return []
-    found = []
-    for place in sorted(folder.iterdir()):
-        kind, _, name = place.name.partition(".")
-        file = place / "ref.json"
-        if (place / "ref.json.deleted").exists():
-            continue
-        ref = _REF.fullmatch(file.read_bytes()) if file.is_file() else None
-        version = "" if ref is None else ref[1].decode()
-        traces = (Path(url) / "ice" / "snapshots" / version, Path(url) / SUMS / version)
-        if ref is None or not any(trace.exists() for trace in traces):
-            found.append((kind, name))
-    return found
-
-
-def _damaged_in_bucket(url: str) -> list[tuple[str, str]]:
-    """As `damaged_refs`. A bucket has no folders: a lost object leaves no trace, a wrong one does.
-
-    Versions are looked up one by one: a bucket lists thousands of them slower than it gives two.
-    """
-    objects = objects_at(url)
-    paths = {entry.path for entry in objects.list("ice/refs")}
-    found = []
-    for path in sorted(paths):
-        if not path.endswith("/ref.json") or f"{path}.deleted" in paths:
-            continue
-        kind, _, name = path.split("/")[-2].partition(".")
-        try:
-            ref = _REF.fullmatch(objects.read(path))
-            if ref is None:
-                found.append((kind, name))
-            else:
-                objects.read(f"ice/snapshots/{ref[1].decode()}")
-        except NotFoundError:
-            # Without its version it is damaged; without its own object, someone just deleted it.
-            if any(entry.path == path for entry in objects.list("ice/refs")):
-                found.append((kind, name))
-    return found
-
-
-def damaged_ref(kind: str, name: str) -> IntegrityError:
-    """The error for one of `damaged_refs`."""
-    return IntegrityError(
-        what=kind, name=name, expected="the id of a version", found="a file that is none"
-    )
-
-
-def reachable(repository: Any) -> dict[str, Version]:
+def reachable(repository: Any, where: str) -> dict[str, Version]:
     """Every version that some branch or tag leads to, newest first along each."""
     found: dict[str, Version] = {}
-    for tip in tips(repository).values():
+    for tip in tips(repository, where).values():
         for snapshot, oldest in snapshots(repository, tip):
             if snapshot.id in found:
                 break

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from memtool_stores import clock
 from memtool_stores.errors import (
     AlreadyExistsError,
     ConflictError,
@@ -30,6 +31,17 @@ from memtool_stores.errors import (
 
 ROWS_PER_MANIFEST = 512
 """Rows of `/values` listed by one manifest file: what makes an append independent of T."""
+
+HANDLES = 20
+"""Files that must be free to be opened before a store is: zarr reads ten chunks at a time."""
+
+MEMORY_BYTES = 1024 * 1024 * 1024
+"""Address space that must be free where the system limits it (`ulimit -v`): most is never used."""
+
+SCARCE_BYTES = 128 * 1024 * 1024
+"""With less of it a failure to unpack says nothing of the bytes that were to be unpacked."""
+
+_runs = {"threads": False}
 
 _fork = {"imported": False, "child": False}
 
@@ -59,7 +71,14 @@ def icechunk() -> Any:
     """The icechunk module."""
     guard_fork()
     os.environ.setdefault("ICECHUNK_LOG", "off")
-    import icechunk as module
+    try:
+        import icechunk as module
+    except ImportError as error:
+        # Of a library that the system would not open, the loader tells only in words.
+        refused = _of_environment(str(error), "load icechunk", "this process")
+        if refused is None:
+            raise
+        raise refused from error
 
     _fork["imported"] = True
     return module
@@ -113,10 +132,14 @@ def open_repository(url: str) -> Any:
     Raises:
         NotFoundError: there is none.
         IntegrityError: there is one, but the file of its branch main is lost or damaged.
+        StorageError: this process may not open the files, or use the memory, that icechunk needs.
     """
+    _require_resources(url)
     try:
         with translated("open the store", url):
-            return icechunk().Repository.open(storage(url), configuration())
+            repository = icechunk().Repository.open(storage(url), configuration())
+            _runs["threads"] = True
+            return repository
     except NotFoundError as error:
         # icechunk looks for the file of main alone to tell whether there is a repository.
         if url.startswith("s3://") or not (Path(url) / "ice" / "refs").is_dir():
@@ -124,6 +147,44 @@ def open_repository(url: str) -> Any:
         raise IntegrityError(
             what="branch", name="main", expected="the id of a version", found="no file"
         ) from error
+
+
+def _require_resources(url: str) -> None:
+    """Without some files and memory the threads of icechunk begin in a panic, or hang."""
+    if _runs["threads"]:
+        return
+    doing = "open the store"
+    try:
+        handles, room = _free_handles(), _free_address_space()
+    except OSError as error:
+        raise of_os_error(error, doing, url) from error
+    if handles < HANDLES:
+        raise of_os_error(OSError(errno.EMFILE, ""), doing, url)
+    if room < MEMORY_BYTES:
+        raise _out_of_memory(doing, url)
+
+
+def _free_handles() -> float:
+    """How many more files this process may open."""
+    if sys.platform != "linux":
+        return float("inf")
+    import resource
+
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return most - sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+def _free_address_space() -> float:
+    """How many more bytes of memory this process may ask for, by the limit that was set for it."""
+    if sys.platform != "linux":
+        return float("inf")
+    import resource
+
+    most, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if most == resource.RLIM_INFINITY:
+        return float("inf")
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    return most - pages * resource.getpagesize()
 
 
 def create_repository(url: str) -> Any:
@@ -168,6 +229,13 @@ def translated(doing: str, where: str) -> Iterator[None]:
         raise _of_message(_told(error), doing, where) from error
     except OSError as error:
         raise of_os_error(error, doing, where) from error
+    except MemoryError as error:
+        raise _out_of_memory(doing, where) from error
+    except (ImportError, RuntimeError) as error:
+        refused = _of_environment(str(error), doing, where)
+        if refused is None:
+            raise
+        raise refused from error
     except (ValueError, KeyError, TypeError) as error:
         raise IntegrityError(
             what="store", name=where, expected=f"to {doing}", found=_first_line(str(error))
@@ -176,6 +244,9 @@ def translated(doing: str, where: str) -> Iterator[None]:
         # Some damaged metadata make the Rust code of icechunk panic; that has no class of its own.
         if not type(error).__module__.startswith("pyo3_"):
             raise
+        refused = _of_environment(str(error), doing, where)
+        if refused is not None:
+            raise refused from error
         raise IntegrityError(
             what="store",
             name=where,
@@ -186,15 +257,61 @@ def translated(doing: str, where: str) -> Iterator[None]:
 
 def of_os_error(error: OSError, doing: str, where: str) -> StoreError:
     """An error of the system as one of ours."""
-    match error.errno:
+    told = StorageError(f"could not {doing} in {where}: {error}")
+    return _of_errno(error.errno, doing, where) or told
+
+
+def _of_errno(code: int | None, doing: str, where: str) -> StorageError | None:
+    """What the system refused for its own reasons: it says nothing of the bytes of a store."""
+    match code:
         case errno.ENOSPC | errno.EDQUOT:
             return disk_full(doing, where)
         case errno.EACCES | errno.EPERM | errno.EROFS:
             return _not_permitted(doing, where)
         case errno.EFBIG:
             return _too_large(doing, where)
-        case _:
-            return StorageError(f"could not {doing} in {where}: {error}")
+        case errno.EMFILE | errno.ENFILE:
+            return StorageError(
+                f"could not {doing} in {where}: too many open files",
+                remedy="more files for each process (`ulimit -n 4096`), then again",
+            )
+        case errno.ENOMEM | errno.EAGAIN:
+            return _out_of_memory(doing, where)
+        case errno.EIO | errno.ESTALE | errno.ETIMEDOUT | errno.ENODEV | errno.ENXIO:
+            return StorageError(
+                f"could not {doing} in {where}: the disk did not answer ({os.strerror(code)})",
+                transient=True,
+                remedy="run it again; if that does not help, look at the disk (`dmesg`)",
+            )
+    return None
+
+
+def _out_of_memory(doing: str, where: str) -> StorageError:
+    return StorageError(
+        f"could not {doing} in {where}: not enough memory, or too many threads",
+        remedy="end other programs, or take away the limit (`ulimit -v unlimited`), then again",
+    )
+
+
+_IN_WORDS = (
+    (r"too many open files", errno.EMFILE),
+    (r"cannot allocate memory|out of memory|unable to allocate|failed to map", errno.ENOMEM),
+    (r"no space left|quota exceeded", errno.ENOSPC),
+    (r"permission denied|read-only file system", errno.EACCES),
+    (r"file too large", errno.EFBIG),
+    (r"input/output error", errno.EIO),
+    (r"stale (nfs )?file handle", errno.ESTALE),
+    (r"can't start new thread|failed to spawn", errno.EAGAIN),
+)
+
+
+def _of_environment(text: str, doing: str, where: str) -> StorageError | None:
+    """The refusal of the system that a message tells of, by its number or in words."""
+    lower = text.lower()
+    codes = [int(code) for code in re.findall(r"os error (\d+)", lower)]
+    codes += [code for words, code in _IN_WORDS if re.search(words, lower)]
+    told = (_of_errno(code, doing, where) for code in codes)
+    return next((error for error in told if error is not None), None)
 
 
 def disk_full(doing: str, where: str, needed_bytes: int | None = None) -> StorageError:
@@ -216,9 +333,13 @@ def _existing(where: str) -> Path:
 
 
 def _not_permitted(doing: str, where: str) -> StorageError:
+    if doing.startswith(("read", "find", "list", "open", "load", "verify")):
+        verb, remedy = "read", "the permissions of the files there (`ls -l`), or another user"
+    else:
+        verb, remedy = "write", "make the folder writable, or `clone` the store to one that is"
     return StorageError(
-        f"could not {doing}: no permission to write in {where}",
-        remedy="make the folder writable, or `clone` the store to one that is",
+        f"could not {doing}: no permission to {verb} in {where}",
+        remedy=remedy,
     )
 
 
@@ -253,12 +374,9 @@ def _of_message(text: str, doing: str, where: str) -> StoreError:
     """The one place that reads the messages of icechunk 1.x and the kinds of 2.x."""
     brief = _first_line(text)
     lower = text.lower()
-    if "no space left" in lower or "os error 28" in lower or "quota exceeded" in lower:
-        return disk_full(doing, where)
-    if "permission denied" in lower or "read-only file system" in lower:
-        return _not_permitted(doing, where)
-    if "file too large" in lower:
-        return _too_large(doing, where)
+    refused = _of_environment(text, doing, where) or clock.of_message(text, doing, where)
+    if refused is not None:
+        return refused
     if "branch update conflict" in lower:
         return _conflict(doing, where)
     if "tag already exists" in lower:
@@ -283,6 +401,8 @@ def _of_message(text: str, doing: str, where: str) -> StoreError:
     )
     # What is cut short or does not decompress is an "I/O error" too, but not one of the system.
     unpacking = "i/o error" in lower and ("::fetch_" in lower or "os error" not in lower)
+    if unpacking and _free_address_space() < SCARCE_BYTES:
+        return _out_of_memory(doing, where)
     if re.search(wrong, lower) or unpacking:
         return IntegrityError(what="store", name=where, expected=f"to {doing}", found=brief)
     return StorageError(f"could not {doing} in {where}: {brief}")

@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from memtool_stores import cache, sums
+from memtool_stores import cache, clock, references, room, sums
 from memtool_stores.catalog import Catalog, plain_json
 from memtool_stores.collect import GcReport, collect
 from memtool_stores.diff import Diff, diff
@@ -37,15 +37,13 @@ from memtool_stores.history import (
     MAIN,
     Version,
     commit_metadata,
-    damaged_ref,
-    damaged_refs,
+    list_refs,
     of_snapshot,
     resolve,
     snapshots,
 )
 from memtool_stores.ice import (
     create_repository,
-    disk_full,
     guard_fork,
     of_os_error,
     open_repository,
@@ -63,9 +61,6 @@ from memtool_stores.view import MemoryView
 
 TRIES = 10
 """How often `run` runs a function at most; the last time with the lock held, so that it wins."""
-
-COMMIT_OVERHEAD_BYTES = 256 * 1024
-"""Room that a commit needs beside its payload, for manifests and the snapshot."""
 
 Result = TypeVar("Result")
 
@@ -110,6 +105,9 @@ class MemoryStore:
         else:
             with _appearing(Path(url)) as folder:
                 cls._create_repository(str(folder), root)
+                references.mark_all(str(folder))
+                room.try_to_keep_reserve(str(folder))
+                (folder / "lock").touch()
                 sync_to_disk(folder)
         return cls.open(url, lock_timeout=lock_timeout)
 
@@ -300,6 +298,7 @@ class MemoryStore:
         user = json.dumps(plain_json(metadata or {}, "the metadata of a commit"), sort_keys=True)
         doing = f"commit {message!r}"
         base = transaction.base.version
+        self._await_clock(base, branch, doing)
         with self._lock(), translated(doing, self.url):
             session = self._repository.writable_session(branch)
             if session.snapshot_id != base:
@@ -308,7 +307,7 @@ class MemoryStore:
                     "nothing was stored",
                     remedy="run it again, or use store.run(function, message)",
                 )
-            self._check_room(doing, transaction.nbytes)
+            self._check_room(doing, transaction.nbytes + room.COMMIT_BYTES)
             tree = Tree(session, write=True)
             _, catalog = transaction.write(tree)
             sealed = _sealed(tree, parent=base, message=message, user=user)
@@ -334,12 +333,22 @@ class MemoryStore:
                 "something changes the store without its lock"
             )
 
-    def _check_room(self, doing: str, payload_bytes: int) -> None:
-        """Better no commit than half of one on a full disk."""
+    def _await_clock(self, base: str, branch: str, doing: str) -> None:
+        """Return when the clock of this machine is past the version that comes before a commit."""
+        with translated(doing, self.url):
+            moment = self._repository.lookup_snapshot(base).written_at
+            clock.wait_until_after(
+                moment,
+                f"version {base}",
+                doing,
+                self.url,
+                # Then the commit is a conflict, and there is nothing to wait for.
+                lambda: str(self._repository.lookup_branch(branch)) != base,
+            )
+
+    def _check_room(self, doing: str, nbytes: int, files: int = 1) -> None:
         if _is_local(self.url):
-            needed = payload_bytes + COMMIT_OVERHEAD_BYTES
-            if shutil.disk_usage(self.url).free < needed:
-                raise disk_full(doing, self.url, needed)
+            room.require(self.url, doing, nbytes, files)
 
     def _sync(self) -> None:
         if _is_local(self.url):
@@ -364,7 +373,7 @@ class MemoryStore:
             raise LockTimeoutError(
                 f"another process has held the lock of {self.url} for more than "
                 f"{self._lock_timeout:g} seconds; nothing was stored",
-                remedy="wait for it to end, or give a longer lock_timeout",
+                remedy="wait for it to end, or wait longer with --lock-timeout SECONDS",
             ) from error
         except OSError as error:
             raise of_os_error(error, "lock the store", self.url) from error
@@ -397,20 +406,20 @@ class MemoryStore:
             version = self._resolve(ref)
             if name in self.branches() or name in self.tags():
                 raise AlreadyExistsError(f"{name!r} is a tag or branch already")
-            with translated(f"make {kind} {name!r}", self.url):
-                if kind == "tag":
-                    self._repository.create_tag(name, version)
-                else:
-                    self._repository.create_branch(name, version)
+            self._make_reference(kind, name, version, f"make {kind} {name!r}")
             self._sync()
         return version
+
+    def _make_reference(self, kind: str, name: str, version: str, doing: str) -> None:
+        self._check_room(doing, room.REFERENCE_BYTES, room.REFERENCE_FILES)
+        references.make(self.url, self._repository, kind, name, version, doing)
 
     def tags(self) -> dict[str, str]:
         """The version id of every tag, by name."""
         guard_fork()
         with translated("list the tags", self.url):
             self._refuse_damaged("tag")
-            names = sorted(self._repository.list_tags())
+            names = list_refs(self._repository, self.url, "tag")
             return {name: str(self._repository.lookup_tag(name)) for name in names}
 
     def branches(self) -> dict[str, str]:
@@ -418,13 +427,13 @@ class MemoryStore:
         guard_fork()
         with translated("list the branches", self.url):
             self._refuse_damaged("branch")
-            names = sorted(self._repository.list_branches())
+            names = list_refs(self._repository, self.url, "branch")
             return {name: str(self._repository.lookup_branch(name)) for name in names}
 
     def _refuse_damaged(self, kind: str) -> None:
-        for damaged, name in damaged_refs(self.url):
+        for damaged, name in references.unreadable(self.url).damaged:
             if damaged == kind:
-                raise damaged_ref(kind, name)
+                raise references.damaged_ref(kind, name)
 
     def delete_tag(self, name: str) -> None:
         """Take a tag away; its name cannot be used again.
@@ -436,6 +445,7 @@ class MemoryStore:
             if name not in self.tags():
                 raise NotFoundError(f"no tag {name!r} in {self.url}")
             with translated(f"delete tag {name!r}", self.url):
+                references.unmark(self.url, "tag", name)
                 self._repository.delete_tag(name)
             self._sync()
 
@@ -449,9 +459,10 @@ class MemoryStore:
             if name == MAIN or name not in self.branches():
                 raise NotFoundError(f"no branch {name!r} that could be deleted in {self.url}")
             with translated(f"delete branch {name!r}", self.url):
+                references.unmark(self.url, "branch", name)
                 self._repository.delete_branch(name)
                 if _is_local(self.url):
-                    # Left there it would look like a branch that lost its file.
+                    # Left there it would look like a branch that was never finished.
                     (Path(self.url) / "ice" / "refs" / f"branch.{name}").rmdir()
             self._sync()
 
@@ -474,7 +485,7 @@ class MemoryStore:
             try:
                 with translated(doing, self.url):
                     self._repository.lookup_snapshot(head)
-                    self._repository.create_branch(backup, head)
+                self._make_reference("branch", backup, head, doing)
             except (IntegrityError, NotFoundError):
                 backup = ""  # a damaged version can be left, but not kept
             with translated(doing, self.url):
@@ -503,11 +514,14 @@ class MemoryStore:
     ) -> GcReport:
         """Expire old versions and free what nothing needs; tips of branches and tags stay.
 
-        `keep_last` counts versions of main, `keep_days` is an age; with both, a version stays that
+        `keep_last` counts versions of main, `keep_days` is an age, back from the newest version or
+        from this clock's time, whichever is earlier; with both, a version stays that
         either keeps; with none, only files of no version go. Readers of an expired version get
         VersionExpiredError.
         """
         with self._lock():
+            if _is_local(self.url) and not dry_run:
+                references.try_to_mark_all(self.url)
             report = collect(
                 self.url,
                 local=_is_local(self.url),
@@ -515,6 +529,8 @@ class MemoryStore:
                 keep_days=keep_days,
                 dry_run=dry_run,
             )
+            if _is_local(self.url):
+                room.try_to_keep_reserve(self.url)
             if not dry_run:
                 self._sync()
                 self._repository = open_repository(self.url)
@@ -602,7 +618,12 @@ class MemoryStore:
 
     @classmethod
     def from_bundle(
-        cls, file: str | Path, url: str | Path, tell: Tell | None = None
+        cls,
+        file: str | Path,
+        url: str | Path,
+        tell: Tell | None = None,
+        *,
+        lock_timeout: float = 30.0,
     ) -> MemoryStore:
         """The store of a bundle, in a new directory or bucket; every file is checked on the way.
 
@@ -614,12 +635,12 @@ class MemoryStore:
         target = _plain(url)
         with _new_place(target) as place:
             read_bundle(Path(file), place, tell, checksums=_is_local(target))
-        return cls.open(target)
+        return cls.open(target, lock_timeout=lock_timeout)
 
 
 def _sealed(tree: Tree, *, parent: str, message: str, user: str) -> dict[str, Any]:
     """The metadata of a commit, with the seal over it and over the attributes of the tree."""
-    moment = datetime.now(UTC).isoformat()
+    moment = clock.now().isoformat()
     value = seal(tree.attributes, parent=parent, time=moment, message=message, user=user)
     return commit_metadata(parent=parent, time=moment, user=user, seal=value)
 
@@ -653,6 +674,9 @@ def _new_place(url: str) -> Iterator[Objects]:
         with _appearing(Path(url)) as folder:
             yield objects_at(str(folder))
             _require_heads(str(folder))
+            references.mark_all(str(folder))
+            room.try_to_keep_reserve(str(folder))
+            (folder / "lock").touch()
             sync_to_disk(folder)
     else:
         place = Retractable(objects_at(url))
@@ -667,7 +691,10 @@ def _new_place(url: str) -> Iterator[Objects]:
 
 
 def _require_heads(url: str) -> None:
-    for damage in verify(url, "heads").damages:
+    report = verify(url, "heads")
+    for unread in report.unchecked:
+        raise StorageError(f"the copy, which was not kept, could not be checked: {unread.why}")
+    for damage in report.damages:
         raise IntegrityError(
             what=damage.what,
             name=damage.name,

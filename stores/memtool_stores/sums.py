@@ -20,9 +20,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from memtool_stores.errors import IntegrityError
-from memtool_stores.history import SUMS, snapshots, tips
+from memtool_stores.errors import IntegrityError, StoreError
+from memtool_stores.files import appearing
+from memtool_stores.history import snapshots, tips
 from memtool_stores.ice import manifests, of_os_error
+from memtool_stores.names import is_version_id
+from memtool_stores.references import SUMS
 
 _KINDS = {"snapshots": "version", "transactions": "transaction log", "manifests": "manifest"}
 
@@ -37,10 +40,27 @@ class Wrong:
     found: str
 
 
+@dataclass(frozen=True)
+class Unread:
+    """A file that the system would not let us read: nobody knows what is in it."""
+
+    kind: str
+    version: str
+    error: StoreError
+
+
 def versions(url: str) -> frozenset[str]:
-    """The versions that have a file of checksums."""
+    """The versions that have a file of checksums.
+
+    Raises:
+        StorageError: the folder could not be read.
+    """
     folder = _folder(url)
-    return frozenset(path.name for path in folder.iterdir()) if folder.is_dir() else frozenset()
+    try:
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    except OSError as error:
+        raise of_os_error(error, "read the checksums", url) from error
+    return frozenset(name for name in names if is_version_id(name))
 
 
 def write(url: str, repository: Any, version: str) -> None:
@@ -64,7 +84,7 @@ def before_expiry(url: str, repository: Any, cutoff: datetime) -> None:
     has no checksum, but none that has a wrong one.
     """
     known = versions(url)
-    for tip in set(tips(repository).values()) if known else ():
+    for tip in set(tips(repository, url).values()) if known else ():
         line = snapshots(repository, tip)
         last, _ = next(line)
         for snapshot, _ in line:
@@ -82,7 +102,7 @@ def after_expiry(url: str, repository: Any) -> None:
     """Note the checksums of the versions that are now the oldest, forget those of no version."""
     known = versions(url)
     kept = set()
-    for tip in set(tips(repository).values()) if known else ():
+    for tip in set(tips(repository, url).values()) if known else ():
         for snapshot, oldest in snapshots(repository, tip):
             kept.add(snapshot.id)
             if oldest and snapshot.id in known:
@@ -91,8 +111,12 @@ def after_expiry(url: str, repository: Any) -> None:
         (_folder(url) / version).unlink()
 
 
-def check(url: str, version: str, parent: str | None) -> Iterator[Wrong]:
-    """What is wrong with the files that this version made; `parent` is None for an oldest one."""
+def check(url: str, version: str, parent: str | None) -> Iterator[Wrong | Unread]:
+    """What is wrong with the files that this version made; `parent` is None for an oldest one.
+
+    Raises:
+        OSError: the checksums themselves could not be read.
+    """
     listed = set()
     for line in (_folder(url) / version).read_text(errors="replace").splitlines():
         expected, _, path = line.partition("  ")
@@ -103,8 +127,11 @@ def check(url: str, version: str, parent: str | None) -> Iterator[Wrong]:
         listed.add(path)
         try:
             data = (Path(url) / path).read_bytes()
-        except OSError as error:
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
             yield Wrong(kind, version, f"sha256 {expected}", f"{path}: {error.strerror}")
+            continue
+        except OSError as error:
+            yield Unread(kind, version, of_os_error(error, f"read {path}", url))
             continue
         found = hashlib.sha256(data).hexdigest()
         if found != expected:
@@ -159,10 +186,13 @@ def _write(url: str, version: str, files: Collection[str]) -> None:
             digest = hashlib.sha256((Path(url) / path).read_bytes()).hexdigest()
             lines.append(f"{digest}  {path}\n")
         _folder(url).mkdir(exist_ok=True)
-        # Written elsewhere: a crash leaves nothing in the folder that is no whole file.
-        new = Path(url) / f".{SUMS}.part"
-        new.write_text("".join(lines))
-        new.replace(_folder(url) / version)
+        text = "".join(lines).encode()
+        noted = _folder(url) / version
+        if noted.is_file() and noted.read_bytes() == text:
+            return  # on a full disk there would be no room to write the same again
+        # Whoever commits brings all of it to the disk at once.
+        with appearing(noted, flushed=False) as file:
+            file.write(text)
     except OSError as error:
         raise of_os_error(error, f"note the checksums of version {version}", url) from error
 

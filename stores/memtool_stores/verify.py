@@ -11,23 +11,29 @@ where a damaged snapshot hides the versions before it, they are found by these.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from memtool_stores import sums
 from memtool_stores.catalog import AdapterRecord, Catalog
-from memtool_stores.errors import IntegrityError, NewerSchemaError, StoreError
+from memtool_stores.errors import (
+    ForkedProcessError,
+    IntegrityError,
+    NewerSchemaError,
+    StorageError,
+    StoreError,
+)
 from memtool_stores.history import (
     MAIN,
-    damaged_refs,
     of_snapshot,
     sealed_tree,
     snapshots,
 )
 from memtool_stores.ice import open_repository, translated
 from memtool_stores.names import check_ref
+from memtool_stores.references import References, unreadable
 from memtool_stores.tree import Root, Tree, sha256
 
 Level = Literal["heads", "checksums", "full"]
@@ -48,19 +54,33 @@ class Damage:
 
 
 @dataclass(frozen=True)
+class Unchecked:
+    """One thing that the system would not let us read: nobody knows whether it is damaged."""
+
+    what: str
+    name: str
+    why: str
+
+
+@dataclass(frozen=True)
 class VerifyReport:
-    """What was looked at, and what was wrong; `ok` when nothing was."""
+    """What was looked at, and what was wrong; `ok` when nothing was and all could be read.
+
+    `unfinished` are branches and tags, `tag v1`, that a full disk or a kill kept from being made.
+    """
 
     level: Level
     versions: int
     rows: int
     blobs: int
     damages: tuple[Damage, ...]
+    unchecked: tuple[Unchecked, ...] = ()
+    unfinished: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is damaged."""
-        return not self.damages
+        """Whether everything is as it was written."""
+        return not self.damages and not self.unchecked
 
 
 @dataclass
@@ -74,6 +94,7 @@ class _Seen:
     blobs: set[tuple[str, str]] = field(default_factory=set)
     damages: dict[Hashable, Damage] = field(default_factory=dict)
     """One for each damaged thing, however often it was read."""
+    unchecked: dict[tuple[str, str], Unchecked] = field(default_factory=dict)
     hidden: bool = False
     """Whether some history could not be followed to its end."""
 
@@ -81,14 +102,20 @@ class _Seen:
         """One more, unless that thing is known to be damaged: same kind and name, or `same`."""
         self.damages.setdefault((damage.what, *(same or (damage.name,))), damage)
 
+    def pass_over(self, what: str, name: str, error: StoreError) -> None:
+        """One more that could not be read, for no fault of its own."""
+        self.unchecked.setdefault((what, name), Unchecked(what, name, error.message))
+
     @contextmanager
     def looking_at(self, what: str, name: str, *same: Hashable) -> Iterator[None]:
-        """An error inside the block becomes one damage."""
+        """An error inside the block becomes one damage, or one thing that could not be checked."""
         try:
             with translated(f"read {what} {name!r}", "the store"):
                 yield
-        except NewerSchemaError:
+        except (NewerSchemaError, ForkedProcessError):
             raise
+        except StorageError as error:
+            self.pass_over(what, name, error)
         except IntegrityError as error:
             known = error.what not in {"store", "array"}
             found = Damage(
@@ -118,24 +145,31 @@ def verify(url: str, level: Level) -> VerifyReport:
         what, name = (error.what, error.name) if known else ("branch", MAIN)
         seen.add(Damage(what, name, error.expected or "", error.found))
         repository, seen.hidden = None, True
-    damaged = damaged_refs(url)
-    for kind, name in damaged:
+    unread = References()
+    with seen.looking_at("references", "branches and tags"):
+        unread = unreadable(url)
+    for kind, name in unread.damaged:
         seen.add(Damage(kind, name, "the id of a version", "a file that is none"))
         seen.hidden = True
     if repository is not None:
-        _verify_refs(repository, damaged, level, seen)
+        _verify_refs(repository, unread, level, seen)
     if repository is not None and seen.hidden and level != "heads":
         _verify_hidden(repository, url, level, seen)
     _verify_files(url, seen)
     return VerifyReport(
-        level, len(seen.versions), len(seen.rows), len(seen.blobs), tuple(seen.damages.values())
+        level,
+        len(seen.versions),
+        len(seen.rows),
+        len(seen.blobs),
+        tuple(seen.damages.values()),
+        tuple(seen.unchecked.values()),
+        tuple(f"{kind} {name}" for kind, name in unread.unfinished),
     )
 
 
-def _verify_refs(
-    repository: Any, damaged: Collection[tuple[str, str]], level: Level, seen: _Seen
-) -> None:
-    """Every branch and tag that is not damaged itself, and what it leads to."""
+def _verify_refs(repository: Any, unread: References, level: Level, seen: _Seen) -> None:
+    """Every branch and tag that can be read itself, and what it leads to."""
+    passed = {*unread.damaged, *unread.unfinished}
     for kind, list_refs, lookup in (
         ("branch", repository.list_branches, repository.lookup_branch),
         ("tag", repository.list_tags, repository.lookup_tag),
@@ -143,7 +177,7 @@ def _verify_refs(
         names = []
         with seen.looking_at("references", f"of kind {kind}"):
             names = sorted(list_refs())
-        for name in (name for name in names if (kind, name) not in damaged):
+        for name in (name for name in names if (kind, name) not in passed):
             with seen.looking_at(kind, name):
                 check_ref(name, kind)
                 _verify_line(repository, lookup(name), level, seen)
@@ -171,7 +205,7 @@ def _verify_line(repository: Any, tip: str, level: Level, seen: _Seen) -> None:
 
 def _verify_files(url: str, seen: _Seen) -> None:
     """The checksums of the files of snapshots, transaction logs and manifests."""
-    noted = sums.versions(url)
+    noted = _noted(url, seen)
     # Of a version that cannot be read, the parent is not known: any that has checksums will do.
     hidden = {version: version for version in sorted(noted - seen.versions.keys()) if seen.hidden}
     for version, parent in {**seen.versions, **hidden}.items():
@@ -181,12 +215,22 @@ def _verify_files(url: str, seen: _Seen) -> None:
             continue
         with seen.looking_at("checksums", version):
             for wrong in sums.check(url, version, parent):
+                if isinstance(wrong, sums.Unread):
+                    seen.pass_over(wrong.kind, wrong.version, wrong.error)
+                    continue
                 seen.add(Damage(wrong.kind, wrong.version, wrong.expected, wrong.found))
+
+
+def _noted(url: str, seen: _Seen) -> frozenset[str]:
+    """The versions that have checksums."""
+    with seen.looking_at("checksums", "of all versions"):
+        return sums.versions(url)
+    return frozenset()
 
 
 def _verify_hidden(repository: Any, url: str, level: Level, seen: _Seen) -> None:
     """The versions that a damaged snapshot hides, as far as they can be read."""
-    for version in sorted(sums.versions(url) - seen.versions.keys()):
+    for version in sorted(_noted(url, seen) - seen.versions.keys()):
         with seen.looking_at("version", version):
             snapshot = repository.lookup_snapshot(version)
             seen.versions[version] = snapshot.parent_id
@@ -212,7 +256,8 @@ def _verify_version(
         return
     # What this version wrote anew lies in files of its own, even if an earlier one wrote the same.
     written: set[str] = set()
-    if ("version", snapshot.parent_id) not in seen.damages:
+    # icechunk takes a parent that may not be read for one that is lost.
+    if ("version", snapshot.parent_id) not in seen.damages and not seen.unchecked:
         with seen.looking_at("transaction log", snapshot.id):
             diff = repository.diff(from_snapshot_id=snapshot.parent_id, to_snapshot_id=snapshot.id)
             written = {str(path) for path in diff.updated_chunks}
@@ -235,7 +280,7 @@ def _verify_rows(tree: Tree, catalog: Catalog, seen: _Seen, *, hashes: bool, who
         trial = _Seen()
         with trial.looking_at("values", some[0].name):
             block = tree.read_values(some[0].row, some[-1].row + 1)
-        single = bool(trial.damages)
+        single = bool(trial.damages or trial.unchecked)
         for record in some:
             seen.rows.add((record.row, record.sha256))
             with seen.looking_at("values", record.name, record.row):

@@ -11,7 +11,7 @@ def document(done):
     assert done.stdout.count("\n") == 1
     record = json.loads(done.stdout)
     assert record["schema"].startswith("memtool.")
-    assert record["schema_version"] == 1
+    assert record["schema_version"] == (2 if record["schema"] == "memtool.verify" else 1)
     return record
 
 

@@ -116,7 +116,7 @@ def test_a_full_disk_stops_a_commit_before_it_begins(tmp_path: Path, space: Spac
         assert store.verify().ok
 
 
-@pytest.mark.parametrize("files", range(30, 76, 3))
+@pytest.mark.parametrize("files", range(33, 79, 3))
 def test_a_disk_that_fills_during_a_commit(tmp_path: Path, space: Space, files: int) -> None:
     """No file can be made although bytes are free, so the commit fails on its way."""
     folder = tmp_path / "mount"

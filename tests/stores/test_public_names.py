@@ -43,6 +43,7 @@ def test_codes_are_stable_and_drawn() -> None:
         "NewerSchemaError": "newer-schema",
         "SpaceMismatchError": "space-mismatch",
         "ForkedProcessError": "forked-process",
+        "ClockError": "clock",
         "StorageError": "storage",
     }
     assert errors.__doc__ is not None

@@ -298,7 +298,7 @@ def verify(
         ),
     ] = "full",
 ) -> None:
-    """Check every stored byte; exit with 1 when something is damaged."""
+    """Check every stored byte; exit with 1 when something is damaged or cannot be read."""
     checked = cast(Literal["heads", "checksums", "full"], one_of("--level", level, LEVELS))
     try:
         store = call.store()
@@ -308,6 +308,7 @@ def verify(
     else:
         report = store.verify(checked)
     damages = tuple(records.Damage.model_validate(damage) for damage in report.damages)
+    unchecked = tuple(records.Unchecked.model_validate(one) for one in report.unchecked)
     record = records.Verified(
         store=call.store_path,
         level=report.level,
@@ -316,18 +317,27 @@ def verify(
         rows=report.rows,
         blobs=report.blobs,
         damages=damages,
+        unchecked=unchecked,
+        unfinished=report.unfinished,
     )
+    state = "damaged" if damages else "could not be checked" if unchecked else "intact"
     facts = [
-        ("state", "intact" if report.ok else "damaged"),
+        ("state", state),
         ("looked at", f"{report.versions} versions, {report.rows} values, {report.blobs} blobs"),
     ]
     wrong = [(d.what, d.name, d.expected, d.found) for d in damages]
+    unread = [(one.what, one.name, one.why) for one in unchecked]
     tables = [Table((), facts)]
     if wrong:
         tables.append(Table(("damaged", "name", "expected", "found"), wrong))
-    call.out.data(record, *tables, ids=[f"{d.what} {d.name}" for d in damages])
-    if not report.ok:
+    if unread:
+        tables.append(Table(("could not be checked", "name", "why"), unread))
+    call.out.data(record, *tables, ids=[f"{what} {name}" for what, name, *_ in [*wrong, *unread]])
+    for one in report.unfinished:
+        call.out.note(f"{one} was never finished and names no version: memtool gc takes it away")
+    if damages:
         call.out.next(call.command("log"))
+    if not report.ok:
         raise typer.Exit(1)
 
 
@@ -373,6 +383,7 @@ def gc(
         expired=report.expired,
         freed_bytes=report.freed_bytes,
         deleted_files=report.deleted_files,
+        notes=report.notes,
     )
     would = "would be " if report.dry_run else ""
     rows = [
@@ -381,6 +392,8 @@ def gc(
         (f"space {would}freed", size(report.freed_bytes)),
     ]
     call.out.data(record, Table((), rows), ids=[report.freed_bytes])
+    for note in report.notes:
+        call.out.note(note)
 
 
 def _said(metadata: dict[str, Any]) -> list[tuple[str, str]]:
