@@ -31,6 +31,8 @@ from memtool_stores.errors import (
 ROWS_PER_MANIFEST = 512
 """Rows of `/values` listed by one manifest file: what makes an append independent of T."""
 
+_UNREADABLE = (ValueError, TypeError, LookupError, RuntimeError, ArithmeticError)
+
 _fork = {"imported": False, "child": False}
 
 
@@ -156,8 +158,8 @@ def translated(doing: str, where: str) -> Iterator[None]:
 
     `doing` says what was tried ("read values of 'photo'"), `where` is the store.
     """
-    # zarr reports a checksum that does not match, and metadata that do not parse, as ValueError,
-    # KeyError or TypeError; our own errors pass through.
+    # zarr and its codecs report what does not decode, and metadata that do not parse, in any of
+    # `_UNREADABLE`; our own errors pass through.
     try:
         yield
     except StoreError:
@@ -168,7 +170,15 @@ def translated(doing: str, where: str) -> Iterator[None]:
         raise _of_message(_told(error), doing, where) from error
     except OSError as error:
         raise of_os_error(error, doing, where) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except MemoryError as error:
+        raise StorageError(
+            f"could not {doing} in {where}: there is not enough memory", transient=True
+        ) from error
+    except _UNREADABLE as error:
+        if "can't start new thread" in str(error):
+            raise StorageError(
+                f"could not {doing} in {where}: {error}", transient=True, remedy="run it again"
+            ) from error
         raise IntegrityError(
             what="store", name=where, expected=f"to {doing}", found=_first_line(str(error))
         ) from error

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from memtool_stores import cache, sums
+from memtool_stores.arrays import CRC32C_BYTES
 from memtool_stores.catalog import Catalog, plain_json
 from memtool_stores.collect import GcReport, collect
 from memtool_stores.diff import Diff, diff
@@ -57,7 +58,7 @@ from memtool_stores.names import check_ref
 from memtool_stores.objects import Objects, Retractable, bucket_holds, objects_at
 from memtool_stores.space import Space
 from memtool_stores.transaction import Transaction
-from memtool_stores.tree import CRC32C_BYTES, Root, State, Tree, seal, sha256
+from memtool_stores.tree import Root, State, Tree, seal, sha256
 from memtool_stores.verify import Level, VerifyReport, verify
 from memtool_stores.view import MemoryView
 

@@ -28,6 +28,7 @@ from memtool_stores.history import (
 )
 from memtool_stores.ice import open_repository, translated
 from memtool_stores.names import check_ref
+from memtool_stores.space import Layout
 from memtool_stores.tree import Root, Tree, sha256
 
 Level = Literal["heads", "checksums", "full"]
@@ -219,13 +220,15 @@ def _verify_version(
     catalog = Catalog()
     with seen.looking_at("catalog", snapshot.id):
         catalog = tree.read_catalog(Catalog(), root.state)
-    _verify_rows(tree, catalog, seen, hashes=level == "full", whole=whole)
+    _verify_rows(tree, catalog, root.space.layout, seen, hashes=level == "full", whole=whole)
     if whole:
         written |= {KEYS_PATH, *(BLOB_PATH + name for name in root.state.blobs)}
     _verify_keys_and_blobs(tree, root, snapshot.id, seen, hashes=level == "full", written=written)
 
 
-def _verify_rows(tree: Tree, catalog: Catalog, seen: _Seen, *, hashes: bool, whole: bool) -> None:
+def _verify_rows(
+    tree: Tree, catalog: Catalog, layout: Layout, seen: _Seen, *, hashes: bool, whole: bool
+) -> None:
     wanted = [r for r in catalog.records.values() if whole or (r.row, r.sha256) not in seen.rows]
     _verify_purged(tree, [r for r in wanted if r.state == "purged"], seen)
     records = [r for r in wanted if r.state != "purged"]
@@ -234,16 +237,12 @@ def _verify_rows(tree: Tree, catalog: Catalog, seen: _Seen, *, hashes: bool, who
         # One bad chunk fails its whole block: then the rows are read one by one to name it.
         trial = _Seen()
         with trial.looking_at("values", some[0].name):
-            block = tree.read_values(some[0].row, some[-1].row + 1)
+            block = tree.read_values([record.row for record in some], layout)
         single = bool(trial.damages)
-        for record in some:
+        for place, record in enumerate(some):
             seen.rows.add((record.row, record.sha256))
             with seen.looking_at("values", record.name, record.row):
-                row = (
-                    tree.read_values(record.row, record.row + 1)[0]
-                    if single
-                    else block[record.row - some[0].row]
-                )
+                row = tree.read_values([record.row], layout)[0] if single else block[place]
                 if hashes and sha256(row) != record.sha256:
                     raise IntegrityError(
                         what="values",
@@ -270,7 +269,7 @@ def _verify_keys_and_blobs(
     if keys is not None and (KEYS_PATH in written or keys.sha256 not in seen.keys):
         seen.keys.add(keys.sha256)
         with seen.looking_at("keys", version, keys.sha256):
-            found = sha256(tree.read_keys())
+            found = sha256(tree.read_keys(keys))
             if hashes and found != keys.sha256:
                 raise IntegrityError(
                     what="keys", name=version, expected=f"sha256 {keys.sha256}", found=found
