@@ -71,7 +71,7 @@ def opened(
     return array
 
 
-def read_chunks(group: Any, name: str, places: Sequence[object], nbytes: int) -> Iterator[Bytes]:
+def read_chunks(group: Any, name: str, places: Sequence[object], nbytes: int) -> Iterator[memoryview]:
     """What the chunks of an array hold, (nbytes,) each; `places` are such as 0 or "3/0".
 
     Raises:
