@@ -8,7 +8,7 @@ with its crc32c, and room is made for what was read.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,9 @@ CRC32C_BYTES = 4
 BATCH_CHUNKS = 256
 BATCH_BYTES = 64 * 1024 * 1024
 """Chunks that are fetched at a time, and bytes of them, but always one chunk."""
+
+MOST_PACKED_BYTES = 20_000
+"""What a chunk of the catalog has when it cannot be made smaller, and a little more."""
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -71,7 +74,9 @@ def opened(
     return array
 
 
-def read_chunks(group: Any, name: str, places: Sequence[object], nbytes: int) -> Iterator[memoryview]:
+def read_chunks(
+    group: Any, name: str, places: Sequence[object], nbytes: int
+) -> Iterator[memoryview]:
     """What the chunks of an array hold, (nbytes,) each; `places` are such as 0 or "3/0".
 
     Raises:
@@ -114,11 +119,27 @@ def read_row(group: Any, name: str, place: str) -> Bytes | None:
     return None if data is None else data[:-CRC32C_BYTES]
 
 
-def proves_itself(data: bytes) -> bool:
-    """Whether a stored chunk ends with the crc32c of what is before it."""
-    from google_crc32c import value
+def whole_chunk(data: bytes, lengths: Iterable[int]) -> int | None:
+    """How many of these bytes are a stored chunk, all of which end with their crc32c.
 
-    return data[-CRC32C_BYTES:] == value(data[:-CRC32C_BYTES]).to_bytes(CRC32C_BYTES, "little")
+    All of them, or where something was appended to the file, the first ones; None when neither is
+    so. A chunk that was appended to is known by one of these lengths, or is a packed one.
+    """
+    from google_crc32c import extend, value
+
+    def ends_at(length: int, crc: int) -> bool:
+        return data[length : length + CRC32C_BYTES] == crc.to_bytes(CRC32C_BYTES, "little")
+
+    for length in (len(data), *lengths):
+        inner = length - CRC32C_BYTES
+        if inner >= 0 and length <= len(data) and ends_at(inner, value(data[:inner])):
+            return length
+    crc = 0
+    for inner in range(min(len(data) - CRC32C_BYTES, MOST_PACKED_BYTES)):
+        if inner and ends_at(inner, crc):
+            return inner + CRC32C_BYTES
+        crc = extend(crc, data[inner : inner + 1])
+    return None
 
 
 def _stored(

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import MAXYEAR, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ from memtool_stores.errors import (
     SchemaError,
     VersionExpiredError,
 )
-from memtool_stores.ice import translated
+from memtool_stores.ice import of_os_error, translated
 from memtool_stores.names import is_version_id
 from memtool_stores.objects import objects_at
+from memtool_stores.printable import shown
 from memtool_stores.tree import Tree, seal
 
 MAIN = "main"
@@ -31,6 +32,13 @@ SUMS = "sums"
 
 SHORTEST_PREFIX = 4
 
+REFERENCES = frozenset({"branch", "tag"})
+"""Kinds of names of versions."""
+
+REF_BYTES = 100
+"""More than the file of a branch or tag has."""
+
+_STEPS = re.compile(r"[0-9]{1,15}")
 _REF = re.compile(rb'\{"snapshot":"([0-9A-HJKMNP-TV-Z]{20})"\}')
 _OURS = frozenset({"parent", "time", "user", "seal"})
 
@@ -61,15 +69,16 @@ def of_snapshot(snapshot: Any, *, oldest: bool) -> Version:
     if not _OURS & metadata.keys():
         raise SchemaError(f"version {snapshot.id} was not committed by memtool")
     try:
-        return Version(
-            snapshot.id,
-            None if oldest else snapshot.parent_id,
-            datetime.fromisoformat(metadata["time"]),
-            snapshot.message,
-            json.loads(metadata["user"]),
-        )
-    except (KeyError, ValueError) as error:
+        moment = datetime.fromisoformat(metadata["time"])
+        user = json.loads(metadata["user"])
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise _damaged(snapshot.id, "what a commit notes", str(error)) from error
+    if moment.tzinfo is None or not 1 < moment.year < MAXYEAR:
+        raise _damaged(snapshot.id, "a time with its zone", metadata["time"])
+    if not isinstance(user, dict):
+        raise _damaged(snapshot.id, "metadata as a mapping", shown(user))
+    parent = None if oldest else snapshot.parent_id
+    return Version(snapshot.id, parent, moment, snapshot.message, user)
 
 
 def _damaged(version: str, expected: str, found: str) -> IntegrityError:
@@ -160,10 +169,10 @@ def resolve(repository: Any, where: str, ref: str, as_of: datetime | None = None
         NotFoundError: nothing has that name, or a prefix fits several versions.
         VersionExpiredError: a whole version id that is no longer, or never was, in the store.
     """
-    with translated(f"find version {ref!r}", where):
+    with translated(f"find version {shown(ref)}", where):
         name, tilde, steps = ref.partition("~")
-        if tilde and steps and not steps.isdigit():
-            raise NotFoundError(f"{ref!r} names no version", expected="for example HEAD~2")
+        if tilde and steps and not _STEPS.fullmatch(steps):
+            raise NotFoundError(f"{shown(ref)} names no version", expected="for example HEAD~2")
         version = _resolve_name(repository, where, name)
         back = int(steps or 1) if tilde else 0
         for index, (snapshot, oldest) in enumerate(snapshots(repository, version)):
@@ -174,7 +183,7 @@ def resolve(repository: Any, where: str, ref: str, as_of: datetime | None = None
     if as_of is not None:
         raise NotFoundError(f"no version of {ref!r} is as old as {as_of.isoformat()}")
     raise NotFoundError(
-        f"{name} has fewer than {back} versions before it", remedy="`memtool log` lists them"
+        f"{shown(name)} has fewer than {back} versions before it", remedy="`memtool log` lists them"
     )
 
 
@@ -199,7 +208,7 @@ def _resolve_name(repository: Any, where: str, name: str) -> str:
             raise damaged_ref(kind, name)
     several = f"fits {len(found)} versions: {', '.join(sorted(found))}"
     raise NotFoundError(
-        f"{name!r} {several if found else 'is no branch, tag or version'}",
+        f"{shown(name)} {several if found else 'is no branch, tag or version'}",
         expected="HEAD, HEAD~2, a branch, a tag, or a version id (its first four letters or more)",
         remedy="`memtool log` lists the versions",
     )
@@ -259,14 +268,23 @@ def damaged_refs(url: str) -> list[tuple[str, str]]:
     for place in sorted(folder.iterdir()):
         kind, _, name = place.name.partition(".")
         file = place / "ref.json"
-        if (place / "ref.json.deleted").exists():
+        if kind not in REFERENCES or not place.is_dir() or (place / "ref.json.deleted").exists():
             continue
-        ref = _REF.fullmatch(file.read_bytes()) if file.is_file() else None
+        ref = _REF.fullmatch(_beginning(file)) if file.is_file() else None
         version = "" if ref is None else ref[1].decode()
         traces = (Path(url) / "ice" / "snapshots" / version, Path(url) / SUMS / version)
         if ref is None or not any(trace.exists() for trace in traces):
             found.append((kind, name))
     return found
+
+
+def _beginning(file: Path) -> bytes:
+    """As much of a file as tells whether it is that of a branch or tag."""
+    try:
+        with file.open("rb") as opened:
+            return opened.read(REF_BYTES)
+    except OSError as error:
+        raise of_os_error(error, "read a branch or tag", str(file)) from error
 
 
 def _damaged_in_bucket(url: str) -> list[tuple[str, str]]:

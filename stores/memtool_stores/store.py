@@ -54,7 +54,7 @@ from memtool_stores.ice import (
     translated,
 )
 from memtool_stores.move import Tell, copy, read_bundle, require_empty, write_bundle
-from memtool_stores.names import check_ref
+from memtool_stores.names import below, check_ref
 from memtool_stores.objects import Objects, Retractable, bucket_holds, objects_at
 from memtool_stores.space import Space
 from memtool_stores.transaction import Transaction
@@ -285,6 +285,7 @@ class MemoryStore:
 
     def _begin(self, branch: str) -> Transaction:
         guard_fork()
+        check_ref(branch, "branch")
         with translated(f"find branch {branch!r}", self.url):
             version = str(self._repository.lookup_branch(branch))
         return Transaction(self._view(version))
@@ -411,7 +412,7 @@ class MemoryStore:
         guard_fork()
         with translated("list the tags", self.url):
             self._refuse_damaged("tag")
-            names = sorted(self._repository.list_tags())
+            names = sorted(check_ref(name, "tag") for name in self._repository.list_tags())
             return {name: str(self._repository.lookup_tag(name)) for name in names}
 
     def branches(self) -> dict[str, str]:
@@ -419,7 +420,7 @@ class MemoryStore:
         guard_fork()
         with translated("list the branches", self.url):
             self._refuse_damaged("branch")
-            names = sorted(self._repository.list_branches())
+            names = sorted(check_ref(name, "branch") for name in self._repository.list_branches())
             return {name: str(self._repository.lookup_branch(name)) for name in names}
 
     def _refuse_damaged(self, kind: str) -> None:
@@ -434,7 +435,7 @@ class MemoryStore:
             NotFoundError: there is none.
         """
         with self._lock():
-            if name not in self.tags():
+            if name not in self._repository.list_tags():
                 raise NotFoundError(f"no tag {name!r} in {self.url}")
             with translated(f"delete tag {name!r}", self.url):
                 self._repository.delete_tag(name)
@@ -453,7 +454,7 @@ class MemoryStore:
                 self._repository.delete_branch(name)
                 if _is_local(self.url):
                     # Left there it would look like a branch that lost its file.
-                    (Path(self.url) / "ice" / "refs" / f"branch.{name}").rmdir()
+                    below(Path(self.url) / "ice" / "refs", f"branch.{name}").rmdir()
             self._sync()
 
     def rollback(self, to: str) -> str:

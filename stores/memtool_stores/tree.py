@@ -20,7 +20,14 @@ import numpy as np
 import numpy.typing as npt
 
 from memtool_stores import limits
-from memtool_stores.arrays import not_as_written, opened, read_chunks, read_packed, read_row
+from memtool_stores.arrays import (
+    CRC32C_BYTES,
+    not_as_written,
+    opened,
+    read_chunks,
+    read_packed,
+    read_row,
+)
 from memtool_stores.catalog import AdapterRecord, Catalog, Counts
 from memtool_stores.errors import IntegrityError, NewerSchemaError, NotFoundError, SchemaError
 from memtool_stores.jsonvalues import digest, mapping, member, whole
@@ -171,6 +178,8 @@ class Tree:
             raise SchemaError("this version has no memory in it") from error
         self.attributes: dict[str, Any] = dict(self._group.attrs)
         self._values_open = False
+        self.chunk_lengths: set[int] = set()
+        """Stored bytes of the chunks of keys and blobs that were read."""
 
     @classmethod
     def create(cls, session: Any, root: Root) -> Tree:
@@ -375,6 +384,7 @@ class Tree:
         array = self._open_keys(state)
         layers, step, width = array.chunks
         nbytes = KEYS_DTYPE.itemsize * layers * step * width
+        self.chunk_lengths.add(nbytes + CRC32C_BYTES)
         places = [f"0/{number}/0" for number in range(math.ceil(state.rows / step))]
         blocks = [
             np.frombuffer(data, KEYS_DTYPE).reshape(layers, step, width)
@@ -410,6 +420,7 @@ class Tree:
         array = opened(self._group, path, np.dtype("u1"), (None,), (None,))
         (size,), (chunk,) = array.shape, array.chunks
         limits.require("array_bytes", max(size, chunk), f"blob {name!r}")
+        self.chunk_lengths.add(chunk + CRC32C_BYTES)
         chunks = read_chunks(self._group, path, range(math.ceil(size / chunk)), chunk)
         return b"".join(chunks)[:size]
 

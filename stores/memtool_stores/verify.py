@@ -13,10 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from memtool_stores import sums
+from memtool_stores.arrays import CRC32C_BYTES, whole_chunk
 from memtool_stores.catalog import AdapterRecord, Catalog
 from memtool_stores.errors import IntegrityError, NewerSchemaError, StoreError
 from memtool_stores.history import (
@@ -28,6 +29,8 @@ from memtool_stores.history import (
 )
 from memtool_stores.ice import open_repository, translated
 from memtool_stores.names import check_ref
+from memtool_stores.objects import objects_at
+from memtool_stores.printable import one_line
 from memtool_stores.space import Layout
 from memtool_stores.tree import Root, Tree, sha256
 
@@ -75,11 +78,16 @@ class _Seen:
     blobs: set[tuple[str, str]] = field(default_factory=set)
     damages: dict[Hashable, Damage] = field(default_factory=dict)
     """One for each damaged thing, however often it was read."""
+    row_lengths: set[int] = field(default_factory=set)
+    """Stored bytes of a row, with its crc32c."""
+    chunk_lengths: set[int] = field(default_factory=set)
+    """Stored bytes of other chunks."""
     hidden: bool = False
     """Whether some history could not be followed to its end."""
 
     def add(self, damage: Damage, *same: Hashable) -> None:
         """One more, unless that thing is known to be damaged: same kind and name, or `same`."""
+        damage = replace(damage, name=one_line(damage.name), found=one_line(damage.found))
         self.damages.setdefault((damage.what, *(same or (damage.name,))), damage)
 
     @contextmanager
@@ -128,6 +136,8 @@ def verify(url: str, level: Level) -> VerifyReport:
     if repository is not None and seen.hidden and level != "heads":
         _verify_hidden(repository, url, level, seen)
     _verify_files(url, seen)
+    if level != "heads" and not url.startswith("s3://"):
+        _verify_chunk_files(url, seen)
     return VerifyReport(
         level, len(seen.versions), len(seen.rows), len(seen.blobs), tuple(seen.damages.values())
     )
@@ -185,6 +195,30 @@ def _verify_files(url: str, seen: _Seen) -> None:
                 seen.add(Damage(wrong.kind, wrong.version, wrong.expected, wrong.found))
 
 
+def _verify_chunk_files(url: str, seen: _Seen) -> None:
+    """Files of chunks that something was appended to: no reader is given what is beyond the end.
+
+    What else is wrong with a chunk was found when it was read. One that no version has is garbage,
+    and is left to gc.
+    """
+    objects = objects_at(url)
+    with seen.looking_at("chunks", "of the store"):
+        for entry in sorted(objects.list("ice/chunks"), key=lambda entry: entry.path):
+            if entry.nbytes in seen.row_lengths:
+                continue
+            with seen.looking_at("chunk", entry.path):
+                whole = whole_chunk(objects.read(entry.path), seen.row_lengths | seen.chunk_lengths)
+                if whole not in {None, entry.nbytes}:
+                    seen.add(
+                        Damage(
+                            "chunk",
+                            entry.path,
+                            f"{whole:,} bytes",
+                            f"{entry.nbytes:,} bytes: something was appended",
+                        )
+                    )
+
+
 def _verify_hidden(repository: Any, url: str, level: Level, seen: _Seen) -> None:
     """The versions that a damaged snapshot hides, as far as they can be read."""
     for version in sorted(sums.versions(url) - seen.versions.keys()):
@@ -208,6 +242,7 @@ def _verify_version(
             found=f"parent {snapshot.parent_id}",
         )
     root = tree.root()
+    seen.row_lengths.add(root.space.layout.nbytes + CRC32C_BYTES)
     tree.check_shapes(root)
     if level == "heads":
         return
@@ -224,6 +259,7 @@ def _verify_version(
     if whole:
         written |= {KEYS_PATH, *(BLOB_PATH + name for name in root.state.blobs)}
     _verify_keys_and_blobs(tree, root, snapshot.id, seen, hashes=level == "full", written=written)
+    seen.chunk_lengths |= tree.chunk_lengths
 
 
 def _verify_rows(

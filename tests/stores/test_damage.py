@@ -335,6 +335,47 @@ def test_a_row_with_a_right_checksum_but_other_bytes_is_found(rich: Rich, space:
     assert len({d.name for d in report.damages}) == 2
 
 
+def _said(store: MemoryStore, damaged: str) -> set[tuple[str, str]]:
+    """What verify names, and that no reader is told of anything but damage or what was written."""
+    report = MemoryStore.open(store.url).verify()
+    assert not report.ok, damaged
+    for read in _reads(store.url):
+        _answer(read)
+    return {(damage.what, damage.name) for damage in report.damages}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("more", [b"\0", b"\n", b"another line", bytes(40_000)])
+def test_every_file_that_was_appended_to_is_named(rich: Rich, kind: str, more: bytes) -> None:
+    for path, name in sorted(rich.files[kind].items()):
+        whole = path.read_bytes()
+        path.write_bytes(whole + more)
+        chunk = ("chunk", path.relative_to(rich.store.url).as_posix())
+        expected = (KINDS[kind], name)
+        said = _said(rich.store, str(path))
+        assert {chunk, expected} & said or KINDS[kind] is None, said
+        path.write_bytes(whole)
+    assert rich.store.verify().ok
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_in_the_place_of_another_is_named(rich: Rich, kind: str) -> None:
+    """The files of a kind in each other's places, and those of other kinds in theirs."""
+    others = [min(paths) for other, paths in rich.files.items() if other != kind]
+    for path, name in sorted(rich.files[kind].items()):
+        whole = path.read_bytes()
+        for other in {*rich.files[kind], *others} - {path}:
+            instead = other.read_bytes()
+            if instead == whole:
+                continue
+            path.write_bytes(instead)
+            report = MemoryStore.open(rich.store.url).verify()
+            if kind not in {"branches", "tags"}:
+                _assert_named(report.damages, kind, name, f"{other} in the place of {path}")
+        path.write_bytes(whole)
+    assert rich.store.verify().ok
+
+
 def test_gc_does_not_take_the_versions_of_a_damaged_tag(rich: Rich) -> None:
     (path,) = [p for p in _files(rich.store.url, "refs") if "tag.v1" in str(p)]
     whole = path.read_bytes()
