@@ -153,15 +153,16 @@ class Space:
         }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Space:
+    def from_json(cls, data: Any) -> Space:
         """The space of `to_json`.
 
         Raises:
             SchemaError: a part is missing or of the wrong kind.
         """
         what = "the space of this store"
-        backbone = mapping(member(dict(data), "backbone", what), "backbone")
-        layout = mapping(member(dict(data), "layout", what), "layout")
+        said = mapping(data, what)
+        backbone = mapping(member(said, "backbone", what), "backbone")
+        layout = mapping(member(said, "layout", what), "layout")
         named = []
         for pair in items(member(layout, "segments", "layout"), "the segments"):
             if not isinstance(pair, list) or len(pair) != 2:
