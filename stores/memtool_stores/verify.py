@@ -171,6 +171,10 @@ def _verify_line(repository: Any, tip: str, level: Level, seen: _Seen) -> None:
             if level == "heads":
                 break
         seen.hidden = was_hidden
+        if not line:
+            raise IntegrityError(
+                what="version", name=tip, expected="a memory", found="what icechunk begins with"
+            )
     for snapshot, oldest in reversed(line):
         at_tip = snapshot.id == tip
         if snapshot.id in seen.versions and not at_tip:

@@ -1,10 +1,11 @@
-"""Catalogs as a stranger's store would have them: the chain is right, and anything is in the lines."""
+"""Catalogs as a stranger's store would have them: a right chain over lines of any kind."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -91,9 +92,5 @@ def _is_sound(catalog: Catalog) -> None:
 @given(data=CATALOGS)
 def test_a_catalog_with_a_wrong_chain_is_damaged(data: bytes) -> None:
     catalog = Catalog().extended([_text(DOCUMENT[0])])
-    try:
+    with pytest.raises(IntegrityError, match="catalog 'chain' is damaged"):
         catalog.read_on(data, "00" * 32)
-    except IntegrityError as error:
-        assert error.what == "catalog"
-    else:
-        raise AssertionError("a catalog with a wrong chain was taken")
