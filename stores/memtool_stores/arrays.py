@@ -119,6 +119,16 @@ def read_row(group: Any, name: str, place: str) -> Bytes | None:
     return None if data is None else data[:-CRC32C_BYTES]
 
 
+def listed(group: Any, name: str) -> list[str]:
+    """Names of what lies in a group of that name, whatever it is, sorted."""
+    from zarr.core.sync import sync
+
+    async def names() -> list[str]:
+        return [entry async for entry in group.store.list_dir(name)]
+
+    return sorted(set(sync(names())) - {"zarr.json"})
+
+
 def whole_chunk(data: bytes, lengths: Iterable[int]) -> int | None:
     """How many of these bytes are a stored chunk, all of which end with their crc32c.
 

@@ -6,7 +6,6 @@ A store refuses anything from another space: `Space.check` names every differenc
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any

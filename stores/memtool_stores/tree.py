@@ -22,6 +22,7 @@ import numpy.typing as npt
 from memtool_stores import limits
 from memtool_stores.arrays import (
     CRC32C_BYTES,
+    listed,
     not_as_written,
     opened,
     read_chunks,
@@ -444,7 +445,7 @@ class Tree:
         state = root.state
         self._open_values(root.space.layout, state.rows)
         self._open_catalog(state.catalog_bytes)
-        blobs = set(self._group["blobs"].array_keys())
+        blobs = set(listed(self._group, "blobs"))
         if blobs != set(state.blobs):
             raise IntegrityError(
                 what="array",
