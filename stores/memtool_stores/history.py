@@ -136,16 +136,24 @@ def snapshots(repository: Any, version: str) -> Iterator[tuple[Any, bool]]:
     """
     with _reading_snapshot(version):
         ancestry = iter(repository.ancestry(snapshot_id=version))
-        current = _checked(next(ancestry, None), version)
+        current = checked_snapshot(next(ancestry, None), version)
+    met = set()
     while current is not None and current.parent_id is not None:
+        met.add(current.id)
+        if current.parent_id in met:
+            raise _damaged(current.id, "a version before it", "one that comes after it")
         with _reading_snapshot(current.parent_id):
-            older = _checked(next(ancestry, None), current.parent_id)
+            older = checked_snapshot(next(ancestry, None), current.parent_id)
         yield current, older is None or older.parent_id is None
         current = older
 
 
-def _checked(snapshot: Any, version: str) -> Any:
-    """The snapshot, if it says that it is that of the version."""
+def checked_snapshot(snapshot: Any, version: str) -> Any:
+    """The snapshot, if it says that it is that of the version.
+
+    Raises:
+        IntegrityError: it is that of another.
+    """
     if snapshot is not None and snapshot.id != version:
         raise _damaged(version, f"snapshot {version}", f"snapshot {snapshot.id}")
     return snapshot

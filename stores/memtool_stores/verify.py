@@ -22,6 +22,7 @@ from memtool_stores.catalog import AdapterRecord, Catalog
 from memtool_stores.errors import IntegrityError, NewerSchemaError, StoreError
 from memtool_stores.history import (
     MAIN,
+    checked_snapshot,
     damaged_refs,
     of_snapshot,
     sealed_tree,
@@ -99,12 +100,13 @@ class _Seen:
         except NewerSchemaError:
             raise
         except IntegrityError as error:
-            known = error.what not in {"store", "array"}
+            known = error.what not in {"store", "array", "catalog"}
+            place = "" if known or error.what == "store" else f"{error.name}: "
             found = Damage(
                 error.what if known else what,
                 error.name if known else name,
                 error.expected or "what was written",
-                error.found,
+                place + error.found,
             )
             self.add(found, *same)
         except StoreError as error:
@@ -227,7 +229,8 @@ def _verify_hidden(repository: Any, url: str, level: Level, seen: _Seen) -> None
     """The versions that a damaged snapshot hides, as far as they can be read."""
     for version in sorted(sums.versions(url) - seen.versions.keys()):
         with seen.looking_at("version", version):
-            snapshot = repository.lookup_snapshot(version)
+            # What calls itself another version could lead icechunk round in a circle.
+            snapshot = checked_snapshot(repository.lookup_snapshot(version), version)
             seen.versions[version] = snapshot.parent_id
             _verify_version(repository, snapshot, True, level, seen, whole=False)
 
