@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,9 @@ def test_a_name_of_a_version_is_made_or_refused(store: MemoryStore, name: str) -
                 assert names().keys() == before.keys() | {name}
                 delete(name)
             assert names() == before
+    # What is left of a deleted tag would make every case longer than the one before.
+    for left in (Path(store.url) / "ice" / "refs").glob("*/ref.json.deleted"):
+        shutil.rmtree(left.parent)
 
 
 @cases
@@ -79,8 +83,7 @@ def test_a_name_of_a_version_is_made_or_refused(store: MemoryStore, name: str) -
 def test_a_store_and_a_version_in_one_text_are_told_apart(text: str) -> None:
     with refused_or_taken():
         path, version = split_store(text)
-        assert path in text
-        assert version in {*text.split("@"), "HEAD"}
+        assert text in {path, f"{path}@", f"{path}@{version}"}
 
 
 @cases
