@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from memtool_stores.catalog import AdapterRecord
-from memtool_stores.errors import NotFoundError
+from memtool_stores.errors import IntegrityError, NotFoundError
 from memtool_stores.space import Layout, Segment
 
 KEY_SUFFIX = ".lora_A"
@@ -80,10 +80,22 @@ def bank(
     records: Sequence[AdapterRecord],
     module: str,
 ) -> AtomBank:
-    """The atoms of `module` in t rows, of which these are A (t, r, d_in) and B (t, d_out, r)."""
+    """The atoms of `module` in t rows, of which these are A (t, r, d_in) and B (t, d_out, r).
+
+    Raises:
+        IntegrityError: a record has atoms pruned that the module does not have.
+    """
     kept = np.ones(keys.shape[:2], dtype=bool)
     for place, record in enumerate(records):
-        kept[place, list(record.pruned.get(module, ()))] = False
+        pruned = list(record.pruned.get(module, ()))
+        if pruned and max(pruned) >= keys.shape[1]:
+            raise IntegrityError(
+                what="catalog",
+                name=record.name,
+                expected=f"{keys.shape[1]} atoms of {module}",
+                found=f"atom {max(pruned)} pruned",
+            )
+        kept[place, pruned] = False
     owner, rank = np.nonzero(kept)
     owners = [records[place] for place in owner.tolist()]
     return AtomBank(

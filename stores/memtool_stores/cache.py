@@ -25,6 +25,7 @@ import numpy.typing as npt
 from memtool_stores.catalog import AdapterRecord
 from memtool_stores.errors import IntegrityError
 from memtool_stores.ice import of_os_error
+from memtool_stores.names import below, check_id
 from memtool_stores.space import Segment, Space
 from memtool_stores.tree import Array, numpy_dtype, sha256
 
@@ -40,13 +41,18 @@ _log = logging.getLogger(__name__)
 
 
 def folder(store_id: str) -> Path:
-    """Where the files of one store lie: under $MEMTOOL_CACHE, else the user's cache folder."""
+    """Where the files of one store lie: under $MEMTOOL_CACHE, else the user's cache folder.
+
+    Raises:
+        SchemaError: that is no id of a store, or its folder is a link to elsewhere.
+    """
+    check_id(store_id, "a store")
     given = os.environ.get("MEMTOOL_CACHE")
     if given:
-        return Path(given) / "stores" / store_id
+        return below(Path(given) / "stores", store_id)
     import platformdirs
 
-    return Path(platformdirs.user_cache_dir("memtool")) / "stores" / store_id
+    return below(Path(platformdirs.user_cache_dir("memtool")) / "stores", store_id)
 
 
 def drop(store_id: str) -> None:
@@ -84,12 +90,12 @@ class ValueCache:
 
     def __init__(
         self,
-        read: Callable[[int, int], Array],
+        read: Callable[[Sequence[int]], Array],
         store_id: str,
         space: Space,
         records: Sequence[AdapterRecord],
     ) -> None:
-        # read(first, last) gives those rows from the store.
+        # read(rows) gives those rows from the store.
         self._read_store = read
         self._space = space
         self._records = tuple(records)
@@ -221,18 +227,12 @@ class ValueCache:
 
     def _blocks(self, first: int) -> Iterator[tuple[int, Array]]:
         """Position and checked rows from position `first` on, some hundred at a time."""
-        begin = first
-        while begin < len(self._records):
-            origin = self._records[begin].row
-            some = self._records[begin : begin + ROWS_PER_READ]
-            # Rows of the other kind, or removed ones, can lie between: no read is longer for that.
-            records = [record for record in some if record.row < origin + ROWS_PER_READ]
-            block = self._read_store(origin, records[-1].row + 1)
-            rows = np.ascontiguousarray(block[[record.row - origin for record in records]])
+        for begin in range(first, len(self._records), ROWS_PER_READ):
+            records = self._records[begin : begin + ROWS_PER_READ]
+            rows = self._read_store([record.row for record in records])
             for row, record in zip(rows, records, strict=True):
                 checked(row, record)
             yield begin, rows
-            begin += len(records)
 
     def _copy_older(self, put: Callable[[int, Array], None]) -> int:
         """Begin with the longest older file that holds our first rows; how many those are."""

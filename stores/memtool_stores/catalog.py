@@ -18,7 +18,11 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias, get_args
 
+from memtool_stores import limits
 from memtool_stores.errors import IntegrityError, NotFoundError, SchemaError
+from memtool_stores.jsonvalues import digest, items, mapping, member, number, parse, text, whole
+from memtool_stores.names import check_id, check_name
+from memtool_stores.printable import shown
 
 Kind: TypeAlias = Literal["adapter", "atoms"]
 """What a row is: one adapter, or the rank-1 atoms of a task."""
@@ -102,28 +106,28 @@ class AdapterRecord:
         pruned: Mapping[str, tuple[int, ...]],
     ) -> AdapterRecord:
         """`of` with a meta that is JSON already and belongs to nobody else."""
-        try:
-            domain = meta.get("domain")
-            return cls(
-                id,
-                row,
-                name,
-                meta.get("task"),
-                None if domain is None else str(domain),
-                tuple(meta.get("classes") or ()),
-                float(meta.get("scaling", scaling)),
-                sha256,
-                MappingProxyType(meta),
-                header,
-                kind,
-                state,
-                pruned,
-            )
-        except (TypeError, ValueError) as error:
-            raise SchemaError(
-                f"the meta of adapter {name!r}: {error}",
-                expected="classes as a list, scaling as a number",
-            ) from error
+        what = f"the meta of adapter {name!r}"
+        task, domain, classes = meta.get("task"), meta.get("domain"), meta.get("classes")
+        for one in (task, domain, *items([] if classes is None else classes, f"{what}: classes")):
+            if isinstance(one, list | dict):
+                raise SchemaError(
+                    f"{what}: {shown(one)} as task, domain or class", expected="text or a number"
+                )
+        return cls(
+            id,
+            row,
+            name,
+            task,
+            None if domain is None else str(domain),
+            tuple(classes or ()),
+            number(meta.get("scaling", scaling), f"{what}: scaling"),
+            sha256,
+            MappingProxyType(meta),
+            header,
+            kind,
+            state,
+            pruned,
+        )
 
     def line(self) -> bytes:
         """The record as one line of the catalog."""
@@ -146,27 +150,43 @@ class AdapterRecord:
         """The record that `line` wrote.
 
         Raises:
-            ValueError, KeyError, TypeError, SchemaError: no such line was ever written.
+            SchemaError: no such line was ever written.
         """
-        data = json.loads(line)
+        limits.require("text_bytes", len(line), "a line of the catalog")
+        what = "the record"
+        data = mapping(parse(line, what), what)
         # Schema 1 had adapters only, and no word for it.
-        kind, state, pruned = data.get("kind", "adapter"), data["state"], data.get("pruned")
+        kind, state = data.get("kind", "adapter"), member(data, "state", what)
         if kind not in KINDS or state not in ROW_STATES:
-            raise ValueError(f"a row of kind {kind!r} in state {state!r}")
+            raise SchemaError(
+                f"a row of kind {shown(kind)} in state {shown(state)}",
+                expected=f"{' or '.join(KINDS)}; {', '.join(ROW_STATES)}",
+            )
+        header = member(data, "header", what)
         return cls._of_plain(
-            data["id"],
-            data["row"],
-            data["name"],
-            data["sha256"],
-            data["meta"],
-            data["scaling"],
-            data["header"],
+            check_id(member(data, "id", what), "a row"),
+            whole(member(data, "row", what), "the row"),
+            check_name(member(data, "name", what), "an adapter"),
+            digest(member(data, "sha256", what), "the hash of the row"),
+            mapping(member(data, "meta", what), "meta"),
+            number(member(data, "scaling", what), "scaling"),
+            None if header is None else digest(header, "the hash of the header"),
             kind,
             state,
-            MappingProxyType({module: tuple(ranks) for module, ranks in pruned.items()})
-            if pruned
-            else NOTHING_PRUNED,
+            _pruned(data["pruned"]) if data.get("pruned") else NOTHING_PRUNED,
         )
+
+
+def _pruned(value: Any) -> Mapping[str, tuple[int, ...]]:
+    """The ranks that were taken out, by module."""
+    return MappingProxyType(
+        {
+            text(module, "a module"): tuple(
+                whole(rank, f"a rank of {module}") for rank in items(ranks, f"ranks of {module}")
+            )
+            for module, ranks in mapping(value, "what is pruned").items()
+        }
+    )
 
 
 def plain_json(value: Mapping[str, Any], what: str) -> dict[str, Any]:
@@ -263,7 +283,8 @@ class Catalog:
         """The catalog and what was appended since, which must lead to `chain`.
 
         Raises:
-            IntegrityError: the bytes are not the lines that were written.
+            IntegrityError: the bytes are not the lines that were written, or no lines that can
+                have been; it names the line.
         """
         lines = data.splitlines(keepends=True)
         found = self._link(lines)
@@ -271,13 +292,20 @@ class Catalog:
             raise IntegrityError(
                 what="catalog", name="chain", expected=chain, found=found or "nothing"
             )
-        try:
-            with _collector_at_rest():
-                return self._with([AdapterRecord.of_line(line) for line in lines], lines, found)
-        except (ValueError, KeyError, TypeError, AttributeError, SchemaError) as error:
-            raise IntegrityError(
-                what="catalog", name="lines", expected="one JSON record a line", found=str(error)
-            ) from error
+        with _collector_at_rest():
+            return self._with(self._parsed(lines), lines, found)
+
+    def _parsed(self, lines: Iterable[bytes]) -> list[AdapterRecord]:
+        records = []
+        for line in lines:
+            try:
+                if not line.endswith(b"\n"):
+                    raise SchemaError("a line without an end")
+                records.append(AdapterRecord.of_line(line))
+            except SchemaError as error:
+                place = self._length + len(records)
+                raise _wrong_line(place, error.message, error.expected) from error
+        return records
 
     def _link(self, lines: Iterable[bytes]) -> str:
         """The hash that binds our lines and these."""
@@ -293,6 +321,7 @@ class Catalog:
         longer.size = self.size + sum(map(len, lines))
         longer.chain = chain
         longer._length = self._length + len(records)
+        longer.counts = self._counted(records)
         with self._lines.growing:
             if len(self._lines.records) == self._length:
                 longer._lines = self._lines
@@ -301,21 +330,39 @@ class Catalog:
                 # Another version went on from here already: the two part ways.
                 longer._lines = _Lines(self._lines.records[: self._length])
                 longer._lines.extend(records)
-        longer.counts = self._counted(records)
         return longer
 
     def _counted(self, records: Iterable[AdapterRecord]) -> Counts:
+        """What there is after these records, each of which must fit in with what was before it.
+
+        Raises:
+            IntegrityError: one has a row that is not its own, or the name of another live one.
+        """
         counts = self.counts
         adapters, atoms, purged, rows = counts.adapters, counts.atoms, counts.purged, counts.rows
         changed: dict[str, AdapterRecord] = {}
-        for record in records:
+        # The live row of a name, None where there is none, as far as these records change it.
+        owners: dict[str, str | None] = {}
+        for place, record in enumerate(records, start=self._length):
             before = changed.get(record.id) or self.by_id(record.id)
+            row = rows if before is None else before.row
+            if record.row != row:
+                raise _wrong_line(place, f"row {record.row} for {record.name!r}", f"row {row}")
             rows += before is None
             for counted, step in ((before, -1), (record, 1)):
                 if counted is not None:
                     adapters += step * (counted.live and counted.kind == "adapter")
                     atoms += step * (counted.live and counted.kind == "atoms")
                     purged += step * (counted.state == "purged")
+            if before is not None and before.live:
+                owners[before.name] = None
+            if record.live:
+                if record.name not in owners:
+                    owner = self.by_name(record.name)
+                    owners[record.name] = None if owner is None else owner.id
+                if owners[record.name] is not None:
+                    raise _wrong_line(place, f"{record.name!r} again", "one live row of a name")
+                owners[record.name] = record.id
             changed[record.id] = record
         return Counts(adapters, atoms, purged, rows)
 
@@ -377,3 +424,14 @@ class Catalog:
                 remedy=f"did you mean {close[0]!r}?" if close else "`memtool ls` lists them",
             )
         return record
+
+
+def _wrong_line(place: int, found: str, expected: str | None) -> IntegrityError:
+    """The error for a line of the catalog, by its place from 0."""
+    also = f": {expected}" if expected else ""
+    return IntegrityError(
+        what="catalog",
+        name=f"line {place + 1}",
+        expected=f"one JSON record a line, as it was written{also}",
+        found=found,
+    )

@@ -116,8 +116,8 @@ class IntegrityError(StoreError):
             remedy=remedy or "`memtool verify`, then `memtool rollback` or a copy of the store",
         )
         self.what = what
-        self.name = name
-        self.found = found
+        self.name = one_line(name)
+        self.found = one_line(found)
 
 
 class SchemaError(StoreError):

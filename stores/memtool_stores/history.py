@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import MAXYEAR, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from memtool_stores.errors import (
     VersionExpiredError,
 )
 from memtool_stores.ice import translated
-from memtool_stores.names import is_version_id
+from memtool_stores.names import check_ref, is_version_id
+from memtool_stores.printable import shown
 from memtool_stores.references import SUMS, damaged_ref, unreadable
 from memtool_stores.tree import Tree, seal
 
@@ -27,6 +29,7 @@ MAIN = "main"
 
 SHORTEST_PREFIX = 4
 
+_STEPS = re.compile(r"[0-9]{1,15}")
 _OURS = frozenset({"parent", "time", "user", "seal"})
 
 
@@ -56,15 +59,16 @@ def of_snapshot(snapshot: Any, *, oldest: bool) -> Version:
     if not _OURS & metadata.keys():
         raise SchemaError(f"version {snapshot.id} was not committed by memtool")
     try:
-        return Version(
-            snapshot.id,
-            None if oldest else snapshot.parent_id,
-            datetime.fromisoformat(metadata["time"]),
-            snapshot.message,
-            json.loads(metadata["user"]),
-        )
-    except (KeyError, ValueError) as error:
+        moment = datetime.fromisoformat(metadata["time"])
+        user = json.loads(metadata["user"])
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise _damaged(snapshot.id, "what a commit notes", str(error)) from error
+    if moment.tzinfo is None or not 1 < moment.year < MAXYEAR:
+        raise _damaged(snapshot.id, "a time with its zone", metadata["time"])
+    if not isinstance(user, dict):
+        raise _damaged(snapshot.id, "metadata as a mapping", shown(user))
+    parent = None if oldest else snapshot.parent_id
+    return Version(snapshot.id, parent, moment, snapshot.message, user)
 
 
 def _damaged(version: str, expected: str, found: str) -> IntegrityError:
@@ -122,16 +126,24 @@ def snapshots(repository: Any, version: str) -> Iterator[tuple[Any, bool]]:
     """
     with _reading_snapshot(version):
         ancestry = iter(repository.ancestry(snapshot_id=version))
-        current = _checked(next(ancestry, None), version)
+        current = checked_snapshot(next(ancestry, None), version)
+    met = set()
     while current is not None and current.parent_id is not None:
+        met.add(current.id)
+        if current.parent_id in met:
+            raise _damaged(current.id, "a version before it", "one that comes after it")
         with _reading_snapshot(current.parent_id):
-            older = _checked(next(ancestry, None), current.parent_id)
+            older = checked_snapshot(next(ancestry, None), current.parent_id)
         yield current, older is None or older.parent_id is None
         current = older
 
 
-def _checked(snapshot: Any, version: str) -> Any:
-    """The snapshot, if it says that it is that of the version."""
+def checked_snapshot(snapshot: Any, version: str) -> Any:
+    """The snapshot, if it says that it is that of the version.
+
+    Raises:
+        IntegrityError: it is that of another.
+    """
     if snapshot is not None and snapshot.id != version:
         raise _damaged(version, f"snapshot {version}", f"snapshot {snapshot.id}")
     return snapshot
@@ -155,10 +167,10 @@ def resolve(repository: Any, where: str, ref: str, as_of: datetime | None = None
         NotFoundError: nothing has that name, or a prefix fits several versions.
         VersionExpiredError: a whole version id that is no longer, or never was, in the store.
     """
-    with translated(f"find version {ref!r}", where):
+    with translated(f"find version {shown(ref)}", where):
         name, tilde, steps = ref.partition("~")
-        if tilde and steps and not steps.isdigit():
-            raise NotFoundError(f"{ref!r} names no version", expected="for example HEAD~2")
+        if tilde and steps and not _STEPS.fullmatch(steps):
+            raise NotFoundError(f"{shown(ref)} names no version", expected="for example HEAD~2")
         version = _resolve_name(repository, where, name)
         back = int(steps or 1) if tilde else 0
         for index, (snapshot, oldest) in enumerate(snapshots(repository, version)):
@@ -169,7 +181,7 @@ def resolve(repository: Any, where: str, ref: str, as_of: datetime | None = None
     if as_of is not None:
         raise NotFoundError(f"no version of {ref!r} is as old as {as_of.isoformat()}")
     raise NotFoundError(
-        f"{name} has fewer than {back} versions before it", remedy="`memtool log` lists them"
+        f"{shown(name)} has fewer than {back} versions before it", remedy="`memtool log` lists them"
     )
 
 
@@ -194,7 +206,7 @@ def _resolve_name(repository: Any, where: str, name: str) -> str:
             raise damaged_ref(kind, name)
     several = f"fits {len(found)} versions: {', '.join(sorted(found))}"
     raise NotFoundError(
-        f"{name!r} {several if found else 'is no branch, tag or version'}",
+        f"{shown(name)} {several if found else 'is no branch, tag or version'}",
         expected="HEAD, HEAD~2, a branch, a tag, or a version id (its first four letters or more)",
         remedy="`memtool log` lists the versions",
     )
@@ -232,7 +244,7 @@ def list_refs(repository: Any, where: str, kind: str) -> list[str]:
     """The names of the branches or the tags of a store, sorted; none that was never finished."""
     names = repository.list_tags() if kind == "tag" else repository.list_branches()
     unfinished = unreadable(where).unfinished
-    return sorted(name for name in names if (kind, name) not in unfinished)
+    return sorted(check_ref(name, kind) for name in names if (kind, name) not in unfinished)
 
 
 def tips(repository: Any, where: str) -> dict[str, str]:

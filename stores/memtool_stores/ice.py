@@ -42,6 +42,7 @@ SCARCE_BYTES = 128 * 1024 * 1024
 """With less of it a failure to unpack says nothing of the bytes that were to be unpacked."""
 
 _runs = {"threads": False}
+_UNREADABLE = (ValueError, TypeError, LookupError, RuntimeError, ArithmeticError)
 
 _fork = {"imported": False, "child": False}
 
@@ -217,8 +218,8 @@ def translated(doing: str, where: str) -> Iterator[None]:
 
     `doing` says what was tried ("read values of 'photo'"), `where` is the store.
     """
-    # zarr reports a checksum that does not match, and metadata that do not parse, as ValueError,
-    # KeyError or TypeError; our own errors pass through.
+    # zarr and its codecs report what does not decode, and metadata that do not parse, in any of
+    # `_UNREADABLE`; our own errors pass through.
     try:
         yield
     except StoreError:
@@ -231,12 +232,15 @@ def translated(doing: str, where: str) -> Iterator[None]:
         raise of_os_error(error, doing, where) from error
     except MemoryError as error:
         raise _out_of_memory(doing, where) from error
-    except (ImportError, RuntimeError) as error:
+    except ImportError as error:
         refused = _of_environment(str(error), doing, where)
         if refused is None:
             raise
         raise refused from error
-    except (ValueError, KeyError, TypeError) as error:
+    except _UNREADABLE as error:
+        refused = _of_environment(str(error), doing, where)
+        if refused is not None:
+            raise refused from error
         raise IntegrityError(
             what="store", name=where, expected=f"to {doing}", found=_first_line(str(error))
         ) from error

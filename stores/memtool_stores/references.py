@@ -27,6 +27,12 @@ SUMS = "sums"
 MARKS = "refs"
 """The folder of the marks of what was made whole."""
 
+KINDS = frozenset({"branch", "tag"})
+"""Kinds of names of versions."""
+
+REF_BYTES = 100
+"""More than the file of a branch or tag has."""
+
 _MAIN = "branch.main"
 _REF = re.compile(rb'\{"snapshot":"([0-9A-HJKMNP-TV-Z]{20})"\}')
 
@@ -63,11 +69,14 @@ def _unreadable(url: str) -> References:
     folder = Path(url) / "ice" / "refs"
     damaged, empty, versions = [], [], []
     for place in sorted(folder.iterdir()) if folder.is_dir() else ():
+        kind, _, name = place.name.partition(".")
+        if kind not in KINDS:
+            # Nobody else's file may lie there: icechunk then lists no reference at all.
+            damaged.append(("reference", place.name))
+            continue
         if (place / "ref.json.deleted").exists():
             continue
-        kind, _, name = place.name.partition(".")
-        file = place / "ref.json"
-        data = file.read_bytes() if file.is_file() else b""
+        data = _beginning(place / "ref.json")
         ref = _REF.fullmatch(data)
         version = "" if ref is None else ref[1].decode()
         traces = (Path(url) / "ice" / "snapshots" / version, Path(url) / SUMS / version)
@@ -81,6 +90,14 @@ def _unreadable(url: str) -> References:
     if empty and not (Path(url) / MARKS).is_dir() and not _lead_everywhere(url, versions):
         damaged, empty = sorted(damaged + empty), []
     return References(tuple(damaged), tuple(empty))
+
+
+def _beginning(file: Path) -> bytes:
+    """As much of a file as tells whether it is that of a branch or tag; nothing of none."""
+    if not file.is_file():
+        return b""
+    with file.open("rb") as opened:
+        return opened.read(REF_BYTES)
 
 
 def _is_marked(url: str, entry: str) -> bool:

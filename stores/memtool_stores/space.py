@@ -6,13 +6,15 @@ A store refuses anything from another space: `Space.check` names every differenc
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from memtool_stores import limits
 from memtool_stores.errors import NotFoundError, SchemaError, SpaceMismatchError
-from memtool_stores.tensorfile import read_adapter_config, read_header
+from memtool_stores.jsonvalues import items, mapping, member, number, text, whole
+from memtool_stores.printable import shown
+from memtool_stores.tensorfile import MOST_AXES, read_adapter_config, read_header_of
 
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
 """Bytes of one element of every dtype that a value can have."""
@@ -24,11 +26,22 @@ SHOWN = 10
 
 @dataclass(frozen=True)
 class Segment:
-    """One tensor of the flat value: its name, shape, and offset in elements."""
+    """One tensor of the flat value: its name, shape, and offset in elements.
+
+    Raises:
+        SchemaError: no tensor can be so: a name that cannot be printed, an axis of no length.
+    """
 
     name: str
     shape: tuple[int, ...]
     offset: int
+
+    def __post_init__(self) -> None:
+        what = f"segment {shown(text(self.name, 'the name of a segment'))}"
+        if len(self.shape) > MOST_AXES:
+            raise SchemaError(f"{what} has {len(self.shape)} axes", expected=f"at most {MOST_AXES}")
+        for length in self.shape:
+            whole(length, f"an axis of {what}", least=1)
 
     @property
     def numel(self) -> int:
@@ -42,6 +55,10 @@ class Layout:
 
     `segments` follow each other without a gap; `dtype` is float32, float16 or bfloat16; `alpha`
     over `rank` is the scaling of an adapter that names none; `targets` are the adapted modules.
+
+    Raises:
+        SchemaError: no such adapter can be: it has no rank, a segment without numbers or a name
+            that another one has, or takes more than `limits.array_bytes`.
     """
 
     segments: tuple[Segment, ...]
@@ -53,18 +70,29 @@ class Layout:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise SchemaError(
-                f"layout dtype {self.dtype!r}", expected=f"one of {', '.join(DTYPES)}"
+                f"layout dtype {shown(self.dtype)}", expected=f"one of {', '.join(DTYPES)}"
             )
         if not self.segments:
             raise SchemaError("a layout without segments", expected="at least one segment")
+        whole(self.rank, "the rank of the layout", least=1)
+        number(self.alpha, "the alpha of the layout")
+        for target in self.targets:
+            text(target, "a target of the layout")
+        names = set()
         offset = 0
         for segment in self.segments:
+            if segment.name in names:
+                raise SchemaError(
+                    f"segment {segment.name!r} is in the layout twice", expected="one of each name"
+                )
+            names.add(segment.name)
             if segment.offset != offset:
                 raise SchemaError(
                     f"segment {segment.name!r} begins at element {segment.offset}",
                     expected=f"{offset}, where the segment before it ends",
                 )
             offset += segment.numel
+        limits.require("array_bytes", self.nbytes, "a value of this layout")
 
     @property
     def numel(self) -> int:
@@ -124,29 +152,37 @@ class Space:
         }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Space:
+    def from_json(cls, data: Any) -> Space:
         """The space of `to_json`.
 
         Raises:
             SchemaError: a part is missing or of the wrong kind.
         """
-        try:
-            layout = data["layout"]
-            named = [
-                (str(name), tuple(int(n) for n in shape)) for name, shape in layout["segments"]
-            ]
-            return cls(
-                Backbone(**data["backbone"]),
-                Layout(
-                    _in_order(named),
-                    str(layout["dtype"]),
-                    int(layout["rank"]),
-                    float(layout["alpha"]),
-                    tuple(str(target) for target in layout["targets"]),
-                ),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise SchemaError(f"this is not the description of a space: {error!r}") from error
+        what = "the space of this store"
+        said = mapping(data, what)
+        backbone = mapping(member(said, "backbone", what), "backbone")
+        layout = mapping(member(said, "layout", what), "layout")
+        named = []
+        for pair in items(member(layout, "segments", "layout"), "the segments"):
+            if not isinstance(pair, list) or len(pair) != 2:
+                raise SchemaError(f"a segment is {shown(pair)}", expected="[name, shape]")
+            named.append((pair[0], tuple(items(pair[1], f"the shape of segment {shown(pair[0])}"))))
+        targets = items(member(layout, "targets", "layout"), "the targets of the layout")
+        return cls(
+            Backbone(
+                *(
+                    text(member(backbone, part, "backbone"), f"the {part} of the backbone")
+                    for part in ("name", "revision", "sha256")
+                )
+            ),
+            Layout(
+                _in_order(named),
+                text(member(layout, "dtype", "layout"), "the dtype of the layout"),
+                whole(member(layout, "rank", "layout"), "the rank of the layout"),
+                number(member(layout, "alpha", "layout"), "the alpha of the layout"),
+                tuple(text(target, "a target of the layout") for target in targets),
+            ),
+        )
 
     @classmethod
     def from_safetensors(
@@ -165,29 +201,32 @@ class Space:
         Raises:
             NotFoundError: no such file.
             SchemaError: not safetensors, mixed dtypes, no `lora_A`, or alpha is not known.
+            StorageError: the file cannot be read.
         """
         path = Path(path)
         if not path.is_file():
             raise NotFoundError(f"no adapter file {path}")
-        with path.open("rb") as file:
-            header = read_header(file.read(8 + _header_limit(path)), str(path))
+        header = read_header_of(path)
         ranks = [t.shape[0] for t in header.tensors if "lora_A" in t.name and t.shape]
         if not ranks:
             raise SchemaError(f"{path} has no tensor named lora_A", expected="a LoRA adapter")
         config = read_adapter_config(path.parent)
+        where = str(path.parent / "adapter_config.json")
         alpha = config.get("lora_alpha") if alpha is None else alpha
         if alpha is None:
             raise SchemaError(f"the alpha of {path} is not known", remedy="give alpha=…")
-        known = config.get("target_modules") or ()
-        modules = (known,) if isinstance(known, str) else tuple(sorted(known))
+        known = config.get("target_modules") or []
+        modules = [known] if isinstance(known, str) else items(known, f"target_modules of {where}")
+        for module in modules:
+            text(module, f"a target module of {where}")
         return cls(
             backbone,
             Layout(
                 _in_order([(t.name, t.shape) for t in header.tensors]),
                 header.dtype,
                 int(ranks[0]),
-                float(alpha),
-                modules if targets is None else targets,
+                number(alpha, f"lora_alpha of {where}"),
+                tuple(sorted(modules)) if targets is None else targets,
             ),
         )
 
@@ -237,10 +276,3 @@ def _in_order(named: list[tuple[str, tuple[int, ...]]]) -> tuple[Segment, ...]:
         segments.append(Segment(name, shape, offset))
         offset += segments[-1].numel
     return tuple(segments)
-
-
-def _header_limit(path: Path) -> int:
-    """Bytes of the header of a safetensors file, at most the rest of the file."""
-    with path.open("rb") as file:
-        declared = int.from_bytes(file.read(8), "little")
-    return min(declared, path.stat().st_size)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from memtool_stores import cache, clock, references, room, sums
+from memtool_stores.arrays import CRC32C_BYTES
 from memtool_stores.catalog import Catalog, plain_json
 from memtool_stores.collect import GcReport, collect
 from memtool_stores.diff import Diff, diff
@@ -51,11 +52,11 @@ from memtool_stores.ice import (
     translated,
 )
 from memtool_stores.move import Tell, copy, read_bundle, require_empty, write_bundle
-from memtool_stores.names import check_ref
+from memtool_stores.names import below, check_ref
 from memtool_stores.objects import Objects, Retractable, bucket_holds, objects_at
 from memtool_stores.space import Space
 from memtool_stores.transaction import Transaction
-from memtool_stores.tree import CRC32C_BYTES, Root, State, Tree, seal, sha256
+from memtool_stores.tree import Root, State, Tree, seal, sha256
 from memtool_stores.verify import Level, VerifyReport, verify
 from memtool_stores.view import MemoryView
 
@@ -282,6 +283,7 @@ class MemoryStore:
 
     def _begin(self, branch: str) -> Transaction:
         guard_fork()
+        check_ref(branch, "branch")
         with translated(f"find branch {branch!r}", self.url):
             version = str(self._repository.lookup_branch(branch))
         return Transaction(self._view(version))
@@ -442,7 +444,7 @@ class MemoryStore:
             NotFoundError: there is none.
         """
         with self._lock():
-            if name not in self.tags():
+            if name not in self._repository.list_tags():
                 raise NotFoundError(f"no tag {name!r} in {self.url}")
             with translated(f"delete tag {name!r}", self.url):
                 references.unmark(self.url, "tag", name)
@@ -463,7 +465,7 @@ class MemoryStore:
                 self._repository.delete_branch(name)
                 if _is_local(self.url):
                     # Left there it would look like a branch that was never finished.
-                    (Path(self.url) / "ice" / "refs" / f"branch.{name}").rmdir()
+                    below(Path(self.url) / "ice" / "refs", f"branch.{name}").rmdir()
             self._sync()
 
     def rollback(self, to: str) -> str:

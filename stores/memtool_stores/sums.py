@@ -14,6 +14,7 @@ store checks its own bytes and gets no files.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -25,9 +26,11 @@ from memtool_stores.files import appearing
 from memtool_stores.history import snapshots, tips
 from memtool_stores.ice import manifests, of_os_error
 from memtool_stores.names import is_version_id
+from memtool_stores.printable import shown
 from memtool_stores.references import SUMS
 
 _KINDS = {"snapshots": "version", "transactions": "transaction log", "manifests": "manifest"}
+_LINE = re.compile(rf"[0-9a-f]{{64}}  ice/({'|'.join(_KINDS)})/[0-9A-Z]{{20}}")
 
 
 @dataclass(frozen=True)
@@ -120,10 +123,11 @@ def check(url: str, version: str, parent: str | None) -> Iterator[Wrong | Unread
     listed = set()
     for line in (_folder(url) / version).read_text(errors="replace").splitlines():
         expected, _, path = line.partition("  ")
-        kind = _KINDS.get(path.removeprefix("ice/").partition("/")[0])
-        if kind is None:
-            yield Wrong("checksums", version, "lines of sha256sum", repr(line))
+        named = _LINE.fullmatch(line)
+        if named is None:
+            yield Wrong("checksums", version, "lines of sha256sum", shown(line))
             continue
+        kind = _KINDS[named[1]]
         listed.add(path)
         try:
             data = (Path(url) / path).read_bytes()

@@ -402,7 +402,7 @@ class Transaction:
         base = self.base.state
         catalog = self.base.catalog.extended(self._lines)
         if self._rows:
-            tree.append_values(base.rows, self._rows)
+            tree.append_values(base.rows, self._rows, self._space.layout)
         tree.erase_values(row for row in sorted(self._erased) if row < base.rows)
         if self._lines:
             tree.append_catalog(base.catalog_bytes, b"".join(self._lines))

@@ -13,21 +13,34 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from memtool_stores.catalog import Catalog
+from memtool_stores import limits
+from memtool_stores.arrays import (
+    CRC32C_BYTES,
+    listed,
+    not_as_written,
+    opened,
+    read_chunks,
+    read_packed,
+    read_row,
+)
+from memtool_stores.catalog import AdapterRecord, Catalog, Counts
 from memtool_stores.errors import IntegrityError, NewerSchemaError, NotFoundError, SchemaError
+from memtool_stores.jsonvalues import digest, mapping, member, whole
 from memtool_stores.migrate import SCHEMA_VERSION, migrated
+from memtool_stores.names import check_id, check_ref
 from memtool_stores.space import Layout, Space
 
 CATALOG_CHUNK_BYTES = 16 * 1024
 KEYS_PER_CHUNK = 256
 BLOB_CHUNK_BYTES = 4 * 1024 * 1024
-CRC32C_BYTES = 4
+
+KEYS_DTYPE = np.dtype("<f4")
 
 Array = npt.NDArray[Any]
 
@@ -38,6 +51,23 @@ class KeysState:
 
     sha256: str
     rows: int
+
+    @classmethod
+    def of_json(cls, data: Any, most: int) -> KeysState | None:
+        """The state of the keys, None where there are none; they cover `most` rows at most.
+
+        Raises:
+            SchemaError: a part is missing or of the wrong kind.
+        """
+        if data is None:
+            return None
+        said = mapping(data, "keys of the state")
+        rows = whole(member(said, "rows", "keys of the state"), "the rows of the keys", least=1)
+        if rows > most:
+            raise SchemaError(f"keys of {rows:,} rows", expected=f"at most {most:,}, all there are")
+        return cls(
+            digest(member(said, "sha256", "keys of the state"), "the hash of the keys"), rows
+        )
 
 
 @dataclass(frozen=True)
@@ -58,12 +88,37 @@ class State:
     blobs: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of_json(cls, data: Mapping[str, Any]) -> State:
-        """The state that `asdict` wrote."""
-        keys = data["keys"]
+    def of_json(cls, data: Any) -> State:
+        """The state that `asdict` wrote.
+
+        Raises:
+            SchemaError: a part is missing, of the wrong kind, or larger than its limit.
+        """
+        what = "the state"
+        said = mapping(data, what)
         # A newer schema that we may read can have more in it.
-        known = {name: data[name] for name in (f.name for f in fields(cls)) if name != "keys"}
-        return cls(**known, keys=None if keys is None else KeysState(**keys))
+        counts = {
+            name: whole(member(said, name, what), f"{name} of {what}")
+            for name in ("adapters", "atoms", "purged", "rows", "catalog_bytes")
+        }
+        if counts["adapters"] + counts["atoms"] + counts["purged"] > counts["rows"]:
+            raise SchemaError(
+                f"{what} counts {counts['adapters']:,} adapters, {counts['atoms']:,} rows of atoms "
+                f"and {counts['purged']:,} purged rows",
+                expected=f"together at most {counts['rows']:,} rows",
+            )
+        limits.require("array_bytes", counts["catalog_bytes"], "the catalog")
+        chain = member(said, "catalog_chain", what)
+        blobs = mapping(member(said, "blobs", what), f"blobs of {what}")
+        return cls(
+            **counts,
+            catalog_chain=chain if chain == "" else digest(chain, f"catalog_chain of {what}"),
+            keys=KeysState.of_json(member(said, "keys", what), counts["rows"]),
+            blobs={
+                check_ref(name, "blob"): digest(sha256, f"the hash of blob {name}")
+                for name, sha256 in blobs.items()
+            },
+        )
 
 
 @dataclass(frozen=True)
@@ -123,7 +178,9 @@ class Tree:
         except FileNotFoundError as error:
             raise SchemaError("this version has no memory in it") from error
         self.attributes: dict[str, Any] = dict(self._group.attrs)
-        self._values: Any = None
+        self._values_open = False
+        self.chunk_lengths: set[int] = set()
+        """Stored bytes of the chunks of keys and blobs that were read."""
 
     @classmethod
     def create(cls, session: Any, root: Root) -> Tree:
@@ -175,19 +232,18 @@ class Tree:
             SchemaError: these are not the attributes of a memory.
         """
         found, needed = (self.attributes.get(name) for name in ("schema_version", "min_reader"))
-        if not isinstance(found, int) or not isinstance(needed, int):
+        if type(found) is not int or type(needed) is not int or min(found, needed) < 1:
             raise SchemaError("this zarr tree is not a memory", expected="a schema_version")
         if needed > SCHEMA_VERSION:
             raise _too_new(found, "needs a memtool that reads", needed)
-        try:
-            attributes = migrated(self.attributes)
-            return Root(
-                str(attributes["store_id"]),
-                Space.from_json(attributes),
-                State.of_json(attributes["state"]),
-            )
-        except (KeyError, TypeError) as error:
-            raise SchemaError(f"the attributes of this memory lack {error}") from error
+        what = "the root group"
+        mapping(member(self.attributes, "state", what), "the state")
+        attributes = migrated(self.attributes)
+        return Root(
+            check_id(member(attributes, "store_id", what), "a store"),
+            Space.from_json(attributes),
+            State.of_json(attributes["state"]),
+        )
 
     def set_root(self, root: Root) -> None:
         """Write the attributes, and bring an older tree to the schema they are of.
@@ -202,30 +258,51 @@ class Tree:
         self._group.attrs.put(root.to_json())
         self.attributes = root.to_json()
 
-    def read_values(self, first: int, last: int) -> Array:
-        """Rows first to last - 1 of the values, (rows, numel)."""
-        if self._values is None:
-            self._values = self._group["values"]
-        return np.asarray(self._values[first:last])
+    def _open_values(self, layout: Layout, rows: int | None = None) -> Any:
+        dtype, numel = numpy_dtype(layout), layout.numel
+        return opened(self._group, "values", dtype, (rows, numel), (1, numel))
 
-    def read_row(self, row: int, layout: Layout) -> Array:
-        """One row of the values, (numel,), read-only, as its chunk has it, for a check of its hash.
+    def read_values(self, rows: Sequence[int], layout: Layout) -> Array:
+        """These rows of the values, (len(rows), numel).
 
-        A row is one chunk: its bytes, then four of crc32c. The way through zarr's arrays takes
-        longer than the read itself, and the hash of the catalog proves more than the crc32c. A
-        chunk that is not there gives an empty row.
+        Raises:
+            IntegrityError: one has no bytes, other ones than its crc32c says, or too few.
         """
-        from zarr.core.buffer import default_buffer_prototype
-        from zarr.core.sync import sync
+        if not self._values_open:
+            self._open_values(layout)
+            self._values_open = True
+        places = [f"{row}/0" for row in rows]
+        chunks = read_chunks(self._group, "values", places, layout.nbytes)
+        data = b"".join(chunks)
+        return np.frombuffer(data, numpy_dtype(layout)).reshape(len(rows), layout.numel)
 
-        chunk = sync(self._group.store.get(f"values/c/{row}/0", default_buffer_prototype()))
-        data = b"" if chunk is None else chunk.as_numpy_array()[:-CRC32C_BYTES]
+    def read_row(self, record: AdapterRecord, layout: Layout) -> Array:
+        """The row of a record, (numel,), read-only, as its chunk has it, for a check of its hash.
+
+        A row is one chunk: its bytes, then the crc32c. The way through zarr's arrays takes longer
+        than the read itself, and the hash of the catalog proves more than the crc32c.
+
+        Raises:
+            IntegrityError: it has no bytes, or not as many as a row of this layout.
+        """
+        data = read_row(self._group, "values", f"{record.row}/0")
+        if data is None or len(data) != layout.nbytes:
+            raise IntegrityError(
+                what="values",
+                name=record.name,
+                expected=f"{layout.nbytes:,} bytes",
+                found="no bytes" if data is None else f"{len(data):,} bytes",
+            )
         return np.frombuffer(data, numpy_dtype(layout))
 
-    def append_values(self, at: int, rows: Sequence[Array | None]) -> None:
-        """Write rows from row `at` on, where the values must end; None is a row without bytes."""
-        values = self._group["values"].with_config({"write_empty_chunks": True})
-        values.resize((at + len(rows), values.shape[1]))
+    def append_values(self, at: int, rows: Sequence[Array | None], layout: Layout) -> None:
+        """Write rows from row `at` on, where the values must end; None is a row without bytes.
+
+        Raises:
+            IntegrityError: the values have another shape, type or encoding.
+        """
+        values = self._open_values(layout, at).with_config({"write_empty_chunks": True})
+        values.resize((at + len(rows), layout.numel))
         for index, row in enumerate(rows, start=at):
             if row is not None:
                 values[index] = row
@@ -244,29 +321,77 @@ class Tree:
             sync(self._group.store.delete(f"values/c/{row}/0"))
 
     def read_catalog(self, known: Catalog, state: State) -> Catalog:
-        """The catalog of `state`, reading only what `known` does not have where it is a prefix."""
-        if known.chain == state.catalog_chain:
+        """The catalog of `state`, reading only what `known` does not have where it is a prefix.
+
+        Raises:
+            IntegrityError: it is not what was written, or counts other rows than `state`.
+        """
+        catalog = self._read_catalog(known, state)
+        counts = Counts(state.adapters, state.atoms, state.purged, state.rows)
+        if catalog.counts != counts:
+            raise IntegrityError(
+                what="catalog", name="counts", expected=str(counts), found=str(catalog.counts)
+            )
+        return catalog
+
+    def _read_catalog(self, known: Catalog, state: State) -> Catalog:
+        if (known.chain, known.size) == (state.catalog_chain, state.catalog_bytes):
             return known
         if 0 < known.size < state.catalog_bytes:
             try:
                 return known.read_on(self._catalog_bytes(known.size, state), state.catalog_chain)
             except IntegrityError:
                 # Not a prefix (a rollback lies between), or damaged: the full reading decides.
-                return self.read_catalog(Catalog(), state)
+                return self._read_catalog(Catalog(), state)
         return Catalog().read_on(self._catalog_bytes(0, state), state.catalog_chain)
 
+    def _open_catalog(self, nbytes: int) -> Any:
+        chunks = (CATALOG_CHUNK_BYTES,)
+        return opened(self._group, "catalog", np.dtype("u1"), (nbytes,), chunks, zstd=True)
+
     def _catalog_bytes(self, first: int, state: State) -> bytes:
-        return np.asarray(self._group["catalog"][first : state.catalog_bytes]).tobytes()
+        self._open_catalog(state.catalog_bytes)
+        begin = first // CATALOG_CHUNK_BYTES
+        end = math.ceil(state.catalog_bytes / CATALOG_CHUNK_BYTES)
+        chunks = read_packed(self._group, "catalog", range(begin, end), CATALOG_CHUNK_BYTES)
+        offset = begin * CATALOG_CHUNK_BYTES
+        return b"".join(chunks)[first - offset : state.catalog_bytes - offset]
 
     def append_catalog(self, at: int, data: bytes) -> None:
         """Write lines from byte `at` on, where the catalog must end."""
-        catalog = self._group["catalog"]
+        catalog = self._open_catalog(at)
         catalog.resize((at + len(data),))
         catalog[at:] = np.frombuffer(data, np.uint8)
 
-    def read_keys(self) -> Array:
-        """The keys, (L, R, d_k) float32, by row of the values."""
-        return np.asarray(self._group["keys"][:])
+    def _open_keys(self, state: KeysState) -> Any:
+        array = opened(
+            self._group, "keys", KEYS_DTYPE, (None, state.rows, None), (None, None, None)
+        )
+        (layers, _, width), chunks = array.shape, array.chunks
+        if (chunks[0], chunks[2]) != (layers, width):
+            raise not_as_written("keys", f"chunks ({layers}, any, {width})", f"chunks {chunks}")
+        # As much as is stored: the last chunk can go on beyond the last row.
+        rows = max(state.rows, math.ceil(state.rows / chunks[1]) * chunks[1])
+        limits.require("array_bytes", KEYS_DTYPE.itemsize * layers * rows * width, "the keys")
+        return array
+
+    def read_keys(self, state: KeysState) -> Array:
+        """The keys, (L, R, d_k) float32, by row of the values.
+
+        Raises:
+            IntegrityError: they are not the bytes that were written, or of another shape.
+            SchemaError: they are larger than `limits.array_bytes`.
+        """
+        array = self._open_keys(state)
+        layers, step, width = array.chunks
+        nbytes = KEYS_DTYPE.itemsize * layers * step * width
+        self.chunk_lengths.add(nbytes + CRC32C_BYTES)
+        places = [f"0/{number}/0" for number in range(math.ceil(state.rows / step))]
+        blocks = [
+            np.frombuffer(data, KEYS_DTYPE).reshape(layers, step, width)
+            for data in read_chunks(self._group, "keys", places, nbytes)
+        ]
+        return np.ascontiguousarray(np.concatenate(blocks, axis=1)[:, : state.rows])
 
     def write_keys(self, keys: Array | None) -> None:
         """Put these keys in the place of the old ones; None takes them away."""
@@ -284,12 +409,21 @@ class Tree:
             array[:, first : first + step] = keys[:, first : first + step]
 
     def read_blob(self, name: str) -> bytes:
-        """The bytes of a blob."""
-        try:
-            array = self._group[f"blobs/{name}"]
-        except KeyError as error:
-            raise NotFoundError(f"no blob {name!r} in this version") from error
-        return np.asarray(array[:]).tobytes()
+        """The bytes of a blob.
+
+        Raises:
+            IntegrityError: it is not there, or not the bytes that were written.
+            SchemaError: it is larger than `limits.array_bytes`.
+        """
+        path = f"blobs/{check_ref(name, 'blob')}"
+        if path not in self._group:
+            raise NotFoundError(f"no blob {name!r} in this version")
+        array = opened(self._group, path, np.dtype("u1"), (None,), (None,))
+        (size,), (chunk,) = array.shape, array.chunks
+        limits.require("array_bytes", max(size, chunk), f"blob {name!r}")
+        self.chunk_lengths.add(chunk + CRC32C_BYTES)
+        chunks = read_chunks(self._group, path, range(math.ceil(size / chunk)), chunk)
+        return b"".join(chunks)[:size]
 
     def write_blob(self, name: str, data: bytes) -> None:
         """Put these bytes in the place of the old ones."""
@@ -309,17 +443,9 @@ class Tree:
             IntegrityError: names the array and both shapes.
         """
         state = root.state
-        wanted = {
-            "values": (state.rows, root.space.numel),
-            "catalog": (state.catalog_bytes,),
-        }
-        for name, shape in wanted.items():
-            found = self._group[name].shape
-            if tuple(found) != shape:
-                raise IntegrityError(
-                    what="array", name=name, expected=f"shape {shape}", found=f"shape {found}"
-                )
-        blobs = set(self._group["blobs"].array_keys())
+        self._open_values(root.space.layout, state.rows)
+        self._open_catalog(state.catalog_bytes)
+        blobs = set(listed(self._group, "blobs"))
         if blobs != set(state.blobs):
             raise IntegrityError(
                 what="array",
@@ -334,3 +460,5 @@ class Tree:
                 expected="keys" if state.keys else "no keys",
                 found="no keys" if state.keys else "keys",
             )
+        if state.keys is not None:
+            self._open_keys(state.keys)

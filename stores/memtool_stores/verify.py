@@ -13,10 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from memtool_stores import sums
+from memtool_stores.arrays import CRC32C_BYTES, whole_chunk
 from memtool_stores.catalog import AdapterRecord, Catalog
 from memtool_stores.errors import (
     ForkedProcessError,
@@ -27,13 +28,17 @@ from memtool_stores.errors import (
 )
 from memtool_stores.history import (
     MAIN,
+    checked_snapshot,
     of_snapshot,
     sealed_tree,
     snapshots,
 )
 from memtool_stores.ice import open_repository, translated
 from memtool_stores.names import check_ref
+from memtool_stores.objects import objects_at
+from memtool_stores.printable import one_line
 from memtool_stores.references import References, unreadable
+from memtool_stores.space import Layout
 from memtool_stores.tree import Root, Tree, sha256
 
 Level = Literal["heads", "checksums", "full"]
@@ -95,11 +100,16 @@ class _Seen:
     damages: dict[Hashable, Damage] = field(default_factory=dict)
     """One for each damaged thing, however often it was read."""
     unchecked: dict[tuple[str, str], Unchecked] = field(default_factory=dict)
+    row_lengths: set[int] = field(default_factory=set)
+    """Stored bytes of a row, with its crc32c."""
+    chunk_lengths: set[int] = field(default_factory=set)
+    """Stored bytes of other chunks."""
     hidden: bool = False
     """Whether some history could not be followed to its end."""
 
     def add(self, damage: Damage, *same: Hashable) -> None:
         """One more, unless that thing is known to be damaged: same kind and name, or `same`."""
+        damage = replace(damage, name=one_line(damage.name), found=one_line(damage.found))
         self.damages.setdefault((damage.what, *(same or (damage.name,))), damage)
 
     def pass_over(self, what: str, name: str, error: StoreError) -> None:
@@ -117,12 +127,13 @@ class _Seen:
         except StorageError as error:
             self.pass_over(what, name, error)
         except IntegrityError as error:
-            known = error.what not in {"store", "array"}
+            known = error.what not in {"store", "array", "catalog"}
+            place = "" if known or error.what == "store" else f"{error.name}: "
             found = Damage(
                 error.what if known else what,
                 error.name if known else name,
                 error.expected or "what was written",
-                error.found,
+                place + error.found,
             )
             self.add(found, *same)
         except StoreError as error:
@@ -156,6 +167,8 @@ def verify(url: str, level: Level) -> VerifyReport:
     if repository is not None and seen.hidden and level != "heads":
         _verify_hidden(repository, url, level, seen)
     _verify_files(url, seen)
+    if level != "heads" and not url.startswith("s3://"):
+        _verify_chunk_files(url, seen)
     return VerifyReport(
         level,
         len(seen.versions),
@@ -194,6 +207,10 @@ def _verify_line(repository: Any, tip: str, level: Level, seen: _Seen) -> None:
             if level == "heads":
                 break
         seen.hidden = was_hidden
+        if not line:
+            raise IntegrityError(
+                what="version", name=tip, expected="a memory", found="what icechunk begins with"
+            )
     for snapshot, oldest in reversed(line):
         at_tip = snapshot.id == tip
         if snapshot.id in seen.versions and not at_tip:
@@ -228,11 +245,36 @@ def _noted(url: str, seen: _Seen) -> frozenset[str]:
     return frozenset()
 
 
+def _verify_chunk_files(url: str, seen: _Seen) -> None:
+    """Files of chunks that something was appended to: no reader is given what is beyond the end.
+
+    What else is wrong with a chunk was found when it was read. One that no version has is garbage,
+    and is left to gc.
+    """
+    objects = objects_at(url)
+    with seen.looking_at("chunks", "of the store"):
+        for entry in sorted(objects.list("ice/chunks"), key=lambda entry: entry.path):
+            if entry.nbytes in seen.row_lengths:
+                continue
+            with seen.looking_at("chunk", entry.path):
+                whole = whole_chunk(objects.read(entry.path), seen.row_lengths | seen.chunk_lengths)
+                if whole not in {None, entry.nbytes}:
+                    seen.add(
+                        Damage(
+                            "chunk",
+                            entry.path,
+                            f"{whole:,} bytes",
+                            f"{entry.nbytes:,} bytes: something was appended",
+                        )
+                    )
+
+
 def _verify_hidden(repository: Any, url: str, level: Level, seen: _Seen) -> None:
     """The versions that a damaged snapshot hides, as far as they can be read."""
     for version in sorted(_noted(url, seen) - seen.versions.keys()):
         with seen.looking_at("version", version):
-            snapshot = repository.lookup_snapshot(version)
+            # What calls itself another version could lead icechunk round in a circle.
+            snapshot = checked_snapshot(repository.lookup_snapshot(version), version)
             seen.versions[version] = snapshot.parent_id
             _verify_version(repository, snapshot, True, level, seen, whole=False)
 
@@ -251,6 +293,7 @@ def _verify_version(
             found=f"parent {snapshot.parent_id}",
         )
     root = tree.root()
+    seen.row_lengths.add(root.space.layout.nbytes + CRC32C_BYTES)
     tree.check_shapes(root)
     if level == "heads":
         return
@@ -264,13 +307,16 @@ def _verify_version(
     catalog = Catalog()
     with seen.looking_at("catalog", snapshot.id):
         catalog = tree.read_catalog(Catalog(), root.state)
-    _verify_rows(tree, catalog, seen, hashes=level == "full", whole=whole)
+    _verify_rows(tree, catalog, root.space.layout, seen, hashes=level == "full", whole=whole)
     if whole:
         written |= {KEYS_PATH, *(BLOB_PATH + name for name in root.state.blobs)}
     _verify_keys_and_blobs(tree, root, snapshot.id, seen, hashes=level == "full", written=written)
+    seen.chunk_lengths |= tree.chunk_lengths
 
 
-def _verify_rows(tree: Tree, catalog: Catalog, seen: _Seen, *, hashes: bool, whole: bool) -> None:
+def _verify_rows(
+    tree: Tree, catalog: Catalog, layout: Layout, seen: _Seen, *, hashes: bool, whole: bool
+) -> None:
     wanted = [r for r in catalog.records.values() if whole or (r.row, r.sha256) not in seen.rows]
     _verify_purged(tree, [r for r in wanted if r.state == "purged"], seen)
     records = [r for r in wanted if r.state != "purged"]
@@ -279,16 +325,12 @@ def _verify_rows(tree: Tree, catalog: Catalog, seen: _Seen, *, hashes: bool, who
         # One bad chunk fails its whole block: then the rows are read one by one to name it.
         trial = _Seen()
         with trial.looking_at("values", some[0].name):
-            block = tree.read_values(some[0].row, some[-1].row + 1)
+            block = tree.read_values([record.row for record in some], layout)
         single = bool(trial.damages or trial.unchecked)
-        for record in some:
+        for place, record in enumerate(some):
             seen.rows.add((record.row, record.sha256))
             with seen.looking_at("values", record.name, record.row):
-                row = (
-                    tree.read_values(record.row, record.row + 1)[0]
-                    if single
-                    else block[record.row - some[0].row]
-                )
+                row = tree.read_values([record.row], layout)[0] if single else block[place]
                 if hashes and sha256(row) != record.sha256:
                     raise IntegrityError(
                         what="values",
@@ -315,7 +357,7 @@ def _verify_keys_and_blobs(
     if keys is not None and (KEYS_PATH in written or keys.sha256 not in seen.keys):
         seen.keys.add(keys.sha256)
         with seen.looking_at("keys", version, keys.sha256):
-            found = sha256(tree.read_keys())
+            found = sha256(tree.read_keys(keys))
             if hashes and found != keys.sha256:
                 raise IntegrityError(
                     what="keys", name=version, expected=f"sha256 {keys.sha256}", found=found

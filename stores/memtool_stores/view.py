@@ -13,12 +13,17 @@ import numpy as np
 from memtool_stores.atoms import AtomBank, bank, modules_of, segments_of
 from memtool_stores.cache import ValueCache, checked
 from memtool_stores.catalog import AdapterRecord, Catalog
-from memtool_stores.errors import IntegrityError, NotFoundError, VersionExpiredError
+from memtool_stores.errors import (
+    IntegrityError,
+    NotFoundError,
+    SchemaError,
+    VersionExpiredError,
+)
 from memtool_stores.history import Version, is_expired, of_snapshot, sealed_tree, snapshots
 from memtool_stores.ice import guard_fork, icechunk, open_repository, translated
 from memtool_stores.space import Space
 from memtool_stores.sums import check_snapshot
-from memtool_stores.tensorfile import write_header
+from memtool_stores.tensorfile import TensorInfo, read_header, write_header
 from memtool_stores.tree import Array, Root, State, Tree, sha256
 
 HEADER_PREFIX = "header-"
@@ -181,9 +186,9 @@ class MemoryView:
     def _atom_cache(self) -> ValueCache:
         return ValueCache(self._read_rows, self.store_id, self.space, self.atom_records)
 
-    def _read_rows(self, first: int, last: int) -> Array:
-        with self._reading(f"rows {first} to {last} of the values"):
-            return self._tree.read_values(first, last)
+    def _read_rows(self, rows: Sequence[int]) -> Array:
+        with self._reading(f"rows {rows[0]} to {rows[-1]} of the values"):
+            return self._tree.read_values(rows, self.space.layout)
 
     def values(self, ids: Sequence[str] | None = None) -> Array:
         """The values of these adapters (ids or names), all live ones in row order for None.
@@ -217,7 +222,7 @@ class MemoryView:
         """
         record = self.get(id_or_name)
         with self._reading(f"the value of {record.name!r}"):
-            row = self._tree.read_row(record.row, self.space.layout)
+            row = self._tree.read_row(record, self.space.layout)
         return checked(row, record)
 
     def segment(self, name: str) -> Array:
@@ -263,7 +268,7 @@ class MemoryView:
         if state is None:
             return None
         with self._reading("the keys"):
-            keys = self._tree.read_keys()
+            keys = self._tree.read_keys(state)
         if sha256(keys) != state.sha256:
             raise IntegrityError(
                 what="keys", name=self._id, expected=state.sha256, found=sha256(keys)
@@ -309,4 +314,20 @@ class MemoryView:
             header = write_header([(s.name, s.shape) for s in layout.segments], layout.dtype)
         else:
             header = self.blob(HEADER_PREFIX + record.header)
+            self._check_header(header, record)
         return header + self.value(record.id).tobytes()
+
+    def _check_header(self, header: bytes, record: AdapterRecord) -> None:
+        """Nothing, when this is the header of a safetensors file of our layout.
+
+        Raises:
+            SchemaError: it is not.
+        """
+        layout, where = self.space.layout, f"the stored file of adapter {record.name!r}"
+        found = read_header(header, where, size=len(header) + layout.nbytes)
+        wanted = tuple(TensorInfo(s.name, s.shape) for s in layout.segments)
+        if (found.dtype, found.tensors) != (layout.dtype, wanted):
+            raise SchemaError(
+                f"{where} has other tensors than the layout of the store",
+                expected=f"{len(wanted)} tensors of {layout.dtype}, in the order of the layout",
+            )

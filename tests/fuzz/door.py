@@ -7,10 +7,13 @@ an error of ours that says what and where; it neither hangs nor writes where it 
 
 from __future__ import annotations
 
+import copy
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -113,3 +116,48 @@ NAMES = st.one_of(
     st.sampled_from(["\ud800", "x" * 300, "é" * 150, " x", "x ", "a b", "0" * 20]),
 )
 """Names as a stranger would choose them."""
+
+_NUMBERS = [-1, 0, 1, 2**31, 2**53, 2**63, 2**64, 10**15, 10**30, -(10**15), 0.5, 1e308, -0.0]
+VALUES = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.sampled_from([*_NUMBERS, float("nan"), float("inf")]),
+        st.integers(-3, 50),
+        NAMES,
+    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3),
+    max_leaves=5,
+)
+"""Values of JSON as a stranger would write them."""
+
+
+@st.composite
+def altered(draw: st.DrawFn, document: object) -> object:
+    """A good document of JSON in which one or two places are strange, doubled or gone."""
+    result = json.loads(json.dumps(document))
+    for _ in range(draw(st.integers(1, 2))):
+        places = [*_places(result)]
+        if not places:
+            return draw(VALUES)
+        holder, key = draw(st.sampled_from(places))
+        match draw(st.sampled_from(["value", "value", "gone", "name", "like another"])):
+            case "gone":
+                del holder[key]
+            case "name" if isinstance(holder, dict):
+                holder[draw(NAMES)] = holder.pop(key)
+            case "like another":
+                other, place = draw(st.sampled_from(places))
+                holder[key] = copy.deepcopy(other[place])
+            case _:
+                holder[key] = draw(VALUES)
+    return result
+
+
+def _places(document: Any) -> Iterator[tuple[Any, Any]]:
+    """Every place in a document, as what holds it and the key or index of it."""
+    keys = document if isinstance(document, dict) else range(len(document))
+    for key in keys:
+        yield document, key
+        if isinstance(document[key], dict | list):
+            yield from _places(document[key])

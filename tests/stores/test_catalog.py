@@ -29,10 +29,14 @@ changes = st.lists(
 )
 
 
+def _id(row: int) -> str:
+    return f"{row:026}"
+
+
 def _record(row: int, name: str, kind: Any = "adapter", state: Any = "live") -> AdapterRecord:
     values: dict[str, Any] = {"task": row, "classes": ["a"], "domain": "d"}
     record = AdapterRecord.of(
-        id=f"id{row}", row=row, name=name, sha256="00", meta=values, scaling=2.0, kind=kind
+        id=_id(row), row=row, name=name, sha256="00" * 32, meta=values, scaling=2.0, kind=kind
     )
     return AdapterRecord.of_line(record.line().replace(b'"live"', json.dumps(state).encode()))
 
@@ -45,7 +49,7 @@ def _assert_same(catalog: Catalog, rows: Rows) -> None:
     purged = sum(record.state == "purged" for record in rows.values())
     expected = Counts(len(catalog.live), len(catalog.live_atoms), purged, len(rows))
     assert catalog.counts == expected
-    for id in ("id0", "id1", "id7", "id50"):
+    for id in map(_id, (0, 1, 7, 50)):
         assert catalog.by_id(id) == rows.get(id)
     for name in "xyz":
         found = {record.id for record in rows.values() if record.name == name}
@@ -66,6 +70,8 @@ def test_it_is_a_dictionary_with_versions(commits: list[tuple[int, Any]]) -> Non
         rows, lines = dict(rows), []
         for what, row, name, kind, state in some:
             row = len(rows) if what == "new" or not rows else row % len(rows)
+            if state == "live" and any(r.live and r.name == name for r in rows.values()):
+                name = f"{name}{row}"
             record = _record(row, name, kind, state)
             rows[record.id] = record
             lines.append(record.line())
@@ -83,7 +89,7 @@ def test_lines_that_were_not_written_change_nothing() -> None:
     for line in (b"{}\n", b"[]\n", b"?\n", _record(1, "y").line().replace(b"adapter", b"strange")):
         with pytest.raises(IntegrityError, match="one JSON record a line"):
             one.read_on(line, one._link([line]))
-    assert list(one.records) == ["id0"]
+    assert list(one.records) == [_id(0)]
     # Nothing of it is in the way of what is really written next.
     two = one.extended([_record(1, "y").line()])
     assert two._lines is one._lines

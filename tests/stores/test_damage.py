@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from memtool_stores import Damage, IntegrityError, MemoryStore, Space, VersionExpiredError
+from memtool_stores import (
+    Damage,
+    IntegrityError,
+    MemoryStore,
+    NotFoundError,
+    Space,
+    VersionExpiredError,
+)
 from memtool_stores.testing import fill
 
 FLIPS = 40
@@ -333,6 +342,48 @@ def test_a_row_with_a_right_checksum_but_other_bytes_is_found(rich: Rich, space:
     report = rich.store.verify("full")
     assert {d.what for d in report.damages} == {"values"}
     assert len({d.name for d in report.damages}) == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_file_that_was_appended_to_is_named(rich: Rich, kind: str) -> None:
+    """Also a chunk, of which no reader is given what lies beyond its end."""
+    appended = itertools.cycle([b"\0", b"\n", b"another line", bytes(40_000)])
+    for path, name in sorted(rich.files[kind].items()):
+        whole = path.read_bytes()
+        path.write_bytes(whole + next(appended))
+        named = {(damage.what, damage.name) for damage in rich.store.verify().damages}
+        chunk = ("chunk", path.relative_to(rich.store.url).as_posix())
+        assert named & {chunk, (KINDS[kind] or "checksums", name)}, (path, named)
+        path.write_bytes(whole)
+    assert rich.store.verify().ok
+
+
+@pytest.mark.parametrize("swaps", [2, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_files_that_changed_places_are_named(rich: Rich, kind: str, swaps: int) -> None:
+    """Of one kind or of two: whatever is in them is right elsewhere."""
+    generator = random.Random(swaps)
+    names = rich.files[kind]
+    everything = [path for paths in rich.files.values() for path in paths]
+    for number in range(swaps):
+        one = generator.choice(sorted(names))
+        others = {*(names if number % 2 and len(names) > 1 else everything)} - {one}
+        two = generator.choice(sorted(others))
+        first, second = one.read_bytes(), two.read_bytes()
+        if first == second:
+            continue
+        one.write_bytes(second)
+        two.write_bytes(first)
+        damages = rich.store.verify().damages
+        if kind not in {"branches", "tags"} or two not in names:
+            _assert_named(damages, kind, names[one], f"{one} and {two}")
+        for read in itertools.islice(_reads(rich.store.url), number % 3, None, 5):
+            # A branch in the place of another leads to another version, and rightly so.
+            with suppress(NotFoundError):
+                _answer(read)
+        one.write_bytes(first)
+        two.write_bytes(second)
+    assert rich.store.verify().ok
 
 
 def test_gc_does_not_take_the_versions_of_a_damaged_tag(rich: Rich) -> None:

@@ -6,6 +6,13 @@ sketch (`some_values` of seeds 0 to 3), keys, a blob, tag v1, branch side; art w
 
 from __future__ import annotations
 
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -13,11 +20,17 @@ import numpy as np
 import pytest
 import zarr
 
+import memtool_stores
 from memtool_stores import MemoryStore, NewerSchemaError, SchemaError, Space
 from memtool_stores.migrate import MIGRATIONS, SCHEMA_VERSION
 from memtool_stores.store import _sealed
 from memtool_stores.testing import MODULE, fill, small_space, some_values
 from memtool_stores.tree import Tree
+
+STEPS = 10
+"""Steps of a commit to the disk at which dying.py can die, counted from 0."""
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(memtool_stores.__file__).parents[1])}
 
 SEEDS = {"photo": 0, "art": 1, "cartoon": 2, "sketch": 3}
 
@@ -105,6 +118,59 @@ def test_the_first_commit_migrates_and_history_stays(old: MemoryStore) -> None:
     assert [r.name for r in again.diff(first).added_atoms] == ["a"]
     for level in ("heads", "checksums", "full"):
         assert again.verify(level).ok
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(40, marks=pytest.mark.slow)])
+def test_killed_while_it_migrates_a_store_is_old_or_new(
+    old: MemoryStore, tmp_path: Path, kills: int
+) -> None:
+    """Half of the kills come at the steps to the disk in turn, half at any moment of a commit."""
+    before = _everything(old)
+    generator = random.Random(kills)
+    schemas = set()
+    for number in range(kills):
+        url = str(tmp_path / "killed")
+        shutil.rmtree(url, ignore_errors=True)
+        shutil.copytree(old.url, url)
+        said = set[str]()
+        if number % 2:
+            said = _killed_after(url, generator.uniform(0, 0.05))
+        else:
+            _killed_at(url, number // 2 * (STEPS - 1) // (kills // 2 - 1))
+        again = MemoryStore.open(url, lock_timeout=5)
+        after = _everything(again)
+        assert {version: after[version] for version in before} == before
+        schema = _attributes(again)["schema_version"]
+        assert (schema == 1) == (again.head() == old.head())
+        if schema != 1:
+            assert len(again.view()) > len(old.view())
+        assert said <= {record.name for record in again.view().adapters}
+        schemas.add(schema)
+        report = again.verify()
+        assert report.ok, report.damages
+        with again.transaction("after the kill") as txn:
+            fill(txn, old.space, "after", 7)
+        assert _attributes(again)["schema_version"] == SCHEMA_VERSION
+        assert again.verify().ok
+    assert schemas == {1, SCHEMA_VERSION}
+
+
+def _killed_at(url: str, step: int) -> None:
+    run = [sys.executable, str(Path(__file__).parent / "dying.py"), url, "add", str(step)]
+    assert subprocess.run(run, env=ENVIRONMENT).returncode == -signal.SIGKILL
+
+
+def _killed_after(url: str, seconds: float) -> set[str]:
+    """A process that commits and commits, killed so long after it has begun to; what it stored."""
+    run = [sys.executable, str(Path(__file__).parent / "writer.py"), url, "k", "10000", "0"]
+    with subprocess.Popen(run, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "ready\n"
+        time.sleep(seconds)
+        writer.kill()
+        said = set(writer.stdout.read().split())
+    assert writer.returncode == -signal.SIGKILL
+    return said
 
 
 @pytest.mark.parametrize("change", ["add", "remove", "keys", "blob", "purge removed"])

@@ -23,9 +23,9 @@ from memtool_stores import (
 )
 from memtool_stores import collect as collect_module
 from memtool_stores import objects as objects_module
+from memtool_stores.arrays import CRC32C_BYTES
 from memtool_stores.objects import objects_at
 from memtool_stores.testing import CONTRACT, small_space, some_values
-from memtool_stores.tree import CRC32C_BYTES
 
 moto_server = pytest.importorskip("moto.server", reason="moto is not installed")
 boto3 = pytest.importorskip("boto3", reason="boto3 is not installed")
