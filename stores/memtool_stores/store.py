@@ -21,6 +21,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from memtool_stores import cache, clock, references, room, sums
+from memtool_stores.bucket import (
+    Pace,
+    empty_repository,
+    is_begun,
+    lies_between,
+    move_branch,
+    settled,
+)
 from memtool_stores.catalog import Catalog, plain_json
 from memtool_stores.collect import GcReport, collect
 from memtool_stores.diff import Diff, diff
@@ -95,7 +103,7 @@ class MemoryStore:
         from ulid import ULID
 
         url = _plain(url)
-        if cls.exists(url):
+        if cls.exists(url) and (_is_local(url) or not is_begun(url)):
             raise AlreadyExistsError(
                 f"there is a store at {url} already", remedy="open it, or choose another path"
             )
@@ -113,8 +121,9 @@ class MemoryStore:
 
     @staticmethod
     def _create_repository(url: str, root: Root) -> None:
-        with translated("create the store", url):
-            repository = create_repository(url)
+        doing = "create the store"
+        with translated(doing, url):
+            repository = create_repository(url) if _is_local(url) else empty_repository(url)
             session = repository.writable_session(MAIN)
             base = str(session.snapshot_id)
             tree = Tree.create(session, root)
@@ -122,7 +131,12 @@ class MemoryStore:
             metadata = _sealed(tree, parent=base, message=message, user="{}")
             version = session.flush(message, metadata=metadata)
             sums.write(url, repository, version)
-            repository.reset_branch(MAIN, version, from_snapshot_id=base)
+        try:
+            move_branch(url, repository, doing, MAIN, base, version)
+        except ConflictError as error:
+            raise AlreadyExistsError(
+                f"another process made a store at {url} meanwhile", remedy="open it"
+            ) from error
 
     @classmethod
     def open(cls, url: str | Path, *, lock_timeout: float = 30.0) -> MemoryStore:
@@ -255,11 +269,15 @@ class MemoryStore:
 
         When another writer commits first, all is thrown away and the function runs again on the
         newer version: it must have no other effect than on its transaction. After `TRIES - 1`
-        conflicts the lock is taken before the function, so that the last try cannot lose.
+        conflicts the lock is taken before the function, so that the last try cannot lose. In a
+        bucket there is no lock; there it is run again until it wins.
 
         Raises:
-            LockTimeoutError, StorageError: nothing was stored.
+            LockTimeoutError, StorageError: nothing was stored, or the error says that it is not
+                known: in a bucket that did not answer for as long as the lock timeout.
         """
+        if not _is_local(self.url):
+            return self._run_without_lock(function, message, metadata, branch)
         for number in range(1, TRIES):
             try:
                 return self._once(function, message, metadata, branch)
@@ -279,6 +297,44 @@ class MemoryStore:
         result = function(transaction)
         self._commit(transaction, message, metadata, branch)
         return result
+
+    def _run_without_lock(
+        self,
+        function: Callable[[Transaction], Result],
+        message: str,
+        metadata: Mapping[str, Any] | None,
+        branch: str,
+    ) -> Result:
+        pace = Pace(self._lock_timeout)
+        open_tries: list[tuple[Transaction, Result]] = []
+        while True:
+            try:
+                transaction = self._begin(branch)
+                base = transaction.base.version
+                for earlier, result in open_tries:
+                    if self._took(earlier, base):
+                        return result
+                # No branch that has moved on takes what was written for it before.
+                open_tries = [pair for pair in open_tries if pair[0].base.version == base]
+                result = function(transaction)
+                open_tries.append((transaction, result))
+                self._commit(transaction, message, metadata, branch)
+                return result
+            except (ConflictError, StorageError) as error:
+                pace.wait_after(error)
+
+    def _took(self, transaction: Transaction, tip: str) -> bool:
+        """Whether the branch with this tip took what the transaction wrote, which is then done."""
+        version, base = transaction.written, transaction.base.version
+        if version is None or not lies_between(self._repository, base, tip, version):
+            return False
+        self._done(transaction, version)
+        return True
+
+    def _done(self, transaction: Transaction, version: str) -> None:
+        transaction.version = version
+        if transaction.purges:
+            cache.drop(transaction.base.store_id)
 
     def _begin(self, branch: str) -> Transaction:
         guard_fork()
@@ -311,19 +367,16 @@ class MemoryStore:
             tree = Tree(session, write=True)
             _, catalog = transaction.write(tree)
             sealed = _sealed(tree, parent=base, message=message, user=user)
+            version = transaction.written = str(session.flush(message, metadata=sealed))
             if _is_local(self.url):
-                version = session.flush(message, metadata=sealed)
                 sums.write(self.url, self._repository, version)
                 self._sync()
-                self._repository.reset_branch(branch, version, from_snapshot_id=base)
+            move_branch(self.url, self._repository, doing, branch, base, version)
+            if _is_local(self.url):
                 self._sync()
                 self._check_branch(branch, version)
-            else:
-                version = session.commit(message, sealed)
-        transaction.version = str(version)
         self._catalog = catalog
-        if transaction.purges:
-            cache.drop(transaction.base.store_id)
+        self._done(transaction, version)
 
     def _check_branch(self, branch: str, version: str) -> None:
         found = str(self._repository.lookup_branch(branch))
@@ -412,7 +465,12 @@ class MemoryStore:
 
     def _make_reference(self, kind: str, name: str, version: str, doing: str) -> None:
         self._check_room(doing, room.REFERENCE_BYTES, room.REFERENCE_FILES)
-        references.make(self.url, self._repository, kind, name, version, doing)
+        look = self._repository.lookup_tag if kind == "tag" else self._repository.lookup_branch
+        try:
+            with settled(self.url, doing, lambda: str(look(name)) == version):
+                references.make(self.url, self._repository, kind, name, version, doing)
+        except ConflictError as error:
+            raise AlreadyExistsError(f"{name!r} is a tag or branch already") from error
 
     def tags(self) -> dict[str, str]:
         """The version id of every tag, by name."""
@@ -444,7 +502,9 @@ class MemoryStore:
         with self._lock():
             if name not in self.tags():
                 raise NotFoundError(f"no tag {name!r} in {self.url}")
-            with translated(f"delete tag {name!r}", self.url):
+            doing = f"delete tag {name!r}"
+            gone = lambda: name not in self._repository.list_tags()  # noqa: E731
+            with settled(self.url, doing, gone), translated(doing, self.url):
                 references.unmark(self.url, "tag", name)
                 self._repository.delete_tag(name)
             self._sync()
@@ -458,7 +518,9 @@ class MemoryStore:
         with self._lock():
             if name == MAIN or name not in self.branches():
                 raise NotFoundError(f"no branch {name!r} that could be deleted in {self.url}")
-            with translated(f"delete branch {name!r}", self.url):
+            doing = f"delete branch {name!r}"
+            gone = lambda: name not in self._repository.list_branches()  # noqa: E731
+            with settled(self.url, doing, gone), translated(doing, self.url):
                 references.unmark(self.url, "branch", name)
                 self._repository.delete_branch(name)
                 if _is_local(self.url):
@@ -488,9 +550,13 @@ class MemoryStore:
                 self._make_reference("branch", backup, head, doing)
             except (IntegrityError, NotFoundError):
                 backup = ""  # a damaged version can be left, but not kept
-            with translated(doing, self.url):
-                self._sync()
-                self._repository.reset_branch(MAIN, target, from_snapshot_id=head)
+            self._sync()
+            try:
+                move_branch(self.url, self._repository, doing, MAIN, head, target)
+            except ConflictError:
+                if backup:
+                    self.delete_branch(backup)
+                raise
             self._sync()
         return backup
 
