@@ -24,12 +24,19 @@ from memtool_stores.errors import (
 )
 from memtool_stores.history import MAIN, snapshots
 from memtool_stores.ice import create_repository, open_repository, translated
+from memtool_stores.objects import objects_at, write_new
 
 LEAST_TRIES = 100
 """So often a function is run before a conflict comes out of `run`, however long that takes.
 
 Of n writers that never rest, one in n tries wins.
 """
+
+_UNKNOWN = "; whether it was carried out is not known"
+
+_FIRST_SNAPSHOT = "ice/snapshots/1CECHNKREP0F1RSTCMT0"
+_FIRST_REFERENCE = b'{"snapshot":"1CECHNKREP0F1RSTCMT0"}'
+"""With these icechunk begins a repository: one snapshot, the same in all, and the branch main."""
 
 
 @contextmanager
@@ -54,12 +61,16 @@ def settled(url: str, doing: str, done: Callable[[], bool]) -> Iterator[None]:
             silent = silent or (isinstance(second, StorageError) and second.transient)
         if not silent:
             raise
-        raise StorageError(
-            f"{error.message}; whether it was carried out is not known",
-            transient=True,
-            expected=error.expected,
-            remedy="`memtool log` shows whether it was; if not, run it again",
-        ) from error
+        raise outcome_unknown(error) from error
+
+
+def outcome_unknown(error: StoreError) -> StorageError:
+    """The error of a change that was asked for, and of which nobody says what became."""
+    return StorageError(
+        error.message.removesuffix(_UNKNOWN) + _UNKNOWN,
+        transient=True,
+        remedy="`memtool log` shows whether it was; if not, run it again",
+    )
 
 
 def lies_between(repository: Any, base: str, tip: str, version: str) -> bool:
@@ -103,17 +114,18 @@ def is_begun(url: str) -> bool:
 
 
 def empty_repository(url: str) -> Any:
-    """A repository at `url` with no memory in it, as it was begun or a new one.
-
-    Raises:
-        AlreadyExistsError: there are files at `url` that lead nowhere.
-    """
-    try:
-        return open_repository(url) if is_begun(url) else create_repository(url)
-    except StoreError:
-        if is_begun(url):  # by the request whose answer was lost, or by another process
-            return open_repository(url)
-        raise
+    """A repository at `url` with no memory in it, as it was begun or a new one."""
+    if not is_begun(url):
+        try:
+            return create_repository(url)
+        except StoreError:
+            # A request whose answer was lost has made it, or another process; or a process died
+            # between the two files that it consists of: then the second is written here.
+            if [entry.path for entry in objects_at(url).list()] == [_FIRST_SNAPSHOT]:
+                write_new(url, "ice/refs/branch.main/ref.json", _FIRST_REFERENCE)
+            if not is_begun(url):
+                raise
+    return open_repository(url)
 
 
 class Pace:
@@ -125,22 +137,19 @@ class Pace:
         self._begin = time.monotonic()
         self._tries = 0
 
-    def wait_after(self, error: ConflictError | StorageError) -> None:
+    def is_over(self, error: ConflictError | StorageError) -> bool:
+        """Whether a try that ended with this error was the last."""
+        self._tries += 1
+        late = time.monotonic() > self._end
+        if isinstance(error, ConflictError):
+            return late and self._tries >= LEAST_TRIES
+        return late or not error.transient
+
+    def wait(self) -> None:
         """Return when it is time for the next try, a part of what the last one took later.
 
-        Writers that lose to each other must not go on in step; how long a commit takes, in a bucket
-        nobody knows beforehand.
-
-        Raises:
-            ConflictError, StorageError: what was given, when it is enough or nothing would change.
+        Writers that lose to each other must not go on in step, and how long a commit takes in a
+        bucket nobody knows beforehand.
         """
-        self._tries += 1
-        over = time.monotonic() > self._end
-        if isinstance(error, ConflictError):
-            over = over and self._tries >= LEAST_TRIES
-        elif not error.transient:
-            over = True
-        if over:
-            raise error
         time.sleep(random.uniform(0, time.monotonic() - self._begin))
         self._begin = time.monotonic()

@@ -370,6 +370,11 @@ def _told(error: Any) -> str:
     return f"{error}\n{kind}"
 
 
+_NO_ANSWER = (
+    r"timed? ?out|timeout|connection|dispatch failure|unavailable|slow ?down|throttl|internalerror"
+)
+
+
 def _of_message(text: str, doing: str, where: str) -> StoreError:
     """The one place that reads the messages of icechunk 1.x and the kinds of 2.x."""
     brief = _first_line(text)
@@ -391,7 +396,7 @@ def _of_message(text: str, doing: str, where: str) -> StoreError:
         )
     if re.search(r"(ref|snapshot|branch|tag) not found|invalid snapshot id", lower):
         return NotFoundError(f"could not {doing} in {where}: {brief}")
-    if re.search(r"timed? ?out|timeout|connection|dispatch failure|unavailable|slow ?down", lower):
+    if re.search(_NO_ANSWER, lower):
         return StorageError(
             f"could not {doing} in {where}: {brief}", transient=True, remedy="run it again"
         )

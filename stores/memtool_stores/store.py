@@ -27,6 +27,7 @@ from memtool_stores.bucket import (
     is_begun,
     lies_between,
     move_branch,
+    outcome_unknown,
     settled,
 )
 from memtool_stores.catalog import Catalog, plain_json
@@ -39,7 +40,6 @@ from memtool_stores.errors import (
     LockTimeoutError,
     NotFoundError,
     StorageError,
-    StoreError,
 )
 from memtool_stores.history import (
     MAIN,
@@ -58,7 +58,15 @@ from memtool_stores.ice import (
     sync_to_disk,
     translated,
 )
-from memtool_stores.move import Tell, copy, read_bundle, require_empty, write_bundle
+from memtool_stores.move import (
+    REFERENCES,
+    Tell,
+    begun_copy,
+    copy,
+    read_bundle,
+    require_empty,
+    write_bundle,
+)
 from memtool_stores.names import check_ref
 from memtool_stores.objects import Objects, Retractable, bucket_holds, objects_at
 from memtool_stores.space import Space
@@ -321,7 +329,12 @@ class MemoryStore:
                 self._commit(transaction, message, metadata, branch)
                 return result
             except (ConflictError, StorageError) as error:
-                pace.wait_after(error)
+                if not pace.is_over(error):
+                    pace.wait()
+                elif any(earlier.written for earlier, _ in open_tries):
+                    raise outcome_unknown(error) from error
+                else:
+                    raise
 
     def _took(self, transaction: Transaction, tip: str) -> bool:
         """Whether the branch with this tip took what the transaction wrote, which is then done."""
@@ -371,7 +384,11 @@ class MemoryStore:
             if _is_local(self.url):
                 sums.write(self.url, self._repository, version)
                 self._sync()
-            move_branch(self.url, self._repository, doing, branch, base, version)
+            try:
+                move_branch(self.url, self._repository, doing, branch, base, version)
+            except ConflictError:
+                transaction.written = None
+                raise
             if _is_local(self.url):
                 self._sync()
                 self._check_branch(branch, version)
@@ -651,10 +668,14 @@ class MemoryStore:
                     found.setdefault(digest, []).append(entry.path)
         return {digest: sorted(found[digest]) for digest in sorted(found)}
 
-    def clone(self, url: str | Path, tell: Tell | None = None) -> MemoryStore:
+    def clone(
+        self, url: str | Path, tell: Tell | None = None, *, resume: bool = False
+    ) -> MemoryStore:
         """A copy with all versions in another directory or bucket; it appears all at once.
 
-        `tell` is called with the files copied so far and their number.
+        `tell` is called with the files copied so far and their number. A copy that fails takes back
+        what it wrote. With `resume`, a copy to a bucket goes on with what one that was killed left
+        there, and when it fails it leaves that, too.
 
         Raises:
             AlreadyExistsError: something is there.
@@ -663,10 +684,11 @@ class MemoryStore:
         target = _plain(url)
         with self._lock():
             files = objects_at(self.url)
-            with _new_place(target) as place:
+            with _new_place(target, begun_by=files if resume else None) as (place, there):
                 # A bucket checks its own bytes: checksums are of no use there, and commits in it
                 # make none.
-                copy(files, place, tell, checksums=_is_local(self.url) and _is_local(target))
+                checksums = _is_local(self.url) and _is_local(target)
+                copy(files, place, tell, checksums=checksums, there=there)
         return MemoryStore.open(target, lock_timeout=self._lock_timeout)
 
     def bundle(self, file: str | Path) -> int:
@@ -699,7 +721,7 @@ class MemoryStore:
             SchemaError: it is no bundle.
         """
         target = _plain(url)
-        with _new_place(target) as place:
+        with _new_place(target) as (place, _):
             read_bundle(Path(file), place, tell, checksums=_is_local(target))
         return cls.open(target, lock_timeout=lock_timeout)
 
@@ -730,15 +752,18 @@ def _is_local(url: str) -> bool:
 
 
 @contextmanager
-def _new_place(url: str) -> Iterator[Objects]:
+def _new_place(
+    url: str, *, begun_by: Objects | None = None
+) -> Iterator[tuple[Objects, frozenset[str]]]:
     """Where a copy goes. It appears when the block ends well and its heads hold, else nothing does.
 
     In a bucket the copy is no store until its references, the last files, are there; a process that
-    is killed before leaves the other files.
+    is killed before leaves the other files. With `begun_by`, the source, those that a copy of it
+    left are the second that is given, and what is copied to them stays when the block fails.
     """
     if _is_local(url):
         with _appearing(Path(url)) as folder:
-            yield objects_at(str(folder))
+            yield objects_at(str(folder)), frozenset()
             _require_heads(str(folder))
             references.mark_all(str(folder))
             room.try_to_keep_reserve(str(folder))
@@ -746,13 +771,16 @@ def _new_place(url: str) -> Iterator[Objects]:
             sync_to_disk(folder)
     else:
         place = Retractable(objects_at(url))
-        require_empty(place, url)
+        there: frozenset[str] = frozenset()
+        if begun_by is None:
+            require_empty(place, url)
+        else:
+            there = begun_copy(begun_by, place, url)
         try:
-            yield place
+            yield place, there
             _require_heads(url)
         except BaseException:
-            with suppress(StoreError):  # the first error is the one to tell
-                place.take_back()
+            place.take_back("" if begun_by is None else REFERENCES)
             raise
 
 

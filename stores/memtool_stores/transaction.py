@@ -34,7 +34,7 @@ class Transaction:
 
     `version` is the id of the committed version once the transaction is done; the id of the base
     when there was nothing to commit. `written` is the id of the version that lies in the store
-    before it is known whether the branch took it.
+    before it is known whether the branch took it; None again when it is known that it did not.
     """
 
     def __init__(self, base: MemoryView) -> None:

@@ -22,7 +22,10 @@ DELAY_SECONDS = 0.3
 
 
 class FaultyProxy(ThreadingHTTPServer):
-    """Forwards to `target`; of every `every` requests of a method in `methods`, one meets a fault."""
+    """Forwards to `target`; one of `every` requests meets a fault.
+
+    Only those of a method in `methods` (None: all) and with `only` in their path are counted.
+    """
 
     daemon_threads = True
 
@@ -46,7 +49,7 @@ class FaultyProxy(ThreadingHTTPServer):
 
     def fault(self, method: str, path: str) -> str:
         """What happens to the next request; nothing for most."""
-        if self.methods is not None and method not in self.methods or self.only not in path:
+        if method not in (self.methods or {method}) or self.only not in path:
             return ""
         number = next(self.requests)
         if number % self.every:
