@@ -1,4 +1,4 @@
-"""A proxy in front of an object store that loses, cuts, delays and refuses every so many requests.
+"""A proxy in front of an object store that drops, loses, delays and refuses every so many requests.
 
 What it does to a request is one of `FAULTS`. A request whose answer is lost was carried out.
 """
@@ -10,15 +10,19 @@ import itertools
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 FAULTS = ("drop", "lose", "delay", "refuse")
-"""Closed before it is forwarded; closed after it was carried out; late; answered with 500."""
+"""Closed before it is forwarded; closed after it was carried out; slow; answered with 500.
+
+There is "late" besides: closed, and carried out after that.
+"""
 
 DELAY_SECONDS = 0.3
+LATE_SECONDS = 0.8
 
 
 class FaultyProxy(ThreadingHTTPServer):
@@ -29,18 +33,28 @@ class FaultyProxy(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, target: str, *, every: int = 4, faults: tuple[str, ...] = FAULTS) -> None:
+    def __init__(self, target: str) -> None:
         super().__init__(("127.0.0.1", 0), _Forward)
         self.target = urlsplit(target).netloc
-        self.every = every
-        self.faults = faults
-        self.methods: frozenset[str] | None = None
-        self.only = ""
-        self.met: Counter[str] = Counter()
-        self.requests = itertools.count(1)
+        self.no_faults()
         # moto looks at the condition of a write and then writes, in as many threads as there are
         # requests; an object store does both at once.
-        self.conditional = threading.Lock()
+        self.one_by_one = threading.Lock()
+
+    def no_faults(self) -> None:
+        """Requests are forwarded."""
+        self._faults: tuple[str, ...] = ()
+
+    def faults(
+        self, *faults: str, every: int = 1, only: str = "", methods: Collection[str] = ()
+    ) -> None:
+        """From here on, one of `every` requests meets one of the faults in turn.
+
+        Only requests of these methods (none: all), with `only` in their path, are counted.
+        """
+        self._faults, self._every, self._only, self._methods = faults, every, only, methods
+        self._requests = itertools.count(1)
+        self.met: Counter[str] = Counter()
 
     @property
     def url(self) -> str:
@@ -48,15 +62,29 @@ class FaultyProxy(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def fault(self, method: str, path: str) -> str:
-        """What happens to the next request; nothing for most."""
-        if method not in (self.methods or {method}) or self.only not in path:
+        """What happens to the next request; nothing to most."""
+        faults = self._faults
+        if not faults or method not in (self._methods or {method}) or self._only not in path:
             return ""
-        number = next(self.requests)
-        if number % self.every:
+        number = next(self._requests)
+        if number % self._every:
             return ""
-        found = self.faults[number // self.every % len(self.faults)]
+        found = faults[number // self._every % len(faults)]
         self.met[found] += 1
         return found
+
+    def carried_out(
+        self, method: str, path: str, body: bytes, headers: dict[str, str]
+    ) -> tuple[int, dict[str, str], bytes]:
+        """What the object store answers."""
+        connection = http.client.HTTPConnection(self.target, timeout=60)
+        try:
+            with self.one_by_one:
+                connection.request(method, path, body, headers)
+                response = connection.getresponse()
+                return response.status, dict(response.getheaders()), response.read()
+        finally:
+            connection.close()
 
 
 class _Forward(BaseHTTPRequestHandler):
@@ -65,21 +93,25 @@ class _Forward(BaseHTTPRequestHandler):
 
     def _forward(self) -> None:
         body = self._body()
+        headers = {k: v for k, v in self.headers.items() if k.lower() != "transfer-encoding"}
+        headers["Content-Length"] = str(len(body))
+        request = self.command, self.path, body, headers
         fault = self.server.fault(self.command, self.path)
+        self.close_connection = fault in {"drop", "lose", "late"}
         match fault:
             case "drop":
-                self.close_connection = True
+                return
+            case "late":
+                threading.Timer(LATE_SECONDS, self.server.carried_out, request).start()
                 return
             case "refuse":
                 self._answer(500, {}, b"<Error><Code>InternalError</Code></Error>")
                 return
             case "delay":
                 time.sleep(DELAY_SECONDS)
-        status, headers, answer = self._carried_out(body)
-        if fault == "lose":
-            self.close_connection = True
-            return
-        self._answer(status, headers, answer)
+        answer = self.server.carried_out(*request)
+        if fault != "lose":
+            self._answer(*answer)
 
     def _body(self) -> bytes:
         if "chunked" not in self.headers.get("Transfer-Encoding", ""):
@@ -91,18 +123,6 @@ class _Forward(BaseHTTPRequestHandler):
         while self.rfile.readline().strip():
             pass
         return b"".join(parts)
-
-    def _carried_out(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
-        headers = {k: v for k, v in self.headers.items() if k.lower() != "transfer-encoding"}
-        headers["Content-Length"] = str(len(body))
-        connection = http.client.HTTPConnection(self.server.target, timeout=60)
-        try:
-            with self.server.conditional:
-                connection.request(self.command, self.path, body, headers)
-                response = connection.getresponse()
-                return response.status, dict(response.getheaders()), response.read()
-        finally:
-            connection.close()
 
     def _answer(self, status: int, headers: dict[str, str], body: bytes) -> None:
         self.send_response_only(status)
@@ -122,12 +142,10 @@ class _Forward(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def faulty(
-    target: str, *, every: int = 4, faults: tuple[str, ...] = FAULTS
-) -> Iterator[FaultyProxy]:
-    """A proxy that serves until the end of the block."""
-    proxy = FaultyProxy(target, every=every, faults=faults)
-    thread = threading.Thread(target=proxy.serve_forever, daemon=True)
+def faulty(target: str) -> Iterator[FaultyProxy]:
+    """A proxy that serves until the end of the block, without faults until it is asked for some."""
+    proxy = FaultyProxy(target)
+    thread = threading.Thread(target=proxy.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     try:
         yield proxy
