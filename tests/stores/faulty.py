@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from math import inf
 from urllib.parse import urlsplit
 
 FAULTS = ("drop", "lose", "delay", "refuse")
@@ -46,13 +47,19 @@ class FaultyProxy(ThreadingHTTPServer):
         self._faults: tuple[str, ...] = ()
 
     def faults(
-        self, *faults: str, every: int = 1, only: str = "", methods: Collection[str] = ()
+        self,
+        *faults: str,
+        every: int = 1,
+        times: float = inf,
+        only: str = "",
+        methods: Collection[str] = (),
     ) -> None:
-        """From here on, one of `every` requests meets one of the faults in turn.
+        """From here on, one of `every` requests meets one of the faults in turn, so many `times`.
 
-        Only requests of these methods (none: all), with `only` in their path, are counted.
+        Only requests of these methods (none: all), with `only` in their path or body, count.
         """
-        self._faults, self._every, self._only, self._methods = faults, every, only, methods
+        self._faults, self._every, self._times = faults, every, times
+        self._only, self._methods = only, methods
         self._requests = itertools.count(1)
         self.met: Counter[str] = Counter()
 
@@ -61,13 +68,15 @@ class FaultyProxy(ThreadingHTTPServer):
         """Where clients go."""
         return f"http://127.0.0.1:{self.server_port}"
 
-    def fault(self, method: str, path: str) -> str:
+    def fault(self, method: str, path: str, body: bytes) -> str:
         """What happens to the next request; nothing to most."""
         faults = self._faults
-        if not faults or method not in (self._methods or {method}) or self._only not in path:
+        if not faults or method not in (self._methods or {method}):
+            return ""
+        if self._only not in path and self._only.encode() not in body:
             return ""
         number = next(self._requests)
-        if number % self._every:
+        if number % self._every or number > self._every * self._times:
             return ""
         found = faults[number // self._every % len(faults)]
         self.met[found] += 1
@@ -96,7 +105,7 @@ class _Forward(BaseHTTPRequestHandler):
         headers = {k: v for k, v in self.headers.items() if k.lower() != "transfer-encoding"}
         headers["Content-Length"] = str(len(body))
         request = self.command, self.path, body, headers
-        fault = self.server.fault(self.command, self.path)
+        fault = self.server.fault(self.command, self.path, body)
         self.close_connection = fault in {"drop", "lose", "late"}
         match fault:
             case "drop":
