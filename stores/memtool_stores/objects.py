@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from memtool_stores.errors import NotFoundError, StorageError, StoreError
 from memtool_stores.ice import of_os_error
+from memtool_stores.redacted import HIDDEN
 
 CONNECT_TIMEOUT = "3s"
 ANSWER_TIMEOUT = "60s"
@@ -182,8 +183,10 @@ class _Bucket:
         # Credentials, region and endpoint come from the AWS_* variables, as for icechunk.
         endpoint = os.environ.get("AWS_ENDPOINT_URL", "")
         if endpoint and not re.match(r"https?://[^/]", endpoint):
+            # What stands before an @ may be a password, also where no scheme says so.
+            before, at, host = endpoint.rpartition("@")
             raise StorageError(
-                f"AWS_ENDPOINT_URL={endpoint} is no address",
+                f"AWS_ENDPOINT_URL={HIDDEN if before else ''}{at}{host} is no address",
                 expected="http://host:port or https://host",
             )
         with self._answering("look"):
