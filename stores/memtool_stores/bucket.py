@@ -1,5 +1,4 @@
-"""Changes where no lock is: whether one was carried out though its answer was lost, and when to try
-again.
+"""Changes where there is no lock: whether one was carried out, and when to try again.
 
 An object store takes a branch or tag on the condition that nobody changed it meanwhile. A request
 that is carried out while its answer is lost is sent again by the client, and then refused: what was
@@ -15,14 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from memtool_stores.errors import (
-    ConflictError,
-    IntegrityError,
-    NotFoundError,
-    StorageError,
-    StoreError,
-)
-from memtool_stores.history import MAIN, snapshots
+from memtool_stores.errors import ConflictError, NotFoundError, StorageError, StoreError
+from memtool_stores.history import snapshots
 from memtool_stores.ice import create_repository, open_repository, translated
 from memtool_stores.objects import objects_at, write_new
 
@@ -35,6 +28,7 @@ Of n writers that never rest, one in n tries wins.
 _UNKNOWN = "; whether it was carried out is not known"
 
 _FIRST_SNAPSHOT = "ice/snapshots/1CECHNKREP0F1RSTCMT0"
+_MAIN_REFERENCE = "ice/refs/branch.main/ref.json"
 _FIRST_REFERENCE = b'{"snapshot":"1CECHNKREP0F1RSTCMT0"}'
 """With these icechunk begins a repository: one snapshot, the same in all, and the branch main."""
 
@@ -105,11 +99,8 @@ def is_begun(url: str) -> bool:
     Whoever made it died before the memory was in it, or is about to write it.
     """
     try:
-        with translated("open the store", url):
-            repository = open_repository(url)
-            tip = repository.lookup_branch(MAIN)
-            return repository.lookup_snapshot(tip).parent_id is None
-    except (IntegrityError, NotFoundError):
+        return objects_at(url).read(_MAIN_REFERENCE) == _FIRST_REFERENCE
+    except NotFoundError:
         return False
 
 
@@ -122,7 +113,7 @@ def empty_repository(url: str) -> Any:
             # A request whose answer was lost has made it, or another process; or a process died
             # between the two files that it consists of: then the second is written here.
             if [entry.path for entry in objects_at(url).list()] == [_FIRST_SNAPSHOT]:
-                write_new(url, "ice/refs/branch.main/ref.json", _FIRST_REFERENCE)
+                write_new(url, _MAIN_REFERENCE, _FIRST_REFERENCE)
             if not is_begun(url):
                 raise
     return open_repository(url)

@@ -384,6 +384,11 @@ def _of_message(text: str, doing: str, where: str) -> StoreError:
         return refused
     if "branch update conflict" in lower:
         return _conflict(doing, where)
+    if "clean prefixes" in lower:
+        return AlreadyExistsError(
+            f"could not {doing}: there are files at {where} already",
+            remedy="another place, or first delete what is there",
+        )
     if "tag already exists" in lower:
         return AlreadyExistsError(
             f"could not {doing}: that tag is taken, or was used before; a tag never moves",

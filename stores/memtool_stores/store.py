@@ -111,7 +111,7 @@ class MemoryStore:
         from ulid import ULID
 
         url = _plain(url)
-        if cls.exists(url) and (_is_local(url) or not is_begun(url)):
+        if cls.exists(url):
             raise AlreadyExistsError(
                 f"there is a store at {url} already", remedy="open it, or choose another path"
             )
@@ -178,7 +178,7 @@ class MemoryStore:
         if _is_local(url):
             return (Path(url) / "ice" / "refs").is_dir()
         # Not by icechunk, which waits for minutes where nobody answers.
-        return bucket_holds(url, "ice/refs")
+        return bucket_holds(url, "ice/refs") and not is_begun(url)
 
     def _check_schema(self) -> None:
         self._view(self.head()).space  # noqa: B018

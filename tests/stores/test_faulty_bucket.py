@@ -15,8 +15,10 @@ import pytest
 from memtool_stores import (
     AlreadyExistsError,
     MemoryStore,
+    NotFoundError,
     StorageError,
     Transaction,
+    ice,
 )
 from memtool_stores import store as store_module
 from memtool_stores.objects import ObjectInfo, objects_at
@@ -209,6 +211,24 @@ def test_a_request_that_is_carried_out_after_its_writer_gave_up_counts_once(
     time.sleep(2 * LATE_SECONDS)
     assert messages(store).count("count") == 1
     assert store.view().blob("count") == b"1"
+
+
+@pytest.mark.parametrize("left", [1, 2])
+def test_a_store_whose_making_was_cut_short_is_none_and_can_be_made(url: str, left: int) -> None:
+    """`left` files are there of the two with which icechunk begins."""
+    ice.create_repository(url)
+    for entry in objects_at(url).list():
+        if left == 1 and not entry.path.startswith("ice/snapshots/"):
+            objects_at(url).delete(entry.path)
+    with pytest.raises(NotFoundError, match="no store"):
+        MemoryStore.open(url)
+    assert MemoryStore.create(url, SPACE).verify().ok
+    with pytest.raises(AlreadyExistsError):
+        MemoryStore.create(url, SPACE)
+    beside = f"{url}-beside"
+    objects_at(beside).write("ice/chunks/0", b"of a copy that was killed")
+    with pytest.raises(AlreadyExistsError, match="there are files"):
+        MemoryStore.create(beside, SPACE)
 
 
 def test_two_that_make_the_same_are_told_who_was_first(
