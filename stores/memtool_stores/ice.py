@@ -374,6 +374,11 @@ def _told(error: Any) -> str:
     return f"{error}\n{kind}"
 
 
+_NO_ANSWER = (
+    r"timed? ?out|timeout|connection|dispatch failure|unavailable|slow ?down|throttl|internalerror"
+)
+
+
 def _of_message(text: str, doing: str, where: str) -> StoreError:
     """The one place that reads the messages of icechunk 1.x and the kinds of 2.x."""
     brief = _first_line(text)
@@ -383,6 +388,11 @@ def _of_message(text: str, doing: str, where: str) -> StoreError:
         return refused
     if "branch update conflict" in lower:
         return _conflict(doing, where)
+    if "clean prefixes" in lower:
+        return AlreadyExistsError(
+            f"could not {doing}: there are files at {where} already",
+            remedy="another place, or first delete what is there",
+        )
     if "tag already exists" in lower:
         return AlreadyExistsError(
             f"could not {doing}: that tag is taken, or was used before; a tag never moves",
@@ -395,7 +405,7 @@ def _of_message(text: str, doing: str, where: str) -> StoreError:
         )
     if re.search(r"(ref|snapshot|branch|tag) not found|invalid snapshot id", lower):
         return NotFoundError(f"could not {doing} in {where}: {brief}")
-    if re.search(r"timed? ?out|timeout|connection|dispatch failure|unavailable|slow ?down", lower):
+    if re.search(_NO_ANSWER, lower):
         return StorageError(
             f"could not {doing} in {where}: {brief}", transient=True, remedy="run it again"
         )

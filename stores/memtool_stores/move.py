@@ -19,7 +19,7 @@ from typing import Any
 
 from memtool_stores.errors import AlreadyExistsError, IntegrityError, SchemaError, StorageError
 from memtool_stores.ice import of_os_error
-from memtool_stores.objects import Objects
+from memtool_stores.objects import ObjectInfo, Objects
 
 REFERENCES = "ice/refs/"
 CONTENT = "ice/"
@@ -45,12 +45,21 @@ Tell = Callable[[int, int], None]
 
 
 def copy(
-    source: Objects, target: Objects, tell: Tell | None = None, *, checksums: bool = True
+    source: Objects,
+    target: Objects,
+    tell: Tell | None = None,
+    *,
+    checksums: bool = True,
+    there: frozenset[str] = frozenset(),
 ) -> int:
-    """Copy every file of a store; the number of files. The target must be empty."""
+    """Copy every file of a store but those that are `there`; the number of files.
+
+    Beside those the target must be empty.
+    """
     files = list(_files(source, checksums))
-    for number, (path, data) in enumerate(_in_order(source, files, checksums), start=1):
-        target.write(path, data)
+    for number, (path, data) in enumerate(_in_order(source, files, checksums, there), start=1):
+        if path not in there:
+            target.write(path, data)
         if tell is not None:
             tell(number, len(files))
     return len(files)
@@ -61,8 +70,40 @@ def require_empty(target: Objects, url: str) -> None:
     for entry in target.list():
         raise AlreadyExistsError(
             f"{url} is there and not empty ({entry.path})",
-            remedy="another place, or first delete what is there",
+            remedy="another place, or `memtool clone --resume` when a clone of this memory was cut "
+            "short there; else first delete what is there",
         )
+
+
+def begun_copy(source: Objects, target: Objects, url: str) -> frozenset[str]:
+    """The files that a copy of `source` need not write again, when one to `url` was cut short.
+
+    A file has a name that was drawn at random when it was written, and never changes: under the
+    same name it is the same, when it is whole. Only references move.
+
+    Raises:
+        AlreadyExistsError: something else is there.
+    """
+    ours = {entry.path: entry for entry in source.list()}
+    there = set()
+    for entry in target.list():
+        path, mine = entry.path, ours.get(entry.path)
+        moves = path.startswith(REFERENCES)
+        if mine is None or (moves and source.read(path) != target.read(path)):
+            raise AlreadyExistsError(
+                f"{url} is there and is no beginning of a copy of this memory ({path})",
+                remedy="another place, or first delete what is there",
+            )
+        if moves or (mine.nbytes == entry.nbytes and _same_md5(source, mine, entry)):
+            there.add(path)
+    return frozenset(there)
+
+
+def _same_md5(source: Objects, mine: ObjectInfo, other: ObjectInfo) -> bool:
+    if other.md5 is None:
+        return True
+    data = b"" if mine.md5 else source.read(mine.path)
+    return other.md5 == (mine.md5 or hashlib.md5(data, usedforsecurity=False).hexdigest())
 
 
 def _files(source: Objects, checksums: bool) -> Iterator[str]:
@@ -76,14 +117,16 @@ def _belongs(path: str, checksums: bool) -> bool:
     return path.startswith(CONTENT) or (checksums and path.startswith(CHECKSUMS))
 
 
-def _in_order(source: Objects, files: list[str], checksums: bool) -> Iterator[tuple[str, bytes]]:
-    """Every file with its bytes, the references last, as they were at the start."""
+def _in_order(
+    source: Objects, files: list[str], checksums: bool, unread: frozenset[str] = frozenset()
+) -> Iterator[tuple[str, bytes]]:
+    """Every file with its bytes (none of `unread`); references last, as they were at the start."""
     references = {path: source.read(path) for path in files if path.startswith(REFERENCES)}
     # Listed again: what the references lead to was written before them.
     rest = sorted({*_files(source, checksums)} - references.keys())
     for path in rest:
         if not path.startswith(REFERENCES):
-            yield path, source.read(path)
+            yield path, b"" if path in unread else source.read(path)
     yield from sorted(references.items())
 
 

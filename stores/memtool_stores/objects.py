@@ -17,21 +17,29 @@ from typing import Any, Protocol
 
 from memtool_stores.errors import NotFoundError, StorageError, StoreError
 from memtool_stores.ice import of_os_error
+from memtool_stores.redacted import HIDDEN
 
 CONNECT_TIMEOUT = "3s"
 ANSWER_TIMEOUT = "60s"
 FIRST_ANSWER_TIMEOUT = "10s"
 WHOLE_TIMEOUT = "1h"
-RETRIES = 2
+RETRIES = 5
+
+
+_MD5 = re.compile(r'"([0-9a-f]{32})"')
 
 
 @dataclass(frozen=True)
 class ObjectInfo:
-    """One file: its path from the root of the store with `/`, its size, when it was written."""
+    """One file: its path from the root of the store with `/`, its size, when it was written.
+
+    `md5` is what an object store tells of most of its objects, for some encrypted ones wrongly.
+    """
 
     path: str
     nbytes: int
     modified: datetime
+    md5: str | None = None
 
 
 class Objects(Protocol):
@@ -55,6 +63,15 @@ def objects_at(url: str) -> Objects:
     if url.startswith("s3://"):
         return _Bucket(url, ANSWER_TIMEOUT)
     return _Directory(Path(url))
+
+
+def write_new(url: str, path: str, data: bytes) -> None:
+    """Write a file of `s3://bucket/…`, unless there is one already, which then stays.
+
+    Raises:
+        StorageError: no answer.
+    """
+    _Bucket(url, ANSWER_TIMEOUT).write_new(path, data)
 
 
 def bucket_holds(url: str, prefix: str) -> bool:
@@ -91,10 +108,16 @@ class Retractable:
         """See Objects."""
         self._objects.delete(path)
 
-    def take_back(self) -> None:
-        """Delete all that was written, the last first: references go before what they lead to."""
-        while self._written:
-            self._objects.delete(self._written.pop())
+    def take_back(self, prefix: str = "") -> None:
+        """Delete what was written under `prefix`, the last first: references before the rest.
+
+        What cannot be deleted is left, and the others are deleted nevertheless.
+        """
+        for path in reversed(self._written):
+            if path.startswith(prefix):
+                with contextlib.suppress(StorageError):
+                    self._objects.delete(path)
+        self._written.clear()
 
 
 class _Directory:
@@ -160,8 +183,10 @@ class _Bucket:
         # Credentials, region and endpoint come from the AWS_* variables, as for icechunk.
         endpoint = os.environ.get("AWS_ENDPOINT_URL", "")
         if endpoint and not re.match(r"https?://[^/]", endpoint):
+            # What stands before an @ may be a password, also where no scheme says so.
+            before, at, host = endpoint.rpartition("@")
             raise StorageError(
-                f"AWS_ENDPOINT_URL={endpoint} is no address",
+                f"AWS_ENDPOINT_URL={HIDDEN if before else ''}{at}{host} is no address",
                 expected="http://host:port or https://host",
             )
         with self._answering("look"):
@@ -221,7 +246,13 @@ class _Bucket:
         with self._answering("list the files"):
             for batch in self._store.list(self._key(prefix) or None):
                 for entry in batch:
-                    yield ObjectInfo(entry["path"][start:], entry["size"], entry["last_modified"])
+                    md5 = _MD5.fullmatch(entry["e_tag"] or "")
+                    yield ObjectInfo(
+                        entry["path"][start:],
+                        entry["size"],
+                        entry["last_modified"],
+                        None if md5 is None else md5[1],
+                    )
 
     def read(self, path: str) -> bytes:
         """See Objects."""
@@ -232,6 +263,13 @@ class _Bucket:
         """See Objects."""
         with self._answering(f"write {path}"):
             self._store.put(self._key(path), data)
+
+    def write_new(self, path: str, data: bytes) -> None:
+        """As the function."""
+        from obstore import exceptions
+
+        with self._answering(f"write {path}"), contextlib.suppress(exceptions.AlreadyExistsError):
+            self._store.put(self._key(path), data, mode="create")
 
     def delete(self, path: str) -> None:
         """See Objects."""

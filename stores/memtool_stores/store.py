@@ -22,6 +22,15 @@ from typing import Any, TypeVar
 
 from memtool_stores import cache, clock, references, room, sums
 from memtool_stores.arrays import CRC32C_BYTES
+from memtool_stores.bucket import (
+    Pace,
+    empty_repository,
+    is_begun,
+    lies_between,
+    move_branch,
+    outcome_unknown,
+    settled,
+)
 from memtool_stores.catalog import Catalog, plain_json
 from memtool_stores.collect import GcReport, collect
 from memtool_stores.diff import Diff, diff
@@ -32,7 +41,6 @@ from memtool_stores.errors import (
     LockTimeoutError,
     NotFoundError,
     StorageError,
-    StoreError,
 )
 from memtool_stores.history import (
     MAIN,
@@ -51,7 +59,15 @@ from memtool_stores.ice import (
     sync_to_disk,
     translated,
 )
-from memtool_stores.move import Tell, copy, read_bundle, require_empty, write_bundle
+from memtool_stores.move import (
+    REFERENCES,
+    Tell,
+    begun_copy,
+    copy,
+    read_bundle,
+    require_empty,
+    write_bundle,
+)
 from memtool_stores.names import below, check_ref
 from memtool_stores.objects import Objects, Retractable, bucket_holds, objects_at
 from memtool_stores.space import Space
@@ -114,8 +130,9 @@ class MemoryStore:
 
     @staticmethod
     def _create_repository(url: str, root: Root) -> None:
-        with translated("create the store", url):
-            repository = create_repository(url)
+        doing = "create the store"
+        with translated(doing, url):
+            repository = create_repository(url) if _is_local(url) else empty_repository(url)
             session = repository.writable_session(MAIN)
             base = str(session.snapshot_id)
             tree = Tree.create(session, root)
@@ -123,7 +140,12 @@ class MemoryStore:
             metadata = _sealed(tree, parent=base, message=message, user="{}")
             version = session.flush(message, metadata=metadata)
             sums.write(url, repository, version)
-            repository.reset_branch(MAIN, version, from_snapshot_id=base)
+        try:
+            move_branch(url, repository, doing, MAIN, base, version)
+        except ConflictError as error:
+            raise AlreadyExistsError(
+                f"another process made a store at {url} meanwhile", remedy="open it"
+            ) from error
 
     @classmethod
     def open(cls, url: str | Path, *, lock_timeout: float = 30.0) -> MemoryStore:
@@ -157,7 +179,7 @@ class MemoryStore:
         if _is_local(url):
             return (Path(url) / "ice" / "refs").is_dir()
         # Not by icechunk, which waits for minutes where nobody answers.
-        return bucket_holds(url, "ice/refs")
+        return bucket_holds(url, "ice/refs") and not is_begun(url)
 
     def _check_schema(self) -> None:
         self._view(self.head()).space  # noqa: B018
@@ -256,11 +278,15 @@ class MemoryStore:
 
         When another writer commits first, all is thrown away and the function runs again on the
         newer version: it must have no other effect than on its transaction. After `TRIES - 1`
-        conflicts the lock is taken before the function, so that the last try cannot lose.
+        conflicts the lock is taken before the function, so that the last try cannot lose. In a
+        bucket there is no lock; there it is run again until it wins.
 
         Raises:
-            LockTimeoutError, StorageError: nothing was stored.
+            LockTimeoutError, StorageError: nothing was stored, or the error says that it is not
+                known: in a bucket that did not answer for as long as the lock timeout.
         """
+        if not _is_local(self.url):
+            return self._run_without_lock(function, message, metadata, branch)
         for number in range(1, TRIES):
             try:
                 return self._once(function, message, metadata, branch)
@@ -280,6 +306,49 @@ class MemoryStore:
         result = function(transaction)
         self._commit(transaction, message, metadata, branch)
         return result
+
+    def _run_without_lock(
+        self,
+        function: Callable[[Transaction], Result],
+        message: str,
+        metadata: Mapping[str, Any] | None,
+        branch: str,
+    ) -> Result:
+        pace = Pace(self._lock_timeout)
+        open_tries: list[tuple[Transaction, Result]] = []
+        while True:
+            try:
+                transaction = self._begin(branch)
+                base = transaction.base.version
+                for earlier, result in open_tries:
+                    if self._took(earlier, base):
+                        return result
+                # No branch that has moved on takes what was written for it before.
+                open_tries = [pair for pair in open_tries if pair[0].base.version == base]
+                result = function(transaction)
+                open_tries.append((transaction, result))
+                self._commit(transaction, message, metadata, branch)
+                return result
+            except (ConflictError, StorageError) as error:
+                if not pace.is_over(error):
+                    pace.wait()
+                elif any(earlier.written for earlier, _ in open_tries):
+                    raise outcome_unknown(error) from error
+                else:
+                    raise
+
+    def _took(self, transaction: Transaction, tip: str) -> bool:
+        """Whether the branch with this tip took what the transaction wrote, which is then done."""
+        version, base = transaction.written, transaction.base.version
+        if version is None or not lies_between(self._repository, base, tip, version):
+            return False
+        self._done(transaction, version)
+        return True
+
+    def _done(self, transaction: Transaction, version: str) -> None:
+        transaction.version = version
+        if transaction.purges:
+            cache.drop(transaction.base.store_id)
 
     def _begin(self, branch: str) -> Transaction:
         guard_fork()
@@ -313,19 +382,20 @@ class MemoryStore:
             tree = Tree(session, write=True)
             _, catalog = transaction.write(tree)
             sealed = _sealed(tree, parent=base, message=message, user=user)
+            version = transaction.written = str(session.flush(message, metadata=sealed))
             if _is_local(self.url):
-                version = session.flush(message, metadata=sealed)
                 sums.write(self.url, self._repository, version)
                 self._sync()
-                self._repository.reset_branch(branch, version, from_snapshot_id=base)
+            try:
+                move_branch(self.url, self._repository, doing, branch, base, version)
+            except ConflictError:
+                transaction.written = None
+                raise
+            if _is_local(self.url):
                 self._sync()
                 self._check_branch(branch, version)
-            else:
-                version = session.commit(message, sealed)
-        transaction.version = str(version)
         self._catalog = catalog
-        if transaction.purges:
-            cache.drop(transaction.base.store_id)
+        self._done(transaction, version)
 
     def _check_branch(self, branch: str, version: str) -> None:
         found = str(self._repository.lookup_branch(branch))
@@ -414,7 +484,12 @@ class MemoryStore:
 
     def _make_reference(self, kind: str, name: str, version: str, doing: str) -> None:
         self._check_room(doing, room.REFERENCE_BYTES, room.REFERENCE_FILES)
-        references.make(self.url, self._repository, kind, name, version, doing)
+        look = self._repository.lookup_tag if kind == "tag" else self._repository.lookup_branch
+        try:
+            with settled(self.url, doing, lambda: str(look(name)) == version):
+                references.make(self.url, self._repository, kind, name, version, doing)
+        except ConflictError as error:
+            raise AlreadyExistsError(f"{name!r} is a tag or branch already") from error
 
     def tags(self) -> dict[str, str]:
         """The version id of every tag, by name."""
@@ -446,7 +521,9 @@ class MemoryStore:
         with self._lock():
             if name not in self._repository.list_tags():
                 raise NotFoundError(f"no tag {name!r} in {self.url}")
-            with translated(f"delete tag {name!r}", self.url):
+            doing = f"delete tag {name!r}"
+            gone = lambda: name not in self._repository.list_tags()  # noqa: E731
+            with settled(self.url, doing, gone), translated(doing, self.url):
                 references.unmark(self.url, "tag", name)
                 self._repository.delete_tag(name)
             self._sync()
@@ -460,7 +537,9 @@ class MemoryStore:
         with self._lock():
             if name == MAIN or name not in self.branches():
                 raise NotFoundError(f"no branch {name!r} that could be deleted in {self.url}")
-            with translated(f"delete branch {name!r}", self.url):
+            doing = f"delete branch {name!r}"
+            gone = lambda: name not in self._repository.list_branches()  # noqa: E731
+            with settled(self.url, doing, gone), translated(doing, self.url):
                 references.unmark(self.url, "branch", name)
                 self._repository.delete_branch(name)
                 if _is_local(self.url):
@@ -490,9 +569,13 @@ class MemoryStore:
                 self._make_reference("branch", backup, head, doing)
             except (IntegrityError, NotFoundError):
                 backup = ""  # a damaged version can be left, but not kept
-            with translated(doing, self.url):
-                self._sync()
-                self._repository.reset_branch(MAIN, target, from_snapshot_id=head)
+            self._sync()
+            try:
+                move_branch(self.url, self._repository, doing, MAIN, head, target)
+            except ConflictError:
+                if backup:
+                    self.delete_branch(backup)
+                raise
             self._sync()
         return backup
 
@@ -587,10 +670,14 @@ class MemoryStore:
                     found.setdefault(digest, []).append(entry.path)
         return {digest: sorted(found[digest]) for digest in sorted(found)}
 
-    def clone(self, url: str | Path, tell: Tell | None = None) -> MemoryStore:
+    def clone(
+        self, url: str | Path, tell: Tell | None = None, *, resume: bool = False
+    ) -> MemoryStore:
         """A copy with all versions in another directory or bucket; it appears all at once.
 
-        `tell` is called with the files copied so far and their number.
+        `tell` is called with the files copied so far and their number. A copy that fails takes back
+        what it wrote. With `resume`, a copy to a bucket goes on with what one that was killed left
+        there, and when it fails it leaves that, too.
 
         Raises:
             AlreadyExistsError: something is there.
@@ -599,10 +686,11 @@ class MemoryStore:
         target = _plain(url)
         with self._lock():
             files = objects_at(self.url)
-            with _new_place(target) as place:
+            with _new_place(target, begun_by=files if resume else None) as (place, there):
                 # A bucket checks its own bytes: checksums are of no use there, and commits in it
                 # make none.
-                copy(files, place, tell, checksums=_is_local(self.url) and _is_local(target))
+                checksums = _is_local(self.url) and _is_local(target)
+                copy(files, place, tell, checksums=checksums, there=there)
         return MemoryStore.open(target, lock_timeout=self._lock_timeout)
 
     def bundle(self, file: str | Path) -> int:
@@ -635,7 +723,7 @@ class MemoryStore:
             SchemaError: it is no bundle.
         """
         target = _plain(url)
-        with _new_place(target) as place:
+        with _new_place(target) as (place, _):
             read_bundle(Path(file), place, tell, checksums=_is_local(target))
         return cls.open(target, lock_timeout=lock_timeout)
 
@@ -666,15 +754,18 @@ def _is_local(url: str) -> bool:
 
 
 @contextmanager
-def _new_place(url: str) -> Iterator[Objects]:
+def _new_place(
+    url: str, *, begun_by: Objects | None = None
+) -> Iterator[tuple[Objects, frozenset[str]]]:
     """Where a copy goes. It appears when the block ends well and its heads hold, else nothing does.
 
     In a bucket the copy is no store until its references, the last files, are there; a process that
-    is killed before leaves the other files.
+    is killed before leaves the other files. With `begun_by`, the source, those that a copy of it
+    left are the second that is given, and what is copied to them stays when the block fails.
     """
     if _is_local(url):
         with _appearing(Path(url)) as folder:
-            yield objects_at(str(folder))
+            yield objects_at(str(folder)), frozenset()
             _require_heads(str(folder))
             references.mark_all(str(folder))
             room.try_to_keep_reserve(str(folder))
@@ -682,13 +773,16 @@ def _new_place(url: str) -> Iterator[Objects]:
             sync_to_disk(folder)
     else:
         place = Retractable(objects_at(url))
-        require_empty(place, url)
+        there: frozenset[str] = frozenset()
+        if begun_by is None:
+            require_empty(place, url)
+        else:
+            there = begun_copy(begun_by, place, url)
         try:
-            yield place
+            yield place, there
             _require_heads(url)
         except BaseException:
-            with suppress(StoreError):  # the first error is the one to tell
-                place.take_back()
+            place.take_back("" if begun_by is None else REFERENCES)
             raise
 
 

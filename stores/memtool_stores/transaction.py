@@ -33,12 +33,14 @@ class Transaction:
     """Changes on top of `base`, the version that the transaction began with.
 
     `version` is the id of the committed version once the transaction is done; the id of the base
-    when there was nothing to commit.
+    when there was nothing to commit. `written` is the id of the version that lies in the store
+    before it is known whether the branch took it; None again when it is known that it did not.
     """
 
     def __init__(self, base: MemoryView) -> None:
         self.base = base
         self.version = base.version
+        self.written: str | None = None
         self._space = base.space
         # Only what differs from the base: a copy would make an append as long as the catalog.
         self._changed: dict[str, AdapterRecord] = {}

@@ -85,6 +85,7 @@ def test_a_damaged_bundle_is_an_integrity_error(memtool, memory, here):
 def test_what_reads_the_store_reads_a_bucket(memtool, memory, bucket):
     url = "s3://bucket/cloned"
     assert said(memtool("clone", url, "--json", **bucket))["target"] == url
+    assert said(memtool("clone", "--resume", url, "--json", **bucket))["target"] == url
     for verb in (("ls",), ("log",), ("show",), ("verify",)):
         here_, there = memtool(*verb, "-q"), memtool(*verb, "-q", "--store", url, **bucket)
         assert there.returncode == 0, there.stderr

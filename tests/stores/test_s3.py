@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import subprocess
@@ -27,10 +26,6 @@ from memtool_stores.arrays import CRC32C_BYTES
 from memtool_stores.objects import objects_at
 from memtool_stores.testing import CONTRACT, small_space, some_values
 
-moto_server = pytest.importorskip("moto.server", reason="moto is not installed")
-boto3 = pytest.importorskip("boto3", reason="boto3 is not installed")
-pytest.importorskip("obstore", reason="obstore is not installed")
-
 ROOT = Path(__file__).parents[2]
 SPACE = small_space()
 
@@ -43,38 +38,6 @@ for number in range(10):
     name = f"{sys.argv[2]}-{number}"
     store.run(lambda txn: txn.add(name, some_values(space, number)), name)
 """
-
-
-@pytest.fixture(scope="module")
-def endpoint():
-    """An object store on loopback, in this process, with one bucket."""
-    kept = dict(os.environ)
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    os.environ.update(
-        AWS_ENDPOINT_URL=f"http://{host}:{port}",
-        AWS_ACCESS_KEY_ID="testing",
-        AWS_SECRET_ACCESS_KEY="testing",
-        AWS_REGION="us-east-1",
-        AWS_DEFAULT_REGION="us-east-1",
-        NO_PROXY="127.0.0.1,localhost",
-    )
-    client = boto3.client("s3")
-    client.create_bucket(Bucket="bucket")
-    client.close()
-    yield f"http://{host}:{port}"
-    server.stop()
-    os.environ.clear()
-    os.environ.update(kept)
-
-
-@pytest.fixture
-def url(endpoint, tmp_path, monkeypatch):
-    """A place in the bucket that nobody used before."""
-    monkeypatch.setenv("MEMTOOL_CACHE", str(tmp_path / "cache"))
-    return f"s3://bucket/{tmp_path.name}/{time.monotonic_ns()}"
 
 
 @pytest.fixture

@@ -36,6 +36,7 @@ app = typer.Typer(rich_markup_mode="rich")
         "memtool clone backup",
         "memtool clone s3://bucket/memory",
         "memtool clone s3://bucket/memory here",
+        "memtool clone --resume s3://bucket/memory",
     ),
 )
 @verb(STORE, *CONFIGURATION)
@@ -45,6 +46,10 @@ def clone(
         list[str],
         typer.Argument(metavar="[FROM] TO", help="Folders, or s3://bucket/prefix."),
     ],
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with a copy to a bucket that was cut short."),
+    ] = False,
 ) -> None:
     """Copy a whole memory, with all its versions, to another place."""
     from memtool_stores import MemoryStore
@@ -56,7 +61,7 @@ def clone(
     else:
         source, target = call.store(), places[0]
     with call.out.progress() as progress:
-        copied = source.clone(target, partial(_tell, progress, "clone"))
+        copied = source.clone(target, partial(_tell, progress, "clone"), resume=resume)
     _report_copy(call, source.url, copied)
 
 
