@@ -6,6 +6,7 @@ MemtoolError
 ├── MismatchError         two parts that do not fit (shape, rank, backbone)     exit 2
 ├── NotFoundError         a task, preset, file or adapter that is not there     exit 3
 ├── AlreadyThereError     something that would be overwritten                   exit 4
+├── BusyError             another process works in the same place                exit 4
 ├── ChangedMeanwhileError another process changed what this one was working on  exit 4
 ├── CapacityError         a memory that holds as many patterns as it can        exit 4
 ├── CorruptError          stored bytes that are not what was written            exit 5
@@ -88,6 +89,13 @@ class AlreadyThereError(MemtoolError):
     exit_status = 4
 
 
+class BusyError(MemtoolError):
+    """Another process works in the same place; nothing was begun."""
+
+    code = "busy"
+    exit_status = 4
+
+
 class ChangedMeanwhileError(MemtoolError):
     """Another process changed what this one was working on; nothing was stored."""
 
@@ -116,7 +124,7 @@ class DivergedError(MemtoolError):
     exit_status = 1
 
 
-class TrainingInterrupted(KeyboardInterrupt):  # noqa: N818 - named as what it is a kind of
+class TrainingInterrupted(KeyboardInterrupt):
     """Ctrl-C during a training whose state was saved: the same command goes on from `checkpoint`.
 
     An interruption that lost work, or where there was no training, is a plain KeyboardInterrupt.
