@@ -33,7 +33,7 @@ from memtool.checkpoints import load_checkpoint, save_checkpoint
 from memtool.config import EngineSettings, TrainSettings
 from memtool.errors import ConfigError, DivergedError, MemtoolError, TrainingInterrupted
 from memtool.progress import Progress, ProgressEvent
-from memtool_stores import StoreError, files
+from memtool_stores import StoreError
 
 CHECKPOINT_EVERY_SECONDS = 30.0
 
