@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
+from memtool.checkpoints import save_checkpoint
 from memtool.config import EngineSettings, TrainSettings
 from memtool.engine import Batches, Engine, one_cycle
 from memtool.errors import (
@@ -336,6 +337,17 @@ def test_without_file_handles_a_checkpoint_is_not_called_damaged(tmp_path):
     assert not isinstance(refused.value, CorruptError)
     assert "ulimit -n" in str(refused.value)
     assert resume(tmp_path / "c")[0].resumed_at == 6
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full (Linux)")
+def test_a_full_disk_is_said(tmp_path):
+    (tmp_path / "c").symlink_to("/dev/full")
+    trained = {"a": nn.Parameter(torch.zeros(3))}
+    with pytest.raises(MemtoolError, match=r"cannot write .*: No space left") as refused:
+        save_checkpoint(
+            tmp_path / "c", "f", trained, torch.optim.AdamW(trained.values()), (0, [], [])
+        )
+    assert not isinstance(refused.value, CorruptError)
 
 
 @contextmanager
