@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memtool.atomic import write_atomic
 from memtool.errors import CorruptError, MemtoolError
+from memtool.tensor_bytes import load_tensors
 from memtool_stores import limits
 from memtool_stores.printable import shown
 
@@ -176,9 +177,6 @@ def read_tensors(path: Path, *, remedy: str | None = None) -> TensorFile:
     FileNotFoundError; CorruptError for what is no such file and for a seal that does not hold;
     MemtoolError as `read_file`.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
     data = read_file(path)
     place = _seal_place(data)
     if place is not None:
@@ -186,10 +184,10 @@ def read_tensors(path: Path, *, remedy: str | None = None) -> TensorFile:
         if stated != found:
             raise _broken(str(path), repr(f"{_KIND}{stated}"), f"{_KIND}{found}", remedy)
     try:
-        tensors = load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    except (SafetensorError, ValueError, KeyError, RecursionError) as error:
-        raise CorruptError(f"{path} is no safetensors file: {error}", remedy=remedy) from error
+        tensors = load_tensors(data, str(path))
+    except CorruptError as error:
+        raise CorruptError(error.message, remedy=remedy) from error
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     metadata = header.get("__metadata__") or {}
     if (SEAL in metadata) != (place is not None):
         raise _broken(str(path), shown(metadata.get(SEAL)), "another", remedy)

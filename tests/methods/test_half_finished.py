@@ -120,6 +120,7 @@ def begin(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_two_runs_in_one_folder(
     begin: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
@@ -139,6 +140,7 @@ def test_two_runs_in_one_folder(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_training_that_is_killed_goes_on_or_begins_anew_and_ends_the_same(
     begin: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
