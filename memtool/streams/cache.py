@@ -1,12 +1,11 @@
 """Data sets decoded once into uint8 arrays on disk.
 
 An entry of the cache is a folder, `<name>-<size>px-<key>`, with images.npy (rows, size, size, 3),
-rows.npz (labels, domains, is_test,
-content) and header.json, which is sealed and has the checksums of both.
-Its key covers what the source's files look like from outside (names, sizes, times), so a warm
-opening reads no image file and imports no reader. Writing happens beside the entry, under a lock,
-and ends with a rename: other processes see a whole entry or none. An entry that is not what was
-written is built again. Only its owner may read it: it holds training data.
+rows.npz (labels, domains, is_test, content) and header.json, which is sealed and has the checksums
+of both. Its key covers what the source's files look like from outside (names, sizes, times), so a
+warm opening reads no image file and imports no reader. Writing happens beside the entry, under a
+lock, and ends with a rename: other processes see a whole entry or none. An entry that is not what
+was written is built again. Only its owner may read it: it holds training data.
 """
 
 from __future__ import annotations
