@@ -10,7 +10,6 @@ optimiser moments and the step are the whole state.
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import threading
@@ -28,19 +27,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import broadcast_object_list
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from memtool.atomic import cannot_write
+from memtool.checkpoints import load_checkpoint, save_checkpoint
 from memtool.config import EngineSettings, TrainSettings
-from memtool.errors import ConfigError, DivergedError, MemtoolError
+from memtool.errors import ConfigError, DivergedError, MemtoolError, TrainingInterrupted
 from memtool.progress import Progress, ProgressEvent
-from memtool_stores import StoreError, files
+from memtool_stores import StoreError
 
 CHECKPOINT_EVERY_SECONDS = 30.0
-
-CHECKPOINT_FORMAT = "2"
 
 DIVERGED_FACTOR = 10.0
 """An epoch whose mean loss is so many times that of the first one has diverged."""
@@ -267,7 +262,9 @@ class Engine:
         saved every half minute, on Ctrl-C and at the end, and a file of the same `fingerprint` is
         resumed; who stores the result removes the file.
 
-        Raises DivergedError on a loss that is not finite, KeyboardInterrupt after a save.
+        Raises DivergedError on a loss that is not finite, CorruptError for a checkpoint that is not
+        what was saved; on Ctrl-C TrainingInterrupted after a
+        save, KeyboardInterrupt without a checkpoint.
         """
         start = time.perf_counter()
         module.to(self.device)
@@ -284,7 +281,7 @@ class Engine:
         running: list[list[float]] = []
         begin: tuple[float, ...] = ()
         if checkpoint is not None:
-            done, losses, running = _load_checkpoint(checkpoint, fingerprint, trained, optimizer)
+            done, losses, running = load_checkpoint(checkpoint, fingerprint, trained, optimizer)
         resumed_at = done
         best = _Best()
         model: nn.Module = self._accelerator.prepare_model(module)
@@ -333,10 +330,12 @@ class Engine:
                 late = time.monotonic() - saved_at > CHECKPOINT_EVERY_SECONDS
                 if checkpoint is not None and self.is_main and (late or interrupted.is_set()):
                     state = (done, losses, running)
-                    _save_checkpoint(checkpoint, fingerprint, trained, optimizer, state)
+                    save_checkpoint(checkpoint, fingerprint, trained, optimizer, state)
                     saved_at = time.monotonic()
                 if interrupted.is_set():
-                    raise KeyboardInterrupt
+                    if checkpoint is None:
+                        raise KeyboardInterrupt
+                    raise TrainingInterrupted(checkpoint)
         first, last = sum(losses[0]), sum(losses[-1])
         if len(losses) > 1 and last > DIVERGED_FACTOR * first + 1:
             raise DivergedError(
@@ -346,7 +345,7 @@ class Engine:
             )
         if checkpoint is not None and self.is_main:
             final = (done, losses, running)
-            _save_checkpoint(checkpoint, fingerprint, trained, optimizer, final)
+            save_checkpoint(checkpoint, fingerprint, trained, optimizer, final)
         best.restore(trained)
         self._accelerator._models.clear()  # accelerate would keep every model alive
         return FitResult(
@@ -494,67 +493,3 @@ def _interruptible() -> Iterator[threading.Event]:
         yield event
     finally:
         signal.signal(signal.SIGINT, previous)
-
-
-_State = tuple[int, list[list[float]], list[list[float]]]
-"""Steps done, the losses of every finished epoch and of every step of this one, by group."""
-
-
-def _save_checkpoint(
-    path: Path,
-    fingerprint: str,
-    trained: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    state: _State,
-) -> None:
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in trained.items():
-        tensors[f"parameter/{name}"] = parameter.detach().contiguous()
-        for key, moment in optimizer.state[parameter].items():
-            tensors[f"{key}/{name}"] = moment.detach().contiguous()
-    steps, losses, running = state
-    metadata = {
-        "format": CHECKPOINT_FORMAT,
-        "fingerprint": fingerprint,
-        "state": json.dumps({"steps": steps, "losses": losses, "running": running}),
-    }
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = files.part(path)
-        save_file(tensors, temporary, metadata=metadata)
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        # safetensors tells what the system said in its own error.
-        raise cannot_write(path, f"the training cannot be saved: {error}") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-
-
-def _load_checkpoint(
-    path: Path,
-    fingerprint: str,
-    trained: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-) -> _State:
-    """The saved state, loaded into parameters and optimiser; a fresh one when none fits."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            found = metadata.get("format"), metadata.get("fingerprint")
-            if found != (CHECKPOINT_FORMAT, fingerprint):
-                return 0, [], []
-            state = json.loads(metadata["state"])
-            for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                kind, name = key.split("/", 1)
-                value = file.get_tensor(key)
-                if kind == "parameter":
-                    trained[name].data.copy_(value)
-                else:
-                    parameter = trained[name]
-                    where = parameter.device if value.ndim else torch.device("cpu")
-                    optimizer.state[parameter][kind] = value.to(where)
-    except (FileNotFoundError, SafetensorError):
-        return 0, [], []
-    return state["steps"], state["losses"], state["running"]

@@ -6,10 +6,13 @@ MemtoolError
 ├── MismatchError         two parts that do not fit (shape, rank, backbone)     exit 2
 ├── NotFoundError         a task, preset, file or adapter that is not there     exit 3
 ├── AlreadyThereError     something that would be overwritten                   exit 4
+├── BusyError             another process works in the same place                exit 4
 ├── ChangedMeanwhileError another process changed what this one was working on  exit 4
 ├── CapacityError         a memory that holds as many patterns as it can        exit 4
 ├── CorruptError          stored bytes that are not what was written            exit 5
 └── DivergedError         training reached a loss that is not finite            exit 1
+
+TrainingInterrupted is a KeyboardInterrupt that says where the training was saved.
 
 The store has its own tree (`memtool_stores.StoreError`); the command line maps both to exit codes.
 """
@@ -18,6 +21,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 from typing import ClassVar
 
 from memtool_stores.printable import one_line
@@ -85,6 +89,13 @@ class AlreadyThereError(MemtoolError):
     exit_status = 4
 
 
+class BusyError(MemtoolError):
+    """Another process works in the same place; nothing was begun."""
+
+    code = "busy"
+    exit_status = 4
+
+
 class ChangedMeanwhileError(MemtoolError):
     """Another process changed what this one was working on; nothing was stored."""
 
@@ -111,6 +122,17 @@ class DivergedError(MemtoolError):
 
     code = "diverged"
     exit_status = 1
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """Ctrl-C during a training whose state was saved: the same command goes on from `checkpoint`.
+
+    An interruption that lost work, or where there was no training, is a plain KeyboardInterrupt.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        super().__init__(f"the training was saved as {checkpoint}")
+        self.checkpoint = checkpoint
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:

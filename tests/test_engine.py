@@ -5,18 +5,27 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
+from memtool.checkpoints import save_checkpoint
 from memtool.config import EngineSettings, TrainSettings
 from memtool.engine import Batches, Engine, one_cycle
-from memtool.errors import ConfigError, DivergedError
+from memtool.errors import (
+    ConfigError,
+    CorruptError,
+    DivergedError,
+    MemtoolError,
+    TrainingInterrupted,
+)
 
 CPU = EngineSettings(device="cpu", precision="fp32")
 TRAIN = TrainSettings(epochs=3, batch_size=8, lr=0.05)
@@ -210,7 +219,7 @@ def test_a_killed_run_goes_on_exactly_where_it_was(tmp_path):
         if event.step == 6:
             signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(TrainingInterrupted) as told:
         Engine(CPU).fit(
             interrupted,
             batches(),
@@ -221,6 +230,7 @@ def test_a_killed_run_goes_on_exactly_where_it_was(tmp_path):
             fingerprint="f",
             progress=interrupt,
         )
+    assert told.value.checkpoint == file
     assert file.exists()
     resumed = model(seed=5)
     fit = Engine(CPU).fit(
@@ -235,13 +245,121 @@ def test_a_killed_run_goes_on_exactly_where_it_was(tmp_path):
     assert again.resumed_at == again.steps
 
 
+def test_without_a_checkpoint_nothing_is_said_to_be_saved():
+    def interrupt(event):
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt) as told:
+        Engine(CPU).fit(model(), batches(), loss, TRAIN, stage="t", progress=interrupt)
+    assert not isinstance(told.value, TrainingInterrupted)
+
+
+def stopped(file, at=6):
+    """A training that was saved in `file` after step `at`."""
+
+    def interrupt(event):
+        if event.step == at:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(TrainingInterrupted):
+        resume(file, progress=interrupt)
+
+
+def resume(file, fingerprint="f", **more):
+    module = model()
+    fit = Engine(CPU).fit(
+        module,
+        batches(),
+        loss,
+        TRAIN,
+        stage="t",
+        checkpoint=file,
+        fingerprint=fingerprint,
+        **more,
+    )
+    return fit, torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
 def test_a_checkpoint_of_other_settings_is_not_used(tmp_path):
     file = tmp_path / "c.safetensors"
+    stopped(file)
+    assert resume(file, "another")[0].resumed_at == 0
+
+
+def test_a_checkpoint_is_for_its_owner_only(tmp_path):
+    stopped(tmp_path / "c")
+    assert (tmp_path / "c").stat().st_mode & 0o077 == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def test_200_random_bytes_in_a_checkpoint_are_refused_by_name(tmp_path):
+    file = tmp_path / "c.safetensors"
+    stopped(file)
+    whole = file.read_bytes()
+    for seed in range(20):
+        draw = np.random.default_rng(seed)
+        data = bytearray(whole)
+        low = int(draw.integers(len(data) - 200))
+        data[low : low + 200] = draw.bytes(200)
+        file.write_bytes(data)
+        with pytest.raises(CorruptError, match=r"c\.safetensors") as refused:
+            resume(file)
+        assert "--fresh" in str(refused.value)
+    file.write_bytes(whole)
+    assert resume(file)[0].resumed_at == 6
     file.write_bytes(b"not a checkpoint")
-    fit = Engine(CPU).fit(
-        model(), batches(), loss, TRAIN, stage="t", checkpoint=file, fingerprint="f"
-    )
-    assert fit.resumed_at == 0
+    with pytest.raises(CorruptError):
+        resume(file)
+
+
+def test_a_checkpoint_without_checksum_is_left_aside_with_a_word(tmp_path, caplog):
+    file = tmp_path / "c.safetensors"
+    save_file({"parameter/0.bias": torch.ones(5)}, file, {"format": "2", "fingerprint": "f"})
+    assert resume(file)[0].resumed_at == 0
+    assert "has no checksum" in caplog.text
+    assert "begins anew" in caplog.text
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(tmp_path):
+    stopped(tmp_path / "c")
+    (tmp_path / "c").chmod(0)
+    with pytest.raises(MemtoolError, match=r"cannot read .* Permission denied") as refused:
+        resume(tmp_path / "c")
+    assert not isinstance(refused.value, CorruptError)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs limits of processes")
+def test_without_file_handles_a_checkpoint_is_not_called_damaged(tmp_path):
+    stopped(tmp_path / "c")
+    with no_more_files(), pytest.raises(MemtoolError, match="Too many open files") as refused:
+        resume(tmp_path / "c")
+    assert not isinstance(refused.value, CorruptError)
+    assert "ulimit -n" in str(refused.value)
+    assert resume(tmp_path / "c")[0].resumed_at == 6
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full (Linux)")
+def test_a_full_disk_is_said(tmp_path):
+    (tmp_path / "c").symlink_to("/dev/full")
+    trained = {"a": nn.Parameter(torch.zeros(3))}
+    with pytest.raises(MemtoolError, match=r"cannot write .*: No space left") as refused:
+        save_checkpoint(
+            tmp_path / "c", "f", trained, torch.optim.AdamW(trained.values()), (0, [], [])
+        )
+    assert not isinstance(refused.value, CorruptError)
+
+
+@contextmanager
+def no_more_files():
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_divergence_names_stage_step_and_remedy():

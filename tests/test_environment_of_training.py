@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from memtool.engine import _save_checkpoint
+from memtool.checkpoints import save_checkpoint
 from memtool.errors import MemtoolError
 
 
@@ -18,14 +18,14 @@ def test_a_checkpoint_without_room_names_file_and_room_and_keeps_the_old_one(
     path = tmp_path / "train.safetensors"
     parameter = torch.nn.Parameter(torch.zeros(50_000))
     optimizer = torch.optim.SGD([parameter])
-    _save_checkpoint(path, "one", {"w": parameter}, optimizer, (1, [], []))
+    save_checkpoint(path, "one", {"w": parameter}, optimizer, (1, [], []))
     before = path.read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     # No file can grow further: what a full disk is like without one.
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
         with pytest.raises(MemtoolError, match=r"train\.safetensors.*bytes free") as caught:
-            _save_checkpoint(path, "two", {"w": parameter}, optimizer, (2, [], []))
+            save_checkpoint(path, "two", {"w": parameter}, optimizer, (2, [], []))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert caught.value.remedy is not None

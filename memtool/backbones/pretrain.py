@@ -12,6 +12,7 @@ count, torch version and kind of processor give the same weights.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -25,17 +26,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from memtool.atomic import write_atomic
+from memtool import sealed
 from memtool.backbones.nano import NANO_IMAGE_SIZE, NANO_MEAN, NANO_STD, build_nano
 from memtool.backbones.tensor_hash import tensor_sha256
 from memtool.errors import (
     AlreadyThereError,
     ConfigError,
-    CorruptError,
     DataError,
     DivergedError,
     MismatchError,
@@ -44,6 +42,8 @@ from memtool.errors import (
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+_log = logging.getLogger(__name__)
 
 RECIPE = "nano-1"
 DESCRIPTOR_DIM = 192
@@ -116,7 +116,8 @@ def pretrain_nano(
     with the same arguments and removed at the end. `progress` is called after every step.
 
     Raises NotFoundError for a missing file, DataError for one that cannot be used,
-    AlreadyThereError when `out` exists, MismatchError for a checkpoint of another run,
+    AlreadyThereError when `out` exists, CorruptError for a checkpoint that is not what was saved,
+    MismatchError for one of another run,
     DivergedError for a loss that is not finite.
     """
     if min(steps, threads, checkpoint_steps) < 1:
@@ -390,29 +391,31 @@ class _Learner:
             tensors[f"{name}/value"] = parameter.detach()
             for key, state in self.optimizer.state[parameter].items():
                 tensors[f"{name}/{key}"] = state
-        _write(tensors, path, run)
+        _write(tensors, path, run, private=True)
 
     def resume(self, path: Path, run: dict[str, str]) -> int:
-        """Load what `save` wrote and return the number of steps that are done."""
-        try:
-            opened = safe_open(path, "pt")
-        except SafetensorError as error:
-            raise CorruptError(f"{path} is no checkpoint: {error}", remedy="remove it") from error
-        with opened as file:
-            written = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
-            done = written.pop("done", None)
-            if written != run or done is None or not 0 < int(done) < self.steps:
-                raise MismatchError(
-                    f"{path} belongs to another run: {written}",
-                    expected=str(run),
-                    remedy="remove the checkpoint, or repeat the call that made it",
-                )
-            for name, parameter in self.named.items():
-                parameter.data.copy_(file.get_tensor(f"{name}/value"))
-                self.optimizer.state[parameter] = {
-                    key: file.get_tensor(f"{name}/{key}")
-                    for key in ("step", "exp_avg", "exp_avg_sq")
-                }
+        """Load what `save` wrote and return the number of steps that are done.
+
+        Raises CorruptError for a file that is not what was saved, MismatchError for one of another
+        run. One without a checksum counts as none.
+        """
+        saved = sealed.read_tensors(path, remedy=f"the same command without {path}: from step 1")
+        if not saved.sealed:
+            _log.warning("%s has no checksum: it is left aside, and training begins anew", path)
+            return 0
+        written = json.loads(saved.metadata.get(_METADATA, "{}"))
+        done = written.pop("done", None)
+        if written != run or done is None or not 0 < int(done) < self.steps:
+            raise MismatchError(
+                f"{path} belongs to another run: {written}",
+                expected=str(run),
+                remedy="remove the checkpoint, or repeat the call that made it",
+            )
+        for name, parameter in self.named.items():
+            parameter.data.copy_(saved.tensors[f"{name}/value"])
+            self.optimizer.state[parameter] = {
+                key: saved.tensors[f"{name}/{key}"] for key in ("step", "exp_avg", "exp_avg_sq")
+            }
         return int(done)
 
 
@@ -434,11 +437,10 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """A killed run leaves the old file or the new one.
-
-    The metadata is one JSON string, as safetensors writes several keys in a random order.
-    """
+def _write(
+    tensors: dict[str, Tensor], path: Path, metadata: dict[str, str], *, private: bool = False
+) -> None:
+    """A sealed file, whole or not at all: a killed run leaves the old file or the new one."""
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    # save, not save_file: that one writes files which only their owner may read.
-    write_atomic(path, save(contiguous, {_METADATA: json.dumps(metadata, sort_keys=True)}))
+    described = {_METADATA: json.dumps(metadata, sort_keys=True)}
+    sealed.write_tensors(path, contiguous, described, private=private)

@@ -6,11 +6,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from memtool.errors import CorruptError, MismatchError, NotFoundError
+from memtool import sealed
+from memtool.errors import MismatchError, NotFoundError
 
 
 def read_weights(
@@ -27,17 +26,12 @@ def read_weights(
     neither. `resample` changes position embeddings of another size, in place; nothing else may be
     missing, extra or of another shape.
 
-    Raises NotFoundError, CorruptError (not a safetensors file) or MismatchError.
+    Raises NotFoundError, CorruptError (not a safetensors file, or a checksum in it that does not
+    hold), MismatchError, or MemtoolError where the file cannot be read.
     """
     if not path.is_file():
         raise NotFoundError(f"no weights at {path}", expected="a safetensors file")
-    try:
-        loaded = load_file(path)
-    except SafetensorError as error:
-        raise CorruptError(
-            f"{path} cannot be read as safetensors: {error}",
-            remedy="fetch or convert the file again",
-        ) from error
+    loaded = sealed.read_tensors(path, remedy="fetch or convert the file again").tensors
     given = {name: tensor for name, tensor in loaded.items() if not name.startswith(left_out)}
     own = {name: tensor for name, tensor in own.items() if not name.startswith(left_out)}
     missing, extra = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from memtool import sealed
 from memtool.atomic import write_atomic
 from memtool.errors import ConfigError, CorruptError, DataError, MismatchError, NotFoundError
 
@@ -109,13 +110,15 @@ class AccuracyMatrix:
 
     def to_json(self) -> str:
         """JSON with null where not measured; floats are exact."""
-        document = {
+        return json.dumps(self._document(), allow_nan=False) + "\n"
+
+    def _document(self) -> dict[str, Any]:
+        return {
             "schema": SCHEMA,
             "schema_version": SCHEMA_VERSION,
             "tasks": self.tasks,
             "accuracy": self.cells,
         }
-        return json.dumps(document, allow_nan=False) + "\n"
 
     def to_csv(self) -> str:
         """CSV: `after` (number of tasks learned), then one column a task; floats are exact."""
@@ -127,19 +130,23 @@ class AccuracyMatrix:
         return buffer.getvalue()
 
     def save(self, path: Path) -> Path:
-        """Write the matrix as JSON or CSV, by the suffix of `path`."""
-        return write_atomic(path, self.to_csv() if _suffix(path) == ".csv" else self.to_json())
+        """Write the matrix as JSON with its checksum, or as CSV, by the suffix of `path`."""
+        if _suffix(path) == ".csv":
+            return write_atomic(path, self.to_csv())
+        return sealed.write_json(path, self._document())
 
     @classmethod
     def load(cls, path: Path) -> AccuracyMatrix:
         """Read what `save` wrote; NotFoundError, CorruptError, or MismatchError (newer schema)."""
         suffix = _suffix(path)
         try:
-            text = path.read_text(encoding="utf-8")
+            data = sealed.read_file(path)
         except FileNotFoundError as error:
             raise NotFoundError(f"no accuracy matrix at {path}") from error
         try:
-            return _from_csv(text) if suffix == ".csv" else _from_json(json.loads(text), path)
+            if suffix == ".csv":
+                return _from_csv(data.decode())
+            return _from_json(sealed.parse_json(data, str(path)).content, path)
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise CorruptError(
                 f"{path} is not an accuracy matrix: {error}", expected="what `save` wrote"
@@ -152,7 +159,7 @@ def _suffix(path: Path) -> str:
     return path.suffix
 
 
-def _from_json(document: Any, path: Path) -> AccuracyMatrix:
+def _from_json(document: dict[str, Any], path: Path) -> AccuracyMatrix:
     if document["schema"] != SCHEMA:
         raise CorruptError(f"{path} is {document['schema']!r}", expected=SCHEMA)
     if document["schema_version"] > SCHEMA_VERSION:
@@ -161,6 +168,8 @@ def _from_json(document: Any, path: Path) -> AccuracyMatrix:
             expected=f"at most {SCHEMA_VERSION}",
             remedy="upgrade memtool",
         )
+    if len(document) != 4:
+        raise ValueError(f"it has the keys {', '.join(document)}")
     return AccuracyMatrix.of_cells(document["tasks"], document["accuracy"])
 
 

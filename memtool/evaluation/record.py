@@ -22,10 +22,11 @@ from pydantic import (
     model_validator,
 )
 
-from memtool.atomic import write_atomic
-from memtool.errors import CorruptError, DataError, MismatchError, NotFoundError
+from memtool import sealed
+from memtool.errors import DataError, MismatchError, NotFoundError
 from memtool.evaluation import metrics as metric_functions
 from memtool.evaluation.matrix import AccuracyMatrix
+from memtool_stores.printable import printable, shown
 
 SCHEMA: Final = "memtool.evaluation"
 RECORD: Final = "record.json"
@@ -297,19 +298,16 @@ class Record(Part):
         return self.model_dump_json(by_alias=True, indent=2) + "\n"
 
     @classmethod
-    def from_json(cls, text: str, where: str = "record") -> Record:
+    def from_json(cls, text: str | bytes, where: str = "record") -> Record:
         """A record from JSON text; `where` names it in errors.
 
-        CorruptError: not JSON; MismatchError: another schema, or a newer version of this one;
-        DataError: a field that is missing, unknown or wrong.
+        CorruptError: not JSON, or a checksum that does not hold; MismatchError: another schema, or
+        a newer version of this one; DataError: a field that is missing, unknown or wrong.
         """
-        try:
-            document = json.loads(text)
-        except ValueError as error:
-            raise CorruptError(f"{where} is not JSON: {error}") from error
-        name = document.get("schema") if isinstance(document, dict) else None
+        document = sealed.parse_json(text, where).content
+        name = document.get("schema")
         if name != SCHEMA:
-            raise MismatchError(f"{where} has schema {name!r}", expected=SCHEMA)
+            raise MismatchError(f"{where} has schema {shown(name)}", expected=SCHEMA)
         version = document.get("schema_version")
         if isinstance(version, int) and version > SCHEMA_VERSION:
             raise MismatchError(
@@ -318,16 +316,16 @@ class Record(Part):
                 remedy="upgrade memtool",
             )
         try:
-            return cls.model_validate_json(text)
+            return cls.model_validate_json(json.dumps(document))
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"]) or "record"
-            raise DataError(f"{where}: {place}: {first['msg']}") from error
+            raise DataError(printable(f"{where}: {place}: {first['msg']}")) from error
 
 
 def write_record(record: Record, path: Path) -> Path:
-    """Write a record as JSON, whole or not at all."""
-    return write_atomic(path, record.to_json())
+    """Write a record as JSON with its checksum, whole or not at all."""
+    return sealed.write_json(path, record.model_dump(mode="json", by_alias=True))
 
 
 def find_records(path: Path) -> tuple[Path, ...]:
@@ -355,11 +353,12 @@ def find_records(path: Path) -> tuple[Path, ...]:
 
 
 def read_record(path: Path) -> Record:
-    """Read a record; errors as `Record.from_json`, NotFoundError when there is no file."""
+    """Read a record; errors as `Record.from_json`.
+
+    NotFoundError when there is no file, MemtoolError where it cannot be read.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
+        data = sealed.read_file(path)
     except FileNotFoundError as error:
         raise NotFoundError(f"no record at {path}") from error
-    except UnicodeDecodeError as error:
-        raise CorruptError(f"{path} is not UTF-8 text: {error}") from error
-    return Record.from_json(text, str(path))
+    return Record.from_json(data, str(path))

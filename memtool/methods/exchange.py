@@ -1,8 +1,9 @@
 """Adapters at the doors of the memory: the folders under `runs`, and PEFT directories in and out.
 
 A folder made by `train-adapter` is a PEFT directory (adapter_model.safetensors,
-adapter_config.json) with two files beside it: `memtool.json`, which says what it was trained on,
-and `head.safetensors`, the classifier trained with it. Without these it is anybody's PEFT adapter.
+adapter_config.json) with two files beside it: `memtool.json`, which says what it was trained on and
+what the sha256 of the others is, and `head.safetensors`, the classifier trained with it. Without
+these it is anybody's PEFT adapter.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,14 +24,18 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 import memtool
+from memtool import sealed
 from memtool.adapters.layout import Layout
 from memtool.adapters.peft_files import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
     PeftAdapter,
     read_peft,
     restore_peft,
     restored_file,
     write_peft,
 )
+from memtool.atomic import write_atomic
 from memtool.errors import (
     AlreadyThereError,
     CorruptError,
@@ -41,6 +46,7 @@ from memtool.errors import (
 from memtool.heads import LinearClassifier
 from memtool.methods.results import AdaptResult
 from memtool.methods.state import Snapshot, classifier_bytes, classifier_of, own_head_blob
+from memtool_stores.files import part_folder
 
 if TYPE_CHECKING:
     from memtool.methods.workspace import MemoryWorkspace, T, Workspace
@@ -49,17 +55,23 @@ if TYPE_CHECKING:
 ABOUT = "memtool.json"
 OWN_HEAD = "head.safetensors"
 CATALOG = "memtool_catalog.json"
+ABOUT_VERSION = 2
+"""Since version 2 `memtool.json` has a checksum of its own and those of the files beside it."""
 PEFT_PREFIX = "peft."
 """Blobs of this name hold what PEFT files have beside their numbers: header and configuration."""
 
 
 class About(BaseModel):
-    """What an adapter was trained on: the file `memtool.json` of its folder."""
+    """What an adapter was trained on: the file `memtool.json` of its folder.
+
+    `files` has the sha256 of the files beside it; empty in folders of schema version 1.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: int = 1
+    schema_version: int = ABOUT_VERSION
     result: AdaptResult
+    files: dict[str, str] = {}
     fingerprint: str
     setting: str
     domain: str | None
@@ -93,17 +105,49 @@ class AdapterFolder:
         return (self.path / ABOUT).is_file()
 
     def about(self) -> About:
-        """What the adapter was trained on."""
+        """What the adapter was trained on.
+
+        CorruptError for a file that is not what was written, MemtoolError for one that cannot be
+        read.
+        """
         file = self.path / ABOUT
         try:
-            return About.model_validate_json(file.read_bytes())
-        except FileNotFoundError as error:
+            document = sealed.read_json(file, remedy=self._remedy)
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise NotFoundError(f"no {file}") from error
+        try:
+            about = About.model_validate_json(json.dumps(document.content))
         except ValidationError as error:
+            place = ".".join(str(part) for part in error.errors()[0]["loc"])
             raise CorruptError(
-                f"{file}: {error.errors()[0]['msg']}",
-                remedy="memtool train-adapter --fresh, or remove the folder",
+                f"{file}: {place}: {error.errors()[0]['msg']}", remedy=self._remedy
             ) from error
+        if about.schema_version > 1 and not document.sealed:
+            raise CorruptError(f"{file} has no checksum", remedy=self._remedy)
+        return about
+
+    @property
+    def _remedy(self) -> str:
+        return (
+            f"memtool train-adapter --fresh, or, for an adapter that was changed on purpose, "
+            f"memtool write --task N without {ABOUT} and {OWN_HEAD}"
+        )
+
+    def require_whole(self, about: About) -> None:
+        """Raise CorruptError where a file is not the one that was written with `about`."""
+        if about.schema_version < 2:
+            return
+        for name in (WEIGHTS_NAME, CONFIG_NAME, OWN_HEAD):
+            wanted, file = about.files.get(name), self.path / name
+            found = None
+            with suppress(FileNotFoundError):
+                found = hashlib.sha256(sealed.read_file(file)).hexdigest()
+            if found != wanted:
+                raise CorruptError(
+                    f"{file} is not what was written: {ABOUT} has another sha256",
+                    expected=f"{wanted or 'no such file'}, found {found or 'none'}",
+                    remedy=self._remedy,
+                )
 
     def result(self) -> AdaptResult:
         """What its training returned, at the place where it is now."""
@@ -160,7 +204,7 @@ def write_adapter(
         memtool=memtool.__version__,
     )
     folder.path.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(dir=folder.path.parent, prefix=f".{folder.path.name}-"))
+    building = part_folder(folder.path)
     try:
         write_peft(
             building,
@@ -170,11 +214,16 @@ def write_adapter(
             base_model=work.backbone.name,
         )
         if head is not None:
-            (building / OWN_HEAD).write_bytes(classifier_bytes(head))
-        (building / ABOUT).write_text(about.model_dump_json(indent=2) + "\n", encoding="utf-8")
+            write_atomic(building / OWN_HEAD, classifier_bytes(head))
+        files = {
+            file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+            for file in sorted(building.iterdir())
+        }
+        about = about.model_copy(update={"files": files})
+        sealed.write_json(building / ABOUT, about.model_dump(mode="json", by_alias=True))
         building.chmod(0o755)
         if folder.path.exists():
-            replaced = building.with_name(f"{building.name}-old")
+            replaced = part_folder(folder.path)
             folder.path.rename(replaced)
             building.rename(folder.path)
             shutil.rmtree(replaced)
@@ -189,6 +238,10 @@ def read_adapter(path: Path, work: MemoryWorkspace[T], task: T | None = None) ->
     """Read a folder for this backbone and layout; `task` where the folder does not say it."""
     if not path.is_dir():
         raise NotFoundError(f"no adapter directory {path}", remedy="ls runs/adapters")
+    folder = AdapterFolder(path)
+    about = folder.about() if folder.is_complete else None
+    if about is not None:
+        folder.require_whole(about)
     found = read_peft(path, work.layout.sites)
     if found.layout != work.layout:
         raise MismatchError(
@@ -196,8 +249,6 @@ def read_adapter(path: Path, work: MemoryWorkspace[T], task: T | None = None) ->
             expected=f"rank {work.layout.rank} at {len(work.layout.sites)} sites, as configured",
             remedy=f"--rank {found.layout.rank}; a store holds adapters of one rank only",
         )
-    folder = AdapterFolder(path)
-    about = folder.about() if folder.is_complete else None
     if about is not None and about.backbone_sha256 != work.backbone.sha256:
         raise MismatchError(
             f"{path} was trained on {about.backbone} ({about.backbone_sha256[:12]}…)",
@@ -218,7 +269,7 @@ def read_adapter(path: Path, work: MemoryWorkspace[T], task: T | None = None) ->
             remedy=f"memtool write {path} --task N",
         )
     head = path / OWN_HEAD
-    own = classifier_of(head.read_bytes(), str(head)) if head.is_file() else None
+    own = classifier_of(sealed.read_file(head), str(head)) if head.is_file() else None
     value = found.value.float()
     chosen = work.task(str(number))
     names = work.stream.class_names

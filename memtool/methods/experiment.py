@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from pydantic import TypeAdapter
 
 import memtool_stores
 from memtool import __version__
+from memtool.alone import alone
 from memtool.config import Config, resolve, split_store
 from memtool.engine import Engine
 from memtool.errors import ConfigError
@@ -72,7 +75,8 @@ def run(
     a memory `<store>-without-<domain>` of its own and results in `without-<domain>`.
     `resume` False begins anew: the memory is rolled back to its first version (the old one stays
     as a backup branch) and adapters are trained again. `adapters` is the `runs` of another
-    experiment, to go on from the adapters that it trained.
+    experiment, to go on from the adapters that it trained. Raises BusyError while another process
+    runs the same seed in the same `runs`.
     """
     doing = _Doing(progress, resume, baselines, command, preset)
     records = []
@@ -90,7 +94,11 @@ def run(
         if config.stream.setting == "trace":
             one = _one_memory_of_texts
         shared = adapters / f"seed-{seed}" / "adapters" if adapters else None
-        records.append(one(place, seed, doing, adapters=shared))
+        with ExitStack() as held:
+            lock = place.runs / ".lock"
+            where = f"running an experiment in {place.runs}"
+            Engine(config.engine).on_main(partial(held.enter_context, alone(lock, where)))
+            records.append(one(place, seed, doing, adapters=shared))
     write_domainbed(records, config.runs / "results.jsonl")
     write_avalanche(records, config.runs / "results.csv")
     return records

@@ -10,10 +10,13 @@ from typing import TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from memtool.atomic import write_atomic
+from memtool import sealed
 from memtool.engine import Engine
+from memtool.errors import CorruptError
 
 Result = TypeVar("Result")
+
+SCHEMA = "memtool.kept"
 
 
 def fingerprint_of(decides: object) -> str:
@@ -22,10 +25,27 @@ def fingerprint_of(decides: object) -> str:
 
 
 def _read(file: Path, kind: TypeAdapter[Result]) -> Result | None:
+    """What a file holds; of earlier formats, a result without a checksum, as well.
+
+    None where there is no file. CorruptError for one that is not what was written.
+    """
+    remedy = f"the same command without {file}: it is measured again"
     try:
-        return kind.validate_json(file.read_bytes())
-    except (FileNotFoundError, ValidationError):  # not there, or cut short by a full disk
+        data = sealed.read_file(file)
+    except FileNotFoundError:
         return None
+    content = data
+    if not data.lstrip().startswith(b"["):  # a list has no place for a seal
+        found = sealed.parse_json(data, str(file), remedy=remedy)
+        if found.content.get("schema") == SCHEMA:
+            if not found.sealed:
+                raise CorruptError(f"{file} is a kept result without its checksum", remedy=remedy)
+            content = json.dumps(found.content.get("result")).encode()
+    try:
+        return kind.validate_json(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise CorruptError(f"{file} holds no such result: {first['msg']}", remedy=remedy) from error
 
 
 def kept(
@@ -33,12 +53,13 @@ def kept(
 ) -> Result:
     """What a file holds when an earlier run wrote it whole, else what `find` gives, written there.
 
-    The name of the file says what the result depends on, as by `fingerprint_of`.
+    The name of the file says what the result depends on, as by `fingerprint_of`. CorruptError for
+    a file that is not what was written, MemtoolError for one that cannot be read or written.
     """
     known = engine.on_main(lambda: _read(file, kind))
     if known is not None:
         return known
     found = find()
-    content = kind.dump_json(found, indent=2).decode() + "\n"
-    engine.on_main(lambda: write_atomic(file, content))
+    document = {"schema": SCHEMA, "result": json.loads(kind.dump_json(found))}
+    engine.on_main(lambda: sealed.write_json(file, document))
     return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,15 +16,17 @@ from typing import Any, ClassVar, Generic, Literal, Self
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import memtool_stores
+from memtool import sealed
+from memtool.alone import alone
 from memtool.config import Config
 from memtool.errors import (
     AlreadyThereError,
     ChangedMeanwhileError,
     ConfigError,
+    CorruptError,
     DataError,
     MismatchError,
     NotFoundError,
@@ -90,27 +93,52 @@ class MemoryMethod(ABC, Generic[T]):
         """Train the adapters of a task and write each as a PEFT directory under `runs`.
 
         A finished one of the same settings is left as it is, unless `fresh`; an interrupted one
-        goes on where it was. Raises AlreadyThereError for a finished one of other settings.
+        goes on where it was. Raises AlreadyThereError for a finished one of other settings,
+        BusyError while another process trains the same, CorruptError for a file that is not what
+        was written.
         """
         work = self.workspace
         chosen = work.task(task)
         self._require_learnable(chosen)
-        names = self.adapter_names(chosen)
         fingerprint = self._fingerprint(chosen)
-        folders = [AdapterFolder(work.adapter_folder / name) for name in names]
+        folders = [AdapterFolder(work.adapter_folder / name) for name in self.adapter_names(chosen)]
+        finished = self._finished(folders, fingerprint, fresh)
+        if finished:
+            return finished
+        lock = work.adapter_folder / f".{folders[0].path.name}.lock"
+        with ExitStack() as held:
+            doing = f"training {folders[0].path}"
+            work.engine.on_main(lambda: held.enter_context(alone(lock, doing)))
+            # Another process may have finished them since.
+            return self._finished(folders, fingerprint, fresh) or self._trained(
+                chosen, folders, fingerprint, fresh
+            )
+
+    def _finished(
+        self, folders: Sequence[AdapterFolder], fingerprint: str, fresh: bool
+    ) -> list[AdaptResult]:
+        """What there is of these adapters already; empty where they are to be trained."""
         complete = [folder for folder in folders if folder.is_complete]
         for folder in folders:
             if folder not in complete:
                 require_new(folder.path)
-        if not fresh and complete:
-            if any(folder.about().fingerprint != fingerprint for folder in complete):
-                raise AlreadyThereError(
-                    f"{complete[0].path} was trained with other settings, data or backbone",
-                    remedy="the same command with --fresh, or with --set runs=DIR",
-                )
-            if len(complete) == len(folders):
-                found = [folder.result() for folder in folders]
-                return [result.model_copy(update={"skipped": True}) for result in found]
+        if fresh or not complete:
+            return []
+        if any(folder.about().fingerprint != fingerprint for folder in complete):
+            raise AlreadyThereError(
+                f"{complete[0].path} was trained with other settings, data or backbone",
+                remedy="the same command with --fresh, or with --set runs=DIR",
+            )
+        if len(complete) < len(folders):
+            return []
+        return [folder.result().model_copy(update={"skipped": True}) for folder in folders]
+
+    def _trained(
+        self, chosen: T, folders: Sequence[AdapterFolder], fingerprint: str, fresh: bool
+    ) -> list[AdaptResult]:
+        """Train adapters and write them; the caller holds their lock."""
+        work = self.workspace
+        names = [folder.path.name for folder in folders]
         # A file for each set of settings: none loses the progress of another.
         checkpoint = work.adapter_folder / f".{names[0]}-{fingerprint[:8]}.checkpoint"
         if fresh:
@@ -499,11 +527,11 @@ def first(samples: Samples, count: int) -> Samples:
 def read_query(path: Path) -> Tensor:
     """The tensor `query` of a safetensors file, float32."""
     try:
-        with safe_open(path, framework="pt") as file:
-            if "query" not in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                raise DataError(f"{path} has no tensor named 'query'", expected="query (d,)")
-            return file.get_tensor("query").float()
+        tensors = sealed.read_tensors(path).tensors
     except FileNotFoundError as error:
         raise NotFoundError(f"no file {path}") from error
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"{path} is not a safetensors file: {error}") from error
+    except CorruptError as error:
+        raise DataError(error.message, expected=error.expected) from error
+    if "query" not in tensors:
+        raise DataError(f"{path} has no tensor named 'query'", expected="query (d,)")
+    return tensors["query"].float()

@@ -21,10 +21,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from memtool.atomic import write_atomic
+from memtool import sealed
 from memtool.backbones.open_clip import ClipBackbone, build_clip, read_configuration
 from memtool.backbones.tensor_hash import tensor_sha256
 from memtool.config import EngineSettings, StreamSettings, TrainSettings
@@ -102,7 +101,7 @@ def pretrain_clip(
         learner, batches, loss, train, stage="pretrain a small CLIP", progress=progress
     )
     tensors = open_clip_tensors(backbone)
-    write_atomic(out, save(tensors, metadata={"steps": str(fit.steps), "seed": str(seed)}))
+    sealed.write_tensors(out, tensors, {"steps": str(fit.steps), "seed": str(seed)})
     return PretrainedClip(
         path=out,
         sha256=tensor_sha256(tensors),

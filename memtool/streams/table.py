@@ -12,26 +12,26 @@ import numpy.typing as npt
 
 from memtool.config import expand
 from memtool.errors import DataError
+from memtool.streams.stored import StoredImages
 from memtool.streams.task import Samples
 
-_COPY_BYTES = 512 * 1024**2  # a table up to this size may be copied into memory
-_CHUNK_ROWS = 1024
+_CHUNK_BYTES = 64 * 1024**2
 
 
 @dataclass(frozen=True, eq=False)
 class Table:
     """All rows of a data set.
 
-    images uint8 (n, size, size, 3), perhaps memory-mapped; labels int64 (n,), ids into
-    `class_names`; domains int64 (n,), ids into `domain_names`, or none; is_test bool (n,), all
-    False where the source has no test split of its own. `fingerprint` is a sha256 of the encoded
-    images and their labels: it does not depend on paths, times or the image size. `content` uint64
-    (n,) is the same for two rows whose images are the same, pixel by pixel. `notes` are sentences
-    on what was taken for what and what was left out.
+    images uint8 (n, size, size, 3), in memory, or on disk where they are many; labels int64 (n,),
+    ids into `class_names`; domains int64 (n,), ids into `domain_names`, or none; is_test bool
+    (n,), all False where the source has no test split of its own. `fingerprint` is a sha256 of the
+    encoded images and their labels: it does not depend on paths, times or the image size. `content`
+    uint64 (n,) is the same for two rows whose images are the same, pixel by pixel. `notes` are
+    sentences on what was taken for what and what was left out.
     """
 
     name: str
-    images: npt.NDArray[np.uint8]
+    images: npt.NDArray[np.uint8] | StoredImages
     labels: npt.NDArray[np.int64]
     domains: npt.NDArray[np.int64] | None
     is_test: npt.NDArray[np.bool_]
@@ -47,28 +47,31 @@ class Table:
     def samples(self, rows: npt.NDArray[np.int64]) -> Samples:
         """The samples of ascending `rows` (k,).
 
-        Rows that follow each other are a view. Others are copied: into memory where the whole
-        table is small, else into a file that has no name and goes with the process, so that a big
-        data set never has to fit into memory.
+        Of a table in memory, rows that follow each other are a view. Of one on disk, rows are
+        copied into a file that has no name and goes with the process: a big data set never has to
+        fit into memory, and nobody can cut short what is mapped.
         """
         labels = self.labels[rows]
+        if isinstance(self.images, StoredImages):
+            return Samples(_spooled(self.images, rows), labels)
         if len(rows) == 0 or rows[-1] - rows[0] + 1 == len(rows):
             first = int(rows[0]) if len(rows) else 0
             return Samples(self.images[first : first + len(rows)], labels)
-        if self.images.nbytes <= _COPY_BYTES:
-            return Samples(self.images[rows], labels)
-        return Samples(_spooled(self.images, rows), labels)
+        return Samples(self.images[rows], labels)
 
 
-def _spooled(images: npt.NDArray[np.uint8], rows: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
-    """`images[rows]` in an unnamed file below the cache, mapped into memory."""
+def _spooled(images: StoredImages, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+    """The images of `rows` in an unnamed file below the cache, mapped into memory."""
+    if len(rows) == 0:
+        return np.empty((0, *images.shape[1:]), np.uint8)
     folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
-            for start in range(0, len(rows), _CHUNK_ROWS):
+            step = max(1, _CHUNK_BYTES * len(images) // images.nbytes)
+            for start in range(0, len(rows), step):
                 # Written, not stored through a mapping: a full disk is then an error, no signal.
-                file.write(images[rows[start : start + _CHUNK_ROWS]].data)
+                file.write(images.read(rows[start : start + step]).data)
             file.flush()
             shape = (len(rows), *images.shape[1:])
             return np.asarray(np.memmap(file, dtype=np.uint8, mode="c", shape=shape))

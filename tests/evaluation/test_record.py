@@ -30,9 +30,11 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
     path = write_record(before, tmp_path / "runs" / "record.json")
     after = read_record(path)
     assert after == before
-    assert after.to_json() == path.read_text()
+    stored = json.loads(path.read_text())
+    assert stored.pop("seal").startswith("sha256:")
+    assert stored == json.loads(after.to_json())
     document = json.loads(path.read_text())
-    assert list(document) == ["schema", "schema_version", "run", "metrics", "environment"]
+    assert list(document) == ["schema", "schema_version", "run", "metrics", "environment", "seal"]
     assert (document["schema"], document["schema_version"]) == ("memtool.evaluation", 1)
 
 
@@ -74,7 +76,7 @@ def test_newer_version_names_the_remedy() -> None:
 
 @pytest.mark.parametrize(
     ("text", "error"),
-    [("{", CorruptError), ("[]", MismatchError), ('{"schema": "other"}', MismatchError)],
+    [("{", CorruptError), ("[]", CorruptError), ('{"schema": "other"}', MismatchError)],
 )
 def test_other_files(text: str, error: type[MemtoolError]) -> None:
     with pytest.raises(error, match=r"r\.json"):

@@ -127,7 +127,7 @@ def test_every_domain_is_held_out_in_turn(generalised):
         fold = read_record(folder / "runs" / "seed-0" / f"without-{name}" / "record.json")
         assert fold.row("memory").accuracy[-1] == (memory.accuracy[-1][place],)
         assert (folder / f"memory-without-{name}").is_dir()
-    assert len(list((folder / "runs" / "seed-0" / "adapters").iterdir())) == 3
+    assert len(list((folder / "runs" / "seed-0" / "adapters").glob("[!.]*"))) == 3
 
 
 def test_the_held_out_domain_is_never_learned_from(generalised):
@@ -210,7 +210,7 @@ def test_an_ablation_changes_one_choice_and_trains_adapters_once(tmp_path):
         "protect freeze",
         "protect none",
     ]
-    assert len(list((tmp_path / "runs" / "seed-0" / "adapters").iterdir())) == 2
+    assert len(list((tmp_path / "runs" / "seed-0" / "adapters").glob("[!.]*"))) == 2
     drift = {row.id: row.metrics["coefficient_drift"] for row in record.metrics.rows}
     assert drift["protect-dual-gpm"] < drift["protect-none"]
     (whole,) = ablate(config, "memory")

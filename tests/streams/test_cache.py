@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from memtool.errors import DataError
-from memtool.streams import open_table
+from memtool.errors import BusyError, CorruptError, DataError, MemtoolError
+from memtool.streams import cache, open_table, stored
 
 Folder = Callable[..., Path]
 
@@ -25,14 +26,14 @@ def _entry(cache: Path) -> Path:
     return entry
 
 
-def test_the_second_opening_maps_the_first(image_folder: Folder, own_cache: Path) -> None:
+def test_the_second_opening_reads_the_first(image_folder: Folder, own_cache: Path) -> None:
     root = image_folder(LEAVES)
     first = open_table(str(root), 12)
     written = (_entry(own_cache) / "images.npy").stat().st_mtime_ns
     second = open_table(str(root), 12)
     assert (_entry(own_cache) / "images.npy").stat().st_mtime_ns == written
     assert np.array_equal(first.images, second.images)
-    assert isinstance(second.images.base, np.memmap)
+    assert _entry(own_cache).stat().st_mode & 0o077 == 0, "it holds training data"
     assert first.fingerprint == second.fingerprint
 
 
@@ -87,6 +88,21 @@ def _other_shape(entry: Path) -> None:
     np.save(entry / "images.npy", np.zeros((20, 8, 8, 3), dtype=np.uint8))
 
 
+def _flip_a_pixel(entry: Path) -> None:
+    data = bytearray((entry / "images.npy").read_bytes())
+    data[-1] ^= 1
+    (entry / "images.npy").write_bytes(data)
+
+
+def _swap_names(entry: Path) -> None:
+    text = (entry / "header.json").read_text()
+    (entry / "header.json").write_text(text.replace("dog", "cow"))
+
+
+def _no_images(entry: Path) -> None:
+    (entry / "images.npy").unlink()
+
+
 def _older_format(entry: Path) -> None:
     header = json.loads((entry / "header.json").read_text())
     header["format"] = 0
@@ -102,7 +118,18 @@ def _no_rows(entry: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", [_truncate, _swap_labels, _other_shape, _older_format, _garbage, _no_rows]
+    "damage",
+    [
+        _truncate,
+        _swap_labels,
+        _other_shape,
+        _flip_a_pixel,
+        _swap_names,
+        _no_images,
+        _older_format,
+        _garbage,
+        _no_rows,
+    ],
 )
 def test_a_damaged_entry_is_built_again(
     image_folder: Folder,
@@ -113,17 +140,97 @@ def test_a_damaged_entry_is_built_again(
     root = image_folder(LEAVES)
     before = open_table(str(root), 12)
     labels, images = before.labels.copy(), before.images.copy()
-    # A copy is damaged, since truncating a mapped file would end this process.
-    entry = _entry(own_cache)
-    shutil.copytree(entry, entry.with_name("other"))
-    shutil.rmtree(entry)
-    entry.with_name("other").rename(entry)
-    damage(entry)
+    damage(_entry(own_cache))
     after = open_table(str(root), 12)
     assert np.array_equal(after.labels, labels)
     assert np.array_equal(after.images, images)
     assert "is broken and will be built again" in caplog.text
     assert open_table(str(root), 12).fingerprint == before.fingerprint
+
+
+@pytest.fixture
+def on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables too large for memory, in blocks of two images."""
+    monkeypatch.setattr(cache, "_IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(stored, "_BLOCK_BYTES", 2 * 12 * 12 * 3)
+
+
+@pytest.mark.usefixtures("on_disk")
+def test_a_table_too_large_for_memory_gives_the_same_samples(
+    image_folder: Folder, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = image_folder(LEAVES)
+    large = open_table(str(root), 12)
+    assert isinstance(large.images, stored.StoredImages)
+    monkeypatch.setattr(cache, "_IN_MEMORY_BYTES", 1 << 20)
+    small = open_table(str(root), 12)
+    for rows in ([], [3], [4, 5, 6, 7], [0, 3, 8, 19], list(range(20))):
+        chosen = np.array(rows, dtype=np.int64)
+        one, other = large.samples(chosen), small.samples(chosen)
+        assert np.array_equal(one.images, other.images)
+        assert np.array_equal(one.labels, other.labels)
+
+
+@pytest.mark.usefixtures("on_disk")
+def test_a_large_table_cut_short_while_it_is_open_is_an_error_and_no_signal(
+    image_folder: Folder, own_cache: Path
+) -> None:
+    table = open_table(str(image_folder(LEAVES)), 12)
+    taken = table.samples(np.arange(20))
+    before = taken.images.copy()
+    file = _entry(own_cache) / "images.npy"
+    os.truncate(file, 2000)
+    assert np.array_equal(taken.images, before), "what was taken stays as it is"
+    with pytest.raises(CorruptError, match=re.escape(str(file))) as refused:
+        table.samples(np.arange(20))
+    assert str(file.parent) in (refused.value.remedy or "")
+    shutil.rmtree(file.parent)
+    again = open_table(str(file.parents[3] / "pictures"), 12)
+    assert np.array_equal(again.samples(np.arange(20)).images, before)
+
+
+def test_no_file_handles_are_no_damage(
+    image_folder: Folder, own_cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import resource
+
+    root = image_folder(LEAVES)
+    before = open_table(str(root), 12)
+    entry, source = _entry(own_cache), before.name
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        with pytest.raises(MemtoolError, match="Too many open files") as refused:
+            cache._read(entry, source, 12)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert not isinstance(refused.value, CorruptError)
+    assert "broken" not in caplog.text
+    assert np.array_equal(open_table(str(root), 12).images, before.images)
+
+
+def test_a_builder_that_has_stopped_is_named(
+    image_folder: Folder,
+    own_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from filelock import FileLock
+
+    root = image_folder(LEAVES)
+    open_table(str(root), 12)
+    entry = _entry(own_cache)
+    shutil.rmtree(entry)
+    monkeypatch.setattr(cache, "_SAID_SECONDS", 0.1)
+    monkeypatch.setattr(cache, "_STALLED_SECONDS", 0.5)
+    with (
+        FileLock(entry.with_name(f"{entry.name}.lock"), is_singleton=False),
+        pytest.raises(BusyError, match="written nothing") as refused,
+    ):
+        open_table(str(root), 12)
+    assert "MEMTOOL_CACHE" in str(refused.value)
+    assert "waiting for another process" in caplog.text
+    assert len(open_table(str(root), 12)) == 20
 
 
 def test_what_a_killed_build_left_is_cleared(image_folder: Folder, own_cache: Path) -> None:
