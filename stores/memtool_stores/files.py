@@ -23,6 +23,9 @@ from memtool_stores.printable import printable, shown
 PART = ".part"
 """How the names of files and folders in the making end; they begin with a dot."""
 
+_STAGED = re.compile(r"#[0-9]+$")
+"""What icechunk puts behind the name of a file that it is writing."""
+
 _DESCRIPTOR = re.compile(r"/proc/(?:self|\d+|thread-self)(?:/task/\d+)?/fd")
 
 
@@ -122,8 +125,8 @@ def leftovers(folder: Path) -> Iterator[Path]:
 
 
 def is_part(name: str) -> bool:
-    """Whether this is the name of a file or folder in the making."""
-    return name.startswith(".") and name.endswith(PART)
+    """Whether this is the name of a file or folder in the making, of ours or of icechunk."""
+    return (name.startswith(".") and name.endswith(PART)) or bool(_STAGED.search(name))
 
 
 def _prefix(target: Path) -> str:

@@ -12,7 +12,6 @@ import os
 import random
 import re
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from memtool_stores import cache, clock, references, room, sums
+from memtool_stores.bundle import read_bundle, write_bundle
 from memtool_stores.catalog import Catalog, plain_json
 from memtool_stores.collect import GcReport, collect
 from memtool_stores.diff import Diff, diff
@@ -33,6 +33,7 @@ from memtool_stores.errors import (
     StorageError,
     StoreError,
 )
+from memtool_stores.files import part_folder
 from memtool_stores.history import (
     MAIN,
     Version,
@@ -50,7 +51,7 @@ from memtool_stores.ice import (
     sync_to_disk,
     translated,
 )
-from memtool_stores.move import Tell, copy, read_bundle, require_empty, write_bundle
+from memtool_stores.move import Tell, copy, require_empty
 from memtool_stores.names import check_ref
 from memtool_stores.objects import Objects, Retractable, bucket_holds, objects_at
 from memtool_stores.space import Space
@@ -711,7 +712,7 @@ def _appearing(target: Path) -> Iterator[Path]:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise AlreadyExistsError(f"{target} is there and not empty", remedy="another path")
         target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+        folder = part_folder(target)
         try:
             folder.chmod(0o755)
             yield folder

@@ -15,7 +15,8 @@ from memtool_stores import (
     SchemaError,
     StorageError,
 )
-from memtool_stores.move import MANIFEST, copy, read_bundle
+from memtool_stores.bundle import MANIFEST, read_bundle
+from memtool_stores.move import copy
 from memtool_stores.objects import objects_at
 from memtool_stores.testing import small_space, some_values
 
@@ -107,7 +108,8 @@ def test_no_bit_of_a_bundle_that_says_how_to_read_it_goes_unseen(store, tmp_path
     """Of names, sizes, methods and flags: an error that says so, or the same files."""
 
     class Kept(dict):
-        write = dict.__setitem__
+        def write_pieces(self, path, pieces):
+            self[path] = b"".join(pieces)
 
     file = tmp_path / "memory.bundle"
     store.bundle(file)
@@ -196,6 +198,9 @@ def test_a_copy_that_a_writer_overtakes_is_the_store_as_it_was(store, tmp_path):
                 with store.transaction("meanwhile") as txn:
                     txn.add("meanwhile", some_values(SPACE, 7))
             return source.read(path)
+
+        def pieces(self, path):
+            yield self.read(path)
 
     copy(Overtaken(), objects_at(str(tmp_path / "copy")))
     copied = MemoryStore.open(tmp_path / "copy")
