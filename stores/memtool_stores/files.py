@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -104,6 +105,40 @@ def read_ordinary(path: Path, limit: str) -> bytes:
     return data
 
 
+@contextmanager
+def appearing_folders(*targets: Path) -> Iterator[list[Path]]:
+    """A folder to fill for each target; they become these when the block ends well, else are gone.
+
+    A target may be an empty folder. The folders above it are made, and after an error taken back.
+    Links are followed.
+
+    Raises:
+        OSError: the file system refuses, or a target is there and holds something; nothing has
+            changed.
+    """
+    targets = tuple(Path(os.path.realpath(target)) for target in targets)
+    above, building, done = list[Path](), list[Path](), list[Path]()
+    try:
+        for target in targets:
+            missing = [folder for folder in target.parents if not folder.exists()]
+            for folder in reversed(missing):
+                folder.mkdir()
+                above.append(folder)
+            building.append(part_folder(target))
+        yield building
+        for folder, target in zip(building, targets, strict=True):
+            folder.chmod(0o777 & ~_mask())
+            folder.rename(target)
+            done.append(target)
+    except BaseException:
+        for folder in (*building, *done):
+            shutil.rmtree(folder, ignore_errors=True)
+        for folder in reversed(above):
+            with suppress(OSError):  # somebody else put something there
+                folder.rmdir()
+        raise
+
+
 def part(target: Path) -> Path:
     """A new empty file beside `target`, for what will be put in its place; private to its owner."""
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=_prefix(target), suffix=PART)
@@ -161,6 +196,10 @@ def _mode(target: Path, private: bool) -> int:
     try:
         return stat.S_IMODE(target.stat().st_mode)
     except FileNotFoundError:
-        mask = os.umask(0)
-        os.umask(mask)
-        return 0o666 & ~mask
+        return 0o666 & ~_mask()
+
+
+def _mask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -33,7 +33,7 @@ from memtool_stores.errors import (
     StorageError,
     StoreError,
 )
-from memtool_stores.files import part_folder
+from memtool_stores.files import appearing_folders
 from memtool_stores.history import (
     MAIN,
     Version,
@@ -711,16 +711,8 @@ def _appearing(target: Path) -> Iterator[Path]:
     try:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise AlreadyExistsError(f"{target} is there and not empty", remedy="another path")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = part_folder(target)
-        try:
-            folder.chmod(0o755)
+        with appearing_folders(target) as (folder,):
             yield folder
-            if target.is_dir():
-                target.rmdir()
-            folder.rename(target)
-            sync_to_disk(target.parent)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        sync_to_disk(target.parent)
     except OSError as error:
         raise of_os_error(error, "create the store", str(target)) from error
