@@ -129,6 +129,9 @@ class MemoryStore:
     def open(cls, url: str | Path, *, lock_timeout: float = 30.0) -> MemoryStore:
         """The store at `url`. `lock_timeout` is how many seconds a writer waits for another.
 
+        A reader waits as long for another that builds the same file of the cache, then does
+        without the file.
+
         Raises:
             NotFoundError: no store is there.
             NewerSchemaError: only a newer memtool reads it.
@@ -192,7 +195,9 @@ class MemoryStore:
         return resolve(self._repository, self.url, ref, as_of)
 
     def _view(self, version: str) -> MemoryView:
-        return MemoryView(self._repository, self.url, version, self._newest_catalog)
+        return MemoryView(
+            self._repository, self.url, version, self._newest_catalog, self._lock_timeout
+        )
 
     def _newest_catalog(self, catalog: Catalog | None) -> Catalog:
         """The longest catalog parsed so far: a view extends it, or replaces it by its own."""
