@@ -21,6 +21,7 @@ import os
 import stat
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -95,10 +96,10 @@ def checked(row: Array, record: AdapterRecord) -> Array:
 
 
 class _Source(Protocol):
-    """Where the elements of the file are: the file, or what it would hold, in memory."""
+    """Where the bytes of the file are: in it, or in memory, as it would hold them."""
 
-    def read(self, first: int, into: Array) -> bool:
-        """Fill a contiguous array with the elements from `first` on; whether there were enough."""
+    def read(self, at: int, into: memoryview) -> bool:
+        """Fill `into` with the bytes from `at` on; whether there were enough."""
 
     def is_unchanged(self) -> bool:
         """Whether nobody has written to it since it was opened, or since this was asked last."""
@@ -106,11 +107,11 @@ class _Source(Protocol):
 
 class _Memory:
     def __init__(self, elements: Array) -> None:
-        self._elements = elements
+        self._bytes = _bytes(elements)
 
-    def read(self, first: int, into: Array) -> bool:
+    def read(self, at: int, into: memoryview) -> bool:
         """See _Source."""
-        into.reshape(-1)[:] = self._elements[first : first + into.size]
+        into[:] = self._bytes[at : at + len(into)]
         return True
 
     def is_unchanged(self) -> bool:
@@ -131,18 +132,19 @@ class _File:
             raise OSError(f"{path} is no file of {nbytes} bytes")
         self._state = self._looks()
 
-    def read(self, first: int, into: Array) -> bool:
+    def read(self, at: int, into: memoryview) -> bool:
         """See _Source."""
-        left, at = into.reshape(-1).view(np.uint8).data, first * into.itemsize
-        while left:
-            try:
-                count = os.preadv(self._handle, [left], at)
-            except OSError:
-                return False
-            if not count:
-                return False
-            left, at = left[count:], at + count
-        return True
+        wanted = len(into)
+        try:
+            count = os.preadv(self._handle, [into], at)
+            while 0 < count < wanted:  # the system reads no more than 2 GB at once
+                more = os.preadv(self._handle, [into[count:]], at + count)
+                if not more:
+                    return False
+                count += more
+        except OSError:
+            return False
+        return count == wanted
 
     def is_unchanged(self) -> bool:
         """See _Source."""
@@ -177,6 +179,12 @@ class ValueCache:
         self._folder = folder(store_id)
         self._lock_timeout = lock_timeout
         self._digests = _prefix_digests(self._records)
+        size = self._dtype.itemsize
+        # Of every segment: the byte where its block begins, and its bytes in a row.
+        self._pieces = [
+            (len(self._records) * s.offset * size, s.offset * size, (s.offset + s.numel) * size)
+            for s in space.layout.segments
+        ]
         self._source = self._open() or self._build()
         self._known_good = np.zeros(len(self._records), dtype=bool)
 
@@ -223,11 +231,11 @@ class ValueCache:
                 f"out is {found.dtype} {found.shape}: not a contiguous array of {self._dtype} "
                 f"{(count, *segment.shape)} that can be written"
             )
-        at = count * segment.offset
+        at, into = count * segment.offset * self._dtype.itemsize, _bytes(found)
         self._check_all()
-        if not self._source.read(at, found) or not self._source.is_unchanged():
+        if not self._source.read(at, into) or not self._source.is_unchanged():
             self._source = self._read()
-            self._source.read(at, found)
+            self._source.read(at, into)
         if out is None:
             found.flags.writeable = False
         return found
@@ -243,24 +251,31 @@ class ValueCache:
 
     def _gather(self, positions: npt.NDArray[np.intp]) -> Array | None:
         """The rows at these positions, or None where the file has been cut short."""
-        count, numel = len(self._records), self._space.numel
-        rows = np.empty((len(positions), numel), self._dtype)
+        rows = np.empty((len(positions), self._space.numel), self._dtype)
         # Rows that follow each other lie together in every block.
-        starts = np.flatnonzero(np.diff(positions, prepend=-2) != 1)
-        for begin, end in zip(starts, [*starts[1:], len(positions)], strict=False):
-            first, run = int(positions[begin]), int(end - begin)
-            for segment in self._space.layout.segments:
-                columns = slice(segment.offset, segment.offset + segment.numel)
-                target = rows[begin:end, columns]
-                piece = target if run == 1 else np.empty(target.shape, self._dtype)
-                at = count * segment.offset + first * segment.numel
-                if not self._source.read(at, piece):
-                    return None
-                if piece is not target:
-                    target[:] = piece
+        breaks = np.flatnonzero(np.diff(positions) != 1) if len(positions) > 1 else ()
+        for begin, end in pairwise([0, *(int(at) + 1 for at in breaks), len(positions)]):
+            if begin < end and not self._gather_run(int(positions[begin]), rows[begin:end]):
+                return None
         if not self._source.is_unchanged():
             self._known_good[:] = False
         return rows
+
+    def _gather_run(self, first: int, rows: Array) -> bool:
+        """Fill rows with those from position `first` on; whether they were there."""
+        read, size = self._source.read, self._dtype.itemsize
+        if len(rows) == 1:
+            into = _bytes(rows)
+            for start, begin, end in self._pieces:
+                if not read(start + first * (end - begin), into[begin:end]):
+                    return False
+            return True
+        for start, begin, end in self._pieces:
+            piece = np.empty((len(rows), (end - begin) // size), self._dtype)
+            if not read(start + first * (end - begin), _bytes(piece)):
+                return False
+            rows[:, begin // size : end // size] = piece
+        return True
 
     def _are_right(self, rows: Array, positions: npt.NDArray[np.intp]) -> bool:
         """Whether those of the rows whose hash was not compared before have the right one."""
@@ -373,7 +388,7 @@ class ValueCache:
                 end = done * (segment.offset + segment.numel)
                 for at in range(done * segment.offset, end, COPIED_ELEMENTS):
                     block = np.empty(min(COPIED_ELEMENTS, end - at), self._dtype)
-                    if not older.read(at, block):
+                    if not older.read(at * block.itemsize, _bytes(block)):
                         return 0
                     shift = (len(self._records) - done) * segment.offset
                     put(at + shift, block)
@@ -386,6 +401,11 @@ class ValueCache:
             files = sorted(self._folder.glob(f"*{SUFFIX}"), key=lambda p: p.stat().st_mtime_ns)
             for old in files[:-KEEP_FILES]:
                 old.unlink(missing_ok=True)
+
+
+def _bytes(array: Array) -> memoryview:
+    """The bytes of a contiguous array, to read or to write."""
+    return array.reshape(-1).view(np.uint8).data
 
 
 def _prefix_digests(records: Sequence[AdapterRecord]) -> list[str]:

@@ -2,7 +2,7 @@
 
 A file in the making lies beside its place, under a name that nobody can guess
 (`.<name>.<random>.part`), and is opened exclusively. A process that is killed leaves it there, and
-`leftovers` finds it.
+leftovers.py finds it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from memtool_stores.printable import printable, shown
 PART = ".part"
 """How the names of files and folders in the making end; they begin with a dot."""
 
-_STAGED = re.compile(r"#[0-9]+$")
-"""What icechunk puts behind the name of a file that it is writing."""
+_IN_THE_MAKING = re.compile(r"\..*\.[a-z0-9_]{8}\.part|[0-9A-Za-z._-]+#[0-9]+", re.DOTALL)
+"""What `part` makes, and what icechunk does, which puts a number behind the name."""
 
 _DESCRIPTOR = re.compile(r"/proc/(?:self|\d+|thread-self)(?:/task/\d+)?/fd")
 
@@ -151,17 +151,9 @@ def part_folder(target: Path) -> Path:
     return Path(tempfile.mkdtemp(dir=target.parent, prefix=_prefix(target), suffix=PART))
 
 
-def leftovers(folder: Path) -> Iterator[Path]:
-    """Files and folders in the making that lie in `folder`: of a process at work, or killed."""
-    try:
-        yield from sorted(path for path in folder.iterdir() if is_part(path.name))
-    except OSError:
-        return
-
-
 def is_part(name: str) -> bool:
     """Whether this is the name of a file or folder in the making, of ours or of icechunk."""
-    return (name.startswith(".") and name.endswith(PART)) or bool(_STAGED.search(name))
+    return bool(_IN_THE_MAKING.fullmatch(name))
 
 
 def _prefix(target: Path) -> str:

@@ -11,10 +11,10 @@ import json
 import os
 import random
 import re
-import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -51,6 +51,7 @@ from memtool_stores.ice import (
     sync_to_disk,
     translated,
 )
+from memtool_stores.leftovers import Leftover, find, take_away
 from memtool_stores.move import Tell, copy, require_empty
 from memtool_stores.names import check_ref
 from memtool_stores.objects import Objects, Retractable, bucket_holds, objects_at
@@ -79,6 +80,7 @@ class MemoryStore:
         self._lock_timeout = lock_timeout
         self._catalog = Catalog()
         self._filelock: Any = None
+        self._place = _place(url)
 
     def __repr__(self) -> str:
         return f"MemoryStore.open({self.url!r})"
@@ -369,6 +371,7 @@ class MemoryStore:
             return
         import filelock
 
+        self._require_place()
         if self._filelock is None:
             self._filelock = filelock.FileLock(
                 Path(self.url) / "lock", timeout=self._lock_timeout, poll_interval=0.005
@@ -384,9 +387,25 @@ class MemoryStore:
         except OSError as error:
             raise of_os_error(error, "lock the store", self.url) from error
         try:
+            self._require_place()
             yield
         finally:
             self._filelock.release()
+
+    def _require_place(self) -> None:
+        """Nothing, while the store that was opened is where it was.
+
+        Raises:
+            NotFoundError: it was moved or deleted, and perhaps another one put in its place.
+        """
+        found = _place(self.url)
+        if found != self._place:
+            there = "nothing is there" if found is None else "another store is there"
+            raise NotFoundError(
+                f"the store that was opened at {self.url} was moved or deleted: {there} now; "
+                "nothing was stored",
+                remedy="open it where it is",
+            )
 
     # Names of versions
 
@@ -528,6 +547,9 @@ class MemoryStore:
         with self._lock():
             if _is_local(self.url) and not dry_run:
                 references.try_to_mark_all(self.url)
+            left = self._leftovers()
+            if not dry_run:
+                left = take_away(left)  # first: a full disk needs the room
             report = collect(
                 self.url,
                 local=_is_local(self.url),
@@ -544,7 +566,21 @@ class MemoryStore:
                 if report.expired and head.state.purged:
                     # A reader of an expired version may have built a file with a purged row in it.
                     cache.drop(head.store_id)
-        return report
+        return replace(report, leftovers=tuple(left))
+
+    def _leftovers(self) -> list[Leftover]:
+        """What killed processes left in the store, whose lock is held, beside it and in its cache.
+
+        In the store nobody else is at work; elsewhere whoever has written within the hour may be.
+        """
+        found = []
+        if _is_local(self.url):
+            found = find(Path(self.url))
+            found += (one for one in find(Path(self.url).parent, below=False) if one.is_old)
+        with suppress(StoreError):  # a damaged newest version does not say whose cache it is
+            place = cache.folder(self._view(self.head()).store_id)
+            found += (one for one in find(place) if one.is_old)
+        return found
 
     def holders(self, id: str) -> list[str]:
         """Tags and branches, other than main, that keep the bytes of this row from gc, sorted.
@@ -667,6 +703,19 @@ def _plain(url: str | Path) -> str:
 
 def _is_local(url: str) -> bool:
     return not url.startswith("s3://")
+
+
+def _place(url: str) -> tuple[int, int] | None:
+    """What tells the files of a store in a directory from all others, wherever links lead."""
+    if not _is_local(url):
+        return None
+    try:
+        found = (Path(url) / "ice").stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise of_os_error(error, "look at the store", url) from error
+    return found.st_dev, found.st_ino
 
 
 @contextmanager
