@@ -177,6 +177,7 @@ class MemoryStore:
     def head(self) -> str:
         """Id of the newest version of main."""
         guard_fork()
+        self._require_place()
         with translated("find the newest version", self.url):
             return str(self._repository.lookup_branch(MAIN))
 
@@ -194,6 +195,7 @@ class MemoryStore:
 
     def _resolve(self, ref: str, as_of: datetime | None = None) -> str:
         guard_fork()
+        self._require_place()
         return resolve(self._repository, self.url, ref, as_of)
 
     def _view(self, version: str) -> MemoryView:
@@ -290,6 +292,7 @@ class MemoryStore:
 
     def _begin(self, branch: str) -> Transaction:
         guard_fork()
+        self._require_place()
         with translated(f"find branch {branch!r}", self.url):
             version = str(self._repository.lookup_branch(branch))
         return Transaction(self._view(version))
@@ -402,8 +405,7 @@ class MemoryStore:
         if found != self._place:
             there = "nothing is there" if found is None else "another store is there"
             raise NotFoundError(
-                f"the store that was opened at {self.url} was moved or deleted: {there} now; "
-                "nothing was stored",
+                f"the store that was opened at {self.url} was moved or deleted: {there} now",
                 remedy="open it where it is",
             )
 
