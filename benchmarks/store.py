@@ -346,12 +346,12 @@ def layer(view: MemoryView, repeats: int) -> dict[str, Any]:
     pieces = view.values().reshape(len(segments), size * numel)
 
     def gather(segment: Segment) -> None:
-        np.copyto(target.reshape(size, *segment.shape), view.segment(segment.name))
+        view.segment(segment.name, out=target.reshape(size, *segment.shape))
 
     def copy(piece: Values) -> None:
         np.copyto(target, piece)
 
-    # Both sides warm: nothing of the file still on its way to the disk, all its pages mapped.
+    # Both sides warm: nothing of the file still on its way to the disk, all of it in memory.
     os.sync()
     for segment in segments:
         gather(segment)

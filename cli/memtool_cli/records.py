@@ -212,6 +212,7 @@ class Collected(CliRecord):
     freed_bytes: int
     deleted_files: int
     notes: tuple[str, ...] = ()
+    leftovers: tuple[Path, ...] = ()
 
 
 class Exported(CliRecord):

@@ -13,6 +13,7 @@ from memtool.atomic import write_atomic
 from memtool.errors import ConfigError, MemtoolError
 from memtool.evaluation.metrics import seen_accuracy
 from memtool.evaluation.record import Record
+from memtool_stores.names import below
 
 
 def write_domainbed(records: Sequence[Record], path: Path) -> Path:
@@ -86,7 +87,7 @@ def write_tensorboard(record: Record, folder: Path) -> Path:
         ) from error
     wall_time = record.run.created.timestamp()
     for row in record.metrics.rows:
-        target = folder / f"{row.id}-seed{record.run.seed}"
+        target = below(folder, f"{row.id}-seed{record.run.seed}")
         values = row.matrix(record.run.task_names).values
         try:
             target.mkdir(parents=True, exist_ok=True)

@@ -11,8 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,13 +40,15 @@ from memtool.errors import (
     AlreadyThereError,
     CorruptError,
     DataError,
+    MemtoolError,
     MismatchError,
     NotFoundError,
 )
 from memtool.heads import LinearClassifier
 from memtool.methods.results import AdaptResult
 from memtool.methods.state import Snapshot, classifier_bytes, classifier_of, own_head_blob
-from memtool_stores.files import part_folder
+from memtool_stores.files import appearing_folders, part_folder
+from memtool_stores.names import below
 
 if TYPE_CHECKING:
     from memtool.methods.workspace import MemoryWorkspace, T, Workspace
@@ -204,7 +206,8 @@ def write_adapter(
         memtool=memtool.__version__,
     )
     folder.path.parent.mkdir(parents=True, exist_ok=True)
-    building = part_folder(folder.path)
+    # One to fill, and one to put an older one into, so that there is no time without either.
+    building, replaced = part_folder(folder.path), part_folder(folder.path)
     try:
         write_peft(
             building,
@@ -223,15 +226,11 @@ def write_adapter(
         sealed.write_json(building / ABOUT, about.model_dump(mode="json", by_alias=True))
         building.chmod(0o755)
         if folder.path.exists():
-            replaced = part_folder(folder.path)
             folder.path.rename(replaced)
-            building.rename(folder.path)
-            shutil.rmtree(replaced)
-        else:
-            building.rename(folder.path)
+        building.rename(folder.path)
     finally:
-        if building.exists():
-            shutil.rmtree(building)
+        shutil.rmtree(building, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def read_adapter(path: Path, work: MemoryWorkspace[T], task: T | None = None) -> ReadAdapter:
@@ -354,15 +353,15 @@ def recalled_adapter(
         else:
             mixed[f"{site.name}.lora_A"] = torch.einsum("t,trd->rd", weights, a)
             mixed[f"{site.name}.lora_B"] = torch.einsum("t,tor->or", weights * scaling, b)
-    require_new(directory)
-    # The scaling is in B already, so alpha / r is 1.
-    write_peft(
-        directory,
-        layout.flatten(mixed),
-        layout,
-        alpha=float(layout.rank),
-        base_model=work.backbone.name,
-    )
+    with new_folders(directory) as (building,):
+        # The scaling is in B already, so alpha / r is 1.
+        write_peft(
+            building,
+            layout.flatten(mixed),
+            layout,
+            alpha=float(layout.rank),
+            base_model=work.backbone.name,
+        )
     return directory
 
 
@@ -376,34 +375,41 @@ def export_peft(
     """Write stored adapters (names or ids; none: all) as PEFT directories under `out`.
 
     An adapter that came from PEFT files becomes the same bytes again. Each gets its head and what
-    the catalog knows of it. Raises AlreadyThereError for a directory that is not empty, before any
-    is written.
+    the catalog knows of it. All of them appear, or none. Raises AlreadyThereError for a directory
+    that is not empty, SchemaError for a name that leads out of `out`, and MemtoolError when the
+    file system refuses.
     """
     view = work.store.view(work.version_of(version))
     records = [view.get(name) for name in adapters] if adapters else view.live
-    targets = [out / record.name for record in records]
-    for directory in targets:
-        require_new(directory)
-    for record, directory in zip(records, targets, strict=True):
-        _write_stored(directory, view, record, work)
-        if own_head_blob(record.name) in view.blobs():
-            head = view.blob(own_head_blob(record.name))
-            (directory / OWN_HEAD).write_bytes(head)
-        known = {
-            "adapter": record.name,
-            "id": record.id,
-            "version": view.version,
+    chosen = {below(out, record.name): record for record in records}
+    with new_folders(*chosen) as building:
+        for record, directory in zip(chosen.values(), building, strict=True):
+            _write_exported(directory, view, record, work)
+    return list(chosen)
+
+
+def _write_exported(
+    directory: Path, view: MemoryView, record: AdapterRecord, work: MemoryWorkspace[Any]
+) -> None:
+    """Write one stored adapter with its head and what the catalog knows of it."""
+    _write_stored(directory, view, record, work)
+    if own_head_blob(record.name) in view.blobs():
+        head = view.blob(own_head_blob(record.name))
+        (directory / OWN_HEAD).write_bytes(head)
+    known = {
+        "adapter": record.name,
+        "id": record.id,
+        "version": view.version,
+        "byte_identical": False,
+        **record.meta,
+    }
+    if record.pruned:
+        known |= {
             "byte_identical": False,
-            **record.meta,
+            "pruned": {k: list(v) for k, v in record.pruned.items()},
         }
-        if record.pruned:
-            known |= {
-                "byte_identical": False,
-                "pruned": {k: list(v) for k, v in record.pruned.items()},
-            }
-        text = json.dumps(known, indent=2, default=str) + "\n"
-        (directory / CATALOG).write_text(text, encoding="utf-8")
-    return targets
+    text = json.dumps(known, indent=2, default=str) + "\n"
+    (directory / CATALOG).write_text(text, encoding="utf-8")
 
 
 def _write_stored(
@@ -451,3 +457,23 @@ def require_new(directory: Path) -> None:
         raise AlreadyThereError(f"{directory} is a file", remedy="name a new directory")
     if directory.exists() and any(directory.iterdir()):
         raise AlreadyThereError(f"{directory} is not empty", remedy="name a new directory")
+
+
+@contextmanager
+def new_folders(*directories: Path) -> Iterator[list[Path]]:
+    """Folders to fill that become these together when the block ends well, else nothing does.
+
+    Raises AlreadyThereError for one that is there and holds something, and MemtoolError when the
+    file system refuses.
+    """
+    for directory in directories:
+        require_new(directory)
+    try:
+        with appearing_folders(*directories) as building:
+            yield building
+    except OSError as error:
+        place = directories[0].parent
+        raise MemtoolError(
+            f"cannot write in {place}: {error.strerror or error}; nothing was written",
+            remedy="free some space, or name a folder that you may write",
+        ) from error

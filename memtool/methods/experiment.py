@@ -53,6 +53,7 @@ from memtool.progress import Progress
 from memtool.reports.figures import CoefficientMap, KeyMap, SampleCoefficientMap
 from memtool.reports.html import Cost, write_report
 from memtool.streams.task import Samples, Task
+from memtool_stores.names import below, check_name
 
 REPORT = "report.html"
 _ROWS = TypeAdapter(list[Row])
@@ -145,7 +146,8 @@ def _each_domain_in_turn(
     """
     begin = time.perf_counter()
     whole = open_method(config, seed=seed, progress=doing.progress)
-    domains = [task.name for task in whole.workspace.stream.tasks]
+    # The folder and the memory of each are named after it.
+    domains = [check_name(t.name, "a held-out domain") for t in whole.workspace.stream.tasks]
     alone = config.adapter.warm_start == "none" and not config.adapter.residual
     shared = (adapters or whole.workspace.adapter_folder) if alone else None
     if alone and adapters is None and not doing.resume:
@@ -158,7 +160,7 @@ def _each_domain_in_turn(
             update={
                 "stream": stream,
                 "store": f"{config.store}-without-{name}",
-                "runs": config.runs / f"without-{name}",
+                "runs": below(config.runs, f"without-{name}"),
             }
         )
         found.append(_one_memory(fold, seed, doing, adapters=shared))

@@ -38,7 +38,7 @@ from memtool.evaluation.matrix import AccuracyMatrix
 from memtool.evaluation.record import Kind, Record, Row
 from memtool.heads import LinearClassifier, RecalledHead, solve_head
 from memtool.methods.adapt import adapt
-from memtool.methods.exchange import OWN_HEAD, require_new
+from memtool.methods.exchange import OWN_HEAD, new_folders, require_new
 from memtool.methods.measure import share_right
 from memtool.methods.method import (
     Method,
@@ -297,14 +297,15 @@ class Modulation(Method):
             accuracy = right[0]
         record = stored.records[nearest]
         if out is not None:
-            write_peft(
-                out,
-                found,
-                work.layout,
-                alpha=float(record.scaling) * work.layout.rank,
-                base_model=work.backbone.name,
-            )
-            (out / OWN_HEAD).write_bytes(classifier_bytes(stored.heads[nearest]))
+            with new_folders(out) as (building,):
+                write_peft(
+                    building,
+                    found,
+                    work.layout,
+                    alpha=float(record.scaling) * work.layout.rank,
+                    base_model=work.backbone.name,
+                )
+                (building / OWN_HEAD).write_bytes(classifier_bytes(stored.heads[nearest]))
         shares = recalled.coefficients
         return RecallResult(
             version=stored.version,

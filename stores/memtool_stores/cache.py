@@ -1,4 +1,4 @@
-"""The derived cache: all live values of a version in one memory-mapped file, tensor by tensor.
+"""The derived cache: all live values of a version in one file, tensor by tensor.
 
 What retrieval reads is one tensor of all adapters, so that is what lies together: the file has a
 block (t, *shape) for every segment of the layout, in its order. A row is in as many pieces.
@@ -7,6 +7,9 @@ It holds nothing of its own: a file is named by the hash of the hashes of its ro
 checked against the catalog the first time this process hands it out, and a wrong or missing file is
 built again from the store. Versions with the same adapters share one file, and a version that only
 adds some begins with a copy of the older file.
+
+The file is read, never mapped: a mapped file that somebody cuts short kills the process that looks
+at it, and no copy, link or mode of it keeps its owner from doing so. Only its owner may read it.
 """
 
 from __future__ import annotations
@@ -15,24 +18,36 @@ import contextlib
 import hashlib
 import logging
 import os
-import tempfile
+import stat
+import weakref
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from memtool_stores.catalog import AdapterRecord
 from memtool_stores.errors import IntegrityError
+from memtool_stores.files import PART, is_part, part
 from memtool_stores.ice import of_os_error
 from memtool_stores.names import below, check_id
 from memtool_stores.space import Segment, Space
 from memtool_stores.tree import Array, numpy_dtype, sha256
 
+SUFFIX = ".values"
+
 KEEP_FILES = 4
 """Files of one store that stay when a new one is built."""
 
 ROWS_PER_READ = 256
+
+LOCK_SECONDS = 30.0
+"""How long to wait for another process that builds the same file."""
+
+COPIED_ELEMENTS = 1024 * 1024
+"""How much of an older file is in memory while it is copied."""
 
 ROWS_PER_CHECK = 16
 """Rows that are put together to compare their hashes: few enough to stay in the processor."""
@@ -58,15 +73,16 @@ def folder(store_id: str) -> Path:
 def drop(store_id: str) -> None:
     """Delete the files of one store: of a purged row, no copy may stay here.
 
-    A process that has one mapped keeps reading it; its bytes go when the last of those lets go.
+    A process that has one open keeps reading it; its bytes go when the last of those lets go.
 
     Raises:
         StorageError: a file could not be deleted.
     """
     place = folder(store_id)
     try:
-        for path in (*place.glob("*.values"), *place.glob("*.part")):
-            path.unlink(missing_ok=True)
+        for path in place.glob("*"):
+            if path.suffix == SUFFIX or is_part(path.name):
+                path.unlink(missing_ok=True)
     except OSError as error:
         raise of_os_error(error, "delete the cached values", str(place)) from error
 
@@ -85,8 +101,72 @@ def checked(row: Array, record: AdapterRecord) -> Array:
     return row
 
 
+class _Source(Protocol):
+    """Where the bytes of the file are: in it, or in memory, as it would hold them."""
+
+    def read(self, at: int, into: memoryview) -> bool:
+        """Fill `into` with the bytes from `at` on; whether there were enough."""
+
+    def is_unchanged(self) -> bool:
+        """Whether nobody has written to it since it was opened, or since this was asked last."""
+
+
+class _Memory:
+    def __init__(self, elements: Array) -> None:
+        self._bytes = _bytes(elements)
+
+    def read(self, at: int, into: memoryview) -> bool:
+        """See _Source."""
+        into[:] = self._bytes[at : at + len(into)]
+        return True
+
+    def is_unchanged(self) -> bool:
+        """See _Source."""
+        return True
+
+
+class _File:
+    """A file of the cache. It is held open: what is deleted or replaced can still be read."""
+
+    def __init__(self, path: Path, nbytes: int) -> None:
+        """OSError when it is not there, is no ordinary file, or has another size."""
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        self._handle = os.open(path, flags)
+        weakref.finalize(self, os.close, self._handle)
+        found = os.fstat(self._handle)
+        if not stat.S_ISREG(found.st_mode) or found.st_size != nbytes:
+            raise OSError(f"{path} is no file of {nbytes} bytes")
+        self._state = self._looks()
+
+    def read(self, at: int, into: memoryview) -> bool:
+        """See _Source."""
+        wanted = len(into)
+        try:
+            count = os.preadv(self._handle, [into], at)
+            while 0 < count < wanted:  # the system reads no more than 2 GB at once
+                more = os.preadv(self._handle, [into[count:]], at + count)
+                if not more:
+                    return False
+                count += more
+        except OSError:
+            return False
+        return count == wanted
+
+    def is_unchanged(self) -> bool:
+        """See _Source."""
+        before, self._state = self._state, self._looks()
+        return self._state == before
+
+    def _looks(self) -> tuple[int, int, int]:
+        found = os.fstat(self._handle)
+        return found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
 class ValueCache:
-    """The values of the given t adapters of one version, in their order."""
+    """The values of the given t adapters of one version, in their order.
+
+    `lock_timeout` is how many seconds it waits for another process that builds the same file.
+    """
 
     def __init__(
         self,
@@ -94,21 +174,30 @@ class ValueCache:
         store_id: str,
         space: Space,
         records: Sequence[AdapterRecord],
+        *,
+        lock_timeout: float = LOCK_SECONDS,
     ) -> None:
         # read(rows) gives those rows from the store.
         self._read_store = read
         self._space = space
+        self._dtype = numpy_dtype(space.layout)
         self._records = tuple(records)
         self._folder = folder(store_id)
+        self._lock_timeout = lock_timeout
         self._digests = _prefix_digests(self._records)
-        mapped = self._map()
-        self._tensors = self._split(self._build() if mapped is None else mapped)
+        size = self._dtype.itemsize
+        # Of every segment: the byte where its block begins, and its bytes in a row.
+        self._pieces = [
+            (len(self._records) * s.offset * size, s.offset * size, (s.offset + s.numel) * size)
+            for s in space.layout.segments
+        ]
+        self._source = self._open() or self._build()
         self._known_good = np.zeros(len(self._records), dtype=bool)
 
     @property
     def path(self) -> Path:
         """The file of these values."""
-        return self._folder / f"{self._digests[-1]}.values"
+        return self._folder / f"{self._digests[-1]}{SUFFIX}"
 
     def rows(self, positions: Sequence[int] | None = None) -> Array:
         """A copy of the rows at these positions, (n, numel), read-only; of all of them for None.
@@ -118,32 +207,81 @@ class ValueCache:
         """
         wanted = np.arange(len(self._records)) if positions is None else np.asarray(positions, int)
         rows = self._gather(wanted)
-        if not self._are_right(rows, wanted):
-            _log.warning("%s holds a wrong row; building it again", self.path)
-            self._tensors = self._split(self._build(from_older=False))
-            self._known_good[:] = False
+        if rows is None or not self._are_right(rows, wanted):
+            self._build_again()
             rows = self._gather(wanted)
+            if rows is None:  # cut again: nobody can cut what is in memory
+                self._source = self._read()
+                rows = self._gather(wanted)
+                assert rows is not None
             for row, position in zip(rows, wanted, strict=True):
                 checked(row, self._records[position])
         self._known_good[wanted] = True
         rows.flags.writeable = False
         return rows
 
-    def tensor(self, segment: Segment) -> Array:
-        """One tensor of all rows, (t, *shape), read-only and without a copy.
+    def tensor(self, segment: Segment, out: Array | None = None) -> Array:
+        """A copy of one tensor of all rows, (t, *shape): read-only, or in `out`, which is returned.
+
+        `out` is C-contiguous and of the same shape and type.
 
         Raises:
             IntegrityError: the store itself holds other bytes than were written.
         """
         count = len(self._records)
+        found = np.empty((count, *segment.shape), self._dtype) if out is None else out
+        if (found.shape, found.dtype) != ((count, *segment.shape), self._dtype) or not (
+            found.flags.c_contiguous and found.flags.writeable
+        ):
+            raise ValueError(
+                f"out is {found.dtype} {found.shape}: not a contiguous array of {self._dtype} "
+                f"{(count, *segment.shape)} that can be written"
+            )
+        at, into = count * segment.offset * self._dtype.itemsize, _bytes(found)
+        self._check_all()
+        if not self._source.read(at, into) or not self._source.is_unchanged():
+            self._source = self._read()
+            self._source.read(at, into)
+        if out is None:
+            found.flags.writeable = False
+        return found
+
+    def _check_all(self) -> None:
+        """Compare all hashes that were not compared since somebody wrote to the file."""
+        if not self._source.is_unchanged():
+            self._known_good[:] = False
         if not self._known_good.all():
+            count = len(self._records)
             for first in range(0, count, ROWS_PER_CHECK):
                 self.rows(range(first, min(first + ROWS_PER_CHECK, count)))
-        return self._tensors[segment.name].reshape(count, *segment.shape)
 
-    def _gather(self, positions: npt.NDArray[np.intp]) -> Array:
-        tensors = self._tensors.values()
-        return np.concatenate([tensor.take(positions, axis=0) for tensor in tensors], axis=1)
+    def _gather(self, positions: npt.NDArray[np.intp]) -> Array | None:
+        """The rows at these positions, or None where the file has been cut short."""
+        rows = np.empty((len(positions), self._space.numel), self._dtype)
+        # Rows that follow each other lie together in every block.
+        breaks = np.flatnonzero(np.diff(positions) != 1) if len(positions) > 1 else ()
+        for begin, end in pairwise([0, *(int(at) + 1 for at in breaks), len(positions)]):
+            if begin < end and not self._gather_run(int(positions[begin]), rows[begin:end]):
+                return None
+        if not self._source.is_unchanged():
+            self._known_good[:] = False
+        return rows
+
+    def _gather_run(self, first: int, rows: Array) -> bool:
+        """Fill rows with those from position `first` on; whether they were there."""
+        read, size = self._source.read, self._dtype.itemsize
+        if len(rows) == 1:
+            into = _bytes(rows)
+            for start, begin, end in self._pieces:
+                if not read(start + first * (end - begin), into[begin:end]):
+                    return False
+            return True
+        for start, begin, end in self._pieces:
+            piece = np.empty((len(rows), (end - begin) // size), self._dtype)
+            if not read(start + first * (end - begin), _bytes(piece)):
+                return False
+            rows[:, begin // size : end // size] = piece
+        return True
 
     def _are_right(self, rows: Array, positions: npt.NDArray[np.intp]) -> bool:
         """Whether those of the rows whose hash was not compared before have the right one."""
@@ -152,70 +290,72 @@ class ValueCache:
             for place in np.flatnonzero(~self._known_good[positions])
         )
 
-    def _split(self, array: Array) -> dict[str, Array]:
-        """The block of every segment by its name, (t, numel of it), in the array of the file."""
-        count = len(self._records)
-        return {
-            s.name: array[count * s.offset :][: count * s.numel].reshape(count, s.numel)
-            for s in self._space.layout.segments
-        }
-
-    def _map(self) -> Array | None:
-        """The file as an array, (t * numel,), or None where there is none of the right size."""
-        dtype, size = numpy_dtype(self._space.layout), len(self._records) * self._space.numel
+    def _open(self) -> _Source | None:
+        """The file, or None where there is none of the right size."""
+        size = len(self._records) * self._space.numel
         if not size:
-            return np.empty(0, dtype)
+            return _Memory(np.empty(0, self._dtype))
         try:
-            if self.path.stat().st_size != size * dtype.itemsize:
-                return None
-            mapped = np.memmap(self.path, dtype, "r", shape=(size,))
+            return _File(self.path, size * self._dtype.itemsize)
         except OSError:
             return None
-        return mapped.view(np.ndarray)
 
-    def _build(self, *, from_older: bool = True) -> Array:
-        """The file made anew; by one process at a time, the others wait and map what it made."""
+    def _build_again(self) -> None:
+        _log.warning("%s was cut short or holds a wrong row; building it again", self.path)
+        self._source = self._build(from_older=False)
+        self._known_good[:] = False
+
+    def _build(self, *, from_older: bool = True) -> _Source:
+        """The file made anew; by one process at a time, the others wait and open what it made."""
         import filelock
 
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with filelock.FileLock(self._folder / "lock"):
-                made = self._map() if from_older else None
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with contextlib.suppress(PermissionError):
+                # It holds weights, and a folder that an older memtool made is open to all.
+                self._folder.chmod(0o700)
+            with filelock.FileLock(self._folder / "lock", timeout=self._lock_timeout):
+                made = self._open() if from_older else None
                 return self._build_alone(from_older=from_older) if made is None else made
+        except filelock.Timeout:
+            _log.warning(
+                "another process has held the lock of the cache %s for more than %g seconds: "
+                "values are read into memory",
+                self._folder,
+                self._lock_timeout,
+            )
         except OSError as error:
             _log.warning("no cache in %s (%s): values are read into memory", self._folder, error)
-            return self._read()
+        return self._read()
 
-    def _build_alone(self, *, from_older: bool) -> Array:
-        for left in self._folder.glob("*.part"):  # by a builder that was killed
+    def _build_alone(self, *, from_older: bool) -> _Source:
+        for left in self._folder.glob(f"*{PART}"):  # by a builder that was killed
             left.unlink(missing_ok=True)
-        handle, name = tempfile.mkstemp(dir=self._folder, suffix=".part")
-        part = Path(name)
+        building = part(self.path)
         try:
-            with os.fdopen(handle, "r+b") as file:
+            with building.open("r+b") as file:
 
                 def put(first: int, elements: Array) -> None:
                     file.seek(first * elements.itemsize)
                     file.write(np.ascontiguousarray(elements).data)
 
                 self._fill(put, self._copy_older(put) if from_older else 0)
-            part.replace(self.path)
+            building.replace(self.path)
             self._prune()
-            array = self._map()
+            made = self._open()
         finally:
-            part.unlink(missing_ok=True)
-        return self._read() if array is None else array
+            building.unlink(missing_ok=True)
+        return self._read() if made is None else made
 
-    def _read(self) -> Array:
+    def _read(self) -> _Source:
         """What the file would hold, in memory."""
-        array = np.empty(len(self._records) * self._space.numel, numpy_dtype(self._space.layout))
+        array = np.empty(len(self._records) * self._space.numel, self._dtype)
 
         def put(first: int, elements: Array) -> None:
             array[first : first + elements.size] = elements.ravel()
 
         self._fill(put, 0)
-        array.flags.writeable = False
-        return array
+        return _Memory(array)
 
     def _fill(self, put: Callable[[int, Array], None], done: int) -> None:
         """Give `put` the rows from position `done` on: where elements go, and the elements."""
@@ -236,26 +376,36 @@ class ValueCache:
 
     def _copy_older(self, put: Callable[[int, Array], None]) -> int:
         """Begin with the longest older file that holds our first rows; how many those are."""
-        positions = {f"{digest}.values": t for t, digest in enumerate(self._digests)}
+        positions = {f"{digest}{SUFFIX}": t for t, digest in enumerate(self._digests)}
         layout = self._space.layout
         with contextlib.suppress(OSError):
             names = {entry.name for entry in os.scandir(self._folder)}
             done = max((t for name, t in positions.items() if name in names), default=0)
-            older = self._folder / f"{self._digests[done]}.values"
-            if done and older.stat().st_size == done * layout.nbytes:
-                mapped = np.memmap(older, numpy_dtype(layout), "r")
-                for segment in layout.segments:
-                    block = mapped[done * segment.offset :][: done * segment.numel]
-                    put(len(self._records) * segment.offset, block)
-                return done
+            if not done:
+                return 0
+            older = _File(self._folder / f"{self._digests[done]}{SUFFIX}", done * layout.nbytes)
+            for segment in layout.segments:
+                end = done * (segment.offset + segment.numel)
+                for at in range(done * segment.offset, end, COPIED_ELEMENTS):
+                    block = np.empty(min(COPIED_ELEMENTS, end - at), self._dtype)
+                    if not older.read(at * block.itemsize, _bytes(block)):
+                        return 0
+                    shift = (len(self._records) - done) * segment.offset
+                    put(at + shift, block)
+            return done
         return 0
 
     def _prune(self) -> None:
-        """Delete all but the newest files of this store; a mapped file stays readable."""
-        files = sorted(self._folder.glob("*.values"), key=lambda p: p.stat().st_mtime_ns)
-        for old in files[:-KEEP_FILES]:
-            with contextlib.suppress(OSError):
-                old.unlink()
+        """Delete all but the newest files of this store; one that is open stays readable."""
+        with contextlib.suppress(OSError):  # another store of the same id drops its files
+            files = sorted(self._folder.glob(f"*{SUFFIX}"), key=lambda p: p.stat().st_mtime_ns)
+            for old in files[:-KEEP_FILES]:
+                old.unlink(missing_ok=True)
+
+
+def _bytes(array: Array) -> memoryview:
+    """The bytes of a contiguous array, to read or to write."""
+    return array.reshape(-1).view(np.uint8).data
 
 
 def _prefix_digests(records: Sequence[AdapterRecord]) -> list[str]:

@@ -14,8 +14,11 @@ from typing import Any
 
 from memtool_stores import clock, references, room, sums
 from memtool_stores.errors import SchemaError, StorageError
+from memtool_stores.files import part_folder
 from memtool_stores.history import MAIN, Version, reachable, snapshots, tips
 from memtool_stores.ice import open_repository, translated
+from memtool_stores.leftovers import Leftover
+from memtool_stores.names import below
 from memtool_stores.objects import objects_at
 
 UNLOCKED_GRACE = timedelta(hours=1)
@@ -35,7 +38,7 @@ class GcReport:
 
     `expired` are the versions taken away; `freed_bytes` and `deleted_files` what that gave back.
     `notes` say what else was found: branches and tags that were never finished, times that no
-    clock can have meant.
+    clock can have meant. `leftovers` are what killed processes had left in the making.
     """
 
     dry_run: bool
@@ -43,6 +46,7 @@ class GcReport:
     freed_bytes: int
     deleted_files: int
     notes: tuple[str, ...] = ()
+    leftovers: tuple[Leftover, ...] = ()
 
 
 def collect(
@@ -227,9 +231,12 @@ def _linked(store: Path) -> Iterator[Path]:
 
     icechunk never writes into a file: it makes new ones and deletes old ones.
     """
-    with tempfile.TemporaryDirectory(dir=store, prefix=".dry-run-") as folder:
-        shutil.copytree(store / "ice", Path(folder) / "ice", copy_function=os.link)
-        yield Path(folder)
+    folder = part_folder(store / "dry-run")
+    try:
+        shutil.copytree(store / "ice", folder / "ice", copy_function=os.link)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -241,7 +248,7 @@ def _sketched(url: str) -> Iterator[Path]:
     objects = objects_at(url)
     with tempfile.TemporaryDirectory(prefix="memtool-dry-run-") as folder:
         for entry in objects.list("ice"):
-            path = Path(folder) / entry.path
+            path = below(Path(folder), *entry.path.split("/"))
             path.parent.mkdir(parents=True, exist_ok=True)
             if entry.path.startswith("ice/chunks/"):
                 with path.open("wb") as file:

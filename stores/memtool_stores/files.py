@@ -2,17 +2,18 @@
 
 A file in the making lies beside its place, under a name that nobody can guess
 (`.<name>.<random>.part`), and is opened exclusively. A process that is killed leaves it there, and
-`leftovers` finds it.
+leftovers.py finds it.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,6 +23,9 @@ from memtool_stores.printable import printable, shown
 
 PART = ".part"
 """How the names of files and folders in the making end; they begin with a dot."""
+
+_IN_THE_MAKING = re.compile(r"\..*\.[a-z0-9_]{8}\.part|[0-9A-Za-z._-]+#[0-9]+", re.DOTALL)
+"""What `part` makes, and what icechunk does, which puts a number behind the name."""
 
 _DESCRIPTOR = re.compile(r"/proc/(?:self|\d+|thread-self)(?:/task/\d+)?/fd")
 
@@ -101,6 +105,40 @@ def read_ordinary(path: Path, limit: str) -> bytes:
     return data
 
 
+@contextmanager
+def appearing_folders(*targets: Path) -> Iterator[list[Path]]:
+    """A folder to fill for each target; they become these when the block ends well, else are gone.
+
+    A target may be an empty folder. The folders above it are made, and after an error taken back.
+    Links are followed.
+
+    Raises:
+        OSError: the file system refuses, or a target is there and holds something; nothing has
+            changed.
+    """
+    targets = tuple(Path(os.path.realpath(target)) for target in targets)
+    above, building, done = list[Path](), list[Path](), list[Path]()
+    try:
+        for target in targets:
+            missing = [folder for folder in target.parents if not folder.exists()]
+            for folder in reversed(missing):
+                folder.mkdir()
+                above.append(folder)
+            building.append(part_folder(target))
+        yield building
+        for folder, target in zip(building, targets, strict=True):
+            folder.chmod(0o777 & ~_mask())
+            folder.rename(target)
+            done.append(target)
+    except BaseException:
+        for folder in (*building, *done):
+            shutil.rmtree(folder, ignore_errors=True)
+        for folder in reversed(above):
+            with suppress(OSError):  # somebody else put something there
+                folder.rmdir()
+        raise
+
+
 def part(target: Path) -> Path:
     """A new empty file beside `target`, for what will be put in its place; private to its owner."""
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=_prefix(target), suffix=PART)
@@ -113,17 +151,9 @@ def part_folder(target: Path) -> Path:
     return Path(tempfile.mkdtemp(dir=target.parent, prefix=_prefix(target), suffix=PART))
 
 
-def leftovers(folder: Path) -> Iterator[Path]:
-    """Files and folders in the making that lie in `folder`: of a process at work, or killed."""
-    try:
-        yield from sorted(path for path in folder.iterdir() if is_part(path.name))
-    except OSError:
-        return
-
-
 def is_part(name: str) -> bool:
-    """Whether this is the name of a file or folder in the making."""
-    return name.startswith(".") and name.endswith(PART)
+    """Whether this is the name of a file or folder in the making, of ours or of icechunk."""
+    return bool(_IN_THE_MAKING.fullmatch(name))
 
 
 def _prefix(target: Path) -> str:
@@ -158,6 +188,10 @@ def _mode(target: Path, private: bool) -> int:
     try:
         return stat.S_IMODE(target.stat().st_mode)
     except FileNotFoundError:
-        mask = os.umask(0)
-        os.umask(mask)
-        return 0o666 & ~mask
+        return 0o666 & ~_mask()
+
+
+def _mask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

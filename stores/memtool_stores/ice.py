@@ -135,6 +135,9 @@ def open_repository(url: str) -> Any:
         IntegrityError: there is one, but the file of its branch main is lost or damaged.
         StorageError: this process may not open the files, or use the memory, that icechunk needs.
     """
+    if not url.startswith("s3://") and not (Path(url) / "ice").is_dir():
+        # icechunk would make the folder.
+        raise _no_store(url)
     _require_resources(url)
     try:
         with translated("open the store", url):
@@ -355,6 +358,13 @@ def _too_large(doing: str, where: str) -> StorageError:
     )
 
 
+def _no_store(where: str) -> NotFoundError:
+    return NotFoundError(
+        f"no store at {where}",
+        remedy="memtool write makes one, from adapters of memtool train-adapter",
+    )
+
+
 def _conflict(doing: str, where: str) -> ConflictError:
     return ConflictError(
         f"could not {doing}: another writer committed to {where} first; nothing was stored",
@@ -399,10 +409,7 @@ def _of_message(text: str, doing: str, where: str) -> StoreError:
             remedy="choose another name",
         )
     if re.search(r"repository doesn.t exist", lower):
-        return NotFoundError(
-            f"no store at {where}",
-            remedy="memtool write makes one, from adapters of memtool train-adapter",
-        )
+        return _no_store(where)
     if re.search(r"(ref|snapshot|branch|tag) not found|invalid snapshot id", lower):
         return NotFoundError(f"could not {doing} in {where}: {brief}")
     if re.search(_NO_ANSWER, lower):

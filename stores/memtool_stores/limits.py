@@ -28,7 +28,7 @@ class Limits:
     """A YAML file: settings, a description. So much takes the parser seconds."""
     array_bytes: int = 64 * GB
     """Keys, a catalog, a blob, and the tensors of one file."""
-    bundle_files: int = 10_000_000
+    bundle_files: int = 1_000_000
     """Files in a bundle."""
     image_bytes: int = 256 * MB
     """An image as it is encoded."""

@@ -9,14 +9,17 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
 from memtool_stores.errors import NotFoundError, StorageError, StoreError
+from memtool_stores.files import appearing
 from memtool_stores.ice import of_os_error
+from memtool_stores.names import below
 from memtool_stores.redacted import HIDDEN
 
 CONNECT_TIMEOUT = "3s"
@@ -24,7 +27,8 @@ ANSWER_TIMEOUT = "60s"
 FIRST_ANSWER_TIMEOUT = "10s"
 WHOLE_TIMEOUT = "1h"
 RETRIES = 5
-
+PIECE_BYTES = 1024 * 1024
+"""How much of a file is in memory while it is copied."""
 
 _MD5 = re.compile(r'"([0-9a-f]{32})"')
 
@@ -51,8 +55,14 @@ class Objects(Protocol):
     def read(self, path: str) -> bytes:
         """The bytes of a file. Raises NotFoundError."""
 
+    def pieces(self, path: str) -> Iterator[bytes]:
+        """The bytes of a file, some at a time. Raises NotFoundError."""
+
     def write(self, path: str, data: bytes) -> None:
         """Write a file whole or not at all, in the place of an older one."""
+
+    def write_pieces(self, path: str, pieces: Iterable[bytes]) -> None:
+        """As `write`, some bytes at a time; an error of `pieces` leaves what was there."""
 
     def delete(self, path: str) -> None:
         """Take a file away; one that is not there is gone already."""
@@ -99,10 +109,19 @@ class Retractable:
         """See Objects."""
         return self._objects.read(path)
 
+    def pieces(self, path: str) -> Iterator[bytes]:
+        """See Objects."""
+        return self._objects.pieces(path)
+
     def write(self, path: str, data: bytes) -> None:
         """See Objects."""
         self._written.append(path)
         self._objects.write(path, data)
+
+    def write_pieces(self, path: str, pieces: Iterable[bytes]) -> None:
+        """See Objects."""
+        self._written.append(path)
+        self._objects.write_pieces(path, pieces)
 
     def delete(self, path: str) -> None:
         """See Objects."""
@@ -141,8 +160,14 @@ class _Directory:
 
     def read(self, path: str) -> bytes:
         """See Objects."""
+        return b"".join(self.pieces(path))
+
+    def pieces(self, path: str) -> Iterator[bytes]:
+        """See Objects."""
         try:
-            return (self._root / path).read_bytes()
+            with self._path(path).open("rb") as file:
+                while piece := file.read(PIECE_BYTES):
+                    yield piece
         except FileNotFoundError as error:
             raise NotFoundError(f"no file {path} in {self._root}") from error
         except OSError as error:
@@ -150,22 +175,29 @@ class _Directory:
 
     def write(self, path: str, data: bytes) -> None:
         """See Objects."""
-        target = self._root / path
-        part = target.with_name(f".{target.name}.part")
+        self.write_pieces(path, (data,))
+
+    def write_pieces(self, path: str, pieces: Iterable[bytes]) -> None:
+        """See Objects."""
+        target = self._path(path)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            part.write_bytes(data)
-            part.replace(target)
+            # A copy of a store is brought to the disk when all of it is there.
+            with appearing(target, flushed=False) as file:
+                for piece in pieces:
+                    file.write(piece)
         except OSError as error:
-            part.unlink(missing_ok=True)
             raise of_os_error(error, f"write {path}", str(self._root)) from error
 
     def delete(self, path: str) -> None:
         """See Objects."""
         try:
-            (self._root / path).unlink(missing_ok=True)
+            self._path(path).unlink(missing_ok=True)
         except OSError as error:
             raise of_os_error(error, f"delete {path}", str(self._root)) from error
+
+    def _path(self, path: str) -> Path:
+        return below(self._root, *path.split("/"))
 
 
 class _Bucket:
@@ -259,6 +291,17 @@ class _Bucket:
         with self._answering(f"read {path}"):
             return bytes(self._store.get(self._key(path)).bytes())
 
+    def pieces(self, path: str) -> Iterator[bytes]:
+        """See Objects."""
+        with self._answering(f"read {path}"):
+            stream = iter(self._store.get(self._key(path)).stream(min_chunk_size=PIECE_BYTES))
+        while True:
+            with self._answering(f"read {path}"):
+                piece = next(stream, None)
+            if piece is None:
+                return
+            yield bytes(piece)
+
     def write(self, path: str, data: bytes) -> None:
         """See Objects."""
         with self._answering(f"write {path}"):
@@ -270,6 +313,19 @@ class _Bucket:
 
         with self._answering(f"write {path}"), contextlib.suppress(exceptions.AlreadyExistsError):
             self._store.put(self._key(path), data, mode="create")
+
+    def write_pieces(self, path: str, pieces: Iterable[bytes]) -> None:
+        """See Objects."""
+        # Gathered first: the pieces may come from a bucket, which cannot be asked from inside put.
+        with tempfile.SpooledTemporaryFile(max_size=PIECE_BYTES) as file:
+            try:
+                for piece in pieces:
+                    file.write(piece)
+                file.seek(0)
+            except OSError as error:
+                raise of_os_error(error, f"write {path}", tempfile.gettempdir()) from error
+            with self._answering(f"write {path}"):
+                self._store.put(self._key(path), file)
 
     def delete(self, path: str) -> None:
         """See Objects."""

@@ -11,11 +11,10 @@ import json
 import os
 import random
 import re
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +30,7 @@ from memtool_stores.bucket import (
     outcome_unknown,
     settled,
 )
+from memtool_stores.bundle import read_bundle, write_bundle
 from memtool_stores.catalog import Catalog, plain_json
 from memtool_stores.collect import GcReport, collect
 from memtool_stores.diff import Diff, diff
@@ -41,7 +41,9 @@ from memtool_stores.errors import (
     LockTimeoutError,
     NotFoundError,
     StorageError,
+    StoreError,
 )
+from memtool_stores.files import appearing_folders
 from memtool_stores.history import (
     MAIN,
     Version,
@@ -59,15 +61,8 @@ from memtool_stores.ice import (
     sync_to_disk,
     translated,
 )
-from memtool_stores.move import (
-    REFERENCES,
-    Tell,
-    begun_copy,
-    copy,
-    read_bundle,
-    require_empty,
-    write_bundle,
-)
+from memtool_stores.leftovers import Leftover, find, take_away
+from memtool_stores.move import REFERENCES, Tell, begun_copy, copy, require_empty
 from memtool_stores.names import below, check_ref
 from memtool_stores.objects import Objects, Retractable, bucket_holds, objects_at
 from memtool_stores.space import Space
@@ -95,6 +90,7 @@ class MemoryStore:
         self._lock_timeout = lock_timeout
         self._catalog = Catalog()
         self._filelock: Any = None
+        self._place = _place(url)
 
     def __repr__(self) -> str:
         return f"MemoryStore.open({self.url!r})"
@@ -151,6 +147,9 @@ class MemoryStore:
     def open(cls, url: str | Path, *, lock_timeout: float = 30.0) -> MemoryStore:
         """The store at `url`. `lock_timeout` is how many seconds a writer waits for another.
 
+        A reader waits as long for another that builds the same file of the cache, then does
+        without the file.
+
         Raises:
             NotFoundError: no store is there.
             NewerSchemaError: only a newer memtool reads it.
@@ -194,6 +193,7 @@ class MemoryStore:
     def head(self) -> str:
         """Id of the newest version of main."""
         guard_fork()
+        self._require_place()
         with translated("find the newest version", self.url):
             return str(self._repository.lookup_branch(MAIN))
 
@@ -211,10 +211,13 @@ class MemoryStore:
 
     def _resolve(self, ref: str, as_of: datetime | None = None) -> str:
         guard_fork()
+        self._require_place()
         return resolve(self._repository, self.url, ref, as_of)
 
     def _view(self, version: str) -> MemoryView:
-        return MemoryView(self._repository, self.url, version, self._newest_catalog)
+        return MemoryView(
+            self._repository, self.url, version, self._newest_catalog, self._lock_timeout
+        )
 
     def _newest_catalog(self, catalog: Catalog | None) -> Catalog:
         """The longest catalog parsed so far: a view extends it, or replaces it by its own."""
@@ -353,6 +356,7 @@ class MemoryStore:
     def _begin(self, branch: str) -> Transaction:
         guard_fork()
         check_ref(branch, "branch")
+        self._require_place()
         with translated(f"find branch {branch!r}", self.url):
             version = str(self._repository.lookup_branch(branch))
         return Transaction(self._view(version))
@@ -435,6 +439,7 @@ class MemoryStore:
             return
         import filelock
 
+        self._require_place()
         if self._filelock is None:
             self._filelock = filelock.FileLock(
                 Path(self.url) / "lock", timeout=self._lock_timeout, poll_interval=0.005
@@ -450,9 +455,24 @@ class MemoryStore:
         except OSError as error:
             raise of_os_error(error, "lock the store", self.url) from error
         try:
+            self._require_place()
             yield
         finally:
             self._filelock.release()
+
+    def _require_place(self) -> None:
+        """Nothing, while the store that was opened is where it was.
+
+        Raises:
+            NotFoundError: it was moved or deleted, and perhaps another one put in its place.
+        """
+        found = _place(self.url)
+        if found != self._place:
+            there = "nothing is there" if found is None else "another store is there"
+            raise NotFoundError(
+                f"the store that was opened at {self.url} was moved or deleted: {there} now",
+                remedy="open it where it is",
+            )
 
     # Names of versions
 
@@ -607,6 +627,9 @@ class MemoryStore:
         with self._lock():
             if _is_local(self.url) and not dry_run:
                 references.try_to_mark_all(self.url)
+            left = self._leftovers()
+            if not dry_run:
+                left = take_away(left)  # first: a full disk needs the room
             report = collect(
                 self.url,
                 local=_is_local(self.url),
@@ -623,7 +646,21 @@ class MemoryStore:
                 if report.expired and head.state.purged:
                     # A reader of an expired version may have built a file with a purged row in it.
                     cache.drop(head.store_id)
-        return report
+        return replace(report, leftovers=tuple(left))
+
+    def _leftovers(self) -> list[Leftover]:
+        """What killed processes left in the store, whose lock is held, beside it and in its cache.
+
+        In the store nobody else is at work; elsewhere whoever has written within the hour may be.
+        """
+        found = []
+        if _is_local(self.url):
+            found = find(Path(self.url))
+            found += (one for one in find(Path(self.url).parent, below=False) if one.is_old)
+        with suppress(StoreError):  # a damaged newest version does not say whose cache it is
+            place = cache.folder(self._view(self.head()).store_id)
+            found += (one for one in find(place) if one.is_old)
+        return found
 
     def holders(self, id: str) -> list[str]:
         """Tags and branches, other than main, that keep the bytes of this row from gc, sorted.
@@ -753,6 +790,19 @@ def _is_local(url: str) -> bool:
     return not url.startswith("s3://")
 
 
+def _place(url: str) -> tuple[int, int] | None:
+    """What tells the files of a store in a directory from all others, wherever links lead."""
+    if not _is_local(url):
+        return None
+    try:
+        found = (Path(url) / "ice").stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise of_os_error(error, "look at the store", url) from error
+    return found.st_dev, found.st_ino
+
+
 @contextmanager
 def _new_place(
     url: str, *, begun_by: Objects | None = None
@@ -806,16 +856,8 @@ def _appearing(target: Path) -> Iterator[Path]:
     try:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise AlreadyExistsError(f"{target} is there and not empty", remedy="another path")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
-        try:
-            folder.chmod(0o755)
+        with appearing_folders(target) as (folder,):
             yield folder
-            if target.is_dir():
-                target.rmdir()
-            folder.rename(target)
-            sync_to_disk(target.parent)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        sync_to_disk(target.parent)
     except OSError as error:
         raise of_os_error(error, "create the store", str(target)) from error

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from memtool_stores.atoms import AtomBank, bank, modules_of, segments_of
-from memtool_stores.cache import ValueCache, checked
+from memtool_stores.cache import LOCK_SECONDS, ValueCache, checked
 from memtool_stores.catalog import AdapterRecord, Catalog
 from memtool_stores.errors import (
     IntegrityError,
@@ -37,13 +37,20 @@ class MemoryView:
     """
 
     def __init__(
-        self, repository: Any, where: str, version: str, known: Callable[[Catalog | None], Catalog]
+        self,
+        repository: Any,
+        where: str,
+        version: str,
+        known: Callable[[Catalog | None], Catalog],
+        lock_timeout: float = LOCK_SECONDS,
     ) -> None:
         self._repository = repository
         self._where = where
         self._id = version
         # Gives the newest catalog that the store has parsed, and takes ours in exchange.
         self._known = known
+        # Of the cache.
+        self._lock_timeout = lock_timeout
 
     def __repr__(self) -> str:
         return f"MemoryView({self._where!r}, version={self._id!r})"
@@ -180,11 +187,16 @@ class MemoryView:
 
     @cached_property
     def _cache(self) -> ValueCache:
-        return ValueCache(self._read_rows, self.store_id, self.space, self.adapters)
+        return self._cache_of(self.adapters)
 
     @cached_property
     def _atom_cache(self) -> ValueCache:
-        return ValueCache(self._read_rows, self.store_id, self.space, self.atom_records)
+        return self._cache_of(self.atom_records)
+
+    def _cache_of(self, records: Sequence[AdapterRecord]) -> ValueCache:
+        return ValueCache(
+            self._read_rows, self.store_id, self.space, records, lock_timeout=self._lock_timeout
+        )
 
     def _read_rows(self, rows: Sequence[int]) -> Array:
         with self._reading(f"rows {rows[0]} to {rows[-1]} of the values"):
@@ -195,7 +207,7 @@ class MemoryView:
 
         Returns:
             (t, numel), read-only, a copy: float32, float16, or bfloat16 bits as uint16. What
-            needs one tensor of each takes `segment`, which copies nothing.
+            needs one tensor of each takes `segment`, which reads no other.
 
         Raises:
             NotFoundError: one of them is not there, or is a row of atoms.
@@ -225,13 +237,16 @@ class MemoryView:
             row = self._tree.read_row(record, self.space.layout)
         return checked(row, record)
 
-    def segment(self, name: str) -> Array:
-        """One tensor of all live adapters, (t, *shape), read-only: a part of the mapped cache.
+    def segment(self, name: str, out: Array | None = None) -> Array:
+        """One tensor of all live adapters, (t, *shape): a read-only copy, or in `out`.
+
+        `out` is C-contiguous, of that shape and of the type of `values`.
 
         Raises:
             NotFoundError: the layout has no such segment.
+            IntegrityError: a row is not what was written.
         """
-        return self._cache.tensor(self.space.layout.segment(name))
+        return self._cache.tensor(self.space.layout.segment(name), out)
 
     def atoms(self, module: str) -> AtomBank:
         """The atoms of one module over all live rows of atoms, pruned ones left out.

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from memtool_stores.files import appearing, leftovers, part, part_folder, write_whole
+from memtool_stores.files import appearing, part, part_folder, write_whole
+from memtool_stores.leftovers import find
 
 
 def test_a_new_file_has_the_mode_of_any_new_file_and_an_old_one_keeps_its_own(tmp_path):
@@ -87,9 +88,10 @@ def test_an_error_leaves_the_old_file_and_nothing_beside_it(tmp_path):
 
 
 def test_what_a_killed_process_left_is_found(tmp_path):
-    assert not list(leftovers(tmp_path))
+    assert not find(tmp_path)
     made = {part(tmp_path / "file"), part_folder(tmp_path / "folder"), part(tmp_path / ("é" * 127))}
     (tmp_path / ".hidden").write_bytes(b"")
     (tmp_path / "x.part").write_bytes(b"")
-    assert set(leftovers(tmp_path)) == made
-    assert not list(leftovers(tmp_path / "nowhere"))
+    (tmp_path / ".x.part").write_bytes(b"")
+    assert {leftover.path for leftover in find(tmp_path)} == made
+    assert not find(tmp_path / "nowhere")

@@ -371,25 +371,37 @@ def gc(
         ),
     ] = None,
 ) -> None:
-    """Remove old versions and free their space; tags and branches stay."""
+    """Remove old versions and free their space; tags and branches stay.
+
+    What killed processes left half made goes, too: in the memory, and beside it, in the cache and
+    under `runs` when nobody has written to it for an hour.
+    """
+    from memtool.streams.table import cache_folder
+    from memtool_stores.leftovers import find, take_away
+
     store = call.store_to_change()
     if not call.dry_run and (keep_last is not None or keep_days is not None):
         found = store.gc(keep_last=keep_last, keep_days=keep_days, dry_run=True)
         if found.expired:
             call.confirm(f"remove {len(found.expired)} versions for good")
     report = store.gc(keep_last=keep_last, keep_days=keep_days, dry_run=call.dry_run)
+    left = [one for place in (call.config.runs, cache_folder()) for one in find(place)]
+    left = [one for one in left if one.is_old and one not in report.leftovers]
+    left = [*report.leftovers, *(left if report.dry_run else take_away(left))]
     record = records.Collected(
         dry_run=report.dry_run,
         expired=report.expired,
         freed_bytes=report.freed_bytes,
         deleted_files=report.deleted_files,
         notes=report.notes,
+        leftovers=tuple(one.path for one in left),
     )
     would = "would be " if report.dry_run else ""
     rows = [
         (f"versions {would}removed", len(report.expired)),
         (f"files {would}deleted", report.deleted_files),
         (f"space {would}freed", size(report.freed_bytes)),
+        *((f"left by a killed process, {would}deleted", one.path) for one in left),
     ]
     call.out.data(record, Table((), rows), ids=[report.freed_bytes])
     for note in report.notes:

@@ -34,6 +34,9 @@ config = typer.Typer(
 )
 app.add_typer(config, name="config")
 
+SHOWN = 5
+"""Leftovers that are named one by one."""
+
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "zarr", "icechunk", "safetensors", "peft")
 
 
@@ -152,6 +155,7 @@ def doctor(call: Call) -> None:
         _weights(call.config),
         _cache(),
         _store(call),
+        _leftovers(call),
     )
     record = Diagnosis(ok=all(check.ok for check in checks), checks=checks)
     rows = [
@@ -281,3 +285,26 @@ def _store(call: Call) -> Check:
         return Check(name="memory", ok=False, found=error.message, remedy=error.remedy)
     found = f"{path}: {len(view.live)} adapters at {view.version} ({view.message})"
     return Check(name="memory", ok=True, found=found)
+
+
+def _leftovers(call: Call) -> Check:
+    """What lies half made in the memory, beside it, in the cache and under `runs`."""
+    from memtool.streams.table import cache_folder
+    from memtool_stores.leftovers import find
+
+    found = [*find(call.config.runs), *find(cache_folder())]
+    if not call.store_path.startswith("s3:"):
+        store = Path(call.store_path).expanduser()
+        found += [*find(store), *find(store.absolute().parent, below=False)]
+    found = list({one.path: one for one in found}.values())
+    if not found:
+        return Check(name="leftovers", ok=True, found="none")
+    told = ", ".join(str(one.path) for one in found[:SHOWN])
+    more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+    return Check(
+        name="leftovers",
+        ok=True,
+        found=f"{told}{more}: of a process at work, or killed "
+        f"({size(sum(one.nbytes for one in found))})",
+        remedy="memtool gc",
+    )
