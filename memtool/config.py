@@ -383,6 +383,9 @@ class LimitSettings(Settings):
     bundle_files: Annotated[int, Field(ge=1)] = Field(
         Limits.bundle_files, description="files in a bundle"
     )
+    data_files: Annotated[int, Field(ge=1)] = Field(
+        Limits.data_files, description="files and folders below a folder of data"
+    )
     image_bytes: Annotated[int, Field(ge=1)] = Field(
         Limits.image_bytes, description="an image as it is encoded"
     )

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from memtool.errors import DataError
 from memtool.streams.parts import listed
+from memtool_stores import limits
+from memtool_stores.errors import SchemaError
 from memtool_stores.printable import printable
 
 IMAGE_SUFFIXES = frozenset(
@@ -39,52 +41,60 @@ def files_below(root: Path) -> Found:
     """Every file below `root` that is not hidden; links to files and folders are followed.
 
     A folder that a link leads to is read once, however many links lead there. Raises DataError for
-    a folder that cannot be listed.
+    a folder that cannot be listed, for a whole file system, and above limits.data_files.
     """
+    if root.resolve().parent == root.resolve():
+        raise DataError(
+            f"{root} is a whole file system",
+            expected="a folder that holds the data and nothing else",
+            remedy="name that folder",
+        )
     files: list[Path] = []
-    left_out: Counter[str] = Counter()
+    out: Counter[str] = Counter()
     seen: set[tuple[int, int]] = set()
-    folders = deque([root])
-    links: deque[Path] = deque()
+    folders, links = deque([root]), deque[Path]()
+    count = 0
     while folders or links:
         # Links last: what has a place of its own is found there.
-        linked = not folders
-        folder = links.popleft() if linked else folders.pop()
+        folder = folders.pop() if folders else links.popleft()
         try:
             state = folder.stat()
             if (state.st_dev, state.st_ino) in seen:
-                left_out[_AGAIN] += 1
+                out[_AGAIN] += 1
                 continue
             seen.add((state.st_dev, state.st_ino))
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    _sort_out(entry, files, folders, links, left_out)
+            names = sorted(os.listdir(folder))  # noqa: PTH208 - names, not paths
+            count += len(names)
+            limits.require("data_files", count, f"{printable(str(root))} and below")
+            for name in names:
+                _sort_out(folder / name, files, folders, links, out)
+        except SchemaError as error:
+            raise DataError(error.message, expected=error.expected, remedy=error.remedy) from error
         except OSError as error:
             raise DataError(
                 f"{printable(str(folder))}: cannot be listed ({error.strerror})",
                 remedy="check its permissions, or take it out",
             ) from error
-    return Found(tuple(sorted(files)), left_out)
+    return Found(tuple(sorted(files)), out)
 
 
 def _sort_out(
-    entry: os.DirEntry[str],
+    path: Path,
     files: list[Path],
     folders: deque[Path],
     links: deque[Path],
-    left_out: Counter[str],
+    out: Counter[str],
 ) -> None:
-    path = Path(entry.path)
-    if entry.name.startswith("."):
-        left_out[_HIDDEN] += 1
+    if path.name.startswith("."):
+        out[_HIDDEN] += 1
     elif path.is_dir():
-        (links if entry.is_symlink() else folders).append(path)
+        (links if path.is_symlink() else folders).append(path)
     elif path.is_file():
         files.append(path)
-    elif entry.is_symlink() and not path.exists():
-        left_out[_LOST] += 1
+    elif path.is_symlink() and not path.exists():
+        out[_LOST] += 1
     else:
-        left_out[_SPECIAL] += 1
+        out[_SPECIAL] += 1
 
 
 def left_out(name: str, found: Found, chosen: Sequence[Path]) -> list[str]:

@@ -30,6 +30,8 @@ class Limits:
     """Keys, a catalog, a blob, and the tensors of one file."""
     bundle_files: int = 1_000_000
     """Files in a bundle."""
+    data_files: int = 2_000_000
+    """Files and folders below a folder of data."""
     image_bytes: int = 256 * MB
     """An image as it is encoded."""
     image_pixels: int = 128 * MB

@@ -109,6 +109,7 @@ def test_a_description(sandbox: Path, content: bytes) -> None:
 
 @cases
 @given(source=NAMES)
+@example(source="/")
 def test_the_name_of_a_source(sandbox: Path, source: str) -> None:
     with refused_or_taken():
         find_source(source)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from memtool.config import StreamSettings
 from memtool.errors import DataError, NotFoundError
 from memtool.streams import create_stream, open_table
 from memtool.streams.sources import task_names
+from memtool_stores import limits
 
 Folder = Callable[..., Path]
 
@@ -218,6 +220,22 @@ def test_names_that_differ_only_in_case_or_white_space_are_said(image_folder: Fo
     notes = create_stream(StreamSettings(source=str(root)), 12).notes
     assert any("classes that differ only in case" in n and "'Cat', 'cat '" in n for n in notes)
     assert any("domains that differ only in case" in note for note in notes)
+
+
+def test_a_whole_disk_is_no_data_set(image_folder: Folder) -> None:
+    with pytest.raises(DataError, match="/ is a whole file system"):
+        open_table("/", 12)
+    root = image_folder(["ant", "bee"])
+    before = limits.current()
+    try:
+        limits.use(replace(before, data_files=11))
+        with pytest.raises(DataError, match="pictures and below: 12 files") as caught:
+            open_table(str(root), 12)
+        assert "limits.data_files" in str(caught.value)
+        limits.use(replace(before, data_files=12))
+        assert len(open_table(str(root), 12)) == 10
+    finally:
+        limits.use(before)
 
 
 def test_a_folder_that_cannot_be_listed_is_no_empty_folder(image_folder: Folder) -> None:
