@@ -16,8 +16,9 @@ from memtool.memories.rank1 import Rank1Memory
 from memtool.methods.atom_measure import AtomMeasure
 from memtool.methods.atom_state import AtomSnapshot
 from memtool.methods.atom_watch import alike
-from memtool.methods.method import first, require_unmoved
+from memtool.methods.method import require_unmoved
 from memtool.methods.results import PruneResult, TaskAccuracy
+from memtool.methods.subject import first
 from memtool.methods.text_memory import TextMoram, TextSnapshot, some
 
 if TYPE_CHECKING:

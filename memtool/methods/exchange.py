@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors.torch import load, save
+from pydantic import BaseModel, ConfigDict, StrictInt, ValidationError
+from safetensors.torch import save
 from torch import Tensor
 
 import memtool
@@ -31,6 +32,7 @@ from memtool.adapters.peft_files import (
     restored_file,
     write_peft,
 )
+from memtool.config import TrainSettings
 from memtool.errors import (
     AlreadyThereError,
     CorruptError,
@@ -39,8 +41,13 @@ from memtool.errors import (
     NotFoundError,
 )
 from memtool.heads import LinearClassifier
+from memtool.methods.foreign import TrainedAs, check_base_model, read_head
 from memtool.methods.results import AdaptResult
-from memtool.methods.state import Snapshot, classifier_bytes, classifier_of, own_head_blob
+from memtool.methods.state import Snapshot, classifier_bytes, own_head_blob
+from memtool.outside import read_json
+from memtool.tensor_bytes import read_tensors
+from memtool_stores.names import check_name
+from memtool_stores.printable import shown
 
 if TYPE_CHECKING:
     from memtool.methods.workspace import MemoryWorkspace, T, Workspace
@@ -53,7 +60,24 @@ PEFT_PREFIX = "peft."
 """Blobs of this name hold what PEFT files have beside their numbers: header and configuration."""
 
 
-class About(BaseModel):
+Section = TypeVar("Section", bound=BaseModel)
+
+
+class _Beside(BaseModel):
+    """A JSON file beside the PEFT files of an adapter."""
+
+    model_config = ConfigDict(frozen=True)
+
+    @classmethod
+    def read(cls, file: Path) -> Self:
+        """What a file says. Raises CorruptError for another content, NotFoundError."""
+        try:
+            return cls.model_validate(read_json(file))
+        except ValidationError as error:
+            raise _wrong(file, error) from error
+
+
+class About(_Beside):
     """What an adapter was trained on: the file `memtool.json` of its folder."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -72,6 +96,39 @@ class About(BaseModel):
     beneath: str = ""
     configuration: dict[str, Any]
     memtool: str
+
+    @property
+    def trained_as(self) -> TrainedAs:
+        """What the adapter is."""
+        return "atoms" if self.configuration.get("method") == "moram" else "adapter"
+
+    def section(self, name: str, model: type[Section]) -> Section:
+        """A section of the configuration that it was trained with. Raises CorruptError."""
+        try:
+            return model.model_validate(self.configuration.get(name))
+        except ValidationError as error:
+            raise _wrong(Path(ABOUT), error, f"configuration.{name}") from error
+
+
+class _Exported(_Beside):
+    """What `memtool_catalog.json` says of an adapter that came out of a memory."""
+
+    task: StrictInt | None = None
+    kind: TrainedAs = "adapter"
+    backbone: str | None = None
+    backbone_sha256: str | None = None
+
+
+def _wrong(file: Path, error: ValidationError, section: str = "") -> CorruptError:
+    """What a file says that it cannot say."""
+    first = error.errors(include_url=False)[0]
+    place = ".".join(map(str, (*filter(None, [section]), *first["loc"])))
+    return CorruptError(
+        f"{file}: {place or 'the whole'} is {shown(first['input'])}: {first['msg']}",
+        remedy="a folder as `memtool train-adapter` or `memtool export` writes it"
+        if file.name == CATALOG
+        else "memtool train-adapter --fresh, or remove the folder",
+    )
 
 
 @dataclass(frozen=True)
@@ -94,16 +151,7 @@ class AdapterFolder:
 
     def about(self) -> About:
         """What the adapter was trained on."""
-        file = self.path / ABOUT
-        try:
-            return About.model_validate_json(file.read_bytes())
-        except FileNotFoundError as error:
-            raise NotFoundError(f"no {file}") from error
-        except ValidationError as error:
-            raise CorruptError(
-                f"{file}: {error.errors()[0]['msg']}",
-                remedy="memtool train-adapter --fresh, or remove the folder",
-            ) from error
+        return About.read(self.path / ABOUT)
 
     def result(self) -> AdaptResult:
         """What its training returned, at the place where it is now."""
@@ -115,7 +163,8 @@ class ReadAdapter:
     """An adapter read from a folder: its value in this layout and what the catalog keeps of it.
 
     `files` is all of its PEFT files but the numbers, for the blob that `meta["peft"]` names: it is
-    the same for all adapters that were written alike.
+    the same for all adapters that were written alike. `about` is None for an adapter that was not
+    trained here; `notes` say what is doubtful about it.
     """
 
     path: Path
@@ -125,6 +174,9 @@ class ReadAdapter:
     head: LinearClassifier | None
     meta: dict[str, Any]
     files: bytes
+    trained_as: TrainedAs
+    about: About | None
+    notes: tuple[str, ...] = ()
 
 
 def write_adapter(
@@ -196,15 +248,13 @@ def read_adapter(path: Path, work: MemoryWorkspace[T], task: T | None = None) ->
             expected=f"rank {work.layout.rank} at {len(work.layout.sites)} sites, as configured",
             remedy=f"--rank {found.layout.rank}; a store holds adapters of one rank only",
         )
-    folder = AdapterFolder(path)
-    about = folder.about() if folder.is_complete else None
-    if about is not None and about.backbone_sha256 != work.backbone.sha256:
-        raise MismatchError(
-            f"{path} was trained on {about.backbone} ({about.backbone_sha256[:12]}…)",
-            expected=f"{work.backbone.name} ({work.backbone.sha256[:12]}…)",
-            remedy="--preset or --set backbone.name as it was trained with",
-        )
-    number = _known_task(path, about)
+    about = About.read(path / ABOUT) if _is_there(path / ABOUT) else None
+    exported = _Exported.read(path / CATALOG) if _is_there(path / CATALOG) else _Exported()
+    trained_on = (exported.backbone, exported.backbone_sha256)
+    if about is not None:
+        trained_on = (about.backbone, about.backbone_sha256)
+    notes = check_base_model(path, found, trained_on, work.backbone)
+    number = exported.task if about is None else about.result.task
     if task is not None:
         if number not in (None, task.number):
             raise MismatchError(
@@ -217,11 +267,14 @@ def read_adapter(path: Path, work: MemoryWorkspace[T], task: T | None = None) ->
             f"{path} does not say which task it was trained on",
             remedy=f"memtool write {path} --task N",
         )
-    head = path / OWN_HEAD
-    own = classifier_of(head.read_bytes(), str(head)) if head.is_file() else None
     value = found.value.float()
+    if not bool(value.isfinite().all()):
+        raise DataError(f"{path} has numbers that 32 bits cannot hold")
     chosen = work.task(str(number))
     names = work.stream.class_names
+    own = None
+    if _is_there(path / OWN_HEAD):
+        own = read_head(path / OWN_HEAD, (len(names), work.backbone.dim))
     if about is not None and (about.result.task_name, about.classes) != (
         chosen.name,
         tuple(names[c] for c in chosen.classes),
@@ -240,7 +293,9 @@ def read_adapter(path: Path, work: MemoryWorkspace[T], task: T | None = None) ->
         "classes": list(about.classes) if about else [names[c] for c in chosen.classes],
         "scaling": found.scaling,
         "setting": about.setting if about else work.stream.setting,
-        "hyperparameters": about.configuration.get("train", {}) if about else {},
+        "hyperparameters": about.section("train", TrainSettings).model_dump(mode="json")
+        if about
+        else {},
         "provenance": {
             "beneath": about.beneath if about else "",
             "fingerprint": about.fingerprint if about else "",
@@ -257,23 +312,18 @@ def read_adapter(path: Path, work: MemoryWorkspace[T], task: T | None = None) ->
     files = save({"header": _bytes_tensor(found.header), "config": _bytes_tensor(found.config)})
     meta["peft"] = PEFT_PREFIX + hashlib.sha256(files).hexdigest()[:32]
     sha256 = hashlib.sha256(np.ascontiguousarray(value.numpy(), dtype="<f4").tobytes()).hexdigest()
-    name = about.result.name if about else path.resolve().name
-    return ReadAdapter(path, name, value, sha256, own, meta, files)
+    name = check_name(about.result.name if about else path.resolve().name, "an adapter")
+    trained_as = exported.kind if about is None else about.trained_as
+    return ReadAdapter(path, name, value, sha256, own, meta, files, trained_as, about, notes)
 
 
 def _bytes_tensor(data: bytes) -> Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
-def _known_task(path: Path, about: About | None) -> int | None:
-    """The task that the folder itself names: one made here, or one exported from a memory."""
-    if about is not None:
-        return about.result.task
-    try:
-        task = json.loads((path / CATALOG).read_text(encoding="utf-8")).get("task")
-    except (FileNotFoundError, ValueError, AttributeError):
-        return None
-    return task if isinstance(task, int) else None
+def _is_there(file: Path) -> bool:
+    """Whether there is anything of this name: a pipe or a broken link, too, is looked at."""
+    return os.path.lexists(file)
 
 
 def recalled_adapter(
@@ -341,7 +391,10 @@ def export_peft(
         known = {
             "adapter": record.name,
             "id": record.id,
+            "kind": record.kind,
             "version": view.version,
+            "backbone": work.backbone.name,
+            "backbone_sha256": work.backbone.sha256,
             "byte_identical": False,
             **record.meta,
         }
@@ -374,7 +427,7 @@ def _write_stored(
         alpha = float(record.scaling) * work.layout.rank
         write_peft(directory, value, work.layout, alpha=alpha, base_model=work.backbone.name)
         return
-    files = load(view.blob(blob))
+    files = read_tensors(view.blob(blob), f"blob {blob!r}", header="uint8 h", config="uint8 c")
     adapter = PeftAdapter(
         value,
         work.layout,
