@@ -23,6 +23,6 @@ def show_prediction(out: Out, prediction: Prediction | None) -> None:
 def unlike(novelty: float | None) -> str:
     """The sentence on an input that is like nothing that was learned."""
     return (
-        f"this is unlike all that the memory learned (novelty {novelty:.2f}; what was learned is "
-        "near 1 or below): what it says means little"
+        f"this is unlike all that the memory learned (novelty {novelty:.2f}; 99 of 100 images that "
+        "it learned from are below 1): what it says means little"
     )

@@ -127,9 +127,9 @@ class AdapterCoefficient(Part):
 class Prediction(Part):
     """The most probable class of one image.
 
-    `novelty` says how far the image lies from all that was learned: 1 is as far as a new image of a
-    learned task usually does, and an image above `memtool.heads.novelty.LIMIT` is `unlike` them:
-    its class means little. None where the memory does not hold what tells.
+    `novelty` says how far the image lies from all that was learned: 99 of 100 images of a learned
+    task lie within 1, and an image beyond that is `unlike` all of them: its class means little.
+    None where the memory does not hold what tells.
     """
 
     label: str

@@ -26,6 +26,7 @@ from memtool_cli.options import (
 )
 from memtool_cli.output import Table
 from memtool_cli.predictions import show_prediction, unlike
+from memtool_cli.unread import say_decided
 
 app = typer.Typer(rich_markup_mode="rich")
 
@@ -76,6 +77,7 @@ def explain(
 ) -> None:
     """Show which adapters fire for an image, a prompt or a task, and what each of them adds."""
     call.require_one_subject("explain", task=task, image=image, prompt=prompt)
+    say_decided(call)
     if call.config.method == "moram":
         return _explain_atoms(
             call, task=task, image=image, prompt=prompt, layer=layer, block=block, out=out

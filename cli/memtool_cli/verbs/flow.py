@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from memtool.config import COMMAND_LINE, choices
+from memtool.config import choices
 from memtool.errors import ConfigError
 from memtool_cli import complete
 from memtool_cli.options import (
@@ -41,6 +41,7 @@ from memtool_cli.output import Table, duration, percent, size
 from memtool_cli.plan import show_plan
 from memtool_cli.predictions import show_prediction
 from memtool_cli.scores import show
+from memtool_cli.unread import say_decided, say_unread_stream
 from memtool_cli.written import show_written
 
 if TYPE_CHECKING:
@@ -262,10 +263,9 @@ def retrieve(
     from memtool.methods.text_memory import TextMoram
 
     call.require_one_subject("retrieve", task=task, image=image, prompt=prompt, query=query)
+    say_decided(call)
     if query is not None:
-        for key, place in call.resolved.origin.items():
-            if place == COMMAND_LINE and key.startswith("stream."):
-                call.out.note(f"note: {key} has no effect: a query stands for itself")
+        say_unread_stream(call)
     result: RetrieveResult | RecallResult | AtomsResult
     with call.out.progress() as progress:
         method = call.method(progress)
@@ -428,6 +428,7 @@ def evaluate(
         one_of("--setting", setting, choices("stream.setting"))
     if call.dry_run:
         return show_plan(call, "eval")
+    say_decided(call)
     if at_least is not None and call.reads_texts and not call.config.text.generate:
         raise ConfigError(
             "--at-least where only losses are measured",
