@@ -19,7 +19,8 @@ from memtool.methods.atom_watch import alike
 from memtool.methods.method import require_unmoved
 from memtool.methods.results import PruneResult, TaskAccuracy
 from memtool.methods.subject import first
-from memtool.methods.text_memory import TextMoram, TextSnapshot, some
+from memtool.methods.text import some
+from memtool.methods.text_memory import TextMoram, TextSnapshot
 
 if TYPE_CHECKING:
     from memtool.methods.moram import Moram

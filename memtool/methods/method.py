@@ -36,7 +36,6 @@ from memtool.evaluation.record import (
     Run,
     TaskIdentity,
 )
-from memtool.heads import LinearClassifier
 from memtool.methods.adapt import Adapted, adapt
 from memtool.methods.exchange import (
     AdapterFolder,
@@ -135,7 +134,7 @@ class MemoryMethod(ABC, Generic[T]):
         ]
 
         def write_all() -> None:
-            heads = [of_classes(head, chosen.classes) for head in trained.heads]
+            heads = [head.of_classes(chosen.classes) for head in trained.heads]
             for index, (folder, result) in enumerate(zip(folders, results, strict=True)):
                 write_adapter(
                     folder,
@@ -224,10 +223,14 @@ class MemoryMethod(ABC, Generic[T]):
         work = self.workspace
         given = None if task is None else work.task(task)
         found = [read_adapter(path, work, given) for path in directories]
+        here: set[str] = set()
         if work.has_store:
-            self._require_own_kind(work.store.view("HEAD"))
+            view = work.store.view("HEAD")
+            self._require_own_kind(view)
+            here = {record.name for record in view.live}
         for adapter in found:
-            require_trained_as(adapter, self.kind, self.config.method, as_atoms=as_atoms)
+            if adapter.name not in here:
+                require_trained_as(adapter, self.kind, self.config.method, as_atoms=as_atoms)
         store = work.store_or_new()
         added: list[WrittenAdapter] = []
         skipped: list[str] = []
@@ -235,9 +238,9 @@ class MemoryMethod(ABC, Generic[T]):
         def append(txn: memtool_stores.Transaction) -> None:
             added.clear()
             skipped.clear()
-            here = {record.name: record for record in (*txn.adapters, *txn.atom_records)}
+            records = {record.name: record for record in (*txn.adapters, *txn.atom_records)}
             for adapter in found:
-                old = here.get(adapter.name)
+                old = records.get(adapter.name)
                 if old is not None:
                     if adapter.sha256 not in (old.sha256, old.meta.get("refined_from")):
                         raise AlreadyThereError(
@@ -250,7 +253,7 @@ class MemoryMethod(ABC, Generic[T]):
                     skipped.append(adapter.name)
                     continue
                 record = self._append(txn, adapter)
-                here[adapter.name] = record
+                records[adapter.name] = record
                 if adapter.meta["peft"] not in txn.base.blobs():
                     txn.put_blob(adapter.meta["peft"], adapter.files)
                 if adapter.head is not None:
@@ -259,9 +262,6 @@ class MemoryMethod(ABC, Generic[T]):
             if added:
                 self._also_commit(txn, added)
 
-        view = store.view("HEAD")
-        self._require_own_kind(view)
-        here = {record.name for record in view.live}
         names = ", ".join(adapter.name for adapter in found if adapter.name not in here)
         store.run(append, f"write {names}", metadata=self._metadata("write"))
         new = {adapter.name for adapter in added}
@@ -462,13 +462,6 @@ class Method(MemoryMethod[Task]):
                 expected="method mira, whose mixtures an adapter can be added to",
             )
         return None, ""
-
-
-def of_classes(head: LinearClassifier, classes: Sequence[int]) -> LinearClassifier:
-    """The head with a bias of −inf for every class that it was not trained on."""
-    bias = torch.full_like(head.bias, -torch.inf)
-    bias[list(classes)] = head.bias[list(classes)]
-    return LinearClassifier(head.weight, bias)
 
 
 def task_of(record: memtool_stores.AdapterRecord) -> int:

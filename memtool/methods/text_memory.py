@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
@@ -48,13 +47,9 @@ from memtool.methods.kept import fingerprint_of, kept
 from memtool.methods.method import Trained, task_of
 from memtool.methods.past_inputs import PastInputs
 from memtool.methods.results import AsAtoms, AtomsResult, HeadResult, TaskShare
-from memtool.methods.text import AtomLearner, TextScores, TextWorkspace, text_row
+from memtool.methods.text import AtomLearner, TextScores, TextWorkspace, some, text_row
 from memtool.progress import Progress
 from memtool.streams.text import TextSamples, TextTask
-
-SUBJECT_SAMPLES = 32
-"""Texts of a task that `retrieve --task`, `explain --task` and pruning look at, one by one."""
-
 
 _SCORES = TypeAdapter(TextScores)
 
@@ -499,9 +494,3 @@ class TextMoram(AtomMethod[TextTask]):
                 remedy="memtool rollback to the version before them",
             ) from error
         return resolved(given, self.workspace.layout.rank)
-
-
-def some(samples: TextSamples) -> TextSamples:
-    """At most `SUBJECT_SAMPLES` of them, spread evenly."""
-    count = min(SUBJECT_SAMPLES, len(samples))
-    return samples.chosen(np.linspace(0, len(samples) - 1, count).astype(np.int64).tolist())
