@@ -7,9 +7,13 @@ import os
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
+from memtool.backbones.nano import build_nano
 from memtool.config import resolve
 from memtool.methods.mira import Mira
 from tests.cli.conftest import inside
@@ -107,3 +111,32 @@ def test_what_is_refused(arguments, code, said, folder):
     assert said in done.stderr
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
+
+
+def test_what_is_unlike_all_that_was_learned_is_said_wherever_it_is_predicted(folder):
+    noise = np.random.default_rng(0).integers(0, 256, (60, 60, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(folder / "noise.png")
+    for image, unlike in (("noise.png", True), ("photo.png", False)):
+        shown = memtool(folder, "retrieve", "--image", image)
+        assert "prediction: " in shown.stderr
+        assert ("unlike all that the memory learned" in shown.stderr) == unlike
+        shown = memtool(folder, "explain", "--image", image)
+        assert ("unlike all that the memory learned" in shown.stderr) == unlike
+        said = json.loads(memtool(folder, "retrieve", "--image", image, "--json").stdout)
+        assert said["prediction"]["unlike"] is unlike
+        assert (said["prediction"]["novelty"] > 1) == unlike
+        said = json.loads(memtool(folder, "explain", "--image", image, "--json").stdout)
+        assert said["unlike"] is unlike
+
+
+def test_settings_that_a_reading_verb_does_not_go_by_are_said(folder):
+    for verb in (("retrieve", "--task", "1"), ("eval",)):
+        done = memtool(folder, *verb, "--set", "memory.mix=params", "--set", "train.epochs=9")
+        assert done.returncode == 0, done.stderr
+        assert "note: memory.mix has no effect here: a memory is read as it was made" in done.stderr
+        assert "note: train.epochs has no effect here" in done.stderr
+    query = folder / "query.safetensors"
+    save_file({"query": torch.ones(build_nano().embed_dim)}, query)
+    done = memtool(folder, "retrieve", "--query", "query.safetensors", "--set", "stream.seed=3")
+    assert done.returncode == 0, done.stderr
+    assert "note: stream.seed has no effect here: a query stands for itself" in done.stderr
