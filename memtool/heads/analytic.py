@@ -12,6 +12,7 @@ from torch import Tensor
 from memtool.errors import MismatchError
 from memtool.heads.linear import LinearClassifier
 from memtool.memories.moments import LinearRule, Moments
+from memtool.memories.novelty import reach
 
 
 class FeatureStatistics:
@@ -45,6 +46,18 @@ class FeatureStatistics:
     def second(self) -> Tensor:
         """Second moment of the features of all classes (dim, dim)."""
         return self._moments.second[0]
+
+    @property
+    def moments(self) -> Moments:
+        """The moments themselves, of one group."""
+        return self._moments
+
+    def keep_reach(self, features: Tensor, labels: Tensor) -> None:
+        """Measure how far the features (n, dim) lie that were counted, with these labels (n,).
+
+        Counting more forgets it again.
+        """
+        self._moments.reach = reach(self._moments, features.unsqueeze(0), labels)
 
     def grow(self, new_classes: int) -> None:
         """Have room for so many more classes."""

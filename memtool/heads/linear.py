@@ -31,6 +31,12 @@ class LinearClassifier:
         """The same on another device."""
         return LinearClassifier(self.weight.to(device), self.bias.to(device))
 
+    def of_classes(self, classes: Sequence[int]) -> LinearClassifier:
+        """The same with a bias of −infinity for every class that it was not trained on."""
+        bias = torch.full_like(self.bias, -torch.inf)
+        bias[list(classes)] = self.bias[list(classes)]
+        return LinearClassifier(self.weight, bias)
+
     def __call__(self, features: Tensor, allowed: Sequence[int] | None = None) -> Tensor:
         """Logits (batch, classes) of features (batch, dim), float32 also under autocast.
 

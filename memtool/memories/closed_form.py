@@ -15,6 +15,7 @@ from torch import Tensor
 
 from memtool.errors import ConfigError, DataError, MismatchError, did_you_mean
 from memtool.memories.moments import LinearRule, Moments
+from memtool.memories.novelty import reach
 from memtool.memories.similarity import SIMILARITIES
 
 
@@ -58,6 +59,18 @@ class QueryStatistics:
     def second(self) -> Tensor:
         """Second moments of the queries of all tasks (L, d, d)."""
         return self._moments.second
+
+    @property
+    def moments(self) -> Moments:
+        """The moments themselves; a task is a class."""
+        return self._moments
+
+    def keep_reach(self, queries: Tensor, places: Tensor) -> None:
+        """Measure how far the queries (L, n, d) lie that were counted, each of task `places` (n,).
+
+        Counting more forgets it again.
+        """
+        self._moments.reach = reach(self._moments, queries, places)
 
     def add(self, task_index: int, queries: Tensor) -> None:
         """Count queries (L, n, d) of a task.

@@ -33,7 +33,8 @@ class Moments:
     """Moments of vectors (dim,) by class, for several independent groups with the same labels.
 
     counts (classes,), sums (groups, classes, dim), and second (groups, dim, dim) = Σ x xᵀ over all
-    classes. A block of a backbone, or a head, is a group.
+    classes. A block of a backbone, or a head, is a group. `reach` (groups,) says how far from their
+    class means nearly all of the vectors lie, where that was measured (`memories.novelty`).
     """
 
     def __init__(self, groups: int, dim: int, classes: int = 0) -> None:
@@ -41,6 +42,7 @@ class Moments:
         self.counts = torch.zeros(classes, dtype=torch.float64)
         self.sums = torch.zeros(groups, classes, dim, dtype=torch.float64)
         self.second = torch.zeros(groups, dim, dim, dtype=torch.float64)
+        self.reach: Tensor | None = None
 
     @property
     def groups(self) -> int:
@@ -94,6 +96,7 @@ class Moments:
                 expected="finite numbers; one other would spoil the statistics for good",
             )
         labels = labels.long()
+        self.reach = None
         self.counts += torch.bincount(labels, minlength=self.classes)
         self.sums.index_add_(1, labels, vectors)
         self.second += vectors.mT @ vectors
@@ -105,6 +108,7 @@ class Moments:
                 f"statistics of {other.groups} x {other.dim}",
                 expected=f"{self.groups} x {self.dim} (groups x width)",
             )
+        self.reach = None
         self.grow(other.classes)
         self.counts[: other.classes] += other.counts
         self.sums[:, : other.classes] += other.sums
@@ -174,19 +178,29 @@ class Moments:
     def to_bytes(self) -> bytes:
         """As a safetensors file."""
         tensors = {"counts": self.counts, "sums": self.sums, "second": self.second}
+        if self.reach is not None:
+            tensors["reach"] = self.reach
         return save({name: tensor.contiguous() for name, tensor in tensors.items()})
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> Moments:
         """What `to_bytes` wrote; `where` names it in errors. Raises CorruptError otherwise."""
         tensors = read_tensors(
-            data, where, counts="float64 c", sums="float64 g c d", second="float64 g d d"
+            data,
+            where,
+            counts="float64 c",
+            sums="float64 g c d",
+            second="float64 g d d",
+            reach="?float64 g",
         )
         counts, sums = tensors["counts"], tensors["sums"]
         if sums.shape[0] == 0 or sums.shape[2] == 0 or bool((counts < 0).any()):
             raise CorruptError(f"{where} holds moments of nothing, shape {tuple(sums.shape)}")
         moments = cls(sums.shape[0], sums.shape[2], 0)
         moments.counts, moments.sums, moments.second = counts, sums, tensors["second"]
+        moments.reach = tensors.get("reach")
+        if moments.reach is not None and not bool((moments.reach > 0).all()):
+            raise CorruptError(f"{where} holds vectors that lie nowhere: reach {moments.reach}")
         return moments
 
     def _overall_mean(self) -> Tensor:

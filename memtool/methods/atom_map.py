@@ -16,9 +16,9 @@ from memtool.errors import ConfigError, did_you_mean
 from memtool.methods.atom_measure import AtomMeasure
 from memtool.methods.atom_state import AtomSnapshot
 from memtool.methods.atom_watch import SiteWeights, activation_map
-from memtool.methods.method import first
 from memtool.methods.moram import SUBJECT_SAMPLES, Moram
 from memtool.methods.results import Part, Prediction, Result, TaskShare
+from memtool.methods.subject import first
 from memtool.methods.text import TextWorkspace
 from memtool.methods.text_memory import TextMoram, TextSnapshot
 from memtool.methods.workspace import Workspace

@@ -22,8 +22,10 @@ from memtool.methods.atom_watch import (
     watched,
 )
 from memtool.methods.measure import share_right
-from memtool.methods.method import first
 from memtool.methods.results import AtomWeight, Prediction
+from memtool.methods.seen import predicted, seen_before
+from memtool.methods.state import feature_statistics
+from memtool.methods.subject import first
 from memtool.methods.workspace import Workspace
 from memtool.streams.task import Task
 from memtool_stores import MemoryView
@@ -71,9 +73,10 @@ class AtomMeasure:
         scores, head = self.scores(snapshot, images[:1]), snapshot.head
         mixed = head.owners is not None
         probabilities = head.probabilities(scores)[0] if mixed else scores[0].softmax(0)
-        best = int(probabilities.argmax())
-        return Prediction(
-            label=snapshot.state.class_names[best], probability=float(probabilities[best])
+        features = self.workspace.features(images[:1], snapshot.bank.recall(snapshot.gate))
+        statistics = feature_statistics(snapshot.view, snapshot.tasks)
+        return predicted(
+            probabilities, snapshot.state.class_names, seen_before(features, statistics)
         )
 
     def accuracy(self, snapshot: AtomSnapshot, task: Task, setting: str) -> float | None:

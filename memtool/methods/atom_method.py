@@ -15,7 +15,7 @@ from memtool.adapters.atoms import AtomGate
 from memtool.config import MoramSettings
 from memtool.errors import AlreadyThereError, ConfigError, MismatchError, NotFoundError
 from memtool.methods.atom_state import digest, gate_of, past_inputs_of, resolved
-from memtool.methods.exchange import About, AdapterFolder, ReadAdapter
+from memtool.methods.exchange import About, ReadAdapter
 from memtool.methods.method import MemoryMethod, newest_after_each, task_of
 from memtool.methods.past_inputs import PastInputs
 from memtool.methods.workspace import T
@@ -95,10 +95,8 @@ class AtomMethod(MemoryMethod[T]):
         return digest(records)
 
     def _about(self, adapter: ReadAdapter) -> About | None:
-        """What atoms were trained on; None for a LoRA from elsewhere, whose ranks become atoms."""
-        folder = AdapterFolder(adapter.path)
-        about = folder.about() if folder.is_complete else None
-        return about if about and about.configuration.get("method") == "moram" else None
+        """What atoms were trained on; None for those that were not trained here."""
+        return adapter.about if adapter.trained_as == "atoms" else None
 
     def _require_new_task(self, txn: memtool_stores.Transaction, adapter: ReadAdapter) -> None:
         """A task adds its atoms once."""

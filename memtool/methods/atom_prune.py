@@ -16,9 +16,11 @@ from memtool.memories.rank1 import Rank1Memory
 from memtool.methods.atom_measure import AtomMeasure
 from memtool.methods.atom_state import AtomSnapshot
 from memtool.methods.atom_watch import alike
-from memtool.methods.method import first, require_unmoved
+from memtool.methods.method import require_unmoved
 from memtool.methods.results import PruneResult, TaskAccuracy
-from memtool.methods.text_memory import TextMoram, TextSnapshot, some
+from memtool.methods.subject import first
+from memtool.methods.text import some
+from memtool.methods.text_memory import TextMoram, TextSnapshot
 
 if TYPE_CHECKING:
     from memtool.methods.moram import Moram

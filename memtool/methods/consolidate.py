@@ -78,13 +78,15 @@ def count_task(
 def count_queries(
     asked: Tensor, labels: npt.NDArray[np.int64], *, by_class: bool
 ) -> QueryStatistics:
-    """Moments of a task's queries (memories, n, dim), all at once or by class of `labels` (n,)."""
+    """Moments of a task's queries (memories, n, dim), all at once or by class of `labels` (n,).
+
+    With their reach.
+    """
     statistics = QueryStatistics(len(asked), asked.shape[-1])
-    if not by_class:
-        statistics.add(0, asked)
-        return statistics
-    for place, label in enumerate(np.unique(labels)):
-        statistics.add(place, asked[:, torch.from_numpy(labels == label)])
+    places = np.unique(labels, return_inverse=True)[1] if by_class else np.zeros_like(labels)
+    for place in range(int(places.max(initial=-1)) + 1):
+        statistics.add(place, asked[:, torch.from_numpy(places == place)])
+    statistics.keep_reach(asked, torch.from_numpy(places))
     return statistics
 
 

@@ -10,32 +10,34 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors.torch import load, save
+from pydantic import BaseModel, ConfigDict, StrictInt, ValidationError
+from safetensors.torch import save
 from torch import Tensor
 
 import memtool
 from memtool import sealed
 from memtool.adapters.layout import Layout
+from memtool.adapters.peft_config import CONFIG_NAME
 from memtool.adapters.peft_files import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
     PeftAdapter,
     read_peft,
     restore_peft,
     restored_file,
     write_peft,
 )
+from memtool.adapters.peft_tensors import WEIGHTS_NAME
 from memtool.atomic import write_atomic
+from memtool.config import TrainSettings
 from memtool.errors import (
     AlreadyThereError,
     CorruptError,
@@ -45,10 +47,14 @@ from memtool.errors import (
     NotFoundError,
 )
 from memtool.heads import LinearClassifier
+from memtool.methods.foreign import TrainedAs, check_base_model, read_head
 from memtool.methods.results import AdaptResult
-from memtool.methods.state import Snapshot, classifier_bytes, classifier_of, own_head_blob
+from memtool.methods.state import Snapshot, classifier_bytes, own_head_blob
+from memtool.outside import read_file, read_json
+from memtool.tensor_bytes import read_tensors
 from memtool_stores.files import appearing_folders, part_folder
-from memtool_stores.names import below
+from memtool_stores.names import below, check_name
+from memtool_stores.printable import shown
 
 if TYPE_CHECKING:
     from memtool.methods.workspace import MemoryWorkspace, T, Workspace
@@ -63,7 +69,30 @@ PEFT_PREFIX = "peft."
 """Blobs of this name hold what PEFT files have beside their numbers: header and configuration."""
 
 
-class About(BaseModel):
+ANEW = (
+    "memtool train-adapter --fresh, or, for an adapter that was changed on purpose, "
+    f"memtool write --task N without {ABOUT} and {OWN_HEAD}"
+)
+"""What helps where a folder of runs is not what was written."""
+
+Section = TypeVar("Section", bound=BaseModel)
+
+
+class _Beside(BaseModel):
+    """A JSON file beside the PEFT files of an adapter."""
+
+    model_config = ConfigDict(frozen=True)
+
+    @classmethod
+    def read(cls, file: Path) -> Self:
+        """What a file says. Raises CorruptError for another content, NotFoundError."""
+        try:
+            return cls.model_validate(read_json(file))
+        except ValidationError as error:
+            raise _wrong(file, error) from error
+
+
+class About(_Beside):
     """What an adapter was trained on: the file `memtool.json` of its folder.
 
     `files` has the sha256 of the files beside it; empty in folders of schema version 1.
@@ -86,6 +115,51 @@ class About(BaseModel):
     beneath: str = ""
     configuration: dict[str, Any]
     memtool: str
+
+    @classmethod
+    def read(cls, file: Path) -> Self:
+        """What a file says, once its seal holds; folders of schema version 1 have none."""
+        document = sealed.parse_json(read_file(file), str(file), remedy=ANEW)
+        try:
+            about = cls.model_validate_json(json.dumps(document.content))
+        except ValidationError as error:
+            raise _wrong(file, error) from error
+        if about.schema_version > 1 and not document.sealed:
+            raise CorruptError(f"{file} has no checksum", remedy=ANEW)
+        return about
+
+    @property
+    def trained_as(self) -> TrainedAs:
+        """What the adapter is."""
+        return "atoms" if self.configuration.get("method") == "moram" else "adapter"
+
+    def section(self, name: str, model: type[Section]) -> Section:
+        """A section of the configuration that it was trained with. Raises CorruptError."""
+        try:
+            return model.model_validate(self.configuration.get(name))
+        except ValidationError as error:
+            raise _wrong(Path(ABOUT), error, f"configuration.{name}") from error
+
+
+class _Exported(_Beside):
+    """What `memtool_catalog.json` says of an adapter that came out of a memory."""
+
+    task: StrictInt | None = None
+    kind: TrainedAs = "adapter"
+    backbone: str | None = None
+    backbone_sha256: str | None = None
+
+
+def _wrong(file: Path, error: ValidationError, section: str = "") -> CorruptError:
+    """What a file says that it cannot say."""
+    first = error.errors(include_url=False)[0]
+    place = ".".join(map(str, (*filter(None, [section]), *first["loc"])))
+    return CorruptError(
+        f"{file}: {place or 'the whole'} is {shown(first['input'])}: {first['msg']}",
+        remedy="a folder as `memtool train-adapter` or `memtool export` writes it"
+        if file.name == CATALOG
+        else ANEW,
+    )
 
 
 @dataclass(frozen=True)
@@ -112,28 +186,7 @@ class AdapterFolder:
         CorruptError for a file that is not what was written, MemtoolError for one that cannot be
         read.
         """
-        file = self.path / ABOUT
-        try:
-            document = sealed.read_json(file, remedy=self._remedy)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise NotFoundError(f"no {file}") from error
-        try:
-            about = About.model_validate_json(json.dumps(document.content))
-        except ValidationError as error:
-            place = ".".join(str(part) for part in error.errors()[0]["loc"])
-            raise CorruptError(
-                f"{file}: {place}: {error.errors()[0]['msg']}", remedy=self._remedy
-            ) from error
-        if about.schema_version > 1 and not document.sealed:
-            raise CorruptError(f"{file} has no checksum", remedy=self._remedy)
-        return about
-
-    @property
-    def _remedy(self) -> str:
-        return (
-            f"memtool train-adapter --fresh, or, for an adapter that was changed on purpose, "
-            f"memtool write --task N without {ABOUT} and {OWN_HEAD}"
-        )
+        return About.read(self.path / ABOUT)
 
     def require_whole(self, about: About) -> None:
         """Raise CorruptError where a file is not the one that was written with `about`."""
@@ -142,13 +195,13 @@ class AdapterFolder:
         for name in (WEIGHTS_NAME, CONFIG_NAME, OWN_HEAD):
             wanted, file = about.files.get(name), self.path / name
             found = None
-            with suppress(FileNotFoundError):
-                found = hashlib.sha256(sealed.read_file(file)).hexdigest()
+            with suppress(NotFoundError):
+                found = hashlib.sha256(read_file(file, "array_bytes")).hexdigest()
             if found != wanted:
                 raise CorruptError(
                     f"{file} is not what was written: {ABOUT} has another sha256",
                     expected=f"{wanted or 'no such file'}, found {found or 'none'}",
-                    remedy=self._remedy,
+                    remedy=ANEW,
                 )
 
     def result(self) -> AdaptResult:
@@ -161,7 +214,8 @@ class ReadAdapter:
     """An adapter read from a folder: its value in this layout and what the catalog keeps of it.
 
     `files` is all of its PEFT files but the numbers, for the blob that `meta["peft"]` names: it is
-    the same for all adapters that were written alike.
+    the same for all adapters that were written alike. `about` is None for an adapter that was not
+    trained here; `notes` say what is doubtful about it.
     """
 
     path: Path
@@ -171,6 +225,9 @@ class ReadAdapter:
     head: LinearClassifier | None
     meta: dict[str, Any]
     files: bytes
+    trained_as: TrainedAs
+    about: About | None
+    notes: tuple[str, ...] = ()
 
 
 def write_adapter(
@@ -238,7 +295,7 @@ def read_adapter(path: Path, work: MemoryWorkspace[T], task: T | None = None) ->
     if not path.is_dir():
         raise NotFoundError(f"no adapter directory {path}", remedy="ls runs/adapters")
     folder = AdapterFolder(path)
-    about = folder.about() if folder.is_complete else None
+    about = folder.about() if _is_there(path / ABOUT) else None
     if about is not None:
         folder.require_whole(about)
     found = read_peft(path, work.layout.sites)
@@ -248,13 +305,12 @@ def read_adapter(path: Path, work: MemoryWorkspace[T], task: T | None = None) ->
             expected=f"rank {work.layout.rank} at {len(work.layout.sites)} sites, as configured",
             remedy=f"--rank {found.layout.rank}; a store holds adapters of one rank only",
         )
-    if about is not None and about.backbone_sha256 != work.backbone.sha256:
-        raise MismatchError(
-            f"{path} was trained on {about.backbone} ({about.backbone_sha256[:12]}…)",
-            expected=f"{work.backbone.name} ({work.backbone.sha256[:12]}…)",
-            remedy="--preset or --set backbone.name as it was trained with",
-        )
-    number = _known_task(path, about)
+    exported = _Exported.read(path / CATALOG) if _is_there(path / CATALOG) else _Exported()
+    trained_on = (exported.backbone, exported.backbone_sha256)
+    if about is not None:
+        trained_on = (about.backbone, about.backbone_sha256)
+    notes = check_base_model(path, found, trained_on, work.backbone)
+    number = exported.task if about is None else about.result.task
     if task is not None:
         if number not in (None, task.number):
             raise MismatchError(
@@ -267,11 +323,14 @@ def read_adapter(path: Path, work: MemoryWorkspace[T], task: T | None = None) ->
             f"{path} does not say which task it was trained on",
             remedy=f"memtool write {path} --task N",
         )
-    head = path / OWN_HEAD
-    own = classifier_of(sealed.read_file(head), str(head)) if head.is_file() else None
     value = found.value.float()
+    if not bool(value.isfinite().all()):
+        raise DataError(f"{path} has numbers that 32 bits cannot hold")
     chosen = work.task(str(number))
     names = work.stream.class_names
+    own = None
+    if _is_there(path / OWN_HEAD):
+        own = read_head(path / OWN_HEAD, (len(names), work.backbone.dim))
     if about is not None and (about.result.task_name, about.classes) != (
         chosen.name,
         tuple(names[c] for c in chosen.classes),
@@ -290,7 +349,9 @@ def read_adapter(path: Path, work: MemoryWorkspace[T], task: T | None = None) ->
         "classes": list(about.classes) if about else [names[c] for c in chosen.classes],
         "scaling": found.scaling,
         "setting": about.setting if about else work.stream.setting,
-        "hyperparameters": about.configuration.get("train", {}) if about else {},
+        "hyperparameters": about.section("train", TrainSettings).model_dump(mode="json")
+        if about
+        else {},
         "provenance": {
             "beneath": about.beneath if about else "",
             "fingerprint": about.fingerprint if about else "",
@@ -307,23 +368,18 @@ def read_adapter(path: Path, work: MemoryWorkspace[T], task: T | None = None) ->
     files = save({"header": _bytes_tensor(found.header), "config": _bytes_tensor(found.config)})
     meta["peft"] = PEFT_PREFIX + hashlib.sha256(files).hexdigest()[:32]
     sha256 = hashlib.sha256(np.ascontiguousarray(value.numpy(), dtype="<f4").tobytes()).hexdigest()
-    name = about.result.name if about else path.resolve().name
-    return ReadAdapter(path, name, value, sha256, own, meta, files)
+    name = check_name(about.result.name if about else path.resolve().name, "an adapter")
+    trained_as = exported.kind if about is None else about.trained_as
+    return ReadAdapter(path, name, value, sha256, own, meta, files, trained_as, about, notes)
 
 
 def _bytes_tensor(data: bytes) -> Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
-def _known_task(path: Path, about: About | None) -> int | None:
-    """The task that the folder itself names: one made here, or one exported from a memory."""
-    if about is not None:
-        return about.result.task
-    try:
-        task = json.loads((path / CATALOG).read_text(encoding="utf-8")).get("task")
-    except (FileNotFoundError, ValueError, AttributeError):
-        return None
-    return task if isinstance(task, int) else None
+def _is_there(file: Path) -> bool:
+    """Whether there is anything of this name: a pipe or a broken link, too, is looked at."""
+    return os.path.lexists(file)
 
 
 def recalled_adapter(
@@ -399,7 +455,10 @@ def _write_exported(
     known = {
         "adapter": record.name,
         "id": record.id,
+        "kind": record.kind,
         "version": view.version,
+        "backbone": work.backbone.name,
+        "backbone_sha256": work.backbone.sha256,
         "byte_identical": False,
         **record.meta,
     }
@@ -431,7 +490,7 @@ def _write_stored(
         alpha = float(record.scaling) * work.layout.rank
         write_peft(directory, value, work.layout, alpha=alpha, base_model=work.backbone.name)
         return
-    files = load(view.blob(blob))
+    files = read_tensors(view.blob(blob), f"blob {blob!r}", header="uint8 h", config="uint8 c")
     adapter = PeftAdapter(
         value,
         work.layout,

@@ -42,11 +42,11 @@ from memtool.methods.exchange import AdapterFolder
 from memtool.methods.fixed_head import is_fixed, learned_under
 from memtool.methods.kept import fingerprint_of, kept
 from memtool.methods.measure import Measure
-from memtool.methods.method import first
 from memtool.methods.mira import SUBJECT_SAMPLES, Mira
 from memtool.methods.modulation import Modulation
 from memtool.methods.moram import Moram
 from memtool.methods.state import Snapshot
+from memtool.methods.subject import first
 from memtool.methods.trace import run_texts
 from memtool.methods.workspace import Workspace
 from memtool.progress import Progress

@@ -25,11 +25,14 @@ from memtool.config import Mix
 from memtool.errors import ConfigError
 from memtool.heads import RecalledHead
 from memtool.memories.closed_form import QueryStatistics
-from memtool.methods.method import first, task_of
+from memtool.memories.novelty import LIMIT
+from memtool.methods.method import task_of
 from memtool.methods.mira import SUBJECT_SAMPLES, Mira
 from memtool.methods.moram import Moram
 from memtool.methods.recall import MemoryModel, QueryProbe
 from memtool.methods.results import Part, Result
+from memtool.methods.seen import seen_by
+from memtool.methods.subject import first
 from memtool.reports.explanation import Explained, check_suffix, write_explained
 from memtool.reports.table import Grid, percent
 from memtool.streams import load_image
@@ -95,7 +98,7 @@ class Explanation(Result):
     `blocks[l]` are the coefficients at memory l, averaged over the samples, adapters in the order
     of `adapters`; `block_numbers` says at which block each memory looks. `without_negative` is None
     when no coefficient is negative. `familiar` has the nearest task first; it is empty when the
-    memory counted no queries.
+    memory counted no queries. `novelty` and `unlike` are those of a `Prediction`, for an image.
     """
 
     schema_: Literal["memtool.explain"] = Field("memtool.explain", alias="schema")
@@ -113,6 +116,8 @@ class Explanation(Result):
     negative: float
     without_negative: Outcome | None
     familiar: tuple[Familiarity, ...]
+    novelty: float | None = None
+    unlike: bool | None = None
     out: Path | None = None
 
 
@@ -157,6 +162,7 @@ def explain(
         assert image is not None
         subject = str(image)
         images = load_image(image, method.config.backbone.image_size)[None]
+    far = None if image is None else seen_by(work.engine, snapshot, images[0])
     seen = _see(method, model, head, images)
     mixed = _Mixed(method, model.values, model.mix, head, images)
     count = len(snapshot.records)
@@ -208,6 +214,8 @@ def explain(
         negative=float(below.double().mean()),
         without_negative=without_negative,
         familiar=_familiar(seen.queries, snapshot.query_statistics(), names),
+        novelty=far,
+        unlike=None if far is None else far > LIMIT,
         out=out,
     )
     if out is not None:
@@ -369,6 +377,8 @@ def as_shown(result: Explanation) -> Explained:
     else:
         share = f"{100 * result.negative:.1f} % of the coefficients"
         facts += [("negative coefficients", share), ("with those at zero", _words(rest))]
+    if result.unlike:
+        facts.append(("unlike all that was learned", f"novelty {result.novelty:.2f}"))
     for place, near in enumerate(result.familiar[:NEAREST]):
         name = f"{near.task} {near.task_name}" if near.task_name else str(near.task)
         far = f"{near.ratio:.2f} x as far from task {name} as its own images"

@@ -14,19 +14,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
 import memtool_stores
-from memtool import sealed
 from memtool.alone import alone
 from memtool.config import Config
 from memtool.errors import (
     AlreadyThereError,
     ChangedMeanwhileError,
     ConfigError,
-    CorruptError,
     DataError,
     MismatchError,
     NotFoundError,
@@ -41,7 +38,6 @@ from memtool.evaluation.record import (
     Run,
     TaskIdentity,
 )
-from memtool.heads import LinearClassifier
 from memtool.methods.adapt import Adapted, adapt
 from memtool.methods.exchange import (
     AdapterFolder,
@@ -50,13 +46,14 @@ from memtool.methods.exchange import (
     require_new,
     write_adapter,
 )
+from memtool.methods.foreign import require_trained_as
 from memtool.methods.kept import fingerprint_of
 from memtool.methods.recall import MemoryModel
-from memtool.methods.results import AdaptResult, WriteResult, WrittenAdapter
+from memtool.methods.results import AdaptResult, AsAtoms, WriteResult, WrittenAdapter
 from memtool.methods.state import classifier_bytes, own_head_blob
 from memtool.methods.workspace import MemoryWorkspace, T, Workspace, require_learnable
 from memtool.progress import Progress
-from memtool.streams.task import Samples, Task
+from memtool.streams.task import Task
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,7 +161,7 @@ class MemoryMethod(ABC, Generic[T]):
         ]
 
         def write_all() -> None:
-            heads = [of_classes(head, chosen.classes) for head in trained.heads]
+            heads = [head.of_classes(chosen.classes) for head in trained.heads]
             for index, (folder, result) in enumerate(zip(folders, results, strict=True)):
                 write_adapter(
                     folder,
@@ -206,21 +203,29 @@ class MemoryMethod(ABC, Generic[T]):
     # Write ----------------------------------------------------------------------------------
 
     def write(
-        self, directories: Sequence[Path] | None = None, *, task: str | None = None
+        self,
+        directories: Sequence[Path] | None = None,
+        *,
+        task: str | None = None,
+        as_atoms: bool = False,
     ) -> WriteResult:
         """Append adapters to the store: those not yet there, or the ones named.
 
         They become one version, or one each where the method's `version_each` says so. `task` says
         what a directory that was not made by memtool was trained on. Writing what is there already
-        changes nothing; another adapter of the same name is an error.
+        changes nothing; another adapter of the same name is an error. An adapter goes into a memory
+        of what it was trained as (whole adapters, or atoms), unless `as_atoms` says that the ranks
+        of a whole one become atoms.
         """
         self._require_settings()
-        return self.workspace.engine.on_main(lambda: self._write(directories, task))
+        return self.workspace.engine.on_main(lambda: self._write(directories, task, as_atoms))
 
     def _require_settings(self) -> None:
         """Settings that the method cannot write adapters under are errors; here none are."""
 
-    def _write(self, directories: Sequence[Path] | None, task: str | None) -> WriteResult:
+    def _write(
+        self, directories: Sequence[Path] | None, task: str | None, as_atoms: bool
+    ) -> WriteResult:
         work = self.workspace
         if directories is None:
             directories = [folder.path for folder in AdapterFolder.all_in(work.adapter_folder)]
@@ -230,17 +235,29 @@ class MemoryMethod(ABC, Generic[T]):
                     remedy="memtool train-adapter --task 1, or memtool write DIR",
                 )
         versions = [[path] for path in directories] if self.version_each else [directories]
-        results = [self._write_version(version, task) for version in versions]
+        results = [self._write_version(version, task, as_atoms) for version in versions]
         return WriteResult(
             version=results[-1].version,
             added=tuple(adapter for result in results for adapter in result.added),
             skipped=tuple(name for result in results for name in result.skipped),
+            as_atoms=tuple(one for result in results for one in result.as_atoms),
+            notes=tuple(note for result in results for note in result.notes),
         )
 
-    def _write_version(self, directories: Sequence[Path], task: str | None) -> WriteResult:
+    def _write_version(
+        self, directories: Sequence[Path], task: str | None, as_atoms: bool
+    ) -> WriteResult:
         work = self.workspace
         given = None if task is None else work.task(task)
         found = [read_adapter(path, work, given) for path in directories]
+        here: set[str] = set()
+        if work.has_store:
+            view = work.store.view("HEAD")
+            self._require_own_kind(view)
+            here = {record.name for record in view.live}
+        for adapter in found:
+            if adapter.name not in here:
+                require_trained_as(adapter, self.kind, self.config.method, as_atoms=as_atoms)
         store = work.store_or_new()
         added: list[WrittenAdapter] = []
         skipped: list[str] = []
@@ -248,9 +265,9 @@ class MemoryMethod(ABC, Generic[T]):
         def append(txn: memtool_stores.Transaction) -> None:
             added.clear()
             skipped.clear()
-            here = {record.name: record for record in (*txn.adapters, *txn.atom_records)}
+            records = {record.name: record for record in (*txn.adapters, *txn.atom_records)}
             for adapter in found:
-                old = here.get(adapter.name)
+                old = records.get(adapter.name)
                 if old is not None:
                     if adapter.sha256 not in (old.sha256, old.meta.get("refined_from")):
                         raise AlreadyThereError(
@@ -263,7 +280,7 @@ class MemoryMethod(ABC, Generic[T]):
                     skipped.append(adapter.name)
                     continue
                 record = self._append(txn, adapter)
-                here[adapter.name] = record
+                records[adapter.name] = record
                 if adapter.meta["peft"] not in txn.base.blobs():
                     txn.put_blob(adapter.meta["peft"], adapter.files)
                 if adapter.head is not None:
@@ -272,12 +289,17 @@ class MemoryMethod(ABC, Generic[T]):
             if added:
                 self._also_commit(txn, added)
 
-        view = store.view("HEAD")
-        self._require_own_kind(view)
-        here = {record.name for record in view.live}
         names = ", ".join(adapter.name for adapter in found if adapter.name not in here)
         store.run(append, f"write {names}", metadata=self._metadata("write"))
-        return WriteResult(version=store.head(), added=tuple(added), skipped=tuple(skipped))
+        new = {adapter.name for adapter in added}
+        foreign = [a for a in found if a.name in new and a.trained_as != self.kind]
+        return WriteResult(
+            version=store.head(),
+            added=tuple(added),
+            skipped=tuple(skipped),
+            as_atoms=tuple(self._compared(adapter) for adapter in foreign),
+            notes=tuple(note for a in found if a.name in new for note in a.notes),
+        )
 
     def _append(
         self, txn: memtool_stores.Transaction, adapter: ReadAdapter
@@ -285,6 +307,10 @@ class MemoryMethod(ABC, Generic[T]):
         """Append one adapter in a transaction; its record."""
         txn.add(adapter.name, adapter.value.numpy(), adapter.meta)
         return txn.adapters[-1]
+
+    def _compared(self, adapter: ReadAdapter) -> AsAtoms:
+        """What a whole adapter is worth as it is, and as what it has become in memory."""
+        raise NotImplementedError  # adapters of another kind become atoms only
 
     def _require_own_kind(self, view: memtool_stores.MemoryView) -> None:
         """A memory holds whole adapters or atoms, never both: they are read in other ways."""
@@ -465,13 +491,6 @@ class Method(MemoryMethod[Task]):
         return None, ""
 
 
-def of_classes(head: LinearClassifier, classes: Sequence[int]) -> LinearClassifier:
-    """The head with a bias of −inf for every class that it was not trained on."""
-    bias = torch.full_like(head.bias, -torch.inf)
-    bias[list(classes)] = head.bias[list(classes)]
-    return LinearClassifier(head.weight, bias)
-
-
 def task_of(record: memtool_stores.AdapterRecord) -> int:
     """The task that an adapter was trained on."""
     number = record.meta.get("task")
@@ -504,34 +523,3 @@ def newest_after_each(
         if tasks and tasks == tuple(order[: len(tasks)]):
             found.setdefault(len(tasks), version)
     return found
-
-
-def joined(parts: Sequence[Samples]) -> Samples:
-    """The samples of several tasks, one after another."""
-    if len(parts) == 1:
-        return parts[0]
-    return Samples(
-        np.concatenate([part.images for part in parts]),
-        np.concatenate([part.labels for part in parts]),
-    )
-
-
-def first(samples: Samples, count: int) -> Samples:
-    """At most `count` samples, spread evenly."""
-    if len(samples) <= count:
-        return samples
-    chosen = np.linspace(0, len(samples) - 1, count).astype(np.int64)
-    return Samples(samples.images[chosen], samples.labels[chosen])
-
-
-def read_query(path: Path) -> Tensor:
-    """The tensor `query` of a safetensors file, float32."""
-    try:
-        tensors = sealed.read_tensors(path).tensors
-    except FileNotFoundError as error:
-        raise NotFoundError(f"no file {path}") from error
-    except CorruptError as error:
-        raise DataError(error.message, expected=error.expected) from error
-    if "query" not in tensors:
-        raise DataError(f"{path} has no tensor named 'query'", expected="query (d,)")
-    return tensors["query"].float()

@@ -43,22 +43,14 @@ from memtool.methods.exchange import (
     require_new,
 )
 from memtool.methods.measure import Measure, drift, share_right
-from memtool.methods.method import (
-    Method,
-    first,
-    joined,
-    newest_after_each,
-    read_query,
-    require_unmoved,
-    task_of,
-)
+from memtool.methods.method import Method, newest_after_each, require_unmoved, task_of
 from memtool.methods.recall import MemoryModel, memory_blocks
 from memtool.methods.results import (
     AdapterCoefficient,
     ConsolidateResult,
-    Prediction,
     RetrieveResult,
 )
+from memtool.methods.seen import predicted, seen_by
 from memtool.methods.state import (
     HEAD,
     PAST_QUERIES,
@@ -70,6 +62,7 @@ from memtool.methods.state import (
     queries_blob,
     solve_recalled_head,
 )
+from memtool.methods.subject import first, joined, read_query
 from memtool.methods.workspace import require_learnable
 from memtool.streams import load_image
 from memtool.streams.task import Task
@@ -447,7 +440,8 @@ class Mira(Method):
             if task is not None:
                 accuracy = share_right(logits, shown)
             else:
-                prediction = _prediction(head.probabilities(logits)[0], state)
+                far = seen_by(self.workspace.engine, snapshot, loaded)
+                prediction = predicted(head.probabilities(logits)[0], state.class_names, far)
         if out is not None:
             recalled_adapter(out, self.workspace, snapshot, coefficients)
         mean = coefficients.mean(dim=0)
@@ -470,7 +464,7 @@ class Mira(Method):
 
     def _recall_query(self, model: MemoryModel, path: Path) -> Tensor:
         """Coefficients (memories, t) for the query in a safetensors file."""
-        asked = read_query(path)
+        asked = read_query(path, self.workspace.backbone)
         memories, dim = len(model.memory.blocks), self.workspace.backbone.dim
         if asked.ndim == 1:
             asked = asked.expand(memories, -1)
@@ -740,9 +734,3 @@ def _query_modules(memory: KeyedMemory) -> bytes | None:
         if not name.endswith(".keys")
     }
     return save(tensors) if tensors else None
-
-
-def _prediction(probabilities: Tensor, state: MemoryState) -> Prediction:
-    """The most probable class of one image."""
-    best = int(probabilities.argmax())
-    return Prediction(label=state.class_names[best], probability=float(probabilities[best]))

@@ -40,14 +40,7 @@ from memtool.heads import LinearClassifier, RecalledHead, solve_head
 from memtool.methods.adapt import adapt
 from memtool.methods.exchange import OWN_HEAD, new_folders, require_new
 from memtool.methods.measure import share_right
-from memtool.methods.method import (
-    Method,
-    first,
-    newest_after_each,
-    read_query,
-    require_unmoved,
-    task_of,
-)
+from memtool.methods.method import Method, newest_after_each, require_unmoved, task_of
 from memtool.methods.recall import chosen, every
 from memtool.methods.recallers import AdapterMemory, open_memory, synchronise
 from memtool.methods.results import (
@@ -57,6 +50,7 @@ from memtool.methods.results import (
     WrittenAdapter,
 )
 from memtool.methods.state import classifier_bytes, classifier_of, merged, own_head_blob
+from memtool.methods.subject import first, read_query
 from memtool.streams import load_image
 from memtool.streams.task import Samples, Task
 from memtool.tensor_bytes import read_tensors
@@ -329,7 +323,7 @@ class Modulation(Method):
         )
 
     def _given_key(self, memory: AdapterMemory, path: Path) -> Tensor:
-        asked = read_query(path)
+        asked = read_query(path, self.workspace.backbone)
         if asked.ndim == 1 and len(asked) in (memory.key_length, memory.numel):
             return asked[: memory.key_length]
         raise MismatchError(

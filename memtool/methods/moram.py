@@ -34,6 +34,7 @@ from memtool.evaluation.matrix import AccuracyMatrix
 from memtool.evaluation.record import Record, Row
 from memtool.heads import LinearClassifier, RecalledHead
 from memtool.memories.rank1 import Rank1Memory, init_atoms
+from memtool.methods.as_atoms import accuracy_as_atoms
 from memtool.methods.atom_measure import AtomMeasure, use_metrics
 from memtool.methods.atom_method import AtomMethod
 from memtool.methods.atom_state import (
@@ -53,16 +54,11 @@ from memtool.methods.exchange import ReadAdapter
 from memtool.methods.fixed_head import head_under, is_fixed, learned_under
 from memtool.methods.kept import fingerprint_of
 from memtool.methods.measure import share_right
-from memtool.methods.method import (
-    Method,
-    Trained,
-    first,
-    require_unmoved,
-    task_of,
-)
+from memtool.methods.method import Method, Trained, require_unmoved, task_of
 from memtool.methods.past_inputs import PastInputs
-from memtool.methods.results import AtomsResult, HeadResult, TaskShare
+from memtool.methods.results import AsAtoms, AtomsResult, HeadResult, TaskShare
 from memtool.methods.state import HEAD, feature_statistics, features_blob, grown
+from memtool.methods.subject import first
 from memtool.methods.workspace import Workspace
 from memtool.streams import load_image
 from memtool.streams.task import Task
@@ -209,7 +205,7 @@ class Moram(AtomMethod[Task], Method):
         about = self._about(adapter)
         if about is None:
             return
-        given = HeadSettings.model_validate(about.configuration["head"])
+        given = about.section("head", HeadSettings)
         trained = self.config.model_copy(update={"head": given})
         stream = self.workspace.stream
         there, here = (learned_under(config, stream) for config in (trained, self.config))
@@ -228,11 +224,13 @@ class Moram(AtomMethod[Task], Method):
         about, state = self._about(adapter), AtomsState.load(view)
         settings = self.settings if state is None else state.moram
         if about is not None:
-            given = MoramSettings.model_validate(about.configuration["moram"])
-            settings = resolved(given, self.workspace.layout.rank)
+            settings = resolved(about.section("moram", MoramSettings), self.workspace.layout.rank)
         if state is not None:
             self._require_same_gate(state.moram, settings)
         return settings
+
+    def _compared(self, adapter: ReadAdapter) -> AsAtoms:
+        return accuracy_as_atoms(self.workspace, adapter, self.snapshot())
 
     # Consolidate ----------------------------------------------------------------------------
 

@@ -47,13 +47,33 @@ class WrittenAdapter(Part):
     id: str
 
 
+class AsAtoms(Part):
+    """What a LoRA that acts whole is worth on the test samples of its task, and what as atoms.
+
+    `plain` is the adapter alone, `atoms` the memory with its atoms: accuracies, with a head that is
+    solved from the same samples, or losses in nats per answer token.
+    """
+
+    name: str
+    task: int
+    measure: Literal["accuracy", "loss"]
+    plain: float
+    atoms: float
+
+
 class WriteResult(Result):
-    """What `write` added; `skipped` names the adapters that were in memory already."""
+    """What `write` added; `skipped` names the adapters that were in memory already.
+
+    `as_atoms` has those that were trained to act whole and became atoms; `notes` say what is
+    doubtful about what was written.
+    """
 
     schema_: Literal["memtool.write"] = Field("memtool.write", alias="schema")
     version: str
     added: tuple[WrittenAdapter, ...]
     skipped: tuple[str, ...] = ()
+    as_atoms: tuple[AsAtoms, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class ConsolidateResult(Result):
@@ -105,10 +125,17 @@ class AdapterCoefficient(Part):
 
 
 class Prediction(Part):
-    """The most probable class of one image."""
+    """The most probable class of one image.
+
+    `novelty` says how far the image lies from all that was learned: 99 of 100 images of a learned
+    task lie within 1, and an image beyond that is `unlike` all of them: its class means little.
+    None where the memory does not hold what tells.
+    """
 
     label: str
     probability: float
+    novelty: float | None = None
+    unlike: bool | None = None
 
 
 class RetrieveResult(Result):

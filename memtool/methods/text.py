@@ -41,6 +41,9 @@ from memtool.methods.recall import every
 from memtool.methods.workspace import MemoryWorkspace, task_named
 from memtool.streams.text import TextSamples, TextStream, TextTask, open_text_stream
 
+SUBJECT_SAMPLES = 32
+"""Texts of a task that `retrieve --task`, `explain --task` and pruning look at, one by one."""
+
 
 class TextWorkspace(MemoryWorkspace[TextTask]):
     """Stream of texts, language model, engine and store of a configuration and one seed."""
@@ -449,3 +452,9 @@ def text_row(
         "cut_answers": found[learned].cut_answers,
     }
     return row.model_copy(update=changes)
+
+
+def some(samples: TextSamples) -> TextSamples:
+    """At most `SUBJECT_SAMPLES` of them, spread evenly."""
+    count = min(SUBJECT_SAMPLES, len(samples))
+    return samples.chosen(np.linspace(0, len(samples) - 1, count).astype(np.int64).tolist())

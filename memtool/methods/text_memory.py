@@ -18,19 +18,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import torch
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 import memtool_stores
 from memtool import __version__
 from memtool.adapters.atoms import AtomGate, ModuleAtoms
-from memtool.config import Config, MoramSettings
-from memtool.errors import ConfigError, NotFoundError
+from memtool.config import Config, MoramSettings, Settings
+from memtool.errors import ConfigError, CorruptError, NotFoundError
 from memtool.evaluation.record import AtomUse, Record, Row
 from memtool.memories.rank1 import Rank1Memory
 from memtool.methods.adapt import Adapted
+from memtool.methods.as_atoms import loss_as_atoms
 from memtool.methods.atom_measure import strongest, use_metrics, used
 from memtool.methods.atom_method import AtomMethod
 from memtool.methods.atom_state import (
@@ -46,14 +46,10 @@ from memtool.methods.exchange import ReadAdapter
 from memtool.methods.kept import fingerprint_of, kept
 from memtool.methods.method import Trained, task_of
 from memtool.methods.past_inputs import PastInputs
-from memtool.methods.results import AtomsResult, HeadResult, TaskShare
-from memtool.methods.text import AtomLearner, TextScores, TextWorkspace, text_row
+from memtool.methods.results import AsAtoms, AtomsResult, HeadResult, TaskShare
+from memtool.methods.text import AtomLearner, TextScores, TextWorkspace, some, text_row
 from memtool.progress import Progress
 from memtool.streams.text import TextSamples, TextTask
-
-SUBJECT_SAMPLES = 32
-"""Texts of a task that `retrieve --task`, `explain --task` and pruning look at, one by one."""
-
 
 _SCORES = TypeAdapter(TextScores)
 
@@ -143,17 +139,18 @@ class TextMoram(AtomMethod[TextTask]):
         self._require_new_task(txn, adapter)
         self._require_trained_here(txn.base, adapter)
         about, rows = self._about(adapter), txn.base.atom_records
-        configuration = self.config.model_dump(mode="json")
+        parts = ("adapter", "train", "moram", "text")
+        used: dict[str, Settings] = {part: getattr(self.config, part) for part in parts}
         if about is not None:
-            configuration = about.configuration
-        elif rows:  # a LoRA from elsewhere is read as the memory is
-            configuration["moram"] = self._settings_of(rows).model_dump(mode="json")
-        given = MoramSettings.model_validate(configuration["moram"])
+            used = {part: about.section(part, type(one)) for part, one in used.items()}
+        elif rows:  # atoms of which only the values came are read as the memory is
+            used["moram"] = self._settings_of(rows)
+        given = used["moram"]
+        assert isinstance(given, MoramSettings)
         if rows:
             resolved_here = resolved(given, work.layout.rank)
             self._require_same_gate(self._settings_of(rows), resolved_here)
-        parts = ("adapter", "train", "moram", "text")
-        hyperparameters = {part: configuration[part] for part in parts}
+        hyperparameters = {part: one.model_dump(mode="json") for part, one in used.items()}
         meta = {**adapter.meta, "hyperparameters": hyperparameters}
         txn.add_atoms(adapter.name, adapter.value.numpy(), meta)
         record = txn.atom_records[-1]
@@ -161,6 +158,9 @@ class TextMoram(AtomMethod[TextTask]):
             gate = gate_of(given, work.layout.rank)
             self._count_inputs(txn, adapter, gate, record.scaling)
         return record
+
+    def _compared(self, adapter: ReadAdapter) -> AsAtoms:
+        return loss_as_atoms(self.workspace, adapter, self._learner(self.snapshot()))
 
     def _count_inputs(
         self,
@@ -485,11 +485,12 @@ class TextMoram(AtomMethod[TextTask]):
 
     def _settings_of(self, records: Sequence[memtool_stores.AdapterRecord]) -> MoramSettings:
         """The gate that the atoms of these rows were trained through: one for all of them."""
-        given = MoramSettings.model_validate(records[-1].meta["hyperparameters"]["moram"])
+        record = records[-1]
+        try:
+            given = MoramSettings.model_validate(record.meta["hyperparameters"]["moram"])
+        except (KeyError, TypeError, ValidationError) as error:
+            raise CorruptError(
+                f"the atoms {record.name!r} do not say which gate they were trained through",
+                remedy="memtool rollback to the version before them",
+            ) from error
         return resolved(given, self.workspace.layout.rank)
-
-
-def some(samples: TextSamples) -> TextSamples:
-    """At most `SUBJECT_SAMPLES` of them, spread evenly."""
-    count = min(SUBJECT_SAMPLES, len(samples))
-    return samples.chosen(np.linspace(0, len(samples) - 1, count).astype(np.int64).tolist())

@@ -218,9 +218,11 @@ class Workspace(MemoryWorkspace[Task]):
         )
 
     def counted(self, features: Tensor, samples: Samples) -> FeatureStatistics:
-        """Moments of the features (n, dim) of samples, by class of the stream."""
+        """Moments of the features (n, dim) of samples, by class of the stream, and their reach."""
         statistics = FeatureStatistics(self.backbone.dim, len(self.stream.class_names))
-        statistics.add(features, torch.from_numpy(np.asarray(samples.labels)))
+        labels = torch.from_numpy(np.asarray(samples.labels))
+        statistics.add(features, labels)
+        statistics.keep_reach(features, labels)
         return statistics
 
     def task(self, name: str, *, held_out: bool = False) -> Task:

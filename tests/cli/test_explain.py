@@ -7,9 +7,13 @@ import os
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
+from memtool.backbones.nano import build_nano
 from memtool.config import resolve
 from memtool.methods.mira import Mira
 from tests.cli.conftest import inside
@@ -34,9 +38,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         mira.adapt(task)
         mira.write()
         mira.consolidate()
-    Image.fromarray(mira.workspace.task("2").test.images[0]).resize((90, 60)).save(
-        folder / "photo.png"
-    )
+    digit = Image.fromarray(mira.workspace.task("2").test.images[0])
+    digit.save(folder / "digit.png")
+    digit.resize((90, 60)).save(folder / "photo.png")
     return folder
 
 
@@ -107,3 +111,31 @@ def test_what_is_refused(arguments, code, said, folder):
     assert said in done.stderr
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
+
+
+def test_what_is_unlike_all_that_was_learned_is_said_wherever_it_is_predicted(folder):
+    noise = np.random.default_rng(0).integers(0, 256, (60, 60, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(folder / "noise.png")
+    shown = memtool(folder, "retrieve", "--image", "noise.png").stderr
+    assert "prediction: " in shown
+    assert "unlike all that the memory learned" in shown
+    assert "unlike all that the memory" in memtool(folder, "explain", "--image", "noise.png").stderr
+    for image, unlike in (("noise.png", True), ("digit.png", False)):
+        for verb in ("retrieve", "explain"):
+            said = json.loads(memtool(folder, verb, "--image", image, "--json").stdout)
+            said = said.get("prediction", said)
+            assert said["unlike"] is unlike
+            assert (said["novelty"] > 1) == unlike
+
+
+def test_settings_that_a_reading_verb_does_not_go_by_are_said(folder):
+    for verb in (("retrieve", "--task", "1"), ("eval",)):
+        done = memtool(folder, *verb, "--set", "memory.mix=params", "--set", "train.epochs=9")
+        assert done.returncode == 0, done.stderr
+        assert "note: memory.mix has no effect here: a memory is read as it was made" in done.stderr
+        assert "note: train.epochs has no effect here" in done.stderr
+    query = folder / "query.safetensors"
+    save_file({"query": torch.ones(build_nano().embed_dim)}, query)
+    done = memtool(folder, "retrieve", "--query", "query.safetensors", "--set", "stream.seed=3")
+    assert done.returncode == 0, done.stderr
+    assert "note: stream.seed has no effect here: a query stands for itself" in done.stderr

@@ -121,6 +121,28 @@ def test_atoms_go_to_another_memory_as_peft(texts, grown, here):
     texts("diff", "HEAD~1", "-q")
     assert "adapters\t2" in texts("export", "--bundle", "all.bundle").stdout
     assert "adapters\t2" in texts("import", "all.bundle", "--store", "copy").stdout
+    for option in (("--task", "1"), ("--as", "atoms")):
+        refused = texts("import", "all.bundle", "--store", "copy", *option, status=2)
+        assert f"{option[0]} with all.bundle, a whole memory" in refused.stderr
+
+
+def test_a_lora_from_elsewhere_becomes_atoms_where_it_is_asked_for(texts, grown, here):
+    texts("export", "task-1-seed-0", "--out", "out")
+    theirs = here / "out" / "task-1-seed-0"
+    (theirs / "memtool_catalog.json").unlink()
+    config = json.loads((theirs / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "somebody/else"
+    (theirs / "adapter_config.json").write_text(json.dumps(config))
+    arguments = ("import", str(theirs), "--task", "1", "--store", "other")
+    refused = texts(*arguments, status=2)
+    assert "a LoRA that acts whole" in refused.stderr
+    assert f"memtool import {theirs} --as atoms" in refused.stderr
+    assert not (here / "other").exists()
+    done = texts(*arguments, "--as", "atoms")
+    assert "task-1-seed-0 as atoms: loss " in done.stderr
+    assert " as plain adapter (test samples of task 1)" in done.stderr
+    assert "made for somebody/else; the backbone here is " in done.stderr
+    assert "did you mean 'atoms'?" in texts(*arguments, "--as", "atom", status=2).stderr
 
 
 def test_images_have_no_prompt(command):

@@ -19,8 +19,8 @@ from memtool.heads import FeatureStatistics, LinearClassifier, solve_head
 from memtool.methods import adapt as stage_one
 from memtool.methods import consolidate as stage_two
 from memtool.methods import experiment
-from memtool.methods.method import first
 from memtool.methods.mira import Mira
+from memtool.methods.subject import first
 from memtool.streams import create_stream
 from tests.methods.conftest import learn, small_config
 

@@ -33,10 +33,10 @@ from memtool.methods.atom_watch import contribution, contributions, frozen_drift
 from memtool.methods.bisect import bisect
 from memtool.methods.exchange import export_peft
 from memtool.methods.forget import forget
-from memtool.methods.method import first
 from memtool.methods.mira import Mira
 from memtool.methods.moram import Moram
 from memtool.methods.past_inputs import PastInputs
+from memtool.methods.subject import first
 from memtool.reports.html import render
 from memtool.reports.table import atoms_grid
 from memtool_stores import Backbone, MemoryStore, Space, SpaceMismatchError

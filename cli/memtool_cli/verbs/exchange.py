@@ -14,14 +14,17 @@ from memtool_cli import records
 from memtool_cli.options import (
     COMPUTE,
     CONFIGURATION,
+    METHOD,
     RANK,
     STORE,
     Call,
     TaskOfForeign,
     examples,
+    one_of,
     verb,
 )
 from memtool_cli.output import Table, size
+from memtool_cli.written import show_written
 
 if TYPE_CHECKING:
     from memtool.progress import Progress
@@ -70,10 +73,11 @@ def clone(
     epilog=examples(
         "memtool import adapters/my-lora --task 2",
         "memtool import adapters/* --store shared/memory -q",
+        "memtool import adapters/my-lora --task 1 --method moram --as atoms",
         "memtool import memory.bundle --store copy",
     ),
 )
-@verb(STORE, RANK, *COMPUTE, *CONFIGURATION)
+@verb(STORE, METHOD, RANK, *COMPUTE, *CONFIGURATION)
 def import_adapters(
     call: Call,
     directories: Annotated[
@@ -84,9 +88,20 @@ def import_adapters(
         ),
     ],
     task: TaskOfForeign = None,
+    given_as: Annotated[
+        str | None,
+        typer.Option(
+            "--as",
+            metavar="atoms",
+            help="MoRAM: let the ranks of a LoRA that acts whole become atoms; says what it loses.",
+            rich_help_panel="Memory",
+        ),
+    ] = None,
 ) -> None:
     """Put PEFT adapters made elsewhere into the memory, or make a memory of a bundle."""
     call.refuse_version()
+    if given_as is not None:
+        one_of("--as", given_as, ("atoms",))
     bundles = [path for path in directories if path.is_file()]
     if bundles:
         if len(directories) > 1:
@@ -94,11 +109,16 @@ def import_adapters(
                 f"{bundles[0]} is a file beside {len(directories) - 1} others",
                 expected="PEFT directories, or one bundle",
             )
+        for option, value in (("--task", task), ("--as", given_as)):
+            if value is not None:
+                raise ConfigError(
+                    f"{option} with {bundles[0]}, a whole memory",
+                    expected="nothing that is said of a single adapter",
+                    remedy=f"the same without {option}",
+                )
         return _import_bundle(call, bundles[0])
-    result = call.method().write(directories, task=task)
-    rows = [(adapter.name, adapter.id) for adapter in result.added]
-    table = Table(("adapter", "id"), rows, title=f"version {result.version}")
-    call.out.data(result, table, ids=[adapter.id for adapter in result.added])
+    result = call.method().write(directories, task=task, as_atoms=given_as is not None)
+    show_written(call.out, result)
     # Atoms find themselves: writing them is all.
     call.out.next(call.command("eval" if call.config.method == "moram" else "consolidate"))
     return None

@@ -25,9 +25,8 @@ from memtool_cli.options import (
     verb,
 )
 from memtool_cli.output import Table
-
-UNLIKE = 2.0
-"""Times the usual distance from the nearest task beyond which an input is called unknown."""
+from memtool_cli.predictions import show_prediction, unlike
+from memtool_cli.unread import say_decided
 
 app = typer.Typer(rich_markup_mode="rich")
 
@@ -78,6 +77,7 @@ def explain(
 ) -> None:
     """Show which adapters fire for an image, a prompt or a task, and what each of them adds."""
     call.require_one_subject("explain", task=task, image=image, prompt=prompt)
+    say_decided(call)
     if call.config.method == "moram":
         return _explain_atoms(
             call, task=task, image=image, prompt=prompt, layer=layer, block=block, out=out
@@ -101,8 +101,8 @@ def explain(
     call.out.data(
         result, facts, view.parts, coefficient_grid(view), ids=[part.name for part in best[:1]]
     )
-    if result.familiar and result.familiar[0].ratio > UNLIKE:
-        call.out.note("this is unlike all that the memory learned; what it says may mean little")
+    if result.unlike:
+        call.out.note(unlike(result.novelty))
     if out is not None:
         call.out.note(f"drawn in {out}")
     return None
@@ -133,9 +133,7 @@ def _explain_atoms(
             result = explain_atoms(method, task=task, image=image, **where)
     best = sorted(result.tasks, key=lambda one: -one.share)
     call.out.data(result, task_grid(result), ids=[one.name for one in best[:1]])
-    if result.prediction is not None:
-        chance = f"{100 * result.prediction.probability:.1f} %"
-        call.out.note(f"prediction: {result.prediction.label} ({chance})")
+    show_prediction(call.out, result.prediction)
     if result.answer is not None:
         call.out.note(f"answer: {result.answer}")
     if out is not None:

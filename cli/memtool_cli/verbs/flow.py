@@ -39,7 +39,10 @@ from memtool_cli.options import (
 )
 from memtool_cli.output import Table, duration, percent, size
 from memtool_cli.plan import show_plan
+from memtool_cli.predictions import show_prediction
 from memtool_cli.scores import show
+from memtool_cli.unread import say_decided, say_unread_stream
+from memtool_cli.written import show_written
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -146,9 +149,7 @@ def write(
         return show_plan(call, "write")
     with call.out.progress() as progress:
         result = call.method(progress).write(directories or None, task=task)
-    rows = [(adapter.name, adapter.id) for adapter in result.added]
-    table = Table(("adapter", "id"), rows, title=f"version {result.version}")
-    call.out.data(result, table, ids=[adapter.id for adapter in result.added])
+    show_written(call.out, result)
     if not result.added:
         call.out.note(f"nothing new to write; in memory already: {', '.join(result.skipped)}")
     # Atoms find themselves: writing them is all.
@@ -262,6 +263,9 @@ def retrieve(
     from memtool.methods.text_memory import TextMoram
 
     call.require_one_subject("retrieve", task=task, image=image, prompt=prompt, query=query)
+    say_decided(call)
+    if query is not None:
+        say_unread_stream(call)
     result: RetrieveResult | RecallResult | AtomsResult
     with call.out.progress() as progress:
         method = call.method(progress)
@@ -302,10 +306,7 @@ def _show_mixture(call: Call, result: RetrieveResult) -> None:
         ],
     )
     call.out.data(result, mixture, blocks, ids=[adapter.name for adapter in best[:1]])
-    if result.prediction is not None:
-        call.out.note(
-            f"prediction: {result.prediction.label} ({percent(result.prediction.probability)})"
-        )
+    show_prediction(call.out, result.prediction)
     if result.accuracy is not None:
         call.out.note(f"accuracy on {result.samples} samples: {percent(result.accuracy)}")
     if result.out is not None:
@@ -334,10 +335,7 @@ def _show_atoms(call: Call, result: AtomsResult) -> None:
     call.out.data(result, shares, blocks, atoms, ids=[one.name for one in tasks[:1]])
     missing = 1 - sum(one.share for one in tasks)
     call.out.note(f"{percent(missing)} of the weight fell below the threshold")
-    if result.prediction is not None:
-        call.out.note(
-            f"prediction: {result.prediction.label} ({percent(result.prediction.probability)})"
-        )
+    show_prediction(call.out, result.prediction)
     if result.accuracy is not None:
         call.out.note(f"accuracy on {result.samples} samples: {percent(result.accuracy)}")
     if result.loss is not None:
@@ -430,6 +428,7 @@ def evaluate(
         one_of("--setting", setting, choices("stream.setting"))
     if call.dry_run:
         return show_plan(call, "eval")
+    say_decided(call)
     if at_least is not None and call.reads_texts and not call.config.text.generate:
         raise ConfigError(
             "--at-least where only losses are measured",

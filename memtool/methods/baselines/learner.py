@@ -24,8 +24,8 @@ from memtool.heads import CosineHead, LinearClassifier, LinearHead, both_ways
 from memtool.methods.adapt import augmented, class_mask
 from memtool.methods.baselines.reading import TITLES, ClosedForms, Predict, Reading, accuracies
 from memtool.methods.fixed_head import PromptTokens, compared, is_fixed
-from memtool.methods.method import joined
 from memtool.methods.recall import every
+from memtool.methods.subject import joined
 from memtool.methods.workspace import Workspace
 from memtool.streams.task import Samples, Task
 

@@ -1,0 +1,271 @@
+"""`adapter_model.safetensors` of a PEFT directory: its names, its header, and what it adapts.
+
+A module that memtool wrote holds the slices of a fused layer as blocks (see `peft_files`); here
+they are stacked, and found again.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memtool.adapters.layout import Site
+from memtool.errors import CorruptError, DataError, MismatchError
+from memtool.outside import parsed_json
+from memtool_stores.printable import shown
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+_TENSOR_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
+
+
+@dataclass(frozen=True)
+class Note:
+    """What `write_peft` leaves in the metadata: the layout, which zeros in B would hide."""
+
+    sites: tuple[str, ...]
+    rank: int
+    alpha: float
+    extra: Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Module:
+    """One adapted module of a file: its tensors, and the sites that they hold, one per group."""
+
+    name: str
+    a: Tensor
+    b: Tensor
+    sites: tuple[Site, ...]
+
+    @property
+    def rank(self) -> int:
+        """Rank of each group."""
+        return self.a.shape[0] // len(self.sites)
+
+
+def tensor_name(module: str, part: str) -> str:
+    """The name that peft gives to A or B of a module."""
+    return f"base_model.model.{module}.lora_{part}.weight"
+
+
+def sites_by_module(sites: Sequence[Site]) -> dict[str, tuple[Site, ...]]:
+    """The sites of every module, ascending by row. Raises MismatchError when they overlap."""
+    modules: dict[str, list[Site]] = {}
+    for site in sites:
+        modules.setdefault(site.module, []).append(site)
+    for module, members in modules.items():
+        members.sort(key=lambda site: site.first_row)
+        for before, after in pairwise(members):
+            if before.first_row + before.out_features > after.first_row:
+                raise MismatchError(
+                    f"{before.name} and {after.name} adapt the same rows of {module}",
+                    expected="the whole layer, or slices of it that do not overlap",
+                )
+    return {module: tuple(members) for module, members in modules.items()}
+
+
+def block_structured(sites: Sequence[Site], parts: Sequence[Tensor]) -> Tensor:
+    """B (module_rows, groups · r) with the B of every site in its own rows and ranks."""
+    rank = parts[0].shape[1]
+    whole = parts[0].new_zeros(sites[0].module_rows, rank * len(sites))
+    for group, (site, part) in enumerate(zip(sites, parts, strict=True)):
+        rows = slice(site.first_row, site.first_row + site.out_features)
+        whole[rows, group * rank : (group + 1) * rank] = part
+    return whole
+
+
+def header_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors header, always the same for the same input, padded to whole 8 bytes."""
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    entries: dict[str, object] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        end = offset + tensor.numel() * tensor.element_size()
+        entries[name] = {
+            "dtype": codes[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    return header + b" " * (-len(header) % 8)
+
+
+def parsed_header(header: bytes, where: str) -> dict[str, Any]:
+    """The entries of a header, by tensor; `__metadata__` is one of them where it is there.
+
+    Raises CorruptError for what is no header of matrices that lie one after another.
+    """
+    entries = parsed_json(header, where)
+    places = []
+    for name, entry in entries.items():
+        if name == "__metadata__":
+            if not isinstance(entry, dict):
+                raise CorruptError(f"{where}: __metadata__ is {shown(entry)}")
+            continue
+        match entry:
+            case {
+                "dtype": str(dtype),
+                "shape": [int(rows), int(columns)],
+                "data_offsets": [int(begin), int(end)],
+            } if dtype in DTYPES and rows >= 0 and columns >= 0:
+                places.append((begin, end, rows * columns * DTYPES[dtype].itemsize, name))
+            case _:
+                raise CorruptError(f"{where}: {shown(name)} is {shown(entry)}")
+    reached = 0
+    for begin, end, size, name in sorted(places):
+        if (begin, end) != (reached, reached + size):
+            raise CorruptError(f"{where}: {shown(name)} does not begin where the last one ends")
+        reached = end
+    return entries
+
+
+def note_in(entries: Mapping[str, Any], where: str) -> Note | None:
+    """What `write_peft` left in the metadata; None for a file written by others."""
+    metadata = entries.get("__metadata__")
+    text = metadata.get("memtool") if isinstance(metadata, dict) else None
+    if text is None:
+        return None
+    if isinstance(text, str):
+        match parsed_json(text, f"{where}: the memtool metadata"):
+            case {
+                "sites": [*sites],
+                "rank": int(rank),
+                "alpha": int(alpha) | float(alpha),
+                "extra": dict(extra),
+            } if (
+                all(isinstance(site, str) for site in sites)
+                and len(set(sites)) == len(sites)
+                and rank > 0
+                and 0 < alpha < 1e300
+            ):
+                return Note(tuple(sites), rank, float(alpha), extra)
+    raise CorruptError(
+        f"{where}: the memtool metadata cannot be read: {shown(text)}",
+        expected="sites, rank, alpha and extra, as memtool writes them",
+    )
+
+
+def adapted_modules(
+    tensors: Mapping[str, Tensor], available: Sequence[Site], note: Note | None, where: str
+) -> list[Module]:
+    """The adapted modules of a file, each with the sites that its B holds."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        match = _TENSOR_NAME.fullmatch(name)
+        if match is None:
+            raise MismatchError(
+                f"{where} holds {shown(name)}, which is no part of a plain LoRA",
+                expected="names base_model.model.<module>.lora_A.weight and .lora_B.weight",
+            )
+        if tensor.ndim != 2:
+            raise MismatchError(
+                f"{where}: {shown(name)} has shape {tuple(tensor.shape)}",
+                expected="two axes: LoRA of linear layers, not of convolutions",
+            )
+        if tensor.dtype not in DTYPES.values():
+            raise MismatchError(
+                f"{where}: {shown(name)} is of type {tensor.dtype}",
+                expected="floats of 16 to 64 bits",
+            )
+        if not bool(tensor.isfinite().all()):
+            raise DataError(
+                f"{where}: {shown(name)} has numbers that are not finite (NaN or infinity)"
+            )
+        parts.setdefault(match["module"], {})[match["part"]] = tensor
+    if not parts:
+        raise CorruptError(f"{where} holds no tensors", expected="at least one adapted layer")
+    known = sites_by_module([site for site in available if site.slice])
+    whole = {site.module: site for site in available if not site.slice}
+    modules: list[Module] = []
+    for name, pair in parts.items():
+        if set(pair) != {"A", "B"}:
+            raise CorruptError(f"{where}: {shown(name)} has lora_{next(iter(pair))} only")
+        if name not in known and name not in whole:
+            raise MismatchError(
+                f"{where} adapts {shown(name)}, and the backbone has no such layer to adapt",
+                expected=f"layers such as {', '.join(sorted({*known, *whole})[:4])}",
+            )
+        slices = known.get(name, ())
+        site = whole.get(name) or _whole_module(slices[0])
+        rank = pair["A"].shape[0]
+        if rank < 1 or pair["A"].shape[1] != site.in_features:
+            raise _misfit(where, name, "A", pair["A"], f"(rank, {site.in_features})")
+        if pair["B"].shape != (site.module_rows, rank):
+            raise _misfit(where, name, "B", pair["B"], str((site.module_rows, rank)))
+        sites = _sites_held(name, pair["B"], slices, note, where) or (site,)
+        modules.append(Module(name, pair["A"], pair["B"], sites))
+    if note is not None:
+        held = {site.name for module in modules for site in module.sites}
+        ranks = {module.rank for module in modules}
+        if held != set(note.sites) or ranks != {note.rank}:
+            raise CorruptError(
+                f"{where}: the tensors are not what the metadata says",
+                expected=f"rank {note.rank} on {', '.join(note.sites[:4])} ...",
+            )
+    return modules
+
+
+def _misfit(where: str, module: str, part: str, tensor: Tensor, expected: str) -> MismatchError:
+    return MismatchError(
+        f"{where}: lora_{part} of {module} has shape {tuple(tensor.shape)}",
+        expected=f"{expected} on this backbone",
+    )
+
+
+def _whole_module(part: Site) -> Site:
+    """The site of the whole module that a slice belongs to."""
+    rows = part.module_rows
+    return Site(part.block, part.module, "", part.in_features, rows, 0, rows)
+
+
+def _sites_held(
+    module: str, b: Tensor, slices: Sequence[Site], note: Note | None, where: str
+) -> tuple[Site, ...]:
+    """The slices that the groups of B's columns belong to, in row order; () for the whole module.
+
+    The note says it; without one, B does: each column may touch the rows of one slice only, and
+    the slices that are touched at all must own equal, consecutive groups of columns.
+    """
+    if note is not None:
+        held = tuple(site for site in slices if site.name in note.sites)
+        if held and not _has_blocks(b, held):
+            raise CorruptError(
+                f"{where}: B of {module} is not zero outside its slices, as the metadata says"
+            )
+        return held
+    touched = tuple(
+        site
+        for site in slices
+        if bool(b[site.first_row : site.first_row + site.out_features].any())
+    )
+    return touched if touched and _has_blocks(b, touched) else ()
+
+
+def _has_blocks(b: Tensor, sites: Sequence[Site]) -> bool:
+    """Whether B (module_rows, R) has one group of columns a site, and is +0 outside its rows."""
+    if b.shape[1] % len(sites) != 0:
+        return False
+    rank = b.shape[1] // len(sites)
+    outside = torch.ones_like(b, dtype=torch.bool)
+    for group, site in enumerate(sites):
+        rows = slice(site.first_row, site.first_row + site.out_features)
+        outside[rows, group * rank : (group + 1) * rank] = False
+    rest = b[outside]
+    # A negative zero would come back as a positive one, and the file would not be the same.
+    return not bool(rest.any()) and not bool(rest.signbit().any())

@@ -1,0 +1,87 @@
+"""How far an input lies from all that a memory learned, by the moments that it keeps.
+
+The distance of a vector from a task is Mahalanobis' from the nearest of the task's class means, by
+the covariance within its classes. When a task is counted, each of its vectors is measured with
+itself left out, and how far nearly all of them lie is kept: the task's `reach`. The novelty of an
+input is its distance in parts of the reach of the task that is nearest; no image is read for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from memtool.memories.moments import Moments
+
+LIMIT = 1.0
+"""Novelty above which an input is called unlike all that was learned: it is beyond every reach.
+
+docs/mira.md says how often new images of learned tasks are, and how often others.
+"""
+
+SHARE = 0.99
+"""Of a task's own vectors that lie within its reach."""
+
+SHRINKAGE = 1e-2
+"""Of the covariance toward trace / dim · I, as for the discriminant head."""
+
+
+def reach(task: Moments, vectors: Tensor, labels: Tensor) -> Tensor | None:
+    """How far from their class means (groups,) nearly all vectors lie that a task counted.
+
+    vectors (groups, n, dim) and labels (n,) are those that the moments are of. Every one is
+    measured as if it had not been counted, so that few vectors in many dimensions do not seem
+    nearer than new ones would be. None where there are too few, or only equal ones.
+    """
+    factor = _whitening(task)
+    total, counts = task.counts.sum(), task.counts[labels]
+    if factor is None or bool((counts < 2).all()):
+        return None
+    alone = counts > 1
+    away = (vectors.cpu().double() - task.means()[:, labels])[:, alone] @ factor
+    size = counts[alone] / (counts[alone] - 1)
+    squared = away.square().sum(dim=-1)
+    # What a vector adds to the covariance, taken out again (Sherman and Morrison).
+    left = 1 - (1 - SHRINKAGE) / total * size * squared
+    if not bool((left > 0).all()):
+        return None
+    return (size * (squared / left).sqrt()).quantile(SHARE, dim=-1)
+
+
+def novelty(vectors: Tensor, tasks: Sequence[Moments]) -> Tensor | None:
+    """The novelty (n,) of vectors (groups, n, dim), given the moments of every task's.
+
+    Groups are several looks at one input: root mean square over them, each with the task that is
+    nearest to it. None where a task has no reach, or there is no task.
+    """
+    vectors = vectors.detach().cpu().double()
+    nearest = []
+    for task in tasks:
+        factor = _whitening(task)
+        if factor is None or task.reach is None:
+            return None
+        means = task.means()[:, task.counts > 0]
+        away = torch.cdist(vectors @ factor, means @ factor).amin(dim=-1)
+        nearest.append(away / task.reach.unsqueeze(-1))
+    if not nearest:
+        return None
+    return torch.stack(nearest).amin(dim=0).square().mean(dim=0).sqrt()
+
+
+def _whitening(task: Moments) -> Tensor | None:
+    """What makes the covariance within classes (groups, dim, dim) the identity; None for none."""
+    means, total = task.means(), task.counts.sum()
+    if float(total) == 0:
+        return None
+    within = task.second - (task.counts.unsqueeze(-1) * means).mT @ means
+    size = within.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
+    if not bool((size > 1e-12 * task.second.diagonal(dim1=-2, dim2=-1).mean(dim=-1)).all()):
+        return None
+    identity = torch.eye(task.dim, dtype=torch.float64)
+    shrunk = ((1 - SHRINKAGE) * within + SHRINKAGE * size[:, None, None] * identity) / total
+    factor, failed = torch.linalg.cholesky_ex(shrunk)
+    if bool(failed.any()):
+        return None
+    return torch.linalg.cholesky(torch.cholesky_inverse(factor))

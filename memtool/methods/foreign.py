@@ -1,0 +1,102 @@
+"""What must fit before an adapter from elsewhere is used: its kind, its model and its head."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from memtool.adapters.peft_files import PeftAdapter
+from memtool.errors import ConfigError, MismatchError
+from memtool.heads import LinearClassifier
+from memtool.methods.state import classifier_of
+from memtool.outside import read_file
+
+if TYPE_CHECKING:
+    from memtool.backbones.interface import FrozenModel
+    from memtool.methods.exchange import ReadAdapter
+
+TrainedAs = Literal["adapter", "atoms"]
+"""How an adapter acts on its input: whole, or by the ranks that each token chooses (MoRAM)."""
+
+
+def require_trained_as(
+    adapter: ReadAdapter, kind: TrainedAs, method: str, *, as_atoms: bool
+) -> None:
+    """An adapter is used as it was trained, unless another use is asked for by name.
+
+    `kind` is what the memory of a method holds. Raises MismatchError, and ConfigError for atoms
+    that are asked for where there are none.
+    """
+    if as_atoms and kind == "adapter":
+        raise ConfigError(
+            f"atoms under method {method}",
+            expected="method moram, whose memory is made of atoms",
+            remedy="the same without --as atoms, or with --method moram",
+        )
+    if adapter.trained_as == kind or as_atoms:
+        return
+    if kind == "atoms":
+        raise MismatchError(
+            f"{adapter.path} is a LoRA that acts whole on every token; as atoms each token would "
+            "use a few of its ranks, which is another function",
+            expected="an adapter that was trained with --method moram",
+            remedy=f"memtool import {adapter.path} --as atoms, which says what is lost by it, or "
+            "--method mira and another --store",
+        )
+    raise MismatchError(
+        f"{adapter.path} holds atoms, of which each token uses a few; acting whole they would be "
+        "another function",
+        expected=f"an adapter that was trained with --method {method}",
+        remedy="--method moram and another --store",
+    )
+
+
+def check_base_model(
+    path: Path,
+    found: PeftAdapter,
+    trained_on: tuple[str | None, str | None],
+    here: FrozenModel,
+) -> tuple[str, ...]:
+    """What is doubtful about the model that an adapter was made for: one sentence, or none.
+
+    `trained_on` are name and hash of the backbone where the folder says them. Raises MismatchError
+    for another hash than that of the backbone `here`.
+    """
+    name, sha256 = trained_on
+    if sha256 is not None:
+        if sha256 != here.sha256:
+            raise MismatchError(
+                f"{path} was trained on {name} ({sha256[:12]}…)",
+                expected=f"{here.name} ({here.sha256[:12]}…)",
+                remedy="--preset or --set backbone.name as it was trained with",
+            )
+        return ()
+    base, revision = found.base_model, found.revision
+    if revision is None and (base is None or _last_word(base) == _last_word(here.name)):
+        return ()
+    made_for = (base or "a model") + (f" at revision {revision}" if revision else "")
+    return (
+        f"{path} says that it was made for {made_for}; the backbone here is {here.name} "
+        f"({here.sha256[:12]}…): on another model its numbers mean nothing",
+    )
+
+
+def _last_word(model: str) -> str:
+    """A model's name without where it is from: `hf:google/gemma-2b` is `gemma-2b`."""
+    return re.split(r"[:/\\]", model.rstrip("/"))[-1].lower()
+
+
+def read_head(file: Path, shape: tuple[int, int]) -> LinearClassifier:
+    """The head beside an adapter, of shape (classes, width).
+
+    Raises MismatchError for another shape, CorruptError for what is no head; and as `read_file`.
+    """
+    head = classifier_of(read_file(file, "array_bytes"), str(file))
+    if tuple(head.weight.shape) != shape:
+        raise MismatchError(
+            f"{file}: a head of {head.weight.shape[0]} classes, {head.weight.shape[1]} wide",
+            expected=f"{shape[0]} classes of the stream, {shape[1]} wide, as the backbone is",
+            remedy="remove the file, to import the adapter without its head",
+        )
+    return head
