@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from memtool.atomic import cannot_write
 from memtool.config import EngineSettings, TrainSettings
-from memtool.errors import ConfigError, DivergedError, MemtoolError
+from memtool.errors import ConfigError, DivergedError, MemtoolError, TrainingInterrupted
 from memtool.progress import Progress, ProgressEvent
 from memtool_stores import StoreError, files
 
@@ -267,7 +267,8 @@ class Engine:
         saved every half minute, on Ctrl-C and at the end, and a file of the same `fingerprint` is
         resumed; who stores the result removes the file.
 
-        Raises DivergedError on a loss that is not finite, KeyboardInterrupt after a save.
+        Raises DivergedError on a loss that is not finite; on Ctrl-C TrainingInterrupted after a
+        save, KeyboardInterrupt without a checkpoint.
         """
         start = time.perf_counter()
         module.to(self.device)
@@ -336,7 +337,9 @@ class Engine:
                     _save_checkpoint(checkpoint, fingerprint, trained, optimizer, state)
                     saved_at = time.monotonic()
                 if interrupted.is_set():
-                    raise KeyboardInterrupt
+                    if checkpoint is None:
+                        raise KeyboardInterrupt
+                    raise TrainingInterrupted(checkpoint)
         first, last = sum(losses[0]), sum(losses[-1])
         if len(losses) > 1 and last > DIVERGED_FACTOR * first + 1:
             raise DivergedError(

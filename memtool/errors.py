@@ -11,6 +11,8 @@ MemtoolError
 ├── CorruptError          stored bytes that are not what was written            exit 5
 └── DivergedError         training reached a loss that is not finite            exit 1
 
+TrainingInterrupted is a KeyboardInterrupt that says where the training was saved.
+
 The store has its own tree (`memtool_stores.StoreError`); the command line maps both to exit codes.
 """
 
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 from typing import ClassVar
 
 from memtool_stores.printable import one_line
@@ -111,6 +114,17 @@ class DivergedError(MemtoolError):
 
     code = "diverged"
     exit_status = 1
+
+
+class TrainingInterrupted(KeyboardInterrupt):  # noqa: N818 - named as what it is a kind of
+    """Ctrl-C during a training whose state was saved: the same command goes on from `checkpoint`.
+
+    An interruption that lost work, or where there was no training, is a plain KeyboardInterrupt.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        super().__init__(f"the training was saved as {checkpoint}")
+        self.checkpoint = checkpoint
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:

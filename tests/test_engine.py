@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from memtool.config import EngineSettings, TrainSettings
 from memtool.engine import Batches, Engine, one_cycle
-from memtool.errors import ConfigError, DivergedError
+from memtool.errors import ConfigError, DivergedError, TrainingInterrupted
 
 CPU = EngineSettings(device="cpu", precision="fp32")
 TRAIN = TrainSettings(epochs=3, batch_size=8, lr=0.05)
@@ -210,7 +210,7 @@ def test_a_killed_run_goes_on_exactly_where_it_was(tmp_path):
         if event.step == 6:
             signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(TrainingInterrupted) as told:
         Engine(CPU).fit(
             interrupted,
             batches(),
@@ -221,6 +221,7 @@ def test_a_killed_run_goes_on_exactly_where_it_was(tmp_path):
             fingerprint="f",
             progress=interrupt,
         )
+    assert told.value.checkpoint == file
     assert file.exists()
     resumed = model(seed=5)
     fit = Engine(CPU).fit(
@@ -233,6 +234,15 @@ def test_a_killed_run_goes_on_exactly_where_it_was(tmp_path):
         model(), batches(), loss, TRAIN, stage="t", checkpoint=file, fingerprint="f"
     )
     assert again.resumed_at == again.steps
+
+
+def test_without_a_checkpoint_nothing_is_said_to_be_saved():
+    def interrupt(event):
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt) as told:
+        Engine(CPU).fit(model(), batches(), loss, TRAIN, stage="t", progress=interrupt)
+    assert not isinstance(told.value, TrainingInterrupted)
 
 
 def test_a_checkpoint_of_other_settings_is_not_used(tmp_path):
