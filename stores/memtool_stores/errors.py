@@ -22,15 +22,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from memtool_stores.printable import one_line
+        self.message = one_line(redacted(message))
+        self.expected = None if expected is None else one_line(redacted(expected))
+        self.remedy = None if remedy is None else one_line(redacted(remedy))
+        super().__init__(self.message)
 
 
 class StoreError(Exception):
     """Base of all errors that the store raises on purpose.
 
     `message` says what was wrong and where; `expected` what would have been right; `remedy` is the
-    command or the change that helps; each is one printable line, whatever a file put into it.
-    `exit_status` is what the command line exits with.
+    command or the change that helps; each is one printable line, whatever a file put into it, and
+    none holds a secret, whatever the object store answered. `exit_status` is what the command line
+    exits with.
     """
 
     code: ClassVar[str] = "store"
@@ -39,9 +43,9 @@ class StoreError(Exception):
     def __init__(
         self, message: str, *, expected: str | None = None, remedy: str | None = None
     ) -> None:
-        self.message = one_line(message)
-        self.expected = None if expected is None else one_line(expected)
-        self.remedy = None if remedy is None else one_line(remedy)
+        self.message = one_line(redacted(message))
+        self.expected = None if expected is None else one_line(redacted(expected))
+        self.remedy = None if remedy is None else one_line(redacted(remedy))
         super().__init__(self.message)
 
     def __str__(self) -> str:
