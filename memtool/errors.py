@@ -116,7 +116,7 @@ class DivergedError(MemtoolError):
     exit_status = 1
 
 
-class TrainingInterrupted(KeyboardInterrupt):  # noqa: N818 - named as what it is a kind of
+class TrainingInterrupted(KeyboardInterrupt):
     """Ctrl-C during a training whose state was saved: the same command goes on from `checkpoint`.
 
     An interruption that lost work, or where there was no training, is a plain KeyboardInterrupt.

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from memtool.atomic import write_atomic
 from memtool.errors import ConfigError, CorruptError, DataError, MismatchError, NotFoundError
+from memtool_stores.printable import as_cell, from_cell
 
 SCHEMA = "memtool.matrix"
 SCHEMA_VERSION = 1
@@ -121,7 +122,7 @@ class AccuracyMatrix:
         """CSV: `after` (number of tasks learned), then one column a task; floats are exact."""
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow(["after", *self.tasks])
+        writer.writerow(["after", *map(as_cell, self.tasks)])
         for number, row in enumerate(self.cells):
             writer.writerow([number, *("" if cell is None else repr(cell) for cell in row)])
         return buffer.getvalue()
@@ -169,4 +170,4 @@ def _from_csv(text: str) -> AccuracyMatrix:
     if header[0] != "after" or [row[0] for row in rows] != [str(i) for i in range(len(header))]:
         raise ValueError("the first column is not `after`, 0, 1, 2, …")
     cells = [[None if cell == "" else float(cell) for cell in row[1:]] for row in rows]
-    return AccuracyMatrix.of_cells(header[1:], cells)
+    return AccuracyMatrix.of_cells([from_cell(name) for name in header[1:]], cells)

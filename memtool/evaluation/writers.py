@@ -1,4 +1,7 @@
-"""Records in the file formats that other tools read: DomainBed, Avalanche, TensorBoard."""
+"""Records in the file formats that other tools read: DomainBed, Avalanche, TensorBoard.
+
+No text in them is a formula to a spreadsheet.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ from memtool.atomic import write_atomic
 from memtool.errors import ConfigError, MemtoolError
 from memtool.evaluation.metrics import seen_accuracy
 from memtool.evaluation.record import Record
+from memtool_stores.names import below
+from memtool_stores.printable import as_cell
 
 
 def write_domainbed(records: Sequence[Record], path: Path) -> Path:
@@ -43,7 +48,7 @@ def write_domainbed(records: Sequence[Record], path: Path) -> Path:
                 line["hparams"] = run.configuration
                 if memory is not None:
                     line["mem_gb"] = memory / 2**30
-                lines.append(json.dumps(line, sort_keys=True, allow_nan=False))
+                lines.append(json.dumps(_cells(line), sort_keys=True, allow_nan=False))
     return write_atomic(path, "".join(f"{line}\n" for line in lines))
 
 
@@ -65,9 +70,18 @@ def write_avalanche(records: Sequence[Record], path: Path) -> Path:
                     learned = row.accuracy[task + 1][task] if task + 1 < step else None
                     forgetting = "" if learned is None else repr(learned - score)
                     writer.writerow(
-                        [row.id, record.run.seed, task, step - 1, repr(score), forgetting]
+                        [as_cell(row.id), record.run.seed, task, step - 1, repr(score), forgetting]
                     )
     return write_atomic(path, buffer.getvalue())
+
+
+def _cells(value: Any) -> Any:
+    """A value of JSON with every text in it as `as_cell`: lines of JSON end up in spreadsheets."""
+    if isinstance(value, dict):
+        return {as_cell(key): _cells(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_cells(inner) for inner in value]
+    return as_cell(value) if isinstance(value, str) else value
 
 
 def write_tensorboard(record: Record, folder: Path) -> Path:
@@ -86,7 +100,7 @@ def write_tensorboard(record: Record, folder: Path) -> Path:
         ) from error
     wall_time = record.run.created.timestamp()
     for row in record.metrics.rows:
-        target = folder / f"{row.id}-seed{record.run.seed}"
+        target = below(folder, f"{row.id}-seed{record.run.seed}")
         values = row.matrix(record.run.task_names).values
         try:
             target.mkdir(parents=True, exist_ok=True)

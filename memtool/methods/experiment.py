@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 
 import memtool_stores
 from memtool import __version__
-from memtool.config import Config, resolve, split_store
+from memtool.config import Config, resolve, split_store, store_beside, without_home
 from memtool.engine import Engine
 from memtool.errors import ConfigError
 from memtool.evaluation.matrix import AccuracyMatrix
@@ -50,6 +50,7 @@ from memtool.progress import Progress
 from memtool.reports.figures import CoefficientMap, KeyMap, SampleCoefficientMap
 from memtool.reports.html import Cost, write_report
 from memtool.streams.task import Samples, Task
+from memtool_stores.names import below
 
 REPORT = "report.html"
 _ROWS = TypeAdapter(list[Row])
@@ -81,7 +82,7 @@ def run(
         place = config.model_copy(
             update={
                 "runs": folder_of(config, seed),
-                "store": f"{config.store}-seed-{seed}" if several else config.store,
+                "store": store_beside(config.store, f"-seed-{seed}") if several else config.store,
                 "seed": (seed,),
             }
         )
@@ -149,8 +150,8 @@ def _each_domain_in_turn(
         fold = config.model_copy(
             update={
                 "stream": stream,
-                "store": f"{config.store}-without-{name}",
-                "runs": config.runs / f"without-{name}",
+                "store": store_beside(config.store, f"-without-{name}"),
+                "runs": below(config.runs, f"without-{name}"),
             }
         )
         found.append(_one_memory(fold, seed, doing, adapters=shared))
@@ -159,8 +160,8 @@ def _each_domain_in_turn(
             "run": found[-1].run.model_copy(
                 update={
                     "tasks": tuple(one.run.tasks[0] for one in found),
-                    "configuration": config.model_dump(mode="json"),
-                    "store": config.store,
+                    "configuration": config.recorded(),
+                    "store": without_home(config.store),
                 }
             ),
             "metrics": Metrics(rows=tuple(_over_domains(found, domains))),
@@ -186,7 +187,8 @@ def _one_memory_of_texts(
     path = split_store(config.store)[0]
     engine = Engine(config.engine)
     if not doing.resume and memtool_stores.MemoryStore.exists(path):
-        engine.on_main(lambda: _begin_anew(memtool_stores.MemoryStore.open(path)))
+        store = memtool_stores.MemoryStore.open(path, lock_timeout=config.lock_timeout)
+        engine.on_main(lambda: _begin_anew(store))
     record, costs = run_texts(
         config,
         seed,

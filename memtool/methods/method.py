@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import memtool_stores
-from memtool.config import Config
+from memtool.config import Config, without_home
 from memtool.errors import (
     AlreadyThereError,
     ChangedMeanwhileError,
@@ -312,7 +312,7 @@ class MemoryMethod(ABC, Generic[T]):
             method=self.config.method,
             setting=setting,
             preset=preset,
-            configuration=used.model_dump(mode="json"),
+            configuration=used.recorded(),
             command=command,
             mix=mix,
             separation=separation,
@@ -330,7 +330,7 @@ class MemoryMethod(ABC, Generic[T]):
             ),
             class_order=classes,
             seed=self.seed,
-            store=work.store_path,
+            store=without_home(work.store_path),
             store_version=version,
             created=datetime.now(UTC),
         )
@@ -341,7 +341,7 @@ class MemoryMethod(ABC, Generic[T]):
         return {
             "verb": verb,
             "seed": self.seed,
-            "configuration": self.config.model_dump(mode="json"),
+            "configuration": self.config.recorded(),
         }
 
 

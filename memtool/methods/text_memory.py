@@ -143,7 +143,7 @@ class TextMoram(AtomMethod[TextTask]):
         self._require_new_task(txn, adapter)
         self._require_trained_here(txn.base, adapter)
         about, rows = self._about(adapter), txn.base.atom_records
-        configuration = self.config.model_dump(mode="json")
+        configuration = self.config.recorded()
         if about is not None:
             configuration = about.configuration
         elif rows:  # a LoRA from elsewhere is read as the memory is

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from memtool.errors import ConfigError
+from memtool_cli.commands import Verbs
 from memtool_cli.options import (
     COMPUTE,
     CONFIGURATION,
@@ -29,7 +30,7 @@ from memtool_cli.output import Table
 UNLIKE = 2.0
 """Times the usual distance from the nearest task beyond which an input is called unknown."""
 
-app = typer.Typer(rich_markup_mode="rich")
+app = Verbs()
 
 
 @app.command(
@@ -78,6 +79,7 @@ def explain(
 ) -> None:
     """Show which adapters fire for an image, a prompt or a task, and what each of them adds."""
     call.require_one_subject("explain", task=task, image=image, prompt=prompt)
+    out = out and call.writes_to(out)
     if call.config.method == "moram":
         return _explain_atoms(
             call, task=task, image=image, prompt=prompt, layer=layer, block=block, out=out
