@@ -107,8 +107,8 @@ def short(name: str, length: int = 18) -> str:
 
 
 def legend_name(name: str) -> str:
-    """A name for a legend, which leaves out what begins with a low line."""
-    return short(f" {name}" if name.startswith("_") else name, 40)
+    """A name for a legend, which leaves out what is empty or begins with a low line."""
+    return short(f" {name}" if not name or name.startswith("_") else name, 40)
 
 
 def ticks(names: Sequence[str], most: int, length: int = 18) -> tuple[list[float], list[str]]:
