@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +13,7 @@ import numpy.typing as npt
 
 from memtool.atomic import write_atomic
 from memtool.errors import ConfigError, CorruptError, DataError, MismatchError, NotFoundError
-from memtool_stores.printable import as_cell, from_cell
+from memtool.evaluation.csv_text import from_csv, to_csv
 
 SCHEMA = "memtool.matrix"
 SCHEMA_VERSION = 1
@@ -120,12 +118,11 @@ class AccuracyMatrix:
 
     def to_csv(self) -> str:
         """CSV: `after` (number of tasks learned), then one column a task; floats are exact."""
-        buffer = io.StringIO()
-        writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow(["after", *map(as_cell, self.tasks)])
-        for number, row in enumerate(self.cells):
-            writer.writerow([number, *("" if cell is None else repr(cell) for cell in row)])
-        return buffer.getvalue()
+        rows = [
+            [number, *("" if cell is None else repr(cell) for cell in row)]
+            for number, row in enumerate(self.cells)
+        ]
+        return to_csv([["after", *self.tasks], *rows])
 
     def save(self, path: Path) -> Path:
         """Write the matrix as JSON or CSV, by the suffix of `path`."""
@@ -136,11 +133,13 @@ class AccuracyMatrix:
         """Read what `save` wrote; NotFoundError, CorruptError, or MismatchError (newer schema)."""
         suffix = _suffix(path)
         try:
-            text = path.read_text(encoding="utf-8")
+            data = path.read_bytes()
         except FileNotFoundError as error:
             raise NotFoundError(f"no accuracy matrix at {path}") from error
         try:
-            return _from_csv(text) if suffix == ".csv" else _from_json(json.loads(text), path)
+            if suffix == ".csv":
+                return _from_csv(data.decode())
+            return _from_json(json.loads(data), path)
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise CorruptError(
                 f"{path} is not an accuracy matrix: {error}", expected="what `save` wrote"
@@ -166,8 +165,8 @@ def _from_json(document: Any, path: Path) -> AccuracyMatrix:
 
 
 def _from_csv(text: str) -> AccuracyMatrix:
-    header, *rows = csv.reader(io.StringIO(text))
+    header, *rows = from_csv(text)
     if header[0] != "after" or [row[0] for row in rows] != [str(i) for i in range(len(header))]:
         raise ValueError("the first column is not `after`, 0, 1, 2, …")
     cells = [[None if cell == "" else float(cell) for cell in row[1:]] for row in rows]
-    return AccuracyMatrix.of_cells([from_cell(name) for name in header[1:]], cells)
+    return AccuracyMatrix.of_cells(header[1:], cells)

@@ -5,8 +5,6 @@ No text in them is a formula to a spreadsheet.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 
 from memtool.atomic import write_atomic
 from memtool.errors import ConfigError, MemtoolError
+from memtool.evaluation.csv_text import to_csv
 from memtool.evaluation.metrics import seen_accuracy
 from memtool.evaluation.record import Record
 from memtool_stores.names import below
@@ -58,9 +57,8 @@ def write_avalanche(records: Sequence[Record], path: Path) -> Path:
     `eval_exp` and `training_exp` count from 0 as there; training_exp −1 is before any training.
     `forgetting` is a[j, j] − a[i, j], only for tasks learned before the last one.
     """
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["method", "seed", "eval_exp", "training_exp", "eval_accuracy", "forgetting"])
+    header = ["method", "seed", "eval_exp", "training_exp", "eval_accuracy", "forgetting"]
+    lines: list[list[str | int]] = []
     for record in records:
         for row in record.metrics.rows:
             for step, scores in enumerate(row.accuracy):
@@ -69,10 +67,8 @@ def write_avalanche(records: Sequence[Record], path: Path) -> Path:
                         continue
                     learned = row.accuracy[task + 1][task] if task + 1 < step else None
                     forgetting = "" if learned is None else repr(learned - score)
-                    writer.writerow(
-                        [as_cell(row.id), record.run.seed, task, step - 1, repr(score), forgetting]
-                    )
-    return write_atomic(path, buffer.getvalue())
+                    lines.append([row.id, record.run.seed, task, step - 1, repr(score), forgetting])
+    return write_atomic(path, to_csv([header, *lines]))
 
 
 def _cells(value: Any) -> Any:

@@ -22,10 +22,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-        self.message = one_line(redacted(message))
-        self.expected = None if expected is None else one_line(redacted(expected))
-        self.remedy = None if remedy is None else one_line(redacted(remedy))
-        super().__init__(self.message)
+from memtool_stores.printable import one_line
+from memtool_stores.redacted import redacted
 
 
 class StoreError(Exception):

@@ -24,7 +24,7 @@ def page(here: Path) -> Path:
 
 @pytest.fixture
 def process(here, environ, start):
-    """`memtool …` with a stdout of its own; what it wrote there as bytes, what it said, its code."""
+    """`memtool …` with a stdout of its own: what it wrote there as bytes, what it said."""
 
     def run(*arguments: str, stdout: int = subprocess.PIPE) -> subprocess.CompletedProcess[bytes]:
         return subprocess.run(

@@ -45,7 +45,7 @@ FILES = [
     "text.yaml",
     "picture.png",
     "adapters",
-    "here@home",
+    "a@b",
 ]
 PLACES = [*FILES, "new", "new/below", "/dev/null", "/dev/stdout", "-", ".", "", "~nouser/x", "fifo"]
 PLACES += [
@@ -162,7 +162,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (here / "text.yaml").write_text("seed: 1\n", encoding="utf-8")
     (here / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n no picture")
     (here / "adapters").mkdir()
-    (here / "here@home").mkdir()
+    (here / "a@b").mkdir()
     os.mkfifo(here / "fifo")
     (here / "loop").symlink_to("loop")
     return here

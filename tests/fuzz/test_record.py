@@ -1,4 +1,4 @@
-"""The door of evaluation records and accuracy matrices: damaged and hostile files, to their pages."""
+"""The door of evaluation records and accuracy matrices: damaged files, and hostile names."""
 
 from __future__ import annotations
 
@@ -96,16 +96,8 @@ class Page(HTMLParser):
 def require_harmless(text: str) -> None:
     """Nothing is run, nothing is asked for, nothing hides or turns what stands beside it."""
     page = Page(text)
-    assert not page.elements & {
-        "script",
-        "iframe",
-        "object",
-        "embed",
-        "base",
-        "form",
-        "img",
-        "link",
-    }
+    running = {"script", "iframe", "object", "embed", "base", "form", "img", "link"}
+    assert not page.elements & running
     assert not page.handlers
     assert all(address.startswith(("#", "data:image/png")) for address in page.addresses)
     assert all(c.isprintable() or c in "\n\u00a0\u2009" for c in text)
@@ -158,7 +150,7 @@ def test_files_of_hostile_records(given, tmp_path_factory):
 
 
 @long
-@with_settings(cases, max_examples=min(cases.max_examples, 12), deadline=None)
+@with_settings(cases, max_examples=min(cases.max_examples, 5), deadline=None)
 @given(given=hostile())
 def test_pages_of_hostile_records(given):
     require_harmless(render([given]))
@@ -182,6 +174,5 @@ def test_the_name_of_a_row_is_no_path(tmp_path):
 
 
 def test_what_is_drawn_in_files_has_no_control_characters(tmp_path: Path):
-    assert (
-        "\x1b" not in write_report(record(tasks=("a\x1b[2J", "b")), tmp_path / "p.html").read_text()
-    )
+    page = write_report(record(tasks=("a\x1b[2J", "b")), tmp_path / "page.html")
+    assert "\x1b" not in page.read_text(encoding="utf-8")
