@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import difflib
 import functools
+import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
@@ -403,6 +404,9 @@ class Config(Settings):
 
     method: MethodName = Field("mira", description="how the memory is read")
     store: str = Field("memory", description="path of the memory; to read, perhaps @VERSION")
+    lock_timeout: Annotated[float, Field(ge=0, le=10**6)] = Field(
+        30.0, description="seconds to wait for another process that writes to the memory"
+    )
     runs: Path = Field(Path("runs"), description="folder of adapters, records and checkpoints")
     seed: tuple[Seed, ...] = Field((0,), min_length=1, description="one seed or several")
     baselines: tuple[Baseline, ...] = Field(
@@ -424,6 +428,19 @@ class Config(Settings):
     engine: EngineSettings = EngineSettings()
     limits: LimitSettings = LimitSettings()
 
+    @field_validator("runs")
+    @classmethod
+    def _runs_at_home(cls, runs: Path) -> Path:
+        return _at_home(runs)
+
+    def recorded(self) -> dict[str, Any]:
+        """The configuration as records and commits hold it: plain JSON, `~` for the user's folder.
+
+        They are sent to others; what reads a setting understands `~`.
+        """
+        tree: dict[str, Any] = json.loads(without_home(json.dumps(self.model_dump(mode="json"))))
+        return tree
+
 
 @dataclass(frozen=True)
 class Resolved:
@@ -437,15 +454,19 @@ class Resolved:
     origin: dict[str, str]
     preset: str
 
-    def without_effect(self) -> tuple[str, ...]:
+    def without_effect(self, *, reads: Sequence[str] = ()) -> tuple[str, ...]:
         """Sentences on what was asked for in vain, as `READ_UNDER` says: one a setting.
 
         Asked for are settings of the command line and of variables; a file or preset may hold some
-        for other methods.
+        for other methods. `reads` names the settings and sections of a verb that reads no others;
+        a variable that is for other verbs is not asked for in vain then.
         """
         found = []
         for key, place in self.origin.items():
-            if place == COMMAND_LINE or place.startswith("MEMTOOL_"):
+            if reads:
+                if place == COMMAND_LINE and key.partition(".")[0] not in reads:
+                    found.append(f"{key} has no effect here: nothing but the store is read")
+            elif place == COMMAND_LINE or place.startswith("MEMTOOL_"):
                 other = _not_read_under(self.config, key)
                 if other is not None:
                     value = get(self.config, other)
@@ -615,10 +636,30 @@ def parse_assignment(text: str) -> tuple[str, str]:
 
 
 def split_store(store: str) -> tuple[str, str]:
-    """`"memory@HEAD~1"` as address and version; the version is HEAD when none is named."""
+    """`"memory@HEAD~1"` as address and version; the version is HEAD when none is named.
+
+    What is there as written is an address. Else it ends at the last `@` after the last `/`, so that
+    `here@home/` and `user@host/memory` are addresses, too.
+    """
     folder, slash, name = store.rpartition("/")
-    name, _, version = name.partition("@")
+    if "@" not in name or os.path.lexists(os.path.expanduser(store)):  # noqa: PTH111 - any text
+        return store, "HEAD"
+    name, _, version = name.rpartition("@")
     return folder + slash + name, version or "HEAD"
+
+
+def store_beside(store: str, ending: str) -> str:
+    """The setting for a memory beside that of `store`, with `ending` after its name."""
+    beside = split_store(store)[0].rstrip("/") + ending
+    return f"{beside}/" if "@" in beside.rpartition("/")[2] else beside
+
+
+def without_home(text: str) -> str:
+    """Text for a record, with `~` for the user's folder: it may go to others."""
+    home = os.path.expanduser("~")  # noqa: PTH111 - no error where there is none
+    if len(home) < 2 or not home.startswith("/"):
+        return text
+    return re.sub(rf"(?<![\w.~/-]){re.escape(home)}(?=/|$|[\s'\":,@])", "~", text)
 
 
 def expand(path: Path | str, environ: Mapping[str, str] | None = None) -> Path:

@@ -20,6 +20,7 @@ from memtool.config import (
     presets,
     resolve,
     split_store,
+    store_beside,
     to_yaml,
     user_file,
 )
@@ -143,7 +144,12 @@ def test_get_reads_a_dotted_key():
         ("adapter:\n  rank: 4\n  rnk: 3", 3, "adapter.rnk", "'adapter.rank'"),
         ("rank: 3", 1, "no setting 'rank'", "'adapter.rank'"),
         ("epochs: 3", 1, "no setting 'epochs'", "'train.epochs' or 'consolidate.epochs'"),
-        ("zzz: 3", 1, "no setting 'zzz'", "one of method, store, runs, seed, baselines, backbone"),
+        (
+            "zzz: 3",
+            1,
+            "no setting 'zzz'",
+            "one of method, store, lock_timeout, runs",
+        ),
         ("adapter:\n  rank: 0", 2, "adapter.rank cannot be '0'", "greater than or equal to 1"),
         ("memory:\n  separation: afine", 2, "'afine'", "did you mean 'affine'?"),
         ("adapter: 4", 1, "'adapter' is a section", "adapter.rank"),
@@ -215,10 +221,44 @@ def test_assignments():
         ("memory@HEAD~2", ("memory", "HEAD~2")),
         ("a@b/memory@v1", ("a@b/memory", "v1")),
         ("s3://bucket/m@abc", ("s3://bucket/m", "abc")),
+        ("s3://bucket/a@b@v1", ("s3://bucket/a@b", "v1")),
+        ("a@b@v1", ("a@b", "v1")),
+        ("a@b/", ("a@b/", "HEAD")),
+        ("~nouser@v1", ("~nouser", "v1")),
+        ("nul\0@v1", ("nul\0", "v1")),
+        ("memory@", ("memory", "HEAD")),
     ],
 )
 def test_a_store_and_its_version(store, parts):
     assert split_store(store) == parts
+
+
+def test_what_is_there_as_written_is_a_store(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a@b").mkdir()
+    assert split_store("a@b") == ("a@b", "HEAD")
+    assert split_store("a@b@v1") == ("a@b", "v1")
+    assert split_store(f"{tmp_path}/a@b") == (f"{tmp_path}/a@b", "HEAD")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert split_store("~/a@b") == ("~/a@b", "HEAD")
+
+
+@pytest.mark.parametrize("store", ["memory", "a@b/", "a@b/c", "s3://bucket/m", "memory@v1"])
+def test_a_store_beside_another_reads_back_as_its_address(store):
+    address = split_store(store)[0].rstrip("/")
+    beside = split_store(store_beside(store, "-seed-1"))
+    assert beside[0].rstrip("/") == f"{address}-seed-1"
+    assert beside[1] == "HEAD"
+
+
+def test_a_record_of_the_configuration_does_not_name_the_user(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    given = {"store": f"{tmp_path}/m", "runs": "~/r", "stream.source": f"{tmp_path}x/d"}
+    config = resolve(overrides=given, environ={}).config
+    assert config.runs == tmp_path / "r"
+    recorded = config.recorded()
+    assert (recorded["store"], recorded["runs"]) == ("~/m", "~/r")
+    assert recorded["stream"]["source"] == f"{tmp_path}x/d"
 
 
 def test_variables_in_paths_are_expanded_at_use():

@@ -6,12 +6,15 @@ import errno
 import os
 import sys
 import traceback
+from contextlib import suppress
 from types import TracebackType
 
 import typer
 
-from memtool.errors import MemtoolError
+from memtool.errors import MemtoolError, TrainingInterrupted
 from memtool_stores.errors import StoreError
+from memtool_stores.printable import one_line, printable
+from memtool_stores.redacted import redacted
 
 NO, USAGE, NOT_FOUND = 1, 2, 3
 INTERRUPTED, BROKEN_PIPE = 130, 141
@@ -23,7 +26,7 @@ EXIT_CODES = """\
 3 not found
 4 conflict
 5 integrity
-130 interrupted, work so far is safe
+130 interrupted, what was committed is safe
 141 broken pipe"""
 
 # What a verb may raise on purpose; anything else is a bug and goes to `on_unexpected`.
@@ -46,11 +49,14 @@ def report(error: BaseException) -> int:
         case typer.Abort():
             _say("not done: nothing was changed")
             return NO
-        case KeyboardInterrupt():
+        case TrainingInterrupted():
             _say(
-                "interrupted: every committed version is safe, and a running training was saved",
+                f"interrupted: every committed version is safe, and {error}",
                 remedy="the same command again, to go on",
             )
+            return INTERRUPTED
+        case KeyboardInterrupt():
+            _say("interrupted: every committed version is safe")
             return INTERRUPTED
         case BrokenPipeError():
             close_stdout()
@@ -65,17 +71,21 @@ def report(error: BaseException) -> int:
     raise error
 
 
+def show_traceback(error: BaseException) -> None:
+    """Print where an error came from: for --debug; it holds no secret, and nothing that steers."""
+    for line in redacted("".join(traceback.format_exception(error))).splitlines():
+        sys.stderr.write(printable(line) + "\n")
+
+
 def close_stdout() -> None:
     """Stdout takes no more: what Python still flushes at its end goes nowhere."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def on_unexpected(
-    kind: type[BaseException], error: BaseException, trace: TracebackType | None
-) -> None:
+def on_unexpected(kind: type[BaseException], error: BaseException, _: TracebackType | None) -> None:
     """`sys.excepthook`: an error that nobody foresaw, in one line. Python then exits with 1."""
     if "--debug" in sys.argv:
-        traceback.print_exception(kind, error, trace)
+        show_traceback(error)
         return
     text = str(error).partition("\n")[0]
     _say(
@@ -86,7 +96,7 @@ def on_unexpected(
 
 def _report_usage(error: typer.TyperException) -> int:
     context = getattr(error, "ctx", None)
-    message = error.format_message().replace("\n", " ").replace("\t", " ")
+    message = one_line(error.format_message())
     if not message:  # no arguments at all: the help page has been printed
         return USAGE
     command = context.command_path if context else "memtool"
@@ -120,7 +130,9 @@ def _report_system(error: OSError) -> int:
 def _say(message: str, *, expected: str | None = None, remedy: str | None = None) -> None:
     lines = [message]
     if expected:
-        lines.append(f"  expected: {expected}")
+        lines.append(f"  expected: {one_line(expected)}")
     if remedy:
-        lines.append(f"  try: {remedy}")
-    sys.stderr.write("\n".join(lines) + "\n")
+        lines.append(f"  try: {one_line(remedy)}")
+    with suppress(OSError):  # nobody reads it, or it is full: the exit code still says how it ended
+        sys.stderr.write("\n".join(printable(redacted(line)) for line in lines) + "\n")
+        sys.stderr.flush()

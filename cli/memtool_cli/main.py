@@ -9,7 +9,6 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-import traceback
 from importlib import import_module
 from typing import Annotated, Any, NamedTuple, NoReturn
 
@@ -17,7 +16,10 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from memtool import __version__
+from memtool.errors import ConfigError
 from memtool_cli import failure
+from memtool_cli.terminal import prepare
+from memtool_stores.printable import shown
 
 
 class Verb(NamedTuple):
@@ -106,7 +108,7 @@ def memtool(
 
 def run() -> None:
     """The console script `memtool`."""
-    sys.excepthook = failure.on_unexpected
+    prepare()
     code = main(sys.argv[1:])
     if "icechunk" in sys.modules:
         _leave(code)
@@ -131,12 +133,13 @@ def main(arguments: list[str]) -> int:
         app(prog_name="memtool")
     command = typer.main.get_command(app)
     try:
+        _require_no_nul(arguments)
         with command.make_context("memtool", list(arguments)) as context:
             command.invoke(context)
         sys.stdout.flush()
     except failure.EXPECTED as error:
         if "--debug" in arguments:
-            traceback.print_exc()
+            failure.show_traceback(error)
         return failure.report(error)
     except SystemExit as stop:
         # rich turns a closed pipe into an exit of its own while it prints a help page.
@@ -145,3 +148,9 @@ def main(arguments: list[str]) -> int:
             return failure.BROKEN_PIPE
         raise
     return 0
+
+
+def _require_no_nul(arguments: list[str]) -> None:
+    for argument in arguments:
+        if "\0" in argument:
+            raise ConfigError(f"the argument {shown(argument)}", expected="text without NUL")

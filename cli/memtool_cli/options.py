@@ -27,15 +27,18 @@ import typer
 from memtool.config import (
     Config,
     Resolved,
-    choices,
-    keys,
     parse_assignment,
     resolve,
     split_store,
+    without_home,
 )
 from memtool.errors import ConfigError, NotFoundError, did_you_mean
 from memtool_cli import complete
 from memtool_cli.output import Out
+from memtool_cli.shared import Shared, setting, switch
+from memtool_cli.terminal import Plain
+from memtool_stores.printable import printable, shown
+from memtool_stores.redacted import redacted
 
 if TYPE_CHECKING:
     from memtool.methods.mira import Mira
@@ -46,60 +49,7 @@ if TYPE_CHECKING:
     from memtool_stores import MemoryStore, MemoryView
 
 
-@dataclass(frozen=True)
-class Shared:
-    """One shared option. `setting` is the dotted key that it writes, if it writes one."""
-
-    flag: str
-    annotation: Any
-    default: Any = None
-    setting: str | None = None
-
-    @property
-    def name(self) -> str:
-        """The parameter's name: the flag as an identifier."""
-        return self.flag.removeprefix("--").replace("-", "_")
-
-    @property
-    def parameter(self) -> inspect.Parameter:
-        """What stands in the signature."""
-        return inspect.Parameter(
-            self.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=self.default,
-            annotation=self.annotation,
-        )
-
-
-def _setting(flag: str, key: str, panel: str, help: str | None = None, **more: Any) -> Shared:
-    words = choices(key)
-    metavar = more.pop("metavar", "|".join(words) or "VALUE")
-    option = typer.Option(
-        flag,
-        help=help or f"{keys()[key].description}.".capitalize(),
-        metavar=metavar,
-        rich_help_panel=panel,
-        autocompletion=more.pop("autocompletion", _words(words) if words else None),
-        show_default=False,
-    )
-    return Shared(flag, Annotated[more.pop("type", str | None), option], setting=key)
-
-
-def _words(words: tuple[str, ...]) -> Callable[[str], list[str]]:
-    def offer(incomplete: str) -> list[str]:
-        return [word for word in words if word.startswith(incomplete)]
-
-    return offer
-
-
-def _switch(flag: str, panel: str, help: str, short: str | None = None) -> Shared:
-    names = (flag, short) if short else (flag,)
-    return Shared(
-        flag, Annotated[bool, typer.Option(*names, help=help, rich_help_panel=panel)], False
-    )
-
-
-STORE = _setting(
+STORE = setting(
     "--store",
     "store",
     "Memory",
@@ -107,23 +57,30 @@ STORE = _setting(
     metavar="PATH",
     autocompletion=complete.stores,
 )
-SEP = _setting("--sep", "memory.separation", "Memory", "How similarities become coefficients.")
-MIX = _setting("--mix", "memory.mix", "Memory")
-RANK = _setting("--rank", "adapter.rank", "Training", "Rank of the adapters.", metavar="N")
-MEMORY = _setting(
+LOCK_TIMEOUT = setting(
+    "--lock-timeout",
+    "lock_timeout",
+    "Memory",
+    "How long to wait for another process that writes.",
+    metavar="SECONDS",
+)
+SEP = setting("--sep", "memory.separation", "Memory", "How similarities become coefficients.")
+MIX = setting("--mix", "memory.mix", "Memory")
+RANK = setting("--rank", "adapter.rank", "Training", "Rank of the adapters.", metavar="N")
+MEMORY = setting(
     "--memory",
     "modulation.memory",
     "Memory",
     "Modulation: the memories that recall whole adapters, separated by commas.",
 )
-METHOD = _setting("--method", "method", "Training", "How the memory is grown and read.")
+METHOD = setting("--method", "method", "Training", "How the memory is grown and read.")
 GATE = (
-    _setting("--score-norm", "moram.score_norm", "Memory", "MoRAM: norm of the responses."),
-    _setting("--topk", "moram.topk", "Memory", "MoRAM: atoms that a token keeps.", metavar="K"),
-    _setting(
+    setting("--score-norm", "moram.score_norm", "Memory", "MoRAM: norm of the responses."),
+    setting("--topk", "moram.topk", "Memory", "MoRAM: atoms that a token keeps.", metavar="K"),
+    setting(
         "--temperature", "moram.temperature", "Memory", "MoRAM: of the softmax.", metavar="TAU"
     ),
-    _setting(
+    setting(
         "--threshold",
         "moram.threshold",
         "Memory",
@@ -131,10 +88,10 @@ GATE = (
         metavar="DELTA",
     ),
 )
-SPLITS = _setting(
+SPLITS = setting(
     "--splits", "stream.splits", "Training", "Tasks that the classes are cut into.", metavar="N"
 )
-HELD_OUT = _setting(
+HELD_OUT = setting(
     "--held-out",
     "stream.held_out",
     "Training",
@@ -143,14 +100,14 @@ HELD_OUT = _setting(
     autocompletion=complete.tasks,
 )
 ADAPTERS = (
-    _setting(
+    setting(
         "--adapters-per-task",
         "adapter.per_task",
         "Training",
         "Adapters that each task leaves.",
         metavar="N",
     ),
-    _setting(
+    setting(
         "--warm-start",
         "adapter.warm_start",
         "Training",
@@ -158,23 +115,23 @@ ADAPTERS = (
     ),
 )
 KEYS = (
-    _setting("--routing", "memory.routing", "Memory", "A mixture, or one task's adapters."),
-    _setting("--query-module", "memory.query", "Memory", "What a block's input goes through."),
-    _setting("--protect", "consolidate.protect", "Memory", "What key learning may not change."),
-    _setting("--head", "head.kind", "Memory", "The classifier on the features."),
+    setting("--routing", "memory.routing", "Memory", "A mixture, or one task's adapters."),
+    setting("--query-module", "memory.query", "Memory", "What a block's input goes through."),
+    setting("--protect", "consolidate.protect", "Memory", "What key learning may not change."),
+    setting("--head", "head.kind", "Memory", "The classifier on the features."),
 )
-BASELINES = _setting(
+BASELINES = setting(
     "--baselines",
     "baselines",
     "Training",
     "What is trained beside the memory, separated by commas.",
 )
-SEED = _setting(
+SEED = setting(
     "--seed", "seed", "Training", "Seed; `run` takes several.", metavar="N", type=list[str] | None
 )
 COMPUTE = (
-    _setting("--device", "engine.device", "Compute", "Where tensors live."),
-    _setting("--precision", "engine.precision", "Compute", "Number format of the computation."),
+    setting("--device", "engine.device", "Compute", "Where tensors live."),
+    setting("--precision", "engine.precision", "Compute", "Number format of the computation."),
 )
 CONFIGURATION = (
     Shared(
@@ -216,13 +173,13 @@ CONFIGURATION = (
         ],
     ),
 )
-DRY_RUN = _switch("--dry-run", "Output", "Only say what would be done.")
-YES = _switch("--yes", "Dangerous", "Do not ask.")
+DRY_RUN = switch("--dry-run", "Output", "Only say what would be done.")
+YES = switch("--yes", "Dangerous", "Do not ask.")
 OUTPUT = (
-    _switch("--json", "Output", "One JSON document a record, nothing else on stdout."),
-    _switch("--quiet", "Output", "Only ids or one number on stdout, nothing on stderr.", "-q"),
-    _switch("--verbose", "Output", "Also what the library logs.", "-v"),
-    _switch("--debug", "Output", "The traceback of an error."),
+    switch("--json", "Output", "One JSON document a record, nothing else on stdout."),
+    switch("--quiet", "Output", "Only ids or one number on stdout, nothing on stderr.", "-q"),
+    switch("--verbose", "Output", "Also what the library logs.", "-v"),
+    switch("--debug", "Output", "The traceback of an error."),
 )
 
 
@@ -283,29 +240,51 @@ class Call:
     def resolved(self) -> Resolved:
         """The configuration in force. Raises ConfigError, NotFoundError.
 
-        A verb that runs a method says on stderr what was asked for in vain.
+        What was asked for in vain is said on stderr.
         """
         found = self.resolve()
         found.config.limits.put_in_force()
-        if METHOD in self.shared and not self.out.json:
-            for sentence in found.without_effect():
+        if not self.out.json:
+            for sentence in self._without_effect(found):
                 self.out.note(f"note: {sentence}")
         return found
 
+    def _without_effect(self, found: Resolved) -> tuple[str, ...]:
+        """What was asked for in vain: of the method, or of a verb that asks the store alone."""
+        if RANK in self.shared:
+            return found.without_effect()
+        if STORE in self.shared and COMPUTE[0] not in self.shared:
+            return found.without_effect(reads=OF_THE_STORE)
+        return ()
+
     def resolve(self, *, ambient: bool = True) -> Resolved:
         """The configuration; without `ambient` only what the command line names counts."""
-        overrides: dict[str, Any] = dict(
-            parse_assignment(text) for text in self.given.get("set") or ()
-        )
-        for option in self.shared:
-            if option.setting and self.given[option.name] not in (None, []):
-                overrides[option.setting] = self.given[option.name]
         return resolve(
             preset=self.given.get("preset"),
             file=self.given.get("config"),
-            overrides=overrides,
+            overrides=self._overrides(),
             ambient=ambient,
         )
+
+    def _overrides(self) -> dict[str, Any]:
+        """The settings of the command line. Raises ConfigError for two values of one."""
+        found: dict[str, Any] = {}
+        written: dict[str, str] = {}
+
+        def put(key: str, value: Any, how: str) -> None:
+            if key in found and _as_text(found[key]) != _as_text(value):
+                raise ConfigError(
+                    f"{written[key]} and {how}: {key} is given twice", expected="one value"
+                )
+            found[key], written[key] = value, how
+
+        for text in self.given.get("set") or ():
+            put(*parse_assignment(text), f"--set {text}")
+        for option in self.shared:
+            value = self.given[option.name]
+            if option.setting and value not in (None, []):
+                put(option.setting, value, f"{option.flag} {_as_text(value)}")
+        return found
 
     @property
     def config(self) -> Config:
@@ -348,7 +327,7 @@ class Call:
                 remedy=f"{self.command('train-adapter --task 1')}, then `memtool write`; "
                 "or --store PATH for a memory elsewhere",
             )
-        return MemoryStore.open(self.store_path)
+        return MemoryStore.open(self.store_path, lock_timeout=self.config.lock_timeout)
 
     def view(self, version: str | None = None) -> MemoryView:
         """The memory at `version`, else at the version that the store was named with."""
@@ -362,12 +341,23 @@ class Call:
     def refuse_version(self) -> None:
         """Raise ConfigError when the store was named with a version, which can only be read."""
         path, version = split_store(self.config.store)
-        if "@" in self.config.store:
+        if path != self.config.store:
             raise ConfigError(
                 f"--store {self.config.store}: version {version} can be read, not written to",
                 expected=path,
                 remedy=f"--store {path}, perhaps after `memtool rollback {version}`",
             )
+
+    def writes_to(self, file: Path) -> Path:
+        """The file that the verb writes; `-` is stdout, and what is printed goes to stderr then.
+
+        Raises ConfigError for a folder, before any work is done.
+        """
+        file = Path("/dev/stdout") if str(file) == "-" else file
+        if file.is_dir():
+            raise ConfigError(f"{file} is a folder", expected="the name of a file")
+        self.out.leave_stdout_to(file)
+        return file
 
     @property
     def reads_texts(self) -> bool:
@@ -426,12 +416,12 @@ class Call:
             return
         if not (sys.stdin.isatty() and sys.stderr.isatty()):
             raise ConfigError(f"{deed}: nobody is there to ask", remedy="the same with --yes")
-        typer.confirm(f"{deed}?", err=True, abort=True)
+        typer.confirm(printable(f"{deed}?"), err=True, abort=True)
 
     @property
     def line(self) -> str:
         """The command line of this call, for the record of what ran."""
-        return shlex.join(["memtool", *sys.argv[1:]])
+        return without_home(redacted(printable(shlex.join(["memtool", *sys.argv[1:]]))))
 
     def command(self, text: str) -> str:
         """`memtool <text>` with the store and the configuration that this call was given."""
@@ -444,8 +434,12 @@ class Call:
         return shlex.join(words)
 
 
+OF_THE_STORE = ("store", "lock_timeout", "limits")
+"""What a verb reads that asks the store alone."""
+
 _CARRIED = (
     STORE,
+    LOCK_TIMEOUT,
     METHOD,
     RANK,
     MEMORY,
@@ -471,7 +465,9 @@ def verb(*shared: Shared) -> Callable[[Callable[..., None]], Callable[..., None]
                 raise ConfigError("--json and --quiet", expected="one of them")
             call = Call(given, options)
             if given["verbose"]:
-                logging.basicConfig(stream=sys.stderr, format="%(name)s: %(message)s")
+                handler = logging.StreamHandler(sys.stderr)
+                handler.setFormatter(Plain("%(name)s: %(message)s"))
+                logging.basicConfig(handlers=[handler])
                 logging.getLogger("memtool").setLevel(logging.INFO)
                 logging.getLogger("memtool_stores").setLevel(logging.INFO)
                 return function(call, **values)
@@ -494,8 +490,14 @@ def examples(*commands: str) -> str:
     return "\n".join(["[bold]Examples[/bold]", *(f"$ {command}" for command in escaped)])
 
 
+def _as_text(value: Any) -> str:
+    """A value of the command line as one would write it with --set."""
+    text = ",".join(value) if isinstance(value, list) else value
+    return text.strip().strip("[]").replace(" ", "")
+
+
 def one_of(option: str, value: str, words: tuple[str, ...]) -> str:
     """`value`, when it is one of `words`. Raises ConfigError with the nearest word."""
     if value not in words:
-        raise ConfigError(f"{option} {value!r}", expected=did_you_mean(value, words))
+        raise ConfigError(f"{option} {shown(value)}", expected=did_you_mean(value, words))
     return value

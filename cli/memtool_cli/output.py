@@ -7,11 +7,13 @@
     out.next("memtool write")
 
 A person at a terminal gets a table, a pipe gets tab-separated columns with a header, `--json` one
-JSON document per record, `-q` only ids or one number.
+JSON document per record, `-q` only ids or one number. Whatever a file put into a name or a message,
+only characters that can be seen come out, and a table keeps its rows and columns.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -20,11 +22,16 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from memtool.progress import Progress, ProgressEvent
+from memtool_stores.files import is_stdout
+from memtool_stores.printable import as_cell, printable, printable_json
+from memtool_stores.redacted import redacted
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from pydantic import BaseModel
     from rich.table import Table as RichTable
 
@@ -54,6 +61,7 @@ class Out:
         self.json = json
         self.speaks = os.environ.get("RANK", "0") == "0"
         self.quiet = quiet or not self.speaks
+        self._stdout_is_taken = False
 
     def data(
         self,
@@ -62,43 +70,57 @@ class Out:
         ids: Iterable[object],
     ) -> None:
         """Print records: as JSON, one a line; as their ids; or as tables."""
-        if not self.speaks:
+        if not self.speaks or (self.quiet and self._stdout_is_taken):
             return
+        stream = self._stream
         if self.json:
             several = records if isinstance(records, Sequence) else (records,)
-            indent = 2 if sys.stdout.isatty() and len(several) == 1 else None
+            indent = 2 if stream.isatty() and len(several) == 1 else None
             for record in several:
-                self.line(record.model_dump_json(by_alias=True, indent=indent))
+                stream.write(printable_json(_document(record, indent)) + "\n")
         elif self.quiet:
             for id in ids:
                 self.line(str(id))
-        elif sys.stdout.isatty():
-            _print_tables(tables)
+        elif stream.isatty():
+            _print_tables(tables, stream)
         else:
             for place, table in enumerate(tables):
                 if table.title:
-                    sys.stdout.flush()
+                    stream.flush()
                     self.note(table.title)  # says what the numbers are
                 lines = [table.header, *table.rows] if table.header else table.rows
-                for line in [""] * bool(place) + ["\t".join(map(_cell, row)) for row in lines]:
-                    self.line(line)
+                if place:
+                    self.line("")
+                for row in lines:
+                    stream.write("\t".join(as_cell(_cell(cell)) for cell in row) + "\n")
                 for note in getattr(table, "notes", ()):
                     self.note(note)
-        sys.stdout.flush()
+        stream.flush()
 
     @property
     def machine(self) -> bool:
         """Whether a program reads what is printed: it gets all, not a page."""
-        return self.json or self.quiet or not sys.stdout.isatty()
+        return self.json or self.quiet or not self._stream.isatty()
+
+    @property
+    def _stream(self) -> TextIO:
+        return sys.stderr if self._stdout_is_taken else sys.stdout
+
+    def leave_stdout_to(self, file: Path | None) -> None:
+        """Print on stderr from here on when `file` stands for stdout: a page must come out whole.
+
+        With -q nothing is printed then.
+        """
+        self._stdout_is_taken = file is not None and is_stdout(file)
 
     def line(self, text: str) -> None:
         """One line of data."""
-        sys.stdout.write(text + "\n")
+        self._stream.write(printable(text) + "\n")
 
     def note(self, text: str) -> None:
         """One line for the reader, on stderr; not with -q."""
         if not self.quiet:
-            sys.stderr.write(text + "\n")
+            sys.stderr.write(printable(redacted(text)) + "\n")
             sys.stderr.flush()
 
     @contextmanager
@@ -166,7 +188,7 @@ class PlainProgress:
             return
         self._spoke = now
         rate = (event.step - self._first_step) / max(now - self._started, 1e-9)
-        parts = [f"{event.stage}: {event.step}/{event.total}", _numbers(event)]
+        parts = [f"{printable(event.stage)}: {event.step}/{event.total}", _numbers(event)]
         if rate > 0 and not finished:
             left = (event.total - event.step) / rate
             parts.append(f"({rate:.1f} steps/s, {duration(left)} left)")
@@ -221,9 +243,9 @@ def _bar() -> Iterator[Progress]:
         task = bar.add_task("", total=None, stage="starting", numbers="", rate="")
 
         def show(event: ProgressEvent) -> None:
-            shown = bar.tasks[0]
-            if shown.fields["stage"] != event.stage:
-                bar.reset(task, total=event.total, stage=event.stage, numbers="", rate="")
+            shown, stage = bar.tasks[0], printable(event.stage)
+            if shown.fields["stage"] != stage:
+                bar.reset(task, total=event.total, stage=stage, numbers="", rate="")
             rate = f"{shown.speed:.1f} steps/s" if shown.speed else ""
             bar.update(task, completed=event.step, numbers=_numbers(event), rate=rate)
 
@@ -231,17 +253,28 @@ def _bar() -> Iterator[Progress]:
 
 
 def _numbers(event: ProgressEvent) -> str:
-    return " ".join(f"{name} {value:.3g}" for name, value in event.metrics.items())
+    return " ".join(f"{printable(name)} {value:.3g}" for name, value in event.metrics.items())
 
 
 def _cell(cell: object) -> str:
-    return " ".join("" if cell is None else part for part in str(cell).split())
+    """What stands in a cell of a table: printable, and on one line."""
+    return printable(" ".join("" if cell is None else part for part in str(cell).split()))
 
 
-def _print_tables(tables: Iterable[Table | Grid]) -> None:
+def _document(record: BaseModel, indent: int | None) -> str:
+    from pydantic_core import PydanticSerializationError
+
+    try:
+        return record.model_dump_json(by_alias=True, indent=indent)
+    except PydanticSerializationError:  # a path that is not UTF-8: JSON has escapes for its bytes
+        text = json.dumps(record.model_dump(mode="json", by_alias=True))
+        return json.dumps(json.loads(text, parse_constant=lambda _: None), indent=indent)
+
+
+def _print_tables(tables: Iterable[Table | Grid], stream: TextIO) -> None:
     from rich.console import Console
 
-    console = Console(file=sys.stdout)
+    console = Console(file=stream)
     for table in tables:
         if isinstance(table, Table):
             console.print(_grid(table))
@@ -257,7 +290,7 @@ def _grid(table: Table) -> RichTable:
     from rich.text import Text
 
     grid = RichTable(
-        title=Text(table.title) if table.title else None,
+        title=Text(_cell(table.title)) if table.title else None,
         title_justify="left",
         box=box.SIMPLE_HEAD,
         show_header=bool(table.header),
@@ -268,7 +301,7 @@ def _grid(table: Table) -> RichTable:
         cells = [_cell(row[place]) for row in table.rows]
         numeric = any(cells) and all(_NUMBER.fullmatch(cell) for cell in cells)
         grid.add_column(
-            Text(table.header[place]) if table.header else "",
+            Text(_cell(table.header[place])) if table.header else "",
             justify="right" if numeric and table.header else "left",
             overflow="fold",
         )

@@ -25,7 +25,7 @@ from memtool.backbones.interface import TextBackbone
 from memtool.backbones.tensor_hash import tensor_sha256
 from memtool.backbones.vit import attend, check_image_size, check_pixels, to_pixels
 from memtool.backbones.weight_files import read_weights
-from memtool.config import BackboneSettings
+from memtool.config import BackboneSettings, expand
 from memtool.errors import (
     ConfigError,
     DataError,
@@ -84,7 +84,7 @@ def read_configuration(model: str) -> tuple[dict[str, Any], dict[str, Any]]:
                 remedy="a name of these, or the path of a configuration in .json",
             )
         return found, {}
-    path = Path(model).expanduser()
+    path = expand(model)
     if not path.is_file():
         raise NotFoundError(f"there is no CLIP configuration {path}", remedy="check the path")
     try:

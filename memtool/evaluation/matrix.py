@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ import numpy.typing as npt
 from memtool import sealed
 from memtool.atomic import write_atomic
 from memtool.errors import ConfigError, CorruptError, DataError, MismatchError, NotFoundError
+from memtool.evaluation.csv_text import from_csv, to_csv
 
 SCHEMA = "memtool.matrix"
 SCHEMA_VERSION = 1
@@ -122,12 +121,11 @@ class AccuracyMatrix:
 
     def to_csv(self) -> str:
         """CSV: `after` (number of tasks learned), then one column a task; floats are exact."""
-        buffer = io.StringIO()
-        writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow(["after", *self.tasks])
-        for number, row in enumerate(self.cells):
-            writer.writerow([number, *("" if cell is None else repr(cell) for cell in row)])
-        return buffer.getvalue()
+        rows = [
+            [number, *("" if cell is None else repr(cell) for cell in row)]
+            for number, row in enumerate(self.cells)
+        ]
+        return to_csv([["after", *self.tasks], *rows])
 
     def save(self, path: Path) -> Path:
         """Write the matrix as JSON with its checksum, or as CSV, by the suffix of `path`."""
@@ -174,7 +172,7 @@ def _from_json(document: dict[str, Any], path: Path) -> AccuracyMatrix:
 
 
 def _from_csv(text: str) -> AccuracyMatrix:
-    header, *rows = csv.reader(io.StringIO(text))
+    header, *rows = from_csv(text)
     if header[0] != "after" or [row[0] for row in rows] != [str(i) for i in range(len(header))]:
         raise ValueError("the first column is not `after`, 0, 1, 2, …")
     cells = [[None if cell == "" else float(cell) for cell in row[1:]] for row in rows]

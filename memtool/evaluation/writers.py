@@ -1,9 +1,10 @@
-"""Records in the file formats that other tools read: DomainBed, Avalanche, TensorBoard."""
+"""Records in the file formats that other tools read: DomainBed, Avalanche, TensorBoard.
+
+No text in them is a formula to a spreadsheet.
+"""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import Any
 
 from memtool.atomic import write_atomic
 from memtool.errors import ConfigError, MemtoolError
+from memtool.evaluation.csv_text import to_csv
 from memtool.evaluation.metrics import seen_accuracy
 from memtool.evaluation.record import Record
 from memtool_stores.names import below
+from memtool_stores.printable import as_cell
 
 
 def write_domainbed(records: Sequence[Record], path: Path) -> Path:
@@ -44,7 +47,7 @@ def write_domainbed(records: Sequence[Record], path: Path) -> Path:
                 line["hparams"] = run.configuration
                 if memory is not None:
                     line["mem_gb"] = memory / 2**30
-                lines.append(json.dumps(line, sort_keys=True, allow_nan=False))
+                lines.append(json.dumps(_cells(line), sort_keys=True, allow_nan=False))
     return write_atomic(path, "".join(f"{line}\n" for line in lines))
 
 
@@ -54,9 +57,8 @@ def write_avalanche(records: Sequence[Record], path: Path) -> Path:
     `eval_exp` and `training_exp` count from 0 as there; training_exp −1 is before any training.
     `forgetting` is a[j, j] − a[i, j], only for tasks learned before the last one.
     """
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["method", "seed", "eval_exp", "training_exp", "eval_accuracy", "forgetting"])
+    header = ["method", "seed", "eval_exp", "training_exp", "eval_accuracy", "forgetting"]
+    lines: list[list[str | int]] = []
     for record in records:
         for row in record.metrics.rows:
             for step, scores in enumerate(row.accuracy):
@@ -65,10 +67,17 @@ def write_avalanche(records: Sequence[Record], path: Path) -> Path:
                         continue
                     learned = row.accuracy[task + 1][task] if task + 1 < step else None
                     forgetting = "" if learned is None else repr(learned - score)
-                    writer.writerow(
-                        [row.id, record.run.seed, task, step - 1, repr(score), forgetting]
-                    )
-    return write_atomic(path, buffer.getvalue())
+                    lines.append([row.id, record.run.seed, task, step - 1, repr(score), forgetting])
+    return write_atomic(path, to_csv([header, *lines]))
+
+
+def _cells(value: Any) -> Any:
+    """A value of JSON with every text in it as `as_cell`: lines of JSON end up in spreadsheets."""
+    if isinstance(value, dict):
+        return {as_cell(key): _cells(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_cells(inner) for inner in value]
+    return as_cell(value) if isinstance(value, str) else value
 
 
 def write_tensorboard(record: Record, folder: Path) -> Path:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from memtool.config import Config
+from memtool.config import Config, store_beside
 from memtool.errors import ConfigError, did_you_mean
 from memtool.evaluation.record import Metrics, Record, Row
 from memtool.methods import experiment
@@ -127,7 +127,7 @@ def ablate(
     labels: list[str] = []
     for word, changes in (variants or {"": {}}).items():
         place = config.runs / f"ablate-{name}" / word
-        store = "-".join(part for part in (config.store, name, word) if part)
+        store = store_beside(config.store, "".join(f"-{part}" for part in (name, word) if part))
         found = experiment.run(
             _changed(config, {**changes, "runs": place, "store": store}),
             progress=progress,

@@ -22,7 +22,7 @@ from memtool.methods.subject import first
 from memtool.methods.text import TextWorkspace
 from memtool.methods.text_memory import TextMoram, TextSnapshot
 from memtool.methods.workspace import Workspace
-from memtool.reports.atom_map import AtomPicture, check_suffix, write_atom_picture
+from memtool.reports.atom_map import AtomPicture, format_of, write_atom_picture
 from memtool.reports.table import Grid
 from memtool.streams import load_image
 
@@ -82,7 +82,7 @@ def explain_atoms(
     if (task is None) == (image is None):
         raise ConfigError("what should be explained?", expected="one of --task and --image")
     if out is not None:
-        check_suffix(out)
+        format_of(out)
     work = method.workspace
     site = _site(work, layer, block)
     snapshot = method.snapshot(version)
@@ -126,7 +126,7 @@ def explain_text_atoms(
     prompt that is too long, where these are refused.
     """
     if out is not None:
-        check_suffix(out)
+        format_of(out)
     work = method.workspace
     site = _site(work, layer, block)
     snapshot = method.snapshot(version)

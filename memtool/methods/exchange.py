@@ -259,7 +259,7 @@ def write_adapter(
         backbone_sha256=work.backbone.sha256,
         warm_start=warm_start,
         beneath=beneath,
-        configuration=work.config.model_dump(mode="json"),
+        configuration=work.config.recorded(),
         memtool=memtool.__version__,
     )
     folder.path.parent.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ from pydantic import TypeAdapter
 import memtool_stores
 from memtool import __version__
 from memtool.alone import alone
-from memtool.config import Config, resolve, split_store
+from memtool.config import Config, resolve, split_store, store_beside, without_home
 from memtool.engine import Engine
 from memtool.errors import ConfigError
 from memtool.evaluation.matrix import AccuracyMatrix
@@ -86,7 +86,7 @@ def run(
         place = config.model_copy(
             update={
                 "runs": folder_of(config, seed),
-                "store": f"{config.store}-seed-{seed}" if several else config.store,
+                "store": store_beside(config.store, f"-seed-{seed}") if several else config.store,
                 "seed": (seed,),
             }
         )
@@ -159,7 +159,7 @@ def _each_domain_in_turn(
         fold = config.model_copy(
             update={
                 "stream": stream,
-                "store": f"{config.store}-without-{name}",
+                "store": store_beside(config.store, f"-without-{name}"),
                 "runs": below(config.runs, f"without-{name}"),
             }
         )
@@ -169,8 +169,8 @@ def _each_domain_in_turn(
             "run": found[-1].run.model_copy(
                 update={
                     "tasks": tuple(one.run.tasks[0] for one in found),
-                    "configuration": config.model_dump(mode="json"),
-                    "store": config.store,
+                    "configuration": config.recorded(),
+                    "store": without_home(config.store),
                 }
             ),
             "metrics": Metrics(rows=tuple(_over_domains(found, domains))),
@@ -196,7 +196,8 @@ def _one_memory_of_texts(
     path = split_store(config.store)[0]
     engine = Engine(config.engine)
     if not doing.resume and memtool_stores.MemoryStore.exists(path):
-        engine.on_main(lambda: _begin_anew(memtool_stores.MemoryStore.open(path)))
+        store = memtool_stores.MemoryStore.open(path, lock_timeout=config.lock_timeout)
+        engine.on_main(lambda: _begin_anew(store))
     record, costs = run_texts(
         config,
         seed,

@@ -33,7 +33,7 @@ from memtool.methods.recall import MemoryModel, QueryProbe
 from memtool.methods.results import Part, Result
 from memtool.methods.seen import seen_by
 from memtool.methods.subject import first
-from memtool.reports.explanation import Explained, check_suffix, write_explained
+from memtool.reports.explanation import Explained, format_of, write_explained
 from memtool.reports.table import Grid, percent
 from memtool.streams import load_image
 
@@ -148,7 +148,7 @@ def explain(
     if (task is None) == (image is None):
         raise ConfigError("what should be explained?", expected="one of --task and --image")
     if out is not None:
-        check_suffix(out)
+        format_of(out)
     work = method.workspace
     snapshot = method.snapshot(version)
     state, model, head = snapshot.consolidated()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import memtool_stores
 from memtool.alone import alone
-from memtool.config import Config
+from memtool.config import Config, without_home
 from memtool.errors import (
     AlreadyThereError,
     ChangedMeanwhileError,
@@ -366,7 +366,7 @@ class MemoryMethod(ABC, Generic[T]):
             method=self.config.method,
             setting=setting,
             preset=preset,
-            configuration=used.model_dump(mode="json"),
+            configuration=used.recorded(),
             command=command,
             mix=mix,
             separation=separation,
@@ -384,7 +384,7 @@ class MemoryMethod(ABC, Generic[T]):
             ),
             class_order=classes,
             seed=self.seed,
-            store=work.store_path,
+            store=without_home(work.store_path),
             store_version=version,
             created=datetime.now(UTC),
         )
@@ -395,7 +395,7 @@ class MemoryMethod(ABC, Generic[T]):
         return {
             "verb": verb,
             "seed": self.seed,
-            "configuration": self.config.model_dump(mode="json"),
+            "configuration": self.config.recorded(),
         }
 
 

@@ -163,7 +163,9 @@ class MemoryWorkspace(ABC, Generic[T]):
                 remedy="memtool train-adapter --task 1 && memtool write, "
                 "or --store PATH for a memory elsewhere",
             )
-        store = memtool_stores.MemoryStore.open(self.store_path)
+        store = memtool_stores.MemoryStore.open(
+            self.store_path, lock_timeout=self.config.lock_timeout
+        )
         store.space.check(self.space)
         return store
 

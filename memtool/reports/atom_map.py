@@ -19,11 +19,11 @@ from memtool.atomic import write_atomic
 from memtool.errors import MismatchError
 from memtool.reports import drawing
 from memtool.reports.drawing import INK, SEQUENTIAL, style
-from memtool.reports.explanation import check_suffix
+from memtool.reports.explanation import format_of
 from memtool.reports.page import Picture, templates
 from memtool.reports.table import Grid
 
-__all__ = ["AtomPicture", "check_suffix", "write_atom_picture"]
+__all__ = ["AtomPicture", "format_of", "write_atom_picture"]
 
 MOST_PANELS = 12  # tasks that get a map of the image's patches
 LINE = 48  # tokens of a text that stand beside each other with their names
@@ -67,14 +67,14 @@ def write_atom_picture(picture: AtomPicture, path: Path) -> Path:
     The same bytes for the same numbers. ConfigError for another suffix, MemtoolError when the file
     cannot be written.
     """
-    check_suffix(path)
-    if path.suffix.lower() == ".html":
+    kind = format_of(path)
+    if kind == "html":
         return write_atomic(path, _page(picture))
     with style("atoms"), _any_script():
         figure = _figure(picture)
         title = f"{drawing.short(picture.title, 60)}: {drawing.short(picture.about, 90)}"
         figure.suptitle(_visible(title), fontsize=9, parse_math=False)
-        return write_atomic(path, drawing.file_bytes(figure, path.suffix.lower()[1:]))
+        return write_atomic(path, drawing.file_bytes(figure, kind))
 
 
 def _page(picture: AtomPicture) -> str:

@@ -20,6 +20,8 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from memtool_stores.printable import printable
+
 INK = "#0b0c0e"
 RULE = "#c3c4c7"
 
@@ -99,8 +101,14 @@ def file_bytes(figure: Figure, kind: str) -> bytes:
 
 
 def short(name: str, length: int = 18) -> str:
-    """A name cut to so many letters."""
+    """A name cut to so many letters, as it can be drawn."""
+    name = printable(name[: length + 1])
     return name if len(name) <= length else name[: length - 1] + "…"
+
+
+def legend_name(name: str) -> str:
+    """A name for a legend, which leaves out what is empty or begins with a low line."""
+    return short(f" {name}" if not name or name.startswith("_") else name, 40)
 
 
 def ticks(names: Sequence[str], most: int, length: int = 18) -> tuple[list[float], list[str]]:

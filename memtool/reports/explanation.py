@@ -18,6 +18,7 @@ from memtool.reports import drawing
 from memtool.reports.drawing import DIVERGING, INK, MOST_NUMBERED, RULE, minus, style
 from memtool.reports.page import Picture, templates
 from memtool.reports.table import Grid
+from memtool_stores.files import is_special
 
 SUFFIXES = (".svg", ".png", ".html")
 
@@ -57,10 +58,17 @@ class Explained:
         return [f"block {block}" for block in self.blocks] or ["all blocks"]
 
 
-def check_suffix(path: Path) -> None:
-    """ConfigError unless an explanation can be written to a file of that name."""
-    if path.suffix.lower() not in SUFFIXES:
-        raise ConfigError(f"--out {path}", expected=f"a name ending in {', '.join(SUFFIXES)}")
+def format_of(path: Path) -> str:
+    """What is written to `path`: "svg", "png" or "html", by its suffix; a page to a device or pipe.
+
+    ConfigError for another suffix.
+    """
+    suffix = path.suffix.lower()
+    if suffix in SUFFIXES:
+        return suffix[1:]
+    if is_special(path):
+        return "html"
+    raise ConfigError(f"--out {path}", expected=f"a name ending in {', '.join(SUFFIXES)}")
 
 
 def write_explained(explained: Explained, path: Path) -> Path:
@@ -69,13 +77,13 @@ def write_explained(explained: Explained, path: Path) -> Path:
     The same bytes for the same numbers. ConfigError for another suffix, MemtoolError when the file
     cannot be written.
     """
-    check_suffix(path)
-    if path.suffix.lower() == ".html":
+    kind = format_of(path)
+    if kind == "html":
         return write_atomic(path, _page(explained))
     with style("explain"):
         plot = _figure(explained)
-        plot.suptitle(f"{explained.title}: {explained.facts[0][1]}", fontsize=9)
-        return write_atomic(path, drawing.file_bytes(plot, path.suffix.lower().removeprefix(".")))
+        plot.suptitle(drawing.short(f"{explained.title}: {explained.facts[0][1]}", 110), fontsize=9)
+        return write_atomic(path, drawing.file_bytes(plot, kind))
 
 
 def coefficient_grid(explained: Explained) -> Grid:

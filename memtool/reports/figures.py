@@ -30,6 +30,7 @@ from memtool.reports.drawing import (
     heat_map,
     inline_svg,
     label_map,
+    legend_name,
     map_height,
     minus,
     short,
@@ -191,7 +192,7 @@ def task_curves(row: RowSummary, tasks: Sequence[str], name: str = "forgetting")
                 marker=MARKERS[place] if few else "o",
                 markersize=4 if count <= 25 else 2,
                 linewidth=1.4,
-                label=short(task),
+                label=legend_name(task),
             )
         axes.grid(axis="y", color=RULE, linewidth=0.6)
         axes.set_axisbelow(True)
@@ -280,7 +281,7 @@ def _curves(
                 color=colour,
                 marker=marker,
                 markersize=4 if len(tasks) <= 25 else 2,
-                label=label(row),
+                label=legend_name(label(row)),
                 **look,
             )
             if len(seen) > 1:

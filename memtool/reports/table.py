@@ -17,6 +17,7 @@ from memtool.errors import NotFoundError
 from memtool.evaluation.metrics import METRICS, seen_accuracy
 from memtool.evaluation.record import AtomUse, Kind, Record, Row
 from memtool.evaluation.summary import RowSummary, Summary, summarise, summarise_rows
+from memtool_stores.printable import printable
 
 MISSING = "-"
 GAP = 2  # blank columns after every column of a terminal table
@@ -61,6 +62,17 @@ class Grid:
     bold: frozenset[tuple[int, int]] = frozenset()
     rules: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def printable(self) -> Grid:
+        """The same with what names may hide or do in a terminal shown as its escape."""
+        return replace(
+            self,
+            title=printable(self.title),
+            header=tuple(map(printable, self.header)),
+            rows=tuple(tuple(map(printable, row)) for row in self.rows),
+            notes=tuple(map(printable, self.notes)),
+        )
 
 
 def percent(fraction: float) -> str:
@@ -594,6 +606,7 @@ def to_rich(grid: Grid, width: int | None = None) -> Table:
 
     When its lines are longer than `width`, headers and the names of rows wrap.
     """
+    grid = grid.printable
     widths = _natural_widths(grid)
     if width is not None and sum(widths) + GAP * len(widths) > width:
         least = _least_widths(grid)
@@ -650,6 +663,7 @@ def cut_to_width(grid: Grid, width: int) -> list[Grid]:
 
 def plain_text(grid: Grid) -> str:
     """The grid as aligned text without colour or boxes; `*` marks what rich shows bold."""
+    grid = grid.printable
     marked = [
         [f"{cell}*" if (i, j) in grid.bold else f"{cell} " for j, cell in enumerate(row)]
         for i, row in enumerate(grid.rows)
@@ -674,7 +688,7 @@ def show(grid: Grid, console: Console | None = None) -> None:
     """Print the grid: a rich table in a terminal (cut to its width), plain text elsewhere."""
     console = console or Console()
     if console.is_terminal:
-        for part in cut_to_width(grid, console.width):
+        for part in cut_to_width(grid.printable, console.width):
             console.print(to_rich(part, console.width))
     else:
         console.print(

@@ -139,6 +139,16 @@ def appearing_folders(*targets: Path) -> Iterator[list[Path]]:
         raise
 
 
+def is_stdout(path: Path) -> bool:
+    """Whether what is written to `path` comes out of this process's standard output."""
+    return _descriptor(path) == 1
+
+
+def is_special(path: Path) -> bool:
+    """Whether `path` is there and no ordinary file and no folder: a device, a pipe."""
+    return _descriptor(path) is not None or _is_special(path)
+
+
 def part(target: Path) -> Path:
     """A new empty file beside `target`, for what will be put in its place; private to its owner."""
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=_prefix(target), suffix=PART)

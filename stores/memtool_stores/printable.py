@@ -8,6 +8,8 @@ from typing import Any
 SHOWN_CHARACTERS = 80
 
 _LINE_END = re.compile(r"\s*[\n\r]\s*")
+_FORMULA = re.compile(r"'*[=+\-@\t\r\n＝＋－＠]")
+_NUMBER = re.compile(r"-|[-+]?(\d[\d.,]*|\.\d+)(e[-+]?\d+)?( ?%)?", re.IGNORECASE | re.ASCII)
 
 
 def printable(text: str) -> str:
@@ -30,3 +32,28 @@ def shown(value: Any) -> str:
     """Any value as an error names it: quoted where it is text, printable, and not too long."""
     text = printable(repr(value))
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 2]}…{text[-1]}"
+
+
+def printable_json(document: str) -> str:
+    r"""JSON that means the same, with `\\u202e` and the like for what `printable` would escape."""
+    if document.isprintable():
+        return document
+    return "".join(c if c.isprintable() or c == "\n" else _units(c) for c in document)
+
+
+def _units(character: str) -> str:
+    units = character.encode("utf-16-be", "surrogatepass").hex()
+    return "".join(f"\\u{units[place : place + 4]}" for place in range(0, len(units), 4))
+
+
+def as_cell(text: str) -> str:
+    """The text as a cell of a file that spreadsheets open: `'` before what they would compute.
+
+    Numbers and the dash for a missing one stay as they are. `from_cell` gives the text back.
+    """
+    return f"'{text}" if _FORMULA.match(text) and not _NUMBER.fullmatch(text) else text
+
+
+def from_cell(cell: str) -> str:
+    """The text of a cell that `as_cell` made."""
+    return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell

@@ -65,6 +65,7 @@ from memtool_stores.leftovers import Leftover, find, take_away
 from memtool_stores.move import REFERENCES, Tell, begun_copy, copy, require_empty
 from memtool_stores.names import below, check_ref
 from memtool_stores.objects import Objects, Retractable, bucket_holds, objects_at
+from memtool_stores.printable import shown
 from memtool_stores.space import Space
 from memtool_stores.transaction import Transaction
 from memtool_stores.tree import Root, State, Tree, seal, sha256
@@ -783,7 +784,17 @@ def _plain(url: str | Path) -> str:
         return text.rstrip("/")
     if "://" in text and not text.startswith("file://"):
         raise StorageError(f"cannot keep a store at {text}", expected="a directory or s3://…")
-    return str(Path(text.removeprefix("file://")).expanduser().absolute())
+    try:
+        folder = Path(text.removeprefix("file://")).expanduser()
+    except RuntimeError as error:
+        raise StorageError(
+            f"cannot keep a store at {text}: there is no such user",
+            expected="~ for your own home, or the name of a user of this machine",
+            remedy="write the path out, or ./~ for a folder of that name",
+        ) from error
+    if "\0" in text:
+        raise StorageError(f"cannot keep a store at {shown(text)}", expected="a path without NUL")
+    return str(folder.absolute())
 
 
 def _is_local(url: str) -> bool:

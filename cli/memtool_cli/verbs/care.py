@@ -11,10 +11,12 @@ import typer
 from memtool.config import choices
 from memtool.errors import ConfigError
 from memtool_cli import complete
+from memtool_cli.commands import Verbs
 from memtool_cli.options import (
     COMPUTE,
     CONFIGURATION,
     DRY_RUN,
+    LOCK_TIMEOUT,
     MEMORY,
     RANK,
     SEED,
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from memtool.methods.results import ForgetResult, Purged
     from memtool_stores import AdapterRecord, MemoryStore
 
-app = typer.Typer(rich_markup_mode="rich")
+app = Verbs()
 
 
 @app.command(
@@ -45,7 +47,7 @@ app = typer.Typer(rich_markup_mode="rich")
         "memtool forget --atoms-below 0.05 --preset moram-digits --dry-run",
     ),
 )
-@verb(STORE, *COMPUTE, *CONFIGURATION, DRY_RUN, YES)
+@verb(STORE, LOCK_TIMEOUT, *COMPUTE, *CONFIGURATION, DRY_RUN, YES)
 def forget(
     call: Call,
     names: Annotated[

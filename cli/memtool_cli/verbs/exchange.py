@@ -11,9 +11,11 @@ import typer
 from memtool.errors import ConfigError
 from memtool.progress import ProgressEvent
 from memtool_cli import records
+from memtool_cli.commands import Verbs
 from memtool_cli.options import (
     COMPUTE,
     CONFIGURATION,
+    LOCK_TIMEOUT,
     METHOD,
     RANK,
     STORE,
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from memtool.progress import Progress
     from memtool_stores import MemoryStore
 
-app = typer.Typer(rich_markup_mode="rich")
+app = Verbs()
 
 
 @app.command(
@@ -42,7 +44,7 @@ app = typer.Typer(rich_markup_mode="rich")
         "memtool clone --resume s3://bucket/memory",
     ),
 )
-@verb(STORE, *CONFIGURATION)
+@verb(STORE, LOCK_TIMEOUT, *CONFIGURATION)
 def clone(
     call: Call,
     places: Annotated[
@@ -60,7 +62,8 @@ def clone(
     if len(places) > 2:
         raise ConfigError(f"{len(places)} places", expected="where to, or from where and where to")
     if len(places) == 2:
-        source, target = MemoryStore.open(places[0]), places[1]
+        source = MemoryStore.open(places[0], lock_timeout=call.config.lock_timeout)
+        target = places[1]
     else:
         source, target = call.store(), places[0]
     with call.out.progress() as progress:
@@ -77,7 +80,7 @@ def clone(
         "memtool import memory.bundle --store copy",
     ),
 )
-@verb(STORE, METHOD, RANK, *COMPUTE, *CONFIGURATION)
+@verb(STORE, LOCK_TIMEOUT, METHOD, RANK, *COMPUTE, *CONFIGURATION)
 def import_adapters(
     call: Call,
     directories: Annotated[
@@ -161,7 +164,7 @@ def _tell(progress: Progress, stage: str, step: int, total: int) -> None:
         "memtool export --bundle memory.bundle",
     ),
 )
-@verb(STORE, RANK, *COMPUTE, *CONFIGURATION)
+@verb(STORE, LOCK_TIMEOUT, RANK, *COMPUTE, *CONFIGURATION)
 def export_adapters(
     call: Call,
     adapters: Annotated[

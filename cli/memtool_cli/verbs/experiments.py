@@ -10,6 +10,7 @@ import typer
 from memtool.config import expand
 from memtool.progress import ProgressEvent
 from memtool_cli import records
+from memtool_cli.commands import Verbs
 from memtool_cli.options import (
     ADAPTERS,
     BASELINES,
@@ -19,6 +20,7 @@ from memtool_cli.options import (
     GATE,
     HELD_OUT,
     KEYS,
+    LOCK_TIMEOUT,
     MEMORY,
     METHOD,
     MIX,
@@ -40,7 +42,7 @@ from memtool_cli.scores import show
 if TYPE_CHECKING:
     from memtool.backbones.pretrain import PretrainProgress
 
-app = typer.Typer(rich_markup_mode="rich")
+app = Verbs()
 
 WORDS = ("separation", "query", "adapters", "keys", "protect", "memory")
 """The ablations of `memtool.methods.ablations`, here so that help needs no torch."""
@@ -78,6 +80,7 @@ def demo(
 )
 @verb(
     STORE,
+    LOCK_TIMEOUT,
     METHOD,
     SEP,
     MIX,
@@ -116,6 +119,7 @@ def run(
         call.out.note(f"no baseline {', '.join(absent)} here; there are {', '.join(known)}")
     if call.dry_run:
         return show_plan(call, "run")
+    report = report and call.writes_to(report)
     with call.out.progress() as progress:
         found = experiment.run(
             call.config,
@@ -142,6 +146,7 @@ def run(
 )
 @verb(
     STORE,
+    LOCK_TIMEOUT,
     SEP,
     MIX,
     *KEYS,
@@ -170,6 +175,7 @@ def ablate(
     """Run one experiment with one choice changed, everything else equal; goes on as `run` does."""
     one_of("the choice", what, WORDS)
     call.refuse_version()
+    report = report and call.writes_to(report)
     from memtool.methods.ablations import ablate as run_ablation
 
     with call.out.progress() as progress:
@@ -210,6 +216,7 @@ def report(
     from memtool.evaluation.record import find_records, read_record
     from memtool.reports.html import write_report
 
+    out = call.writes_to(out)
     found = [read_record(file) for path in files for file in find_records(path)]
     path = write_report(found, out)
     call.out.data(records.Written(path=path), Table((), [("report", path)]), ids=[path])

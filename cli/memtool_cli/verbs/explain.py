@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from memtool.errors import ConfigError
+from memtool_cli.commands import Verbs
 from memtool_cli.options import (
     COMPUTE,
     CONFIGURATION,
@@ -28,7 +29,7 @@ from memtool_cli.output import Table
 from memtool_cli.predictions import show_prediction, unlike
 from memtool_cli.unread import say_decided
 
-app = typer.Typer(rich_markup_mode="rich")
+app = Verbs()
 
 
 @app.command(
@@ -77,6 +78,7 @@ def explain(
 ) -> None:
     """Show which adapters fire for an image, a prompt or a task, and what each of them adds."""
     call.require_one_subject("explain", task=task, image=image, prompt=prompt)
+    out = out and call.writes_to(out)
     say_decided(call)
     if call.config.method == "moram":
         return _explain_atoms(

@@ -11,6 +11,7 @@ import typer
 from memtool.config import choices
 from memtool.errors import ConfigError
 from memtool_cli import complete
+from memtool_cli.commands import Verbs
 from memtool_cli.options import (
     ADAPTERS,
     COMPUTE,
@@ -19,6 +20,7 @@ from memtool_cli.options import (
     GATE,
     HELD_OUT,
     KEYS,
+    LOCK_TIMEOUT,
     MEMORY,
     METHOD,
     MIX,
@@ -54,7 +56,7 @@ if TYPE_CHECKING:
     from memtool.methods.results import AtomsResult, RecallResult, RetrieveResult
     from memtool.methods.text_memory import TextMoram
 
-app = typer.Typer(rich_markup_mode="rich")
+app = Verbs()
 
 
 @app.command(
@@ -134,7 +136,19 @@ def train_adapter(
         "memtool write --store shared/memory -q",
     ),
 )
-@verb(STORE, METHOD, MEMORY, RANK, SPLITS, HELD_OUT, SEED, *COMPUTE, *CONFIGURATION, DRY_RUN)
+@verb(
+    STORE,
+    LOCK_TIMEOUT,
+    METHOD,
+    MEMORY,
+    RANK,
+    SPLITS,
+    HELD_OUT,
+    SEED,
+    *COMPUTE,
+    *CONFIGURATION,
+    DRY_RUN,
+)
 def write(
     call: Call,
     directories: Annotated[
@@ -167,6 +181,7 @@ def write(
 )
 @verb(
     STORE,
+    LOCK_TIMEOUT,
     METHOD,
     SEP,
     MIX,
@@ -428,6 +443,7 @@ def evaluate(
         one_of("--setting", setting, choices("stream.setting"))
     if call.dry_run:
         return show_plan(call, "eval")
+    report = report and call.writes_to(report)
     say_decided(call)
     if at_least is not None and call.reads_texts and not call.config.text.generate:
         raise ConfigError(

@@ -11,12 +11,23 @@ import typer
 
 from memtool.errors import NotFoundError, did_you_mean
 from memtool_cli import complete, records
-from memtool_cli.options import CONFIGURATION, DRY_RUN, STORE, YES, Call, examples, one_of, verb
+from memtool_cli.commands import Verbs
+from memtool_cli.options import (
+    CONFIGURATION,
+    DRY_RUN,
+    LOCK_TIMEOUT,
+    STORE,
+    YES,
+    Call,
+    examples,
+    one_of,
+    verb,
+)
 from memtool_cli.output import Table, size
 from memtool_stores import AdapterRecord, IntegrityError
 from memtool_stores.verify import verify as verify_store
 
-app = typer.Typer(rich_markup_mode="rich")
+app = Verbs()
 
 PAGE = 100
 """Adapters that a table of `ls` shows at a time."""
@@ -211,7 +222,7 @@ def diff(call: Call, a: Reference, b: Reference = "HEAD") -> None:
         "memtool tag v1", "memtool tag before-art HEAD~2", "memtool tag --delete backup-… --yes"
     ),
 )
-@verb(STORE, *CONFIGURATION, YES)
+@verb(STORE, LOCK_TIMEOUT, *CONFIGURATION, YES)
 def tag(
     call: Call,
     name: Annotated[
@@ -261,7 +272,7 @@ def _untag(call: Call, name: str) -> None:
     "rollback",
     epilog=examples("memtool rollback HEAD~1", "memtool rollback v1 --yes", "memtool log"),
 )
-@verb(STORE, *CONFIGURATION, YES)
+@verb(STORE, LOCK_TIMEOUT, *CONFIGURATION, YES)
 def rollback(call: Call, version: Reference) -> None:
     """Go back to a version; what came after is kept on a backup branch."""
     store = call.store_to_change()
@@ -347,7 +358,7 @@ def verify(
         "memtool gc --dry-run", "memtool gc --keep-last 10 --yes", "memtool gc --keep-days 30 --yes"
     ),
 )
-@verb(STORE, *CONFIGURATION, DRY_RUN, YES)
+@verb(STORE, LOCK_TIMEOUT, *CONFIGURATION, DRY_RUN, YES)
 def gc(
     call: Call,
     keep_last: Annotated[

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 import yaml
 
+from memtool.atomic import write_atomic
 from memtool.config import (
     WORKING_FILE,
     Config,
@@ -23,15 +24,15 @@ from memtool.config import (
     to_yaml,
 )
 from memtool.errors import MemtoolError
+from memtool_cli.commands import Verbs
 from memtool_cli.options import COMPUTE, CONFIGURATION, STORE, YES, Call, examples, verb
 from memtool_cli.output import Table, size
 from memtool_cli.records import Check, Diagnosis, Preset, Presets, Setting, Settings, Written
 from memtool_stores.errors import StoreError
+from memtool_stores.files import is_special
 
-app = typer.Typer(rich_markup_mode="rich")
-config = typer.Typer(
-    rich_markup_mode="rich", no_args_is_help=True, help="Show the settings and the presets."
-)
+app = Verbs()
+config = Verbs(no_args_is_help=True, help="Show the settings and the presets.")
 app.add_typer(config, name="config")
 
 SHOWN = 5
@@ -54,11 +55,11 @@ def init(
     file: Annotated[Path, typer.Argument(metavar="FILE")] = Path(WORKING_FILE),
 ) -> None:
     """Write a file of settings, with a comment on every one."""
-    if file.exists():
+    file = call.writes_to(file)
+    if file.exists() and not is_special(file):
         call.confirm(f"replace {file}")
     resolved = call.resolve(ambient=False)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(commented(resolved), encoding="utf-8")
+    write_atomic(file, commented(resolved))
     call.out.data(Written(path=file), Table((), [("written", file)]), ids=[file])
     here = "" if file == Path(WORKING_FILE) else f" --config {file}"
     call.out.next(f"memtool train-adapter --task 1{here}")
@@ -232,7 +233,10 @@ def _data() -> Check:
         return Check(
             name="data", ok=True, found="MEMTOOL_DATA is not set; the embedded digits need none"
         )
-    there = Path(folder).expanduser().is_dir()
+    try:
+        there = expand(folder).is_dir()
+    except (MemtoolError, OSError):
+        there = False
     return Check(
         name="data",
         ok=there,

@@ -1,0 +1,178 @@
+"""The door of evaluation records and accuracy matrices: damaged files, and hostile names."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as with_settings
+from hypothesis import strategies as st
+
+from memtool.errors import MemtoolError
+from memtool.evaluation.matrix import AccuracyMatrix
+from memtool.evaluation.record import Record, read_record, write_record
+from memtool.evaluation.writers import write_avalanche, write_domainbed, write_tensorboard
+from memtool.reports.html import render, write_report
+from memtool.reports.table import methods_grid, plain_text
+from memtool_stores import StoreError
+from tests.fuzz.door import (
+    NAMES,
+    cases,
+    damaged,
+    long,
+    nothing_else_changes,
+    refused_or_taken,
+)
+from tests.reports.sample import record
+
+WHOLE = record(tasks=("upright", "inverted")).to_json()
+ROUGH = [
+    "$\\frac{1}{",
+    "$x$",
+    "_hidden",
+    "</script><script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "{{ 7 * 7 }}",
+    "{% raw %}",
+    "]]>",
+    "-->",
+    "=cmd|'/c calc'!A1",
+    "@SUM(1+1)",
+    "'=1",
+    "-",
+    "#0b0c0e",
+    "javascript:alert(1)",
+    "[bold]x[/bold]",
+]
+TEXTS = st.one_of(NAMES, st.sampled_from(ROUGH)).filter(
+    lambda text: not any("\ud800" <= c <= "\udfff" for c in text)
+)
+
+
+@st.composite
+def hostile(draw: st.DrawFn) -> Record:
+    """A record that fits the schema, with names as a stranger would choose them."""
+    tree: dict[str, Any] = json.loads(WHOLE)
+    names = draw(st.lists(TEXTS, min_size=2, max_size=2, unique=True))
+    for task, name in zip(tree["run"]["tasks"], names, strict=True):
+        task["name"] = name
+    rows = tree["metrics"]["rows"][: draw(st.integers(1, 3))]
+    ids = draw(st.lists(TEXTS, min_size=len(rows), max_size=len(rows), unique=True))
+    for row, id in zip(rows, ids, strict=True):
+        row["id"], row["label"] = id, draw(TEXTS)
+    tree["metrics"]["rows"] = rows
+    run = tree["run"]
+    for key in ("method", "setting", "preset", "command", "mix", "store"):
+        run[key] = draw(TEXTS)
+    run["data"]["name"] = draw(TEXTS)
+    run["configuration"] = {draw(TEXTS): {draw(TEXTS): draw(TEXTS)}}
+    tree["environment"]["packages"] = {draw(TEXTS): draw(TEXTS)}
+    return Record.model_validate_json(json.dumps(tree))
+
+
+class Page(HTMLParser):
+    """What a browser would do: elements, and every address that it would ask for."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: set[str] = set()
+        self.addresses: list[str] = []
+        self.handlers: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.add(tag)
+        for name, value in attrs:
+            if name in {"src", "href", "xlink:href", "action", "data"}:
+                self.addresses.append(value or "")
+            if name.startswith("on"):
+                self.handlers.append(name)
+
+
+def require_harmless(text: str) -> None:
+    """Nothing is run, nothing is asked for, nothing hides or turns what stands beside it."""
+    page = Page(text)
+    running = {"script", "iframe", "object", "embed", "base", "form", "img", "link"}
+    assert not page.elements & running
+    assert not page.handlers
+    assert all(address.startswith(("#", "data:image/png")) for address in page.addresses)
+    assert all(c.isprintable() or c in "\n\u00a0\u2009" for c in text)
+
+
+@long
+@cases
+@given(content=damaged(WHOLE.encode()))
+def test_damaged_records(content, tmp_path_factory):
+    folder = tmp_path_factory.getbasetemp()
+    file = folder / "record.json"
+    file.write_bytes(content)
+    with refused_or_taken(), nothing_else_changes(folder):
+        plain_text(methods_grid([read_record(file)]))
+
+
+@long
+@cases
+@given(content=damaged(record().matrix("memory").to_json().encode()))
+def test_damaged_matrices(content, tmp_path_factory):
+    file = tmp_path_factory.getbasetemp() / "matrix.json"
+    file.write_bytes(content)
+    with refused_or_taken():
+        AccuracyMatrix.load(file)
+
+
+@long
+@cases
+@given(names=st.lists(TEXTS, min_size=1, max_size=3, unique=True))
+def test_a_matrix_comes_back_from_a_file_without_formulas(names, tmp_path_factory):
+    file = tmp_path_factory.getbasetemp() / "matrix.csv"
+    matrix = AccuracyMatrix.empty(names)
+    matrix.save(file)
+    assert AccuracyMatrix.load(file) == matrix
+
+
+@long
+@cases
+@given(given=hostile())
+def test_files_of_hostile_records(given, tmp_path_factory):
+    folder = tmp_path_factory.getbasetemp() / "written"
+    folder.mkdir(exist_ok=True)
+    assert read_record(write_record(given, folder / "record.json")) == given
+    lines = write_domainbed([given], folder / "results.jsonl").read_text(encoding="utf-8")
+    assert all(isinstance(json.loads(line), dict) for line in lines.splitlines())
+    table = write_avalanche([given], folder / "results.csv").read_text(encoding="utf-8")
+    for text in (*lines.split('"')[1::2], *table.splitlines()):
+        assert not text.startswith(("=", "+", "@", "\t")), text
+    assert plain_text(methods_grid([given])).replace("\n", "").isprintable()
+
+
+@long
+@with_settings(cases, max_examples=min(cases.max_examples, 5), deadline=None)
+@given(given=hostile())
+def test_pages_of_hostile_records(given):
+    require_harmless(render([given]))
+
+
+@pytest.mark.slow
+@with_settings(cases, max_examples=min(cases.max_examples, 200), deadline=None)
+@given(given=hostile())
+def test_more_pages_of_hostile_records(given):
+    require_harmless(render([given]))
+
+
+def test_the_name_of_a_row_is_no_path(tmp_path):
+    tree = json.loads(WHOLE)
+    tree["metrics"]["rows"][0]["id"] = "../../victim"
+    hostile = Record.model_validate_json(json.dumps(tree))
+    (tmp_path / "in").mkdir()
+    with nothing_else_changes(tmp_path), pytest.raises((StoreError, MemtoolError), match="victim"):
+        write_tensorboard(hostile, tmp_path / "in" / "events")
+    assert not (tmp_path / "victim-seed0").exists()
+
+
+def test_what_is_drawn_in_files_has_no_control_characters(tmp_path: Path):
+    page = write_report(record(tasks=("a\x1b[2J", "b")), tmp_path / "page.html")
+    assert "\x1b" not in page.read_text(encoding="utf-8")
