@@ -566,6 +566,9 @@ class MemoryStore:
                 if _is_local(self.url):
                     # Left there it would look like a branch that was never finished.
                     below(Path(self.url) / "ice" / "refs", f"branch.{name}").rmdir()
+                elif not gone():
+                    # icechunk does not say when a bucket did not answer to a deletion.
+                    raise StorageError(f"could not {doing}: no answer", transient=True)
             self._sync()
 
     def rollback(self, to: str) -> str:

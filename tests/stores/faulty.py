@@ -19,11 +19,10 @@ from urllib.parse import urlsplit
 FAULTS = ("drop", "lose", "delay", "refuse")
 """Closed before it is forwarded; closed after it was carried out; slow; answered with 500.
 
-There is "late" besides: closed, and carried out after that.
+There is "hold" besides: closed, and carried out when it is released.
 """
 
 DELAY_SECONDS = 0.3
-LATE_SECONDS = 0.8
 
 
 class FaultyProxy(ThreadingHTTPServer):
@@ -38,6 +37,7 @@ class FaultyProxy(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Forward)
         self.target = urlsplit(target).netloc
         self.no_faults()
+        self._held: list[tuple[str, str, bytes, dict[str, str]]] = []
         # moto looks at the condition of a write and then writes, in as many threads as there are
         # requests; an object store does both at once.
         self.one_by_one = threading.Lock()
@@ -82,6 +82,15 @@ class FaultyProxy(ThreadingHTTPServer):
         self.met[found] += 1
         return found
 
+    def hold(self, method: str, path: str, body: bytes, headers: dict[str, str]) -> None:
+        """Carry a request out later."""
+        self._held.append((method, path, body, headers))
+
+    def release(self) -> None:
+        """Carry out what was held, in its order."""
+        while self._held:
+            self.carried_out(*self._held.pop(0))
+
     def carried_out(
         self, method: str, path: str, body: bytes, headers: dict[str, str]
     ) -> tuple[int, dict[str, str], bytes]:
@@ -106,12 +115,12 @@ class _Forward(BaseHTTPRequestHandler):
         headers["Content-Length"] = str(len(body))
         request = self.command, self.path, body, headers
         fault = self.server.fault(self.command, self.path, body)
-        self.close_connection = fault in {"drop", "lose", "late"}
+        self.close_connection = fault in {"drop", "lose", "hold"}
         match fault:
             case "drop":
                 return
-            case "late":
-                threading.Timer(LATE_SECONDS, self.server.carried_out, request).start()
+            case "hold":
+                self.server.hold(*request)
                 return
             case "refuse":
                 self._answer(500, {}, b"<Error><Code>InternalError</Code></Error>")
