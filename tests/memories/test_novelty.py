@@ -69,7 +69,8 @@ def test_what_is_new_of_a_task_is_known_and_what_is_elsewhere_is_not(n: int, dim
     known, unknown = novelty(fresh, tasks), novelty(far, tasks)
     assert known is not None
     assert unknown is not None
-    assert float((known > LIMIT).double().mean()) < 0.02
+    # One of a hundred is beyond the reach; how far that is, few vectors tell only roughly.
+    assert float((known > LIMIT).double().mean()) < 0.03
     assert float((unknown > LIMIT).double().mean()) > 0.98
     only = novelty(fresh, tasks[1:])
     assert only is not None
