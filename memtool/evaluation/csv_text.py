@@ -15,8 +15,10 @@ def to_csv(rows: Iterable[Sequence[str | int]]) -> str:
     # The writer quotes what holds a comma, a quote or a line feed, but no carriage return.
     returns = any("\r" in cell for row in cells for cell in row if isinstance(cell, str))
     buffer = io.StringIO()
-    quoting = csv.QUOTE_ALL if returns else csv.QUOTE_MINIMAL
-    csv.writer(buffer, lineterminator="\n", quoting=quoting).writerows(cells)
+    writer = csv.writer(
+        buffer, lineterminator="\n", quoting=csv.QUOTE_ALL if returns else csv.QUOTE_MINIMAL
+    )
+    writer.writerows(cells)
     return buffer.getvalue()
 
 

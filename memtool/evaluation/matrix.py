@@ -121,7 +121,7 @@ class AccuracyMatrix:
 
     def to_csv(self) -> str:
         """CSV: `after` (number of tasks learned), then one column a task; floats are exact."""
-        rows = [
+        rows: list[list[str | int]] = [
             [number, *("" if cell is None else repr(cell) for cell in row)]
             for number, row in enumerate(self.cells)
         ]
