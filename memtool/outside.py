@@ -2,39 +2,43 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
-import os
-import stat
 from pathlib import Path
 from typing import Any, NoReturn
 
-from memtool.errors import CorruptError, DataError, MemtoolError, NotFoundError
-from memtool_stores import limits
+from memtool.errors import CorruptError, MemtoolError, NotFoundError
+from memtool_stores.files import read_ordinary
 
 
 def read_file(path: Path, limit: str = "text_bytes") -> bytes:
     """The bytes of an ordinary file; links are followed. `limit` is one of `limits`.
 
-    Raises NotFoundError, DataError for what is no ordinary file (a folder, a pipe: nothing is
-    waited for), SchemaError for one above the limit, MemtoolError when the file system refuses.
+    Raises NotFoundError, SchemaError for what is no ordinary file (a folder, a pipe: nothing is
+    waited for) and for one above the limit, MemtoolError when the file system refuses.
     """
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # a NUL in the path
+        return read_ordinary(path, limit)
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise NotFoundError(f"no file {path}") from error
     except OSError as error:
-        raise MemtoolError(f"cannot read {path}: {error.strerror}") from error
-    try:
-        with os.fdopen(handle, "rb") as file:
-            found = os.fstat(handle)
-            if not stat.S_ISREG(found.st_mode):
-                raise _no_file(path)
-            return file.read(limits.require(limit, found.st_size, str(path)))
-    except IsADirectoryError:
-        raise _no_file(path) from None
-    except OSError as error:
-        raise MemtoolError(f"cannot read {path}: {error.strerror}") from error
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, error: OSError) -> MemtoolError:
+    """What a refusal of the system to read a file is told as: nothing is known to be damaged."""
+    remedy: str | None = None
+    match error.errno:
+        case errno.EMFILE | errno.ENFILE:
+            remedy = "ulimit -n 4096, or end other programs, then the same command again"
+        case errno.EACCES | errno.EPERM:
+            remedy = f"permissions that let you read {path}"
+        case errno.EIO:
+            remedy = "a look at the disk (dmesg), then the same command again"
+        case errno.ENOMEM:
+            remedy = "end other programs, then the same command again"
+    return MemtoolError(f"cannot read {path}: {error.strerror or error}", remedy=remedy)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -51,10 +55,6 @@ def parsed_json(data: bytes | str, where: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CorruptError(f"{where} holds a {type(content).__name__}", expected="a JSON object")
     return content
-
-
-def _no_file(path: Path) -> DataError:
-    return DataError(f"{path} is no ordinary file", expected="a file, not a folder or a pipe")
 
 
 def _no_number(word: str) -> NoReturn:

@@ -11,7 +11,6 @@ reader decides what it is worth. A file that cannot be read is not damaged: Memt
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import re
@@ -21,8 +20,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memtool.atomic import write_atomic
 from memtool.errors import CorruptError, MemtoolError
+from memtool.outside import unreadable
 from memtool.tensor_bytes import load_tensors
 from memtool_stores import limits
+from memtool_stores.files import read_ordinary
 from memtool_stores.printable import shown
 
 if TYPE_CHECKING:
@@ -50,12 +51,13 @@ class TensorFile(NamedTuple):
 
 
 def read_file(path: Path) -> bytes:
-    """All bytes of a file.
+    """All bytes of an ordinary file.
 
-    FileNotFoundError as it is; MemtoolError, which is no damage, where the system refuses.
+    FileNotFoundError as it is; SchemaError for a folder, a pipe or one above the limits;
+    MemtoolError, which is no damage, where the system refuses.
     """
     try:
-        return path.read_bytes()
+        return read_ordinary(path, "array_bytes")
     except FileNotFoundError:
         raise
     except OSError as error:
@@ -65,21 +67,6 @@ def read_file(path: Path) -> bytes:
             f"cannot read {path}: no memory for its {path.stat().st_size:,} bytes",
             remedy="end other programs, then the same command again",
         ) from error
-
-
-def unreadable(path: Path, error: OSError) -> MemtoolError:
-    """What a refusal of the system to read a file is told as: nothing is known to be damaged."""
-    remedy: str | None = None
-    match error.errno:
-        case errno.EMFILE | errno.ENFILE:
-            remedy = "ulimit -n 4096, or end other programs, then the same command again"
-        case errno.EACCES | errno.EPERM:
-            remedy = f"permissions that let you read {path}"
-        case errno.EIO:
-            remedy = "a look at the disk (dmesg), then the same command again"
-        case errno.ENOMEM:
-            remedy = "end other programs, then the same command again"
-    return MemtoolError(f"cannot read {path}: {error.strerror or error}", remedy=remedy)
 
 
 # JSON

@@ -30,11 +30,13 @@ import numpy.typing as npt
 from memtool import sealed
 from memtool.atomic import write_atomic
 from memtool.errors import BusyError, CorruptError
+from memtool.outside import unreadable
 from memtool.streams.images import decode_square, quiet_decoders
 from memtool.streams.listing import Listing, Source
 from memtool.streams.ordering import random_ranks
 from memtool.streams.stored import StoredImages, block_rows
 from memtool.streams.table import Table, cache_error, cache_folder
+from memtool_stores.errors import SchemaError
 from memtool_stores.printable import printable
 
 _FORMAT = 3
@@ -155,12 +157,12 @@ def _read(entry: Path, name: str, image_size: int) -> Table | None:
             content=content,
             notes=tuple(header["notes"]),
         )
-    except CorruptError as error:
+    except (CorruptError, SchemaError) as error:
         reason = error.message
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         reason = str(error)
     except OSError as error:
-        raise sealed.unreadable(Path(error.filename or entry), error) from error
+        raise unreadable(Path(error.filename or entry), error) from error
     except (ValueError, KeyError) as error:
         reason = str(error)
     _log.warning(

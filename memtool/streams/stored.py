@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from memtool.errors import CorruptError
-from memtool.sealed import unreadable
+from memtool.outside import unreadable
 
 _BLOCK_BYTES = 4 * 1024**2
 

@@ -21,6 +21,9 @@ from memtool_stores import limits
 from memtool_stores.errors import SchemaError
 from memtool_stores.printable import printable, shown
 
+PIECE_BYTES = 1024 * 1024
+"""How much is read at a time of a file that says nothing of its size."""
+
 PART = ".part"
 """How the names of files and folders in the making end; they begin with a dot."""
 
@@ -99,10 +102,12 @@ def read_ordinary(path: Path, limit: str) -> bytes:
         )
     with os.fdopen(handle, "rb") as file:
         limits.require(limit, state.st_size, printable(str(path)))
-        most = getattr(limits.current(), limit)
-        data = file.read(most + 1)  # it may grow, or say nothing of its size
-    limits.require(limit, len(data), printable(str(path)))
-    return data
+        # It may grow, or say nothing of its size; room is made for no more than is there.
+        pieces, total = [file.read(state.st_size + 1)], 0
+        while pieces[-1]:
+            total = limits.require(limit, total + len(pieces[-1]), printable(str(path)))
+            pieces.append(file.read(PIECE_BYTES))
+    return pieces[0] if len(pieces) <= 2 else b"".join(pieces)
 
 
 @contextmanager
