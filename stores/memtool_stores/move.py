@@ -50,7 +50,8 @@ def require_empty(target: Objects, url: str) -> None:
     for entry in target.list():
         raise AlreadyExistsError(
             f"{url} is there and not empty ({entry.path})",
-            remedy="another place, or first delete what is there",
+            remedy="another place, or `memtool clone --resume` when a clone of this memory was cut "
+            "short there; else first delete what is there",
         )
 
 
@@ -79,10 +80,12 @@ def begun_copy(source: Objects, target: Objects, url: str) -> frozenset[str]:
 
 
 def _same_md5(source: Objects, mine: ObjectInfo, other: ObjectInfo) -> bool:
-    if other.md5 is None:
-        return True
-    data = b"" if mine.md5 else source.read(mine.path)
-    return other.md5 == (mine.md5 or hashlib.md5(data, usedforsecurity=False).hexdigest())
+    if other.md5 is None or mine.md5 is not None:
+        return other.md5 in {None, mine.md5}
+    digest = hashlib.md5(usedforsecurity=False)
+    for piece in source.pieces(mine.path):
+        digest.update(piece)
+    return other.md5 == digest.hexdigest()
 
 
 def files_of(source: Objects, checksums: bool) -> Iterator[str]:
