@@ -18,7 +18,7 @@ from memtool_stores.errors import (
     SchemaError,
     VersionExpiredError,
 )
-from memtool_stores.ice import translated
+from memtool_stores.ice import looking_up, translated
 from memtool_stores.names import check_ref, is_version_id
 from memtool_stores.printable import shown
 from memtool_stores.references import SUMS, damaged_ref, unreadable
@@ -106,7 +106,8 @@ def sealed_tree(repository: Any, version: str) -> Tree:
     snapshot = repository.lookup_snapshot(version)
     ours = bool(_OURS & snapshot.metadata.keys())
     try:
-        tree = Tree(repository.readonly_session(snapshot_id=version))
+        with looking_up(repository, version):
+            tree = Tree(repository.readonly_session(snapshot_id=version))
     except SchemaError as error:
         if not ours or isinstance(error, NewerSchemaError):
             raise
@@ -124,7 +125,7 @@ def snapshots(repository: Any, version: str) -> Iterator[tuple[Any, bool]]:
     Raises:
         IntegrityError: one of them is lost or damaged; it names that one.
     """
-    with _reading_snapshot(version):
+    with _reading_snapshot(repository, version):
         ancestry = iter(repository.ancestry(snapshot_id=version))
         current = checked_snapshot(next(ancestry, None), version)
     met = set()
@@ -132,7 +133,7 @@ def snapshots(repository: Any, version: str) -> Iterator[tuple[Any, bool]]:
         met.add(current.id)
         if current.parent_id in met:
             raise _damaged(current.id, "a version before it", "one that comes after it")
-        with _reading_snapshot(current.parent_id):
+        with _reading_snapshot(repository, current.parent_id):
             older = checked_snapshot(next(ancestry, None), current.parent_id)
         yield current, older is None or older.parent_id is None
         current = older
@@ -150,9 +151,9 @@ def checked_snapshot(snapshot: Any, version: str) -> Any:
 
 
 @contextmanager
-def _reading_snapshot(version: str) -> Iterator[None]:
+def _reading_snapshot(repository: Any, version: str) -> Iterator[None]:
     try:
-        with translated("read the history", "the store"):
+        with translated("read the history", "the store"), looking_up(repository, version):
             yield
     except NotFoundError as error:
         raise _damaged(version, "a snapshot", error.message) from error

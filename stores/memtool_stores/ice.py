@@ -262,6 +262,21 @@ def translated(doing: str, where: str) -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def looking_up(repository: Any, *versions: str) -> Iterator[None]:
+    """Inside the block, "snapshot not found" is said only of these versions that are not there.
+
+    All calls of icechunk but `lookup_snapshot` say it also where the system refused to read one.
+    """
+    try:
+        yield
+    except icechunk().IcechunkError as error:
+        if "snapshot not found" in _told(error).lower():
+            for version in versions:
+                repository.lookup_snapshot(version)
+        raise
+
+
 def of_os_error(error: OSError, doing: str, where: str) -> StoreError:
     """An error of the system as one of ours."""
     told = StorageError(f"could not {doing} in {where}: {error}")

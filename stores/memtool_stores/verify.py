@@ -33,7 +33,7 @@ from memtool_stores.history import (
     sealed_tree,
     snapshots,
 )
-from memtool_stores.ice import open_repository, translated
+from memtool_stores.ice import looking_up, open_repository, translated
 from memtool_stores.names import check_ref
 from memtool_stores.objects import objects_at
 from memtool_stores.printable import one_line
@@ -299,10 +299,13 @@ def _verify_version(
         return
     # What this version wrote anew lies in files of its own, even if an earlier one wrote the same.
     written: set[str] = set()
-    # icechunk takes a parent that may not be read for one that is lost.
-    if ("version", snapshot.parent_id) not in seen.damages and not seen.unchecked:
-        with seen.looking_at("transaction log", snapshot.id):
-            diff = repository.diff(from_snapshot_id=snapshot.parent_id, to_snapshot_id=snapshot.id)
+    parent = snapshot.parent_id
+    if ("version", parent) not in seen.damages:
+        with (
+            seen.looking_at("transaction log", snapshot.id),
+            looking_up(repository, parent, snapshot.id),
+        ):
+            diff = repository.diff(from_snapshot_id=parent, to_snapshot_id=snapshot.id)
             written = {str(path) for path in diff.updated_chunks}
     catalog = Catalog()
     with seen.looking_at("catalog", snapshot.id):

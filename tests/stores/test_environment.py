@@ -23,6 +23,7 @@ from memtool_stores import (
     NotFoundError,
     Space,
     StorageError,
+    StoreError,
     clock,
     ice,
     room,
@@ -295,13 +296,32 @@ def test_gc_that_can_do_nothing_says_so(
 
 def _verified_by_nobody(url: str) -> VerifyReport:
     if os.geteuid() == 0:
-        verify(url, "heads")  # what has to be imported, nobody may read
+        # What has to be imported, nobody may read.
+        verify(url, "heads")
+        MemoryStore.open(url).view().values()
         os.seteuid(65534)
     return verify(url, "full")
 
 
+def _read_by_nobody(url: str, cache: str) -> list[str]:
+    """What the errors of reading verbs are, as a user who has read nothing yet."""
+    os.environ["MEMTOOL_CACHE"] = cache
+    told = []
+    for read in (
+        lambda: MemoryStore.open(url).view().values(),
+        lambda: MemoryStore.open(url).log(),
+        lambda: MemoryStore.open(url).view(MemoryStore.open(url).head()),
+        lambda: MemoryStore.open(url).tags(),
+    ):
+        try:
+            read()
+        except StoreError as error:
+            told.append(error.code)
+    return told
+
+
 def test_a_file_that_may_not_be_read_is_not_called_damaged() -> None:
-    """Every kind of file in turn, as a user who may not read it."""
+    """Every file in turn, as a user who may not read it."""
     if os.geteuid() != 0:
         pytest.skip("only root can become another user")
     with tempfile.TemporaryDirectory() as folder:
@@ -310,14 +330,17 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged() -> None:
         with store.transaction("write") as txn:
             fill(txn, small_space(), "a", 1)
         store.tag("v1")
-        picked = {}
-        for path in sorted(Path(store.url).rglob("*")):
-            if path.is_file() and path.name not in {"lock", "reserve"} and path.stat().st_size:
-                picked[path.relative_to(store.url).parts[:-1]] = path
+        files = [
+            path
+            for path in sorted(Path(store.url).rglob("*"))
+            if path.is_file() and path.name not in {"lock", "reserve"} and path.stat().st_size
+        ]
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             assert pool.apply(_verified_by_nobody, (store.url,)).ok
-            for path in picked.values():
+            for path in files:
                 path.chmod(0)
+                told = pool.apply(_read_by_nobody, (store.url, f"{folder}/no-cache"))
+                assert set(told) <= {"storage"}, (path, told)
                 if path.parent.name == "branch.main":
                     with pytest.raises(StorageError, match="no permission to read"):
                         pool.apply(_verified_by_nobody, (store.url,))
