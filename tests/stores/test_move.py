@@ -346,3 +346,15 @@ def test_a_link_to_a_store_leads_to_the_same_lock(store, tmp_path):
         linked.tag("held")
     linked.tag("free")
     assert "free" in store.tags()
+
+
+def test_a_lock_that_leads_elsewhere_is_not_followed(store, tmp_path):
+    """As a stranger's folder may hold it: a lock is emptied when it is opened."""
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    lock = Path(store.url) / "lock"
+    lock.unlink(missing_ok=True)
+    lock.symlink_to(victim)
+    with pytest.raises(StorageError, match="lock the store"):
+        store.tag("x")
+    assert victim.read_text() == "precious"
