@@ -28,7 +28,7 @@ the working directory, the user's file, the preset, the default. `none` means no
 values are separated by commas. An unknown key or value is an error with a suggestion.
 
 Two variables are no settings: `MEMTOOL_DATA` names the folder of the data sets, `MEMTOOL_CACHE` the
-folder of decoded images and mapped values.
+folder of decoded images and values.
 """
 
 

@@ -742,6 +742,7 @@ class MemoryStore:
             StorageError: no permission, or no room.
         """
         head = self.view()
+        head.require_readable()
         about = {"store_id": head.store_id, "head": head.version, "adapters": len(head)}
         with self._lock():
             files = objects_at(self.url)
@@ -862,6 +863,10 @@ def _require_heads(url: str) -> None:
             found=f"{damage.found} in the copy, which was not kept",
             remedy="`memtool verify` of what was copied",
         )
+    # What a catalog says is no damage, and may still be what nobody should take in.
+    copied = MemoryStore.open(url)
+    for ref in (*copied.branches(), *copied.tags()):
+        copied.view(ref).require_readable()
 
 
 @contextmanager

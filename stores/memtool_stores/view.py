@@ -149,6 +149,16 @@ class MemoryView:
         self._known(catalog)
         return catalog
 
+    def require_readable(self) -> None:
+        """Nothing, when all that has a name in this version can be told by it.
+
+        Raises:
+            IntegrityError, SchemaError: the catalog or the list of blobs holds what no store of
+                ours has, a name that is none for example.
+        """
+        self.catalog  # noqa: B018
+        self.blobs()
+
     @property
     def adapters(self) -> tuple[AdapterRecord, ...]:
         """The live adapters in row order."""

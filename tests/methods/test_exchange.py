@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import itertools
 import json
 
 import peft
@@ -11,10 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from memtool.backbones.nano import build_nano
-from memtool.errors import CorruptError
+from memtool.errors import CorruptError, MemtoolError
+from memtool.methods import exchange
 from memtool.methods.exchange import export_peft
 from memtool.methods.mira import Mira
-from memtool_stores import IntegrityError
+from memtool_stores import IntegrityError, SchemaError
 from tests.methods.conftest import small_config
 
 FILES = ("adapter_model.safetensors", "adapter_config.json")
@@ -46,6 +49,36 @@ def test_trained_adapters_come_out_as_they_went_in(learned, tmp_path):
         assert json.loads((directory / "memtool_catalog.json").read_text())["byte_identical"]
     blobs = [b for b in learned.workspace.store.view().blobs() if b.startswith("peft.")]
     assert len(blobs) == 1, "what they share is stored once"
+
+
+@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()])
+def test_an_export_that_fails_half_way_is_taken_back(learned, tmp_path, monkeypatch, failure):
+    out = tmp_path / "not" / "there"
+    write, count = exchange._write_stored, itertools.count()
+
+    def third_fails(*arguments):
+        if next(count) == 2:
+            raise failure
+        write(*arguments)
+
+    monkeypatch.setattr(exchange, "_write_stored", third_fails)
+    with pytest.raises((MemtoolError, KeyboardInterrupt)):
+        export_peft(learned.workspace, None, out=out)
+    assert next(count) == 3
+    assert not (tmp_path / "not").exists()
+    assert len(export_peft(learned.workspace, None, out=out)) == 3
+
+
+def test_an_export_goes_nowhere_but_below_its_folder(learned, tmp_path):
+    """Also where a link waits in the place of an adapter."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").mkdir()
+    name = learned.workspace.store.view().live[1].name
+    (tmp_path / "out" / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(SchemaError, match="leads out of"):
+        export_peft(learned.workspace, None, out=tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
+    assert not list((tmp_path / "elsewhere").iterdir())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -227,7 +227,7 @@ def test_two_stores_of_one_id_share_a_cache(
 
 AS_NOBODY = """
 import os, sys
-import icechunk, zarr, numpy, filelock, logging
+import icechunk, zarr, numpy, filelock, logging, resource
 from memtool_stores import MemoryStore, StorageError, testing
 logging.basicConfig()
 os.setgroups([])

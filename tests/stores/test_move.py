@@ -7,7 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,8 +22,10 @@ from memtool_stores import (
     MemoryStore,
     SchemaError,
     StorageError,
+    limits,
 )
-from memtool_stores.bundle import MANIFEST, read_bundle
+from memtool_stores.bundle import MANIFEST, read_bundle, write_bundle
+from memtool_stores.leftovers import find
 from memtool_stores.move import copy
 from memtool_stores.objects import objects_at
 from memtool_stores.testing import small_space, some_values
@@ -143,6 +147,56 @@ def test_a_clone_of_a_damaged_head_is_not_kept(store, tmp_path):
         store.clone(tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
     assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(".")] == []
+
+
+def test_no_file_of_a_bundle_is_in_memory_whole(tmp_path):
+    source = objects_at(str(tmp_path / "source"))
+    source.write("ice/refs/branch.main/ref.json", b"{}")
+    size = 64 * 1024 * 1024
+    source.write_pieces("ice/chunks/large", (bytes(1024) for _ in range(size // 1024)))
+    tracemalloc.start()
+    try:
+        write_bundle(source, tmp_path / "bundle", {})
+        read_bundle(tmp_path / "bundle", objects_at(str(tmp_path / "copy")))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (tmp_path / "copy/ice/chunks/large").stat().st_size == size
+    assert peak < size // 8
+
+
+def test_a_file_whose_hash_is_wrong_never_appears(store, tmp_path):
+    store.bundle(tmp_path / "bundle")
+    with zipfile.ZipFile(tmp_path / "bundle") as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    said = json.loads(content.pop(MANIFEST))
+    wrong = sorted(name for name in content if "chunks" in name)[0]
+    said["files"][wrong] = "0" * 64
+    with zipfile.ZipFile(tmp_path / "lying", "w") as archive:
+        for name, data in (*content.items(), (MANIFEST, json.dumps(said))):
+            archive.writestr(name, data)
+    with pytest.raises(IntegrityError, match=wrong):
+        read_bundle(tmp_path / "lying", objects_at(str(tmp_path / "plain")))
+    assert not (tmp_path / "plain" / wrong).exists()
+    assert not find(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("name", ["bundle_files", "text_bytes"])
+def test_what_could_not_be_read_again_is_not_written(store, tmp_path, name):
+    store.bundle(tmp_path / "bundle")
+    before = limits.current()
+    try:
+        limits.use(replace(before, **{name: 10}))
+        for do in (
+            lambda: store.bundle(tmp_path / "other"),
+            lambda: MemoryStore.from_bundle(tmp_path / "bundle", tmp_path / "copy"),
+        ):
+            with pytest.raises(SchemaError, match=r"bundle|other") as caught:
+                do()
+            assert f"limits.{name}" in str(caught.value)
+    finally:
+        limits.use(before)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "memory"]
 
 
 def test_files_that_are_no_bundle(tmp_path):
@@ -292,3 +346,15 @@ def test_a_link_to_a_store_leads_to_the_same_lock(store, tmp_path):
         linked.tag("held")
     linked.tag("free")
     assert "free" in store.tags()
+
+
+def test_a_lock_that_leads_elsewhere_is_not_followed(store, tmp_path):
+    """As a stranger's folder may hold it: a lock is emptied when it is opened."""
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    lock = Path(store.url) / "lock"
+    lock.unlink(missing_ok=True)
+    lock.symlink_to(victim)
+    with pytest.raises(StorageError, match="lock the store"):
+        store.tag("x")
+    assert victim.read_text() == "precious"

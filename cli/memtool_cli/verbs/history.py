@@ -396,7 +396,7 @@ def gc(
         if found.expired:
             call.confirm(f"remove {len(found.expired)} versions for good")
     report = store.gc(keep_last=keep_last, keep_days=keep_days, dry_run=call.dry_run)
-    left = [one for place in (call.config.runs, cache_folder()) for one in find(place)]
+    left = [one for place in (call.config.runs.absolute(), cache_folder()) for one in find(place)]
     left = [one for one in left if one.is_old and one not in report.leftovers]
     left = [*report.leftovers, *(left if report.dry_run else take_away(left))]
     record = records.Collected(

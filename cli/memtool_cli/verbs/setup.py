@@ -296,10 +296,10 @@ def _leftovers(call: Call) -> Check:
     from memtool.streams.table import cache_folder
     from memtool_stores.leftovers import find
 
-    found = [*find(call.config.runs), *find(cache_folder())]
+    found = [*find(call.config.runs.absolute()), *find(cache_folder())]
     if not call.store_path.startswith("s3:"):
-        store = Path(call.store_path).expanduser()
-        found += [*find(store), *find(store.absolute().parent, below=False)]
+        store = Path(call.store_path).expanduser().absolute()
+        found += [*find(store), *find(store.parent, below=False)]
     found = list({one.path: one for one in found}.values())
     if not found:
         return Check(name="leftovers", ok=True, found="none")
