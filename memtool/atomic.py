@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from memtool.errors import MemtoolError
@@ -29,11 +30,15 @@ def write_atomic(path: Path, content: str | bytes, *, private: bool = False) -> 
 
 def cannot_write(path: Path, why: str) -> MemtoolError:
     """The error of a file that could not be written: says why, and how much room there is."""
-    folder = path.parent
-    while not folder.is_dir():
-        folder = folder.parent
     return MemtoolError(
-        f"cannot write {path}: {why} ({shutil.disk_usage(folder).free:,} bytes free there); "
-        "what was there before is as it was",
+        f"cannot write {path}: {why}{_room(path.parent)}; what was there before is as it was",
         remedy="free some space, or name a folder that you may write",
     )
+
+
+def _room(folder: Path) -> str:
+    """How much is free where a file should have gone, as far as that can be seen."""
+    for above in (folder, *folder.parents):
+        with suppress(OSError):
+            return f" ({shutil.disk_usage(above).free:,} bytes free there)"
+    return ""

@@ -123,6 +123,18 @@ def _report_system(error: OSError) -> int:
                 remedy="free some space (memtool gc), then the same command again",
             )
             return NO
+        case errno.EMFILE | errno.ENFILE:
+            _say(
+                f"error: {name}: too many open files; nothing is known to be damaged",
+                remedy="more files for each process (`ulimit -n 4096`), then again",
+            )
+            return NO
+        case errno.ENOMEM:
+            _say(
+                f"error: {name}: not enough memory; nothing is known to be damaged",
+                remedy="end other programs, or take away the limit (`ulimit -v unlimited`)",
+            )
+            return NO
     _say(f"error: {error}")
     return NO
 

@@ -12,8 +12,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import stat
 import struct
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,7 +25,7 @@ from typing import Any, BinaryIO
 
 from memtool_stores import limits
 from memtool_stores.errors import AlreadyExistsError, IntegrityError, SchemaError, StorageError
-from memtool_stores.files import appearing
+from memtool_stores.files import appearing, is_special
 from memtool_stores.ice import of_os_error
 from memtool_stores.move import REFERENCES, Tell, belongs, files_of, in_order
 from memtool_stores.names import check_id, check_path
@@ -61,13 +63,16 @@ def write_bundle(
 ) -> int:
     """Write a store as one file, whole or not at all; its size in bytes.
 
-    The manifest holds the SHA-256 of every file, beside what `about` says.
+    A device or a pipe is written through. The manifest holds the SHA-256 of every file, beside
+    what `about` says.
 
     Raises:
         AlreadyExistsError: there is such a file.
         SchemaError: it would be larger than a bundle may be.
         StorageError: no permission, or no room.
     """
+    if is_special(file):
+        return _write_through(source, file, about, checksums=checksums)
     if file.exists() or file.is_symlink():
         raise AlreadyExistsError(f"{file} is there already", remedy="another file name")
     hashes: dict[str, str] = {}
@@ -84,6 +89,23 @@ def write_bundle(
     except OSError as error:
         raise of_os_error(error, "write the bundle", str(file.parent)) from error
     return file.stat().st_size
+
+
+def _write_through(
+    source: Objects, file: Path, about: Mapping[str, Any], *, checksums: bool
+) -> int:
+    """By way of a file: what cannot be sought in would get members of another kind."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            whole = Path(folder) / "bundle"
+            nbytes = write_bundle(source, whole, about, checksums=checksums)
+            with whole.open("rb") as made, appearing(file) as out:
+                shutil.copyfileobj(made, out, PIECE_BYTES)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise of_os_error(error, "write the bundle", str(file)) from error
+    return nbytes
 
 
 def _put(archive: zipfile.ZipFile, path: str, pieces: Iterable[bytes]) -> str:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import tracemalloc
 import zipfile
 from dataclasses import replace
@@ -74,6 +75,18 @@ def test_a_bundle_comes_back_as_the_same_store(store, tmp_path):
         about = json.loads(archive.read(MANIFEST))
     assert about["store_id"] == store.view().store_id
     assert about["adapters"] == 2
+
+
+def test_a_bundle_goes_through_a_pipe_and_into_a_device(store, tmp_path):
+    pipe, file = tmp_path / "pipe", tmp_path / "memory.bundle"
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: file.write_bytes(pipe.read_bytes()))
+    reader.start()
+    size = store.bundle(pipe)
+    reader.join()
+    assert size == file.stat().st_size == store.bundle(os.devnull)
+    assert history(MemoryStore.from_bundle(file, tmp_path / "copy")) == history(store)
+    assert Path(os.devnull).is_char_device()
 
 
 def test_nothing_is_overwritten(store, tmp_path):
@@ -271,6 +284,7 @@ def test_a_copy_that_a_writer_overtakes_is_the_store_as_it_was(store, tmp_path):
 
 WRITER = """
 import sys
+import threading
 from memtool_stores import MemoryStore, StoreError, testing
 space = testing.small_space()
 store = MemoryStore.open(sys.argv[1])

@@ -198,6 +198,7 @@ def export_adapters(
             )
         store = call.store_to_change()
         view = store.view()
+        bundle = call.writes_to(bundle)
         nbytes = store.bundle(bundle)
         made = records.Bundled(
             path=bundle, version=view.version, adapters=len(view.live), nbytes=nbytes
