@@ -19,12 +19,15 @@ from memtool_stores.printable import printable
 def alone(lock: Path, doing: str) -> Iterator[None]:
     """Hold the file `lock` for as long as the block runs; the system frees it of a dead holder.
 
+    A folder that was made for it and got nothing else is taken away again.
+
     BusyError when another process holds it, which `doing` says what for; MemtoolError where files
     cannot be written.
     """
     import filelock
 
     held = filelock.FileLock(lock, timeout=0)
+    made = [folder for folder in lock.parents if not folder.exists()]
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         held.acquire()
@@ -45,7 +48,12 @@ def alone(lock: Path, doing: str) -> Iterator[None]:
     finally:
         with suppress(OSError):
             _word(lock).unlink(missing_ok=True)
+            if made and list(lock.parent.iterdir()) == [lock]:
+                lock.unlink()
         held.release()
+        for folder in made:
+            with suppress(OSError):  # there is more in it
+                folder.rmdir()
 
 
 def _word(lock: Path) -> Path:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
+
+from memtool_stores import limits
 
 hypothesis.settings.register_profile("memtool", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("memtool")
@@ -15,6 +18,14 @@ hypothesis.settings.load_profile("memtool")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Decoded images and mapped values go to a temporary folder, not to the user's cache."""
     os.environ["MEMTOOL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def _own_limits() -> Iterator[None]:
+    """What a command line puts in force is for its own process, which here is that of all tests."""
+    before = limits.current()
+    yield
+    limits.use(before)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -236,7 +236,7 @@ def test_adapters_that_diverge_leave_the_memory_as_it_was(epochs, match, opened)
     shutil.rmtree(adapters / "task-3-seed-0")
     with pytest.raises(DivergedError, match=match) as error:
         mira.adapt("3")
-    assert "a smaller learning rate than 1e+06" in error.value.remedy
+    assert "a smaller learning rate than" in error.value.remedy
     assert mira.workspace.store.head() == before
     assert sorted(path.name for path in adapters.glob("task-*")) == [
         "task-1-seed-0",
@@ -249,7 +249,8 @@ def test_adapters_that_diverge_leave_the_memory_as_it_was(epochs, match, opened)
     "changes",
     [
         {"consolidate__lr": 1e6},
-        {"consolidate__value_lr": 1e6, "head__features": "recalled"},
+        # So large that no product of the values is finite, however the numbers are rounded.
+        {"consolidate__value_lr": 1e30, "head__features": "recalled"},
     ],
     ids=["keys", "values"],
 )
@@ -259,7 +260,7 @@ def test_a_consolidation_that_diverges_leaves_the_memory_as_it_was(changes, open
     before = mira.workspace.store.head()
     with pytest.raises(DivergedError, match=r"task 3: consolidate: .* at step \d") as error:
         mira.consolidate()
-    assert "a smaller learning rate than 1e+06" in error.value.remedy
+    assert "a smaller learning rate than" in error.value.remedy
     assert mira.workspace.store.head() == before
     again = opened_again(mira)
     assert again.evaluate().row("memory").accuracy[-1].count(None) == 0
