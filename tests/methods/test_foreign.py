@@ -113,9 +113,10 @@ def test_another_backbone_by_its_hash_is_refused(learned: Mira, tmp_path: Path) 
 def test_a_head_of_other_classes_is_refused(learned: Mira, tmp_path: Path) -> None:
     theirs = tmp_path / "theirs"
     shutil.copytree(learned.config.runs / "adapters" / "task-1-seed-0", theirs)
+    (theirs / ABOUT).unlink()  # anybody's: nothing vouches for the files beside it
     save_file({"weight": torch.zeros(3, 5), "bias": torch.zeros(3)}, theirs / OWN_HEAD)
     with pytest.raises(MismatchError, match="a head of 3 classes, 5 wide"):
-        Mira.open(small_config(tmp_path / "mine"), seed=0).write([theirs])
+        Mira.open(small_config(tmp_path / "mine"), seed=0).write([theirs], task="1")
 
 
 def test_what_lies_beside_is_named_where_it_is_wrong(learned: Mira, tmp_path: Path) -> None:
