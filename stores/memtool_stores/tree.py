@@ -30,7 +30,7 @@ from memtool_stores.arrays import (
     read_row,
 )
 from memtool_stores.catalog import AdapterRecord, Catalog, Counts
-from memtool_stores.errors import IntegrityError, NewerSchemaError, NotFoundError, SchemaError
+from memtool_stores.errors import IntegrityError, NewerSchemaError, SchemaError
 from memtool_stores.jsonvalues import digest, mapping, member, whole
 from memtool_stores.migrate import SCHEMA_VERSION, migrated
 from memtool_stores.names import check_id, check_ref
@@ -416,8 +416,6 @@ class Tree:
             SchemaError: it is larger than `limits.array_bytes`.
         """
         path = f"blobs/{check_ref(name, 'blob')}"
-        if path not in self._group:
-            raise NotFoundError(f"no blob {name!r} in this version")
         array = opened(self._group, path, np.dtype("u1"), (None,), (None,))
         (size,), (chunk,) = array.shape, array.chunks
         limits.require("array_bytes", max(size, chunk), f"blob {name!r}")
