@@ -263,7 +263,7 @@ def write_adapter(
         memtool=memtool.__version__,
     )
     folder.path.parent.mkdir(parents=True, exist_ok=True)
-    # One to fill, and one to put an older one into, so that there is no time without either.
+    # One to fill, and one to put an older one into until the new one is in its place.
     building, replaced = part_folder(folder.path), part_folder(folder.path)
     try:
         write_peft(
@@ -287,6 +287,8 @@ def write_adapter(
         building.rename(folder.path)
     finally:
         shutil.rmtree(building, ignore_errors=True)
+        if not folder.path.exists() and any(replaced.iterdir()):
+            replaced.rename(folder.path)
         shutil.rmtree(replaced, ignore_errors=True)
 
 

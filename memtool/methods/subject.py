@@ -53,7 +53,7 @@ def read_query(path: Path, backbone: FrozenModel) -> Tensor:
     if not (query.is_floating_point() and bool(query.float().isfinite().all())):
         raise DataError(f"{path}: the query is of {query.dtype}", expected="finite floats")
     header = parsed_json(data[8 : 8 + int.from_bytes(data[:8], "little")], str(path))
-    made_with = header.get("__metadata__", {}).get("backbone_sha256", backbone.sha256)
+    made_with = (header.get("__metadata__") or {}).get("backbone_sha256", backbone.sha256)
     if made_with != backbone.sha256:
         raise MismatchError(
             f"{path} was made with the backbone {shown(made_with)}",

@@ -1,8 +1,8 @@
 """Files that appear whole or not at all, and what is left when a process dies in between.
 
 A file in the making lies beside its place, under a name that nobody can guess
-(`.<name>.<random>.part`), and is opened exclusively. A process that is killed leaves it there, and
-leftovers.py finds it.
+(`.<name>.<random>.memtool-part`), and is opened exclusively. A process that is killed leaves it
+there, and leftovers.py finds it.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from memtool_stores.printable import printable, shown
 PIECE_BYTES = 1024 * 1024
 """How much is read at a time of a file that says nothing of its size."""
 
-PART = ".part"
+PART = ".memtool-part"
 """How the names of files and folders in the making end; they begin with a dot."""
 
-_IN_THE_MAKING = re.compile(r"\..*\.[a-z0-9_]{8}\.part|[0-9A-Za-z._-]+#[0-9]+", re.DOTALL)
-"""What `part` makes, and what icechunk does, which puts a number behind the name."""
+_OURS = re.compile(rf"\..*\.[a-z0-9_]{{8}}{re.escape(PART)}", re.DOTALL)
+_OF_ICECHUNK = re.compile(r"[0-9A-Za-z._-]+#[0-9]+")
 
 _DESCRIPTOR = re.compile(r"/proc/(?:self|\d+|thread-self)(?:/task/\d+)?/fd")
 
@@ -167,8 +167,13 @@ def part_folder(target: Path) -> Path:
 
 
 def is_part(name: str) -> bool:
-    """Whether this is the name of a file or folder in the making, of ours or of icechunk."""
-    return bool(_IN_THE_MAKING.fullmatch(name))
+    """Whether this is the name of a file or folder in the making: one that `part` gives."""
+    return bool(_OURS.fullmatch(name))
+
+
+def is_staged(name: str) -> bool:
+    """Whether icechunk gives this name to a file in the making; other programs do, too."""
+    return bool(_OF_ICECHUNK.fullmatch(name))
 
 
 def _prefix(target: Path) -> str:

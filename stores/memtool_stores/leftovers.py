@@ -1,7 +1,8 @@
 """What processes that were killed left in the making: named by `doctor`, taken away by `gc`.
 
-Nobody else makes names like these (files.py), and nobody reads them. A process that is at work has
-written to what it makes within the last hour.
+Nobody else makes names like these (files.py), and nobody reads them; what icechunk makes counts
+only below the `ice` of a store, since other programs use such names, too. A process that is at work
+has written to what it makes within the last hour.
 """
 
 from __future__ import annotations
@@ -9,12 +10,12 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from memtool_stores.files import is_part
+from memtool_stores.files import is_part, is_staged
 
 PATIENCE_SECONDS = 3600.0
 """How long the maker of a file may be silent before it counts as gone."""
@@ -36,20 +37,26 @@ class Leftover:
 
 def find(folder: Path, *, below: bool = True) -> list[Leftover]:
     """What lies in the making in a folder, sorted; with `below` also in the folders under it."""
-    return sorted(_find(folder, below), key=lambda leftover: leftover.path)
+    return sorted(_find(folder, below, is_part), key=lambda leftover: leftover.path)
 
 
-def _find(folder: Path, below: bool) -> Iterator[Leftover]:
+def find_in_store(folder: Path) -> list[Leftover]:
+    """What lies in the making in a store, of ours and of icechunk, sorted."""
+    staged = _find(folder / "ice", True, is_staged)
+    return sorted([*find(folder), *staged], key=lambda leftover: leftover.path)
+
+
+def _find(folder: Path, below: bool, is_one: Callable[[str], bool]) -> Iterator[Leftover]:
     try:
         entries = list(os.scandir(folder))
     except OSError:
         return  # not there, or not ours
     for entry in entries:
-        if is_part(entry.name):
+        if is_one(entry.name):
             with suppress(FileNotFoundError):  # finished meanwhile
                 yield _looked_at(Path(entry.path))
         elif below and entry.is_dir(follow_symlinks=False):
-            yield from _find(Path(entry.path), below)
+            yield from _find(Path(entry.path), below, is_one)
 
 
 def _looked_at(path: Path) -> Leftover:

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator
 
 from memtool_stores.errors import AlreadyExistsError
-from memtool_stores.files import is_part
+from memtool_stores.files import is_part, is_staged
 from memtool_stores.objects import ObjectInfo, Objects
 
 REFERENCES = "ice/refs/"
@@ -91,7 +91,8 @@ def _same_md5(source: Objects, mine: ObjectInfo, other: ObjectInfo) -> bool:
 def files_of(source: Objects, checksums: bool) -> Iterator[str]:
     """The paths of all that a store consists of."""
     for entry in source.list():
-        if belongs(entry.path, checksums) and not is_part(entry.path.rpartition("/")[2]):
+        name = entry.path.rpartition("/")[2]
+        if belongs(entry.path, checksums) and not (is_part(name) or is_staged(name)):
             yield entry.path
 
 

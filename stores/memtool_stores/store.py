@@ -61,7 +61,7 @@ from memtool_stores.ice import (
     sync_to_disk,
     translated,
 )
-from memtool_stores.leftovers import Leftover, find, take_away
+from memtool_stores.leftovers import Leftover, find, find_in_store, take_away
 from memtool_stores.move import REFERENCES, Tell, begun_copy, copy, require_empty
 from memtool_stores.names import below, check_ref
 from memtool_stores.objects import Objects, Retractable, bucket_holds, objects_at
@@ -659,7 +659,7 @@ class MemoryStore:
         """
         found = []
         if _is_local(self.url):
-            found = find(Path(self.url))
+            found = find_in_store(Path(self.url))
             found += (one for one in find(Path(self.url).parent, below=False) if one.is_old)
         with suppress(StoreError):  # a damaged newest version does not say whose cache it is
             place = cache.folder(self._view(self.head()).store_id)

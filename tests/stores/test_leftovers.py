@@ -92,8 +92,19 @@ def test_a_copy_has_nothing_half_made(grown: MemoryStore, tmp_path: Path, space:
 
 
 def test_what_others_make_is_nobodys_leftover(tmp_path: Path) -> None:
-    names = [".x.part", "x.part", ".x.1234567.part", "movie.mkv.part", ".x.ABCDEFGH.part", "#1#"]
-    for name in names:
+    names = [".x.part", "x.part", ".x.12345678.part", "movie.mkv.part", ".x.memtool-part", "#1#"]
+    for name in (*names, "run#1", ".film.download.part"):
         (tmp_path / name).write_bytes(b"theirs")
     (tmp_path / "link").symlink_to(tmp_path)
     assert not find(tmp_path)
+
+
+def test_gc_leaves_what_others_keep_beside_a_store_and_in_it(grown: MemoryStore) -> None:
+    for folder in (Path(grown.url).parent, Path(grown.url)):
+        for name in ("run#1", ".film.download.part"):
+            theirs = folder / name
+            theirs.mkdir()
+            (theirs / "file").write_bytes(b"theirs")
+            age(theirs, 7200)
+    assert grown.gc().leftovers == ()
+    assert (Path(grown.url).parent / "run#1" / "file").read_bytes() == b"theirs"
