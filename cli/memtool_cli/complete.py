@@ -84,7 +84,7 @@ def versions(ctx: typer.Context, incomplete: str) -> list[str]:
 def stores(incomplete: str) -> list[str]:
     """Folders, and after `@` the versions of the store before it."""
     store, at, version = incomplete.rpartition("@")
-    if not at:
+    if not at or "/" in version:
         folder = Path(incomplete) if incomplete.endswith("/") else Path(incomplete).parent
         found = [str(path) for path in sorted(folder.glob("*")) if path.is_dir()]
         return [path for path in found if path.startswith(incomplete)]

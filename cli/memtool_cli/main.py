@@ -19,6 +19,7 @@ from memtool import __version__
 from memtool.errors import ConfigError
 from memtool_cli import failure
 from memtool_cli.terminal import prepare
+from memtool_stores import limits
 from memtool_stores.printable import shown
 
 
@@ -132,6 +133,7 @@ def main(arguments: list[str]) -> int:
     if "_MEMTOOL_COMPLETE" in os.environ:
         app(prog_name="memtool")
     command = typer.main.get_command(app)
+    before = limits.current()
     try:
         _require_no_nul(arguments)
         with command.make_context("memtool", list(arguments)) as context:
@@ -147,6 +149,8 @@ def main(arguments: list[str]) -> int:
             failure.close_stdout()
             return failure.BROKEN_PIPE
         raise
+    finally:
+        limits.use(before)  # those of this command line hold no longer than it runs
     return 0
 
 

@@ -35,7 +35,7 @@ from memtool.config import (
 from memtool.errors import ConfigError, NotFoundError, did_you_mean
 from memtool_cli import complete
 from memtool_cli.output import Out
-from memtool_cli.shared import Shared, setting, switch
+from memtool_cli.shared import Shared, as_text, setting, switch
 from memtool_cli.terminal import Plain
 from memtool_stores.printable import printable, shown
 from memtool_stores.redacted import redacted
@@ -272,7 +272,7 @@ class Call:
         written: dict[str, str] = {}
 
         def put(key: str, value: Any, how: str) -> None:
-            if key in found and _as_text(found[key]) != _as_text(value):
+            if key in found and as_text(found[key]) != as_text(value):
                 raise ConfigError(
                     f"{written[key]} and {how}: {key} is given twice", expected="one value"
                 )
@@ -283,7 +283,7 @@ class Call:
         for option in self.shared:
             value = self.given[option.name]
             if option.setting and value not in (None, []):
-                put(option.setting, value, f"{option.flag} {_as_text(value)}")
+                put(option.setting, value, f"{option.flag} {as_text(value)}")
         return found
 
     @property
@@ -488,12 +488,6 @@ def examples(*commands: str) -> str:
     """The end of a verb's help: commands to copy."""
     escaped: Iterable[str] = (command.replace("[", r"\[") for command in commands)
     return "\n".join(["[bold]Examples[/bold]", *(f"$ {command}" for command in escaped)])
-
-
-def _as_text(value: Any) -> str:
-    """A value of the command line as one would write it with --set."""
-    text = ",".join(value) if isinstance(value, list) else value
-    return text.strip().strip("[]").replace(" ", "")
 
 
 def one_of(option: str, value: str, words: tuple[str, ...]) -> str:

@@ -65,3 +65,9 @@ def switch(flag: str, panel: str, help: str, short: str | None = None) -> Shared
     return Shared(
         flag, Annotated[bool, typer.Option(*names, help=help, rich_help_panel=panel)], False
     )
+
+
+def as_text(value: Any) -> str:
+    """A value of the command line as one would write it with --set."""
+    text = ",".join(value) if isinstance(value, list) else value
+    return text.strip().strip("[]").replace(" ", "")

@@ -113,7 +113,7 @@ def test_links_are_followed(process, here):
 def test_a_missing_folder_is_made_and_a_folder_is_no_file(memory, process, here):
     assert process("init", "a/b/settings.yaml").returncode == 0
     assert is_whole((here / "a" / "b" / "settings.yaml").read_bytes())
-    for verb in (["init", "a"], ["eval", "--report", "a"], ["run", "--report", "a"]):
+    for verb in (["init", "a"], ["report", "record.json", "--out", "a"]):
         done = process(*verb)
         assert done.returncode == 2
         assert b"a is a folder" in done.stderr

@@ -22,7 +22,7 @@ from memtool.reports.table import Grid
 from memtool_cli import failure
 from memtool_cli.output import Out, PlainProgress, Table
 from memtool_cli.terminal import Plain
-from memtool_stores import Backbone, Layout, MemoryStore, Segment, Space
+from memtool_stores import Backbone, Layout, MemoryStore, Segment, Space, limits
 from memtool_stores.printable import as_cell, from_cell, printable_json
 from tests.fuzz.door import NAMES
 
@@ -227,6 +227,7 @@ def test_what_may_be_said_twice(memory, command):
     done = command("log", "--set", "adapter.rank=8", "--set", "limits.text_bytes=9")
     assert "adapter.rank has no effect here" in done.stderr
     assert "limits" not in done.stderr
+    assert limits.current() == limits.Limits()  # those of a call end with it
 
 
 def test_a_lock_that_is_held_is_waited_for_as_long_as_was_asked(memory, here, command):

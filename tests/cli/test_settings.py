@@ -141,6 +141,11 @@ def test_completion_of_verbs_presets_settings_tasks_and_versions(memory, memtool
     )
 
 
+def test_completion_of_folders_with_an_at_sign(here, memtool):
+    (here / "a@b" / "memory").mkdir(parents=True)
+    assert complete(memtool, "memtool ls --store a@b/me") == ["a@b/memory"]
+
+
 def test_completion_is_silent_where_it_cannot_know(here, memtool):
     (here / "memtool.yaml").write_text("adapter: [\n")
     assert complete(memtool, "memtool show H") == []
