@@ -78,7 +78,9 @@ def load_checkpoint(
             raise CorruptError(f"{path} is a checkpoint without its checksum", remedy=remedy)
         _log.warning("%s has no checksum: it is left aside, and the training begins anew", path)
         return 0, [], []
-    if (metadata["format"], metadata["fingerprint"]) != (FORMAT, fingerprint):
+    if "state" not in metadata:
+        raise CorruptError(f"{path} is no checkpoint of a training", remedy=remedy)
+    if (metadata.get("format"), metadata.get("fingerprint")) != (FORMAT, fingerprint):
         return 0, [], []
     shapes = {
         key: value.shape for key, value in saved.tensors.items() if key.startswith(f"{PARAMETER}/")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import json
 import math
 import os
 import re
@@ -29,6 +28,7 @@ from memtool.yaml_file import Node, read_yaml
 from memtool_stores import limits
 from memtool_stores.limits import Limits
 from memtool_stores.printable import printable, shown
+from memtool_stores.redacted import redacted
 
 Separation = Literal[
     "softmax",
@@ -436,9 +436,9 @@ class Config(Settings):
     def recorded(self) -> dict[str, Any]:
         """The configuration as records and commits hold it: plain JSON, `~` for the user's folder.
 
-        They are sent to others; what reads a setting understands `~`.
+        They are sent to others, so that no secret is in it; what reads a setting understands `~`.
         """
-        tree: dict[str, Any] = json.loads(without_home(json.dumps(self.model_dump(mode="json"))))
+        tree: dict[str, Any] = _for_others(self.model_dump(mode="json"))
         return tree
 
 
@@ -652,6 +652,18 @@ def store_beside(store: str, ending: str) -> str:
     """The setting for a memory beside that of `store`, with `ending` after its name."""
     beside = split_store(store)[0].rstrip("/") + ending
     return f"{beside}/" if "@" in beside.rpartition("/")[2] else beside
+
+
+def _for_others(value: Any) -> Any:
+    """Values of JSON, every text in them fit for a record."""
+    match value:
+        case str():
+            return without_home(redacted(value))
+        case list():
+            return [_for_others(one) for one in value]
+        case dict():
+            return {key: _for_others(one) for key, one in value.items()}
+    return value
 
 
 def without_home(text: str) -> str:

@@ -24,14 +24,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar
 
-from memtool_stores.printable import one_line
+from memtool_stores.redacted import said
 
 
 class MemtoolError(Exception):
     """Base of all errors that memtool raises on purpose.
 
     `message` says what was wrong and where; `expected` what would have been right; `remedy` is the
-    command or the change that helps; each is one printable line, whatever a file put into it.
+    command or the change that helps; each is one printable line, whatever a file put into it, and
+    none holds a secret.
     """
 
     code: ClassVar[str] = "error"
@@ -40,9 +41,9 @@ class MemtoolError(Exception):
     def __init__(
         self, message: str, *, expected: str | None = None, remedy: str | None = None
     ) -> None:
-        self.message = one_line(message)
-        self.expected = None if expected is None else one_line(expected)
-        self.remedy = None if remedy is None else one_line(remedy)
+        self.message = said(message)
+        self.expected = None if expected is None else said(expected)
+        self.remedy = None if remedy is None else said(remedy)
         super().__init__(self.message)
 
     def __str__(self) -> str:

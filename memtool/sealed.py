@@ -50,14 +50,14 @@ class TensorFile(NamedTuple):
     sealed: bool
 
 
-def read_file(path: Path) -> bytes:
-    """All bytes of an ordinary file.
+def read_file(path: Path, limit: str = "array_bytes") -> bytes:
+    """All bytes of an ordinary file that is not above one of `limits`.
 
     FileNotFoundError as it is; SchemaError for a folder, a pipe or one above the limits;
     MemtoolError, which is no damage, where the system refuses.
     """
     try:
-        return read_ordinary(path, "array_bytes")
+        return read_ordinary(path, limit)
     except FileNotFoundError:
         raise
     except OSError as error:
@@ -84,7 +84,7 @@ def write_json(path: Path, document: Mapping[str, Any], *, private: bool = False
 
 def read_json(path: Path, *, remedy: str | None = None) -> Document:
     """The object in a file; FileNotFoundError, or as `parse_json` and `read_file`."""
-    return parse_json(read_file(path), str(path), remedy=remedy)
+    return parse_json(read_file(path, "text_bytes"), str(path), remedy=remedy)
 
 
 def parse_json(data: bytes | str, where: str, *, remedy: str | None = None) -> Document:

@@ -9,7 +9,6 @@ projection, an attention and an output projection with the same tensors. Models 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,11 +27,13 @@ from memtool.backbones.weight_files import read_weights
 from memtool.config import BackboneSettings, expand
 from memtool.errors import (
     ConfigError,
+    CorruptError,
     DataError,
     MismatchError,
     NotFoundError,
     did_you_mean,
 )
+from memtool.outside import read_json
 
 CLIP_TARGETS = ("q", "k", "v", "out", "fc", "proj")
 
@@ -88,11 +89,9 @@ def read_configuration(model: str) -> tuple[dict[str, Any], dict[str, Any]]:
     if not path.is_file():
         raise NotFoundError(f"there is no CLIP configuration {path}", remedy="check the path")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: not a CLIP configuration", expected="embed_dim, vision_cfg, …")
+        content = read_json(path)
+    except CorruptError as error:
+        raise ConfigError(error.message, expected="embed_dim, vision_cfg, …") from error
     return content.get("model_cfg", content), content.get("preprocess_cfg", {})
 
 

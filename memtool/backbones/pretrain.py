@@ -34,6 +34,7 @@ from memtool.backbones.tensor_hash import tensor_sha256
 from memtool.errors import (
     AlreadyThereError,
     ConfigError,
+    CorruptError,
     DataError,
     DivergedError,
     MismatchError,
@@ -393,6 +394,11 @@ class _Learner:
                 tensors[f"{name}/{key}"] = state
         _write(tensors, path, run, private=True)
 
+    def _wanted(self) -> set[str]:
+        """The names of all tensors of a checkpoint."""
+        parts = ("value", "step", "exp_avg", "exp_avg_sq")
+        return {f"{name}/{part}" for name in self.named for part in parts}
+
     def resume(self, path: Path, run: dict[str, str]) -> int:
         """Load what `save` wrote and return the number of steps that are done.
 
@@ -404,6 +410,11 @@ class _Learner:
             _log.warning("%s has no checksum: it is left aside, and training begins anew", path)
             return 0
         written = json.loads(saved.metadata.get(_METADATA, "{}"))
+        if not isinstance(written, dict) or not self._wanted() <= saved.tensors.keys():
+            raise CorruptError(
+                f"{path} is no checkpoint of this training",
+                remedy=f"the same command without {path}: from step 1",
+            )
         done = written.pop("done", None)
         if written != run or done is None or not 0 < int(done) < self.steps:
             raise MismatchError(

@@ -138,7 +138,7 @@ class AccuracyMatrix:
         """Read what `save` wrote; NotFoundError, CorruptError, or MismatchError (newer schema)."""
         suffix = _suffix(path)
         try:
-            data = sealed.read_file(path)
+            data = sealed.read_file(path, "text_bytes")
         except FileNotFoundError as error:
             raise NotFoundError(f"no accuracy matrix at {path}") from error
         try:

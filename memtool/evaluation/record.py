@@ -358,7 +358,7 @@ def read_record(path: Path) -> Record:
     NotFoundError when there is no file, MemtoolError where it cannot be read.
     """
     try:
-        data = sealed.read_file(path)
+        data = sealed.read_file(path, "text_bytes")
     except FileNotFoundError as error:
         raise NotFoundError(f"no record at {path}") from error
     return Record.from_json(data, str(path))

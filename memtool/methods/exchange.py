@@ -52,7 +52,7 @@ from memtool.methods.results import AdaptResult
 from memtool.methods.state import Snapshot, classifier_bytes, own_head_blob
 from memtool.outside import read_file, read_json
 from memtool.tensor_bytes import read_tensors
-from memtool_stores.files import appearing_folders, part_folder
+from memtool_stores.files import appearing_folders, open_as_usual, part_folder
 from memtool_stores.names import below, check_name
 from memtool_stores.printable import shown
 
@@ -281,7 +281,7 @@ def write_adapter(
         }
         about = about.model_copy(update={"files": files})
         sealed.write_json(building / ABOUT, about.model_dump(mode="json", by_alias=True))
-        building.chmod(0o755)
+        open_as_usual(building)
         if folder.path.exists():
             folder.path.rename(replaced)
         building.rename(folder.path)

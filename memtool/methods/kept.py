@@ -31,7 +31,7 @@ def _read(file: Path, kind: TypeAdapter[Result]) -> Result | None:
     """
     remedy = f"the same command without {file}: it is measured again"
     try:
-        data = sealed.read_file(file)
+        data = sealed.read_file(file, "text_bytes")
     except FileNotFoundError:
         return None
     content = data

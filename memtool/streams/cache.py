@@ -21,7 +21,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,7 @@ from memtool.streams.ordering import random_ranks
 from memtool.streams.stored import StoredImages, block_rows
 from memtool.streams.table import Table, cache_error, cache_folder
 from memtool_stores.errors import SchemaError
+from memtool_stores.files import is_part, part_folder
 from memtool_stores.printable import printable
 
 _FORMAT = 3
@@ -44,6 +45,7 @@ _CHUNK_ROWS = 256
 _IN_MEMORY_BYTES = 512 * 1024**2  # images up to this size are read whole
 _SAID_SECONDS = 30
 _STALLED_SECONDS = 300  # a builder that has written nothing for so long has stopped
+_FETCHING_SECONDS = 3600  # before its first image it may be fetching the data
 
 _log = logging.getLogger(__name__)
 
@@ -85,7 +87,8 @@ def _alone(entry: Path, name: str) -> Iterator[None]:
 
     lock = FileLock(entry.with_name(f"{entry.name}.lock"))
     begin = moved = time.monotonic()
-    written, said = -1, False
+    written: int | None = None
+    said = False
     while True:
         try:
             lock.acquire(timeout=min(1, _SAID_SECONDS))
@@ -97,10 +100,11 @@ def _alone(entry: Path, name: str) -> Iterator[None]:
             if waited > _SAID_SECONDS and not said:
                 said = True
                 _log.warning("waiting for another process that decodes the images of %s", name)
-            if time.monotonic() - moved > _STALLED_SECONDS:
+            patience = _FETCHING_SECONDS if size is None else _STALLED_SECONDS
+            if time.monotonic() - moved > patience:
                 raise BusyError(
                     f"another process decodes the images of {name} into {entry}, and has written "
-                    f"nothing for {_STALLED_SECONDS} seconds",
+                    f"nothing for {patience} seconds",
                     expected="a process that goes on, or ends",
                     remedy="end it (fuser names it: fuser "
                     f"{lock.lock_file}), or another cache with MEMTOOL_CACHE",
@@ -111,16 +115,18 @@ def _alone(entry: Path, name: str) -> Iterator[None]:
         lock.release()
 
 
-def _written(entry: Path) -> int:
-    """Bytes of images that a builder has written so far."""
-    try:
-        return (_building(entry) / "images.npy").stat().st_size
-    except OSError:
-        return 0
+def _written(entry: Path) -> int | None:
+    """Bytes of images that a builder has written so far; None before the first."""
+    sizes = []
+    for building in _in_the_making(entry):
+        with suppress(OSError):
+            sizes.append((building / "images.npy").stat().st_size)
+    return max(sizes, default=None)
 
 
-def _building(entry: Path) -> Path:
-    return entry.with_name(f"{entry.name}.building")
+def _in_the_making(entry: Path) -> list[Path]:
+    """The folder that becomes an entry, and those that killed builders left."""
+    return [path for path in entry.parent.glob(f".{entry.name}.*") if is_part(path.name)]
 
 
 def _read(entry: Path, name: str, image_size: int) -> Table | None:
@@ -175,10 +181,10 @@ def _read(entry: Path, name: str, image_size: int) -> Table | None:
 
 def _build(entry: Path, source: Source, image_size: int) -> None:
     """Decode every image of `source` into `entry`. The caller holds the lock of `entry`."""
-    building = _building(entry)
-    # Left by a process that was killed; the lock says that nobody works on it.
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(mode=0o700)
+    # Left by processes that were killed; the lock says that nobody works on them.
+    for left in _in_the_making(entry):
+        shutil.rmtree(left, ignore_errors=True)
+    building = part_folder(entry)
     try:
         with source.open() as listing:
             _log.info("decoding %d images of %s", len(listing.labels), source.name)

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import re
-import tempfile
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +23,7 @@ from memtool.streams.images import image_bytes
 from memtool.streams.listing import Listing, check_word
 from memtool.streams.rows import Rows, Written, read_rows, require_columns
 from memtool.streams.table import cache_folder
+from memtool_stores.files import part_folder
 from memtool_stores.printable import printable, shown
 
 if TYPE_CHECKING:
@@ -87,8 +88,8 @@ class DatasetsSource:
                 kept = folder / "hub"
             else:
                 # What `datasets` prepares is only a step towards the decoded images.
-                temporary = tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True)
-                kept = Path(stack.enter_context(temporary))
+                kept = part_folder(folder / "prepared")
+                stack.callback(shutil.rmtree, kept, ignore_errors=True)
             parts = self._read() if self._is_text else self._loaded(kept)
             yield self._listing(parts, kept)
 

@@ -22,8 +22,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from memtool_stores.printable import one_line
-from memtool_stores.redacted import redacted
+from memtool_stores.redacted import said
 
 
 class StoreError(Exception):
@@ -41,9 +40,9 @@ class StoreError(Exception):
     def __init__(
         self, message: str, *, expected: str | None = None, remedy: str | None = None
     ) -> None:
-        self.message = one_line(redacted(message))
-        self.expected = None if expected is None else one_line(redacted(expected))
-        self.remedy = None if remedy is None else one_line(redacted(remedy))
+        self.message = said(message)
+        self.expected = None if expected is None else said(expected)
+        self.remedy = None if remedy is None else said(remedy)
         super().__init__(self.message)
 
     def __str__(self) -> str:
@@ -59,9 +58,9 @@ class StoreError(Exception):
         return _restored, (type(self), self.args, vars(self))
 
 
-def _restored(kind: type[StoreError], args: tuple[Any, ...], said: Mapping[str, Any]) -> StoreError:
+def _restored(kind: type[StoreError], args: tuple[Any, ...], told: Mapping[str, Any]) -> StoreError:
     error = kind.__new__(kind, *args)
-    vars(error).update(said)
+    vars(error).update(told)
     return error
 
 
@@ -118,8 +117,8 @@ class IntegrityError(StoreError):
             remedy=remedy or "`memtool verify`, then `memtool rollback` or a copy of the store",
         )
         self.what = what
-        self.name = one_line(name)
-        self.found = one_line(found)
+        self.name = said(name)
+        self.found = said(found)
 
 
 class SchemaError(StoreError):

@@ -132,7 +132,7 @@ def appearing_folders(*targets: Path) -> Iterator[list[Path]]:
             building.append(part_folder(target))
         yield building
         for folder, target in zip(building, targets, strict=True):
-            folder.chmod(0o777 & ~_mask())
+            open_as_usual(folder)
             folder.rename(target)
             done.append(target)
     except BaseException:
@@ -142,6 +142,11 @@ def appearing_folders(*targets: Path) -> Iterator[list[Path]]:
             with suppress(OSError):  # somebody else put something there
                 folder.rmdir()
         raise
+
+
+def open_as_usual(folder: Path) -> None:
+    """Give a folder in the making, which is private, the mode of any new folder."""
+    folder.chmod(0o777 & ~_mask())
 
 
 def is_stdout(path: Path) -> bool:

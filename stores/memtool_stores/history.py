@@ -21,7 +21,7 @@ from memtool_stores.errors import (
 from memtool_stores.ice import looking_up, translated
 from memtool_stores.names import check_ref, is_version_id
 from memtool_stores.printable import shown
-from memtool_stores.references import SUMS, damaged_ref, unreadable
+from memtool_stores.references import SUMS, damaged_ref, unfinished, unreadable
 from memtool_stores.tree import Tree, seal
 
 MAIN = "main"
@@ -244,8 +244,8 @@ def is_expired(repository: Any, where: str, version: str) -> bool:
 def list_refs(repository: Any, where: str, kind: str) -> list[str]:
     """The names of the branches or the tags of a store, sorted; none that was never finished."""
     names = repository.list_tags() if kind == "tag" else repository.list_branches()
-    unfinished = unreadable(where).unfinished
-    return sorted(check_ref(name, kind) for name in names if (kind, name) not in unfinished)
+    half = unfinished(where)
+    return sorted(check_ref(name, kind) for name in names if (kind, name) not in half)
 
 
 def tips(repository: Any, where: str) -> dict[str, str]:

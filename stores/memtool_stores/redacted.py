@@ -6,6 +6,8 @@ import os
 import re
 from urllib.parse import quote
 
+from memtool_stores.printable import one_line
+
 HIDDEN = "[hidden]"
 
 _SECRET_VARIABLE = re.compile(
@@ -58,6 +60,11 @@ def redacted(text: str) -> str:
     for pattern, shown in _PATTERNS:
         text = pattern.sub(shown, text)
     return text
+
+
+def said(text: str) -> str:
+    """The text as an error says it: one printable line, without secrets, whatever a file put in."""
+    return one_line(redacted(text))
 
 
 def _secrets() -> list[str]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from memtool_stores.errors import IntegrityError, NotFoundError, StoreError
-from memtool_stores.files import part_folder
+from memtool_stores.files import open_as_usual, part_folder
 from memtool_stores.ice import of_os_error, open_repository, sync_to_disk, translated
 from memtool_stores.objects import objects_at
 
@@ -63,6 +63,11 @@ def unreadable(url: str) -> References:
         return _unreadable(url)
     except OSError as error:
         raise of_os_error(error, "read the branches and tags", url) from error
+
+
+def unfinished(url: str) -> frozenset[tuple[str, str]]:
+    """Kind and name of what was never finished; in a bucket nothing is half."""
+    return frozenset() if url.startswith("s3://") else frozenset(unreadable(url).unfinished)
 
 
 def _unreadable(url: str) -> References:
@@ -168,7 +173,7 @@ def make(url: str, repository: Any, kind: str, name: str, version: str, doing: s
     entry = f"{kind}.{name}"
     with translated(doing, url):
         mark_all(url)
-        if (kind, name) in unreadable(url).unfinished:
+        if (kind, name) in unfinished(url):
             take_away_unfinished(url, [(kind, name)])
         place = Path(url) / "ice" / "refs" / entry
         taken, made = place.exists(), False
@@ -188,14 +193,14 @@ def mark_all(url: str) -> None:
     marks = Path(url) / MARKS
     if marks.is_dir():
         return
-    unfinished = unreadable(url).unfinished
+    half = unfinished(url)
     folder = part_folder(marks)
     try:
         for place in (Path(url) / "ice" / "refs").iterdir():
             kind, _, name = place.name.partition(".")
-            if (kind, name) not in unfinished:
+            if (kind, name) not in half:
                 (folder / place.name).touch()
-        folder.chmod(0o755)
+        open_as_usual(folder)
         folder.rename(marks)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -590,9 +590,10 @@ class MemoryStore:
             try:
                 with translated(doing, self.url):
                     self._repository.lookup_snapshot(head)
-                self._make_reference("branch", backup, head, doing)
             except (IntegrityError, NotFoundError):
                 backup = ""  # a damaged version can be left, but not kept
+            if backup:
+                self._make_reference("branch", backup, head, doing)
             self._sync()
             try:
                 move_branch(self.url, self._repository, doing, MAIN, head, target)

@@ -15,6 +15,7 @@ import pytest
 
 from memtool.errors import BusyError, CorruptError, DataError, MemtoolError
 from memtool.streams import cache, open_table, stored
+from memtool_stores.files import part_folder
 
 Folder = Callable[..., Path]
 
@@ -223,6 +224,8 @@ def test_a_builder_that_has_stopped_is_named(
     shutil.rmtree(entry)
     monkeypatch.setattr(cache, "_SAID_SECONDS", 0.1)
     monkeypatch.setattr(cache, "_STALLED_SECONDS", 0.5)
+    building = part_folder(entry)
+    (building / "images.npy").write_bytes(b"half")
     with (
         FileLock(entry.with_name(f"{entry.name}.lock"), is_singleton=False),
         pytest.raises(BusyError, match="written nothing") as refused,
@@ -237,9 +240,12 @@ def test_what_a_killed_build_left_is_cleared(image_folder: Folder, own_cache: Pa
     root = image_folder(LEAVES)
     open_table(str(root), 12)
     entry = _entry(own_cache)
-    entry.rename(entry.with_name(f"{entry.name}.building"))
+    left = part_folder(entry)
+    shutil.rmtree(left)
+    entry.rename(left)
     assert len(open_table(str(root), 12)) == 20
     assert _entry(own_cache) == entry
+    assert not left.exists()
 
 
 def test_two_processes_at_once(image_folder: Folder, own_cache: Path) -> None:
@@ -288,14 +294,13 @@ def test_a_full_disk(
     image_folder: Folder, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = image_folder(LEAVES)
-    real_mkdir = Path.mkdir
 
-    def mkdir(path: Path, *args: int, **kwargs: bool) -> None:
-        real_mkdir(path, *args, **kwargs)
-        if path.suffix == ".building":
-            (path / "images.npy").symlink_to("/dev/full")
+    def full(target: Path) -> Path:
+        folder = part_folder(target)
+        (folder / "images.npy").symlink_to("/dev/full")
+        return folder
 
-    monkeypatch.setattr(Path, "mkdir", mkdir)
+    monkeypatch.setattr(cache, "part_folder", full)
     with pytest.raises(DataError, match="No space left") as error:
         open_table(str(root), 12)
     assert "free some space" in str(error.value)

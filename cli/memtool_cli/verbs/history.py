@@ -25,7 +25,6 @@ from memtool_cli.options import (
 )
 from memtool_cli.output import Table, size
 from memtool_stores import AdapterRecord, IntegrityError
-from memtool_stores.verify import verify as verify_store
 
 app = Verbs()
 
@@ -315,6 +314,8 @@ def verify(
         store = call.store()
     except IntegrityError:
         # What opening needs is damaged itself; to say so is what this verb is for.
+        from memtool_stores.verify import verify as verify_store
+
         report = verify_store(call.store_path, checked)
     else:
         report = store.verify(checked)
