@@ -324,7 +324,7 @@ class Call:
         if not MemoryStore.exists(self.store_path):
             raise NotFoundError(
                 f"no memory at {self.store_path!r}",
-                remedy=f"{self.command('train-adapter --task 1')}, then `memtool write`; "
+                remedy=f"{self.command('train-adapter --task 1')} && {self.command('write')}; "
                 "or --store PATH for a memory elsewhere",
             )
         return MemoryStore.open(self.store_path, lock_timeout=self.config.lock_timeout)

@@ -8,11 +8,12 @@ from memtool_cli.output import Table, percent
 
 if TYPE_CHECKING:
     from memtool.methods.results import WriteResult
-    from memtool_cli.output import Out
+    from memtool_cli.options import Call
 
 
-def show_written(out: Out, result: WriteResult) -> None:
-    """Print the adapters that were added, and on stderr what is doubtful about them."""
+def show_written(call: Call, result: WriteResult) -> None:
+    """Print the adapters that were added, and on stderr what is doubtful, and what comes next."""
+    out = call.out
     rows = [(adapter.name, adapter.id) for adapter in result.added]
     table = Table(("adapter", "id"), rows, title=f"version {result.version}")
     out.data(result, table, ids=[adapter.id for adapter in result.added])
@@ -24,3 +25,7 @@ def show_written(out: Out, result: WriteResult) -> None:
         out.note(f"{one.name} as atoms: {worth} (test samples of task {one.task})")
     for note in result.notes:
         out.note(f"warning: {note}")
+    if not result.added:
+        out.note(f"nothing new to write; in memory already: {', '.join(result.skipped)}")
+    # Atoms find themselves: writing them is all.
+    out.next(call.command("eval" if call.config.method == "moram" else "consolidate"))

@@ -250,8 +250,14 @@ class DatasetsSource:
             domain_names=domain_names,
             encoded=encoded,
             where=where,
-            notes=tuple(self._left_out(int(starts[-1]))),
+            notes=(*self._held_out(parts), *self._left_out(int(starts[-1]))),
         )
+
+    def _held_out(self, parts: list[Rows]) -> list[str]:
+        """That rows of the only part are tested on, where the description names no part for it."""
+        if any(part.is_test for part in parts):
+            return []
+        return [f"{self.name}: no part for testing, so a fifth of every class is held out"]
 
     def _left_out(self, rows: int) -> list[str]:
         """What of an image folder is in no row: `datasets` goes by suffixes, and by parts."""

@@ -162,10 +162,10 @@ class MemoryStore:
             there = "nothing is there"
             if _is_local(url):
                 there = "no such folder" if not Path(url).exists() else "it is not a store"
-            raise NotFoundError(
-                f"no store at {url}: {there}",
-                remedy="memtool write makes one, from adapters of memtool train-adapter",
-            )
+            remedy = "memtool write makes one, from adapters of memtool train-adapter"
+            if _is_local(url) and Path(url).is_file():
+                remedy = f"memtool import {url} --store DIR, if it is a bundle"
+            raise NotFoundError(f"no store at {url}: {there}", remedy=remedy)
         store = cls(url, open_repository(url), lock_timeout=lock_timeout)
         # A damaged newest version says so when it is read; older ones can be, and rolled back to.
         with suppress(IntegrityError):

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import memtool_stores
+from memtool import sealed
 from memtool.adapters.atoms import ModuleAtoms, activations
 from memtool.errors import (
     AlreadyThereError,
@@ -145,9 +146,9 @@ def test_atoms_that_were_trained_on_top_of_others_are_refused(place: Path, tmp_p
     assert len(method.write().added) == 1
     renamed = tmp_path / "other" / "adapters" / "again"
     shutil.copytree(tmp_path / "other" / "adapters" / "task-1-seed-0", renamed)
-    about = json.loads((renamed / "memtool.json").read_text())
+    about = sealed.read_json(renamed / "memtool.json").content
     about["result"]["name"] = "again"
-    (renamed / "memtool.json").write_text(json.dumps(about))
+    sealed.write_json(renamed / "memtool.json", about)
     with pytest.raises(AlreadyThereError, match="atoms of task 1 already"):
         method.write([renamed])
 

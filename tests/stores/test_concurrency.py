@@ -146,7 +146,7 @@ def test_processes_that_need_the_same_cache_file_build_it_once(
     )
     place = cache / "stores" / grown.view().store_id
     place.mkdir(parents=True)
-    left = place / "left.part"
+    left = place / ".left.12345678.memtool-part"
     left.write_bytes(b"of a builder that was killed")
     with filelock.FileLock(place / "lock"):
         processes = [_process("-c", code, grown.url) for _ in range(3)]

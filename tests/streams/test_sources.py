@@ -188,6 +188,7 @@ def test_imagefolder_says_what_it_leaves_out(image_folder: Folder) -> None:
     (root / "train" / "ant" / "1.heif").write_text("")
     notes = open_table(_describe(root, kind="imagefolder", train="train"), 12).notes
     assert notes == (
+        "mine: no part for testing, so a fifth of every class is held out",
         "mine: left out: .yaml (1), .heif (1)",
         "mine: 4 of 14 images are in no part that the description names",
     )

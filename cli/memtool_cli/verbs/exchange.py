@@ -121,9 +121,7 @@ def import_adapters(
                 )
         return _import_bundle(call, bundles[0])
     result = call.method().write(directories, task=task, as_atoms=given_as is not None)
-    show_written(call.out, result)
-    # Atoms find themselves: writing them is all.
-    call.out.next(call.command("eval" if call.config.method == "moram" else "consolidate"))
+    show_written(call, result)
     return None
 
 

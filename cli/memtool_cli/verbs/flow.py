@@ -163,11 +163,7 @@ def write(
         return show_plan(call, "write")
     with call.out.progress() as progress:
         result = call.method(progress).write(directories or None, task=task)
-    show_written(call.out, result)
-    if not result.added:
-        call.out.note(f"nothing new to write; in memory already: {', '.join(result.skipped)}")
-    # Atoms find themselves: writing them is all.
-    call.out.next(call.command("eval" if call.config.method == "moram" else "consolidate"))
+    show_written(call, result)
     return None
 
 
