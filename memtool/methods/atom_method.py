@@ -16,8 +16,9 @@ from memtool.config import MoramSettings
 from memtool.errors import AlreadyThereError, ConfigError, MismatchError, NotFoundError
 from memtool.methods.atom_state import digest, gate_of, past_inputs_of, resolved
 from memtool.methods.exchange import About, ReadAdapter
-from memtool.methods.method import MemoryMethod, newest_after_each, task_of
+from memtool.methods.method import MemoryMethod, newest_after_each
 from memtool.methods.past_inputs import PastInputs
+from memtool.methods.records import task_of
 from memtool.methods.workspace import T
 
 

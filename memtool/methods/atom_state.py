@@ -22,8 +22,8 @@ from memtool.adapters.layout import Layout
 from memtool.config import HeadSettings, MoramSettings
 from memtool.heads import FeatureStatistics, LinearClassifier, RecalledHead
 from memtool.memories.rank1 import Rank1Memory
-from memtool.methods.method import task_of
 from memtool.methods.past_inputs import PastInputs
+from memtool.methods.records import task_of
 from memtool.methods.state import (
     HEAD,
     StoredState,

@@ -26,10 +26,10 @@ from memtool.errors import ConfigError
 from memtool.heads import RecalledHead
 from memtool.memories.closed_form import QueryStatistics
 from memtool.memories.novelty import LIMIT
-from memtool.methods.method import task_of
 from memtool.methods.mira import SUBJECT_SAMPLES, Mira
 from memtool.methods.moram import Moram
 from memtool.methods.recall import MemoryModel, QueryProbe
+from memtool.methods.records import task_of
 from memtool.methods.results import Part, Result
 from memtool.methods.seen import seen_by
 from memtool.methods.subject import first

@@ -19,6 +19,7 @@ from memtool.errors import (
     NotFoundError,
     did_you_mean,
 )
+from memtool.methods.records import number_of, task_of
 from memtool.methods.results import ForgetResult, Purged
 from memtool_stores.objects import objects_at
 
@@ -127,7 +128,7 @@ def forget(store: MemoryStore, names: Sequence[str], *, purge: bool = False) -> 
     return ForgetResult(
         version=after.version,
         adapters=tuple(record.name for record in records),
-        tasks=tuple(dict.fromkeys(r.meta["task"] for r in records if "task" in r.meta)),
+        tasks=tuple(dict.fromkeys(n for r in records if (n := number_of(r)) is not None)),
         blobs=dropped,
         left=len(after.live),
         purged=_purged(store, {**old, **rows}) if purge else None,
@@ -152,13 +153,13 @@ def _blobs_of(view: MemoryView, records: Sequence[AdapterRecord]) -> tuple[str, 
     gone = {record.id for record in records}
     left = [record for record in view.live if record.id not in gone]
     kept_names = {record.name for record in left}
-    kept_tasks = {record.meta.get("task") for record in left}
-    kept_files = {record.meta.get("peft") for record in left}
+    kept_tasks = {number_of(record) for record in left}
+    kept_files = [record.meta.get("peft") for record in left]
     names: list[str] = []
     for record in records:
         if record.name not in kept_names:
             names.append(f"head.{record.name}")
-        if (task := record.meta.get("task")) not in kept_tasks:
+        if (task := number_of(record)) not in kept_tasks:
             names += [f"queries.{task}", f"features.{task}"]
         if (files := record.meta.get("peft")) not in kept_files:
             names.append(str(files))
@@ -213,7 +214,6 @@ def _solve_again(txn: Transaction, view: MemoryView, gone: set[str]) -> None:
 
     from memtool.heads import RecalledHead
     from memtool.methods.consolidate import start_keys
-    from memtool.methods.method import task_of
     from memtool.methods.state import (
         HEAD,
         MemoryState,

@@ -18,8 +18,8 @@ from memtool.evaluation.record import Kind, Row
 from memtool.heads import FeatureStatistics, LinearClassifier, RecalledHead, solve_head
 from memtool.memories.keyed import BlockMemory, KeyedMemory
 from memtool.memories.separation import SeparationFunction, separation
-from memtool.methods.method import task_of
 from memtool.methods.recall import MemoryModel, every, same_for_all
+from memtool.methods.records import task_of
 from memtool.methods.state import Snapshot
 from memtool.methods.workspace import Workspace
 from memtool.streams.task import Samples, Task

@@ -24,7 +24,6 @@ from memtool.errors import (
     AlreadyThereError,
     ChangedMeanwhileError,
     ConfigError,
-    DataError,
     MismatchError,
     NotFoundError,
 )
@@ -49,6 +48,7 @@ from memtool.methods.exchange import (
 from memtool.methods.foreign import require_trained_as
 from memtool.methods.kept import fingerprint_of
 from memtool.methods.recall import MemoryModel
+from memtool.methods.records import number_of, task_of
 from memtool.methods.results import AdaptResult, AsAtoms, WriteResult, WrittenAdapter
 from memtool.methods.state import classifier_bytes, own_head_blob
 from memtool.methods.workspace import MemoryWorkspace, T, Workspace, require_learnable
@@ -470,12 +470,12 @@ class Method(MemoryMethod[Task]):
         earlier = [
             record
             for record in view.adapters
-            if 0 < (record.meta.get("task") or 0) < task.number
+            if 0 < (number_of(record) or 0) < task.number
             and record.meta.get("seed") in (None, self.seed)
         ]
         if kind == "previous" and earlier:
-            last = max(int(r.meta["task"]) for r in earlier)
-            earlier = [r for r in earlier if r.meta["task"] == last]
+            last = max(task_of(record) for record in earlier)
+            earlier = [record for record in earlier if task_of(record) == last]
         if not earlier:
             return None, "zero"
         values = torch.from_numpy(view.values([record.id for record in earlier]).copy())
@@ -489,17 +489,6 @@ class Method(MemoryMethod[Task]):
                 expected="method mira, whose mixtures an adapter can be added to",
             )
         return None, ""
-
-
-def task_of(record: memtool_stores.AdapterRecord) -> int:
-    """The task that an adapter was trained on."""
-    number = record.meta.get("task")
-    if not isinstance(number, int):
-        raise DataError(
-            f"adapter {record.name!r} does not say which task it was trained on",
-            remedy="memtool write DIR --task N, in a new --store",
-        )
-    return number
 
 
 def require_unmoved(txn: memtool_stores.Transaction, view: memtool_stores.MemoryView) -> None:

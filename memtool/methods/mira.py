@@ -43,8 +43,9 @@ from memtool.methods.exchange import (
     require_new,
 )
 from memtool.methods.measure import Measure, drift, share_right
-from memtool.methods.method import Method, newest_after_each, require_unmoved, task_of
+from memtool.methods.method import Method, newest_after_each, require_unmoved
 from memtool.methods.recall import MemoryModel, memory_blocks
+from memtool.methods.records import task_of
 from memtool.methods.results import (
     AdapterCoefficient,
     ConsolidateResult,

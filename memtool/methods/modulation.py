@@ -40,9 +40,10 @@ from memtool.heads import LinearClassifier, RecalledHead, solve_head
 from memtool.methods.adapt import adapt
 from memtool.methods.exchange import OWN_HEAD, new_folders, require_new
 from memtool.methods.measure import share_right
-from memtool.methods.method import Method, newest_after_each, require_unmoved, task_of
+from memtool.methods.method import Method, newest_after_each, require_unmoved
 from memtool.methods.recall import chosen, every
 from memtool.methods.recallers import AdapterMemory, open_memory, synchronise
+from memtool.methods.records import task_of
 from memtool.methods.results import (
     PredictorResult,
     RecalledShare,

@@ -54,8 +54,9 @@ from memtool.methods.exchange import ReadAdapter
 from memtool.methods.fixed_head import head_under, is_fixed, learned_under
 from memtool.methods.kept import fingerprint_of
 from memtool.methods.measure import share_right
-from memtool.methods.method import Method, Trained, require_unmoved, task_of
+from memtool.methods.method import Method, Trained, require_unmoved
 from memtool.methods.past_inputs import PastInputs
+from memtool.methods.records import task_of
 from memtool.methods.results import AsAtoms, AtomsResult, HeadResult, TaskShare
 from memtool.methods.state import HEAD, feature_statistics, features_blob, grown
 from memtool.methods.subject import first

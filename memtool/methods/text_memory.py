@@ -44,8 +44,9 @@ from memtool.methods.atom_state import (
 from memtool.methods.atom_watch import Contributions, Drifts, TaskShares, Watch, watched
 from memtool.methods.exchange import ReadAdapter
 from memtool.methods.kept import fingerprint_of, kept
-from memtool.methods.method import Trained, task_of
+from memtool.methods.method import Trained
 from memtool.methods.past_inputs import PastInputs
+from memtool.methods.records import task_of
 from memtool.methods.results import AsAtoms, AtomsResult, HeadResult, TaskShare
 from memtool.methods.text import AtomLearner, TextScores, TextWorkspace, some, text_row
 from memtool.progress import Progress

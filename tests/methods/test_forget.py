@@ -11,6 +11,7 @@ from memtool.errors import (
     AlreadyThereError,
     ChangedMeanwhileError,
     ConfigError,
+    DataError,
     NotFoundError,
 )
 from memtool.methods.forget import chosen, forget
@@ -54,6 +55,22 @@ def test_learned_keys_of_the_others_stay_bit_for_bit(tmp_path):
     view = reopened(mira).snapshot().view
     assert np.array_equal(view.keys(), before[:, 1:])
     assert reopened(mira).evaluate().row("memory").metrics["faa"] > 0.3
+
+
+@pytest.mark.parametrize("task", ["2", 2.5])
+def test_a_task_that_is_no_number_is_in_nobodys_way(learned_copy, task):
+    """Somebody else's catalog may say anything of its adapters."""
+    store = learned_copy.workspace.store
+    with store.transaction("theirs") as txn:
+        value, said = store.view().value("task-1-seed-0"), {"task": task, "peft": [task]}
+        txn.add("one", value, said)
+        txn.add("other", value, said)
+    assert len(reopened(learned_copy).adapt("3", fresh=True)) == 1
+    with pytest.raises(DataError, match="'one' does not say which task"):
+        reopened(learned_copy).consolidate()
+    assert forget(store, ["one"]).tasks == ()
+    forget(store, ["other"])
+    assert reopened(learned_copy).evaluate().row("memory").metrics["faa"] > 0.5
 
 
 def test_forgetting_everything_leaves_a_memory_without_keys(learned_copy):

@@ -22,6 +22,7 @@ from memtool.errors import BusyError, CorruptError, MemtoolError
 from memtool.evaluation.record import read_record
 from memtool.methods.exchange import ABOUT, OWN_HEAD
 from memtool.methods.mira import Mira
+from memtool_stores.files import is_part
 from tests.methods.conftest import small_config
 
 ROOT = Path(__file__).parents[2]
@@ -30,6 +31,28 @@ ROOT = Path(__file__).parents[2]
 def tiny(folder: Path, **changes: object) -> Mira:
     changes = {"stream__train_per_task": 20, "train__epochs": 1, **changes}
     return Mira.open(small_config(folder, **changes), seed=0)
+
+
+def test_an_adapter_that_cannot_be_replaced_is_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mira = tiny(tmp_path)
+    path = mira.adapt("1")[0].path
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+    rename = Path.rename
+
+    def full(self: Path, target: Path) -> Path:
+        if (self / ABOUT).is_file() and target == path and not self.samefile(aside[0]):
+            raise OSError(28, "No space left on device")
+        aside.append(target)
+        return rename(self, target)
+
+    aside: list[Path] = []
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises((OSError, MemtoolError), match="No space left"):
+        mira.adapt("1", fresh=True)
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+    assert not any(is_part(one.name) for one in path.parent.iterdir())
 
 
 def test_a_changed_adapter_is_refused_by_name_and_both_remedies_help(tmp_path: Path) -> None:
