@@ -597,9 +597,11 @@ class MemoryStore:
             self._sync()
             try:
                 move_branch(self.url, self._repository, doing, MAIN, head, target)
-            except ConflictError:
-                if backup:
-                    self.delete_branch(backup)
+            except StoreError as error:
+                # Where nobody can say whether main moved, the backup stays.
+                with suppress(StoreError):
+                    if backup and (isinstance(error, ConflictError) or self.head() == head):
+                        self.delete_branch(backup)
                 raise
             self._sync()
         return backup

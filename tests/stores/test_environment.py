@@ -200,6 +200,21 @@ def test_a_reference_without_room_leaves_nothing(
     assert grown.verify().unfinished == ()
 
 
+def test_a_rollback_that_cannot_move_takes_its_backup_back(
+    grown: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    branches, head = grown.branches(), grown.head()
+    with monkeypatch.context() as patch:
+        patch.setattr("memtool_stores.store.move_branch", _refused)
+        with pytest.raises(StorageError, match="not now"):
+            grown.rollback("HEAD~1")
+    assert (grown.branches(), grown.head()) == (branches, head)
+
+
+def _refused(*_: object) -> None:
+    raise StorageError("not now")
+
+
 @pytest.mark.parametrize("empty", ["no file", "an empty file"])
 @pytest.mark.parametrize("kind", ["tag", "branch"])
 @pytest.mark.parametrize("older", [False, True])
