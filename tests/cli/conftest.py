@@ -66,8 +66,18 @@ def start() -> list[str]:
 
 
 @pytest.fixture
-def memtool(here: Path, environ: dict[str, str], start: list[str]) -> Memtool:
-    """Run `memtool …` in the empty folder."""
+def memtool(here: Path, environ: dict[str, str]) -> Memtool:
+    """Run `memtool …` in the empty folder, in this process: where a start is not the point."""
+
+    def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        return inside(here, environ | variables, *arguments)
+
+    return run
+
+
+@pytest.fixture
+def process(here: Path, environ: dict[str, str], start: list[str]) -> Memtool:
+    """Run `memtool …` in the empty folder, as a process of its own."""
 
     def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -79,16 +89,6 @@ def memtool(here: Path, environ: dict[str, str], start: list[str]) -> Memtool:
             timeout=120,
             check=False,
         )
-
-    return run
-
-
-@pytest.fixture
-def command(here: Path, environ: dict[str, str]) -> Memtool:
-    """Run `memtool …` in the empty folder, in this process: where a start is not the point."""
-
-    def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        return inside(here, environ | variables, *arguments)
 
     return run
 

@@ -201,19 +201,19 @@ def spoiled(here):
     return store
 
 
-def test_bisect_names_the_commit_and_rollback_undoes_it(spoiled, command):
+def test_bisect_names_the_commit_and_rollback_undoes_it(spoiled, memtool):
     line = spoiled.log()
     arguments = ("bisect", "--drop", "10", "--good", "HEAD~2")
-    done = command(*arguments, "--json", **SMALL)
+    done = memtool(*arguments, "--json", **SMALL)
     record = document(done)
     assert record["schema"] == "memtool.bisect"
     assert record["culprit"]["version"] == line[1].id
     assert record["tasks"] == ["upright", "inverted", "rot90"]
     assert "first bad" in done.stderr
-    quiet = command(*arguments, "-q", **SMALL)
+    quiet = memtool(*arguments, "-q", **SMALL)
     assert quiet.stdout.split() == [line[1].id]
     assert quiet.stderr == ""
-    never = command("bisect", "--drop", "10", "--good", "HEAD~3", "--bad", "HEAD~2", **SMALL)
+    never = memtool("bisect", "--drop", "10", "--good", "HEAD~3", "--bad", "HEAD~2", **SMALL)
     assert never.returncode == 1
     assert "never fell" in never.stderr
     assert never.stderr.count(" %") == 2
@@ -221,18 +221,18 @@ def test_bisect_names_the_commit_and_rollback_undoes_it(spoiled, command):
     assert header.split("\t")[:4] == ["version", "time", "message", "faa"]
     assert len(rows) == 2
     assert all(row.endswith("\tgood") for row in rows)
-    undone = command("rollback", f"{record['culprit']['version']}~1", "--yes")
+    undone = memtool("rollback", f"{record['culprit']['version']}~1", "--yes")
     assert undone.returncode == 0, undone.stderr
     assert spoiled.head() == line[2].id
 
 
-def test_forget_a_task_of_a_consolidated_memory(spoiled, command):
-    assert command("rollback", "HEAD~2", "--yes").returncode == 0
-    record = document(command("forget", "inverted", "--json"))
+def test_forget_a_task_of_a_consolidated_memory(spoiled, memtool):
+    assert memtool("rollback", "HEAD~2", "--yes").returncode == 0
+    record = document(memtool("forget", "inverted", "--json"))
     assert record["tasks"] == [2]
-    left = document(command("retrieve", "--task", "3", "--json", **SMALL))
+    left = document(memtool("retrieve", "--task", "3", "--json", **SMALL))
     assert [a["name"] for a in left["adapters"]] == ["task-1-seed-0", "task-3-seed-0"]
-    assert command("forget", "1", "3", "-q").returncode == 0
-    empty = command("retrieve", "--task", "3", **SMALL)
+    assert memtool("forget", "1", "3", "-q").returncode == 0
+    empty = memtool("retrieve", "--task", "3", **SMALL)
     assert empty.returncode == 2
     assert "never consolidated" in empty.stderr

@@ -73,8 +73,8 @@ def test_what_only_reads_never_loads_torch(arguments, memory, here, environ, sta
     assert done.returncode == 0, done.stderr
 
 
-def test_version(memtool):
-    assert memtool("--version").stdout.startswith("memtool ")
+def test_version(process):
+    assert process("--version").stdout.startswith("memtool ")
 
 
 @pytest.mark.parametrize(
@@ -117,8 +117,17 @@ def test_exit_codes_and_what_is_said(arguments, code, said, memory, memtool):
         assert done.stdout == ""
 
 
-def test_no_arguments_show_the_help_once(memtool):
-    done = memtool()
+@pytest.mark.parametrize(
+    ("arguments", "code"), [(["log", "-q"], 0), (["log", "--sore", "x"], 2), (["show", "x"], 3)]
+)
+def test_a_process_ends_as_a_call_does(arguments, code, memory, memtool, process):
+    done, called = process(*arguments), memtool(*arguments)
+    assert done.returncode == called.returncode == code
+    assert (done.stdout, done.stderr) == (called.stdout, called.stderr)
+
+
+def test_no_arguments_show_the_help_once(process):
+    done = process()
     assert done.returncode == 2
     assert done.stdout.count("Usage: memtool") == 1
 

@@ -71,12 +71,12 @@ NAMES = [
 @pytest.mark.parametrize(
     ("kind", "name", "run"),
     [
-        ("adapter", "../../x", "command"),
-        ("store", "../../victim", "command"),
-        *(pytest.param(*case, "command", marks=pytest.mark.slow) for case in NAMES),
+        ("adapter", "../../x", "memtool"),
+        ("store", "../../victim", "memtool"),
+        *(pytest.param(*case, "memtool", marks=pytest.mark.slow) for case in NAMES),
         # As it was met, every verb a process of its own.
-        pytest.param("adapter", "../../x", "memtool", marks=pytest.mark.slow),
-        pytest.param("store", "../../victim", "memtool", marks=pytest.mark.slow),
+        pytest.param("adapter", "../../x", "process", marks=pytest.mark.slow),
+        pytest.param("store", "../../victim", "process", marks=pytest.mark.slow),
     ],
 )
 def test_a_hostile_memory_is_refused_at_every_door(

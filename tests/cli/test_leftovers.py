@@ -8,7 +8,7 @@ import os
 from memtool_stores.files import part, part_folder
 
 
-def test_what_a_killed_process_left_is_named_and_goes(command, memory, here, tmp_path):
+def test_what_a_killed_process_left_is_named_and_goes(memtool, memory, here, tmp_path):
     left = [
         part_folder(here / "memory" / "ice" / "dry-run"),
         part(here / "copy.bundle"),
@@ -16,13 +16,13 @@ def test_what_a_killed_process_left_is_named_and_goes(command, memory, here, tmp
         part(_made(tmp_path / "cache" / "stores" / "another") / "x.values"),
     ]
     (left[2] / "adapter_model.safetensors").write_bytes(bytes(2000))
-    found = json.loads(command("doctor", "--json").stdout)
+    found = json.loads(memtool("doctor", "--json").stdout)
     (check,) = [check for check in found["checks"] if check["name"] == "leftovers"]
     assert all(str(path) in check["found"] for path in left)
     assert (check["ok"], check["remedy"]) == (True, "memtool gc")
 
     def gc(*arguments):
-        done = command("gc", "--json", *arguments)
+        done = memtool("gc", "--json", *arguments)
         assert done.returncode == 0, done.stderr
         return set(json.loads(done.stdout)["leftovers"])
 
@@ -36,7 +36,7 @@ def test_what_a_killed_process_left_is_named_and_goes(command, memory, here, tmp
     assert gc() == set(map(str, left))
     assert not any(path.exists() for path in left)
     assert gc() == set()
-    found = json.loads(command("doctor", "--json").stdout)
+    found = json.loads(memtool("doctor", "--json").stdout)
     assert {"leftovers": "none"}.items() <= {c["name"]: c["found"] for c in found["checks"]}.items()
 
 

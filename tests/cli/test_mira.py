@@ -105,8 +105,8 @@ def test_a_choice_about_the_memory(options, key, word, place):
     ],
     ids=lambda value: "-".join(value[1::2]) if isinstance(value, tuple) else "",
 )
-def test_a_choice_about_the_adapters(options, adapters, command, here):
-    record = record_of(command("run", *options, "--json", **TINY))
+def test_a_choice_about_the_adapters(options, adapters, memtool, here):
+    record = record_of(memtool("run", *options, "--json", **TINY))
     assert record["metrics"]["rows"][0]["id"] == "memory"
     records = MemoryStore.open(here / "memory").view().adapters
     assert len(records) == adapters
@@ -120,9 +120,9 @@ def test_a_choice_about_the_adapters(options, adapters, command, here):
         assert all(records[0].id in start for start in started)
 
 
-def test_a_domain_that_is_held_out(command, here):
+def test_a_domain_that_is_held_out(memtool, here):
     options = ("--held-out", "rot60", "--baselines", "frozen,erm", "--json")
-    record = record_of(command("run", *options, **{**TINY, **DG}))
+    record = record_of(memtool("run", *options, **{**TINY, **DG}))
     assert record["run"]["setting"] == "dg"
     assert [task["name"] for task in record["run"]["tasks"]] == ["rot60"]
     rows = {row["id"]: row for row in record["metrics"]["rows"]}
@@ -133,8 +133,8 @@ def test_a_domain_that_is_held_out(command, here):
 
 
 @slow
-def test_every_domain_is_held_out_in_turn(command, here):
-    record = record_of(command("run", "--json", **{**TINY, **DG}))
+def test_every_domain_is_held_out_in_turn(memtool, here):
+    record = record_of(memtool("run", "--json", **{**TINY, **DG}))
     assert [task["name"] for task in record["run"]["tasks"]] == ["rot0", "rot60", "rot120"]
     memory = record["metrics"]["rows"][0]
     assert memory["metrics"]["dg.heldout"] == pytest.approx(sum(memory["accuracy"][-1]) / 3)
@@ -142,13 +142,13 @@ def test_every_domain_is_held_out_in_turn(command, here):
 
 
 @slow
-def test_a_preset_on_a_source_of_its_own(command, environ):
+def test_a_preset_on_a_source_of_its_own(memtool, environ):
     data = os.environ.get("MEMTOOL_DATA")
     if not data:
         pytest.skip("needs real data: set MEMTOOL_DATA to the folder that holds it")
     few = {key: TINY[key] for key in TINY if "ORDER" not in key}
     arguments = ("run", "--preset", "mira-dil", "--set", "stream.source=idigits", "--json")
-    record = record_of(command(*arguments, MEMTOOL_DATA=data, **few))
+    record = record_of(memtool(*arguments, MEMTOOL_DATA=data, **few))
     assert [task["name"] for task in record["run"]["tasks"]] == [
         "mnist",
         "mnist_m",
@@ -181,16 +181,16 @@ def test_a_preset_on_a_source_of_its_own(command, environ):
     ],
     ids=lambda value: " ".join(value[:2]) if isinstance(value, tuple) else "",
 )
-def test_wrong_words_are_answered_with_the_right_ones(arguments, code, said, command, here):
-    done = command("run", *arguments, **TINY)
+def test_wrong_words_are_answered_with_the_right_ones(arguments, code, said, memtool, here):
+    done = memtool("run", *arguments, **TINY)
     assert done.returncode == code, done.stderr
     assert said in done.stderr
     assert done.stdout == ""
     assert not list(here.iterdir())
 
 
-def test_an_unknown_ablation(command):
-    done = command("ablate", "separations", **TINY)
+def test_an_unknown_ablation(memtool):
+    done = memtool("ablate", "separations", **TINY)
     assert done.returncode == 2
     assert "did you mean 'separation'" in done.stderr
 
@@ -198,8 +198,8 @@ def test_an_unknown_ablation(command):
 # Seeds, kills and failures
 
 
-def test_two_seeds_have_a_spread_and_intervals(command, here):
-    done = command("run", "--seed", "0", "--seed", "1", "--report", "page.html", **TINY)
+def test_two_seeds_have_a_spread_and_intervals(memtool, here):
+    done = memtool("run", "--seed", "0", "--seed", "1", "--report", "page.html", **TINY)
     assert done.returncode == 0, done.stderr
     methods, tasks = done.stdout.split("\n\n")
     header, memory, *_ = (line.split("\t") for line in methods.splitlines())
@@ -214,15 +214,15 @@ def test_two_seeds_have_a_spread_and_intervals(command, here):
     assert {path.name for path in here.glob("memory*")} == {"memory-seed-0", "memory-seed-1"}
     records = [str(path) for path in sorted(here.glob("runs/seed-*/record.json"))]
     assert len(records) == 2
-    assert command("report", *records, "--out", "again.html").returncode == 0
-    assert command("report", "runs", "--out", "folder.html").returncode == 0
+    assert memtool("report", *records, "--out", "again.html").returncode == 0
+    assert memtool("report", "runs", "--out", "folder.html").returncode == 0
     assert "2 seeds" in (here / "folder.html").read_text()
-    none = command("report", "runs/seed-0/adapters")
+    none = memtool("report", "runs/seed-0/adapters")
     assert none.returncode == 3
     assert "no record.json in the folder runs/seed-0/adapters" in none.stderr
 
 
-def test_a_run_that_was_killed_goes_on_where_it_was(here, environ, start, command):
+def test_a_run_that_was_killed_goes_on_where_it_was(here, environ, start, memtool):
     arguments = ("run", "--json")
     with subprocess.Popen(
         [*start, *arguments],
@@ -241,7 +241,7 @@ def test_a_run_that_was_killed_goes_on_where_it_was(here, environ, start, comman
     before = [version.id for version in MemoryStore.open(here / "memory").log()]
     trained = here / "runs" / "seed-0" / "adapters" / "task-1-seed-0" / "adapter_model.safetensors"
     time = trained.stat().st_mtime_ns
-    record = record_of(command(*arguments, **TINY))
+    record = record_of(memtool(*arguments, **TINY))
     assert record["metrics"]["rows"][0]["accuracy"][-1].count(None) == 0
     after = [version.id for version in MemoryStore.open(here / "memory").log()]
     assert after[-len(before) :] == before
@@ -264,8 +264,8 @@ def test_divergence_is_a_no_and_the_memory_still_answers(place):
     assert 0 < float(done.stdout) <= 1
 
 
-def test_more_adapters_than_memory_is_a_conflict(command, here):
-    done = command("run", "--adapters-per-task", "30000", **TINY)
+def test_more_adapters_than_memory_is_a_conflict(memtool, here):
+    done = memtool("run", "--adapters-per-task", "30000", **TINY)
     assert done.returncode == 4, done.stderr
     assert "training 30000 adapters in one pass takes about" in done.stderr
     assert "--adapters-per-task" in done.stderr

@@ -15,8 +15,8 @@ QUICK = {
 PRESET = ("--preset", "modulation-digits")
 
 
-def test_a_run_then_one_adapter_recalled_as_a_peft_directory(command, here):
-    done = command("run", *PRESET, "--splits", "2", "--memory", "bayes-pcn", "--json", **QUICK)
+def test_a_run_then_one_adapter_recalled_as_a_peft_directory(memtool, here):
+    done = memtool("run", *PRESET, "--splits", "2", "--memory", "bayes-pcn", "--json", **QUICK)
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout)
     assert record["run"]["method"] == "modulation"
@@ -27,30 +27,30 @@ def test_a_run_then_one_adapter_recalled_as_a_peft_directory(command, here):
     assert rows["bayes-pcn"]["metrics"]["recall_error"] < 0.01
 
     more = (*PRESET, "--splits", "2", "--memory", "bayes-pcn")
-    done = command("retrieve", *more, "--task", "2", "--out", "adapter", "--json", **QUICK)
+    done = memtool("retrieve", *more, "--task", "2", "--out", "adapter", "--json", **QUICK)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["schema"] == "memtool.recall"
     assert found["novelty"] < 0.01
     assert (here / "adapter" / "adapter_model.safetensors").is_file()
-    assert "recall error" in command("retrieve", *more, "--task", "1", **QUICK).stdout
+    assert "recall error" in memtool("retrieve", *more, "--task", "1", **QUICK).stdout
 
     # Another memory over the same adapters is asked for later.
     other = (*PRESET, "--splits", "2", "--memory", "bayes-pcn-published")
-    done = command("retrieve", *other, "--task", "1", **QUICK)
+    done = memtool("retrieve", *other, "--task", "1", **QUICK)
     assert done.returncode == 2
     assert "memtool consolidate --memory bayes-pcn-published" in done.stderr
-    assert command("consolidate", *other, **QUICK).returncode == 0
-    assert command("retrieve", *other, "--task", "1", "-q", **QUICK).returncode == 0
+    assert memtool("consolidate", *other, **QUICK).returncode == 0
+    assert memtool("retrieve", *other, "--task", "1", "-q", **QUICK).returncode == 0
 
 
-def test_words_that_are_no_memory_or_no_number_of_tasks(command):
-    done = command("run", *PRESET, "--memory", "hopfeld", **QUICK)
+def test_words_that_are_no_memory_or_no_number_of_tasks(memtool):
+    done = memtool("run", *PRESET, "--memory", "hopfeld", **QUICK)
     assert done.returncode == 2
     assert "did you mean 'hopfield'" in done.stderr
-    done = command("run", *PRESET, "--splits", "6", "--dry-run", **QUICK)
+    done = memtool("run", *PRESET, "--splits", "6", "--dry-run", **QUICK)
     assert done.returncode == 2
     assert "stream.splits is 6" in done.stderr
-    done = command("retrieve", *PRESET, "--task", "1", **QUICK)
+    done = memtool("retrieve", *PRESET, "--task", "1", **QUICK)
     assert done.returncode == 3
     assert "no memory" in done.stderr

@@ -169,8 +169,8 @@ def hostile(here: Path) -> MemoryStore:
     "arguments",
     [["log"], ["ls"], ["show"], ["diff", "HEAD~1"], ["log", "--json"], ["ls", "--json"]],
 )
-def test_verbs_on_a_hostile_memory(arguments, hostile, command):
-    done = command(*arguments)
+def test_verbs_on_a_hostile_memory(arguments, hostile, memtool):
+    done = memtool(*arguments)
     assert done.returncode == 0, done.stderr
     assert printed(done.stdout + done.stderr)
     if "--json" in arguments:
@@ -212,25 +212,25 @@ def test_no_encoding_of_a_terminal_is_an_error(variables, hostile, here, environ
         (["tag", "v1", "--lock-timeout", "-1"], "lock_timeout"),
     ],
 )
-def test_what_is_refused_by_name(arguments, said, memory, command):
-    done = command(*arguments)
+def test_what_is_refused_by_name(arguments, said, memory, memtool):
+    done = memtool(*arguments)
     assert done.returncode == 2 or "user" in said, done.stderr
     assert done.returncode
     assert said in done.stderr
     assert done.stdout == ""
 
 
-def test_what_may_be_said_twice(memory, command):
-    assert command("log", "--set", "seed=1", "--set", "seed=1").returncode == 0
-    assert command("log", "--rank", "4").returncode == 2  # log has no such option
-    assert command("log", "--json", "--json").returncode == 0
-    done = command("log", "--set", "adapter.rank=8", "--set", "limits.text_bytes=9")
+def test_what_may_be_said_twice(memory, memtool):
+    assert memtool("log", "--set", "seed=1", "--set", "seed=1").returncode == 0
+    assert memtool("log", "--rank", "4").returncode == 2  # log has no such option
+    assert memtool("log", "--json", "--json").returncode == 0
+    done = memtool("log", "--set", "adapter.rank=8", "--set", "limits.text_bytes=9")
     assert "adapter.rank has no effect here" in done.stderr
     assert "limits" not in done.stderr
     assert limits.current() == limits.Limits()  # those of a call end with it
 
 
-def test_a_lock_that_is_held_is_waited_for_as_long_as_was_asked(memory, here, command):
+def test_a_lock_that_is_held_is_waited_for_as_long_as_was_asked(memory, here, memtool):
     lock = here / "memory" / "lock"
     code = (
         f"import filelock, time; lock = filelock.FileLock({str(lock)!r}); lock.acquire()\n"
@@ -239,9 +239,9 @@ def test_a_lock_that_is_held_is_waited_for_as_long_as_was_asked(memory, here, co
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None
         holder.stdout.readline()
-        done = command("tag", "v1", "--lock-timeout", "0.2")
+        done = memtool("tag", "v1", "--lock-timeout", "0.2")
         holder.kill()
     assert done.returncode == 4
     assert "0.2 seconds" in done.stderr
     assert "--lock-timeout" in done.stderr
-    assert command("tag", "v1", "--lock-timeout", "0.2").returncode == 0
+    assert memtool("tag", "v1", "--lock-timeout", "0.2").returncode == 0

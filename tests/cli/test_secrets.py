@@ -50,13 +50,13 @@ def echo() -> Iterator[str]:
 
 
 def test_no_secret_is_printed(
-    memtool: Memtool, command: Memtool, environ: dict[str, str], echo: str
+    memtool: Memtool, process: Memtool, environ: dict[str, str], echo: str
 ) -> None:
     endpoints = [f"http://user:{PASSWORD}@{echo}/{status}" for status in ANSWERS]
     endpoints += [f"http://{PASSWORD}@127.0.0.1:9", f"user:{PASSWORD}@{echo}"]
     environ.update(SECRETS, AWS_REGION="us-east-1", NO_PROXY="127.0.0.1")
-    runs = [(command, endpoint, option) for endpoint in endpoints for option in ("--debug", "-q")]
-    runs += [(memtool, endpoints[ANSWERS.index(403)], "--debug")]
+    runs = [(memtool, endpoint, option) for endpoint in endpoints for option in ("--debug", "-q")]
+    runs += [(process, endpoints[ANSWERS.index(403)], "--debug")]
     for start, endpoint, option in runs:
         done = start("log", "--store", "s3://bucket/x", option, AWS_ENDPOINT_URL=endpoint)
         assert done.returncode in {1, 2, 3}, done

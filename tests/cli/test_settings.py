@@ -13,10 +13,10 @@ from memtool.config import Config, keys, presets, resolve
 TABLE_OF_COMPLETION = {"_MEMTOOL_COMPLETE": "complete_bash"}
 
 
-def complete(memtool, line: str) -> list[str]:
+def complete(process, line: str) -> list[str]:
     """What bash would offer at the end of the line."""
     words = line.split(" ")
-    done = memtool(**TABLE_OF_COMPLETION, COMP_WORDS=line, COMP_CWORD=str(len(words) - 1))
+    done = process(**TABLE_OF_COMPLETION, COMP_WORDS=line, COMP_CWORD=str(len(words) - 1))
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
 
@@ -91,9 +91,9 @@ def test_config_show_yaml_can_be_given_back(here, memtool):
     assert again.stdout == text.stdout
 
 
-def test_a_setting_that_nothing_reads_is_named_once(command):
+def test_a_setting_that_nothing_reads_is_named_once(memtool):
     given = ("run", "--dry-run", "--topk", "8", "--set", "train.iterations=20")
-    said = command(*given)
+    said = memtool(*given)
     assert said.returncode == 0
     assert said.stderr.splitlines().count("note: moram.topk has no effect under method mira") == 1
     lines = dict(line.split("\t", 1) for line in said.stdout.splitlines() if line)
@@ -103,12 +103,12 @@ def test_a_setting_that_nothing_reads_is_named_once(command):
     assert lines["runs"] == "runs"
     assert lines["task"] == "name\ttraining\ttest\tepochs\tsteps"
     assert lines["3"] == "rot90\t600\t1197\t2\t24"
-    silent = command(*given, "--json")
+    silent = memtool(*given, "--json")
     assert silent.stderr == ""
     facts = json.loads(silent.stdout)["plan"]
     assert facts["steps"] == [24] * 5
     assert facts["baselines"][:3] == ["frozen", "sequential", "ewc"]
-    assert "moram" not in command("config", "show", MEMTOOL_MORAM__TOPK="8").stderr
+    assert "moram" not in memtool("config", "show", MEMTOOL_MORAM__TOPK="8").stderr
 
 
 def test_presets_are_listed_with_what_they_say_first(memtool):
@@ -128,28 +128,28 @@ def test_config_as_json(memtool):
     assert names == [preset.name for preset in presets()]
 
 
-def test_completion_of_verbs_presets_settings_tasks_and_versions(memory, memtool):
-    assert "train-adapter" in complete(memtool, "memtool tr")
-    assert complete(memtool, "memtool run --preset mira-di") == ["mira-dil-paper", "mira-dil"]
-    assert complete(memtool, "memtool consolidate --sep af") == ["affine"]
-    assert "adapter.rank=" in complete(memtool, "memtool run --set adapter.r")
-    assert "inverted" in complete(memtool, "memtool train-adapter --task in")
-    assert "HEAD" in complete(memtool, "memtool show H")
-    assert memory.head() in complete(memtool, f"memtool show {memory.head()[:3]}")
+def test_completion_of_verbs_presets_settings_tasks_and_versions(memory, process):
+    assert "train-adapter" in complete(process, "memtool tr")
+    assert complete(process, "memtool run --preset mira-di") == ["mira-dil-paper", "mira-dil"]
+    assert complete(process, "memtool consolidate --sep af") == ["affine"]
+    assert "adapter.rank=" in complete(process, "memtool run --set adapter.r")
+    assert "inverted" in complete(process, "memtool train-adapter --task in")
+    assert "HEAD" in complete(process, "memtool show H")
+    assert memory.head() in complete(process, f"memtool show {memory.head()[:3]}")
     assert f"memory@{memory.head()}" in complete(
-        memtool, f"memtool ls --store memory@{memory.head()[:3]}"
+        process, f"memtool ls --store memory@{memory.head()[:3]}"
     )
 
 
-def test_completion_of_folders_with_an_at_sign(here, memtool):
+def test_completion_of_folders_with_an_at_sign(here, process):
     (here / "a@b" / "memory").mkdir(parents=True)
-    assert complete(memtool, "memtool ls --store a@b/me") == ["a@b/memory"]
+    assert complete(process, "memtool ls --store a@b/me") == ["a@b/memory"]
 
 
-def test_completion_is_silent_where_it_cannot_know(here, memtool):
+def test_completion_is_silent_where_it_cannot_know(here, process):
     (here / "memtool.yaml").write_text("adapter: [\n")
-    assert complete(memtool, "memtool show H") == []
-    assert complete(memtool, "memtool train-adapter --task x") == []
+    assert complete(process, "memtool show H") == []
+    assert complete(process, "memtool train-adapter --task x") == []
 
 
 def test_what_the_data_are_taken_for_is_said_once_and_on_stderr(here, memtool):

@@ -145,9 +145,9 @@ def test_a_lora_from_elsewhere_becomes_atoms_where_it_is_asked_for(texts, grown,
     assert "did you mean 'atoms'?" in texts(*arguments, "--as", "atom", status=2).stderr
 
 
-def test_images_have_no_prompt(command):
+def test_images_have_no_prompt(memtool):
     for verb in ("retrieve", "explain"):
-        done = command(verb, "--prompt", "a word")
+        done = memtool(verb, "--prompt", "a word")
         assert done.returncode == 2
         assert "whose tasks are images" in done.stderr
 

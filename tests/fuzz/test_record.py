@@ -103,11 +103,15 @@ def require_harmless(text: str) -> None:
     assert all(c.isprintable() or c in "\n\u00a0\u2009" for c in text)
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("records")
+
+
 @long
 @cases
 @given(content=damaged(WHOLE.encode()))
-def test_damaged_records(content, tmp_path_factory):
-    folder = tmp_path_factory.getbasetemp()
+def test_damaged_records(content, folder):
     file = folder / "record.json"
     file.write_bytes(content)
     with refused_or_taken(), nothing_else_changes(folder):
@@ -117,8 +121,8 @@ def test_damaged_records(content, tmp_path_factory):
 @long
 @cases
 @given(content=damaged(record().matrix("memory").to_json().encode()))
-def test_damaged_matrices(content, tmp_path_factory):
-    file = tmp_path_factory.getbasetemp() / "matrix.json"
+def test_damaged_matrices(content, folder):
+    file = folder / "matrix.json"
     file.write_bytes(content)
     with refused_or_taken():
         AccuracyMatrix.load(file)
@@ -127,8 +131,8 @@ def test_damaged_matrices(content, tmp_path_factory):
 @long
 @cases
 @given(names=st.lists(TEXTS, min_size=1, max_size=3, unique=True))
-def test_a_matrix_comes_back_from_a_file_without_formulas(names, tmp_path_factory):
-    file = tmp_path_factory.getbasetemp() / "matrix.csv"
+def test_a_matrix_comes_back_from_a_file_without_formulas(names, folder):
+    file = folder / "matrix.csv"
     matrix = AccuracyMatrix.empty(names)
     matrix.save(file)
     assert AccuracyMatrix.load(file) == matrix
@@ -137,9 +141,7 @@ def test_a_matrix_comes_back_from_a_file_without_formulas(names, tmp_path_factor
 @long
 @cases
 @given(given=hostile())
-def test_files_of_hostile_records(given, tmp_path_factory):
-    folder = tmp_path_factory.getbasetemp() / "written"
-    folder.mkdir(exist_ok=True)
+def test_files_of_hostile_records(given, folder):
     assert read_record(write_record(given, folder / "record.json")) == given
     lines = write_domainbed([given], folder / "results.jsonl").read_text(encoding="utf-8")
     assert all(isinstance(json.loads(line), dict) for line in lines.splitlines())

@@ -19,9 +19,10 @@ import pytest
 import memtool_stores
 from memtool_stores import MemoryStore, Space
 from memtool_stores.testing import fill, some_values
+from tests.fuzz.door import CASES
 
 HERE = Path(__file__).parent
-SUBSETS = 60
+SUBSETS = 60 if CASES > 200 else 10
 """How many sets of files that exist, besides those in the order of the run, are tried."""
 
 
