@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from memtool.errors import MemtoolError
     from memtool.memories.hopfield import HopfieldMemory
     from memtool.memories.keyed import KeyedMemory
+    from memtool.memory import Memory, load
     from memtool.methods.experiment import demo, run
     from memtool.methods.mira import Mira
     from memtool.streams import create_stream
@@ -38,6 +39,7 @@ _HOME = {
     "HopfieldMemory": "memtool.memories.hopfield",
     "KeyedMemory": "memtool.memories.keyed",
     "Layout": "memtool.adapters.layout",
+    "Memory": "memtool.memory",
     "MemtoolError": "memtool.errors",
     "Mira": "memtool.methods.mira",
     "Mixture": "memtool.adapters.mixing",
@@ -45,6 +47,7 @@ _HOME = {
     "create_backbone": "memtool.backbones",
     "create_stream": "memtool.streams",
     "demo": "memtool.methods.experiment",
+    "load": "memtool.memory",
     "read_peft": "memtool.adapters.peft_files",
     "resolve": "memtool.config",
     "run": "memtool.methods.experiment",
@@ -59,6 +62,7 @@ __all__ = [
     "HopfieldMemory",
     "KeyedMemory",
     "Layout",
+    "Memory",
     "MemtoolError",
     "Mira",
     "Mixture",
@@ -67,6 +71,7 @@ __all__ = [
     "create_backbone",
     "create_stream",
     "demo",
+    "load",
     "read_peft",
     "resolve",
     "run",

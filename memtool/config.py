@@ -446,13 +446,13 @@ class Config(Settings):
 class Resolved:
     """A configuration, the preset below it, and for every dotted key where its value is from.
 
-    An origin is "default", "preset <name>", "<file>:<line>", the name of a variable, or
-    "command line".
+    An origin is "default", "preset <name>", "<file>:<line>", the name of a variable, "command line"
+    or "the memory", below which there is no preset.
     """
 
     config: Config
     origin: dict[str, str]
-    preset: str
+    preset: str | None
 
     def without_effect(self, *, reads: Sequence[str] = ()) -> tuple[str, ...]:
         """Sentences on what was asked for in vain, as `READ_UNDER` says: one a setting.
@@ -526,6 +526,8 @@ READ_UNDER: tuple[tuple[str, str, tuple[str | None, ...]], ...] = (
 DEFAULT_PRESET = "digits-dil"
 WORKING_FILE = "memtool.yaml"
 COMMAND_LINE = "command line"
+MEMORY = "the memory"
+"""Origin of what a memory was made with."""
 NOT_SETTINGS = frozenset({"MEMTOOL_DATA", "MEMTOOL_CACHE"})
 
 
@@ -537,12 +539,15 @@ def resolve(
     environ: Mapping[str, str] | None = None,
     cwd: Path | None = None,
     ambient: bool = True,
+    remembered: Mapping[str, Any] | None = None,
 ) -> Resolved:
     """The configuration in force, each value from the highest place that sets it.
 
     `overrides` are the values of the command line by dotted key. Text (there and in variables) is
     read by the type of the setting: "0,1,2" for several values, "none" for no value. Without
     `ambient`, only what the arguments name counts: no variables, working or user file.
+    `remembered` are the settings that a memory was made with, by dotted key: they stand where
+    nothing else was said, and a preset was not named.
 
     Raises ConfigError for an unknown key or a value that cannot be used, with its place;
     NotFoundError for a preset or a file that is not there.
@@ -558,8 +563,13 @@ def resolve(
             values[key] = _as_field(key, value)
             origin[key] = place
 
-    named = f"preset {chosen.name}"
-    put({key: (value, named) for key, (value, _) in _read(chosen.path, chosen.path.name).items()})
+    base = None if remembered and preset is None else chosen.name
+    if base is None:
+        put({key: (value, MEMORY) for key, value in (remembered or {}).items()})
+    else:
+        named = f"preset {chosen.name}"
+        file_of_it = _read(chosen.path, chosen.path.name)
+        put({key: (value, named) for key, (value, _) in file_of_it.items()})
     for path in (user_file(), cwd / WORKING_FILE):
         if ambient and os.path.exists(path):  # noqa: PTH110 - False where nobody may look
             put(_read(path, _shown(path, cwd)))
@@ -570,7 +580,7 @@ def resolve(
     for key in overrides or {}:
         _require_key(key, COMMAND_LINE)
     put({key: (value, COMMAND_LINE) for key, value in (overrides or {}).items()})
-    return Resolved(_validated(values, origin), origin, chosen.name)
+    return Resolved(_validated(values, origin), origin, base)
 
 
 def user_file() -> Path:

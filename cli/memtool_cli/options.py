@@ -226,10 +226,14 @@ PromptSubject = Annotated[
 
 @dataclass(frozen=True)
 class Call:
-    """One invocation: the shared options that were given, and what follows from them."""
+    """One invocation: the shared options that were given, and what follows from them.
+
+    With `remembers` a setting that nobody gave is as the memory was made with it.
+    """
 
     given: Mapping[str, Any]
     shared: tuple[Shared, ...]
+    remembers: bool = False
 
     @cached_property
     def out(self) -> Out:
@@ -259,12 +263,24 @@ class Call:
 
     def resolve(self, *, ambient: bool = True) -> Resolved:
         """The configuration; without `ambient` only what the command line names counts."""
-        return resolve(
-            preset=self.given.get("preset"),
-            file=self.given.get("config"),
-            overrides=self._overrides(),
-            ambient=ambient,
-        )
+        given: dict[str, Any] = {
+            "preset": self.given.get("preset"),
+            "file": self.given.get("config"),
+            "overrides": self._overrides(),
+            "ambient": ambient,
+        }
+        found = resolve(**given)
+        if not self.remembers:
+            return found
+        from memtool.remembered import remembered
+        from memtool_stores import MemoryStore
+
+        found.config.limits.put_in_force()
+        path, version = split_store(found.config.store)
+        if not MemoryStore.exists(path):
+            return found
+        made_with = remembered(MemoryStore.open(path), version)
+        return resolve(**given, remembered=made_with)
 
     def _overrides(self) -> dict[str, Any]:
         """The settings of the command line. Raises ConfigError for two values of one."""
@@ -452,8 +468,13 @@ _CARRIED = (
 )
 
 
-def verb(*shared: Shared) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a verb its shared options, the output options included; see the top of the file."""
+def verb(
+    *shared: Shared, remembers: bool = False
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a verb its shared options, the output options included; see the top of the file.
+
+    `remembers` as in `Call`.
+    """
     options = (*shared, *OUTPUT)
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
@@ -463,7 +484,7 @@ def verb(*shared: Shared) -> Callable[[Callable[..., None]], Callable[..., None]
             given = {option.name: values.pop(option.name) for option in options}
             if given["json"] and given["quiet"]:
                 raise ConfigError("--json and --quiet", expected="one of them")
-            call = Call(given, options)
+            call = Call(given, options, remembers)
             if given["verbose"]:
                 handler = logging.StreamHandler(sys.stderr)
                 handler.setFormatter(Plain("%(name)s: %(message)s"))

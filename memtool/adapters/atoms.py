@@ -464,7 +464,7 @@ def _largest(scores: Tensor, k: int) -> Tensor:
     """Places (N, k) of the k largest of scores (N, n) in every row, in no order."""
     count = scores.shape[1]
     if k == count:
-        return torch.arange(count, device=scores.device).expand(len(scores), -1)
+        return torch.arange(count, device=scores.device).expand(scores.shape[0], -1)
     if (
         scores.dtype == torch.float64
         or scores.device.type != "cpu"
@@ -496,7 +496,7 @@ def _scattered(factors: Tensor, index: Tensor, first: int, end: int) -> Tensor:
     """A new (N, end − first): factors (N, k) at columns index − first, those before left out."""
     if index.shape[1] == end:  # all are kept, in their order
         return factors[:, first:].clone()
-    dense = factors.new_zeros(len(factors), end - first + 1)
+    dense = factors.new_zeros(factors.shape[0], end - first + 1)
     # Everything before `first` lands in one more column, in front, which is cut off.
     places = index if first == 0 else (index - first).clamp_min(-1)
     dense.scatter_add_(1, places + 1, factors)
@@ -529,7 +529,8 @@ def _products(x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
 
 
 def _in_cache(rows: Tensor) -> list[slice]:
-    """Slices of the tokens: as many at once as a core's cache holds; on a GPU all."""
-    count = len(rows)
-    step = max(1, IN_CACHE // rows.shape[1]) if rows.device.type == "cpu" else count
+    """Slices of the tokens: as many at once as a core's cache holds; on a GPU, or compiled, all."""
+    if rows.device.type != "cpu" or torch.compiler.is_compiling():
+        return [slice(None)]
+    count, step = len(rows), max(1, IN_CACHE // rows.shape[1])
     return [slice(first, first + step) for first in range(0, count, step)]

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar, Protocol, Self
 
+import torch
 from torch import Tensor, nn
 
 from memtool.adapters.layout import Site
@@ -61,6 +62,11 @@ class FrozenModel(nn.Module, ABC):
             if target in targets
         )
 
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors live."""
+        return next(self.parameters()).device
+
     def train(self, mode: bool = True) -> Self:
         """Stay in eval mode: a frozen model has no dropout."""
         del mode
@@ -71,12 +77,15 @@ class Backbone(FrozenModel):
     """A frozen image model; its targets are "q", "k", "v", "proj", "fc1" and "fc2".
 
     Attributes beside those of `FrozenModel`: `image_size`, pixels a side of its input;
-    `prefix_tokens`, class and register tokens before the patches. `dim` is the width of the
+    `prefix_tokens`, class and register tokens before the patches; `mean` and `std` (3, 1, 1), the
+    normalisation of channels in [0, 1]. `dim` is the width of the
     features, too.
     """
 
     image_size: int
     prefix_tokens: int
+    mean: Tensor
+    std: Tensor
 
     @abstractmethod
     def preprocess(self, images: Tensor) -> Tensor:

@@ -191,8 +191,6 @@ class ClipBackbone(TextBackbone):
         self.image_depth = len(visual.transformer.resblocks)
         self.depth = self.image_depth + len(clip.transformer.resblocks)
         self.clip = clip
-        self.mean: Tensor
-        self.std: Tensor
         self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
 

@@ -109,8 +109,6 @@ class VitBackbone(Backbone):
         blocks = [AdaptedBlock(block, f"blocks.{i}") for i, block in enumerate(vit.blocks)]
         vit.blocks = nn.ModuleList(blocks)
         self.vit = vit
-        self.mean: Tensor
-        self.std: Tensor
         self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from memtool.memories.moments import Moments
 
@@ -50,24 +50,58 @@ def reach(task: Moments, vectors: Tensor, labels: Tensor) -> Tensor | None:
     return (size * (squared / left).sqrt()).quantile(SHARE, dim=-1)
 
 
+class Reaches(nn.Module):
+    """How far tasks reach, ready to be asked: `forward(vectors)` is the novelty of vectors.
+
+    For every task what makes its covariance the identity (groups, dim, dim), its class means under
+    that (groups, classes, dim) and its reach (groups,), all float64.
+    """
+
+    def __init__(self, factors: Sequence[Tensor], means: Sequence[Tensor], reach: Tensor) -> None:
+        """`reach` is (tasks, groups)."""
+        super().__init__()
+        self.factors = nn.ParameterList(nn.Parameter(one, requires_grad=False) for one in factors)
+        self.means = nn.ParameterList(nn.Parameter(one, requires_grad=False) for one in means)
+        self.reach = nn.Parameter(reach, requires_grad=False)
+
+    @classmethod
+    def of(cls, tasks: Sequence[Moments]) -> Reaches | None:
+        """Those of tasks with these moments; None where a task has none, or there is no task."""
+        factors, means = [], []
+        for task in tasks:
+            factor = _whitening(task)
+            if factor is None or task.reach is None:
+                return None
+            factors.append(factor)
+            means.append(task.means()[:, task.counts > 0] @ factor)
+        if not factors:
+            return None
+        reach = torch.stack([task.reach for task in tasks if task.reach is not None])
+        return cls(factors, means, reach)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """The novelty (n,), float64, of vectors (groups, n, dim)."""
+        vectors = vectors.double()
+        nearest = []
+        for factor, means, reach in zip(self.factors, self.means, self.reach, strict=True):
+            away = _distances(vectors @ factor, means).amin(dim=-1)
+            nearest.append(away / reach.unsqueeze(-1))
+        return torch.stack(nearest).amin(dim=0).square().mean(dim=0).sqrt()
+
+
+def _distances(vectors: Tensor, means: Tensor) -> Tensor:
+    """Euclidean (groups, n, classes); one way to compute them, however many there are."""
+    return torch.cdist(vectors, means, compute_mode="donot_use_mm_for_euclid_dist")
+
+
 def novelty(vectors: Tensor, tasks: Sequence[Moments]) -> Tensor | None:
     """The novelty (n,) of vectors (groups, n, dim), given the moments of every task's.
 
     Groups are several looks at one input: root mean square over them, each with the task that is
     nearest to it. None where a task has no reach, or there is no task.
     """
-    vectors = vectors.detach().cpu().double()
-    nearest = []
-    for task in tasks:
-        factor = _whitening(task)
-        if factor is None or task.reach is None:
-            return None
-        means = task.means()[:, task.counts > 0]
-        away = torch.cdist(vectors @ factor, means @ factor).amin(dim=-1)
-        nearest.append(away / task.reach.unsqueeze(-1))
-    if not nearest:
-        return None
-    return torch.stack(nearest).amin(dim=0).square().mean(dim=0).sqrt()
+    reaches = Reaches.of(tasks)
+    return None if reaches is None else reaches(vectors.detach().cpu())
 
 
 def _whitening(task: Moments) -> Tensor | None:

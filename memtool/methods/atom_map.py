@@ -85,7 +85,7 @@ def explain_atoms(
         format_of(out)
     work = method.workspace
     site = _site(work, layer, block)
-    snapshot = method.snapshot(version)
+    snapshot = method.read(version) if task is None else method.snapshot(version)
     prediction = None
     if task is not None:
         chosen = work.task(task)
@@ -129,7 +129,7 @@ def explain_text_atoms(
         format_of(out)
     work = method.workspace
     site = _site(work, layer, block)
-    snapshot = method.snapshot(version)
+    snapshot = method.read(version) if task is None else method.snapshot(version)
     subject, texts = method.subject(task, prompt)
     watch = SiteWeights(site.name, snapshot.gate)
     found: list[Tensor] = []

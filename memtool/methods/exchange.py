@@ -349,6 +349,7 @@ def read_adapter(path: Path, work: MemoryWorkspace[T], task: T | None = None) ->
         "seed": about.result.seed if about else None,
         "domain": about.domain if about else chosen.domain,
         "classes": list(about.classes) if about else [names[c] for c in chosen.classes],
+        "class_ids": list(chosen.classes),
         "scaling": found.scaling,
         "setting": about.setting if about else work.stream.setting,
         "hyperparameters": about.section("train", TrainSettings).model_dump(mode="json")

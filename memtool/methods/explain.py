@@ -150,7 +150,7 @@ def explain(
     if out is not None:
         format_of(out)
     work = method.workspace
-    snapshot = method.snapshot(version)
+    snapshot = method.read(version) if task is None else method.snapshot(version)
     state, model, head = snapshot.consolidated()
     labels: Tensor | None = None
     if task is not None:

@@ -38,6 +38,7 @@ from memtool.evaluation.record import (
 )
 from memtool.memories.keyed import KeyedMemory
 from memtool.methods import consolidate as stage_two
+from memtool.methods.attached import AttachedAdapters, AttachedImages, AttachedMixture
 from memtool.methods.exchange import (
     recalled_adapter,
     require_new,
@@ -45,7 +46,7 @@ from memtool.methods.exchange import (
 from memtool.methods.measure import Measure, drift, share_right
 from memtool.methods.method import Method, newest_after_each, require_unmoved
 from memtool.methods.recall import MemoryModel, memory_blocks
-from memtool.methods.records import task_of
+from memtool.methods.records import recorded, task_of
 from memtool.methods.results import (
     AdapterCoefficient,
     ConsolidateResult,
@@ -58,6 +59,7 @@ from memtool.methods.state import (
     QUERY_MODULES,
     MemoryState,
     Snapshot,
+    classes_of,
     features_blob,
     going_on,
     queries_blob,
@@ -420,7 +422,7 @@ class Mira(Method):
             )
         if out is not None:
             require_new(out)
-        snapshot = self._snapshot(version)
+        snapshot = self.read(version) if task is None else self._snapshot(version)
         state, model, head = snapshot.consolidated()
         accuracy, prediction = None, None
         if query is not None:
@@ -691,11 +693,15 @@ class Mira(Method):
         """The memory at a version, on the device."""
         return self._snapshot(version)
 
-    def _snapshot(self, version: str) -> Snapshot:
+    def read(self, version: str = "HEAD") -> Snapshot:
+        """The memory at a version, on the device; the stream is not opened."""
         work = self.workspace
-        snapshot = Snapshot.read(
-            work.store, work.version_of(version), work.backbone, work.layout, work.engine.device
+        return Snapshot.read(
+            work.store, work.version_of(version), work.backbone, work.layout, work.backbone.device
         )
+
+    def _snapshot(self, version: str) -> Snapshot:
+        work, snapshot = self.workspace, self.read(version)
         state = snapshot.state
         if state is not None and state.class_names != work.stream.class_names:
             raise MismatchError(
@@ -706,6 +712,32 @@ class Mira(Method):
         for record in snapshot.view.adapters:
             self._require_same_task(record)
         return snapshot
+
+    def attach(
+        self, version: str = "HEAD", *, task: str | None = None, precision: str = "fp32"
+    ) -> AttachedImages:
+        """A version as a module; with `task` the exact adapter of that task and its own head.
+
+        Raises ConfigError for a memory that was never consolidated, and for a task of several
+        adapters; NotFoundError for a task that is not there.
+        """
+        snapshot = self.read(version)
+        if task is None:
+            return AttachedMixture(snapshot, precision)
+        record = recorded(snapshot.view, task)
+        head = snapshot.own_head(record.name)
+        if head is None:
+            raise NotFoundError(
+                f"adapter {record.name!r} came without a trained head",
+                remedy="attach without a task",
+            )
+        values = snapshot.own_values(task_of(record), self.workspace.backbone.device)
+        return AttachedAdapters(self.workspace.backbone, values, [head], precision, told=0)
+
+    def class_names(self, view: memtool_stores.MemoryView) -> tuple[str, ...]:
+        """The classes that a version tells apart, in the order of its scores."""
+        state = MemoryState.load(view)
+        return state.class_names if state is not None else classes_of(view)
 
 
 def _same_separation(state: MemoryState | None, config: Config) -> bool:

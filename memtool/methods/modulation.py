@@ -38,19 +38,26 @@ from memtool.evaluation.matrix import AccuracyMatrix
 from memtool.evaluation.record import Kind, Record, Row
 from memtool.heads import LinearClassifier, RecalledHead, solve_head
 from memtool.methods.adapt import adapt
+from memtool.methods.attached import AttachedAdapters, AttachedImages
 from memtool.methods.exchange import OWN_HEAD, new_folders, require_new
 from memtool.methods.measure import share_right
 from memtool.methods.method import Method, newest_after_each, require_unmoved
 from memtool.methods.recall import chosen, every
 from memtool.methods.recallers import AdapterMemory, open_memory, synchronise
-from memtool.methods.records import task_of
+from memtool.methods.records import recorded, task_of
 from memtool.methods.results import (
     PredictorResult,
     RecalledShare,
     RecallResult,
     WrittenAdapter,
 )
-from memtool.methods.state import classifier_bytes, classifier_of, merged, own_head_blob
+from memtool.methods.state import (
+    classes_of,
+    classifier_bytes,
+    classifier_of,
+    merged,
+    own_head_blob,
+)
 from memtool.methods.subject import first, read_query
 from memtool.streams import load_image
 from memtool.streams.task import Samples, Task
@@ -266,7 +273,7 @@ class Modulation(Method):
             require_new(out)
         work = self.workspace
         name = self.config.modulation.memory[0]
-        stored = self.stored(version)
+        stored = self.read(version) if task is None else self.stored(version)
         memory = self._memory(name, stored)
         subject, place = str(image or query), None
         if task is not None:
@@ -588,8 +595,8 @@ class Modulation(Method):
         parts = right.split([len(samples) for samples in shown])
         return [float(part.double().mean()) for part in parts]
 
-    def _predicted_tasks(self, stored: Stored, images: npt.NDArray[np.uint8]) -> Tensor:
-        """The place of the task that the predictor sees in every image (n,)."""
+    def _fitting_predictor(self, stored: Stored) -> Predictor:
+        """The task predictor of the tasks in memory. Raises NotFoundError, MismatchError."""
         predictor = self._predictor(stored)
         if predictor is None:
             raise NotFoundError(
@@ -603,6 +610,11 @@ class Modulation(Method):
                 expected=f"tasks {list(stored.tasks)}, which are in memory",
                 remedy="memtool consolidate trains it anew",
             )
+        return predictor
+
+    def _predicted_tasks(self, stored: Stored, images: npt.NDArray[np.uint8]) -> Tensor:
+        """The place of the task that the predictor sees in every image (n,)."""
+        predictor = self._fitting_predictor(stored)
         engine, backbone = self.workspace.engine, self.workspace.backbone
         values = AdapterValues.from_flat(
             predictor.value[None], self.workspace.layout, predictor.scaling
@@ -617,7 +629,17 @@ class Modulation(Method):
     # Shared ---------------------------------------------------------------------------------
 
     def stored(self, version: str = "HEAD") -> Stored:
-        """The adapters of a version. Raises NotFoundError for an empty memory."""
+        """The adapters of a version, of the tasks of this stream; errors as `read`."""
+        found = self.read(version)
+        for record in found.records:
+            self._require_same_task(record)
+        return found
+
+    def read(self, version: str = "HEAD") -> Stored:
+        """The adapters of a version; the stream is not opened.
+
+        Raises NotFoundError for an empty memory, or an adapter without a head.
+        """
         work = self.workspace
         view = work.store.view(work.version_of(version))
         records = view.adapters
@@ -628,7 +650,6 @@ class Modulation(Method):
             )
         heads = []
         for record in records:
-            self._require_same_task(record)
             name = own_head_blob(record.name)
             if name not in view.blobs():
                 raise NotFoundError(
@@ -645,6 +666,32 @@ class Modulation(Method):
             scaling=torch.tensor([record.scaling for record in records], dtype=torch.float32),
             heads=tuple(heads),
         )
+
+    def attach(
+        self, version: str = "HEAD", *, task: str | None = None, precision: str = "fp32"
+    ) -> AttachedImages:
+        """A version as a module: its adapters as the first configured memory recalls them.
+
+        `task` is that of every input; without one the predictor says it, where there is one.
+        """
+        stored, work = self.read(version), self.workspace
+        told = predictor = None
+        if task is not None:
+            told = stored.tasks.index(task_of(recorded(stored.view, task)))
+        else:
+            found = self._fitting_predictor(stored)
+            value = AdapterValues.from_flat(found.value[None], work.layout, found.scaling)
+            predictor = (value, found.head)
+        recalled = self._recall_all(self.config.modulation.memory[0], stored)
+        values = AdapterValues.from_flat(recalled, work.layout, stored.scaling)
+        attached = AttachedAdapters(
+            work.backbone, values, stored.heads, precision, told=told, predictor=predictor
+        )
+        return attached.to(work.backbone.device)
+
+    def class_names(self, view: memtool_stores.MemoryView) -> tuple[str, ...]:
+        """The classes that a version tells apart, in the order of its scores."""
+        return classes_of(view)
 
     def _place(self, stored: Stored, task: Task) -> int:
         if task.number not in stored.tasks:

@@ -50,6 +50,7 @@ from memtool.methods.atom_state import (
     trained_heads,
 )
 from memtool.methods.atom_training import train_atoms
+from memtool.methods.attached import AttachedAtoms, AttachedImages
 from memtool.methods.exchange import ReadAdapter
 from memtool.methods.fixed_head import head_under, is_fixed, learned_under
 from memtool.methods.kept import fingerprint_of
@@ -290,7 +291,8 @@ class Moram(AtomMethod[Task], Method):
         if (task is None) == (image is None):
             raise ConfigError("what should recall?", expected="one of --task and --image")
         work = self.workspace
-        snapshot, measure = self.snapshot(version), AtomMeasure(work)
+        snapshot = self.read(version) if task is None else self.snapshot(version)
+        measure = AtomMeasure(work)
         accuracy, prediction = None, None
         if task is not None:
             chosen = work.task(task)
@@ -431,34 +433,54 @@ class Moram(AtomMethod[Task], Method):
 
     # Shared ---------------------------------------------------------------------------------
 
-    def snapshot(self, version: str = "HEAD") -> AtomSnapshot:
-        """The memory at a version, on the device."""
+    def read(self, version: str = "HEAD") -> AtomSnapshot:
+        """The memory at a version, on the device; the stream is not opened."""
         work = self.workspace
         view = work.store.view(work.version_of(version))
         self._require_own_kind(view)
         state = self._state(view)
+        head = RecalledHead.from_bytes(view.blob(HEAD), f"blob {HEAD!r}")
+        return AtomSnapshot(
+            version=view.version,
+            view=view,
+            tasks=tuple(task_of(record) for record in view.atom_records),
+            bank=bank_of(view, work.layout).to(work.backbone.device),
+            gate=gate_of(state.moram, work.layout.rank),
+            state=state,
+            head=head.to(work.backbone.device),
+        )
+
+    def snapshot(self, version: str = "HEAD") -> AtomSnapshot:
+        """The memory at a version, of the tasks of this stream."""
+        work, found = self.workspace, self.read(version)
+        state = found.state
         if state.class_names != work.stream.class_names:
             raise MismatchError(
                 f"the classes of {work.stream.name} are not those of the memory's head",
                 expected=", ".join(state.class_names[:8]),
                 remedy="the stream that the memory was trained on, or another --store",
             )
-        for record in view.atom_records:
+        for record in found.view.atom_records:
             self._require_same_task(record)
-        bank = bank_of(view, work.layout).to(work.engine.device)
-        gate = gate_of(state.moram, work.layout.rank)
-        head = RecalledHead.from_bytes(view.blob(HEAD), f"blob {HEAD!r}")
         if state.head.kind == "text":  # as the atoms of this version make it: some may be pruned
-            head = RecalledHead.shared(head_under(work, bank.recall(gate), "text").linear())
-        return AtomSnapshot(
-            version=view.version,
-            view=view,
-            tasks=tuple(task_of(record) for record in view.atom_records),
-            bank=bank,
-            gate=gate,
-            state=state,
-            head=head.to(work.engine.device),
-        )
+            head = head_under(work, found.bank.recall(found.gate), "text").linear()
+            return replace(found, head=RecalledHead.shared(head).to(work.engine.device))
+        return found
+
+    def attach(
+        self, version: str = "HEAD", *, task: str | None = None, precision: str = "fp32"
+    ) -> AttachedImages:
+        """A version as a module. Raises ConfigError for a task: atoms find themselves."""
+        if task is not None:
+            raise ConfigError(
+                f"task {task!r} for a memory of atoms, which find themselves",
+                remedy="attach without a task",
+            )
+        return AttachedAtoms(self.workspace.backbone, self.read(version), precision)
+
+    def class_names(self, view: memtool_stores.MemoryView) -> tuple[str, ...]:
+        """The classes of a version's head, in the order of its scores."""
+        return self._state(view).class_names
 
     def _state(self, view: memtool_stores.MemoryView) -> AtomsState:
         state = AtomsState.load(view)

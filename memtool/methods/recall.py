@@ -149,9 +149,15 @@ class MemoryModel(nn.Module):
 
     def recall(self, pixels: Tensor) -> MemoryRecall:
         """A fresh recall for one forward pass over `pixels`."""
-        if self.look_at is None:
+        return self._recall(self._looked_at(pixels))
+
+    def _looked_at(self, pixels: Tensor) -> Tensor | None:
+        """What one memory for all blocks looks at; None where every block has its own."""
+        return None if self.look_at is None else self.backbone.hidden(pixels, self.look_at)
+
+    def _recall(self, hidden: Tensor | None) -> MemoryRecall:
+        if self.look_at is None or hidden is None:
             return MemoryRecall(self, None)
-        hidden = self.backbone.hidden(pixels, self.look_at)
         shared = self.memory.coefficients(self.look_at, hidden)
         recall = MemoryRecall(self, shared)
         recall.coefficients[self.look_at] = shared
@@ -169,6 +175,21 @@ class MemoryModel(nn.Module):
         features = self.backbone.features(pixels, recall)
         found = [recall.coefficients[block] for block in self.memory.blocks]
         return features, torch.stack(found, dim=1)
+
+    def seen(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of preprocessed pixels features (batch, dim), coefficients and queries, in one pass.
+
+        Coefficients (batch, memories, t); queries (batch, memories, dim), without the constant.
+        """
+        hidden = self._looked_at(pixels)
+        recall = self._recall(hidden)
+        probe = QueryProbe(self.memory, recall, self.look_at)
+        if self.look_at is not None and hidden is not None:
+            probe.look(self.look_at, hidden)
+        features = self.backbone.features(pixels, probe)
+        coefficients = [recall.coefficients[block] for block in self.memory.blocks]
+        queries = [probe.queries[block] for block in self.memory.blocks]
+        return features, torch.stack(coefficients, dim=1), torch.stack(queries, dim=1)
 
 
 class QueryProbe:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from memtool.errors import DataError
+from memtool.errors import ConfigError, DataError, NotFoundError
 
 if TYPE_CHECKING:
-    from memtool_stores import AdapterRecord
+    from memtool_stores import AdapterRecord, MemoryView
 
 
 def number_of(record: AdapterRecord) -> int | None:
@@ -25,3 +25,26 @@ def task_of(record: AdapterRecord) -> int:
             remedy="memtool write DIR --task N, in a new --store",
         )
     return number
+
+
+def recorded(view: MemoryView, task: str) -> AdapterRecord:
+    """The one live adapter of a task, by its number or name.
+
+    Raises NotFoundError for a task that is not there, ConfigError for one of several adapters.
+    """
+    found = [
+        record
+        for record in view.live
+        if task in (str(number_of(record)), record.meta.get("task_name"))
+    ]
+    if not found:
+        held = dict.fromkeys(str(number_of(record)) for record in view.live)
+        raise NotFoundError(
+            f"no adapter of task {task!r} at version {view.version}",
+            expected=f"one of the tasks in memory: {', '.join(held) or 'none'}",
+        )
+    if len(found) > 1:
+        raise ConfigError(
+            f"task {task!r} has {len(found)} adapters", expected="one, to be used for every input"
+        )
+    return found[0]

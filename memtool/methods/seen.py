@@ -13,7 +13,6 @@ from memtool.engine import Engine
 from memtool.heads import FeatureStatistics
 from memtool.memories.closed_form import QueryStatistics
 from memtool.memories.novelty import LIMIT, novelty
-from memtool.methods.recall import features_and_queries
 from memtool.methods.results import Prediction
 from memtool.methods.state import Snapshot
 
@@ -41,15 +40,14 @@ def seen_before(
 def seen_by(engine: Engine, snapshot: Snapshot, image: npt.NDArray[np.uint8]) -> float | None:
     """The novelty of an image (h, w, 3) to a memory of whole adapters that is consolidated."""
     _, model, _ = snapshot.consolidated()
-    queries = snapshot.query_statistics()
-    memories = len(model.memory.blocks)
 
     def run(batch: Tensor) -> Tensor:
-        inner = model.recall(model.backbone.preprocess(batch))
-        return features_and_queries(model.backbone, model.memory, inner, model.look_at, batch)
+        features, _, queries = model.seen(model.backbone.preprocess(batch))
+        return torch.cat([features.float().unsqueeze(1), queries], dim=1)
 
-    found = engine.predict(run, image[None]).unflatten(1, (1 + memories, -1))
-    return seen_before(found[:, 0], snapshot.feature_statistics(), found[:, 1:], queries)
+    found = engine.predict(run, image[None])
+    statistics, asked = snapshot.feature_statistics(), snapshot.query_statistics()
+    return seen_before(found[:, 0], statistics, found[:, 1:], asked)
 
 
 def predicted(probabilities: Tensor, class_names: Sequence[str], far: float | None) -> Prediction:

@@ -123,6 +123,22 @@ def own_head(view: memtool_stores.MemoryView, adapter: str) -> LinearClassifier 
     return classifier_of(view.blob(name), name) if name in view.blobs() else None
 
 
+def classes_of(view: memtool_stores.MemoryView) -> tuple[str, ...]:
+    """The classes of the heads that came with the adapters of a version, in their order.
+
+    A class that no adapter knows has a number for a name.
+    """
+    names: dict[int, str] = {}
+    count = 0
+    for record in view.live:
+        head = own_head(view, record.name)
+        if head is not None:
+            count = max(count, len(head.bias))
+            ids = record.meta.get("class_ids", head.bias.isfinite().nonzero()[:, 0].tolist())
+            names |= dict(zip(ids, map(str, record.classes), strict=False))
+    return tuple(names.get(index, f"class {index}") for index in range(count))
+
+
 @dataclass(frozen=True, eq=False)
 class Snapshot:
     """The memory at one version, on the device: what retrieval and evaluation read.

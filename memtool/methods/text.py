@@ -175,6 +175,25 @@ def trimmed(tokens: Tensor) -> Tensor:
     return tokens[:, int((tokens != PAD).any(dim=0).int().argmax()) :]
 
 
+def by_length(tokens: Tensor, batch: int) -> Sequence[Tensor]:
+    """Places of samples by batches, those of like lengths together, so that little is padded."""
+    return (tokens != PAD).sum(dim=1).argsort(stable=True).split(batch)
+
+
+@torch.no_grad()
+def answers(
+    lm: CausalLM, prompts: Sequence[str], recall: Recall | None = None, *, batch: int = 16
+) -> list[str]:
+    """The greedy answers of a language model to prompts, without white space around them."""
+    tokens = lm.encode(prompts).tokens
+    found = [""] * len(prompts)
+    for rows in by_length(tokens, batch):
+        generated = lm.generate(trimmed(tokens[rows]).to(lm.device), recall)
+        for row, ids in zip(rows.tolist(), generated, strict=True):
+            found[row] = lm.decode(ids).strip()
+    return found
+
+
 class TextLearner(nn.Module):
     """Sequential LoRA: each task starts from what the one before left, nothing protects it.
 
@@ -313,19 +332,11 @@ class TextLearner(nn.Module):
             total += float(each.double().sum())
         return total / int(answers.sum())
 
-    @torch.no_grad()
     def answers(self, prompts: Sequence[str]) -> list[str]:
-        """The greedy answers to prompts, without white space around them."""
-        work = self.work
-        tokens = self.lm.encode(prompts).tokens
-        found = [""] * len(prompts)
-        for rows in self._batches(tokens):
-            batch = trimmed(tokens[rows]).to(work.engine.device)
-            with work.engine.autocast():
-                generated = self.lm.generate(batch, self.recall())
-            for row, ids in zip(rows.tolist(), generated, strict=True):
-                found[row] = self.lm.decode(ids).strip()
-        return found
+        """The greedy answers to prompts, as `answers`."""
+        with self.work.engine.autocast():
+            batch = self.work.config.engine.eval_batch_size
+            return answers(self.lm, prompts, self.recall(), batch=batch)
 
     @torch.no_grad()
     def input_moments(self, past: PastInputs, samples: TextSamples) -> dict[str, Tensor]:
@@ -341,9 +352,7 @@ class TextLearner(nn.Module):
         return moments
 
     def _batches(self, tokens: Tensor) -> Sequence[Tensor]:
-        """Places of samples, those of like lengths together, so that little is padded."""
-        order = (tokens != PAD).sum(dim=1).argsort(stable=True)
-        return order.split(self.work.config.engine.eval_batch_size)
+        return by_length(tokens, self.work.config.engine.eval_batch_size)
 
 
 class AtomLearner(TextLearner):

@@ -42,13 +42,14 @@ from memtool.methods.atom_state import (
     resolved,
 )
 from memtool.methods.atom_watch import Contributions, Drifts, TaskShares, Watch, watched
+from memtool.methods.attached_texts import AttachedTexts
 from memtool.methods.exchange import ReadAdapter
 from memtool.methods.kept import fingerprint_of, kept
 from memtool.methods.method import Trained
 from memtool.methods.past_inputs import PastInputs
 from memtool.methods.records import task_of
 from memtool.methods.results import AsAtoms, AtomsResult, HeadResult, TaskShare
-from memtool.methods.text import AtomLearner, TextScores, TextWorkspace, some, text_row
+from memtool.methods.text import AtomLearner, TextScores, TextWorkspace, answers, some, text_row
 from memtool.progress import Progress
 from memtool.streams.text import TextSamples, TextTask
 
@@ -226,13 +227,15 @@ class TextMoram(AtomMethod[TextTask]):
         Of a prompt the answer, of a task the loss on these texts. Raises ConfigError for anything
         but one subject.
         """
-        snapshot = self.snapshot(version)
+        snapshot = self.read(version) if task is None else self.snapshot(version)
         subject, texts = self.subject(task, prompt)
         added = Contributions(snapshot.gate)
         shares, blocks = self.shares(snapshot, texts.prompts, [added])
         by_block = shares.double().mean(dim=0)
-        learner = self._learner(snapshot)
-        encoded = learner.lm.encode(texts.prompts, texts.answers) if texts.answers else None
+        loss = None
+        if texts.answers:
+            learner = self._learner(snapshot)
+            loss = learner.loss(learner.lm.encode(texts.prompts, texts.answers))
         records = snapshot.view.atom_records
         return AtomsResult(
             version=snapshot.version,
@@ -252,13 +255,15 @@ class TextMoram(AtomMethod[TextTask]):
             blocks=tuple(tuple(row) for row in by_block.tolist()),
             block_numbers=blocks,
             atoms=strongest(snapshot.view, snapshot.bank, added.means()),
-            answer=self.answer(snapshot, texts.prompts[0]) if encoded is None else None,
-            loss=None if encoded is None else learner.loss(encoded),
+            answer=self.answer(snapshot, texts.prompts[0]) if loss is None else None,
+            loss=loss,
         )
 
     def answer(self, snapshot: TextSnapshot, prompt: str) -> str:
         """The greedy answer to a prompt, without white space around it."""
-        return self._learner(snapshot).answers([prompt])[0]
+        work = self.workspace
+        with work.engine.autocast():
+            return answers(work.backbone, [prompt], snapshot.bank.recall(snapshot.gate))[0]
 
     def subject(self, task: str | None, prompt: str | None) -> tuple[str, TextSamples]:
         """What a step looks at, and its name: some test texts of a task, or a prompt alone."""
@@ -455,9 +460,16 @@ class TextMoram(AtomMethod[TextTask]):
     # Shared ---------------------------------------------------------------------------------
 
     def snapshot(self, version: str = "HEAD") -> TextSnapshot:
-        """The memory at a version, on the device.
+        """The memory at a version, of the tasks of this stream; MismatchError for another."""
+        found = self.read(version)
+        for record in found.view.atom_records:
+            self._require_same_task(record)
+        return found
 
-        Raises NotFoundError where it holds no atoms, MismatchError for atoms of another stream.
+    def read(self, version: str = "HEAD") -> TextSnapshot:
+        """The memory at a version, on the device; the stream is not opened.
+
+        Raises NotFoundError where it holds no atoms.
         """
         work = self.workspace
         view = work.store.view(work.version_of(version))
@@ -468,17 +480,31 @@ class TextMoram(AtomMethod[TextTask]):
                 remedy="memtool train-adapter --preset moram-trace --task 1 && "
                 "memtool write --preset moram-trace",
             )
-        for record in view.atom_records:
-            self._require_same_task(record)
         settings = self._settings_of(view.atom_records)
         return TextSnapshot(
             version=view.version,
             view=view,
             tasks=tuple(task_of(record) for record in view.atom_records),
-            bank=bank_of(view, work.layout).to(work.engine.device),
+            bank=bank_of(view, work.layout).to(work.backbone.device),
             settings=settings,
             gate=gate_of(settings, work.layout.rank),
         )
+
+    def attach(
+        self, version: str = "HEAD", *, task: str | None = None, precision: str = "fp32"
+    ) -> AttachedTexts:
+        """A version as a module. Raises ConfigError for a task: atoms find themselves."""
+        if task is not None:
+            raise ConfigError(
+                f"task {task!r} for a memory of atoms, which find themselves",
+                remedy="attach without a task",
+            )
+        return AttachedTexts(self.workspace.backbone, self.read(version), precision)
+
+    def class_names(self, view: memtool_stores.MemoryView) -> tuple[str, ...]:
+        """A language model has no classes."""
+        del view
+        return ()
 
     def _empty(self, snapshot: TextSnapshot) -> TextSnapshot:
         """The memory before its first task."""

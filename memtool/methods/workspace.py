@@ -19,7 +19,7 @@ from memtool.adapters.layout import Layout
 from memtool.adapters.lora import init_lora
 from memtool.adapters.values import AdapterValues, Recall
 from memtool.backbones import create_backbone
-from memtool.config import Config, expand, split_store
+from memtool.config import BackboneSettings, Config, expand, split_store
 from memtool.engine import Engine
 from memtool.errors import ConfigError, DataError, NotFoundError, did_you_mean
 from memtool.heads import FeatureStatistics
@@ -191,18 +191,7 @@ class Workspace(MemoryWorkspace[Task]):
     @cached_property
     def backbone(self) -> Backbone:
         """The frozen model, on the device."""
-        settings = self.config.backbone
-        if settings.weights is not None:
-            weights = expand(settings.weights)
-            if not weights.is_file():  # named as written: a variable may hold a secret
-                raise NotFoundError(
-                    f"no weights at {printable(str(settings.weights))}",
-                    expected="a safetensors file",
-                    remedy="--set backbone.weights=FILE",
-                )
-            settings = settings.model_copy(update={"weights": weights})
-        backbone = create_backbone(settings)
-        return backbone.to(self.engine.device)
+        return open_backbone(self.config.backbone).to(self.engine.device)
 
     @cached_property
     def fixed_head(self) -> CosineHead:
@@ -239,6 +228,20 @@ class Workspace(MemoryWorkspace[Task]):
                 remedy="--held-out another domain",
             )
         return task_named(name, tasks, self.stream.name)
+
+
+def open_backbone(settings: BackboneSettings) -> Backbone:
+    """The frozen image model of these settings. Raises NotFoundError for weights not there."""
+    if settings.weights is not None:
+        weights = expand(settings.weights)
+        if not weights.is_file():  # named as written: a variable may hold a secret
+            raise NotFoundError(
+                f"no weights at {printable(str(settings.weights))}",
+                expected="a safetensors file",
+                remedy="--set backbone.weights=FILE",
+            )
+        settings = settings.model_copy(update={"weights": weights})
+    return create_backbone(settings)
 
 
 def task_named(name: str, tasks: Sequence[T], stream: str) -> T:

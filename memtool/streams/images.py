@@ -59,7 +59,7 @@ def decode_square(encoded: bytes, image_size: int, where: str) -> npt.NDArray[np
         with _opened(encoded) as image:
             width, height = image.size
             limits.require("image_pixels", width * height, f"{where}: {width} x {height}")
-            rgb = _as_rgb(_upright(image))
+            rgb = upright_rgb(image)
             square = ImageOps.fit(rgb, (image_size, image_size), Image.Resampling.BICUBIC)
     except SchemaError as error:
         raise _too_large(error) from error
@@ -127,6 +127,11 @@ def _opened(encoded: bytes) -> Image.Image:
             return Image.open(io.BytesIO(encoded), formats=FORMATS)
         finally:
             Image.MAX_IMAGE_PIXELS = most
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Three channels of eight bits, turned as the EXIF data say."""
+    return _as_rgb(_upright(image))
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -13,7 +13,7 @@ from typing import Any
 from memtool_stores import limits
 from memtool_stores.errors import NotFoundError, SchemaError, SpaceMismatchError
 from memtool_stores.jsonvalues import items, mapping, member, number, text, whole
-from memtool_stores.printable import shown
+from memtool_stores.printable import printable, shown
 from memtool_stores.tensorfile import MOST_AXES, read_adapter_config, read_header_of
 
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -236,19 +236,29 @@ class Space:
         Raises:
             SpaceMismatchError: names the differences, `SHOWN` at most.
         """
+        compared: tuple[tuple[str, object, object, str], ...] = (
+            ("backbone name", self.backbone.name, other.backbone.name, "--set backbone.name={}"),
+            ("backbone revision", self.backbone.revision, other.backbone.revision, ""),
+            (
+                "backbone sha256",
+                self.backbone.sha256,
+                other.backbone.sha256,
+                "--set backbone.weights=FILE, with the weights that the memory was made with",
+            ),
+            ("dtype", self.layout.dtype, other.layout.dtype, ""),
+            ("rank", self.layout.rank, other.layout.rank, "--rank {}"),
+            ("alpha", self.layout.alpha, other.layout.alpha, "--set adapter.alpha={}"),
+            ("targets", self.layout.targets, other.layout.targets, "--set backbone.targets={}"),
+            ("length of a value", self.numel, other.numel, ""),
+        )
+        unlike = [one for one in compared if one[1] != one[2]]
         differences = [
-            f"{label}: {mine!r} here, {theirs!r} given"
-            for label, mine, theirs in (
-                ("backbone name", self.backbone.name, other.backbone.name),
-                ("backbone revision", self.backbone.revision, other.backbone.revision),
-                ("backbone sha256", self.backbone.sha256, other.backbone.sha256),
-                ("dtype", self.layout.dtype, other.layout.dtype),
-                ("rank", self.layout.rank, other.layout.rank),
-                ("alpha", self.layout.alpha, other.layout.alpha),
-                ("targets", self.layout.targets, other.layout.targets),
-                ("length of a value", self.numel, other.numel),
-            )
-            if mine != theirs
+            f"{label}: {mine!r} here, {theirs!r} given" for label, mine, theirs, _ in unlike
+        ]
+        remedies = [
+            remedy.format(printable(",".join(mine) if isinstance(mine, tuple) else str(mine)))
+            for _, mine, _, remedy in unlike
+            if remedy
         ]
         mine, theirs = ({s.name: s for s in x.layout.segments} for x in (self, other))
         differences += [f"segment {name!r}: only here" for name in mine.keys() - theirs.keys()]
@@ -264,7 +274,9 @@ class Space:
             shown = [*differences[:SHOWN], *([f"and {more} more"] if more > 0 else [])]
             raise SpaceMismatchError(
                 "this belongs to another space than the store: " + "; ".join(shown),
-                remedy="use the backbone and adapter settings of the store, or make a new store",
+                remedy=f"{remedies[0]}, or another --store"
+                if remedies
+                else "use the backbone and adapter settings of the store, or make a new store",
             )
 
 

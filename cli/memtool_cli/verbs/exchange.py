@@ -162,7 +162,7 @@ def _tell(progress: Progress, stage: str, step: int, total: int) -> None:
         "memtool export --bundle memory.bundle",
     ),
 )
-@verb(STORE, LOCK_TIMEOUT, RANK, *COMPUTE, *CONFIGURATION)
+@verb(STORE, LOCK_TIMEOUT, RANK, *COMPUTE, *CONFIGURATION, remembers=True)
 def export_adapters(
     call: Call,
     adapters: Annotated[

@@ -41,7 +41,7 @@ app = Verbs()
         "memtool explain --preset moram-trace --prompt 'Once upon a time' --out atoms.html",
     ),
 )
-@verb(STORE, METHOD, MEMORY, RANK, SPLITS, SEED, *COMPUTE, *CONFIGURATION)
+@verb(STORE, METHOD, MEMORY, RANK, SPLITS, SEED, *COMPUTE, *CONFIGURATION, remembers=True)
 def explain(
     call: Call,
     task: TaskSubject = None,

@@ -245,7 +245,7 @@ def consolidate(call: Call) -> None:
         "memtool retrieve --preset moram-trace --prompt 'Once upon a time'",
     ),
 )
-@verb(STORE, METHOD, MEMORY, RANK, SPLITS, HELD_OUT, SEED, *COMPUTE, *CONFIGURATION)
+@verb(STORE, METHOD, MEMORY, RANK, SPLITS, HELD_OUT, SEED, *COMPUTE, *CONFIGURATION, remembers=True)
 def retrieve(
     call: Call,
     task: TaskSubject = None,
@@ -387,7 +387,19 @@ def _show_recall(call: Call, result: RecallResult) -> None:
         "memtool eval --at-least 0.85 -q || echo worse than before",
     ),
 )
-@verb(STORE, METHOD, MEMORY, RANK, SPLITS, HELD_OUT, SEED, *COMPUTE, *CONFIGURATION, DRY_RUN)
+@verb(
+    STORE,
+    METHOD,
+    MEMORY,
+    RANK,
+    SPLITS,
+    HELD_OUT,
+    SEED,
+    *COMPUTE,
+    *CONFIGURATION,
+    DRY_RUN,
+    remembers=True,
+)
 def evaluate(
     call: Call,
     setting: Annotated[

@@ -1,0 +1,141 @@
+"""A memory to be used: opened from its store alone, attached to its frozen model.
+
+    memory = memtool.load("memory@good")
+    model = memory.attach()                 # a torch.nn.Module, in eval mode
+    out = model(batch)                      # .logits .probabilities .weights .novelty .unlike
+    memory.classes[int(out.logits[0].argmax())]
+
+The store knows its model, adapters, method and head: no configuration and no data are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from memtool.config import Config, resolve, split_store
+from memtool.errors import ConfigError, NotFoundError
+from memtool.remembered import remembered
+from memtool_stores import MemoryStore
+
+if TYPE_CHECKING:
+    from memtool.backbones.interface import FrozenModel
+    from memtool.methods.attached import Attached
+    from memtool_stores import AdapterRecord, MemoryView, Version
+
+
+@dataclass(frozen=True, eq=False)
+class Memory:
+    """One version of a memory, as `load` opens it.
+
+    `config` is what it was made with; `seed` that of its run.
+    """
+
+    store: MemoryStore
+    view: MemoryView
+    config: Config
+
+    @property
+    def version(self) -> str:
+        """The version that was opened."""
+        return self.view.version
+
+    @property
+    def adapters(self) -> tuple[AdapterRecord, ...]:
+        """What it holds, in the order written: whole adapters, or rows of atoms."""
+        return self.view.live
+
+    @property
+    def reads(self) -> str:
+        """What it reads: "images" or "texts"."""
+        return "texts" if self.config.stream.setting == "trace" else "images"
+
+    @cached_property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, in the order of the logits; none of a language model."""
+        return self._method().class_names(self.view)
+
+    @cached_property
+    def transform(self) -> Callable[..., Any]:
+        """The preprocessing of a picture, as a torchvision transform: PIL image to float tensor.
+
+        Imports torchvision. Raises ConfigError for a memory of texts.
+        """
+        if self.reads == "texts":
+            raise ConfigError("a language model has no transform", expected="a memory of images")
+        from memtool.backbones.interface import Backbone
+        from memtool.streams.transform import transform_of
+
+        backbone = self._backbone()
+        assert isinstance(backbone, Backbone)
+        return transform_of(backbone.image_size, backbone.mean, backbone.std)
+
+    def log(self) -> list[Version]:
+        """The versions up to this one, newest first."""
+        return self.store.log(self.version)
+
+    def attach(
+        self,
+        backbone: FrozenModel | None = None,
+        *,
+        task: str | int | None = None,
+        precision: str = "fp32",
+    ) -> Attached:
+        """The version on its frozen model: a module in eval mode whose parameters are frozen.
+
+        `backbone` is the model, where it is at hand (it is taken over); else it is made as the
+        memory remembers it. `task` says of what task all inputs are, by number or name: its adapter
+        is used exactly. `precision` is fp32 or bf16.
+
+        Raises NotFoundError for weights that are not there, the store's SpaceMismatchError for
+        another model than the memory's, ConfigError for a memory without keys.
+        """
+        if precision not in ("fp32", "bf16"):
+            raise ConfigError(f"precision {precision!r}", expected="fp32 or bf16")
+        method = self._method()
+        method.workspace.backbone = backbone or self._backbone()
+        word = None if task is None else str(task)
+        attached = method.attach(self.version, task=word, precision=precision)
+        return attached.eval().requires_grad_(False)
+
+    def _backbone(self) -> FrozenModel:
+        """The frozen model that the memory remembers, on the CPU."""
+        if self.reads == "texts":
+            import torch
+
+            from memtool.backbones.causal_lm import create_causal_lm
+
+            return create_causal_lm(self.config.backbone, self.config.text, dtype=torch.float32)
+        from memtool.methods.workspace import open_backbone
+
+        return open_backbone(self.config.backbone)
+
+    def _method(self) -> Any:
+        from memtool.methods import open_method, open_text_method
+
+        config = self.config.model_copy(update={"store": self.store.url})
+        opened: Any = open_text_method if self.reads == "texts" else open_method
+        return opened(config, seed=config.seed[0])
+
+
+def load(store: str | Path, *, weights: str | Path | None = None) -> Memory:
+    """Open a memory: a folder or bucket, perhaps @VERSION.
+
+    `weights` is the file of its model, where that is not where the memory remembers it. Raises
+    NotFoundError for a memory that is not there, or does not say what it was made with.
+    """
+    address, version = split_store(str(store))
+    opened = MemoryStore.open(address)
+    view = opened.view(version)
+    made_with = remembered(opened, view.version)
+    if not made_with:
+        raise NotFoundError(
+            f"the memory {address!r} does not say what it was made with",
+            expected="a version that memtool write or consolidate made",
+        )
+    if weights is not None:
+        made_with["backbone.weights"] = str(weights)
+    return Memory(opened, view, resolve(ambient=False, remembered=made_with).config)

@@ -1,0 +1,224 @@
+"""Memories attached to their frozen model: modules that take a batch and say what they make of it.
+
+    model = memory.attach()
+    out = model(batch)      images uint8 (n, h, w, 3), or float (n, 3, size, size) as transformed
+
+One version of a memory, as it was written: nothing here learns, and no stream is read. A module
+for each kind of memory; `attach` chooses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from memtool.adapters.atoms import AtomGate, ModuleAtoms
+from memtool.adapters.values import AdapterValues
+from memtool.backbones.interface import Backbone, FrozenModel
+from memtool.heads import LinearClassifier, RecalledHead
+from memtool.memories.novelty import LIMIT, Reaches
+from memtool.memories.rank1 import Rank1Memory
+from memtool.methods.atom_watch import TaskShares, watched
+from memtool.methods.recall import MemoryModel, chosen, every
+from memtool.methods.state import Snapshot, feature_statistics
+
+if TYPE_CHECKING:
+    from memtool.methods.atom_state import AtomSnapshot
+
+
+@dataclass(frozen=True, eq=False)
+class Output:
+    """What an attached memory makes of a batch of images.
+
+    logits (n, classes), whose softmax are the probabilities (n, classes): -inf for classes that the
+    head never saw. weights (n, adapters): the share of every adapter, mean over blocks; atoms that
+    fell below the threshold leave less than one in all. novelty (n,): how far the input lies from
+    all that was learned, NaN where the memory cannot tell; unlike (n,) where it is beyond.
+    """
+
+    logits: Tensor
+    probabilities: Tensor
+    weights: Tensor
+    novelty: Tensor
+
+    @property
+    def unlike(self) -> Tensor:
+        """Which inputs are unlike all that was learned: bool (n,)."""
+        return self.novelty > LIMIT
+
+
+torch.export.register_dataclass(Output, serialized_type_name="memtool.Output")
+
+
+class _Head(nn.Module):
+    """A head as buffers of a module, so that they move with it."""
+
+    weight: Tensor
+    bias: Tensor
+    owners: Tensor | None
+
+    def __init__(self, head: RecalledHead) -> None:
+        super().__init__()
+        self.register_buffer("weight", head.weight)
+        self.register_buffer("bias", head.bias)
+        self.register_buffer("owners", head.owners)
+
+    def forward(self, features: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and probabilities (n, classes) of features under weights (n, adapters)."""
+        head = RecalledHead(self.weight, self.bias, self.owners)
+        scores = head(features, weights)
+        probabilities = head.probabilities(scores)
+        return (scores if head.owners is None else probabilities.log()), probabilities
+
+
+class Attached(nn.Module):
+    """A memory on its frozen model. Always in eval mode; no parameter learns."""
+
+    def __init__(self, backbone: FrozenModel, precision: str) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.precision = precision
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in eval mode."""
+        del mode
+        return super().train(False)
+
+    def computing(self) -> AbstractContextManager[object]:
+        """The number format of the computation: float32, or bfloat16 where that was asked for."""
+        return torch.autocast(
+            self.backbone.device.type, torch.bfloat16, enabled=self.precision == "bf16"
+        )
+
+
+class AttachedImages(Attached):
+    """A memory on an image model: `forward(batch)` gives an `Output`."""
+
+    backbone: Backbone
+
+    def pixels(self, batch: Tensor) -> Tensor:
+        """uint8 (n, h, w, 3) preprocessed; floats (n, 3, size, size) as they are."""
+        return batch if batch.is_floating_point() else self.backbone.preprocess(batch)
+
+    def forward(self, batch: Tensor) -> Output:
+        """What the memory makes of a batch of images."""
+        with self.computing():
+            return self.seen(self.pixels(batch))
+
+    def seen(self, pixels: Tensor) -> Output:
+        """What the memory makes of preprocessed pixels (n, 3, size, size)."""
+        raise NotImplementedError
+
+
+def _unknown(features: Tensor) -> Tensor:
+    """The novelty (n,) of inputs where a memory cannot tell."""
+    return features.new_full((features.shape[0],), torch.nan, dtype=torch.float64)
+
+
+class AttachedMixture(AttachedImages):
+    """Whole adapters mixed by learned keys (MIRA)."""
+
+    def __init__(self, snapshot: Snapshot, precision: str) -> None:
+        _, model, head = snapshot.consolidated()
+        super().__init__(model.backbone, precision)
+        self.model: MemoryModel = model
+        self.head = _Head(head)
+        features = [one.moments for one in snapshot.feature_statistics().values()]
+        queries = [one.moments for one in snapshot.query_statistics().values()]
+        looks = [Reaches.of(features), Reaches.of(queries)]
+        self.reaches = nn.ModuleList(look for look in looks if look is not None)
+
+    def seen(self, pixels: Tensor) -> Output:
+        """As `AttachedImages.seen`, in one pass."""
+        features, coefficients, queries = self.model.seen(pixels)
+        weights = coefficients.mean(dim=1)
+        logits, probabilities = self.head(features, weights)
+        novelty = _unknown(features)
+        if len(self.reaches) == 2:
+            looks = (features.float().unsqueeze(0), queries.transpose(0, 1))
+            far = [reach(look) for reach, look in zip(self.reaches, looks, strict=True)]
+            novelty = torch.stack(far).square().mean(dim=0).sqrt()
+        return Output(logits, probabilities, weights, novelty)
+
+
+class AttachedAtoms(AttachedImages):
+    """A bank of rank-1 atoms that activate themselves (MoRAM)."""
+
+    def __init__(self, backbone: Backbone, snapshot: AtomSnapshot, precision: str) -> None:
+        super().__init__(backbone, precision)
+        self.bank: Rank1Memory = snapshot.bank
+        self.gate: AtomGate = snapshot.gate
+        self.tasks = snapshot.tasks
+        self.head = _Head(snapshot.head)
+        self.by_cosine = snapshot.state.head.kind in ("prototype", "text")
+        statistics = feature_statistics(snapshot.view, snapshot.tasks)
+        self.reach = Reaches.of([one.moments for one in statistics.values()])
+
+    def seen(self, pixels: Tensor) -> Output:
+        """As `AttachedImages.seen`, in one pass."""
+        counted = TaskShares(self.tasks, self.gate)
+        whole = TaskShares(self.tasks, self.gate, counted=False)
+
+        def watch(atoms: ModuleAtoms, x: Tensor) -> None:
+            counted(atoms, x)
+            if self.head.owners is not None:
+                whole(atoms, x)
+
+        features = self.backbone.features(pixels, watched(self.bank, self.gate, watch))
+        weights = counted.taken().mean(dim=1)
+        asked = F.normalize(features.float(), dim=-1) if self.by_cosine else features
+        shares = weights if self.head.owners is None else whole.taken().mean(dim=1)
+        logits, probabilities = self.head(asked, shares)
+        novelty = _unknown(features)
+        if self.reach is not None:
+            novelty = self.reach(features.float().unsqueeze(0))
+        return Output(logits, probabilities, weights, novelty)
+
+
+class AttachedAdapters(AttachedImages):
+    """Whole adapters, one for every input: of a task that is told, or that a predictor sees.
+
+    `values` (t, numel) are the adapters as they are used: recalled, or exact. `told` is the place
+    of the task that every input is of.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        values: AdapterValues,
+        heads: Sequence[LinearClassifier],
+        precision: str,
+        *,
+        told: int | None = None,
+        predictor: tuple[AdapterValues, LinearClassifier] | None = None,
+    ) -> None:
+        super().__init__(backbone, precision)
+        self.values = values
+        self.head = _Head(RecalledHead.of_tasks(heads, range(len(heads))))
+        self.told = told
+        self.predictor: AdapterValues | None = None
+        if told is None and predictor is not None:
+            self.predictor, classifier = predictor
+            self.tells = _Head(RecalledHead.shared(classifier))
+
+    def task_of(self, pixels: Tensor) -> Tensor:
+        """The place of the task of every input (n,), int64."""
+        if self.predictor is None:
+            return pixels.new_full((pixels.shape[0],), self.told or 0, dtype=torch.int64)
+        features = self.backbone.features(pixels, every(self.predictor))
+        logits, _ = self.tells(features, features.new_zeros(features.shape[0], 1))
+        return logits.argmax(dim=1)
+
+    def seen(self, pixels: Tensor) -> Output:
+        """As `AttachedImages.seen`: two passes where a predictor says the task, else one."""
+        place = self.task_of(pixels)
+        features = self.backbone.features(pixels, chosen(self.values, place))
+        weights = F.one_hot(place, len(self.values)).float()
+        logits, probabilities = self.head(features, weights)
+        return Output(logits, probabilities, weights, _unknown(features))

@@ -1,0 +1,65 @@
+"""A memory attached to its language model: it answers prompts. See attached.py for images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from memtool.adapters.atoms import AtomGate
+from memtool.adapters.values import Recall
+from memtool.backbones.causal_lm import CausalLM
+from memtool.memories.rank1 import Rank1Memory
+from memtool.methods.atom_watch import TaskShares, watched
+from memtool.methods.attached import Attached
+from memtool.methods.text import answers
+
+if TYPE_CHECKING:
+    from memtool.methods.text_memory import TextSnapshot
+
+
+class AttachedTexts(Attached):
+    """A bank of rank-1 atoms on a language model: it answers prompts."""
+
+    backbone: CausalLM
+
+    def __init__(self, lm: CausalLM, snapshot: TextSnapshot, precision: str) -> None:
+        super().__init__(lm, precision)
+        self.bank: Rank1Memory = snapshot.bank
+        self.gate: AtomGate = snapshot.gate
+        self.tasks = snapshot.tasks
+
+    @property
+    def recall(self) -> Recall:
+        """What the model recalls, token by token."""
+        return self.bank.recall(self.gate)
+
+    @torch.no_grad()
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits (n, length, words) of token ids (n, length), as `CausalLM.encode` makes them."""
+        with self.computing():
+            return self.backbone.logits(tokens, self.recall)
+
+    def generate(self, prompts: Sequence[str], *, batch: int = 16) -> list[str]:
+        """The greedy answers to prompts, without white space around them."""
+        with self.computing():
+            return answers(self.backbone, prompts, self.recall, batch=batch)
+
+    def answer(self, prompt: str) -> str:
+        """The greedy answer to one prompt."""
+        return self.generate([prompt])[0]
+
+    @torch.no_grad()
+    def weights(self, prompts: Sequence[str]) -> Tensor:
+        """Whose atoms prompts choose: (n, tasks), mean over tokens, sites and blocks."""
+        shares = TaskShares(self.tasks, self.gate)
+        recall = watched(self.bank, self.gate, shares)
+        found = []
+        for prompt in prompts:  # one by one: padding is no token
+            tokens = self.backbone.encode([prompt]).tokens.to(self.backbone.device)
+            with self.computing():
+                self.backbone.hidden(tokens, recall)
+            found.append(shares.taken().mean(dim=1))
+        return torch.cat(found)

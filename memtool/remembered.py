@@ -1,0 +1,56 @@
+"""The settings that a memory was made with, as its versions hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from memtool.config import keys
+from memtool.errors import CorruptError
+
+if TYPE_CHECKING:
+    from memtool_stores import MemoryStore
+
+_OF_THE_MACHINE = ("store", "lock_timeout", "runs", "baselines", "limits", "engine")
+"""Settings and sections that say where and how to work, not what the memory is."""
+
+ALSO = ("engine.precision",)
+"""The number format that a memory was measured in is its own, whatever the machine."""
+
+
+def remembered(store: MemoryStore, version: str = "HEAD") -> dict[str, Any]:
+    """Settings by dotted key, of the newest version up to this one that says them; {} for none.
+
+    What this memtool has no setting for is left out. Raises CorruptError for what is no
+    configuration, and the errors of the store.
+    """
+    for one in store.log(version):
+        said = one.metadata.get("configuration")
+        if said is None:
+            continue
+        if not isinstance(said, Mapping):
+            raise CorruptError(
+                f"version {one.id} of {store.url} says no configuration", expected="a JSON object"
+            )
+        found = {key: _at(said, key) for key in keys() if _is_of_a_memory(key)}
+        seed = one.metadata.get("seed")
+        if isinstance(seed, int):
+            found["seed"] = (seed,)
+        return {key: value for key, value in found.items() if value is not _NOTHING}
+    return {}
+
+
+_NOTHING = object()
+
+
+def _is_of_a_memory(key: str) -> bool:
+    return key in ALSO or key.partition(".")[0] not in _OF_THE_MACHINE
+
+
+def _at(tree: Mapping[str, Any], key: str) -> Any:
+    value: Any = tree
+    for part in key.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return _NOTHING
+        value = value[part]
+    return value

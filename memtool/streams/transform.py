@@ -1,0 +1,35 @@
+"""The preprocessing of a picture as a transform of torchvision, the same as data sets get."""
+
+from __future__ import annotations
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from memtool.streams.images import upright_rgb
+
+
+class Square(nn.Module):
+    """A PIL image to RGB: its largest centred square, resized by antialiased bicubic."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, image: Image.Image) -> Image.Image:
+        """A picture of (size, size)."""
+        return ImageOps.fit(upright_rgb(image), (self.size, self.size), Image.Resampling.BICUBIC)
+
+
+def transform_of(size: int, mean: Tensor, std: Tensor) -> v2.Compose:
+    """PIL image to normalised float32 (3, size, size); mean and std of the channels in [0, 1]."""
+    channels = [one.flatten().tolist() for one in (mean, std)]
+    return v2.Compose(
+        [
+            Square(size),
+            v2.PILToTensor(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(*channels),
+        ]
+    )
