@@ -708,7 +708,7 @@ def _at_home(path: Path) -> Path:
     """The path with `~` replaced. Raises ConfigError where there is no such user."""
     try:
         return path.expanduser()
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # ValueError: a name with NUL
         raise ConfigError(
             f"{printable(str(path))}: there is no user {shown(path.parts[0][1:])}",
             expected="~ for your own home, or the name of a user of this machine",
