@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from importlib import resources
 
-from timm.models.vision_transformer import VisionTransformer
-
+from memtool.backbones.plain_vit import PlainViT
 from memtool.backbones.vit import VitBackbone, check_image_size
 from memtool.backbones.vit_weights import load_vit_weights
 from memtool.config import BackboneSettings
@@ -20,18 +19,15 @@ NANO_MEAN = (0.5, 0.5, 0.5)
 NANO_STD = (0.5, 0.5, 0.5)
 
 
-def build_nano(image_size: int = NANO_IMAGE_SIZE) -> VisionTransformer:
+def build_nano(image_size: int = NANO_IMAGE_SIZE) -> PlainViT:
     """The architecture with freshly initialised weights (from torch's global generator)."""
-    return VisionTransformer(
-        img_size=image_size,
+    return PlainViT(
+        image_size=image_size,
         patch_size=NANO_PATCH_SIZE,
-        embed_dim=160,
+        dim=160,
         depth=4,
-        num_heads=4,
+        heads=4,
         mlp_ratio=4,
-        class_token=True,
-        global_pool="token",
-        num_classes=0,
     )
 
 

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from memtool import sealed
 from memtool.backbones.nano import NANO_IMAGE_SIZE, NANO_MEAN, NANO_STD, build_nano
+from memtool.backbones.plain_vit import PlainAttention
 from memtool.backbones.tensor_hash import tensor_sha256
 from memtool.errors import (
     AlreadyThereError,
@@ -325,16 +326,17 @@ class _Learner:
         self.batch_size = sum(corpus.per_batch for corpus in corpora)
         self.steps = steps
         self.seed = seed
-        # timm initialises from the global generator: seed it here, and give it back as it was.
+        # The model draws from the global generator: seed it here, and give it back as it was.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.model = build_nano()
             width = self.model.embed_dim
             self.heads = nn.ModuleDict({c.name: nn.Linear(width, c.classes) for c in corpora})
             self.heads["descriptor"] = nn.Linear(width, DESCRIPTOR_DIM)
-        for block in self.model.blocks:
-            # With 17 tokens the bf16 backward of torch's fused CPU attention halves the speed.
-            block.attn.fused_attn = False
+        for module in self.model.modules():
+            if isinstance(module, PlainAttention):
+                # With 17 tokens the bf16 backward of torch's fused CPU attention halves the speed.
+                module.fused = False
         self.named = dict(
             nn.ModuleDict({"model": self.model, "heads": self.heads}).named_parameters()
         )

@@ -1,4 +1,4 @@
-"""Any timm Vision Transformer as a backbone whose linear layers take a mixture as an argument.
+"""Any plain Vision Transformer as a backbone whose linear layers take a mixture as an argument.
 
 The forward pass of timm's `Block`, `Attention` and `Mlp` is written out here once more (without
 dropout and stochastic depth, for a frozen model), because the mixture of a block has to reach its
@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, Mlp
-from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from memtool.adapters.layout import Site
@@ -22,6 +20,7 @@ from memtool.adapters.linear import AdaptedLinear
 from memtool.adapters.mixing import Mixture
 from memtool.adapters.values import Recall
 from memtool.backbones.interface import Backbone
+from memtool.backbones.plain_vit import PlainAttention, PlainBlock, PlainMlp
 from memtool.backbones.tensor_hash import tensor_sha256
 from memtool.backbones.vit_weights import load_vit_weights
 from memtool.config import BackboneSettings
@@ -36,6 +35,9 @@ def create_timm_vit(settings: BackboneSettings, model: str) -> VitBackbone:
     Raises ConfigError for a model that timm does not know or that is no Vision Transformer of a
     kind that can be adapted, NotFoundError for weights that cannot be fetched.
     """
+    import timm
+    from timm.models.vision_transformer import VisionTransformer
+
     if not timm.is_model(model):
         near = difflib.get_close_matches(model, timm.list_models("*vit*"), n=5, cutoff=0.3)
         raise ConfigError(
@@ -81,7 +83,7 @@ def check_image_size(image_size: int, patch_size: int, name: str) -> None:
 
 
 class VitBackbone(Backbone):
-    """A frozen timm VisionTransformer; takes the model over and replaces its blocks.
+    """A frozen `VisionTransformer` of timm or `PlainViT`; takes it over and replaces its blocks.
 
     `mean` and `std` are the normalisation of the three channels in [0, 1]. Always in eval mode.
     Raises ConfigError for blocks or a pooling that this class does not express.
@@ -89,9 +91,7 @@ class VitBackbone(Backbone):
 
     targets = VIT_TARGETS
 
-    def __init__(
-        self, vit: VisionTransformer, name: str, *, mean: Sequence[float], std: Sequence[float]
-    ) -> None:
+    def __init__(self, vit: Any, name: str, *, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         if vit.global_pool == "":
             raise ConfigError(
@@ -154,9 +154,9 @@ class VitBackbone(Backbone):
 class AdaptedBlock(nn.Module):
     """timm's pre-norm `Block`: x + attention(norm(x)), then x + mlp(norm(x)), each layer-scaled."""
 
-    def __init__(self, block: Block, name: str) -> None:
+    def __init__(self, block: Any, name: str) -> None:
         super().__init__()
-        _check_kind(block, Block, name)
+        _check_kind(block, PlainBlock, "Block", name)
         self.norm1, self.ls1 = block.norm1, block.ls1
         self.attn = AdaptedAttention(block.attn, f"{name}.attn")
         self.norm2, self.ls2 = block.norm2, block.ls2
@@ -183,9 +183,9 @@ class AdaptedBlock(nn.Module):
 class AdaptedAttention(nn.Module):
     """timm's `Attention`: multi-head self-attention with one fused projection for q, k and v."""
 
-    def __init__(self, attention: Attention, name: str) -> None:
+    def __init__(self, attention: Any, name: str) -> None:
         super().__init__()
-        _check_kind(attention, Attention, name)
+        _check_kind(attention, PlainAttention, "Attention", name)
         if getattr(attention, "gate", None) is not None:
             raise ConfigError(f"{name} is gated attention", expected="attention without a gate")
         self.qkv = AdaptedLinear(attention.qkv, f"{name}.qkv")
@@ -213,9 +213,9 @@ class AdaptedAttention(nn.Module):
 class AdaptedMlp(nn.Module):
     """timm's `Mlp`: fc1, activation, perhaps a norm, fc2."""
 
-    def __init__(self, mlp: Mlp, name: str) -> None:
+    def __init__(self, mlp: Any, name: str) -> None:
         super().__init__()
-        _check_kind(mlp, Mlp, name)
+        _check_kind(mlp, PlainMlp, "Mlp", name)
         self.fc1 = AdaptedLinear(mlp.fc1, f"{name}.fc1")
         self.act, self.norm = mlp.act, mlp.norm
         self.fc2 = AdaptedLinear(mlp.fc2, f"{name}.fc2")
@@ -271,11 +271,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-def _check_kind(module: nn.Module, kind: type[nn.Module], name: str) -> None:
-    """A subclass may compute something else: only the very class is known to be equal."""
-    if type(module) is not kind:
+def _check_kind(module: nn.Module, ours: type[nn.Module], timms: str, name: str) -> None:
+    """A subclass may compute something else: only the very classes are known to be equal."""
+    kind = type(module)
+    known = ("timm.models.vision_transformer", "timm.layers.attention", "timm.layers.mlp")
+    if kind is not ours and not (kind.__name__ == timms and kind.__module__ in known):
         raise ConfigError(
-            f"{name} is a {type(module).__name__}, which memtool cannot adapt",
-            expected=f"timm's {kind.__name__}",
+            f"{name} is a {kind.__name__}, which memtool cannot adapt",
+            expected=f"timm's {timms}",
             remedy="choose a plain Vision Transformer, as vit_tiny_patch16_224",
         )

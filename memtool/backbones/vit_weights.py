@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
-from timm.layers import resample_abs_pos_embed
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from memtool.backbones.weight_files import read_weights
@@ -16,7 +15,7 @@ from memtool.errors import MismatchError
 _HEAD_PREFIXES = ("head.", "head_dist.")
 
 
-def load_vit_weights(vit: VisionTransformer, path: Path) -> None:
+def load_vit_weights(vit: Any, path: Path) -> None:
     """Load every tensor of `path` into `vit`, in the model's own precision (fp16 becomes fp32).
 
     A position embedding for another image size is resampled (bicubic, antialiased); tensors of a
@@ -33,7 +32,7 @@ def load_vit_weights(vit: VisionTransformer, path: Path) -> None:
     vit.load_state_dict(given, strict=False)
 
 
-def _resampled(embedding: Tensor, vit: VisionTransformer, path: Path) -> Tensor:
+def _resampled(embedding: Tensor, vit: Any, path: Path) -> Tensor:
     """The position embedding (1, prefix + patches, dim) for the model's own grid of patches."""
     prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
     rows, columns = vit.patch_embed.grid_size
@@ -46,6 +45,8 @@ def _resampled(embedding: Tensor, vit: VisionTransformer, path: Path) -> Tensor:
             f"pos_embed in {path} has {embedding.shape[1]} positions, {prefix} of them no patches",
             expected=f"a square number of patches to resample to {rows} x {columns}",
         )
+    from timm.layers import resample_abs_pos_embed
+
     return resample_abs_pos_embed(
         embedding.float(), new_size=[rows, columns], old_size=[side, side], num_prefix_tokens=prefix
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
+from importlib import resources
 
 import numpy as np
 import numpy.typing as npt
@@ -35,10 +36,8 @@ def digits_table(setting: str, seed: int, image_size: int) -> Table:
     the colours. Images uint8 (n, image_size, image_size, 3), resized bicubically where image_size
     is not 32.
     """
-    from sklearn.datasets import load_digits
-
-    pixels, digits = load_digits(return_X_y=True)
-    labels = np.asarray(digits, dtype=np.int64)
+    pixels, digits = packaged()
+    labels = digits.astype(np.int64)
     order = np.argsort(random_ranks(len(labels), "digits order", seed))
     labels = labels[order]
     ink = _enlarged(np.asarray(pixels[order], dtype=np.float32).reshape(-1, 8, 8) / np.float32(16))
@@ -119,6 +118,13 @@ ANGLES = (0, 30, 60, 90, 120)  # degrees, counter-clockwise
 def digits_domains(setting: str) -> tuple[str, ...]:
     """The names of the domains under `setting`; none under "cil", "til" and "mts"."""
     return tuple(_views(setting)) if setting in ("dil", "dg") else ()
+
+
+def packaged() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.uint8]]:
+    """Pixels (1797, 64) from 0 to 16, and digits (1797,): scikit-learn's, in a file of ours."""
+    packaged = resources.files("memtool.streams") / "digits.npz"
+    with resources.as_file(packaged) as path, np.load(path) as file:
+        return file["pixels"].astype(np.float64), file["digits"]
 
 
 def _views(setting: str) -> dict[str, View]:

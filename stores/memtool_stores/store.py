@@ -793,7 +793,7 @@ def _plain(url: str | Path) -> str:
         raise StorageError(f"cannot keep a store at {text}", expected="a directory or s3://…")
     try:
         folder = Path(text.removeprefix("file://")).expanduser()
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # ValueError: a name with NUL
         raise StorageError(
             f"cannot keep a store at {text}: there is no such user",
             expected="~ for your own home, or the name of a user of this machine",

@@ -10,9 +10,12 @@ from safetensors import safe_open
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from timm.models.vision_transformer import VisionTransformer
 
 from memtool.backbones import create_backbone
 from memtool.backbones.interface import Backbone
+from memtool.backbones.nano import build_nano
+from memtool.backbones.vit import VitBackbone
 from memtool.config import BackboneSettings, StreamSettings
 from memtool.streams import Stream, Task, create_stream
 
@@ -49,6 +52,27 @@ def test_shape(nano: Backbone) -> None:
     pixels = nano.preprocess(torch.zeros(2, 32, 32, 3, dtype=torch.uint8))
     assert pixels.unique().tolist() == [-1.0]
     assert nano.features(pixels).shape == (2, 160)
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_our_own_module_is_timms(size: int) -> None:
+    ours = build_nano(size).eval()
+    theirs = VisionTransformer(
+        img_size=size,
+        patch_size=8,
+        embed_dim=160,
+        depth=4,
+        num_heads=4,
+        class_token=True,
+        global_pool="token",
+        num_classes=0,
+    ).eval()
+    theirs.load_state_dict(ours.state_dict())
+    pixels = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(ours(pixels), theirs(pixels), atol=1e-6, rtol=1e-6)
+    one, other = (VitBackbone(m, "m", mean=[0.5] * 3, std=[0.5] * 3) for m in (ours, theirs))
+    assert one.sha256 == other.sha256
+    assert torch.equal(one.features(pixels), other.features(pixels))
 
 
 def test_another_image_size(nano: Backbone) -> None:

@@ -5,10 +5,11 @@ import itertools
 
 import numpy as np
 import pytest
+from sklearn.datasets import load_digits
 
 from memtool.config import Setting, StreamSettings
 from memtool.streams import create_stream
-from memtool.streams.digits import ANGLES, DOMAINS, digits_table
+from memtool.streams.digits import ANGLES, DOMAINS, digits_table, packaged
 
 # sha256 of the training labels of all tasks, seed 0. A change means that every result on the
 # digits so far was made from other splits.
@@ -136,3 +137,10 @@ def _statistics(images: np.ndarray) -> np.ndarray:
     flat = _flat(images)
     colour = (images / 255).std(-1).mean((1, 2))[:, None]
     return np.concatenate([flat, flat[:, :-1] ** 2, colour, colour**2], 1)
+
+
+def test_the_packaged_digits_are_those_of_scikit_learn() -> None:
+    pixels, digits = load_digits(return_X_y=True)
+    ours, labels = packaged()
+    assert np.array_equal(ours, pixels)
+    assert np.array_equal(labels, digits)
