@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from memtool_cli.output import percent
+from memtool_cli.output import Table, percent
 
 if TYPE_CHECKING:
     from memtool.methods.results import Prediction
     from memtool_cli.output import Out
 
 
-def show_prediction(out: Out, prediction: Prediction | None) -> None:
-    """Say on stderr what was predicted, and how little it means where it means little."""
-    if prediction is None:
-        return
-    out.note(f"prediction: {prediction.label} ({percent(prediction.probability)})")
-    if prediction.unlike:
+def predicted(prediction: Prediction | None, answer: str | None = None) -> list[Table]:
+    """What was predicted, as the table that stands first: a class, or an answer to a prompt."""
+    rows: list[tuple[str, ...]] = []
+    if prediction is not None:
+        rows.append(("prediction", prediction.label, percent(prediction.probability)))
+    if answer is not None:
+        rows.append(("answer", answer))
+    return [Table((), rows)] if rows else []
+
+
+def say_unlike(out: Out, prediction: Prediction | None) -> None:
+    """Say how little a prediction means where it means little."""
+    if prediction is not None and prediction.unlike:
         out.note(unlike(prediction.novelty))
 
 

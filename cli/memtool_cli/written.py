@@ -16,7 +16,7 @@ def show_written(call: Call, result: WriteResult) -> None:
     out = call.out
     rows = [(adapter.name, adapter.id) for adapter in result.added]
     table = Table(("adapter", "id"), rows, title=f"version {result.version}")
-    out.data(result, table, ids=[adapter.id for adapter in result.added])
+    out.data(result, table, ids=[adapter.id for adapter in (*result.known, *result.added)])
     for one in result.as_atoms:
         if one.measure == "loss":
             worth = f"loss {one.atoms:.3f} nats per answer token, {one.plain:.3f} as plain adapter"

@@ -240,6 +240,7 @@ class MemoryMethod(ABC, Generic[T]):
             version=results[-1].version,
             added=tuple(adapter for result in results for adapter in result.added),
             skipped=tuple(name for result in results for name in result.skipped),
+            known=tuple(adapter for result in results for adapter in result.known),
             as_atoms=tuple(one for result in results for one in result.as_atoms),
             notes=tuple(note for result in results for note in result.notes),
         )
@@ -260,11 +261,11 @@ class MemoryMethod(ABC, Generic[T]):
                 require_trained_as(adapter, self.kind, self.config.method, as_atoms=as_atoms)
         store = work.store_or_new()
         added: list[WrittenAdapter] = []
-        skipped: list[str] = []
+        known: list[WrittenAdapter] = []
 
         def append(txn: memtool_stores.Transaction) -> None:
             added.clear()
-            skipped.clear()
+            known.clear()
             records = {record.name: record for record in (*txn.adapters, *txn.atom_records)}
             for adapter in found:
                 old = records.get(adapter.name)
@@ -277,7 +278,7 @@ class MemoryMethod(ABC, Generic[T]):
                             remedy="rename the directory, write to another --store, or memtool "
                             "rollback to the version before it",
                         )
-                    skipped.append(adapter.name)
+                    known.append(WrittenAdapter(name=adapter.name, id=old.id))
                     continue
                 record = self._append(txn, adapter)
                 records[adapter.name] = record
@@ -296,7 +297,8 @@ class MemoryMethod(ABC, Generic[T]):
         return WriteResult(
             version=store.head(),
             added=tuple(added),
-            skipped=tuple(skipped),
+            skipped=tuple(adapter.name for adapter in known),
+            known=tuple(known),
             as_atoms=tuple(self._compared(adapter) for adapter in foreign),
             notes=tuple(note for a in found if a.name in new for note in a.notes),
         )

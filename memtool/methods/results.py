@@ -62,7 +62,7 @@ class AsAtoms(Part):
 
 
 class WriteResult(Result):
-    """What `write` added; `skipped` names the adapters that were in memory already.
+    """What `write` added; `known` are the adapters that were there, `skipped` their names.
 
     `as_atoms` has those that were trained to act whole and became atoms; `notes` say what is
     doubtful about what was written.
@@ -72,6 +72,7 @@ class WriteResult(Result):
     version: str
     added: tuple[WrittenAdapter, ...]
     skipped: tuple[str, ...] = ()
+    known: tuple[WrittenAdapter, ...] = ()
     as_atoms: tuple[AsAtoms, ...] = ()
     notes: tuple[str, ...] = ()
 

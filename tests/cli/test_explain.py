@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -116,9 +117,9 @@ def test_what_is_refused(arguments, code, said, folder):
 def test_what_is_unlike_all_that_was_learned_is_said_wherever_it_is_predicted(folder):
     noise = np.random.default_rng(0).integers(0, 256, (60, 60, 3), dtype=np.uint8)
     Image.fromarray(noise).save(folder / "noise.png")
-    shown = memtool(folder, "retrieve", "--image", "noise.png").stderr
-    assert "prediction: " in shown
-    assert "unlike all that the memory learned" in shown
+    shown = memtool(folder, "retrieve", "--image", "noise.png")
+    assert re.match(r"prediction\t\d\t[\d.]+ %\n", shown.stdout)
+    assert "unlike all that the memory learned" in shown.stderr
     assert "unlike all that the memory" in memtool(folder, "explain", "--image", "noise.png").stderr
     for image, unlike in (("noise.png", True), ("digit.png", False)):
         for verb in ("retrieve", "explain"):

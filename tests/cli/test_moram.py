@@ -82,7 +82,7 @@ def test_what_is_recalled_and_where_atoms_fire(moram, grown):
     where = ("--layer", "v", "--block", "1", "--out", "map.svg")
     done = moram("explain", "--image", "digit.png", *where)
     assert "task-2-seed-0" in done.stdout
-    assert "prediction: " in done.stderr
+    assert done.stdout.startswith("prediction\t")
     assert (grown / "map.svg").read_text().startswith("<?xml")
 
 

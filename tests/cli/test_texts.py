@@ -79,7 +79,7 @@ def test_what_is_recalled_and_where_atoms_fire(texts, grown, here):
     where = ("--layer", "v", "--block", "1", "--out", "atoms.html")
     done = texts("explain", "--prompt", "after c comes", *where)
     assert "task-2-seed-0" in done.stdout
-    assert "answer: " in done.stderr
+    assert "answer\t" in done.stdout
     assert "Which atoms fire where" in (here / "atoms.html").read_text()
     before = ("--store", f"{here / 'memory'}@HEAD~1")
     assert "task-2-seed-0" not in texts("explain", "--task", "2", *before).stdout

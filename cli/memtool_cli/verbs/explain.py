@@ -26,7 +26,7 @@ from memtool_cli.options import (
     verb,
 )
 from memtool_cli.output import Table
-from memtool_cli.predictions import show_prediction, unlike
+from memtool_cli.predictions import predicted, say_unlike, unlike
 from memtool_cli.unread import say_decided
 
 app = Verbs()
@@ -134,9 +134,8 @@ def _explain_atoms(
             assert isinstance(method, Moram)
             result = explain_atoms(method, task=task, image=image, **where)
     best = sorted(result.tasks, key=lambda one: -one.share)
-    call.out.data(result, task_grid(result), ids=[one.name for one in best[:1]])
-    show_prediction(call.out, result.prediction)
-    if result.answer is not None:
-        call.out.note(f"answer: {result.answer}")
+    first = predicted(result.prediction, result.answer)
+    call.out.data(result, *first, task_grid(result), ids=[one.name for one in best[:1]])
+    say_unlike(call.out, result.prediction)
     if out is not None:
         call.out.note(f"drawn in {out}")

@@ -41,7 +41,7 @@ from memtool_cli.options import (
 )
 from memtool_cli.output import Table, duration, percent, size
 from memtool_cli.plan import show_plan
-from memtool_cli.predictions import show_prediction
+from memtool_cli.predictions import predicted, say_unlike
 from memtool_cli.scores import show
 from memtool_cli.unread import say_decided, say_unread_stream
 from memtool_cli.written import show_written
@@ -316,8 +316,9 @@ def _show_mixture(call: Call, result: RetrieveResult) -> None:
             for number, block in zip(result.block_numbers, result.blocks, strict=True)
         ],
     )
-    call.out.data(result, mixture, blocks, ids=[adapter.name for adapter in best[:1]])
-    show_prediction(call.out, result.prediction)
+    first = predicted(result.prediction)
+    call.out.data(result, *first, mixture, blocks, ids=[adapter.name for adapter in best[:1]])
+    say_unlike(call.out, result.prediction)
     if result.accuracy is not None:
         call.out.note(f"accuracy on {result.samples} samples: {percent(result.accuracy)}")
     if result.out is not None:
@@ -343,16 +344,15 @@ def _show_atoms(call: Call, result: AtomsResult) -> None:
         ("atom at", "task", "number", "share of what is added there"),
         [(atom.site, atom.task, atom.rank, percent(atom.share)) for atom in result.atoms],
     )
-    call.out.data(result, shares, blocks, atoms, ids=[one.name for one in tasks[:1]])
+    first = predicted(result.prediction, result.answer)
+    call.out.data(result, *first, shares, blocks, atoms, ids=[one.name for one in tasks[:1]])
     missing = 1 - sum(one.share for one in tasks)
     call.out.note(f"{percent(missing)} of the weight fell below the threshold")
-    show_prediction(call.out, result.prediction)
+    say_unlike(call.out, result.prediction)
     if result.accuracy is not None:
         call.out.note(f"accuracy on {result.samples} samples: {percent(result.accuracy)}")
     if result.loss is not None:
         call.out.note(f"loss on {result.samples} texts: {result.loss:.3f} nats per answer token")
-    if result.answer is not None:
-        call.out.note(f"answer: {result.answer}")
 
 
 def _show_recall(call: Call, result: RecallResult) -> None:
