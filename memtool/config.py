@@ -652,10 +652,18 @@ def split_store(store: str) -> tuple[str, str]:
     `here@home/` and `user@host/memory` are addresses, too.
     """
     folder, slash, name = store.rpartition("/")
-    if "@" not in name or os.path.lexists(os.path.expanduser(store)):  # noqa: PTH111 - any text
+    if "@" not in name or _is_there(store):
         return store, "HEAD"
     name, _, version = name.rpartition("@")
     return folder + slash + name, version or "HEAD"
+
+
+def _is_there(store: str) -> bool:
+    """Whether there is anything at a path; at text that no path can be there is nothing."""
+    try:
+        return os.path.lexists(os.path.expanduser(store))  # noqa: PTH111 - any text
+    except ValueError:
+        return False
 
 
 def store_beside(store: str, ending: str) -> str:
