@@ -431,7 +431,7 @@ class Config(Settings):
     @field_validator("runs")
     @classmethod
     def _runs_at_home(cls, runs: Path) -> Path:
-        return _at_home(runs)
+        return at_home(runs)
 
     def recorded(self) -> dict[str, Any]:
         """The configuration as records and commits hold it: plain JSON, `~` for the user's folder.
@@ -574,7 +574,7 @@ def resolve(
         if ambient and os.path.exists(path):  # noqa: PTH110 - False where nobody may look
             put(_read(path, _shown(path, cwd)))
     if file is not None:
-        put(_read(cwd / _at_home(file), str(file)))
+        put(_read(cwd / at_home(file), str(file)))
     if ambient:
         put(_from_environment(os.environ if environ is None else environ))
     for key in overrides or {}:
@@ -709,10 +709,10 @@ def expand(path: Path | str, environ: Mapping[str, str] | None = None) -> Path:
             )
         return environ[name]
 
-    return _at_home(Path(re.sub(r"\$\{(\w+)\}", value, str(path))))
+    return at_home(Path(re.sub(r"\$\{(\w+)\}", value, str(path))))
 
 
-def _at_home(path: Path) -> Path:
+def at_home(path: Path) -> Path:
     """The path with `~` replaced. Raises ConfigError where there is no such user."""
     try:
         return path.expanduser()

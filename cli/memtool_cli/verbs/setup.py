@@ -16,6 +16,7 @@ from memtool.config import (
     WORKING_FILE,
     Config,
     Resolved,
+    at_home,
     choices,
     expand,
     get,
@@ -298,7 +299,7 @@ def _leftovers(call: Call) -> Check:
 
     found = [*find(call.config.runs.absolute()), *find(cache_folder())]
     if not call.store_path.startswith("s3:"):
-        store = Path(call.store_path).expanduser().absolute()
+        store = at_home(Path(call.store_path)).absolute()
         found += [*find(store), *find(store.parent, below=False)]
     found = list({one.path: one for one in found}.values())
     if not found:
