@@ -271,7 +271,7 @@ def retrieve(
     ] = None,
 ) -> None:
     """Show the mixture of adapters that a task, an image, a prompt or a query recalls."""
-    from memtool.methods.text_memory import TextMoram
+    from memtool.methods import open_text_method
 
     call.require_one_subject("retrieve", task=task, image=image, prompt=prompt, query=query)
     say_decided(call)
@@ -279,8 +279,7 @@ def retrieve(
         say_unread_stream(call)
     result: RetrieveResult | RecallResult | AtomsResult
     with call.out.progress() as progress:
-        method = call.method(progress)
-        if isinstance(method, TextMoram):
+        if call.reads_texts:
             if query is not None or out is not None:
                 raise ConfigError(
                     f"{'--query' if query is not None else '--out'} on a stream of texts: every "
@@ -288,9 +287,10 @@ def retrieve(
                     expected="--task or --prompt",
                     remedy="memtool explain --prompt TEXT, which maps atoms to tokens",
                 )
-            result = method.retrieve(task=task, prompt=prompt, version=call.version)
+            of_texts = open_text_method(call.config, seed=call.seed, progress=progress)
+            result = of_texts.retrieve(task=task, prompt=prompt, version=call.version)
         else:
-            result = method.retrieve(
+            result = call.image_method(progress).retrieve(
                 task=task, image=image, query=query, version=call.version, out=out
             )
     if result.schema_ == "memtool.recall":
