@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from memtool_stores import AdapterRecord, MemoryView, Version
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Memory:
     """One version of a memory, as `load` opens it.
 
@@ -37,6 +37,11 @@ class Memory:
     store: MemoryStore
     view: MemoryView
     config: Config
+
+    def __repr__(self) -> str:
+        """Where it is, its method and model, and how many adapters it holds."""
+        made = f"{self.config.method} on {self.config.backbone.name}"
+        return f"<Memory {self.store.url}@{self.version}: {made}, {len(self.adapters)} adapters>"
 
     @property
     def version(self) -> str:
@@ -95,6 +100,14 @@ class Memory:
         """
         if precision not in ("fp32", "bf16"):
             raise ConfigError(f"precision {precision!r}", expected="fp32 or bf16")
+        from memtool.backbones.interface import FrozenModel
+
+        if backbone is not None and not isinstance(backbone, FrozenModel):
+            raise ConfigError(
+                f"a backbone of type {type(backbone).__name__}",
+                expected="a model of memtool.create_backbone",
+                remedy="attach() without one makes the model that the memory remembers",
+            )
         method = self._method()
         method.workspace.backbone = backbone or self._backbone()
         word = None if task is None else str(task)
@@ -131,6 +144,8 @@ def load(store: str | Path, *, weights: str | Path | None = None) -> Memory:
     opened = MemoryStore.open(address)
     view = opened.view(version)
     made_with = remembered(opened, view.version)
+    if not view.live:
+        raise NotFoundError(f"the memory {address!r} holds no adapters at version {view.version}")
     if not made_with:
         raise NotFoundError(
             f"the memory {address!r} does not say what it was made with",

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import memtool
 from memtool.config import Config, resolve
-from memtool.errors import ConfigError, NotFoundError
+from memtool.errors import ConfigError, DataError, NotFoundError
 from memtool.methods import open_method
 from memtool.methods.attached import AttachedAtoms, AttachedImages, Output
 from memtool.methods.attached_texts import AttachedTexts
@@ -198,6 +198,37 @@ def test_it_is_exported(folder: Path) -> None:
     _equal(torch.export.load(folder / "program.pt2").module()(other), model(other))
 
 
+def test_a_loss_and_a_gradient_of_it_are_finite(folder: Path) -> None:
+    model = memtool.load(folder / "memory").attach()
+    pixels = model.pixels(_images(folder)).requires_grad_()
+    out = model(pixels)
+    seen = out.probabilities.detach().argmax(1)
+    torch.nn.functional.cross_entropy(out.logits, seen).backward()
+    assert bool(out.logits.gather(1, seen[:, None]).isfinite().all())
+    assert pixels.grad is not None
+    assert bool(pixels.grad.isfinite().all())
+
+
+def test_other_number_formats_and_strange_numbers(folder: Path) -> None:
+    model = memtool.load(folder / "memory").attach()
+    batch = _images(folder, 3)
+    expected = model(batch)
+    pixels = model.pixels(batch)
+    _equal(model(pixels.double()), expected)
+    pixels[1, 0, 0, 0] = torch.nan
+    out = model(pixels)
+    if not bool(expected.novelty.isnan().any()):
+        assert bool(out.unlike[1])
+        torch.testing.assert_close(out.novelty[[0, 2]], expected.novelty[[0, 2]])
+    doubled = model.double()(batch)
+    assert doubled.logits.argmax(1).tolist() == expected.logits.argmax(1).tolist()
+    for wrong in (np.zeros((1, 32, 32, 3), np.uint8), None, [1]):
+        with pytest.raises(DataError, match="a batch of type"):
+            model(wrong)
+    with pytest.raises(DataError, match="a picture of type"):
+        memtool.load(folder / "memory").transform(batch[0])
+
+
 def test_a_language_memory_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     method = moram_of(write_facts(tmp_path), tmp_path)
     for task in "12":
@@ -212,6 +243,11 @@ def test_a_language_memory_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert isinstance(model, AttachedTexts)
     assert model.answer(prompts[0]) == said.answer
     assert model.generate(prompts)[0] == said.answer
+    assert model.generate([]) == []
+    assert len(model.generate(prompts, most=1)[0]) <= len(said.answer or "")
+    for wrong in ("one text", [3], None):
+        with pytest.raises(DataError, match="prompts of type"):
+            model.generate(wrong)
     shares = [task.share for task in said.tasks]
     assert model.weights(prompts)[0].tolist() == pytest.approx(shares, abs=1e-6)
     with pytest.raises(ConfigError, match="no transform"):
@@ -257,6 +293,11 @@ def test_what_cannot_be_attached_says_why(made: Callable[[str], Path], tmp_path:
     other.sha256 = "0" * 64
     with pytest.raises(SpaceMismatchError, match="backbone"):
         memory.attach(other)
+    with pytest.raises(ConfigError, match="a backbone of type Linear"):
+        memory.attach(nn.Linear(2, 2))
+    assert repr(memory).endswith("mira on nano, 2 adapters>")
+    with pytest.raises(NotFoundError, match="holds no adapters"):
+        memtool.load(f"{folder / 'memory'}@{memory.log()[-1].id}")
     with pytest.raises(ConfigError, match="fp32 or bf16"):
         memory.attach(precision="fp16")
     with pytest.raises(NotFoundError, match="no adapter of task '9'"):

@@ -249,7 +249,7 @@ def check_pixels(pixels: Tensor, size: int) -> None:
         raise MismatchError(
             f"pixels of shape {tuple(pixels.shape)}",
             expected=f"(batch, 3, {size}, {size})",
-            remedy="pass images through preprocess",
+            remedy="images of any size as uint8 (batch, height, width, 3)",
         )
 
 

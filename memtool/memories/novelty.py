@@ -84,8 +84,8 @@ class Reaches(nn.Module):
         vectors = vectors.double()
         nearest = []
         for factor, means, reach in zip(self.factors, self.means, self.reach, strict=True):
-            away = _distances(vectors @ factor, means).amin(dim=-1)
-            nearest.append(away / reach.unsqueeze(-1))
+            away = _distances(vectors @ factor.double(), means.double()).amin(dim=-1)
+            nearest.append(away / reach.double().unsqueeze(-1))
         return torch.stack(nearest).amin(dim=0).square().mean(dim=0).sqrt()
 
 

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from memtool.adapters.atoms import AtomGate, ModuleAtoms
 from memtool.adapters.values import AdapterValues
 from memtool.backbones.interface import Backbone, FrozenModel
+from memtool.errors import DataError
 from memtool.heads import LinearClassifier, RecalledHead
 from memtool.memories.novelty import LIMIT, Reaches
 from memtool.memories.rank1 import Rank1Memory
@@ -36,10 +37,11 @@ if TYPE_CHECKING:
 class Output:
     """What an attached memory makes of a batch of images.
 
-    logits (n, classes), whose softmax are the probabilities (n, classes): -inf for classes that the
-    head never saw. weights (n, adapters): the share of every adapter, mean over blocks; atoms that
-    fell below the threshold leave less than one in all. novelty (n,): how far the input lies from
-    all that was learned, NaN where the memory cannot tell; unlike (n,) where it is beyond.
+    logits (n, classes), whose softmax are the probabilities (n, classes): scores of one head, or
+    the logarithm of what several heads say together; -inf for classes that no head saw. weights (n,
+    adapters): the share of every adapter, mean over blocks; atoms that fell below the threshold
+    leave less than one in all. novelty (n,): how far the input lies from all that was learned, NaN
+    where the memory cannot tell; unlike (n,) where it is beyond.
     """
 
     logits: Tensor
@@ -71,10 +73,14 @@ class _Head(nn.Module):
 
     def forward(self, features: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and probabilities (n, classes) of features under weights (n, adapters)."""
-        head = RecalledHead(self.weight, self.bias, self.owners)
+        head = RecalledHead(self.weight.float(), self.bias.float(), self.owners)
         scores = head(features, weights)
         probabilities = head.probabilities(scores)
-        return (scores if head.owners is None else probabilities.log()), probabilities
+        if head.owners is None:
+            return scores, probabilities
+        seen = head.bias.isfinite().any(dim=0)
+        logits = probabilities.clamp_min(torch.finfo(torch.float32).tiny).log()
+        return logits.masked_fill(~seen, -torch.inf), probabilities
 
 
 class Attached(nn.Module):
@@ -103,13 +109,24 @@ class AttachedImages(Attached):
     backbone: Backbone
 
     def pixels(self, batch: Tensor) -> Tensor:
-        """uint8 (n, h, w, 3) preprocessed; floats (n, 3, size, size) as they are."""
-        return batch if batch.is_floating_point() else self.backbone.preprocess(batch)
+        """uint8 (n, h, w, 3) preprocessed; floats (n, 3, size, size) in the model's own type.
+
+        Raises DataError, MismatchError for anything else.
+        """
+        if not isinstance(batch, Tensor):
+            raise DataError(
+                f"a batch of type {type(batch).__name__}",
+                expected="a tensor: uint8 (n, height, width, 3), or float (n, 3, size, size)",
+                remedy="memory.transform makes one of a PIL image",
+            )
+        pixels = batch if batch.is_floating_point() else self.backbone.preprocess(batch)
+        return pixels.to(next(self.backbone.parameters()).dtype)
 
     def forward(self, batch: Tensor) -> Output:
         """What the memory makes of a batch of images."""
+        pixels = self.pixels(batch)
         with self.computing():
-            return self.seen(self.pixels(batch))
+            return self.seen(pixels)
 
     def seen(self, pixels: Tensor) -> Output:
         """What the memory makes of preprocessed pixels (n, 3, size, size)."""
@@ -119,6 +136,11 @@ class AttachedImages(Attached):
 def _unknown(features: Tensor) -> Tensor:
     """The novelty (n,) of inputs where a memory cannot tell."""
     return features.new_full((features.shape[0],), torch.nan, dtype=torch.float64)
+
+
+def _finite(novelty: Tensor, features: Tensor) -> Tensor:
+    """The novelty (n,), infinite where an input has numbers that are none."""
+    return novelty.masked_fill(~features.isfinite().all(dim=-1), torch.inf)
 
 
 class AttachedMixture(AttachedImages):
@@ -143,7 +165,7 @@ class AttachedMixture(AttachedImages):
         if len(self.reaches) == 2:
             looks = (features.float().unsqueeze(0), queries.transpose(0, 1))
             far = [reach(look) for reach, look in zip(self.reaches, looks, strict=True)]
-            novelty = torch.stack(far).square().mean(dim=0).sqrt()
+            novelty = _finite(torch.stack(far).square().mean(dim=0).sqrt(), features)
         return Output(logits, probabilities, weights, novelty)
 
 
@@ -177,15 +199,15 @@ class AttachedAtoms(AttachedImages):
         logits, probabilities = self.head(asked, shares)
         novelty = _unknown(features)
         if self.reach is not None:
-            novelty = self.reach(features.float().unsqueeze(0))
+            novelty = _finite(self.reach(features.float().unsqueeze(0)), features)
         return Output(logits, probabilities, weights, novelty)
 
 
 class AttachedAdapters(AttachedImages):
     """Whole adapters, one for every input: of a task that is told, or that a predictor sees.
 
-    `values` (t, numel) are the adapters as they are used: recalled, or exact. `told` is the place
-    of the task that every input is of.
+    `values` (t, numel) are the adapters as they are used: recalled, or exact; `places` says which
+    of the memory's `adapters` each is. `told` is the row of the task that every input is of.
     """
 
     def __init__(
@@ -195,6 +217,8 @@ class AttachedAdapters(AttachedImages):
         heads: Sequence[LinearClassifier],
         precision: str,
         *,
+        places: Sequence[int],
+        adapters: int,
         told: int | None = None,
         predictor: tuple[AdapterValues, LinearClassifier] | None = None,
     ) -> None:
@@ -202,13 +226,16 @@ class AttachedAdapters(AttachedImages):
         self.values = values
         self.head = _Head(RecalledHead.of_tasks(heads, range(len(heads))))
         self.told = told
+        self.adapters = adapters
+        self.places: Tensor
+        self.register_buffer("places", torch.tensor(places))
         self.predictor: AdapterValues | None = None
         if told is None and predictor is not None:
             self.predictor, classifier = predictor
             self.tells = _Head(RecalledHead.shared(classifier))
 
     def task_of(self, pixels: Tensor) -> Tensor:
-        """The place of the task of every input (n,), int64."""
+        """The row of the task of every input (n,), int64."""
         if self.predictor is None:
             return pixels.new_full((pixels.shape[0],), self.told or 0, dtype=torch.int64)
         features = self.backbone.features(pixels, every(self.predictor))
@@ -217,8 +244,9 @@ class AttachedAdapters(AttachedImages):
 
     def seen(self, pixels: Tensor) -> Output:
         """As `AttachedImages.seen`: two passes where a predictor says the task, else one."""
-        place = self.task_of(pixels)
-        features = self.backbone.features(pixels, chosen(self.values, place))
-        weights = F.one_hot(place, len(self.values)).float()
-        logits, probabilities = self.head(features, weights)
+        row = self.task_of(pixels)
+        features = self.backbone.features(pixels, chosen(self.values, row))
+        own = F.one_hot(row, len(self.values)).float()
+        logits, probabilities = self.head(features, own)
+        weights = F.one_hot(self.places[row], self.adapters).float()
         return Output(logits, probabilities, weights, _unknown(features))

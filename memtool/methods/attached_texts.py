@@ -11,6 +11,7 @@ from torch import Tensor
 from memtool.adapters.atoms import AtomGate
 from memtool.adapters.values import Recall
 from memtool.backbones.causal_lm import CausalLM
+from memtool.errors import DataError
 from memtool.memories.rank1 import Rank1Memory
 from memtool.methods.atom_watch import TaskShares, watched
 from memtool.methods.attached import Attached
@@ -42,10 +43,16 @@ class AttachedTexts(Attached):
         with self.computing():
             return self.backbone.logits(tokens, self.recall)
 
-    def generate(self, prompts: Sequence[str], *, batch: int = 16) -> list[str]:
-        """The greedy answers to prompts, without white space around them."""
+    def generate(
+        self, prompts: Sequence[str], *, batch: int = 16, most: int | None = None
+    ) -> list[str]:
+        """The greedy answers to prompts, without white space around them.
+
+        An answer has at most `most` tokens; none: as the memory was made (`text.answer_tokens`).
+        """
+        _require_texts(prompts)
         with self.computing():
-            return answers(self.backbone, prompts, self.recall, batch=batch)
+            return answers(self.backbone, prompts, self.recall, batch=batch, most=most)
 
     def answer(self, prompt: str) -> str:
         """The greedy answer to one prompt."""
@@ -54,6 +61,7 @@ class AttachedTexts(Attached):
     @torch.no_grad()
     def weights(self, prompts: Sequence[str]) -> Tensor:
         """Whose atoms prompts choose: (n, tasks), mean over tokens, sites and blocks."""
+        _require_texts(prompts)
         shares = TaskShares(self.tasks, self.gate)
         recall = watched(self.bank, self.gate, shares)
         found = []
@@ -62,4 +70,16 @@ class AttachedTexts(Attached):
             with self.computing():
                 self.backbone.hidden(tokens, recall)
             found.append(shares.taken().mean(dim=1))
-        return torch.cat(found)
+        return torch.cat(found) if found else torch.zeros(0, len(self.tasks))
+
+
+def _require_texts(prompts: Sequence[str]) -> None:
+    """Raise DataError for one text, whose letters would be taken for texts, or what is no text."""
+    texts = isinstance(prompts, Sequence) and not isinstance(prompts, str)
+    if not texts or not all(isinstance(one, str) for one in prompts):
+        kinds = {type(one).__name__ for one in prompts} if texts else {type(prompts).__name__}
+        raise DataError(
+            f"prompts of type {', '.join(sorted(kinds))}",
+            expected="a list of texts",
+            remedy="model.answer(text) for one",
+        )

@@ -732,7 +732,15 @@ class Mira(Method):
                 remedy="attach without a task",
             )
         values = snapshot.own_values(task_of(record), self.workspace.backbone.device)
-        return AttachedAdapters(self.workspace.backbone, values, [head], precision, told=0)
+        return AttachedAdapters(
+            self.workspace.backbone,
+            values,
+            [head],
+            precision,
+            places=[snapshot.view.adapters.index(record)],
+            adapters=len(snapshot.view.adapters),
+            told=0,
+        )
 
     def class_names(self, view: memtool_stores.MemoryView) -> tuple[str, ...]:
         """The classes that a version tells apart, in the order of its scores."""

@@ -51,6 +51,7 @@ from memtool.methods.results import (
     RecallResult,
     WrittenAdapter,
 )
+from memtool.methods.seen import predicted
 from memtool.methods.state import (
     classes_of,
     classifier_bytes,
@@ -298,6 +299,21 @@ class Modulation(Method):
             right = self._right(stored, found[None], [shown], [torch.tensor([nearest])], [0])
             accuracy = right[0]
         record = stored.records[nearest]
+        prediction = None
+        if image is not None:
+            recalled_one = AdapterValues.from_flat(found[None], work.layout, record.scaling)
+            alone = AttachedAdapters(
+                work.backbone,
+                recalled_one,
+                [stored.heads[nearest]],
+                "fp32",
+                places=[0],
+                adapters=1,
+                told=0,
+            ).to(work.backbone.device)
+            with torch.no_grad():
+                seen = alone(torch.tensor(loaded[None], device=work.backbone.device))
+            prediction = predicted(seen.probabilities[0].cpu(), classes_of(stored.view), None)
         if out is not None:
             with new_folders(out) as (building,):
                 write_peft(
@@ -326,6 +342,7 @@ class Modulation(Method):
                 RecalledShare(name=r.name, task=number, share=float(a))
                 for r, number, a in zip(stored.records, stored.tasks, shares[0], strict=True)
             ),
+            prediction=prediction,
             accuracy=accuracy,
             out=out,
         )
@@ -685,7 +702,14 @@ class Modulation(Method):
         recalled = self._recall_all(self.config.modulation.memory[0], stored)
         values = AdapterValues.from_flat(recalled, work.layout, stored.scaling)
         attached = AttachedAdapters(
-            work.backbone, values, stored.heads, precision, told=told, predictor=predictor
+            work.backbone,
+            values,
+            stored.heads,
+            precision,
+            places=range(len(stored)),
+            adapters=len(stored),
+            told=told,
+            predictor=predictor,
         )
         return attached.to(work.backbone.device)
 

@@ -273,6 +273,7 @@ class RecallResult(Result):
     energy: float
     novelty: float
     shares: tuple[RecalledShare, ...] = ()
+    prediction: Prediction | None = None
     accuracy: float | None = None
     out: Path | None = None
 

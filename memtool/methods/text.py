@@ -182,13 +182,23 @@ def by_length(tokens: Tensor, batch: int) -> Sequence[Tensor]:
 
 @torch.no_grad()
 def answers(
-    lm: CausalLM, prompts: Sequence[str], recall: Recall | None = None, *, batch: int = 16
+    lm: CausalLM,
+    prompts: Sequence[str],
+    recall: Recall | None = None,
+    *,
+    batch: int = 16,
+    most: int | None = None,
 ) -> list[str]:
-    """The greedy answers of a language model to prompts, without white space around them."""
+    """The greedy answers of a language model to prompts, without white space around them.
+
+    `most` as in `CausalLM.generate`.
+    """
+    if not prompts:
+        return []
     tokens = lm.encode(prompts).tokens
     found = [""] * len(prompts)
     for rows in by_length(tokens, batch):
-        generated = lm.generate(trimmed(tokens[rows]).to(lm.device), recall)
+        generated = lm.generate(trimmed(tokens[rows]).to(lm.device), recall, most=most)
         for row, ids in zip(rows.tolist(), generated, strict=True):
             found[row] = lm.decode(ids).strip()
     return found

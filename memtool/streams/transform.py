@@ -7,6 +7,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+from memtool.errors import DataError
 from memtool.streams.images import upright_rgb
 
 
@@ -18,7 +19,13 @@ class Square(nn.Module):
         self.size = size
 
     def forward(self, image: Image.Image) -> Image.Image:
-        """A picture of (size, size)."""
+        """A picture of (size, size). Raises DataError for what is no PIL image."""
+        if not isinstance(image, Image.Image):
+            raise DataError(
+                f"a picture of type {type(image).__name__}",
+                expected="a PIL image",
+                remedy="the model itself takes uint8 tensors (n, height, width, 3)",
+            )
         return ImageOps.fit(upright_rgb(image), (self.size, self.size), Image.Resampling.BICUBIC)
 
 

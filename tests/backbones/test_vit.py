@@ -280,7 +280,7 @@ def test_wrong_images_and_pixels_are_refused() -> None:
         backbone.preprocess(torch.zeros(1, 32, 32, 3))
     with pytest.raises(DataError, match="uint8"):
         backbone.preprocess(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
-    with pytest.raises(MismatchError, match="preprocess"):
+    with pytest.raises(MismatchError, match="uint8"):
         backbone.features(torch.zeros(1, 3, 64, 64, dtype=torch.float64))
 
 

@@ -364,7 +364,8 @@ def _show_recall(call: Call, result: RecallResult) -> None:
         ("energy", f"{result.energy:.6g}"),
         ("novelty", f"{result.novelty:.3f}"),
     ]
-    tables = [Table((), facts, title=f"{result.subject}, version {result.version}")]
+    tables = predicted(result.prediction)
+    tables += [Table((), facts, title=f"{result.subject}, version {result.version}")]
     if result.shares:
         best = sorted(result.shares, key=lambda one: -abs(one.share))[:10]
         rows = [(one.name, one.task, f"{one.share:.6f}") for one in best]
