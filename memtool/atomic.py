@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from contextlib import suppress
 from pathlib import Path
 
 from memtool.errors import MemtoolError
+from memtool.outside import way_to_write
 from memtool_stores.files import write_whole
 
 
@@ -24,15 +26,16 @@ def write_atomic(path: Path, content: str | bytes, *, private: bool = False) -> 
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise cannot_write(path, error.strerror or str(error)) from error
+        raise cannot_write(path, error) from error
     return path
 
 
-def cannot_write(path: Path, why: str) -> MemtoolError:
-    """The error of a file that could not be written: says why, and how much room there is."""
+def cannot_write(path: Path, error: OSError) -> MemtoolError:
+    """The error of a file that could not be written: says why, and of a full disk its room."""
+    room = _room(path.parent) if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
     return MemtoolError(
-        f"cannot write {path}: {why}{_room(path.parent)}; what was there before is as it was",
-        remedy="free some space, or name a folder that you may write",
+        f"cannot write {path}: {error.strerror or error}{room}; what was there before is as it was",
+        remedy=way_to_write(error),
     )
 
 

@@ -26,6 +26,26 @@ def read_file(path: Path, limit: str = "text_bytes") -> bytes:
         raise unreadable(path, error) from error
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is an ordinary file; no path that the system refuses leads to one."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def way_to_write(error: OSError) -> str:
+    """What helps where the system refused to write."""
+    match error.errno:
+        case errno.ENOSPC | errno.EDQUOT:
+            return "free some space, or name another folder"
+        case errno.EFBIG:
+            return "files may not be as large here: ulimit -f unlimited"
+        case errno.EACCES | errno.EPERM | errno.EROFS:
+            return "name a folder that you may write"
+    return "free some space, or name a folder that you may write"
+
+
 def unreadable(path: Path, error: OSError) -> MemtoolError:
     """What a refusal of the system to read a file is told as: nothing is known to be damaged."""
     remedy: str | None = None
@@ -38,6 +58,8 @@ def unreadable(path: Path, error: OSError) -> MemtoolError:
             remedy = "a look at the disk (dmesg), then the same command again"
         case errno.ENOMEM:
             remedy = "end other programs, then the same command again"
+        case errno.ELOOP:
+            remedy = "the file itself in the place of a link that leads back to itself"
     return MemtoolError(f"cannot read {path}: {error.strerror or error}", remedy=remedy)
 
 

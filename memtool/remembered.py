@@ -34,8 +34,16 @@ def remembered(store: MemoryStore, version: str = "HEAD") -> dict[str, Any]:
             )
         found = {key: _at(said, key) for key in keys() if _is_of_a_memory(key)}
         seed = one.metadata.get("seed")
-        if isinstance(seed, int):
+        if isinstance(seed, int) and not isinstance(seed, bool):
             found["seed"] = (seed,)
+        # What the adapters fit is said once for all versions, whatever a configuration says.
+        layout = store.space.layout
+        found |= {
+            "backbone.name": store.space.backbone.name,
+            "backbone.targets": layout.targets,
+            "adapter.rank": layout.rank,
+            "adapter.alpha": layout.alpha,
+        }
         return {key: value for key, value in found.items() if value is not _NOTHING}
     return {}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 import traceback
 from contextlib import suppress
@@ -38,6 +39,7 @@ EXPECTED: tuple[type[BaseException], ...] = (
     typer.Abort,
     KeyboardInterrupt,
     OSError,
+    ImportError,  # of a library that found no memory; others are unforeseen
 )
 
 
@@ -68,6 +70,8 @@ def report(error: BaseException) -> int:
             return _report_usage(error)
         case OSError():
             return _report_system(error)
+        case ImportError() if re.search("failed to map|annot allocate memory", str(error)):
+            return _report_system(OSError(errno.ENOMEM, "not enough memory", error.name))
     raise error
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from memtool import sealed
 from memtool.errors import MismatchError, NotFoundError
+from memtool.outside import is_file
 
 
 def read_weights(
@@ -29,7 +30,7 @@ def read_weights(
     Raises NotFoundError, CorruptError (not a safetensors file, or a checksum in it that does not
     hold), MismatchError, or MemtoolError where the file cannot be read.
     """
-    if not path.is_file():
+    if not is_file(path):
         raise NotFoundError(f"no weights at {path}", expected="a safetensors file")
     loaded = sealed.read_tensors(path, remedy="fetch or convert the file again").tensors
     given = {name: tensor for name, tensor in loaded.items() if not name.startswith(left_out)}

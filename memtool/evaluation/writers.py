@@ -15,6 +15,7 @@ from memtool.errors import ConfigError, MemtoolError
 from memtool.evaluation.csv_text import to_csv
 from memtool.evaluation.metrics import seen_accuracy
 from memtool.evaluation.record import Record
+from memtool.outside import way_to_write
 from memtool_stores.names import below
 from memtool_stores.printable import as_cell
 
@@ -115,6 +116,6 @@ def write_tensorboard(record: Record, folder: Path) -> Path:
         except OSError as error:
             raise MemtoolError(
                 f"cannot write TensorBoard events in {target}: {error.strerror}",
-                remedy="free some space, or name a folder that you may write",
+                remedy=way_to_write(error),
             ) from error
     return folder

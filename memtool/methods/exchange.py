@@ -50,7 +50,7 @@ from memtool.heads import LinearClassifier
 from memtool.methods.foreign import TrainedAs, check_base_model, read_head
 from memtool.methods.results import AdaptResult
 from memtool.methods.state import Snapshot, classifier_bytes, own_head_blob
-from memtool.outside import read_file, read_json
+from memtool.outside import read_file, read_json, way_to_write
 from memtool.tensor_bytes import read_tensors
 from memtool_stores.files import appearing_folders, open_as_usual, part_folder
 from memtool_stores.names import below, check_name
@@ -537,5 +537,5 @@ def new_folders(*directories: Path) -> Iterator[list[Path]]:
         place = directories[0].parent
         raise MemtoolError(
             f"cannot write in {place}: {error.strerror or error}; nothing was written",
-            remedy="free some space, or name a folder that you may write",
+            remedy=way_to_write(error),
         ) from error

@@ -105,6 +105,9 @@ class Mira(Method):
         """
         begin = time.perf_counter()
         work, config = self.workspace, self.config
+        done = self._consolidated_before() if work.has_store else None
+        if done is not None:
+            return done
         snapshot = self._snapshot("HEAD")
         view = snapshot.view
         if not view.adapters:
@@ -329,10 +332,42 @@ class Mira(Method):
             "learned": tasks,
             "consolidate": config.consolidate.model_dump(mode="json"),
             "seconds": result.seconds,
+            "train_accuracy": accuracy,
+            "validation_accuracy": validation,
         }
         message = f"consolidate tasks {described}"
         work.engine.on_main(lambda: work.store.run(commit, message, metadata=metadata))
         return result.model_copy(update={"version": work.store.head()})
+
+    def _consolidated_before(self) -> ConsolidateResult | None:
+        """What consolidation came to, where there is nothing new since; no image is read for it."""
+        begin, store, config = time.perf_counter(), self.workspace.store, self.config
+        view = store.view("HEAD")
+        state = MemoryState.load(view)
+        if state is None or (state.adapters, state.memory, state.head, state.consolidate) != (
+            view.ids,
+            config.memory,
+            config.head,
+            config.consolidate,
+        ):
+            return None
+        for version in store.log(view.version):
+            said = version.metadata
+            accuracy, validation = said.get("train_accuracy"), said.get("validation_accuracy")
+            if isinstance(accuracy, float) and said.get("learned") == list(state.tasks):
+                return ConsolidateResult(
+                    version=view.version,
+                    tasks=state.tasks,
+                    separation=state.memory.separation,
+                    mix=state.memory.mix,
+                    epochs=state.consolidate.epochs,
+                    seconds=time.perf_counter() - begin,
+                    train_accuracy=accuracy,
+                    validation_accuracy=validation if isinstance(validation, float) else None,
+                    key_drift_degrees=0.0,
+                    unchanged=True,
+                )
+        return None  # an older memtool consolidated it and did not say
 
     def _require_same_queries(self, state: MemoryState | None) -> None:
         """Queries that were counted one way cannot be asked another way later."""

@@ -24,6 +24,7 @@ from memtool.engine import Engine
 from memtool.errors import ConfigError, DataError, NotFoundError, did_you_mean
 from memtool.heads import FeatureStatistics
 from memtool.methods.fixed_head import fixed_head
+from memtool.outside import is_file
 from memtool.progress import ProgressEvent
 from memtool.streams import create_stream
 from memtool.streams.task import Samples, Task
@@ -234,7 +235,7 @@ def open_backbone(settings: BackboneSettings) -> Backbone:
     """The frozen image model of these settings. Raises NotFoundError for weights not there."""
     if settings.weights is not None:
         weights = expand(settings.weights)
-        if not weights.is_file():  # named as written: a variable may hold a secret
+        if not is_file(weights):  # named as written: a variable may hold a secret
             raise NotFoundError(
                 f"no weights at {printable(str(settings.weights))}",
                 expected="a safetensors file",

@@ -17,6 +17,9 @@ from memtool_stores.objects import ObjectInfo, Objects
 REFERENCES = "ice/refs/"
 CONTENT = "ice/"
 CHECKSUMS = "sums/"
+_FOLDERS = tuple(
+    f"{CONTENT}{kind}/" for kind in ("chunks", "manifests", "refs", "snapshots", "transactions")
+)
 """What a store consists of; the lock and half-written files stay behind."""
 
 Tell = Callable[[int, int], None]
@@ -97,8 +100,8 @@ def files_of(source: Objects, checksums: bool) -> Iterator[str]:
 
 
 def belongs(path: str, checksums: bool) -> bool:
-    """Whether a store consists of such files."""
-    return path.startswith(CONTENT) or (checksums and path.startswith(CHECKSUMS))
+    """Whether a store consists of such files: in the folders of icechunk."""
+    return path.startswith(_FOLDERS) or (checksums and path.startswith(CHECKSUMS))
 
 
 def in_order(

@@ -178,6 +178,14 @@ def test_what_the_system_refuses_is_told_with_the_path(number, code, said, capfd
     assert said in told
 
 
+def test_a_library_that_finds_no_memory_is_told_so(capfd):
+    refused = ImportError("libx.so: failed to map segment from shared object", name="x")
+    assert failure.report(refused) == 1
+    assert "ulimit -v" in capfd.readouterr().err
+    with pytest.raises(ImportError, match="no module"):
+        failure.report(ImportError("no module"))
+
+
 def test_a_full_disk_under_stdout(memory, here, environ, start):
     with open("/dev/full", "w") as full:  # noqa: PTH123
         done = subprocess.run(

@@ -77,3 +77,27 @@ def test_what_is_given_wins_and_what_differs_is_named(made, memtool):
     assert other.returncode == 0, other.stderr
     shown = memtool("eval", "--store", "theirs/memory", "--json", "--set", "stream.test_per_task=9")
     assert json.loads(shown.stdout)["run"]["configuration"]["stream"]["test_per_task"] == 9
+
+
+def test_what_a_stranger_says_of_the_model_does_not_make_another(made, memtool, here):
+    store = MemoryStore.open(str(here / "theirs" / "memory"))
+    configuration = dict(store.view().metadata["configuration"])
+    for section, key, value in (
+        ("backbone", "name", "timm:vit_giant_patch14_dinov2"),
+        ("adapter", "rank", 10**6),
+        ("backbone", "weights", "a" * 5000),
+        ("seed", None, "x"),
+    ):
+        strange = {
+            **configuration,
+            section: {**configuration[section], key: value} if key else value,
+        }
+        with store.transaction("strange", {"configuration": strange, "seed": True}) as txn:
+            txn.put_blob("x", f"{section} {key}".encode())
+        done = memtool("retrieve", "--store", "theirs/memory", "--image", "image.png", "-q")
+        assert "Traceback" not in done.stderr
+        if key == "weights" or key is None:
+            assert done.returncode in (2, 3)
+            assert "error: " in done.stderr
+        else:
+            assert done.returncode == 0, done.stderr

@@ -520,3 +520,11 @@ def test_values_that_consolidation_refines(tmp_path):
     wrong = small_config(tmp_path, consolidate__value_lr=1e-3, consolidate__epochs=1)
     with pytest.raises(ConfigError, match=r"head\.features own"):
         Mira.open(wrong, seed=0).consolidate()
+
+
+def test_consolidating_again_reads_no_image(learned, monkeypatch):
+    said = learned.workspace.store.view().metadata
+    monkeypatch.setattr("memtool.methods.workspace.create_stream", None)
+    again = learned.consolidate()
+    assert again.unchanged
+    assert again.train_accuracy == said["train_accuracy"]

@@ -27,7 +27,7 @@ from memtool_stores import (
 )
 from memtool_stores.bundle import MANIFEST, read_bundle, write_bundle
 from memtool_stores.leftovers import find
-from memtool_stores.move import copy
+from memtool_stores.move import belongs, copy
 from memtool_stores.objects import objects_at
 from memtool_stores.testing import small_space, some_values
 
@@ -372,3 +372,17 @@ def test_a_lock_that_leads_elsewhere_is_not_followed(store, tmp_path):
     with pytest.raises(StorageError, match="lock the store"):
         store.tag("x")
     assert victim.read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    "path", ["ice/repo", "ice/config.yaml", "ice", "lock", "sums", "elsewhere/x"]
+)
+def test_files_that_no_store_has_belong_to_none(path: str) -> None:
+    assert not belongs(path, True)
+
+
+def test_every_file_of_a_store_belongs_to_it(grown: MemoryStore) -> None:
+    root = Path(grown.url)
+    paths = [p.relative_to(root).as_posix() for p in (root / "ice").rglob("*") if p.is_file()]
+    assert paths
+    assert all(belongs(path, True) for path in paths)
