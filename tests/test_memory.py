@@ -262,7 +262,8 @@ def test_in_a_fresh_process_without_data(made: Callable[[str], Path], tmp_path: 
         "model = memory.attach()\n"
         "from PIL import Image\n"
         f"out = model(memory.transform(Image.open({str(folder / 'image.png')!r}))[None])\n"
-        "print(json.dumps(out.probabilities[0].tolist()))\n"
+        "print(json.dumps(out.probabilities[0].tolist()), flush=True)\n"
+        "import os; os._exit(0)\n"  # threads of icechunk may abort one that is torn down
     )
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MEMTOOL_")}
     done = subprocess.run(
