@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import re
@@ -55,6 +56,7 @@ def shell(page: Path) -> list[str]:
     return [block.replace("\\\n", " ") for block in blocks] + INLINE.findall(FENCED.sub("", text))
 
 
+@functools.cache
 def options(verb: str) -> set[str]:
     """The options of a verb, `config show` included, as its help names them."""
     name, _, below = verb.partition(" ")

@@ -59,6 +59,10 @@ def _config(folder: Path, kind: str) -> Config:
     ).config
 
 
+_SLOW = pytest.mark.slow
+"""Of what torch takes a minute to trace."""
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """A folder with a memory of two tasks, by kind; made once."""
@@ -185,7 +189,11 @@ def test_it_is_a_module_like_any_other(folder: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:No complete tensor found in the group")  # of views, on a GPU
-def test_it_is_exported(folder: Path) -> None:
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=_SLOW if kind == "moram" else ()) for kind in KINDS]
+)
+def test_it_is_exported(made: Callable[[str], Path], kind: str) -> None:
+    folder = made(kind)
     model = memtool.load(folder / "memory").attach()
     pixels = model.pixels(_images(folder, 4))
     dynamic = ({0: torch.export.Dim("batch", min=2, max=64)},)
