@@ -351,6 +351,9 @@ class Mira(Method):
             config.consolidate,
         ):
             return None
+        kept = {blob(task) for task in state.tasks for blob in (queries_blob, features_blob)}
+        if not kept <= {*view.blobs()}:
+            return None  # an older memtool did not keep them apart: they are counted again
         for version in store.log(view.version):
             said = version.metadata
             accuracy, validation = said.get("train_accuracy"), said.get("validation_accuracy")
