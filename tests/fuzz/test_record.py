@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -143,15 +145,31 @@ def test_a_matrix_comes_back_from_a_file_without_formulas(names, folder):
     assert AccuracyMatrix.load(file) == matrix
 
 
+def _texts(value: Any) -> Iterator[str]:
+    """Every name and text in a document of JSON."""
+    match value:
+        case str():
+            yield value
+        case dict():
+            yield from _texts([*value, *value.values()])
+        case list():
+            for one in value:
+                yield from _texts(one)
+
+
 @long
 @cases
 @given(given=hostile())
 def test_files_of_hostile_records(given, folder):
     assert read_record(write_record(given, folder / "record.json")) == given
     lines = write_domainbed([given], folder / "results.jsonl").read_text(encoding="utf-8")
-    assert all(isinstance(json.loads(line), dict) for line in lines.splitlines())
-    table = write_avalanche([given], folder / "results.csv").read_text(encoding="utf-8")
-    for text in (*lines.split('"')[1::2], *table.splitlines()):
+    documents = [json.loads(line) for line in lines.splitlines()]
+    assert all(isinstance(document, dict) for document in documents)
+    with write_avalanche([given], folder / "results.csv").open(
+        encoding="utf-8", newline=""
+    ) as file:
+        cells = [cell for row in csv.reader(file) for cell in row]
+    for text in (*_texts(documents), *cells):
         assert not text.startswith(("=", "+", "@", "\t")) or NUMBER.fullmatch(text), text
     assert plain_text(methods_grid([given])).replace("\n", "").isprintable()
 
