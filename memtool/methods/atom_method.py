@@ -38,6 +38,14 @@ class AtomMethod(MemoryMethod[T]):
         """The configured gate."""
         return gate_of(self.config.moram, self.config.adapter.rank)
 
+    def _refuse_task(self, task: str | None) -> None:
+        """Raise ConfigError for a task that an attached memory is told."""
+        if task is not None:
+            raise ConfigError(
+                f"task {task!r} for a memory of atoms, which find themselves",
+                remedy="attach without a task",
+            )
+
     def known_tasks(self, version: str) -> tuple[int, ...]:
         """Numbers of the tasks whose atoms a version has, in the order written."""
         view = self.workspace.store.view(version)

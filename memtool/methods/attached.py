@@ -9,6 +9,7 @@ for each kind of memory; `attach` chooses.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -103,7 +104,7 @@ class Attached(nn.Module):
         )
 
 
-class AttachedImages(Attached):
+class AttachedImages(Attached, ABC):
     """A memory on an image model: `forward(batch)` gives an `Output`."""
 
     backbone: Backbone
@@ -128,9 +129,9 @@ class AttachedImages(Attached):
         with self.computing():
             return self.seen(pixels)
 
+    @abstractmethod
     def seen(self, pixels: Tensor) -> Output:
         """What the memory makes of preprocessed pixels (n, 3, size, size)."""
-        raise NotImplementedError
 
 
 def _unknown(features: Tensor) -> Tensor:

@@ -471,11 +471,7 @@ class Moram(AtomMethod[Task], Method):
         self, version: str = "HEAD", *, task: str | None = None, precision: str = "fp32"
     ) -> AttachedImages:
         """A version as a module. Raises ConfigError for a task: atoms find themselves."""
-        if task is not None:
-            raise ConfigError(
-                f"task {task!r} for a memory of atoms, which find themselves",
-                remedy="attach without a task",
-            )
+        self._refuse_task(task)
         return AttachedAtoms(self.workspace.backbone, self.read(version), precision)
 
     def class_names(self, view: memtool_stores.MemoryView) -> tuple[str, ...]:

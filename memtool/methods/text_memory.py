@@ -494,11 +494,7 @@ class TextMoram(AtomMethod[TextTask]):
         self, version: str = "HEAD", *, task: str | None = None, precision: str = "fp32"
     ) -> AttachedTexts:
         """A version as a module. Raises ConfigError for a task: atoms find themselves."""
-        if task is not None:
-            raise ConfigError(
-                f"task {task!r} for a memory of atoms, which find themselves",
-                remedy="attach without a task",
-            )
+        self._refuse_task(task)
         return AttachedTexts(self.workspace.backbone, self.read(version), precision)
 
     def class_names(self, view: memtool_stores.MemoryView) -> tuple[str, ...]:
