@@ -175,14 +175,14 @@ def test_files_of_hostile_records(given, folder):
 
 
 @long
-@with_settings(cases, max_examples=min(cases.max_examples, 5), deadline=None)
+@with_settings(cases, max_examples=min(cases.max_examples, 5))
 @given(given=hostile())
 def test_pages_of_hostile_records(given):
     require_harmless(render([given]))
 
 
 @pytest.mark.slow
-@with_settings(cases, max_examples=min(cases.max_examples, 200), deadline=None)
+@with_settings(cases, max_examples=min(cases.max_examples, 200))
 @given(given=hostile())
 def test_more_pages_of_hostile_records(given):
     require_harmless(render([given]))
