@@ -60,11 +60,11 @@ from memtool.config import (
 )
 from memtool.engine import Batch, Batches, Engine
 from memtool.heads import LinearClassifier, RecalledHead
+from memtool.learning.adapt import AdapterTraining, losses
 from memtool.memories.keyed import KeyedMemory
-from memtool.methods.adapt import AdapterTraining, losses
 from memtool.methods.consolidate import learn
 from memtool.methods.recall import MemoryModel
-from memtool.streams.task import Samples
+from memtool.streams.task import Images
 
 ADAPTERS, CLASSES = 10, 7
 ADAPTER = AdapterSettings(rank=4, alpha=8.0)
@@ -88,7 +88,7 @@ class Subject:
     name: str
     settings: BackboneSettings
     backbone: Backbone
-    samples: Samples
+    samples: Images
     train: TrainSettings
 
     @property
@@ -178,7 +178,7 @@ def subject(
     noise = rng.integers(0, 120, size=(images, size, size, 3))
     pixels = (noise + 20 * labels[:, None, None, None]).astype(np.uint8)
     train = TrainSettings(epochs=epochs, batch_size=batch_size, lr=2e-3)
-    return Subject(name, settings, create_backbone(settings), Samples(pixels, labels), train)
+    return Subject(name, settings, create_backbone(settings), Images(pixels, labels), train)
 
 
 # Stage 1 ------------------------------------------------------------------------------------

@@ -116,22 +116,15 @@ class Memory:
 
     def _backbone(self) -> FrozenModel:
         """The frozen model that the memory remembers, on the CPU."""
-        if self.reads == "texts":
-            import torch
+        from memtool.workspace import open_backbone
 
-            from memtool.backbones.causal_lm import create_causal_lm
-
-            return create_causal_lm(self.config.backbone, self.config.text, dtype=torch.float32)
-        from memtool.methods.workspace import open_backbone
-
-        return open_backbone(self.config.backbone)
+        return open_backbone(self.config)
 
     def _method(self) -> Any:
-        from memtool.methods import open_method, open_text_method
+        from memtool.methods import open_method
 
         config = self.config.model_copy(update={"store": self.store.url})
-        opened: Any = open_text_method if self.reads == "texts" else open_method
-        return opened(config, seed=config.seed[0])
+        return open_method(config, seed=config.seed[0])
 
 
 def load(store: str | Path, *, weights: str | Path | None = None) -> Memory:

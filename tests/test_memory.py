@@ -21,7 +21,7 @@ from memtool.config import Config, resolve
 from memtool.errors import ConfigError, DataError, NotFoundError
 from memtool.methods import open_method
 from memtool.methods.attached import AttachedAtoms, AttachedImages, Output
-from memtool.methods.attached_texts import AttachedTexts
+from memtool.methods.moram.attached import AttachedAnswers
 from memtool.streams import load_image
 from memtool_stores import SpaceMismatchError
 from tests.methods.facts import moram_of, write_facts
@@ -92,8 +92,7 @@ def folder(made: Callable[[str], Path], request: pytest.FixtureRequest) -> Path:
 def _no_streams(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody may open training data, once the memory is made."""
     del folder
-    monkeypatch.setattr("memtool.methods.workspace.create_stream", None)
-    monkeypatch.setattr("memtool.methods.text.open_text_stream", None)
+    monkeypatch.setattr("memtool.workspace.create_stream", None)
 
 
 def _images(folder: Path, count: int = 5) -> torch.Tensor:
@@ -244,11 +243,11 @@ def test_a_language_memory_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         method.write()
     prompts = list(method.workspace.task("1").test.prompts[:3])
     said = method.retrieve(prompt=prompts[0])
-    monkeypatch.setattr("memtool.methods.text.open_text_stream", None)
+    monkeypatch.setattr("memtool.workspace.create_stream", None)
     memory = memtool.load(tmp_path / "memory")
     assert memory.classes == ()
     model = memory.attach()
-    assert isinstance(model, AttachedTexts)
+    assert isinstance(model, AttachedAnswers)
     assert model.answer(prompts[0]) == said.answer
     assert model.generate(prompts)[0] == said.answer
     assert model.generate([]) == []

@@ -43,8 +43,7 @@ from memtool_stores.redacted import redacted
 if TYPE_CHECKING:
     from memtool.methods.mira import Mira
     from memtool.methods.modulation import Modulation
-    from memtool.methods.moram import Moram
-    from memtool.methods.text_memory import TextMoram
+    from memtool.methods.moram.method import Moram
     from memtool.progress import Progress
     from memtool_stores import MemoryStore, MemoryView
 
@@ -380,16 +379,8 @@ class Call:
         """Whether the stream is one of texts, not of images."""
         return self.config.stream.setting == "trace"
 
-    def method(self, progress: Progress | None = None) -> Mira | Modulation | Moram | TextMoram:
+    def method(self, progress: Progress | None = None) -> Mira | Modulation | Moram:
         """The method over this configuration, with one seed."""
-        from memtool.methods import open_text_method
-
-        if self.reads_texts:
-            return open_text_method(self.config, seed=self.seed, progress=progress)
-        return self.image_method(progress)
-
-    def image_method(self, progress: Progress | None = None) -> Mira | Modulation | Moram:
-        """The method over this configuration, which must read images."""
         from memtool.methods import open_method
 
         return open_method(self.config, seed=self.seed, progress=progress)

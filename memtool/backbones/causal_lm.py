@@ -282,19 +282,27 @@ class CausalLM(FrozenModel):
         scores: Tensor = self.head(self.hidden(tokens, recall))
         return scores
 
-    def answer_loss(self, tokens: Tensor, answers: Tensor, recall: Recall | None = None) -> Tensor:
-        """−log p of each sample's answer, summed over its tokens: (b,), float32 at least.
+    def answer_logits(
+        self, tokens: Tensor, answers: Tensor, recall: Recall | None = None
+    ) -> Tensor:
+        """Logits (k, vocabulary) of the k answer tokens of a batch, float32 at least.
 
-        `tokens` and `answers` as in `EncodedTexts`; the tokens of the prompt count nothing.
+        `tokens` and `answers` as in `EncodedTexts`; the samples' tokens one after another.
         """
-        length = tokens.shape[1]
-        places = torch.arange(1, length, device=tokens.device)
-        wanted = places >= length - answers.unsqueeze(1)  # (b, n − 1): does it predict an answer?
+        wanted = _before_answers(tokens, answers)
         scores = self.head(self.hidden(tokens, recall)[:, :-1][wanted])
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        each = F.cross_entropy(scores, tokens[:, 1:][wanted], reduction="none")
+        return scores.to(torch.promote_types(scores.dtype, torch.float32))
+
+    def answer_losses(self, logits: Tensor, tokens: Tensor, answers: Tensor) -> Tensor:
+        """−log p of each sample's answer by `answer_logits`, summed over its tokens: (b,)."""
+        wanted = _before_answers(tokens, answers)
+        each = F.cross_entropy(logits, tokens[:, 1:][wanted], reduction="none")
         owner = wanted.nonzero()[:, 0]
         return each.new_zeros(len(tokens)).index_add(0, owner, each)
+
+    def answer_loss(self, tokens: Tensor, answers: Tensor, recall: Recall | None = None) -> Tensor:
+        """−log p of each sample's answer, summed over its tokens: (b,), float32 at least."""
+        return self.answer_losses(self.answer_logits(tokens, answers, recall), tokens, answers)
 
     @torch.no_grad()
     def generate(
@@ -437,6 +445,13 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     low, high = x.chunk(2, dim=-1)
     turned = torch.cat((-high, low), dim=-1)
     return x * cos.unsqueeze(1).to(x.dtype) + turned * sin.unsqueeze(1).to(x.dtype)
+
+
+def _before_answers(tokens: Tensor, answers: Tensor) -> Tensor:
+    """Which tokens (b, n − 1) predict a token of an answer: bool."""
+    length = tokens.shape[1]
+    places = torch.arange(1, length, device=tokens.device)
+    return places >= length - answers.unsqueeze(1)
 
 
 def _allowed(real: Tensor, done: int) -> Tensor | None:

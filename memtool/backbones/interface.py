@@ -62,6 +62,11 @@ class FrozenModel(nn.Module, ABC):
             if target in targets
         )
 
+    def block_dim(self, block: int) -> int:
+        """Width of the input of a block, where it is not that of the features."""
+        del block
+        return self.dim
+
     @property
     def device(self) -> torch.device:
         """Where its tensors live."""
@@ -98,11 +103,6 @@ class Backbone(FrozenModel):
         `recall(block, hidden)` is called with the input of every block, before its first norm:
         hidden (batch, tokens, dim). What it returns adapts the linear layers of that block.
         """
-
-    def block_dim(self, block: int) -> int:
-        """Width of the input of a block, where it is not that of the features."""
-        del block
-        return self.dim
 
     @abstractmethod
     def hidden(self, pixels: Tensor, block: int) -> Tensor:

@@ -12,26 +12,25 @@ if TYPE_CHECKING:
     from memtool.config import Config
     from memtool.methods.mira import Mira
     from memtool.methods.modulation import Modulation
-    from memtool.methods.moram import Moram
-    from memtool.methods.text_memory import TextMoram
+    from memtool.methods.moram.method import Moram
     from memtool.progress import Progress
 
 
 def open_method(
     config: Config, *, seed: int, progress: Progress | None = None, adapters: Path | None = None
 ) -> Mira | Modulation | Moram:
-    """The method on images that the configuration names, over it and one seed.
+    """The method that the configuration names, over it and one seed.
 
-    `adapters` as in `Workspace`. Raises ConfigError for a stream of texts; for setting xtail, or a
-    head that is fixed in advance, without moram; and for mira on a backbone of two towers.
+    `adapters` as in `Workspace`. Raises ConfigError for a stream of texts, setting xtail, or a head
+    that is fixed in advance, without moram; and for mira on a backbone of two towers.
     """
-    if config.stream.setting == "trace":
+    if config.stream.setting == "trace" and config.method != "moram":
         raise ConfigError(
-            f"stream {config.stream.source} of setting trace: its tasks are texts, not images",
-            expected=f"another setting under method {config.method}",
-            remedy="--set method=moram, which reads texts",
+            f"method {config.method} on a stream of texts (setting trace)",
+            expected="method moram",
+            remedy="memtool run --preset moram-trace",
         )
-    ahead = config.head.kind in ("prototype", "text")
+    ahead = config.stream.setting != "trace" and config.head.kind in ("prototype", "text")
     if config.method != "moram" and (ahead or config.stream.setting == "xtail"):
         raise ConfigError(
             f"method {config.method} with stream.setting {config.stream.setting} and head.kind "
@@ -50,19 +49,9 @@ def open_method(
 
         return Modulation.open(config, seed=seed, progress=progress, adapters=adapters)
     if config.method == "moram":
-        from memtool.methods.moram import Moram
+        from memtool.methods.moram.method import Moram
 
         return Moram.open(config, seed=seed, progress=progress, adapters=adapters)
     from memtool.methods.mira import Mira
 
     return Mira.open(config, seed=seed, progress=progress, adapters=adapters)
-
-
-def open_text_method(config: Config, *, seed: int, progress: Progress | None = None) -> TextMoram:
-    """The method on a stream of texts (setting trace), over a configuration and one seed.
-
-    Raises ConfigError for another method than moram.
-    """
-    from memtool.methods.text_memory import TextMoram
-
-    return TextMoram.open(config, seed=seed, progress=progress)

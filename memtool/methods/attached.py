@@ -19,19 +19,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memtool.adapters.atoms import AtomGate, ModuleAtoms
+from memtool.adapters.recalls import chosen, every
 from memtool.adapters.values import AdapterValues
 from memtool.backbones.interface import Backbone, FrozenModel
 from memtool.errors import DataError
 from memtool.heads import LinearClassifier, RecalledHead
 from memtool.memories.novelty import LIMIT, Reaches
-from memtool.memories.rank1 import Rank1Memory
-from memtool.methods.atom_watch import TaskShares, watched
-from memtool.methods.recall import MemoryModel, chosen, every
-from memtool.methods.state import Snapshot, feature_statistics
+from memtool.methods.recall import MemoryModel
+from memtool.methods.state import Snapshot
 
 if TYPE_CHECKING:
-    from memtool.methods.atom_state import AtomSnapshot
+    pass
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +57,7 @@ class Output:
 torch.export.register_dataclass(Output, serialized_type_name="memtool.Output")
 
 
-class _Head(nn.Module):
+class HeadModule(nn.Module):
     """A head as buffers of a module, so that they move with it."""
 
     weight: Tensor
@@ -134,12 +132,12 @@ class AttachedImages(Attached, ABC):
         """What the memory makes of preprocessed pixels (n, 3, size, size)."""
 
 
-def _unknown(features: Tensor) -> Tensor:
+def unknown(features: Tensor) -> Tensor:
     """The novelty (n,) of inputs where a memory cannot tell."""
     return features.new_full((features.shape[0],), torch.nan, dtype=torch.float64)
 
 
-def _finite(novelty: Tensor, features: Tensor) -> Tensor:
+def finite(novelty: Tensor, features: Tensor) -> Tensor:
     """The novelty (n,), infinite where an input has numbers that are none."""
     return novelty.masked_fill(~features.isfinite().all(dim=-1), torch.inf)
 
@@ -151,7 +149,7 @@ class AttachedMixture(AttachedImages):
         _, model, head = snapshot.consolidated()
         super().__init__(model.backbone, precision)
         self.model: MemoryModel = model
-        self.head = _Head(head)
+        self.head = HeadModule(head)
         features = [one.moments for one in snapshot.feature_statistics().values()]
         queries = [one.moments for one in snapshot.query_statistics().values()]
         looks = [Reaches.of(features), Reaches.of(queries)]
@@ -162,45 +160,11 @@ class AttachedMixture(AttachedImages):
         features, coefficients, queries = self.model.seen(pixels)
         weights = coefficients.mean(dim=1)
         logits, probabilities = self.head(features, weights)
-        novelty = _unknown(features)
+        novelty = unknown(features)
         if len(self.reaches) == 2:
             looks = (features.float().unsqueeze(0), queries.transpose(0, 1))
             far = [reach(look) for reach, look in zip(self.reaches, looks, strict=True)]
-            novelty = _finite(torch.stack(far).square().mean(dim=0).sqrt(), features)
-        return Output(logits, probabilities, weights, novelty)
-
-
-class AttachedAtoms(AttachedImages):
-    """A bank of rank-1 atoms that activate themselves (MoRAM)."""
-
-    def __init__(self, backbone: Backbone, snapshot: AtomSnapshot, precision: str) -> None:
-        super().__init__(backbone, precision)
-        self.bank: Rank1Memory = snapshot.bank
-        self.gate: AtomGate = snapshot.gate
-        self.tasks = snapshot.tasks
-        self.head = _Head(snapshot.head)
-        self.by_cosine = snapshot.state.head.kind in ("prototype", "text")
-        statistics = feature_statistics(snapshot.view, snapshot.tasks)
-        self.reach = Reaches.of([one.moments for one in statistics.values()])
-
-    def seen(self, pixels: Tensor) -> Output:
-        """As `AttachedImages.seen`, in one pass."""
-        counted = TaskShares(self.tasks, self.gate)
-        whole = TaskShares(self.tasks, self.gate, counted=False)
-
-        def watch(atoms: ModuleAtoms, x: Tensor) -> None:
-            counted(atoms, x)
-            if self.head.owners is not None:
-                whole(atoms, x)
-
-        features = self.backbone.features(pixels, watched(self.bank, self.gate, watch))
-        weights = counted.taken().mean(dim=1)
-        asked = F.normalize(features.float(), dim=-1) if self.by_cosine else features
-        shares = weights if self.head.owners is None else whole.taken().mean(dim=1)
-        logits, probabilities = self.head(asked, shares)
-        novelty = _unknown(features)
-        if self.reach is not None:
-            novelty = _finite(self.reach(features.float().unsqueeze(0)), features)
+            novelty = finite(torch.stack(far).square().mean(dim=0).sqrt(), features)
         return Output(logits, probabilities, weights, novelty)
 
 
@@ -225,7 +189,7 @@ class AttachedAdapters(AttachedImages):
     ) -> None:
         super().__init__(backbone, precision)
         self.values = values
-        self.head = _Head(RecalledHead.of_tasks(heads, range(len(heads))))
+        self.head = HeadModule(RecalledHead.of_tasks(heads, range(len(heads))))
         self.told = told
         self.adapters = adapters
         self.places: Tensor
@@ -233,7 +197,7 @@ class AttachedAdapters(AttachedImages):
         self.predictor: AdapterValues | None = None
         if told is None and predictor is not None:
             self.predictor, classifier = predictor
-            self.tells = _Head(RecalledHead.shared(classifier))
+            self.tells = HeadModule(RecalledHead.shared(classifier))
 
     def task_of(self, pixels: Tensor) -> Tensor:
         """The row of the task of every input (n,), int64."""
@@ -250,4 +214,4 @@ class AttachedAdapters(AttachedImages):
         own = F.one_hot(row, len(self.values)).float()
         logits, probabilities = self.head(features, own)
         weights = F.one_hot(self.places[row], self.adapters).float()
-        return Output(logits, probabilities, weights, _unknown(features))
+        return Output(logits, probabilities, weights, unknown(features))

@@ -25,8 +25,7 @@ from memtool.methods.results import BisectResult, Probe
 if TYPE_CHECKING:
     from memtool.methods.mira import Mira
     from memtool.methods.modulation import Modulation
-    from memtool.methods.moram import Moram
-    from memtool.methods.text_memory import TextMoram
+    from memtool.methods.moram.method import Moram
     from memtool_stores import Version
 
 METRICS = ("faa", "task_accuracy")
@@ -84,7 +83,7 @@ def first_bad(count: int, is_bad: Callable[[int], bool | None]) -> Found:
 
 
 def bisect(
-    method: Mira | Modulation | Moram | TextMoram,
+    method: Mira | Modulation | Moram,
     *,
     metric: str | None = None,
     drop: float,

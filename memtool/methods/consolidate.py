@@ -18,25 +18,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from memtool.adapters.recalls import every, on_top, same_for_all
 from memtool.adapters.values import AdapterValues
 from memtool.backbones.interface import Backbone
 from memtool.config import Augment, ConsolidateSettings, MemorySettings, TrainSettings
 from memtool.engine import Batch, Batches, Engine, FitResult
 from memtool.errors import ConfigError
 from memtool.heads import RecalledHead
+from memtool.learning.adapt import augmented, require_learned
 from memtool.memories.closed_form import QueryStatistics, for_similarity
 from memtool.memories.keyed import BlockMemory, KeyedMemory
-from memtool.methods.adapt import augmented, require_learned
 from memtool.methods.protect import Protection
-from memtool.methods.recall import (
-    MemoryModel,
-    every,
-    features_and_queries,
-    on_top,
-    same_for_all,
-)
+from memtool.methods.recall import MemoryModel, features_and_queries
 from memtool.progress import Progress
-from memtool.streams.task import Samples
+from memtool.streams.task import Images
 
 LINEAR = ("identity", "affine", "relu", "tanh", "power")
 """Separations that pass a score on: their closed-form scores are one-hot, not log posteriors."""
@@ -51,7 +46,7 @@ def count_task(
     memory: KeyedMemory,
     settings: MemorySettings,
     own: AdapterValues,
-    samples: Samples,
+    samples: Images,
     beneath: MemoryModel | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Features (n, dim) and queries (memories, n, dim) of a task under its own adapters.
@@ -205,7 +200,7 @@ def learn(
     engine: Engine,
     model: MemoryModel,
     head: RecalledHead,
-    samples: Samples,
+    samples: Images,
     settings: ConsolidateSettings,
     *,
     kept: int,
@@ -213,7 +208,7 @@ def learn(
     seed: int,
     head_learns: bool = False,
     past: Protection | None = None,
-    validation: Samples | None = None,
+    validation: Images | None = None,
     augment: Augment = "none",
     progress: Progress | None = None,
     stage: str = "consolidate",
@@ -303,7 +298,7 @@ def _keeping(parameters: Sequence[nn.Parameter], count: int) -> Callable[[], Non
     return put_back
 
 
-def features_recalled(engine: Engine, model: MemoryModel, samples: Samples) -> Tensor:
+def features_recalled(engine: Engine, model: MemoryModel, samples: Images) -> Tensor:
     """Features (n, dim) of samples under the mixtures that the memory recalls for them."""
     return engine.predict(model, samples.images)
 

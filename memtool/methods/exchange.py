@@ -57,7 +57,8 @@ from memtool_stores.names import below, check_name
 from memtool_stores.printable import shown
 
 if TYPE_CHECKING:
-    from memtool.methods.workspace import MemoryWorkspace, T, Workspace
+    from memtool.streams.task import Task
+    from memtool.workspace import Workspace
     from memtool_stores import AdapterRecord, MemoryView
 
 ABOUT = "memtool.json"
@@ -232,8 +233,8 @@ class ReadAdapter:
 
 def write_adapter(
     folder: AdapterFolder,
-    work: MemoryWorkspace[T],
-    task: T,
+    work: Workspace,
+    task: Task,
     *,
     value: Tensor,
     head: LinearClassifier | None,
@@ -292,7 +293,7 @@ def write_adapter(
         shutil.rmtree(replaced, ignore_errors=True)
 
 
-def read_adapter(path: Path, work: MemoryWorkspace[T], task: T | None = None) -> ReadAdapter:
+def read_adapter(path: Path, work: Workspace, task: Task | None = None) -> ReadAdapter:
     """Read a folder for this backbone and layout; `task` where the folder does not say it."""
     if not path.is_dir():
         raise NotFoundError(f"no adapter directory {path}", remedy="ls runs/adapters")
@@ -425,7 +426,7 @@ def recalled_adapter(
 
 
 def export_peft(
-    work: MemoryWorkspace[Any],
+    work: Workspace,
     adapters: Sequence[str] | None,
     *,
     out: Path,
@@ -448,7 +449,7 @@ def export_peft(
 
 
 def _write_exported(
-    directory: Path, view: MemoryView, record: AdapterRecord, work: MemoryWorkspace[Any]
+    directory: Path, view: MemoryView, record: AdapterRecord, work: Workspace
 ) -> None:
     """Write one stored adapter with its head and what the catalog knows of it."""
     _write_stored(directory, view, record, work)
@@ -475,7 +476,7 @@ def _write_exported(
 
 
 def _write_stored(
-    directory: Path, view: MemoryView, record: AdapterRecord, work: MemoryWorkspace[Any]
+    directory: Path, view: MemoryView, record: AdapterRecord, work: Workspace
 ) -> None:
     """Write one stored adapter: as the files that it came from, where it came from files.
 

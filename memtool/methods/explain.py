@@ -27,7 +27,7 @@ from memtool.heads import RecalledHead
 from memtool.memories.closed_form import QueryStatistics
 from memtool.memories.novelty import LIMIT
 from memtool.methods.mira import SUBJECT_SAMPLES, Mira
-from memtool.methods.moram import Moram
+from memtool.methods.moram.method import Moram
 from memtool.methods.recall import MemoryModel, QueryProbe
 from memtool.methods.records import task_of
 from memtool.methods.results import Part, Result
@@ -137,7 +137,7 @@ def explain(
     if isinstance(method, Moram):
         raise ConfigError(
             "this explains mixtures of whole adapters; method moram has atoms",
-            expected="memtool.methods.atom_map.explain_atoms",
+            expected="memtool.methods.moram.explain.explain_atoms",
         )
     if not isinstance(method, Mira):
         raise ConfigError(

@@ -178,7 +178,7 @@ def _renormalise(txn: Transaction, view: MemoryView, gone: set[str]) -> None:
         if blob.startswith(RECALL_PREFIX):
             _unlearn(txn, view, blob, gone)
     if OF_ATOMS & set(view.blobs()):
-        from memtool.methods.atom_state import solve_without
+        from memtool.methods.moram.state import solve_without
 
         solve_without(txn, view, gone)
     if MEMORY in view.blobs():  # else nothing was consolidated, and nothing needs torch

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from memtool.adapters.recalls import every, same_for_all
 from memtool.adapters.values import AdapterValues, Recall
 from memtool.errors import ConfigError, NotFoundError
 from memtool.evaluation.matrix import AccuracyMatrix
@@ -18,11 +19,11 @@ from memtool.evaluation.record import Kind, Row
 from memtool.heads import FeatureStatistics, LinearClassifier, RecalledHead, solve_head
 from memtool.memories.keyed import BlockMemory, KeyedMemory
 from memtool.memories.separation import SeparationFunction, separation
-from memtool.methods.recall import MemoryModel, every, same_for_all
+from memtool.methods.recall import MemoryModel
 from memtool.methods.records import task_of
 from memtool.methods.state import Snapshot
-from memtool.methods.workspace import Workspace
-from memtool.streams.task import Samples, Task
+from memtool.streams.task import Images, Task
+from memtool.workspace import Workspace
 
 SIGNED = ("identity", "affine", "tanh")
 """Separations that can give negative coefficients."""
@@ -61,7 +62,7 @@ class Measure:
         memories = len(model.memory.blocks)
         return joined[:, : head.classes], joined[:, head.classes :].unflatten(1, (memories, -1))
 
-    def accuracy(self, model: MemoryModel, head: RecalledHead, samples: Samples) -> float:
+    def accuracy(self, model: MemoryModel, head: RecalledHead, samples: Images) -> float:
         """Share of samples that the recalled mixture classifies right."""
         return share_right(self.recall(model, head, samples.images)[0], samples)
 
@@ -229,7 +230,7 @@ def drift(then: Sequence[Tensor], now: Sequence[Tensor]) -> dict[str, float]:
     }
 
 
-def share_right(logits: Tensor, samples: Samples) -> float:
+def share_right(logits: Tensor, samples: Images) -> float:
     """Share of samples whose own class has the highest of the logits (n, classes)."""
     labels = torch.from_numpy(np.asarray(samples.labels))
     return float((logits.argmax(1) == labels).double().mean())

@@ -6,13 +6,12 @@ evaluate). The first two are here; `mira` and `modulation` add how a memory is r
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -37,7 +36,7 @@ from memtool.evaluation.record import (
     Run,
     TaskIdentity,
 )
-from memtool.methods.adapt import Adapted, adapt
+from memtool.learning.adapt import Adapted, Beneath, adapt
 from memtool.methods.exchange import (
     AdapterFolder,
     ReadAdapter,
@@ -47,13 +46,12 @@ from memtool.methods.exchange import (
 )
 from memtool.methods.foreign import require_trained_as
 from memtool.methods.kept import fingerprint_of
-from memtool.methods.recall import MemoryModel
 from memtool.methods.records import number_of, task_of
 from memtool.methods.results import AdaptResult, AsAtoms, WriteResult, WrittenAdapter
 from memtool.methods.state import classifier_bytes, own_head_blob
-from memtool.methods.workspace import MemoryWorkspace, T, Workspace, require_learnable
 from memtool.progress import Progress
 from memtool.streams.task import Task
+from memtool.workspace import Workspace, require_learnable
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,8 +67,8 @@ class Trained:
     beneath: str = ""
 
 
-class MemoryMethod(ABC, Generic[T]):
-    """The steps that all methods share, whatever the data, over one configuration and seed.
+class Method:
+    """The steps that all methods share, over one configuration and seed.
 
     `kind` is the kind of row that the method keeps in the store; `version_each` says whether every
     directory that is written becomes a version of its own.
@@ -79,10 +77,25 @@ class MemoryMethod(ABC, Generic[T]):
     kind: ClassVar[Literal["adapter", "atoms"]] = "adapter"
     version_each: ClassVar[bool] = False
 
-    def __init__(self, workspace: MemoryWorkspace[T]) -> None:
-        self.workspace: MemoryWorkspace[T] = workspace
+    def __init__(self, workspace: Workspace) -> None:
+        self.workspace = workspace
         self.config = workspace.config
         self.seed = workspace.seed
+
+    @classmethod
+    def open(
+        cls,
+        config: Config,
+        *,
+        seed: int,
+        progress: Progress | None = None,
+        adapters: Path | None = None,
+    ) -> Self:
+        """Nothing is read yet: stream, backbone and store open when first needed.
+
+        `adapters` as in `Workspace`.
+        """
+        return cls(Workspace(config, seed=seed, progress=progress, adapters=adapters))
 
     # Adapt ----------------------------------------------------------------------------------
 
@@ -131,7 +144,7 @@ class MemoryMethod(ABC, Generic[T]):
         return [folder.result().model_copy(update={"skipped": True}) for folder in folders]
 
     def _trained(
-        self, chosen: T, folders: Sequence[AdapterFolder], fingerprint: str, fresh: bool
+        self, chosen: Task, folders: Sequence[AdapterFolder], fingerprint: str, fresh: bool
     ) -> list[AdaptResult]:
         """Train adapters and write them; the caller holds their lock."""
         work = self.workspace
@@ -179,22 +192,91 @@ class MemoryMethod(ABC, Generic[T]):
         work.engine.on_main(write_all)
         return results
 
-    @abstractmethod
-    def _train(self, task: T, fingerprint: str, checkpoint: Path) -> Trained:
+    def _train(self, task: Task, fingerprint: str, checkpoint: Path) -> Trained:
         """Train the adapters of a task; an interrupted training goes on from the checkpoint."""
+        work = self.workspace
+        start, source = self._warm_start(task)
+        beneath, version = self._beneath(task)
+        if beneath is not None:
+            source = f"{source} on top of version {version}"
+        adapted = adapt(
+            work.engine,
+            work.backbone,
+            work.layout,
+            task.train,
+            classes=task.classes,
+            class_count=len(work.stream.class_names),
+            adapter=self.config.adapter,
+            train=self.config.train,
+            seed=work.training_seed(task.number),
+            start=start,
+            beneath=beneath,
+            fingerprint=f"{fingerprint} {source}",
+            checkpoint=checkpoint,
+            progress=work.progress,
+            stage=self.stage(task),
+        )
+        return Trained(adapted, source)
 
-    @abstractmethod
-    def _fingerprint(self, task: T) -> str:
+    def _fingerprint(self, task: Task) -> str:
         """The hash of all that decides what training a task gives."""
+        work = self.workspace
+        decides = {
+            "backbone": work.backbone.sha256,
+            "stream": work.stream.fingerprint,
+            "task": task.number,
+            "targets": self.config.backbone.targets,
+            "adapter": self.config.adapter.model_dump(mode="json"),
+            "train": self.config.train.model_dump(mode="json"),
+            "seed": self.seed,
+        }
+        return fingerprint_of(decides)
 
-    def _require_learnable(self, task: T) -> None:
-        """Raise DataError for a task that nothing can be learned from; here there is none."""
+    def _require_learnable(self, task: Task) -> None:
+        """Raise DataError for a task without images of two classes."""
+        if self.workspace.reads == "images":
+            require_learnable(task)
 
-    def stage(self, task: T) -> str:
+    def _warm_start(self, task: Task) -> tuple[Tensor | None, str]:
+        """The value that training starts from, and a word for it: the ids it was made of."""
+        kind = self.config.adapter.warm_start
+        if kind == "none" or not self.workspace.has_store:
+            return None, "zero"
+        view = self.workspace.store.view("HEAD")
+        earlier = [
+            record
+            for record in view.adapters
+            if 0 < (number_of(record) or 0) < task.number
+            and record.meta.get("seed") in (None, self.seed)
+        ]
+        if kind == "previous" and earlier:
+            last = max(task_of(record) for record in earlier)
+            earlier = [record for record in earlier if task_of(record) == last]
+        if not earlier:
+            return None, "zero"
+        values = torch.from_numpy(view.values([record.id for record in earlier]).copy())
+        return values.mean(dim=0), " ".join(record.id for record in earlier)
+
+    def _beneath(self, task: Task) -> tuple[Beneath | None, str]:
+        """The memory that a residual adapter is trained on top of, and its version."""
+        if self.config.adapter.residual:
+            raise ConfigError(
+                f"residual adapters under method {self.config.method}, task {task.number}",
+                expected="method mira, whose mixtures an adapter can be added to",
+            )
+        return None, ""
+
+    def learn(self, task: Task, *, fresh: bool = False) -> None:
+        """Train and write the adapters of a task, unless it was done; `fresh` as in `adapt`."""
+        self.adapt(str(task.number), fresh=fresh)
+        folder = self.workspace.adapter_folder
+        self.write([folder / name for name in self.adapter_names(task)])
+
+    def stage(self, task: Task) -> str:
         """What progress calls the training of a task."""
         return f"task {task.number}/{self.workspace.stream.count} {task.name}: adapt"
 
-    def adapter_names(self, task: T) -> list[str]:
+    def adapter_names(self, task: Task) -> list[str]:
         """Names of the adapters of a task, one folder each."""
         stem = f"task-{task.number}-seed-{self.seed}"
         count = self.config.adapter.per_task
@@ -350,7 +432,7 @@ class MemoryMethod(ABC, Generic[T]):
     def _record(
         self,
         rows: Sequence[Row],
-        learned: Sequence[T],
+        learned: Sequence[Task],
         *,
         setting: str,
         version: str,
@@ -399,98 +481,6 @@ class MemoryMethod(ABC, Generic[T]):
             "seed": self.seed,
             "configuration": self.config.recorded(),
         }
-
-
-class Method(MemoryMethod[Task]):
-    """The steps that methods on images share: how the adapters of a task are trained."""
-
-    workspace: Workspace
-
-    @classmethod
-    def open(
-        cls,
-        config: Config,
-        *,
-        seed: int,
-        progress: Progress | None = None,
-        adapters: Path | None = None,
-    ) -> Self:
-        """Nothing is read yet: stream, backbone and store open when first needed.
-
-        `adapters` as in `Workspace`.
-        """
-        return cls(Workspace(config, seed=seed, progress=progress, adapters=adapters))
-
-    def _train(self, task: Task, fingerprint: str, checkpoint: Path) -> Trained:
-        work = self.workspace
-        start, source = self._warm_start(task)
-        beneath, version = self._beneath(task)
-        if beneath is not None:
-            source = f"{source} on top of version {version}"
-        adapted = adapt(
-            work.engine,
-            work.backbone,
-            work.layout,
-            task.train,
-            classes=task.classes,
-            class_count=len(work.stream.class_names),
-            adapter=self.config.adapter,
-            train=self.config.train,
-            seed=work.training_seed(task.number),
-            start=start,
-            beneath=beneath,
-            fingerprint=f"{fingerprint} {source}",
-            checkpoint=checkpoint,
-            progress=work.progress,
-            stage=self.stage(task),
-        )
-        return Trained(adapted, source)
-
-    def _fingerprint(self, task: Task) -> str:
-        work = self.workspace
-        decides = {
-            "backbone": work.backbone.sha256,
-            "stream": work.stream.fingerprint,
-            "task": task.number,
-            "targets": self.config.backbone.targets,
-            "adapter": self.config.adapter.model_dump(mode="json"),
-            "train": self.config.train.model_dump(mode="json"),
-            "seed": self.seed,
-        }
-        return fingerprint_of(decides)
-
-    def _require_learnable(self, task: Task) -> None:
-        """Raise DataError for a task without images of two classes."""
-        require_learnable(task)
-
-    def _warm_start(self, task: Task) -> tuple[Tensor | None, str]:
-        """The value that training starts from, and a word for it: the ids it was made of."""
-        kind = self.config.adapter.warm_start
-        if kind == "none" or not self.workspace.has_store:
-            return None, "zero"
-        view = self.workspace.store.view("HEAD")
-        earlier = [
-            record
-            for record in view.adapters
-            if 0 < (number_of(record) or 0) < task.number
-            and record.meta.get("seed") in (None, self.seed)
-        ]
-        if kind == "previous" and earlier:
-            last = max(task_of(record) for record in earlier)
-            earlier = [record for record in earlier if task_of(record) == last]
-        if not earlier:
-            return None, "zero"
-        values = torch.from_numpy(view.values([record.id for record in earlier]).copy())
-        return values.mean(dim=0), " ".join(record.id for record in earlier)
-
-    def _beneath(self, task: Task) -> tuple[MemoryModel | None, str]:
-        """The memory that a residual adapter is trained on top of, and its version."""
-        if self.config.adapter.residual:
-            raise ConfigError(
-                f"residual adapters under method {self.config.method}, task {task.number}",
-                expected="method mira, whose mixtures an adapter can be added to",
-            )
-        return None, ""
 
 
 def require_unmoved(txn: memtool_stores.Transaction, view: memtool_stores.MemoryView) -> None:

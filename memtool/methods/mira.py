@@ -66,9 +66,9 @@ from memtool.methods.state import (
     solve_recalled_head,
 )
 from memtool.methods.subject import first, joined, read_query
-from memtool.methods.workspace import require_learnable
 from memtool.streams import load_image
 from memtool.streams.task import Task
+from memtool.workspace import require_learnable
 
 SUBJECT_SAMPLES = 256
 """Test images of a task that `retrieve --task` looks at."""
@@ -444,6 +444,7 @@ class Mira(Method):
         *,
         task: str | None = None,
         image: Path | None = None,
+        prompt: str | None = None,
         query: Path | None = None,
         version: str = "HEAD",
         out: Path | None = None,
@@ -454,7 +455,7 @@ class Mira(Method):
         would be asked. `out` is a folder that the recalled adapter is written to as a PEFT
         directory (the mean coefficients, exact for them).
         """
-        if sum(given is not None for given in (task, image, query)) != 1:
+        if prompt is not None or sum(one is not None for one in (task, image, query)) != 1:
             raise ConfigError(
                 "what should recall?", expected="exactly one of --task, --image and --query"
             )

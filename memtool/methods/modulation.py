@@ -27,6 +27,7 @@ from torch import Tensor
 
 import memtool_stores
 from memtool.adapters.peft_files import write_peft
+from memtool.adapters.recalls import chosen, every
 from memtool.adapters.values import AdapterValues
 from memtool.config import Recaller
 from memtool.errors import (
@@ -37,12 +38,11 @@ from memtool.errors import (
 from memtool.evaluation.matrix import AccuracyMatrix
 from memtool.evaluation.record import Kind, Record, Row
 from memtool.heads import LinearClassifier, RecalledHead, solve_head
-from memtool.methods.adapt import adapt
+from memtool.learning.adapt import adapt
 from memtool.methods.attached import AttachedAdapters, AttachedImages
 from memtool.methods.exchange import OWN_HEAD, new_folders, require_new
 from memtool.methods.measure import share_right
 from memtool.methods.method import Method, newest_after_each, require_unmoved
-from memtool.methods.recall import chosen, every
 from memtool.methods.recallers import AdapterMemory, open_memory, synchronise
 from memtool.methods.records import recorded, task_of
 from memtool.methods.results import (
@@ -61,7 +61,7 @@ from memtool.methods.state import (
 )
 from memtool.methods.subject import first, read_query
 from memtool.streams import load_image
-from memtool.streams.task import Samples, Task
+from memtool.streams.task import Images, Task
 from memtool.tensor_bytes import read_tensors
 
 Numbers = npt.NDArray[np.float64]
@@ -223,7 +223,7 @@ class Modulation(Method):
             work.engine,
             work.backbone,
             work.layout,
-            Samples(images, places.astype(np.int64)),
+            Images(images, places.astype(np.int64)),
             classes=range(len(tasks)),
             class_count=len(tasks),
             adapter=self.config.adapter,
@@ -256,6 +256,7 @@ class Modulation(Method):
         *,
         task: str | None = None,
         image: Path | None = None,
+        prompt: str | None = None,
         query: Path | None = None,
         version: str = "HEAD",
         out: Path | None = None,
@@ -266,7 +267,7 @@ class Modulation(Method):
         tensor `query` of a safetensors file: (d_k,), or a whole adapter (numel,) of which the first
         d_k numbers count. `out` is a folder that the recalled adapter is written to.
         """
-        if sum(given is not None for given in (task, image, query)) != 1:
+        if prompt is not None or sum(one is not None for one in (task, image, query)) != 1:
             raise ConfigError(
                 "what should recall?", expected="exactly one of --task, --image and --query"
             )
@@ -569,7 +570,7 @@ class Modulation(Method):
     def _memory(self, name: Recaller, stored: Stored) -> AdapterMemory:
         return open_memory(name, stored.view, self.config.modulation)
 
-    def _accuracies(self, stored: Stored, values: Tensor, shown: Sequence[Samples]) -> list[float]:
+    def _accuracies(self, stored: Stored, values: Tensor, shown: Sequence[Images]) -> list[float]:
         """Accuracy on every task through its own adapter of `values` (t, numel)."""
         places = [torch.full((len(samples),), place) for place, samples in enumerate(shown)]
         return self._right(stored, values, shown, places, range(len(values)))
@@ -578,7 +579,7 @@ class Modulation(Method):
         self,
         stored: Stored,
         values: Tensor,
-        shown: Sequence[Samples],
+        shown: Sequence[Images],
         places: Sequence[Tensor],
         rows: Sequence[int],
     ) -> list[float]:

@@ -6,13 +6,13 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from memtool.backbones.footprint import Footprint
+from memtool.backbones.footprint import Footprint, footprint_of
 from memtool.config import Config
 from memtool.methods import open_method
 from memtool.methods.experiment import chosen_baselines
-from memtool.methods.text import TextWorkspace
-from memtool.methods.workspace import Workspace
+from memtool.methods.moram.state import gate_of
 from memtool.streams import create_stream
+from memtool.workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -35,18 +35,16 @@ def plan(config: Config, *, seed: int, verb: str) -> dict[str, Any]:
     read, and `memory` says in bytes where its memory goes; None for images. Raises what opening
     method, data and backbone does.
     """
-    work: Workspace | TextWorkspace
     memory = None
-    if config.stream.setting == "trace":
-        work = TextWorkspace(config, seed=seed)
-        found = work.footprint()
+    work = open_method(config, seed=seed).workspace
+    if work.reads == "texts":
+        found = _footprint(work)
         memory, numbers = _memory(config, found), found.atoms // 4 // len(work.stream.tasks)
         tasks = [
             _Task(task.name, len(task.train), len(task.test), work.epochs(task))
             for task in work.stream.tasks
         ]
     else:
-        work = open_method(config, seed=seed).workspace
         tasks, numbers = _image_tasks(work), work.layout.numel
     in_turn = config.stream.setting == "dg" and config.stream.held_out is None
     learned = sum(task.epochs > 0 for task in tasks) - in_turn
@@ -85,6 +83,23 @@ def plan(config: Config, *, seed: int, verb: str) -> dict[str, Any]:
         "runs": str(config.runs),
         "notes": list(work.stream.notes),
     }
+
+
+def _footprint(work: Workspace) -> Footprint:
+    """Where the memory goes with the atoms of all tasks, counted without weights.
+
+    Under score norm task it is that of norm bank, which keeps as much.
+    """
+    config = work.config
+    counted = config.moram.model_copy(update={"score_norm": "bank", "scaled_threshold": False})
+    return footprint_of(
+        config.backbone,
+        rank=config.adapter.rank,
+        tasks=len(work.stream.tasks),
+        gate=gate_of(counted, config.adapter.rank),
+        text=config.text,
+        dtype=work.dtype,
+    )
 
 
 def _memory(config: Config, found: Footprint) -> dict[str, int]:

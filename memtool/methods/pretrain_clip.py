@@ -30,11 +30,10 @@ from memtool.config import EngineSettings, StreamSettings, TrainSettings
 from memtool.engine import Batch, Batches, Engine
 from memtool.errors import AlreadyThereError
 from memtool.heads import CosineHead, both_ways
-from memtool.methods.baselines.learner import pooled
-from memtool.methods.fixed_head import PromptTokens
+from memtool.learning.known import PromptTokens
 from memtool.progress import Progress, ProgressEvent
 from memtool.streams import create_stream
-from memtool.streams.task import Stream
+from memtool.streams.task import Stream, Task
 
 MOST_SCALE = 100.0
 """The factor on cosines learns, up to this (Radford et al. 2021)."""
@@ -85,7 +84,7 @@ def pretrain_clip(
     # Images as they are: a mirrored digit is another one.
     train = TrainSettings(iterations=steps, batch_size=batch_size, lr=lr, weight_decay=0.1)
     learner = _Learner(backbone, tasks)
-    everything = pooled(tasks.tasks).train
+    everything = Task.pooled(tasks.tasks).train
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         return both_ways(model(batch.inputs, batch.labels), batch.labels)

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memtool.engine import Engine
+from memtool.memories.dual_gpm import DualGPM, spaces_from_bytes, spaces_to_bytes
 from memtool.memories.keyed import KeyedMemory
-from memtool.methods.dual_gpm import DualGPM, spaces_from_bytes, spaces_to_bytes
 from memtool.methods.recall import MemoryModel
 
 KEYS = "keys"

@@ -1,37 +1,82 @@
-"""What a step looks at: some samples of tasks, or a query that somebody made."""
+"""What a step looks at: some samples of a task, or an input that somebody brings."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
 from memtool.backbones.interface import FrozenModel
-from memtool.errors import CorruptError, DataError, MismatchError
+from memtool.errors import ConfigError, CorruptError, DataError, MismatchError
 from memtool.outside import parsed_json, read_file
-from memtool.streams.task import Samples
+from memtool.streams import load_image
+from memtool.streams.task import Images, Task, Texts, spread
 from memtool.tensor_bytes import load_tensors
+from memtool.workspace import Workspace
 from memtool_stores.printable import shown
 
+SUBJECT_SAMPLES = {"images": 256, "texts": 32}
+"""Test samples of a task that `retrieve --task` and `explain --task` look at."""
 
-def joined(parts: Sequence[Samples]) -> Samples:
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """`words` name it; `task` is None for an input that somebody brought, which has no target."""
+
+    words: str
+    samples: Images | Texts
+    task: Task | None = None
+
+    def __len__(self) -> int:
+        """How many samples it has."""
+        return len(self.samples if self.task is not None else [self.samples])
+
+
+def subject_of(
+    work: Workspace,
+    *,
+    task: str | None = None,
+    image: Path | None = None,
+    prompt: str | None = None,
+    held_out: bool = False,
+) -> Subject:
+    """Some test samples of a task, or an image, or a prompt alone.
+
+    Raises ConfigError for anything but one subject, and for one of the other kind of samples.
+    """
+    if sum(one is not None for one in (task, image, prompt)) != 1:
+        brought = "--prompt" if work.reads == "texts" else "--image"
+        raise ConfigError("what should be looked at?", expected=f"one of --task and {brought}")
+    if task is not None:
+        chosen = work.task(task, held_out=held_out)
+        samples = spread(chosen.test, SUBJECT_SAMPLES[work.reads])
+        return Subject(f"task {chosen.number} {chosen.name}", samples, chosen)
+    if (image is None) != (work.reads == "texts"):
+        raise ConfigError(
+            f"{'an image' if prompt is None else 'a prompt'} for a memory of {work.reads}",
+            expected="--prompt TEXT or --task"
+            if work.reads == "texts"
+            else "--image FILE or --task",
+        )
+    if image is not None:
+        loaded = load_image(image, work.config.backbone.image_size)[None]
+        return Subject(str(image), Images(loaded, np.zeros(0, dtype=np.int64)))
+    assert prompt is not None
+    if not prompt.strip():
+        raise ConfigError("--prompt is empty", expected="text with a visible character")
+    return Subject(prompt, Texts((prompt,), ()))
+
+
+def joined(parts: list[Images]) -> Images:
     """The samples of several tasks, one after another."""
-    if len(parts) == 1:
-        return parts[0]
-    return Samples(
-        np.concatenate([part.images for part in parts]),
-        np.concatenate([part.labels for part in parts]),
-    )
+    return Images.joined(parts)
 
 
-def first(samples: Samples, count: int) -> Samples:
+def first(samples: Images, count: int) -> Images:
     """At most `count` samples, spread evenly."""
-    if len(samples) <= count:
-        return samples
-    chosen = np.linspace(0, len(samples) - 1, count).astype(np.int64)
-    return Samples(samples.images[chosen], samples.labels[chosen])
+    return spread(samples, count)
 
 
 def read_query(path: Path, backbone: FrozenModel) -> Tensor:

@@ -1,4 +1,4 @@
-"""Where samples come from and how they are cut into tasks.
+"""Where samples come from, images or texts, and how they are cut into tasks.
 
 `create_stream(StreamSettings(source="pacs", setting="dil"), 96)` reads a data set (the embedded
 digits, a YAML description, a folder), decodes it once into a cache, and cuts it into tasks.
@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable
 from os import PathLike
 from typing import TYPE_CHECKING
 
-from memtool.errors import ConfigError
-from memtool.streams.task import Samples, Stream, Task
+from memtool.streams.task import Images, Stream, Task, Texts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,32 +22,38 @@ if TYPE_CHECKING:
     from memtool.streams.table import Table
 
 __all__ = [
-    "Samples",
+    "Images",
     "Stream",
     "Task",
+    "Texts",
     "create_stream",
     "list_sources",
     "load_image",
     "open_table",
-    "tell",
 ]
 
 _log = logging.getLogger(__name__)
 
 
 def create_stream(settings: StreamSettings, image_size: int) -> Stream:
-    """The stream that `settings` describe, with images of (image_size, image_size, 3).
+    """The stream that `settings` describe: images of (image_size, image_size, 3), or texts.
 
     The first opening of a data set decodes it into the cache (minutes for a big one); later
     openings map that file into memory. Raises NotFoundError (no such source), ConfigError (a
     setting or description that cannot be used) and DataError (data that cannot be read or cut).
     What is worth knowing of the data is in the stream's `notes`, and told to the log.
     """
+    stream = _opened(settings, image_size)
+    for note in stream.notes:  # the command line says it on stderr
+        _log.warning("%s", note)
+    return stream
+
+
+def _opened(settings: StreamSettings, image_size: int) -> Stream:
     if settings.setting == "trace":
-        raise ConfigError(
-            "stream.setting trace is a stream of texts, and this reads images",
-            expected="another setting, or memtool run, which reads texts",
-        )
+        from memtool.streams.text import open_text_stream
+
+        return open_text_stream(settings)
     from memtool.streams.cuts import cut
     from memtool.streams.sources import templates
 
@@ -58,15 +62,7 @@ def create_stream(settings: StreamSettings, image_size: int) -> Stream:
 
         return cut(digits_table(settings.setting, settings.seed, image_size), settings)
     table = open_table(settings.source, image_size)
-    stream = cut(table, settings, templates(settings.source))
-    tell(stream.notes)
-    return stream
-
-
-def tell(notes: Iterable[str]) -> None:
-    """Tell the log what is worth knowing of a stream; the command line says it on stderr."""
-    for note in notes:
-        _log.warning("%s", note)
+    return cut(table, settings, templates(settings.source))
 
 
 def open_table(source: str, image_size: int) -> Table:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from memtool.config import expand
 from memtool.errors import DataError
 from memtool.streams.stored import StoredImages
-from memtool.streams.task import Samples
+from memtool.streams.task import Images
 
 _CHUNK_BYTES = 64 * 1024**2
 
@@ -44,7 +44,7 @@ class Table:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def samples(self, rows: npt.NDArray[np.int64]) -> Samples:
+    def samples(self, rows: npt.NDArray[np.int64]) -> Images:
         """The samples of ascending `rows` (k,).
 
         Of a table in memory, rows that follow each other are a view. Of one on disk, rows are
@@ -53,11 +53,11 @@ class Table:
         """
         labels = self.labels[rows]
         if isinstance(self.images, StoredImages):
-            return Samples(_spooled(self.images, rows), labels)
+            return Images(_spooled(self.images, rows), labels)
         if len(rows) == 0 or rows[-1] - rows[0] + 1 == len(rows):
             first = int(rows[0]) if len(rows) else 0
-            return Samples(self.images[first : first + len(rows)], labels)
-        return Samples(self.images[rows], labels)
+            return Images(self.images[first : first + len(rows)], labels)
+        return Images(self.images[rows], labels)
 
 
 def _spooled(images: StoredImages, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:

@@ -19,82 +19,24 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from memtool.config import StreamSettings, expand
 from memtool.errors import ConfigError, DataError, NotFoundError, did_you_mean
-from memtool.streams import tell
 from memtool.streams.description import folder_of, read_model
 from memtool.streams.files import files_below, left_out
 from memtool.streams.ordering import named_places, random_ranks
 from memtool.streams.parts import PartName, part_of
 from memtool.streams.rows import Written, parse_json, text_of
+from memtool.streams.task import Stream, Task, TextMetric, Texts
 from memtool_stores.printable import printable, shown
-
-TextMetric = Literal[
-    "first-character", "number", "exact-match", "rouge-l", "edit-similarity", "sari"
-]
 
 SHOWN = 3
 """Places of wrong entries that a message names."""
-
-
-@dataclass(frozen=True)
-class TextSamples:
-    """Prompts and their answers, as many."""
-
-    prompts: tuple[str, ...]
-    answers: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def chosen(self, rows: Sequence[int]) -> TextSamples:
-        """Those at the given places."""
-        return TextSamples(
-            tuple(self.prompts[row] for row in rows), tuple(self.answers[row] for row in rows)
-        )
-
-
-@dataclass(frozen=True)
-class TextTask:
-    """One step of a stream of texts. `number` counts from 1, as on the command line.
-
-    It has no classes, domain or template, which tasks of images have.
-    """
-
-    number: int
-    name: str
-    metric: TextMetric
-    train: TextSamples
-    validation: TextSamples
-    test: TextSamples
-    domain: None = None
-    classes: tuple[int, ...] = ()
-    prompt: None = None
-
-
-@dataclass(frozen=True)
-class TextStream:
-    """Tasks of texts in a fixed order; `fingerprint` is a sha256 of the texts, cut and order."""
-
-    name: str
-    tasks: tuple[TextTask, ...]
-    fingerprint: str
-    setting: str = "trace"
-    class_names: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    """Sentences on files that were left out, and on prompts in training and test alike."""
-
-    @property
-    def count(self) -> int:
-        """How many tasks have a number."""
-        return len(self.tasks)
 
 
 class TaskDescription(BaseModel):
@@ -123,7 +65,7 @@ def text_descriptions() -> dict[str, Path]:
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
-def open_text_stream(settings: StreamSettings) -> TextStream:
+def open_text_stream(settings: StreamSettings) -> Stream[Texts]:
     """The stream of texts that `settings.source` names, built in or the path of a description.
 
     `order` names the tasks in another order and may leave some out; `train_per_task` and
@@ -149,8 +91,7 @@ def open_text_stream(settings: StreamSettings) -> TextStream:
         _task(root, description.tasks[place], number, settings, notes)
         for number, place in enumerate(places, start=1)
     )
-    tell(notes)
-    return TextStream(name, tasks, _fingerprint(tasks), notes=tuple(notes))
+    return Stream(name, "trace", tasks, (), _fingerprint(tasks), notes=tuple(notes))
 
 
 def read_text_description(file: Path) -> TextDescription:
@@ -168,7 +109,7 @@ def read_text_description(file: Path) -> TextDescription:
     return description
 
 
-def read_samples(file: Path) -> TextSamples:
+def read_samples(file: Path) -> Texts:
     """The prompts and answers of one JSON file.
 
     Raises NotFoundError when it is not there; DataError, with the number of the entry (from 1), for
@@ -193,7 +134,7 @@ def read_samples(file: Path) -> TextSamples:
     answers = tuple(entry["answer"] for entry in content)
     _refuse_empty(file, "prompt", prompts)
     _refuse_empty(file, "answer", answers)
-    return TextSamples(prompts, answers)
+    return Texts(prompts, answers)
 
 
 _SHAPE = 'a list of {"prompt": text, "answer": text}'
@@ -237,19 +178,19 @@ def _task(
     number: int,
     settings: StreamSettings,
     notes: list[str],
-) -> TextTask:
+) -> Task[Texts]:
     folder = root / description.name
     files = _parts(folder, description.name, notes)
     train = read_samples(files.get("training", folder / "train.json"))
     test = read_samples(files.get("testing", folder / "test.json"))
     validation = files.get("validation")
     notes += _repeated(description.name, train, test)
-    return TextTask(
+    return Task(
         number=number,
         name=description.name,
         metric=description.metric,
         train=_limited(train, settings.train_per_task, settings.seed),
-        validation=TextSamples((), ()) if validation is None else read_samples(validation),
+        validation=Texts((), ()) if validation is None else read_samples(validation),
         test=_limited(test, settings.test_per_task, settings.seed),
     )
 
@@ -283,7 +224,7 @@ def _parts(folder: Path, name: str, notes: list[str]) -> dict[PartName, Path]:
     return parts
 
 
-def _repeated(name: str, train: TextSamples, test: TextSamples) -> list[str]:
+def _repeated(name: str, train: Texts, test: Texts) -> list[str]:
     """A sentence on the test prompts that are among the training prompts; none for none."""
     learned = set(train.prompts)
     pairs = set(zip(train.prompts, train.answers, strict=True))
@@ -297,14 +238,14 @@ def _repeated(name: str, train: TextSamples, test: TextSamples) -> list[str]:
     ]
 
 
-def _limited(samples: TextSamples, count: int | None, seed: int) -> TextSamples:
+def _limited(samples: Texts, count: int | None, seed: int) -> Texts:
     if count is None or count >= len(samples):
         return samples
     ranks = random_ranks(len(samples), "subset", seed)
     return samples.chosen(sorted(np.argsort(ranks)[:count].tolist()))
 
 
-def _fingerprint(tasks: Sequence[TextTask]) -> str:
+def _fingerprint(tasks: Sequence[Task[Texts]]) -> str:
     digest = hashlib.sha256()
     for task in tasks:
         parts = (task.train, task.validation, task.test)

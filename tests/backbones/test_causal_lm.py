@@ -14,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 from memtool.adapters.layout import Layout
 from memtool.adapters.lora import init_lora
+from memtool.adapters.recalls import every
 from memtool.adapters.values import AdapterValues, Recall
 from memtool.backbones import create_backbone
 from memtool.backbones.causal_lm import CAUSAL_LM_TARGETS, PAD, CausalLM, create_causal_lm
@@ -21,7 +22,6 @@ from memtool.backbones.footprint import footprint, footprint_of
 from memtool.config import BackboneSettings, TextSettings
 from memtool.errors import ConfigError, DataError, MismatchError, NotFoundError
 from memtool.memories.rank1 import AtomGate, Rank1Memory, init_atoms
-from memtool.methods.recall import every
 from tests.backbones.tiny_lm import tiny_config, tiny_model, tiny_tokenizer, write_tiny
 
 LIMITS = TextSettings(prompt_tokens=40, answer_tokens=24)

@@ -14,12 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from memtool.adapters.layout import Layout
+from memtool.adapters.recalls import every
 from memtool.adapters.values import AdapterValues
 from memtool.backbones import create_backbone
 from memtool.backbones.open_clip import CLIP_TARGETS, ClipBackbone, build_clip
 from memtool.config import BackboneSettings
 from memtool.errors import ConfigError, CorruptError, DataError, MismatchError, NotFoundError
-from memtool.methods.recall import every
 
 CONFIGURATION = {
     "embed_dim": 24,

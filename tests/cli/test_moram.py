@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from memtool.config import resolve
-from memtool.methods.moram import Moram
+from memtool.methods.moram.method import Moram
 
 QUICK = {
     "stream.train_per_task": "40",

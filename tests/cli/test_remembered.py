@@ -58,7 +58,7 @@ def test_reading_needs_no_setting_but_the_store(made, memtool, here, monkeypatch
     assert record["run"]["configuration"]["stream"]["train_per_task"] == 40
     exported = memtool("export", *store, "--out", "out", "-q")
     assert exported.returncode == 0, exported.stderr
-    monkeypatch.setattr("memtool.methods.workspace.create_stream", _unseen)
+    monkeypatch.setattr("memtool.workspace.create_stream", _unseen)
     for verb in ("retrieve", "explain"):
         done = memtool(verb, *store, "--image", "image.png", "--json")
         if verb == "explain" and made == "modulation":

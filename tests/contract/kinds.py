@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from memtool.config import Config, resolve
-from memtool.methods import open_method, open_text_method
+from memtool.methods import open_method
 from tests.methods.facts import settings_of, write_facts
 
 SMALL: Mapping[str, object] = {
@@ -46,7 +46,7 @@ def config_of(kind: str, folder: Path, place: Path | None = None) -> Config:
 def opened(kind: str, folder: Path, place: Path | None = None) -> Any:
     """The method of a kind, of seed 0; arguments as in `config_of`."""
     config = config_of(kind, folder, place)
-    return (open_text_method if kind.endswith("texts") else open_method)(config, seed=0)
+    return open_method(config, seed=0)
 
 
 def subject(kind: str, folder: Path) -> dict[str, Any]:

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from memtool.adapters.layout import Layout
 from memtool.adapters.lora import init_lora
+from memtool.adapters.recalls import every
 from memtool.adapters.values import AdapterValues, Recall
 from memtool.backbones import create_backbone
 from memtool.backbones.causal_lm import create_causal_lm
 from memtool.backbones.interface import Backbone, FrozenModel
 from memtool.config import BackboneSettings, TextSettings
-from memtool.methods.recall import every
 from tests.backbones.tiny_lm import write_tiny
 
 Asked = Callable[[Recall | None], Tensor]

@@ -75,8 +75,7 @@ def test_a_task_and_an_input_recall_what_is_in_memory(
 ) -> None:
     names = {record.name for record in method.workspace.store.view().live}
     by_task = method.retrieve(task="2")
-    monkeypatch.setattr("memtool.methods.workspace.create_stream", None)
-    monkeypatch.setattr("memtool.methods.text.open_text_stream", None)
+    monkeypatch.setattr("memtool.workspace.create_stream", None)
     alone = opened(kind, folder).retrieve(**subject(kind, folder))
     for result in (by_task, alone):
         record = json.loads(result.model_dump_json(by_alias=True))

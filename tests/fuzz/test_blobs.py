@@ -15,13 +15,13 @@ from safetensors.torch import save
 
 from memtool.adapters.layout import Layout, Site
 from memtool.heads import FeatureStatistics, LinearClassifier, RecalledHead
+from memtool.learning.past_inputs import PastInputs
 from memtool.memories.bayes_pcn import BayesPCN, BayesPCNSettings
 from memtool.memories.closed_form import QueryStatistics
-from memtool.methods.atom_state import AtomsState
-from memtool.methods.dual_gpm import DualGPM, spaces_from_bytes, spaces_to_bytes
+from memtool.memories.dual_gpm import DualGPM, spaces_from_bytes, spaces_to_bytes
 from memtool.methods.mira import Mira
 from memtool.methods.modulation import Predictor
-from memtool.methods.past_inputs import PastInputs
+from memtool.methods.moram.state import AtomsState
 from memtool.methods.state import MemoryState, classifier_bytes, classifier_of
 from memtool_stores import MemoryView
 from tests.fuzz.door import NAMES, cases, damaged, long, refused_or_taken

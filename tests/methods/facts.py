@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from memtool.config import Config, resolve
-from memtool.methods.text import TextWorkspace
-from memtool.methods.text_memory import TextMoram
+from memtool.methods.moram.method import Moram
+from memtool.workspace import Workspace
 from tests.backbones.tiny_lm import write_tiny
 
 FACTS = {
@@ -57,11 +57,11 @@ def config_of(place: Path, where: Path, **changes: object) -> Config:
     return resolve(preset="moram-trace", overrides=overrides, ambient=False).config
 
 
-def work_of(place: Path, where: Path, **changes: object) -> TextWorkspace:
+def work_of(place: Path, where: Path, **changes: object) -> Workspace:
     """The workspace of seed 0."""
-    return TextWorkspace(config_of(place, where, **changes), seed=0)
+    return Workspace(config_of(place, where, **changes), seed=0)
 
 
-def moram_of(place: Path, where: Path, **changes: object) -> TextMoram:
+def moram_of(place: Path, where: Path, **changes: object) -> Moram:
     """The method of seed 0."""
-    return TextMoram.open(config_of(place, where, **changes), seed=0)
+    return Moram.open(config_of(place, where, **changes), seed=0)

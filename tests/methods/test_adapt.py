@@ -13,8 +13,8 @@ from memtool.backbones import create_backbone
 from memtool.config import AdapterSettings, BackboneSettings, EngineSettings, TrainSettings
 from memtool.engine import Batches, Engine
 from memtool.heads import LinearClassifier
-from memtool.methods.adapt import AdapterTraining, adapt, losses
-from memtool.streams.task import Samples
+from memtool.learning.adapt import AdapterTraining, adapt, losses
+from memtool.streams.task import Images
 
 CLASSES = (0, 1, 3)
 ADAPTER = AdapterSettings(rank=2, per_task=3)
@@ -31,7 +31,7 @@ def samples():
     rng = np.random.default_rng(0)
     labels = rng.choice(CLASSES, size=30)
     noise = rng.integers(0, 120, size=(30, 32, 32, 3))
-    return Samples((noise + 40 * labels[:, None, None, None]).astype(np.uint8), labels)
+    return Images((noise + 40 * labels[:, None, None, None]).astype(np.uint8), labels)
 
 
 @dataclass(frozen=True, eq=False)

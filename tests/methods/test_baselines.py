@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
+from memtool.adapters.recalls import every
 from memtool.adapters.values import AdapterValues
 from memtool.errors import DivergedError
 from memtool.heads.losses import TEMPERATURE, distillation
-from memtool.methods.adapt import adapt
-from memtool.methods.baselines import BASELINES
+from memtool.learning.adapt import adapt
+from memtool.learning.learner import Learner
+from memtool.learning.past_inputs import free_directions
+from memtool.memories.dual_gpm import DualGPM
+from memtool.methods.baselines import baselines_of
 from memtool.methods.baselines.ewc import STRENGTH as EWC_STRENGTH
 from memtool.methods.baselines.ewc import Ewc
+from memtool.methods.baselines.in_turn import in_turn
 from memtool.methods.baselines.inf_lora import InfLora
-from memtool.methods.baselines.learner import Learner, in_turn, pooled
 from memtool.methods.baselines.lwf import Lwf
 from memtool.methods.baselines.moe_lora import MoeLora
 from memtool.methods.baselines.o_lora import STRENGTH as O_LORA_STRENGTH
 from memtool.methods.baselines.o_lora import OLora, overlap
 from memtool.methods.baselines.reading import ClosedForms, accuracy
 from memtool.methods.baselines.sources import DG_BASELINES
-from memtool.methods.dual_gpm import DualGPM
-from memtool.methods.past_inputs import free_directions
-from memtool.methods.recall import every
-from memtool.methods.workspace import Workspace
-from memtool.streams.task import Samples
+from memtool.streams.task import Images, Task
+from memtool.workspace import Workspace
 from tests.methods.conftest import small_config
+
+BASELINES = baselines_of("images")
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +79,9 @@ def test_learners_start_alike_and_change_nothing_at_first(work, tasks):
     for kind in (Learner, Ewc, Lwf, OLora, InfLora, MoeLora):
         learner = kind(work, len(tasks))
         learner.before_task(tasks[0])
-        assert torch.allclose(learner.features(images), plain, atol=1e-5), kind.id
+        assert torch.allclose(
+            learner.objective.features(images, learner.recall()), plain, atol=1e-5
+        ), kind.id
         assert not learner(images).any(), kind.id
         if kind is not InfLora:  # its A comes from the images
             assert torch.equal(learner.values.flat()[:1], Learner(work, 3).values.flat()), kind.id
@@ -92,13 +99,13 @@ def test_old_classes_keep_their_weights_while_new_ones_learn(tmp_path):
     first, second = work.stream.tasks[:2]
     learner = Learner(work, 2)
     learner.learn(first, "test")
-    before = learner.head.weight.detach().clone()
+    before = learner.objective.head.weight.detach().clone()
     learner.learn(second, "test")
     # Only weight decay touches them: at most the sum of rate times decay over the steps.
     assert torch.allclose(
-        learner.head.weight[list(first.classes)], before[list(first.classes)], rtol=1e-2
+        learner.objective.head.weight[list(first.classes)], before[list(first.classes)], rtol=1e-2
     )
-    assert learner.head.weight[list(second.classes)].any()
+    assert learner.objective.head.weight[list(second.classes)].any()
 
 
 def test_divergence_names_the_baseline(tmp_path):
@@ -130,8 +137,8 @@ def test_the_first_adapter_is_that_of_the_memory(work, tasks):
 def test_ewc_fisher_is_the_mean_of_squared_gradients_of_single_samples(work, tasks):
     task = tasks[0]
     learner = moved(learned(Ewc, work, tasks), 0.02)
-    few = Samples(task.train.images[:53], task.train.labels[:53])  # a whole batch and a rest
-    mask = torch.full((learner.head.classes,), -torch.inf)
+    few = Images(task.train.images[:53], task.train.labels[:53])  # a whole batch and a rest
+    mask = torch.full((learner.objective.head.classes,), -torch.inf)
     mask[list(task.classes)] = 0
     expected = [torch.zeros_like(parameter) for parameter in learner.held()]
     for image, label in zip(few.images, few.labels, strict=True):
@@ -140,7 +147,9 @@ def test_ewc_fisher_is_the_mean_of_squared_gradients_of_single_samples(work, tas
         gradients = torch.autograd.grad(loss, learner.held())
         for total, gradient in zip(expected, gradients, strict=True):
             total += gradient.square() / len(few)
-    for found, wanted in zip(learner.fisher(few, task.classes), expected, strict=True):
+    for found, wanted in zip(
+        learner.fisher(dataclasses.replace(task, train=few)), expected, strict=True
+    ):
         assert torch.allclose(found, wanted, rtol=1e-3, atol=1e-6 * float(wanted.max()))
         assert float(wanted.max()) > 0
 
@@ -149,12 +158,12 @@ def test_ewc_penalty_is_the_quadratic_form(work, tasks):
     learner = learned(Ewc, work, tasks)
     images = images_of(tasks[0])
     logits = learner(images)
-    assert learner.penalty(images, logits).item() == 0
+    assert learner.penalty(images, None, logits).item() == 0
     anchor = flat(learner.held())
     difference = flat(moved(learner).held()) - anchor
     fisher = flat(learner.importance)
     expected = EWC_STRENGTH / 2 * float(difference @ (fisher * difference))
-    assert learner.penalty(images, logits).item() == pytest.approx(expected, rel=1e-4)
+    assert learner.penalty(images, None, logits).item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_ewc_importance_adds_up_and_holds_parameters(work, tasks, monkeypatch):
@@ -165,7 +174,7 @@ def test_ewc_importance_adds_up_and_holds_parameters(work, tasks, monkeypatch):
     learner.learn(tasks[1], "test")
     assert torch.all(flat(learner.importance) >= first)
     free = learned(Learner, work, tasks, 2)
-    loose = flat([*free.values.parameters(), free.head.weight, free.head.bias])
+    loose = flat([*free.values.parameters(), free.objective.head.weight, free.objective.head.bias])
     held = flat(learner.held())
 
     def moved_by(end):  # in the metric of what mattered to the first task
@@ -196,7 +205,7 @@ def test_lwf_has_no_gradient_at_the_old_model_and_one_elsewhere(work, tasks):
     trained = [p for p in learner.parameters() if p.requires_grad]
 
     def largest():
-        loss = learner.penalty(images, learner(images))
+        loss = learner.penalty(images, None, learner(images))
         gradients = torch.autograd.grad(loss, trained)
         return float(loss.detach()), max(float(g.abs().max()) for g in gradients)
 
@@ -228,13 +237,13 @@ def test_o_lora_penalty_is_not_zero_and_falls_in_training(work, tasks):
     learner = learned(OLora, work, tasks)
     learner.before_task(tasks[1])
     images = images_of(tasks[1])
-    penalty = learner.penalty(images, learner(images))
+    penalty = learner.penalty(images, None, learner(images))
     expected = O_LORA_STRENGTH * overlap(learner.past, learner.values)
     assert penalty.item() == pytest.approx(expected.item())
     gradients = torch.autograd.grad(penalty, [*learner.values.a])
     assert all(float(gradient.abs().min()) > 0 for gradient in gradients)
     learner = learned(OLora, work, tasks, 2)
-    assert 0 < learner.penalty(images, learner(images)).item() < 0.5 * penalty.item()
+    assert 0 < learner.penalty(images, None, learner(images)).item() < 0.5 * penalty.item()
 
 
 def test_branches_sum_and_old_ones_stay(work, tasks):
@@ -287,9 +296,9 @@ def test_no_direction_is_left_when_the_past_holds_them_all():
 
 def test_a_new_branch_hardly_sees_old_inputs(work, tasks):
     learner = learned(InfLora, work, tasks)
-    old = learner.inputs.moments(work, tasks[0].train, learner.recall())
+    old = learner.moments(tasks[0])
     learner.before_task(tasks[1])
-    new = learner.inputs.moments(work, tasks[1].train, learner.recall())
+    new = learner.moments(tasks[1])
     random = Learner(work, 3).values.flat()
 
     def seen(values, moments):  # mean share of |x|² that A, with rows of length one, sees
@@ -365,7 +374,7 @@ def test_prototypes_choose_one_head_and_posteriors_weigh_them(work, tasks):
 
 @pytest.fixture(scope="module")
 def rows(work, tasks):
-    return {name: BASELINES[name](work, tasks) for name in BASELINES}
+    return {name: measure(work, tasks) for name, measure in BASELINES.items()}
 
 
 def test_every_baseline_gives_whole_matrices(rows, tasks):
@@ -417,7 +426,7 @@ def test_one_task_and_tasks_of_classes_work(tmp_path):
 
 
 def test_pooled_tasks_hold_every_image_once(tasks):
-    whole = pooled(tasks)
+    whole = Task.pooled(tasks)
     assert len(whole.train) == sum(len(task.train) for task in tasks)
     low = len(tasks[0].train)
     assert np.array_equal(whole.train.images[low], tasks[1].train.images[0])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from memtool.errors import ConfigError, DataError, MismatchError
-from memtool.methods.dual_gpm import DualGPM
+from memtool.memories.dual_gpm import DualGPM
 
 
 def inputs(n: int, width: int, seed: int, *, decay: float = 0.7) -> Tensor:

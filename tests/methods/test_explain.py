@@ -10,13 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
+from memtool.adapters.recalls import same_for_all
 from memtool.adapters.values import AdapterValues
 from memtool.config import Config
 from memtool.errors import ConfigError, NotFoundError
 from memtool.memories.closed_form import QueryStatistics
 from memtool.methods.explain import as_shown, distances, explain
 from memtool.methods.mira import Mira
-from memtool.methods.recall import same_for_all
 from memtool.reports.explanation import coefficient_grid
 from tests.methods.conftest import small_config
 

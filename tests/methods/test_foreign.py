@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 
 from memtool.adapters.peft_files import CONFIG_NAME, write_peft
 from memtool.errors import ConfigError, CorruptError, DataError, MismatchError
+from memtool.learning.learner import Learner
 from memtool.methods.exchange import ABOUT, CATALOG, OWN_HEAD, export_peft
 from memtool.methods.mira import Mira
-from memtool.methods.moram import Moram
-from memtool.methods.text import TextLearner
+from memtool.methods.moram.method import Moram
 from memtool_stores import MemoryStore
 from tests.methods.conftest import small_config
 from tests.methods.facts import moram_of, write_facts
@@ -27,11 +27,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_facts(tmp_path_factory.mktemp("texts"))
 
 
-def plain_lora(place: Path, folder: Path) -> tuple[Path, TextLearner]:
+def plain_lora(place: Path, folder: Path) -> tuple[Path, Learner]:
     """A LoRA that sequential fine-tuning makes of task 1, as a folder of somebody else."""
     work = moram_of(place, folder, **{"train.epochs": 30}).workspace
-    learner = TextLearner(work, 1)
-    learner.learn(work.stream.tasks[0])
+    learner = Learner(work, 1)
+    learner.learn(work.stream.tasks[0], "test")
     value = learner.values.flat()[0].detach().float().cpu()
     alpha = work.config.adapter.alpha
     made = write_peft(folder / "theirs", value, work.layout, alpha=alpha, base_model="m/model")

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from memtool.adapters.mixing import Mixture
 from memtool.adapters.peft_files import read_peft
+from memtool.adapters.recalls import every, on_top, same_for_all
 from memtool.adapters.values import AdapterValues
 from memtool.errors import (
     AlreadyThereError,
@@ -24,7 +25,6 @@ from memtool.errors import (
 from memtool.methods.consolidate import drift_degrees
 from memtool.methods.measure import Measure
 from memtool.methods.mira import Mira
-from memtool.methods.recall import every, on_top, same_for_all
 from memtool_stores import SpaceMismatchError
 from tests.methods.conftest import learn, small_config
 
@@ -524,7 +524,7 @@ def test_values_that_consolidation_refines(tmp_path):
 
 def test_consolidating_again_reads_no_image(learned, monkeypatch):
     said = learned.workspace.store.view().metadata
-    monkeypatch.setattr("memtool.methods.workspace.create_stream", None)
+    monkeypatch.setattr("memtool.workspace.create_stream", None)
     again = learned.consolidate()
     assert again.unchanged
     assert again.train_accuracy == said["train_accuracy"]

@@ -24,18 +24,18 @@ from memtool.errors import (
 )
 from memtool.evaluation.metrics import reuse
 from memtool.evaluation.record import Record
+from memtool.learning.past_inputs import PastInputs
 from memtool.memories.rank1 import Rank1Memory
 from memtool.methods import experiment
-from memtool.methods.atom_map import as_picture, explain_atoms, task_grid
-from memtool.methods.atom_prune import dead_atoms, prune
-from memtool.methods.atom_state import AtomsState, bank_of, digest
-from memtool.methods.atom_watch import contribution, contributions, frozen_drift, task_shares
 from memtool.methods.bisect import bisect
 from memtool.methods.exchange import export_peft
 from memtool.methods.forget import forget
 from memtool.methods.mira import Mira
-from memtool.methods.moram import Moram
-from memtool.methods.past_inputs import PastInputs
+from memtool.methods.moram.explain import as_picture, explain_atoms, task_grid
+from memtool.methods.moram.method import Moram
+from memtool.methods.moram.prune import dead_atoms, prune
+from memtool.methods.moram.state import AtomsState, bank_of, digest
+from memtool.methods.moram.watch import contribution, contributions, frozen_drift, task_shares
 from memtool.methods.subject import first
 from memtool.reports.html import render
 from memtool.reports.table import atoms_grid

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from memtool.config import MemorySettings
 from memtool.errors import CorruptError
+from memtool.memories.dual_gpm import DualGPM
 from memtool.memories.keyed import KeyedMemory
-from memtool.methods.dual_gpm import DualGPM
 from memtool.methods.mira import Mira
 from memtool.methods.protect import KEYS, Protection
 from tests.methods.conftest import learn, small_config

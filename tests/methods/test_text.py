@@ -9,28 +9,22 @@ from pathlib import Path
 import pytest
 import torch
 
+from memtool.adapters.recalls import dropping
 from memtool.config import resolve
 from memtool.errors import ConfigError
 from memtool.evaluation.record import read_record
+from memtool.learning.answers import AnswerScores, answer_row
 from memtool.memories.rank1 import Rank1Memory
-from memtool.methods.atom_state import gate_of
-from memtool.methods.baselines.o_lora import STRENGTH, overlap
-from memtool.methods.baselines.text import (
-    TEXT_BASELINES,
-    InContext,
-    InfLora,
-    MoeLora,
-    OLora,
-    joint,
-)
+from memtool.methods.baselines import baselines_of
+from memtool.methods.baselines.inf_lora import InfLora
+from memtool.methods.baselines.joint import joint
+from memtool.methods.baselines.moe_lora import MoeLora
+from memtool.methods.baselines.o_lora import STRENGTH, OLora, overlap
+from memtool.methods.baselines.zero_shot import InContext
 from memtool.methods.experiment import run
-from memtool.methods.text import (
-    AtomLearner,
-    TextScores,
-    TextWorkspace,
-    dropping,
-    text_row,
-)
+from memtool.methods.moram.learn import AtomLearner
+from memtool.methods.moram.state import gate_of
+from memtool.workspace import Workspace
 from tests.methods.facts import FACTS, config_of, work_of, write_facts
 
 
@@ -40,7 +34,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_facts(tmp_path_factory.mktemp("texts"))
 
 
-def atoms_of(work: TextWorkspace) -> AtomLearner:
+def atoms_of(work: Workspace) -> AtomLearner:
     """An empty bank that learns, through the configured gate."""
     gate = gate_of(work.config.moram, work.config.adapter.rank)
     return AtomLearner(work, Rank1Memory(work.layout.sites), gate)
@@ -50,24 +44,23 @@ def test_older_atoms_stay_as_they_were(place: Path, tmp_path: Path) -> None:
     work = work_of(place, tmp_path)
     learner = atoms_of(work)
     tasks = work.stream.tasks
-    learner.learn(tasks[0])
+    learner.learn(tasks[0], "test")
     name = work.layout.sites[0].name
     before = learner.bank.bank(name).keys.clone()
-    learner.learn(tasks[1])
+    learner.learn(tasks[1], "test")
     assert torch.equal(learner.bank.bank(name).keys[:2], before)
 
 
 def test_a_row_of_some_tasks_has_the_metrics_of_a_stream_that_ended_there(
     place: Path, tmp_path: Path
 ) -> None:
-    learner = atoms_of(work_of(place, tmp_path))
-    tasks = learner.work.stream.tasks
+    tasks = work_of(place, tmp_path).stream.tasks
     found = {
-        0: TextScores(losses=(3.0, 3.0, 3.0)),
-        1: TextScores(losses=(1.0, 3.0, 3.0)),
-        2: TextScores(losses=(1.5, 0.5, 2.0), cut_prompts=4, cut_answers=2),
+        0: AnswerScores(losses=(3.0, 3.0, 3.0)),
+        1: AnswerScores(losses=(1.0, 3.0, 3.0)),
+        2: AnswerScores(losses=(1.5, 0.5, 2.0), cut_prompts=4, cut_answers=2),
     }
-    row = text_row(learner, found, seconds=None, tasks=tasks)
+    row = answer_row("moram", "MoRAM", "method", tasks, found)
     assert row.loss[2:] == ((1.5, 0.5, 2.0), (None, None, None))
     assert row.metrics == {"loss.final": 1.0, "loss.forgetting": 0.5}
     assert (row.cut_prompts, row.cut_answers) == (4, 2)
@@ -75,8 +68,9 @@ def test_a_row_of_some_tasks_has_the_metrics_of_a_stream_that_ended_there(
 
 def test_joint_learns_every_task_without_order(place: Path, tmp_path: Path) -> None:
     work = work_of(place, tmp_path)
-    row = joint(work)
-    zero = TEXT_BASELINES["zero-shot"](work)
+    tasks = work.stream.tasks
+    (row,) = joint(work, tasks)
+    (zero,) = baselines_of("texts")["zero-shot"](work, tasks)
     assert row.kind == "upper bound"
     assert all(cell is None for line in row.loss[:3] for cell in line)
     for after, before in zip(row.loss[3], zero.loss[0], strict=True):
@@ -92,15 +86,16 @@ def test_the_penalty_of_o_lora_is_not_zero_and_lowers_the_overlap(
     tasks = work.stream.tasks
     left: dict[float, float] = {}
     for strength in (0.0, 1.0):
-        monkeypatch.setattr("memtool.methods.baselines.text.STRENGTH", strength)
+        monkeypatch.setattr("memtool.methods.baselines.o_lora.STRENGTH", strength)
         learner = OLora(work, 3)
-        learner.learn(tasks[0])
-        assert float(learner.penalty()) == 0
-        learner.learn(tasks[1])
+        learner.learn(tasks[0], "test")
+        nothing = torch.zeros(())
+        assert float(learner.penalty(nothing, nothing, nothing)) == 0
+        learner.learn(tasks[1], "test")
         assert learner.past is not None
         left[strength] = float(overlap(learner.past, learner.values).detach())
         if strength:
-            penalty = learner.penalty()
+            penalty = learner.penalty(nothing, nothing, nothing)
             penalty.backward()
             assert float(penalty.detach()) == pytest.approx(left[strength])
             assert any(a.grad is not None and a.grad.abs().max() > 0 for a in learner.values.a)
@@ -111,9 +106,9 @@ def test_the_penalty_of_o_lora_is_not_zero_and_lowers_the_overlap(
 def test_the_branch_of_inf_lora_does_not_see_old_inputs(place: Path, tmp_path: Path) -> None:
     work = work_of(place, tmp_path)
     learner = InfLora(work, 3)
-    learner.learn(work.stream.tasks[0])
+    learner.learn(work.stream.tasks[0], "test")
     learner.before_task(work.stream.tasks[1])
-    for module, second in learner.input_moments(learner.inputs, work.stream.tasks[0].train).items():
+    for module, second in learner.moments(work.stream.tasks[0]).items():
         block = next(site.block for site in work.layout.sites if site.module == module)
         a = learner.values.block(block).modules[module].a[0, 0].double()  # type: ignore[union-attr]
         seen = float(((a @ second) * a).sum() / second.trace())
@@ -124,11 +119,9 @@ def test_the_branch_of_inf_lora_does_not_see_old_inputs(place: Path, tmp_path: P
 def test_moments_leave_padding_out(place: Path, tmp_path: Path) -> None:
     together = InfLora(work_of(place, tmp_path), 3)
     alone = InfLora(work_of(place, tmp_path, **{"engine.eval_batch_size": 1}), 3)
-    samples = together.work.stream.tasks[1].train
-    for module, second in together.input_moments(together.inputs, samples).items():
-        torch.testing.assert_close(
-            second, alone.input_moments(alone.inputs, samples)[module], rtol=1e-5, atol=1e-5
-        )
+    task = together.work.stream.tasks[1]
+    for module, second in together.moments(task).items():
+        torch.testing.assert_close(second, alone.moments(task)[module], rtol=1e-5, atol=1e-5)
 
 
 def test_a_router_of_moe_lora_learns_and_looks_at_one_token_at_a_time(
@@ -136,13 +129,13 @@ def test_a_router_of_moe_lora_learns_and_looks_at_one_token_at_a_time(
 ) -> None:
     work = work_of(place, tmp_path)
     learner = MoeLora(work, 3)
-    learner.learn(work.stream.tasks[0])
+    learner.learn(work.stream.tasks[0], "test")
     assert any(parameter.abs().max() > 0 for parameter in learner.routers.parameters())
-    tokens = learner.lm.encode(["turn ab:"]).tokens
-    longer = learner.lm.encode(["turn ab:"], ["x"]).tokens
+    tokens = learner.work.backbone.encode(["turn ab:"]).tokens
+    longer = learner.work.backbone.encode(["turn ab:"], ["x"]).tokens
     with torch.no_grad():
-        short = learner.lm.logits(tokens, learner.recall())
-        whole = learner.lm.logits(longer, learner.recall())
+        short = learner.work.backbone.logits(tokens, learner.recall())
+        whole = learner.work.backbone.logits(longer, learner.recall())
     torch.testing.assert_close(whole[:, : short.shape[1]], short, rtol=1e-4, atol=1e-4)
 
 
@@ -150,9 +143,9 @@ def test_examples_come_from_the_training_set_and_fit(place: Path, tmp_path: Path
     work = work_of(place, tmp_path, **{"text.shots": 5})
     learner = InContext(work, 3)
     task = work.stream.tasks[0]
-    for asked, prompt in zip(learner.prompts(task, task.test), task.test.prompts, strict=True):
+    for asked, prompt in zip(learner.asked(task), task.test.prompts, strict=True):
         assert asked.endswith(prompt)
-        assert len(learner.lm.tokenizer(asked).input_ids) <= 60
+        assert len(learner.work.backbone.tokenizer(asked).input_ids) <= 60
         *shots, _ = asked.split("\n\n")
         assert len(shots) == 2  # a third one does not fit into 60 tokens
         known = [f"{p} {a}" for p, a in FACTS["letters"]]
@@ -161,12 +154,14 @@ def test_examples_come_from_the_training_set_and_fit(place: Path, tmp_path: Path
 
 def test_dropout_drops_a_share_of_the_inputs_by_its_seed(place: Path, tmp_path: Path) -> None:
     learner = atoms_of(work_of(place, tmp_path))
-    learner.learn(learner.work.stream.tasks[0])
-    tokens = learner.lm.encode(["after a comes"]).tokens
+    learner.learn(learner.work.stream.tasks[0], "test")
+    tokens = learner.work.backbone.encode(["after a comes"]).tokens
 
     def logits(share: float, seed: int) -> torch.Tensor:
         with torch.no_grad():
-            return learner.lm.logits(tokens, dropping(learner.recall(), share, seed, tokens.device))
+            return learner.work.backbone.logits(
+                tokens, dropping(learner.recall(), share, seed, tokens.device)
+            )
 
     assert torch.equal(logits(0.0, 1), logits(0.0, 2))
     assert torch.equal(logits(0.3, 1), logits(0.3, 1))
@@ -211,8 +206,10 @@ def test_a_whole_run_generates_scores_and_writes_the_record(place: Path, tmp_pat
 
 def test_every_baseline_gives_a_row(place: Path, tmp_path: Path) -> None:
     work = work_of(place, tmp_path, **{"train.epochs": 1})
-    for name, measure in TEXT_BASELINES.items():
-        row = measure(work)
+    known = baselines_of("texts")
+    assert {"ewc", "lwf", "joint", "in-context"} <= set(known)
+    for name, measure in known.items():
+        (row,) = measure(work, work.stream.tasks)
         assert row.id == name
         assert all(cell is not None and math.isfinite(cell) for cell in row.loss[3])
 

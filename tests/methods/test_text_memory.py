@@ -20,15 +20,19 @@ from memtool.errors import (
     MismatchError,
     NotFoundError,
 )
-from memtool.methods.atom_map import as_picture, explain_text_atoms
-from memtool.methods.atom_prune import dead_text_atoms, prune
-from memtool.methods.atom_state import PAST_INPUTS, past_inputs_of
+from memtool.learning.answers import Answering
+from memtool.learning.learner import Learner
+from memtool.learning.passes import each
 from memtool.methods.bisect import bisect
 from memtool.methods.exchange import export_peft
 from memtool.methods.experiment import run
 from memtool.methods.forget import forget
-from memtool.methods.text import TextLearner
-from memtool.methods.text_memory import TextMoram
+from memtool.methods.moram.explain import as_picture, explain_atoms
+from memtool.methods.moram.measure import AtomMeasure
+from memtool.methods.moram.method import Moram
+from memtool.methods.moram.prune import dead_atoms, prune
+from memtool.methods.moram.state import PAST_INPUTS, past_inputs_of
+from memtool.methods.moram.watch import watched
 from memtool.reports.atom_map import LINE
 from tests.methods.facts import config_of, moram_of, write_facts
 
@@ -39,7 +43,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_facts(tmp_path_factory.mktemp("texts"))
 
 
-def grow(method: TextMoram, *tasks: int) -> TextMoram:
+def grow(method: Moram, *tasks: int) -> Moram:
     """Train and write tasks, one after another."""
     for task in tasks:
         method.adapt(str(task))
@@ -55,13 +59,13 @@ def _grown(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def grown(place: Path, _grown: Path) -> TextMoram:
+def grown(place: Path, _grown: Path) -> Moram:
     """Three tasks in memory, for reading only."""
     return moram_of(place, _grown)
 
 
 @pytest.fixture
-def grown_copy(place: Path, _grown: Path, tmp_path: Path) -> TextMoram:
+def grown_copy(place: Path, _grown: Path, tmp_path: Path) -> Moram:
     """Three tasks in memory, in a copy that a test may change."""
     shutil.copytree(_grown, tmp_path / "copy")
     return moram_of(place, tmp_path / "copy")
@@ -88,9 +92,7 @@ def test_a_task_is_trained_into_a_folder_and_written_as_one_version(
     assert not list((tmp_path / "runs" / "adapters").glob(".*.checkpoint"))
 
 
-def test_growing_by_hand_makes_the_rows_of_a_run(
-    place: Path, grown: TextMoram, tmp_path: Path
-) -> None:
+def test_growing_by_hand_makes_the_rows_of_a_run(place: Path, grown: Moram, tmp_path: Path) -> None:
     (record,) = run(config_of(place, tmp_path), baselines=False)
     there = moram_of(place, tmp_path).workspace.store.view()
     here = grown.workspace.store.view()
@@ -106,17 +108,17 @@ def test_growing_by_hand_makes_the_rows_of_a_run(
 
 
 def test_a_run_goes_on_after_what_was_grown_by_hand_and_the_other_way_round(
-    place: Path, grown: TextMoram, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: Path, grown: Moram, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = grow(moram_of(place, tmp_path), 1)
     trained: list[str] = []
-    learn = TextLearner.learn
+    learn = Learner.learn
 
-    def counted(self: TextLearner, task, **more):
+    def counted(self: Learner, task, stage, **more):
         trained.append(task.name)
-        return learn(self, task, **more)
+        return learn(self, task, stage, **more)
 
-    monkeypatch.setattr(TextLearner, "learn", counted)
+    monkeypatch.setattr(Learner, "learn", counted)
     run(config_of(place, tmp_path), baselines=False)
     assert trained == ["sums", "turned"]
     expected = [r.sha256 for r in grown.workspace.store.view().atom_records]
@@ -190,7 +192,7 @@ def test_an_empty_answer_is_refused_by_its_file(place: Path, tmp_path: Path) -> 
 
 
 def test_a_memory_of_another_model_is_refused(
-    place: Path, grown_copy: TextMoram, tmp_path: Path
+    place: Path, grown_copy: Moram, tmp_path: Path
 ) -> None:
     shutil.copytree(place, tmp_path / "other")
     file = tmp_path / "other" / "model" / "model.safetensors"
@@ -206,7 +208,7 @@ def test_a_memory_of_another_model_is_refused(
         moram_of(place, folder, **{"backbone.targets": ("q", "v")}).evaluate()
 
 
-def test_nothing_is_consolidated(grown: TextMoram) -> None:
+def test_nothing_is_consolidated(grown: Moram) -> None:
     result = grown.consolidate()
     assert (result.unchanged, result.head, result.tasks) == (True, None, (1, 2, 3))
     assert result.version == grown.workspace.store.head()
@@ -232,27 +234,27 @@ def test_the_tasks_in_memory_are_measured_and_others_where_they_are_asked_for(
 
 
 def test_scores_of_a_version_are_measured_once(
-    grown: TextMoram, monkeypatch: pytest.MonkeyPatch
+    grown: Moram, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = grown.evaluate(history=True)
 
     def refuse(*_: object) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(TextLearner, "measure", refuse)
+    monkeypatch.setattr(Answering, "scores", refuse)
     assert grown.evaluate(history=True).metrics == before.metrics
     with pytest.raises(AssertionError, match="measured again"):
         grown.evaluate(compare=True)
 
 
-def test_cut_prompts_are_counted_in_the_record(place: Path, grown: TextMoram) -> None:
+def test_cut_prompts_are_counted_in_the_record(place: Path, grown: Moram) -> None:
     short = moram_of(place, Path(grown.workspace.store_path).parent, **{"text.prompt_tokens": 10})
     # "after a comes" and "0 and 1 is" are longer, "turn ab:" is not; each with one token ahead.
     assert short.evaluate().row("moram").cut_prompts == 16
     assert grown.evaluate().row("moram").cut_prompts == 0
 
 
-def test_the_use_of_atoms_follows_from_their_contributions(grown: TextMoram) -> None:
+def test_the_use_of_atoms_follows_from_their_contributions(grown: Moram) -> None:
     row = grown.evaluate(history=True).row("moram")
     use = row.atom_use
     assert use is not None
@@ -272,8 +274,7 @@ def test_the_use_of_atoms_follows_from_their_contributions(grown: TextMoram) -> 
     def watch(atoms: ModuleAtoms, x: torch.Tensor) -> None:
         seen.extend((site.name, x) for site in atoms.sites)
 
-    for _ in grown.passes(then, [watch], work.task("1").test.prompts):
-        pass
+    each(work, work.task("1").test, watched(then.bank, then.gate, watch))
     before, apart = 0.0, 0.0
     for name, x in seen:
         adds = []
@@ -294,7 +295,7 @@ def test_the_use_of_atoms_follows_from_their_contributions(grown: TextMoram) -> 
     assert use.reuse[1] == pytest.approx([one.share for one in shares], abs=1e-6)
 
 
-def test_the_version_that_made_texts_worse_is_found(grown_copy: TextMoram) -> None:
+def test_the_version_that_made_texts_worse_is_found(grown_copy: Moram) -> None:
     first = grown_copy.workspace.store.log()[::-1]
     start = next(v.id for v in first if grown_copy.known_tasks(v.id) == (1, 2, 3))
     forget(grown_copy.workspace.store, ["1"])
@@ -313,7 +314,7 @@ def test_the_version_that_made_texts_worse_is_found(grown_copy: TextMoram) -> No
 
 
 def test_atoms_of_texts_go_out_as_peft_and_come_back(
-    place: Path, grown: TextMoram, tmp_path: Path
+    place: Path, grown: Moram, tmp_path: Path
 ) -> None:
     paths = export_peft(grown.workspace, ["task-1-seed-0"], out=tmp_path / "out")
     source = grown.config.runs / "adapters" / "task-1-seed-0"
@@ -327,7 +328,7 @@ def test_atoms_of_texts_go_out_as_peft_and_come_back(
     assert other.evaluate().row("moram").loss[1][0] == pytest.approx(expected)
 
 
-def test_another_setting_is_refused(grown: TextMoram) -> None:
+def test_another_setting_is_refused(grown: Moram) -> None:
     with pytest.raises(ConfigError, match="setting 'cil'"):
         grown.evaluate(setting="cil")
 
@@ -341,7 +342,7 @@ def test_an_empty_memory_has_nothing_to_measure(place: Path, tmp_path: Path) -> 
         method.evaluate()
 
 
-def test_a_forgotten_task_leaves_the_others_as_they_are(grown_copy: TextMoram) -> None:
+def test_a_forgotten_task_leaves_the_others_as_they_are(grown_copy: Moram) -> None:
     before = grown_copy.snapshot()
     result = forget(grown_copy.workspace.store, ["2"])
     assert result.tasks == (2,)
@@ -357,8 +358,8 @@ def test_a_forgotten_task_leaves_the_others_as_they_are(grown_copy: TextMoram) -
         grown_copy.learn(grown_copy.workspace.stream.tasks[1])
 
 
-def test_dead_atoms_are_found_shown_by_their_losses_and_pruned(grown_copy: TextMoram) -> None:
-    found = dead_text_atoms(grown_copy, 0.3)
+def test_dead_atoms_are_found_shown_by_their_losses_and_pruned(grown_copy: Moram) -> None:
+    found = dead_atoms(grown_copy, 0.3)
     assert (found.measure, found.done, found.atoms) == ("loss", False, 3 * 2 * 8)
     assert 0 < found.pruned < found.atoms
     assert len(grown_copy.workspace.store.log()) == 4
@@ -373,13 +374,13 @@ def test_dead_atoms_are_found_shown_by_their_losses_and_pruned(grown_copy: TextM
     after = grown_copy.evaluate().row("moram").loss[3]
     assert after == pytest.approx([one.after for one in found.tasks])
     with pytest.raises(ConfigError, match="--atoms-below 1"):
-        dead_text_atoms(grown_copy, 1.0)
+        dead_atoms(grown_copy, 1.0)
 
 
 # Retrieve and explain ---------------------------------------------------------------------------
 
 
-def weights_by_hand(method: TextMoram, prompt: str, site_name: str) -> torch.Tensor:
+def weights_by_hand(method: Moram, prompt: str, site_name: str) -> torch.Tensor:
     """The gate's weights (tokens, atoms) at a map of the first block, from its input alone."""
     snapshot, lm = method.snapshot(), method.workspace.backbone
     layer = lm.layers[0]
@@ -388,11 +389,14 @@ def weights_by_hand(method: TextMoram, prompt: str, site_name: str) -> torch.Ten
     return activations(x, snapshot.bank.bank(site_name), snapshot.gate)[0]
 
 
-def test_shares_of_a_prompt_follow_from_the_inputs_of_the_maps(grown: TextMoram) -> None:
+def test_shares_of_a_prompt_follow_from_the_inputs_of_the_maps(grown: Moram) -> None:
     prompt = "after c comes"
     result = grown.retrieve(prompt=prompt)
     assert (result.subject, result.samples, result.loss) == (prompt, 1, None)
-    assert result.answer == grown._learner(grown.snapshot()).answers([prompt])[0]
+    assert (
+        result.answer
+        == AtomMeasure(grown.workspace).answering(grown.snapshot()).answers([prompt])[0]
+    )
     assert [one.task for one in result.tasks] == [1, 2, 3]
     assert result.block_numbers == (0, 1)
     assert 1 <= len(result.atoms) <= 10
@@ -401,14 +405,14 @@ def test_shares_of_a_prompt_follow_from_the_inputs_of_the_maps(grown: TextMoram)
     owner = torch.tensor([1, 1, 2, 2, 3, 3])
     name = work.backbone.sites(("k",))[0].name
     expected = weights_by_hand(grown, prompt, name).double()
-    shown = explain_text_atoms(grown, prompt=prompt, layer="k", block=0)
+    shown = explain_atoms(grown, prompt=prompt, layer="k", block=0)
     torch.testing.assert_close(torch.tensor(shown.weights), expected.T, check_dtype=False)
     for one in shown.tasks:
         share = float(expected[:, owner == one.task].sum(dim=1).mean())
         assert one.share == pytest.approx(share, abs=1e-6)
 
 
-def test_a_task_is_looked_at_text_by_text(grown: TextMoram) -> None:
+def test_a_task_is_looked_at_text_by_text(grown: Moram) -> None:
     result = grown.retrieve(task="turned")
     assert result.samples == 6
     assert result.answer is None
@@ -419,50 +423,50 @@ def test_a_task_is_looked_at_text_by_text(grown: TextMoram) -> None:
     ]
     mean = torch.tensor(parts, dtype=torch.float64).mean(dim=0)
     torch.testing.assert_close(torch.tensor(result.blocks, dtype=torch.float64), mean)
-    shown = explain_text_atoms(grown, task="turned")
+    shown = explain_atoms(grown, task="turned")
     assert shown.columns == tuple(f"text {n}" for n in range(1, 7))
 
 
-def test_a_prompt_is_mapped_at_any_layer_block_and_version(grown: TextMoram) -> None:
+def test_a_prompt_is_mapped_at_any_layer_block_and_version(grown: Moram) -> None:
     prompt = "3 and 1 is"
-    shown = explain_text_atoms(grown, prompt=prompt, layer="o", block=1)
+    shown = explain_atoms(grown, prompt=prompt, layer="o", block=1)
     assert "".join(shown.columns[1:]) == prompt
     assert len(shown.weights) == len(shown.atoms) == 6
     assert {len(row) for row in shown.weights} == {len(shown.columns)}
     assert shown.answer is not None
     log = grown.workspace.store.log()
-    before = explain_text_atoms(grown, prompt=prompt, version=log[1].id)
+    before = explain_atoms(grown, prompt=prompt, version=log[1].id)
     assert [one.task for one in before.tasks] == [1, 2]
     for change, words in (
         ({"layer": "gate"}, "'gate' is not adapted"),
         ({"block": 2}, "--block 2"),
     ):
         with pytest.raises(ConfigError, match=words):
-            explain_text_atoms(grown, prompt=prompt, **change)  # type: ignore[arg-type]
+            explain_atoms(grown, prompt=prompt, **change)  # type: ignore[arg-type]
 
 
-def test_a_map_of_a_prompt_is_drawn_with_its_tokens(grown: TextMoram, tmp_path: Path) -> None:
+def test_a_map_of_a_prompt_is_drawn_with_its_tokens(grown: Moram, tmp_path: Path) -> None:
     page = tmp_path / "atoms.html"
-    shown = explain_text_atoms(grown, prompt="turn ab: 1 and 2", out=page)
+    shown = explain_atoms(grown, prompt="turn ab: 1 and 2", out=page)
     text = page.read_text(encoding="utf-8")
     assert ">t</text>" in text
     assert ">␣</text>" in text
     assert "1 letters" in text
     assert "class token" not in text
-    long = explain_text_atoms(grown, prompt="turn ab: " * 6, out=tmp_path / "atoms.svg")
+    long = explain_atoms(grown, prompt="turn ab: " * 6, out=tmp_path / "atoms.svg")
     assert len(as_picture(long).columns) > LINE
     for kind in ("svg", "png"):
-        explain_text_atoms(grown, task="1", out=tmp_path / f"task.{kind}")
+        explain_atoms(grown, task="1", out=tmp_path / f"task.{kind}")
     assert as_picture(shown).columns == shown.columns
 
 
 @pytest.mark.parametrize("subject", [{}, {"task": "1", "prompt": "a"}, {"prompt": " \n"}])
-def test_one_subject_with_visible_characters(grown: TextMoram, subject: dict[str, str]) -> None:
+def test_one_subject_with_visible_characters(grown: Moram, subject: dict[str, str]) -> None:
     with pytest.raises(ConfigError):
         grown.retrieve(**subject)  # type: ignore[arg-type]
 
 
-def test_a_long_prompt_is_refused_where_it_would_be_cut(place: Path, grown: TextMoram) -> None:
+def test_a_long_prompt_is_refused_where_it_would_be_cut(place: Path, grown: Moram) -> None:
     where = Path(grown.workspace.store_path).parent
     strict = moram_of(place, where, **{"text.long_prompts": "refuse"})
     with pytest.raises(DataError, match="prompt 1 has 81 tokens"):

@@ -14,33 +14,33 @@ import yaml
 from PIL import Image
 from torch.nn import functional as F
 
+from memtool.adapters.recalls import every
 from memtool.backbones.open_clip import CLIP_TARGETS
 from memtool.config import Config, TrainSettings, resolve
 from memtool.errors import AlreadyThereError, ConfigError, DataError
 from memtool.evaluation.metrics import average_xtail, transfer_xtail
 from memtool.heads import CosineHead, both_ways
-from memtool.methods import open_method
-from memtool.methods.atom_map import explain_atoms
-from memtool.methods.baselines import FIXED_HEAD_BASELINES
-from memtool.methods.baselines.ewc import Ewc
-from memtool.methods.baselines.fine_tune import FineTune
-from memtool.methods.baselines.inf_lora import InfLora
-from memtool.methods.baselines.learner import Learner
-from memtool.methods.baselines.lwf import Lwf
-from memtool.methods.experiment import run
-from memtool.methods.fixed_head import (
-    FixedHeadTraining,
+from memtool.learning.known import (
     compared,
     fixed_head,
     head_under,
 )
+from memtool.learning.learner import Learner
+from memtool.learning.objective import Known
+from memtool.methods import open_method
+from memtool.methods.baselines import baselines_of
+from memtool.methods.baselines.ewc import Ewc
+from memtool.methods.baselines.fine_tune import FineTune
+from memtool.methods.baselines.inf_lora import InfLora
+from memtool.methods.baselines.lwf import Lwf
+from memtool.methods.experiment import run
 from memtool.methods.forget import forget
-from memtool.methods.moram import Moram
+from memtool.methods.moram.explain import explain_atoms
+from memtool.methods.moram.method import Moram
 from memtool.methods.pretrain_clip import pretrain_clip
-from memtool.methods.recall import every
-from memtool.methods.workspace import Workspace
 from memtool.streams import load_image
 from memtool.streams.prompts import prompts
+from memtool.workspace import Workspace
 
 COLOURS = {
     "warm": {"red": (220, 40, 30), "dark_yellow": (160, 150, 20), "both": (200, 120, 120)},
@@ -153,7 +153,7 @@ def labels_of(work: Workspace, task: int = 0, count: int = 6) -> torch.Tensor:
 
 
 def test_prototypes_are_of_frozen_features_and_know_every_class(work: Workspace) -> None:
-    head = work.fixed_head
+    head = fixed_head(work)
     assert head.prototypes.shape == (6, work.backbone.dim)
     assert head.prototypes.any(dim=1).all()
     task = work.stream.tasks[1]
@@ -170,7 +170,7 @@ def test_prototypes_are_of_frozen_features_and_know_every_class(work: Workspace)
 
 
 def test_a_text_head_reads_the_prompts(clip_work: Workspace) -> None:
-    head, backbone = clip_work.fixed_head, clip_work.backbone
+    head, backbone = fixed_head(clip_work), clip_work.backbone
     texts = prompts(clip_work.stream)
     assert texts[:3] == ("a warm both (warm).", "a warm dark yellow.", "a warm red.")
     with torch.no_grad():
@@ -184,17 +184,19 @@ def test_a_text_head_reads_the_prompts(clip_work: Workspace) -> None:
 
 def test_heads_that_cannot_be_are_told(chain: Path, work: Workspace, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no text tower(.|\n)*open_clip"):
-        _ = Workspace(config(chain, tmp_path, head__kind="text"), seed=0).fixed_head
+        fixed_head(Workspace(config(chain, tmp_path, head__kind="text"), seed=0))
     with pytest.raises(ConfigError, match="does not know classes before"):
-        _ = Workspace(config(chain, tmp_path, head__kind="lda"), seed=0).fixed_head
+        fixed_head(Workspace(config(chain, tmp_path, head__kind="lda"), seed=0))
     with pytest.raises(ConfigError, match=r"EWC under head\.kind prototype"):
         Ewc(work, 2)
 
 
 def test_equal_prompts_are_an_error(clip_work: Workspace) -> None:
-    twice = replace(clip_work.stream, class_names=("a", "b", "c", "d", "d_", "e"))
+    twice = Workspace(clip_work.config, seed=0)
+    twice.backbone = clip_work.backbone
+    twice.stream = replace(clip_work.stream, class_names=("a", "b", "c", "d", "d_", "e"))
     with pytest.raises(DataError, match=r"two classes of chain have the prompt 'a cold d.'"):
-        fixed_head(clip_work.config, clip_work.engine, clip_work.backbone, twice)
+        fixed_head(twice)
 
 
 # Learning under it
@@ -209,8 +211,9 @@ def test_iterations_are_whole_epochs() -> None:
 
 def test_every_baseline_fills_the_whole_matrix(work: Workspace) -> None:
     tasks = work.stream.tasks
-    rows = {row.id: row for run in FIXED_HEAD_BASELINES.values() for row in run(work, tasks)}
-    assert set(FIXED_HEAD_BASELINES) == {
+    known = baselines_of("images", fixed_head=True)
+    rows = {row.id: row for run in known.values() for row in run(work, tasks)}
+    assert set(known) == {
         "zero-shot", "fine-tune", "sequential", "lwf", "o-lora", "inf-lora", "moe-lora", "joint",
     }  # fmt: skip
     zero_shot = rows["zero-shot"].accuracy
@@ -233,27 +236,30 @@ def test_fine_tuning_moves_a_copy_only(work: Workspace) -> None:
     images = images_of(work)
     before = work.backbone.features(work.backbone.preprocess(images))
     learner = FineTune(work, 2)
-    torch.testing.assert_close(learner.features(images), before)
+    torch.testing.assert_close(learner.objective.features(images, None), before)
     learner.learn(work.stream.tasks[0], "test")
-    assert not torch.allclose(learner.features(images), before)
+    assert not torch.allclose(learner.objective.features(images, None), before)
     assert torch.equal(work.backbone.features(work.backbone.preprocess(images)), before)
     assert not any(parameter.requires_grad for parameter in work.backbone.parameters())
-    assert learner.rate_of("backbone.vit.norm.weight") < learner.rate_of("values.a.0") == 1
+    assert learner.rate_of("objective.backbone.vit.norm.weight") < 1
+    assert learner.rate_of("objective.head.weight") == 1
 
 
 def test_the_loss_is_over_the_classes_of_the_task(work: Workspace) -> None:
-    learner = Learner(work, 2)
     task = work.stream.tasks[0]
-    module = FixedHeadTraining(work, learner.values, lambda: every(learner.values), task)
+    objective = Known(work)
+    objective.begin(task)
     images, labels = images_of(work), labels_of(work)
-    logits = module(images)
-    assert (logits[:, list(work.stream.tasks[1].classes)] == -torch.inf).all()
-    torch.testing.assert_close(logits[:, :3], learner(images)[:, :3])
-    torch.testing.assert_close(
-        module.classifier().weight, float(work.fixed_head.scale) * work.fixed_head.prototypes
-    )
-    assert F.cross_entropy(logits, labels) < F.cross_entropy(learner(images), labels)
-    torch.testing.assert_close(module(images, labels), F.cross_entropy(logits, labels))
+    logits = objective.logits(images)
+    compared_only = logits.clone()
+    compared_only[:, list(work.stream.tasks[1].classes)] = -torch.inf
+    loss = objective.loss(logits, images, labels)
+    torch.testing.assert_close(loss, F.cross_entropy(compared_only, labels))
+    assert loss < F.cross_entropy(logits, labels)
+    torch.testing.assert_close(objective.losses(logits, images, labels).mean(), loss)
+    head = fixed_head(work)
+    learned = objective.learned_head(None)
+    torch.testing.assert_close(learned.weight, float(head.scale) * head.prototypes)
 
 
 def test_prototypes_of_earlier_tasks_compete_where_they_are_asked_to(
@@ -277,10 +283,10 @@ def test_prototypes_of_earlier_tasks_compete_where_they_are_asked_to(
 
 def test_both_towers_learn_and_the_head_follows(clip_work: Workspace) -> None:
     learner = Learner(clip_work, 2)
-    before = learner.head
+    before = learner.objective.head
     assert isinstance(before, CosineHead)
     learner.learn(clip_work.stream.tasks[0], "test")
-    after = learner.head
+    after = learner.objective.head
     assert isinstance(after, CosineHead)
     assert not torch.allclose(before.prototypes, after.prototypes, atol=1e-4)
     expected = head_under(clip_work, every(learner.values), "text")
@@ -307,16 +313,16 @@ def test_the_loss_of_clip_reads_the_batchs_classes_anew(clip_work: Workspace) ->
 
 def test_lwf_holds_what_both_towers_say_against_the_old_ones(clip_work: Workspace) -> None:
     learner = Lwf(clip_work, 2)
-    images = images_of(clip_work)
+    images, labels = images_of(clip_work), labels_of(clip_work)
     learner.before_task(clip_work.stream.tasks[0])
-    assert not learner.penalty(images, learner(images))
+    assert not learner.penalty(images, labels, learner(images))
     learner.learn(clip_work.stream.tasks[0], "test")
     learner.before_task(clip_work.stream.tasks[1])
-    assert learner.penalty(images, learner(images)).item() == pytest.approx(0, abs=1e-6)
+    assert learner.penalty(images, labels, learner(images)).item() == pytest.approx(0, abs=1e-6)
     with torch.no_grad():
         for factor in learner.values.b:
             factor += 0.3
-    loss = learner.penalty(images, learner(images))
+    loss = learner.penalty(images, labels, learner(images))
     assert loss.item() > 1e-4
     loss.backward()
     of_text = [
@@ -329,14 +335,13 @@ def test_lwf_holds_what_both_towers_say_against_the_old_ones(clip_work: Workspac
 
 def test_inf_lora_sees_the_inputs_of_both_towers(clip_work: Workspace) -> None:
     learner = InfLora(clip_work, 2)
-    samples = clip_work.stream.tasks[0].train
-    moments = learner.inputs.moments(clip_work, samples, learner.recall())
+    moments = learner.moments(clip_work.stream.tasks[0])
     assert moments.keys() == {site.module for site in clip_work.layout.sites}
 
 
 def test_every_baseline_runs_on_a_clip(clip_work: Workspace) -> None:
     tasks = clip_work.stream.tasks
-    for name, baseline in FIXED_HEAD_BASELINES.items():
+    for name, baseline in baselines_of("images", fixed_head=True).items():
         first = baseline(clip_work, tasks)[0]
         assert first.metrics["last.xtail"] >= 0, name
 

@@ -10,10 +10,10 @@ from memtool.config import Setting, StreamSettings
 from memtool.errors import ConfigError, DataError
 from memtool.streams.cuts import cut
 from memtool.streams.table import Table
-from memtool.streams.task import Samples
+from memtool.streams.task import Images
 
 
-def _rows(samples: Samples) -> list[int]:
+def _rows(samples: Images) -> list[int]:
     """The rows of the fixture's table: each image holds its own number."""
     return samples.images[:, 0, 0, 0].tolist()
 

@@ -11,7 +11,8 @@ import pytest
 from memtool.config import StreamSettings
 from memtool.errors import ConfigError, DataError, NotFoundError
 from memtool.streams import create_stream
-from memtool.streams.text import TextStream, open_text_stream, text_descriptions
+from memtool.streams.task import Stream, Texts
+from memtool.streams.text import open_text_stream, text_descriptions
 
 needs_data = pytest.mark.skipif(
     not os.environ.get("MEMTOOL_DATA"), reason="MEMTOOL_DATA is not set: no TRACE texts"
@@ -37,7 +38,7 @@ def description(tmp_path: Path) -> Path:
     return file
 
 
-def opened(file: Path, **settings: object) -> TextStream:
+def opened(file: Path, **settings: object) -> Stream[Texts]:
     return open_text_stream(StreamSettings(source=str(file), setting="trace", **settings))
 
 

@@ -131,23 +131,19 @@ def _prune(call: Call, below: float, purge: bool) -> None:
             "--purge with --atoms-below",
             expected="one of them: the bytes of single atoms stay in the row of their task",
         )
-    from memtool.methods.atom_prune import dead_atoms, dead_text_atoms, prune
-    from memtool.methods.moram import Moram
-    from memtool.methods.text_memory import TextMoram
+    from memtool.methods.moram.method import Moram
+    from memtool.methods.moram.prune import dead_atoms, prune
 
     call.store_to_change()
     with call.out.progress() as progress:
         method = call.method(progress)
-        if not isinstance(method, Moram | TextMoram):
+        if not isinstance(method, Moram):
             raise ConfigError(
                 f"--atoms-below under method {method.config.method}",
                 expected="method moram, whose memory is made of atoms",
                 remedy="--preset moram, as the memory was made with, or --set method=moram",
             )
-        if isinstance(method, TextMoram):
-            found = dead_text_atoms(method, below)
-        else:
-            found = dead_atoms(method, below)
+        found = dead_atoms(method, below)
     shown = percent if found.measure == "accuracy" else "{:.3f}".format
     rows = [
         (f"{one.task} {one.task_name}", shown(one.before), shown(one.after)) for one in found.tasks

@@ -95,7 +95,7 @@ def explain(
 
     with call.out.progress() as progress:
         result = explained(
-            call.image_method(progress), task=task, image=image, version=call.version, out=out
+            call.method(progress), task=task, image=image, version=call.version, out=out
         )
     view = as_shown(result)
     facts = Table((), view.facts, title=f"{view.title}: {view.about}")
@@ -121,18 +121,14 @@ def _explain_atoms(
     out: Path | None,
 ) -> None:
     """The map of atoms at one adapted map."""
-    from memtool.methods.atom_map import explain_atoms, explain_text_atoms, task_grid
-    from memtool.methods.moram import Moram
-    from memtool.methods.text_memory import TextMoram
+    from memtool.methods.moram.explain import explain_atoms, task_grid
+    from memtool.methods.moram.method import Moram
 
     where: dict[str, Any] = {"layer": layer, "block": block, "version": call.version, "out": out}
     with call.out.progress() as progress:
         method = call.method(progress)
-        if isinstance(method, TextMoram):
-            result = explain_text_atoms(method, task=task, prompt=prompt, **where)
-        else:
-            assert isinstance(method, Moram)
-            result = explain_atoms(method, task=task, image=image, **where)
+        assert isinstance(method, Moram)
+        result = explain_atoms(method, task=task, image=image, prompt=prompt, **where)
     best = sorted(result.tasks, key=lambda one: -one.share)
     first = predicted(result.prediction, result.answer)
     call.out.data(result, *first, task_grid(result), ids=[one.name for one in best[:1]])

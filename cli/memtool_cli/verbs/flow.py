@@ -52,9 +52,8 @@ if TYPE_CHECKING:
     from memtool.evaluation.record import Record
     from memtool.methods.mira import Mira
     from memtool.methods.modulation import Modulation
-    from memtool.methods.moram import Moram
+    from memtool.methods.moram.method import Moram
     from memtool.methods.results import AtomsResult, RecallResult, RetrieveResult
-    from memtool.methods.text_memory import TextMoram
 
 app = Verbs()
 
@@ -271,28 +270,15 @@ def retrieve(
     ] = None,
 ) -> None:
     """Show the mixture of adapters that a task, an image, a prompt or a query recalls."""
-    from memtool.methods import open_text_method
-
     call.require_one_subject("retrieve", task=task, image=image, prompt=prompt, query=query)
     say_decided(call)
     if query is not None:
         say_unread_stream(call)
     result: RetrieveResult | RecallResult | AtomsResult
     with call.out.progress() as progress:
-        if call.reads_texts:
-            if query is not None or out is not None:
-                raise ConfigError(
-                    f"{'--query' if query is not None else '--out'} on a stream of texts: every "
-                    "token of every layer asks for itself, and gets a mixture of its own",
-                    expected="--task or --prompt",
-                    remedy="memtool explain --prompt TEXT, which maps atoms to tokens",
-                )
-            of_texts = open_text_method(call.config, seed=call.seed, progress=progress)
-            result = of_texts.retrieve(task=task, prompt=prompt, version=call.version)
-        else:
-            result = call.image_method(progress).retrieve(
-                task=task, image=image, query=query, version=call.version, out=out
-            )
+        result = call.method(progress).retrieve(
+            task=task, image=image, prompt=prompt, query=query, version=call.version, out=out
+        )
     if result.schema_ == "memtool.recall":
         _show_recall(call, result)
     elif result.schema_ == "memtool.retrieve-atoms":
@@ -478,14 +464,13 @@ def evaluate(
     return None
 
 
-def _measured(method: Mira | Modulation | Moram | TextMoram, unseen: bool) -> Callable[..., Record]:
+def _measured(method: Mira | Modulation | Moram, unseen: bool) -> Callable[..., Record]:
     """What evaluates a method; with `unseen` on all tasks of the stream."""
     if not unseen:
         return method.evaluate
-    from memtool.methods.moram import Moram
-    from memtool.methods.text_memory import TextMoram
+    from memtool.methods.moram.method import Moram
 
-    if not isinstance(method, Moram | TextMoram):
+    if not isinstance(method, Moram):
         raise ConfigError(
             f"--unseen under method {method.config.method}",
             expected="method moram: other memories have no classes of tasks they never saw",

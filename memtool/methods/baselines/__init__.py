@@ -1,6 +1,9 @@
 """Baselines: the same backbone, adapted layers, rank, data, epochs and optimiser, without a memory.
 
-    frozen       the backbone as it is, under every kind of head
+    zero-shot    the model as it is, where it knows classes or can answer before it learns
+    in-context   a language model as it is, with examples before each prompt
+    frozen       an image model as it is, under every kind of head
+    fine-tune    all weights, task after task
     sequential   one LoRA, task after task
     ewc, lwf     the same under a penalty that holds parameters, or answers
     o-lora       a LoRA per task, summed, pressed to be orthogonal
@@ -8,65 +11,59 @@
     moe-lora     as many LoRA as tasks, mixed by a learned router
     joint        one LoRA on all tasks at once: an upper bound
 
-Under a head that knows all classes in advance (`methods.fixed_head`, setting xtail) these are
-FIXED_HEAD_BASELINES: without EWC, and with
-
-    zero-shot    the backbone as it is
-    fine-tune    all weights, task after task
-
-Each sees a task's images only while it learns that task, as the memory does (joint excepted). The
-trained ones are read four ways (`reading.py`): by the linear head trained along, by a ridge or an
-LDA head from running moments, and by an LDA head per task. Domain generalisation has no order and
-its own baselines (`sources.py`). Hard choice, uniform mixture and oracle adapter read the memory
-itself and are in `Mira.evaluate`.
+Each is written once, on `Learner`, and learns images and texts alike. It sees a task's samples only
+while it learns that task, as the memory does (joint excepted). Of images the features are read four
+ways (`reading.py`): by the linear head trained along, by a ridge or an LDA head from running
+moments, and by an LDA head per task. Domain generalisation has no order and its own baselines
+(`sources.py`). Hard choice, uniform mixture and oracle adapter read the memory itself and are in
+`Mira.evaluate`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from memtool.evaluation.record import Row
+from memtool.learning.learner import Learner
 from memtool.methods.baselines.ewc import Ewc
 from memtool.methods.baselines.fine_tune import FineTune
-from memtool.methods.baselines.frozen import frozen, zero_shot
+from memtool.methods.baselines.frozen import frozen
+from memtool.methods.baselines.in_turn import in_turn
 from memtool.methods.baselines.inf_lora import InfLora
 from memtool.methods.baselines.joint import joint
-from memtool.methods.baselines.learner import Learner, in_turn
 from memtool.methods.baselines.lwf import Lwf
 from memtool.methods.baselines.moe_lora import MoeLora
 from memtool.methods.baselines.o_lora import OLora
 from memtool.methods.baselines.sources import DG_BASELINES, HeldOut
-from memtool.methods.workspace import Workspace
+from memtool.methods.baselines.zero_shot import InContext, ZeroShot, once
 from memtool.streams.task import Task
+from memtool.workspace import Workspace
 
-__all__ = [
-    "BASELINES",
-    "DG_BASELINES",
-    "FIXED_HEAD_BASELINES",
-    "HeldOut",
-    "frozen",
-    "joint",
-    "sequential",
-]
+__all__ = ["BASELINES", "DG_BASELINES", "Baseline", "HeldOut", "baselines_of"]
 
+Baseline = Callable[[Workspace, Sequence[Task]], list[Row]]
 
-def sequential(work: Workspace, tasks: Sequence[Task]) -> list[Row]:
-    """One LoRA and one linear head, each task starting from what the one before left."""
-    return in_turn(Learner, work, tasks)
-
-
-BASELINES: dict[str, Callable[[Workspace, Sequence[Task]], list[Row]]] = {
+BASELINES: dict[str, Baseline] = {
+    "zero-shot": partial(once, ZeroShot),
+    "in-context": partial(once, InContext),
     "frozen": frozen,
-    "sequential": sequential,
-    **{kind.id: partial(in_turn, kind) for kind in (Ewc, Lwf, OLora, InfLora, MoeLora)},
+    "fine-tune": partial(in_turn, FineTune),
+    **{kind.id: partial(in_turn, kind) for kind in (Learner, Ewc, Lwf, OLora, InfLora, MoeLora)},
     "joint": joint,
 }
-"""Every baseline that is trained apart from the memory, by the name of its result file."""
+"""Every baseline of an order of tasks, by the name of its result file."""
 
-FIXED_HEAD_BASELINES: dict[str, Callable[[Workspace, Sequence[Task]], list[Row]]] = {
-    "zero-shot": zero_shot,
-    "fine-tune": partial(in_turn, FineTune),
-    **{name: run for name, run in BASELINES.items() if name not in ("frozen", "ewc")},
-}
-"""Those under a head that is fixed in advance."""
+_NOT_OF_IMAGES = ("zero-shot", "in-context", "fine-tune")
+_NOT_OF_FIXED_HEADS = ("in-context", "frozen", "ewc")
+_NOT_OF_TEXTS = ("frozen",)
+
+
+def baselines_of(reads: str, *, fixed_head: bool = False) -> Mapping[str, Baseline]:
+    """The baselines of "images", under a head that learns or is fixed in advance, or of "texts"."""
+    without: tuple[str, ...]
+    if reads == "texts":
+        without = _NOT_OF_TEXTS
+    else:
+        without = _NOT_OF_FIXED_HEADS if fixed_head else _NOT_OF_IMAGES
+    return {name: baseline for name, baseline in BASELINES.items() if name not in without}

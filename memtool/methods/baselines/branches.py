@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from memtool.adapters.mixing import Mixture
+from memtool.adapters.recalls import every
 from memtool.adapters.values import AdapterValues, BlockValues, ModuleValues, Recall
-from memtool.methods.baselines.learner import Learner
-from memtool.methods.recall import every
-from memtool.methods.workspace import Workspace
+from memtool.learning.learner import Learner
 from memtool.streams.task import Task
 
 
@@ -21,8 +20,9 @@ class Branches(Learner):
 
     past: AdapterValues | None
 
-    def __init__(self, work: Workspace, tasks: int) -> None:
-        super().__init__(work, tasks)
+    def begin(self) -> None:
+        """The first branch."""
+        super().begin()
         self.past = None
 
     def before_task(self, task: Task) -> None:
@@ -32,7 +32,7 @@ class Branches(Learner):
             self.past = self.work.stacked(flat_of_all(self.past, self.values))
             self.values = self.fresh(1)
 
-    def recall(self) -> Recall:
+    def recall(self) -> Recall | None:
         """All branches, for every input."""
         return summed(self.past, self.values)
 

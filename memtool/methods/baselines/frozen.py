@@ -14,8 +14,8 @@ from memtool.evaluation.matrix import AccuracyMatrix
 from memtool.evaluation.record import Row
 from memtool.heads import LinearHead
 from memtool.methods.baselines.reading import TITLES, ClosedForms, Reading, accuracies
-from memtool.methods.workspace import Workspace
-from memtool.streams.task import Samples, Task
+from memtool.streams.task import Images, Task
+from memtool.workspace import Workspace
 
 _READINGS: tuple[Reading, ...] = ("ridge", "lda", "ncm", "routed", "linear")
 
@@ -54,20 +54,7 @@ def frozen(work: Workspace, tasks: Sequence[Task]) -> list[Row]:
     ]
 
 
-def zero_shot(work: Workspace, tasks: Sequence[Task]) -> list[Row]:
-    """The frozen features under the head that knows all classes in advance; nothing is learned."""
-    begin = time.perf_counter()
-    head = work.fixed_head.to("cpu")
-    seconds = time.perf_counter() - begin
-    samples = [task.test for task in tasks]
-    row = accuracies(head, [frozen_features(work, each) for each in samples], samples)
-    matrix = AccuracyMatrix.empty([task.name for task in tasks])
-    for number in range(len(tasks) + 1):
-        matrix = matrix.with_row(number, row)
-    return [Row.measured("zero-shot", "zero-shot", "baseline", matrix, seconds=seconds)]
-
-
-def frozen_features(work: Workspace, samples: Samples) -> Tensor:
+def frozen_features(work: Workspace, samples: Images) -> Tensor:
     """Features (n, dim) of the backbone as it is, on the CPU."""
     backbone = work.backbone
     return work.engine.predict(

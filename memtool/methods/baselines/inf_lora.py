@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from torch import Tensor
+
+from memtool.learning.past_inputs import PastInputs
 from memtool.methods.baselines.branches import Branches
-from memtool.methods.past_inputs import PastInputs
-from memtool.methods.workspace import Workspace
 from memtool.streams.task import Task
 
 
@@ -22,18 +23,24 @@ class InfLora(Branches):
     id: ClassVar[str] = "inf-lora"
     title: ClassVar[str] = "InfLoRA"
 
-    def __init__(self, work: Workspace, tasks: int) -> None:
-        super().__init__(work, tasks)
-        self.inputs = PastInputs(work.layout, work.config.past.energy)
+    def begin(self) -> None:
+        """The first branch, and an empty past of every adapted layer."""
+        super().begin()
+        self.inputs = PastInputs(self.work.layout, self.work.config.past.energy)
 
     def before_task(self, task: Task) -> None:
         """Begin a branch with A from the task's inputs, B zero."""
         super().before_task(task)
-        free = self.inputs.free_branch(self.inputs.moments(self.work, task.train, self.recall()))
-        self.values = self.work.stacked(free, trainable=True)
+        self.values = self.work.stacked(self.inputs.free_branch(self.moments(task)), trainable=True)
         self.values.a.requires_grad_(False)
 
     def after_task(self, task: Task) -> None:
         """Add the task's inputs, as the trained model has them, to the past."""
-        moments = self.inputs.moments(self.work, task.train, self.recall())
-        self.inputs.add(moments, len(self.seen) / self.tasks)
+        self.inputs.add(self.moments(task), len(self.seen) / self.tasks)
+
+    def moments(self, task: Task) -> dict[str, Tensor]:
+        """The second moments of what enters the adapted modules while they read a task."""
+        found: dict[str, Tensor] = self.objective.input_moments(
+            self.inputs, task.train, self.recall()
+        )
+        return found

@@ -27,9 +27,9 @@ class OLora(Branches):
     id: ClassVar[str] = "o-lora"
     title: ClassVar[str] = "O-LoRA"
 
-    def penalty(self, images: Tensor, logits: Tensor) -> Tensor:
+    def penalty(self, inputs: Tensor, targets: Tensor, logits: Tensor) -> Tensor:
         """The overlap with the frozen branches; zero during the first task."""
-        del images, logits
+        del inputs, targets, logits
         return STRENGTH * overlap(self.past, self.values)
 
 

@@ -25,8 +25,8 @@ from torch.nn import functional as F
 from memtool.heads import FeatureStatistics, LinearClassifier, RecalledHead, solve_head
 from memtool.methods.consolidate import SHRINKAGE
 from memtool.methods.measure import share_right
-from memtool.methods.workspace import Workspace
-from memtool.streams.task import Samples, Task
+from memtool.streams.task import Images, Task
+from memtool.workspace import Workspace
 
 Reading = Literal["linear", "ncm", "ridge", "lda", "routed", "prototype", "fixed"]
 
@@ -42,6 +42,14 @@ TITLES: dict[Reading, str] = {
     "prototype": "LDA per task, routed by nearest prototype",
     "fixed": "fixed head",
 }
+
+
+READINGS_OF: dict[bool, tuple[Reading, ...]] = {
+    False: ("linear", "ridge", "lda", "routed"),
+    True: ("fixed", "lda"),
+}
+"""Ways to read a trained baseline, by whether its head is fixed in advance; LDA knows only the
+classes learned so far."""
 
 
 class ClosedForms:
@@ -82,13 +90,13 @@ class ClosedForms:
         return predict
 
 
-def accuracy(predict: Predict, features: Tensor, samples: Samples) -> float:
+def accuracy(predict: Predict, features: Tensor, samples: Images) -> float:
     """The share of features (n, dim) whose highest score is that of the sample's class."""
     return share_right(predict(features), samples)
 
 
 def accuracies(
-    predict: Predict, features: Sequence[Tensor], samples: Sequence[Samples]
+    predict: Predict, features: Sequence[Tensor], samples: Sequence[Images]
 ) -> list[float]:
     """`accuracy` of several sets of samples."""
     return [accuracy(predict, f, s) for f, s in zip(features, samples, strict=True)]

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from memtool.evaluation.record import Kind
 from memtool.heads import LinearHead
+from memtool.learning.learner import Learner
 from memtool.methods.baselines.frozen import frozen_features, train_head
-from memtool.methods.baselines.learner import Learner, pooled
 from memtool.methods.baselines.moe_lora import MoeLora
 from memtool.methods.baselines.reading import (
     TITLES,
@@ -31,8 +31,8 @@ from memtool.methods.baselines.reading import (
     accuracies,
     accuracy,
 )
-from memtool.methods.workspace import Workspace
-from memtool.streams.task import Samples, Task
+from memtool.streams.task import Images, Task
+from memtool.workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class HeldOut:
     seconds: float
 
 
-def frozen_sources(work: Workspace, sources: Sequence[Task], held_out: Samples) -> list[HeldOut]:
+def frozen_sources(work: Workspace, sources: Sequence[Task], held_out: Images) -> list[HeldOut]:
     """The frozen features under heads of the pooled features, and under one head per domain."""
     begin = time.perf_counter()
     closed = ClosedForms(work, len(sources))
@@ -59,7 +59,7 @@ def frozen_sources(work: Workspace, sources: Sequence[Task], held_out: Samples) 
     for features, task in zip(parts, sources, strict=True):
         closed.count(features, task)
     head = LinearHead(work.backbone.dim, len(work.stream.class_names))
-    train_head(work, head, torch.cat(parts), pooled(sources))
+    train_head(work, head, torch.cat(parts), Task.pooled(sources))
     seconds = time.perf_counter() - begin
     closed_forms: tuple[Reading, ...] = ("ncm", "ridge", "lda", "routed", "prototype")
     heads: dict[Reading, Predict] = {"linear": head.classifier().to("cpu")}
@@ -75,21 +75,24 @@ def trained_sources(
     title: str,
     work: Workspace,
     sources: Sequence[Task],
-    held_out: Samples,
+    held_out: Images,
 ) -> list[HeldOut]:
     """A learner on the pooled images, under its linear head and under an LDA head."""
     begin = time.perf_counter()
     learner = kind(work, len(sources))
-    learner.learn(pooled(sources), f"all sources: baseline, {title}")
+    learner.learn(Task.pooled(sources), f"all sources: baseline, {title}")
     closed = ClosedForms(work, len(sources))
     for task in sources:
         closed.count(learner.features_of(task.train), task)
     seconds = time.perf_counter() - begin
-    heads: dict[Reading, Predict] = {"linear": learner.linear(), "lda": closed.solve("lda")}
+    heads: dict[Reading, Predict] = {
+        "linear": learner.objective.classifier().to("cpu"),
+        "lda": closed.solve("lda"),
+    }
     return _measured(id, title, heads, learner.features_of, sources, held_out, seconds)
 
 
-DG_BASELINES: dict[str, Callable[[Workspace, Sequence[Task], Samples], list[HeldOut]]] = {
+DG_BASELINES: dict[str, Callable[[Workspace, Sequence[Task], Images], list[HeldOut]]] = {
     "frozen": frozen_sources,
     "erm": partial(trained_sources, Learner, "erm", "one LoRA on all sources (ERM)"),
     "moe-lora": partial(trained_sources, MoeLora, MoeLora.id, MoeLora.title),
@@ -101,9 +104,9 @@ def _measured(
     id: str,
     title: str,
     heads: Mapping[Reading, Predict],
-    features_of: Callable[[Samples], Tensor],
+    features_of: Callable[[Images], Tensor],
     sources: Sequence[Task],
-    held_out: Samples,
+    held_out: Images,
     seconds: float,
 ) -> list[HeldOut]:
     """Every head on the held-out samples and on the validation samples of the sources."""

@@ -15,14 +15,17 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 
 import memtool_stores
 from memtool.adapters.atoms import AtomBank, AtomGate
 from memtool.adapters.layout import Layout
+from memtool.adapters.values import Recall
 from memtool.config import HeadSettings, MoramSettings
+from memtool.errors import CorruptError
 from memtool.heads import FeatureStatistics, LinearClassifier, RecalledHead
+from memtool.learning.past_inputs import PastInputs
 from memtool.memories.rank1 import Rank1Memory
-from memtool.methods.past_inputs import PastInputs
 from memtool.methods.records import task_of
 from memtool.methods.state import (
     HEAD,
@@ -55,16 +58,51 @@ class AtomsState(StoredState):
 class AtomSnapshot:
     """The memory at one version, on the device: what retrieval and evaluation read.
 
-    `tasks` are the numbers of the tasks whose atoms are there, in the order written.
+    `tasks` are the numbers of the tasks whose atoms are there, in the order written; `settings`
+    describe the gate that all of them were trained through. `state` and `head` are those of a
+    memory of images; a language model keeps its own head.
     """
 
     version: str
     view: memtool_stores.MemoryView
     tasks: tuple[int, ...]
     bank: Rank1Memory
+    settings: MoramSettings
     gate: AtomGate
-    state: AtomsState
-    head: RecalledHead
+    state: AtomsState | None = None
+    head: RecalledHead | None = None
+
+    @property
+    def recall(self) -> Recall:
+        """All atoms, for every token to choose among."""
+        return self.bank.recall(self.gate)
+
+    def of_images(self) -> tuple[AtomsState, RecalledHead]:
+        """State and head, of a memory of images."""
+        assert self.state is not None
+        assert self.head is not None
+        return self.state, self.head
+
+
+def gate_settings(view: memtool_stores.MemoryView, rank: int) -> MoramSettings | None:
+    """The gate that the atoms of a version were trained through; None before the first.
+
+    Raises CorruptError where they do not say it.
+    """
+    state = AtomsState.load(view)
+    if state is not None:
+        return state.moram
+    if not view.atom_records:
+        return None
+    record = view.atom_records[-1]
+    try:
+        given = MoramSettings.model_validate(record.meta["hyperparameters"]["moram"])
+    except (KeyError, TypeError, ValidationError) as error:
+        raise CorruptError(
+            f"the atoms {record.name!r} do not say which gate they were trained through",
+            remedy="memtool rollback to the version before them",
+        ) from error
+    return resolved(given, rank)
 
 
 def resolved(settings: MoramSettings, rank: int) -> MoramSettings:

@@ -15,12 +15,8 @@ from torch import Tensor, nn
 
 from memtool.adapters.layout import Layout
 from memtool.adapters.linear import AdaptedLinear
-from memtool.adapters.values import Recall
 from memtool.errors import ConfigError, CorruptError
-from memtool.methods.dual_gpm import DualGPM, spaces_from_bytes, spaces_to_bytes
-from memtool.methods.fixed_head import PromptTokens
-from memtool.methods.workspace import Workspace
-from memtool.streams.task import Samples
+from memtool.memories.dual_gpm import DualGPM, spaces_from_bytes, spaces_to_bytes
 
 
 class PastInputs:
@@ -38,21 +34,6 @@ class PastInputs:
         widths = {site.module: site.in_features for site in layout.sites}
         self.space = {module: DualGPM(width, energy) for module, width in widths.items()}
         self.space.update(space or {})
-
-    def moments(
-        self, work: Workspace, samples: Samples, recall: Recall | None
-    ) -> dict[str, Tensor]:
-        """The second moment of all tokens of images that enter each adapted module.
-
-        Under a head of kind text also of the prompts of their classes, which the text tower reads.
-        """
-        with self.counted(work.backbone, lambda x: x.flatten(0, -2)) as moments:
-            work.features(samples.images, recall)
-            if work.config.head.kind == "text":
-                with torch.no_grad(), work.engine.autocast():
-                    classes = sorted(set(samples.labels.tolist()))
-                    PromptTokens(work.backbone, work.stream).head(work.backbone, recall, classes)
-        return moments
 
     @contextmanager
     def counted(

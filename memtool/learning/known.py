@@ -8,25 +8,20 @@ that it has not learned yet, so that Transfer can be measured.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from memtool.adapters.values import Recall
 from memtool.backbones.interface import Backbone, TextBackbone
 from memtool.config import Config
-from memtool.engine import Engine
 from memtool.errors import ConfigError, DataError
-from memtool.heads import CosineHead, LinearClassifier, both_ways, prototype_head
+from memtool.heads import CosineHead, prototype_head
 from memtool.streams.prompts import prompts
 from memtool.streams.task import Stream, Task
-
-if TYPE_CHECKING:
-    from memtool.methods.workspace import Workspace
+from memtool.workspace import Workspace
 
 
 def is_fixed(config: Config) -> bool:
@@ -42,12 +37,17 @@ def learned_under(config: Config, stream: Stream) -> list[object]:
     return [head.kind, *prompts(stream)] if head.kind == "text" else []
 
 
-def fixed_head(config: Config, engine: Engine, backbone: Backbone, stream: Stream) -> CosineHead:
+def fixed_head(work: Workspace) -> CosineHead:
     """The head of `head.kind` over all classes of a stream, of the frozen model, on its device.
 
-    Raises ConfigError for a head that is not fixed and for texts without a text tower, DataError
-    for a prompt that two classes share.
+    Made once for a workspace. Raises ConfigError for a head that is not fixed and for texts without
+    a text tower, DataError for a prompt that two classes share.
     """
+    return work.once("fixed head", lambda: _fixed_head(work))
+
+
+def _fixed_head(work: Workspace) -> CosineHead:
+    config, engine, backbone, stream = work.config, work.engine, work.backbone, work.stream
     if not is_fixed(config):
         raise ConfigError(
             f"head.kind {config.head.kind!r} does not know classes before they are learned",
@@ -110,58 +110,10 @@ def compared(config: Config, stream: Stream, task: Task) -> tuple[int, ...]:
     return tuple(sorted({*before, *task.classes}))
 
 
-class FixedHeadTraining(nn.Module):
-    """Whatever adapts a frozen backbone, while it learns one task under the fixed head.
-
-    `adapting` holds the parameters that learn, `recall()` what they say to a block. `forward` maps
-    uint8 images (b, h, w, 3) to logits (b, classes), −infinity for classes that are not
-    `compared`; with labels (b,) to the loss: cross-entropy over the classes compared. A text tower
-    reads the prompts of the labels anew, and its loss goes from images to texts and back over the
-    classes of the batch.
-    """
-
-    def __init__(
-        self,
-        work: Workspace,
-        adapting: nn.Module,
-        recall: Callable[[], Recall],
-        task: Task,
-    ) -> None:
-        super().__init__()
-        self.adapting = adapting
-        self._work = work
-        self._recall = recall
-        self.text: PromptTokens | None = None
-        if work.config.head.kind == "text":
-            self.text = PromptTokens(work.backbone, work.stream)
-        self.classes = compared(work.config, work.stream, task)
-
-    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Logits (b, classes), float32, or with labels the loss."""
-        backbone = self._work.backbone
-        features = backbone.features(backbone.preprocess(images), self._recall())
-        if labels is None:
-            return self.head(self.classes)(features, self.classes)
-        if self.text is None:
-            return F.cross_entropy(self.head(self.classes)(features, self.classes), labels)
-        return both_ways(self.head(labels.unique())(features), labels)
-
-    def head(self, classes: Sequence[int] | Tensor) -> CosineHead:
-        """The head as the adapters make it now; a text tower reads so many classes only."""
-        if self.text is None:
-            return self._work.fixed_head
-        return self.text.head(self._work.backbone, self._recall(), classes)
-
-    def classifier(self) -> LinearClassifier:
-        """Linear scores with the ranking of the head now; of a text tower's, the task's classes."""
-        with torch.no_grad(), self._work.engine.autocast():
-            return self.head(self.classes).linear()
-
-
 def head_under(work: Workspace, recall: Recall, kind: str) -> CosineHead:
     """The fixed head of a kind over all classes; that of a text tower under what `recall` says."""
     if kind != "text":
-        return work.fixed_head
+        return fixed_head(work)
     with torch.no_grad(), work.engine.autocast():
         tokens = PromptTokens(work.backbone, work.stream)
         return tokens.head(work.backbone, recall, range(len(work.stream.class_names)))

@@ -1,32 +1,75 @@
-"""A memory attached to its language model: it answers prompts. See attached.py for images."""
+"""A memory of atoms attached to its model: it classifies images, or answers prompts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from memtool.adapters.atoms import AtomGate
+from memtool.adapters.atoms import AtomGate, ModuleAtoms
 from memtool.adapters.values import Recall
+from memtool.backbones.answering import answers
 from memtool.backbones.causal_lm import CausalLM
+from memtool.backbones.interface import Backbone
 from memtool.errors import DataError
+from memtool.memories.novelty import Reaches
 from memtool.memories.rank1 import Rank1Memory
-from memtool.methods.atom_watch import TaskShares, watched
-from memtool.methods.attached import Attached
-from memtool.methods.text import answers
+from memtool.methods.attached import (
+    Attached,
+    AttachedImages,
+    HeadModule,
+    Output,
+    finite,
+    unknown,
+)
+from memtool.methods.moram.state import AtomSnapshot
+from memtool.methods.moram.watch import TaskShares, watched
+from memtool.methods.state import feature_statistics
 
-if TYPE_CHECKING:
-    from memtool.methods.text_memory import TextSnapshot
+
+class AttachedAtoms(AttachedImages):
+    """A bank of rank-1 atoms that activate themselves (MoRAM)."""
+
+    def __init__(self, backbone: Backbone, snapshot: AtomSnapshot, precision: str) -> None:
+        super().__init__(backbone, precision)
+        self.bank: Rank1Memory = snapshot.bank
+        self.gate: AtomGate = snapshot.gate
+        self.tasks = snapshot.tasks
+        state, head = snapshot.of_images()
+        self.head = HeadModule(head)
+        self.by_cosine = state.head.kind in ("prototype", "text")
+        statistics = feature_statistics(snapshot.view, snapshot.tasks)
+        self.reach = Reaches.of([one.moments for one in statistics.values()])
+
+    def seen(self, pixels: Tensor) -> Output:
+        """As `AttachedImages.seen`, in one pass."""
+        counted = TaskShares(self.tasks, self.gate)
+        whole = TaskShares(self.tasks, self.gate, counted=False)
+
+        def watch(atoms: ModuleAtoms, x: Tensor) -> None:
+            counted(atoms, x)
+            if self.head.owners is not None:
+                whole(atoms, x)
+
+        features = self.backbone.features(pixels, watched(self.bank, self.gate, watch))
+        weights = counted.taken().mean(dim=1)
+        asked = F.normalize(features.float(), dim=-1) if self.by_cosine else features
+        shares = weights if self.head.owners is None else whole.taken().mean(dim=1)
+        logits, probabilities = self.head(asked, shares)
+        novelty = unknown(features)
+        if self.reach is not None:
+            novelty = finite(self.reach(features.float().unsqueeze(0)), features)
+        return Output(logits, probabilities, weights, novelty)
 
 
-class AttachedTexts(Attached):
+class AttachedAnswers(Attached):
     """A bank of rank-1 atoms on a language model: it answers prompts."""
 
     backbone: CausalLM
 
-    def __init__(self, lm: CausalLM, snapshot: TextSnapshot, precision: str) -> None:
+    def __init__(self, lm: CausalLM, snapshot: AtomSnapshot, precision: str) -> None:
         super().__init__(lm, precision)
         self.bank: Rank1Memory = snapshot.bank
         self.gate: AtomGate = snapshot.gate

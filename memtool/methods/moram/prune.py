@@ -13,68 +13,49 @@ import memtool_stores
 from memtool.adapters.atoms import AtomBank
 from memtool.errors import ChangedMeanwhileError, ConfigError
 from memtool.memories.rank1 import Rank1Memory
-from memtool.methods.atom_measure import AtomMeasure
-from memtool.methods.atom_state import AtomSnapshot
-from memtool.methods.atom_watch import alike
 from memtool.methods.method import require_unmoved
+from memtool.methods.moram.measure import AtomMeasure
+from memtool.methods.moram.state import AtomSnapshot
 from memtool.methods.results import PruneResult, TaskAccuracy
-from memtool.methods.subject import first
-from memtool.methods.text import some
-from memtool.methods.text_memory import TextMoram, TextSnapshot
+from memtool.streams.task import spread
 
 if TYPE_CHECKING:
-    from memtool.methods.moram import Moram
+    from memtool.methods.moram.method import Moram
 
 Ranks = dict[str, dict[str, list[int]]]
 
-SAMPLES = 256
-"""Training images of a task that what its atoms add is measured on."""
+SAMPLES = {"images": 256, "texts": 32}
+"""Training samples of a task that what its atoms add is measured on."""
 
 
 def dead_atoms(moram: Moram, below: float, *, version: str = "HEAD") -> PruneResult:
     """Which atoms add next to nothing, and what taking them out does; nothing is changed.
 
-    An atom is dead when what it adds (mean of |w s z| |B| over the tokens of training images of
+    An atom is dead when what it adds (mean of |w s z| |B| over the tokens of training samples of
     all tasks in memory, each task alike) is less than `below` times what the atoms of its site
-    add on average. Accuracies are on test images. Raises ConfigError unless 0 < below < 1.
+    add on average. What it does is said by accuracies on test images, by losses on test texts.
+    Raises ConfigError unless 0 < below < 1.
     """
     _require_share(below)
     work, snapshot = moram.workspace, moram.snapshot(version)
-    measure = AtomMeasure(work)
+    measure, setting = AtomMeasure(work), moram.test_setting()
     tasks = [work.task(str(number)) for number in snapshot.tasks]
-    added = measure.contributions(snapshot, [first(task.train, SAMPLES).images for task in tasks])
-    ranks, rest = _parted(snapshot, added, below)
+    samples = [spread(task.train, SAMPLES[work.reads]) for task in tasks]
+    ranks, rest = _parted(snapshot, measure.contributions(snapshot, samples), below)
     pruned = replace(snapshot, bank=rest.to(work.engine.device))
-    setting = moram.test_setting()
-    effect = tuple(
-        TaskAccuracy(
-            task=task.number,
-            task_name=task.name,
-            before=measure.accuracy(snapshot, task, setting) or 0.0,
-            after=measure.accuracy(pruned, task, setting) or 0.0,
-        )
-        for task in tasks
+    before, after = (measure.worth(one, tasks, setting) for one in (snapshot, pruned))
+    return PruneResult(
+        version=snapshot.version,
+        below=below,
+        atoms=sum(len(snapshot.bank.bank(site.name)) for site in snapshot.bank.sites),
+        pruned=sum(len(out) for sites in ranks.values() for out in sites.values()),
+        ranks=ranks,
+        tasks=tuple(
+            TaskAccuracy(task=task.number, task_name=task.name, before=one, after=other)
+            for task, one, other in zip(tasks, before, after, strict=True)
+        ),
+        measure="loss" if work.reads == "texts" else "accuracy",
     )
-    return _result(snapshot, below, ranks, effect)
-
-
-def dead_text_atoms(moram: TextMoram, below: float, *, version: str = "HEAD") -> PruneResult:
-    """As `dead_atoms`, by the training prompts of the tasks and with losses instead of accuracies.
-
-    A task counts by at most `SUBJECT_SAMPLES` of its prompts.
-    """
-    _require_share(below)
-    work, snapshot = moram.workspace, moram.snapshot(version)
-    tasks = [work.task(str(number)) for number in snapshot.tasks]
-    added = alike([moram.contributions(snapshot, some(task.train).prompts) for task in tasks])
-    ranks, rest = _parted(snapshot, added, below)
-    pruned = replace(snapshot, bank=rest.to(work.engine.device))
-    before, after = (moram.measured(one, tasks).losses for one in (snapshot, pruned))
-    effect = tuple(
-        TaskAccuracy(task=task.number, task_name=task.name, before=one, after=other)
-        for task, one, other in zip(tasks, before, after, strict=True)
-    )
-    return _result(snapshot, below, ranks, effect).model_copy(update={"measure": "loss"})
 
 
 def _require_share(below: float) -> None:
@@ -86,7 +67,7 @@ def _require_share(below: float) -> None:
 
 
 def _parted(
-    snapshot: AtomSnapshot | TextSnapshot, added: Mapping[str, Tensor], below: float
+    snapshot: AtomSnapshot, added: Mapping[str, Tensor], below: float
 ) -> tuple[Ranks, Rank1Memory]:
     """The numbers of the dead atoms, by row and site, and a bank of all others, on the CPU."""
     ranks: Ranks = {}
@@ -94,7 +75,7 @@ def _parted(
     for site in (one.name for one in snapshot.bank.sites):
         stored, bank = snapshot.view.atoms(site), snapshot.bank.bank(site)
         dead = torch.zeros(len(bank), dtype=torch.bool)
-        if site in added:  # else no image reaches it, as in a text tower
+        if site in added:  # else no sample reaches it, as images a text tower
             dead = added[site] < below * added[site].mean()
         for place in torch.nonzero(dead).flatten().tolist():
             name = snapshot.view.atom_records[int(stored.owner[place])].name
@@ -105,23 +86,7 @@ def _parted(
     return ranks, rest.eval()
 
 
-def _result(
-    snapshot: AtomSnapshot | TextSnapshot,
-    below: float,
-    ranks: Ranks,
-    effect: tuple[TaskAccuracy, ...],
-) -> PruneResult:
-    return PruneResult(
-        version=snapshot.version,
-        below=below,
-        atoms=sum(len(snapshot.bank.bank(site.name)) for site in snapshot.bank.sites),
-        pruned=sum(len(out) for sites in ranks.values() for out in sites.values()),
-        ranks=ranks,
-        tasks=effect,
-    )
-
-
-def prune(moram: Moram | TextMoram, found: PruneResult) -> PruneResult:
+def prune(moram: Moram, found: PruneResult) -> PruneResult:
     """Take dead atoms out of the memory, as one version; a head stays.
 
     Raises ChangedMeanwhileError when the memory is no longer at the version looked at.

@@ -12,18 +12,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from memtool.adapters.atoms import AtomBank, AtomGate, ModuleAtoms, activations
 from memtool.adapters.mixing import Mixture
 from memtool.adapters.values import Recall
-from memtool.backbones.interface import Backbone
-from memtool.engine import Engine
 from memtool.errors import MismatchError
+from memtool.learning.passes import each
 from memtool.memories.rank1 import Rank1Memory
+from memtool.streams.task import Images, Texts
+from memtool.workspace import Workspace
 
 Watch = Callable[[ModuleAtoms, Tensor], None]
 """What sees the atoms of a module and its input x (b, tokens, d_in)."""
@@ -96,26 +95,22 @@ class TaskShares:
 
 
 def task_shares(
-    engine: Engine,
-    backbone: Backbone,
+    work: Workspace,
     bank: Rank1Memory,
     gate: AtomGate,
     tasks: Sequence[int],
-    images: npt.NDArray[np.uint8],
+    samples: Images | Texts,
 ) -> tuple[Tensor, tuple[int, ...]]:
-    """The counted shares (n, blocks, tasks) of images, as in `TaskShares`, and the blocks."""
+    """The counted shares (n, blocks, tasks) of samples, as in `TaskShares`, and the blocks."""
     shares = TaskShares(tasks, gate)
-    recall = watched(bank, gate, shares)
     blocks: tuple[int, ...] = ()
 
-    def run(batch: Tensor) -> Tensor:
+    def taken() -> Tensor:
         nonlocal blocks
-        backbone.features(backbone.preprocess(batch), recall)
         blocks = shares.blocks
-        return shares.taken().flatten(1)
+        return shares.taken()
 
-    joined = engine.predict(run, images)
-    return joined.unflatten(1, (len(blocks), len(tasks))), blocks
+    return each(work, samples, watched(bank, gate, shares), taken), blocks
 
 
 def contribution(x: Tensor, bank: AtomBank, gate: AtomGate, task: int) -> Tensor:
@@ -181,23 +176,19 @@ class Drifts:
 
 
 def frozen_drift(
-    engine: Engine,
-    backbone: Backbone,
+    work: Workspace,
     then: Rank1Memory,
     later: Sequence[Rank1Memory],
     gate: AtomGate,
     task: int,
-    images: npt.NDArray[np.uint8],
+    samples: Images | Texts,
 ) -> list[Drift]:
     """How far the atoms of a task drifted in each of the `later` banks, as in `Drifts`.
 
-    The images run once, through the bank as it was when the task was learned. float32.
+    The samples run once, through the bank as it was when the task was learned. Images in float32.
     """
     drifts = Drifts(task, gate, later)
-    recall = watched(then, gate, drifts)
-    engine.predict(
-        lambda batch: backbone.features(backbone.preprocess(batch), recall), images, exact=True
-    )
+    each(work, samples, watched(then, gate, drifts), exact=True)
     return drifts.found()
 
 
@@ -225,33 +216,19 @@ class Contributions:
         return {name: total.cpu() / self._tokens[name] for name, total in self._sums.items()}
 
 
-def alike(found: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean of several results, site by site; each counts alike."""
-    return {name: torch.stack([one[name] for one in found]).mean(dim=0) for name in found[0]}
-
-
 def contributions(
-    engine: Engine,
-    backbone: Backbone,
-    bank: Rank1Memory,
-    gate: AtomGate,
-    images: Sequence[npt.NDArray[np.uint8]],
+    work: Workspace, bank: Rank1Memory, gate: AtomGate, samples: Sequence[Images | Texts]
 ) -> Mapping[str, Tensor]:
     """What every atom adds on average, by site: mean over all tokens of |w s z| |B|, (n,).
 
-    Each array of images counts alike, however many it has. float32.
+    Each set of samples counts alike, however many it has. Images in float32.
     """
     found = []
-    for some in images:
+    for some in samples:
         watch = Contributions(gate)
-        recall = watched(bank, gate, watch)
-        engine.predict(
-            lambda batch, recall=recall: backbone.features(backbone.preprocess(batch), recall),
-            some,
-            exact=True,
-        )
+        each(work, some, watched(bank, gate, watch), exact=True)
         found.append(watch.means())
-    return alike(found)
+    return {name: torch.stack([one[name] for one in found]).mean(dim=0) for name in found[0]}
 
 
 @dataclass(eq=False)
@@ -274,22 +251,26 @@ class SiteWeights:
 
 
 def activation_map(
-    engine: Engine,
-    backbone: Backbone,
+    work: Workspace,
     bank: Rank1Memory,
     gate: AtomGate,
     site: str,
-    images: npt.NDArray[np.uint8],
+    samples: Images | Texts,
+    *,
+    by_text: bool = False,
 ) -> Tensor:
-    """The gate's weights (tokens, n) of all atoms of one site, mean over the images."""
+    """The gate's weights of all atoms of one site, float64.
+
+    (tokens, n): of images the mean over them, and of the one prompt that is there. `by_text` gives
+    (texts, n), means over the tokens of each.
+    """
     names = [known.name for known in bank.sites]
     if site not in names:
         raise MismatchError(f"no atoms at {site!r}", expected=f"one of {', '.join(names)}")
     weights = SiteWeights(site, gate)
     recall = watched(bank, gate, weights)
-
-    def run(batch: Tensor) -> Tensor:
-        backbone.features(backbone.preprocess(batch), recall)
-        return weights.taken()
-
-    return engine.predict(run, images).mean(dim=0)
+    if isinstance(samples, Images):
+        return each(work, samples, recall, weights.taken).mean(dim=0).double()
+    if by_text:
+        return each(work, samples, recall, lambda: weights.taken().double().mean(dim=1))
+    return each(work, samples, recall, lambda: weights.taken()[0]).double()

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from memtool.adapters.layout import Site
 from memtool.backbones.interface import TextBackbone
 from memtool.errors import ConfigError, did_you_mean
-from memtool.methods.atom_measure import AtomMeasure
-from memtool.methods.atom_state import AtomSnapshot
-from memtool.methods.atom_watch import SiteWeights, activation_map
-from memtool.methods.moram import SUBJECT_SAMPLES, Moram
+from memtool.methods.moram.measure import AtomMeasure
+from memtool.methods.moram.method import Moram
+from memtool.methods.moram.state import AtomSnapshot
+from memtool.methods.moram.watch import activation_map
 from memtool.methods.results import Part, Prediction, Result, TaskShare
-from memtool.methods.subject import first
-from memtool.methods.text import TextWorkspace
-from memtool.methods.text_memory import TextMoram, TextSnapshot
-from memtool.methods.workspace import Workspace
+from memtool.methods.subject import Subject, subject_of
 from memtool.reports.atom_map import AtomPicture, format_of, write_atom_picture
 from memtool.reports.table import Grid
-from memtool.streams import load_image
+from memtool.streams.task import Texts
+from memtool.workspace import Workspace
 
 
 class AtomPlace(Part):
@@ -68,103 +65,68 @@ def explain_atoms(
     *,
     task: str | None = None,
     image: Path | None = None,
-    layer: str | None = None,
-    block: int | None = None,
-    version: str = "HEAD",
-    out: Path | None = None,
-) -> AtomMap:
-    """Which atoms the tokens of an image, or of a task's test images, choose at one adapted map.
-
-    `layer` is a target, as "v" or "fc1" (none: the first configured one), and `block` its block
-    (none: the last). `out` is a plot (.svg, .png) or a page (.html). Raises ConfigError for
-    anything but one subject, a layer or block that is not adapted, and another kind of file.
-    """
-    if (task is None) == (image is None):
-        raise ConfigError("what should be explained?", expected="one of --task and --image")
-    if out is not None:
-        format_of(out)
-    work = method.workspace
-    site = _site(work, layer, block)
-    snapshot = method.read(version) if task is None else method.snapshot(version)
-    prediction = None
-    if task is not None:
-        chosen = work.task(task)
-        images = first(chosen.test, SUBJECT_SAMPLES).images
-        subject = f"task {chosen.number} {chosen.name}"
-    else:
-        assert image is not None
-        subject = str(image)
-        images = load_image(image, method.config.backbone.image_size)[None]
-        prediction = AtomMeasure(work).prediction(snapshot, images)
-    weights = activation_map(
-        work.engine, work.backbone, snapshot.bank, snapshot.gate, site.name, images
-    ).T.double()
-    prefix_tokens = work.backbone.prefix_tokens
-    result = _map_of(snapshot, site, weights, subject=subject, samples=len(images))
-    changes = {
-        "prefix_tokens": prefix_tokens,
-        "side": round((weights.shape[1] - prefix_tokens) ** 0.5),
-        "prediction": prediction,
-        "out": out,
-    }
-    return _drawn(work, result.model_copy(update=changes))
-
-
-def explain_text_atoms(
-    method: TextMoram,
-    *,
-    task: str | None = None,
     prompt: str | None = None,
     layer: str | None = None,
     block: int | None = None,
     version: str = "HEAD",
     out: Path | None = None,
 ) -> AtomMap:
-    """Which atoms the tokens of a prompt, or some test prompts of a task, choose at one map.
+    """Which atoms the tokens of an input, or of a task's test samples, choose at one adapted map.
 
-    `layer` is a target, as "v" or "gate"; the rest as in `explain_atoms`. Raises DataError for a
-    prompt that is too long, where these are refused.
+    `layer` is a target, as "v" or "fc1" (none: the first configured one), and `block` its block
+    (none: the last). `out` is a plot (.svg, .png) or a page (.html). Raises ConfigError for
+    anything but one subject, a layer or block that is not adapted, and another kind of file;
+    DataError for a prompt that is too long, where these are refused.
     """
     if out is not None:
         format_of(out)
     work = method.workspace
     site = _site(work, layer, block)
-    snapshot = method.read(version) if task is None else method.snapshot(version)
-    subject, texts = method.subject(task, prompt)
-    watch = SiteWeights(site.name, snapshot.gate)
-    found: list[Tensor] = []
-    columns: list[str] = []
-    for number, ids in enumerate(method.passes(snapshot, [watch], texts.prompts), start=1):
-        weights = watch.taken()[0].double().cpu()
-        if prompt is None:
-            weights = weights.mean(dim=0, keepdim=True)
-            columns.append(f"text {number}")
-        else:
-            columns += work.backbone.token_texts(ids.tolist())
-        found.append(weights)
-    result = _map_of(
-        snapshot, site, torch.cat(found).T, subject=subject, samples=len(texts.prompts)
-    )
-    answer = None if prompt is None else method.answer(snapshot, prompt)
-    changes = {"columns": tuple(columns), "answer": answer, "out": out}
-    return _drawn(work, result.model_copy(update=changes))
+    subject = subject_of(work, task=task, image=image, prompt=prompt)
+    snapshot = method.read(version) if subject.task is None else method.snapshot(version)
+    of_texts, alone = work.reads == "texts", subject.task is None
+    weights = activation_map(
+        work,
+        snapshot.bank,
+        snapshot.gate,
+        site.name,
+        subject.samples,
+        by_text=of_texts and not alone,
+    ).T
+    changes: dict[str, Any] = {"out": out}
+    if of_texts:
+        changes["columns"] = _columns(work, subject)
+    else:
+        prefix_tokens = work.backbone.prefix_tokens
+        side = round((weights.shape[1] - prefix_tokens) ** 0.5)
+        changes |= {"prefix_tokens": prefix_tokens, "side": side}
+    if alone:
+        prediction, answer = AtomMeasure(work).outcome(snapshot, subject.samples)
+        changes |= {"prediction": prediction, "answer": answer}
+    result = _map_of(snapshot, site, weights, subject).model_copy(update=changes)
+    if out is not None:
+        work.engine.on_main(lambda: write_atom_picture(as_picture(result), out))
+    return result
 
 
-def _map_of(
-    snapshot: AtomSnapshot | TextSnapshot,
-    site: Site,
-    weights: Tensor,
-    *,
-    subject: str,
-    samples: int,
-) -> AtomMap:
+def _columns(work: Workspace, subject: Subject) -> tuple[str, ...]:
+    """The tokens of a prompt, or a name for each text of a task."""
+    assert isinstance(subject.samples, Texts)
+    prompts = subject.samples.prompts
+    if subject.task is not None:
+        return tuple(f"text {number}" for number in range(1, len(prompts) + 1))
+    ids = work.backbone.encode(prompts).tokens[0].tolist()
+    return tuple(work.backbone.token_texts(ids))
+
+
+def _map_of(snapshot: AtomSnapshot, site: Site, weights: Tensor, subject: Subject) -> AtomMap:
     """The map of weights (atoms, columns) at a site."""
     stored = snapshot.view.atoms(site.name)
     owners = snapshot.bank.bank(site.name).owner.tolist()
     return AtomMap(
         version=snapshot.version,
-        subject=subject,
-        samples=samples,
+        subject=subject.words,
+        samples=len(subject),
         site=site.name,
         block=site.block,
         score_norm=snapshot.gate.score_norm,
@@ -184,14 +146,6 @@ def _map_of(
         ),
         weights=tuple(tuple(row) for row in weights.tolist()),
     )
-
-
-def _drawn(work: Workspace | TextWorkspace, result: AtomMap) -> AtomMap:
-    """The map, drawn where it says so."""
-    out = result.out
-    if out is not None:
-        work.engine.on_main(lambda: write_atom_picture(as_picture(result), out))
-    return result
 
 
 def as_picture(result: AtomMap) -> AtomPicture:
@@ -235,7 +189,7 @@ def task_grid(result: AtomMap) -> Grid:
     )
 
 
-def _site(work: Workspace | TextWorkspace, layer: str | None, block: int | None) -> Site:
+def _site(work: Workspace, layer: str | None, block: int | None) -> Site:
     """The adapted map of a target (none: the first configured one) in a block (none: the last).
 
     Raises ConfigError when there is none.

@@ -13,6 +13,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from accelerate import PartialState
@@ -21,15 +22,15 @@ from torch.nn import functional as F
 
 from memtool.adapters.layout import Layout
 from memtool.adapters.lora import init_lora
-from memtool.adapters.values import AdapterValues
+from memtool.adapters.recalls import every, on_top
+from memtool.adapters.values import AdapterValues, Recall
 from memtool.backbones.interface import Backbone
 from memtool.config import AdapterSettings, TrainSettings
 from memtool.engine import Batch, Batches, Engine, FitResult
 from memtool.errors import CapacityError, DivergedError
 from memtool.heads import LinearClassifier
-from memtool.methods.recall import MemoryModel, every, on_top
 from memtool.progress import Progress
-from memtool.streams.task import Samples
+from memtool.streams.task import Images
 
 BYTES_TO_TRAIN = 16
 """Of a parameter in float32: itself, its gradient and the two moments of AdamW."""
@@ -48,6 +49,13 @@ class Adapted:
     fit: FitResult
 
 
+class Beneath(Protocol):
+    """What residual adapters are trained on top of: a memory."""
+
+    def recall(self, inputs: Tensor) -> Recall:
+        """What it recalls for preprocessed images."""
+
+
 class AdapterTraining(nn.Module):
     """J adapters with a linear head each, over a frozen backbone.
 
@@ -61,7 +69,7 @@ class AdapterTraining(nn.Module):
         values: AdapterValues,
         head: LinearClassifier,
         classes: Sequence[int],
-        beneath: MemoryModel | None = None,
+        beneath: Beneath | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -96,7 +104,7 @@ def adapt(
     engine: Engine,
     backbone: Backbone,
     layout: Layout,
-    samples: Samples,
+    samples: Images,
     *,
     classes: Sequence[int],
     class_count: int,
@@ -105,7 +113,7 @@ def adapt(
     seed: int,
     start: Tensor | None = None,
     head: LinearClassifier | None = None,
-    beneath: MemoryModel | None = None,
+    beneath: Beneath | None = None,
     fingerprint: str = "",
     checkpoint: Path | None = None,
     progress: Progress | None = None,
@@ -164,7 +172,7 @@ def adapt(
 def require_room(
     engine: Engine,
     trial: AdapterTraining,
-    samples: Samples,
+    samples: Images,
     parameters: int,
     adapter: AdapterSettings,
     train: TrainSettings,
@@ -197,7 +205,7 @@ def require_room(
     )
 
 
-def _bytes_kept(engine: Engine, trial: AdapterTraining, samples: Samples, count: int) -> int:
+def _bytes_kept(engine: Engine, trial: AdapterTraining, samples: Images, count: int) -> int:
     """Bytes of all that a forward pass of `count` images keeps for the backward pass."""
     kept: dict[int, int] = {}
 
@@ -283,7 +291,7 @@ def augmented(batch: Batch, settings: TrainSettings) -> Tensor:
     return padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]]
 
 
-def _accuracies(engine: Engine, module: AdapterTraining, samples: Samples) -> tuple[float, ...]:
+def _accuracies(engine: Engine, module: AdapterTraining, samples: Images) -> tuple[float, ...]:
     """Training accuracy of every adapter with its own head."""
     count = len(module.values)
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,36 +18,28 @@ from memtool.adapters.layout import Layout
 from memtool.adapters.lora import init_lora
 from memtool.adapters.values import AdapterValues, Recall
 from memtool.backbones import create_backbone
-from memtool.config import BackboneSettings, Config, expand, split_store
+from memtool.config import Config, expand, split_store
 from memtool.engine import Engine
 from memtool.errors import ConfigError, DataError, NotFoundError, did_you_mean
 from memtool.heads import FeatureStatistics
-from memtool.methods.fixed_head import fixed_head
 from memtool.outside import is_file
 from memtool.progress import ProgressEvent
 from memtool.streams import create_stream
-from memtool.streams.task import Samples, Task
-from memtool.streams.text import TextTask
+from memtool.streams.task import Images, Stream, Task
 from memtool_stores.printable import printable
 
 if TYPE_CHECKING:
-    from memtool.backbones.interface import Backbone, FrozenModel
-    from memtool.heads import CosineHead
+    from memtool.backbones.interface import FrozenModel
     from memtool.progress import Progress
-    from memtool.streams.task import Stream
-    from memtool.streams.text import TextStream
 
 Item = TypeVar("Item")
 
-T = TypeVar("T", bound=Task | TextTask)
-"""What a task is made of: images or texts."""
 
+class Workspace:
+    """Stream, backbone, engine and store of a configuration and one seed.
 
-class MemoryWorkspace(ABC, Generic[T]):
-    """Stream, backbone, engine and store of a configuration and one seed, whatever the data.
-
-    `adapters` is the folder of trained adapters where several memories share them; without one it
-    lies in the configuration's `runs`.
+    `reads` says whether samples are "images" or "texts". `adapters` is the folder of trained
+    adapters where several memories share them; without one it lies in the configuration's `runs`.
     """
 
     def __init__(
@@ -62,7 +53,11 @@ class MemoryWorkspace(ABC, Generic[T]):
         self.config = config
         self.seed = seed
         self.progress = progress
+        self._made: dict[str, Any] = {}
         self.adapter_folder = adapters or config.runs / "adapters"
+        self.reads: Literal["images", "texts"] = (
+            "texts" if config.stream.setting == "trace" else "images"
+        )
 
     @cached_property
     def engine(self) -> Engine:
@@ -70,19 +65,51 @@ class MemoryWorkspace(ABC, Generic[T]):
         small = self.config.backbone.name == "nano"
         return Engine(self.config.engine, threads=1 if small else None)
 
-    @property
-    @abstractmethod
-    def stream(self) -> Stream | TextStream:
-        """The tasks."""
+    @cached_property
+    def stream(self) -> Stream:
+        """The tasks. Raises ConfigError where `text.epochs` does not name one number for each."""
+        stream = create_stream(self.config.stream, self.config.backbone.image_size)
+        epochs = self.config.text.epochs
+        if self.reads == "texts" and epochs is not None and len(epochs) != len(stream.tasks):
+            raise ConfigError(
+                f"text.epochs has {len(epochs)} numbers for {len(stream.tasks)} tasks",
+                expected="one number a task, or none for train.epochs",
+            )
+        return stream
 
     @property
-    @abstractmethod
-    def backbone(self) -> FrozenModel:
-        """The frozen model, on the device."""
+    def dtype(self) -> torch.dtype:
+        """That of a language model's weights: bfloat16 where the engine computes so."""
+        return torch.bfloat16 if self.engine.precision == "bf16" else torch.float32
 
-    @abstractmethod
-    def task(self, name: str) -> T:
-        """A task by number (from 1) or by name. Raises NotFoundError for another word."""
+    @cached_property
+    def backbone(self) -> Any:
+        """The frozen model, on the device: a `Backbone` of images, or a `CausalLM`."""
+        return open_backbone(self.config, dtype=self.dtype).to(self.engine.device)
+
+    def task(self, name: str, *, held_out: bool = False) -> Task:
+        """A task by number (from 1) or by name; with `held_out` also the one to generalise to.
+
+        Raises NotFoundError for another word, ConfigError for a task that is held out.
+        """
+        tasks, other = self.stream.tasks, self.stream.held_out
+        if other is not None and name in (other.name, str(other.number)):
+            if held_out:
+                return other
+            raise ConfigError(
+                f"task {other.number} {other.name!r} is held out: nothing is learned from it",
+                expected="one of the domains to learn from: " + ", ".join(t.name for t in tasks),
+                remedy="--held-out another domain",
+            )
+        return task_named(name, tasks, self.stream.name)
+
+    def epochs(self, task: Task) -> int:
+        """Passes over the training samples of a task; over all tasks at once, number 0, as many."""
+        named = self.config.text.epochs if self.reads == "texts" else None
+        if named is None:
+            at_once = 1 if task.number else len(self.stream.tasks)
+            return self.config.train.epochs_for(len(task.train), at_once)
+        return named[task.number - 1] if task.number else round(sum(named) / len(named))
 
     def tell(self, stage: str, step: int, total: int) -> None:
         """Say how far a step is, to whoever listens."""
@@ -180,27 +207,12 @@ class MemoryWorkspace(ABC, Generic[T]):
                     raise
         return self.store
 
-
-class Workspace(MemoryWorkspace[Task]):
-    """Stream of images, backbone, engine and store of a configuration and one seed."""
-
-    @cached_property
-    def stream(self) -> Stream:
-        """The tasks."""
-        return create_stream(self.config.stream, self.config.backbone.image_size)
-
-    @cached_property
-    def backbone(self) -> Backbone:
-        """The frozen model, on the device."""
-        return open_backbone(self.config.backbone).to(self.engine.device)
-
-    @cached_property
-    def fixed_head(self) -> CosineHead:
-        """The head over all classes that is never trained (head.kind prototype or text).
-
-        Raises ConfigError for a head of another kind.
-        """
-        return fixed_head(self.config, self.engine, self.backbone, self.stream)
+    def once(self, name: str, make: Callable[[], Item]) -> Item:
+        """What `make` gives, which is made once for this workspace."""
+        if name not in self._made:
+            self._made[name] = make()
+        found: Item = self._made[name]
+        return found
 
     def features(self, images: npt.NDArray[np.uint8], recall: Recall | None = None) -> Tensor:
         """Features (n, dim) of images under a recall, on the CPU."""
@@ -209,7 +221,7 @@ class Workspace(MemoryWorkspace[Task]):
             lambda batch: backbone.features(backbone.preprocess(batch), recall), images
         )
 
-    def counted(self, features: Tensor, samples: Samples) -> FeatureStatistics:
+    def counted(self, features: Tensor, samples: Images) -> FeatureStatistics:
         """Moments of the features (n, dim) of samples, by class of the stream, and their reach."""
         statistics = FeatureStatistics(self.backbone.dim, len(self.stream.class_names))
         labels = torch.from_numpy(np.asarray(samples.labels))
@@ -217,22 +229,35 @@ class Workspace(MemoryWorkspace[Task]):
         statistics.keep_reach(features, labels)
         return statistics
 
-    def task(self, name: str, *, held_out: bool = False) -> Task:
-        """A task by number (from 1) or by name; with `held_out` also the one to generalise to."""
-        tasks, other = self.stream.tasks, self.stream.held_out
-        if other is not None and name in (other.name, str(other.number)):
-            if held_out:
-                return other
-            raise ConfigError(
-                f"task {other.number} {other.name!r} is held out: nothing is learned from it",
-                expected="one of the domains to learn from: " + ", ".join(t.name for t in tasks),
-                remedy="--held-out another domain",
-            )
-        return task_named(name, tasks, self.stream.name)
+    def require_fitting(self, tasks: Sequence[Task]) -> None:
+        """Raise DataError for a prompt that is too long, where these are refused, before any work.
+
+        It names the task and whether the text is for training or testing.
+        """
+        if self.reads != "texts" or self.config.text.long_prompts != "refuse":
+            return
+        for task in tasks:
+            for part, samples in (("train", task.train), ("test", task.test)):
+                try:
+                    self.backbone.encode(samples.prompts)
+                except DataError as error:
+                    raise DataError(
+                        f"task {task.number} {task.name}, {part}: {error.message}",
+                        expected=error.expected,
+                        remedy=error.remedy,
+                    ) from error
 
 
-def open_backbone(settings: BackboneSettings) -> Backbone:
-    """The frozen image model of these settings. Raises NotFoundError for weights not there."""
+def open_backbone(config: Config, *, dtype: torch.dtype = torch.float32) -> FrozenModel:
+    """The frozen model of a configuration, on the CPU; `dtype` is that of a language model.
+
+    Raises NotFoundError for weights that are not there, ConfigError for a name that is none.
+    """
+    settings = config.backbone
+    if config.stream.setting == "trace":
+        from memtool.backbones.causal_lm import create_causal_lm
+
+        return create_causal_lm(settings, config.text, dtype=dtype)
     if settings.weights is not None:
         weights = expand(settings.weights)
         if not is_file(weights):  # named as written: a variable may hold a secret
@@ -245,7 +270,7 @@ def open_backbone(settings: BackboneSettings) -> Backbone:
     return create_backbone(settings)
 
 
-def task_named(name: str, tasks: Sequence[T], stream: str) -> T:
+def task_named(name: str, tasks: Sequence[Task], stream: str) -> Task:
     """The task of a number (from 1) or name. Raises NotFoundError when the stream has none."""
     by_number = re.fullmatch(r"\d+", name) is not None
     for task in tasks:

@@ -1,0 +1,148 @@
+"""What is measured of a baseline after each task, and the rows of the table that come of it.
+
+Of images the features, under every head that can be made of them; of texts the answers.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from memtool.evaluation.matrix import AccuracyMatrix
+from memtool.evaluation.record import Row
+from memtool.learning.answers import Answering, AnswerScores, answer_row
+from memtool.learning.learner import Learner
+from memtool.methods.baselines.reading import (
+    READINGS_OF,
+    TITLES,
+    ClosedForms,
+    Reading,
+    accuracies,
+)
+from memtool.streams.task import Task
+
+
+class Testing(ABC):
+    """The tests of a learner on tasks."""
+
+    def __init__(self, learner: Learner, tasks: Sequence[Task]) -> None:
+        self.learner = learner
+        self.tasks = tasks
+
+    @abstractmethod
+    def before(self) -> None:
+        """Test before the first task, where there is a head."""
+
+    def count(self, task: Task) -> None:
+        """Count what closed forms need of a task that was learned; here nothing."""
+        del task
+
+    @abstractmethod
+    def after(self, number: int) -> None:
+        """Test after so many tasks."""
+
+    @abstractmethod
+    def at_all_times(self) -> None:
+        """Test once, for a learner that stays as it is."""
+
+    @abstractmethod
+    def rows(self, seconds: float) -> list[Row]:
+        """The rows of the table; `seconds` are those of learning."""
+
+
+class OfHeads(Testing):
+    """Features under heads: a row for each way to read them."""
+
+    def __init__(
+        self, learner: Learner, tasks: Sequence[Task], readings: Sequence[Reading]
+    ) -> None:
+        super().__init__(learner, tasks)
+        self.closed = ClosedForms(learner.work, len(tasks))
+        names = [task.name for task in tasks]
+        self.matrices = {reading: AccuracyMatrix.empty(names) for reading in readings}
+
+    def before(self) -> None:
+        """A head that is fixed in advance can be read before anything is learned."""
+        if "fixed" in self.matrices:
+            self._read(0, ["fixed"])
+
+    def count(self, task: Task) -> None:
+        """The features of its training images, as they are now."""
+        self.closed.count(self.learner.features_of(task.train), task)
+
+    def after(self, number: int) -> None:
+        """Every reading."""
+        self._read(number, [*self.matrices])
+
+    def at_all_times(self) -> None:
+        """One line, repeated."""
+        self._read(0, ["fixed"])
+        once = self.matrices["fixed"]
+        for number in range(1, len(self.tasks) + 1):
+            once = once.with_row(number, [once.cells[0][place] for place in range(len(self.tasks))])
+        self.matrices["fixed"] = once
+
+    def _read(self, number: int, readings: Sequence[Reading]) -> None:
+        samples = [task.test for task in self.tasks]
+        test = [self.learner.features_of(each) for each in samples]
+        for reading in readings:
+            if reading in ("linear", "fixed"):
+                predict = self.learner.objective.classifier().to("cpu")
+            else:
+                predict = self.closed.solve(reading)
+            row = accuracies(predict, test, samples)
+            self.matrices[reading] = self.matrices[reading].with_row(number, row)
+
+    def rows(self, seconds: float) -> list[Row]:
+        """A row a reading; that of the learner's own head has its name."""
+        learner = self.learner
+        return [
+            Row.measured(
+                learner.id if reading in ("linear", "fixed") else f"{learner.id}-{reading}",
+                f"{learner.title}, {TITLES[reading]}",
+                learner.kind,
+                matrix,
+                seconds=seconds,
+            )
+            for reading, matrix in self.matrices.items()
+        ]
+
+
+class OfAnswers(Testing):
+    """Losses, and metrics of generated answers: one row."""
+
+    def __init__(self, learner: Learner, tasks: Sequence[Task]) -> None:
+        super().__init__(learner, tasks)
+        self.found: dict[int, AnswerScores] = {}
+
+    def before(self) -> None:
+        """A language model can answer before anything is learned."""
+        self.after(0)
+
+    def after(self, number: int) -> None:
+        """The answers to the test prompts of all tasks."""
+        learner = self.learner.eval()
+        answering = Answering(learner.work, learner.recall(), learner.objective.backbone)
+        stage = f"after {number} tasks: measure {learner.title}"
+        self.found[number] = answering.scores(self.tasks, stage, learner.asked)
+
+    def at_all_times(self) -> None:
+        """One line, repeated."""
+        self.after(0)
+        self.found = dict.fromkeys(range(len(self.tasks) + 1), self.found[0])
+
+    def rows(self, seconds: float) -> list[Row]:
+        """One row."""
+        learner = self.learner
+        return [
+            answer_row(learner.id, learner.title, learner.kind, self.tasks, self.found, seconds)
+        ]
+
+
+def measured_by(
+    learner: Learner, tasks: Sequence[Task], readings: Sequence[Reading] | None = None
+) -> Testing:
+    """The tests of a learner; `readings` of images: none for all that its head allows."""
+    if learner.objective.of_texts:
+        return OfAnswers(learner, tasks)
+    return OfHeads(learner, tasks, readings or READINGS_OF[learner.objective.is_fixed])
