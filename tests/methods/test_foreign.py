@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from memtool.adapters.peft_files import CONFIG_NAME, write_peft
 from memtool.errors import ConfigError, CorruptError, DataError, MismatchError
+from memtool.learning.answers import Answering
 from memtool.learning.learner import Learner
 from memtool.methods.exchange import ABOUT, CATALOG, OWN_HEAD, export_peft
 from memtool.methods.mira import Mira
@@ -47,7 +48,8 @@ def test_a_plain_lora_becomes_atoms_only_where_it_is_asked_for(place: Path, tmp_
     assert not MemoryStore.exists(moram.workspace.store_path), "nothing was made"
     (said,) = moram.write([theirs], task="1", as_atoms=True).as_atoms
     task = learner.work.stream.tasks[0]
-    own = learner.loss(learner.lm.encode(task.test.prompts, task.test.answers))
+    answering = Answering(learner.work, learner.recall())
+    own = answering.loss(answering.lm.encode(task.test.prompts, task.test.answers))
     assert (said.name, said.task, said.measure) == ("theirs", 1, "loss")
     assert said.plain == pytest.approx(own, rel=1e-4)
     assert said.atoms == pytest.approx(moram.evaluate().row("moram").loss[-1][0], rel=1e-4)

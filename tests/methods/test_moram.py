@@ -24,6 +24,7 @@ from memtool.errors import (
 )
 from memtool.evaluation.metrics import reuse
 from memtool.evaluation.record import Record
+from memtool.learning.objective import objective_of
 from memtool.learning.past_inputs import PastInputs
 from memtool.memories.rank1 import Rank1Memory
 from memtool.methods import experiment
@@ -31,6 +32,7 @@ from memtool.methods.bisect import bisect
 from memtool.methods.exchange import export_peft
 from memtool.methods.forget import forget
 from memtool.methods.mira import Mira
+from memtool.methods.moram.beneath import history
 from memtool.methods.moram.explain import as_picture, explain_atoms, task_grid
 from memtool.methods.moram.method import Moram
 from memtool.methods.moram.prune import dead_atoms, prune
@@ -133,9 +135,11 @@ def test_free_keys_hardly_answer_to_earlier_tasks(tmp_path):
     assert "past-inputs" in view.blobs()
     one, two = (bank_of(view, work.layout, rows) for rows in (1, 2))
     past = PastInputs(work.layout, 0.97)
-    earlier = past.moments(work, work.task("1").train, one.recall(moram.gate))
+    objective, recall = objective_of(work), one.recall(moram.gate)
+    earlier = objective.input_moments(past, work.task("1").train, recall)
     past.add(earlier, 0.0)
-    now = PastInputs(work.layout, 0.97).moments(work, work.task("2").train, one.recall(moram.gate))
+    fresh = PastInputs(work.layout, 0.97)
+    now = objective.input_moments(fresh, work.task("2").train, recall)
     for site in work.layout.sites:
         keys = two.bank(site.name).keys[4:].double()
         lengths = keys.norm(dim=1)  # a key is zero where nothing is free
@@ -325,17 +329,17 @@ class TestWhatAtomsDo:
 
     def test_drift_against_the_definition(self, grown):
         work, snapshot = grown.workspace, grown.snapshot()
-        versions = grown._history(snapshot.version, snapshot.tasks)
+        versions = history(grown.workspace, snapshot.version, snapshot.tasks)
         then = grown.snapshot(versions[1])
-        images = first(work.stream.tasks[0].test, 8).images
+        samples = first(work.stream.tasks[0].test, 8)
         same, later = frozen_drift(
-            work.engine, work.backbone, then.bank, [then.bank, snapshot.bank], then.gate, 1, images
+            work, then.bank, [then.bank, snapshot.bank], then.gate, 1, samples
         )
         assert (same.norm, same.difference) == (1, 0)
         # The first block sees the same inputs at every version: count it by hand.
         only = Layout([s for s in work.layout.sites if s.block == 0 and s.slice], 4).sites
         before, after, moved = 0.0, 0.0, 0.0
-        pixels = work.backbone.preprocess(torch.from_numpy(np.asarray(images)))
+        pixels = work.backbone.preprocess(torch.from_numpy(np.asarray(samples.images)))
         block = work.backbone.vit.blocks[0]
         with torch.inference_mode():
             x = block.norm1(work.backbone.hidden(pixels, 0))
@@ -351,9 +355,7 @@ class TestWhatAtomsDo:
             for site in only:
                 part.append(site.name, full.bank(site.name))
             banks.append(part)
-        (alone,) = frozen_drift(
-            work.engine, work.backbone, banks[0], banks[1:], then.gate, 1, images
-        )
+        (alone,) = frozen_drift(work, banks[0], banks[1:], then.gate, 1, samples)
         assert alone.norm == pytest.approx((after / before) ** 0.5, rel=1e-4)
         assert alone.difference == pytest.approx((moved / before) ** 0.5, rel=1e-4)
         assert later.difference > 0
@@ -390,21 +392,19 @@ class TestWhatAtomsDo:
 
     def test_shares_without_threshold_sum_to_one(self, grown):
         work, snapshot = grown.workspace, grown.snapshot()
-        images = first(work.stream.tasks[0].test, 4).images
+        images = first(work.stream.tasks[0].test, 4)
         open_gate = AtomGate(topk=4, threshold=-1)
-        shares, blocks = task_shares(
-            work.engine, work.backbone, snapshot.bank, open_gate, snapshot.tasks, images
-        )
+        shares, blocks = task_shares(work, snapshot.bank, open_gate, snapshot.tasks, images)
         assert shares.shape == (4, 4, 3)
         assert torch.allclose(shares.sum(dim=-1), torch.ones(4, len(blocks)), atol=1e-5)
 
     def test_each_set_of_images_counts_alike(self, grown):
         work, snapshot = grown.workspace, grown.snapshot()
-        one = first(work.stream.tasks[0].test, 6).images
-        two = first(work.stream.tasks[1].test, 3).images
+        one = first(work.stream.tasks[0].test, 6)
+        two = first(work.stream.tasks[1].test, 3)
 
         def added(*images):
-            return contributions(work.engine, work.backbone, snapshot.bank, snapshot.gate, images)
+            return contributions(work, snapshot.bank, snapshot.gate, images)
 
         both, first_one, second = added(one, two), added(one), added(two)
         for site, values in both.items():
@@ -443,7 +443,7 @@ class TestExplain:
     def test_an_older_version(self, grown):
         snapshot = grown.snapshot()
         result = explain_atoms(
-            grown, task="1", version=grown._history(snapshot.version, snapshot.tasks)[1]
+            grown, task="1", version=history(grown.workspace, snapshot.version, snapshot.tasks)[1]
         )
         assert {atom.task for atom in result.atoms} == {1}
         assert as_picture(result).weights.shape == (4, 17)
