@@ -20,8 +20,8 @@ import memtool
 from memtool.config import Config, resolve
 from memtool.errors import ConfigError, DataError, NotFoundError
 from memtool.methods import open_method
-from memtool.methods.attached import AttachedAtoms, AttachedImages, Output
-from memtool.methods.moram.attached import AttachedAnswers
+from memtool.methods.attached import AttachedImages, Output
+from memtool.methods.moram.attached import AttachedAnswers, AttachedAtoms
 from memtool.streams import load_image
 from memtool_stores import SpaceMismatchError
 from tests.methods.facts import moram_of, write_facts

@@ -16,7 +16,7 @@ from memtool.adapters.values import AdapterValues
 from memtool.config import AdapterSettings, StreamSettings, TrainSettings
 from memtool.errors import CapacityError, ConfigError, DataError, DivergedError
 from memtool.heads import FeatureStatistics, LinearClassifier, solve_head
-from memtool.methods import adapt as stage_one
+from memtool.learning import adapt as stage_one
 from memtool.methods import experiment
 from memtool.methods.mira.count import count_task
 from memtool.methods.mira.method import Mira
