@@ -62,8 +62,8 @@ from memtool.engine import Batch, Batches, Engine
 from memtool.heads import LinearClassifier, RecalledHead
 from memtool.learning.adapt import AdapterTraining, losses
 from memtool.memories.keyed import KeyedMemory
-from memtool.methods.consolidate import learn
-from memtool.methods.recall import MemoryModel
+from memtool.methods.mira.learn import learn
+from memtool.methods.mira.recall import MemoryModel
 from memtool.streams.task import Images
 
 ADAPTERS, CLASSES = 10, 7

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from memtool.memories.keyed import KeyedMemory
     from memtool.memory import Memory, load
     from memtool.methods.experiment import demo, run
-    from memtool.methods.mira import Mira
+    from memtool.methods.mira.method import Mira
     from memtool.streams import create_stream
 
 __version__ = "0.1.0"
@@ -41,7 +41,7 @@ _HOME = {
     "Layout": "memtool.adapters.layout",
     "Memory": "memtool.memory",
     "MemtoolError": "memtool.errors",
-    "Mira": "memtool.methods.mira",
+    "Mira": "memtool.methods.mira.method",
     "Mixture": "memtool.adapters.mixing",
     "Site": "memtool.adapters.layout",
     "create_backbone": "memtool.backbones",

@@ -41,7 +41,7 @@ from memtool_stores.printable import printable, shown
 from memtool_stores.redacted import redacted
 
 if TYPE_CHECKING:
-    from memtool.methods.mira import Mira
+    from memtool.methods.mira.method import Mira
     from memtool.methods.modulation import Modulation
     from memtool.methods.moram.method import Moram
     from memtool.progress import Progress

@@ -85,6 +85,22 @@ def on_top(base: Recall, values: AdapterValues, shares: Tensor | None = None) ->
     return recall
 
 
+def given_for_each(values: AdapterValues, coefficients: Tensor, mix: Mix) -> Recall:
+    """Coefficients (batch, memories, t): one memory for all adapted blocks, or one for each."""
+    blocks = values.layout.blocks
+    places = {block: place for place, block in enumerate(blocks)}
+
+    def recall(block: int, hidden: Tensor) -> Mixture | None:
+        del hidden
+        here = values.block(block)
+        if here is None:
+            return None
+        place = 0 if coefficients.shape[1] == 1 else places[block]
+        return Mixture.weighted(here, coefficients[:, place], mix)
+
+    return recall
+
+
 def _stacked(first: BlockValues, second: BlockValues) -> BlockValues:
     """The adapters of both, one after another."""
     modules = {}

@@ -18,6 +18,9 @@ from memtool.memories.moments import LinearRule, Moments
 from memtool.memories.novelty import reach
 from memtool.memories.similarity import SIMILARITIES
 
+SHRINKAGE = 1e-3
+"""Of the covariance of what tells tasks apart toward a multiple of the identity; ridge as well."""
+
 
 class QueryStatistics:
     """Moments of the queries of every task, for each of `blocks` memories; float64 on the CPU.

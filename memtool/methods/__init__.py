@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from memtool.config import Config
-    from memtool.methods.mira import Mira
+    from memtool.methods.mira.method import Mira
     from memtool.methods.modulation import Modulation
     from memtool.methods.moram.method import Moram
     from memtool.progress import Progress
@@ -52,6 +52,6 @@ def open_method(
         from memtool.methods.moram.method import Moram
 
         return Moram.open(config, seed=seed, progress=progress, adapters=adapters)
-    from memtool.methods.mira import Mira
+    from memtool.methods.mira.method import Mira
 
     return Mira.open(config, seed=seed, progress=progress, adapters=adapters)

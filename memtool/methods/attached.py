@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +24,7 @@ from memtool.adapters.values import AdapterValues
 from memtool.backbones.interface import Backbone, FrozenModel
 from memtool.errors import DataError
 from memtool.heads import LinearClassifier, RecalledHead
-from memtool.memories.novelty import LIMIT, Reaches
-from memtool.methods.recall import MemoryModel
-from memtool.methods.state import Snapshot
-
-if TYPE_CHECKING:
-    pass
+from memtool.memories.novelty import LIMIT
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,32 +135,6 @@ def unknown(features: Tensor) -> Tensor:
 def finite(novelty: Tensor, features: Tensor) -> Tensor:
     """The novelty (n,), infinite where an input has numbers that are none."""
     return novelty.masked_fill(~features.isfinite().all(dim=-1), torch.inf)
-
-
-class AttachedMixture(AttachedImages):
-    """Whole adapters mixed by learned keys (MIRA)."""
-
-    def __init__(self, snapshot: Snapshot, precision: str) -> None:
-        _, model, head = snapshot.consolidated()
-        super().__init__(model.backbone, precision)
-        self.model: MemoryModel = model
-        self.head = HeadModule(head)
-        features = [one.moments for one in snapshot.feature_statistics().values()]
-        queries = [one.moments for one in snapshot.query_statistics().values()]
-        looks = [Reaches.of(features), Reaches.of(queries)]
-        self.reaches = nn.ModuleList(look for look in looks if look is not None)
-
-    def seen(self, pixels: Tensor) -> Output:
-        """As `AttachedImages.seen`, in one pass."""
-        features, coefficients, queries = self.model.seen(pixels)
-        weights = coefficients.mean(dim=1)
-        logits, probabilities = self.head(features, weights)
-        novelty = unknown(features)
-        if len(self.reaches) == 2:
-            looks = (features.float().unsqueeze(0), queries.transpose(0, 1))
-            far = [reach(look) for reach, look in zip(self.reaches, looks, strict=True)]
-            novelty = finite(torch.stack(far).square().mean(dim=0).sqrt(), features)
-        return Output(logits, probabilities, weights, novelty)
 
 
 class AttachedAdapters(AttachedImages):

@@ -26,7 +26,6 @@ from torch import Tensor
 
 import memtool
 from memtool import sealed
-from memtool.adapters.layout import Layout
 from memtool.adapters.peft_config import CONFIG_NAME
 from memtool.adapters.peft_files import (
     PeftAdapter,
@@ -48,8 +47,8 @@ from memtool.errors import (
 )
 from memtool.heads import LinearClassifier
 from memtool.methods.foreign import TrainedAs, check_base_model, read_head
+from memtool.methods.in_store import classifier_bytes, own_head_blob
 from memtool.methods.results import AdaptResult
-from memtool.methods.state import Snapshot, classifier_bytes, own_head_blob
 from memtool.outside import read_file, read_json, way_to_write
 from memtool.tensor_bytes import read_tensors
 from memtool_stores.files import appearing_folders, open_as_usual, part_folder
@@ -384,45 +383,6 @@ def _bytes_tensor(data: bytes) -> Tensor:
 def _is_there(file: Path) -> bool:
     """Whether there is anything of this name: a pipe or a broken link, too, is looked at."""
     return os.path.lexists(file)
-
-
-def recalled_adapter(
-    directory: Path, work: Workspace, snapshot: Snapshot, coefficients: Tensor
-) -> Path:
-    """Write the mixture of fixed coefficients (memories, t) as one PEFT adapter.
-
-    Under delta it is the stack of all ranks, B scaled by its coefficient: rank t · r and equal to
-    the mixture. Under params A and B are mixed, and the rank stays r.
-    """
-    _, model, _ = snapshot.consolidated()
-    rank, count = work.layout.rank, len(snapshot.records)
-    values = torch.from_numpy(snapshot.view.values([r.id for r in snapshot.records]).copy())
-    scaling = torch.tensor([record.scaling for record in snapshot.records])
-    tensors = work.layout.unflatten(values)
-    stacked = model.mix == "delta"
-    layout = Layout(work.layout.sites, rank * count if stacked else rank)
-    mixed: dict[str, Tensor] = {}
-    for site in work.layout.sites:
-        place = model.memory.blocks.index(site.block) if len(coefficients) > 1 else 0
-        weights = coefficients[place].cpu().float()
-        a, b = tensors[f"{site.name}.lora_A"], tensors[f"{site.name}.lora_B"]
-        if stacked:
-            mixed[f"{site.name}.lora_A"] = a.reshape(count * rank, -1)
-            scaled = b * (weights * scaling)[:, None, None]
-            mixed[f"{site.name}.lora_B"] = scaled.permute(1, 0, 2).reshape(-1, count * rank)
-        else:
-            mixed[f"{site.name}.lora_A"] = torch.einsum("t,trd->rd", weights, a)
-            mixed[f"{site.name}.lora_B"] = torch.einsum("t,tor->or", weights * scaling, b)
-    with new_folders(directory) as (building,):
-        # The scaling is in B already, so alpha / r is 1.
-        write_peft(
-            building,
-            layout.flatten(mixed),
-            layout,
-            alpha=float(layout.rank),
-            base_model=work.backbone.name,
-        )
-    return directory
 
 
 def export_peft(

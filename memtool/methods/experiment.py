@@ -15,8 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
-import torch
 from pydantic import BeforeValidator, TypeAdapter
 
 import memtool_stores
@@ -39,15 +37,12 @@ from memtool.learning.known import is_fixed, learned_under
 from memtool.methods import open_method
 from memtool.methods.baselines import BASELINES, DG_BASELINES, HeldOut, baselines_of
 from memtool.methods.kept import fingerprint_of, kept
-from memtool.methods.measure import Measure
-from memtool.methods.mira import SUBJECT_SAMPLES, Mira
+from memtool.methods.mira.maps import coefficient_maps, key_map
+from memtool.methods.mira.method import Mira
 from memtool.methods.modulation import Modulation
 from memtool.methods.moram.method import Moram
 from memtool.methods.moram.state import AtomsState
-from memtool.methods.state import Snapshot
-from memtool.methods.subject import first
 from memtool.progress import Progress
-from memtool.reports.figures import CoefficientMap, KeyMap, SampleCoefficientMap
 from memtool.reports.html import Cost, write_report
 from memtool.streams.task import Images, Task
 from memtool.workspace import Workspace
@@ -308,38 +303,6 @@ def _one_memory(
 
     work.engine.on_main(write)
     return record
-
-
-def coefficient_maps(
-    mira: Mira, tasks: Sequence[Task]
-) -> tuple[CoefficientMap, SampleCoefficientMap]:
-    """The coefficients of the tasks' test images: means by true task and memory, and one by one."""
-    snapshot = mira.snapshot()
-    _, model, head = snapshot.consolidated()
-    measure = Measure(mira.workspace)
-    found = [
-        measure.recall(model, head, first(task.test, SUBJECT_SAMPLES).images)[1].double()
-        for task in tasks
-    ]
-    names = tuple(record.name for record in snapshot.records)
-    by_task = torch.stack([coefficients.mean(dim=0) for coefficients in found], dim=1)
-    shown = CoefficientMap(
-        by_task.numpy(), tuple(task.name for task in tasks), names, model.memory.blocks
-    )
-    each = torch.cat([coefficients.mean(dim=1) for coefficients in found])
-    owners = [task.name for task, many in zip(tasks, found, strict=True) for _ in range(len(many))]
-    return shown, SampleCoefficientMap(each.numpy(), tuple(owners), names)
-
-
-def key_map(snapshot: Snapshot) -> KeyMap | None:
-    """Cosine of every pair of keys; of the mean of its keys where an adapter has several."""
-    keys = snapshot.view.keys()
-    if keys is not None and snapshot.model is not None:
-        width = snapshot.model.backbone.dim + 1
-        keys = keys.reshape(*keys.shape[:2], -1, width).mean(axis=2)
-    if keys is None or not np.linalg.norm(keys, axis=-1).all():
-        return None  # the key of a single task has no direction
-    return KeyMap.of_keys(keys, tuple(record.name for record in snapshot.records))
 
 
 def _require_same_experiment(method: Mira | Modulation | Moram) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from memtool.adapters.peft_files import PeftAdapter
 from memtool.errors import ConfigError, MismatchError
 from memtool.heads import LinearClassifier
-from memtool.methods.state import classifier_of
+from memtool.methods.in_store import classifier_of
 from memtool.outside import read_file
 
 if TYPE_CHECKING:

@@ -212,16 +212,10 @@ def _solve_again(txn: Transaction, view: MemoryView, gone: set[str]) -> None:
     import numpy as np
     import torch
 
-    from memtool.heads import RecalledHead
-    from memtool.methods.consolidate import start_keys
-    from memtool.methods.state import (
-        HEAD,
-        MemoryState,
-        feature_statistics,
-        own_head,
-        query_statistics,
-        solve_recalled_head,
-    )
+    from memtool.heads import RecalledHead, solve_recalled_head
+    from memtool.methods.in_store import HEAD, feature_statistics, own_head
+    from memtool.methods.mira.keys import start_keys
+    from memtool.methods.mira.state import MemoryState, query_statistics
 
     state, stored = MemoryState.load(view), view.keys()
     if state is None or stored is None or not gone & set(state.adapters):

@@ -45,10 +45,10 @@ from memtool.methods.exchange import (
     write_adapter,
 )
 from memtool.methods.foreign import require_trained_as
+from memtool.methods.in_store import classifier_bytes, own_head_blob
 from memtool.methods.kept import fingerprint_of
 from memtool.methods.records import number_of, task_of
 from memtool.methods.results import AdaptResult, AsAtoms, WriteResult, WrittenAdapter
-from memtool.methods.state import classifier_bytes, own_head_blob
 from memtool.progress import Progress
 from memtool.streams.task import Task
 from memtool.workspace import Workspace, require_learnable

@@ -38,11 +38,13 @@ from memtool.errors import (
 from memtool.evaluation.matrix import AccuracyMatrix
 from memtool.evaluation.record import Kind, Record, Row
 from memtool.heads import LinearClassifier, RecalledHead, solve_head
+from memtool.heads.solve import merged
 from memtool.learning.adapt import adapt
 from memtool.methods.attached import AttachedAdapters, AttachedImages
 from memtool.methods.exchange import OWN_HEAD, new_folders, require_new
-from memtool.methods.measure import share_right
+from memtool.methods.in_store import classes_of, classifier_bytes, classifier_of, own_head_blob
 from memtool.methods.method import Method, newest_after_each, require_unmoved
+from memtool.methods.outcome import predicted, share_right
 from memtool.methods.recallers import AdapterMemory, open_memory, synchronise
 from memtool.methods.records import recorded, task_of
 from memtool.methods.results import (
@@ -50,14 +52,6 @@ from memtool.methods.results import (
     RecalledShare,
     RecallResult,
     WrittenAdapter,
-)
-from memtool.methods.seen import predicted
-from memtool.methods.state import (
-    classes_of,
-    classifier_bytes,
-    classifier_of,
-    merged,
-    own_head_blob,
 )
 from memtool.methods.subject import first, read_query
 from memtool.streams import load_image

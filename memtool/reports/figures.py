@@ -113,6 +113,15 @@ class KeyMap:
         return cls(cosine.mean(axis=0) if cosine.ndim == 3 else cosine, tuple(adapters))
 
 
+@dataclass(frozen=True, eq=False)
+class Pictures:
+    """What a report shows of a memory beside its record; None for what it has not."""
+
+    coefficients: CoefficientMap | None = None
+    samples: SampleCoefficientMap | None = None
+    keys: KeyMap | None = None
+
+
 def _check(values: npt.NDArray[np.float64], expected: tuple[int, ...], what: str) -> None:
     if values.shape != expected or 0 in expected:
         raise MismatchError(f"{what} of shape {values.shape}", expected=f"{expected}, not empty")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from memtool.config import resolve
-from memtool.methods.mira import Mira
+from memtool.methods.mira.method import Mira
 from memtool_stores import MemoryStore
 from tests.cli.test_contract import PROBE
 from tests.cli.test_history import document

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from memtool.backbones.nano import build_nano
 from memtool.config import resolve
-from memtool.methods.mira import Mira
+from memtool.methods.mira.method import Mira
 from tests.cli.conftest import inside
 
 SHORT = {

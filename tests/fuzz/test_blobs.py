@@ -19,10 +19,11 @@ from memtool.learning.past_inputs import PastInputs
 from memtool.memories.bayes_pcn import BayesPCN, BayesPCNSettings
 from memtool.memories.closed_form import QueryStatistics
 from memtool.memories.dual_gpm import DualGPM, spaces_from_bytes, spaces_to_bytes
-from memtool.methods.mira import Mira
+from memtool.methods.in_store import classifier_bytes, classifier_of
+from memtool.methods.mira.method import Mira
+from memtool.methods.mira.state import MemoryState
 from memtool.methods.modulation import Predictor
 from memtool.methods.moram.state import AtomsState
-from memtool.methods.state import MemoryState, classifier_bytes, classifier_of
 from memtool_stores import MemoryView
 from tests.fuzz.door import NAMES, cases, damaged, long, refused_or_taken
 from tests.methods.conftest import learn, small_config

@@ -29,7 +29,7 @@ from memtool.evaluation.matrix import AccuracyMatrix
 from memtool.evaluation.record import Row, read_record, write_record
 from memtool.methods.exchange import read_adapter
 from memtool.methods.kept import kept
-from memtool.methods.mira import Mira
+from memtool.methods.mira.method import Mira
 from memtool.streams import cache, open_table
 from memtool_stores import StoreError
 from tests.fuzz.door import cases, damaged, long, no_hang

@@ -16,7 +16,7 @@ from safetensors.torch import save
 
 from memtool.adapters.peft_files import CONFIG_NAME, WEIGHTS_NAME, read_peft, restored_file
 from memtool.methods.exchange import ABOUT, CATALOG, OWN_HEAD, read_adapter
-from memtool.methods.mira import Mira
+from memtool.methods.mira.method import Mira
 from memtool_stores.names import check_name
 from tests.fuzz.door import NAMES, cases, damaged, long, nothing_else_changes, refused_or_taken
 from tests.methods.conftest import small_config

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from memtool.config import Config, resolve
-from memtool.methods.mira import Mira
+from memtool.methods.mira.method import Mira
 
 SMALL = {
     "stream.train_per_task": 100,

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from memtool.errors import ConfigError, MismatchError, NotFoundError
 from memtool.methods.bisect import bisect, first_bad
 from memtool.methods.forget import forget
-from memtool.methods.mira import Mira
-from memtool.methods.state import MemoryState
+from memtool.methods.mira.method import Mira
+from memtool.methods.mira.state import MemoryState
 
 
 def reopened(mira):

@@ -16,7 +16,7 @@ from memtool.backbones.nano import build_nano
 from memtool.errors import CorruptError, MemtoolError
 from memtool.methods import exchange
 from memtool.methods.exchange import export_peft
-from memtool.methods.mira import Mira
+from memtool.methods.mira.method import Mira
 from memtool_stores import IntegrityError, SchemaError
 from tests.methods.conftest import small_config
 

@@ -8,7 +8,7 @@ from memtool.errors import ConfigError
 from memtool.evaluation.record import read_record
 from memtool.methods import experiment
 from memtool.methods.ablations import ablate
-from memtool.methods.mira import Mira
+from memtool.methods.mira.method import Mira
 from memtool.methods.plan import plan
 from tests.methods.conftest import learn, small_config
 

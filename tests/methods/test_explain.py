@@ -15,8 +15,8 @@ from memtool.adapters.values import AdapterValues
 from memtool.config import Config
 from memtool.errors import ConfigError, NotFoundError
 from memtool.memories.closed_form import QueryStatistics
-from memtool.methods.explain import as_shown, distances, explain
-from memtool.methods.mira import Mira
+from memtool.methods.mira.explain import as_shown, distances, explain
+from memtool.methods.mira.method import Mira
 from memtool.reports.explanation import coefficient_grid
 from tests.methods.conftest import small_config
 

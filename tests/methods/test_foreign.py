@@ -15,7 +15,7 @@ from memtool.errors import ConfigError, CorruptError, DataError, MismatchError
 from memtool.learning.answers import Answering
 from memtool.learning.learner import Learner
 from memtool.methods.exchange import ABOUT, CATALOG, OWN_HEAD, export_peft
-from memtool.methods.mira import Mira
+from memtool.methods.mira.method import Mira
 from memtool.methods.moram.method import Moram
 from memtool_stores import MemoryStore
 from tests.methods.conftest import small_config

@@ -21,7 +21,7 @@ from memtool.alone import alone
 from memtool.errors import BusyError, CorruptError, MemtoolError
 from memtool.evaluation.record import read_record
 from memtool.methods.exchange import ABOUT, OWN_HEAD
-from memtool.methods.mira import Mira
+from memtool.methods.mira.method import Mira
 from memtool_stores.files import is_part
 from tests.methods.conftest import small_config
 

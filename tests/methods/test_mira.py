@@ -22,9 +22,8 @@ from memtool.errors import (
     MismatchError,
     NotFoundError,
 )
-from memtool.methods.consolidate import drift_degrees
-from memtool.methods.measure import Measure
-from memtool.methods.mira import Mira
+from memtool.methods.mira.measure import Measure, drift_degrees
+from memtool.methods.mira.method import Mira
 from memtool_stores import SpaceMismatchError
 from tests.methods.conftest import learn, small_config
 
@@ -528,3 +527,60 @@ def test_consolidating_again_reads_no_image(learned, monkeypatch):
     again = learned.consolidate()
     assert again.unchanged
     assert again.train_accuracy == said["train_accuracy"]
+
+
+def test_a_run_consolidates_what_was_written_once(tmp_path):
+    mira = Mira.open(small_config(tmp_path), seed=0)
+    mira.adapt("1")
+    mira.write()
+    task = mira.workspace.task("1")
+    mira.all_written()  # tasks in an order are consolidated one by one
+    assert mira.known_tasks("HEAD") == ()
+    mira.task_written(task)
+    assert mira.known_tasks("HEAD") == (1,)
+    there = mira.workspace.store.head()
+    mira.task_written(task)
+    assert mira.workspace.store.head() == there
+
+
+def test_sources_of_generalisation_are_consolidated_at_once(tmp_path):
+    dg = {"stream__setting": "dg", "stream__order": ("rot0", "rot30"), "stream__held_out": "rot30"}
+    config = small_config(tmp_path, **dg, adapter__warm_start="none", train__epochs=1)
+    mira = Mira.open(config, seed=0)
+    sources = mira.workspace.stream.tasks
+    for task in sources:
+        mira.adapt(str(task.number))
+    mira.write()
+    for task in sources:
+        mira.task_written(task)
+    assert mira.known_tasks("HEAD") == ()
+    mira.all_written()
+    assert mira.known_tasks("HEAD") == tuple(task.number for task in sources)
+
+
+def test_pictures_are_of_the_coefficients_and_keys_in_memory(learned):
+    tasks = learned.workspace.stream.tasks
+    shown = learned.pictures(tasks)
+    adapters = tuple(record.name for record in learned.snapshot().records)
+    assert shown.coefficients.values.shape[-2:] == (3, 3)
+    assert shown.coefficients.values[-1].argmax(axis=1).tolist() == [0, 1, 2]
+    assert shown.samples.values.shape == (3 * 80, 3)
+    assert np.allclose(shown.samples.values[:80].mean(axis=0), shown.coefficients.values[0, 0])
+    assert shown.keys.adapters == adapters
+    stream = learned.config.stream.model_copy(update={"setting": "til"})
+    given = Mira.open(learned.config, seed=0)
+    given.config = learned.config.model_copy(update={"stream": stream})
+    assert given.pictures(tasks).coefficients is None
+    assert given.pictures(tasks).keys is not None
+
+
+def test_a_run_goes_on_under_the_same_settings_only(learned, tmp_path):
+    learned.require_same_settings("none")
+    for changes, match in (
+        ({"consolidate__keys": "mean-query"}, "other keys or epochs"),
+        ({"memory__separation": "identity"}, "other settings"),
+    ):
+        config = small_config(tmp_path, **changes)
+        other = config.model_copy(update={"store": learned.config.store})
+        with pytest.raises(ConfigError, match=match):
+            Mira.open(other, seed=0).require_same_settings("another store")

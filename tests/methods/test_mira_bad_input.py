@@ -17,9 +17,9 @@ from memtool.config import AdapterSettings, StreamSettings, TrainSettings
 from memtool.errors import CapacityError, ConfigError, DataError, DivergedError
 from memtool.heads import FeatureStatistics, LinearClassifier, solve_head
 from memtool.learning import adapt as stage_one
-from memtool.methods import consolidate as stage_two
 from memtool.methods import experiment
-from memtool.methods.mira import Mira
+from memtool.methods.mira.count import count_task
+from memtool.methods.mira.method import Mira
 from memtool.methods.subject import first
 from memtool.streams import create_stream
 from tests.methods.conftest import learn, small_config
@@ -100,16 +100,15 @@ def test_tasks_of_unequal_size_count_by_their_images(tmp_path):
     counted = snapshot.feature_statistics()
     assert [int(counted[number].counts.sum()) for number in (1, 2)] == [25, 90]
     # The head is the one of all 115 images at once, not the mean of the two tasks'.
+    _, model, head = snapshot.consolidated()
     everything = FeatureStatistics(work.backbone.dim, 10)
     for task in tasks:
         own = snapshot.own_values(task.number, work.engine.device)
-        probe = mira._probe_memory(snapshot)
-        features, _ = stage_two.count_task(
-            work.engine, work.backbone, probe, config.memory, own, task.train
+        features, _ = count_task(
+            work.engine, work.backbone, model.memory, config.memory, own, task.train
         )
         everything.add(features, torch.from_numpy(np.array(task.train.labels)))
     expected = solve_head("ridge", everything, config.head)
-    _, _, head = snapshot.consolidated()
     assert torch.allclose(head.weight[0], expected.weight, atol=1e-5)
     assert torch.allclose(head.bias[0], expected.bias, atol=1e-5)
     # Tasks count alike in the average, whatever their number of test images.

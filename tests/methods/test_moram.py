@@ -31,7 +31,7 @@ from memtool.methods import experiment
 from memtool.methods.bisect import bisect
 from memtool.methods.exchange import export_peft
 from memtool.methods.forget import forget
-from memtool.methods.mira import Mira
+from memtool.methods.mira.method import Mira
 from memtool.methods.moram.beneath import history
 from memtool.methods.moram.explain import as_picture, explain_atoms, task_grid
 from memtool.methods.moram.method import Moram

@@ -11,8 +11,8 @@ from memtool.config import MemorySettings
 from memtool.errors import CorruptError
 from memtool.memories.dual_gpm import DualGPM
 from memtool.memories.keyed import KeyedMemory
-from memtool.methods.mira import Mira
-from memtool.methods.protect import KEYS, Protection
+from memtool.methods.mira.method import Mira
+from memtool.methods.mira.protect import KEYS, Protection
 from tests.methods.conftest import learn, small_config
 
 DIM = 16
@@ -108,12 +108,12 @@ def test_new_keys_start_where_past_queries_score_zero():
     past = Protection()
     past.observe(Asked(), Scoring(memory), hidden_states(1).numpy(), start=1.0, progress=0.0)
     drawn = torch.randn(2, 5, DIM + 1, dtype=torch.float64)
-    free = past.free_keys(memory, drawn)
+    free = past.free_keys(memory.blocks, drawn)
     fresh = memory_of("identity", adapters=5)
     fresh.set_keys(free)
     assert Scoring(fresh)(hidden_states(1)).abs().max() < 1e-9
     assert Scoring(fresh)(hidden_states(2)).abs().max() > 0.1
-    assert Protection().free_keys(memory, drawn) is drawn
+    assert Protection().free_keys(memory.blocks, drawn) is drawn
 
 
 def test_an_mlp_query_module_keeps_its_answers_as_well():

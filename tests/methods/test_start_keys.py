@@ -9,11 +9,12 @@ from torch import Tensor
 
 from memtool.config import ConsolidateSettings, MemorySettings
 from memtool.errors import ConfigError
-from memtool.memories.closed_form import QueryStatistics
+from memtool.memories.closed_form import SHRINKAGE, QueryStatistics
 from memtool.memories.keyed import KeyedMemory
-from memtool.methods.consolidate import SHRINKAGE, count_queries, start_keys
 from memtool.methods.forget import forget
-from memtool.methods.mira import Mira
+from memtool.methods.mira.count import count_queries
+from memtool.methods.mira.keys import start_keys
+from memtool.methods.mira.method import Mira
 from tests.methods.conftest import learn, small_config
 
 DIM = 6

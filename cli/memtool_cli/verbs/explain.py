@@ -89,8 +89,8 @@ def explain(
             f"--layer and --block under method {call.config.method}",
             expected="method moram, where every adapted map has atoms of its own",
         )
-    from memtool.methods.explain import as_shown
-    from memtool.methods.explain import explain as explained
+    from memtool.methods.mira.explain import as_shown
+    from memtool.methods.mira.explain import explain as explained
     from memtool.reports.explanation import coefficient_grid
 
     with call.out.progress() as progress:

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from memtool.evaluation.record import Record
-    from memtool.methods.mira import Mira
+    from memtool.methods.mira.method import Mira
     from memtool.methods.modulation import Modulation
     from memtool.methods.moram.method import Moram
     from memtool.methods.results import AtomsResult, RecallResult, RetrieveResult

@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memtool.heads import FeatureStatistics, LinearClassifier, RecalledHead, solve_head
-from memtool.methods.consolidate import SHRINKAGE
-from memtool.methods.measure import share_right
+from memtool.memories.closed_form import SHRINKAGE
+from memtool.methods.outcome import share_right
 from memtool.streams.task import Images, Task
 from memtool.workspace import Workspace
 

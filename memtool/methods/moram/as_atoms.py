@@ -12,9 +12,9 @@ from memtool.heads import solve_head
 from memtool.learning.answers import Answering
 from memtool.learning.known import head_under, is_fixed
 from memtool.methods.exchange import ReadAdapter
-from memtool.methods.measure import share_right
 from memtool.methods.moram.measure import AtomMeasure
 from memtool.methods.moram.state import AtomSnapshot
+from memtool.methods.outcome import share_right
 from memtool.methods.results import AsAtoms
 from memtool.streams.task import Task
 from memtool.workspace import Workspace

@@ -24,9 +24,9 @@ from memtool.methods.attached import (
     finite,
     unknown,
 )
+from memtool.methods.in_store import feature_statistics
 from memtool.methods.moram.state import AtomSnapshot
 from memtool.methods.moram.watch import TaskShares, watched
-from memtool.methods.state import feature_statistics
 
 
 class AttachedAtoms(AttachedImages):

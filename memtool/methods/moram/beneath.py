@@ -14,10 +14,10 @@ from memtool.config import MoramSettings
 from memtool.errors import AlreadyThereError, ConfigError, MismatchError, NotFoundError
 from memtool.learning.past_inputs import PastInputs
 from memtool.methods.exchange import About, ReadAdapter
+from memtool.methods.in_store import HEAD
 from memtool.methods.method import newest_after_each
 from memtool.methods.moram.state import digest, past_inputs_of
 from memtool.methods.records import task_of
-from memtool.methods.state import HEAD
 from memtool.streams.task import Task
 from memtool.workspace import Workspace
 

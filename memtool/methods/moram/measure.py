@@ -15,8 +15,8 @@ from memtool.evaluation.record import AtomUse, Row
 from memtool.learning.answers import Answering, AnswerScores, answer_row
 from memtool.learning.known import fixed_head, is_fixed
 from memtool.memories.rank1 import Rank1Memory
+from memtool.methods.in_store import feature_statistics
 from memtool.methods.kept import fingerprint_of, kept
-from memtool.methods.measure import share_right
 from memtool.methods.moram.state import AtomSnapshot, digest
 from memtool.methods.moram.watch import (
     Drift,
@@ -26,9 +26,8 @@ from memtool.methods.moram.watch import (
     task_shares,
     watched,
 )
+from memtool.methods.outcome import predicted, seen_before, share_right
 from memtool.methods.results import AtomWeight, Prediction
-from memtool.methods.seen import predicted, seen_before
-from memtool.methods.state import feature_statistics
 from memtool.methods.subject import SUBJECT_SAMPLES, Subject
 from memtool.streams.task import Images, Task, Texts, spread
 from memtool.workspace import Workspace

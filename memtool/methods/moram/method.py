@@ -31,6 +31,7 @@ from memtool.config import MoramSettings
 from memtool.errors import ConfigError, MismatchError, NotFoundError
 from memtool.evaluation.record import Record, Row
 from memtool.heads import LinearClassifier, RecalledHead
+from memtool.heads.solve import grown
 from memtool.learning.adapt import Adapted, require_learned
 from memtool.learning.known import head_under, learned_under
 from memtool.learning.objective import objective_of
@@ -38,6 +39,7 @@ from memtool.learning.past_inputs import PastInputs
 from memtool.memories.rank1 import Rank1Memory
 from memtool.methods.attached import Attached
 from memtool.methods.exchange import ReadAdapter
+from memtool.methods.in_store import HEAD, feature_statistics
 from memtool.methods.kept import fingerprint_of
 from memtool.methods.method import Method, Trained, require_unmoved
 from memtool.methods.moram import beneath
@@ -58,7 +60,6 @@ from memtool.methods.moram.state import (
 from memtool.methods.moram.written import Written
 from memtool.methods.records import task_of
 from memtool.methods.results import AsAtoms, AtomsResult, HeadResult, TaskShare
-from memtool.methods.state import HEAD, feature_statistics, grown
 from memtool.methods.subject import subject_of
 from memtool.streams.task import Task
 

@@ -18,6 +18,7 @@ from memtool.learning.known import head_under, is_fixed, learned_under
 from memtool.learning.objective import objective_of
 from memtool.memories.rank1 import Rank1Memory
 from memtool.methods.exchange import ReadAdapter
+from memtool.methods.in_store import HEAD, feature_statistics, features_blob
 from memtool.methods.moram.beneath import about_atoms, require_same_gate, tasks_of
 from memtool.methods.moram.state import (
     PAST_INPUTS,
@@ -30,7 +31,6 @@ from memtool.methods.moram.state import (
     solve,
     trained_heads,
 )
-from memtool.methods.state import HEAD, feature_statistics, features_blob
 from memtool.streams.task import Task
 from memtool.workspace import Workspace
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -9,9 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from memtool.adapters.recalls import every, same_for_all
 from memtool.adapters.values import AdapterValues, Recall
+from memtool.engine import Engine
 from memtool.errors import ConfigError, NotFoundError
 from memtool.evaluation.matrix import AccuracyMatrix
 from memtool.evaluation.metrics import coefficient_drift
@@ -19,11 +22,15 @@ from memtool.evaluation.record import Kind, Row
 from memtool.heads import FeatureStatistics, LinearClassifier, RecalledHead, solve_head
 from memtool.memories.keyed import BlockMemory, KeyedMemory
 from memtool.memories.separation import SeparationFunction, separation
-from memtool.methods.recall import MemoryModel
+from memtool.methods.mira.recall import MemoryModel
+from memtool.methods.mira.state import Snapshot
+from memtool.methods.outcome import seen_before, share_right
 from memtool.methods.records import task_of
-from memtool.methods.state import Snapshot
 from memtool.streams.task import Images, Task
 from memtool.workspace import Workspace
+
+SUBJECT_SAMPLES = 256
+"""Images of a task that a look at it takes: `retrieve`, `explain`, the pictures of a report."""
 
 SIGNED = ("identity", "affine", "tanh")
 """Separations that can give negative coefficients."""
@@ -230,10 +237,29 @@ def drift(then: Sequence[Tensor], now: Sequence[Tensor]) -> dict[str, float]:
     }
 
 
-def share_right(logits: Tensor, samples: Images) -> float:
-    """Share of samples whose own class has the highest of the logits (n, classes)."""
-    labels = torch.from_numpy(np.asarray(samples.labels))
-    return float((logits.argmax(1) == labels).double().mean())
+def drift_degrees(before: Tensor, after: Tensor) -> float:
+    """Mean angle in degrees between keys (memories, t, d_k) before and after.
+
+    A key without length has no direction and is left out; 0 when there is no other.
+    """
+    long = (before.norm(dim=-1) > 0) & (after.norm(dim=-1) > 0)
+    if not long.any():
+        return 0.0
+    cosine = F.cosine_similarity(before[long].double(), after[long].double(), dim=-1)
+    return math.degrees(float(torch.arccos(cosine.clamp(-1, 1)).mean()))
+
+
+def seen_by(engine: Engine, snapshot: Snapshot, image: npt.NDArray[np.uint8]) -> float | None:
+    """The novelty of an image (h, w, 3) to a memory of whole adapters that is consolidated."""
+    _, model, _ = snapshot.consolidated()
+
+    def run(batch: Tensor) -> Tensor:
+        features, _, queries = model.seen(model.backbone.preprocess(batch))
+        return torch.cat([features.float().unsqueeze(1), queries], dim=1)
+
+    found = engine.predict(run, image[None])
+    statistics, asked = snapshot.feature_statistics(), snapshot.query_statistics()
+    return seen_before(found[:, 0], statistics, found[:, 1:], asked)
 
 
 def _with_separation(

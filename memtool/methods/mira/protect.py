@@ -8,7 +8,7 @@ out of the free space again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from memtool.engine import Engine
 from memtool.memories.dual_gpm import DualGPM, spaces_from_bytes, spaces_to_bytes
 from memtool.memories.keyed import KeyedMemory
-from memtool.methods.recall import MemoryModel
+from memtool.methods.mira.recall import MemoryModel
 
 KEYS = "keys"
 
@@ -37,14 +37,14 @@ class Protection:
         """No past yet."""
         self.pasts = pasts or {}
 
-    def free_keys(self, memory: KeyedMemory, keys: Tensor) -> Tensor:
-        """The part of keys (memories, t, d_k) that scores zero on past queries."""
+    def free_keys(self, blocks: Sequence[int], keys: Tensor) -> Tensor:
+        """The part of keys (memories, t, d_k) that scores zero on past queries of their blocks."""
         if not self.pasts:
             return keys
         return torch.stack(
             [
                 self.pasts[f"{block}.{KEYS}"].project(here)
-                for block, here in zip(memory.blocks, keys, strict=True)
+                for block, here in zip(blocks, keys, strict=True)
             ]
         )
 

@@ -8,10 +8,11 @@ queries that consolidation counted; no image is read for it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,26 +20,24 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from memtool.adapters.mixing import Mixture
-from memtool.adapters.values import AdapterValues, Recall
+from memtool.adapters.recalls import given_for_each
+from memtool.adapters.values import AdapterValues
 from memtool.config import Mix
 from memtool.errors import ConfigError
 from memtool.heads import RecalledHead
 from memtool.memories.closed_form import QueryStatistics
 from memtool.memories.novelty import LIMIT
-from memtool.methods.mira import SUBJECT_SAMPLES, Mira
-from memtool.methods.moram.method import Moram
-from memtool.methods.recall import MemoryModel, QueryProbe
+from memtool.methods.method import Method
+from memtool.methods.mira.measure import SUBJECT_SAMPLES, seen_by
+from memtool.methods.mira.method import Mira
+from memtool.methods.mira.recall import MemoryModel, QueryProbe
 from memtool.methods.records import task_of
 from memtool.methods.results import Part, Result
-from memtool.methods.seen import seen_by
 from memtool.methods.subject import first
 from memtool.reports.explanation import Explained, format_of, write_explained
 from memtool.reports.table import Grid, percent
 from memtool.streams import load_image
-
-if TYPE_CHECKING:
-    from memtool.methods.modulation import Modulation
+from memtool_stores import AdapterRecord
 
 SHRINKAGE = 1e-2
 """Of the covariance within tasks that distances are measured by, as for keys in closed form."""
@@ -122,7 +121,7 @@ class Explanation(Result):
 
 
 def explain(
-    method: Mira | Modulation | Moram,
+    method: Method,
     *,
     task: str | None = None,
     image: Path | None = None,
@@ -134,59 +133,105 @@ def explain(
     `out` is a plot (.svg, .png) or a page (.html). Raises ConfigError for another method than MIRA,
     for anything but one subject and for another kind of file; errors as `Mira.retrieve`.
     """
-    if isinstance(method, Moram):
-        raise ConfigError(
-            "this explains mixtures of whole adapters; method moram has atoms",
-            expected="memtool.methods.moram.explain.explain_atoms",
-        )
-    if not isinstance(method, Mira):
-        raise ConfigError(
-            "explain is about mixtures; method modulation recalls adapters whole",
-            expected="method mira, or moram for its atoms",
-            remedy="memtool retrieve, which says how well an adapter was recalled",
-        )
+    mira = _of_mixtures(method)
     if (task is None) == (image is None):
         raise ConfigError("what should be explained?", expected="one of --task and --image")
     if out is not None:
         format_of(out)
-    work = method.workspace
-    snapshot = method.read(version) if task is None else method.snapshot(version)
+    work = mira.workspace
+    snapshot = mira.read(version) if task is None else mira.snapshot(version)
     state, model, head = snapshot.consolidated()
+    shown = _shown(mira, task, image)
+    far = None if image is None else seen_by(work.engine, snapshot, shown.images[0])
+    seen = _see(mira, model, head, shown.images)
+    judge = partial(
+        _outcome, before=seen.probabilities, labels=shown.labels, class_names=state.class_names
+    )
+    mixed = _Mixed(mira, model.values, model.mix, head, shown.images)
+    without_negative, parts = _taken_out(mixed, seen, snapshot.records, judge)
+    names = {part.task: part.task_name for part in parts}
+    result = Explanation(
+        version=snapshot.version,
+        subject=shown.subject,
+        samples=len(shown.images),
+        mix=state.memory.mix,
+        separation=state.memory.separation,
+        routing=state.memory.routing,
+        scope=state.memory.scope,
+        adapters=tuple(parts),
+        blocks=tuple(tuple(float(a) for a in row) for row in seen.coefficients.mean(dim=0)),
+        block_numbers=model.memory.blocks,
+        outcome=judge(seen.probabilities),
+        negative=float((seen.coefficients < 0).double().mean()),
+        without_negative=without_negative,
+        familiar=_familiar(seen.queries, snapshot.query_statistics(), names),
+        novelty=far,
+        unlike=None if far is None else far > LIMIT,
+        out=out,
+    )
+    if out is not None:
+        work.engine.on_main(lambda: write_explained(as_shown(result), out))
+    return result
+
+
+def _of_mixtures(method: Method) -> Mira:
+    """The method, when it is one of mixtures. Raises ConfigError otherwise."""
+    if method.kind == "atoms":
+        raise ConfigError(
+            f"this explains mixtures of whole adapters; method {method.config.method} has atoms",
+            expected="memtool.methods.moram.explain.explain_atoms",
+        )
+    if not isinstance(method, Mira):
+        raise ConfigError(
+            f"explain is about mixtures; method {method.config.method} recalls adapters whole",
+            expected="method mira, or moram for its atoms",
+            remedy="memtool retrieve, which says how well an adapter was recalled",
+        )
+    return method
+
+
+@dataclass(frozen=True, eq=False)
+class _Shown:
+    """What is explained, in words and as images (n, h, w, 3); labels (n,) of a task's."""
+
+    subject: str
+    images: npt.NDArray[np.uint8]
     labels: Tensor | None = None
+
+
+def _shown(mira: Mira, task: str | None, image: Path | None) -> _Shown:
     if task is not None:
-        chosen = work.task(task, held_out=True)
-        shown = first(chosen.test, SUBJECT_SAMPLES)
-        subject, images = f"task {chosen.number} {chosen.name}", shown.images
-        labels = torch.from_numpy(np.asarray(shown.labels))
-    else:
-        assert image is not None
-        subject = str(image)
-        images = load_image(image, method.config.backbone.image_size)[None]
-    far = None if image is None else seen_by(work.engine, snapshot, images[0])
-    seen = _see(method, model, head, images)
-    mixed = _Mixed(method, model.values, model.mix, head, images)
-    count = len(snapshot.records)
+        chosen = mira.workspace.task(task, held_out=True)
+        some = first(chosen.test, SUBJECT_SAMPLES)
+        labels = torch.from_numpy(np.asarray(some.labels))
+        return _Shown(f"task {chosen.number} {chosen.name}", some.images, labels)
+    assert image is not None
+    return _Shown(str(image), load_image(image, mira.config.backbone.image_size)[None])
+
+
+def _taken_out(
+    mixed: _Mixed,
+    seen: _Seen,
+    records: Sequence[AdapterRecord],
+    judge: Callable[[Tensor], Outcome],
+) -> tuple[Outcome | None, list[AdapterPart]]:
+    """What comes out without negative coefficients, when there are any; every adapter's part."""
+    tell, below = mixed.mira.workspace.tell, seen.coefficients < 0
     # One pass for every adapter that takes part: all others would change nothing.
     taking_part = seen.coefficients.abs().amax(dim=(0, 1)) > 0
     total = int(taking_part.sum()) + 1
-    before = seen.probabilities
-
-    def outcome(probabilities: Tensor) -> Outcome:
-        return _outcome(probabilities, before, labels, state.class_names)
-
-    below = seen.coefficients < 0
-    method.workspace.tell("explain", 0, total)
+    tell("explain", 0, total)
     clamped = seen.coefficients.clamp_min(0)
-    without_negative = outcome(mixed(clamped)) if bool(below.any()) else None
-    method.workspace.tell("explain", 1, total)
-    whole = outcome(before)
+    without_negative = judge(mixed(clamped)) if bool(below.any()) else None
+    tell("explain", 1, total)
+    whole = judge(seen.probabilities)
     parts = []
-    for place, record in enumerate(snapshot.records):
+    for place, record in enumerate(records):
         without = whole
         if bool(taking_part[place]):
-            others = torch.arange(count) != place
-            without = outcome(mixed(seen.coefficients * others))
-            method.workspace.tell("explain", 1 + int(taking_part[: place + 1].sum()), total)
+            others = torch.arange(len(records)) != place
+            without = judge(mixed(seen.coefficients * others))
+            tell("explain", 1 + int(taking_part[: place + 1].sum()), total)
         parts.append(
             AdapterPart(
                 name=record.name,
@@ -198,29 +243,7 @@ def explain(
                 without=without,
             )
         )
-    names = {part.task: part.task_name for part in parts}
-    result = Explanation(
-        version=snapshot.version,
-        subject=subject,
-        samples=len(images),
-        mix=state.memory.mix,
-        separation=state.memory.separation,
-        routing=state.memory.routing,
-        scope=state.memory.scope,
-        adapters=tuple(parts),
-        blocks=tuple(tuple(float(a) for a in row) for row in seen.coefficients.mean(dim=0)),
-        block_numbers=model.memory.blocks,
-        outcome=whole,
-        negative=float(below.double().mean()),
-        without_negative=without_negative,
-        familiar=_familiar(seen.queries, snapshot.query_statistics(), names),
-        novelty=far,
-        unlike=None if far is None else far > LIMIT,
-        out=out,
-    )
-    if out is not None:
-        work.engine.on_main(lambda: write_explained(as_shown(result), out))
-    return result
+    return without_negative, parts
 
 
 def distances(
@@ -333,22 +356,6 @@ class _Mixed:
 
         engine = self.mira.workspace.engine
         return engine.predict(run, self.images, coefficients, exact=True)
-
-
-def given_for_each(values: AdapterValues, coefficients: Tensor, mix: Mix) -> Recall:
-    """Coefficients (batch, memories, t): one memory for all adapted blocks, or one for each."""
-    blocks = values.layout.blocks
-    places = {block: place for place, block in enumerate(blocks)}
-
-    def recall(block: int, hidden: Tensor) -> Mixture | None:
-        del hidden
-        here = values.block(block)
-        if here is None:
-            return None
-        place = 0 if coefficients.shape[1] == 1 else places[block]
-        return Mixture.weighted(here, coefficients[:, place], mix)
-
-    return recall
 
 
 def _outcome(

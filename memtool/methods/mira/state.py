@@ -1,21 +1,18 @@
 """What a store holds of a memory beside values and keys, and the memory made from it.
 
-Blobs: `memory` (JSON: settings, and which task and adapter each key belongs to), `queries.<task>`
-and `features.<task>` (moments of each task alone, that keys and heads are solved from),
-`query-modules` (learned g, when there are any), `past-queries` (bases of what the memory was
-asked, where `consolidate.protect` is dual-gpm), `head` (what retrieval ends in) and
-`head.<adapter>` (the classifier that was trained with an adapter).
+Blobs, beside those of every method: `memory` (JSON: settings, and which task and adapter each key
+belongs to), `queries.<task>` (moments of each task alone, that keys are solved from),
+`query-modules` (learned g, when there are any) and `past-queries` (bases of what the memory was
+asked, where `consolidate.protect` is dual-gpm).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
-from safetensors.torch import save
+from pydantic import model_validator
 
 import memtool_stores
 from memtool.adapters.layout import Layout
@@ -23,57 +20,22 @@ from memtool.adapters.values import AdapterValues
 from memtool.backbones.interface import Backbone
 from memtool.config import ConsolidateSettings, HeadSettings, MemorySettings
 from memtool.errors import ConfigError, CorruptError, MismatchError, NotFoundError
-from memtool.heads import FeatureStatistics, LinearClassifier, RecalledHead, solve_head
+from memtool.heads import FeatureStatistics, LinearClassifier, RecalledHead
 from memtool.memories.closed_form import QueryStatistics
 from memtool.memories.keyed import KeyedMemory
-from memtool.methods.protect import Protection
-from memtool.methods.recall import MemoryModel, memory_blocks
-from memtool.tensor_bytes import load_tensors, read_tensors
+from memtool.methods.in_store import HEAD, StoredState, feature_statistics, own_head
+from memtool.methods.mira.protect import Protection
+from memtool.methods.mira.recall import MemoryModel, memory_blocks
+from memtool.tensor_bytes import load_tensors
 
 MEMORY = "memory"
 QUERY_MODULES = "query-modules"
-HEAD = "head"
 PAST_QUERIES = "past-queries"
 
 
 def queries_blob(task: int) -> str:
     """Name of the blob that holds the moments of a task's queries."""
     return f"queries.{task}"
-
-
-def features_blob(task: int) -> str:
-    """Name of the blob that holds the moments of a task's features."""
-    return f"features.{task}"
-
-
-def own_head_blob(adapter: str) -> str:
-    """Name of the blob that holds the classifier trained with an adapter."""
-    return f"head.{adapter}"
-
-
-class StoredState(BaseModel):
-    """How a memory is read: the JSON blob `blob` of a version."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    blob: ClassVar[str]
-
-    @classmethod
-    def load(cls, view: memtool_stores.MemoryView) -> Self | None:
-        """The state at a version; None before there is any. Raises CorruptError."""
-        if cls.blob not in view.blobs():
-            return None
-        try:
-            return cls.model_validate_json(view.blob(cls.blob))
-        except ValidationError as error:
-            raise CorruptError(
-                f"blob {cls.blob!r} at version {view.version}: {error.errors()[0]['msg']}",
-                remedy="memtool verify; a newer memtool may have written it",
-            ) from error
-
-    def put(self, txn: memtool_stores.Transaction) -> None:
-        """Make it the state of the version that is being written."""
-        txn.put_blob(self.blob, self.model_dump_json().encode())
 
 
 class MemoryState(StoredState):
@@ -104,39 +66,6 @@ class MemoryState(StoredState):
         if not all(place in places for place in self.adapter_tasks):
             raise ValueError(f"adapters of other tasks than the {len(places)} that are named")
         return self
-
-
-def classifier_bytes(classifier: LinearClassifier) -> bytes:
-    """A classifier as a safetensors file."""
-    return save({"weight": classifier.weight.contiguous(), "bias": classifier.bias.contiguous()})
-
-
-def classifier_of(data: bytes, where: str) -> LinearClassifier:
-    """What `classifier_bytes` wrote."""
-    tensors = read_tensors(data, where, weight="c d", bias="c")
-    return LinearClassifier(tensors["weight"], tensors["bias"])
-
-
-def own_head(view: memtool_stores.MemoryView, adapter: str) -> LinearClassifier | None:
-    """The classifier that was trained with an adapter, if it came with one."""
-    name = own_head_blob(adapter)
-    return classifier_of(view.blob(name), name) if name in view.blobs() else None
-
-
-def classes_of(view: memtool_stores.MemoryView) -> tuple[str, ...]:
-    """The classes of the heads that came with the adapters of a version, in their order.
-
-    A class that no adapter knows has a number for a name.
-    """
-    names: dict[int, str] = {}
-    count = 0
-    for record in view.live:
-        head = own_head(view, record.name)
-        if head is not None:
-            count = max(count, len(head.bias))
-            ids = record.meta.get("class_ids", head.bias.isfinite().nonzero()[:, 0].tolist())
-            names |= dict(zip(ids, map(str, record.classes), strict=False))
-    return tuple(names.get(index, f"class {index}") for index in range(count))
 
 
 @dataclass(frozen=True, eq=False)
@@ -282,90 +211,3 @@ def query_statistics(
     tasks = [task for task in (state.tasks if state else ()) if queries_blob(task) in view.blobs()]
     blobs = {task: queries_blob(task) for task in tasks}
     return {t: QueryStatistics.from_bytes(view.blob(b), f"blob {b!r}") for t, b in blobs.items()}
-
-
-def feature_statistics(
-    view: memtool_stores.MemoryView, tasks: Sequence[int]
-) -> dict[int, FeatureStatistics]:
-    """Moments of the features of tasks at a version, in order."""
-    blobs = {task: features_blob(task) for task in tasks}
-    return {t: FeatureStatistics.from_bytes(view.blob(b), f"blob {b!r}") for t, b in blobs.items()}
-
-
-def solve_recalled_head(
-    settings: HeadSettings,
-    statistics: Mapping[int, FeatureStatistics],
-    trained: Mapping[int, LinearClassifier | None],
-    adapter_tasks: Sequence[int],
-) -> RecalledHead:
-    """The head of a memory: from the moments of the tasks' features, or the trained classifiers.
-
-    `trained[task]` came with the task's last adapter; a grown head that is shared takes every
-    class from the task that trained it last. A head that learns on through every consolidation
-    (kind shared) starts as the mean of the trained ones, or as the discriminant head of all tasks
-    where an adapter came without.
-    """
-    if settings.kind == "shared":
-        known = [head for head in trained.values() if head is not None]
-        if len(known) == len(trained):
-            return RecalledHead.shared(averaged(known))
-        settings = settings.model_copy(update={"kind": "lda", "scope": "shared"})
-
-    def own(task: int) -> LinearClassifier:
-        classifier = trained[task]
-        if classifier is None:
-            raise ConfigError(
-                f"head.kind grown, but the adapter of task {task} came without a trained head",
-                remedy="--set head.kind=lda, or an adapter made by memtool train-adapter",
-            )
-        return classifier
-
-    tasks = list(statistics)
-    if settings.scope == "task":
-        solved = [
-            own(task)
-            if settings.kind == "grown"
-            else solve_head(settings.kind, statistics[task], settings)
-            for task in tasks
-        ]
-        return RecalledHead.of_tasks(solved, adapter_tasks)
-    if settings.kind == "grown":
-        return RecalledHead.shared(grown([own(task) for task in tasks]))
-    return RecalledHead.shared(solve_head(settings.kind, merged(statistics), settings))
-
-
-def going_on(learned: RecalledHead, start: RecalledHead) -> RecalledHead:
-    """The learned head (one for all tasks), with the rows of `start` for classes new to it."""
-    device = start.weight.device
-    parts = [LinearClassifier(each.weight[0], each.bias[0]) for each in (start, learned.to(device))]
-    return RecalledHead.shared(grown(parts))
-
-
-def grown(heads: Sequence[LinearClassifier]) -> LinearClassifier:
-    """One head in which each class has the row of the last head that knows it."""
-    weight, bias = heads[0].weight.clone(), heads[0].bias.clone()
-    for head in heads[1:]:
-        known = torch.isfinite(head.bias)
-        weight[known], bias[known] = head.weight[known], head.bias[known]
-    return LinearClassifier(weight, bias)
-
-
-def averaged(heads: Sequence[LinearClassifier]) -> LinearClassifier:
-    """One head in which each class has the mean of its rows in the heads that know it."""
-    known = torch.stack([torch.isfinite(head.bias) for head in heads])
-    count = known.sum(dim=0).clamp_min(1)
-    weight = torch.stack([head.weight for head in heads]) * known.unsqueeze(-1)
-    bias = torch.stack([head.bias.masked_fill(~torch.isfinite(head.bias), 0.0) for head in heads])
-    return LinearClassifier(
-        weight.sum(dim=0) / count.unsqueeze(-1),
-        (bias.sum(dim=0) / count).masked_fill(~known.any(dim=0), -torch.inf),
-    )
-
-
-def merged(statistics: Mapping[int, FeatureStatistics]) -> FeatureStatistics:
-    """The moments of all tasks together."""
-    parts = list(statistics.values())
-    whole = FeatureStatistics(parts[0].dim, parts[0].classes)
-    for part in parts:
-        whole.merge(part)
-    return whole

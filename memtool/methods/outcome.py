@@ -1,20 +1,24 @@
-"""Whether an input is like what a memory learned, beside what the memory makes of it."""
+"""What came out for inputs: how many are right, the best class, and how like what was learned."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from memtool.engine import Engine
 from memtool.heads import FeatureStatistics
 from memtool.memories.closed_form import QueryStatistics
 from memtool.memories.novelty import LIMIT, novelty
 from memtool.methods.results import Prediction
-from memtool.methods.state import Snapshot
+from memtool.streams.task import Images
+
+
+def share_right(logits: Tensor, samples: Images) -> float:
+    """Share of samples whose own class has the highest of the logits (n, classes)."""
+    labels = torch.from_numpy(np.asarray(samples.labels))
+    return float((logits.argmax(1) == labels).double().mean())
 
 
 def seen_before(
@@ -35,19 +39,6 @@ def seen_before(
     if len(found) < len(looks):
         return None
     return float(torch.stack(found).square().mean().sqrt())
-
-
-def seen_by(engine: Engine, snapshot: Snapshot, image: npt.NDArray[np.uint8]) -> float | None:
-    """The novelty of an image (h, w, 3) to a memory of whole adapters that is consolidated."""
-    _, model, _ = snapshot.consolidated()
-
-    def run(batch: Tensor) -> Tensor:
-        features, _, queries = model.seen(model.backbone.preprocess(batch))
-        return torch.cat([features.float().unsqueeze(1), queries], dim=1)
-
-    found = engine.predict(run, image[None])
-    statistics, asked = snapshot.feature_statistics(), snapshot.query_statistics()
-    return seen_before(found[:, 0], statistics, found[:, 1:], asked)
 
 
 def predicted(probabilities: Tensor, class_names: Sequence[str], far: float | None) -> Prediction:

@@ -1,0 +1,126 @@
+"""How a head is solved: from running statistics of the features, or from trained classifiers.
+
+One classifier (`solve_head`), or the head of a memory of several tasks (`solve_recalled_head`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import get_args
+
+import torch
+
+from memtool.config import HeadKind, HeadSettings
+from memtool.errors import ConfigError, did_you_mean
+from memtool.heads.analytic import FeatureStatistics
+from memtool.heads.linear import LinearClassifier
+from memtool.heads.recalled import RecalledHead
+
+
+def solve_head(
+    kind: str, statistics: FeatureStatistics, settings: HeadSettings
+) -> LinearClassifier:
+    """The analytic head of that kind: "ncm", "ridge" or "lda".
+
+    `settings.ridge` r regularises both: the penalty of ridge, and the shrinkage r / (1 + r) of lda,
+    which gives the covariance the same ratio of r to 1 between trace / dim · I and itself. Raises
+    ConfigError for heads that are trained and not solved, and for unknown kinds.
+    """
+    match kind:
+        case "ncm":
+            return statistics.ncm()
+        case "ridge":
+            return statistics.ridge(settings.ridge)
+        case "lda":
+            return statistics.lda(settings.ridge / (1 + settings.ridge))
+        case "grown" | "shared":
+            raise ConfigError(
+                f"a {kind} head is trained by gradient, not solved from statistics",
+                expected="ncm, ridge or lda",
+            )
+        case "prototype" | "text":
+            raise ConfigError(
+                f"a {kind} head is fixed in advance, not solved from statistics",
+                expected="ncm, ridge or lda",
+                remedy="a memory that was begun under it: another --store",
+            )
+    raise ConfigError(f"unknown head {kind!r}", expected=did_you_mean(kind, get_args(HeadKind)))
+
+
+def solve_recalled_head(
+    settings: HeadSettings,
+    statistics: Mapping[int, FeatureStatistics],
+    trained: Mapping[int, LinearClassifier | None],
+    adapter_tasks: Sequence[int],
+) -> RecalledHead:
+    """The head of a memory: from the moments of the tasks' features, or the trained classifiers.
+
+    `trained[task]` came with the task's last adapter; a grown head that is shared takes every
+    class from the task that trained it last. A head that learns on through every consolidation
+    (kind shared) starts as the mean of the trained ones, or as the discriminant head of all tasks
+    where an adapter came without.
+    """
+    if settings.kind == "shared":
+        known = [head for head in trained.values() if head is not None]
+        if len(known) == len(trained):
+            return RecalledHead.shared(averaged(known))
+        settings = settings.model_copy(update={"kind": "lda", "scope": "shared"})
+
+    def own(task: int) -> LinearClassifier:
+        classifier = trained[task]
+        if classifier is None:
+            raise ConfigError(
+                f"head.kind grown, but the adapter of task {task} came without a trained head",
+                remedy="--set head.kind=lda, or an adapter made by memtool train-adapter",
+            )
+        return classifier
+
+    tasks = list(statistics)
+    if settings.scope == "task":
+        solved = [
+            own(task)
+            if settings.kind == "grown"
+            else solve_head(settings.kind, statistics[task], settings)
+            for task in tasks
+        ]
+        return RecalledHead.of_tasks(solved, adapter_tasks)
+    if settings.kind == "grown":
+        return RecalledHead.shared(grown([own(task) for task in tasks]))
+    return RecalledHead.shared(solve_head(settings.kind, merged(statistics), settings))
+
+
+def going_on(learned: RecalledHead, start: RecalledHead) -> RecalledHead:
+    """The learned head (one for all tasks), with the rows of `start` for classes new to it."""
+    device = start.weight.device
+    parts = [LinearClassifier(each.weight[0], each.bias[0]) for each in (start, learned.to(device))]
+    return RecalledHead.shared(grown(parts))
+
+
+def grown(heads: Sequence[LinearClassifier]) -> LinearClassifier:
+    """One head in which each class has the row of the last head that knows it."""
+    weight, bias = heads[0].weight.clone(), heads[0].bias.clone()
+    for head in heads[1:]:
+        known = torch.isfinite(head.bias)
+        weight[known], bias[known] = head.weight[known], head.bias[known]
+    return LinearClassifier(weight, bias)
+
+
+def averaged(heads: Sequence[LinearClassifier]) -> LinearClassifier:
+    """One head in which each class has the mean of its rows in the heads that know it."""
+    known = torch.stack([torch.isfinite(head.bias) for head in heads])
+    count = known.sum(dim=0).clamp_min(1)
+    weight = torch.stack([head.weight for head in heads]) * known.unsqueeze(-1)
+    bias = torch.stack([head.bias.masked_fill(~torch.isfinite(head.bias), 0.0) for head in heads])
+    return LinearClassifier(
+        weight.sum(dim=0) / count.unsqueeze(-1),
+        (bias.sum(dim=0) / count).masked_fill(~known.any(dim=0), -torch.inf),
+    )
+
+
+def merged(statistics: Mapping[int, FeatureStatistics]) -> FeatureStatistics:
+    """The moments of all tasks together."""
+    parts = list(statistics.values())
+    whole = FeatureStatistics(parts[0].dim, parts[0].classes)
+    for part in parts:
+        whole.merge(part)
+    return whole

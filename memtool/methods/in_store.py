@@ -1,0 +1,96 @@
+"""What methods keep in a store alike, beside values: how a memory is read, heads, and moments.
+
+Blobs: `head` (what retrieval ends in), `head.<adapter>` (the classifier that was trained with an
+adapter) and `features.<task>` (moments of a task's features alone, that heads are solved from).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import save
+
+import memtool_stores
+from memtool.errors import CorruptError
+from memtool.heads import FeatureStatistics, LinearClassifier
+from memtool.tensor_bytes import read_tensors
+
+HEAD = "head"
+
+
+def features_blob(task: int) -> str:
+    """Name of the blob that holds the moments of a task's features."""
+    return f"features.{task}"
+
+
+def own_head_blob(adapter: str) -> str:
+    """Name of the blob that holds the classifier trained with an adapter."""
+    return f"head.{adapter}"
+
+
+class StoredState(BaseModel):
+    """How a memory is read: the JSON blob `blob` of a version."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    blob: ClassVar[str]
+
+    @classmethod
+    def load(cls, view: memtool_stores.MemoryView) -> Self | None:
+        """The state at a version; None before there is any. Raises CorruptError."""
+        if cls.blob not in view.blobs():
+            return None
+        try:
+            return cls.model_validate_json(view.blob(cls.blob))
+        except ValidationError as error:
+            raise CorruptError(
+                f"blob {cls.blob!r} at version {view.version}: {error.errors()[0]['msg']}",
+                remedy="memtool verify; a newer memtool may have written it",
+            ) from error
+
+    def put(self, txn: memtool_stores.Transaction) -> None:
+        """Make it the state of the version that is being written."""
+        txn.put_blob(self.blob, self.model_dump_json().encode())
+
+
+def classifier_bytes(classifier: LinearClassifier) -> bytes:
+    """A classifier as a safetensors file."""
+    return save({"weight": classifier.weight.contiguous(), "bias": classifier.bias.contiguous()})
+
+
+def classifier_of(data: bytes, where: str) -> LinearClassifier:
+    """What `classifier_bytes` wrote."""
+    tensors = read_tensors(data, where, weight="c d", bias="c")
+    return LinearClassifier(tensors["weight"], tensors["bias"])
+
+
+def own_head(view: memtool_stores.MemoryView, adapter: str) -> LinearClassifier | None:
+    """The classifier that was trained with an adapter, if it came with one."""
+    name = own_head_blob(adapter)
+    return classifier_of(view.blob(name), name) if name in view.blobs() else None
+
+
+def classes_of(view: memtool_stores.MemoryView) -> tuple[str, ...]:
+    """The classes of the heads that came with the adapters of a version, in their order.
+
+    A class that no adapter knows has a number for a name.
+    """
+    names: dict[int, str] = {}
+    count = 0
+    for record in view.live:
+        head = own_head(view, record.name)
+        if head is not None:
+            count = max(count, len(head.bias))
+            ids = record.meta.get("class_ids", head.bias.isfinite().nonzero()[:, 0].tolist())
+            names |= dict(zip(ids, map(str, record.classes), strict=False))
+    return tuple(names.get(index, f"class {index}") for index in range(count))
+
+
+def feature_statistics(
+    view: memtool_stores.MemoryView, tasks: Sequence[int]
+) -> dict[int, FeatureStatistics]:
+    """Moments of the features of tasks at a version, in order."""
+    blobs = {task: features_blob(task) for task in tasks}
+    return {t: FeatureStatistics.from_bytes(view.blob(b), f"blob {b!r}") for t, b in blobs.items()}

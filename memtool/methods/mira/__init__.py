@@ -1,0 +1,24 @@
+"""MIRA: mixtures of adapters, by keys that are learned after the fact (arXiv 2512.00940).
+
+In the order of the paper:
+
+    recall       how an input recalls its mixture: query, key, coefficients
+    count        what consolidation counts of a task's images
+    keys         keys in closed form, as mean queries, or at random
+    learn        keys that learn by gradient (stage 2)
+    protect      what learning may not change
+    known        what is known before consolidation: what is new, what was counted
+    consolidate  what consolidation does, step by step
+    state        what the store holds of it, and a version read from there
+    measure      what a memory is worth, beside other ways to read it
+    method       the verbs: `Mira`
+    attached     a version as a module
+    recalled     the adapter that is recalled, as a PEFT directory
+    explain      why an input is recognised as what it is
+    maps         the pictures of a report
+
+Where the paper is silent, or where our trials found better, the default is ours and the paper's
+form is an option: keys in closed form (`consolidate.keys: random` with `epochs`), an analytic head
+per task (`head.kind: linear`, `head.scope: shared`), one early look for all blocks (`memory.scope:
+block`), softmax (`memory.separation: affine`).
+"""

@@ -1,0 +1,37 @@
+"""A memory of MIRA attached to its frozen model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from memtool.memories.novelty import Reaches
+from memtool.methods.attached import AttachedImages, HeadModule, Output, finite, unknown
+from memtool.methods.mira.recall import MemoryModel
+from memtool.methods.mira.state import Snapshot
+
+
+class AttachedMixture(AttachedImages):
+    """Whole adapters mixed by learned keys (MIRA)."""
+
+    def __init__(self, snapshot: Snapshot, precision: str) -> None:
+        _, model, head = snapshot.consolidated()
+        super().__init__(model.backbone, precision)
+        self.model: MemoryModel = model
+        self.head = HeadModule(head)
+        features = [one.moments for one in snapshot.feature_statistics().values()]
+        queries = [one.moments for one in snapshot.query_statistics().values()]
+        looks = [Reaches.of(features), Reaches.of(queries)]
+        self.reaches = nn.ModuleList(look for look in looks if look is not None)
+
+    def seen(self, pixels: Tensor) -> Output:
+        """As `AttachedImages.seen`, in one pass."""
+        features, coefficients, queries = self.model.seen(pixels)
+        weights = coefficients.mean(dim=1)
+        logits, probabilities = self.head(features, weights)
+        novelty = unknown(features)
+        if len(self.reaches) == 2:
+            looks = (features.float().unsqueeze(0), queries.transpose(0, 1))
+            far = [reach(look) for reach, look in zip(self.reaches, looks, strict=True)]
+            novelty = finite(torch.stack(far).square().mean(dim=0).sqrt(), features)
+        return Output(logits, probabilities, weights, novelty)

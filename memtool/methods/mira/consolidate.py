@@ -1,0 +1,416 @@
+"""What consolidation does: every adapter in memory gets its key, and the memory its head.
+
+    look      which tasks are new, which grew, and what was counted of the others
+    count     features and queries of those, in one pass over their own images
+    start     keys in closed form, as mean queries or at random; learned ones stay as they are
+    learn     keys by cross-entropy through the recalled mixture, where there are epochs
+    resolve   the head again, where it goes by the features that are recalled
+    observe   what the new tasks ask, where later learning may not change the answers
+    commit    keys, head, moments and state, as one version
+
+Tasks written together are consolidated together; the images of older ones are not read again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+import memtool_stores
+from memtool.adapters.values import AdapterValues
+from memtool.config import Config
+from memtool.engine import FitResult
+from memtool.errors import ConfigError
+from memtool.heads import FeatureStatistics, RecalledHead, solve_recalled_head
+from memtool.heads.solve import going_on
+from memtool.memories.keyed import KeyedMemory
+from memtool.methods.in_store import HEAD, features_blob
+from memtool.methods.method import require_unmoved
+from memtool.methods.mira.count import count_queries, count_task
+from memtool.methods.mira.keys import start_keys
+from memtool.methods.mira.known import Known, look
+from memtool.methods.mira.learn import learn
+from memtool.methods.mira.measure import SUBJECT_SAMPLES, Measure, drift_degrees
+from memtool.methods.mira.protect import Protection
+from memtool.methods.mira.recall import MemoryModel, memory_blocks
+from memtool.methods.mira.state import (
+    PAST_QUERIES,
+    QUERY_MODULES,
+    MemoryState,
+    Snapshot,
+    queries_blob,
+)
+from memtool.methods.results import ConsolidateResult
+from memtool.methods.subject import first, joined
+from memtool.streams.task import Task
+from memtool.workspace import Workspace, require_learnable
+
+SOLVED = ("lda", "ridge", "ncm")
+"""Heads that are solved from moments of the features."""
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """Keys (memories, t, m · (dim + 1)) before they learn.
+
+    The first `kept` were there before, and learning goes on from them. `past` is what it may not
+    change, under protection dual-gpm.
+    """
+
+    keys: Tensor
+    kept: int
+    past: Protection | None
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """What consolidation came to; `fit` where keys learned."""
+
+    start: Start
+    model: MemoryModel
+    head: RecalledHead
+    fit: FitResult | None
+
+    @property
+    def keys(self) -> Tensor:
+        """The keys (memories, t, m · (dim + 1)), on the CPU."""
+        return self.model.memory.keys().cpu()
+
+
+def consolidate(
+    work: Workspace, snapshot: Snapshot, *, began: float, metadata: Mapping[str, Any]
+) -> ConsolidateResult:
+    """Give every adapter its key, and solve the head; one version, with `metadata`.
+
+    `began` is when the verb began, in seconds of `time.perf_counter`. Raises NotFoundError for a
+    memory without adapters, ConfigError for settings that do not go with each other or with what
+    is in memory, DataError for a task that nothing can be learned from, DivergedError, and
+    ChangedMeanwhileError where another process committed.
+    """
+    known = look(work, snapshot)
+    _count(known)
+    start = _start(known)
+    model = _model(known, start.keys)
+    head, fit = _learn(known, start, model)
+    head = _resolve(known, model, head)
+    _observe(known, start, model)
+    made = Made(start, model, head, fit)
+    result = _result(known, made, began)
+    if known.unchanged:
+        return result
+    _commit(known, made, result, metadata)
+    return result.model_copy(update={"version": work.store.head()})
+
+
+# Count ------------------------------------------------------------------------------------------
+
+
+def _count(known: Known) -> None:
+    """Add the moments of new tasks, and the features of grown ones through all their adapters."""
+    work, settings = known.work, known.config.memory
+    # A memory without content, for its query modules: what would each block be asked?
+    blocks = memory_blocks(settings, work.layout)
+    probe = _memory(known, torch.zeros(len(blocks), 1, work.backbone.dim + 1))
+    probe = probe.to(work.engine.device).requires_grad_(False)
+    beneath = known.snapshot.model if known.config.adapter.residual else None
+    queries, features = known.queries, known.features
+
+    def seen(task: Task, on: MemoryModel | None) -> tuple[FeatureStatistics, Tensor]:
+        own = known.snapshot.own_values(task.number, work.engine.device)
+        found, asked = count_task(work.engine, work.backbone, probe, settings, own, task.train, on)
+        return work.counted(found, task.train), asked
+
+    for number in known.grown:
+        features[number], _ = seen(work.task(str(number)), None)
+    for number in work.telling("consolidate: count", known.new):
+        task = work.task(str(number))
+        require_learnable(task)
+        features[number], asked = seen(task, beneath)
+        by_class = settings.keys_of == "class"
+        queries[number] = count_queries(asked, task.train.labels, by_class=by_class)
+    known.features = {number: features[number] for number in known.tasks}
+
+
+# Start ------------------------------------------------------------------------------------------
+
+
+def _start(known: Known) -> Start:
+    """The keys before they learn, when nothing speaks against making them."""
+    config, before = known.config, known.before
+    keys = start_keys(
+        config.consolidate,
+        config.memory,
+        list(known.queries.values()),
+        known.adapter_tasks,
+        known.work.engine.generator(known.work.seed),
+    )
+    _require_can_learn(config)
+    kept, past = _kept(known), _past(known)
+    if before is not None and kept and config.consolidate.keys != "closed-form":
+        # Closed-form keys are relative to each other: all are solved anew.
+        keys[:, :kept] = before
+    if past is not None:
+        blocks = memory_blocks(config.memory, known.work.layout)
+        keys[:, kept:] = past.free_keys(blocks, keys[:, kept:])
+    return Start(keys, kept, past)
+
+
+def _kept(known: Known) -> int:
+    """How many keys, from the first, are learned ones of before that learning goes on from."""
+    config, before = known.config, known.before
+    if before is None or not (_learns(config) or config.consolidate.protect == "dual-gpm"):
+        return 0
+    then = None if known.state is None else known.state.memory
+    now = config.memory
+    # Learned keys stay only where they mean the same as before.
+    if then is None or (then.separation, then.similarity) != (now.separation, now.similarity):
+        raise ConfigError(
+            "the keys in memory were made for another separation or similarity; learning "
+            "them again would need the images of all tasks",
+            remedy="--sep and memory.similarity as before, consolidate.epochs 0 with keys "
+            "in closed form, or another --store",
+        )
+    return before.shape[1]
+
+
+def _past(known: Known) -> Protection | None:
+    """What learning may not change; None where nothing is protected by dual-gpm."""
+    if known.config.consolidate.protect != "dual-gpm":
+        return None
+    state = known.state
+    if state is not None and state.consolidate.protect != "dual-gpm":
+        raise ConfigError(
+            f"--protect dual-gpm, but tasks {list(state.tasks)} were consolidated under "
+            f"{state.consolidate.protect!r}: what they asked was not kept",
+            remedy=f"--protect {state.consolidate.protect}, or a new --store",
+        )
+    return known.snapshot.past_queries()
+
+
+def _learns(config: Config) -> bool:
+    """Whether keys are learned, or random: not solved from moments that are there for all tasks."""
+    return config.consolidate.epochs > 0 or config.consolidate.keys == "random"
+
+
+def _require_can_learn(config: Config) -> None:
+    """Keys learn through a mixture, and values before the head is solved on what they give."""
+    if _learns(config) and config.memory.routing != "mixture":
+        raise ConfigError(
+            f"key learning under memory.routing {config.memory.routing}",
+            expected="a mixture: a hard choice has no gradient, and keys of its own",
+            remedy="--routing mixture, or --set consolidate.epochs=0 with keys in closed form",
+        )
+    refines, resolved = config.consolidate.value_lr > 0, config.head.features == "recalled"
+    if refines and config.head.kind in SOLVED and not resolved:
+        raise ConfigError(
+            f"consolidate.value_lr {config.consolidate.value_lr:g} with head.features own: "
+            "the head would be solved on features of values that then change",
+            remedy="--set head.features=recalled",
+        )
+
+
+def _model(known: Known, keys: Tensor) -> MemoryModel:
+    """The memory with these keys, on its frozen backbone."""
+    work, view = known.work, known.view
+    values = AdapterValues.from_flat(
+        torch.from_numpy(view.values().copy()),
+        work.layout,
+        torch.tensor([record.scaling for record in view.adapters], dtype=torch.float32),
+    )
+    model = MemoryModel(work.backbone, values, _memory(known, keys), known.config.memory)
+    return model.to(work.engine.device).requires_grad_(False)
+
+
+def _memory(known: Known, keys: Tensor) -> KeyedMemory:
+    """A memory over keys (memories, t, m · (dim + 1)); query modules that learned go on."""
+    work, settings = known.work, known.config.memory
+    memory = KeyedMemory.from_settings(
+        settings,
+        memory_blocks(settings, work.layout),
+        work.backbone.dim,
+        keys,
+        prefix_tokens=work.backbone.prefix_tokens,
+        generator=work.engine.generator(work.seed),
+    )
+    if known.snapshot.model is not None:
+        learned, fresh = known.snapshot.model.memory.state_dict(), memory.state_dict()
+        names = _query_modules(fresh)
+        if {*names} == {*_query_modules(learned)}:  # else they are of another kind
+            memory.load_state_dict({**fresh, **{name: learned[name].cpu() for name in names}})
+    return memory
+
+
+def _query_modules(parts: Mapping[str, Tensor]) -> list[str]:
+    """Names of the parts of query modules among all parts of a memory."""
+    return [name for name in parts if not name.endswith(".keys")]
+
+
+# Learn ------------------------------------------------------------------------------------------
+
+
+def _learn(known: Known, start: Start, model: MemoryModel) -> tuple[RecalledHead, FitResult | None]:
+    """The head; and, where keys learn, how learning went. The keys in `model` are then learned."""
+    work, config = known.work, known.config
+    head = _solved(known)
+    if config.head.kind == "shared" and known.snapshot.head is not None:
+        head = going_on(known.snapshot.head, head)
+    if not config.consolidate.epochs or start.kept >= len(known.view.adapters):
+        return head, None
+    resolved = config.head.features == "recalled"
+    teacher, shown = head, known.opened(known.fresh)
+    if resolved or (config.head.scope == "shared" and config.head.kind in ("ridge", "ncm")):
+        # A head that is solved anew afterwards learns along, as one trained by gradient
+        # does: solved now it would leave the keys nothing to learn. Else keys learn under
+        # the head as it is, or under lda, whose scores are log posteriors.
+        teacher = _solved(known, kind="shared" if resolved else "lda")
+    learned, fit = learn(
+        work.engine,
+        model,
+        teacher.to(work.engine.device),
+        joined([task.train for task in shown]),
+        config.consolidate,
+        kept=start.kept,
+        classes=sorted({label for task in shown for label in task.classes}),
+        seed=work.seed,
+        head_learns=config.head.kind == "shared" or resolved,
+        past=start.past,
+        validation=joined([task.validation for task in shown]),
+        augment=config.train.augment,
+        progress=work.progress,
+        stage=f"task {' '.join(str(task.number) for task in shown)}: consolidate",
+    )
+    return learned.to("cpu") if config.head.kind == "shared" else head, fit
+
+
+def _solved(known: Known, **other: str) -> RecalledHead:
+    """The head from what is counted, or from trained ones; `other` settings win."""
+    settings = known.config.head.model_copy(update=other)
+    return solve_recalled_head(settings, known.features, known.trained, known.adapter_tasks)
+
+
+def _resolve(known: Known, model: MemoryModel, head: RecalledHead) -> RecalledHead:
+    """The head, where it goes by recalled features solved on those of the tasks that are shown."""
+    work, settings = known.work, known.config.head
+    if settings.features != "recalled":
+        return head
+    for task in known.opened(known.fresh):
+        seen = work.engine.predict(model, task.train.images)
+        known.features[task.number] = work.counted(seen, task.train)
+    return _solved(known) if settings.kind in SOLVED else head
+
+
+def _observe(known: Known, start: Start, model: MemoryModel) -> None:
+    """Add what the new tasks ask to the past that later learning may not change."""
+    if start.past is None:
+        return
+    work = known.work
+    for task in known.opened(known.new):
+        start.past.observe(
+            work.engine,
+            model,
+            task.train.images,
+            start=known.config.consolidate.energy,
+            progress=(known.tasks.index(task.number) + 1) / len(work.stream.tasks),
+        )
+
+
+# Commit -----------------------------------------------------------------------------------------
+
+
+def _result(known: Known, made: Made, began: float) -> ConsolidateResult:
+    """What consolidation came to, at the version that it went on from."""
+    work, config = known.work, known.config
+    last = work.task(str((known.fresh or known.tasks)[-1]))
+    shown = first(last.train, 4 * SUBJECT_SAMPLES)
+    accuracy = Measure(work).accuracy(made.model, made.head.to(work.engine.device), shown)
+    return ConsolidateResult(
+        version=known.view.version,
+        tasks=known.tasks,
+        separation=config.memory.separation,
+        mix=config.memory.mix,
+        epochs=config.consolidate.epochs,
+        seconds=time.perf_counter() - began,
+        train_accuracy=accuracy,
+        validation_accuracy=None if made.fit is None else made.fit.score,
+        key_drift_degrees=_drift(known.before, made.keys),
+        unchanged=known.unchanged,
+    )
+
+
+def _drift(before: Tensor | None, keys: Tensor) -> float:
+    """Mean angle in degrees by which keys that were there before turned."""
+    if before is None:
+        return 0.0
+    # A task with more classes than all before has made every adapter's row of keys longer.
+    width = min(before.shape[-1], keys.shape[-1])
+    return drift_degrees(before[..., :width], keys[:, : before.shape[1], :width])
+
+
+def _commit(
+    known: Known, made: Made, result: ConsolidateResult, metadata: Mapping[str, Any]
+) -> None:
+    """One version with keys, head, moments and state; and values, where they learned."""
+    work, config, view = known.work, known.config, known.view
+    keys = np.ascontiguousarray(made.keys.numpy(), dtype=np.float32)
+    blobs = _blobs(known, made)
+    refined = None
+    if config.consolidate.value_lr > 0 and made.fit is not None:
+        refined = made.model.values.flat().cpu().numpy()
+    kept = made.start.kept
+
+    def commit(txn: memtool_stores.Transaction) -> None:
+        require_unmoved(txn, view)
+        if refined is not None:
+            for record, value in zip(view.adapters[kept:], refined[kept:], strict=True):
+                txn.remove(record.id)
+                about = {"byte_identical": False, "refined_from": record.sha256}
+                txn.add(record.name, value, {**record.meta, **about})
+        txn.set_keys(keys)
+        MemoryState(
+            memory=config.memory,
+            head=config.head,
+            consolidate=config.consolidate,
+            tasks=known.tasks,
+            adapters=tuple(record.id for record in txn.adapters),
+            adapter_tasks=known.adapter_tasks,
+            class_names=work.stream.class_names,
+            fingerprint=work.stream.fingerprint,
+        ).put(txn)
+        for name, data in blobs.items():
+            txn.put_blob(name, data)
+        if QUERY_MODULES not in blobs and QUERY_MODULES in txn.base.blobs():
+            txn.delete_blob(QUERY_MODULES)
+
+    about = {
+        **metadata,
+        "learned": list(known.tasks),
+        "consolidate": config.consolidate.model_dump(mode="json"),
+        "seconds": result.seconds,
+        "train_accuracy": result.train_accuracy,
+        "validation_accuracy": result.validation_accuracy,
+    }
+    message = "consolidate tasks " + " ".join(str(number) for number in known.tasks)
+    work.engine.on_main(lambda: work.store.run(commit, message, metadata=about))
+
+
+def _blobs(known: Known, made: Made) -> dict[str, bytes]:
+    """What is written beside keys and state, by the name of its blob."""
+    blobs = {
+        **{queries_blob(number): known.queries[number].to_bytes() for number in known.new},
+        HEAD: made.head.to_bytes(),
+        **{features_blob(number): known.features[number].to_bytes() for number in known.fresh},
+    }
+    if made.start.past is not None:
+        blobs[PAST_QUERIES] = made.start.past.to_bytes()
+    parts = made.model.memory.state_dict()
+    learned = {name: parts[name].detach().cpu().contiguous() for name in _query_modules(parts)}
+    if learned:
+        blobs[QUERY_MODULES] = save(learned)
+    return blobs

@@ -1,0 +1,126 @@
+"""Keys before any learning by gradient: in closed form, as the mean query, or random."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from memtool.config import ConsolidateSettings, MemorySettings
+from memtool.errors import ConfigError
+from memtool.memories.closed_form import SHRINKAGE, QueryStatistics, for_similarity
+
+LINEAR = ("identity", "affine", "relu", "tanh", "power")
+"""Separations that pass a score on: their closed-form scores are one-hot, not log posteriors."""
+
+
+def start_keys(
+    settings: ConsolidateSettings,
+    memory: MemorySettings,
+    statistics: Sequence[QueryStatistics],
+    adapter_tasks: Sequence[int],
+    generator: torch.Generator,
+) -> Tensor:
+    """Keys (memories, t, m · (dim + 1)) of all adapters before any learning by gradient.
+
+    `statistics` has the queries of every task, counted class by class where adapters have a key
+    for every class (`memory.keys_of`); m is then the largest number of classes of a task, else 1.
+
+    closed-form   separations that normalise (softmax, topk) get discriminant keys: the score is
+                  the log posterior of the task. The others get ridge keys: the score is close to
+                  1 for the task of the query and to 0 for the rest.
+    mean-query    the mean query of the task
+    random        N(0, key_std²)
+
+    A hard routing has keys of its own, whatever the settings say: discriminant ones for "lda", the
+    mean query for "prototype". The adapters of one task share its key, and its weight.
+
+    Raises ConfigError for a choice of keys that does not go with the separation, the similarity or
+    the protection.
+    """
+    tasks = torch.tensor(adapter_tasks)
+    if settings.protect == "dual-gpm" and _solved(settings, memory):
+        raise ConfigError(
+            "keys in closed form under --protect dual-gpm",
+            expected="keys that learn: all of those in closed form are solved anew together, and "
+            "their part outside the past finds nothing",
+            remedy="--protect freeze, or --set consolidate.keys=random with consolidate.epochs",
+        )
+    if memory.keys_of == "class":
+        return _keys_of_classes(settings, memory, statistics, tasks)
+    whole = QueryStatistics.joined([part.pooled() for part in statistics])
+    shares = torch.bincount(tasks)[tasks].float()
+    if memory.routing == "prototype":
+        return whole.mean_keys()[:, tasks]
+    if memory.routing == "lda":
+        return for_similarity(whole.lda_keys(SHRINKAGE)[:, tasks], "scaled-dot")
+    if settings.keys == "random":
+        width = whole.dim + 1
+        drawn = torch.randn(whole.blocks, len(tasks), width, generator=generator)
+        return drawn * settings.key_std
+    if settings.keys == "mean-query":
+        return whole.mean_keys()[:, tasks]
+    if memory.separation in LINEAR and memory.similarity == "euclidean":
+        raise ConfigError(
+            f"closed-form keys for similarity euclidean and separation {memory.separation}",
+            expected="scores that are right to the last constant, which distances are not",
+            remedy="--set memory.similarity=scaled-dot, or --sep softmax",
+        )
+    if memory.separation not in LINEAR:
+        keys = whole.lda_keys(SHRINKAGE)[:, tasks]
+        keys[..., -1] -= shares.log() / memory.beta
+    else:
+        keys = whole.ridge_keys(SHRINKAGE)[:, tasks] / shares[:, None]
+    return for_similarity(keys, memory.similarity)
+
+
+def _solved(settings: ConsolidateSettings, memory: MemorySettings) -> bool:
+    """Whether keys are solved from moments of the queries; those of a hard routing always are."""
+    return settings.keys == "closed-form" or memory.routing != "mixture"
+
+
+def _keys_of_classes(
+    settings: ConsolidateSettings,
+    memory: MemorySettings,
+    statistics: Sequence[QueryStatistics],
+    tasks: Tensor,
+) -> Tensor:
+    """Closed-form keys (memories, t, m · (dim + 1)), m for every adapter.
+
+    A task with fewer classes than m has some of its keys several times, each with a part of the
+    weight: under softmax the adapter's coefficient is the posterior of its task all the same.
+    """
+    if settings.keys != "closed-form" or settings.epochs:
+        raise ConfigError(
+            "memory.keys_of class with keys that learn",
+            expected="keys in closed form: consolidate.keys closed-form, consolidate.epochs 0",
+            remedy="--set memory.keys_of=task",
+        )
+    mixes = memory.routing == "mixture"
+    posterior = memory.separation == "softmax" and memory.similarity in ("dot", "scaled-dot")
+    if mixes and not posterior:
+        raise ConfigError(
+            f"memory.keys_of class with separation {memory.separation} and similarity "
+            f"{memory.similarity}",
+            expected="a posterior of the classes: softmax, and dot or scaled-dot",
+            remedy="--sep softmax, or --set memory.keys_of=task",
+        )
+    whole = QueryStatistics.joined(statistics)
+    nearest = memory.routing == "prototype"
+    keys = whole.mean_keys() if nearest else whole.lda_keys(SHRINKAGE)
+    sizes = [part.tasks for part in statistics]
+    most, found = max(sizes), []
+    for own in keys.split(sizes, dim=1):
+        places = torch.arange(most) % own.shape[1]
+        repeated = own[:, places]
+        if mixes:  # a hard choice shares between equal keys by itself
+            repeated[..., -1] -= torch.bincount(places)[places].float().log() / memory.beta
+        found.append(repeated)
+    each = torch.stack(found, dim=1)[:, tasks]
+    if mixes:
+        sharing = torch.bincount(tasks)[tasks].float().log() / memory.beta
+        each[..., -1] -= sharing.unsqueeze(-1)
+    if not nearest:
+        each = for_similarity(each, memory.similarity if mixes else "scaled-dot")
+    return each.flatten(2)

@@ -1,0 +1,170 @@
+"""What is known of a memory before it is consolidated: what is new, and what was counted."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+import memtool_stores
+from memtool.config import Config
+from memtool.errors import ConfigError, NotFoundError
+from memtool.heads import FeatureStatistics, LinearClassifier
+from memtool.memories.closed_form import QueryStatistics
+from memtool.methods.in_store import features_blob
+from memtool.methods.mira.state import MemoryState, Snapshot, queries_blob
+from memtool.methods.records import task_of
+from memtool.methods.results import ConsolidateResult
+from memtool.streams.task import Task
+from memtool.workspace import Workspace
+
+
+@dataclass(eq=False)
+class Known:
+    """What is known of the memory that is consolidated.
+
+    Of `tasks`, in the order in which they came, `new` ones have no keys yet, and `grown` ones got
+    more adapters since they had theirs. `queries` and `features` are moments, by task.
+    """
+
+    work: Workspace
+    snapshot: Snapshot
+    tasks: tuple[int, ...]
+    new: tuple[int, ...]
+    grown: tuple[int, ...]
+    queries: dict[int, QueryStatistics]
+    features: dict[int, FeatureStatistics]
+    unchanged: bool
+
+    @property
+    def config(self) -> Config:
+        """The settings that it is consolidated by."""
+        return self.work.config
+
+    @property
+    def view(self) -> memtool_stores.MemoryView:
+        """The version that it goes on from."""
+        return self.snapshot.view
+
+    @property
+    def state(self) -> MemoryState | None:
+        """How that version is read; None before the first consolidation."""
+        return self.snapshot.state
+
+    @property
+    def adapter_tasks(self) -> tuple[int, ...]:
+        """The place in `tasks` of the task of every adapter."""
+        return tuple(self.tasks.index(task_of(record)) for record in self.view.adapters)
+
+    @cached_property
+    def before(self) -> Tensor | None:
+        """The keys (memories, t, d_k) that are there already."""
+        stored = self.view.keys()
+        return None if stored is None else torch.from_numpy(stored.copy())
+
+    @cached_property
+    def trained(self) -> dict[int, LinearClassifier | None]:
+        """The classifier that came with the last adapter of every task, by its number."""
+        return {task_of(r): self.snapshot.own_head(r.name) for r in self.view.adapters}
+
+    @property
+    def fresh(self) -> tuple[int, ...]:
+        """The tasks whose images are looked at: grown and new ones."""
+        return (*self.grown, *self.new)
+
+    def opened(self, numbers: tuple[int, ...]) -> list[Task]:
+        """The tasks of these numbers, with their images."""
+        return [self.work.task(str(number)) for number in numbers]
+
+
+def consolidated_before(work: Workspace) -> ConsolidateResult | None:
+    """What consolidation came to, where there is nothing new since; no image is read for it."""
+    begin, store, config = time.perf_counter(), work.store, work.config
+    view = store.view("HEAD")
+    state = MemoryState.load(view)
+    if state is None or not _same(state, view, config):
+        return None
+    kept = {blob(task) for task in state.tasks for blob in (queries_blob, features_blob)}
+    if not kept <= {*view.blobs()}:
+        return None  # an older memtool did not keep them apart: they are counted again
+    for version in store.log(view.version):
+        said = version.metadata
+        accuracy, validation = said.get("train_accuracy"), said.get("validation_accuracy")
+        if isinstance(accuracy, float) and said.get("learned") == list(state.tasks):
+            return ConsolidateResult(
+                version=view.version,
+                tasks=state.tasks,
+                separation=state.memory.separation,
+                mix=state.memory.mix,
+                epochs=state.consolidate.epochs,
+                seconds=time.perf_counter() - begin,
+                train_accuracy=accuracy,
+                validation_accuracy=validation if isinstance(validation, float) else None,
+                key_drift_degrees=0.0,
+                unchanged=True,
+            )
+    return None  # an older memtool consolidated it and did not say
+
+
+def _same(state: MemoryState, view: memtool_stores.MemoryView, config: Config) -> bool:
+    """Whether a memory holds no other adapters than its keys are of, made by the same settings."""
+    then = (state.adapters, state.memory, state.head, state.consolidate)
+    return then == (view.ids, config.memory, config.head, config.consolidate)
+
+
+def look(work: Workspace, snapshot: Snapshot) -> Known:
+    """What is new in a memory, and what was counted of the rest."""
+    view, state = snapshot.view, snapshot.state
+    if not view.adapters:
+        raise NotFoundError(
+            f"the memory {work.store_path!r} holds no adapters",
+            remedy="memtool train-adapter --task 1 && memtool write",
+        )
+    _require_same_queries(work.config, state)
+    queries = snapshot.query_statistics()
+    numbers = dict.fromkeys(task_of(record) for record in view.adapters)
+    new = tuple(number for number in numbers if number not in queries)
+    return Known(
+        work=work,
+        snapshot=snapshot,
+        tasks=(*queries, *new),
+        new=new,
+        grown=_grown(snapshot),
+        queries=queries,
+        features=snapshot.feature_statistics(),
+        unchanged=not new and state is not None and _same(state, view, work.config),
+    )
+
+
+def _require_same_queries(config: Config, state: MemoryState | None) -> None:
+    """Queries that were counted one way cannot be asked another way later."""
+    if state is None:
+        return
+    now, then = config.memory, state.memory
+    for name in ("token", "query", "query_norm", "scope", "look_at", "keys_of"):
+        if getattr(now, name) != getattr(then, name):
+            raise ConfigError(
+                f"memory.{name} is {getattr(now, name)!r}, but the queries of tasks "
+                f"{list(state.tasks)} were counted with {getattr(then, name)!r}",
+                remedy=f"--set memory.{name}={getattr(then, name)}, or a new --store",
+            )
+
+
+def _grown(snapshot: Snapshot) -> tuple[int, ...]:
+    """Consolidated tasks that got more adapters since."""
+    state = snapshot.state
+    if state is None:
+        return ()
+    added = [record for record in snapshot.view.adapters if record.id not in state.adapters]
+    grown = sorted({task_of(record) for record in added} & set(state.tasks))
+    if grown and state.memory.scope == "block":
+        raise ConfigError(
+            f"task {grown[0]} was consolidated with fewer adapters than it has now; with "
+            "memory.scope block its queries would have to be counted again",
+            remedy="write all adapters of a task before memtool consolidate; memtool rollback "
+            "goes back to before it",
+        )
+    return tuple(grown)

@@ -1,0 +1,169 @@
+"""Keys that learn (stage 2 of the paper): cross-entropy through the recalled mixture.
+
+Backbone and values stay frozen, but for `consolidate.value_lr`; what was learned before is kept by
+`consolidate.protect`. Tasks that are new together, as all sources of domain generalisation, learn
+together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from memtool.config import Augment, ConsolidateSettings, TrainSettings
+from memtool.engine import Batch, Batches, Engine, FitResult
+from memtool.heads import RecalledHead
+from memtool.learning.adapt import augmented, require_learned
+from memtool.methods.mira.protect import Protection
+from memtool.methods.mira.recall import MemoryModel
+from memtool.methods.outcome import share_right
+from memtool.progress import Progress
+from memtool.streams.task import Images
+
+
+def learn(
+    engine: Engine,
+    model: MemoryModel,
+    head: RecalledHead,
+    samples: Images,
+    settings: ConsolidateSettings,
+    *,
+    kept: int,
+    classes: Sequence[int],
+    seed: int,
+    head_learns: bool = False,
+    past: Protection | None = None,
+    validation: Images | None = None,
+    augment: Augment = "none",
+    progress: Progress | None = None,
+    stage: str = "consolidate",
+) -> tuple[RecalledHead, FitResult]:
+    """Learn keys, query modules and perhaps the head by cross-entropy of the recalled mixture.
+
+    The first `kept` keys were learned before. What of the past may not change says
+    `settings.protect`: under "freeze" these keys and the query modules stay, under "dual-gpm"
+    nothing moves in the span of `past`, under "none" all learn. With a `settings.value_lr` the
+    values of the other adapters learn, too. With `validation` samples the parameters are those of
+    the epoch that was right about most of them. Returns the head. Raises DivergedError as
+    `require_learned`.
+    """
+    module = _Scored(model, head, classes, head_learns=head_learns)
+    model.memory.requires_grad_(True)
+    model.values.requires_grad_(settings.value_lr > 0)
+    put_back = _protected(model, settings, kept, past)
+    train = TrainSettings(
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        lr=settings.lr,
+        weight_decay=0.0,
+        augment=augment,
+    )
+
+    def loss(scored: nn.Module, batch: Batch) -> Tensor:
+        return F.nll_loss(scored(augmented(batch, train)), batch.labels)
+
+    select = None
+    if validation is not None and len(validation):
+        select = partial(_accuracy, engine, module, validation)
+    try:
+        fit = engine.fit(
+            module,
+            Batches(samples.images, samples.labels, settings.batch_size, settings.epochs, seed),
+            loss,
+            train,
+            stage=stage,
+            after_step=put_back,
+            select=select,
+            rate_of=partial(_rate_of, settings),
+            progress=progress,
+        )
+    finally:
+        model.memory.requires_grad_(False)
+        model.values.requires_grad_(False)
+    parts = [*model.memory.state_dict().values(), *model.values.state_dict().values()]
+    require_learned(fit, len(classes), parts, max(settings.lr, settings.value_lr), stage)
+    return module.head(), fit
+
+
+def _rate_of(settings: ConsolidateSettings, name: str) -> float:
+    """The learning rate of a parameter, as a multiple of that of the keys."""
+    if name.endswith(".keys"):
+        return 1.0
+    wanted = settings.value_lr if name.startswith("model.values.") else settings.module_lr
+    return wanted / settings.lr
+
+
+def _protected(
+    model: MemoryModel, settings: ConsolidateSettings, kept: int, past: Protection | None
+) -> Callable[[], None]:
+    """What follows every step, so that what was learned before stays as it is."""
+    calls: list[Callable[[], None]] = []
+    memories = [model.memory[block] for block in model.memory.blocks]
+    if kept and settings.protect == "freeze":
+        for here in memories:
+            here.query.requires_grad_(False)
+        calls.append(_keeping([here.keys for here in memories], kept))
+    elif settings.protect == "dual-gpm" and past is not None:
+        calls.append(past.guard(model.memory))
+    if kept and settings.value_lr > 0:
+        calls.append(_keeping(list(model.values.parameters()), kept))
+
+    def put_back() -> None:
+        for call in calls:
+            call()
+
+    return put_back
+
+
+def _accuracy(engine: Engine, module: nn.Module, samples: Images) -> float:
+    """Share of samples that the module, as it is, classifies right."""
+    return share_right(engine.predict(module, samples.images), samples)
+
+
+def _keeping(parameters: Sequence[nn.Parameter], count: int) -> Callable[[], None]:
+    """A call that puts the first `count` rows of parameters back to what they are now.
+
+    It undoes momentum as well, which goes on where there is no gradient.
+    """
+    old = [parameter.detach()[:count].clone() for parameter in parameters]
+
+    @torch.no_grad()
+    def put_back() -> None:
+        for parameter, rows in zip(parameters, old, strict=True):
+            parameter[:count] = rows
+
+    return put_back
+
+
+class _Scored(nn.Module):
+    """The recalled mixture under a head, only the given classes in play."""
+
+    def __init__(
+        self,
+        model: MemoryModel,
+        head: RecalledHead,
+        classes: Sequence[int],
+        *,
+        head_learns: bool,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.classes = tuple(classes)
+        self.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head_learns)
+        self.bias = nn.Parameter(head.bias.detach().clone(), requires_grad=head_learns)
+        self._owners = head.owners
+
+    def head(self) -> RecalledHead:
+        """The head as it is now, without gradients."""
+        weight, bias = self.weight.detach().clone(), self.bias.detach().clone()
+        return RecalledHead(weight, bias, self._owners)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Log-probabilities (batch, classes)."""
+        features, coefficients = self.model.with_coefficients(images)
+        head = RecalledHead(self.weight, self.bias, self._owners)
+        return head.log_probabilities(features, coefficients.mean(dim=1), self.classes)

@@ -1,0 +1,480 @@
+"""MIRA: adapters in a memory of learned keys, recalled per sample without a task label.
+
+    adapt        train J adapters per task (stage 1)
+    write        append them to the store, one version
+    consolidate  learn the keys (stage 2), one version
+    retrieve     which mixture does this input recall?
+    evaluate     accuracy on every task, at any version
+
+The first two are what all methods do (`memtool.methods.method`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import memtool_stores
+from memtool.errors import (
+    ConfigError,
+    MismatchError,
+    NotFoundError,
+)
+from memtool.evaluation.matrix import AccuracyMatrix
+from memtool.evaluation.record import (
+    Record,
+    Row,
+)
+from memtool.methods.attached import AttachedAdapters, AttachedImages
+from memtool.methods.exchange import require_new
+from memtool.methods.in_store import classes_of
+from memtool.methods.method import Method, newest_after_each
+from memtool.methods.mira.attached import AttachedMixture
+from memtool.methods.mira.consolidate import consolidate
+from memtool.methods.mira.known import consolidated_before
+from memtool.methods.mira.maps import coefficient_maps, key_map
+from memtool.methods.mira.measure import SUBJECT_SAMPLES, Measure, drift, seen_by
+from memtool.methods.mira.recall import MemoryModel
+from memtool.methods.mira.recalled import recalled_adapter
+from memtool.methods.mira.state import MemoryState, Snapshot
+from memtool.methods.outcome import predicted, share_right
+from memtool.methods.records import recorded, task_of
+from memtool.methods.results import (
+    AdapterCoefficient,
+    ConsolidateResult,
+    RetrieveResult,
+)
+from memtool.methods.subject import first, read_query
+from memtool.reports.figures import Pictures
+from memtool.streams import load_image
+from memtool.streams.task import Task
+
+SETTINGS = ("dil", "til", "cil", "dg")
+"""Settings that `evaluate` knows: task inferred (dil, cil), given (til), or never seen (dg)."""
+
+
+class Mira(Method):
+    """The five steps over one configuration and seed."""
+
+    def _beneath(self, task: Task) -> tuple[MemoryModel | None, str]:
+        """The consolidated memory, where adapters are residual; none before the first task."""
+        if not self.config.adapter.residual or not self.workspace.has_store:
+            return None, ""
+        snapshot = self._snapshot("HEAD")
+        if snapshot.state is None or task.number in snapshot.state.tasks:
+            return None, ""
+        if snapshot.state.memory.mix != "delta":
+            raise ConfigError(
+                f"an adapter on top of a memory of mix {snapshot.state.memory.mix!r}",
+                expected="mix delta: what is added stays added",
+                remedy="--mix delta, or --set adapter.residual=false",
+            )
+        return snapshot.model, snapshot.version
+
+    # Consolidate ----------------------------------------------------------------------------
+
+    def consolidate(self) -> ConsolidateResult:
+        """Give every adapter in memory its key, and solve the head; one version.
+
+        Only the images of tasks that were not consolidated before are read. Running it again
+        without new adapters or other settings changes nothing. Errors as
+        `memtool.methods.mira.consolidate.consolidate`.
+        """
+        began = time.perf_counter()
+        done = consolidated_before(self.workspace) if self.workspace.has_store else None
+        if done is not None:
+            return done
+        snapshot = self._snapshot("HEAD")
+        metadata = self._metadata("consolidate")
+        return consolidate(self.workspace, snapshot, began=began, metadata=metadata)
+
+    # Retrieve -------------------------------------------------------------------------------
+
+    def retrieve(
+        self,
+        *,
+        task: str | None = None,
+        image: Path | None = None,
+        prompt: str | None = None,
+        query: Path | None = None,
+        version: str = "HEAD",
+        out: Path | None = None,
+    ) -> RetrieveResult:
+        """The mixture that a task's test images, one image, or a query recall.
+
+        `query` is a safetensors file with a tensor `query` (d,) or (memories, d): what a memory
+        would be asked. `out` is a folder that the recalled adapter is written to as a PEFT
+        directory (the mean coefficients, exact for them).
+        """
+        if prompt is not None or sum(one is not None for one in (task, image, query)) != 1:
+            raise ConfigError(
+                "what should recall?", expected="exactly one of --task, --image and --query"
+            )
+        if out is not None:
+            require_new(out)
+        snapshot = self.read(version) if task is None else self._snapshot(version)
+        state, model, head = snapshot.consolidated()
+        accuracy, prediction = None, None
+        if query is not None:
+            subject, samples = str(query), 1
+            coefficients = self._recall_query(model, query)
+        else:
+            if task is not None:
+                chosen = self.workspace.task(task, held_out=True)
+                shown = first(chosen.test, SUBJECT_SAMPLES)
+                subject, samples = f"task {chosen.number} {chosen.name}", len(shown)
+                images = shown.images
+            else:
+                assert image is not None
+                loaded = load_image(image, self.config.backbone.image_size)
+                subject, samples, images = str(image), 1, loaded[None]
+            logits, recalled = Measure(self.workspace).recall(model, head, images)
+            coefficients = recalled.mean(dim=0)
+            if task is not None:
+                accuracy = share_right(logits, shown)
+            else:
+                far = seen_by(self.workspace.engine, snapshot, loaded)
+                prediction = predicted(head.probabilities(logits)[0], state.class_names, far)
+        if out is not None:
+            recalled_adapter(out, self.workspace, snapshot, coefficients)
+        mean = coefficients.mean(dim=0)
+        return RetrieveResult(
+            version=snapshot.version,
+            subject=subject,
+            samples=samples,
+            mix=state.memory.mix,
+            separation=state.memory.separation,
+            adapters=tuple(
+                AdapterCoefficient(name=r.name, task=task_of(r), coefficient=float(a))
+                for r, a in zip(snapshot.records, mean, strict=True)
+            ),
+            blocks=tuple(tuple(float(a) for a in row) for row in coefficients),
+            block_numbers=model.memory.blocks,
+            prediction=prediction,
+            accuracy=accuracy,
+            out=out,
+        )
+
+    def _recall_query(self, model: MemoryModel, path: Path) -> Tensor:
+        """Coefficients (memories, t) for the query in a safetensors file."""
+        asked = read_query(path, self.workspace.backbone)
+        memories, dim = len(model.memory.blocks), self.workspace.backbone.dim
+        if asked.ndim == 1:
+            asked = asked.expand(memories, -1)
+        if tuple(asked.shape) != (memories, dim):
+            raise MismatchError(
+                f"{path}: query of shape {tuple(asked.shape)}",
+                expected=f"({dim},) or ({memories}, {dim})",
+            )
+        rows = []
+        for block, one in zip(model.memory.blocks, asked, strict=True):
+            memory = model.memory[block]
+            full = torch.cat([one.to(memory.keys), one.new_ones(1).to(memory.keys)])
+            rows.append(memory.answer(full.unsqueeze(0))[0])
+        return torch.stack(rows).detach().cpu()
+
+    # Evaluate -------------------------------------------------------------------------------
+
+    def evaluate(
+        self,
+        *,
+        setting: str | None = None,
+        version: str = "HEAD",
+        history: bool = False,
+        compare: bool = False,
+        command: str | None = None,
+        preset: str | None = None,
+    ) -> Record:
+        """Accuracy on the test images of every task that the memory has learned.
+
+        `setting` dil and cil infer the task; til is given it and recalls its adapter exactly, with
+        the head trained with it; dg measures on the domain that is held out. `history` reads the
+        version after each task and fills the whole matrix, and says how far old coefficients
+        drifted; `compare` adds hard choice, uniform mixture and the oracle adapter.
+        """
+        begin = time.perf_counter()
+        setting = self._setting(setting)
+        snapshot = self._snapshot(version)
+        measure = Measure(self.workspace)
+        learned = self._learned(snapshot, setting)
+        shown = learned
+        if setting == "dg":
+            shown = [self._held_out()]
+            rows = [self._generalised(snapshot, learned, shown)]
+        elif setting == "til":
+            rows = [self._told(snapshot, learned, history=history)]
+        else:
+            rows = [self._in_turn(snapshot, learned, history=history)]
+        if compare and setting != "til":
+            rows += measure.other_ways(snapshot, learned, shown)
+        return self.record(
+            rows,
+            shown,
+            setting=setting,
+            snapshot=snapshot,
+            seconds=time.perf_counter() - begin,
+            command=command,
+            preset=preset,
+        )
+
+    def _in_turn(self, snapshot: Snapshot, learned: Sequence[Task], *, history: bool) -> Row:
+        """The memory on all tasks, after each of them or after the last."""
+        measure = Measure(self.workspace)
+        versions = {len(learned): snapshot.version}
+        if history:
+            versions = self._history(snapshot, learned, "dil")
+        matrix = AccuracyMatrix.empty([task.name for task in learned])
+        then: dict[int, Tensor] = {}
+        more: dict[str, float] = {}
+        for count, at in self.workspace.telling("evaluate", sorted(versions.items())):
+            there = snapshot if at == snapshot.version else self._snapshot(at)
+            scored = measure.scores(there, learned)
+            matrix = matrix.with_row(count, scored.accuracy)
+            then[count] = scored.coefficients[count - 1]
+            more["task_accuracy"] = scored.task_accuracy
+        if len(then) == len(learned):
+            before = [then[count] for count in range(1, len(learned))]
+            more |= drift(before, scored.coefficients[:-1])
+        return Row.measured("memory", "memory", "method", matrix, more=more)
+
+    def _told(self, snapshot: Snapshot, learned: Sequence[Task], *, history: bool) -> Row:
+        """Exact recall of every task's own adapters."""
+        measure = Measure(self.workspace)
+        versions = {len(learned): snapshot.version}
+        if history:
+            versions = self._history(snapshot, learned, "til")
+        matrix = AccuracyMatrix.empty([task.name for task in learned])
+        for count, at in self.workspace.telling("evaluate", sorted(versions.items())):
+            there = snapshot if at == snapshot.version else self._snapshot(at)
+            own = [measure.own_accuracy(there, task) for task in learned[:count]]
+            matrix = matrix.with_row(count, [*own, *[None] * (len(learned) - count)])
+        return Row.measured("memory", "task given, exact recall", "method", matrix)
+
+    def _generalised(
+        self, snapshot: Snapshot, sources: Sequence[Task], shown: Sequence[Task]
+    ) -> Row:
+        """The memory on a domain that it never saw, and on the sources' validation images."""
+        measure = Measure(self.workspace)
+        _, model, head = snapshot.consolidated()
+        scores = measure.scores(snapshot, shown).accuracy
+        matrix = AccuracyMatrix.empty([task.name for task in shown]).with_row(len(shown), scores)
+        held = [task.validation for task in sources if len(task.validation)]
+        more = {}
+        if held:
+            known = [measure.accuracy(model, head, samples) for samples in held]
+            more["dg.validation"] = sum(known) / len(known)
+        return Row.measured("memory", "memory", "method", matrix, more=more)
+
+    def _held_out(self) -> Task:
+        """The domain that is held out. Raises ConfigError when none is."""
+        stream = self.workspace.stream
+        if stream.held_out is None:
+            raise ConfigError(
+                "setting dg measures a domain that nothing was learned from; none is held out",
+                expected="one of " + ", ".join(task.name for task in stream.tasks),
+                remedy="--held-out DOMAIN for every step of one memory, or memtool run for all",
+            )
+        return stream.held_out
+
+    def _setting(self, setting: str | None) -> str:
+        """What is known at test time, checked; without a word, as the tasks were cut."""
+        setting = setting or self.config.stream.setting
+        if setting not in SETTINGS:
+            raise ConfigError(
+                f"setting {setting!r} cannot be evaluated from one memory",
+                expected=" or ".join(SETTINGS),
+            )
+        cut = self.workspace.stream.setting
+        if setting not in ("til", cut):
+            raise ConfigError(
+                f"setting {setting!r} on tasks that were cut for {cut!r}",
+                expected=f"til or {cut}",
+                remedy=f"--set stream.setting={setting} and a memory that was trained so",
+            )
+        return setting
+
+    def record(
+        self,
+        rows: Sequence[Row],
+        learned: Sequence[Task],
+        *,
+        setting: str,
+        snapshot: Snapshot,
+        seconds: float,
+        command: str | None = None,
+        preset: str | None = None,
+    ) -> Record:
+        """The record of rows measured on the learned tasks at a version."""
+        state = snapshot.state
+        settings = state.memory if state else self.config.memory
+        used = self.config
+        if state is not None:
+            # What the memory was consolidated with, whatever the configuration says now.
+            used = used.model_copy(update={"memory": state.memory, "head": state.head})
+        return self._record(
+            rows,
+            learned,
+            setting=setting,
+            version=snapshot.version,
+            used=used,
+            mix=settings.mix,
+            separation=settings.separation,
+            seconds=seconds,
+            command=command,
+            preset=preset,
+        )
+
+    def _learned(self, snapshot: Snapshot, setting: str) -> list[Task]:
+        """The tasks in the order in which they were learned."""
+        if setting == "til":
+            numbers = list(dict.fromkeys(task_of(record) for record in snapshot.view.adapters))
+            if not numbers:
+                raise NotFoundError(
+                    f"the memory holds no adapters at version {snapshot.version}",
+                    remedy="memtool write",
+                )
+        else:
+            numbers = list(snapshot.consolidated()[0].tasks)
+        return [self.workspace.task(str(number)) for number in numbers]
+
+    def _history(self, snapshot: Snapshot, learned: Sequence[Task], setting: str) -> dict[int, str]:
+        """The newest version at which the first i tasks, and no more, were learned, for every i."""
+        store = self.workspace.store
+
+        def known(version: memtool_stores.Version) -> tuple[int, ...]:
+            if setting != "til":
+                return tuple(version.metadata.get("learned") or ())
+            records = store.view(version.id).adapters
+            return tuple(dict.fromkeys(task_of(record) for record in records))
+
+        history = ((version.id, known(version)) for version in store.log(snapshot.version))
+        return newest_after_each(history, [task.number for task in learned])
+
+    def known_tasks(self, version: str) -> tuple[int, ...]:
+        """Numbers of the tasks that a version can be measured on; none before consolidation."""
+        view = self.workspace.store.view(version)
+        if self.config.stream.setting == "til":
+            return tuple(dict.fromkeys(task_of(record) for record in view.adapters))
+        state = MemoryState.load(view)
+        return state.tasks if state is not None and view.keys() is not None else ()
+
+    def measure(
+        self, version: str, tasks: Sequence[int], setting: str | None = None
+    ) -> dict[str, float]:
+        """Metrics of a version on the given tasks: faa, task_accuracy. Errors as `evaluate`.
+
+        Where the task is given, one without an adapter scores 0.
+        """
+        setting = self._setting(setting)
+        measure = Measure(self.workspace)
+        snapshot = self._snapshot(version)
+        shown = [self.workspace.task(str(number)) for number in tasks]
+        if setting == "til":
+            here = {task_of(record) for record in snapshot.view.adapters}
+            own = [measure.own_accuracy(snapshot, task) for task in shown if task.number in here]
+            return {"faa": sum(own) / len(tasks), "task_accuracy": 1.0}
+        scored = measure.scores(snapshot, shown)
+        mean = sum(scored.accuracy) / len(scored.accuracy)
+        return {"faa": mean, "task_accuracy": scored.task_accuracy}
+
+    # Around the steps of a run --------------------------------------------------------------
+
+    def task_written(self, task: Task) -> None:
+        """Consolidate what was written of a task, unless its keys are there already.
+
+        The sources of setting dg are consolidated together: see `all_written`.
+        """
+        if self.config.stream.setting == "dg":
+            return
+        state = self._snapshot("HEAD").state
+        if state is None or task.number not in state.tasks:
+            self.consolidate()
+
+    def all_written(self) -> None:
+        """Consolidate the sources of setting dg, at once, unless that is done already."""
+        if self.config.stream.setting == "dg" and self._snapshot("HEAD").state is None:
+            self.consolidate()
+
+    def pictures(self, tasks: Sequence[Task]) -> Pictures:
+        """What a report shows of the memory: coefficients on the tasks' test images, and keys.
+
+        No coefficients where every task is given (til).
+        """
+        keys = key_map(self._snapshot("HEAD"))
+        if self.config.stream.setting == "til":
+            return Pictures(keys=keys)
+        coefficients, samples = coefficient_maps(self, tasks)
+        return Pictures(coefficients, samples, keys)
+
+    def require_same_settings(self, remedy: str) -> None:
+        """Raise ConfigError where the memory was consolidated by other settings than these."""
+        state, config = self._snapshot("HEAD").state, self.config
+        where = f"the memory {self.workspace.store_path!r} was consolidated with other "
+        if state is not None and state.consolidate != config.consolidate:
+            raise ConfigError(where + "keys or epochs", remedy=remedy)
+        if state is not None and (state.memory, state.head) != (config.memory, config.head):
+            raise ConfigError(where + "settings", remedy=remedy)
+
+    # Shared ---------------------------------------------------------------------------------
+
+    def snapshot(self, version: str = "HEAD") -> Snapshot:
+        """The memory at a version, on the device."""
+        return self._snapshot(version)
+
+    def read(self, version: str = "HEAD") -> Snapshot:
+        """The memory at a version, on the device; the stream is not opened."""
+        work = self.workspace
+        return Snapshot.read(
+            work.store, work.version_of(version), work.backbone, work.layout, work.backbone.device
+        )
+
+    def _snapshot(self, version: str) -> Snapshot:
+        work, snapshot = self.workspace, self.read(version)
+        state = snapshot.state
+        if state is not None and state.class_names != work.stream.class_names:
+            raise MismatchError(
+                f"the classes of {work.stream.name} are not those of the memory's head",
+                expected=", ".join(state.class_names[:8]),
+                remedy="the stream that the memory was trained on, or another --store",
+            )
+        for record in snapshot.view.adapters:
+            self._require_same_task(record)
+        return snapshot
+
+    def attach(
+        self, version: str = "HEAD", *, task: str | None = None, precision: str = "fp32"
+    ) -> AttachedImages:
+        """A version as a module; with `task` the exact adapter of that task and its own head.
+
+        Raises ConfigError for a memory that was never consolidated, and for a task of several
+        adapters; NotFoundError for a task that is not there.
+        """
+        snapshot = self.read(version)
+        if task is None:
+            return AttachedMixture(snapshot, precision)
+        record = recorded(snapshot.view, task)
+        head = snapshot.own_head(record.name)
+        if head is None:
+            raise NotFoundError(
+                f"adapter {record.name!r} came without a trained head",
+                remedy="attach without a task",
+            )
+        values = snapshot.own_values(task_of(record), self.workspace.backbone.device)
+        return AttachedAdapters(
+            self.workspace.backbone,
+            values,
+            [head],
+            precision,
+            places=[snapshot.view.adapters.index(record)],
+            adapters=len(snapshot.view.adapters),
+            told=0,
+        )
+
+    def class_names(self, view: memtool_stores.MemoryView) -> tuple[str, ...]:
+        """The classes that a version tells apart, in the order of its scores."""
+        state = MemoryState.load(view)
+        return state.class_names if state is not None else classes_of(view)
