@@ -16,6 +16,7 @@ from memtool.errors import ConfigError, NotFoundError
 from memtool.evaluation.matrix import AccuracyMatrix
 from memtool.evaluation.metrics import coefficient_drift
 from memtool.evaluation.record import Kind, Row
+from memtool.evaluation.right import Share
 from memtool.heads import FeatureStatistics, LinearClassifier, RecalledHead, solve_head
 from memtool.memories.keyed import BlockMemory, KeyedMemory
 from memtool.memories.separation import SeparationFunction, separation
@@ -230,10 +231,9 @@ def drift(then: Sequence[Tensor], now: Sequence[Tensor]) -> dict[str, float]:
     }
 
 
-def share_right(logits: Tensor, samples: Images) -> float:
+def share_right(logits: Tensor, samples: Images) -> Share:
     """Share of samples whose own class has the highest of the logits (n, classes)."""
-    labels = torch.from_numpy(np.asarray(samples.labels))
-    return float((logits.argmax(1) == labels).double().mean())
+    return Share(logits.argmax(1).numpy() == np.asarray(samples.labels))
 
 
 def _with_separation(
