@@ -33,7 +33,7 @@ SCHEMA: Final = "memtool.evaluation"
 RECORD: Final = "record.json"
 """What the file of a record is called in the folder of a run."""
 SCHEMA_VERSION: Final = 2
-"""2: rows have `right`. A record of 1 has none."""
+"""2: rows have `right`. A record of 1 has none; once read, it is as if written now."""
 
 Kind = Literal["method", "baseline", "upper bound"]
 Score = Annotated[float, Field(ge=0, le=1)]
@@ -292,6 +292,11 @@ class Record(Part):
     run: Run
     metrics: Metrics
     environment: Environment
+
+    @field_validator("schema_version")
+    @classmethod
+    def _written_as_the_newest(cls, _: int) -> int:
+        return SCHEMA_VERSION
 
     @model_validator(mode="after")
     def _rows_fit_the_tasks(self) -> Record:

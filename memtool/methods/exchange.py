@@ -119,8 +119,18 @@ class About(_Beside):
 
     @classmethod
     def read(cls, file: Path) -> Self:
-        """What a file says, once its seal holds; folders of schema version 1 have none."""
+        """What a file says, once its seal holds; folders of schema version 1 have none.
+
+        Raises CorruptError, or MismatchError for one that a newer memtool wrote.
+        """
         document = sealed.parse_json(read_file(file), str(file), remedy=ANEW)
+        version = document.content.get("schema_version")
+        if isinstance(version, int) and version > ABOUT_VERSION:
+            raise MismatchError(
+                f"{file} has schema version {version}, made by a newer memtool",
+                expected=f"at most {ABOUT_VERSION}",
+                remedy="upgrade memtool",
+            )
         try:
             about = cls.model_validate_json(json.dumps(document.content))
         except ValidationError as error:
