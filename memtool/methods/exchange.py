@@ -39,7 +39,7 @@ from memtool.adapters.peft_tensors import WEIGHTS_NAME
 from memtool.atomic import write_atomic
 from memtool.config import TrainSettings
 from memtool.errors import (
-    AlreadyThereError,
+    AlreadyExistsError,
     CorruptError,
     DataError,
     MemtoolError,
@@ -445,7 +445,7 @@ def export_peft(
     """Write stored adapters (names or ids; none: all) as PEFT directories under `out`.
 
     An adapter that came from PEFT files becomes the same bytes again. Each gets its head and what
-    the catalog knows of it. All of them appear, or none. Raises AlreadyThereError for a directory
+    the catalog knows of it. All of them appear, or none. Raises AlreadyExistsError for a directory
     that is not empty, SchemaError for a name that leads out of `out`, and MemtoolError when the
     file system refuses.
     """
@@ -525,18 +525,18 @@ def _write_stored(
 
 
 def require_new(directory: Path) -> None:
-    """Raise AlreadyThereError for a file, or a directory that holds something."""
+    """Raise AlreadyExistsError for a file, or a directory that holds something."""
     if directory.exists() and not directory.is_dir():
-        raise AlreadyThereError(f"{directory} is a file", remedy="name a new directory")
+        raise AlreadyExistsError(f"{directory} is a file", remedy="name a new directory")
     if directory.exists() and any(directory.iterdir()):
-        raise AlreadyThereError(f"{directory} is not empty", remedy="name a new directory")
+        raise AlreadyExistsError(f"{directory} is not empty", remedy="name a new directory")
 
 
 @contextmanager
 def new_folders(*directories: Path) -> Iterator[list[Path]]:
     """Folders to fill that become these together when the block ends well, else nothing does.
 
-    Raises AlreadyThereError for one that is there and holds something, and MemtoolError when the
+    Raises AlreadyExistsError for one that is there and holds something, and MemtoolError when the
     file system refuses.
     """
     for directory in directories:

@@ -39,9 +39,9 @@ from memtool_stores.errors import (
     ConflictError,
     IntegrityError,
     LockTimeoutError,
+    MemtoolError,
     NotFoundError,
     StorageError,
-    StoreError,
 )
 from memtool_stores.files import appearing_folders
 from memtool_stores.history import (
@@ -598,9 +598,9 @@ class MemoryStore:
             self._sync()
             try:
                 move_branch(self.url, self._repository, doing, MAIN, head, target)
-            except StoreError as error:
+            except MemtoolError as error:
                 # Where nobody can say whether main moved, the backup stays.
-                with suppress(StoreError):
+                with suppress(MemtoolError):
                     if backup and (isinstance(error, ConflictError) or self.head() == head):
                         self.delete_branch(backup)
                 raise
@@ -689,7 +689,7 @@ class MemoryStore:
         if _is_local(self.url):
             found = find_in_store(Path(self.url))
             found += (one for one in find(Path(self.url).parent, below=False) if one.is_old)
-        with suppress(StoreError):  # a damaged newest version does not say whose cache it is
+        with suppress(MemtoolError):  # a damaged newest version does not say whose cache it is
             place = cache.folder(self._view(self.head()).store_id)
             found += (one for one in find(place) if one.is_old)
         return found
