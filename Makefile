@@ -1,11 +1,11 @@
-# make demo | test | check | test-all | bench | clean; PYTHON= names the interpreter (3.11 or newer).
+# make demo | test | check | test-all | package | bench | clean; PYTHON= names the interpreter (3.11 or newer).
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-all check bench clean
+.PHONY: demo test test-all check package bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/memtool demo
@@ -21,6 +21,9 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+package: $(INSTALLED)
+	$(BIN)/python .ci/package --borrow $(VENV)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks

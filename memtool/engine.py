@@ -33,7 +33,6 @@ from memtool.checkpoints import load_checkpoint, save_checkpoint
 from memtool.config import EngineSettings, TrainSettings
 from memtool.errors import ConfigError, DivergedError, MemtoolError, TrainingInterrupted
 from memtool.progress import Progress, ProgressEvent
-from memtool_stores import StoreError
 
 CHECKPOINT_EVERY_SECONDS = 30.0
 
@@ -216,7 +215,7 @@ class Engine:
         if self.is_main:
             try:
                 found[0] = function()
-            except (MemtoolError, StoreError, OSError) as error:
+            except (MemtoolError, OSError) as error:
                 found[1] = error
         broadcast_object_list(found)
         if found[1] is not None:

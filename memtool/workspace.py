@@ -20,7 +20,7 @@ from memtool.adapters.values import AdapterValues, Recall
 from memtool.backbones import create_backbone
 from memtool.config import Config, expand, split_store
 from memtool.engine import Engine
-from memtool.errors import ConfigError, DataError, NotFoundError, did_you_mean
+from memtool.errors import ConfigError, DataError, MemtoolError, NotFoundError, did_you_mean
 from memtool.heads import FeatureStatistics
 from memtool.outside import is_file
 from memtool.progress import ProgressEvent
@@ -202,7 +202,7 @@ class Workspace:
         if not self.has_store:
             try:
                 memtool_stores.MemoryStore.create(self.store_path, self.space)
-            except memtool_stores.StoreError:
+            except MemtoolError:
                 if not self.has_store:  # else another process was first: go on in its memory
                     raise
         return self.store

@@ -12,7 +12,6 @@ import typer
 
 from memtool.config import Config, choices, keys, presets, resolve, split_store
 from memtool.errors import MemtoolError
-from memtool_stores.errors import StoreError
 
 
 def preset_names(incomplete: str) -> list[str]:
@@ -45,7 +44,7 @@ def remembered(ctx: typer.Context, incomplete: str) -> list[str]:
     try:
         view = MemoryStore.open(split_store(_config(ctx).store)[0]).view()
         live = view.live
-    except (MemtoolError, StoreError):
+    except MemtoolError:
         return []
     names = [name for r in live for name in (r.meta.get("task_name"), r.name) if name]
     return [name for name in dict.fromkeys(names) if name.startswith(incomplete)]
@@ -60,7 +59,7 @@ def names(ctx: typer.Context, incomplete: str) -> list[str]:
     try:
         store = MemoryStore.open(split_store(_config(ctx).store)[0])
         known = {**store.tags(), **store.branches()}
-    except (MemtoolError, StoreError):
+    except MemtoolError:
         return []
     return [name for name in sorted(known) if name != "main" and name.startswith(incomplete)]
 
@@ -77,7 +76,7 @@ def versions(ctx: typer.Context, incomplete: str) -> list[str]:
     try:
         store = split_store(_config(ctx).store)[0]
         return [ref for ref in _versions(store) if ref.startswith(incomplete)]
-    except (MemtoolError, StoreError):
+    except MemtoolError:
         return []
 
 
@@ -90,7 +89,7 @@ def stores(incomplete: str) -> list[str]:
         return [path for path in found if path.startswith(incomplete)]
     try:
         return [f"{store}@{ref}" for ref in _versions(store) if ref.startswith(version)]
-    except StoreError:
+    except MemtoolError:
         return []
 
 

@@ -13,7 +13,6 @@ from types import TracebackType
 import typer
 
 from memtool.errors import MemtoolError, TrainingInterrupted
-from memtool_stores.errors import StoreError
 from memtool_stores.printable import one_line, printable
 from memtool_stores.redacted import redacted
 
@@ -33,7 +32,7 @@ EXIT_CODES = """\
 # What a verb may raise on purpose; anything else is a bug and goes to `on_unexpected`.
 EXPECTED: tuple[type[BaseException], ...] = (
     MemtoolError,
-    StoreError,
+    MemtoolError,
     typer.TyperException,
     typer.Exit,
     typer.Abort,
@@ -63,7 +62,7 @@ def report(error: BaseException) -> int:
         case BrokenPipeError():
             close_stdout()
             return BROKEN_PIPE
-        case MemtoolError() | StoreError():
+        case MemtoolError():
             _say(f"error: {error.message}", expected=error.expected, remedy=error.remedy)
             return error.exit_status
         case typer.TyperException():

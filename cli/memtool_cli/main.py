@@ -52,6 +52,7 @@ VERBS = {
     "rollback": Verb("history", HISTORY, "Go back to a version; what came after is kept aside."),
     "verify": Verb("history", HISTORY, "Check every stored byte."),
     "gc": Verb("history", HISTORY, "Remove old versions and free their space."),
+    "migrate": Verb("history", HISTORY, "Bring the memory to the newest schema of the store."),
     "forget": Verb("care", HISTORY, "Take tasks or adapters out; the rest is re-normalised."),
     "bisect": Verb("care", HISTORY, "Find the commit after which the memory got worse."),
     "import": Verb("exchange", FILES, "Put PEFT adapters, or a whole bundle, into a memory."),

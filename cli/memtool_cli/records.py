@@ -215,6 +215,29 @@ class Collected(CliRecord):
     leftovers: tuple[Path, ...] = ()
 
 
+class BranchSchema(Part):
+    """The tip of a branch, and the version that brought it to the newest schema, if one did."""
+
+    branch: str
+    version: str
+    schema_from: int
+    rows: int
+    blobs: int
+    committed: str | None
+
+
+class Migrated(CliRecord):
+    """What migrate did, or would with --dry-run; files and bytes are those of the whole store."""
+
+    schema_: Literal["memtool.migrate"] = Field("memtool.migrate", alias="schema")
+    store: str
+    dry_run: bool
+    schema_to: int
+    files: int
+    nbytes: int
+    branches: tuple[BranchSchema, ...]
+
+
 class Exported(CliRecord):
     """Adapters written as PEFT directories."""
 

@@ -34,14 +34,15 @@ def show(
 def grids(records: Sequence[Record], *, history: bool = False) -> list[Grid]:
     """Methods by tasks after the last one; with `history` the method after every task, too.
 
-    Of several seeds also the tasks with their confidence intervals; where adapters were recalled,
-    also what recalling them cost.
+    Of several seeds also the tasks with their confidence intervals; of several rows also their
+    differences on the same test samples; where adapters were recalled, also what that cost.
     """
     from memtool.reports.table import (
         atoms_grid,
         losses_grid,
         methods_grid,
         metrics_grid,
+        paired_grid,
         recall_grid,
         steps_grid,
         tasks_grid,
@@ -53,6 +54,9 @@ def grids(records: Sequence[Record], *, history: bool = False) -> list[Grid]:
     shown = [methods_grid(records)]
     if len(records) > 1:
         shown.append(tasks_grid(records))
+    pairs = paired_grid(records)
+    if pairs is not None:
+        shown.append(pairs)
     if losses is not None:
         shown.append(losses)
     elif history:

@@ -45,7 +45,7 @@ from memtool.adapters.peft_tensors import (
 )
 from memtool.atomic import write_atomic
 from memtool.errors import (
-    AlreadyThereError,
+    AlreadyExistsError,
     DataError,
     MismatchError,
     NotFoundError,
@@ -115,7 +115,7 @@ def write_peft(
     `alpha` belongs to the layout's rank: the scaling is alpha / rank. `extra` (JSON) goes into the
     metadata of the safetensors file, which peft ignores. `read_peft` gives back the same value, bit
     for bit. Raises MismatchError for a value that does not fit, DataError for one that is not
-    finite, AlreadyThereError, and MemtoolError when the file system refuses.
+    finite, AlreadyExistsError, and MemtoolError when the file system refuses.
     """
     if value.ndim != 1 or value.dtype not in DTYPES.values():
         raise MismatchError(
@@ -263,7 +263,7 @@ def _write(directory: Path, file: bytes, config: bytes, overwrite: bool) -> Path
     weights_path, config_path = directory / WEIGHTS_NAME, directory / CONFIG_NAME
     for path in (weights_path, config_path):
         if path.exists() and not overwrite:
-            raise AlreadyThereError(
+            raise AlreadyExistsError(
                 f"{path} is already there", remedy="another folder, or allow overwriting"
             )
     write_atomic(weights_path, file)

@@ -33,7 +33,7 @@ from memtool.backbones.nano import NANO_IMAGE_SIZE, NANO_MEAN, NANO_STD, build_n
 from memtool.backbones.plain_vit import PlainAttention
 from memtool.backbones.tensor_hash import tensor_sha256
 from memtool.errors import (
-    AlreadyThereError,
+    AlreadyExistsError,
     ConfigError,
     CorruptError,
     DataError,
@@ -118,7 +118,7 @@ def pretrain_nano(
     with the same arguments and removed at the end. `progress` is called after every step.
 
     Raises NotFoundError for a missing file, DataError for one that cannot be used,
-    AlreadyThereError when `out` exists, CorruptError for a checkpoint that is not what was saved,
+    AlreadyExistsError when `out` exists, CorruptError for a checkpoint that is not what was saved,
     MismatchError for one of another run,
     DivergedError for a loss that is not finite.
     """
@@ -128,7 +128,9 @@ def pretrain_nano(
             expected="all at least 1",
         )
     if out.exists():
-        raise AlreadyThereError(f"{out} is already there", remedy="name another file, or remove it")
+        raise AlreadyExistsError(
+            f"{out} is already there", remedy="name another file, or remove it"
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     corpora = load_corpora(data)
     run = {

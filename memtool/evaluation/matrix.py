@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from memtool import sealed
 from memtool.atomic import write_atomic
 from memtool.errors import ConfigError, CorruptError, DataError, MismatchError, NotFoundError
 from memtool.evaluation.csv_text import from_csv, to_csv
+from memtool.evaluation.right import Share
 
 SCHEMA = "memtool.matrix"
 SCHEMA_VERSION = 1
@@ -25,13 +26,15 @@ class AccuracyMatrix:
     """Scores as fractions 0..1: values[i, j] on task j after learning i tasks; NaN: not measured.
 
     tasks: T unique names in learning order; values: float64 (T+1, T), read-only; row 0 is before
-    any training.
+    any training. A score that came as a `Share` is kept whole in `shares`, by (i, j); files and
+    comparisons are of the values alone.
 
         matrix = AccuracyMatrix.empty(["photo", "art"]).with_row(1, [0.9, 0.4])
     """
 
     tasks: tuple[str, ...]
     values: npt.NDArray[np.float64]
+    shares: Mapping[tuple[int, int], Share] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         tasks = tuple(self.tasks)
@@ -99,13 +102,28 @@ class AccuracyMatrix:
             )
         values = self.values.copy()
         values[number] = [np.nan if score is None else score for score in scores]
-        return AccuracyMatrix(self.tasks, values)
+        shares = {place: share for place, share in self.shares.items() if place[0] != number}
+        for column, score in enumerate(scores):
+            if isinstance(score, Share):
+                shares[number, column] = score
+        return AccuracyMatrix(self.tasks, values, shares)
+
+    @property
+    def last(self) -> tuple[float | None, ...]:
+        """The T scores of the last row with any, each a `Share` where it came as one; else none."""
+        measured = np.flatnonzero(~np.isnan(self.values).all(axis=1))
+        if not len(measured):
+            return ()
+        number = int(measured[-1])
+        row = self.cells[number]
+        return tuple(self.shares.get((number, column), row[column]) for column in range(len(row)))
 
     def up_to(self, number: int) -> AccuracyMatrix:
         """The matrix of the first `number` tasks only, as if the stream had ended there."""
         if not 1 <= number <= len(self.tasks):
             raise MismatchError(f"the first {number} tasks", expected=f"1 to {len(self.tasks)}")
-        return AccuracyMatrix(self.tasks[:number], self.values[: number + 1, :number])
+        shares = {(i, j): share for (i, j), share in self.shares.items() if i <= number > j}
+        return AccuracyMatrix(self.tasks[:number], self.values[: number + 1, :number], shares)
 
     def to_json(self) -> str:
         """JSON with null where not measured; floats are exact."""

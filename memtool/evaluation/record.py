@@ -26,12 +26,14 @@ from memtool import sealed
 from memtool.errors import DataError, MismatchError, NotFoundError
 from memtool.evaluation import metrics as metric_functions
 from memtool.evaluation.matrix import AccuracyMatrix
+from memtool.evaluation.right import Right, right_of
 from memtool_stores.printable import printable, shown
 
 SCHEMA: Final = "memtool.evaluation"
 RECORD: Final = "record.json"
 """What the file of a record is called in the folder of a run."""
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
+"""2: rows have `right`. A record of 1 has none; once read, it is as if written now."""
 
 Kind = Literal["method", "baseline", "upper bound"]
 Score = Annotated[float, Field(ge=0, le=1)]
@@ -139,10 +141,12 @@ class Row(Part):
     """One method, baseline or upper bound with its own accuracy matrix, all fractions 0..1.
 
     accuracy: T+1 rows of T scores, None where not measured; recall_error: likewise the relative
-    error of every recalled adapter, empty where adapters are not recalled; atom_use: of a bank of
-    atoms, where it was measured; loss: shaped as accuracy, of streams of texts, nats per answer
-    token; cut_prompts, cut_answers: how many of their tests were longer than the limits and lost
-    tokens;
+    error of every recalled adapter, empty where adapters are not recalled; right: for every task
+    which test samples were right in the last row of accuracy that was measured, in the order of the
+    task's test samples, None where that is not known, empty where it is known of no task;
+    atom_use: of a bank of atoms, where it was measured; loss: shaped as accuracy, of streams of
+    texts, nats per answer token; cut_prompts, cut_answers: how many of their tests were longer than
+    the limits and lost tokens;
     metrics: by metric id; undefined: the reason for every metric that the matrix does not define;
     seconds: wall time.
     """
@@ -152,6 +156,7 @@ class Row(Part):
     kind: Kind
     accuracy: tuple[tuple[Score | None, ...], ...]
     recall_error: tuple[tuple[Ratio | None, ...], ...] = ()
+    right: tuple[Right | None, ...] = ()
     atom_use: AtomUse | None = None
     loss: tuple[tuple[Ratio | None, ...], ...] = ()
     cut_prompts: Annotated[int, Field(ge=0)] | None = None
@@ -186,6 +191,7 @@ class Row(Part):
             kind=kind,
             accuracy=matrix.cells,
             recall_error=tuple(tuple(row) for row in recall_error),
+            right=rights(matrix),
             metrics={**metric_functions.compute(matrix.values), **(more or {})},
             undefined=metric_functions.undefined(matrix.values),
             seconds=seconds,
@@ -194,6 +200,34 @@ class Row(Part):
     def matrix(self, tasks: Sequence[str]) -> AccuracyMatrix:
         """The accuracy matrix under the names of the tasks."""
         return AccuracyMatrix.of_cells(tasks, self.accuracy)
+
+    @property
+    def last(self) -> tuple[float | None, ...]:
+        """The scores of the last row with any, each a `Share` where `right` knows of what."""
+        known = self.right or (None,) * len(self._last_scores)
+        return tuple(
+            score if right is None else right.share
+            for score, right in zip(self._last_scores, known, strict=True)
+        )
+
+    @property
+    def _last_scores(self) -> tuple[float | None, ...]:
+        measured = [line for line in self.accuracy if any(score is not None for score in line)]
+        return measured[-1] if measured else ()
+
+    @model_validator(mode="after")
+    def _right_adds_up(self) -> Row:
+        if self.right and (
+            len(self.right) != len(self._last_scores) or self.last != self._last_scores
+        ):
+            raise ValueError(f"row {self.id!r}: what was right does not make up its accuracy")
+        return self
+
+
+def rights(matrix: AccuracyMatrix) -> tuple[Right | None, ...]:
+    """What stands in `Row.right` for a matrix: which samples were right after its last row."""
+    known = tuple(right_of(score) for score in matrix.last)
+    return known if any(known) else ()
 
 
 class Metrics(Part):
@@ -254,10 +288,15 @@ class Record(Part):
     """One run, evaluated: the three blocks run, metrics and environment."""
 
     schema_name: Literal["memtool.evaluation"] = Field(SCHEMA, alias="schema")
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1, 2] = SCHEMA_VERSION
     run: Run
     metrics: Metrics
     environment: Environment
+
+    @field_validator("schema_version")
+    @classmethod
+    def _written_as_the_newest(cls, _: int) -> int:
+        return SCHEMA_VERSION
 
     @model_validator(mode="after")
     def _rows_fit_the_tasks(self) -> Record:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
 
 from memtool.errors import ConfigError, DataError, MismatchError, did_you_mean
+from memtool.evaluation.right import Share
 
 GRAMS = 4
 """SARI looks at runs of 1 to so many words."""
@@ -30,6 +31,8 @@ def score(
     metric: str, predictions: Sequence[str], answers: Sequence[str], prompts: Sequence[str]
 ) -> float:
     """The metric of predictions against the right answers; only SARI looks at the prompts.
+
+    A `Share` for a metric that knows only right and wrong.
 
     Raises ConfigError for an unknown metric, or one whose library is not installed;
     MismatchError for lists of different lengths; DataError for none at all.
@@ -50,7 +53,8 @@ def score(
             expected=did_you_mean(metric, [*TEXT_METRICS, "sari"]),
         )
     of_pair = TEXT_METRICS[metric]
-    return _mean([of_pair(said, right) for said, right in zip(predictions, answers, strict=True)])
+    scores = [of_pair(said, right) for said, right in zip(predictions, answers, strict=True)]
+    return Share(scores) if metric in RIGHT_OR_WRONG else _mean(scores)
 
 
 def first_character(prediction: str, answer: str) -> float:
@@ -152,6 +156,9 @@ TEXT_METRICS: dict[str, Callable[[str, str], float]] = {
     "edit-similarity": edit_similarity,
 }
 """Metrics of a prediction and the right answer, by name; SARI, of three texts, is beside them."""
+
+RIGHT_OR_WRONG = ("first-character", "number", "exact-match")
+"""Those that are 1 or 0 for every sample."""
 
 
 def _grams(words: Sequence[str], n: int) -> Counter[tuple[str, ...]]:

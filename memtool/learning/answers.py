@@ -13,7 +13,8 @@ from memtool.backbones.answering import answers, by_length, trimmed
 from memtool.backbones.causal_lm import CausalLM, EncodedTexts
 from memtool.evaluation.matrix import AccuracyMatrix
 from memtool.evaluation.metrics import final_average, loss_forgetting
-from memtool.evaluation.record import Kind, Row
+from memtool.evaluation.record import Kind, Row, rights
+from memtool.evaluation.right import Right, right_of
 from memtool.evaluation.text import score
 from memtool.streams.task import Task
 from memtool.workspace import Workspace
@@ -23,16 +24,27 @@ class AnswerScores(BaseModel):
     """What a model reaches on the test texts of every task.
 
     `losses` are −log p in nats per answer token; `scores` the tasks' metrics, fractions 0..1, of
-    generated answers, None where nothing was generated. `cut_prompts` and `cut_answers` count those
-    that were longer than the limits, over all tasks.
+    generated answers, None where nothing was generated; `right` which answers to a task were right,
+    None for a metric that knows more than right and wrong. `cut_prompts` and `cut_answers` count
+    those that were longer than the limits, over all tasks.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     losses: tuple[float, ...]
     scores: tuple[float, ...] | None = None
+    right: tuple[Right | None, ...] = ()
     cut_prompts: int = 0
     cut_answers: int = 0
+
+    @property
+    def known(self) -> tuple[float, ...]:
+        """The scores, each a `Share` where `right` knows of what; none without answers."""
+        scores = self.scores or ()
+        right = self.right or (None,) * len(scores)
+        return tuple(
+            score if one is None else one.share for score, one in zip(scores, right, strict=True)
+        )
 
 
 class Answering:
@@ -72,6 +84,7 @@ class Answering:
         return AnswerScores(
             losses=tuple(losses),
             scores=tuple(scores) if generates else None,
+            right=tuple(map(right_of, scores)),
             cut_prompts=cut_prompts,
             cut_answers=cut_answers,
         )
@@ -111,7 +124,7 @@ def answer_row(
     for number, scores in found.items():
         losses[number] = scores.losses
         if scores.scores is not None:
-            matrix = matrix.with_row(number, scores.scores)
+            matrix = matrix.with_row(number, scores.known)
     learned = max(found)
     ended = losses[: learned + 1, :learned]
     more = {"loss.final": final_average(ended)}
@@ -121,6 +134,7 @@ def answer_row(
     cells = tuple(tuple(None if np.isnan(x) else float(x) for x in line) for line in losses)
     changes = {
         "accuracy": matrix.cells,
+        "right": rights(matrix),
         "loss": cells,
         "cut_prompts": found[learned].cut_prompts,
         "cut_answers": found[learned].cut_answers,

@@ -39,7 +39,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from memtool.errors import (
-    AlreadyThereError,
+    AlreadyExistsError,
     CapacityError,
     ConfigError,
     CorruptError,
@@ -247,7 +247,7 @@ class BayesPCN:
     def write(self, name: str, pattern: Tensor) -> None:
         """Learn a pattern (numel,).
 
-        Raises AlreadyThereError for a name or key that is there, CapacityError when it is full,
+        Raises AlreadyExistsError for a name or key that is there, CapacityError when it is full,
         DataError for a key that is constant or entries that are not finite, MismatchError for
         another length.
         """
@@ -294,7 +294,7 @@ class BayesPCN:
         own = float(scaled[-1, -1])
         apart = scaled.diagonal()[:-1] + own - 2 * scaled[-1, :-1]
         for place in torch.nonzero(apart <= _SAME_KEY * own).flatten().tolist():
-            raise AlreadyThereError(
+            raise AlreadyExistsError(
                 f"adapters {self._names[place]!r} and {name!r} have the same key",
                 expected="adapters that differ in their first numbers, which are the key",
                 remedy="a larger modulation.key_share, or train one with another seed",
@@ -302,7 +302,7 @@ class BayesPCN:
 
     def _check_room(self, name: str) -> None:
         if name in self._names:
-            raise AlreadyThereError(f"a pattern named {name!r} is in memory")
+            raise AlreadyExistsError(f"a pattern named {name!r} is in memory")
         count, h = len(self) + 1, self.settings.hidden
         if count > h:
             raise CapacityError(

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import memtool_stores
 from memtool.errors import (
     ConfigError,
     CorruptError,
@@ -40,13 +39,11 @@ LOSS = "loss"
 
 TEXT_METRICS = (LOSS, *METRICS)
 
-UNMEASURABLE: tuple[type[MemtoolError | memtool_stores.StoreError], ...] = (
+UNMEASURABLE: tuple[type[MemtoolError], ...] = (
     ConfigError,
     NotFoundError,
     MismatchError,
     CorruptError,
-    memtool_stores.NotFoundError,
-    memtool_stores.IntegrityError,
 )
 """What says that a version cannot be measured (no keys, keys of others, damage): it is skipped."""
 

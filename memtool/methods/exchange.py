@@ -38,7 +38,7 @@ from memtool.adapters.peft_tensors import WEIGHTS_NAME
 from memtool.atomic import write_atomic
 from memtool.config import TrainSettings
 from memtool.errors import (
-    AlreadyThereError,
+    AlreadyExistsError,
     CorruptError,
     DataError,
     MemtoolError,
@@ -118,8 +118,18 @@ class About(_Beside):
 
     @classmethod
     def read(cls, file: Path) -> Self:
-        """What a file says, once its seal holds; folders of schema version 1 have none."""
+        """What a file says, once its seal holds; folders of schema version 1 have none.
+
+        Raises CorruptError, or MismatchError for one that a newer memtool wrote.
+        """
         document = sealed.parse_json(read_file(file), str(file), remedy=ANEW)
+        version = document.content.get("schema_version")
+        if isinstance(version, int) and version > ABOUT_VERSION:
+            raise MismatchError(
+                f"{file} has schema version {version}, made by a newer memtool",
+                expected=f"at most {ABOUT_VERSION}",
+                remedy="upgrade memtool",
+            )
         try:
             about = cls.model_validate_json(json.dumps(document.content))
         except ValidationError as error:
@@ -395,7 +405,7 @@ def export_peft(
     """Write stored adapters (names or ids; none: all) as PEFT directories under `out`.
 
     An adapter that came from PEFT files becomes the same bytes again. Each gets its head and what
-    the catalog knows of it. All of them appear, or none. Raises AlreadyThereError for a directory
+    the catalog knows of it. All of them appear, or none. Raises AlreadyExistsError for a directory
     that is not empty, SchemaError for a name that leads out of `out`, and MemtoolError when the
     file system refuses.
     """
@@ -475,18 +485,18 @@ def _write_stored(
 
 
 def require_new(directory: Path) -> None:
-    """Raise AlreadyThereError for a file, or a directory that holds something."""
+    """Raise AlreadyExistsError for a file, or a directory that holds something."""
     if directory.exists() and not directory.is_dir():
-        raise AlreadyThereError(f"{directory} is a file", remedy="name a new directory")
+        raise AlreadyExistsError(f"{directory} is a file", remedy="name a new directory")
     if directory.exists() and any(directory.iterdir()):
-        raise AlreadyThereError(f"{directory} is not empty", remedy="name a new directory")
+        raise AlreadyExistsError(f"{directory} is not empty", remedy="name a new directory")
 
 
 @contextmanager
 def new_folders(*directories: Path) -> Iterator[list[Path]]:
     """Folders to fill that become these together when the block ends well, else nothing does.
 
-    Raises AlreadyThereError for one that is there and holds something, and MemtoolError when the
+    Raises AlreadyExistsError for one that is there and holds something, and MemtoolError when the
     file system refuses.
     """
     for directory in directories:

@@ -189,7 +189,7 @@ def _over_domains(records: Sequence[Record], domains: Sequence[str]) -> list[Row
         parts = [row for one in records for row in one.metrics.rows if row.id == model_row.id]
         if len(parts) != len(domains):
             continue
-        scores = [row.metrics["faa"] for row in parts]
+        scores = [score for row in parts for score in row.last if score is not None]
         matrix = AccuracyMatrix.empty(domains).with_row(len(domains), scores)
         known = [row.metrics.get("dg.validation") for row in parts]
         validation = [value for value in known if value is not None]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from memtool.errors import (
-    AlreadyThereError,
+    AlreadyExistsError,
     ChangedMeanwhileError,
     ConfigError,
     NotFoundError,
@@ -72,9 +72,9 @@ def holders(store: MemoryStore, records: Sequence[AdapterRecord]) -> tuple[str, 
 
 
 def require_no_holder(store: MemoryStore, records: Sequence[AdapterRecord]) -> None:
-    """Raise AlreadyThereError, with the commands that help, when `holders` names any."""
+    """Raise AlreadyExistsError, with the commands that help, when `holders` names any."""
     if found := holders(store, records):
-        raise AlreadyThereError(
+        raise AlreadyExistsError(
             f"{', '.join(found)} still lead to versions that hold what is to be purged",
             remedy="; ".join(f"memtool tag --delete {name}" for name in found),
         )
@@ -88,7 +88,7 @@ def forget(store: MemoryStore, names: Sequence[str], *, purge: bool = False) -> 
 
     Raises:
         NotFoundError: a name fits nothing.
-        AlreadyThereError: a tag or another branch still leads to what is to be purged; nothing was
+        AlreadyExistsError: a tag or another branch still leads to what is to be purged; nothing was
             changed.
         ConfigError: keys have to be solved anew, but consolidation has not caught up.
         ChangedMeanwhileError: another process committed; nothing was forgotten.

@@ -20,7 +20,7 @@ import memtool_stores
 from memtool.alone import alone
 from memtool.config import Config, without_home
 from memtool.errors import (
-    AlreadyThereError,
+    AlreadyExistsError,
     ChangedMeanwhileError,
     ConfigError,
     MismatchError,
@@ -103,7 +103,7 @@ class Method:
         """Train the adapters of a task and write each as a PEFT directory under `runs`.
 
         A finished one of the same settings is left as it is, unless `fresh`; an interrupted one
-        goes on where it was. Raises AlreadyThereError for a finished one of other settings,
+        goes on where it was. Raises AlreadyExistsError for a finished one of other settings,
         BusyError while another process trains the same, CorruptError for a file that is not what
         was written.
         """
@@ -135,7 +135,7 @@ class Method:
         if fresh or not complete:
             return []
         if any(folder.about().fingerprint != fingerprint for folder in complete):
-            raise AlreadyThereError(
+            raise AlreadyExistsError(
                 f"{complete[0].path} was trained with other settings, data or backbone",
                 remedy="the same command with --fresh, or with --set runs=DIR",
             )
@@ -353,7 +353,7 @@ class Method:
                 old = records.get(adapter.name)
                 if old is not None:
                     if adapter.sha256 not in (old.sha256, old.meta.get("refined_from")):
-                        raise AlreadyThereError(
+                        raise AlreadyExistsError(
                             f"the memory holds another adapter named {adapter.name!r}",
                             expected=f"values with sha256 {old.sha256[:12]}…, "
                             f"found {adapter.sha256[:12]}… in {adapter.path}",

@@ -37,6 +37,7 @@ from memtool.errors import (
 )
 from memtool.evaluation.matrix import AccuracyMatrix
 from memtool.evaluation.record import Kind, Record, Row
+from memtool.evaluation.right import Share
 from memtool.heads import LinearClassifier, RecalledHead, solve_head
 from memtool.heads.solve import merged
 from memtool.learning.adapt import adapt
@@ -436,22 +437,24 @@ class Modulation(Method):
         versions = self._history(stored) if history else {}
         versions[count] = stored.version
         names: tuple[Recaller, ...] = self.config.modulation.memory
-        accuracy = {name: np.full((count + 1, count), np.nan) for name in ("exact", *names)}
+        labels = [task.name for task in tasks]
+        accuracy = {name: AccuracyMatrix.empty(labels) for name in ("exact", *names)}
         errors = {name: np.full((count + 1, count), np.nan) for name in names}
         shown = [task.test for task in tasks]
         exact = self._accuracies(stored, stored.values, shown)
         for known, at in self.workspace.telling("evaluate", sorted(versions.items())):
             there = stored if at == stored.version else self.stored(at)
             # The exact adapters and their heads are the same at every version.
-            accuracy["exact"][known, :known] = exact[:known]
+            later = [None] * (count - known)
+            accuracy["exact"] = accuracy["exact"].with_row(known, [*exact[:known], *later])
             for name in names:
                 recalled = self._recall_all(name, there)
                 errors[name][known, :known] = relative_errors(recalled, there.values)
-                accuracy[name][known, :known] = self._accuracies(there, recalled, shown[:known])
-        labels = [task.name for task in tasks]
+                scores = self._accuracies(there, recalled, shown[:known])
+                accuracy[name] = accuracy[name].with_row(known, [*scores, *later])
         top = float(np.mean(exact))
         rows = [
-            self._row(name, LABELS[name], "method", labels, accuracy[name], errors[name], top, {})
+            self._row(name, LABELS[name], "method", accuracy[name], errors[name], top, {})
             for name in names
         ]
         rows.append(
@@ -459,7 +462,7 @@ class Modulation(Method):
                 "exact",
                 "exact adapters from the store",
                 "upper bound",
-                AccuracyMatrix(tuple(labels), accuracy["exact"]),
+                accuracy["exact"],
             )
         )
         return rows
@@ -475,34 +478,30 @@ class Modulation(Method):
         given = self._accuracies(stored, stored.values, shown)
         top = float(np.mean(given))
 
-        def final(scores: Sequence[float]) -> Numbers:
-            matrix = np.full((count + 1, count), np.nan)
-            matrix[count] = scores
-            return matrix
+        def final(scores: Sequence[float]) -> AccuracyMatrix:
+            return AccuracyMatrix.empty(labels).with_row(count, scores)
 
         rows = []
         for name in self.config.modulation.memory:
             recalled = self._recall_all(name, stored)
             scores = self._right(stored, recalled, shown, predicted, range(count))
-            errors = final(relative_errors(recalled, stored.values).tolist())
-            rows.append(
-                self._row(name, LABELS[name], "method", labels, final(scores), errors, top, more)
-            )
+            errors = np.full((count + 1, count), np.nan)
+            errors[count] = relative_errors(recalled, stored.values)
+            rows.append(self._row(name, LABELS[name], "method", final(scores), errors, top, more))
         scores = self._right(stored, stored.values, shown, predicted, range(count))
         rows.append(
             self._row(
                 "exact-predicted",
                 "exact adapters, task predicted",
                 "upper bound",
-                labels,
                 final(scores),
                 None,
                 top,
                 more,
             )
         )
-        matrix = AccuracyMatrix(tuple(labels), final(given))
-        rows.append(Row.measured("exact", "exact adapters, task given", "upper bound", matrix))
+        label = "exact adapters, task given"
+        rows.append(Row.measured("exact", label, "upper bound", final(given)))
         return rows
 
     def _row(
@@ -510,21 +509,20 @@ class Modulation(Method):
         id: str,
         label: str,
         kind: Kind,
-        tasks: Sequence[str],
-        accuracy: Numbers,
+        accuracy: AccuracyMatrix,
         errors: Numbers | None,
         exact: float,
         more: Mapping[str, float],
     ) -> Row:
         measured = dict(more)
-        measured["recall_drop"] = exact - float(accuracy[-1].mean())
+        measured["recall_drop"] = exact - float(accuracy.values[-1].mean())
         if errors is not None:
             measured["recall_error"] = float(errors[-1].mean())
         return Row.measured(
             id,
             label,
             kind,
-            AccuracyMatrix(tuple(tasks), accuracy),
+            accuracy,
             more=measured,
             recall_error=()
             if errors is None
@@ -564,7 +562,7 @@ class Modulation(Method):
     def _memory(self, name: Recaller, stored: Stored) -> AdapterMemory:
         return open_memory(name, stored.view, self.config.modulation)
 
-    def _accuracies(self, stored: Stored, values: Tensor, shown: Sequence[Images]) -> list[float]:
+    def _accuracies(self, stored: Stored, values: Tensor, shown: Sequence[Images]) -> list[Share]:
         """Accuracy on every task through its own adapter of `values` (t, numel)."""
         places = [torch.full((len(samples),), place) for place, samples in enumerate(shown)]
         return self._right(stored, values, shown, places, range(len(values)))
@@ -576,7 +574,7 @@ class Modulation(Method):
         shown: Sequence[Images],
         places: Sequence[Tensor],
         rows: Sequence[int],
-    ) -> list[float]:
+    ) -> list[Share]:
         """Share of right answers on each set of samples, all of them in one stream of batches.
 
         Sample i of set s uses adapter and head `places[s][i]`, a place of `stored`; a single number
@@ -605,7 +603,7 @@ class Modulation(Method):
         scores = engine.predict(logits, images, rows_index, index, exact=True)
         right = scores.argmax(1) == labels
         parts = right.split([len(samples) for samples in shown])
-        return [float(part.double().mean()) for part in parts]
+        return [Share(part.numpy()) for part in parts]
 
     def _fitting_predictor(self, stored: Stored) -> Predictor:
         """The task predictor of the tasks in memory. Raises NotFoundError, MismatchError."""

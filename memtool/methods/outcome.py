@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from memtool.evaluation.right import Share
 from memtool.heads import FeatureStatistics
 from memtool.memories.closed_form import QueryStatistics
 from memtool.memories.novelty import LIMIT, novelty
@@ -15,10 +16,9 @@ from memtool.methods.results import Prediction
 from memtool.streams.task import Images
 
 
-def share_right(logits: Tensor, samples: Images) -> float:
+def share_right(logits: Tensor, samples: Images) -> Share:
     """Share of samples whose own class has the highest of the logits (n, classes)."""
-    labels = torch.from_numpy(np.asarray(samples.labels))
-    return float((logits.argmax(1) == labels).double().mean())
+    return Share(logits.argmax(1).numpy() == np.asarray(samples.labels))
 
 
 def seen_before(

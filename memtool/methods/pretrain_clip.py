@@ -28,7 +28,7 @@ from memtool.backbones.open_clip import ClipBackbone, build_clip, read_configura
 from memtool.backbones.tensor_hash import tensor_sha256
 from memtool.config import EngineSettings, StreamSettings, TrainSettings
 from memtool.engine import Batch, Batches, Engine
-from memtool.errors import AlreadyThereError
+from memtool.errors import AlreadyExistsError
 from memtool.heads import CosineHead, both_ways
 from memtool.learning.known import PromptTokens
 from memtool.progress import Progress, ProgressEvent
@@ -70,10 +70,12 @@ def pretrain_clip(
 
     At least so many steps, to the end of an epoch. `out` is a safetensors file with open_clip's
     tensor names, for `backbone.weights` beside `backbone.name: open_clip:<configuration>`. Raises
-    AlreadyThereError when `out` exists; further errors as `create_open_clip`, `create_stream`.
+    AlreadyExistsError when `out` exists; further errors as `create_open_clip`, `create_stream`.
     """
     if out.exists():
-        raise AlreadyThereError(f"{out} is already there", remedy="name another file, or remove it")
+        raise AlreadyExistsError(
+            f"{out} is already there", remedy="name another file, or remove it"
+        )
     engine = Engine(EngineSettings(), threads=threads)
     tasks = create_stream(stream, image_size)
     model_cfg, preprocessing = read_configuration(configuration)

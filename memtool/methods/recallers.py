@@ -86,7 +86,7 @@ def synchronise(
 ) -> None:
     """Make the state of a memory speak of exactly the adapters that are live in a transaction.
 
-    Raises CapacityError, AlreadyThereError (two adapters with one key) and DataError.
+    Raises CapacityError, AlreadyExistsError (two adapters with one key) and DataError.
     """
     if name in ("hopfield", "hopfield-published"):
         return

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from memtool.errors import NotFoundError
 from memtool.evaluation.metrics import METRICS, seen_accuracy
+from memtool.evaluation.paired import paired
 from memtool.evaluation.record import AtomUse, Kind, Record, Row
 from memtool.evaluation.summary import RowSummary, Summary, summarise, summarise_rows
 from memtool_stores.printable import printable
@@ -350,6 +351,48 @@ def negative_grid(records: Sequence[Record]) -> Grid | None:
         rows=tuple(body),
         rules=(len(body) - 1,),
         notes=tuple(sentences),
+    )
+
+
+def paired_grid(records: Sequence[Record]) -> Grid | None:
+    """The first method less every other row, on the same test samples, or None.
+
+    Only rows that say which samples were right.
+    """
+    rows = by_kind(summarise_rows(records))
+    own = main_row(rows)
+    found = [
+        (row, pair)
+        for row in rows
+        if row is not own and (pair := paired(records, own.id, row.id)) is not None
+    ]
+    if not found:
+        return None
+    return Grid(
+        title=f"{own.label} less each other row, by test sample ({_about(records, 'mean')})",
+        header=(
+            "",
+            "difference, points",
+            "95 %: from",
+            "to",
+            f"only {own.label} right",
+            "only this right",
+        ),
+        rows=tuple(
+            (
+                label(row),
+                _signed(pair.difference),
+                _signed(pair.low),
+                _signed(pair.high),
+                str(pair.only_first),
+                str(pair.only_second),
+            )
+            for row, pair in found
+        ),
+        rules=_rules([row for row, _ in found]),
+        notes=(
+            f"Bootstrap over {found[0][1].samples} test samples, the models being as they are.",
+        ),
     )
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from memtool_stores.errors import ConflictError, NotFoundError, StorageError, StoreError
+from memtool_stores.errors import ConflictError, MemtoolError, NotFoundError, StorageError
 from memtool_stores.history import snapshots
 from memtool_stores.ice import create_repository, open_repository, translated
 from memtool_stores.objects import objects_at, write_new
@@ -45,20 +45,20 @@ def settled(url: str, doing: str, done: Callable[[], bool]) -> Iterator[None]:
         return
     try:
         yield
-    except StoreError as error:
+    except MemtoolError as error:
         silent = isinstance(error, StorageError) and error.transient
         try:
             with translated(doing, url):
                 if done():
                     return
-        except StoreError as second:
+        except MemtoolError as second:
             silent = silent or (isinstance(second, StorageError) and second.transient)
         if not silent:
             raise
         raise outcome_unknown(error) from error
 
 
-def outcome_unknown(error: StoreError) -> StorageError:
+def outcome_unknown(error: MemtoolError) -> StorageError:
     """The error of a change that was asked for, and of which nobody says what became."""
     return StorageError(
         error.message.removesuffix(_UNKNOWN) + _UNKNOWN,
@@ -109,7 +109,7 @@ def empty_repository(url: str) -> Any:
     if not is_begun(url):
         try:
             return create_repository(url)
-        except StoreError:
+        except MemtoolError:
             # A request whose answer was lost has made it, or another process; or a process died
             # between the two files that it consists of: then the second is written here.
             if [entry.path for entry in objects_at(url).list()] == [_FIRST_SNAPSHOT]:

@@ -1,20 +1,25 @@
-"""The errors of the store: what was wrong, where, what was expected, and what helps.
+"""The errors of all of memtool: what was wrong, where, what was expected, and what helps.
 
-StoreError
-├── NotFoundError            no such store, version, adapter or blob        not-found
-│   └── VersionExpiredError  a version that gc has taken away               version-expired
-├── AlreadyExistsError       a store, name, tag or branch that is taken     already-exists
-├── ConflictError            another writer committed first                 conflict
-├── LockTimeoutError         another process holds the lock for too long    lock-timeout
-├── IntegrityError           stored bytes are not what was written          integrity
-├── SchemaError              a value or file that does not fit the schema   schema
-│   └── NewerSchemaError     a store made by a newer memtool                newer-schema
-├── SpaceMismatchError       another backbone, layout or shape              space-mismatch
-├── ForkedProcessError       used in a forked child                         forked-process
-├── ClockError               clocks that are too far apart for an order      clock
-└── StorageError             the disk or the object store refused           storage
+MemtoolError
+├── NotFoundError              something that is not there                   not-found
+│   └── VersionExpiredError    a version that gc has taken away              version-expired
+├── AlreadyExistsError         something that is there, or a taken name      already-exists
+├── BusyError                  another process works in the same place       busy
+│   └── LockTimeoutError       it held the lock of the store for too long    lock-timeout
+├── ChangedMeanwhileError      another process changed what this one read    changed-meanwhile
+│   └── ConflictError          another writer committed first                conflict
+├── CorruptError               bytes that are not what was written           corrupt
+│   └── IntegrityError         those of a named part of a store              integrity
+├── MismatchError              two parts that do not fit                     mismatch
+│   └── SpaceMismatchError     another backbone, layout or shape             space-mismatch
+├── SchemaError                a value or file that does not fit the schema  schema
+│   └── NewerSchemaError       a store made by a newer memtool               newer-schema
+├── ForkedProcessError         used in a forked child                        forked-process
+├── ClockError                 clocks that are too far apart for an order    clock
+└── StorageError               the disk or the object store refused          storage
 
-`code` never changes for a class; programs compare it instead of the message.
+`memtool.errors` adds what only the library raises. `code` never changes for a class; programs
+compare it instead of the message.
 """
 
 from __future__ import annotations
@@ -25,8 +30,8 @@ from typing import Any, ClassVar
 from memtool_stores.redacted import said
 
 
-class StoreError(Exception):
-    """Base of all errors that the store raises on purpose.
+class MemtoolError(Exception):
+    """Base of all errors that the store and the library raise on purpose.
 
     `message` says what was wrong and where; `expected` what would have been right; `remedy` is the
     command or the change that helps; each is one printable line, whatever a file put into it, and
@@ -34,7 +39,7 @@ class StoreError(Exception):
     exits with.
     """
 
-    code: ClassVar[str] = "store"
+    code: ClassVar[str] = "error"
     exit_status: ClassVar[int] = 1
 
     def __init__(
@@ -58,14 +63,16 @@ class StoreError(Exception):
         return _restored, (type(self), self.args, vars(self))
 
 
-def _restored(kind: type[StoreError], args: tuple[Any, ...], told: Mapping[str, Any]) -> StoreError:
+def _restored(
+    kind: type[MemtoolError], args: tuple[Any, ...], told: Mapping[str, Any]
+) -> MemtoolError:
     error = kind.__new__(kind, *args)
     vars(error).update(told)
     return error
 
 
-class NotFoundError(StoreError):
-    """A store, version, adapter or blob that is not there."""
+class NotFoundError(MemtoolError):
+    """A store, version, adapter, blob, task, preset or file that is not there."""
 
     code = "not-found"
     exit_status = 3
@@ -77,36 +84,54 @@ class VersionExpiredError(NotFoundError):
     code = "version-expired"
 
 
-class AlreadyExistsError(StoreError):
-    """A store, live adapter name, tag or branch that is taken."""
+class AlreadyExistsError(MemtoolError):
+    """A name that is taken, or something that would be overwritten."""
 
     code = "already-exists"
     exit_status = 4
 
 
-class ConflictError(StoreError):
-    """Another writer committed after this transaction began; nothing of it was stored."""
+class BusyError(MemtoolError):
+    """Another process works in the same place; nothing was begun."""
 
-    code = "conflict"
+    code = "busy"
     exit_status = 4
 
 
-class LockTimeoutError(StoreError):
+class LockTimeoutError(BusyError):
     """Another process held the lock of the store for longer than the timeout."""
 
     code = "lock-timeout"
+
+
+class ChangedMeanwhileError(MemtoolError):
+    """Another process changed what this one was working on; nothing was stored."""
+
+    code = "changed-meanwhile"
     exit_status = 4
 
 
-class IntegrityError(StoreError):
-    """Stored bytes are not what was written.
+class ConflictError(ChangedMeanwhileError):
+    """Another writer committed after this transaction began; `store.run` runs it again."""
+
+    code = "conflict"
+
+
+class CorruptError(MemtoolError):
+    """Bytes on disk are not what was written."""
+
+    code = "corrupt"
+    exit_status = 5
+
+
+class IntegrityError(CorruptError):
+    """A named part of a store is not what was written.
 
     `what` is the kind of the damaged thing (values, keys, blob, catalog, version, branch, tag,
     store), `name` says which one, `found` what was read in its place.
     """
 
     code = "integrity"
-    exit_status = 5
 
     def __init__(
         self, *, what: str, name: str, expected: str, found: str, remedy: str | None = None
@@ -121,7 +146,7 @@ class IntegrityError(StoreError):
         self.found = said(found)
 
 
-class SchemaError(StoreError):
+class SchemaError(MemtoolError):
     """A value, name or file that does not fit the schema of the store."""
 
     code = "schema"
@@ -134,26 +159,32 @@ class NewerSchemaError(SchemaError):
     code = "newer-schema"
 
 
-class SpaceMismatchError(StoreError):
-    """Another backbone, another adapter layout, or a value of another shape or type."""
+class MismatchError(MemtoolError):
+    """Two parts do not fit together: shape, rank, layout or backbone."""
 
-    code = "space-mismatch"
+    code = "mismatch"
     exit_status = 2
 
 
-class ForkedProcessError(StoreError):
+class SpaceMismatchError(MismatchError):
+    """A store has another backbone, another adapter layout, or values of another shape or type."""
+
+    code = "space-mismatch"
+
+
+class ForkedProcessError(MemtoolError):
     """The store was used in a child made by fork, where its threads do not exist."""
 
     code = "forked-process"
 
 
-class ClockError(StoreError):
+class ClockError(MemtoolError):
     """The clocks of the machines that write to a store are too far apart; nothing was stored."""
 
     code = "clock"
 
 
-class StorageError(StoreError):
+class StorageError(MemtoolError):
     """The disk or the object store refused. `transient` says whether a retry may help."""
 
     code = "storage"

@@ -24,9 +24,9 @@ from memtool_stores.errors import (
     ConflictError,
     ForkedProcessError,
     IntegrityError,
+    MemtoolError,
     NotFoundError,
     StorageError,
-    StoreError,
 )
 
 ROWS_PER_MANIFEST = 512
@@ -225,7 +225,7 @@ def translated(doing: str, where: str) -> Iterator[None]:
     # `_UNREADABLE`; our own errors pass through.
     try:
         yield
-    except StoreError:
+    except MemtoolError:
         raise
     except icechunk().ConflictError as error:
         raise _conflict(doing, where) from error
@@ -277,7 +277,7 @@ def looking_up(repository: Any, *versions: str) -> Iterator[None]:
         raise
 
 
-def of_os_error(error: OSError, doing: str, where: str) -> StoreError:
+def of_os_error(error: OSError, doing: str, where: str) -> MemtoolError:
     """An error of the system as one of ours."""
     told = StorageError(f"could not {doing} in {where}: {error}")
     return _of_errno(error.errno, doing, where) or told
@@ -404,7 +404,7 @@ _NO_ANSWER = (
 )
 
 
-def _of_message(text: str, doing: str, where: str) -> StoreError:
+def _of_message(text: str, doing: str, where: str) -> MemtoolError:
     """The one place that reads the messages of icechunk 1.x and the kinds of 2.x."""
     brief = _first_line(text)
     lower = text.lower()

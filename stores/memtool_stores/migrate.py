@@ -1,7 +1,8 @@
 """From an older schema to the one this code writes, a step at a time.
 
 A version is never rewritten: history stays as it was written, and is read through the same steps.
-The first commit on an old tree changes the tree too, in the same transaction.
+The first commit on an old tree changes the tree too, in the same transaction; `MemoryStore.migrate`
+makes such a commit where nothing else is to be committed.
 
   1  arrays /values, /catalog, /keys, blobs, and an empty group /atoms
   2  rows of kind "atoms" beside those of adapters, pruned atoms, purged rows: the state counts
@@ -12,6 +13,7 @@ The first commit on an old tree changes the tree too, in the same transaction.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 Attributes = dict[str, Any]
@@ -33,6 +35,36 @@ MIGRATIONS: Mapping[int, Callable[[Attributes, Any | None], Attributes]] = {1: _
 It takes the attributes of the root group and gives those of the next schema; `group` is the zarr
 group to change likewise, or None when the tree is only read.
 """
+
+
+@dataclass(frozen=True)
+class BranchMigration:
+    """The tip of one branch: its version, the schema of its tree, and what it holds.
+
+    `rows` and `blobs` stay as they are; `committed` is the version that brought the tree to the
+    newest schema, None where that was not needed or nothing was to be done.
+    """
+
+    branch: str
+    version: str
+    schema: int
+    rows: int
+    blobs: int
+    committed: str | None = None
+
+    @property
+    def needed(self) -> bool:
+        """Whether this code writes a newer schema."""
+        return self.schema < SCHEMA_VERSION
+
+
+@dataclass(frozen=True)
+class Migration:
+    """Every branch of a store, main first; `files` and `nbytes` is all that lies in the store."""
+
+    branches: tuple[BranchMigration, ...]
+    files: int
+    nbytes: int
 
 
 def migrated(attributes: Mapping[str, Any], group: Any | None = None) -> Attributes:

@@ -16,7 +16,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
-from memtool_stores.errors import NotFoundError, StorageError, StoreError
+from memtool_stores.errors import MemtoolError, NotFoundError, StorageError
 from memtool_stores.files import appearing
 from memtool_stores.ice import of_os_error
 from memtool_stores.names import below
@@ -250,7 +250,7 @@ class _Bucket:
         except (exceptions.BaseError, OSError) as error:
             raise self._refusal(doing, str(error)) from error
 
-    def _refusal(self, doing: str, said: str) -> StoreError:
+    def _refusal(self, doing: str, said: str) -> MemtoolError:
         """What the object store answered, in our words."""
         bucket = self._url.removeprefix("s3://").partition("/")[0]
         if "NoSuchBucket" in said:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from memtool_stores.errors import IntegrityError, NotFoundError, StoreError
+from memtool_stores.errors import IntegrityError, MemtoolError, NotFoundError
 from memtool_stores.files import open_as_usual, part_folder
 from memtool_stores.ice import of_os_error, open_repository, sync_to_disk, translated
 from memtool_stores.objects import objects_at
@@ -225,5 +225,5 @@ def try_to_mark_all(url: str) -> None:
     try:
         with translated("mark the branches and tags", url):
             mark_all(url)
-    except StoreError:
+    except MemtoolError:
         return

@@ -11,7 +11,7 @@ import os
 import shutil
 from pathlib import Path
 
-from memtool_stores.errors import StoreError
+from memtool_stores.errors import MemtoolError
 from memtool_stores.files import write_whole
 from memtool_stores.ice import disk_full, of_os_error
 
@@ -84,5 +84,5 @@ def try_to_keep_reserve(url: str) -> None:
     """As `keep_reserve`; a store without a reserve is whole, so that a failure says nothing."""
     try:
         keep_reserve(url)
-    except StoreError:
+    except MemtoolError:
         return

@@ -39,9 +39,9 @@ from memtool_stores.errors import (
     ConflictError,
     IntegrityError,
     LockTimeoutError,
+    MemtoolError,
     NotFoundError,
     StorageError,
-    StoreError,
 )
 from memtool_stores.files import appearing_folders
 from memtool_stores.history import (
@@ -62,6 +62,7 @@ from memtool_stores.ice import (
     translated,
 )
 from memtool_stores.leftovers import Leftover, find, find_in_store, take_away
+from memtool_stores.migrate import SCHEMA_VERSION, BranchMigration, Migration
 from memtool_stores.move import REFERENCES, Tell, begun_copy, copy, require_empty
 from memtool_stores.names import below, check_ref
 from memtool_stores.objects import Objects, Retractable, bucket_holds, objects_at
@@ -597,14 +598,38 @@ class MemoryStore:
             self._sync()
             try:
                 move_branch(self.url, self._repository, doing, MAIN, head, target)
-            except StoreError as error:
+            except MemtoolError as error:
                 # Where nobody can say whether main moved, the backup stays.
-                with suppress(StoreError):
+                with suppress(MemtoolError):
                     if backup and (isinstance(error, ConflictError) or self.head() == head):
                         self.delete_branch(backup)
                 raise
             self._sync()
         return backup
+
+    def migrate(self, *, dry_run: bool = False) -> Migration:
+        """Bring the tip of every branch to the schema that this code writes, by a commit on each.
+
+        Older versions stay as they were written, and are read. With `dry_run` nothing is changed.
+
+        Raises:
+            NewerSchemaError: a branch holds what only a newer memtool reads.
+            ConflictError, LockTimeoutError, StorageError: that branch is as it was; those before it
+                in the order of names, main first, are done.
+        """
+        listed = list(objects_at(self.url).list())
+        found = []
+        for name in sorted(self.branches(), key=lambda name: (name != MAIN, name)):
+            view = self.view(name)
+            tip = BranchMigration(
+                name, view.version, view.schema, view.state.rows, len(view.state.blobs)
+            )
+            if tip.needed and not dry_run:
+                message = f"migrate from schema {tip.schema} to {SCHEMA_VERSION}"
+                self.run(lambda transaction: transaction.migrate(), message, branch=name)
+                tip = replace(tip, committed=self.view(name).version)
+            found.append(tip)
+        return Migration(tuple(found), len(listed), sum(entry.nbytes for entry in listed))
 
     # Care
 
@@ -664,7 +689,7 @@ class MemoryStore:
         if _is_local(self.url):
             found = find_in_store(Path(self.url))
             found += (one for one in find(Path(self.url).parent, below=False) if one.is_old)
-        with suppress(StoreError):  # a damaged newest version does not say whose cache it is
+        with suppress(MemtoolError):  # a damaged newest version does not say whose cache it is
             place = cache.folder(self._view(self.head()).store_id)
             found += (one for one in find(place) if one.is_old)
         return found

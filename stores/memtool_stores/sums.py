@@ -21,7 +21,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from memtool_stores.errors import IntegrityError, StoreError
+from memtool_stores.errors import IntegrityError, MemtoolError
 from memtool_stores.files import appearing
 from memtool_stores.history import snapshots, tips
 from memtool_stores.ice import manifests, of_os_error
@@ -49,7 +49,7 @@ class Unread:
 
     kind: str
     version: str
-    error: StoreError
+    error: MemtoolError
 
 
 def versions(url: str) -> frozenset[str]:

@@ -23,10 +23,10 @@ from memtool_stores.atoms import segments_of
 from memtool_stores.errors import (
     AlreadyExistsError,
     ConflictError,
+    MemtoolError,
     NotFoundError,
     SchemaError,
     SpaceMismatchError,
-    StoreError,
 )
 from memtool_stores.space import Backbone, Layout, Segment, Space
 from memtool_stores.store import MemoryStore
@@ -215,7 +215,7 @@ def _assert_same_atoms(view: MemoryView, oracle: OracleVersion) -> None:
 
 
 @contextmanager
-def refused(error: type[StoreError], saying: str = "") -> Iterator[None]:
+def refused(error: type[MemtoolError], saying: str = "") -> Iterator[None]:
     """The block must raise this error, with these words in its message."""
     try:
         yield

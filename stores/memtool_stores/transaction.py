@@ -23,6 +23,7 @@ from memtool_stores.errors import (
     SchemaError,
     SpaceMismatchError,
 )
+from memtool_stores.migrate import SCHEMA_VERSION
 from memtool_stores.names import check_name, check_ref
 from memtool_stores.tensorfile import read_header
 from memtool_stores.tree import Array, KeysState, Root, State, Tree, numpy_dtype, sha256
@@ -51,11 +52,12 @@ class Transaction:
         self._keys: Array | None = None
         self._keys_set = False
         self._blobs: dict[str, bytes | None] = {}
+        self._migrates = False
 
     @property
     def changed(self) -> bool:
         """Whether there is anything to commit."""
-        return bool(self._lines or self._keys_set or self._blobs)
+        return bool(self._lines or self._keys_set or self._blobs or self._migrates)
 
     @property
     def nbytes(self) -> int:
@@ -84,6 +86,10 @@ class Transaction:
         # New rows come after all of the base, in the order in which they were added.
         records = {**self.base.catalog.records, **self._changed}
         return tuple(r for r in records.values() if r.kind == kind and r.live)
+
+    def migrate(self) -> None:
+        """Bring the tree to the schema that this code writes, as every commit does."""
+        self._migrates = self.base.schema < SCHEMA_VERSION
 
     def add(
         self,

@@ -22,9 +22,9 @@ from memtool_stores.catalog import AdapterRecord, Catalog
 from memtool_stores.errors import (
     ForkedProcessError,
     IntegrityError,
+    MemtoolError,
     NewerSchemaError,
     StorageError,
-    StoreError,
 )
 from memtool_stores.history import (
     MAIN,
@@ -112,7 +112,7 @@ class _Seen:
         damage = replace(damage, name=one_line(damage.name), found=one_line(damage.found))
         self.damages.setdefault((damage.what, *(same or (damage.name,))), damage)
 
-    def pass_over(self, what: str, name: str, error: StoreError) -> None:
+    def pass_over(self, what: str, name: str, error: MemtoolError) -> None:
         """One more that could not be read, for no fault of its own."""
         self.unchecked.setdefault((what, name), Unchecked(what, name, error.message))
 
@@ -136,7 +136,7 @@ class _Seen:
                 place + error.found,
             )
             self.add(found, *same)
-        except StoreError as error:
+        except MemtoolError as error:
             self.add(Damage(what, name, "what was written", error.message), *same)
 
 

@@ -105,6 +105,12 @@ class MemoryView:
         return self._root.state
 
     @property
+    def schema(self) -> int:
+        """The schema that this version was written in."""
+        _ = self._root  # checked
+        return int(self._tree.attributes["schema_version"])
+
+    @property
     def space(self) -> Space:
         """Backbone and layout."""
         return self._root.space

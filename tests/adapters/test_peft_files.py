@@ -26,7 +26,7 @@ from memtool.adapters.peft_files import (
     write_peft,
 )
 from memtool.errors import (
-    AlreadyThereError,
+    AlreadyExistsError,
     CorruptError,
     DataError,
     MemtoolError,
@@ -544,7 +544,7 @@ def test_tensors_that_contradict_our_note_are_corrupt(tmp_path: Path) -> None:
 def test_nothing_is_overwritten_unless_asked(tmp_path: Path) -> None:
     value, layout = written(tmp_path, ("q", "v"))
     before = (tmp_path / WEIGHTS_NAME).read_bytes()
-    with pytest.raises(AlreadyThereError, match=WEIGHTS_NAME):
+    with pytest.raises(AlreadyExistsError, match=WEIGHTS_NAME):
         write_peft(tmp_path, 2 * value, layout, alpha=3.0, base_model="vit")
     assert (tmp_path / WEIGHTS_NAME).read_bytes() == before
     write_peft(tmp_path, 2 * value, layout, alpha=3.0, base_model="vit", overwrite=True)

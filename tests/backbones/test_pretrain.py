@@ -23,7 +23,7 @@ from memtool.backbones.pretrain import (
 )
 from memtool.backbones.tensor_hash import tensor_sha256
 from memtool.config import BackboneSettings
-from memtool.errors import AlreadyThereError, ConfigError, DataError, MismatchError, NotFoundError
+from memtool.errors import AlreadyExistsError, ConfigError, DataError, MismatchError, NotFoundError
 
 
 def write(
@@ -127,7 +127,7 @@ def test_what_cannot_be_used_is_named(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="steps=0"):
         pretrain_nano(data, tmp_path / "w", steps=0)
     (tmp_path / "there").write_bytes(b"")
-    with pytest.raises(AlreadyThereError, match="there"):
+    with pytest.raises(AlreadyExistsError, match="there"):
         pretrain_nano(data, tmp_path / "there")
     with pytest.raises(NotFoundError, match=r"omniglot.background\.parquet"):
         pretrain_nano(tmp_path, tmp_path / "w")

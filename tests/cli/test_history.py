@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from datetime import datetime
+from pathlib import Path
+
+STORES = Path(__file__).parents[1] / "stores" / "fixtures"
 
 
 def document(done):
@@ -87,3 +91,40 @@ def test_gc_asks_plans_and_frees(memory, memtool):
     assert done["expired"] == plan["expired"] != []
     assert memory.log()[0].id == memory.head()
     assert memtool("verify").returncode == 0
+
+
+def test_migrate_says_what_it_would_do_and_does_it(memtool, here):
+    with zipfile.ZipFile(STORES / "schema-1.zip") as archive:
+        archive.extractall(here / "old")
+
+    def files():
+        return {path: path.stat().st_mtime_ns for path in sorted((here / "old").rglob("*"))}
+
+    before = files()
+    told = memtool("migrate", "--dry-run", "--store", "old")
+    assert told.returncode == 0, told.stderr
+    header, main, side = (line.split("\t") for line in told.stdout.splitlines())
+    assert header == ["branch", "version", "schema", "to", "rows", "blobs", "would do"]
+    assert (main[0], main[2:]) == ("main", ["1", "2", "4", "1", "one commit"])
+    assert (side[0], side[2:]) == ("side", ["1", "2", "3", "1", "one commit"])
+    assert "nothing was changed" in told.stderr
+    assert "next: memtool migrate --store old" in told.stderr
+    record = document(memtool("migrate", "--dry-run", "--json", "--store", "old"))
+    assert (record["dry_run"], record["schema_to"]) == (True, 2)
+    assert [branch["committed"] for branch in record["branches"]] == [None, None]
+    assert memtool("migrate", "--dry-run", "-q", "--store", "old").stdout == ""
+    assert "schema 1: the next commit brings it to 2" in memtool("doctor", "--store", "old").stdout
+    assert files() == before
+
+    done = memtool("migrate", "-q", "--store", "old")
+    assert done.returncode == 0, done.stderr
+    newest = memtool("log", "-q", "-n", "1", "--store", "old").stdout
+    assert done.stdout.splitlines(keepends=True)[0] == newest
+    again = memtool("migrate", "--store", "old")
+    assert again.returncode == 0
+    assert "there is nothing to do" in again.stderr
+
+
+def test_what_cannot_be_migrated(memory, memtool):
+    assert memtool("migrate", "--store", "memory@HEAD~1").returncode == 2
+    assert memtool("migrate", "--dry-run", "--store", "nowhere").returncode == 3

@@ -21,13 +21,13 @@ VERBS = (
 )
 READ = """
 import sys
-from memtool_stores import MemoryStore, StoreError
+from memtool_stores import MemoryStore, MemtoolError
 for read in ("values", "blobs", "adapters"):
     try:
         view = MemoryStore.open("hostile").view()
         found = getattr(view, read)
         found = found() if callable(found) else found
-    except StoreError as error:
+    except MemtoolError as error:
         print("refused", error.message)
     else:
         print("read", found)

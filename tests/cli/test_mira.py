@@ -201,13 +201,14 @@ def test_an_unknown_ablation(memtool):
 def test_two_seeds_have_a_spread_and_intervals(memtool, here):
     done = memtool("run", "--seed", "0", "--seed", "1", "--report", "page.html", **TINY)
     assert done.returncode == 0, done.stderr
-    methods, tasks = done.stdout.split("\n\n")
+    methods, tasks, differences = done.stdout.split("\n\n")
     header, memory, *_ = (line.split("\t") for line in methods.splitlines())
     assert header[1:3] == ["upright %", "inverted %"]
     assert all(" ± " in cell for cell in memory[1:4])
     header, *rows = (line.split("\t") for line in tasks.splitlines())
     assert [row[0] for row in rows] == ["upright", "inverted", "final average"]
     assert all(" to " in cell for row in rows for cell in row[1:])
+    assert differences.startswith("\tdifference, points\t95 %: from\tto\t")
     page = (here / "page.html").read_text()
     assert "2 seeds" in page
     assert "95 % t-interval" in page

@@ -95,6 +95,9 @@ def test_a_record_is_whole_and_the_same_when_opened_again(
     matrix = row.loss or row.accuracy
     assert [len(scores) for scores in matrix] == [2, 2, 2]
     assert all(score is not None for score in matrix[-1])
+    if row.accuracy[-1] != (None, None):
+        for one in record.metrics.rows:
+            assert [right.samples for right in one.right if right] == [20, 20], one.id
     again = opened(kind, folder).evaluate().row(row.id)
     assert (again.loss or again.accuracy)[-1] == matrix[-1]
 

@@ -35,7 +35,7 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
     assert stored == json.loads(after.to_json())
     document = json.loads(path.read_text())
     assert list(document) == ["schema", "schema_version", "run", "metrics", "environment", "seal"]
-    assert (document["schema"], document["schema_version"]) == ("memtool.evaluation", 1)
+    assert (document["schema"], document["schema_version"]) == ("memtool.evaluation", 2)
 
 
 def test_the_records_of_a_folder(tmp_path: Path) -> None:
@@ -69,8 +69,8 @@ def test_a_row_holds_what_is_defined_and_why_the_rest_is_not() -> None:
 
 
 def test_newer_version_names_the_remedy() -> None:
-    document = json.loads(record().to_json()) | {"schema_version": 2, "something": "new"}
-    with pytest.raises(MismatchError, match=r"version 2.*\n.*\n.*upgrade memtool"):
+    document = json.loads(record().to_json()) | {"schema_version": 3, "something": "new"}
+    with pytest.raises(MismatchError, match=r"version 3.*\n.*\n.*upgrade memtool"):
         Record.from_json(json.dumps(document), "runs/r.json")
 
 

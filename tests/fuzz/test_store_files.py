@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
-from memtool_stores import MemoryStore, MemoryView, StoreError, sums
+from memtool_stores import MemoryStore, MemoryView, MemtoolError, sums
 from memtool_stores.catalog import Catalog
 from memtool_stores.store import _sealed
 from memtool_stores.tensorfile import write_header
@@ -333,5 +333,5 @@ def test_a_strangers_store_is_refused_or_does_no_harm(
             with refused_or_taken(), MemoryStore.open(hostile.url).transaction("on it") as txn:
                 fill(txn, SPACE, "on it", 5)
                 txn.purge("on it")
-                raise StoreError("never stored")
+                raise MemtoolError("never stored")
     assert (sandbox / "victim" / "lock").read_text() == "not yours"

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memtool.errors import (
-    AlreadyThereError,
+    AlreadyExistsError,
     CapacityError,
     ConfigError,
     CorruptError,
@@ -284,9 +284,9 @@ def test_keys_that_cannot_work_are_refused_by_name():
     memory = filled(rows[:2], 10)
     twin = rows[2].clone()
     twin[:10] = rows[1][:10]
-    with pytest.raises(AlreadyThereError, match="'p1' and 'twin'"):
+    with pytest.raises(AlreadyExistsError, match="'p1' and 'twin'"):
         memory.write("twin", twin)
-    with pytest.raises(AlreadyThereError):
+    with pytest.raises(AlreadyExistsError):
         memory.write("p1", rows[2])
     with pytest.raises(DataError, match="constant"):
         memory.write("flat", torch.cat([torch.full((10,), 0.5), rows[2][10:]]))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from memtool.errors import (
-    AlreadyThereError,
+    AlreadyExistsError,
     ChangedMeanwhileError,
     ConfigError,
     DataError,
@@ -149,7 +149,7 @@ def test_a_purge_refuses_while_a_tag_or_branch_keeps_it(learned_copy):
     store.tag("v1")
     backup = store.rollback("HEAD~2")  # two tasks, both with keys
     before = store.head()
-    with pytest.raises(AlreadyThereError, match=f"{backup}, v1 still lead"):
+    with pytest.raises(AlreadyExistsError, match=f"{backup}, v1 still lead"):
         forget(learned_copy.workspace.store, ["2"], purge=True)
     assert store.head() == before
     store.delete_tag("v1")

@@ -15,7 +15,7 @@ from memtool.adapters.peft_files import read_peft
 from memtool.adapters.recalls import every, on_top, same_for_all
 from memtool.adapters.values import AdapterValues
 from memtool.errors import (
-    AlreadyThereError,
+    AlreadyExistsError,
     ChangedMeanwhileError,
     ConfigError,
     DataError,
@@ -270,11 +270,11 @@ class TestBadInput:
     def test_another_adapter_of_the_same_name(self, learned_copy):
         folder = learned_copy.config.runs.parent
         mira = Mira.open(small_config(folder, train__lr=0.003), seed=0)
-        with pytest.raises(AlreadyThereError, match="other settings"):
+        with pytest.raises(AlreadyExistsError, match="other settings"):
             mira.adapt("2")
         mira.adapt("2", fresh=True)
         before = versions(mira)
-        with pytest.raises(AlreadyThereError, match="another adapter named 'task-2-seed-0'"):
+        with pytest.raises(AlreadyExistsError, match="another adapter named 'task-2-seed-0'"):
             mira.write()
         assert versions(mira) == before
 
@@ -399,7 +399,7 @@ def test_folders_of_others_are_never_replaced(learned_copy):
     place.mkdir()
     (place / "notes.txt").write_text("mine")
     mira = Mira.open(small_config(learned_copy.config.runs.parent, seed=(7,)), seed=7)
-    with pytest.raises(AlreadyThereError, match="is not empty"):
+    with pytest.raises(AlreadyExistsError, match="is not empty"):
         mira.adapt("1", fresh=True)
     assert (place / "notes.txt").read_text() == "mine"
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from memtool.adapters.peft_files import read_peft
 from memtool.config import resolve
-from memtool.errors import AlreadyThereError, ConfigError, MismatchError, NotFoundError
+from memtool.errors import AlreadyExistsError, ConfigError, MismatchError, NotFoundError
 from memtool.methods.experiment import run
 from memtool.methods.modulation import PREDICTOR, Modulation, relative_errors
 from memtool.methods.recallers import blob_of, open_memory
@@ -134,7 +134,7 @@ def test_retrieve_gives_the_recalled_adapter_back_as_peft(learned, tmp_path):
     assert relative_errors(value[None], stored.values[1:2])[0] == pytest.approx(
         result.recall_error, abs=1e-6
     )
-    with pytest.raises(AlreadyThereError):
+    with pytest.raises(AlreadyExistsError):
         learned.retrieve(task="2", out=out)
 
 

@@ -16,7 +16,7 @@ from memtool.adapters.layout import Layout
 from memtool.adapters.peft_files import read_peft
 from memtool.config import resolve
 from memtool.errors import (
-    AlreadyThereError,
+    AlreadyExistsError,
     ChangedMeanwhileError,
     ConfigError,
     MismatchError,
@@ -206,7 +206,7 @@ def test_atoms_are_trained_on_top_of_those_in_memory(grown, tmp_path):
     alone.write([folder / "task-1-seed-0"])
     with pytest.raises(MismatchError, match=r"(?s)trained from zero, not on top of the 1 tasks"):
         alone.write([folder / "task-2-seed-0"])
-    with pytest.raises(AlreadyThereError, match="trained with other settings"):
+    with pytest.raises(AlreadyExistsError, match="trained with other settings"):
         alone.adapt("2")
     alone.adapt("2", fresh=True)
     assert len(alone.write([folder / "task-2-seed-0"]).added) == 1
@@ -641,5 +641,5 @@ class TestBadInput:
     def test_the_same_task_twice(self, grown_copy, tmp_path):
         paths = export_peft(grown_copy.workspace, ["task-1-seed-0"], out=tmp_path / "out")
         paths[0].rename(tmp_path / "copy-of-1")
-        with pytest.raises(AlreadyThereError, match="atoms of task 1 already"):
+        with pytest.raises(AlreadyExistsError, match="atoms of task 1 already"):
             grown_copy.write([tmp_path / "copy-of-1"])

@@ -194,6 +194,7 @@ def test_a_whole_run_generates_scores_and_writes_the_record(place: Path, tmp_pat
         moram.metrics
     )
     assert all(score is not None for line in moram.accuracy for score in line)
+    assert [right.share for right in moram.right if right] == list(moram.accuracy[-1])
     assert record.run.setting == "trace"
     folder = tmp_path / "runs" / "seed-0"
     assert read_record(folder / "record.json") == record

@@ -14,7 +14,7 @@ import memtool_stores
 from memtool import sealed
 from memtool.adapters.atoms import ModuleAtoms, activations
 from memtool.errors import (
-    AlreadyThereError,
+    AlreadyExistsError,
     ConfigError,
     DataError,
     MismatchError,
@@ -151,7 +151,7 @@ def test_atoms_that_were_trained_on_top_of_others_are_refused(place: Path, tmp_p
     about = sealed.read_json(renamed / "memtool.json").content
     about["result"]["name"] = "again"
     sealed.write_json(renamed / "memtool.json", about)
-    with pytest.raises(AlreadyThereError, match="atoms of task 1 already"):
+    with pytest.raises(AlreadyExistsError, match="atoms of task 1 already"):
         method.write([renamed])
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from memtool.adapters.recalls import every
 from memtool.backbones.open_clip import CLIP_TARGETS
 from memtool.config import Config, TrainSettings, resolve
-from memtool.errors import AlreadyThereError, ConfigError, DataError
+from memtool.errors import AlreadyExistsError, ConfigError, DataError
 from memtool.evaluation.metrics import average_xtail, transfer_xtail
 from memtool.heads import CosineHead, both_ways
 from memtool.learning.known import (
@@ -392,7 +392,7 @@ def test_a_run_of_moram_with_its_baselines(
     changed = {"head.rivals": "seen"} if kind == "prototype" else {"stream.source": str(other)}
     settings = config(chain, tmp_path, **{**values, **changed})
     again = open_method(settings, seed=0, adapters=folder)
-    with pytest.raises(AlreadyThereError):
+    with pytest.raises(AlreadyExistsError):
         again.adapt("2")
     if kind == "text":  # the image tower's last block, not the text tower's
         assert isinstance(first, Moram)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from memtool_stores import MemoryStore, StoreError, Transaction
+from memtool_stores import MemoryStore, MemtoolError, Transaction
 from memtool_stores.testing import small_space, some_values
 
 
@@ -25,7 +25,7 @@ def main() -> None:
         try:
             store.run(write, name)
             print("stored", name, flush=True)
-        except StoreError as error:
+        except MemtoolError as error:
             print("refused", name, repr(error), flush=True)
 
 

@@ -20,10 +20,10 @@ import pytest
 from memtool_stores import (
     IntegrityError,
     MemoryStore,
+    MemtoolError,
     NotFoundError,
     Space,
     StorageError,
-    StoreError,
     clock,
     ice,
     room,
@@ -330,7 +330,7 @@ def _read_by_nobody(url: str, cache: str) -> list[str]:
     ):
         try:
             read()
-        except StoreError as error:
+        except MemtoolError as error:
             told.append(error.code)
     return told
 

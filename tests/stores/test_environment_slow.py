@@ -30,13 +30,13 @@ with store.transaction(sys.argv[2]) as txn:
 
 VERIFY = """
 import resource, sys
-from memtool_stores import StoreError
+from memtool_stores import MemtoolError
 from memtool_stores.verify import verify
 kind, number = sys.argv[2], int(sys.argv[3])
 resource.setrlimit(getattr(resource, kind), (number, number))
 try:
     report = verify(sys.argv[1], "full")
-except StoreError as error:
+except MemtoolError as error:
     print("error", error.code, error.message)
 else:
     print("damages", len(report.damages), "unchecked", len(report.unchecked))

@@ -2,6 +2,8 @@
 
 fixtures/schema-1.zip is a store that the code of schema 1 wrote: adapters photo, art, cartoon and
 sketch (`some_values` of seeds 0 to 3), keys, a blob, tag v1, branch side; art was removed.
+schema-2.zip: photo, art and cartoon, tag v1 and branch side; then art was purged, and atoms were
+written and pruned.
 """
 
 from __future__ import annotations
@@ -197,6 +199,64 @@ def test_any_commit_migrates(old: MemoryStore, change: str) -> None:
         old.delete_branch("side")
         old.gc(keep_last=1)
         assert old.find_bytes([digest]) == {}
+
+
+def _listing(store: MemoryStore) -> dict[str, tuple[int, int, int]]:
+    """Every file and folder with its size, its inode and when it was changed."""
+    found = {}
+    for path in (Path(store.url), *Path(store.url).rglob("*")):
+        stat = path.stat()
+        found[str(path)] = (stat.st_size, stat.st_ino, stat.st_mtime_ns)
+    return found
+
+
+def test_a_dry_run_tells_all_and_changes_nothing(old: MemoryStore) -> None:
+    before = _listing(old)
+    told = old.migrate(dry_run=True)
+    assert _listing(old) == before
+    tips = old.branches()
+    assert [(t.branch, t.version) for t in told.branches] == [
+        ("main", tips["main"]),
+        ("side", tips["side"]),
+    ]
+    assert all(t.needed and t.schema == 1 and t.committed is None for t in told.branches)
+    assert [(t.rows, t.blobs) for t in told.branches] == [(4, 1), (3, 1)]
+    sizes = [size for path, (size, _, _) in before.items() if Path(path).is_file()]
+    assert (told.files, told.nbytes) == (len(sizes), sum(sizes))
+
+
+def test_migrate_adds_a_commit_to_every_branch_and_touches_nothing_else(old: MemoryStore) -> None:
+    before, files = _everything(old), _listing(old)
+    data = {path: Path(path).read_bytes() for path in files if Path(path).is_file()}
+    done = old.migrate()
+    again = MemoryStore.open(old.url)
+    assert {tip.branch: tip.committed for tip in done.branches} == again.branches()
+    for tip in done.branches:
+        assert again.log(tip.branch)[0].message == "migrate from schema 1 to 2"
+        assert again.log(tip.branch)[1].id == tip.version
+        new, was = again.view(tip.branch), again.view(tip.version)
+        assert (new.schema, was.schema) == (SCHEMA_VERSION, 1)
+        assert new.adapters == was.adapters
+        assert new.values().tobytes() == was.values().tobytes()
+        assert _attributes(again, tip.branch)["members"] == ["blobs", "catalog", "keys", "values"]
+    after = _everything(again)
+    assert {version: after[version] for version in before} == before
+    changed = {Path(p).name for p, was in data.items() if Path(p).read_bytes() != was}
+    assert changed <= {"ref.json"}
+    assert again.verify().ok
+    second = again.migrate()
+    assert not any(tip.needed or tip.committed for tip in second.branches)
+    assert again.branches() == {tip.branch: tip.version for tip in second.branches}
+
+
+def test_migrate_leaves_what_is_newer_and_refuses_what_is_too_new(grown: MemoryStore) -> None:
+    _claim(grown, 3, 2)
+    (tip,) = grown.migrate().branches
+    assert (tip.schema, tip.needed, tip.committed) == (3, False, None)
+    _claim(grown, 4, 4)
+    for dry_run in (True, False):
+        with pytest.raises(NewerSchemaError, match="schema 4"):
+            grown.migrate(dry_run=dry_run)
 
 
 def test_tags_and_branches_of_the_old_schema_open_and_go_on(old: MemoryStore) -> None:

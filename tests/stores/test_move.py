@@ -285,7 +285,7 @@ def test_a_copy_that_a_writer_overtakes_is_the_store_as_it_was(store, tmp_path):
 WRITER = """
 import sys
 import threading
-from memtool_stores import MemoryStore, StoreError, testing
+from memtool_stores import MemoryStore, MemtoolError, testing
 space = testing.small_space()
 store = MemoryStore.open(sys.argv[1])
 view = store.view()
@@ -306,7 +306,7 @@ changes = {
 for name, change in changes.items():
     try:
         change()
-    except StoreError as error:
+    except MemtoolError as error:
         print(type(error).__name__, error.message, flush=True)
     else:
         print("ok", name, flush=True)

@@ -30,17 +30,21 @@ def test_all_is_sorted_and_every_name_is_there() -> None:
 
 def test_codes_are_stable_and_drawn() -> None:
     classes = [c for c in vars(errors).values() if isinstance(c, type)]
-    codes = {c.__name__: c.code for c in classes if issubclass(c, errors.StoreError)}
+    codes = {c.__name__: c.code for c in classes if issubclass(c, errors.MemtoolError)}
     assert codes == {
-        "StoreError": "store",
+        "MemtoolError": "error",
         "NotFoundError": "not-found",
         "VersionExpiredError": "version-expired",
         "AlreadyExistsError": "already-exists",
+        "BusyError": "busy",
+        "ChangedMeanwhileError": "changed-meanwhile",
         "ConflictError": "conflict",
+        "CorruptError": "corrupt",
         "LockTimeoutError": "lock-timeout",
         "IntegrityError": "integrity",
         "SchemaError": "schema",
         "NewerSchemaError": "newer-schema",
+        "MismatchError": "mismatch",
         "SpaceMismatchError": "space-mismatch",
         "ForkedProcessError": "forked-process",
         "ClockError": "clock",
@@ -49,7 +53,7 @@ def test_codes_are_stable_and_drawn() -> None:
     assert errors.__doc__ is not None
     for name, code in codes.items():
         assert name in errors.__doc__
-        assert name == "StoreError" or f"  {code}\n" in errors.__doc__
+        assert name == "MemtoolError" or f" {code}\n" in errors.__doc__
 
 
 def test_the_import_is_light() -> None:

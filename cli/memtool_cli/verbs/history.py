@@ -1,4 +1,7 @@
-"""What only the store is asked for: ls, log, show, diff, tag, rollback, verify, gc. No torch."""
+"""What only the store is asked for: ls, log, show, diff, tag, rollback, verify, gc, migrate.
+
+None of them needs torch.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,7 @@ from memtool_cli.options import (
 )
 from memtool_cli.output import Table, size
 from memtool_stores import AdapterRecord, IntegrityError
+from memtool_stores.migrate import SCHEMA_VERSION
 
 app = Verbs()
 
@@ -418,6 +422,61 @@ def gc(
     call.out.data(record, Table((), rows), ids=[report.freed_bytes])
     for note in report.notes:
         call.out.note(note)
+
+
+@app.command(
+    "migrate",
+    epilog=examples("memtool migrate --dry-run", "memtool migrate", "memtool migrate -q"),
+)
+@verb(STORE, LOCK_TIMEOUT, *CONFIGURATION, DRY_RUN)
+def migrate(call: Call) -> None:
+    """Bring every branch to the newest schema of the store; older versions stay as they are.
+
+    Every commit does so for its branch: nobody has to migrate. -q prints the new versions.
+    """
+    done = call.store_to_change().migrate(dry_run=call.dry_run)
+    record = records.Migrated(
+        store=call.store_path,
+        dry_run=call.dry_run,
+        schema_to=SCHEMA_VERSION,
+        files=done.files,
+        nbytes=done.nbytes,
+        branches=tuple(
+            records.BranchSchema(
+                branch=tip.branch,
+                version=tip.version,
+                schema_from=tip.schema,
+                rows=tip.rows,
+                blobs=tip.blobs,
+                committed=tip.committed,
+            )
+            for tip in done.branches
+        ),
+    )
+    rows = [
+        (
+            tip.branch,
+            tip.version,
+            tip.schema,
+            max(tip.schema, SCHEMA_VERSION),
+            tip.rows,
+            tip.blobs,
+            tip.committed or ("one commit" if tip.needed else "nothing"),
+        )
+        for tip in done.branches
+    ]
+    header = ("branch", "version", "schema", "to", "rows", "blobs", "would do", "did")
+    table = Table((*header[:6], header[6 if call.dry_run else 7]), rows)
+    call.out.data(record, table, ids=[tip.committed for tip in done.branches if tip.committed])
+    needed = sum(tip.needed for tip in done.branches)
+    said = f"the {done.files} files of the memory, {size(done.nbytes)}, stay as they are"
+    if not needed:
+        call.out.note(f"all is of schema {SCHEMA_VERSION} or newer: there is nothing to do")
+    elif call.dry_run:
+        call.out.note(f"nothing was changed; {said}, and {needed} commits are added")
+        call.out.next(call.command("migrate"))
+    else:
+        call.out.note(said)
 
 
 def _said(metadata: dict[str, Any]) -> list[tuple[str, str]]:

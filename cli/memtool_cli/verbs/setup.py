@@ -29,8 +29,8 @@ from memtool_cli.commands import Verbs
 from memtool_cli.options import COMPUTE, CONFIGURATION, STORE, YES, Call, examples, verb
 from memtool_cli.output import Table, size
 from memtool_cli.records import Check, Diagnosis, Preset, Presets, Setting, Settings, Written
-from memtool_stores.errors import StoreError
 from memtool_stores.files import is_special
+from memtool_stores.migrate import SCHEMA_VERSION
 
 app = Verbs()
 config = Verbs(no_args_is_help=True, help="Show the settings and the presets.")
@@ -286,9 +286,11 @@ def _store(call: Call) -> Check:
         if not MemoryStore.exists(path):
             return Check(name="memory", ok=True, found=f"none yet at {path}")
         view = call.view()
-    except StoreError as error:
+    except MemtoolError as error:
         return Check(name="memory", ok=False, found=error.message, remedy=error.remedy)
     found = f"{path}: {len(view.live)} adapters at {view.version} ({view.message})"
+    if view.schema < SCHEMA_VERSION:
+        found += f", schema {view.schema}: the next commit brings it to {SCHEMA_VERSION}"
     return Check(name="memory", ok=True, found=found)
 
 

@@ -78,8 +78,9 @@ class OfHeads(Testing):
         """One line, repeated."""
         self._read(0, ["fixed"])
         once = self.matrices["fixed"]
+        line = once.last
         for number in range(1, len(self.tasks) + 1):
-            once = once.with_row(number, [once.cells[0][place] for place in range(len(self.tasks))])
+            once = once.with_row(number, line)
         self.matrices["fixed"] = once
 
     def _read(self, number: int, readings: Sequence[Reading]) -> None:

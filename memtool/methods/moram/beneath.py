@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import memtool_stores
 from memtool.config import MoramSettings
-from memtool.errors import AlreadyThereError, ConfigError, MismatchError, NotFoundError
+from memtool.errors import AlreadyExistsError, ConfigError, MismatchError, NotFoundError
 from memtool.learning.past_inputs import PastInputs
 from memtool.methods.exchange import About, ReadAdapter
 from memtool.methods.in_store import HEAD
@@ -90,10 +90,10 @@ def about_atoms(adapter: ReadAdapter) -> About | None:
 
 
 def require_new_task(txn: memtool_stores.Transaction, adapter: ReadAdapter) -> None:
-    """A task adds its atoms once. Raises AlreadyThereError."""
+    """A task adds its atoms once. Raises AlreadyExistsError."""
     number = int(adapter.meta["task"])
     if number in [task_of(record) for record in txn.atom_records]:
-        raise AlreadyThereError(
+        raise AlreadyExistsError(
             f"the memory holds atoms of task {number} already",
             remedy=f"memtool forget {number} first, or another --store",
         )
