@@ -67,7 +67,7 @@ def names(ctx: typer.Context, incomplete: str) -> list[str]:
 
 def fixed_set_metrics(incomplete: str) -> list[str]:
     """Metrics that bisect can follow."""
-    from memtool.methods.bisect import TEXT_METRICS
+    from memtool.experiments.bisect import TEXT_METRICS
 
     return [name for name in TEXT_METRICS if name.startswith(incomplete)]
 

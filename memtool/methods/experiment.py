@@ -41,7 +41,7 @@ from memtool.methods.baselines import BASELINES, DG_BASELINES, HeldOut, baseline
 from memtool.methods.kept import fingerprint_of, kept
 from memtool.methods.measure import Measure
 from memtool.methods.mira import SUBJECT_SAMPLES, Mira
-from memtool.methods.modulation import Modulation
+from memtool.methods.modulation.method import Modulation
 from memtool.methods.moram.method import Moram
 from memtool.methods.moram.state import AtomsState
 from memtool.methods.state import Snapshot

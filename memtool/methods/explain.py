@@ -38,7 +38,7 @@ from memtool.reports.table import Grid, percent
 from memtool.streams import load_image
 
 if TYPE_CHECKING:
-    from memtool.methods.modulation import Modulation
+    from memtool.methods.modulation.method import Modulation
 
 SHRINKAGE = 1e-2
 """Of the covariance within tasks that distances are measured by, as for keys in closed form."""

@@ -6,8 +6,8 @@ import pytest
 
 from memtool.errors import ConfigError
 from memtool.evaluation.record import read_record
+from memtool.experiments.ablations import ablate
 from memtool.methods import experiment
-from memtool.methods.ablations import ablate
 from memtool.methods.mira import Mira
 from memtool.methods.plan import plan
 from tests.methods.conftest import learn, small_config

@@ -14,8 +14,8 @@ from memtool.adapters.peft_files import read_peft
 from memtool.config import resolve
 from memtool.errors import AlreadyThereError, ConfigError, MismatchError, NotFoundError
 from memtool.methods.experiment import run
-from memtool.methods.modulation import PREDICTOR, Modulation, relative_errors
-from memtool.methods.recallers import blob_of, open_memory
+from memtool.methods.modulation.method import PREDICTOR, Modulation, relative_errors
+from memtool.methods.modulation.recallers import blob_of, open_memory
 
 SMALL = {
     "method": "modulation",

@@ -24,10 +24,10 @@ from memtool.errors import (
 )
 from memtool.evaluation.metrics import reuse
 from memtool.evaluation.record import Record
+from memtool.experiments.bisect import bisect
 from memtool.learning.past_inputs import PastInputs
 from memtool.memories.rank1 import Rank1Memory
 from memtool.methods import experiment
-from memtool.methods.bisect import bisect
 from memtool.methods.exchange import export_peft
 from memtool.methods.forget import forget
 from memtool.methods.mira import Mira

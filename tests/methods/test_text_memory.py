@@ -20,10 +20,10 @@ from memtool.errors import (
     MismatchError,
     NotFoundError,
 )
+from memtool.experiments.bisect import bisect
 from memtool.learning.answers import Answering
 from memtool.learning.learner import Learner
 from memtool.learning.passes import each
-from memtool.methods.bisect import bisect
 from memtool.methods.exchange import export_peft
 from memtool.methods.experiment import run
 from memtool.methods.forget import forget

@@ -265,8 +265,8 @@ def bisect(
     ] = None,
 ) -> None:
     """Find the commit after which the memory got worse, by halving; 1 when it never did."""
-    from memtool.methods.bisect import LOSS
-    from memtool.methods.bisect import bisect as halve
+    from memtool.experiments.bisect import LOSS
+    from memtool.experiments.bisect import bisect as halve
 
     if setting is not None:
         one_of("--setting", setting, choices("stream.setting"))

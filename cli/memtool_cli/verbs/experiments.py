@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 app = Verbs()
 
 WORDS = ("separation", "query", "adapters", "keys", "protect", "memory")
-"""The ablations of `memtool.methods.ablations`, here so that help needs no torch."""
+"""The ablations of `memtool.experiments.ablations`, here so that help needs no torch."""
 
 
 @app.command("demo", epilog=examples("memtool demo", "memtool demo --out try --json"))
@@ -176,7 +176,7 @@ def ablate(
     one_of("the choice", what, WORDS)
     call.refuse_version()
     report = report and call.writes_to(report)
-    from memtool.methods.ablations import ablate as run_ablation
+    from memtool.experiments.ablations import ablate as run_ablation
 
     with call.out.progress() as progress:
         found = run_ablation(

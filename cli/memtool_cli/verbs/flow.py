@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
     from memtool.evaluation.record import Record
     from memtool.methods.mira import Mira
-    from memtool.methods.modulation import Modulation
+    from memtool.methods.modulation.method import Modulation
     from memtool.methods.moram.method import Moram
     from memtool.methods.results import AtomsResult, RecallResult, RetrieveResult
 

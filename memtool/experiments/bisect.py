@@ -24,7 +24,7 @@ from memtool.methods.results import BisectResult, Probe
 
 if TYPE_CHECKING:
     from memtool.methods.mira import Mira
-    from memtool.methods.modulation import Modulation
+    from memtool.methods.modulation.method import Modulation
     from memtool.methods.moram.method import Moram
     from memtool_stores import Version
 

@@ -43,7 +43,7 @@ from memtool.methods.attached import AttachedAdapters, AttachedImages
 from memtool.methods.exchange import OWN_HEAD, new_folders, require_new
 from memtool.methods.measure import share_right
 from memtool.methods.method import Method, newest_after_each, require_unmoved
-from memtool.methods.recallers import AdapterMemory, open_memory, synchronise
+from memtool.methods.modulation.recallers import AdapterMemory, open_memory, synchronise
 from memtool.methods.records import recorded, task_of
 from memtool.methods.results import (
     PredictorResult,
