@@ -6,6 +6,7 @@ evaluate). The first two are here; `mira` and `modulation` add how a memory is r
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ class Trained:
     beneath: str = ""
 
 
-class Method:
+class Method(ABC):
     """The steps that all methods share, over one configuration and seed.
 
     `kind` is the kind of row that the method keeps in the store; `version_each` says whether every
@@ -96,6 +97,42 @@ class Method:
         `adapters` as in `Workspace`.
         """
         return cls(Workspace(config, seed=seed, progress=progress, adapters=adapters))
+
+    # What a method says of itself -----------------------------------------------------------
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What `measure` can give of one version on a fixed set of tasks; the first one matters."""
+        of_answers = ("faa", "task_accuracy")
+        return ("loss", *of_answers) if self.workspace.reads == "texts" else of_answers
+
+    @property
+    def has_head(self) -> bool:
+        """Whether retrieval ends in a head of the configured kind; a language model has its own."""
+        return self.workspace.reads != "texts"
+
+    @property
+    def key_epochs(self) -> int | None:
+        """Epochs of key learning; None of a method without keys to learn."""
+        return None
+
+    @abstractmethod
+    def known_tasks(self, version: str) -> tuple[int, ...]:
+        """Numbers of the tasks that a version can be measured on."""
+
+    @abstractmethod
+    def measure(
+        self, version: str, tasks: Sequence[int], setting: str | None = None
+    ) -> dict[str, float]:
+        """The `metrics` of a version, means over the given tasks, where they can be had."""
+
+    # Around the steps of a run --------------------------------------------------------------
+
+    def task_written(self, task: Task) -> None:
+        """What a run does once the adapters of a task are in memory: here nothing."""
+
+    def all_written(self) -> None:
+        """What a run does once the adapters of all tasks are in memory: here nothing."""
 
     # Adapt ----------------------------------------------------------------------------------
 

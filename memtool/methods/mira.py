@@ -80,6 +80,11 @@ SETTINGS = ("dil", "til", "cil", "dg")
 class Mira(Method):
     """The five steps over one configuration and seed."""
 
+    @property
+    def key_epochs(self) -> int:
+        """Epochs of key learning."""
+        return self.config.consolidate.epochs
+
     def _beneath(self, task: Task) -> tuple[MemoryModel | None, str]:
         """The consolidated memory, where adapters are residual; none before the first task."""
         if not self.config.adapter.residual or not self.workspace.has_store:

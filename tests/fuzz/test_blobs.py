@@ -20,7 +20,7 @@ from memtool.memories.bayes_pcn import BayesPCN, BayesPCNSettings
 from memtool.memories.closed_form import QueryStatistics
 from memtool.memories.dual_gpm import DualGPM, spaces_from_bytes, spaces_to_bytes
 from memtool.methods.mira import Mira
-from memtool.methods.modulation.method import Predictor
+from memtool.methods.modulation.predictor import Predictor
 from memtool.methods.moram.state import AtomsState
 from memtool.methods.state import MemoryState, classifier_bytes, classifier_of
 from memtool_stores import MemoryView
