@@ -6,7 +6,6 @@ evaluate). The first two are here; `mira` and `modulation` add how a memory is r
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -68,7 +67,7 @@ class Trained:
     beneath: str = ""
 
 
-class Method(ABC):
+class Method:
     """The steps that all methods share, over one configuration and seed.
 
     `kind` is the kind of row that the method keeps in the store; `version_each` says whether every
@@ -116,15 +115,15 @@ class Method(ABC):
         """Epochs of key learning; None of a method without keys to learn."""
         return None
 
-    @abstractmethod
     def known_tasks(self, version: str) -> tuple[int, ...]:
         """Numbers of the tasks that a version can be measured on."""
+        raise NotImplementedError
 
-    @abstractmethod
     def measure(
         self, version: str, tasks: Sequence[int], setting: str | None = None
     ) -> dict[str, float]:
         """The `metrics` of a version, means over the given tasks, where they can be had."""
+        raise NotImplementedError
 
     # Around the steps of a run --------------------------------------------------------------
 
