@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from memtool.config import Config, resolve
     from memtool.engine import Engine
     from memtool.errors import MemtoolError
+    from memtool.experiments.run import demo, run
     from memtool.memories.hopfield import HopfieldMemory
     from memtool.memories.keyed import KeyedMemory
     from memtool.memory import Memory, load
-    from memtool.methods.experiment import demo, run
     from memtool.methods.mira.method import Mira
     from memtool.streams import create_stream
 
@@ -46,11 +46,11 @@ _HOME = {
     "Site": "memtool.adapters.layout",
     "create_backbone": "memtool.backbones",
     "create_stream": "memtool.streams",
-    "demo": "memtool.methods.experiment",
+    "demo": "memtool.experiments.run",
     "load": "memtool.memory",
     "read_peft": "memtool.adapters.peft_files",
     "resolve": "memtool.config",
-    "run": "memtool.methods.experiment",
+    "run": "memtool.experiments.run",
     "write_peft": "memtool.adapters.peft_files",
 }
 

@@ -66,9 +66,9 @@ def names(ctx: typer.Context, incomplete: str) -> list[str]:
 
 def fixed_set_metrics(incomplete: str) -> list[str]:
     """Metrics that bisect can follow."""
-    from memtool.methods.bisect import TEXT_METRICS
+    from memtool.experiments.bisect import METRICS
 
-    return [name for name in TEXT_METRICS if name.startswith(incomplete)]
+    return [name for name in METRICS if name.startswith(incomplete)]
 
 
 def versions(ctx: typer.Context, incomplete: str) -> list[str]:

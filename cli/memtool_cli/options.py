@@ -42,7 +42,7 @@ from memtool_stores.redacted import redacted
 
 if TYPE_CHECKING:
     from memtool.methods.mira.method import Mira
-    from memtool.methods.modulation import Modulation
+    from memtool.methods.modulation.method import Modulation
     from memtool.methods.moram.method import Moram
     from memtool.progress import Progress
     from memtool_stores import MemoryStore, MemoryView

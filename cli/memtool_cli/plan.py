@@ -11,7 +11,7 @@ from memtool_cli.records import Plan
 
 def show_plan(call: Call, verb: str) -> None:
     """Print the plan of a verb: what is learned and measured, where it goes, and the tasks."""
-    from memtool.methods.plan import plan
+    from memtool.experiments.plan import plan
 
     facts = plan(call.config, seed=call.config.seed[0], verb=verb)
     seeds = call.config.seed

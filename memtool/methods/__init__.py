@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from memtool.config import Config
     from memtool.methods.mira.method import Mira
-    from memtool.methods.modulation import Modulation
+    from memtool.methods.modulation.method import Modulation
     from memtool.methods.moram.method import Moram
     from memtool.progress import Progress
 
@@ -45,7 +45,7 @@ def open_method(
             remedy="--set method=moram, or a backbone timm:<model name>",
         )
     if config.method == "modulation":
-        from memtool.methods.modulation import Modulation
+        from memtool.methods.modulation.method import Modulation
 
         return Modulation.open(config, seed=seed, progress=progress, adapters=adapters)
     if config.method == "moram":

@@ -10,29 +10,36 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from memtool.errors import (
     AlreadyExistsError,
     ChangedMeanwhileError,
-    ConfigError,
     NotFoundError,
     did_you_mean,
 )
-from memtool.methods.records import number_of, task_of
+from memtool.methods.records import number_of
 from memtool.methods.results import ForgetResult, Purged
 from memtool_stores.objects import objects_at
 
 if TYPE_CHECKING:
     from memtool_stores import AdapterRecord, MemoryStore, MemoryView, Transaction
 
-# Torch is loaded only for a store that holds one of these, so their names are written out here.
-MEMORY = "memory"
-CONSOLIDATED = (MEMORY, "head", "query-modules")
-"""Blobs that only mean something while an adapter with a key is left."""
-OF_ATOMS = {"atoms", "past-inputs"}
 PREDICTOR = "task-predictor"
-RECALL_PREFIX = "recall."
+"""Blob of Modulation; the module that writes it would load torch."""
+
+SOLVED_BY = {
+    "recall.": "memtool.methods.modulation.recallers",
+    "atoms": "memtool.methods.moram.state",
+    "past-inputs": "memtool.methods.moram.state",
+    "memory": "memtool.methods.mira.forget",
+}
+"""By how the name of a blob begins: the module that knows what it becomes without the forgotten.
+
+Its `solve_without(txn, view, gone)` is asked in a transaction that takes the rows of ids `gone`
+away. Torch is loaded by it, for a store that holds such a blob.
+"""
 
 
 def chosen(
@@ -174,94 +181,6 @@ def _renormalise(txn: Transaction, view: MemoryView, gone: set[str]) -> None:
 
     But for `past-inputs`, which later tasks were counted on top of.
     """
-    for blob in view.blobs():
-        if blob.startswith(RECALL_PREFIX):
-            _unlearn(txn, view, blob, gone)
-    if OF_ATOMS & set(view.blobs()):
-        from memtool.methods.moram.state import solve_without
-
-        solve_without(txn, view, gone)
-    if MEMORY in view.blobs():  # else nothing was consolidated, and nothing needs torch
-        _solve_again(txn, view, gone)
-
-
-def _unlearn(txn: Transaction, view: MemoryView, blob: str, gone: set[str]) -> None:
-    """Take adapters out of a BayesPCN memory; the inverse of their writing."""
-    import numpy as np
-    import torch
-
-    from memtool.memories.bayes_pcn import BayesPCN, names_in
-
-    where = f"blob {blob!r}"
-    ids = names_in(view.blob(blob), where)
-    if not gone & set(ids):
-        return
-    if gone >= set(ids):
-        txn.delete_blob(blob)
-        return
-    values = torch.from_numpy(np.stack([view.value(id) for id in ids]))
-    memory = BayesPCN.from_bytes(view.blob(blob), values, where)
-    for id in ids:
-        if id in gone:
-            memory.delete(id)
-    txn.put_blob(blob, memory.to_bytes())
-
-
-def _solve_again(txn: Transaction, view: MemoryView, gone: set[str]) -> None:
-    """New keys and a new head from what is left of the moments."""
-    import numpy as np
-    import torch
-
-    from memtool.heads import RecalledHead, solve_recalled_head
-    from memtool.methods.in_store import HEAD, feature_statistics, own_head
-    from memtool.methods.mira.keys import start_keys
-    from memtool.methods.mira.state import MemoryState, query_statistics
-
-    state, stored = MemoryState.load(view), view.keys()
-    if state is None or stored is None or not gone & set(state.adapters):
-        return
-    # The columns of the stored keys: adapters that were live with a key before this.
-    keyed = view.ids[: stored.shape[1]]
-    places = [place for place, id in enumerate(keyed) if id not in gone]
-    adapters = tuple(keyed[place] for place in places)
-    if not adapters:
-        for name in CONSOLIDATED:
-            if name in view.blobs():
-                txn.delete_blob(name)
-        txn.set_keys(None)
-        return
-    if adapters != tuple(record.id for record in txn.adapters):
-        raise ConfigError(
-            "some adapters in memory have no key yet",
-            remedy="memtool consolidate first, then forget",
-        )
-    number = {
-        id: state.tasks[place]
-        for id, place in zip(state.adapters, state.adapter_tasks, strict=True)
-    }
-    tasks = tuple(task for task in state.tasks if task in {number[id] for id in adapters})
-    adapter_tasks = tuple(tasks.index(number[id]) for id in adapters)
-    keys = np.ascontiguousarray(stored[:, places])
-    if state.consolidate.keys == "closed-form" and not state.consolidate.epochs:
-        queries = query_statistics(view, state)
-        if missing := [task for task in tasks if task not in queries]:
-            raise ConfigError(
-                f"the queries of task {missing[0]} were not kept apart from those of the others",
-                remedy="memtool consolidate, which counts them again, then forget",
-            )
-        counted = [queries[task] for task in tasks]
-        generator = torch.Generator()  # keys in closed form draw nothing from it
-        found = start_keys(state.consolidate, state.memory, counted, adapter_tasks, generator)
-        keys = np.ascontiguousarray(found.numpy(), dtype=np.float32)
-    features = feature_statistics(view, tasks)
-    trained = {task_of(record): own_head(view, record.name) for record in txn.adapters}
-    head = solve_recalled_head(state.head, features, trained, adapter_tasks)
-    if state.head.kind == "shared" and HEAD in view.blobs():
-        # It learned on with the keys and stays as they do, but for classes that nobody knows now.
-        learned = RecalledHead.from_bytes(view.blob(HEAD), f"blob {HEAD!r}")
-        unknown = ~torch.isfinite(head.bias)
-        head = RecalledHead(learned.weight, learned.bias.masked_fill(unknown, -torch.inf), None)
-    changes = {"tasks": tasks, "adapters": adapters, "adapter_tasks": adapter_tasks}
-    txn.set_keys(keys)
-    state.model_copy(update=changes).put(txn)
-    txn.put_blob(HEAD, head.to_bytes())
+    held = (SOLVED_BY[begin] for begin in SOLVED_BY for b in view.blobs() if b.startswith(begin))
+    for module in dict.fromkeys(held):
+        import_module(module).solve_without(txn, view, gone)

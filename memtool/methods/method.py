@@ -48,8 +48,9 @@ from memtool.methods.foreign import require_trained_as
 from memtool.methods.in_store import classifier_bytes, own_head_blob
 from memtool.methods.kept import fingerprint_of
 from memtool.methods.records import number_of, task_of
-from memtool.methods.results import AdaptResult, AsAtoms, WriteResult, WrittenAdapter
+from memtool.methods.results import AdaptResult, AsAtoms, PruneResult, WriteResult, WrittenAdapter
 from memtool.progress import Progress
+from memtool.reports.figures import Pictures
 from memtool.streams.task import Task
 from memtool.workspace import Workspace, require_learnable
 
@@ -76,6 +77,12 @@ class Method:
 
     kind: ClassVar[Literal["adapter", "atoms"]] = "adapter"
     version_each: ClassVar[bool] = False
+    consolidates: ClassVar[str | None] = ""
+    """What consolidation learns, in words; None of a method that has nothing to learn there."""
+    has_baselines: ClassVar[bool] = True
+    """Whether a run measures baselines beside the memory."""
+    measures_unseen: ClassVar[bool] = False
+    """Whether it can be evaluated on tasks that are not in memory."""
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
@@ -96,6 +103,89 @@ class Method:
         `adapters` as in `Workspace`.
         """
         return cls(Workspace(config, seed=seed, progress=progress, adapters=adapters))
+
+    # What a method says of itself -----------------------------------------------------------
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What `measure` can give of one version on a fixed set of tasks; the first one matters."""
+        of_answers = ("faa", "task_accuracy")
+        return ("loss", *of_answers) if self.workspace.reads == "texts" else of_answers
+
+    @property
+    def has_head(self) -> bool:
+        """Whether retrieval ends in a head of the configured kind; a language model has its own."""
+        return self.workspace.reads != "texts"
+
+    @property
+    def key_epochs(self) -> int | None:
+        """Epochs of key learning; None of a method without keys to learn."""
+        return None
+
+    def known_tasks(self, version: str) -> tuple[int, ...]:
+        """Numbers of the tasks that a version can be measured on."""
+        raise NotImplementedError
+
+    def measure(
+        self, version: str, tasks: Sequence[int], setting: str | None = None
+    ) -> dict[str, float]:
+        """The `metrics` of a version, means over the given tasks, where they can be had."""
+        raise NotImplementedError
+
+    # What only some can ---------------------------------------------------------------------
+
+    def explain(
+        self,
+        *,
+        task: str | None = None,
+        image: Path | None = None,
+        prompt: str | None = None,
+        layer: str | None = None,
+        block: int | None = None,
+        version: str = "HEAD",
+        out: Path | None = None,
+    ) -> Any:
+        """Why an input, or the test samples of a task, is recognised as what it is.
+
+        `layer` and `block` name an adapted map; `out` is a plot (.svg, .png) or a page (.html).
+        Raises ConfigError where a method cannot say it.
+        """
+        del task, image, prompt, layer, block, version, out
+        raise ConfigError(
+            f"explain is about mixtures; method {self.config.method} recalls adapters whole",
+            expected="method mira, or moram for its atoms",
+            remedy="memtool retrieve, which says how well an adapter was recalled",
+        )
+
+    def dead_atoms(self, below: float) -> PruneResult:
+        """Which atoms add less than `below` of the average, and what taking them out does."""
+        del below
+        raise ConfigError(
+            f"--atoms-below under method {self.config.method}",
+            expected="method moram, whose memory is made of atoms",
+            remedy="--preset moram, as the memory was made with, or --set method=moram",
+        )
+
+    def prune(self, found: PruneResult) -> PruneResult:
+        """Take the atoms that `dead_atoms` found out of the memory, as one version."""
+        raise NotImplementedError  # `dead_atoms` has refused
+
+    # Around the steps of a run --------------------------------------------------------------
+
+    def task_written(self, task: Task) -> None:
+        """What a run does once the adapters of a task are in memory: here nothing."""
+
+    def all_written(self) -> None:
+        """What a run does once the adapters of all tasks are in memory: here nothing."""
+
+    def require_same_settings(self, remedy: str) -> None:
+        """Raise ConfigError where a run cannot go on in what the memory is; here it always can."""
+        del remedy
+
+    def pictures(self, tasks: Sequence[Task]) -> Pictures:
+        """What a report shows of the memory beside the tables; here nothing."""
+        del tasks
+        return Pictures()
 
     # Adapt ----------------------------------------------------------------------------------
 

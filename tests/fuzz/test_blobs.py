@@ -22,7 +22,7 @@ from memtool.memories.dual_gpm import DualGPM, spaces_from_bytes, spaces_to_byte
 from memtool.methods.in_store import classifier_bytes, classifier_of
 from memtool.methods.mira.method import Mira
 from memtool.methods.mira.state import MemoryState
-from memtool.methods.modulation import Predictor
+from memtool.methods.modulation.predictor import Predictor
 from memtool.methods.moram.state import AtomsState
 from memtool_stores import MemoryView
 from tests.fuzz.door import NAMES, cases, damaged, long, refused_or_taken

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memtool.errors import ConfigError, MismatchError, NotFoundError
-from memtool.methods.bisect import bisect, first_bad
+from memtool.experiments.bisect import bisect, first_bad
 from memtool.methods.forget import forget
 from memtool.methods.mira.method import Mira
 from memtool.methods.mira.state import MemoryState

@@ -6,10 +6,11 @@ import pytest
 
 from memtool.errors import ConfigError
 from memtool.evaluation.record import read_record
-from memtool.methods import experiment
-from memtool.methods.ablations import ablate
+from memtool.experiments import run as experiment
+from memtool.experiments.ablations import ablate
+from memtool.experiments.plan import plan
+from memtool.methods import open_method
 from memtool.methods.mira.method import Mira
-from memtool.methods.plan import plan
 from tests.methods.conftest import learn, small_config
 
 READINGS = ("", "-ridge", "-lda", "-routed")
@@ -176,19 +177,22 @@ def test_a_plan_of_held_out_domains_writes_nothing(tmp_path):
 
 
 def test_baselines_are_those_of_the_setting_and_the_method(tmp_path):
-    chosen = {
-        setting: experiment.chosen_baselines(small_config(tmp_path, stream__setting=setting))
+    def chosen(config):
+        return experiment.chosen_baselines(open_method(config, seed=0))
+
+    of_setting = {
+        setting: chosen(small_config(tmp_path, stream__setting=setting))
         for setting in ("dil", "til", "dg")
     }
-    assert chosen["til"] == ()
-    assert chosen["dg"] == ("frozen", "erm", "moe-lora")
-    assert {"ewc", "joint"} < set(chosen["dil"])
+    assert of_setting["til"] == ()
+    assert of_setting["dg"] == ("frozen", "erm", "moe-lora")
+    assert {"ewc", "joint"} < set(of_setting["dil"])
     wanted = small_config(tmp_path, baselines=("joint", "frozen", "erm"))
-    assert experiment.chosen_baselines(wanted) == ("frozen", "joint")
+    assert chosen(wanted) == ("frozen", "joint")
     nothing = small_config(tmp_path, baselines=("none",))
-    assert experiment.chosen_baselines(nothing) == ()
+    assert chosen(nothing) == ()
     other = small_config(tmp_path, method="modulation", stream__setting="mts")
-    assert experiment.chosen_baselines(other) == ()
+    assert chosen(other) == ()
 
 
 def test_domains_that_cannot_be_held_out(tmp_path):

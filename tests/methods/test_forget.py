@@ -16,7 +16,7 @@ from memtool.errors import (
 )
 from memtool.methods.forget import chosen, forget
 from memtool.methods.mira.method import Mira
-from memtool.methods.modulation import Modulation
+from memtool.methods.modulation.method import Modulation
 from memtool_stores import MemoryStore
 from tests.methods.conftest import learn, small_config
 

@@ -15,9 +15,9 @@ from PIL import Image
 from memtool.adapters.values import AdapterValues
 from memtool.config import AdapterSettings, StreamSettings, TrainSettings
 from memtool.errors import CapacityError, ConfigError, DataError, DivergedError
+from memtool.experiments import run as experiment
 from memtool.heads import FeatureStatistics, LinearClassifier, solve_head
 from memtool.learning import adapt as stage_one
-from memtool.methods import experiment
 from memtool.methods.mira.count import count_task
 from memtool.methods.mira.method import Mira
 from memtool.methods.subject import first

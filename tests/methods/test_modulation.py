@@ -7,15 +7,17 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from memtool.experiments.run import run
 from PIL import Image
 from safetensors.torch import save_file
 
 from memtool.adapters.peft_files import read_peft
 from memtool.config import resolve
 from memtool.errors import AlreadyExistsError, ConfigError, MismatchError, NotFoundError
-from memtool.methods.experiment import run
-from memtool.methods.modulation import PREDICTOR, Modulation, relative_errors
-from memtool.methods.recallers import blob_of, open_memory
+from memtool.methods.modulation.measure import accuracies, relative_errors
+from memtool.methods.modulation.method import Modulation
+from memtool.methods.modulation.predictor import PREDICTOR
+from memtool.methods.modulation.recallers import blob_of, open_memory
 
 SMALL = {
     "method": "modulation",
@@ -45,7 +47,8 @@ def folder(tmp_path_factory):
     for task in "123":
         method.adapt(task)
         method.write()
-    method.consolidate()
+        method.task_written(method.workspace.task(task))
+    method.all_written()
     return place
 
 
@@ -94,18 +97,18 @@ def test_one_pass_over_mixed_tasks_equals_a_pass_for_each(learned):
     stored = learned.stored()
     tasks = learned.workspace.stream.tasks
     shown = [task.test for task in tasks]
-    together = learned._accuracies(stored, stored.values, shown)
+    together = accuracies(learned.workspace, stored, stored.values, shown)
     for place, samples in enumerate(shown):
-        alone = learned._right(
-            stored, stored.values[place][None], [samples], [torch.tensor([place])], [place]
-        )
-        assert alone[0] == pytest.approx(together[place])
+        own = stored.only(place)
+        (alone,) = accuracies(learned.workspace, own, own.values, [samples])
+        assert alone == pytest.approx(together[place])
 
 
 def test_each_write_is_one_version_with_the_memories_in_it(learned):
     store = learned.workspace.store
     versions = [v for v in store.log() if v.message.startswith("write")]
     assert len(versions) == 3
+    assert sum(v.message.startswith("consolidate") for v in store.log()) == 1
     for version, count in zip(reversed(versions), (1, 2, 3), strict=True):
         view = store.view(version.id)
         assert len(view) == count
@@ -181,6 +184,13 @@ def test_a_removed_adapter_is_unlearned(learned_copy):
     )
     with pytest.raises(MismatchError, match="task predictor knows tasks"):
         learned_copy.evaluate(setting="mts")
+
+
+def test_a_version_without_any_of_the_tasks_scores_nothing(learned_copy):
+    with learned_copy.workspace.store.transaction("forget") as txn:
+        txn.remove(txn.adapters[1].name)
+    assert learned_copy.measure("HEAD", [2], "til")["faa"] == 0
+    assert learned_copy.measure("HEAD", [1, 2], "til")["faa"] > 0.3
 
 
 def test_what_cannot_be_done_is_said(learned, learned_copy, tmp_path):

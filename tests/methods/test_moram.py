@@ -24,11 +24,11 @@ from memtool.errors import (
 )
 from memtool.evaluation.metrics import reuse
 from memtool.evaluation.record import Record
+from memtool.experiments import run as experiment
+from memtool.experiments.bisect import bisect
 from memtool.learning.objective import objective_of
 from memtool.learning.past_inputs import PastInputs
 from memtool.memories.rank1 import Rank1Memory
-from memtool.methods import experiment
-from memtool.methods.bisect import bisect
 from memtool.methods.exchange import export_peft
 from memtool.methods.forget import forget
 from memtool.methods.mira.method import Mira

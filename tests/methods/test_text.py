@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from memtool.experiments.run import run
 
 from memtool.adapters.recalls import dropping
 from memtool.config import resolve
@@ -21,7 +22,6 @@ from memtool.methods.baselines.joint import joint
 from memtool.methods.baselines.moe_lora import MoeLora
 from memtool.methods.baselines.o_lora import STRENGTH, OLora, overlap
 from memtool.methods.baselines.zero_shot import InContext
-from memtool.methods.experiment import run
 from memtool.methods.moram.learn import AtomLearner
 from memtool.methods.moram.state import gate_of
 from memtool.workspace import Workspace

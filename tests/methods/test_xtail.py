@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from memtool.experiments.run import run
 from PIL import Image
 from torch.nn import functional as F
 
@@ -19,6 +20,7 @@ from memtool.backbones.open_clip import CLIP_TARGETS
 from memtool.config import Config, TrainSettings, resolve
 from memtool.errors import AlreadyExistsError, ConfigError, DataError
 from memtool.evaluation.metrics import average_xtail, transfer_xtail
+from memtool.experiments.pretrain_clip import pretrain_clip
 from memtool.heads import CosineHead, both_ways
 from memtool.learning.known import (
     compared,
@@ -33,11 +35,9 @@ from memtool.methods.baselines.ewc import Ewc
 from memtool.methods.baselines.fine_tune import FineTune
 from memtool.methods.baselines.inf_lora import InfLora
 from memtool.methods.baselines.lwf import Lwf
-from memtool.methods.experiment import run
 from memtool.methods.forget import forget
 from memtool.methods.moram.explain import explain_atoms
 from memtool.methods.moram.method import Moram
-from memtool.methods.pretrain_clip import pretrain_clip
 from memtool.streams import load_image
 from memtool.streams.prompts import prompts
 from memtool.workspace import Workspace

@@ -131,19 +131,10 @@ def _prune(call: Call, below: float, purge: bool) -> None:
             "--purge with --atoms-below",
             expected="one of them: the bytes of single atoms stay in the row of their task",
         )
-    from memtool.methods.moram.method import Moram
-    from memtool.methods.moram.prune import dead_atoms, prune
-
     call.store_to_change()
     with call.out.progress() as progress:
         method = call.method(progress)
-        if not isinstance(method, Moram):
-            raise ConfigError(
-                f"--atoms-below under method {method.config.method}",
-                expected="method moram, whose memory is made of atoms",
-                remedy="--preset moram, as the memory was made with, or --set method=moram",
-            )
-        found = dead_atoms(method, below)
+        found = method.dead_atoms(below)
     shown = percent if found.measure == "accuracy" else "{:.3f}".format
     rows = [
         (f"{one.task} {one.task_name}", shown(one.before), shown(one.after)) for one in found.tasks
@@ -159,7 +150,7 @@ def _prune(call: Call, below: float, purge: bool) -> None:
     for row in rows:
         call.out.note("  " + "  ".join(row))
     call.confirm(f"take {found.pruned} atoms out of the memory")
-    done = prune(method, found)
+    done = method.prune(found)
     table = Table(table.header, rows, title=f"{title}; version {done.version}")
     call.out.data(done, table, ids=[done.version])
     call.out.note("the version before still holds them: memtool rollback brings them back")
@@ -265,8 +256,8 @@ def bisect(
     ] = None,
 ) -> None:
     """Find the commit after which the memory got worse, by halving; 1 when it never did."""
-    from memtool.methods.bisect import LOSS
-    from memtool.methods.bisect import bisect as halve
+    from memtool.experiments.bisect import LOSS
+    from memtool.experiments.bisect import bisect as halve
 
     if setting is not None:
         one_of("--setting", setting, choices("stream.setting"))

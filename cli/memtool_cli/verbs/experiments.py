@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 app = Verbs()
 
 WORDS = ("separation", "query", "adapters", "keys", "protect", "memory")
-"""The ablations of `memtool.methods.ablations`, here so that help needs no torch."""
+"""The ablations of `memtool.experiments.ablations`, here so that help needs no torch."""
 
 
 @app.command("demo", epilog=examples("memtool demo", "memtool demo --out try --json"))
@@ -60,7 +60,7 @@ def demo(
     ] = Path("runs/demo"),
 ) -> None:
     """Run everything on the embedded data, in about a minute."""
-    from memtool.methods.experiment import demo as run_demo
+    from memtool.experiments.run import demo as run_demo
 
     with call.out.progress() as progress:
         record, report = run_demo(out, progress=progress)
@@ -110,10 +110,10 @@ def run(
     report: ReportFile = None,
 ) -> None:
     """Run a whole experiment, tasks by seeds; goes on where an earlier run was stopped."""
-    from memtool.methods import experiment
+    from memtool.experiments import run as experiment
 
     call.refuse_version()
-    known = experiment.known_baselines(call.config)
+    known = experiment.known_baselines(call.method())
     absent = [name for name in call.config.baselines if name not in ("all", "none", *known)]
     if absent and known:
         call.out.note(f"no baseline {', '.join(absent)} here; there are {', '.join(known)}")
@@ -176,7 +176,7 @@ def ablate(
     one_of("the choice", what, WORDS)
     call.refuse_version()
     report = report and call.writes_to(report)
-    from memtool.methods.ablations import ablate as run_ablation
+    from memtool.experiments.ablations import ablate as run_ablation
 
     with call.out.progress() as progress:
         found = run_ablation(

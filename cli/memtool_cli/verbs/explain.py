@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from memtool.errors import ConfigError
 from memtool_cli.commands import Verbs
 from memtool_cli.options import (
     COMPUTE,
@@ -28,6 +27,10 @@ from memtool_cli.options import (
 from memtool_cli.output import Table
 from memtool_cli.predictions import predicted, say_unlike, unlike
 from memtool_cli.unread import say_decided
+
+if TYPE_CHECKING:
+    from memtool.methods.mira.explain import Explanation
+    from memtool.methods.moram.explain import AtomMap
 
 app = Verbs()
 
@@ -80,23 +83,29 @@ def explain(
     call.require_one_subject("explain", task=task, image=image, prompt=prompt)
     out = out and call.writes_to(out)
     say_decided(call)
-    if call.config.method == "moram":
-        return _explain_atoms(
-            call, task=task, image=image, prompt=prompt, layer=layer, block=block, out=out
+    with call.out.progress() as progress:
+        result: Any = call.method(progress).explain(
+            task=task,
+            image=image,
+            prompt=prompt,
+            layer=layer,
+            block=block,
+            version=call.version,
+            out=out,
         )
-    if layer is not None or block is not None:
-        raise ConfigError(
-            f"--layer and --block under method {call.config.method}",
-            expected="method moram, where every adapted map has atoms of its own",
-        )
+    if result.schema_ == "memtool.explain-atoms":
+        _show_atoms(call, result)
+    else:
+        _show_mixture(call, result)
+    if out is not None:
+        call.out.note(f"drawn in {out}")
+
+
+def _show_mixture(call: Call, result: Explanation) -> None:
+    """What comes out, and what every adapter does for it."""
     from memtool.methods.mira.explain import as_shown
-    from memtool.methods.mira.explain import explain as explained
     from memtool.reports.explanation import coefficient_grid
 
-    with call.out.progress() as progress:
-        result = explained(
-            call.method(progress), task=task, image=image, version=call.version, out=out
-        )
     view = as_shown(result)
     facts = Table((), view.facts, title=f"{view.title}: {view.about}")
     best = sorted(result.adapters, key=lambda part: -part.contribution)
@@ -105,33 +114,13 @@ def explain(
     )
     if result.unlike:
         call.out.note(unlike(result.novelty))
-    if out is not None:
-        call.out.note(f"drawn in {out}")
-    return None
 
 
-def _explain_atoms(
-    call: Call,
-    *,
-    task: str | None,
-    image: Path | None,
-    prompt: str | None,
-    layer: str | None,
-    block: int | None,
-    out: Path | None,
-) -> None:
+def _show_atoms(call: Call, result: AtomMap) -> None:
     """The map of atoms at one adapted map."""
-    from memtool.methods.moram.explain import explain_atoms, task_grid
-    from memtool.methods.moram.method import Moram
+    from memtool.methods.moram.explain import task_grid
 
-    where: dict[str, Any] = {"layer": layer, "block": block, "version": call.version, "out": out}
-    with call.out.progress() as progress:
-        method = call.method(progress)
-        assert isinstance(method, Moram)
-        result = explain_atoms(method, task=task, image=image, prompt=prompt, **where)
     best = sorted(result.tasks, key=lambda one: -one.share)
     first = predicted(result.prediction, result.answer)
     call.out.data(result, *first, task_grid(result), ids=[one.name for one in best[:1]])
     say_unlike(call.out, result.prediction)
-    if out is not None:
-        call.out.note(f"drawn in {out}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -47,12 +46,6 @@ from memtool_cli.unread import say_decided, say_unread_stream
 from memtool_cli.written import show_written
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from memtool.evaluation.record import Record
-    from memtool.methods.mira.method import Mira
-    from memtool.methods.modulation import Modulation
-    from memtool.methods.moram.method import Moram
     from memtool.methods.results import AtomsResult, RecallResult, RetrieveResult
 
 app = Verbs()
@@ -447,13 +440,21 @@ def evaluate(
             remedy="--set text.generate=true",
         )
     with call.out.progress() as progress:
-        record = _measured(call.method(progress), unseen)(
+        method = call.method(progress)
+        if unseen and not method.measures_unseen:
+            raise ConfigError(
+                f"--unseen under method {call.config.method}",
+                expected="method moram: other memories have no classes of tasks they never saw",
+            )
+        more = {"unseen": True} if unseen else {}
+        record = method.evaluate(
             setting=setting,
             version=call.version,
             history=history,
             compare=compare,
             command=call.line,
             preset=call.resolved.preset,
+            **more,
         )
     average = show(call.out, [record], history=history, report=report)
     if at_least is not None and average < at_least:
@@ -462,17 +463,3 @@ def evaluate(
     if report is None:
         call.out.next(call.command("eval --history --compare --report report.html"))
     return None
-
-
-def _measured(method: Mira | Modulation | Moram, unseen: bool) -> Callable[..., Record]:
-    """What evaluates a method; with `unseen` on all tasks of the stream."""
-    if not unseen:
-        return method.evaluate
-    from memtool.methods.moram.method import Moram
-
-    if not isinstance(method, Moram):
-        raise ConfigError(
-            f"--unseen under method {method.config.method}",
-            expected="method moram: other memories have no classes of tasks they never saw",
-        )
-    return partial(method.evaluate, unseen=True)

@@ -27,7 +27,6 @@ from memtool.errors import ConfigError
 from memtool.heads import RecalledHead
 from memtool.memories.closed_form import QueryStatistics
 from memtool.memories.novelty import LIMIT
-from memtool.methods.method import Method
 from memtool.methods.mira.measure import SUBJECT_SAMPLES, seen_by
 from memtool.methods.mira.method import Mira
 from memtool.methods.mira.recall import MemoryModel, QueryProbe
@@ -121,7 +120,7 @@ class Explanation(Result):
 
 
 def explain(
-    method: Method,
+    mira: Mira,
     *,
     task: str | None = None,
     image: Path | None = None,
@@ -130,10 +129,9 @@ def explain(
 ) -> Explanation:
     """What the memory makes of one image, or of the test images of a task, and why.
 
-    `out` is a plot (.svg, .png) or a page (.html). Raises ConfigError for another method than MIRA,
-    for anything but one subject and for another kind of file; errors as `Mira.retrieve`.
+    `out` is a plot (.svg, .png) or a page (.html). Raises ConfigError for
+    anything but one subject and for another kind of file; errors as `Mira.retrieve`.
     """
-    mira = _of_mixtures(method)
     if (task is None) == (image is None):
         raise ConfigError("what should be explained?", expected="one of --task and --image")
     if out is not None:
@@ -172,22 +170,6 @@ def explain(
     if out is not None:
         work.engine.on_main(lambda: write_explained(as_shown(result), out))
     return result
-
-
-def _of_mixtures(method: Method) -> Mira:
-    """The method, when it is one of mixtures. Raises ConfigError otherwise."""
-    if method.kind == "atoms":
-        raise ConfigError(
-            f"this explains mixtures of whole adapters; method {method.config.method} has atoms",
-            expected="memtool.methods.moram.explain.explain_atoms",
-        )
-    if not isinstance(method, Mira):
-        raise ConfigError(
-            f"explain is about mixtures; method {method.config.method} recalls adapters whole",
-            expected="method mira, or moram for its atoms",
-            remedy="memtool retrieve, which says how well an adapter was recalled",
-        )
-    return method
 
 
 @dataclass(frozen=True, eq=False)

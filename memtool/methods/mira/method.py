@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -53,12 +54,22 @@ from memtool.reports.figures import Pictures
 from memtool.streams import load_image
 from memtool.streams.task import Task
 
+if TYPE_CHECKING:
+    from memtool.methods.mira.explain import Explanation
+
 SETTINGS = ("dil", "til", "cil", "dg")
 """Settings that `evaluate` knows: task inferred (dil, cil), given (til), or never seen (dg)."""
 
 
 class Mira(Method):
     """The five steps over one configuration and seed."""
+
+    consolidates: ClassVar[str | None] = "keys and head"
+
+    @property
+    def key_epochs(self) -> int:
+        """Epochs of key learning."""
+        return self.config.consolidate.epochs
 
     def _beneath(self, task: Task) -> tuple[MemoryModel | None, str]:
         """The consolidated memory, where adapters are residual; none before the first task."""
@@ -380,6 +391,20 @@ class Mira(Method):
         scored = measure.scores(snapshot, shown)
         mean = sum(scored.accuracy) / len(scored.accuracy)
         return {"faa": mean, "task_accuracy": scored.task_accuracy}
+
+    def explain(
+        self, *, layer: str | None = None, block: int | None = None, **subject: Any
+    ) -> Explanation:
+        """Why an image is recognised as what it is; arguments as in `explain.explain`."""
+        from memtool.methods.mira.explain import explain
+
+        if layer is not None or block is not None:
+            raise ConfigError(
+                f"--layer and --block under method {self.config.method}",
+                expected="method moram, where every adapted map has atoms of its own",
+            )
+        subject.pop("prompt", None)
+        return explain(self, **subject)
 
     # Around the steps of a run --------------------------------------------------------------
 

@@ -21,7 +21,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
@@ -47,6 +47,7 @@ from memtool.methods.moram.as_atoms import as_atoms
 from memtool.methods.moram.attached import AttachedAnswers, AttachedAtoms
 from memtool.methods.moram.learn import AtomLearner
 from memtool.methods.moram.measure import AtomMeasure, use_metrics
+from memtool.methods.moram.prune import dead_atoms, prune
 from memtool.methods.moram.state import (
     AtomSnapshot,
     AtomsState,
@@ -59,9 +60,12 @@ from memtool.methods.moram.state import (
 )
 from memtool.methods.moram.written import Written
 from memtool.methods.records import task_of
-from memtool.methods.results import AsAtoms, AtomsResult, HeadResult, TaskShare
+from memtool.methods.results import AsAtoms, AtomsResult, HeadResult, PruneResult, TaskShare
 from memtool.methods.subject import subject_of
 from memtool.streams.task import Task
+
+if TYPE_CHECKING:
+    from memtool.methods.moram.explain import AtomMap
 
 SETTINGS = ("til", "cil", "dil", "xtail", "trace")
 """Settings that one bank of atoms can be measured in."""
@@ -72,6 +76,8 @@ class Moram(Method):
 
     kind: ClassVar[Literal["adapter", "atoms"]] = "atoms"
     version_each: ClassVar[bool] = True
+    consolidates: ClassVar[str | None] = None
+    measures_unseen: ClassVar[bool] = True
 
     @property
     def settings(self) -> MoramSettings:
@@ -405,6 +411,29 @@ class Moram(Method):
             **measure.figures(snapshot, shown, setting),
             "task_accuracy": measure.task_accuracy(snapshot, shown),
         }
+
+    def explain(self, **subject: Any) -> AtomMap:
+        """Which atoms the tokens choose at one adapted map; arguments as in `explain_atoms`."""
+        from memtool.methods.moram.explain import explain_atoms
+
+        return explain_atoms(self, **subject)
+
+    def dead_atoms(self, below: float) -> PruneResult:
+        """As `prune.dead_atoms`."""
+        return dead_atoms(self, below)
+
+    def prune(self, found: PruneResult) -> PruneResult:
+        """As `prune.prune`."""
+        return prune(self, found)
+
+    def require_same_settings(self, remedy: str) -> None:
+        """Raise ConfigError where the memory was begun with another gate or head."""
+        state = AtomsState.load(self.workspace.store.view())
+        if state is not None and (state.moram, state.head) != (self.settings, self.config.head):
+            raise ConfigError(
+                f"the memory {self.workspace.store_path!r} was begun with another gate or head",
+                remedy=remedy,
+            )
 
     # Shared ---------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from typing import Any
 from memtool.config import Config, store_beside
 from memtool.errors import ConfigError, did_you_mean
 from memtool.evaluation.record import Metrics, Record, Row
-from memtool.methods import experiment
+from memtool.experiments import run as experiment
 from memtool.progress import Progress
 
 SEPARATIONS = ("affine", "identity", "softmax", "relu", "tanh", "topk")

@@ -41,9 +41,13 @@ class AdapterMemory(Protocol):
         """Complete keys (n, key_length)."""
 
 
+STATE = "recall."
+"""How the name of a blob begins that holds the state of a memory."""
+
+
 def blob_of(name: Recaller) -> str:
     """Name of the blob that holds the state of a memory."""
-    return f"recall.{name}"
+    return f"{STATE}{name}"
 
 
 def open_memory(
@@ -74,6 +78,14 @@ def open_memory(
     return BayesPCN.from_bytes(view.blob(blob), patterns, f"blob {blob!r}")
 
 
+def recall_all(
+    name: Recaller, view: memtool_stores.MemoryView, values: Tensor, settings: ModulationSettings
+) -> Tensor:
+    """Adapters (t, numel), each recalled from its own key: (t, numel) float32."""
+    memory = open_memory(name, view, settings)
+    return memory.recall(memory.key_of(values)).patterns.float()
+
+
 def _mapped(values: npt.NDArray[np.float32]) -> Tensor:
     """Read-only values as a tensor without a copy; nothing here writes into it."""
     with warnings.catch_warnings():
@@ -97,11 +109,8 @@ def synchronise(
     length = key_length(settings.key_share, numel)
     memory = BayesPCN(numel, length, wanted, seed=seed)
     if blob in base.blobs():
-        data = base.blob(blob)
-        names = names_in(data, f"blob {blob!r}")
         # Removed adapters are still in the base version: the memory needs them to unlearn them.
-        rows = np.stack([base.value(id) for id in names]) if names else np.zeros((0, numel), "f4")
-        stored = BayesPCN.from_bytes(data, torch.from_numpy(rows), f"blob {blob!r}")
+        stored = _stored(base, blob)
         if (stored.settings, stored.key_length) == (wanted, length):
             memory = stored
     if set(memory.names) == set(live) and blob in base.blobs():
@@ -113,6 +122,33 @@ def synchronise(
         if id not in memory.names:
             memory.write(id, torch.from_numpy(np.array(txn.value(id))).float())
     txn.put_blob(blob, memory.to_bytes())
+
+
+def solve_without(
+    txn: memtool_stores.Transaction, view: memtool_stores.MemoryView, gone: set[str]
+) -> None:
+    """In a transaction that takes adapters away: the memories without them, whatever they are."""
+    for blob in view.blobs():
+        if not blob.startswith(STATE):
+            continue
+        ids = set(names_in(view.blob(blob), f"blob {blob!r}"))
+        if ids and gone >= ids:
+            txn.delete_blob(blob)
+        elif gone & ids:
+            memory = _stored(view, blob)
+            for id in memory.names:
+                if id in gone:
+                    memory.delete(id)
+            txn.put_blob(blob, memory.to_bytes())
+
+
+def _stored(view: memtool_stores.MemoryView, blob: str) -> BayesPCN:
+    """The BayesPCN memory of a version, over the adapters that its blob speaks of."""
+    data, where = view.blob(blob), f"blob {blob!r}"
+    names = names_in(data, where)
+    rows = [view.value(id) for id in names]
+    values = np.stack(rows) if rows else np.zeros((0, view.space.numel), np.float32)
+    return BayesPCN.from_bytes(data, torch.from_numpy(values), where)
 
 
 def _settings(name: Recaller, settings: ModulationSettings) -> BayesPCNSettings:

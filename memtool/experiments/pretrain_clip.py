@@ -1,6 +1,6 @@
 """A small CLIP from nothing: images of described data sets, their captions made of class names.
 
-    python -m memtool.methods.pretrain_clip --config clip.json --source xtail_small
+    python -m memtool.experiments.pretrain_clip --config clip.json --source xtail_small
         --order mnist,eurosat,caltech101 --steps 1500 --out clip.safetensors
 
 It serves to run the whole X-TAIL pipeline where no published CLIP is at hand; it has seen too

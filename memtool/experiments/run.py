@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -37,11 +37,7 @@ from memtool.learning.known import is_fixed, learned_under
 from memtool.methods import open_method
 from memtool.methods.baselines import BASELINES, DG_BASELINES, HeldOut, baselines_of
 from memtool.methods.kept import fingerprint_of, kept
-from memtool.methods.mira.maps import coefficient_maps, key_map
-from memtool.methods.mira.method import Mira
-from memtool.methods.modulation import Modulation
-from memtool.methods.moram.method import Moram
-from memtool.methods.moram.state import AtomsState
+from memtool.methods.method import Method
 from memtool.progress import Progress
 from memtool.reports.html import Cost, write_report
 from memtool.streams.task import Images, Task
@@ -223,33 +219,11 @@ def _one_memory(
     method = open_method(config, seed=seed, progress=doing.progress, adapters=adapters)
     work = method.workspace
     work.require_fitting(work.stream.tasks)
-    if doing.resume and work.has_store:
-        _require_same_experiment(method)
-    if not doing.resume and work.has_store:
-        work.engine.on_main(lambda: _begin_anew(work.store))
     learned = list(work.stream.tasks)
-    folder = work.adapter_folder
-    at_once = config.stream.setting == "dg"
-    for task in learned:
-        fresh = not doing.resume and adapters is None
-        if at_once:
-            method.adapt(str(task.number), fresh=fresh)
-            continue
-        method.learn(task, fresh=fresh)
-        if isinstance(method, Mira):
-            state = method.snapshot().state
-            if state is None or task.number not in state.tasks:
-                method.consolidate()
-    if at_once and isinstance(method, Mira):
-        method.write([folder / name for task in learned for name in method.adapter_names(task)])
-        if method.snapshot().state is None:
-            method.consolidate()
-    if isinstance(method, Modulation):
-        method.consolidate()
+    _learn(method, learned, doing, fresh=not doing.resume and adapters is None)
     start = time.perf_counter()
-    setting = config.stream.setting
     record = method.evaluate(
-        setting=setting,
+        setting=config.stream.setting,
         history=True,
         compare=work.reads == "images",  # texts are not answered once more for it
         command=doing.command,
@@ -259,86 +233,92 @@ def _one_memory(
     rows = list(record.metrics.rows)
     spent = _spent(work)
     rows[0] = rows[0].model_copy(update={"seconds": spent["adapt"] + spent["consolidate"]})
-    if doing.baselines and not isinstance(method, Modulation):
-        for name in chosen_baselines(config):
-            rows += _baseline(work, name, learned)
+    if doing.baselines:
+        for name in chosen_baselines(method):
+            rows += _baseline(method, name, learned)
     record = record.model_copy(
         update={
             "metrics": Metrics(rows=tuple(rows)),
             "environment": Environment.here(str(work.engine.device), time.perf_counter() - begin),
         }
     )
-    coefficients, samples, keys = None, None, None
-    if isinstance(method, Mira):
-        shown = [*learned, *([work.stream.held_out] if work.stream.held_out else [])]
-        if setting != "til":
-            coefficients, samples = coefficient_maps(method, shown)
-        keys = key_map(method.snapshot())
-    view = work.store.view()
-    held, stored_keys = len(view.adapters) + len(view.atom_records), view.keys()
-    key_count = 0 if stored_keys is None else int(stored_keys.size)
-    atoms = isinstance(method, Moram)
-    costs = [
-        Cost(
-            "adapt: atoms of all tasks" if atoms else "adapt: adapters of all tasks",
-            seconds=spent["adapt"],
-            parameters=work.layout.numel * held,
-            bytes=work.layout.numel * 4 * held,
-        ),
-        Cost("evaluate: every version, and other ways to read the memory", seconds=evaluated),
-    ]
-    if not atoms:  # atoms find themselves: nothing is learned once they are written
-        words = "consolidate: keys and head" if isinstance(method, Mira) else "consolidate"
-        learned_keys = Cost(
-            words, seconds=spent["consolidate"], parameters=key_count, bytes=4 * key_count
-        )
-        costs.insert(1, learned_keys)
+    held_out = work.stream.held_out
+    shown = method.pictures([*learned, *([] if held_out is None else [held_out])])
+    costs = _costs(method, spent, evaluated)
 
     def write() -> None:
         write_record(record, config.runs / RECORD)
-        page = config.runs / REPORT
         write_report(
-            record, page, coefficients=coefficients, samples=samples, keys=keys, costs=costs
+            record,
+            config.runs / REPORT,
+            coefficients=shown.coefficients,
+            samples=shown.samples,
+            keys=shown.keys,
+            costs=costs,
         )
 
     work.engine.on_main(write)
     return record
 
 
-def _require_same_experiment(method: Mira | Modulation | Moram) -> None:
+def _learn(method: Method, tasks: Sequence[Task], doing: _Doing, *, fresh: bool) -> None:
+    """Learn tasks into the memory, one after another; or, where a domain is held out, at once.
+
+    `fresh` trains adapters anew that are finished.
+    """
+    work = method.workspace
+    if doing.resume and work.has_store:
+        _require_same_experiment(method)
+    if not doing.resume and work.has_store:
+        work.engine.on_main(lambda: _begin_anew(work.store))
+    if work.config.stream.setting == "dg":
+        for task in tasks:
+            method.adapt(str(task.number), fresh=fresh)
+        names = [name for task in tasks for name in method.adapter_names(task)]
+        method.write([work.adapter_folder / name for name in names])
+    else:
+        for task in tasks:
+            method.learn(task, fresh=fresh)
+            method.task_written(task)
+    method.all_written()
+
+
+def _costs(method: Method, spent: Mapping[str, float], evaluated: float) -> list[Cost]:
+    """What learning and evaluating took: seconds, numbers and bytes."""
+    work, view = method.workspace, method.workspace.store.view()
+    keys = view.keys()
+    key_count = 0 if keys is None else int(keys.size)
+    numbers = work.layout.numel * len(view.live)
+    what = "atoms" if method.kind == "atoms" else "adapters"
+    costs = [
+        Cost(
+            f"adapt: {what} of all tasks",
+            seconds=spent["adapt"],
+            parameters=numbers,
+            bytes=4 * numbers,
+        )
+    ]
+    if method.consolidates is not None:
+        words = " ".join(filter(None, ("consolidate:", method.consolidates))).removesuffix(":")
+        costs.append(
+            Cost(words, seconds=spent["consolidate"], parameters=key_count, bytes=4 * key_count)
+        )
+    label = "evaluate: every version, and other ways to read the memory"
+    return [*costs, Cost(label, seconds=evaluated)]
+
+
+def _require_same_experiment(method: Method) -> None:
     """A run goes on only in a memory of its own seed and settings."""
     work = method.workspace
     remedy = "another --store and --set runs=DIR, or --fresh to begin this one anew"
-    view = work.store.view()
-    for record in view.live:
+    for record in work.store.view().live:
         if record.meta.get("seed") not in (None, method.seed):
             raise ConfigError(
                 f"the memory {work.store_path!r} holds adapters of seed {record.meta['seed']}",
                 expected=f"seed {method.seed}, or an empty memory",
                 remedy=remedy,
             )
-    if isinstance(method, Modulation):
-        return  # its memories follow from the adapters and are brought up to date
-    if isinstance(method, Moram):
-        atoms = AtomsState.load(view)
-        if atoms is not None and (atoms.moram, atoms.head) != (method.settings, work.config.head):
-            raise ConfigError(
-                f"the memory {work.store_path!r} was begun with another gate or head",
-                remedy=remedy,
-            )
-        return
-    snapshot = method.snapshot()
-    state = snapshot.state
-    if state is not None and state.consolidate != work.config.consolidate:
-        raise ConfigError(
-            f"the memory {work.store_path!r} was consolidated with other keys or epochs",
-            remedy=remedy,
-        )
-    if state is not None and (state.memory, state.head) != (work.config.memory, work.config.head):
-        raise ConfigError(
-            f"the memory {work.store_path!r} was consolidated with other settings",
-            remedy=remedy,
-        )
+    method.require_same_settings(remedy)
 
 
 def _spent(work: Workspace) -> dict[str, float]:
@@ -349,13 +329,12 @@ def _spent(work: Workspace) -> dict[str, float]:
     return {"adapt": float(sum(trained)), "consolidate": float(sum(notes))}
 
 
-def _with_the_whole_budget(work: Workspace) -> Workspace:
+def _with_the_whole_budget(method: Method) -> Workspace:
     """The workspace with as many epochs of training as the memory has in both of its stages."""
-    config = work.config
-    consolidation = config.consolidate.epochs if config.method == "mira" else 0
-    epochs = config.train.epochs + consolidation
+    config = method.config
+    epochs = config.train.epochs + (method.key_epochs or 0)
     train = config.train.model_copy(update={"epochs": epochs})
-    other = copy.copy(work)  # what is open already stays open
+    other = copy.copy(method.workspace)  # what is open already stays open
     other.config = config.model_copy(update={"train": train})
     return other
 
@@ -383,29 +362,28 @@ def _begin_anew(store: memtool_stores.MemoryStore) -> None:
         store.rollback(versions[-1].id)
 
 
-def chosen_baselines(config: Config) -> tuple[str, ...]:
+def chosen_baselines(method: Method) -> tuple[str, ...]:
     """The baselines that `run` measures: those of the known that are wanted."""
-    wanted = config.baselines
-    return tuple(name for name in known_baselines(config) if "all" in wanted or name in wanted)
+    wanted = method.config.baselines
+    return tuple(name for name in known_baselines(method) if "all" in wanted or name in wanted)
 
 
-def known_baselines(config: Config) -> tuple[str, ...]:
+def known_baselines(method: Method) -> tuple[str, ...]:
     """The baselines that the setting and the head have.
 
-    None where the task is known (til) or adapters are recalled whole: `evaluate` compares these.
+    None where the task is known (til), or `evaluate` compares what there is to compare.
     """
-    setting = config.stream.setting
-    if config.method == "modulation" or setting == "til":
+    config, reads = method.config, method.workspace.reads
+    if not method.has_baselines or config.stream.setting == "til":
         return ()
-    if setting == "dg":
+    if config.stream.setting == "dg":
         return tuple(DG_BASELINES)
-    reads = "texts" if setting == "trace" else "images"
     return tuple(baselines_of(reads, fixed_head=reads == "images" and is_fixed(config)))
 
 
-def _baseline(work: Workspace, name: str, tasks: Sequence[Task]) -> list[Row]:
+def _baseline(method: Method, name: str, tasks: Sequence[Task]) -> list[Row]:
     """The rows of a baseline: from its file when an earlier run finished it, else measured."""
-    work = _with_the_whole_budget(work)
+    work = _with_the_whole_budget(method)
 
     def measure() -> list[Row]:
         held_out = work.stream.held_out

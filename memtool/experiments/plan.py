@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from memtool.backbones.footprint import Footprint, footprint_of
-from memtool.config import Config
+from memtool.config import Config, HeadSettings
+from memtool.experiments.run import chosen_baselines
 from memtool.methods import open_method
-from memtool.methods.experiment import chosen_baselines
 from memtool.methods.moram.state import gate_of
 from memtool.streams import create_stream
 from memtool.workspace import Workspace
@@ -35,8 +35,8 @@ def plan(config: Config, *, seed: int, verb: str) -> dict[str, Any]:
     read, and `memory` says in bytes where its memory goes; None for images. Raises what opening
     method, data and backbone does.
     """
-    memory = None
-    work = open_method(config, seed=seed).workspace
+    method = open_method(config, seed=seed)
+    work, memory = method.workspace, None
     if work.reads == "texts":
         found = _footprint(work)
         memory, numbers = _memory(config, found), found.atoms // 4 // len(work.stream.tasks)
@@ -47,9 +47,9 @@ def plan(config: Config, *, seed: int, verb: str) -> dict[str, Any]:
     else:
         tasks, numbers = _image_tasks(work), work.layout.numel
     in_turn = config.stream.setting == "dg" and config.stream.held_out is None
+    memories = len(tasks) if in_turn else 1
     learned = sum(task.epochs > 0 for task in tasks) - in_turn
-    value_bytes = numbers * 4
-    has_head = config.method != "modulation" and config.stream.setting != "trace"
+    head = config.head if method.has_head else None
     return {
         "verb": verb,
         "method": config.method,
@@ -58,26 +58,23 @@ def plan(config: Config, *, seed: int, verb: str) -> dict[str, Any]:
         "backbone": config.backbone.name,
         "device": str(work.engine.device),
         "precision": work.engine.precision,
-        "head": config.head.kind if has_head else None,
-        "head_scope": config.head.scope if has_head and _has_scope(config) else None,
+        "head": head.kind if head else None,
+        "head_scope": head.scope if head and _has_scope(head) else None,
         "tasks": [task.name for task in tasks],
         "train_samples": [task.train for task in tasks],
         "test_samples": [task.test for task in tasks],
         "epochs": [task.epochs for task in tasks],
         "steps": [task.epochs * math.ceil(task.train / config.train.batch_size) for task in tasks],
         "batch_size": config.train.batch_size,
-        "consolidation_epochs": config.consolidate.epochs if config.method == "mira" else None,
+        "consolidation_epochs": method.key_epochs,
         "adapters_per_task": config.adapter.per_task,
         "rank": config.adapter.rank,
         "parameters_per_adapter": numbers,
-        "bytes_per_adapter": value_bytes,
-        "memories": len(tasks) if in_turn else 1,
-        "bytes_in_all": value_bytes
-        * config.adapter.per_task
-        * learned
-        * (len(tasks) if in_turn else 1),
+        "bytes_per_adapter": numbers * 4,
+        "memories": memories,
+        "bytes_in_all": numbers * 4 * config.adapter.per_task * learned * memories,
         "memory": memory,
-        "baselines": list(chosen_baselines(config)) if verb == "run" else None,
+        "baselines": list(chosen_baselines(method)) if verb == "run" else None,
         "store": work.store_path,
         "store_exists": work.has_store,
         "runs": str(config.runs),
@@ -140,6 +137,6 @@ def _image_tasks(work: Workspace) -> list[_Task]:
     return [found[number] for number in sorted(found)]
 
 
-def _has_scope(config: Config) -> bool:
+def _has_scope(head: HeadSettings) -> bool:
     """Whether there is one head for all tasks or one a task: not where one learns on."""
-    return config.head.kind not in ("shared", "prototype", "text")
+    return head.kind not in ("shared", "prototype", "text")

@@ -1,0 +1,86 @@
+"""Keys and head of a memory of mixtures that some of its adapters leave."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from memtool.errors import ConfigError
+from memtool.heads import RecalledHead, solve_recalled_head
+from memtool.methods.in_store import HEAD, feature_statistics, own_head
+from memtool.methods.mira.keys import start_keys
+from memtool.methods.mira.state import MEMORY, QUERY_MODULES, MemoryState, query_statistics
+from memtool.methods.records import task_of
+from memtool_stores import MemoryView, Transaction
+
+
+def solve_without(txn: Transaction, view: MemoryView, gone: set[str]) -> None:
+    """In a transaction that takes adapters away: keys and head from what is left of the moments.
+
+    Keys in closed form and the head are solved anew; learned and random keys stay bit for bit.
+    Raises ConfigError where consolidation has not caught up.
+    """
+    state, stored = MemoryState.load(view), view.keys()
+    if state is None or stored is None or not gone & set(state.adapters):
+        return
+    # The columns of the stored keys: adapters that were live with a key before this.
+    keyed = view.ids[: stored.shape[1]]
+    places = [place for place, id in enumerate(keyed) if id not in gone]
+    adapters = tuple(keyed[place] for place in places)
+    if not adapters:
+        for name in (MEMORY, HEAD, QUERY_MODULES):
+            if name in view.blobs():
+                txn.delete_blob(name)
+        txn.set_keys(None)
+        return
+    if adapters != tuple(record.id for record in txn.adapters):
+        raise ConfigError(
+            "some adapters in memory have no key yet",
+            remedy="memtool consolidate first, then forget",
+        )
+    number = {
+        id: state.tasks[place]
+        for id, place in zip(state.adapters, state.adapter_tasks, strict=True)
+    }
+    tasks = tuple(task for task in state.tasks if task in {number[id] for id in adapters})
+    adapter_tasks = tuple(tasks.index(number[id]) for id in adapters)
+    keys = np.ascontiguousarray(stored[:, places])
+    if state.consolidate.keys == "closed-form" and not state.consolidate.epochs:
+        queries = query_statistics(view, state)
+        if missing := [task for task in tasks if task not in queries]:
+            raise ConfigError(
+                f"the queries of task {missing[0]} were not kept apart from those of the others",
+                remedy="memtool consolidate, which counts them again, then forget",
+            )
+        counted = [queries[task] for task in tasks]
+        generator = torch.Generator()  # keys in closed form draw nothing from it
+        found = start_keys(state.consolidate, state.memory, counted, adapter_tasks, generator)
+        keys = np.ascontiguousarray(found.numpy(), dtype=np.float32)
+    head = _solved_head(txn, view, state, tasks, adapter_tasks)
+    changes = {"tasks": tasks, "adapters": adapters, "adapter_tasks": adapter_tasks}
+    txn.set_keys(keys)
+    state.model_copy(update=changes).put(txn)
+    txn.put_blob(HEAD, head.to_bytes())
+
+
+def _solved_head(
+    txn: Transaction,
+    view: MemoryView,
+    state: MemoryState,
+    tasks: Sequence[int],
+    adapter_tasks: Sequence[int],
+) -> RecalledHead:
+    """The head of the tasks that are left; one that learned on with the keys stays as it is.
+
+    But for classes that nobody knows then.
+    """
+    features = feature_statistics(view, tasks)
+    trained = {task_of(record): own_head(view, record.name) for record in txn.adapters}
+    head = solve_recalled_head(state.head, features, trained, adapter_tasks)
+    if state.head.kind != "shared" or HEAD not in view.blobs():
+        return head
+    learned = RecalledHead.from_bytes(view.blob(HEAD), f"blob {HEAD!r}")
+    unknown = ~torch.isfinite(head.bias)
+    return RecalledHead(learned.weight, learned.bias.masked_fill(unknown, -torch.inf), None)

@@ -1,0 +1,147 @@
+"""The task predictor of mts: one more adapter θ_0 and a head over the tasks.
+
+It learns on the images of all tasks which of them an image is of. A version keeps it in a blob; the
+consolidation that trained it recorded under which settings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+import memtool_stores
+from memtool.adapters.recalls import every
+from memtool.adapters.values import AdapterValues
+from memtool.config import Config
+from memtool.errors import MismatchError, NotFoundError
+from memtool.heads import LinearClassifier
+from memtool.learning.adapt import adapt
+from memtool.methods.modulation.stored import Stored
+from memtool.streams.task import Images
+from memtool.tensor_bytes import read_tensors
+from memtool.workspace import Workspace
+
+PREDICTOR = "task-predictor"
+"""Blob of the task predictor: its adapter, its head, and the tasks that it tells apart."""
+
+
+@dataclass(frozen=True, eq=False)
+class Predictor:
+    """θ_0: which task is it? `value` (numel,), `head` over the places of `tasks`."""
+
+    value: Tensor
+    scaling: float
+    head: LinearClassifier
+    tasks: tuple[int, ...]
+
+    @classmethod
+    def load(cls, view: memtool_stores.MemoryView) -> Predictor | None:
+        """That of a version, where it has one."""
+        if PREDICTOR not in view.blobs():
+            return None
+        return cls.from_bytes(view.blob(PREDICTOR), f"blob {PREDICTOR!r}")
+
+    @classmethod
+    def fitting(cls, stored: Stored) -> Predictor:
+        """That of the tasks in memory. Raises NotFoundError, MismatchError."""
+        found = cls.load(stored.view)
+        if found is None:
+            raise NotFoundError(
+                f"the memory at version {stored.version} has no task predictor",
+                remedy="--set stream.setting=mts and memtool consolidate, which trains it; "
+                "or name the task with --task",
+            )
+        if found.tasks != stored.tasks:
+            raise MismatchError(
+                f"the task predictor knows tasks {list(found.tasks)}",
+                expected=f"tasks {list(stored.tasks)}, which are in memory",
+                remedy="memtool consolidate trains it anew",
+            )
+        return found
+
+    def to_bytes(self) -> bytes:
+        """As a safetensors file."""
+        return save(
+            {
+                "value": self.value.contiguous(),
+                "scaling": torch.tensor(self.scaling, dtype=torch.float64),
+                "weight": self.head.weight.contiguous(),
+                "bias": self.head.bias.contiguous(),
+                "tasks": torch.tensor(self.tasks),
+            }
+        )
+
+    @classmethod
+    def from_bytes(cls, data: bytes, where: str) -> Predictor:
+        """What `to_bytes` wrote."""
+        tensors = read_tensors(
+            data, where, value="n", scaling="float64", weight="t d", bias="t", tasks="int64 t"
+        )
+        return cls(
+            tensors["value"],
+            float(tensors["scaling"]),
+            LinearClassifier(tensors["weight"], tensors["bias"]),
+            tuple(tensors["tasks"].tolist()),
+        )
+
+    def predict(self, work: Workspace, images: npt.NDArray[np.uint8]) -> Tensor:
+        """The place of the task that it sees in every image (n,)."""
+        engine, backbone = work.engine, work.backbone
+        values = AdapterValues.from_flat(self.value[None], work.layout, self.scaling)
+        recall, head = every(values.to(engine.device)), self.head.to(engine.device)
+
+        def logits(batch: Tensor) -> Tensor:
+            return head(backbone.features(backbone.preprocess(batch), recall))
+
+        return engine.predict(logits, images).argmax(1)
+
+
+def made_with(config: Config, seed: int) -> dict[str, object]:
+    """The settings that decide what a predictor becomes, as a consolidation records them."""
+    return {
+        "epochs": config.modulation.predictor_epochs,
+        "lr": config.modulation.predictor_lr,
+        "train": config.train.model_dump(mode="json"),
+        "seed": seed,
+    }
+
+
+def recorded(store: memtool_stores.MemoryStore, version: str) -> object:
+    """The settings that the newest consolidation up to a version recorded of its predictor."""
+    for one in store.log(version):
+        if "predictor" in one.metadata:
+            return one.metadata["predictor"]
+    return None
+
+
+def train(work: Workspace, stored: Stored) -> tuple[Predictor, float]:
+    """A predictor of the tasks in memory, and its accuracy on the images that it learned from."""
+    settings = work.config.modulation
+    tasks = [work.task(str(number)) for number in stored.tasks]
+    images = np.concatenate([task.train.images for task in tasks])
+    places = np.repeat(np.arange(len(tasks)), [len(task.train) for task in tasks])
+    learning = work.config.train.model_copy(
+        update={"epochs": settings.predictor_epochs, "lr": settings.predictor_lr}
+    )
+    trained = adapt(
+        work.engine,
+        work.backbone,
+        work.layout,
+        Images(images, places.astype(np.int64)),
+        classes=range(len(tasks)),
+        class_count=len(tasks),
+        adapter=work.config.adapter,
+        train=learning,
+        seed=work.training_seed(0),
+        fingerprint=f"predictor {stored.version} {learning.model_dump_json()}",
+        checkpoint=work.adapter_folder / f".predictor-seed-{work.seed}.checkpoint",
+        progress=work.progress,
+        stage=f"task predictor of {len(tasks)} tasks",
+    )
+    predictor = Predictor(trained.values[0], work.scaling, trained.heads[0], stored.tasks)
+    return predictor, trained.train_accuracy[0]
