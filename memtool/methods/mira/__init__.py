@@ -13,6 +13,7 @@ In the order of the paper:
     measure      what a memory is worth, beside other ways to read it
     method       the verbs: `Mira`
     attached     a version as a module
+    forget       keys and head of a memory that some of its adapters leave
     recalled     the adapter that is recalled, as a PEFT directory
     explain      why an input is recognised as what it is
     maps         the pictures of a report
