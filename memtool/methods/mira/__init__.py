@@ -7,7 +7,7 @@ In the order of the paper:
     keys         keys in closed form, as mean queries, or at random
     learn        keys that learn by gradient (stage 2)
     protect      what learning may not change
-    known        what is known before consolidation: what is new, what was counted
+    inventory    what is known before consolidation: what is new, what was counted
     consolidate  what consolidation does, step by step
     state        what the store holds of it, and a version read from there
     measure      what a memory is worth, beside other ways to read it
@@ -20,6 +20,6 @@ In the order of the paper:
 
 Where the paper is silent, or where our trials found better, the default is ours and the paper's
 form is an option: keys in closed form (`consolidate.keys: random` with `epochs`), an analytic head
-per task (`head.kind: linear`, `head.scope: shared`), one early look for all blocks (`memory.scope:
-block`), softmax (`memory.separation: affine`).
+per task (`head.kind: shared`, `head.scope: shared`), one early look for all blocks
+(`memory.scope: block`), softmax (`memory.separation: affine`).
 """

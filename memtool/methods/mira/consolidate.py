@@ -1,12 +1,12 @@
 """What consolidation does: every adapter in memory gets its key, and the memory its head.
 
-    look      which tasks are new, which grew, and what was counted of the others
-    count     features and queries of those, in one pass over their own images
-    start     keys in closed form, as mean queries or at random; learned ones stay as they are
-    learn     keys by cross-entropy through the recalled mixture, where there are epochs
-    resolve   the head again, where it goes by the features that are recalled
-    observe   what the new tasks ask, where later learning may not change the answers
-    commit    keys, head, moments and state, as one version
+    inventory  which tasks are new, which grew, and what was counted of the others
+    count      features and queries of those, in one pass over their own images
+    start      keys in closed form, as mean queries or at random; learned ones stay as they are
+    learn      keys by cross-entropy through the recalled mixture, where there are epochs
+    resolve    the head again, where it goes by the features that are recalled
+    observe    what the new tasks ask, where later learning may not change the answers
+    commit     keys, head, moments and state, as one version
 
 Tasks written together are consolidated together; the images of older ones are not read again.
 """
@@ -34,8 +34,8 @@ from memtool.memories.keyed import KeyedMemory
 from memtool.methods.in_store import HEAD, features_blob
 from memtool.methods.method import require_unmoved
 from memtool.methods.mira.count import count_queries, count_task
+from memtool.methods.mira.inventory import Inventory, inventory_of
 from memtool.methods.mira.keys import start_keys
-from memtool.methods.mira.known import Known, look
 from memtool.methods.mira.learn import learn
 from memtool.methods.mira.measure import SUBJECT_SAMPLES, Measure, drift_degrees
 from memtool.methods.mira.protect import Protection
@@ -94,7 +94,7 @@ def consolidate(
     is in memory, DataError for a task that nothing can be learned from, DivergedError, and
     ChangedMeanwhileError where another process committed.
     """
-    known = look(work, snapshot)
+    known = inventory_of(work, snapshot)
     _count(known)
     start = _start(known)
     model = _model(known, start.keys)
@@ -112,7 +112,7 @@ def consolidate(
 # Count ------------------------------------------------------------------------------------------
 
 
-def _count(known: Known) -> None:
+def _count(known: Inventory) -> None:
     """Add the moments of new tasks, and the features of grown ones through all their adapters."""
     work, settings = known.work, known.config.memory
     # A memory without content, for its query modules: what would each block be asked?
@@ -141,7 +141,7 @@ def _count(known: Known) -> None:
 # Start ------------------------------------------------------------------------------------------
 
 
-def _start(known: Known) -> Start:
+def _start(known: Inventory) -> Start:
     """The keys before they learn, when nothing speaks against making them."""
     config, before = known.config, known.before
     keys = start_keys(
@@ -162,7 +162,7 @@ def _start(known: Known) -> Start:
     return Start(keys, kept, past)
 
 
-def _kept(known: Known) -> int:
+def _kept(known: Inventory) -> int:
     """How many keys, from the first, are learned ones of before that learning goes on from."""
     config, before = known.config, known.before
     if before is None or not (_learns(config) or config.consolidate.protect == "dual-gpm"):
@@ -180,7 +180,7 @@ def _kept(known: Known) -> int:
     return before.shape[1]
 
 
-def _past(known: Known) -> Protection | None:
+def _past(known: Inventory) -> Protection | None:
     """What learning may not change; None where nothing is protected by dual-gpm."""
     if known.config.consolidate.protect != "dual-gpm":
         return None
@@ -216,7 +216,7 @@ def _require_can_learn(config: Config) -> None:
         )
 
 
-def _model(known: Known, keys: Tensor) -> MemoryModel:
+def _model(known: Inventory, keys: Tensor) -> MemoryModel:
     """The memory with these keys, on its frozen backbone."""
     work, view = known.work, known.view
     values = AdapterValues.from_flat(
@@ -228,7 +228,7 @@ def _model(known: Known, keys: Tensor) -> MemoryModel:
     return model.to(work.engine.device).requires_grad_(False)
 
 
-def _memory(known: Known, keys: Tensor) -> KeyedMemory:
+def _memory(known: Inventory, keys: Tensor) -> KeyedMemory:
     """A memory over keys (memories, t, m · (dim + 1)); query modules that learned go on."""
     work, settings = known.work, known.config.memory
     memory = KeyedMemory.from_settings(
@@ -255,7 +255,9 @@ def _query_modules(parts: Mapping[str, Tensor]) -> list[str]:
 # Learn ------------------------------------------------------------------------------------------
 
 
-def _learn(known: Known, start: Start, model: MemoryModel) -> tuple[RecalledHead, FitResult | None]:
+def _learn(
+    known: Inventory, start: Start, model: MemoryModel
+) -> tuple[RecalledHead, FitResult | None]:
     """The head; and, where keys learn, how learning went. The keys in `model` are then learned."""
     work, config = known.work, known.config
     head = _solved(known)
@@ -289,13 +291,13 @@ def _learn(known: Known, start: Start, model: MemoryModel) -> tuple[RecalledHead
     return learned.to("cpu") if config.head.kind == "shared" else head, fit
 
 
-def _solved(known: Known, **other: str) -> RecalledHead:
+def _solved(known: Inventory, **other: str) -> RecalledHead:
     """The head from what is counted, or from trained ones; `other` settings win."""
     settings = known.config.head.model_copy(update=other)
     return solve_recalled_head(settings, known.features, known.trained, known.adapter_tasks)
 
 
-def _resolve(known: Known, model: MemoryModel, head: RecalledHead) -> RecalledHead:
+def _resolve(known: Inventory, model: MemoryModel, head: RecalledHead) -> RecalledHead:
     """The head, where it goes by recalled features solved on those of the tasks that are shown."""
     work, settings = known.work, known.config.head
     if settings.features != "recalled":
@@ -306,7 +308,7 @@ def _resolve(known: Known, model: MemoryModel, head: RecalledHead) -> RecalledHe
     return _solved(known) if settings.kind in SOLVED else head
 
 
-def _observe(known: Known, start: Start, model: MemoryModel) -> None:
+def _observe(known: Inventory, start: Start, model: MemoryModel) -> None:
     """Add what the new tasks ask to the past that later learning may not change."""
     if start.past is None:
         return
@@ -324,7 +326,7 @@ def _observe(known: Known, start: Start, model: MemoryModel) -> None:
 # Commit -----------------------------------------------------------------------------------------
 
 
-def _result(known: Known, made: Made, began: float) -> ConsolidateResult:
+def _result(known: Inventory, made: Made, began: float) -> ConsolidateResult:
     """What consolidation came to, at the version that it went on from."""
     work, config = known.work, known.config
     last = work.task(str((known.fresh or known.tasks)[-1]))
@@ -354,7 +356,7 @@ def _drift(before: Tensor | None, keys: Tensor) -> float:
 
 
 def _commit(
-    known: Known, made: Made, result: ConsolidateResult, metadata: Mapping[str, Any]
+    known: Inventory, made: Made, result: ConsolidateResult, metadata: Mapping[str, Any]
 ) -> None:
     """One version with keys, head, moments and state; and values, where they learned."""
     work, config, view = known.work, known.config, known.view
@@ -400,7 +402,7 @@ def _commit(
     work.engine.on_main(lambda: work.store.run(commit, message, metadata=about))
 
 
-def _blobs(known: Known, made: Made) -> dict[str, bytes]:
+def _blobs(known: Inventory, made: Made) -> dict[str, bytes]:
     """What is written beside keys and state, by the name of its blob."""
     blobs = {
         **{queries_blob(number): known.queries[number].to_bytes() for number in known.new},

@@ -36,7 +36,7 @@ from memtool.methods.in_store import classes_of
 from memtool.methods.method import Method, newest_after_each
 from memtool.methods.mira.attached import AttachedMixture
 from memtool.methods.mira.consolidate import consolidate
-from memtool.methods.mira.known import consolidated_before
+from memtool.methods.mira.inventory import consolidated_before
 from memtool.methods.mira.maps import coefficient_maps, key_map
 from memtool.methods.mira.measure import SUBJECT_SAMPLES, Measure, drift, seen_by
 from memtool.methods.mira.recall import MemoryModel

@@ -1,4 +1,4 @@
-"""What is known of a memory before it is consolidated: what is new, and what was counted."""
+"""The inventory of a memory before it is consolidated: what is new, and what was counted."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from memtool.workspace import Workspace
 
 
 @dataclass(eq=False)
-class Known:
+class Inventory:
     """What is known of the memory that is consolidated.
 
     Of `tasks`, in the order in which they came, `new` ones have no keys yet, and `grown` ones got
@@ -115,7 +115,7 @@ def _same(state: MemoryState, view: memtool_stores.MemoryView, config: Config) -
     return then == (view.ids, config.memory, config.head, config.consolidate)
 
 
-def look(work: Workspace, snapshot: Snapshot) -> Known:
+def inventory_of(work: Workspace, snapshot: Snapshot) -> Inventory:
     """What is new in a memory, and what was counted of the rest."""
     view, state = snapshot.view, snapshot.state
     if not view.adapters:
@@ -127,7 +127,7 @@ def look(work: Workspace, snapshot: Snapshot) -> Known:
     queries = snapshot.query_statistics()
     numbers = dict.fromkeys(task_of(record) for record in view.adapters)
     new = tuple(number for number in numbers if number not in queries)
-    return Known(
+    return Inventory(
         work=work,
         snapshot=snapshot,
         tasks=(*queries, *new),
