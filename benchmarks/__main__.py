@@ -67,8 +67,9 @@ def main(arguments: list[str]) -> int:
         print(json.dumps(result, indent=2))
     else:
         for case in result["cases"]:
-            verdict = "ok" if case["passed"] else "MISSED"
-            print(f"{case['name']:56} {case['value']:8.3f}  limit {case['limit']}  {verdict}")
+            verdict = "met" if case["passed"] else "MISSED"
+            limit = "" if case["limit"] is None else f"  limit {case['limit']}  {verdict}"
+            print(f"{case['name']:56} {case['value']:8.3f}{limit}")
     return 0 if result["passed"] else 1
 
 

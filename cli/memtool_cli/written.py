@@ -1,7 +1,9 @@
-"""What was written into a memory, as a person reads it."""
+"""Adapters are written into a memory, and a person is told which."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memtool_cli.output import Table, percent
@@ -11,7 +13,23 @@ if TYPE_CHECKING:
     from memtool_cli.options import Call
 
 
-def show_written(call: Call, result: WriteResult) -> None:
+def write(
+    call: Call, directories: Sequence[Path] | None, *, task: str | None, as_atoms: bool = False
+) -> None:
+    """Write adapters, with the model only where the memory alone does not tell how; and show it."""
+    from memtool.methods.writing import write_stored
+
+    result = write_stored(
+        call.config, seed=call.seed, directories=directories, task=task, as_atoms=as_atoms
+    )
+    if result is None:
+        with call.out.progress() as progress:
+            method = call.method(progress)
+            result = method.write(directories, task=task, as_atoms=as_atoms)
+    _show(call, result)
+
+
+def _show(call: Call, result: WriteResult) -> None:
     """Print the adapters that were added, and on stderr what is doubtful, and what comes next."""
     out = call.out
     rows = [(adapter.name, adapter.id) for adapter in result.added]

@@ -6,14 +6,25 @@ B (d_out, rank), row-major. This is θ = w¹ ⊕ w² ⊕ … of the modulation p
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 
 from memtool.errors import MismatchError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Numbers = TypeVar("Numbers", "Tensor", npt.NDArray[Any])
+"""Of torch or of numpy: what is done with a flat value is the same."""
+
+SLICES = "qkv"
+"""The slices of a fused layer: a third of its output rows each, in this order."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +101,7 @@ class Layout:
         """The blocks that have a site, ascending."""
         return tuple(sorted({site.block for site in self.sites}))
 
-    def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
+    def flatten(self, tensors: Mapping[str, Numbers]) -> Numbers:
         """The flat value (numel,) of tensors named as `segments`; bit-exact."""
         names = {segment.name for segment in self.segments}
         if names != set(tensors):
@@ -99,7 +110,7 @@ class Layout:
                 f"tensors do not fit the layout: missing {missing[:3]}, not known {extra[:3]}",
                 expected=f"{len(names)} tensors for rank {self.rank}",
             )
-        parts: list[Tensor] = []
+        parts: list[Numbers] = []
         for segment in self.segments:
             tensor = tensors[segment.name]
             if tuple(tensor.shape) != segment.shape:
@@ -107,9 +118,13 @@ class Layout:
                     f"{segment.name} has shape {tuple(tensor.shape)}", expected=str(segment.shape)
                 )
             parts.append(tensor.reshape(-1))
+        if isinstance(parts[0], np.ndarray):
+            return np.concatenate(parts)
+        import torch
+
         return torch.cat(parts)
 
-    def unflatten(self, value: Tensor) -> dict[str, Tensor]:
+    def unflatten(self, value: Numbers) -> dict[str, Numbers]:
         """Views of a flat value (..., numel), each of shape (..., *segment.shape)."""
         if value.shape[-1] != self.numel:
             raise MismatchError(
@@ -126,3 +141,31 @@ class Layout:
 def sites_in_block_order(sites: Sequence[Site]) -> tuple[Site, ...]:
     """The sites sorted by block, then by the order given."""
     return tuple(sorted(sites, key=lambda site: site.block))
+
+
+_IN_BLOCK = re.compile(r"(?P<block>.*?\.\d+)\.")
+_SLICE = re.compile(r"(?P<module>.+)\[(?P<slice>[qkv])\]")
+
+
+def sites_of(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> tuple[Site, ...]:
+    """The sites whose A and B are these segments: (name, shape) in the order of a layout.
+
+    The inverse of `Layout.segments` for the sites of `AdaptedLinear`, whose slices are thirds, in
+    blocks that are numbered in their names. Raises MismatchError for other segments.
+    """
+    given = list(shapes)
+    sites: list[Site] = []
+    blocks: dict[str, int] = {}
+    for (name, a), (other, b) in zip(given[::2], given[1::2], strict=False):
+        site = name.removesuffix(".lora_A")
+        block = _IN_BLOCK.match(site)
+        if (name, other) != (f"{site}.lora_A", f"{site}.lora_B") or block is None:
+            raise MismatchError(f"segments {name!r} and {other!r} of no numbered block")
+        number = blocks.setdefault(block["block"], len(blocks))
+        rows, part = b[0], _SLICE.fullmatch(site)
+        if part is None:
+            sites.append(Site(number, site, "", a[1], rows, 0, rows))
+        else:
+            first = SLICES.index(part["slice"]) * rows
+            sites.append(Site(number, part["module"], part["slice"], a[1], rows, first, 3 * rows))
+    return tuple(sites)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memtool.adapters.layout import Site
+from memtool.adapters.layout import SLICES, Site
 from memtool.adapters.mixing import Mixture
 
 
@@ -47,7 +47,7 @@ class AdaptedLinear(nn.Module):
             slice=part,
             in_features=self.in_features,
             out_features=rows,
-            first_row="qkv".index(part) * rows if part else 0,
+            first_row=SLICES.index(part) * rows if part else 0,
             module_rows=self.out_features,
         )
 

@@ -9,13 +9,15 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-import torch
+import numpy as np
 
 from memtool.adapters.patterns import Pattern, compiled
 from memtool.errors import CorruptError, MismatchError
 from memtool_stores.printable import shown
 
 CONFIG_NAME = "adapter_config.json"
+
+_LEAST, _MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 MOST_PATTERNS = 10_000
 """Entries of `rank_pattern` or of `alpha_pattern`."""
@@ -102,8 +104,7 @@ def scalings(config: Mapping[str, Any], ranks: Mapping[str, int], where: str) ->
                 f"{where} gives {module} rank {stated:g}", expected=f"{rank}, as its tensors have"
             )
         scaling = alphas_of(module) / (math.sqrt(rank) if rslora else rank)
-        numbers = torch.finfo(torch.float32)
-        if not numbers.tiny <= scaling <= numbers.max:
+        if not _LEAST <= scaling <= _MOST:
             raise MismatchError(
                 f"{where}: the scaling of {module} is {scaling:g}",
                 expected="a number that 32 bits can hold",

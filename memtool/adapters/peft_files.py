@@ -23,16 +23,16 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from memtool.adapters.layout import Layout, Site, sites_in_block_order
 from memtool.adapters.peft_config import CONFIG_NAME, check_plain_lora, config_text, scalings
 from memtool.adapters.peft_tensors import (
     DTYPES,
     WEIGHTS_NAME,
+    Array,
     Module,
     Note,
     adapted_modules,
@@ -51,8 +51,11 @@ from memtool.errors import (
     NotFoundError,
 )
 from memtool.outside import parsed_json, read_file
-from memtool.tensor_bytes import load_tensors
+from memtool.tensor_bytes import load_arrays, narrowed, widened
 from memtool_stores.printable import shown
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MOST_PADDING = 64
 """Times as many numbers as a file has, beyond which a value of one rank is not made of it."""
@@ -62,19 +65,26 @@ MOST_PADDING = 64
 class PeftAdapter:
     """A PEFT directory as a flat value, with all that is needed to write the same file again.
 
-    value     (numel,), in the order of `layout`; float32, or float64 where the file has that
+    numbers   (numel,), in the order of `layout`; float32, or float64 where the file has that
     scaling   what B A x is multiplied with; alpha is scaling · rank
     header    the JSON header of the safetensors file, byte for byte
     sha256    of the safetensors file, hexadecimal
     config    the bytes of `adapter_config.json`
     """
 
-    value: Tensor
+    numbers: Array
     layout: Layout
     scaling: float
     header: bytes
     sha256: str
     config: bytes
+
+    @property
+    def value(self) -> Tensor:
+        """The numbers as a tensor (numel,), which shares their memory."""
+        import torch
+
+        return torch.from_numpy(self.numbers)
 
     @property
     def alpha(self) -> float:
@@ -102,7 +112,7 @@ class PeftAdapter:
 
 def write_peft(
     directory: Path,
-    value: Tensor,
+    value: Tensor | Array,
     layout: Layout,
     *,
     alpha: float,
@@ -112,35 +122,31 @@ def write_peft(
 ) -> Path:
     """Write a value (numel,) as a directory that `peft` loads; returns the directory.
 
-    `alpha` belongs to the layout's rank: the scaling is alpha / rank. `extra` (JSON) goes into the
-    metadata of the safetensors file, which peft ignores. `read_peft` gives back the same value, bit
-    for bit. Raises MismatchError for a value that does not fit, DataError for one that is not
-    finite, AlreadyExistsError, and MemtoolError when the file system refuses.
+    The value is a tensor of 16 to 64 bits, or such an array of numpy. `alpha` belongs to the
+    layout's rank: the scaling is alpha / rank. `extra` (JSON) goes into the metadata of the
+    safetensors file, which peft ignores. `read_peft` gives back the same value, bit for bit. Raises
+    MismatchError for a value that does not fit, DataError for one that is not finite,
+    AlreadyExistsError, and MemtoolError when the file system refuses.
     """
-    if value.ndim != 1 or value.dtype not in DTYPES.values():
-        raise MismatchError(
-            f"a value of shape {tuple(value.shape)} and type {value.dtype}",
-            expected="one flat vector of floats",
-        )
+    code, bits = _bits(value)
     if not (math.isfinite(alpha) and alpha > 0):
         raise MismatchError(f"alpha of {alpha}", expected="a positive number")
-    if not bool(value.isfinite().all()):
+    if not np.isfinite(widened(bits) if code == "BF16" else bits).all():
         raise DataError("an adapter with numbers that are not finite (NaN or infinity)")
-    parts = layout.unflatten(value.detach().cpu())
-    tensors: dict[str, Tensor] = {}
+    parts = layout.unflatten(bits)
+    arrays: dict[str, Array] = {}
     ranks: dict[str, int] = {}
     for module, sites in sites_by_module(layout.sites).items():
         ranks[module] = layout.rank * len(sites)
-        a = torch.cat([parts[f"{site.name}.lora_A"] for site in sites])
+        a = np.concatenate([parts[f"{site.name}.lora_A"] for site in sites])
         b = block_structured(sites, [parts[f"{site.name}.lora_B"] for site in sites])
-        tensors[tensor_name(module, "A")], tensors[tensor_name(module, "B")] = a, b
+        arrays[tensor_name(module, "A")], arrays[tensor_name(module, "B")] = a, b
     names = [site.name for site in layout.sites]
     note = {"alpha": alpha, "extra": dict(extra or {}), "rank": layout.rank, "sites": names}
     metadata = {"format": "pt", "memtool": json.dumps(note, sort_keys=True)}
     config = config_text(ranks, alpha / layout.rank, base_model)
-    return _write(
-        directory, _file(header_bytes(tensors, metadata), tensors), config.encode(), overwrite
-    )
+    file = _file(header_bytes(arrays, code, metadata), arrays)
+    return _write(directory, file, config.encode(), overwrite)
 
 
 def read_peft(directory: Path, layout_sites: Sequence[Site]) -> PeftAdapter:
@@ -157,28 +163,26 @@ def read_peft(directory: Path, layout_sites: Sequence[Site]) -> PeftAdapter:
     config = parsed_json(config_bytes, str(config_path))
     check_plain_lora(config, str(config_path))
     data = _read(weights_path, "array_bytes")
-    tensors = load_tensors(data, str(weights_path))
+    tensors = load_arrays(data, str(weights_path))
     header = data[8 : 8 + int.from_bytes(data[:8], "little")]
     note = note_in(parsed_json(header, f"the header of {weights_path}"), str(weights_path))
     modules = adapted_modules(tensors, layout_sites, note, str(weights_path))
     found = scalings(config, {m.name: m.a.shape[0] for m in modules}, str(config_path))
     scaling = _common(found.values(), note)
-    dtype = torch.float32
-    for tensor in tensors.values():
-        dtype = torch.promote_types(dtype, tensor.dtype)
+    dtype = np.result_type(np.float32, *(tensor.numbers.dtype for tensor in tensors.values()))
     layout = _layout(modules, layout_sites, note, str(weights_path))
-    parts: dict[str, Tensor] = {}
+    parts: dict[str, Array] = {}
     for module in modules:
         ratio = _ratio(found[module.name], scaling)
         own = module.rank
         for group, site in enumerate(module.sites):
             ranks = slice(group * own, (group + 1) * own)
             rows = slice(site.first_row, site.first_row + site.out_features)
-            a = module.a.new_zeros((layout.rank, site.in_features), dtype=dtype)
-            b = module.b.new_zeros((site.out_features, layout.rank), dtype=dtype)
+            a = np.zeros((layout.rank, site.in_features), dtype)
+            b = np.zeros((site.out_features, layout.rank), dtype)
             a[:own] = module.a[ranks]
-            b[:, :own] = _scaled(module.b[rows, ranks].to(dtype), ratio)
-            if not bool(b.isfinite().all()):
+            b[:, :own] = _scaled(module.b[rows, ranks].astype(dtype), ratio)
+            if not np.isfinite(b).all():
                 raise DataError(
                     f"{config_path}: the scaling of {module.name} is {ratio:g} times that of the "
                     f"others, which its numbers cannot hold"
@@ -210,29 +214,29 @@ def restored_file(adapter: PeftAdapter) -> bytes:
     value (that rounds), and for numbers that the value was rounded to: `adapter.sha256` tells.
     """
     entries = parsed_header(adapter.header, _HEADER)
-    parts = adapter.layout.unflatten(adapter.value.detach().cpu())
+    parts = adapter.layout.unflatten(adapter.numbers)
     grouped = sites_by_module(adapter.layout.sites)
     shapes = {module: [_shape(entries, module, part) for part in "AB"] for module in grouped}
     ranks = {module: a[0] for module, (a, _) in shapes.items()}
     found = scalings(parsed_json(adapter.config, CONFIG_NAME), ranks, CONFIG_NAME)
-    tensors: dict[str, Tensor] = {}
+    arrays: dict[str, Array] = {}
     for module, sites in grouped.items():
         own = ranks[module] // len(sites)
         ratio = 1.0 / _ratio(found[module], adapter.scaling)
-        a = torch.cat([parts[f"{site.name}.lora_A"][:own] for site in sites])
+        a = np.concatenate([parts[f"{site.name}.lora_A"][:own] for site in sites])
         b = [_scaled(parts[f"{site.name}.lora_B"][:, :own], ratio) for site in sites]
         made = (a, block_structured(sites, b))
-        for part, tensor, shape in zip("AB", made, shapes[module], strict=True):
+        for part, array, shape in zip("AB", made, shapes[module], strict=True):
             name = tensor_name(module, part)
-            if tuple(tensor.shape) != shape:
+            if array.shape != shape:
                 raise MismatchError(
-                    f"{name} has shape {tuple(tensor.shape)}",
+                    f"{name} has shape {array.shape}",
                     expected=f"{shape} as the header says",
                 )
-            tensors[name] = tensor.to(DTYPES[entries[name]["dtype"]])
-    if more := sorted(entries.keys() - {*tensors, "__metadata__"}):
+            arrays[name] = _rounded(array, entries[name]["dtype"])
+    if more := sorted(entries.keys() - {*arrays, "__metadata__"}):
         raise MismatchError(f"{_HEADER} has {shown(more[0])}, which the value has not")
-    return _file(adapter.header, tensors)
+    return _file(adapter.header, arrays)
 
 
 _HEADER = f"the header of {WEIGHTS_NAME}"
@@ -248,13 +252,52 @@ def _shape(entries: Mapping[str, Any], module: str, part: str) -> tuple[int, ...
 # Writing
 
 
-def _file(header: bytes, tensors: Mapping[str, Tensor]) -> bytes:
-    """A safetensors file; the tensors lie where the header says."""
+_NUMPY: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+}
+
+
+def _bits(value: Tensor | Array) -> tuple[str, Array]:
+    """The number format of a flat value, one of `DTYPES`, and its bits (numel,).
+
+    Raises MismatchError for any other value.
+    """
+    dtypes = _NUMPY if isinstance(value, np.ndarray) else DTYPES
+    word = value.dtype if isinstance(value, np.ndarray) else str(value.dtype)
+    code = next((code for code, dtype in dtypes.items() if dtype == word), None)
+    if value.ndim != 1 or code is None:
+        raise MismatchError(
+            f"a value of shape {tuple(value.shape)} and type {value.dtype}",
+            expected="one flat vector of floats",
+        )
+    if isinstance(value, np.ndarray):
+        return code, value
+    if code != "BF16":
+        return code, value.detach().cpu().numpy()
+    import torch
+
+    return code, value.detach().cpu().contiguous().view(torch.int16).numpy().view(np.uint16)
+
+
+def _rounded(array: Array, code: str) -> Array:
+    """The bits of finite numbers in a number format, rounded to the nearest."""
+    if code == "F64":
+        return array.astype(_NUMPY[code])
+    with np.errstate(over="ignore"):
+        array = array.astype(np.float32)
+        return narrowed(array) if code == "BF16" else array.astype(_NUMPY[code])
+
+
+def _file(header: bytes, arrays: Mapping[str, Array]) -> bytes:
+    """A safetensors file; the arrays lie where the header says."""
     entries = parsed_json(header, _HEADER)
     chunks = [len(header).to_bytes(8, "little"), header]
-    for name in sorted(tensors, key=lambda name: entries[name]["data_offsets"]):
-        flat = tensors[name].contiguous().reshape(-1)
-        chunks.append(flat.view(torch.uint8).numpy().tobytes())
+    chunks += [
+        arrays[name].tobytes()
+        for name in sorted(arrays, key=lambda name: entries[name]["data_offsets"])
+    ]
     return b"".join(chunks)
 
 
@@ -296,7 +339,7 @@ def _layout(
     """The layout of one rank that holds the modules of a file, padded where theirs are smaller."""
     found = {site.name: site for module in modules for site in module.sites}
     layout = Layout(_in_order(found, available, note), max(module.rank for module in modules))
-    there = sum(module.a.numel() + module.b.numel() for module in modules)
+    there = sum(module.a.size + module.b.size for module in modules)
     if layout.numel > MOST_PADDING * there:
         raise MismatchError(
             f"{where} has {there:,} numbers in modules of rank {min(m.rank for m in modules)} to "
@@ -320,9 +363,12 @@ def _ratio(own: float, common: float) -> float:
     return 1.0 if math.isclose(own, common, rel_tol=1e-12) else own / common
 
 
-def _scaled(b: Tensor, ratio: float) -> Tensor:
+def _scaled(b: Array, ratio: float) -> Array:
     """B times a ratio, rounded once; bit for bit the same where the ratio is 1."""
-    return b if ratio == 1.0 else (b.double() * ratio).to(b.dtype)
+    if ratio == 1.0:
+        return b
+    with np.errstate(over="ignore"):
+        return (b.astype(np.float64) * ratio).astype(b.dtype)
 
 
 def _in_order(

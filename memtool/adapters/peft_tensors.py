@@ -13,21 +13,27 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 
 from memtool.adapters.layout import Site
 from memtool.errors import CorruptError, DataError, MismatchError
 from memtool.outside import parsed_json
+from memtool.tensor_bytes import StoredArray
 from memtool_stores.printable import shown
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
+    "F64": "torch.float64",
+    "F32": "torch.float32",
+    "F16": "torch.float16",
+    "BF16": "torch.bfloat16",
 }
+"""The number formats that a file may have: torch's name of each."""
+
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+
+Array = npt.NDArray[Any]
 
 _TENSOR_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
 
@@ -44,11 +50,11 @@ class Note:
 
 @dataclass(frozen=True, eq=False)
 class Module:
-    """One adapted module of a file: its tensors, and the sites that they hold, one per group."""
+    """One adapted module of a file: its numbers, and the sites that they hold, one per group."""
 
     name: str
-    a: Tensor
-    b: Tensor
+    a: Array
+    b: Array
     sites: tuple[Site, ...]
 
     @property
@@ -78,27 +84,28 @@ def sites_by_module(sites: Sequence[Site]) -> dict[str, tuple[Site, ...]]:
     return {module: tuple(members) for module, members in modules.items()}
 
 
-def block_structured(sites: Sequence[Site], parts: Sequence[Tensor]) -> Tensor:
+def block_structured(sites: Sequence[Site], parts: Sequence[Array]) -> Array:
     """B (module_rows, groups · r) with the B of every site in its own rows and ranks."""
     rank = parts[0].shape[1]
-    whole = parts[0].new_zeros(sites[0].module_rows, rank * len(sites))
+    whole = np.zeros((sites[0].module_rows, rank * len(sites)), parts[0].dtype)
     for group, (site, part) in enumerate(zip(sites, parts, strict=True)):
         rows = slice(site.first_row, site.first_row + site.out_features)
         whole[rows, group * rank : (group + 1) * rank] = part
     return whole
 
 
-def header_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """A safetensors header, always the same for the same input, padded to whole 8 bytes."""
-    codes = {dtype: code for code, dtype in DTYPES.items()}
+def header_bytes(arrays: Mapping[str, Array], code: str, metadata: Mapping[str, str]) -> bytes:
+    """A safetensors header, always the same for the same input, padded to whole 8 bytes.
+
+    `code` is the number format of all arrays, one of `DTYPES`.
+    """
     entries: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        end = offset + tensor.numel() * tensor.element_size()
+    for name in sorted(arrays):
+        end = offset + arrays[name].nbytes
         entries[name] = {
-            "dtype": codes[tensor.dtype],
-            "shape": list(tensor.shape),
+            "dtype": code,
+            "shape": list(arrays[name].shape),
             "data_offsets": [offset, end],
         }
         offset = end
@@ -124,7 +131,7 @@ def parsed_header(header: bytes, where: str) -> dict[str, Any]:
                 "shape": [int(rows), int(columns)],
                 "data_offsets": [int(begin), int(end)],
             } if dtype in DTYPES and rows >= 0 and columns >= 0:
-                places.append((begin, end, rows * columns * DTYPES[dtype].itemsize, name))
+                places.append((begin, end, rows * columns * ITEM_BYTES[dtype], name))
             case _:
                 raise CorruptError(f"{where}: {shown(name)} is {shown(entry)}")
     reached = 0
@@ -162,10 +169,10 @@ def note_in(entries: Mapping[str, Any], where: str) -> Note | None:
 
 
 def adapted_modules(
-    tensors: Mapping[str, Tensor], available: Sequence[Site], note: Note | None, where: str
+    tensors: Mapping[str, StoredArray], available: Sequence[Site], note: Note | None, where: str
 ) -> list[Module]:
     """The adapted modules of a file, each with the sites that its B holds."""
-    parts: dict[str, dict[str, Tensor]] = {}
+    parts: dict[str, dict[str, Array]] = {}
     for name, tensor in tensors.items():
         match = _TENSOR_NAME.fullmatch(name)
         if match is None:
@@ -183,11 +190,11 @@ def adapted_modules(
                 f"{where}: {shown(name)} is of type {tensor.dtype}",
                 expected="floats of 16 to 64 bits",
             )
-        if not bool(tensor.isfinite().all()):
+        if not np.isfinite(tensor.numbers).all():
             raise DataError(
                 f"{where}: {shown(name)} has numbers that are not finite (NaN or infinity)"
             )
-        parts.setdefault(match["module"], {})[match["part"]] = tensor
+        parts.setdefault(match["module"], {})[match["part"]] = tensor.numbers
     if not parts:
         raise CorruptError(f"{where} holds no tensors", expected="at least one adapted layer")
     known = sites_by_module([site for site in available if site.slice])
@@ -221,9 +228,9 @@ def adapted_modules(
     return modules
 
 
-def _misfit(where: str, module: str, part: str, tensor: Tensor, expected: str) -> MismatchError:
+def _misfit(where: str, module: str, part: str, array: Array, expected: str) -> MismatchError:
     return MismatchError(
-        f"{where}: lora_{part} of {module} has shape {tuple(tensor.shape)}",
+        f"{where}: lora_{part} of {module} has shape {array.shape}",
         expected=f"{expected} on this backbone",
     )
 
@@ -235,7 +242,7 @@ def _whole_module(part: Site) -> Site:
 
 
 def _sites_held(
-    module: str, b: Tensor, slices: Sequence[Site], note: Note | None, where: str
+    module: str, b: Array, slices: Sequence[Site], note: Note | None, where: str
 ) -> tuple[Site, ...]:
     """The slices that the groups of B's columns belong to, in row order; () for the whole module.
 
@@ -250,22 +257,20 @@ def _sites_held(
             )
         return held
     touched = tuple(
-        site
-        for site in slices
-        if bool(b[site.first_row : site.first_row + site.out_features].any())
+        site for site in slices if b[site.first_row : site.first_row + site.out_features].any()
     )
     return touched if touched and _has_blocks(b, touched) else ()
 
 
-def _has_blocks(b: Tensor, sites: Sequence[Site]) -> bool:
+def _has_blocks(b: Array, sites: Sequence[Site]) -> bool:
     """Whether B (module_rows, R) has one group of columns a site, and is +0 outside its rows."""
     if b.shape[1] % len(sites) != 0:
         return False
     rank = b.shape[1] // len(sites)
-    outside = torch.ones_like(b, dtype=torch.bool)
+    outside = np.ones(b.shape, dtype=np.bool_)
     for group, site in enumerate(sites):
         rows = slice(site.first_row, site.first_row + site.out_features)
         outside[rows, group * rank : (group + 1) * rank] = False
     rest = b[outside]
     # A negative zero would come back as a positive one, and the file would not be the same.
-    return not bool(rest.any()) and not bool(rest.signbit().any())
+    return not rest.any() and not bool(np.signbit(rest).any())

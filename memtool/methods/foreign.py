@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Literal
 
 from memtool.adapters.peft_files import PeftAdapter
 from memtool.errors import ConfigError, MismatchError
-from memtool.heads import LinearClassifier
-from memtool.methods.in_store import classifier_of
 from memtool.outside import read_file
+from memtool.tensor_bytes import read_arrays
 
 if TYPE_CHECKING:
     from memtool.backbones.interface import FrozenModel
     from memtool.methods.exchange import ReadAdapter
+    from memtool.methods.home import StoredModel
 
 TrainedAs = Literal["adapter", "atoms"]
 """How an adapter acts on its input: whole, or by the ranks that each token chooses (MoRAM)."""
@@ -56,7 +56,7 @@ def check_base_model(
     path: Path,
     found: PeftAdapter,
     trained_on: tuple[str | None, str | None],
-    here: FrozenModel,
+    here: FrozenModel | StoredModel,
 ) -> tuple[str, ...]:
     """What is doubtful about the model that an adapter was made for: one sentence, or none.
 
@@ -87,16 +87,24 @@ def _last_word(model: str) -> str:
     return re.split(r"[:/\\]", model.rstrip("/"))[-1].lower()
 
 
-def read_head(file: Path, shape: tuple[int, int]) -> LinearClassifier:
-    """The head beside an adapter, of shape (classes, width).
+def read_head(file: Path, shape: tuple[int, int]) -> bytes:
+    """The head beside an adapter, of shape (classes, width), as the blob of a memory.
 
     Raises MismatchError for another shape, CorruptError for what is no head; and as `read_file`.
     """
-    head = classifier_of(read_file(file, "array_bytes"), str(file))
-    if tuple(head.weight.shape) != shape:
+    from safetensors.numpy import save
+
+    data = read_file(file, "array_bytes")
+    head = read_arrays(data, str(file), weight="c d", bias="c")
+    found = head["weight"].shape
+    if found != shape:
         raise MismatchError(
-            f"{file}: a head of {head.weight.shape[0]} classes, {head.weight.shape[1]} wide",
+            f"{file}: a head of {found[0]} classes, {found[1]} wide",
             expected=f"{shape[0]} classes of the stream, {shape[1]} wide, as the backbone is",
             remedy="remove the file, to import the adapter without its head",
         )
-    return head
+    if any(array.dtype == "torch.bfloat16" for array in head.values()):  # numpy has no such type
+        from memtool.methods.in_store import classifier_bytes, classifier_of
+
+        return classifier_bytes(classifier_of(data, str(file)))
+    return save({name: array.bits for name, array in head.items()})

@@ -15,6 +15,7 @@ from safetensors.torch import save
 import memtool_stores
 from memtool.errors import CorruptError
 from memtool.heads import FeatureStatistics, LinearClassifier
+from memtool.methods.records import own_head_blob
 from memtool.tensor_bytes import read_tensors
 
 HEAD = "head"
@@ -23,11 +24,6 @@ HEAD = "head"
 def features_blob(task: int) -> str:
     """Name of the blob that holds the moments of a task's features."""
     return f"features.{task}"
-
-
-def own_head_blob(adapter: str) -> str:
-    """Name of the blob that holds the classifier trained with an adapter."""
-    return f"head.{adapter}"
 
 
 class StoredState(BaseModel):

@@ -6,13 +6,15 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from memtool import sealed
-from memtool.engine import Engine
 from memtool.errors import CorruptError
+
+if TYPE_CHECKING:
+    from memtool.engine import Engine
 
 Result = TypeVar("Result")
 

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -24,7 +25,6 @@ from memtool.errors import (
     ChangedMeanwhileError,
     ConfigError,
     MismatchError,
-    NotFoundError,
 )
 from memtool.evaluation.record import (
     BackboneIdentity,
@@ -37,18 +37,13 @@ from memtool.evaluation.record import (
     TaskIdentity,
 )
 from memtool.learning.adapt import Adapted, Beneath, adapt
-from memtool.methods.exchange import (
-    AdapterFolder,
-    ReadAdapter,
-    read_adapter,
-    require_new,
-    write_adapter,
-)
-from memtool.methods.foreign import require_trained_as
-from memtool.methods.in_store import classifier_bytes, own_head_blob
+from memtool.methods.exchange import AdapterFolder, write_adapter
+from memtool.methods.export import require_new
+from memtool.methods.in_store import classifier_bytes
 from memtool.methods.kept import fingerprint_of
 from memtool.methods.records import number_of, task_of
-from memtool.methods.results import AdaptResult, AsAtoms, PruneResult, WriteResult, WrittenAdapter
+from memtool.methods.results import AdaptResult, PruneResult, WriteResult
+from memtool.methods.writing import AdapterWriter
 from memtool.progress import Progress
 from memtool.reports.figures import Pictures
 from memtool.streams.task import Task
@@ -68,26 +63,15 @@ class Trained:
     beneath: str = ""
 
 
-class Method:
-    """The steps that all methods share, over one configuration and seed.
+class Method(AdapterWriter[Workspace]):
+    """The steps that all methods share, over one configuration and seed."""
 
-    `kind` is the kind of row that the method keeps in the store; `version_each` says whether every
-    directory that is written becomes a version of its own.
-    """
-
-    kind: ClassVar[Literal["adapter", "atoms"]] = "adapter"
-    version_each: ClassVar[bool] = False
     consolidates: ClassVar[str | None] = ""
     """What consolidation learns, in words; None of a method that has nothing to learn there."""
     has_baselines: ClassVar[bool] = True
     """Whether a run measures baselines beside the memory."""
     measures_unseen: ClassVar[bool] = False
     """Whether it can be evaluated on tasks that are not in memory."""
-
-    def __init__(self, workspace: Workspace) -> None:
-        self.workspace = workspace
-        self.config = workspace.config
-        self.seed = workspace.seed
 
     @classmethod
     def open(
@@ -271,7 +255,7 @@ class Method:
                     work,
                     chosen,
                     value=trained.values[index],
-                    head=heads[index] if heads else None,
+                    head=classifier_bytes(heads[index]) if heads else None,
                     result=result,
                     fingerprint=fingerprint,
                     warm_start=training.source,
@@ -381,127 +365,9 @@ class Method:
         task: str | None = None,
         as_atoms: bool = False,
     ) -> WriteResult:
-        """Append adapters to the store: those not yet there, or the ones named.
-
-        They become one version, or one each where the method's `version_each` says so. `task` says
-        what a directory that was not made by memtool was trained on. Writing what is there already
-        changes nothing; another adapter of the same name is an error. An adapter goes into a memory
-        of what it was trained as (whole adapters, or atoms), unless `as_atoms` says that the ranks
-        of a whole one become atoms.
-        """
-        self._require_settings()
-        return self.workspace.engine.on_main(lambda: self._write(directories, task, as_atoms))
-
-    def _require_settings(self) -> None:
-        """Settings that the method cannot write adapters under are errors; here none are."""
-
-    def _write(
-        self, directories: Sequence[Path] | None, task: str | None, as_atoms: bool
-    ) -> WriteResult:
-        work = self.workspace
-        if directories is None:
-            directories = [folder.path for folder in AdapterFolder.all_in(work.adapter_folder)]
-            if not directories:
-                raise NotFoundError(
-                    f"no adapters in {work.adapter_folder}",
-                    remedy="memtool train-adapter --task 1, or memtool write DIR",
-                )
-        versions = [[path] for path in directories] if self.version_each else [directories]
-        results = [self._write_version(version, task, as_atoms) for version in versions]
-        return WriteResult(
-            version=results[-1].version,
-            added=tuple(adapter for result in results for adapter in result.added),
-            skipped=tuple(name for result in results for name in result.skipped),
-            known=tuple(adapter for result in results for adapter in result.known),
-            as_atoms=tuple(one for result in results for one in result.as_atoms),
-            notes=tuple(note for result in results for note in result.notes),
-        )
-
-    def _write_version(
-        self, directories: Sequence[Path], task: str | None, as_atoms: bool
-    ) -> WriteResult:
-        work = self.workspace
-        given = None if task is None else work.task(task)
-        found = [read_adapter(path, work, given) for path in directories]
-        here: set[str] = set()
-        if work.has_store:
-            view = work.store.view("HEAD")
-            self._require_own_kind(view)
-            here = {record.name for record in view.live}
-        for adapter in found:
-            if adapter.name not in here:
-                require_trained_as(adapter, self.kind, self.config.method, as_atoms=as_atoms)
-        store = work.store_or_new()
-        added: list[WrittenAdapter] = []
-        known: list[WrittenAdapter] = []
-
-        def append(txn: memtool_stores.Transaction) -> None:
-            added.clear()
-            known.clear()
-            records = {record.name: record for record in (*txn.adapters, *txn.atom_records)}
-            for adapter in found:
-                old = records.get(adapter.name)
-                if old is not None:
-                    if adapter.sha256 not in (old.sha256, old.meta.get("refined_from")):
-                        raise AlreadyExistsError(
-                            f"the memory holds another adapter named {adapter.name!r}",
-                            expected=f"values with sha256 {old.sha256[:12]}…, "
-                            f"found {adapter.sha256[:12]}… in {adapter.path}",
-                            remedy="rename the directory, write to another --store, or memtool "
-                            "rollback to the version before it",
-                        )
-                    known.append(WrittenAdapter(name=adapter.name, id=old.id))
-                    continue
-                record = self._append(txn, adapter)
-                records[adapter.name] = record
-                if adapter.meta["peft"] not in txn.base.blobs():
-                    txn.put_blob(adapter.meta["peft"], adapter.files)
-                if adapter.head is not None:
-                    txn.put_blob(own_head_blob(adapter.name), classifier_bytes(adapter.head))
-                added.append(WrittenAdapter(name=adapter.name, id=record.id))
-            if added:
-                self._also_commit(txn, added)
-
-        names = ", ".join(adapter.name for adapter in found if adapter.name not in here)
-        store.run(append, f"write {names}", metadata=self._metadata("write"))
-        new = {adapter.name for adapter in added}
-        foreign = [a for a in found if a.name in new and a.trained_as != self.kind]
-        return WriteResult(
-            version=store.head(),
-            added=tuple(added),
-            skipped=tuple(adapter.name for adapter in known),
-            known=tuple(known),
-            as_atoms=tuple(self._compared(adapter) for adapter in foreign),
-            notes=tuple(note for a in found if a.name in new for note in a.notes),
-        )
-
-    def _append(
-        self, txn: memtool_stores.Transaction, adapter: ReadAdapter
-    ) -> memtool_stores.AdapterRecord:
-        """Append one adapter in a transaction; its record."""
-        txn.add(adapter.name, adapter.value.numpy(), adapter.meta)
-        return txn.adapters[-1]
-
-    def _compared(self, adapter: ReadAdapter) -> AsAtoms:
-        """What a whole adapter is worth as it is, and as what it has become in memory."""
-        raise NotImplementedError  # adapters of another kind become atoms only
-
-    def _require_own_kind(self, view: memtool_stores.MemoryView) -> None:
-        """A memory holds whole adapters or atoms, never both: they are read in other ways."""
-        others = view.atom_records if self.kind == "adapter" else view.adapters
-        if others:
-            whole = self.kind == "atoms"
-            raise MismatchError(
-                f"the memory {self.workspace.store_path!r} holds {len(others)} "
-                + ("adapters that are recalled whole" if whole else "rows of atoms of moram"),
-                expected=f"a memory of method {self.config.method}",
-                remedy="another --store, or " + ("method mira" if whole else "--method moram"),
-            )
-
-    def _also_commit(
-        self, txn: memtool_stores.Transaction, added: Sequence[WrittenAdapter]
-    ) -> None:
-        """What a method changes in the version that adds adapters: here nothing."""
+        """As `AdapterWriter.write`, in one of several processes."""
+        write = partial(super().write, directories, task=task, as_atoms=as_atoms)
+        return self.workspace.engine.on_main(write)
 
     # Shared ---------------------------------------------------------------------------------
 
@@ -564,13 +430,6 @@ class Method:
         )
         environment = Environment.here(str(work.engine.device), seconds)
         return Record(run=run, metrics=Metrics(rows=tuple(rows)), environment=environment)
-
-    def _metadata(self, verb: str) -> dict[str, Any]:
-        return {
-            "verb": verb,
-            "seed": self.seed,
-            "configuration": self.config.recorded(),
-        }
 
 
 def require_unmoved(txn: memtool_stores.Transaction, view: memtool_stores.MemoryView) -> None:

@@ -10,6 +10,11 @@ if TYPE_CHECKING:
     from memtool_stores import AdapterRecord, MemoryView
 
 
+def own_head_blob(adapter: str) -> str:
+    """Name of the blob that holds the classifier trained with an adapter."""
+    return f"head.{adapter}"
+
+
 def number_of(record: AdapterRecord) -> int | None:
     """The number of the task that an adapter was trained on; None where no number is said."""
     number = record.meta.get("task")

@@ -30,6 +30,7 @@ __all__ = [
     "list_sources",
     "load_image",
     "open_table",
+    "outline",
 ]
 
 _log = logging.getLogger(__name__)
@@ -43,13 +44,21 @@ def create_stream(settings: StreamSettings, image_size: int) -> Stream:
     setting or description that cannot be used) and DataError (data that cannot be read or cut).
     What is worth knowing of the data is in the stream's `notes`, and told to the log.
     """
-    stream = _opened(settings, image_size)
+    return _told(_opened(settings, image_size))
+
+
+def outline(settings: StreamSettings, image_size: int) -> Stream:
+    """As `create_stream`, for who asks for no image: those that are drawn here are not."""
+    return _told(_opened(settings, image_size, drawn=False))
+
+
+def _told(stream: Stream) -> Stream:
     for note in stream.notes:  # the command line says it on stderr
         _log.warning("%s", note)
     return stream
 
 
-def _opened(settings: StreamSettings, image_size: int) -> Stream:
+def _opened(settings: StreamSettings, image_size: int, *, drawn: bool = True) -> Stream:
     if settings.setting == "trace":
         from memtool.streams.text import open_text_stream
 
@@ -60,7 +69,8 @@ def _opened(settings: StreamSettings, image_size: int) -> Stream:
     if settings.source == "digits":
         from memtool.streams.digits import digits_table
 
-        return cut(digits_table(settings.setting, settings.seed, image_size), settings)
+        table = digits_table(settings.setting, settings.seed, image_size, drawn=drawn)
+        return cut(table, settings)
     table = open_table(settings.source, image_size)
     return cut(table, settings, templates(settings.source))
 

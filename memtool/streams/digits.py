@@ -27,27 +27,30 @@ Greys = npt.NDArray[np.float32]  # (n, 32, 32), 0 background to 1 ink
 Colours = npt.NDArray[np.float32]  # (n, 32, 32, 3), 0 to 1
 
 
-def digits_table(setting: str, seed: int, image_size: int) -> Table:
+def digits_table(setting: str, seed: int, image_size: int, *, drawn: bool = True) -> Table:
     """The digits as a table for `setting`.
 
     "dil": the five domains of `DOMAINS`. "dg": the digits turned by the angles of `ANGLES`.
     "cil", "til", "mts": upright digits without domains. The seed draws the 600 digits for training
     (60 a class; the other 1,197 are for testing, the same digits in every domain), the noise and
     the colours. Images uint8 (n, image_size, image_size, 3), resized bicubically where image_size
-    is not 32.
+    is not 32; unless they are `drawn` they have no pixels, (n, 0, 0, 3).
     """
     pixels, digits = packaged()
     labels = digits.astype(np.int64)
     order = np.argsort(random_ranks(len(labels), "digits order", seed))
     labels = labels[order]
-    ink = _enlarged(np.asarray(pixels[order], dtype=np.float32).reshape(-1, 8, 8) / np.float32(16))
     is_train = balanced(labels, random_ranks(len(labels), "digits split", seed), _TRAIN_ROWS)
 
     views = _views(setting)
-    images = [
-        _resized(_as_uint8(view(ink, np.random.default_rng(_entropy(name, seed)))), image_size)
-        for name, view in views.items()
-    ]
+    images = [np.empty((len(labels), 0, 0, 3), np.uint8)] * len(views)
+    if drawn:
+        grey = np.asarray(pixels[order], dtype=np.float32).reshape(-1, 8, 8) / np.float32(16)
+        ink = _enlarged(grey)
+        images = [
+            _resized(_as_uint8(view(ink, np.random.default_rng(_entropy(name, seed)))), image_size)
+            for name, view in views.items()
+        ]
     content = hashlib.sha256(f"{_EDITION}/{seed}/{list(views)}".encode())
     content.update(np.asarray(pixels, dtype="<f4").tobytes() + labels.astype("<i8").tobytes())
     domain_names = digits_domains(setting)

@@ -581,7 +581,7 @@ def test_restoring_with_another_header_is_refused(tmp_path: Path) -> None:
     written(tmp_path / "a", ("q", "v"))
     written(tmp_path / "b", ("fc1",))
     one, two = read_peft(tmp_path / "a", sites()), read_peft(tmp_path / "b", sites())
-    mixed = PeftAdapter(one.value, one.layout, one.scaling, two.header, one.sha256, one.config)
+    mixed = PeftAdapter(one.numbers, one.layout, one.scaling, two.header, one.sha256, one.config)
     with pytest.raises(MismatchError, match="a header of the same layout"):
         restore_peft(tmp_path / "c", mixed)
     assert not (tmp_path / "c").exists()

@@ -13,7 +13,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from safetensors.torch import save_file
 from torch import Tensor
 
-from memtool.adapters.layout import Layout
+from memtool.adapters.layout import Layout, sites_of
 from memtool.adapters.recalls import every
 from memtool.adapters.values import AdapterValues
 from memtool.backbones import create_backbone
@@ -132,6 +132,8 @@ def test_sites_name_the_towers_apart(backbone: ClipBackbone) -> None:
     assert (q.in_features, q.out_features, q.module_rows) == (32, 32, 96)
     assert [site.first_row for site in sites[:3]] == [0, 32, 64]
     assert backbone.sites(("v", "q")) == tuple(s for s in sites if s.slice in ("q", "v"))
+    segments = Layout(sites, 3).segments
+    assert sites_of((segment.name, segment.shape) for segment in segments) == sites
     with pytest.raises(ConfigError, match="target 'fc1'"):
         backbone.sites(("fc1",))
 

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
+import subprocess
+import sys
 import zipfile
 
 import pytest
+
+from memtool_stores import MemoryStore
+from tests.cli.test_contract import PROBE
 
 QUICK = {
     "MEMTOOL_STREAM__TRAIN_PER_TASK": "60",
@@ -47,6 +53,49 @@ def bucket():
 def said(done):
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+def test_adapters_go_in_and_out_without_torch(memtool, here, environ):
+    """Of a memory that is there; the probe fails where torch was loaded."""
+    for arguments in (
+        ["train-adapter", "--task", "1"],
+        ["write"],
+        ["train-adapter", "--task", "2"],
+    ):
+        assert memtool(*arguments, **QUICK).returncode == 0
+    trained = here / "runs" / "adapters"
+    shutil.copytree(trained / "task-2-seed-0", here / "theirs")
+    for own in ("memtool.json", "head.safetensors"):
+        (here / "theirs" / own).unlink()
+    for arguments in (
+        ["write"],
+        ["write"],
+        ["import", "theirs", "--task", "3"],
+        ["export", "--out", "out"],
+        ["export", "theirs", "--out", "one", "--store", "memory@HEAD"],
+        ["export", "--bundle", "all.bundle"],
+        ["import", "all.bundle", "--store", "copy"],
+        ["import", "out/task-1-seed-0", "one/theirs", "--store", "copy"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", PROBE, *arguments],
+            cwd=here,
+            env=environ | QUICK,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, (arguments, done.stderr)
+    names = ["task-1-seed-0", "task-2-seed-0", "theirs"]
+    for place in ("memory", "copy"):
+        store = MemoryStore.open(here / place)
+        assert [record.name for record in store.view().live] == names
+        assert len(store.log()) == 4, "the empty memory, and one for each time that some were new"
+    for name in names:
+        for file in ("adapter_model.safetensors", "adapter_config.json"):
+            source = here / "theirs" if name == "theirs" else trained / name
+            assert (here / "out" / name / file).read_bytes() == (source / file).read_bytes()
 
 
 def test_a_bundle_and_a_clone_in_a_directory(memtool, memory):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from memtool.adapters.layout import Layout
+from memtool.adapters.layout import Layout, sites_of
 from memtool.adapters.lora import init_lora
 from memtool.adapters.recalls import every
 from memtool.adapters.values import AdapterValues, Recall
@@ -78,6 +78,15 @@ def test_sites_are_in_the_order_of_blocks_and_fit_the_layers(
     assert {site.block for site in sites} == set(range(model.depth))
     assert len({site.name for site in sites}) == len(sites)
     assert model.sites(tuple(reversed(model.targets))) == sites
+
+
+def test_its_sites_are_told_by_the_segments_that_a_store_keeps(
+    asked: tuple[FrozenModel, Asked],
+) -> None:
+    model, _ = asked
+    for targets in (model.targets, model.targets[1:2], (model.targets[0], model.targets[2])):
+        layout = Layout(model.sites(targets), 2)
+        assert sites_of((one.name, one.shape) for one in layout.segments) == layout.sites
 
 
 def test_every_block_asks_once_and_before_it_runs(asked: tuple[FrozenModel, Asked]) -> None:

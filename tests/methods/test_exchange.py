@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from memtool.backbones.nano import build_nano
 from memtool.errors import CorruptError, MemtoolError
-from memtool.methods import exchange
-from memtool.methods.exchange import export_peft
+from memtool.methods import export
+from memtool.methods.export import export_peft
 from memtool.methods.mira.method import Mira
 from memtool_stores import IntegrityError, SchemaError
 from tests.methods.conftest import small_config
@@ -54,14 +54,14 @@ def test_trained_adapters_come_out_as_they_went_in(learned, tmp_path):
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()])
 def test_an_export_that_fails_half_way_is_taken_back(learned, tmp_path, monkeypatch, failure):
     out = tmp_path / "not" / "there"
-    write, count = exchange._write_stored, itertools.count()
+    write, count = export._write_stored, itertools.count()
 
     def third_fails(*arguments):
         if next(count) == 2:
             raise failure
         write(*arguments)
 
-    monkeypatch.setattr(exchange, "_write_stored", third_fails)
+    monkeypatch.setattr(export, "_write_stored", third_fails)
     with pytest.raises((MemtoolError, KeyboardInterrupt)):
         export_peft(learned.workspace, None, out=out)
     assert next(count) == 3

@@ -14,7 +14,8 @@ from memtool.adapters.peft_files import CONFIG_NAME, write_peft
 from memtool.errors import ConfigError, CorruptError, DataError, MismatchError
 from memtool.learning.answers import Answering
 from memtool.learning.learner import Learner
-from memtool.methods.exchange import ABOUT, CATALOG, OWN_HEAD, export_peft
+from memtool.methods.exchange import ABOUT, CATALOG, OWN_HEAD
+from memtool.methods.export import export_peft
 from memtool.methods.mira.method import Mira
 from memtool.methods.moram.method import Moram
 from memtool_stores import MemoryStore

@@ -219,7 +219,7 @@ def test_several_adapters_of_a_task_share_its_weight(tmp_path):
 
 
 def test_an_exported_adapter_comes_back(learned, tmp_path):
-    from memtool.methods.exchange import export_peft
+    from memtool.methods.export import export_peft
 
     paths = export_peft(learned.workspace, ["task-2-seed-0"], out=tmp_path / "out")
     other = Mira.open(small_config(tmp_path, store=str(tmp_path / "other")), seed=0)

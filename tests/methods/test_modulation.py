@@ -7,13 +7,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from memtool.experiments.run import run
 from PIL import Image
 from safetensors.torch import save_file
 
 from memtool.adapters.peft_files import read_peft
 from memtool.config import resolve
 from memtool.errors import AlreadyExistsError, ConfigError, MismatchError, NotFoundError
+from memtool.experiments.run import run
 from memtool.methods.modulation.measure import accuracies, relative_errors
 from memtool.methods.modulation.method import Modulation
 from memtool.methods.modulation.predictor import PREDICTOR

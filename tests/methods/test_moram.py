@@ -29,7 +29,7 @@ from memtool.experiments.bisect import bisect
 from memtool.learning.objective import objective_of
 from memtool.learning.past_inputs import PastInputs
 from memtool.memories.rank1 import Rank1Memory
-from memtool.methods.exchange import export_peft
+from memtool.methods.export import export_peft
 from memtool.methods.forget import forget
 from memtool.methods.mira.method import Mira
 from memtool.methods.moram.beneath import history

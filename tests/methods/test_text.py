@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from memtool.experiments.run import run
 
 from memtool.adapters.recalls import dropping
 from memtool.config import resolve
 from memtool.errors import ConfigError
 from memtool.evaluation.record import read_record
+from memtool.experiments.run import run
 from memtool.learning.answers import AnswerScores, answer_row
 from memtool.memories.rank1 import Rank1Memory
 from memtool.methods.baselines import baselines_of

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from memtool.experiments.run import run
 from safetensors.torch import load_file, save_file
 
 import memtool_stores
@@ -22,10 +21,11 @@ from memtool.errors import (
     NotFoundError,
 )
 from memtool.experiments.bisect import bisect
+from memtool.experiments.run import run
 from memtool.learning.answers import Answering
 from memtool.learning.learner import Learner
 from memtool.learning.passes import each
-from memtool.methods.exchange import export_peft
+from memtool.methods.export import export_peft
 from memtool.methods.forget import forget
 from memtool.methods.moram.explain import as_picture, explain_atoms
 from memtool.methods.moram.measure import AtomMeasure

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from memtool.experiments.run import run
 from PIL import Image
 from torch.nn import functional as F
 
@@ -21,6 +20,7 @@ from memtool.config import Config, TrainSettings, resolve
 from memtool.errors import AlreadyExistsError, ConfigError, DataError
 from memtool.evaluation.metrics import average_xtail, transfer_xtail
 from memtool.experiments.pretrain_clip import pretrain_clip
+from memtool.experiments.run import run
 from memtool.heads import CosineHead, both_ways
 from memtool.learning.known import (
     compared,

@@ -8,7 +8,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from memtool.config import Setting, StreamSettings
-from memtool.streams import create_stream
+from memtool.streams import create_stream, outline
 from memtool.streams.digits import ANGLES, DOMAINS, digits_table, packaged
 
 # sha256 of the training labels of all tasks, seed 0. A change means that every result on the
@@ -32,6 +32,29 @@ def test_dil_has_five_domains_of_600_and_1197() -> None:
         assert task.train.labels.dtype == np.int64
         assert len(task.validation) == 0
         assert np.bincount(task.train.labels).tolist() == [60] * 10
+
+
+@pytest.mark.parametrize("setting", ["dil", "dg", "cil", "til", "mts"])
+def test_an_outline_says_the_same_without_a_pixel(setting: Setting) -> None:
+    settings = StreamSettings(setting=setting, train_per_task=50, validation=0.1, seed=3)
+    drawn, said = create_stream(settings, 32), outline(settings, 32)
+    for stream in (drawn, said):
+        assert len(stream.tasks) > 1
+    assert said.fingerprint == drawn.fingerprint
+    assert (said.name, said.setting, said.class_names) == (
+        drawn.name,
+        drawn.setting,
+        drawn.class_names,
+    )
+    for one, other in zip(said.tasks, drawn.tasks, strict=True):
+        assert (one.number, one.name, one.domain, one.classes) == (
+            other.number,
+            other.name,
+            other.domain,
+            other.classes,
+        )
+        assert np.array_equal(one.train.labels, other.train.labels)
+        assert one.train.images.size == 0
 
 
 def test_dg_turns_the_digits() -> None:

@@ -10,7 +10,7 @@ import typer
 
 from memtool.errors import ConfigError
 from memtool.progress import ProgressEvent
-from memtool_cli import records
+from memtool_cli import records, written
 from memtool_cli.commands import Verbs
 from memtool_cli.options import (
     COMPUTE,
@@ -26,7 +26,6 @@ from memtool_cli.options import (
     verb,
 )
 from memtool_cli.output import Table, size
-from memtool_cli.written import show_written
 
 if TYPE_CHECKING:
     from memtool.progress import Progress
@@ -120,8 +119,7 @@ def import_adapters(
                     remedy=f"the same without {option}",
                 )
         return _import_bundle(call, bundles[0])
-    result = call.method().write(directories, task=task, as_atoms=given_as is not None)
-    show_written(call, result)
+    written.write(call, directories, task=task, as_atoms=given_as is not None)
     return None
 
 
@@ -210,11 +208,12 @@ def export_adapters(
         call.out.data(made, Table((), rows), ids=[bundle])
         return
     assert out is not None
-    from memtool.methods.exchange import export_peft
+    from memtool.methods.export import export_peft
+    from memtool.methods.home import stored_home
 
     view = call.view()
-    work = call.method().workspace
-    directories = tuple(export_peft(work, adapters, out=out, version=view.version))
+    home = stored_home(call.config, seed=call.seed) or call.method().workspace
+    directories = tuple(export_peft(home, adapters, out=out, version=view.version))
     record = records.Exported(version=view.version, directories=directories)
     table = Table(("directory",), [(directory,) for directory in directories])
     call.out.data(record, table, ids=directories)

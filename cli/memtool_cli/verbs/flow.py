@@ -9,7 +9,7 @@ import typer
 
 from memtool.config import choices
 from memtool.errors import ConfigError
-from memtool_cli import complete
+from memtool_cli import complete, written
 from memtool_cli.commands import Verbs
 from memtool_cli.options import (
     ADAPTERS,
@@ -43,7 +43,6 @@ from memtool_cli.plan import show_plan
 from memtool_cli.predictions import predicted, say_unlike
 from memtool_cli.scores import show
 from memtool_cli.unread import say_decided, say_unread_stream
-from memtool_cli.written import show_written
 
 if TYPE_CHECKING:
     from memtool.methods.results import AtomsResult, RecallResult, RetrieveResult
@@ -153,9 +152,7 @@ def write(
     call.refuse_version()
     if call.dry_run:
         return show_plan(call, "write")
-    with call.out.progress() as progress:
-        result = call.method(progress).write(directories or None, task=task)
-    show_written(call, result)
+    written.write(call, directories or None, task=task)
     return None
 
 

@@ -31,7 +31,7 @@ from memtool.evaluation.record import (
     Row,
 )
 from memtool.methods.attached import AttachedAdapters, AttachedImages
-from memtool.methods.exchange import require_new
+from memtool.methods.export import require_new
 from memtool.methods.in_store import classes_of
 from memtool.methods.method import Method, newest_after_each
 from memtool.methods.mira.attached import AttachedMixture

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from memtool.adapters.layout import Layout
 from memtool.adapters.peft_files import write_peft
-from memtool.methods.exchange import new_folders
+from memtool.methods.export import new_folders
 from memtool.methods.mira.state import Snapshot
 from memtool.workspace import Workspace
 

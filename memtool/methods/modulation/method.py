@@ -25,7 +25,7 @@ from memtool.adapters.values import AdapterValues
 from memtool.errors import ConfigError
 from memtool.evaluation.record import Record
 from memtool.methods.attached import AttachedAdapters, AttachedImages
-from memtool.methods.exchange import require_new
+from memtool.methods.export import require_new
 from memtool.methods.in_store import classes_of
 from memtool.methods.method import Method, newest_after_each, require_unmoved
 from memtool.methods.modulation import predictor

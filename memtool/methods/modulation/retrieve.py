@@ -15,7 +15,8 @@ from memtool.adapters.values import AdapterValues
 from memtool.errors import MismatchError
 from memtool.memories.recalled import Recalled
 from memtool.methods.attached import AttachedAdapters
-from memtool.methods.exchange import OWN_HEAD, new_folders
+from memtool.methods.exchange import OWN_HEAD
+from memtool.methods.export import new_folders
 from memtool.methods.in_store import classes_of, classifier_bytes
 from memtool.methods.modulation.predictor import Predictor
 from memtool.methods.modulation.recallers import AdapterMemory

@@ -10,8 +10,8 @@ from torch import Tensor
 import memtool_stores
 from memtool.errors import NotFoundError
 from memtool.heads import LinearClassifier
-from memtool.methods.in_store import classifier_of, own_head_blob
-from memtool.methods.records import task_of
+from memtool.methods.in_store import classifier_of
+from memtool.methods.records import own_head_blob, task_of
 from memtool.streams.task import Task
 from memtool.workspace import Workspace
 
