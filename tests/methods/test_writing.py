@@ -10,7 +10,7 @@ import pytest
 
 from memtool.methods.export import export_peft
 from memtool.methods.home import stored_home
-from memtool.methods.mira import Mira
+from memtool.methods.mira.method import Mira
 from memtool.methods.moram.method import Moram
 from memtool.methods.writing import write_stored
 from memtool_stores import MemoryView
