@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from memtool.adapters.values import Recall
 from memtool.backbones.causal_lm import PAD, CausalLM
+
+
+@dataclass(frozen=True)
+class RecallOf:
+    """The recall of a batch of prompts (b, n), padded on the left; it stays while answering."""
+
+    choose: Callable[[Tensor], Recall | None]
+
+    def __call__(self, prompts: Tensor) -> Recall | None:
+        """What is recalled for them."""
+        return self.choose(prompts)
+
+
+def without_answers(tokens: Tensor, answers: Tensor) -> Tensor:
+    """Tokens (b, n) with padding in the place of the last `answers` (b,) of each sample."""
+    places = torch.arange(tokens.shape[1], device=tokens.device)
+    return tokens.masked_fill(places >= tokens.shape[1] - answers.unsqueeze(1), PAD)
 
 
 def trimmed(tokens: Tensor) -> Tensor:
@@ -25,21 +43,23 @@ def by_length(tokens: Tensor, batch: int) -> Sequence[Tensor]:
 def answers(
     lm: CausalLM,
     prompts: Sequence[str],
-    recall: Recall | None = None,
+    recall: Recall | RecallOf | None = None,
     *,
     batch: int = 16,
     most: int | None = None,
 ) -> list[str]:
     """The greedy answers of a language model to prompts, without white space around them.
 
-    `most` as in `CausalLM.generate`.
+    `recall` is one for all, or a `RecallOf`; `most` as in `CausalLM.generate`.
     """
     if not prompts:
         return []
     tokens = lm.encode(prompts).tokens
     found = [""] * len(prompts)
     for rows in by_length(tokens, batch):
-        generated = lm.generate(trimmed(tokens[rows]).to(lm.device), recall, most=most)
+        asked = trimmed(tokens[rows]).to(lm.device)
+        chosen = recall(asked) if isinstance(recall, RecallOf) else recall
+        generated = lm.generate(asked, chosen, most=most)
         for row, ids in zip(rows.tolist(), generated, strict=True):
             found[row] = lm.decode(ids).strip()
     return found

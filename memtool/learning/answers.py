@@ -9,7 +9,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from memtool.adapters.values import Recall
-from memtool.backbones.answering import answers, by_length, trimmed
+from memtool.backbones.answering import RecallOf, answers, by_length, trimmed, without_answers
 from memtool.backbones.causal_lm import CausalLM, EncodedTexts
 from memtool.evaluation.matrix import AccuracyMatrix
 from memtool.evaluation.metrics import final_average, loss_forgetting
@@ -50,10 +50,12 @@ class AnswerScores(BaseModel):
 class Answering:
     """A language model under a recall, and what it reaches on texts."""
 
-    def __init__(self, work: Workspace, recall: Recall | None, lm: CausalLM | None = None) -> None:
-        """`lm` is the model; none: that of the workspace."""
+    def __init__(
+        self, work: Workspace, recall: Recall | RecallOf | None, lm: CausalLM | None = None
+    ) -> None:
+        """`recall` is one for all, or a `RecallOf`; `lm` the model, none for the workspace's."""
         self.work = work
-        self.recall = recall
+        self.recall_of = recall if isinstance(recall, RecallOf) else RecallOf(lambda _: recall)
         self.lm: CausalLM = lm or work.backbone
         self.batch = work.config.engine.eval_batch_size
 
@@ -97,14 +99,16 @@ class Answering:
         for rows in by_length(tokens, self.batch):
             batch = trimmed(tokens[rows]).to(engine.device)
             with engine.autocast():
-                each = self.lm.answer_loss(batch, lengths[rows].to(batch.device), self.recall)
+                said = lengths[rows].to(batch.device)
+                recall = self.recall_of(without_answers(batch, said))
+                each = self.lm.answer_loss(batch, said, recall)
             total += float(each.double().sum())
         return total / int(lengths.sum())
 
     def answers(self, prompts: Sequence[str]) -> list[str]:
         """The greedy answers to prompts."""
         with self.work.engine.autocast():
-            return answers(self.lm, prompts, self.recall, batch=self.batch)
+            return answers(self.lm, prompts, self.recall_of, batch=self.batch)
 
 
 def answer_row(

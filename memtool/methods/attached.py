@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memtool.adapters.recalls import chosen, every
-from memtool.adapters.values import AdapterValues
+from memtool.adapters.values import AdapterValues, Recall
+from memtool.backbones.answering import RecallOf, answers
+from memtool.backbones.causal_lm import CausalLM
 from memtool.backbones.interface import Backbone, FrozenModel
 from memtool.errors import DataError
 from memtool.heads import LinearClassifier, RecalledHead
@@ -125,6 +127,53 @@ class AttachedImages(Attached, ABC):
     @abstractmethod
     def seen(self, pixels: Tensor) -> Output:
         """What the memory makes of preprocessed pixels (n, 3, size, size)."""
+
+
+class AttachedTexts(Attached, ABC):
+    """A memory on a language model: it answers prompts."""
+
+    backbone: CausalLM
+
+    @abstractmethod
+    def recall(self, prompts: Tensor) -> Recall | None:
+        """What is recalled for prompts, token ids (n, length) padded on the left."""
+
+    @abstractmethod
+    def weights(self, prompts: Sequence[str]) -> Tensor:
+        """Whose adapters prompts use: (n, adapters)."""
+
+    @torch.no_grad()
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits (n, length, words) of token ids (n, length), as `CausalLM.encode` makes them."""
+        with self.computing():
+            return self.backbone.logits(tokens, self.recall(tokens))
+
+    def generate(
+        self, prompts: Sequence[str], *, batch: int = 16, most: int | None = None
+    ) -> list[str]:
+        """The greedy answers to prompts, without white space around them.
+
+        An answer has at most `most` tokens; none: as the memory was made (`text.answer_tokens`).
+        """
+        require_texts(prompts)
+        with self.computing():
+            return answers(self.backbone, prompts, RecallOf(self.recall), batch=batch, most=most)
+
+    def answer(self, prompt: str) -> str:
+        """The greedy answer to one prompt."""
+        return self.generate([prompt])[0]
+
+
+def require_texts(prompts: Sequence[str]) -> None:
+    """Raise DataError for one text, whose letters would be taken for texts, or what is no text."""
+    texts = isinstance(prompts, Sequence) and not isinstance(prompts, str)
+    if not texts or not all(isinstance(one, str) for one in prompts):
+        kinds = {type(one).__name__ for one in prompts} if texts else {type(prompts).__name__}
+        raise DataError(
+            f"prompts of type {', '.join(sorted(kinds))}",
+            expected="a list of texts",
+            remedy="model.answer(text) for one",
+        )
 
 
 def unknown(features: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from memtool_cli.predictions import predicted, say_unlike, unlike
 from memtool_cli.unread import say_decided
 
 if TYPE_CHECKING:
-    from memtool.methods.mira.explain import Explanation
+    from memtool.methods.explanation import Explanation
     from memtool.methods.moram.explain import AtomMap
 
 app = Verbs()
@@ -103,7 +103,7 @@ def explain(
 
 def _show_mixture(call: Call, result: Explanation) -> None:
     """What comes out, and what every adapter does for it."""
-    from memtool.methods.mira.explain import as_shown
+    from memtool.methods.explanation import as_shown
     from memtool.reports.explanation import coefficient_grid
 
     view = as_shown(result)

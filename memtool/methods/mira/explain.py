@@ -12,12 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from memtool.adapters.recalls import given_for_each
@@ -27,96 +25,25 @@ from memtool.errors import ConfigError
 from memtool.heads import RecalledHead
 from memtool.memories.closed_form import QueryStatistics
 from memtool.memories.novelty import LIMIT
+from memtool.methods.explanation import (
+    AdapterPart,
+    Explanation,
+    Familiarity,
+    Outcome,
+    as_shown,
+    outcome_of,
+)
 from memtool.methods.mira.measure import SUBJECT_SAMPLES, seen_by
 from memtool.methods.mira.method import Mira
 from memtool.methods.mira.recall import MemoryModel, QueryProbe
 from memtool.methods.records import task_of
-from memtool.methods.results import Part, Result
 from memtool.methods.subject import first
-from memtool.reports.explanation import Explained, format_of, write_explained
-from memtool.reports.table import Grid, percent
+from memtool.reports.explanation import format_of, write_explained
 from memtool.streams import load_image
 from memtool_stores import AdapterRecord
 
 SHRINKAGE = 1e-2
 """Of the covariance within tasks that distances are measured by, as for keys in closed form."""
-
-NEAREST = 3
-"""Tasks whose distance a terminal and a page show; the record has all."""
-
-
-class Outcome(Part):
-    """What comes out of a mixture.
-
-    `probability` is that of the class that wins with the whole mixture, `changed` the share of
-    samples that another class wins; both over all samples. `label` is the class that wins for an
-    image (None where nothing that is left knows a class), `accuracy` is for a task.
-    """
-
-    probability: float
-    changed: float
-    label: str | None = None
-    accuracy: float | None = None
-
-
-class AdapterPart(Part):
-    """One adapter's part in a mixture.
-
-    `coefficient` is the mean over samples and memories, `negative` the share of them below zero.
-    `contribution` is the probability of the winning class less that `without` the adapter: below
-    zero for an adapter that speaks against it.
-    """
-
-    name: str
-    task: int
-    task_name: str | None
-    coefficient: float
-    negative: float
-    contribution: float
-    without: Outcome
-
-
-class Familiarity(Part):
-    """How far the queries lie from those of a task that was learned.
-
-    `distance` is Mahalanobis' from the task's mean query by the covariance within tasks, root mean
-    square over samples and memories; `ratio` compares it to the task's own training images, so that
-    1 is as far as one of them and several times that is unlike all that was learned.
-    """
-
-    task: int
-    task_name: str | None
-    distance: float
-    ratio: float
-
-
-class Explanation(Result):
-    """Why an image, or the test images of a task, is recognised as what it is.
-
-    `blocks[l]` are the coefficients at memory l, averaged over the samples, adapters in the order
-    of `adapters`; `block_numbers` says at which block each memory looks. `without_negative` is None
-    when no coefficient is negative. `familiar` has the nearest task first; it is empty when the
-    memory counted no queries. `novelty` and `unlike` are those of a `Prediction`, for an image.
-    """
-
-    schema_: Literal["memtool.explain"] = Field("memtool.explain", alias="schema")
-    version: str
-    subject: str
-    samples: int
-    mix: str
-    separation: str
-    routing: str
-    scope: str
-    adapters: tuple[AdapterPart, ...]
-    blocks: tuple[tuple[float, ...], ...]
-    block_numbers: tuple[int, ...]
-    outcome: Outcome
-    negative: float
-    without_negative: Outcome | None
-    familiar: tuple[Familiarity, ...]
-    novelty: float | None = None
-    unlike: bool | None = None
-    out: Path | None = None
 
 
 def explain(
@@ -143,7 +70,7 @@ def explain(
     far = None if image is None else seen_by(work.engine, snapshot, shown.images[0])
     seen = _see(mira, model, head, shown.images)
     judge = partial(
-        _outcome, before=seen.probabilities, labels=shown.labels, class_names=state.class_names
+        outcome_of, before=seen.probabilities, labels=shown.labels, class_names=state.class_names
     )
     mixed = _Mixed(mira, model.values, model.mix, head, shown.images)
     without_negative, parts = _taken_out(mixed, seen, snapshot.records, judge)
@@ -338,94 +265,3 @@ class _Mixed:
 
         engine = self.mira.workspace.engine
         return engine.predict(run, self.images, coefficients, exact=True)
-
-
-def _outcome(
-    now: Tensor, before: Tensor, labels: Tensor | None, class_names: tuple[str, ...]
-) -> Outcome:
-    """The probabilities (n, classes) of a changed mixture beside those of the whole one."""
-    won, wins = before.argmax(dim=1), now.argmax(dim=1)
-    known = now.amax(dim=1) > 0
-    label = None
-    if labels is None and bool(known[0]):
-        label = class_names[int(wins[0])]
-    return Outcome(
-        probability=float(now.gather(1, won[:, None]).double().mean()),
-        changed=float(((wins != won) | ~known).double().mean()),
-        label=label,
-        accuracy=None if labels is None else float(((wins == labels) & known).double().mean()),
-    )
-
-
-def as_shown(result: Explanation) -> Explained:
-    """What a terminal, a plot and a page show of an explanation."""
-    whole, rest = result.outcome, result.without_negative
-    facts = [("what comes out", _words(whole))]
-    if rest is None:
-        facts.append(("negative coefficients", "none"))
-    else:
-        share = f"{100 * result.negative:.1f} % of the coefficients"
-        facts += [("negative coefficients", share), ("with those at zero", _words(rest))]
-    if result.unlike:
-        facts.append(("unlike all that was learned", f"novelty {result.novelty:.2f}"))
-    for place, near in enumerate(result.familiar[:NEAREST]):
-        name = f"{near.task} {near.task_name}" if near.task_name else str(near.task)
-        far = f"{near.ratio:.2f} x as far from task {name} as its own images"
-        facts.append(("" if place else "distance", far))
-    mixture = result.routing == "mixture"
-    how = result.separation if mixture else f"hard choice by {result.routing}"
-    return Explained(
-        title=result.subject,
-        about=f"{how}, {result.mix}, version {result.version}",
-        facts=tuple(facts),
-        blocks=result.block_numbers if result.scope == "block" else (),
-        adapters=tuple(part.name for part in result.adapters),
-        values=np.array(result.blocks),
-        contributions=np.array([part.contribution for part in result.adapters]),
-        parts=_parts(result),
-        winner=whole.label,
-    )
-
-
-def _parts(result: Explanation) -> Grid:
-    """What every adapter did, the largest coefficient first."""
-    order = sorted(result.adapters, key=lambda part: -abs(part.coefficient))
-    return Grid(
-        title="Adapters",
-        header=("adapter", "task", "coefficient", "negative %", "adds points", "without it"),
-        rows=tuple(
-            (
-                part.name,
-                f"{part.task} {part.task_name}" if part.task_name else str(part.task),
-                f"{round(part.coefficient, 3) + 0.0:.3f}",
-                percent(part.negative),
-                percent(part.contribution),
-                _short(part.without),
-            )
-            for part in order
-        ),
-        bold=frozenset((i, 2) for i, part in enumerate(order) if round(part.coefficient, 3) < 0),
-        notes=(
-            "coefficient: mean over images and blocks, of which negative % are below 0; adds: "
-            "percentage points of the winning class's probability that go when this adapter is "
-            "left out and all others stay; without it: what then comes out.",
-        ),
-    )
-
-
-def _short(outcome: Outcome) -> str:
-    if outcome.accuracy is not None:
-        return f"accuracy {percent(outcome.accuracy)} %"
-    return outcome.label or "no class"
-
-
-def _words(outcome: Outcome) -> str:
-    chance = f"{100 * outcome.probability:.1f} %"
-    if outcome.accuracy is not None:
-        changed = f", {100 * outcome.changed:.1f} % of the classes change" * (outcome.changed > 0)
-        return f"accuracy {100 * outcome.accuracy:.1f} %{changed}"
-    if outcome.label is None:
-        return "no class: nothing that is left knows one"
-    if outcome.changed:
-        return f"{outcome.label}; the class that won before has {chance}"
-    return f"{outcome.label} ({chance})"

@@ -55,7 +55,7 @@ from memtool.streams import load_image
 from memtool.streams.task import Task
 
 if TYPE_CHECKING:
-    from memtool.methods.mira.explain import Explanation
+    from memtool.methods.explanation import Explanation
 
 SETTINGS = ("dil", "til", "cil", "dg")
 """Settings that `evaluate` knows: task inferred (dil, cil), given (til), or never seen (dg)."""

@@ -10,18 +10,17 @@ from torch.nn import functional as F
 
 from memtool.adapters.atoms import AtomGate, ModuleAtoms
 from memtool.adapters.values import Recall
-from memtool.backbones.answering import answers
 from memtool.backbones.causal_lm import CausalLM
 from memtool.backbones.interface import Backbone
-from memtool.errors import DataError
 from memtool.memories.novelty import Reaches
 from memtool.memories.rank1 import Rank1Memory
 from memtool.methods.attached import (
-    Attached,
     AttachedImages,
+    AttachedTexts,
     HeadModule,
     Output,
     finite,
+    require_texts,
     unknown,
 )
 from memtool.methods.in_store import feature_statistics
@@ -64,10 +63,8 @@ class AttachedAtoms(AttachedImages):
         return Output(logits, probabilities, weights, novelty)
 
 
-class AttachedAnswers(Attached):
+class AttachedAnswers(AttachedTexts):
     """A bank of rank-1 atoms on a language model: it answers prompts."""
-
-    backbone: CausalLM
 
     def __init__(self, lm: CausalLM, snapshot: AtomSnapshot, precision: str) -> None:
         super().__init__(lm, precision)
@@ -75,36 +72,15 @@ class AttachedAnswers(Attached):
         self.gate: AtomGate = snapshot.gate
         self.tasks = snapshot.tasks
 
-    @property
-    def recall(self) -> Recall:
-        """What the model recalls, token by token."""
+    def recall(self, prompts: Tensor) -> Recall:
+        """What the model recalls, token by token, whatever the prompts are."""
+        del prompts
         return self.bank.recall(self.gate)
-
-    @torch.no_grad()
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Logits (n, length, words) of token ids (n, length), as `CausalLM.encode` makes them."""
-        with self.computing():
-            return self.backbone.logits(tokens, self.recall)
-
-    def generate(
-        self, prompts: Sequence[str], *, batch: int = 16, most: int | None = None
-    ) -> list[str]:
-        """The greedy answers to prompts, without white space around them.
-
-        An answer has at most `most` tokens; none: as the memory was made (`text.answer_tokens`).
-        """
-        _require_texts(prompts)
-        with self.computing():
-            return answers(self.backbone, prompts, self.recall, batch=batch, most=most)
-
-    def answer(self, prompt: str) -> str:
-        """The greedy answer to one prompt."""
-        return self.generate([prompt])[0]
 
     @torch.no_grad()
     def weights(self, prompts: Sequence[str]) -> Tensor:
         """Whose atoms prompts choose: (n, tasks), mean over tokens, sites and blocks."""
-        _require_texts(prompts)
+        require_texts(prompts)
         shares = TaskShares(self.tasks, self.gate)
         recall = watched(self.bank, self.gate, shares)
         found = []
@@ -114,15 +90,3 @@ class AttachedAnswers(Attached):
                 self.backbone.hidden(tokens, recall)
             found.append(shares.taken().mean(dim=1))
         return torch.cat(found) if found else torch.zeros(0, len(self.tasks))
-
-
-def _require_texts(prompts: Sequence[str]) -> None:
-    """Raise DataError for one text, whose letters would be taken for texts, or what is no text."""
-    texts = isinstance(prompts, Sequence) and not isinstance(prompts, str)
-    if not texts or not all(isinstance(one, str) for one in prompts):
-        kinds = {type(one).__name__ for one in prompts} if texts else {type(prompts).__name__}
-        raise DataError(
-            f"prompts of type {', '.join(sorted(kinds))}",
-            expected="a list of texts",
-            remedy="model.answer(text) for one",
-        )
