@@ -13,8 +13,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from memtool.config import StreamSettings
 from memtool.errors import ConfigError, DataError, NotFoundError
+from memtool.settings import StreamSettings
 from memtool.streams import create_stream, list_sources, open_table
 from memtool.streams.description import read_description
 from memtool.streams.sources import built_in_descriptions, task_names

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from memtool.adapters.recalls import given_for_each
 from memtool.adapters.values import AdapterValues
-from memtool.config import Mix
 from memtool.errors import ConfigError
 from memtool.heads import RecalledHead
 from memtool.memories.closed_form import QueryStatistics
@@ -35,6 +34,7 @@ from memtool.methods.results import Part, Result
 from memtool.methods.subject import first
 from memtool.reports.explanation import Explained, format_of, write_explained
 from memtool.reports.table import Grid, percent
+from memtool.sections import Mix
 from memtool.streams import load_image
 from memtool_stores import AdapterRecord
 
