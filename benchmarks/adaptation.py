@@ -49,21 +49,14 @@ from memtool.backbones import create_backbone
 from memtool.backbones.interface import Backbone
 from memtool.backbones.nano import build_nano
 from memtool.backbones.vit_weights import load_vit_weights
-from memtool.config import (
-    AdapterSettings,
-    BackboneSettings,
-    ConsolidateSettings,
-    EngineSettings,
-    MemorySettings,
-    Mix,
-    TrainSettings,
-)
 from memtool.engine import Batch, Batches, Engine
 from memtool.heads import LinearClassifier, RecalledHead
 from memtool.learning.adapt import AdapterTraining, losses
 from memtool.memories.keyed import KeyedMemory
 from memtool.methods.mira.learn import learn
 from memtool.methods.mira.recall import MemoryModel
+from memtool.sections import ConsolidateSettings, MemorySettings, Mix
+from memtool.settings import AdapterSettings, BackboneSettings, EngineSettings, TrainSettings
 from memtool.streams.task import Images
 
 ADAPTERS, CLASSES = 10, 7

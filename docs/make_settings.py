@@ -1,25 +1,28 @@
-"""Write docs/settings.md from the models of memtool.config: `python docs/make_settings.py`."""
+"""Write docs/settings.md from the models of memtool.settings: `python docs/make_settings.py`."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from memtool.config import Config, choices, find_preset, get, keys, presets, resolve
+from memtool.config import presets, resolve
+from memtool.sections import SECTIONS, owners_of
+from memtool.settings import Config, choices, get, keys
 
 PAGE = Path(__file__).with_name("settings.md")
 
 HEAD = """\
 # Settings
 
-<!-- Made by `python docs/make_settings.py` from memtool/config.py: do not edit by hand. -->
+<!-- Made by `python docs/make_settings.py` from the models: do not edit by hand. -->
 
 A setting has a dotted key. A setting can be given in three ways:
 
 ```bash
 memtool consolidate --set memory.beta=2           # on the command line
 export MEMTOOL_MEMORY__BETA=2                     # as a variable: MEMTOOL_, and __ for the dot
-memtool init                                      # in memtool.yaml: a file with every setting
+memtool init --method mira                        # in memtool.yaml: a file with every setting
 memtool config show --origin                      # what is in force, and where each value is from
 ```
 
@@ -29,39 +32,101 @@ values are separated by commas. An unknown key or value is an error with a sugge
 
 Two variables are no settings: `MEMTOOL_DATA` names the folder of the data sets, `MEMTOOL_CACHE` the
 folder of decoded images and values.
+
+The sections of a method are there only where that method is chosen: elsewhere they are passed over
+on the command line and in variables, with a note, and are an error in a file, unless the file names
+a method that has them.
+"""
+
+FIRST = (
+    "method",
+    "store",
+    "runs",
+    "seed",
+    "baselines",
+    "backbone.name",
+    "backbone.weights",
+    "stream.source",
+    "stream.setting",
+    "stream.classes_per_task",
+    "adapter.rank",
+    "train.epochs",
+    "train.lr",
+    "head.kind",
+    "engine.device",
+)
+"""What most experiments set."""
+
+OTHERS = """\
+## Methods of other packages
+
+`--method package.module:Class`, `--method path/to/file.py:Class`, or a name that an installed
+package gives with an entry point of the group `memtool.methods`. A class with the steps of a method
+(`open`, `adapt`, `write`, `consolidate`, `retrieve`, `evaluate`) is one; `reads` says what it reads
+(`images`, `texts`). Its own settings are a model of the class:
+
+```python
+class MySettings(memtool.Settings):
+    k: int = Field(3, ge=1, description="how many neighbours")
+
+class MyMethod(memtool.Mira):
+    name = "nearest-mean"     # the section is nearest_mean
+    Settings = MySettings
+```
+
+`nearest_mean.k` is then a key as any other: with `--set`, as the variable MEMTOOL_NEAREST_MEAN__K,
+in files and in `memtool config show`; and a memory remembers it. A memory whose method is not
+installed is read where you name the method, too: no code runs because a memory names it.
+
+Baselines (`--baselines`) and backbones (`backbone.name`) of other packages have the same forms, and
+the groups `memtool.baselines` and `memtool.backbones`.
 """
 
 
 def page() -> str:
     """The whole page as Markdown."""
-    defaults = Config()
-    sections: dict[str, list[str]] = {}
-    for key, field in keys().items():
-        section = key.rpartition(".")[0]
+    shared = {key: field for key, field in keys().items() if not owners_of(key.partition(".")[0])}
+    parts = [HEAD, f"## The fifteen that matter\n\n{_table(FIRST, DEFAULT)}"]
+    for section in dict.fromkeys(key.rpartition(".")[0] for key in shared):
+        inside = [key for key in shared if key.rpartition(".")[0] == section and key not in FIRST]
+        title = f"## {section}\n\n{_about(section, DEFAULT)}" if section else "## The experiment"
+        parts.append(f"{title}\n\n{_table(inside, DEFAULT)}")
+    for section in dict.fromkeys(name for sections in SECTIONS.values() for name in sections):
+        owners = owners_of(section)
+        config = Config(method=owners[0])
+        inside = [key for key in keys(owners[0]) if key.startswith(f"{section}.")]
+        whose = ("method " if len(owners) == 1 else "methods ") + " and ".join(owners)
+        title = f"## {section}: {whose}\n\n{_about(section, config)}"
+        parts.append(f"{title}\n\n{_table(inside, config)}")
+    return "\n".join([*parts, OTHERS, _presets()])
+
+
+DEFAULT = Config()
+
+
+def _table(wanted: Iterable[str], config: Config) -> str:
+    """The settings with their defaults and what they mean."""
+    lines = ["| setting | default | meaning |", "|---|---|---|"]
+    for key in wanted:
         words = ", ".join(f"`{word}`" for word in choices(key))
-        meaning = f"{field.description}: {words}" if words else f"{field.description}"
-        row = f"| `{key}` | {_shown(get(defaults, key))} | {_cell(meaning)} |"
-        sections.setdefault(section, []).append(row)
-    parts = [HEAD]
-    for section, rows in sections.items():
-        title = f"## {section}\n\n{_about(section)}" if section else "## The experiment"
-        table = "\n".join(["| setting | default | meaning |", "|---|---|---|", *rows])
-        parts.append(f"{title}\n\n{table}\n")
-    parts.append(_presets(defaults))
-    return "\n".join(parts)
+        meaning = f"{keys()[key].description}" + (f": {words}" if words else "")
+        lines.append(f"| `{key}` | {_shown(get(config, key))} | {_cell(meaning)} |")
+    return "\n".join(lines) + "\n"
 
 
-def _about(section: str) -> str:
-    return str(type(get(Config(), section)).__doc__).strip().partition("\n")[0]
+def _about(section: str, config: Config) -> str:
+    return str(type(get(config, section)).__doc__).strip().partition("\n")[0]
 
 
-def _presets(defaults: Config) -> str:
+def _presets() -> str:
     """What every preset changes."""
     lines = ["## Presets", "", "`--preset NAME`; only what differs from the defaults is listed."]
     for preset in presets():
-        config = resolve(preset=find_preset(preset.name).name, ambient=False).config
+        config = resolve(preset=preset.name, ambient=False).config
+        defaults = Config(method=config.method)
         lines += ["", f"**{preset.name}**: {_cell(preset.summary)} `{preset.launch}`", ""]
-        changed = [key for key in keys() if get(config, key) != get(defaults, key)]
+        changed = [key for key in keys(config.method) if get(config, key) != get(defaults, key)]
+        changed = ["method"] * (config.method != DEFAULT.method) + changed
         lines += [f"- `{key}`: {_shown(get(config, key))}" for key in changed]
         lines += ["- no changes"] * (not changed)
     return "\n".join(lines) + "\n"

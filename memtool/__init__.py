@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from memtool.adapters.peft_files import read_peft, write_peft
     from memtool.adapters.values import AdapterValues
     from memtool.backbones import create_backbone
-    from memtool.config import Config, resolve
+    from memtool.config import resolve
     from memtool.engine import Engine
     from memtool.errors import MemtoolError
     from memtool.experiments.run import demo, run
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from memtool.memories.keyed import KeyedMemory
     from memtool.memory import Memory, load
     from memtool.methods.mira.method import Mira
+    from memtool.sections import Settings
+    from memtool.settings import Config
     from memtool.streams import create_stream
 
 __version__ = "0.1.0"
@@ -34,7 +36,7 @@ __version__ = "0.1.0"
 _HOME = {
     "AdaptedLinear": "memtool.adapters.linear",
     "AdapterValues": "memtool.adapters.values",
-    "Config": "memtool.config",
+    "Config": "memtool.settings",
     "Engine": "memtool.engine",
     "HopfieldMemory": "memtool.memories.hopfield",
     "KeyedMemory": "memtool.memories.keyed",
@@ -43,6 +45,7 @@ _HOME = {
     "MemtoolError": "memtool.errors",
     "Mira": "memtool.methods.mira.method",
     "Mixture": "memtool.adapters.mixing",
+    "Settings": "memtool.sections",
     "Site": "memtool.adapters.layout",
     "create_backbone": "memtool.backbones",
     "create_stream": "memtool.streams",
@@ -66,6 +69,7 @@ __all__ = [
     "MemtoolError",
     "Mira",
     "Mixture",
+    "Settings",
     "Site",
     "__version__",
     "create_backbone",

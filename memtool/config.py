@@ -1,4 +1,4 @@
-"""Everything that can be set, as pydantic models, and where each value comes from.
+"""The configuration of an experiment, and where each of its values comes from.
 
 Precedence, highest first: command line, MEMTOOL_* variables, --config file, memtool.yaml in the
 working directory, the user's file, the preset, the defaults here (`resolve`). A setting has a
@@ -8,438 +8,34 @@ dotted key, `adapter.rank`; as a variable it is MEMTOOL_ADAPTER__RANK.
 from __future__ import annotations
 
 import difflib
-import functools
-import math
 import os
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 import platformdirs
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from memtool import registry
 from memtool.errors import ConfigError, NotFoundError, did_you_mean
+from memtool.paths import at_home
+from memtool.sections import SECTIONS, owners_of
+from memtool.settings import (
+    DEFAULT_METHOD,
+    READ_UNDER,
+    Config,
+    choices,
+    get,
+    keys,
+    named,
+    sections,
+)
 from memtool.yaml_file import Node, read_yaml
-from memtool_stores import limits
-from memtool_stores.limits import Limits
 from memtool_stores.printable import printable, shown
-from memtool_stores.redacted import redacted
-
-Separation = Literal[
-    "softmax",
-    "affine",
-    "identity",
-    "relu",
-    "tanh",
-    "topk",
-    "max",
-    "power",
-    "sparsemax",
-    "entmax",
-]
-Similarity = Literal[
-    "dot",
-    "scaled-dot",
-    "cosine",
-    "centred-cosine",
-    "euclidean",
-    "manhattan",
-    "scaled-error",
-    "kl",
-    "reverse-kl",
-    "js",
-]
-Mix = Literal["delta", "params"]
-Setting = Literal["dil", "til", "cil", "dg", "mts", "xtail", "trace"]
-HeadKind = Literal["lda", "ridge", "ncm", "grown", "shared", "prototype", "text"]
-Routing = Literal["mixture", "lda", "prototype"]
-Augment = Literal["none", "flip-crop"]
-Protect = Literal["freeze", "dual-gpm", "none"]
-MethodName = Literal["mira", "moram", "modulation"]
-Recaller = Literal["hopfield", "hopfield-published", "bayes-pcn", "bayes-pcn-published"]
-
-
-Baseline = Literal[
-    "all",
-    "none",
-    "zero-shot",
-    "in-context",
-    "frozen",
-    "fine-tune",
-    "sequential",
-    "ewc",
-    "lwf",
-    "o-lora",
-    "inf-lora",
-    "moe-lora",
-    "joint",
-    "erm",
-]
-
-
-class Settings(BaseModel):
-    """Frozen; an unknown key is an error, and so are numbers that are not finite."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-Seed = Annotated[int, Field(ge=0, le=10**15)]
-"""What generators of all libraries take, times a thousand and a task's number."""
-
-
-class BackboneSettings(Settings):
-    """The frozen model."""
-
-    name: str = Field("nano", description="nano, or timm:<model name>")
-    weights: Path | None = Field(None, description="a local safetensors file; none: by name")
-    image_size: Annotated[int, Field(ge=8, le=8192)] = Field(
-        32, description="pixels a side of the input"
-    )
-    targets: tuple[str, ...] = Field(("q", "v"), description="adapted linear maps of every block")
-
-
-class StreamSettings(Settings):
-    """The data and how it is cut into tasks."""
-
-    source: str = Field("digits", description="a description's name or path, or a folder")
-    setting: Setting = Field("dil", description="how the data is cut into tasks")
-    order: tuple[str, ...] | None = Field(None, description="order of domains or classes")
-    classes_per_task: Annotated[int, Field(ge=1)] = Field(2, description="for cil, til and mts")
-    splits: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="number of tasks, instead of classes_per_task"
-    )
-    train_per_task: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="at most so many training images a task"
-    )
-    test_per_task: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="at most so many test images a task"
-    )
-    shots: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="at most so many training images a class"
-    )
-    validation: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="share of the training images held out for validation"
-    )
-    held_out: str | None = Field(
-        None, description="for dg: the domain that nothing is learned from; none: each in turn"
-    )
-    seed: Seed = Field(0, description="fixes splits, subsets and transformations")
-
-
-class AdapterSettings(Settings):
-    """The shape of an adapter and where its training starts."""
-
-    rank: Annotated[int, Field(ge=1)] = Field(4, description="rank of every adapted map")
-    alpha: Annotated[float, Field(gt=0)] = Field(8.0, description="BA is scaled by alpha / rank")
-    per_task: Annotated[int, Field(ge=1)] = Field(1, description="adapters per task (J)")
-    warm_start: Literal["previous", "mean", "none"] = Field(
-        "none", description="where training starts: the adapter before, the mean of all, or zero"
-    )
-    residual: bool = Field(
-        False, description="train on top of the mixture that the memory recalls, not alone"
-    )
-
-
-class TrainSettings(Settings):
-    """Stage 1: training the adapters of a task."""
-
-    epochs: Annotated[int, Field(ge=1)] = Field(4, description="passes over the task's images")
-    iterations: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="steps a task, instead of epochs; the last epoch is finished"
-    )
-    batch_size: Annotated[int, Field(ge=1)] = Field(50, description="images a step")
-    lr: Annotated[float, Field(gt=0)] = Field(1e-2, description="highest learning rate")
-    final_lr: Annotated[float, Field(ge=0)] = Field(0.0, description="learning rate at the end")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="of AdamW")
-    warmup: Annotated[float, Field(ge=0, lt=1)] = Field(0.15, description="share of the steps")
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
-        (0.9, 0.999), description="of AdamW: decay of the means of gradients and of their squares"
-    )
-    clip: Annotated[float, Field(gt=0)] = Field(1.0, description="largest norm of the gradient")
-    augment: Augment = Field("none", description="of the training images")
-
-    def epochs_for(self, samples: int, tasks: int = 1) -> int:
-        """Epochs over so many samples of `tasks` tasks: by `iterations` where that is set."""
-        if self.iterations is None:
-            return self.epochs
-        return math.ceil(tasks * self.iterations / math.ceil(samples / self.batch_size))
-
-
-class MemorySettings(Settings):
-    """How a query becomes coefficients, and coefficients a mixture."""
-
-    similarity: Similarity = Field("scaled-dot", description="of a query to a key")
-    separation: Separation = Field("softmax", description="from similarities to coefficients")
-    beta: Annotated[float, Field(gt=0)] = Field(1.0, description="inverse temperature of softmax")
-    topk: Annotated[int, Field(ge=1)] = Field(2, description="kept by separation topk")
-    routing: Routing = Field(
-        "mixture",
-        description="mixture: as the separation says; lda, prototype: the adapters of one task, "
-        "by discriminant keys or the nearest mean query",
-    )
-    keys_of: Literal["task", "class"] = Field(
-        "task",
-        description="what an adapter has a key for: its task, or each class of its task (the "
-        "coefficients of its keys add up)",
-    )
-    mix: Mix = Field("delta", description="sum of the products BA, or product of the sums")
-    token: Literal["class", "mean"] = Field("mean", description="token that the query looks at")
-    query: Literal["identity", "linear", "mlp"] = Field("identity", description="query module")
-    query_norm: bool = Field(True, description="layer-normalise the query")
-    scope: Literal["block", "model"] = Field(
-        "model", description="a memory in every block, or one look at the frozen model for all"
-    )
-    look_at: Annotated[int, Field(ge=0)] = Field(
-        2, description="for scope model: the block whose input the query looks at"
-    )
-
-
-class ConsolidateSettings(Settings):
-    """Stage 2: the memory learns its keys."""
-
-    keys: Literal["closed-form", "mean-query", "random"] = Field(
-        "closed-form", description="where the keys start"
-    )
-    key_std: Annotated[float, Field(gt=0)] = Field(1.0, description="of random keys")
-    protect: Protect = Field(
-        "freeze",
-        description="what learning may not change: the older keys, their scores on past queries "
-        "(dual-gpm, which also starts new keys where past queries score zero), or nothing",
-    )
-    energy: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.97, description="share of the past queries' energy that dual-gpm protects at first"
-    )
-    epochs: Annotated[int, Field(ge=0)] = Field(0, description="of key learning; 0: none")
-    lr: Annotated[float, Field(gt=0)] = Field(0.05, description="learning rate of the keys")
-    module_lr: Annotated[float, Field(gt=0)] = Field(
-        1e-3, description="learning rate of query modules and of a shared head"
-    )
-    value_lr: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="learning rate of the new adapters' values; 0: they stay as they are"
-    )
-    batch_size: Annotated[int, Field(ge=1)] = Field(50, description="images a step")
-
-
-class HeadSettings(Settings):
-    """The classifier on the features."""
-
-    @field_validator("kind", mode="before")
-    @classmethod
-    def _renamed(cls, kind: Any) -> Any:
-        # What "grown" was called before 0.3; memories and files on disk may still say so.
-        return "grown" if kind == "linear" else kind
-
-    kind: HeadKind = Field(
-        "lda",
-        description="closed form (lda, ridge, ncm), grown: trained with the adapters, class by "
-        "class; shared: one that learns on through every consolidation; known for all classes in "
-        "advance (xtail): prototype, of frozen features; text, of a text tower",
-    )
-    scope: Literal["shared", "task"] = Field(
-        "task", description="one head for all tasks, or each task's own, recalled with its adapter"
-    )
-    features: Literal["own", "recalled"] = Field(
-        "own",
-        description="closed form: solved on features under the task's own adapters, or under what "
-        "the memory recalls",
-    )
-    ridge: Annotated[float, Field(gt=0)] = Field(1e-2, description="ridge, relative to the trace")
-    scale: Annotated[float, Field(gt=0)] = Field(
-        30.0, description="prototype: logits are cosines times this"
-    )
-    rivals: Literal["task", "seen"] = Field(
-        "task",
-        description="prototype: what images are told apart from while their task is learned: the "
-        "classes of the task, or of all tasks so far",
-    )
-
-
-class ModulationSettings(Settings):
-    """Modulation: whole adapters recalled from an associative memory."""
-
-    memory: tuple[Recaller, ...] = Field(
-        ("hopfield", "bayes-pcn"),
-        min_length=1,
-        description="memories that adapters are recalled from; the first one serves retrieval",
-    )
-    key_share: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.1, description="share of an adapter's first numbers that are its key"
-    )
-    similarity: Similarity = Field("euclidean", description="hopfield: of two keys")
-    separation: Separation = Field(
-        "softmax", description="hopfield: from similarities to coefficients"
-    )
-    beta: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="hopfield: inverse temperature; none: from the gaps between the keys"
-    )
-    steps: Annotated[int, Field(ge=1)] = Field(1, description="hopfield: retrieval steps")
-    hidden: Annotated[int, Field(ge=1)] = Field(
-        256, description="bayes-pcn: hidden width, and so how many adapters it can hold"
-    )
-    predictor_epochs: Annotated[int, Field(ge=1)] = Field(
-        10, description="mts: passes over all tasks of the task predictor"
-    )
-    predictor_lr: Annotated[float, Field(gt=0)] = Field(
-        2e-3, description="mts: highest learning rate of the task predictor"
-    )
-
-
-class MoramSettings(Settings):
-    """MoRAM: rank-1 atoms that every token chooses by its own response to their keys."""
-
-    topk: Annotated[int, Field(ge=2)] | None = Field(
-        None, description="atoms that a token keeps; none: as many as a task adds (the rank)"
-    )
-    temperature: Annotated[float, Field(gt=0)] = Field(
-        0.01, description="of the softmax over the kept scores"
-    )
-    threshold: Annotated[float, Field(ge=-1, le=1)] = Field(
-        0.2, description="score below which an atom adds nothing in evaluation; -1: all pass"
-    )
-    score_norm: Literal["bank", "task"] = Field(
-        "bank",
-        description="what a response is divided by: the norm over the whole bank, as published, "
-        "or over the atoms of its task, under which old scores never change",
-    )
-    scaled_threshold: bool = Field(
-        False, description="norm bank: divide the threshold by the root of the number of tasks"
-    )
-    selected_only: bool = Field(False, description="no gradient through atoms that are not kept")
-    keys: Literal["random", "free"] = Field(
-        "random",
-        description="how keys begin: at random and learning, as published, or fixed at what a "
-        "task's inputs have outside those of earlier tasks, so that these hardly answer to them",
-    )
-
-
-class PastSettings(Settings):
-    """What earlier tasks' inputs take of the room of later ones: InfLoRA, free keys of MoRAM."""
-
-    energy: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.97,
-        description="share of the energy of the first task's inputs that later tasks keep clear "
-        "of, rising to 1 at the last; less leaves them more room",
-    )
-
-
-class TextSettings(Settings):
-    """Streams of texts (setting trace)."""
-
-    prompt_tokens: Annotated[int, Field(ge=1)] = Field(1024, description="most tokens of a prompt")
-    answer_tokens: Annotated[int, Field(ge=1)] = Field(
-        512, description="most tokens of an answer, the end of text included"
-    )
-    long_prompts: Literal["cut", "refuse"] = Field(
-        "cut", description="a prompt that is too long keeps its end, or is an error"
-    )
-    generate: bool = Field(
-        False, description="score generated answers by the metric of their task, beside the loss"
-    )
-    epochs: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
-        None, description="passes over each task in turn, instead of train.epochs"
-    )
-    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="share of the inputs that adapters do not see in training"
-    )
-    shots: Annotated[int, Field(ge=1)] = Field(
-        4, description="examples from the training set before a prompt (baseline in-context)"
-    )
-
-
-class EngineSettings(Settings):
-    """Where and how tensors are computed."""
-
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="cuda, mps or cpu")
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="auto: bf16 where the hardware has it"
-    )
-    compile: bool = Field(False, description="torch.compile the model")
-    threads: Annotated[int, Field(ge=1, le=4096)] | None = Field(
-        None, description="CPU threads; none: 1 for nano, else all"
-    )
-    accumulate: Annotated[int, Field(ge=1)] = Field(1, description="steps of gradient accumulation")
-    eval_batch_size: Annotated[int, Field(ge=1)] = Field(100, description="images a step")
-
-
-class LimitSettings(Settings):
-    """How large what comes from outside may be, before it is read at all."""
-
-    header_bytes: Annotated[int, Field(ge=1)] = Field(
-        Limits.header_bytes, description="header of a safetensors file"
-    )
-    text_bytes: Annotated[int, Field(ge=1)] = Field(
-        Limits.text_bytes, description="a JSON file or a table as CSV"
-    )
-    yaml_bytes: Annotated[int, Field(ge=1)] = Field(
-        Limits.yaml_bytes, description="a YAML file: a description, or settings"
-    )
-    array_bytes: Annotated[int, Field(ge=1)] = Field(
-        Limits.array_bytes, description="keys, a blob, the tensors of a file"
-    )
-    bundle_files: Annotated[int, Field(ge=1)] = Field(
-        Limits.bundle_files, description="files in a bundle"
-    )
-    data_files: Annotated[int, Field(ge=1)] = Field(
-        Limits.data_files, description="files and folders below a folder of data"
-    )
-    image_bytes: Annotated[int, Field(ge=1)] = Field(
-        Limits.image_bytes, description="an image as it is encoded"
-    )
-    image_pixels: Annotated[int, Field(ge=1)] = Field(
-        Limits.image_pixels, description="an image decoded, width times height"
-    )
-
-    def put_in_force(self) -> None:
-        """Make these the limits of this process."""
-        limits.use(Limits(**self.model_dump()))
-
-
-class Config(Settings):
-    """One experiment."""
-
-    method: MethodName = Field("mira", description="how the memory is read")
-    store: str = Field("memory", description="path of the memory; to read, perhaps @VERSION")
-    lock_timeout: Annotated[float, Field(ge=0, le=10**6)] = Field(
-        30.0, description="seconds to wait for another process that writes to the memory"
-    )
-    runs: Path = Field(Path("runs"), description="folder of adapters, records and checkpoints")
-    seed: tuple[Seed, ...] = Field((0,), min_length=1, description="one seed or several")
-    baselines: tuple[Baseline, ...] = Field(
-        ("all",),
-        min_length=1,
-        description="what `run` trains beside the memory, or none; erm is of dg",
-    )
-    backbone: BackboneSettings = BackboneSettings()
-    stream: StreamSettings = StreamSettings()
-    adapter: AdapterSettings = AdapterSettings()
-    train: TrainSettings = TrainSettings()
-    memory: MemorySettings = MemorySettings()
-    consolidate: ConsolidateSettings = ConsolidateSettings()
-    head: HeadSettings = HeadSettings()
-    modulation: ModulationSettings = ModulationSettings()
-    moram: MoramSettings = MoramSettings()
-    past: PastSettings = PastSettings()
-    text: TextSettings = TextSettings()
-    engine: EngineSettings = EngineSettings()
-    limits: LimitSettings = LimitSettings()
-
-    @field_validator("runs")
-    @classmethod
-    def _runs_at_home(cls, runs: Path) -> Path:
-        return at_home(runs)
-
-    def recorded(self) -> dict[str, Any]:
-        """The configuration as records and commits hold it: plain JSON, `~` for the user's folder.
-
-        They are sent to others, so that no secret is in it; what reads a setting understands `~`.
-        """
-        tree: dict[str, Any] = _for_others(self.model_dump(mode="json"))
-        return tree
 
 
 @dataclass(frozen=True)
@@ -447,12 +43,14 @@ class Resolved:
     """A configuration, the preset below it, and for every dotted key where its value is from.
 
     An origin is "default", "preset <name>", "<file>:<line>", the name of a variable, "command line"
-    or "the memory", below which there is no preset.
+    or "the memory", below which there is no preset. `foreign` has the settings of other methods
+    that were passed over, with the places that set them.
     """
 
     config: Config
     origin: dict[str, str]
     preset: str | None
+    foreign: dict[str, str] = field(default_factory=dict)
 
     def without_effect(self, *, reads: Sequence[str] = ()) -> tuple[str, ...]:
         """Sentences on what was asked for in vain, as `READ_UNDER` says: one a setting.
@@ -462,11 +60,17 @@ class Resolved:
         a variable that is for other verbs is not asked for in vain then.
         """
         found = []
-        for key, place in self.origin.items():
+        for key, place in {**self.origin, **self.foreign}.items():
             if reads:
                 if place == COMMAND_LINE and key.partition(".")[0] not in reads:
                     found.append(f"{key} has no effect here: nothing but the store is read")
             elif place == COMMAND_LINE or place.startswith("MEMTOOL_"):
+                if key in self.foreign:
+                    found.append(
+                        f"{key} has no effect under method {self.config.method}: it is of method "
+                        + " and ".join(owners_of(key.partition(".")[0]))
+                    )
+                    continue
                 other = _not_read_under(self.config, key)
                 if other is not None:
                     value = get(self.config, other)
@@ -485,44 +89,6 @@ class Preset:
     summary: str
 
 
-_OF_CLASSES = ("cil", "til", "mts")
-_OF_IMAGES = ("dil", "dg", "xtail", *_OF_CLASSES)
-
-READ_UNDER: tuple[tuple[str, str, tuple[str | None, ...]], ...] = (
-    ("memory", "method", ("mira",)),
-    ("consolidate", "method", ("mira",)),
-    ("moram", "method", ("moram",)),
-    ("past", "method", ("mira", "moram")),
-    ("modulation", "method", ("modulation",)),
-    ("baselines", "method", ("mira", "moram")),
-    ("baselines", "stream.setting", tuple(s for s in get_args(Setting) if s != "til")),
-    ("text", "stream.setting", ("trace",)),
-    ("backbone.image_size", "stream.setting", _OF_IMAGES),
-    ("train.augment", "stream.setting", _OF_IMAGES),
-    ("stream.shots", "stream.setting", _OF_IMAGES),
-    ("stream.validation", "stream.setting", _OF_IMAGES),
-    ("stream.held_out", "stream.setting", _OF_IMAGES),  # without dg it is an error
-    ("stream.splits", "stream.setting", _OF_CLASSES),
-    ("stream.classes_per_task", "stream.setting", _OF_CLASSES),
-    ("stream.classes_per_task", "stream.splits", (None,)),
-    ("train.epochs", "train.iterations", (None,)),
-    ("train.epochs", "text.epochs", (None,)),
-    ("memory.topk", "memory.separation", ("topk",)),
-    ("memory.look_at", "memory.scope", ("model",)),
-    ("consolidate.key_std", "consolidate.keys", ("random",)),
-    ("consolidate.energy", "consolidate.protect", ("dual-gpm",)),
-    ("head", "stream.setting", _OF_IMAGES),
-    ("head.kind", "method", ("mira", "moram")),
-    ("head.scope", "method", ("mira", "moram")),
-    ("head.features", "method", ("mira",)),
-    ("head.scale", "head.kind", ("prototype",)),
-    ("head.rivals", "head.kind", ("prototype",)),
-    ("moram.scaled_threshold", "moram.score_norm", ("bank",)),
-    ("modulation.predictor_epochs", "stream.setting", ("mts",)),
-    ("modulation.predictor_lr", "stream.setting", ("mts",)),
-)
-"""A setting, or all of a section, is read only where another one has one of these values."""
-
 DEFAULT_PRESET = "digits-dil"
 WORKING_FILE = "memtool.yaml"
 COMMAND_LINE = "command line"
@@ -540,6 +106,7 @@ def resolve(
     cwd: Path | None = None,
     ambient: bool = True,
     remembered: Mapping[str, Any] | None = None,
+    of_store: bool = False,
 ) -> Resolved:
     """The configuration in force, each value from the highest place that sets it.
 
@@ -547,40 +114,63 @@ def resolve(
     read by the type of the setting: "0,1,2" for several values, "none" for no value. Without
     `ambient`, only what the arguments name counts: no variables, working or user file.
     `remembered` are the settings that a memory was made with, by dotted key: they stand where
-    nothing else was said, and a preset was not named.
+    nothing else was said, and a preset was not named. With `of_store` only what says where the
+    memory is counts: a method of other people is not imported, and sections that only it may know
+    are passed over.
 
-    Raises ConfigError for an unknown key or a value that cannot be used, with its place;
-    NotFoundError for a preset or a file that is not there.
+    Settings of other methods are passed over, too: presets and the user's file hold some for
+    several. In another file they are an error, unless it names a method that has them.
+
+    Raises ConfigError for those, for an unknown key and for a value that cannot be used, with its
+    place; NotFoundError for a preset or a file that is not there, and for a memory whose method or
+    backbone is not here.
     """
     cwd = Path.cwd() if cwd is None else cwd
+    environ = (os.environ if environ is None else environ) if ambient else {}
+    overrides = overrides or {}
     chosen = find_preset(preset or DEFAULT_PRESET)
-    origin = dict.fromkeys(keys(), "default")
+    base = None if remembered and preset is None else chosen.name
+    made_with = {} if remembered is None or base else remembered
+    files = [] if base is None else [_File.read(chosen.path, f"preset {base}", lines=False)]
+    for path in (user_file(), cwd / WORKING_FILE) if ambient else ():
+        if os.path.exists(path):  # noqa: PTH110 - False where nobody may look
+            files.append(_File.read(path, _shown(path, cwd)))
+    if file is not None:
+        files.append(_File.read(cwd / at_home(file), str(file)))
+    method, said_by = _method(overrides, environ, files, made_with)
+    for_all = [chosen.path, user_file(), *([cwd / WORKING_FILE] if said_by == MEMORY else [])]
+    if of_store and method not in SECTIONS:
+        method = DEFAULT_METHOD
+    known = keys(method)
+    origin = dict.fromkeys(known, "default")
+    foreign: dict[str, str] = {}
     values: dict[str, Any] = {}
 
     def put(layer: Mapping[str, tuple[Any, str]]) -> None:
         for key, (value, place) in layer.items():
+            if key not in known:
+                foreign[key] = place
+                continue
             _require_text(key, value, place)
-            values[key] = _as_field(key, value)
+            values[key] = _as_field(known[key], value)
             origin[key] = place
 
-    base = None if remembered and preset is None else chosen.name
-    if base is None:
-        put({key: (value, MEMORY) for key, value in (remembered or {}).items()})
-    else:
-        named = f"preset {chosen.name}"
-        file_of_it = _read(chosen.path, chosen.path.name)
-        put({key: (value, named) for key, (value, _) in file_of_it.items()})
-    for path in (user_file(), cwd / WORKING_FILE):
-        if ambient and os.path.exists(path):  # noqa: PTH110 - False where nobody may look
-            put(_read(path, _shown(path, cwd)))
-    if file is not None:
-        put(_read(cwd / at_home(file), str(file)))
-    if ambient:
-        put(_from_environment(os.environ if environ is None else environ))
-    for key in overrides or {}:
-        _require_key(key, COMMAND_LINE)
-    put({key: (value, COMMAND_LINE) for key, value in (overrides or {}).items()})
-    return Resolved(_validated(values, origin), origin, base)
+    put({key: (value, MEMORY) for key, value in made_with.items() if key in known})
+    for one in files:
+        passes = of_store or one.path in for_all
+        put(one.settings(method, passes=passes, of_store=of_store))
+    put(_from_environment(environ, method, of_store))
+    for key in overrides:
+        if not (of_store and _may_be_of_others(key)):
+            _require_key(key, COMMAND_LINE, known)
+    put({key: (value, COMMAND_LINE) for key, value in overrides.items()})
+    if of_store:
+        values["method"] = method
+    if origin["backbone.name"] == MEMORY and not of_store:
+        name = str(values["backbone.name"])
+        if not registry.is_installed("backbones", name.partition(":")[0]):
+            _require_installed("backbones", name, f"--set backbone.name={name}")
+    return Resolved(_validated(values, origin, method), origin, base, foreign)
 
 
 def user_file() -> Path:
@@ -610,28 +200,6 @@ def find_preset(name: str) -> Preset:
     return known[name]
 
 
-@functools.cache
-def keys() -> dict[str, FieldInfo]:
-    """Every setting by dotted key, in the order of the models."""
-    return dict(_walk(Config, ""))
-
-
-def choices(key: str) -> tuple[str, ...]:
-    """The words that a setting, or each of its values, can take; empty when it is not a choice."""
-    annotation = keys()[key].annotation
-    if get_origin(annotation) is tuple:
-        annotation = get_args(annotation)[0]
-    return get_args(annotation) if get_origin(annotation) is Literal else ()
-
-
-def get(config: Config, key: str) -> Any:
-    """The value of a dotted key."""
-    value: Any = config
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
-
-
 def to_yaml(config: Config) -> str:
     """The whole configuration as YAML; `resolve(file=...)` on it gives an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -645,146 +213,161 @@ def parse_assignment(text: str) -> tuple[str, str]:
     return key.strip(), value.strip()
 
 
-def split_store(store: str) -> tuple[str, str]:
-    """`"memory@HEAD~1"` as address and version; the version is HEAD when none is named.
-
-    What is there as written is an address. Else it ends at the last `@` after the last `/`, so that
-    `here@home/` and `user@host/memory` are addresses, too.
-    """
-    folder, slash, name = store.rpartition("/")
-    if "@" not in name or _is_there(store):
-        return store, "HEAD"
-    name, _, version = name.rpartition("@")
-    return folder + slash + name, version or "HEAD"
-
-
-def _is_there(store: str) -> bool:
-    """Whether there is anything at a path; at text that no path can be there is nothing."""
-    try:
-        return os.path.lexists(os.path.expanduser(store))  # noqa: PTH111 - any text
-    except ValueError:
-        return False
-
-
-def store_beside(store: str, ending: str) -> str:
-    """The setting for a memory beside that of `store`, with `ending` after its name."""
-    beside = split_store(store)[0].rstrip("/") + ending
-    return f"{beside}/" if "@" in beside.rpartition("/")[2] else beside
-
-
-def _for_others(value: Any) -> Any:
-    """Values of JSON, every text in them fit for a record."""
-    match value:
-        case str():
-            return without_home(redacted(value))
-        case list():
-            return [_for_others(one) for one in value]
-        case dict():
-            return {key: _for_others(one) for key, one in value.items()}
-    return value
-
-
-def without_home(text: str) -> str:
-    """Text for a record, with `~` for the user's folder: it may go to others."""
-    home = os.path.expanduser("~")  # noqa: PTH111 - no error where there is none
-    if len(home) < 2 or not home.startswith("/"):
-        return text
-    return re.sub(rf"(?<![\w.~/-]){re.escape(home)}(?=/|$|[\s'\":,@])", "~", text)
-
-
-def expand(path: Path | str, environ: Mapping[str, str] | None = None) -> Path:
-    """The path with `~` and every `${VARIABLE}` replaced.
-
-    Raises ConfigError that names a variable that is not set, or a user whom nobody knows. What a
-    variable holds is never said: it may be a secret.
-    """
-    environ = os.environ if environ is None else environ
-
-    def value(match: re.Match[str]) -> str:
-        name = match[1]
-        if not environ.get(name):
-            raise ConfigError(
-                f"{printable(str(path))}: the variable {name} is not set",
-                remedy=f"export {name}=FOLDER",
-            )
-        return environ[name]
-
-    return at_home(Path(re.sub(r"\$\{(\w+)\}", value, str(path))))
-
-
-def at_home(path: Path) -> Path:
-    """The path with `~` replaced. Raises ConfigError where there is no such user."""
-    try:
-        return path.expanduser()
-    except (RuntimeError, ValueError) as error:  # ValueError: a name with NUL
-        raise ConfigError(
-            f"{printable(str(path))}: there is no user {shown(path.parts[0][1:])}",
-            expected="~ for your own home, or the name of a user of this machine",
-            remedy="write the path out, or ./~ for a folder of that name",
-        ) from error
-
-
 def _not_read_under(config: Config, key: str) -> str | None:
     """The setting whose value makes a setting one that nothing reads, or None."""
     for name, other, values in READ_UNDER:
+        if other == "method" and config.method not in SECTIONS:
+            continue  # nobody knows what it reads
         named = key == name or key.startswith(f"{name}.")
         if named and get(config, other) not in values and not _not_read_under(config, other):
             return other
     return None
 
 
-def _walk(model: type[BaseModel], prefix: str) -> list[tuple[str, FieldInfo]]:
-    found = []
-    for name, field in model.model_fields.items():
-        section = field.annotation
-        if isinstance(section, type) and issubclass(section, Settings):
-            found += _walk(section, f"{prefix}{name}.")
-        else:
-            found.append((prefix + name, field))
-    return found
+def _may_be_of_others(key: str) -> bool:
+    """Whether a key lies in a section that only a method of other people can have."""
+    section, dot, _ = key.partition(".")
+    return bool(dot) and not any(known.startswith(f"{section}.") for known in keys())
 
 
-def _sections() -> set[str]:
-    return {key.partition(".")[0] for key in keys() if "." in key}
+@dataclass(frozen=True)
+class _File:
+    """A YAML file of settings, the name by which it is told, and whether its lines are, too."""
 
+    path: Path
+    name: str
+    tree: Node | None
+    lines: bool
 
-def _read(path: Path, name: str) -> dict[str, tuple[Any, str]]:
-    """The settings of a YAML file: dotted key to (value, "file:line")."""
-    name = printable(name)
-    tree = read_yaml(path, name, remedy=f"memtool init {name}")
-    found: dict[str, tuple[Any, str]] = {}
-    sections = _sections()
+    @classmethod
+    def read(cls, path: Path, name: str, *, lines: bool = True) -> _File:
+        name = printable(name)
+        return cls(path, name, read_yaml(path, name, remedy=f"memtool init {name}"), lines)
 
-    def visit(node: Node, prefix: str) -> None:
-        if node.value is None:
+    @property
+    def method(self) -> tuple[Any, str] | None:
+        """The method that it names and the place, or None."""
+        if self.tree is None or not isinstance(self.tree.value, dict):
+            return None
+        node = self.tree.value.get("method")
+        return None if node is None else (node.plain(), self._at(node))
+
+    def settings(self, method: str, *, passes: bool, of_store: bool) -> dict[str, tuple[Any, str]]:
+        """The settings: dotted key to (value, place). `passes` lets those of all methods pass."""
+        found: dict[str, tuple[Any, str]] = {}
+        known = keys(method)
+        parts = {key.partition(".")[0] for key in (*keys(), *known) if "." in key}
+        own = self.method[0] if self.method is not None else method
+        of_another = isinstance(own, str) and own not in (*SECTIONS, method)
+
+        def visit(node: Node, prefix: str) -> None:
+            if node.value is None:
+                return
+            if not isinstance(node.value, dict):
+                raise self._not_settings(node, prefix, known)
+            for word, inner in node.value.items():
+                key, place = f"{prefix}{word}", self._at(inner)
+                if key in parts:
+                    visit(inner, f"{key}.")
+                    continue
+                whose = key if "." in key else f"{key}." if isinstance(inner.value, dict) else ""
+                if (of_store or of_another) and _may_be_of_others(whose):
+                    continue
+                _require_key(key, place, known)
+                if not passes and key not in known:
+                    self._require_own(key, place, method, own)
+                if key in found:
+                    raise ConfigError(f"{place}: {key} is set twice, first at {found[key][1]}")
+                found[key] = (inner.plain(), place)
+
+        if self.tree is not None:
+            visit(self.tree, "")
+        return found
+
+    def _at(self, node: Node) -> str:
+        return f"{self.name}:{node.line}" if self.lines else self.name
+
+    def _not_settings(self, node: Node, prefix: str, known: Mapping[str, Any]) -> ConfigError:
+        subject = f"{prefix[:-1]!r} is a section, not a value" if prefix else "no settings here"
+        inside = [key for key in {**keys(), **known} if key.startswith(prefix)]
+        return ConfigError(
+            f"{self.name}:{node.line}: {subject}",
+            expected=f"lines `key: value`, with keys such as {', '.join(inside[:4])}",
+        )
+
+    def _require_own(self, key: str, place: str, method: str, own: Any) -> None:
+        """Raise ConfigError for a setting of another method than the file is for.
+
+        A file is for the method that it names; one that has the sections of all is for all.
+        """
+        assert self.tree is not None
+        assert isinstance(self.tree.value, dict)
+        section = key.partition(".")[0]
+        owners = owners_of(section)
+        here = {word.partition(".")[0] for word in self.tree.value}
+        if own in owners or here >= {name for parts in SECTIONS.values() for name in parts}:
             return
-        if not isinstance(node.value, dict):
-            subject = f"{prefix[:-1]!r} is a section, not a value" if prefix else "no settings here"
-            inside = [key for key in keys() if key.startswith(prefix)]
-            raise ConfigError(
-                f"{name}:{node.line}: {subject}",
-                expected=f"lines `key: value`, with keys such as {', '.join(inside[:4])}",
-            )
-        for word, inner in node.value.items():
-            key, place = f"{prefix}{word}", f"{name}:{inner.line}"
-            if key in sections:
-                visit(inner, f"{key}.")
-                continue
-            _require_key(key, place)
-            if key in found:
-                raise ConfigError(f"{place}: {key} is set twice, first at {found[key][1]}")
-            found[key] = (inner.plain(), place)
-
-    if tree is not None:
-        visit(tree, "")
-    return found
+        raise ConfigError(
+            f"{place}: {section!r} is a section of method {' and '.join(owners)}, and the method "
+            f"is {method}",
+            expected=f"for method {method}: " + ", ".join(sections(method)),
+            remedy=f"`method: {owners[0]}` in {self.name}, or --method {owners[0]}",
+        )
 
 
-def _from_environment(environ: Mapping[str, str]) -> dict[str, tuple[Any, str]]:
-    names = {_variable(key): key for key in keys()}
+def _method(
+    overrides: Mapping[str, Any],
+    environ: Mapping[str, str],
+    files: Sequence[_File],
+    made_with: Mapping[str, Any],
+) -> tuple[str, str]:
+    """The method from the highest place that says it, and the place; it could be one by its name.
+
+    Raises ConfigError, NotFoundError.
+    """
+    variable = _variable("method")
+    said: list[tuple[Any, str]] = [(DEFAULT_METHOD, "default")]
+    said += [(made_with["method"], MEMORY)] if "method" in made_with else []
+    said += [one.method for one in files if one.method is not None]
+    said += [(environ[variable], variable)] if variable in environ else []
+    said += [(overrides["method"], COMMAND_LINE)] if "method" in overrides else []
+    method, place = said[-1]
+    _require_text("method", method, place)
+    if isinstance(method, str) and place == MEMORY:
+        _require_installed("methods", method, f"--method {method}")
+    if not isinstance(method, str) or not registry.known("methods", method):
+        raise ConfigError(
+            f"{place}: method cannot be {shown(method)}",
+            expected=did_you_mean(str(method), registry.existing("methods")),
+        )
+    return method, place
+
+
+def _require_installed(kind: registry.Kind, name: str, given: str) -> None:
+    """Raise NotFoundError for what a memory names and is not here; no code runs on its word."""
+    subject = f"the memory was made with the {kind[:-1]} {shown(name)}, which is not installed here"
+    if not registry.known(kind, name):
+        raise NotFoundError(
+            subject, remedy=f"install the package that has it, or give a {kind[:-1]} module:Class"
+        )
+    if not registry.is_installed(kind, name):
+        raise NotFoundError(
+            subject,
+            expected="its name from you, too: no code runs because a memory names it",
+            remedy=given,
+        )
+
+
+def _from_environment(
+    environ: Mapping[str, str], method: str, of_store: bool
+) -> dict[str, tuple[Any, str]]:
+    names = {_variable(key): key for key in (*keys(), *keys(method))}
     found = {}
     for name in sorted(environ):
         if not name.startswith("MEMTOOL_") or name in NOT_SETTINGS:
+            continue
+        key = name.removeprefix("MEMTOOL_").replace("__", ".").lower()
+        if of_store and _may_be_of_others(key):
             continue
         if name not in names:
             close = difflib.get_close_matches(name, [*names, *NOT_SETTINGS], n=1)
@@ -803,18 +386,19 @@ def _variable(key: str) -> str:
     return "MEMTOOL_" + key.replace(".", "__").upper()
 
 
-def _require_key(key: str, place: str) -> None:
-    if key in keys():
+def _require_key(key: str, place: str, known: Mapping[str, FieldInfo]) -> None:
+    """Raise ConfigError for what is neither a setting of the method nor of one that ships."""
+    if key in known or key in keys():
         return
-    same_word = [known for known in keys() if known.rpartition(".")[2] == key]
-    close = same_word or difflib.get_close_matches(key, keys(), n=1)
+    same_word = [one for one in known if one.rpartition(".")[2] == key]
+    close = same_word or difflib.get_close_matches(key, {**known, **keys()}, n=1)
     section = key.partition(".")[0] + "."
-    inside = [known for known in keys() if known.startswith(section)]
+    inside = [one for one in {**known, **keys()} if one.startswith(section)]
     if close:
-        expected = "did you mean " + " or ".join(repr(known) for known in close) + "?"
+        expected = "did you mean " + " or ".join(repr(one) for one in close) + "?"
     else:
         expected = (
-            f"one of {', '.join(inside or dict.fromkeys(k.partition('.')[0] for k in keys()))}"
+            f"one of {', '.join(inside or dict.fromkeys(k.partition('.')[0] for k in known))}"
         )
     raise ConfigError(
         f"{place}: no setting {shown(key)}", expected=expected, remedy="memtool config show"
@@ -830,9 +414,9 @@ def _require_text(key: str, value: Any, place: str) -> None:
             )
 
 
-def _as_field(key: str, value: Any) -> Any:
+def _as_field(about: FieldInfo, value: Any) -> Any:
     """Text and single values in the form of the field: several, or none."""
-    annotation = keys()[key].annotation
+    annotation = about.annotation
     arms = get_args(annotation)
     if isinstance(value, str) and NoneType in arms and value.lower() in ("", "none", "null"):
         return None
@@ -844,7 +428,7 @@ def _as_field(key: str, value: Any) -> Any:
     return value
 
 
-def _validated(values: Mapping[str, Any], origin: Mapping[str, str]) -> Config:
+def _validated(values: Mapping[str, Any], origin: Mapping[str, str], method: str) -> Config:
     tree: dict[str, Any] = {}
     for key, value in values.items():
         section, _, name = key.rpartition(".")
@@ -854,8 +438,10 @@ def _validated(values: Mapping[str, Any], origin: Mapping[str, str]) -> Config:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         path = [str(part) for part in first["loc"]]
-        key = next(k for n in (2, 1) if (k := ".".join(path[:n])) in keys())
-        wanted = choices(key)
+        known = keys(method)
+        key = next(k for n in (2, 1) if (k := ".".join(path[:n])) in known)
+        mark = named(known[key])
+        wanted = (*mark.also, *registry.existing(mark.kind)) if mark else choices(key, method)
         raise ConfigError(
             f"{origin[key]}: {key} cannot be {shown(first['input'])}",
             expected=did_you_mean(str(first["input"]), wanted)

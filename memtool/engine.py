@@ -30,9 +30,9 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from memtool.checkpoints import load_checkpoint, save_checkpoint
-from memtool.config import EngineSettings, TrainSettings
 from memtool.errors import ConfigError, DivergedError, MemtoolError, TrainingInterrupted
 from memtool.progress import Progress, ProgressEvent
+from memtool.settings import EngineSettings, TrainSettings
 
 CHECKPOINT_EVERY_SECONDS = 30.0
 

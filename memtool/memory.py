@@ -16,9 +16,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memtool.config import Config, resolve, split_store
+from memtool.config import resolve
 from memtool.errors import ConfigError, NotFoundError
+from memtool.paths import split_store
 from memtool.remembered import remembered
+from memtool.settings import Config
 from memtool_stores import MemoryStore
 
 if TYPE_CHECKING:

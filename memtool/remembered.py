@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from memtool.config import keys
 from memtool.errors import CorruptError
 
 if TYPE_CHECKING:
@@ -21,7 +20,7 @@ ALSO = ("engine.precision",)
 def remembered(store: MemoryStore, version: str = "HEAD") -> dict[str, Any]:
     """Settings by dotted key, of the newest version up to this one that says them; {} for none.
 
-    What this memtool has no setting for is left out. Raises CorruptError for what is no
+    Those of its method are among them, whoever's method it is. Raises CorruptError for what is no
     configuration, and the errors of the store.
     """
     for one in store.log(version):
@@ -32,7 +31,7 @@ def remembered(store: MemoryStore, version: str = "HEAD") -> dict[str, Any]:
             raise CorruptError(
                 f"version {one.id} of {store.url} says no configuration", expected="a JSON object"
             )
-        found = {key: _at(said, key) for key in keys() if _is_of_a_memory(key)}
+        found = {key: value for key, value in _flat(said) if _is_of_a_memory(key)}
         seed = one.metadata.get("seed")
         if isinstance(seed, int) and not isinstance(seed, bool):
             found["seed"] = (seed,)
@@ -44,21 +43,18 @@ def remembered(store: MemoryStore, version: str = "HEAD") -> dict[str, Any]:
             "adapter.rank": layout.rank,
             "adapter.alpha": layout.alpha,
         }
-        return {key: value for key, value in found.items() if value is not _NOTHING}
+        return found
     return {}
-
-
-_NOTHING = object()
 
 
 def _is_of_a_memory(key: str) -> bool:
     return key in ALSO or key.partition(".")[0] not in _OF_THE_MACHINE
 
 
-def _at(tree: Mapping[str, Any], key: str) -> Any:
-    value: Any = tree
-    for part in key.split("."):
-        if not isinstance(value, Mapping) or part not in value:
-            return _NOTHING
-        value = value[part]
-    return value
+def _flat(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """A configuration by dotted key; a section holds no others."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}.{inner}", one) for inner, one in value.items())
+        else:
+            yield name, value

@@ -18,12 +18,13 @@ from memtool.adapters.layout import Layout
 from memtool.adapters.lora import init_lora
 from memtool.adapters.values import AdapterValues, Recall
 from memtool.backbones import create_backbone
-from memtool.config import Config, expand, split_store
 from memtool.engine import Engine
 from memtool.errors import ConfigError, DataError, MemtoolError, NotFoundError, did_you_mean
 from memtool.heads import FeatureStatistics
 from memtool.outside import is_file
+from memtool.paths import expand, split_store
 from memtool.progress import ProgressEvent
+from memtool.settings import Config
 from memtool.streams import create_stream
 from memtool.streams.task import Images, Stream, Task
 from memtool_stores.printable import printable

@@ -16,11 +16,12 @@ import pytest
 import yaml
 
 from memtool import sealed
-from memtool.config import get, keys, resolve
+from memtool.config import resolve
 from memtool.errors import MismatchError
 from memtool.evaluation import matrix, record
 from memtool.evaluation.summary import summarise_rows
 from memtool.methods import exchange
+from memtool.settings import get, keys
 from memtool_stores import MemoryStore, bundle, migrate
 from memtool_stores.testing import small_space, some_values
 

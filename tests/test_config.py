@@ -8,23 +8,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
-from memtool.config import (
-    READ_UNDER,
-    Config,
-    choices,
-    expand,
-    get,
-    keys,
-    parse_assignment,
-    presets,
-    resolve,
-    split_store,
-    store_beside,
-    to_yaml,
-    user_file,
-)
+from memtool.config import parse_assignment, presets, resolve, to_yaml, user_file
 from memtool.errors import ConfigError, NotFoundError
+from memtool.paths import expand, split_store, store_beside
+from memtool.sections import SECTIONS
+from memtool.settings import READ_UNDER, Config, choices, get, keys
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +37,7 @@ def test_without_anything_the_defaults_hold():
     resolved = resolve(environ={})
     assert resolved.config == Config()
     assert resolved.preset == "digits-dil"
-    assert set(resolved.origin) == set(keys())
+    assert set(resolved.origin) == set(keys("mira"))
     assert set(resolved.origin.values()) == {"default"}
 
 
@@ -143,7 +133,7 @@ def test_get_reads_a_dotted_key():
     [
         ("adapter:\n  rank: 4\n  rnk: 3", 3, "adapter.rnk", "'adapter.rank'"),
         ("rank: 3", 1, "no setting 'rank'", "'adapter.rank'"),
-        ("epochs: 3", 1, "no setting 'epochs'", "'train.epochs' or 'consolidate.epochs'"),
+        ("epochs: 3", 1, "no setting 'epochs'", "'text.epochs' or 'consolidate.epochs'"),
         (
             "zzz: 3",
             1,
@@ -275,6 +265,76 @@ def test_importing_the_settings_loads_no_torch():
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
 
 
+# Sections of methods
+
+
+@pytest.mark.parametrize("method", SECTIONS)
+def test_a_configuration_has_the_sections_of_its_method_alone(method):
+    config = Config(method=method)
+    assert set(config.model_dump()) - Config.model_fields.keys() == set(SECTIONS[method])
+    assert yaml.safe_load(to_yaml(config)) == config.model_dump(mode="json")
+    assert Config.model_validate(config.recorded()) == config
+    for other in {name for parts in SECTIONS.values() for name in parts} - set(SECTIONS[method]):
+        assert not hasattr(config, other)
+        with pytest.raises(ValidationError, match=other):
+            Config.model_validate({"method": method, other: {}})
+
+
+def test_a_file_for_another_method_is_told_who_reads_it():
+    file = write(Path("c.yaml"), "train: {epochs: 3}\nmodulation:\n  hidden: 3\n")
+    with pytest.raises(ConfigError) as caught:
+        resolve(file=file, environ={})
+    assert caught.value.message == (
+        "c.yaml:3: 'modulation' is a section of method modulation, and the method is mira"
+    )
+    assert caught.value.remedy == "`method: modulation` in c.yaml, or --method modulation"
+    write(Path("memtool.yaml"), "past.energy: 0.5")
+    with pytest.raises(ConfigError, match=r"memtool.yaml:1: .* method mira and moram"):
+        resolve(preset="modulation-til", environ={})
+
+
+def test_a_file_may_hold_what_its_own_method_reads():
+    file = write(Path("c.yaml"), "method: modulation\nmodulation: {hidden: 3}\nseed: 4\n")
+    assert resolve(file=file, environ={}).config.modulation.hidden == 3
+    assert resolve(file=file, environ={}, overrides={"method": "moram"}).config.seed == (4,)
+    with pytest.raises(ConfigError, match="'moram' is a section of method moram"):
+        resolve(file=write(file, "method: mira\nmoram: {topk: 3}"), environ={})
+
+
+def test_a_file_with_the_sections_of_all_methods_is_for_all():
+    whole: dict[str, object] = {}
+    for method in ("moram", "modulation", "mira"):
+        whole |= yaml.safe_load(to_yaml(Config(method=method)))
+    file = write(Path("c.yaml"), yaml.safe_dump(whole))
+    assert resolve(file=file, environ={}).config == Config()
+    other = resolve(file=file, environ={}, overrides={"method": "moram"})
+    assert other.config == Config(method="moram")
+
+
+def test_presets_the_user_and_what_reads_a_memory_pass_others_over():
+    write(user_file(), "memory: {beta: 3}\nmodulation: {hidden: 3}")
+    assert resolve(environ={}).config.memory.beta == 3
+    assert resolve(preset="mira-dil", environ={}, overrides={"method": "moram"}).config.train.lr
+    write(Path("memtool.yaml"), "memory: {beta: 4}")
+    found = resolve(environ={}, remembered={"method": "moram", "moram.topk": 3})
+    assert (found.config.method, found.config.moram.topk) == ("moram", 3)
+    with pytest.raises(ConfigError, match=r"c.yaml:1: 'memory'"):
+        resolve(
+            file=write(Path("c.yaml"), "memory: {beta: 4}"),
+            environ={},
+            remembered={"method": "moram"},
+        )
+
+
+@pytest.mark.parametrize("name", ["mora", "", "a b"])
+def test_a_method_that_nobody_has(name):
+    with pytest.raises(ConfigError, match="MEMTOOL_METHOD: method cannot be") as caught:
+        resolve(environ={"MEMTOOL_METHOD": name})
+    assert "moram" in (caught.value.expected or "")
+    with pytest.raises(ConfigError, match=r"c.yaml:2: method cannot be"):
+        resolve(file=write(Path("c.yaml"), f"seed: 1\nmethod: {name!r}"), environ={})
+
+
 # Settings without effect
 
 
@@ -301,10 +361,10 @@ def test_what_is_asked_for_in_vain(preset, overrides, sentences):
 
 
 def test_only_what_was_asked_for_can_be_in_vain():
-    write(Path("memtool.yaml"), "moram: {topk: 8}")
+    write(user_file(), "moram: {topk: 8}")
     assert resolve(environ={}).without_effect() == ()
     asked = resolve(environ={"MEMTOOL_MORAM__TOPK": "9"}).without_effect()
-    assert asked == ("moram.topk has no effect under method mira",)
+    assert asked == ("moram.topk has no effect under method mira: it is of method moram",)
 
 
 def test_what_settings_are_read_under_is_made_of_settings():

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 import typer
 
-from memtool.config import keys, parse_assignment, resolve
+from memtool.config import parse_assignment, resolve
+from memtool.settings import keys
 from memtool_cli.main import VERBS
 from tests.cli.conftest import inside
 

@@ -17,7 +17,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from memtool.checkpoints import save_checkpoint
-from memtool.config import EngineSettings, TrainSettings
 from memtool.engine import Batches, Engine, one_cycle
 from memtool.errors import (
     ConfigError,
@@ -26,6 +25,7 @@ from memtool.errors import (
     MemtoolError,
     TrainingInterrupted,
 )
+from memtool.settings import EngineSettings, TrainSettings
 
 CPU = EngineSettings(device="cpu", precision="fp32")
 TRAIN = TrainSettings(epochs=3, batch_size=8, lr=0.05)

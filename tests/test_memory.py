@@ -17,11 +17,12 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import memtool
-from memtool.config import Config, resolve
+from memtool.config import resolve
 from memtool.errors import ConfigError, DataError, NotFoundError
 from memtool.methods import open_method
 from memtool.methods.attached import AttachedImages, Output
 from memtool.methods.moram.attached import AttachedAnswers, AttachedAtoms
+from memtool.settings import Config
 from memtool.streams import load_image
 from memtool_stores import SpaceMismatchError
 from tests.methods.facts import moram_of, write_facts

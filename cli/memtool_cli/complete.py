@@ -10,8 +10,10 @@ from pathlib import Path
 
 import typer
 
-from memtool.config import Config, choices, keys, presets, resolve, split_store
+from memtool.config import presets, resolve
 from memtool.errors import MemtoolError
+from memtool.paths import split_store
+from memtool.settings import Config, choices, keys
 
 
 def preset_names(incomplete: str) -> list[str]:
@@ -19,12 +21,17 @@ def preset_names(incomplete: str) -> list[str]:
     return [preset.name for preset in presets() if preset.name.startswith(incomplete)]
 
 
-def settings(incomplete: str) -> list[str]:
-    """Dotted keys with `=`, and after it the words that the setting can take."""
+def settings(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Dotted keys of the method with `=`, and after it the words that the setting can take."""
+    try:
+        method = _config(ctx).method
+        known_keys = keys(method)
+    except MemtoolError:
+        method, known_keys = None, keys()
     key, equals, start = incomplete.partition("=")
     if not equals:
-        return [f"{known}=" for known in keys() if known.startswith(key)]
-    known_words = choices(key) if key in keys() else ()
+        return [f"{known}=" for known in known_keys if known.startswith(key)]
+    known_words = choices(key, method) if key in known_keys else ()
     return [f"{key}={word}" for word in known_words if word.startswith(start)]
 
 
@@ -42,7 +49,7 @@ def remembered(ctx: typer.Context, incomplete: str) -> list[str]:
     from memtool_stores import MemoryStore
 
     try:
-        view = MemoryStore.open(split_store(_config(ctx).store)[0]).view()
+        view = MemoryStore.open(split_store(_config(ctx, of_store=True).store)[0]).view()
         live = view.live
     except MemtoolError:
         return []
@@ -57,7 +64,7 @@ def names(ctx: typer.Context, incomplete: str) -> list[str]:
     if not ctx.params.get("delete"):
         return []
     try:
-        store = MemoryStore.open(split_store(_config(ctx).store)[0])
+        store = MemoryStore.open(split_store(_config(ctx, of_store=True).store)[0])
         known = {**store.tags(), **store.branches()}
     except MemtoolError:
         return []
@@ -74,7 +81,7 @@ def fixed_set_metrics(incomplete: str) -> list[str]:
 def versions(ctx: typer.Context, incomplete: str) -> list[str]:
     """HEAD and the version ids of the store."""
     try:
-        store = split_store(_config(ctx).store)[0]
+        store = split_store(_config(ctx, of_store=True).store)[0]
         return [ref for ref in _versions(store) if ref.startswith(incomplete)]
     except MemtoolError:
         return []
@@ -93,10 +100,11 @@ def stores(incomplete: str) -> list[str]:
         return []
 
 
-def _config(ctx: typer.Context) -> Config:
+def _config(ctx: typer.Context, *, of_store: bool = False) -> Config:
     given = ctx.params
-    overrides = {"store": given["store"]} if given.get("store") else {}
-    return resolve(preset=given.get("preset"), file=given.get("config"), overrides=overrides).config
+    overrides = {key: given[key] for key in ("store", "method") if given.get(key)}
+    preset, file = given.get("preset"), given.get("config")
+    return resolve(preset=preset, file=file, overrides=overrides, of_store=of_store).config
 
 
 def _task_names(config: Config) -> tuple[str, ...]:

@@ -24,15 +24,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from memtool.config import (
-    Config,
-    Resolved,
-    parse_assignment,
-    resolve,
-    split_store,
-    without_home,
-)
+from memtool.config import Resolved, parse_assignment, resolve
 from memtool.errors import ConfigError, NotFoundError, did_you_mean
+from memtool.paths import split_store, without_home
+from memtool.settings import Config
 from memtool_cli import complete
 from memtool_cli.output import Out
 from memtool_cli.shared import Shared, as_text, setting, switch
@@ -72,7 +67,12 @@ MEMORY = setting(
     "Memory",
     "Modulation: the memories that recall whole adapters, separated by commas.",
 )
-METHOD = setting("--method", "method", "Training", "How the memory is grown and read.")
+METHOD = setting(
+    "--method",
+    "method",
+    "Training",
+    "How the memory is grown and read; another package's as module:Class.",
+)
 GATE = (
     setting("--score-norm", "moram.score_norm", "Memory", "MoRAM: norm of the responses."),
     setting("--topk", "moram.topk", "Memory", "MoRAM: atoms that a token keeps.", metavar="K"),
@@ -256,9 +256,13 @@ class Call:
         """What was asked for in vain: of the method, or of a verb that asks the store alone."""
         if RANK in self.shared:
             return found.without_effect()
-        if STORE in self.shared and COMPUTE[0] not in self.shared:
+        if self._asks_the_store_alone:
             return found.without_effect(reads=OF_THE_STORE)
         return ()
+
+    @property
+    def _asks_the_store_alone(self) -> bool:
+        return STORE in self.shared and COMPUTE[0] not in self.shared
 
     def resolve(self, *, ambient: bool = True) -> Resolved:
         """The configuration; without `ambient` only what the command line names counts."""
@@ -268,16 +272,16 @@ class Call:
             "overrides": self._overrides(),
             "ambient": ambient,
         }
-        found = resolve(**given)
         if not self.remembers:
-            return found
+            return resolve(**given, of_store=self._asks_the_store_alone)
         from memtool.remembered import remembered
         from memtool_stores import MemoryStore
 
+        found = resolve(**given, of_store=True)
         found.config.limits.put_in_force()
         path, version = split_store(found.config.store)
         if not MemoryStore.exists(path):
-            return found
+            return resolve(**given)
         made_with = remembered(MemoryStore.open(path), version)
         return resolve(**given, remembered=made_with)
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from memtool.config import choices, keys
+from memtool.settings import choices, keys
 
 
 @dataclass(frozen=True)

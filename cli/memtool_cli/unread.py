@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from memtool.config import COMMAND_LINE
+from memtool.settings import sections
 from memtool_cli.options import Call
 
-DECIDED = ("adapter.warm_start", "baselines", "consolidate", "memory", "moram", "past", "train")
-"""Settings that were decided when a memory was made: what only reads it goes by the memory."""
+DECIDED = ("adapter.warm_start", "baselines", "train")
+"""Settings that were decided when a memory was made, beside the sections of its method."""
 
 
 def say_decided(call: Call) -> None:
     """Say which settings of the command line a verb that only reads a memory does not go by."""
-    _say(call, DECIDED, "a memory is read as it was made")
+    _say(call, (*DECIDED, *sections(call.config.method)), "a memory is read as it was made")
 
 
 def say_unread_stream(call: Call) -> None:

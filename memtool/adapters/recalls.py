@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from memtool.adapters.mixing import Mixture
 from memtool.adapters.values import AdapterValues, BlockValues, ModuleValues, Recall
-from memtool.config import Mix
 from memtool.errors import MismatchError
+from memtool.sections import Mix
 
 
 def every(values: AdapterValues) -> Recall:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from memtool import registry
 from memtool.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from memtool.backbones.interface import Backbone
-    from memtool.config import BackboneSettings
+    from memtool.settings import BackboneSettings
 
 __all__ = ["create_backbone"]
 
@@ -16,30 +17,42 @@ __all__ = ["create_backbone"]
 def create_backbone(settings: BackboneSettings) -> Backbone:
     """The frozen model that the settings name: "nano", "timm:<model name>" or "open_clip:<name>".
 
+    A name that another package gives, with or without ":<model name>", and "module:Class" are
+    called with the settings, and the model's name where there is one.
+
     Raises ConfigError for a name that is not known or a model that cannot be adapted,
     NotFoundError for weights that are not there, MismatchError for weights that do not fit.
     """
-    family, _, model = settings.name.partition(":")
-    match family:
-        case "nano" if not model:
-            from memtool.backbones.nano import create_nano
+    family, colon, model = settings.name.partition(":")
+    ships = family in registry.SHIPPED["backbones"]
+    if family == "hf" and model:
+        raise ConfigError(
+            f"backbone {settings.name} is a language model, and this reads images",
+            expected="an image model: nano, timm:<model name>",
+            remedy="memtool run --preset moram-trace, which reads texts",
+        )
+    if ships and bool(model) != (family == "nano") and colon == ":" * bool(model):
+        create = registry.find("backbones", family)
+        found: Backbone = create(settings, model) if model else create(settings)
+        return found
+    if ships or not registry.known("backbones", settings.name):
+        raise ConfigError(
+            f"backbone name {settings.name!r} is not known",
+            expected=did_you_mean(settings.name, ["nano", "timm:<model name>", "open_clip:<name>"]),
+        )
+    return _of_others(settings, family, model)
 
-            return create_nano(settings)
-        case "timm" if model:
-            from memtool.backbones.vit import create_timm_vit
 
-            return create_timm_vit(settings, model)
-        case "hf" if model:
-            raise ConfigError(
-                f"backbone {settings.name} is a language model, and this reads images",
-                expected="an image model: nano, timm:<model name>",
-                remedy="memtool run --preset moram-trace, which reads texts",
-            )
-        case "open_clip" if model:
-            from memtool.backbones.open_clip import create_open_clip
+def _of_others(settings: BackboneSettings, family: str, model: str) -> Backbone:
+    """A model of another package. Raises ConfigError for what is no `interface.Backbone`."""
+    from memtool.backbones.interface import Backbone
 
-            return create_open_clip(settings, model)
-    raise ConfigError(
-        f"backbone name {settings.name!r} is not known",
-        expected=did_you_mean(settings.name, ["nano", "timm:<model name>", "open_clip:<name>"]),
-    )
+    by_name = registry.known("backbones", family)
+    create = registry.find("backbones", family if by_name else settings.name)
+    found = create(settings, model) if by_name and model else create(settings)
+    if not isinstance(found, Backbone):
+        raise ConfigError(
+            f"backbone {settings.name} is a {type(found).__name__}",
+            expected="a memtool.backbones.interface.Backbone",
+        )
+    return found

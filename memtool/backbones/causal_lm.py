@@ -26,8 +26,9 @@ from memtool.adapters.mixing import Mixture
 from memtool.adapters.values import Recall
 from memtool.backbones.interface import FrozenModel
 from memtool.backbones.tensor_hash import tensor_sha256
-from memtool.config import BackboneSettings, TextSettings, expand
 from memtool.errors import ConfigError, DataError, MismatchError, NotFoundError
+from memtool.paths import expand
+from memtool.settings import BackboneSettings, TextSettings
 
 CAUSAL_LM_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from memtool.backbones.causal_lm import CausalLM, check_limits, model_source
-from memtool.config import BackboneSettings, TextSettings
 from memtool.errors import ConfigError, NotFoundError
 from memtool.memories.rank1 import AtomBank, AtomGate, Rank1Memory
+from memtool.settings import BackboneSettings, TextSettings
 
 LENGTHS = (64, 128)
 """Tokens of the two samples from which linear and quadratic parts are told apart."""

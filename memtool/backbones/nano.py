@@ -11,7 +11,7 @@ from importlib import resources
 from memtool.backbones.plain_vit import PlainViT
 from memtool.backbones.vit import VitBackbone, check_image_size
 from memtool.backbones.vit_weights import load_vit_weights
-from memtool.config import BackboneSettings
+from memtool.settings import BackboneSettings
 
 NANO_IMAGE_SIZE = 32
 NANO_PATCH_SIZE = 8

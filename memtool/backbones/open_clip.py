@@ -24,7 +24,6 @@ from memtool.backbones.interface import TextBackbone
 from memtool.backbones.tensor_hash import tensor_sha256
 from memtool.backbones.vit import attend, check_image_size, check_pixels, to_pixels
 from memtool.backbones.weight_files import read_weights
-from memtool.config import BackboneSettings, expand
 from memtool.errors import (
     ConfigError,
     CorruptError,
@@ -34,6 +33,8 @@ from memtool.errors import (
     did_you_mean,
 )
 from memtool.outside import read_json
+from memtool.paths import expand
+from memtool.settings import BackboneSettings
 
 CLIP_TARGETS = ("q", "k", "v", "out", "fc", "proj")
 

@@ -23,8 +23,8 @@ from memtool.backbones.interface import Backbone
 from memtool.backbones.plain_vit import PlainAttention, PlainBlock, PlainMlp
 from memtool.backbones.tensor_hash import tensor_sha256
 from memtool.backbones.vit_weights import load_vit_weights
-from memtool.config import BackboneSettings
 from memtool.errors import ConfigError, DataError, MismatchError, NotFoundError, did_you_mean
+from memtool.settings import BackboneSettings
 
 VIT_TARGETS = ("q", "k", "v", "proj", "fc1", "fc2")
 

@@ -12,11 +12,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from memtool.config import Config, store_beside
 from memtool.errors import ConfigError, did_you_mean
 from memtool.evaluation.record import Metrics, Record, Row
 from memtool.experiments import run as experiment
+from memtool.paths import store_beside
 from memtool.progress import Progress
+from memtool.settings import Config, sections
 
 SEPARATIONS = ("affine", "identity", "softmax", "relu", "tanh", "topk")
 
@@ -111,17 +112,28 @@ def ablate(
 ) -> list[Record]:
     """One record a seed, with a row for every variant; finished parts are taken from disk.
 
-    Raises ConfigError for an unknown ablation.
+    Raises ConfigError for an unknown ablation, and for settings that the
+    method does not have.
     """
     if name not in ABLATIONS:
         raise ConfigError(f"no ablation {name!r}", expected=did_you_mean(name, ABLATIONS))
     ablation = ABLATIONS[name]
+    here = sections(config.method)
+    if name not in ("adapters", "memory") and not {"memory", "consolidate"} <= here.keys():
+        raise ConfigError(
+            f"ablation {name} under method {config.method}",
+            expected="a method that has the sections memory and consolidate, as mira",
+        )
     variants = ablation.variants(config)
     # Adapters that start from, or on top of, what a variant's memory made of those before.
     own = (
         ablation.trains
         or config.adapter.residual
-        or (config.adapter.warm_start != "none" and config.consolidate.value_lr > 0)
+        or (
+            config.adapter.warm_start != "none"
+            and "consolidate" in here
+            and config.consolidate.value_lr > 0
+        )
     )
     of_variants: list[list[Record]] = []
     labels: list[str] = []

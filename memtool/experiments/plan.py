@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from memtool.backbones.footprint import Footprint, footprint_of
-from memtool.config import Config, HeadSettings
 from memtool.experiments.run import chosen_baselines
 from memtool.methods import open_method
 from memtool.methods.moram.state import gate_of
+from memtool.settings import Config, HeadSettings
 from memtool.streams import create_stream
 from memtool.workspace import Workspace
 

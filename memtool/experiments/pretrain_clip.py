@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from memtool import sealed
 from memtool.backbones.open_clip import ClipBackbone, build_clip, read_configuration
 from memtool.backbones.tensor_hash import tensor_sha256
-from memtool.config import EngineSettings, StreamSettings, TrainSettings
 from memtool.engine import Batch, Batches, Engine
 from memtool.errors import AlreadyExistsError
 from memtool.heads import CosineHead, both_ways
 from memtool.learning.known import PromptTokens
 from memtool.progress import Progress, ProgressEvent
+from memtool.settings import EngineSettings, StreamSettings, TrainSettings
 from memtool.streams import create_stream
 from memtool.streams.task import Stream, Task
 

@@ -20,7 +20,7 @@ from pydantic import BeforeValidator, TypeAdapter
 import memtool_stores
 from memtool import __version__
 from memtool.alone import alone
-from memtool.config import Config, resolve, store_beside, without_home
+from memtool.config import resolve
 from memtool.engine import Engine
 from memtool.errors import ConfigError
 from memtool.evaluation.matrix import AccuracyMatrix
@@ -38,8 +38,10 @@ from memtool.methods import open_method
 from memtool.methods.baselines import BASELINES, DG_BASELINES, HeldOut, baselines_of
 from memtool.methods.kept import fingerprint_of, kept
 from memtool.methods.method import Method
+from memtool.paths import store_beside, without_home
 from memtool.progress import Progress
 from memtool.reports.html import Cost, write_report
+from memtool.settings import Config
 from memtool.streams.task import Images, Task
 from memtool.workspace import Workspace
 from memtool_stores.names import below, check_name

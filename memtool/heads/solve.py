@@ -10,11 +10,11 @@ from typing import get_args
 
 import torch
 
-from memtool.config import HeadKind, HeadSettings
 from memtool.errors import ConfigError, did_you_mean
 from memtool.heads.analytic import FeatureStatistics
 from memtool.heads.linear import LinearClassifier
 from memtool.heads.recalled import RecalledHead
+from memtool.settings import HeadKind, HeadSettings
 
 
 def solve_head(

@@ -25,11 +25,11 @@ from memtool.adapters.lora import init_lora
 from memtool.adapters.recalls import every, on_top
 from memtool.adapters.values import AdapterValues, Recall
 from memtool.backbones.interface import Backbone
-from memtool.config import AdapterSettings, TrainSettings
 from memtool.engine import Batch, Batches, Engine, FitResult
 from memtool.errors import CapacityError, DivergedError
 from memtool.heads import LinearClassifier
 from memtool.progress import Progress
+from memtool.settings import AdapterSettings, TrainSettings
 from memtool.streams.task import Images
 
 BYTES_TO_TRAIN = 16

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from memtool.adapters.values import Recall
 from memtool.backbones.interface import Backbone, TextBackbone
-from memtool.config import Config
 from memtool.errors import ConfigError, DataError
 from memtool.heads import CosineHead, prototype_head
+from memtool.settings import Config
 from memtool.streams.prompts import prompts
 from memtool.streams.task import Stream, Task
 from memtool.workspace import Workspace

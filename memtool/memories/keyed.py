@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from memtool.config import MemorySettings
 from memtool.errors import MismatchError
 from memtool.memories.query import QueryModule
 from memtool.memories.separation import SeparationFunction, separation
 from memtool.memories.similarity import SimilarityFunction, similarity
+from memtool.sections import MemorySettings
 
 
 class BlockMemory(nn.Module):

@@ -14,8 +14,8 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from memtool.config import Separation
 from memtool.errors import ConfigError, did_you_mean
+from memtool.sections import Separation
 
 SeparationFunction = Callable[[Tensor], Tensor]
 """scores (..., t) → coefficients (..., t)."""

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from memtool import registry
 from memtool.errors import ConfigError
+from memtool.sections import SECTIONS
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from memtool.config import Config
     from memtool.methods.mira.method import Mira
     from memtool.methods.modulation.method import Modulation
     from memtool.methods.moram.method import Moram
     from memtool.progress import Progress
+    from memtool.settings import Config
 
 
 def open_method(
@@ -21,22 +23,25 @@ def open_method(
 ) -> Mira | Modulation | Moram:
     """The method that the configuration names, over it and one seed.
 
-    `adapters` as in `Workspace`. Raises ConfigError for a stream of texts, setting xtail, or a head
-    that is fixed in advance, without moram; and for mira on a backbone of two towers.
+    `adapters` as in `Workspace`. A class of other people says in `reads` what it reads: images,
+    where it says nothing. Raises ConfigError for a stream of texts, setting xtail, or a head that
+    is fixed in advance, under mira and modulation; for mira on a backbone of two towers; and for
+    samples that a class does not read.
     """
-    if config.stream.setting == "trace" and config.method != "moram":
-        raise ConfigError(
-            f"method {config.method} on a stream of texts (setting trace)",
-            expected="method moram",
-            remedy="memtool run --preset moram-trace",
-        )
-    ahead = config.stream.setting != "trace" and config.head.kind in ("prototype", "text")
-    if config.method != "moram" and (ahead or config.stream.setting == "xtail"):
+    texts = config.stream.setting == "trace"
+    ahead = not texts and config.head.kind in ("prototype", "text")
+    if config.method in ("mira", "modulation") and (ahead or config.stream.setting == "xtail"):
         raise ConfigError(
             f"method {config.method} with stream.setting {config.stream.setting} and head.kind "
             f"{config.head.kind}",
             expected="method moram for setting xtail and for heads that know all classes ahead",
             remedy="--set method=moram",
+        )
+    if config.method in ("mira", "modulation") and texts:
+        raise ConfigError(
+            f"method {config.method} on a stream of texts (setting trace)",
+            expected="method moram",
+            remedy="memtool run --preset moram-trace",
         )
     if config.method == "mira" and config.backbone.name.startswith("open_clip:"):
         raise ConfigError(
@@ -44,14 +49,11 @@ def open_method(
             expected="an image model: its memories look at blocks as wide as the features",
             remedy="--set method=moram, or a backbone timm:<model name>",
         )
-    if config.method == "modulation":
-        from memtool.methods.modulation.method import Modulation
-
-        return Modulation.open(config, seed=seed, progress=progress, adapters=adapters)
-    if config.method == "moram":
-        from memtool.methods.moram.method import Moram
-
-        return Moram.open(config, seed=seed, progress=progress, adapters=adapters)
-    from memtool.methods.mira.method import Mira
-
-    return Mira.open(config, seed=seed, progress=progress, adapters=adapters)
+    method = registry.find("methods", config.method)
+    samples, reads = "texts" if texts else "images", getattr(method, "reads", ("images",))
+    if config.method not in SECTIONS and samples not in reads:
+        raise ConfigError(
+            f"method {config.method} on a stream of {samples} ({config.stream.source})",
+            expected=f"a stream of {' or '.join(reads)}",
+        )
+    return method.open(config, seed=seed, progress=progress, adapters=adapters)

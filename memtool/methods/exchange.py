@@ -27,11 +27,11 @@ from memtool.adapters.peft_config import CONFIG_NAME
 from memtool.adapters.peft_files import read_peft, restored_file, write_peft
 from memtool.adapters.peft_tensors import WEIGHTS_NAME
 from memtool.atomic import write_atomic
-from memtool.config import TrainSettings
 from memtool.errors import CorruptError, DataError, MismatchError, NotFoundError
 from memtool.methods.foreign import TrainedAs, check_base_model, read_head
 from memtool.methods.results import AdaptResult
 from memtool.outside import read_file, read_json
+from memtool.settings import TrainSettings
 from memtool_stores.files import open_as_usual, part_folder
 from memtool_stores.names import check_name
 from memtool_stores.printable import shown

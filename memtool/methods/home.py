@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from memtool.adapters.layout import Layout, sites_of
-from memtool.config import Config, split_store
 from memtool.methods.records import own_head_blob
+from memtool.paths import split_store
 from memtool.remembered import remembered
+from memtool.settings import Config
 from memtool.tensor_bytes import read_arrays
 from memtool_stores import MemoryStore
 

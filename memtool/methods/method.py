@@ -19,7 +19,6 @@ from torch import Tensor
 
 import memtool_stores
 from memtool.alone import alone
-from memtool.config import Config, without_home
 from memtool.errors import (
     AlreadyExistsError,
     ChangedMeanwhileError,
@@ -44,8 +43,10 @@ from memtool.methods.kept import fingerprint_of
 from memtool.methods.records import number_of, task_of
 from memtool.methods.results import AdaptResult, PruneResult, WriteResult
 from memtool.methods.writing import AdapterWriter
+from memtool.paths import without_home
 from memtool.progress import Progress
 from memtool.reports.figures import Pictures
+from memtool.settings import Config
 from memtool.streams.task import Task
 from memtool.workspace import Workspace, require_learnable
 

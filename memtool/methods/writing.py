@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
-from memtool.config import Config
 from memtool.errors import AlreadyExistsError, MismatchError, NotFoundError
 from memtool.methods.exchange import AdapterFolder, ReadAdapter, read_adapter
 from memtool.methods.foreign import require_trained_as
 from memtool.methods.home import Home, NeedsModel, StoredHome, stored_home
 from memtool.methods.records import own_head_blob
 from memtool.methods.results import AsAtoms, WriteResult, WrittenAdapter
+from memtool.settings import Config
 
 if TYPE_CHECKING:
     from memtool_stores import AdapterRecord, MemoryView, Transaction

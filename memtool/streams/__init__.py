@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from memtool.config import StreamSettings
+    from memtool.settings import StreamSettings
     from memtool.streams.table import Table
 
 __all__ = [

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from memtool.config import StreamSettings
 from memtool.errors import ConfigError, DataError, did_you_mean
+from memtool.settings import StreamSettings
 from memtool.streams.ordering import (
     balanced,
     named_places,

@@ -8,8 +8,8 @@ from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from memtool.config import expand
 from memtool.errors import ConfigError, NotFoundError, did_you_mean
+from memtool.paths import expand
 from memtool.yaml_file import read_yaml
 from memtool_stores.printable import printable, shown
 

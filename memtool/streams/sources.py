@@ -25,8 +25,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from memtool.config import StreamSettings, expand
 from memtool.errors import NotFoundError, did_you_mean
+from memtool.paths import expand
+from memtool.settings import StreamSettings
 from memtool.streams.chain import ChainSource
 from memtool.streams.description import Description, folder_of, is_folder, read_description
 from memtool.streams.folder import FolderSource, Layout

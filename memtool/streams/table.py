@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from memtool.config import expand
 from memtool.errors import DataError
+from memtool.paths import expand
 from memtool.streams.stored import StoredImages
 from memtool.streams.task import Images
 

@@ -25,8 +25,9 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from memtool.config import StreamSettings, expand
 from memtool.errors import ConfigError, DataError, NotFoundError, did_you_mean
+from memtool.paths import expand
+from memtool.settings import StreamSettings
 from memtool.streams.description import folder_of, read_model
 from memtool.streams.files import files_below, left_out
 from memtool.streams.ordering import named_places, random_ranks

@@ -19,9 +19,9 @@ from memtool.adapters.values import AdapterValues, Recall
 from memtool.backbones import create_backbone
 from memtool.backbones.causal_lm import CAUSAL_LM_TARGETS, PAD, CausalLM, create_causal_lm
 from memtool.backbones.footprint import footprint, footprint_of
-from memtool.config import BackboneSettings, TextSettings
 from memtool.errors import ConfigError, DataError, MismatchError, NotFoundError
 from memtool.memories.rank1 import AtomGate, Rank1Memory, init_atoms
+from memtool.settings import BackboneSettings, TextSettings
 from tests.backbones.tiny_lm import tiny_config, tiny_model, tiny_tokenizer, write_tiny
 
 LIMITS = TextSettings(prompt_tokens=40, answer_tokens=24)

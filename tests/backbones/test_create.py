@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 from memtool.backbones import create_backbone
 from memtool.backbones.nano import build_nano
-from memtool.config import BackboneSettings
 from memtool.errors import ConfigError, NotFoundError
+from memtool.settings import BackboneSettings
 
 
 @pytest.mark.parametrize("name", ["nono", "nano:big", "timm", "timm:", "open_clip:", ""])

@@ -16,7 +16,7 @@ from memtool.backbones import create_backbone
 from memtool.backbones.interface import Backbone
 from memtool.backbones.nano import build_nano
 from memtool.backbones.vit import VitBackbone
-from memtool.config import BackboneSettings, StreamSettings
+from memtool.settings import BackboneSettings, StreamSettings
 from memtool.streams import Stream, Task, create_stream
 
 WEIGHTS = resources.files("memtool.backbones") / "weights"

@@ -18,8 +18,8 @@ from memtool.adapters.recalls import every
 from memtool.adapters.values import AdapterValues
 from memtool.backbones import create_backbone
 from memtool.backbones.open_clip import CLIP_TARGETS, ClipBackbone, build_clip
-from memtool.config import BackboneSettings
 from memtool.errors import ConfigError, CorruptError, DataError, MismatchError, NotFoundError
+from memtool.settings import BackboneSettings
 
 CONFIGURATION = {
     "embed_dim": 24,

@@ -22,8 +22,8 @@ from memtool.backbones.pretrain import (
     pretrain_nano,
 )
 from memtool.backbones.tensor_hash import tensor_sha256
-from memtool.config import BackboneSettings
 from memtool.errors import AlreadyExistsError, ConfigError, DataError, MismatchError, NotFoundError
+from memtool.settings import BackboneSettings
 
 
 def write(

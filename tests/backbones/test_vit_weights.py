@@ -18,8 +18,8 @@ from torch import Tensor
 from memtool.backbones import create_backbone
 from memtool.backbones.vit import VitBackbone
 from memtool.backbones.vit_weights import load_vit_weights
-from memtool.config import BackboneSettings
 from memtool.errors import CorruptError, MismatchError, NotFoundError
+from memtool.settings import BackboneSettings
 
 
 def small(image_size: int = 32, **changes: object) -> VisionTransformer:

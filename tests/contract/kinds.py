@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from memtool.config import Config, resolve
+from memtool.config import resolve
 from memtool.methods import open_method
+from memtool.settings import Config
 from tests.methods.facts import settings_of, write_facts
 
 SMALL: Mapping[str, object] = {

@@ -16,7 +16,7 @@ from memtool.adapters.values import AdapterValues, Recall
 from memtool.backbones import create_backbone
 from memtool.backbones.causal_lm import create_causal_lm
 from memtool.backbones.interface import Backbone, FrozenModel
-from memtool.config import BackboneSettings, TextSettings
+from memtool.settings import BackboneSettings, TextSettings
 from tests.backbones.tiny_lm import write_tiny
 
 Asked = Callable[[Recall | None], Tensor]

@@ -24,7 +24,7 @@ import pytest
 import typer
 from hypothesis import strategies as st
 
-from memtool.config import keys
+from memtool.settings import keys
 from memtool_cli.failure import EXIT_CODES
 from memtool_cli.main import VERBS, main
 from memtool_stores import Backbone, Layout, MemoryStore, Segment, Space

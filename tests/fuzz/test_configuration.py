@@ -9,8 +9,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from memtool.config import expand, find_preset, keys, parse_assignment, resolve
+from memtool.config import find_preset, parse_assignment, resolve
 from memtool.errors import ConfigError, MemtoolError
+from memtool.paths import expand
+from memtool.settings import keys
 from memtool.yaml_file import parse_yaml
 from tests.fuzz.door import NAMES, cases, damaged, long, refused_or_taken
 

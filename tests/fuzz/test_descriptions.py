@@ -13,8 +13,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from memtool.config import StreamSettings
 from memtool.errors import ConfigError, MemtoolError, NotFoundError
+from memtool.settings import StreamSettings
 from memtool.streams.description import Description, read_description
 from memtool.streams.sources import built_in_descriptions, find_source
 from memtool.streams.text import (

@@ -22,7 +22,6 @@ from torch import nn
 from memtool import sealed
 from memtool.backbones.weight_files import read_weights
 from memtool.checkpoints import load_checkpoint, save_checkpoint
-from memtool.config import EngineSettings
 from memtool.engine import Engine
 from memtool.errors import MemtoolError
 from memtool.evaluation.matrix import AccuracyMatrix
@@ -30,6 +29,7 @@ from memtool.evaluation.record import Row, read_record, write_record
 from memtool.methods.exchange import read_adapter
 from memtool.methods.kept import kept
 from memtool.methods.mira.method import Mira
+from memtool.settings import EngineSettings
 from memtool.streams import cache, open_table
 from tests.fuzz.door import cases, damaged, long, no_hang
 from tests.methods.conftest import small_config

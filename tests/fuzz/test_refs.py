@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memtool.config import split_store
+from memtool.paths import split_store
 from memtool_stores import MemoryStore
 from memtool_stores.names import check_ref
 from memtool_stores.testing import fill, small_space

@@ -11,9 +11,9 @@ from sklearn.linear_model import Ridge
 from sklearn.neighbors import NearestCentroid
 from torch import Tensor
 
-from memtool.config import HeadSettings
 from memtool.errors import ConfigError, DataError, MismatchError
 from memtool.heads import FeatureStatistics, LinearClassifier, solve_head
+from memtool.settings import HeadSettings
 
 KINDS = ("ncm", "ridge", "lda")
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from memtool.config import MemorySettings, Separation, Similarity
 from memtool.errors import MismatchError
 from memtool.memories.keyed import BlockMemory, KeyedMemory
 from memtool.memories.query import QueryModule
 from memtool.memories.separation import separation
 from memtool.memories.similarity import similarity
+from memtool.sections import MemorySettings, Separation, Similarity
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

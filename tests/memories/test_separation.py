@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from memtool.config import Separation
 from memtool.errors import ConfigError
 from memtool.memories.separation import separation
+from memtool.sections import Separation
 
 NAMES = get_args(Separation)
 finite = st.floats(-20, 20)

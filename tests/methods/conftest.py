@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from memtool.config import Config, resolve
+from memtool.config import resolve
 from memtool.methods.mira.method import Mira
+from memtool.settings import Config
 
 SMALL = {
     "stream.train_per_task": 100,

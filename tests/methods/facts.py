@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from memtool.config import Config, resolve
+from memtool.config import resolve
 from memtool.methods.moram.method import Moram
+from memtool.settings import Config
 from memtool.workspace import Workspace
 from tests.backbones.tiny_lm import write_tiny
 

@@ -10,10 +10,10 @@ from memtool.adapters.layout import Layout
 from memtool.adapters.lora import init_lora
 from memtool.adapters.values import AdapterValues
 from memtool.backbones import create_backbone
-from memtool.config import AdapterSettings, BackboneSettings, EngineSettings, TrainSettings
 from memtool.engine import Batches, Engine
 from memtool.heads import LinearClassifier
 from memtool.learning.adapt import AdapterTraining, adapt, losses
+from memtool.settings import AdapterSettings, BackboneSettings, EngineSettings, TrainSettings
 from memtool.streams.task import Images
 
 CLASSES = (0, 1, 3)

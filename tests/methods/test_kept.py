@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from pydantic import TypeAdapter
 
-from memtool.config import EngineSettings
 from memtool.engine import Engine
 from memtool.errors import CorruptError
 from memtool.methods.kept import fingerprint_of, kept
 from memtool.methods.method import newest_after_each
+from memtool.settings import EngineSettings
 
 NUMBERS = TypeAdapter(list[float])
 

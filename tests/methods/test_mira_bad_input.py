@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 
 from memtool.adapters.values import AdapterValues
-from memtool.config import AdapterSettings, StreamSettings, TrainSettings
 from memtool.errors import CapacityError, ConfigError, DataError, DivergedError
 from memtool.experiments import run as experiment
 from memtool.heads import FeatureStatistics, LinearClassifier, solve_head
@@ -21,6 +20,7 @@ from memtool.learning import adapt as stage_one
 from memtool.methods.mira.count import count_task
 from memtool.methods.mira.method import Mira
 from memtool.methods.subject import first
+from memtool.settings import AdapterSettings, StreamSettings, TrainSettings
 from memtool.streams import create_stream
 from tests.methods.conftest import learn, small_config
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from memtool.config import MemorySettings
 from memtool.errors import CorruptError
 from memtool.memories.dual_gpm import DualGPM
 from memtool.memories.keyed import KeyedMemory
 from memtool.methods.mira.method import Mira
 from memtool.methods.mira.protect import KEYS, Protection
+from memtool.sections import MemorySettings
 from tests.methods.conftest import learn, small_config
 
 DIM = 16

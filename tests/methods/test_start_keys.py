@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from memtool.config import ConsolidateSettings, MemorySettings
 from memtool.errors import ConfigError
 from memtool.memories.closed_form import SHRINKAGE, QueryStatistics
 from memtool.memories.keyed import KeyedMemory
@@ -15,6 +14,7 @@ from memtool.methods.forget import forget
 from memtool.methods.mira.count import count_queries
 from memtool.methods.mira.keys import start_keys
 from memtool.methods.mira.method import Mira
+from memtool.sections import ConsolidateSettings, MemorySettings
 from tests.methods.conftest import learn, small_config
 
 DIM = 6

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from memtool.adapters.recalls import every
 from memtool.backbones.open_clip import CLIP_TARGETS
-from memtool.config import Config, TrainSettings, resolve
+from memtool.config import resolve
 from memtool.errors import AlreadyExistsError, ConfigError, DataError
 from memtool.evaluation.metrics import average_xtail, transfer_xtail
 from memtool.experiments.pretrain_clip import pretrain_clip
@@ -38,6 +38,7 @@ from memtool.methods.baselines.lwf import Lwf
 from memtool.methods.forget import forget
 from memtool.methods.moram.explain import explain_atoms
 from memtool.methods.moram.method import Moram
+from memtool.settings import Config, TrainSettings
 from memtool.streams import load_image
 from memtool.streams.prompts import prompts
 from memtool.workspace import Workspace

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import yaml
 
-from memtool.config import StreamSettings
 from memtool.errors import ConfigError, NotFoundError
+from memtool.settings import StreamSettings
 from memtool.streams import Stream, create_stream, open_table
 from memtool.streams.prompts import DEFAULT_TEMPLATE, prompt, prompts
 from memtool.streams.sources import task_names

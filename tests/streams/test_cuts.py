@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from memtool.config import Setting, StreamSettings
 from memtool.errors import ConfigError, DataError
+from memtool.settings import Setting, StreamSettings
 from memtool.streams.cuts import cut
 from memtool.streams.table import Table
 from memtool.streams.task import Images

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import yaml
 
-from memtool.config import StreamSettings, resolve
+from memtool.config import resolve
 from memtool.errors import DataError, NotFoundError
+from memtool.settings import StreamSettings
 from memtool.streams import create_stream, open_table
 from memtool.streams.description import read_description
 from memtool.streams.sources import built_in_descriptions, task_names

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from memtool.config import Setting, StreamSettings
+from memtool.settings import Setting, StreamSettings
 from memtool.streams import create_stream, outline
 from memtool.streams.digits import ANGLES, DOMAINS, digits_table, packaged
 

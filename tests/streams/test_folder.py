@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from memtool.config import StreamSettings
 from memtool.errors import DataError, NotFoundError
+from memtool.settings import StreamSettings
 from memtool.streams import create_stream, open_table
 from memtool.streams.sources import task_names
 from memtool_stores import limits

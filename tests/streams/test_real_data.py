@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from memtool.config import StreamSettings
+from memtool.settings import StreamSettings
 from memtool.streams import cache, create_stream, open_table
 from memtool.streams.description import read_description
 from memtool.streams.sources import built_in_descriptions

@@ -13,8 +13,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from memtool.config import StreamSettings
 from memtool.errors import ConfigError, DataError, NotFoundError
+from memtool.settings import StreamSettings
 from memtool.streams import create_stream, list_sources, open_table
 from memtool.streams.description import read_description
 from memtool.streams.sources import built_in_descriptions, task_names
@@ -58,7 +58,7 @@ def test_importing_streams_is_light() -> None:
     program = (
         "import sys, memtool.streams\n"
         "from memtool.streams import list_sources\n"
-        "from memtool.config import StreamSettings\n"
+        "from memtool.settings import StreamSettings\n"
         "from memtool.streams.sources import task_names\n"
         "assert task_names(StreamSettings())[0] == 'upright', list_sources()\n"
         "heavy = {'torch', 'datasets', 'sklearn', 'pyarrow'} & set(sys.modules)\n"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from memtool.config import StreamSettings
 from memtool.errors import ConfigError, DataError, NotFoundError
+from memtool.settings import StreamSettings
 from memtool.streams import create_stream
 from memtool.streams.task import Stream, Texts
 from memtool.streams.text import open_text_stream, text_descriptions

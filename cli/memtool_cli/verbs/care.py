@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from memtool.config import choices
 from memtool.errors import ConfigError
+from memtool.settings import choices
 from memtool_cli import complete
 from memtool_cli.commands import Verbs
 from memtool_cli.options import (

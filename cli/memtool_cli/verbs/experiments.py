@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from memtool.config import expand
+from memtool.paths import expand
 from memtool.progress import ProgressEvent
 from memtool_cli import records
 from memtool_cli.commands import Verbs

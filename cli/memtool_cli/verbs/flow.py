@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from memtool.config import choices
 from memtool.errors import ConfigError
+from memtool.settings import choices
 from memtool_cli import complete, written
 from memtool_cli.commands import Verbs
 from memtool_cli.options import (

@@ -12,21 +12,12 @@ import typer
 import yaml
 
 from memtool.atomic import write_atomic
-from memtool.config import (
-    WORKING_FILE,
-    Config,
-    Resolved,
-    at_home,
-    choices,
-    expand,
-    get,
-    keys,
-    presets,
-    to_yaml,
-)
+from memtool.config import WORKING_FILE, Resolved, presets, to_yaml
 from memtool.errors import MemtoolError
+from memtool.paths import at_home, expand
+from memtool.settings import DEFAULT_METHOD, Config, choices, get, keys
 from memtool_cli.commands import Verbs
-from memtool_cli.options import COMPUTE, CONFIGURATION, STORE, YES, Call, examples, verb
+from memtool_cli.options import COMPUTE, CONFIGURATION, METHOD, STORE, YES, Call, examples, verb
 from memtool_cli.output import Table, size
 from memtool_cli.records import Check, Diagnosis, Preset, Presets, Setting, Settings, Written
 from memtool_stores.files import is_special
@@ -50,12 +41,12 @@ PACKAGES = ("torch", "torchvision", "timm", "numpy", "zarr", "icechunk", "safete
         "memtool init --preset digits-til experiments/til.yaml",
     ),
 )
-@verb(*CONFIGURATION, YES)
+@verb(METHOD, *CONFIGURATION, YES)
 def init(
     call: Call,
     file: Annotated[Path, typer.Argument(metavar="FILE")] = Path(WORKING_FILE),
 ) -> None:
-    """Write a file of settings, with a comment on every one."""
+    """Write a file of the settings of a method, with a comment on every one."""
     file = call.writes_to(file)
     if file.exists() and not is_special(file):
         call.confirm(f"replace {file}")
@@ -68,14 +59,15 @@ def init(
 
 def commented(resolved: Resolved) -> str:
     """Every setting with its comment; those that have their default are commented out."""
-    defaults = Config()
+    method = resolved.config.method
+    defaults = Config(method=method).model_copy(update={"method": DEFAULT_METHOD})
     lines = [
         f"# Settings of memtool, from the preset {resolved.preset}.",
         "# A line that begins with # shows a default: remove the # to change it.",
         "# The command line and MEMTOOL_* variables win over this file.",
     ]
     section = ""
-    for key, field in keys().items():
+    for key, field in keys(method).items():
         head, _, name = key.rpartition(".")
         if head != section:
             section = head
@@ -89,9 +81,10 @@ def commented(resolved: Resolved) -> str:
             width=1000,
         )
         text = dumped.removesuffix("...\n").strip()  # YAML ends a lone scalar with "..."
-        words = f" ({', '.join(choices(key))})" if choices(key) else ""
+        words = f" ({', '.join(choices(key, method))})" if choices(key, method) else ""
         mark = "# " if value == get(defaults, key) else ""
-        lines.append(f"{'  ' * bool(section)}{mark}{name}: {text}  # {field.description}{words}")
+        about = f"  # {field.description or ''}{words}".rstrip(" #")
+        lines.append(f"{'  ' * bool(section)}{mark}{name}: {text}{about}")
     return "\n".join(lines) + "\n"
 
 
@@ -100,10 +93,11 @@ def commented(resolved: Resolved) -> str:
     epilog=examples(
         "memtool config show",
         "memtool config show --origin",
+        "memtool config show --method mypackage.module:MyMethod",
         "memtool config show --preset mira-dil --yaml > pacs.yaml",
     ),
 )
-@verb(STORE, *COMPUTE, *CONFIGURATION)
+@verb(STORE, METHOD, *COMPUTE, *CONFIGURATION)
 def show(
     call: Call,
     origin: Annotated[
@@ -122,7 +116,7 @@ def show(
         return
     settings = tuple(
         Setting(key=key, value=get(resolved.config, key), origin=resolved.origin[key])
-        for key in keys()
+        for key in keys(resolved.config.method)
     )
     header = ("setting", "value", "from") if origin else ("setting", "value")
     rows = [(s.key, _shown(s.value), s.origin)[: len(header)] for s in settings]

@@ -25,7 +25,6 @@ from torch import Tensor
 
 import memtool_stores
 from memtool.adapters.values import AdapterValues
-from memtool.config import Config
 from memtool.engine import FitResult
 from memtool.errors import ConfigError
 from memtool.heads import FeatureStatistics, RecalledHead, solve_recalled_head
@@ -49,6 +48,7 @@ from memtool.methods.mira.state import (
 )
 from memtool.methods.results import ConsolidateResult
 from memtool.methods.subject import first, joined
+from memtool.settings import Config
 from memtool.streams.task import Task
 from memtool.workspace import Workspace, require_learnable
 

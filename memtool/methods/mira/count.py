@@ -14,11 +14,11 @@ from torch import Tensor
 from memtool.adapters.recalls import every, on_top, same_for_all
 from memtool.adapters.values import AdapterValues
 from memtool.backbones.interface import Backbone
-from memtool.config import MemorySettings
 from memtool.engine import Engine
 from memtool.memories.closed_form import QueryStatistics
 from memtool.memories.keyed import KeyedMemory
 from memtool.methods.mira.recall import MemoryModel, features_and_queries
+from memtool.sections import MemorySettings
 from memtool.streams.task import Images
 
 

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from memtool.adapters.recalls import given_for_each
 from memtool.adapters.values import AdapterValues
-from memtool.config import Mix
 from memtool.errors import ConfigError
 from memtool.heads import RecalledHead
 from memtool.memories.closed_form import QueryStatistics
@@ -39,6 +38,7 @@ from memtool.methods.mira.recall import MemoryModel, QueryProbe
 from memtool.methods.records import task_of
 from memtool.methods.subject import first
 from memtool.reports.explanation import format_of, write_explained
+from memtool.sections import Mix
 from memtool.streams import load_image
 from memtool_stores import AdapterRecord
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 import memtool_stores
-from memtool.config import Config
 from memtool.errors import ConfigError, NotFoundError
 from memtool.heads import FeatureStatistics, LinearClassifier
 from memtool.memories.closed_form import QueryStatistics
@@ -18,6 +17,7 @@ from memtool.methods.in_store import features_blob
 from memtool.methods.mira.state import MemoryState, Snapshot, queries_blob
 from memtool.methods.records import task_of
 from memtool.methods.results import ConsolidateResult
+from memtool.settings import Config
 from memtool.streams.task import Task
 from memtool.workspace import Workspace
 

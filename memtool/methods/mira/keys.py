@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from memtool.config import ConsolidateSettings, MemorySettings
 from memtool.errors import ConfigError
 from memtool.memories.closed_form import SHRINKAGE, QueryStatistics, for_similarity
+from memtool.sections import ConsolidateSettings, MemorySettings
 
 LINEAR = ("identity", "affine", "relu", "tanh", "power")
 """Separations that pass a score on: their closed-form scores are one-hot, not log posteriors."""

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memtool.config import Augment, ConsolidateSettings, TrainSettings
 from memtool.engine import Batch, Batches, Engine, FitResult
 from memtool.heads import RecalledHead
 from memtool.learning.adapt import augmented, require_learned
@@ -22,6 +21,8 @@ from memtool.methods.mira.protect import Protection
 from memtool.methods.mira.recall import MemoryModel
 from memtool.methods.outcome import share_right
 from memtool.progress import Progress
+from memtool.sections import ConsolidateSettings
+from memtool.settings import Augment, TrainSettings
 from memtool.streams.task import Images
 
 

@@ -17,8 +17,8 @@ from memtool.adapters.layout import Layout
 from memtool.adapters.mixing import Mixture
 from memtool.adapters.values import AdapterValues, Recall
 from memtool.backbones.interface import Backbone
-from memtool.config import MemorySettings, Mix
 from memtool.memories.keyed import KeyedMemory
+from memtool.sections import MemorySettings, Mix
 
 
 def memory_blocks(settings: MemorySettings, layout: Layout) -> tuple[int, ...]:

@@ -18,7 +18,6 @@ import memtool_stores
 from memtool.adapters.layout import Layout
 from memtool.adapters.values import AdapterValues
 from memtool.backbones.interface import Backbone
-from memtool.config import ConsolidateSettings, HeadSettings, MemorySettings
 from memtool.errors import ConfigError, CorruptError, MismatchError, NotFoundError
 from memtool.heads import FeatureStatistics, LinearClassifier, RecalledHead
 from memtool.memories.closed_form import QueryStatistics
@@ -26,6 +25,8 @@ from memtool.memories.keyed import KeyedMemory
 from memtool.methods.in_store import HEAD, StoredState, feature_statistics, own_head
 from memtool.methods.mira.protect import Protection
 from memtool.methods.mira.recall import MemoryModel, memory_blocks
+from memtool.sections import ConsolidateSettings, MemorySettings
+from memtool.settings import HeadSettings
 from memtool.tensor_bytes import load_tensors
 
 MEMORY = "memory"

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from memtool.adapters.recalls import chosen
 from memtool.adapters.values import AdapterValues
-from memtool.config import Recaller
 from memtool.evaluation.matrix import AccuracyMatrix
 from memtool.evaluation.record import Kind, Row
 from memtool.evaluation.right import Share
@@ -21,6 +20,7 @@ from memtool.methods.modulation.predictor import Predictor
 from memtool.methods.modulation.recallers import recall_all
 from memtool.methods.modulation.stored import Stored
 from memtool.methods.outcome import share_right
+from memtool.sections import Recaller
 from memtool.streams.task import Images, Task
 from memtool.workspace import Workspace
 

@@ -17,11 +17,11 @@ from torch import Tensor
 import memtool_stores
 from memtool.adapters.recalls import every
 from memtool.adapters.values import AdapterValues
-from memtool.config import Config
 from memtool.errors import MismatchError, NotFoundError
 from memtool.heads import LinearClassifier
 from memtool.learning.adapt import adapt
 from memtool.methods.modulation.stored import Stored
+from memtool.settings import Config
 from memtool.streams.task import Images
 from memtool.tensor_bytes import read_tensors
 from memtool.workspace import Workspace

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 import memtool_stores
-from memtool.config import ModulationSettings, Recaller
 from memtool.errors import MismatchError
 from memtool.memories.bayes_pcn import PRESETS, BayesPCN, BayesPCNSettings, names_in
 from memtool.memories.hopfield import PUBLISHED_BETA, HopfieldMemory, key_length
 from memtool.memories.recalled import Recalled
+from memtool.sections import ModulationSettings, Recaller
 
 
 class AdapterMemory(Protocol):

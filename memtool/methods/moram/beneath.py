@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import memtool_stores
-from memtool.config import MoramSettings
 from memtool.errors import AlreadyExistsError, ConfigError, MismatchError, NotFoundError
 from memtool.learning.past_inputs import PastInputs
 from memtool.methods.exchange import About, ReadAdapter
@@ -18,6 +17,7 @@ from memtool.methods.in_store import HEAD
 from memtool.methods.method import newest_after_each
 from memtool.methods.moram.state import digest, past_inputs_of
 from memtool.methods.records import task_of
+from memtool.sections import MoramSettings
 from memtool.streams.task import Task
 from memtool.workspace import Workspace
 

@@ -27,7 +27,6 @@ import torch
 
 import memtool_stores
 from memtool.adapters.atoms import AtomGate
-from memtool.config import MoramSettings
 from memtool.errors import ConfigError, MismatchError, NotFoundError
 from memtool.evaluation.record import Record, Row
 from memtool.heads import LinearClassifier, RecalledHead
@@ -62,6 +61,7 @@ from memtool.methods.moram.written import Written
 from memtool.methods.records import task_of
 from memtool.methods.results import AsAtoms, AtomsResult, HeadResult, PruneResult, TaskShare
 from memtool.methods.subject import subject_of
+from memtool.sections import MoramSettings
 from memtool.streams.task import Task
 
 if TYPE_CHECKING:

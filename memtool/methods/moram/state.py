@@ -21,13 +21,14 @@ import memtool_stores
 from memtool.adapters.atoms import AtomBank, AtomGate
 from memtool.adapters.layout import Layout
 from memtool.adapters.values import Recall
-from memtool.config import HeadSettings, MoramSettings
 from memtool.errors import CorruptError
 from memtool.heads import FeatureStatistics, LinearClassifier, RecalledHead, solve_recalled_head
 from memtool.learning.past_inputs import PastInputs
 from memtool.memories.rank1 import Rank1Memory
 from memtool.methods.in_store import HEAD, StoredState, feature_statistics, own_head
 from memtool.methods.records import task_of
+from memtool.sections import MoramSettings
+from memtool.settings import HeadSettings
 
 ATOMS = "atoms"
 """Blob of `AtomsState`."""

@@ -11,7 +11,6 @@ from functools import cached_property
 
 import memtool_stores
 from memtool.adapters.atoms import AtomGate
-from memtool.config import HeadSettings, MoramSettings, Settings
 from memtool.errors import MismatchError
 from memtool.heads import RecalledHead
 from memtool.learning.known import head_under, is_fixed, learned_under
@@ -31,6 +30,8 @@ from memtool.methods.moram.state import (
     solve,
     trained_heads,
 )
+from memtool.sections import MoramSettings, Settings
+from memtool.settings import HeadSettings
 from memtool.streams.task import Task
 from memtool.workspace import Workspace
 

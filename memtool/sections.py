@@ -1,0 +1,264 @@
+"""The sections of methods: those of the methods that ship, and of other people's.
+
+A section of a method is there only where the method is chosen. Those that ship are `SECTIONS`; a
+class of other people says `Settings`, a subclass of the one here, and its section has the name of
+the method.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+
+from memtool import registry
+from memtool.errors import ConfigError
+
+Separation = Literal[
+    "softmax",
+    "affine",
+    "identity",
+    "relu",
+    "tanh",
+    "topk",
+    "max",
+    "power",
+    "sparsemax",
+    "entmax",
+]
+Similarity = Literal[
+    "dot",
+    "scaled-dot",
+    "cosine",
+    "centred-cosine",
+    "euclidean",
+    "manhattan",
+    "scaled-error",
+    "kl",
+    "reverse-kl",
+    "js",
+]
+Mix = Literal["delta", "params"]
+Routing = Literal["mixture", "lda", "prototype"]
+Protect = Literal["freeze", "dual-gpm", "none"]
+Recaller = Literal["hopfield", "hopfield-published", "bayes-pcn", "bayes-pcn-published"]
+
+
+class Settings(BaseModel):
+    """Frozen; an unknown key is an error, and so are numbers that are not finite."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class MemorySettings(Settings):
+    """How a query becomes coefficients, and coefficients a mixture."""
+
+    similarity: Similarity = Field("scaled-dot", description="of a query to a key")
+    separation: Separation = Field("softmax", description="from similarities to coefficients")
+    beta: Annotated[float, Field(gt=0)] = Field(1.0, description="inverse temperature of softmax")
+    topk: Annotated[int, Field(ge=1)] = Field(2, description="kept by separation topk")
+    routing: Routing = Field(
+        "mixture",
+        description="mixture: as the separation says; lda, prototype: the adapters of one task, "
+        "by discriminant keys or the nearest mean query",
+    )
+    keys_of: Literal["task", "class"] = Field(
+        "task",
+        description="what an adapter has a key for: its task, or each class of its task (the "
+        "coefficients of its keys add up)",
+    )
+    mix: Mix = Field("delta", description="sum of the products BA, or product of the sums")
+    token: Literal["class", "mean"] = Field("mean", description="token that the query looks at")
+    query: Literal["identity", "linear", "mlp"] = Field("identity", description="query module")
+    query_norm: bool = Field(True, description="layer-normalise the query")
+    scope: Literal["block", "model"] = Field(
+        "model", description="a memory in every block, or one look at the frozen model for all"
+    )
+    look_at: Annotated[int, Field(ge=0)] = Field(
+        2, description="for scope model: the block whose input the query looks at"
+    )
+
+
+class ConsolidateSettings(Settings):
+    """Stage 2: the memory learns its keys."""
+
+    keys: Literal["closed-form", "mean-query", "random"] = Field(
+        "closed-form", description="where the keys start"
+    )
+    key_std: Annotated[float, Field(gt=0)] = Field(1.0, description="of random keys")
+    protect: Protect = Field(
+        "freeze",
+        description="what learning may not change: the older keys, their scores on past queries "
+        "(dual-gpm, which also starts new keys where past queries score zero), or nothing",
+    )
+    energy: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.97, description="share of the past queries' energy that dual-gpm protects at first"
+    )
+    epochs: Annotated[int, Field(ge=0)] = Field(0, description="of key learning; 0: none")
+    lr: Annotated[float, Field(gt=0)] = Field(0.05, description="learning rate of the keys")
+    module_lr: Annotated[float, Field(gt=0)] = Field(
+        1e-3, description="learning rate of query modules and of a shared head"
+    )
+    value_lr: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="learning rate of the new adapters' values; 0: they stay as they are"
+    )
+    batch_size: Annotated[int, Field(ge=1)] = Field(50, description="images a step")
+
+
+class ModulationSettings(Settings):
+    """Modulation: whole adapters recalled from an associative memory."""
+
+    memory: tuple[Recaller, ...] = Field(
+        ("hopfield", "bayes-pcn"),
+        min_length=1,
+        description="memories that adapters are recalled from; the first one serves retrieval",
+    )
+    key_share: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.1, description="share of an adapter's first numbers that are its key"
+    )
+    similarity: Similarity = Field("euclidean", description="hopfield: of two keys")
+    separation: Separation = Field(
+        "softmax", description="hopfield: from similarities to coefficients"
+    )
+    beta: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="hopfield: inverse temperature; none: from the gaps between the keys"
+    )
+    steps: Annotated[int, Field(ge=1)] = Field(1, description="hopfield: retrieval steps")
+    hidden: Annotated[int, Field(ge=1)] = Field(
+        256, description="bayes-pcn: hidden width, and so how many adapters it can hold"
+    )
+    predictor_epochs: Annotated[int, Field(ge=1)] = Field(
+        10, description="mts: passes over all tasks of the task predictor"
+    )
+    predictor_lr: Annotated[float, Field(gt=0)] = Field(
+        2e-3, description="mts: highest learning rate of the task predictor"
+    )
+
+
+class MoramSettings(Settings):
+    """MoRAM: rank-1 atoms that every token chooses by its own response to their keys."""
+
+    topk: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="atoms that a token keeps; none: as many as a task adds (the rank)"
+    )
+    temperature: Annotated[float, Field(gt=0)] = Field(
+        0.01, description="of the softmax over the kept scores"
+    )
+    threshold: Annotated[float, Field(ge=-1, le=1)] = Field(
+        0.2, description="score below which an atom adds nothing in evaluation; -1: all pass"
+    )
+    score_norm: Literal["bank", "task"] = Field(
+        "bank",
+        description="what a response is divided by: the norm over the whole bank, as published, "
+        "or over the atoms of its task, under which old scores never change",
+    )
+    scaled_threshold: bool = Field(
+        False, description="norm bank: divide the threshold by the root of the number of tasks"
+    )
+    selected_only: bool = Field(False, description="no gradient through atoms that are not kept")
+    keys: Literal["random", "free"] = Field(
+        "random",
+        description="how keys begin: at random and learning, as published, or fixed at what a "
+        "task's inputs have outside those of earlier tasks, so that these hardly answer to them",
+    )
+
+
+class PastSettings(Settings):
+    """What earlier tasks' inputs take of the room of later ones: InfLoRA, free keys of MoRAM."""
+
+    energy: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.97,
+        description="share of the energy of the first task's inputs that later tasks keep clear "
+        "of, rising to 1 at the last; less leaves them more room",
+    )
+
+
+SECTIONS: Mapping[str, Mapping[str, type[Settings]]] = {
+    "mira": {"memory": MemorySettings, "consolidate": ConsolidateSettings, "past": PastSettings},
+    "moram": {"moram": MoramSettings, "past": PastSettings},
+    "modulation": {"modulation": ModulationSettings},
+}
+"""The sections of every method that ships, by method."""
+
+OF_BASELINES: Mapping[str, type[Settings]] = {"past": PastSettings}
+"""The sections that baselines read, which other people's methods are measured against, too."""
+
+
+def sections_of(method: str, taken: Callable[[str], bool]) -> dict[str, type[Settings]]:
+    """The sections of a method by name. One that does not ship is imported.
+
+    Its own `Settings`, those of a method that ships where it extends one, and what baselines read.
+    `taken` says of a word whether it cannot be a section. Raises ConfigError for a method that
+    cannot be found, or whose settings cannot be a section.
+    """
+    if method in SECTIONS:
+        return dict(SECTIONS[method])
+    found = registry.find("methods", method)
+    sections = dict(OF_BASELINES)
+    for name, where in registry.SHIPPED["methods"].items():
+        module, _, attribute = where.partition(":")
+        ours = getattr(sys.modules.get(module), attribute, None)
+        if ours is not None and issubclass(found, ours):
+            sections = {**SECTIONS[name], **sections}
+    own = getattr(found, "Settings", None)
+    if own is not None and own not in sections.values():
+        section = _section_name(method, found)
+        if taken(section) or owners_of(section):
+            raise ConfigError(
+                f"method {method}: its section {section!r} would be another one of memtool",
+                expected=f"another {found.__name__}.name",
+            )
+        sections[section] = _require_settings(method, own)
+    return sections
+
+
+def owners_of(section: str) -> list[str]:
+    """The methods that ship which have a section."""
+    return [method for method, sections in SECTIONS.items() if section in sections]
+
+
+@cache
+def model_of(sections: tuple[tuple[str, type[Settings]], ...]) -> type[Settings]:
+    """A model of these sections alone, by name, each with its defaults."""
+    fields: dict[str, Any] = {name: (model, model()) for name, model in sections}
+    return create_model("Sections", __base__=Settings, **fields)
+
+
+def _section_name(method: str, found: type) -> str:
+    """What the section of another's method is called: as the method, with _ for -."""
+    name = getattr(found, "name", None)
+    section = name.replace("-", "_") if isinstance(name, str) else ""
+    if not section.isidentifier() or section.startswith("_"):
+        raise ConfigError(
+            f"method {method}: {found.__name__}.name is {name!r}",
+            expected="a word that names the section of its settings, as nearest-mean",
+        )
+    return section
+
+
+def _require_settings(method: str, own: Any) -> type[Settings]:
+    """Raise ConfigError unless settings of another's method can be a section."""
+    if not (isinstance(own, type) and issubclass(own, Settings)):
+        raise ConfigError(
+            f"method {method}: its Settings are no model of settings",
+            expected="a subclass of memtool.Settings",
+        )
+    for name, field in own.model_fields.items():
+        kinds = (field.annotation, *get_args(field.annotation))
+        if any(isinstance(kind, type) and issubclass(kind, BaseModel) for kind in kinds):
+            raise ConfigError(
+                f"method {method}: its setting {name} is a section of a section",
+                expected="values: text, numbers, several of them, or none",
+            )
+    try:
+        own()
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise ConfigError(
+            f"method {method}: its setting {'.'.join(map(str, first['loc']))}: {first['msg']}",
+            expected="a default that can be used for every setting",
+        ) from error
+    return own

@@ -1,0 +1,387 @@
+"""Everything that can be set, as pydantic models: what all methods share, and the whole."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic.fields import FieldInfo
+
+from memtool import registry
+from memtool.paths import at_home, for_others
+from memtool.registry import Named
+from memtool.sections import SECTIONS, Settings, model_of, sections_of
+from memtool_stores import limits
+from memtool_stores.limits import Limits
+
+Setting = Literal["dil", "til", "cil", "dg", "mts", "xtail", "trace"]
+HeadKind = Literal["lda", "ridge", "ncm", "grown", "shared", "prototype", "text"]
+Augment = Literal["none", "flip-crop"]
+
+
+Seed = Annotated[int, Field(ge=0, le=10**15)]
+"""What generators of all libraries take, times a thousand and a task's number."""
+
+
+class BackboneSettings(Settings):
+    """The frozen model."""
+
+    name: str = Field("nano", description="nano, or timm:<model name>")
+    weights: Path | None = Field(None, description="a local safetensors file; none: by name")
+    image_size: Annotated[int, Field(ge=8, le=8192)] = Field(
+        32, description="pixels a side of the input"
+    )
+    targets: tuple[str, ...] = Field(("q", "v"), description="adapted linear maps of every block")
+
+
+class StreamSettings(Settings):
+    """The data and how it is cut into tasks."""
+
+    source: str = Field("digits", description="a description's name or path, or a folder")
+    setting: Setting = Field("dil", description="how the data is cut into tasks")
+    order: tuple[str, ...] | None = Field(None, description="order of domains or classes")
+    classes_per_task: Annotated[int, Field(ge=1)] = Field(2, description="for cil, til and mts")
+    splits: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="number of tasks, instead of classes_per_task"
+    )
+    train_per_task: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="at most so many training images a task"
+    )
+    test_per_task: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="at most so many test images a task"
+    )
+    shots: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="at most so many training images a class"
+    )
+    validation: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="share of the training images held out for validation"
+    )
+    held_out: str | None = Field(
+        None, description="for dg: the domain that nothing is learned from; none: each in turn"
+    )
+    seed: Seed = Field(0, description="fixes splits, subsets and transformations")
+
+
+class AdapterSettings(Settings):
+    """The shape of an adapter and where its training starts."""
+
+    rank: Annotated[int, Field(ge=1)] = Field(4, description="rank of every adapted map")
+    alpha: Annotated[float, Field(gt=0)] = Field(8.0, description="BA is scaled by alpha / rank")
+    per_task: Annotated[int, Field(ge=1)] = Field(1, description="adapters per task (J)")
+    warm_start: Literal["previous", "mean", "none"] = Field(
+        "none", description="where training starts: the adapter before, the mean of all, or zero"
+    )
+    residual: bool = Field(
+        False, description="train on top of the mixture that the memory recalls, not alone"
+    )
+
+
+class TrainSettings(Settings):
+    """Stage 1: training the adapters of a task."""
+
+    epochs: Annotated[int, Field(ge=1)] = Field(4, description="passes over the task's images")
+    iterations: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="steps a task, instead of epochs; the last epoch is finished"
+    )
+    batch_size: Annotated[int, Field(ge=1)] = Field(50, description="images a step")
+    lr: Annotated[float, Field(gt=0)] = Field(1e-2, description="highest learning rate")
+    final_lr: Annotated[float, Field(ge=0)] = Field(0.0, description="learning rate at the end")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="of AdamW")
+    warmup: Annotated[float, Field(ge=0, lt=1)] = Field(0.15, description="share of the steps")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.999), description="of AdamW: decay of the means of gradients and of their squares"
+    )
+    clip: Annotated[float, Field(gt=0)] = Field(1.0, description="largest norm of the gradient")
+    augment: Augment = Field("none", description="of the training images")
+
+    def epochs_for(self, samples: int, tasks: int = 1) -> int:
+        """Epochs over so many samples of `tasks` tasks: by `iterations` where that is set."""
+        if self.iterations is None:
+            return self.epochs
+        return math.ceil(tasks * self.iterations / math.ceil(samples / self.batch_size))
+
+
+class HeadSettings(Settings):
+    """The classifier on the features."""
+
+    @field_validator("kind", mode="before")
+    @classmethod
+    def _renamed(cls, kind: Any) -> Any:
+        # What "grown" was called before 0.3; memories and files on disk may still say so.
+        return "grown" if kind == "linear" else kind
+
+    kind: HeadKind = Field(
+        "lda",
+        description="closed form (lda, ridge, ncm), grown: trained with the adapters, class by "
+        "class; shared: one that learns on through every consolidation; known for all classes in "
+        "advance (xtail): prototype, of frozen features; text, of a text tower",
+    )
+    scope: Literal["shared", "task"] = Field(
+        "task", description="one head for all tasks, or each task's own, recalled with its adapter"
+    )
+    features: Literal["own", "recalled"] = Field(
+        "own",
+        description="closed form: solved on features under the task's own adapters, or under what "
+        "the memory recalls",
+    )
+    ridge: Annotated[float, Field(gt=0)] = Field(1e-2, description="ridge, relative to the trace")
+    scale: Annotated[float, Field(gt=0)] = Field(
+        30.0, description="prototype: logits are cosines times this"
+    )
+    rivals: Literal["task", "seen"] = Field(
+        "task",
+        description="prototype: what images are told apart from while their task is learned: the "
+        "classes of the task, or of all tasks so far",
+    )
+
+
+class TextSettings(Settings):
+    """Streams of texts (setting trace)."""
+
+    prompt_tokens: Annotated[int, Field(ge=1)] = Field(1024, description="most tokens of a prompt")
+    answer_tokens: Annotated[int, Field(ge=1)] = Field(
+        512, description="most tokens of an answer, the end of text included"
+    )
+    long_prompts: Literal["cut", "refuse"] = Field(
+        "cut", description="a prompt that is too long keeps its end, or is an error"
+    )
+    generate: bool = Field(
+        False, description="score generated answers by the metric of their task, beside the loss"
+    )
+    epochs: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
+        None, description="passes over each task in turn, instead of train.epochs"
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="share of the inputs that adapters do not see in training"
+    )
+    shots: Annotated[int, Field(ge=1)] = Field(
+        4, description="examples from the training set before a prompt (baseline in-context)"
+    )
+
+
+class EngineSettings(Settings):
+    """Where and how tensors are computed."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="cuda, mps or cpu")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="auto: bf16 where the hardware has it"
+    )
+    compile: bool = Field(False, description="torch.compile the model")
+    threads: Annotated[int, Field(ge=1, le=4096)] | None = Field(
+        None, description="CPU threads; none: 1 for nano, else all"
+    )
+    accumulate: Annotated[int, Field(ge=1)] = Field(1, description="steps of gradient accumulation")
+    eval_batch_size: Annotated[int, Field(ge=1)] = Field(100, description="images a step")
+
+
+class LimitSettings(Settings):
+    """How large what comes from outside may be, before it is read at all."""
+
+    header_bytes: Annotated[int, Field(ge=1)] = Field(
+        Limits.header_bytes, description="header of a safetensors file"
+    )
+    text_bytes: Annotated[int, Field(ge=1)] = Field(
+        Limits.text_bytes, description="a JSON file or a table as CSV"
+    )
+    yaml_bytes: Annotated[int, Field(ge=1)] = Field(
+        Limits.yaml_bytes, description="a YAML file: a description, or settings"
+    )
+    array_bytes: Annotated[int, Field(ge=1)] = Field(
+        Limits.array_bytes, description="keys, a blob, the tensors of a file"
+    )
+    bundle_files: Annotated[int, Field(ge=1)] = Field(
+        Limits.bundle_files, description="files in a bundle"
+    )
+    data_files: Annotated[int, Field(ge=1)] = Field(
+        Limits.data_files, description="files and folders below a folder of data"
+    )
+    image_bytes: Annotated[int, Field(ge=1)] = Field(
+        Limits.image_bytes, description="an image as it is encoded"
+    )
+    image_pixels: Annotated[int, Field(ge=1)] = Field(
+        Limits.image_pixels, description="an image decoded, width times height"
+    )
+
+    def put_in_force(self) -> None:
+        """Make these the limits of this process."""
+        limits.use(Limits(**self.model_dump()))
+
+
+class Config(Settings):
+    """One experiment: the settings of all methods, and as attributes the sections of its own."""
+
+    model_config = ConfigDict(extra="allow")
+
+    method: Annotated[str, Named("methods")] = Field(
+        "mira", description="how the memory is read; another one as package.module:Class"
+    )
+    store: str = Field("memory", description="path of the memory; to read, perhaps @VERSION")
+    lock_timeout: Annotated[float, Field(ge=0, le=10**6)] = Field(
+        30.0, description="seconds to wait for another process that writes to the memory"
+    )
+    runs: Path = Field(Path("runs"), description="folder of adapters, records and checkpoints")
+    seed: tuple[Seed, ...] = Field((0,), min_length=1, description="one seed or several")
+    baselines: tuple[Annotated[str, Named("baselines", ("all", "none"))], ...] = Field(
+        ("all",),
+        min_length=1,
+        description="what `run` trains beside the memory, or none; erm is of dg",
+    )
+    backbone: BackboneSettings = BackboneSettings()
+    stream: StreamSettings = StreamSettings()
+    adapter: AdapterSettings = AdapterSettings()
+    train: TrainSettings = TrainSettings()
+    head: HeadSettings = HeadSettings()
+    text: TextSettings = TextSettings()
+    engine: EngineSettings = EngineSettings()
+    limits: LimitSettings = LimitSettings()
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """A section of the method."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_sections(cls, given: Any) -> Any:
+        """The sections of the method, whole; one of another method is an error."""
+        method = given.get("method", DEFAULT_METHOD) if isinstance(given, Mapping) else None
+        if not isinstance(method, str) or not registry.known("methods", method):
+            return given  # refused by the field
+        parts = sections(method)
+        told = {name: value for name, value in given.items() if name not in cls.model_fields}
+        whole = model_of(tuple(parts.items())).model_validate(told)
+        return {**given, **{name: getattr(whole, name) for name in parts}}
+
+    @field_validator("runs")
+    @classmethod
+    def _runs_at_home(cls, runs: Path) -> Path:
+        return at_home(runs)
+
+    def recorded(self) -> dict[str, Any]:
+        """The configuration as records and commits hold it: plain JSON, `~` for the user's folder.
+
+        They are sent to others, so that no secret is in it; what reads a setting understands `~`.
+        """
+        tree: dict[str, Any] = for_others(self.model_dump(mode="json"))
+        return tree
+
+
+DEFAULT_METHOD: str = Config.model_fields["method"].default
+
+
+def keys(method: str | None = None) -> dict[str, FieldInfo]:
+    """Every setting of a method by dotted key, what all share first; of all that ship for None.
+
+    Raises ConfigError for a method of other people that cannot be imported.
+    """
+    if method is None or method in SECTIONS:
+        return _keys_here(method)
+    return {**_walk(Config, ""), **_keys_of(sections(method))}
+
+
+@functools.cache
+def _keys_here(method: str | None) -> dict[str, FieldInfo]:
+    found = _walk(Config, "")
+    for name in SECTIONS if method is None else (method,):
+        found |= _keys_of(SECTIONS[name])
+    return found
+
+
+def _keys_of(parts: Mapping[str, type[Settings]]) -> dict[str, FieldInfo]:
+    found: dict[str, FieldInfo] = {}
+    for name, section in parts.items():
+        found |= _walk(section, f"{name}.")
+    return found
+
+
+def choices(key: str, method: str | None = None) -> tuple[str, ...]:
+    """The words that a setting, or each of its values, can take; empty when it is not a choice.
+
+    Names that other packages give are left out.
+    """
+    about = keys(method)[key]
+    mark = named(about)
+    if mark is not None:
+        return mark.words
+    annotation = about.annotation
+    if get_origin(annotation) is tuple:
+        annotation = get_args(annotation)[0]
+    return get_args(annotation) if get_origin(annotation) is Literal else ()
+
+
+def get(config: Config, key: str) -> Any:
+    """The value of a dotted key."""
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def sections(method: str) -> dict[str, type[Settings]]:
+    """The sections of a method by name, as `sections_of`."""
+    return sections_of(method, _is_taken)
+
+
+def _is_taken(word: str) -> bool:
+    """Whether a word stands for something else in a configuration than a section of a method."""
+    return word in Config.model_fields or hasattr(Config, word)
+
+
+def named(about: FieldInfo) -> Named | None:
+    """The mark of a setting that is a name, or several, of the registry."""
+    marks = list(about.metadata)
+    for arm in get_args(about.annotation):
+        marks += get_args(arm)
+    return next((mark for mark in marks if isinstance(mark, Named)), None)
+
+
+def _walk(model: type[BaseModel], prefix: str) -> dict[str, FieldInfo]:
+    found: dict[str, FieldInfo] = {}
+    for name, about in model.model_fields.items():
+        section = about.annotation
+        if isinstance(section, type) and issubclass(section, Settings):
+            found |= _walk(section, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = about
+    return found
+
+
+_OF_CLASSES = ("cil", "til", "mts")
+_OF_IMAGES = ("dil", "dg", "xtail", *_OF_CLASSES)
+
+READ_UNDER: tuple[tuple[str, str, tuple[str | None, ...]], ...] = (
+    ("baselines", "method", ("mira", "moram")),
+    ("baselines", "stream.setting", tuple(s for s in get_args(Setting) if s != "til")),
+    ("text", "stream.setting", ("trace",)),
+    ("backbone.image_size", "stream.setting", _OF_IMAGES),
+    ("train.augment", "stream.setting", _OF_IMAGES),
+    ("stream.shots", "stream.setting", _OF_IMAGES),
+    ("stream.validation", "stream.setting", _OF_IMAGES),
+    ("stream.held_out", "stream.setting", _OF_IMAGES),  # without dg it is an error
+    ("stream.splits", "stream.setting", _OF_CLASSES),
+    ("stream.classes_per_task", "stream.setting", _OF_CLASSES),
+    ("stream.classes_per_task", "stream.splits", (None,)),
+    ("train.epochs", "train.iterations", (None,)),
+    ("train.epochs", "text.epochs", (None,)),
+    ("memory.topk", "memory.separation", ("topk",)),
+    ("memory.look_at", "memory.scope", ("model",)),
+    ("consolidate.key_std", "consolidate.keys", ("random",)),
+    ("consolidate.energy", "consolidate.protect", ("dual-gpm",)),
+    ("head", "stream.setting", _OF_IMAGES),
+    ("head.kind", "method", ("mira", "moram")),
+    ("head.scope", "method", ("mira", "moram")),
+    ("head.features", "method", ("mira",)),
+    ("head.scale", "head.kind", ("prototype",)),
+    ("head.rivals", "head.kind", ("prototype",)),
+    ("moram.scaled_threshold", "moram.score_norm", ("bank",)),
+    ("modulation.predictor_epochs", "stream.setting", ("mts",)),
+    ("modulation.predictor_lr", "stream.setting", ("mts",)),
+)
+"""A setting, or all of a section, is read only where another one has one of these values.
+
+Of methods this says what those that ship read of what all share.
+"""
