@@ -112,8 +112,7 @@ def ablate(
 ) -> list[Record]:
     """One record a seed, with a row for every variant; finished parts are taken from disk.
 
-    Raises ConfigError for an unknown ablation, and for settings that the
-    method does not have.
+    Raises ConfigError for an unknown ablation, and for settings that the method does not have.
     """
     if name not in ABLATIONS:
         raise ConfigError(f"no ablation {name!r}", expected=did_you_mean(name, ABLATIONS))
