@@ -23,10 +23,12 @@ if TYPE_CHECKING:
     from memtool.engine import Engine
     from memtool.errors import MemtoolError
     from memtool.experiments.run import demo, run
+    from memtool.learning.learner import Learner
     from memtool.memories.hopfield import HopfieldMemory
     from memtool.memories.keyed import KeyedMemory
     from memtool.memory import Memory, load
     from memtool.methods.mira.method import Mira
+    from memtool.methods.routed.method import Routed
     from memtool.sections import Settings
     from memtool.settings import Config
     from memtool.streams import create_stream
@@ -44,7 +46,9 @@ _HOME = {
     "Memory": "memtool.memory",
     "MemtoolError": "memtool.errors",
     "Mira": "memtool.methods.mira.method",
+    "Learner": "memtool.learning.learner",
     "Mixture": "memtool.adapters.mixing",
+    "Routed": "memtool.methods.routed.method",
     "Settings": "memtool.sections",
     "Site": "memtool.adapters.layout",
     "create_backbone": "memtool.backbones",
@@ -65,10 +69,12 @@ __all__ = [
     "HopfieldMemory",
     "KeyedMemory",
     "Layout",
+    "Learner",
     "Memory",
     "MemtoolError",
     "Mira",
     "Mixture",
+    "Routed",
     "Settings",
     "Site",
     "__version__",

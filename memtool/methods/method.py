@@ -36,6 +36,7 @@ from memtool.evaluation.record import (
     TaskIdentity,
 )
 from memtool.learning.adapt import Adapted, Beneath, adapt
+from memtool.learning.learner import Learner
 from memtool.methods.exchange import AdapterFolder, write_adapter
 from memtool.methods.export import require_new
 from memtool.methods.in_store import classifier_bytes
@@ -270,6 +271,8 @@ class Method(AdapterWriter[Workspace]):
     def _train(self, task: Task, fingerprint: str, checkpoint: Path) -> Trained:
         """Train the adapters of a task; an interrupted training goes on from the checkpoint."""
         work = self.workspace
+        if work.reads == "texts":
+            return self._train_on_texts(task, fingerprint, checkpoint)
         start, source = self._warm_start(task)
         beneath, version = self._beneath(task)
         if beneath is not None:
@@ -293,6 +296,25 @@ class Method(AdapterWriter[Workspace]):
         )
         return Trained(adapted, source)
 
+    def _train_on_texts(self, task: Task, fingerprint: str, checkpoint: Path) -> Trained:
+        """One adapter, from zero: a language model brings its head.
+
+        Raises ConfigError for several adapters a task, and for another start.
+        """
+        work, adapter = self.workspace, self.config.adapter
+        if adapter.per_task > 1 or adapter.warm_start != "none" or adapter.residual:
+            raise ConfigError(
+                "adapter.per_task, adapter.warm_start or adapter.residual on a stream of texts",
+                expected="one adapter a task, which starts at zero",
+                remedy="--set adapter.per_task=1 --warm-start none --set adapter.residual=false",
+            )
+        work.require_fitting([task])
+        learner = Learner(work, 1)
+        learner.values = work.fresh(1, task.number)
+        stage = self.stage(task)
+        fit = learner.learn(task, stage, fingerprint=fingerprint, checkpoint=checkpoint)
+        return Trained(Adapted(learner.values.flat().float().cpu(), (), (), fit), "zero")
+
     def _fingerprint(self, task: Task) -> str:
         """The hash of all that decides what training a task gives."""
         work = self.workspace
@@ -305,6 +327,10 @@ class Method(AdapterWriter[Workspace]):
             "train": self.config.train.model_dump(mode="json"),
             "seed": self.seed,
         }
+        if work.reads == "texts":
+            learning = {"prompt_tokens", "answer_tokens", "long_prompts", "dropout"}
+            text = self.config.text.model_dump(mode="json", include=learning)
+            decides |= {"text": text, "epochs": work.epochs(task)}
         return fingerprint_of(decides)
 
     def _require_learnable(self, task: Task) -> None:

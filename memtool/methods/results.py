@@ -98,6 +98,19 @@ class ConsolidateResult(Result):
     unchanged: bool = False
 
 
+class RoutedResult(Result):
+    """What consolidation did for a rule of one's own: it kept something of the `new` tasks."""
+
+    schema_: Literal["memtool.consolidate-routed"] = Field(
+        "memtool.consolidate-routed", alias="schema"
+    )
+    version: str
+    tasks: tuple[int, ...]
+    new: tuple[int, ...]
+    seconds: float
+    unchanged: bool = False
+
+
 class PredictorResult(Result):
     """What consolidation did for Modulation.
 
@@ -157,6 +170,8 @@ class RetrieveResult(Result):
     block_numbers: tuple[int, ...]
     prediction: Prediction | None = None
     accuracy: float | None = None
+    answer: str | None = None
+    loss: float | None = None
     out: Path | None = None
 
 

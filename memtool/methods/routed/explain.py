@@ -1,0 +1,123 @@
+"""What comes out of a routed memory, and what without each of its adapters.
+
+Of images the probability of the class that wins. Of texts that of an answer token, exp(−loss): of
+the right answers to the test prompts of a task, or of the answer that the memory gives to a prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memtool.learning.looks import looks
+from memtool.methods.explanation import AdapterPart, Explanation, Outcome, as_shown, outcome_of
+from memtool.methods.in_store import classes_of
+from memtool.methods.records import task_of
+from memtool.methods.routed.measure import answering, as_they_are, scores
+from memtool.methods.routed.memory import RoutedMemory, Way
+from memtool.methods.subject import Subject, subject_of
+from memtool.reports.explanation import format_of, write_explained
+from memtool.streams.task import Images, Texts
+from memtool.workspace import Workspace
+
+if TYPE_CHECKING:
+    from memtool.methods.routed.method import Routed
+
+
+def explain(
+    method: Routed,
+    *,
+    task: str | None = None,
+    image: Path | None = None,
+    prompt: str | None = None,
+    version: str = "HEAD",
+    out: Path | None = None,
+) -> Explanation:
+    """What the memory makes of an input, or of test samples of a task, and why.
+
+    `out` is a plot (.svg, .png) or a page (.html). Raises ConfigError for anything but one subject
+    and for another kind of file.
+    """
+    if out is not None:
+        format_of(out)
+    work = method.workspace
+    subject = subject_of(work, task=task, image=image, prompt=prompt)
+    memory = method.read(version) if subject.task is None else method.snapshot(version)
+    device = memory.routing.owners.device
+    weights = memory.routing.weights(looks(work, subject.samples).to(device)).cpu()
+    judge = _judge(work, memory, subject)
+    whole = judge(as_they_are)
+    parts = []
+    for index in work.telling("explain", range(len(memory.records))):
+        record, without = memory.records[index], whole
+        if bool(weights[:, index].any()):
+            without = judge(_leaving_out(index))
+        parts.append(
+            AdapterPart(
+                name=record.name,
+                task=task_of(record),
+                task_name=record.meta.get("task_name"),
+                coefficient=float(weights[:, index].mean()),
+                negative=float((weights[:, index] < 0).double().mean()),
+                contribution=whole.probability - without.probability,
+                without=without,
+            )
+        )
+    result = Explanation(
+        version=memory.version,
+        subject=subject.words,
+        samples=len(subject),
+        mix="delta",
+        separation=method.name,
+        routing="mixture",
+        scope="model",
+        adapters=tuple(parts),
+        blocks=(tuple(weights.mean(dim=0).tolist()),),
+        block_numbers=(work.backbone.depth,),
+        outcome=whole,
+        negative=float((weights < 0).double().mean()),
+        without_negative=None,
+        familiar=(),
+        out=out,
+    )
+    if out is not None:
+        work.engine.on_main(lambda: write_explained(as_shown(result), out))
+    return result
+
+
+def _leaving_out(index: int) -> Way:
+    """The weights with that of one adapter at zero, all others as they are."""
+
+    def without(weights: Tensor) -> Tensor:
+        others = torch.arange(weights.shape[1], device=weights.device) != index
+        return weights * others
+
+    return without
+
+
+def _judge(work: Workspace, memory: RoutedMemory, subject: Subject) -> Callable[[Way], Outcome]:
+    """What comes out under another use of the weights, beside the rule's own."""
+    samples, task = subject.samples, subject.task
+    if isinstance(samples, Images):
+        head = memory.head
+        assert head is not None
+        before = head.probabilities(scores(work, memory, samples)[0])
+        labels = None if task is None else torch.from_numpy(np.asarray(samples.labels))
+        names = classes_of(memory.view)
+        return lambda way: outcome_of(
+            head.probabilities(scores(work, memory, samples, way)[0]), before, labels, names
+        )
+    said = samples.answers or tuple(answering(work, memory).answers(samples.prompts))
+    encoded = work.backbone.encode(samples.prompts, said)
+    label = None if isinstance(samples, Texts) and samples.answers else said[0]
+
+    def of_texts(way: Way) -> Outcome:
+        loss = answering(work, memory, way).loss(encoded)
+        return Outcome(probability=float(np.exp(-loss)), changed=0.0, label=label)
+
+    return of_texts

@@ -1,0 +1,183 @@
+"""One version of a routed memory: what its rule kept of each task, the adapters, their heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import memtool_stores
+from memtool.adapters.recalls import given_for_each
+from memtool.adapters.values import AdapterValues, Recall
+from memtool.errors import MismatchError, NotFoundError
+from memtool.heads import RecalledHead
+from memtool.methods.in_store import own_head
+from memtool.methods.records import task_of
+from memtool.tensor_bytes import load_tensors
+from memtool.workspace import Workspace
+
+Kept = Mapping[str, Tensor]
+"""What a rule keeps of a task, by name."""
+
+Rule = Callable[[Tensor, Sequence[Kept]], Tensor]
+"""Weights (n, tasks) of inputs that look like (n, dim), by what was kept of every task."""
+
+Way = Callable[[Tensor], Tensor]
+"""Another use of weights (n, adapters): the same shape."""
+
+
+def kept_blob(task: int) -> str:
+    """Name of the blob that holds what a rule kept of a task."""
+    return f"routing.{task}"
+
+
+def kept_bytes(kept: Kept) -> bytes:
+    """What is kept as a safetensors file."""
+    return save({name: tensor.detach().cpu().contiguous() for name, tensor in kept.items()})
+
+
+def known_tasks(view: memtool_stores.MemoryView) -> tuple[int, ...]:
+    """Numbers of the tasks that have adapters and were consolidated, in the order written."""
+    blobs = set(view.blobs())
+    tasks = dict.fromkeys(task_of(record) for record in view.adapters)
+    return tuple(task for task in tasks if kept_blob(task) in blobs)
+
+
+class Routing(nn.Module):
+    """Adapters (t) and what a rule kept of their tasks; `owners` (t,) is each one's task, an index.
+
+    Nothing of it learns. What was kept are its buffers, so that they move with it.
+    """
+
+    owners: Tensor
+
+    def __init__(
+        self, values: AdapterValues, owners: Sequence[int], kept: Sequence[Kept], rule: Rule
+    ) -> None:
+        super().__init__()
+        self.values = values
+        self.register_buffer("owners", torch.tensor(owners))
+        self._rule = rule
+        self._names = [tuple(one) for one in kept]
+        for index, one in enumerate(kept):
+            for name, tensor in one.items():
+                self.register_buffer(f"kept_{index}_{name}", tensor)
+
+    @property
+    def kept(self) -> list[Kept]:
+        """What the rule kept of every task, by name."""
+        return [
+            {name: getattr(self, f"kept_{index}_{name}") for name in names}
+            for index, names in enumerate(self._names)
+        ]
+
+    def weights(self, looks: Tensor) -> Tensor:
+        """The weights (n, adapters) of inputs by what they look like (n, dim).
+
+        Adapters of one task share its weight. Raises MismatchError where the rule gives another
+        shape than (n, tasks), or numbers that are none.
+        """
+        with torch.autocast(looks.device.type, enabled=False):
+            found = self._rule(looks.float(), self.kept)
+        return spread_over(found, self.owners, looks.shape[0], len(self._names))
+
+    def only(self, task: int) -> None:
+        """Give the adapters of one task, an index, all weight from here on."""
+        chosen = torch.arange(len(self._names)) == task
+        self._rule = lambda looks, _: chosen.to(looks).expand(len(looks), -1)
+
+    def recall(self, weights: Tensor) -> Recall:
+        """What inputs recall under weights (n, adapters)."""
+        return given_for_each(self.values, weights.unsqueeze(1), "delta")
+
+
+@dataclass(frozen=True, eq=False)
+class RoutedMemory:
+    """One version, on the device: `records` are the adapters of `tasks`, in the order written.
+
+    `head` has the classifier that was trained with each adapter; None of texts.
+    """
+
+    version: str
+    view: memtool_stores.MemoryView
+    tasks: tuple[int, ...]
+    records: tuple[memtool_stores.AdapterRecord, ...]
+    routing: Routing
+    head: RecalledHead | None
+
+    @classmethod
+    def read(cls, work: Workspace, version: str, rule: Rule, device: torch.device) -> RoutedMemory:
+        """Read a version whole.
+
+        Raises NotFoundError for one without consolidated adapters, or of images an adapter without
+        a head.
+        """
+        view = work.store.view(work.version_of(version))
+        tasks = known_tasks(view)
+        if not tasks:
+            held = f"{len(view.adapters)} adapters, of which nothing is kept to choose by"
+            raise NotFoundError(
+                f"the memory {work.store_path!r} holds {held}, at version {view.version}",
+                remedy="memtool train-adapter --task 1 && memtool write, then memtool consolidate",
+            )
+        records = tuple(record for record in view.adapters if task_of(record) in tasks)
+        values = AdapterValues.from_flat(
+            torch.from_numpy(view.values([record.id for record in records]).copy()),
+            work.layout,
+            torch.tensor([record.scaling for record in records], dtype=torch.float32),
+        )
+        blobs = [kept_blob(task) for task in tasks]
+        kept = [load_tensors(view.blob(name), f"blob {name!r}") for name in blobs]
+        owners = [tasks.index(task_of(record)) for record in records]
+        head = None if work.reads == "texts" else _heads(view, records).to(device)
+        routing = Routing(values, owners, kept, rule).to(device)
+        return cls(view.version, view, tasks, records, routing, head)
+
+
+def spread_over(weights: Tensor, owners: Tensor, inputs: int, tasks: int) -> Tensor:
+    """Weights of tasks (n, tasks), checked, as weights of their adapters (n, adapters)."""
+    if tuple(weights.shape) != (inputs, tasks):
+        raise MismatchError(
+            f"a rule gave weights of shape {tuple(weights.shape)} for {inputs} inputs",
+            expected=f"({inputs}, {tasks}): one for every input and task",
+        )
+    if not torch.compiler.is_exporting() and not bool(weights.isfinite().all()):
+        raise MismatchError("a rule gave weights that are not finite", expected="finite numbers")
+    shares = F.one_hot(owners, tasks).to(weights.dtype)
+    return weights[:, owners] / shares.sum(dim=0)[owners]
+
+
+def hardest(weights: Tensor) -> Tensor:
+    """All weight on the adapter that has most: (n, adapters)."""
+    return F.one_hot(weights.argmax(dim=1), weights.shape[1]).to(weights.dtype)
+
+
+def uniform(weights: Tensor) -> Tensor:
+    """The same weight for all: (n, adapters)."""
+    return torch.full_like(weights, 1 / weights.shape[1])
+
+
+def only(task: int, owners: Tensor) -> Way:
+    """All weight on the adapters of one task, an index."""
+    mine = (owners == task).float()
+    return lambda weights: (mine / mine.sum()).expand(len(weights), -1)
+
+
+def _heads(
+    view: memtool_stores.MemoryView, records: Sequence[memtool_stores.AdapterRecord]
+) -> RecalledHead:
+    """The classifier that was trained with each adapter."""
+    found = []
+    for record in records:
+        head = own_head(view, record.name)
+        if head is None:
+            raise NotFoundError(
+                f"adapter {record.name!r} came without a trained head",
+                remedy="an adapter made by memtool train-adapter",
+            )
+        found.append(head)
+    return RecalledHead.of_tasks(found, range(len(found)))

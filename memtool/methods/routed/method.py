@@ -1,0 +1,298 @@
+"""A method of one's own: whole adapters, mixed for every input by weights that a rule gives.
+
+    adapt        train an adapter of each task, of images with a head
+    write        append it to the store
+    consolidate  keep what the rule keeps of every new task
+    retrieve     the weights that an input gets, and what comes of it
+    evaluate     accuracy, or the loss of texts, on every task, at any version
+
+The rule sees an input as the frozen model does (`memtool.learning.looks`): `keep` says what stays
+of the training samples of a task, `weights` how much each task counts for an input. Prompts keep
+their weights while they are answered.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+import memtool_stores
+from memtool.errors import ConfigError
+from memtool.evaluation.record import Record
+from memtool.learning.looks import looks
+from memtool.methods.attached import Attached
+from memtool.methods.explanation import Explanation
+from memtool.methods.in_store import classes_of
+from memtool.methods.method import Method, newest_after_each, require_unmoved
+from memtool.methods.outcome import predicted, share_right
+from memtool.methods.records import recorded, task_of
+from memtool.methods.results import AdapterCoefficient, RetrieveResult, RoutedResult
+from memtool.methods.routed import measure
+from memtool.methods.routed.attached import RoutedImages, RoutedTexts
+from memtool.methods.routed.explain import explain
+from memtool.methods.routed.memory import (
+    Kept,
+    RoutedMemory,
+    kept_blob,
+    kept_bytes,
+    known_tasks,
+)
+from memtool.methods.subject import subject_of
+from memtool.sections import Settings
+from memtool.streams.task import Images, Task
+
+
+class Routed(Method, ABC):
+    """The steps over one configuration and seed; a subclass has a `name`, `keep` and `weights`.
+
+    Its `Settings`, where it has any, are the section of its name; `settings` are those in force.
+    """
+
+    name: ClassVar[str]
+    reads: ClassVar[tuple[str, ...]] = ("images", "texts")
+    consolidates: ClassVar[str | None] = "what is kept of each task"
+    has_baselines: ClassVar[bool] = True
+
+    @property
+    def settings(self) -> Any:
+        """The section of this method; the base of all settings where it has none."""
+        return getattr(self.config, self.name.replace("-", "_"), Settings())
+
+    @abstractmethod
+    def keep(self, looks: Tensor) -> Mapping[str, Tensor]:
+        """What is kept of a task, by name, of what its training samples look like (n, dim)."""
+
+    @abstractmethod
+    def weights(self, looks: Tensor, kept: Sequence[Kept]) -> Tensor:
+        """How much each task counts, (n, tasks), for inputs that look like (n, dim).
+
+        `kept` has what was kept of every task, in order.
+        """
+
+    # Consolidate ----------------------------------------------------------------------------
+
+    def consolidate(self) -> RoutedResult:
+        """Keep what the rule keeps of every new task; the samples of the others are not read."""
+        begin, work = time.perf_counter(), self.workspace
+        view = work.store.view("HEAD")
+        self._require_own_kind(view)
+        tasks = tuple(dict.fromkeys(task_of(record) for record in view.adapters))
+        new = [task for task in tasks if kept_blob(task) not in view.blobs()]
+        result = RoutedResult(
+            version=view.version, tasks=tasks, new=tuple(new), seconds=0.0, unchanged=not new
+        )
+        if not new:
+            return result
+        blobs = {}
+        for number in work.telling("consolidate: keep", new):
+            seen = looks(work, work.task(str(number)).train)
+            blobs[kept_blob(number)] = kept_bytes(self.keep(seen))
+
+        def commit(txn: memtool_stores.Transaction) -> None:
+            require_unmoved(txn, view)
+            for name, data in blobs.items():
+                txn.put_blob(name, data)
+
+        seconds = time.perf_counter() - begin
+        metadata = {**self._metadata("consolidate"), "learned": list(tasks), "seconds": seconds}
+        message = f"consolidate tasks {' '.join(map(str, tasks))}"
+        work.engine.on_main(lambda: work.store.run(commit, message, metadata=metadata))
+        return result.model_copy(update={"version": work.store.head(), "seconds": seconds})
+
+    def task_written(self, task: Task) -> None:
+        """Consolidate it."""
+        del task
+        if self.config.stream.setting != "dg":
+            self.consolidate()
+
+    def all_written(self) -> None:
+        """Consolidate the sources of setting dg, together."""
+        self.consolidate()
+
+    # Retrieve -------------------------------------------------------------------------------
+
+    def retrieve(
+        self,
+        *,
+        task: str | None = None,
+        image: Path | None = None,
+        prompt: str | None = None,
+        query: Path | None = None,
+        version: str = "HEAD",
+        out: Path | None = None,
+    ) -> RetrieveResult:
+        """The weights that an input, or test samples of a task, get; and what comes of it.
+
+        Raises ConfigError for anything but one subject, and for `query` and `out`.
+        """
+        if query is not None or out is not None:
+            raise ConfigError(
+                f"{'--query' if query is not None else '--out'} under method {self.name}",
+                expected="--task, --image or --prompt alone",
+            )
+        work = self.workspace
+        subject = subject_of(work, task=task, image=image, prompt=prompt)
+        memory = self.read(version) if subject.task is None else self.snapshot(version)
+        samples, alone = subject.samples, subject.task is None
+        outcome: dict[str, Any] = {}
+        if isinstance(samples, Images):
+            scores, weights = measure.scores(work, memory, samples)
+            if alone:
+                assert memory.head is not None
+                chances = memory.head.probabilities(scores)[0]
+                outcome["prediction"] = predicted(chances, classes_of(memory.view), None)
+            else:
+                outcome["accuracy"] = share_right(scores, samples)
+        else:
+            device = memory.routing.owners.device
+            weights = memory.routing.weights(looks(work, samples).to(device)).cpu()
+            answering = measure.answering(work, memory)
+            if alone:
+                outcome["answer"] = answering.answers(samples.prompts)[0]
+            else:
+                encoded = work.backbone.encode(samples.prompts, samples.answers)
+                outcome["loss"] = answering.loss(encoded)
+        mean = weights.double().mean(dim=0).tolist()
+        return RetrieveResult(
+            version=memory.version,
+            subject=subject.words,
+            samples=len(subject),
+            mix="delta",
+            separation=self.name,
+            adapters=tuple(
+                AdapterCoefficient(name=record.name, task=task_of(record), coefficient=one)
+                for record, one in zip(memory.records, mean, strict=True)
+            ),
+            blocks=(tuple(mean),),
+            block_numbers=(work.backbone.depth,),
+            **outcome,
+        )
+
+    def explain(
+        self, *, layer: str | None = None, block: int | None = None, **subject: Any
+    ) -> Explanation:
+        """What comes out without each adapter; arguments as in `explain.explain`."""
+        if layer is not None or block is not None:
+            raise ConfigError(
+                f"--layer and --block under method {self.name}",
+                expected="method moram, where every adapted map has atoms of its own",
+            )
+        return explain(self, **subject)
+
+    # Evaluate -------------------------------------------------------------------------------
+
+    def evaluate(
+        self,
+        *,
+        setting: str | None = None,
+        version: str = "HEAD",
+        history: bool = False,
+        compare: bool = False,
+        command: str | None = None,
+        preset: str | None = None,
+    ) -> Record:
+        """Accuracy, or the loss of texts, on the test samples of every task in memory.
+
+        `history` also reads the version after each task; `compare` adds a hard choice, the uniform
+        mixture and the oracle adapter. The task is never given.
+        """
+        begin, work = time.perf_counter(), self.workspace
+        cut = self._setting(setting)
+        memory = self.snapshot(version)
+        shown = [work.task(str(number)) for number in memory.tasks]
+        if work.stream.held_out is not None:
+            shown = [work.stream.held_out]
+        there = {len(memory.tasks): memory}
+        if history and work.stream.held_out is None:
+            log = work.store.log(memory.version)
+            known = ((one.id, known_tasks(work.store.view(one.id))) for one in log)
+            for count, at in newest_after_each(known, memory.tasks).items():
+                there.setdefault(count, self.snapshot(at))
+        ways = [measure.as_they_are] * len(shown)
+        rows = [
+            measure.row(
+                work,
+                "memory",
+                f"memory, {self.name}",
+                "method",
+                shown,
+                {min(n, len(shown)): (one, ways) for n, one in sorted(there.items())},
+            )
+        ]
+        if compare:
+            rows += measure.other_rows(work, memory, shown)
+        return self._record(
+            rows,
+            shown,
+            setting=cut,
+            version=memory.version,
+            used=self.config,
+            mix="delta",
+            separation=None,
+            seconds=time.perf_counter() - begin,
+            command=command,
+            preset=preset,
+        )
+
+    def _setting(self, setting: str | None) -> str:
+        """What is known at test time: as the tasks were cut. Raises ConfigError for another."""
+        cut = self.config.stream.setting
+        if setting not in (None, cut):
+            raise ConfigError(
+                f"setting {setting!r} on tasks that were cut for {cut!r}", expected=cut
+            )
+        return cut
+
+    def known_tasks(self, version: str) -> tuple[int, ...]:
+        """Numbers of the tasks that a version can be measured on."""
+        return known_tasks(self.workspace.store.view(version))
+
+    def measure(
+        self, version: str, tasks: Sequence[int], setting: str | None = None
+    ) -> dict[str, float]:
+        """Metrics of a version on the given tasks: faa, task_accuracy, of texts the loss."""
+        self._setting(setting)
+        work, memory = self.workspace, self.snapshot(version)
+        shown = [work.task(str(number)) for number in tasks]
+        ways = [measure.as_they_are] * len(shown)
+        row = measure.row(work, "memory", "", "method", shown, {len(shown): (memory, ways)})
+        found = {"task_accuracy": measure.task_accuracy(work, memory, shown)}
+        for name, line in (("loss", row.loss), ("faa", row.accuracy)):
+            last = [score for score in line[-1] if score is not None] if line else []
+            if last:
+                found[name] = sum(last) / len(last)
+        return found
+
+    # Shared ---------------------------------------------------------------------------------
+
+    def read(self, version: str = "HEAD") -> RoutedMemory:
+        """The memory at a version, on the device; the stream is not opened."""
+        work = self.workspace
+        return RoutedMemory.read(work, version, self.weights, work.backbone.device)
+
+    def snapshot(self, version: str = "HEAD") -> RoutedMemory:
+        """The memory at a version, of the tasks of this stream; MismatchError for another."""
+        found = self.read(version)
+        for record in found.view.adapters:
+            self._require_same_task(record)
+        return found
+
+    def attach(
+        self, version: str = "HEAD", *, task: str | None = None, precision: str = "fp32"
+    ) -> Attached:
+        """A version as a module; with `task` the adapters of that task alone, for every input."""
+        memory, backbone = self.read(version), self.workspace.backbone
+        if task is not None:
+            number = task_of(recorded(memory.view, task))
+            memory.routing.only(memory.tasks.index(number))
+        kind = RoutedTexts if self.workspace.reads == "texts" else RoutedImages
+        return kind(backbone, memory, precision)
+
+    def class_names(self, view: memtool_stores.MemoryView) -> tuple[str, ...]:
+        """The classes that a version tells apart, in the order of its scores; none of texts."""
+        return classes_of(view)
