@@ -189,9 +189,10 @@ class Classify(OfImages):
         return self.head.classifier().to("cpu")
 
     def as_it_is(self) -> Classify:
-        """With a frozen copy of the head."""
+        """With a copy of the head that is no part of the module; float32, also under autocast."""
         other = copy.copy(self)
-        other._modules = {**self._modules, "head": copy.deepcopy(self.head).requires_grad_(False)}
+        other._modules = {name: m for name, m in self._modules.items() if name != "head"}
+        other.__dict__["head"] = self.head.classifier()
         return other
 
     def copied(self, count: int) -> _HeadOfEach:
