@@ -10,6 +10,7 @@ from memtool.backbones.footprint import Footprint, footprint_of
 from memtool.experiments.run import chosen_baselines
 from memtool.methods import open_method
 from memtool.methods.moram.state import gate_of
+from memtool.sections import MoramSettings
 from memtool.settings import Config, HeadSettings
 from memtool.streams import create_stream
 from memtool.workspace import Workspace
@@ -32,14 +33,15 @@ def plan(config: Config, *, seed: int, verb: str) -> dict[str, Any]:
     held out is among them with no training samples, and it alone has test samples; where every
     domain is held out in turn (`held_out` None), all have both, and there is a memory for each.
     `bytes_in_all` is of all memories of one seed. Of a language model only the configuration is
-    read, and `memory` says in bytes where its memory goes; None for images. Raises what opening
-    method, data and backbone does.
+    read, and `memory` says in bytes where its memory goes with atoms; None without. Raises what
+    opening method, data and backbone does.
     """
     method = open_method(config, seed=seed)
     work, memory = method.workspace, None
     if work.reads == "texts":
         found = _footprint(work)
-        memory, numbers = _memory(config, found), found.atoms // 4 // len(work.stream.tasks)
+        numbers = found.atoms // 4 // len(work.stream.tasks)
+        memory = _memory(config, found) if method.kind == "atoms" else None
         tasks = [
             _Task(task.name, len(task.train), len(task.test), work.epochs(task))
             for task in work.stream.tasks
@@ -88,7 +90,8 @@ def _footprint(work: Workspace) -> Footprint:
     Under score norm task it is that of norm bank, which keeps as much.
     """
     config = work.config
-    counted = config.moram.model_copy(update={"score_norm": "bank", "scaled_threshold": False})
+    gate = getattr(config, "moram", MoramSettings())
+    counted = gate.model_copy(update={"score_norm": "bank", "scaled_threshold": False})
     return footprint_of(
         config.backbone,
         rank=config.adapter.rank,

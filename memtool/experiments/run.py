@@ -7,6 +7,7 @@ killed goes on at the first step that is not there.
 from __future__ import annotations
 
 import copy
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -35,11 +36,19 @@ from memtool.evaluation.record import (
 from memtool.evaluation.writers import write_avalanche, write_domainbed
 from memtool.learning.known import is_fixed, learned_under
 from memtool.methods import open_method
-from memtool.methods.baselines import BASELINES, DG_BASELINES, HeldOut, baselines_of
+from memtool.methods.baselines import (
+    DG_BASELINES,
+    HeldOut,
+    baseline,
+    baselines_of,
+    held_out_baseline,
+    source_of,
+)
 from memtool.methods.kept import fingerprint_of, kept
 from memtool.methods.method import Method
 from memtool.paths import store_beside, without_home
 from memtool.progress import Progress
+from memtool.registry import SHIPPED
 from memtool.reports.html import Cost, write_report
 from memtool.settings import Config
 from memtool.streams.task import Images, Task
@@ -366,8 +375,11 @@ def _begin_anew(store: memtool_stores.MemoryStore) -> None:
 
 def chosen_baselines(method: Method) -> tuple[str, ...]:
     """The baselines that `run` measures: those of the known that are wanted."""
-    wanted = method.config.baselines
-    return tuple(name for name in known_baselines(method) if "all" in wanted or name in wanted)
+    wanted, known = method.config.baselines, known_baselines(method)
+    if not known:
+        return ()
+    others = [name for name in wanted if name not in ("all", "none", *SHIPPED["baselines"])]
+    return (*(name for name in known if "all" in wanted or name in wanted), *others)
 
 
 def known_baselines(method: Method) -> tuple[str, ...]:
@@ -390,12 +402,15 @@ def _baseline(method: Method, name: str, tasks: Sequence[Task]) -> list[Row]:
     def measure() -> list[Row]:
         held_out = work.stream.held_out
         if held_out is not None:
-            return _on_held_out(held_out, DG_BASELINES[name], work, tasks)
-        return BASELINES[name](work, tasks)
+            return _on_held_out(held_out, held_out_baseline(name), work, tasks)
+        return baseline(name)(work, tasks)
 
     decides = _decides_of_texts(work) if work.reads == "texts" else _decides_of_images(work)
     decides.append(work.config.past.energy if name == "inf-lora" else None)
-    file = work.config.runs / "baselines" / f"{name}-{fingerprint_of(decides)[:16]}.json"
+    if (source := source_of(name)) is not None:
+        decides.append(source)
+    word = re.sub(r"[^\w.-]+", "-", name)  # a name as path/to/file.py:Class is no file name
+    file = work.config.runs / "baselines" / f"{word}-{fingerprint_of(decides)[:16]}.json"
     stage = f"baseline: {name}"
     work.tell(stage, 0, 1)
     rows = kept(file, _ROWS, work.engine, measure)

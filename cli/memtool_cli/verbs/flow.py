@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -186,7 +186,7 @@ def consolidate(call: Call) -> None:
     if call.dry_run:
         return show_plan(call, "consolidate")
     with call.out.progress() as progress:
-        result = call.method(progress).consolidate()
+        result: Any = call.method(progress).consolidate()
     rows: list[tuple[str, str]] = [
         ("version", result.version),
         ("tasks", " ".join(str(task) for task in result.tasks)),
@@ -208,6 +208,8 @@ def consolidate(call: Call) -> None:
     elif result.schema_ == "memtool.consolidate-moram":
         if result.head is not None:
             rows.append(("head", f"{result.head}, {result.scope}"))
+    elif result.schema_ == "memtool.consolidate-routed":
+        rows += [("new", " ".join(map(str, result.new))), ("time", duration(result.seconds))]
     else:
         rows.append(("memories", ", ".join(result.memories)))
         if result.train_task_accuracy is not None:
@@ -215,7 +217,7 @@ def consolidate(call: Call) -> None:
             rows.append(("task predictor", f"{result.epochs} epochs, {right} of training tasks"))
         rows.append(("time", duration(result.seconds)))
     call.out.data(result, Table((), rows), ids=[result.version])
-    if call.reads_texts:
+    if result.schema_ == "memtool.consolidate-moram" and result.head is None:
         call.out.note(
             "there is nothing to learn: atoms find themselves, and the model has its head"
         )
@@ -292,11 +294,13 @@ def _show_mixture(call: Call, result: RetrieveResult) -> None:
             for number, block in zip(result.block_numbers, result.blocks, strict=True)
         ],
     )
-    first = predicted(result.prediction)
+    first = predicted(result.prediction, result.answer)
     call.out.data(result, *first, mixture, blocks, ids=[adapter.name for adapter in best[:1]])
     say_unlike(call.out, result.prediction)
     if result.accuracy is not None:
         call.out.note(f"accuracy on {result.samples} samples: {percent(result.accuracy)}")
+    if result.loss is not None:
+        call.out.note(f"loss on {result.samples} texts: {result.loss:.3f} nats per answer token")
     if result.out is not None:
         call.out.note(f"the mixture is in {result.out}")
 

@@ -21,9 +21,12 @@ moments, and by an LDA head per task. Domain generalisation has no order and its
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
+from memtool.errors import ConfigError
 from memtool.evaluation.record import Row
 from memtool.learning.learner import Learner
 from memtool.methods.baselines.ewc import Ewc
@@ -35,12 +38,22 @@ from memtool.methods.baselines.joint import joint
 from memtool.methods.baselines.lwf import Lwf
 from memtool.methods.baselines.moe_lora import MoeLora
 from memtool.methods.baselines.o_lora import OLora
-from memtool.methods.baselines.sources import DG_BASELINES, HeldOut
+from memtool.methods.baselines.sources import DG_BASELINES, HeldOut, trained_sources
 from memtool.methods.baselines.zero_shot import InContext, ZeroShot, once
-from memtool.streams.task import Task
+from memtool.registry import find
+from memtool.streams.task import Images, Task
 from memtool.workspace import Workspace
 
-__all__ = ["BASELINES", "DG_BASELINES", "Baseline", "HeldOut", "baselines_of"]
+__all__ = [
+    "BASELINES",
+    "DG_BASELINES",
+    "Baseline",
+    "HeldOut",
+    "baseline",
+    "baselines_of",
+    "held_out_baseline",
+    "source_of",
+]
 
 Baseline = Callable[[Workspace, Sequence[Task]], list[Row]]
 
@@ -67,3 +80,41 @@ def baselines_of(reads: str, *, fixed_head: bool = False) -> Mapping[str, Baseli
     else:
         without = _NOT_OF_FIXED_HEADS if fixed_head else _NOT_OF_IMAGES
     return {name: baseline for name, baseline in BASELINES.items() if name not in without}
+
+
+def baseline(name: str) -> Baseline:
+    """What measures a baseline: one that ships, or a class or function of another package.
+
+    A class is a `Learner` that learns task after task. Raises ConfigError for another class.
+    """
+    return BASELINES[name] if name in BASELINES else _of_others(name, in_turn)
+
+
+def held_out_baseline(name: str) -> Callable[[Workspace, Sequence[Task], Images], list[HeldOut]]:
+    """As `baseline`, of domain generalisation: a class learns from all sources at once."""
+    if name in DG_BASELINES:
+        return DG_BASELINES[name]
+
+    def at_once(kind: type[Learner], *given: Any) -> list[HeldOut]:
+        return trained_sources(kind, kind.id, kind.title, *given)
+
+    return _of_others(name, at_once)
+
+
+def source_of(name: str) -> str | None:
+    """The text of a class or function of another package: a changed one is measured again."""
+    if name in (*BASELINES, *DG_BASELINES):
+        return None
+    return inspect.getsource(find("baselines", name))
+
+
+def _of_others(name: str, learned: Callable[..., Any]) -> Any:
+    found = find("baselines", name)
+    if not isinstance(found, type):
+        return found
+    if not issubclass(found, Learner):
+        raise ConfigError(
+            f"baseline {name}: {found.__name__} is no Learner",
+            expected="a subclass of memtool.Learner, or a function of a workspace and its tasks",
+        )
+    return partial(learned, found)
