@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -463,6 +464,22 @@ _CARRIED = (
 )
 
 
+def _require_text(name: str, value: Any) -> None:
+    """Raise ConfigError for a word that no path and no file can have, whatever it names."""
+    for one in value if isinstance(value, list) else [value]:
+        if not isinstance(one, str | Path):
+            continue
+        try:
+            encoded = os.fsencode(one)
+        except UnicodeEncodeError:
+            encoded = b"\0"
+        if b"\0" in encoded:
+            raise ConfigError(
+                f"{name.replace('_', '-')} cannot be {shown(str(one))}",
+                expected="text without NUL, in the encoding of this system",
+            )
+
+
 def verb(
     *shared: Shared, remembers: bool = False
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -476,6 +493,8 @@ def verb(
         own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
 
         def called(**values: Any) -> None:
+            for name, value in values.items():
+                _require_text(name, value)
             given = {option.name: values.pop(option.name) for option in options}
             if given["json"] and given["quiet"]:
                 raise ConfigError("--json and --quiet", expected="one of them")
