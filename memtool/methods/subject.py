@@ -69,16 +69,6 @@ def subject_of(
     return Subject(prompt, Texts((prompt,), ()))
 
 
-def joined(parts: list[Images]) -> Images:
-    """The samples of several tasks, one after another."""
-    return Images.joined(parts)
-
-
-def first(samples: Images, count: int) -> Images:
-    """At most `count` samples, spread evenly."""
-    return spread(samples, count)
-
-
 def read_query(path: Path, backbone: FrozenModel) -> Tensor:
     """The tensor `query` of a safetensors file, float32.
 

@@ -19,9 +19,9 @@ from memtool.heads import FeatureStatistics, LinearClassifier, solve_head
 from memtool.learning import adapt as stage_one
 from memtool.methods.mira.count import count_task
 from memtool.methods.mira.method import Mira
-from memtool.methods.subject import first
 from memtool.settings import AdapterSettings, StreamSettings, TrainSettings
 from memtool.streams import create_stream
+from memtool.streams.task import spread
 from tests.methods.conftest import learn, small_config
 
 FEW = {"stream__train_per_task": 60, "stream__test_per_task": 30}
@@ -91,7 +91,7 @@ def test_tasks_of_unequal_size_count_by_their_images(tmp_path):
     mira = Mira.open(config, seed=0)
     stream = mira.workspace.stream
     tasks = [
-        dataclasses.replace(task, train=first(task.train, count))
+        dataclasses.replace(task, train=spread(task.train, count))
         for task, count in zip(stream.tasks[:2], (25, 90), strict=True)
     ]
     mira.workspace.stream = dataclasses.replace(stream, tasks=tuple(tasks))

@@ -38,9 +38,9 @@ from memtool.methods.moram.method import Moram
 from memtool.methods.moram.prune import dead_atoms, prune
 from memtool.methods.moram.state import AtomsState, bank_of, digest
 from memtool.methods.moram.watch import contribution, contributions, frozen_drift, task_shares
-from memtool.methods.subject import first
 from memtool.reports.html import render
 from memtool.reports.table import atoms_grid
+from memtool.streams.task import spread
 from memtool_stores import Backbone, MemoryStore, Space, SpaceMismatchError
 from tests.methods.conftest import small_config
 
@@ -331,7 +331,7 @@ class TestWhatAtomsDo:
         work, snapshot = grown.workspace, grown.snapshot()
         versions = history(grown.workspace, snapshot.version, snapshot.tasks)
         then = grown.snapshot(versions[1])
-        samples = first(work.stream.tasks[0].test, 8)
+        samples = spread(work.stream.tasks[0].test, 8)
         same, later = frozen_drift(
             work, then.bank, [then.bank, snapshot.bank], then.gate, 1, samples
         )
@@ -392,7 +392,7 @@ class TestWhatAtomsDo:
 
     def test_shares_without_threshold_sum_to_one(self, grown):
         work, snapshot = grown.workspace, grown.snapshot()
-        images = first(work.stream.tasks[0].test, 4)
+        images = spread(work.stream.tasks[0].test, 4)
         open_gate = AtomGate(topk=4, threshold=-1)
         shares, blocks = task_shares(work, snapshot.bank, open_gate, snapshot.tasks, images)
         assert shares.shape == (4, 4, 3)
@@ -400,8 +400,8 @@ class TestWhatAtomsDo:
 
     def test_each_set_of_images_counts_alike(self, grown):
         work, snapshot = grown.workspace, grown.snapshot()
-        one = first(work.stream.tasks[0].test, 6)
-        two = first(work.stream.tasks[1].test, 3)
+        one = spread(work.stream.tasks[0].test, 6)
+        two = spread(work.stream.tasks[1].test, 3)
 
         def added(*images):
             return contributions(work, snapshot.bank, snapshot.gate, images)

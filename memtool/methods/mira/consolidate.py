@@ -47,9 +47,8 @@ from memtool.methods.mira.state import (
     queries_blob,
 )
 from memtool.methods.results import ConsolidateResult
-from memtool.methods.subject import first, joined
 from memtool.settings import Config
-from memtool.streams.task import Task
+from memtool.streams.task import Images, Task, spread
 from memtool.workspace import Workspace, require_learnable
 
 SOLVED = ("lda", "ridge", "ncm")
@@ -276,14 +275,14 @@ def _learn(
         work.engine,
         model,
         teacher.to(work.engine.device),
-        joined([task.train for task in shown]),
+        Images.joined([task.train for task in shown]),
         config.consolidate,
         kept=start.kept,
         classes=sorted({label for task in shown for label in task.classes}),
         seed=work.seed,
         head_learns=config.head.kind == "shared" or resolved,
         past=start.past,
-        validation=joined([task.validation for task in shown]),
+        validation=Images.joined([task.validation for task in shown]),
         augment=config.train.augment,
         progress=work.progress,
         stage=f"task {' '.join(str(task.number) for task in shown)}: consolidate",
@@ -330,7 +329,7 @@ def _result(known: Inventory, made: Made, began: float) -> ConsolidateResult:
     """What consolidation came to, at the version that it went on from."""
     work, config = known.work, known.config
     last = work.task(str((known.fresh or known.tasks)[-1]))
-    shown = first(last.train, 4 * SUBJECT_SAMPLES)
+    shown = spread(last.train, 4 * SUBJECT_SAMPLES)
     accuracy = Measure(work).accuracy(made.model, made.head.to(work.engine.device), shown)
     return ConsolidateResult(
         version=known.view.version,

@@ -36,10 +36,10 @@ from memtool.methods.mira.measure import SUBJECT_SAMPLES, seen_by
 from memtool.methods.mira.method import Mira
 from memtool.methods.mira.recall import MemoryModel, QueryProbe
 from memtool.methods.records import task_of
-from memtool.methods.subject import first
 from memtool.reports.explanation import format_of, write_explained
 from memtool.sections import Mix
 from memtool.streams import load_image
+from memtool.streams.task import spread
 from memtool_stores import AdapterRecord
 
 SHRINKAGE = 1e-2
@@ -111,7 +111,7 @@ class _Shown:
 def _shown(mira: Mira, task: str | None, image: Path | None) -> _Shown:
     if task is not None:
         chosen = mira.workspace.task(task, held_out=True)
-        some = first(chosen.test, SUBJECT_SAMPLES)
+        some = spread(chosen.test, SUBJECT_SAMPLES)
         labels = torch.from_numpy(np.asarray(some.labels))
         return _Shown(f"task {chosen.number} {chosen.name}", some.images, labels)
     assert image is not None

@@ -10,9 +10,8 @@ import torch
 
 from memtool.methods.mira.measure import SUBJECT_SAMPLES, Measure
 from memtool.methods.mira.state import Snapshot
-from memtool.methods.subject import first
 from memtool.reports.figures import CoefficientMap, KeyMap, SampleCoefficientMap
-from memtool.streams.task import Task
+from memtool.streams.task import Task, spread
 
 if TYPE_CHECKING:
     from memtool.methods.mira.method import Mira
@@ -26,7 +25,7 @@ def coefficient_maps(
     _, model, head = snapshot.consolidated()
     measure = Measure(mira.workspace)
     found = [
-        measure.recall(model, head, first(task.test, SUBJECT_SAMPLES).images)[1].double()
+        measure.recall(model, head, spread(task.test, SUBJECT_SAMPLES).images)[1].double()
         for task in tasks
     ]
     names = tuple(record.name for record in snapshot.records)

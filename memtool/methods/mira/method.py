@@ -49,10 +49,10 @@ from memtool.methods.results import (
     ConsolidateResult,
     RetrieveResult,
 )
-from memtool.methods.subject import first, read_query
+from memtool.methods.subject import read_query
 from memtool.reports.figures import Pictures
 from memtool.streams import load_image
-from memtool.streams.task import Task
+from memtool.streams.task import Task, spread
 
 if TYPE_CHECKING:
     from memtool.methods.explanation import Explanation
@@ -136,7 +136,7 @@ class Mira(Method):
         else:
             if task is not None:
                 chosen = self.workspace.task(task, held_out=True)
-                shown = first(chosen.test, SUBJECT_SAMPLES)
+                shown = spread(chosen.test, SUBJECT_SAMPLES)
                 subject, samples = f"task {chosen.number} {chosen.name}", len(shown)
                 images = shown.images
             else:
