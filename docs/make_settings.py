@@ -63,15 +63,18 @@ OTHERS = """\
 `--method package.module:Class`, `--method path/to/file.py:Class`, or a name that an installed
 package gives with an entry point of the group `memtool.methods`. A class with the steps of a method
 (`open`, `adapt`, `write`, `consolidate`, `retrieve`, `evaluate`) is one; `reads` says what it reads
-(`images`, `texts`). Its own settings are a model of the class:
+(`images`, `texts`). `memtool.Routed` has them all and reads both: a subclass is a rule that mixes whole
+adapters. Its own settings are a model of the class:
 
 ```python
 class MySettings(memtool.Settings):
     k: int = Field(3, ge=1, description="how many neighbours")
 
-class MyMethod(memtool.Mira):
-    name = "nearest-mean"     # the section is nearest_mean
+
+class NearestMean(memtool.Routed):
+    name = "nearest-mean"  # the section is nearest_mean
     Settings = MySettings
+    # keep(looks): what stays of a task; weights(looks, kept): how much each task counts
 ```
 
 `nearest_mean.k` is then a key as any other: with `--set`, as the variable MEMTOOL_NEAREST_MEAN__K,
