@@ -63,8 +63,8 @@ OTHERS = """\
 `--method package.module:Class`, `--method path/to/file.py:Class`, or a name that an installed
 package gives with an entry point of the group `memtool.methods`. A class with the steps of a method
 (`open`, `adapt`, `write`, `consolidate`, `retrieve`, `evaluate`) is one; `reads` says what it reads
-(`images`, `texts`). `memtool.Routed` has them all and reads both: a subclass is a rule that mixes whole
-adapters. Its own settings are a model of the class:
+(`images`, `texts`). `memtool.Routed` has them all and reads both: a subclass is a rule that mixes
+whole adapters. Its own settings are a model of the class:
 
 ```python
 class MySettings(memtool.Settings):

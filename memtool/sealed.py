@@ -72,19 +72,19 @@ def read_file(path: Path, limit: str = "array_bytes") -> bytes:
 # JSON
 
 
-def write_json(path: Path, document: Mapping[str, Any], *, private: bool = False) -> Path:
+def write_json(path: Path, document: Mapping[str, Any]) -> Path:
     """Write an object of JSON values with its seal, whole or not at all; returns `path`.
 
     MemtoolError as `write_atomic`; ValueError for numbers that JSON has not.
     """
     seal = f"{_KIND}{_digest(document)}"
     text = json.dumps({**document, SEAL: seal}, indent=2, ensure_ascii=False, allow_nan=False)
-    return write_atomic(path, f"{text}\n", private=private)
+    return write_atomic(path, f"{text}\n")
 
 
-def read_json(path: Path, *, remedy: str | None = None) -> Document:
+def read_json(path: Path) -> Document:
     """The object in a file; FileNotFoundError, or as `parse_json` and `read_file`."""
-    return parse_json(read_file(path, "text_bytes"), str(path), remedy=remedy)
+    return parse_json(read_file(path, "text_bytes"), str(path))
 
 
 def parse_json(data: bytes | str, where: str, *, remedy: str | None = None) -> Document:

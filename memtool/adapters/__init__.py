@@ -1,1 +1,1 @@
-"""adapters"""
+"""Adapters: their layout, their mixtures, and the files that others read them from."""

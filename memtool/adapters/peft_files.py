@@ -146,7 +146,7 @@ def write_peft(
     metadata = {"format": "pt", "memtool": json.dumps(note, sort_keys=True)}
     config = config_text(ranks, alpha / layout.rank, base_model)
     file = _file(header_bytes(arrays, code, metadata), arrays)
-    return _write(directory, file, config.encode(), overwrite)
+    return _write(directory, file, config.encode(), overwrite=overwrite)
 
 
 def read_peft(directory: Path, layout_sites: Sequence[Site]) -> PeftAdapter:
@@ -198,13 +198,13 @@ def read_peft(directory: Path, layout_sites: Sequence[Site]) -> PeftAdapter:
     )
 
 
-def restore_peft(directory: Path, adapter: PeftAdapter, *, overwrite: bool = False) -> Path:
+def restore_peft(directory: Path, adapter: PeftAdapter) -> Path:
     """Write an adapter as the directory it was read from; returns the directory.
 
     The configuration is the same byte for byte; the tensors are `restored_file`. Errors as for
     `write_peft`.
     """
-    return _write(directory, restored_file(adapter), adapter.config, overwrite)
+    return _write(directory, restored_file(adapter), adapter.config, overwrite=False)
 
 
 def restored_file(adapter: PeftAdapter) -> bytes:
@@ -301,7 +301,7 @@ def _file(header: bytes, arrays: Mapping[str, Array]) -> bytes:
     return b"".join(chunks)
 
 
-def _write(directory: Path, file: bytes, config: bytes, overwrite: bool) -> Path:
+def _write(directory: Path, file: bytes, config: bytes, *, overwrite: bool) -> Path:
     """Both files, each whole or not at all."""
     weights_path, config_path = directory / WEIGHTS_NAME, directory / CONFIG_NAME
     for path in (weights_path, config_path):

@@ -424,11 +424,11 @@ def compute(a: npt.ArrayLike, ids: Iterable[str] | None = None) -> dict[str, flo
     return values
 
 
-def undefined(a: npt.ArrayLike, ids: Iterable[str] | None = None) -> dict[str, str]:
+def undefined(a: npt.ArrayLike) -> dict[str, str]:
     """The reasons why the metrics that `compute` leaves out are not defined, by id."""
     scores = np.asarray(a, dtype=np.float64)
     reasons: dict[str, str] = {}
-    for m in _chosen(ids):
+    for m in _chosen(None):
         try:
             m.function(scores)
         except UndefinedMetricError as error:

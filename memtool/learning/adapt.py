@@ -112,7 +112,6 @@ def adapt(
     train: TrainSettings,
     seed: int,
     start: Tensor | None = None,
-    head: LinearClassifier | None = None,
     beneath: Beneath | None = None,
     fingerprint: str = "",
     checkpoint: Path | None = None,
@@ -122,14 +121,13 @@ def adapt(
     """Train `adapter.per_task` adapters on `samples`.
 
     `start` (numel,) is the value that training starts from; none: A random, B zero.
-    `head` is the classifier that it starts from; none: zero. `beneath` is a memory whose recalled
-    mixture the adapters are trained on top of (residual adapters).
+    The classifier starts at zero. `beneath` is a memory whose recalled mixture the adapters are
+    trained on top of (residual adapters).
 
     Raises CapacityError before anything is trained where the memory of the machine cannot hold it,
     and DivergedError, which names the stage, where training ended worse than it began.
     """
-    if head is None:
-        head = LinearClassifier(torch.zeros(class_count, backbone.dim), torch.zeros(class_count))
+    head = LinearClassifier(torch.zeros(class_count, backbone.dim), torch.zeros(class_count))
     one = AdapterValues.from_flat(torch.zeros(1, layout.numel), layout, 1.0, trainable=True).to(
         engine.device
     )

@@ -1,7 +1,7 @@
 """What every method does alike: train the adapters of a task, and append them to the memory.
 
 A method says what happens on the arrows of the one flow (adapt, write, consolidate, retrieve,
-evaluate). The first two are here; `mira` and `modulation` add how a memory is read.
+evaluate). The first two are here; the folder of each method adds how a memory is read.
 """
 
 from __future__ import annotations

@@ -40,7 +40,6 @@ def subject_of(
     task: str | None = None,
     image: Path | None = None,
     prompt: str | None = None,
-    held_out: bool = False,
 ) -> Subject:
     """Some test samples of a task, or an image, or a prompt alone.
 
@@ -50,7 +49,7 @@ def subject_of(
         brought = "--prompt" if work.reads == "texts" else "--image"
         raise ConfigError("what should be looked at?", expected=f"one of --task and {brought}")
     if task is not None:
-        chosen = work.task(task, held_out=held_out)
+        chosen = work.task(task)
         samples = spread(chosen.test, SUBJECT_SAMPLES[work.reads])
         return Subject(f"task {chosen.number} {chosen.name}", samples, chosen)
     if (image is None) != (work.reads == "texts"):

@@ -28,7 +28,7 @@ SAMPLES = {"images": 256, "texts": 32}
 """Training samples of a task that what its atoms add is measured on."""
 
 
-def dead_atoms(moram: Moram, below: float, *, version: str = "HEAD") -> PruneResult:
+def dead_atoms(moram: Moram, below: float) -> PruneResult:
     """Which atoms add next to nothing, and what taking them out does; nothing is changed.
 
     An atom is dead when what it adds (mean of |w s z| |B| over the tokens of training samples of
@@ -37,7 +37,7 @@ def dead_atoms(moram: Moram, below: float, *, version: str = "HEAD") -> PruneRes
     Raises ConfigError unless 0 < below < 1.
     """
     _require_share(below)
-    work, snapshot = moram.workspace, moram.snapshot(version)
+    work, snapshot = moram.workspace, moram.snapshot()
     measure, setting = AtomMeasure(work), moram.test_setting()
     tasks = [work.task(str(number)) for number in snapshot.tasks]
     samples = [spread(task.train, SAMPLES[work.reads]) for task in tasks]
