@@ -268,9 +268,9 @@ def opening(built: Sequence[Built], repeats: int) -> list[dict[str, Any]]:
 def cold_open(built: Built) -> float:
     """Seconds to import and open in a new process, less the start of Python."""
     program = (
-        "import sys, time; begin = time.perf_counter();"
+        "import os, sys, time; begin = time.perf_counter();"
         "from memtool_stores import MemoryStore; MemoryStore.open(sys.argv[1]);"
-        "print(time.perf_counter() - begin)"
+        "print(time.perf_counter() - begin, flush=True); os._exit(0)"  # not the end of Python
     )
     found = subprocess.run(
         [sys.executable, "-c", program, str(built.folder)],

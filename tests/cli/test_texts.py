@@ -91,11 +91,11 @@ def test_what_is_recalled_and_where_atoms_fire(texts, grown, here):
         (("retrieve", "--image", "x.png"), "whose tasks are texts"),
         (("explain", "--image", "x.png"), "--prompt TEXT or --task"),
         (("retrieve",), "one of --task, --prompt and --query"),
-        (("retrieve", "--task", "1", "--out", "mixture"), "--out on a stream of texts"),
+        (("retrieve", "--task", "1", "--out", "mixture"), "--out under method moram"),
         (("retrieve", "--prompt", " "), "--prompt is empty"),
         (("train-adapter", "--task", "1", "--method", "mira"), "expected: method moram"),
         (("train-adapter", "--task", "3", "--topk", "9"), "another gate: topk 2, here 9"),
-        (("explain", "--task", "1", "--method", "mira"), "its tasks are texts"),
+        (("explain", "--task", "1", "--method", "mira"), "on a stream of texts"),
         (("bisect", "--drop", "2", "--metric", "faa"), "--set text.generate=true"),
     ],
 )
@@ -178,8 +178,8 @@ def test_a_run_goes_on_and_says_before_where_its_memory_goes(texts, grown, here)
     assert plan["memory"]["step_tokens"] == 66
     stored = json.loads(texts("show", "--store", str(here / "memory"), "--json").stdout)
     assert plan["parameters_per_adapter"] == stored["numbers_per_adapter"]
-    done = texts("run", "--baselines", "zero-shot,ewc", "--json")
-    assert "no baseline ewc here; there are zero-shot, in-context" in done.stderr
+    done = texts("run", "--baselines", "zero-shot,frozen", "--json")
+    assert "no baseline frozen here; there are zero-shot, in-context" in done.stderr
     record = json.loads(done.stdout)
     assert [row["id"] for row in record["metrics"]["rows"]] == ["moram", "zero-shot"]
     assert len(record["metrics"]["rows"][0]["loss"]) == 4

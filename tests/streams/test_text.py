@@ -153,7 +153,7 @@ def test_a_source_or_task_that_is_not_there_is_refused(description: Path) -> Non
 
 
 def test_images_are_not_read_from_a_stream_of_texts() -> None:
-    with pytest.raises(ConfigError, match="stream of texts"):
+    with pytest.raises(NotFoundError, match="no text source 'digits'"):
         create_stream(StreamSettings(source="digits", setting="trace"), 32)
 
 
@@ -171,7 +171,8 @@ def test_parts_are_known_by_name_whatever_their_case(description: Path, name: st
 def test_what_is_left_out_and_what_comes_twice_is_said(
     description: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert opened(description).notes == (
+    settings = StreamSettings(source=str(description), setting="trace")
+    assert create_stream(settings, 32).notes == (
         "a: 4 of 4 test prompts are also among the training prompts, 4 of them with the same "
         "answer",
         "b: 4 of 4 test prompts are also among the training prompts, 4 of them with the same "

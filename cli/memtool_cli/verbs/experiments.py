@@ -111,9 +111,10 @@ def run(
 ) -> None:
     """Run a whole experiment, tasks by seeds; goes on where an earlier run was stopped."""
     from memtool.experiments import run as experiment
+    from memtool.methods import open_method
 
     call.refuse_version()
-    known = experiment.known_baselines(call.method())
+    known = experiment.known_baselines(open_method(call.config, seed=call.config.seed[0]))
     absent = [name for name in call.config.baselines if name not in ("all", "none", *known)]
     if absent and known:
         call.out.note(f"no baseline {', '.join(absent)} here; there are {', '.join(known)}")
