@@ -169,8 +169,11 @@ def resolve(
     if origin["backbone.name"] == MEMORY and not of_store:
         name = str(values["backbone.name"])
         if not registry.is_installed("backbones", name.partition(":")[0]):
-            _require_installed("backbones", name, f"--set backbone.name={name}")
-    return Resolved(_validated(values, origin, method), origin, base, foreign)
+            registry.require_installed("backbones", name, f"--set backbone.name={name}")
+    config = _validated(values, origin, method)
+    if not of_store:
+        _find_separations(config, origin)
+    return Resolved(config, origin, base, foreign)
 
 
 def user_file() -> Path:
@@ -334,7 +337,7 @@ def _method(
     method, place = said[-1]
     _require_text("method", method, place)
     if isinstance(method, str) and place == MEMORY:
-        _require_installed("methods", method, f"--method {method}")
+        registry.require_installed("methods", method, f"--method {method}")
     if not isinstance(method, str) or not registry.known("methods", method):
         raise ConfigError(
             f"{place}: method cannot be {shown(method)}",
@@ -343,19 +346,17 @@ def _method(
     return method, place
 
 
-def _require_installed(kind: registry.Kind, name: str, given: str) -> None:
-    """Raise NotFoundError for what a memory names and is not here; no code runs on its word."""
-    subject = f"the memory was made with the {kind[:-1]} {shown(name)}, which is not installed here"
-    if not registry.known(kind, name):
-        raise NotFoundError(
-            subject, remedy=f"install the package that has it, or give a {kind[:-1]} module:Class"
-        )
-    if not registry.is_installed(kind, name):
-        raise NotFoundError(
-            subject,
-            expected="its name from you, too: no code runs because a memory names it",
-            remedy=given,
-        )
+def _find_separations(config: Config, origin: Mapping[str, str]) -> None:
+    """Import separations of other packages that a person named; none because a memory names it."""
+    for key, about in keys(config.method).items():
+        mark = named(about)
+        if mark is None or mark.kind != "separations":
+            continue
+        name = get(config, key)
+        if origin[key] == MEMORY:
+            registry.require_installed(mark.kind, name, f"--set {key}={name}")
+        elif name not in registry.SHIPPED[mark.kind]:
+            registry.find(mark.kind, name)
 
 
 def _from_environment(

@@ -27,7 +27,7 @@ from typing import Any, Literal
 from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
-from memtool.errors import ConfigError, MemtoolError, did_you_mean
+from memtool.errors import ConfigError, MemtoolError, NotFoundError, did_you_mean
 from memtool_stores.printable import shown
 
 Kind = Literal["methods", "baselines", "backbones", "separations"]
@@ -82,6 +82,10 @@ HOOKS: Mapping[Kind, tuple[str, ...]] = {
 """What a class of other people must have to be of a kind; without any, it must be callable."""
 
 
+_FOUND: set[tuple[Kind, str]] = set()
+"""Names of other packages that this process has followed, because a person gave them."""
+
+
 @dataclass(frozen=True)
 class Named:
     """The mark of a setting whose words are names of a kind, or one of `also`.
@@ -123,13 +127,28 @@ def is_installed(kind: Kind, name: str) -> bool:
     """Whether a name can be followed without running code that nobody installed or imported yet.
 
     So it is for what a stranger's file names: what ships, what an installed package registered,
-    and a class of the kind that this process has already.
+    what was found by this name before, and a class of the kind that this process has already.
     """
-    if name in SHIPPED[kind] or name in _entry_points(kind):
+    if name in SHIPPED[kind] or (kind, name) in _FOUND or name in _entry_points(kind):
         return True
     module, _, attribute = name.rpartition(":")
     found = getattr(sys.modules.get(_module_name(module)), attribute, None)
     return bool(HOOKS[kind]) and isinstance(found, type) and not _lacking(kind, found)
+
+
+def require_installed(kind: Kind, name: str, given: str) -> None:
+    """Raise NotFoundError for what a memory names and is not here; no code runs on its word."""
+    subject = f"the memory was made with the {kind[:-1]} {shown(name)}, which is not installed here"
+    if not known(kind, name):
+        raise NotFoundError(
+            subject, remedy=f"install the package that has it, or give a {kind[:-1]} module:Class"
+        )
+    if not is_installed(kind, name):
+        raise NotFoundError(
+            subject,
+            expected="its name from you, too: no code runs because a memory names it",
+            remedy=given,
+        )
 
 
 def find(kind: Kind, name: str) -> Any:
@@ -169,6 +188,7 @@ def find(kind: Kind, name: str) -> Any:
             )
         found = getattr(found, part)
     _require(kind, subject, attribute, found)
+    _FOUND.add((kind, name))
     return found
 
 

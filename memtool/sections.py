@@ -17,18 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from memtool import registry
 from memtool.errors import ConfigError
 
-Separation = Literal[
-    "softmax",
-    "affine",
-    "identity",
-    "relu",
-    "tanh",
-    "topk",
-    "max",
-    "power",
-    "sparsemax",
-    "entmax",
-]
+Separation = Annotated[str, registry.Named("separations")]
 Similarity = Literal[
     "dot",
     "scaled-dot",

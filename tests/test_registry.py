@@ -8,11 +8,13 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 
 from memtool import registry
 from memtool.backbones import create_backbone
 from memtool.config import resolve
-from memtool.errors import ConfigError, NotFoundError
+from memtool.errors import ConfigError, MismatchError, NotFoundError
+from memtool.memories.separation import separation
 from memtool.settings import BackboneSettings, Config, keys
 
 METHOD = """
@@ -268,3 +270,63 @@ def test_an_unknown_baseline_is_told():
     with pytest.raises(ConfigError, match="command line: baselines cannot be 'ewk'") as caught:
         resolve(environ={}, overrides={"baselines": "frozen,ewk"})
     assert "did you mean 'ewc'?" in (caught.value.expected or "")
+
+
+SEPARATION = """
+import torch
+def squared(scores, beta=1.0):
+    powers = (beta * scores).square()
+    return powers / powers.sum(dim=-1, keepdim=True)
+def flat(scores):
+    return scores.sum(dim=-1)
+def word(scores):
+    return "all"
+three = 3
+"""
+
+
+@pytest.fixture
+def cube(plugin, monkeypatch):
+    """A file of separations, and its path as a name begins with it."""
+    monkeypatch.setattr(registry, "_FOUND", set())
+    plugin.write_text(SEPARATION)
+    return plugin.name
+
+
+def test_a_separation_of_another_file(cube):
+    name = f"{cube}:squared"
+    found = resolve(environ={}, overrides={"memory.separation": name}).config
+    assert found.memory.separation == name
+    separate = separation(name, beta=2.0, topk=3)
+    scores = torch.tensor([[1.0, 2.0, -1.0]])
+    torch.testing.assert_close(separate(scores), torch.tensor([[1.0, 4.0, 1.0]]) / 6)
+    for wrong, said in (
+        ("flat", r"flat gave \(1,\) for scores of shape \(1, 3\)"),
+        ("word", "str"),
+    ):
+        resolve(environ={}, overrides={"memory.separation": f"{cube}:{wrong}"})
+        with pytest.raises(MismatchError, match=said):
+            separation(f"{cube}:{wrong}")(scores)
+    for key, wrong, said in (
+        ("memory.separation", f"{cube}:three", "three is a int"),
+        ("memory.separation", f"{cube}:cubed", "has no 'cubed'"),
+        ("memory.separation", "softmx", "memory.separation cannot be 'softmx'"),
+        ("modulation.separation", "no/where.py:f", "there is no file no/where.py"),
+    ):
+        method = "modulation" if key.startswith("modulation") else "mira"
+        with pytest.raises(ConfigError, match=said):
+            resolve(environ={}, overrides={"method": method, key: wrong})
+
+
+def test_no_separation_runs_because_a_memory_names_it(cube):
+    name = f"{cube}:squared"
+    made_with = {"method": "mira", "memory.separation": name}
+    with pytest.raises(NotFoundError, match="made with the separation") as caught:
+        resolve(environ={}, remembered=made_with)
+    assert caught.value.remedy == f"--set memory.separation={name}"
+    for named in (name, "os:system"):
+        with pytest.raises(NotFoundError, match="made with the separation"):
+            separation(named)
+    assert not any("plugin_of_the_test" in module for module in sys.modules)
+    resolve(environ={}, remembered=made_with, overrides={"memory.separation": name})
+    assert resolve(environ={}, remembered=made_with).config.memory.separation == name

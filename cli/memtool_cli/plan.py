@@ -60,7 +60,7 @@ def _facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
     rows.append(
         (
             "a task adds",
-            ("atoms" if plan["method"] == "moram" else f"{plan['adapters_per_task']} x adapter")
+            ("atoms" if plan["kind"] == "atoms" else f"{plan['adapters_per_task']} x adapter")
             + f" of rank {plan['rank']}, {plan['parameters_per_adapter']:,} numbers, "
             f"{size(plan['bytes_per_adapter'])}; {size(plan['bytes_in_all'])}{several}",
         )

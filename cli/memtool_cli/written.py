@@ -31,6 +31,8 @@ def write(
 
 def _show(call: Call, result: WriteResult) -> None:
     """Print the adapters that were added, and on stderr what is doubtful, and what comes next."""
+    from memtool.methods.about import about
+
     out = call.out
     rows = [(adapter.name, adapter.id) for adapter in result.added]
     table = Table(("adapter", "id"), rows, title=f"version {result.version}")
@@ -46,4 +48,5 @@ def _show(call: Call, result: WriteResult) -> None:
     if not result.added:
         out.note(f"nothing new to write; in memory already: {', '.join(result.skipped)}")
     # Atoms find themselves: writing them is all.
-    out.next(call.command("eval" if call.config.method == "moram" else "consolidate"))
+    atoms = about(call.config.method).kind == "atoms"
+    out.next(call.command("eval" if atoms else "consolidate"))

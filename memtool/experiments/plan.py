@@ -39,9 +39,10 @@ def plan(config: Config, *, seed: int, verb: str) -> dict[str, Any]:
     method = open_method(config, seed=seed)
     work, memory = method.workspace, None
     if work.reads == "texts":
-        found = _footprint(work)
+        atoms = method.kind == "atoms"
+        found = _footprint(work, config.moram if atoms else MoramSettings())
         numbers = found.atoms // 4 // len(work.stream.tasks)
-        memory = _memory(config, found) if method.kind == "atoms" else None
+        memory = _memory(config, found) if atoms else None
         tasks = [
             _Task(task.name, len(task.train), len(task.test), work.epochs(task))
             for task in work.stream.tasks
@@ -69,6 +70,7 @@ def plan(config: Config, *, seed: int, verb: str) -> dict[str, Any]:
         "steps": [task.epochs * math.ceil(task.train / config.train.batch_size) for task in tasks],
         "batch_size": config.train.batch_size,
         "consolidation_epochs": method.key_epochs,
+        "kind": method.kind,
         "adapters_per_task": config.adapter.per_task,
         "rank": config.adapter.rank,
         "parameters_per_adapter": numbers,
@@ -84,13 +86,12 @@ def plan(config: Config, *, seed: int, verb: str) -> dict[str, Any]:
     }
 
 
-def _footprint(work: Workspace) -> Footprint:
+def _footprint(work: Workspace, gate: MoramSettings) -> Footprint:
     """Where the memory goes with the atoms of all tasks, counted without weights.
 
     Under score norm task it is that of norm bank, which keeps as much.
     """
     config = work.config
-    gate = getattr(config, "moram", MoramSettings())
     counted = gate.model_copy(update={"score_norm": "bank", "scaled_threshold": False})
     return footprint_of(
         config.backbone,

@@ -7,15 +7,15 @@ of the scores: that sum may be negative, and the largest score would become the 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import get_args
 
 import torch
 from torch import Tensor
 
-from memtool.errors import ConfigError, did_you_mean
-from memtool.sections import Separation
+from memtool import registry
+from memtool.errors import ConfigError, MismatchError
 
 SeparationFunction = Callable[[Tensor], Tensor]
 """scores (..., t) → coefficients (..., t)."""
@@ -50,13 +50,13 @@ def tanh(scores: Tensor) -> Tensor:
     return torch.tanh(_in_score_precision(scores))
 
 
-def topk(scores: Tensor, k: int = 2, beta: float = 1.0) -> Tensor:
-    """Softmax over the k largest scores, zero elsewhere.
+def topk(scores: Tensor, topk: int = 2, beta: float = 1.0) -> Tensor:
+    """Softmax over the so many largest scores, zero elsewhere.
 
-    With fewer than k scores all are kept: a memory has one adapter before it has k.
+    With fewer scores all are kept: a memory has one adapter before it has several.
     """
     scores = _in_score_precision(scores)
-    kept, places = scores.topk(min(k, scores.shape[-1]), dim=-1)
+    kept, places = scores.topk(min(topk, scores.shape[-1]), dim=-1)
     return torch.zeros_like(scores).scatter(-1, places, softmax(kept, beta))
 
 
@@ -106,41 +106,35 @@ def separation(name: str, *, beta: float = 1.0, topk: int = 2) -> SeparationFunc
     """The separation of that name with its constants bound.
 
     `beta` scales the scores of "softmax", "topk", "sparsemax" and "entmax"; `topk` is the number
-    that "topk" keeps; "power" squares. Raises ConfigError for an unknown name, a `beta` that is not
-    positive and finite, and a `topk` below 1.
+    that "topk" keeps; "power" squares. A function of another package gets those of the two that it
+    has arguments for.
+
+    Raises ConfigError for an unknown name, a `beta` that is not positive and finite, and a `topk`
+    below 1; NotFoundError for one of another package that only a memory names.
     """
     if not 0 < beta < float("inf"):
         raise ConfigError(f"beta of {beta}", expected="a positive, finite number")
     if topk < 1:
         raise ConfigError(f"topk of {topk}", expected="at least 1")
-    match name:
-        case "softmax":
-            return partial(softmax, beta=beta)
-        case "affine":
-            return affine
-        case "identity":
-            return identity
-        case "relu":
-            return relu
-        case "tanh":
-            return tanh
-        case "topk":
-            return partial(_keep_largest, k=topk, beta=beta)
-        case "max":
-            return largest
-        case "power":
-            return power
-        case "sparsemax":
-            return partial(sparsemax, beta=beta)
-        case "entmax":
-            return partial(entmax, beta=beta)
-    raise ConfigError(
-        f"unknown separation {name!r}", expected=did_you_mean(name, get_args(Separation))
-    )
+    if registry.known("separations", name):
+        registry.require_installed("separations", name, f"--set memory.separation={name}")
+    function = registry.find("separations", name)
+    takes = inspect.signature(function).parameters
+    given = {"beta": beta, "topk": topk}
+    bound = partial(function, **{word: value for word, value in given.items() if word in takes})
+    return bound if name in registry.SHIPPED["separations"] else partial(_of_others, name, bound)
 
 
-# Inside `separation` the word topk is the number kept, as on the command line.
-_keep_largest = topk
+def _of_others(name: str, function: SeparationFunction, scores: Tensor) -> Tensor:
+    """What a function of another package makes of scores. Raises MismatchError for its shape."""
+    found = function(scores)
+    shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    if shape != tuple(scores.shape):
+        raise MismatchError(
+            f"separation {name} gave {shape} for scores of shape {tuple(scores.shape)}",
+            expected="a tensor of one coefficient for every score",
+        )
+    return found
 
 
 def _in_score_precision(scores: Tensor) -> Tensor:

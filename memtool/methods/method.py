@@ -68,6 +68,8 @@ class Trained:
 class Method(AdapterWriter[Workspace]):
     """The steps that all methods share, over one configuration and seed."""
 
+    reads: ClassVar[tuple[str, ...]] = ("images",)
+    """What it learns from: "images", "texts"."""
     consolidates: ClassVar[str | None] = ""
     """What consolidation learns, in words; None of a method that has nothing to learn there."""
     has_baselines: ClassVar[bool] = True

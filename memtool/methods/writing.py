@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 from memtool.errors import AlreadyExistsError, MismatchError, NotFoundError
+from memtool.methods.about import about
 from memtool.methods.exchange import AdapterFolder, ReadAdapter, read_adapter
 from memtool.methods.foreign import require_trained_as
 from memtool.methods.home import Home, NeedsModel, StoredHome, stored_home
@@ -18,9 +19,6 @@ if TYPE_CHECKING:
     from memtool_stores import AdapterRecord, MemoryView, Transaction
 
 Place = TypeVar("Place", bound=Home)
-
-APPEND_ONLY = ("mira",)
-"""Methods whose memory takes a new adapter as it is; the others count or learn when one comes."""
 
 
 class AdapterWriter(Generic[Place]):
@@ -172,7 +170,7 @@ class _StoredWriter(AdapterWriter[StoredHome]):
     @property
     def appends(self) -> bool:
         """Whether new adapters are taken as they are."""
-        return self.config.method in APPEND_ONLY
+        return about(self.config.method).appends
 
     def _require_own_kind(self, view: MemoryView) -> None:
         if self.appends:  # else nothing is new to a memory that remembers its method
@@ -197,7 +195,7 @@ def write_stored(
     It is for a new memory, for another than the store was made with, and where a method does more
     with a new adapter than to store it.
     """
-    appends = config.method in APPEND_ONLY
+    appends = about(config.method).appends
     home = stored_home(config, seed=seed, all_settings=not appends)
     if home is None:
         return None

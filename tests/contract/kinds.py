@@ -10,6 +10,7 @@ from memtool.config import resolve
 from memtool.methods import open_method
 from memtool.settings import Config
 from tests.methods.facts import settings_of, write_facts
+from tests.shown import METHOD, write_shown
 
 SMALL: Mapping[str, object] = {
     "stream.train_per_task": 40,
@@ -26,12 +27,14 @@ KINDS: Mapping[str, tuple[str, Mapping[str, object]]] = {
     "moram on images": ("moram-digits", {"stream.splits": 5}),
     "modulation on images": ("modulation-digits", {}),
     "moram on texts": ("moram-trace", {}),
+    "nearest-mean on images": ("digits-dil", {}),
+    "nearest-mean on texts": ("moram-trace", {}),
 }
 """By name: a preset, and what is changed in it."""
 
 
 def config_of(kind: str, folder: Path, place: Path | None = None) -> Config:
-    """The settings of a kind, with everything in `folder`; texts and their model in `place`."""
+    """The settings of a kind, with everything in `folder`; texts, models and code in `place`."""
     place = place or folder
     preset, changes = KINDS[kind]
     values: dict[str, object] = {"store": str(folder / "memory"), "runs": folder / "runs"}
@@ -41,6 +44,10 @@ def config_of(kind: str, folder: Path, place: Path | None = None) -> Config:
         values |= settings_of(place, folder)
     else:
         values |= SMALL
+    if kind.startswith("nearest-mean"):
+        if not (place / METHOD.partition(":")[0]).exists():
+            write_shown(place)
+        values["method"] = str(place / METHOD)
     return resolve(preset=preset, overrides={**values, **changes}, environ={}, cwd=folder).config
 
 

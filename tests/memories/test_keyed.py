@@ -12,6 +12,7 @@ from memtool.memories.keyed import BlockMemory, KeyedMemory
 from memtool.memories.query import QueryModule
 from memtool.memories.separation import separation
 from memtool.memories.similarity import similarity
+from memtool.registry import SHIPPED
 from memtool.sections import MemorySettings, Separation, Similarity
 
 
@@ -20,7 +21,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("alike", "separate"), list(product(get_args(Similarity), get_args(Separation)))
+    ("alike", "separate"), list(product(get_args(Similarity), SHIPPED["separations"]))
 )
 def test_every_setting_is_the_composition(alike: Similarity, separate: Separation) -> None:
     settings = MemorySettings(similarity=alike, separation=separate, beta=2.0, topk=2, token="mean")

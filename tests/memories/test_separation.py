@@ -3,7 +3,6 @@
 import math
 import sys
 from collections.abc import Callable
-from typing import get_args
 
 import pytest
 import torch
@@ -13,9 +12,9 @@ from torch import Tensor
 
 from memtool.errors import ConfigError
 from memtool.memories.separation import separation
-from memtool.sections import Separation
+from memtool.registry import SHIPPED
 
-NAMES = get_args(Separation)
+NAMES = tuple(SHIPPED["separations"])
 finite = st.floats(-20, 20)
 rows = st.integers(1, 7).flatmap(
     lambda t: st.lists(st.lists(finite, min_size=t, max_size=t), min_size=1, max_size=4)

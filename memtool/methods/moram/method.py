@@ -42,6 +42,7 @@ from memtool.methods.in_store import HEAD, feature_statistics
 from memtool.methods.kept import fingerprint_of
 from memtool.methods.method import Method, Trained, require_unmoved
 from memtool.methods.moram import beneath
+from memtool.methods.moram.about import ABOUT
 from memtool.methods.moram.as_atoms import as_atoms
 from memtool.methods.moram.attached import AttachedAnswers, AttachedAtoms
 from memtool.methods.moram.learn import AtomLearner
@@ -74,7 +75,8 @@ SETTINGS = ("til", "cil", "dil", "xtail", "trace")
 class Moram(Method):
     """The steps over one configuration and seed."""
 
-    kind: ClassVar[Literal["adapter", "atoms"]] = "atoms"
+    kind: ClassVar[Literal["adapter", "atoms"]] = ABOUT.kind
+    reads: ClassVar[tuple[str, ...]] = ("images", "texts")
     version_each: ClassVar[bool] = True
     consolidates: ClassVar[str | None] = None
     measures_unseen: ClassVar[bool] = True

@@ -17,7 +17,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
@@ -25,6 +25,7 @@ import memtool_stores
 from memtool.errors import ConfigError
 from memtool.evaluation.record import Record
 from memtool.learning.looks import looks
+from memtool.methods.about import require_trained_head
 from memtool.methods.attached import Attached
 from memtool.methods.explanation import Explanation
 from memtool.methods.in_store import classes_of
@@ -44,6 +45,7 @@ from memtool.methods.routed.memory import (
 )
 from memtool.methods.subject import subject_of
 from memtool.sections import Settings
+from memtool.settings import Config
 from memtool.streams.task import Images, Task
 
 
@@ -57,6 +59,12 @@ class Routed(Method, ABC):
     reads: ClassVar[tuple[str, ...]] = ("images", "texts")
     consolidates: ClassVar[str | None] = "what is kept of each task"
     has_baselines: ClassVar[bool] = True
+
+    @classmethod
+    def open(cls, config: Config, **given: Any) -> Self:
+        """As `Method.open`. Raises ConfigError for a head that is fixed in advance."""
+        require_trained_head(config)
+        return super().open(config, **given)
 
     @property
     def settings(self) -> Any:
