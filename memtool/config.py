@@ -91,6 +91,14 @@ class Preset:
 
 DEFAULT_PRESET = "digits-dil"
 WORKING_FILE = "memtool.yaml"
+NAMES_OF_CODE: Mapping[str, registry.Kind] = {
+    "method": "methods",
+    "baselines": "baselines",
+    "backbone.name": "backbones",
+    "memory.separation": "separations",
+    "modulation.separation": "separations",
+}
+"""Settings whose words may be modules or files of Python, and of which kind."""
 COMMAND_LINE = "command line"
 MEMORY = "the memory"
 """Origin of what a memory was made with."""
@@ -135,6 +143,8 @@ def resolve(
     for path in (user_file(), cwd / WORKING_FILE) if ambient else ():
         if os.path.exists(path):  # noqa: PTH110 - False where nobody may look
             files.append(_File.read(path, _shown(path, cwd)))
+            if path.name == WORKING_FILE and (file is None or cwd / at_home(file) != path):
+                files[-1].require_no_code()
     if file is not None:
         files.append(_File.read(cwd / at_home(file), str(file)))
     method, said_by = _method(overrides, environ, files, made_with)
@@ -254,6 +264,31 @@ class _File:
             return None
         node = self.tree.value.get("method")
         return None if node is None else (node.plain(), self._at(node))
+
+    def require_no_code(self) -> None:
+        """Raise ConfigError where it names a module or a file of Python that is not installed.
+
+        The folder where somebody starts memtool may be a stranger's.
+        """
+        for key, kind in NAMES_OF_CODE.items():
+            node = self.tree
+            for part in key.split("."):
+                inside = node.value if node is not None else None
+                node = inside.get(part) if isinstance(inside, dict) else None
+            named = None if node is None else node.plain()
+            for name in named if isinstance(named, list) else str(named or "").split(","):
+                text = str(name).strip()
+                family = text.partition(":")[0]
+                if ":" not in text or family in registry.existing(kind):
+                    continue
+                if not registry.is_installed(kind, text):
+                    assert node is not None
+                    raise ConfigError(
+                        f"{self._at(node)}: {key} names code, {shown(text)}, and a file that is "
+                        "read because it lies in this folder runs none",
+                        expected="what ships, or what an installed package has",
+                        remedy=f"--config {self.path.name}, for a file that you trust",
+                    )
 
     def settings(self, method: str, *, passes: bool, of_store: bool) -> dict[str, tuple[Any, str]]:
         """The settings: dotted key to (value, place). `passes` lets those of all methods pass."""

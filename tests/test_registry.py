@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 
@@ -330,3 +331,28 @@ def test_no_separation_runs_because_a_memory_names_it(cube):
     assert not any("plugin_of_the_test" in module for module in sys.modules)
     resolve(environ={}, remembered=made_with, overrides={"memory.separation": name})
     assert resolve(environ={}, remembered=made_with).config.memory.separation == name
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "method: {}",
+        "baselines: [all, '{}']",
+        "backbone: {{name: '{}'}}",
+        "memory: {{separation: '{}'}}",
+    ],
+)
+@pytest.mark.parametrize("named", ["evil.py:Evil", "evil:Evil"])
+def test_a_file_that_lies_in_the_folder_runs_no_code(tmp_path, monkeypatch, line, named):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "evil.py").write_text("open('ran', 'w').close()\nclass Evil: pass\n")
+    (tmp_path / "memtool.yaml").write_text(line.format(named))
+    with pytest.raises(ConfigError, match=r"memtool\.yaml:1: .* names code"):
+        resolve(environ={}, cwd=tmp_path)
+    assert not (tmp_path / "ran").exists()
+    # A file that is named is followed: here to a class that is no method.
+    wrong = r"no class|has no|lacks" if line.startswith("method") else None
+    refused = pytest.raises(ConfigError, match=wrong) if wrong else nullcontext()
+    with refused:
+        resolve(environ={}, cwd=tmp_path, file=Path("memtool.yaml"))
