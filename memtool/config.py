@@ -143,7 +143,8 @@ def resolve(
     for path in (user_file(), cwd / WORKING_FILE) if ambient else ():
         if os.path.exists(path):  # noqa: PTH110 - False where nobody may look
             files.append(_File.read(path, _shown(path, cwd)))
-            if path.name == WORKING_FILE and (file is None or cwd / at_home(file) != path):
+            by_hand = file is not None and cwd / at_home(file) == path
+            if path.name == WORKING_FILE and not (by_hand or of_store):
                 files[-1].require_no_code()
     if file is not None:
         files.append(_File.read(cwd / at_home(file), str(file)))

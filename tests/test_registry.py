@@ -206,7 +206,7 @@ def test_what_only_asks_the_store_imports_no_method(plugin):
     )
     found = resolve(environ={"MEMTOOL_MINE__K": "5"}, overrides={"mine.k": 6}, of_store=True)
     assert found.config.store == "theirs"
-    with pytest.raises(ConfigError, match=r"there is no file broken.py"):
+    with pytest.raises(ConfigError, match=r"names code"):
         resolve(environ={})
 
 
