@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import Tensor
 
 import memtool_stores
@@ -40,7 +39,7 @@ from memtool.methods.mira.inventory import consolidated_before
 from memtool.methods.mira.maps import coefficient_maps, key_map
 from memtool.methods.mira.measure import SUBJECT_SAMPLES, Measure, drift, seen_by
 from memtool.methods.mira.recall import MemoryModel
-from memtool.methods.mira.recalled import recalled_adapter
+from memtool.methods.mira.recalled import coefficients_for, recalled_adapter
 from memtool.methods.mira.state import MemoryState, Snapshot
 from memtool.methods.outcome import predicted, share_right
 from memtool.methods.records import recorded, task_of
@@ -132,7 +131,9 @@ class Mira(Method):
         accuracy, prediction = None, None
         if query is not None:
             subject, samples = str(query), 1
-            coefficients = self._recall_query(model, query)
+            coefficients = coefficients_for(
+                model, read_query(query, self.workspace.backbone), query
+            )
         else:
             if task is not None:
                 chosen = self.workspace.task(task, held_out=True)
@@ -169,24 +170,6 @@ class Mira(Method):
             accuracy=accuracy,
             out=out,
         )
-
-    def _recall_query(self, model: MemoryModel, path: Path) -> Tensor:
-        """Coefficients (memories, t) for the query in a safetensors file."""
-        asked = read_query(path, self.workspace.backbone)
-        memories, dim = len(model.memory.blocks), self.workspace.backbone.dim
-        if asked.ndim == 1:
-            asked = asked.expand(memories, -1)
-        if tuple(asked.shape) != (memories, dim):
-            raise MismatchError(
-                f"{path}: query of shape {tuple(asked.shape)}",
-                expected=f"({dim},) or ({memories}, {dim})",
-            )
-        rows = []
-        for block, one in zip(model.memory.blocks, asked, strict=True):
-            memory = model.memory[block]
-            full = torch.cat([one.to(memory.keys), one.new_ones(1).to(memory.keys)])
-            rows.append(memory.answer(full.unsqueeze(0))[0])
-        return torch.stack(rows).detach().cpu()
 
     # Evaluate -------------------------------------------------------------------------------
 

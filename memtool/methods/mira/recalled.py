@@ -1,4 +1,4 @@
-"""The adapter that a memory recalls, as a PEFT directory of its own."""
+"""What a memory recalls for a query alone, and the adapter that it is."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from torch import Tensor
 
 from memtool.adapters.layout import Layout
 from memtool.adapters.peft_files import write_peft
+from memtool.errors import MismatchError
 from memtool.methods.export import new_folders
+from memtool.methods.mira.recall import MemoryModel
 from memtool.methods.mira.state import Snapshot
 from memtool.workspace import Workspace
 
@@ -51,3 +53,24 @@ def recalled_adapter(
             base_model=work.backbone.name,
         )
     return directory
+
+
+def coefficients_for(model: MemoryModel, asked: Tensor, where: Path) -> Tensor:
+    """Coefficients (memories, t) for a query (d,) of all memories, or (memories, d).
+
+    Raises MismatchError, with the file that it came from, for one of another shape.
+    """
+    memories, dim = len(model.memory.blocks), model.backbone.dim
+    if asked.ndim == 1:
+        asked = asked.expand(memories, -1)
+    if tuple(asked.shape) != (memories, dim):
+        raise MismatchError(
+            f"{where}: query of shape {tuple(asked.shape)}",
+            expected=f"({dim},) or ({memories}, {dim})",
+        )
+    rows = []
+    for block, one in zip(model.memory.blocks, asked, strict=True):
+        memory = model.memory[block]
+        full = torch.cat([one.to(memory.keys), one.new_ones(1).to(memory.keys)])
+        rows.append(memory.answer(full.unsqueeze(0))[0])
+    return torch.stack(rows).detach().cpu()

@@ -6,6 +6,7 @@
     state.py     what a store holds of a memory of atoms, and the bank, gate and head made from it
     watch.py     what the atoms do while samples run through the model
     measure.py   what a memory is worth: accuracy or loss, shares of tasks, drift
+    rows.py      the rows of a table that a memory gives
     explain.py   which atom fires where
     prune.py     atoms that add next to nothing leave
     as_atoms.py  what a LoRA that was trained to act whole loses when its ranks become atoms

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
+
+import memtool_stores
 from memtool.adapters.atoms import AtomGate
 from memtool.adapters.values import Recall
 from memtool.evaluation.record import Kind
+from memtool.heads import LinearClassifier, RecalledHead
+from memtool.heads.solve import grown
 from memtool.learning.learner import Learner
 from memtool.learning.objective import Objective
 from memtool.learning.past_inputs import PastInputs
 from memtool.memories.rank1 import Rank1Memory, init_atoms
+from memtool.methods.in_store import HEAD
 from memtool.streams.task import Task
 from memtool.workspace import Workspace
 
@@ -68,3 +74,29 @@ class AtomLearner(Learner):
         )
         if work.config.moram.topk is not None:
             self.bank.check_topk(self.gate.topk)
+
+
+def head_to_go_on_from(work: Workspace, view: memtool_stores.MemoryView) -> LinearClassifier | None:
+    """The head of the tasks before, where it learns on (head.kind shared); of images."""
+    if work.reads == "texts" or work.config.head.kind != "shared" or HEAD not in view.blobs():
+        return None
+    classes = len(work.stream.class_names)
+    zero = LinearClassifier(torch.zeros(classes, work.backbone.dim), torch.zeros(classes))
+    known = RecalledHead.from_bytes(view.blob(HEAD), f"blob {HEAD!r}")
+    return grown([zero, LinearClassifier(known.weight[0], known.bias[0])])
+
+
+def decides_of_texts(work: Workspace, task: Task, beneath: str) -> dict[str, Any]:
+    """All that decides what training a task of texts on top of `beneath` gives. JSON values."""
+    config = work.config
+    learning = {"prompt_tokens", "answer_tokens", "long_prompts", "dropout"}
+    return {
+        "backbone": work.backbone.sha256,
+        "task": [task.number, task.name, task.train.prompts, task.train.answers],
+        "epochs": work.epochs(task),
+        "targets": config.backbone.targets,
+        "settings": config.model_dump(mode="json", include={"adapter", "train", "moram"}),
+        "text": config.text.model_dump(mode="json", include=learning),
+        "seed": work.seed,
+        "beneath": beneath,
+    }

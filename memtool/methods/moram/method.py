@@ -23,14 +23,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
-
 import memtool_stores
 from memtool.adapters.atoms import AtomGate
 from memtool.errors import ConfigError, MismatchError, NotFoundError
-from memtool.evaluation.record import Record, Row
-from memtool.heads import LinearClassifier, RecalledHead
-from memtool.heads.solve import grown
+from memtool.evaluation.record import Record
+from memtool.heads import RecalledHead
 from memtool.learning.adapt import Adapted, require_learned
 from memtool.learning.known import head_under, learned_under
 from memtool.learning.objective import objective_of
@@ -45,9 +42,10 @@ from memtool.methods.moram import beneath
 from memtool.methods.moram.about import ABOUT
 from memtool.methods.moram.as_atoms import as_atoms
 from memtool.methods.moram.attached import AttachedAnswers, AttachedAtoms
-from memtool.methods.moram.learn import AtomLearner
-from memtool.methods.moram.measure import AtomMeasure, use_metrics
+from memtool.methods.moram.learn import AtomLearner, decides_of_texts, head_to_go_on_from
+from memtool.methods.moram.measure import AtomMeasure
 from memtool.methods.moram.prune import dead_atoms, prune
+from memtool.methods.moram.rows import memory_row, without_threshold
 from memtool.methods.moram.state import (
     AtomSnapshot,
     AtomsState,
@@ -116,7 +114,7 @@ class Moram(Method):
                 source = f"zero on top of {rows} tasks, version {view.version}"
                 if past is not None:
                     past = beneath.past_beneath(work, view, rows)
-                start = self._head_to_go_on_from(view)
+                start = head_to_go_on_from(work, view)
         on_top_of = beneath.beneath_digest(work, task)
         learner = AtomLearner(work, bank, self.gate, objective=objective_of(work, start), past=past)
         stage = self.stage(task)
@@ -130,31 +128,11 @@ class Moram(Method):
         accuracy = learner.objective.training_accuracy(recall, task)
         return Trained(Adapted(flat, (head,), (accuracy,), fit), source, on_top_of)
 
-    def _head_to_go_on_from(self, view: memtool_stores.MemoryView) -> LinearClassifier | None:
-        """The head of the tasks before, where it learns on (head.kind shared)."""
-        work = self.workspace
-        if self.reads_texts or self.config.head.kind != "shared" or HEAD not in view.blobs():
-            return None
-        classes = len(work.stream.class_names)
-        zero = LinearClassifier(torch.zeros(classes, work.backbone.dim), torch.zeros(classes))
-        known = RecalledHead.from_bytes(view.blob(HEAD), f"blob {HEAD!r}")
-        return grown([zero, LinearClassifier(known.weight[0], known.bias[0])])
-
     def _fingerprint(self, task: Task) -> str:
         work, config = self.workspace, self.config
         on_top_of = beneath.beneath_digest(work, task)
         if self.reads_texts:
-            learning = {"prompt_tokens", "answer_tokens", "long_prompts", "dropout"}
-            decides: dict[str, Any] = {
-                "backbone": work.backbone.sha256,
-                "task": [task.number, task.name, task.train.prompts, task.train.answers],
-                "epochs": work.epochs(task),
-                "targets": config.backbone.targets,
-                "settings": config.model_dump(mode="json", include={"adapter", "train", "moram"}),
-                "text": config.text.model_dump(mode="json", include=learning),
-                "seed": work.seed,
-                "beneath": on_top_of,
-            }
+            decides = decides_of_texts(work, task, on_top_of)
         else:
             decides = {
                 "trained": super()._fingerprint(task),
@@ -331,9 +309,10 @@ class Moram(Method):
         shown = [work.task(str(number)) for number in snapshot.tasks]
         if unseen or (unseen is None and setting == "xtail"):
             shown += [task for task in work.stream.tasks if task.number not in snapshot.tasks]
-        rows = [self._row(snapshot, shown, setting, history=history)]
+        there = self._after_each(snapshot) if history else {len(snapshot.tasks): snapshot}
+        rows = [memory_row(work, there, shown, setting, history=history)]
         if compare and snapshot.gate.threshold > -1:
-            rows.append(self._without_threshold(snapshot, shown, setting))
+            rows.append(without_threshold(work, snapshot, shown, setting))
         used: dict[str, Any] = {"moram": snapshot.settings}
         if snapshot.state is not None:
             used["head"] = snapshot.state.head
@@ -350,48 +329,11 @@ class Moram(Method):
             preset=preset,
         )
 
-    def _row(
-        self, snapshot: AtomSnapshot, shown: Sequence[Task], setting: str, *, history: bool
-    ) -> Row:
-        """The memory on all tasks, after each of them or after the last.
-
-        With `history` also before the first, where anything is known then.
-        """
-        measure, count = AtomMeasure(self.workspace), len(snapshot.tasks)
-        there = {count: snapshot}
-        if history:
-            versions = beneath.history(self.workspace, snapshot.version, snapshot.tasks)
-            there = {n: self.snapshot(at) for n, at in versions.items() if n < count} | there
-            if self.reads_texts:
-                there[0] = self._empty(snapshot)
-        id, label = self._name()
-        row = measure.row(id, label, there, shown, setting, before=history)
-        if count < 2 or any(number not in there for number in range(1, count + 1)):
-            return row
-        use = measure.use(snapshot, [there[number + 1].bank for number in range(count)])
-        metrics = {**row.metrics, **use_metrics(use)}
-        return row.model_copy(update={"atom_use": use, "metrics": metrics})
-
-    def _without_threshold(
-        self, snapshot: AtomSnapshot, shown: Sequence[Task], setting: str
-    ) -> Row:
-        """The same atoms and head, all kept atoms counting."""
-        settings = snapshot.settings.model_copy(update={"threshold": -1.0})
-        gate = gate_of(settings, self.config.adapter.rank)
-        there = replace(snapshot, settings=settings, gate=gate)
-        id, label = self._name()
-        measure = AtomMeasure(self.workspace)
-        return measure.row(
-            f"{id}-all", f"{label}, no threshold", {len(snapshot.tasks): there}, shown, setting
-        )
-
-    def _name(self) -> tuple[str, str]:
-        """Id and label of the memory's row."""
-        return ("moram", "MoRAM") if self.reads_texts else ("memory", "memory of atoms")
-
-    def _empty(self, snapshot: AtomSnapshot) -> AtomSnapshot:
-        """The memory before its first task."""
-        return replace(snapshot, tasks=(), bank=Rank1Memory(self.workspace.layout.sites).eval())
+    def _after_each(self, snapshot: AtomSnapshot) -> dict[int, AtomSnapshot]:
+        """The memory after so many tasks, for every number of them that a version has."""
+        count = len(snapshot.tasks)
+        versions = beneath.history(self.workspace, snapshot.version, snapshot.tasks)
+        return {n: self.snapshot(at) for n, at in versions.items() if n < count} | {count: snapshot}
 
     def known_tasks(self, version: str) -> tuple[int, ...]:
         """Numbers of the tasks whose atoms a version has, in the order written."""
