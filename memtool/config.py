@@ -309,7 +309,8 @@ class _File:
                 if key in parts:
                     visit(inner, f"{key}.")
                     continue
-                whose = key if "." in key else f"{key}." if isinstance(inner.value, dict) else ""
+                section = inner.value is None or isinstance(inner.value, dict)
+                whose = f"{key}." if section and "." not in key else key
                 if (of_store or of_another) and _may_be_of_others(whose):
                     continue
                 _require_key(key, place, known)

@@ -31,7 +31,7 @@ def write(
 
 def _show(call: Call, result: WriteResult) -> None:
     """Print the adapters that were added, and on stderr what is doubtful, and what comes next."""
-    from memtool.methods.about import about
+    from memtool.methods.about import said_by
 
     out = call.out
     rows = [(adapter.name, adapter.id) for adapter in result.added]
@@ -48,5 +48,5 @@ def _show(call: Call, result: WriteResult) -> None:
     if not result.added:
         out.note(f"nothing new to write; in memory already: {', '.join(result.skipped)}")
     # Atoms find themselves: writing them is all.
-    atoms = about(call.config.method).kind == "atoms"
+    atoms = said_by(call.config.method).kind == "atoms"
     out.next(call.command("eval" if atoms else "consolidate"))

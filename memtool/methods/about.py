@@ -34,7 +34,7 @@ class About:
     require: Callable[[Config], None] = nothing
 
 
-def about(method: str) -> About:
+def said_by(method: str) -> About:
     """What a method says of itself; of one that does not ship the defaults."""
     if method not in registry.SHIPPED["methods"]:
         return About()

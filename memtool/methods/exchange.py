@@ -28,7 +28,7 @@ from memtool.adapters.peft_files import read_peft, restored_file, write_peft
 from memtool.adapters.peft_tensors import WEIGHTS_NAME
 from memtool.atomic import write_atomic
 from memtool.errors import CorruptError, DataError, MismatchError, NotFoundError
-from memtool.methods.about import about
+from memtool.methods.about import said_by
 from memtool.methods.foreign import TrainedAs, check_base_model, read_head
 from memtool.methods.results import AdaptResult
 from memtool.outside import read_file, read_json
@@ -125,7 +125,7 @@ class About(_Beside):
     @property
     def trained_as(self) -> TrainedAs:
         """What the adapter is."""
-        return about(str(self.configuration.get("method"))).kind
+        return said_by(str(self.configuration.get("method"))).kind
 
     def section(self, name: str, model: type[Section]) -> Section:
         """A section of the configuration that it was trained with. Raises CorruptError."""

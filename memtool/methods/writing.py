@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 from memtool.errors import AlreadyExistsError, MismatchError, NotFoundError
-from memtool.methods.about import about
+from memtool.methods.about import said_by
 from memtool.methods.exchange import AdapterFolder, ReadAdapter, read_adapter
 from memtool.methods.foreign import require_trained_as
 from memtool.methods.home import Home, NeedsModel, StoredHome, stored_home
@@ -170,7 +170,7 @@ class _StoredWriter(AdapterWriter[StoredHome]):
     @property
     def appends(self) -> bool:
         """Whether new adapters are taken as they are."""
-        return about(self.config.method).appends
+        return said_by(self.config.method).appends
 
     def _require_own_kind(self, view: MemoryView) -> None:
         if self.appends:  # else nothing is new to a memory that remembers its method
@@ -195,7 +195,7 @@ def write_stored(
     It is for a new memory, for another than the store was made with, and where a method does more
     with a new adapter than to store it.
     """
-    appends = about(config.method).appends
+    appends = said_by(config.method).appends
     home = stored_home(config, seed=seed, all_settings=not appends)
     if home is None:
         return None
