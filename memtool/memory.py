@@ -10,7 +10,7 @@ The store knows its model, adapters, method and head: no configuration and no da
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -129,11 +129,18 @@ class Memory:
         return open_method(config, seed=config.seed[0])
 
 
-def load(store: str | Path, *, weights: str | Path | None = None) -> Memory:
+def load(
+    store: str | Path,
+    *,
+    weights: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Memory:
     """Open a memory: a folder or bucket, perhaps @VERSION.
 
-    `weights` is the file of its model, where that is not where the memory remembers it. Raises
-    NotFoundError for a memory that is not there, or does not say what it was made with.
+    `weights` is the file of its model, where that is not where the memory remembers it. `overrides`
+    are settings by dotted key that count before what the memory remembers; a method of a file of
+    one's own is named here. Raises NotFoundError for a memory that is not there, does not say what
+    it was made with, or was made with a method that is not installed.
     """
     address, version = split_store(str(store))
     opened = MemoryStore.open(address)
@@ -148,4 +155,5 @@ def load(store: str | Path, *, weights: str | Path | None = None) -> Memory:
         )
     if weights is not None:
         made_with["backbone.weights"] = str(weights)
-    return Memory(opened, view, resolve(ambient=False, remembered=made_with).config)
+    found = resolve(ambient=False, remembered=made_with, overrides=overrides)
+    return Memory(opened, view, found.config)

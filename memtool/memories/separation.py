@@ -126,13 +126,21 @@ def separation(name: str, *, beta: float = 1.0, topk: int = 2) -> SeparationFunc
 
 
 def _of_others(name: str, function: SeparationFunction, scores: Tensor) -> Tensor:
-    """What a function of another package makes of scores. Raises MismatchError for its shape."""
+    """What a function of another package makes of scores.
+
+    Raises MismatchError for another shape, and for numbers that are none of finite scores.
+    """
     found = function(scores)
     shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
     if shape != tuple(scores.shape):
         raise MismatchError(
             f"separation {name} gave {shape} for scores of shape {tuple(scores.shape)}",
             expected="a tensor of one coefficient for every score",
+        )
+    strange = ~found.isfinite() & scores.isfinite().all(dim=-1, keepdim=True)
+    if not torch.compiler.is_exporting() and bool(strange.any()):
+        raise MismatchError(
+            f"separation {name} gave numbers that are not finite", expected="finite numbers"
         )
     return found
 

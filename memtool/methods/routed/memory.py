@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import memtool_stores
 from memtool.adapters.recalls import given_for_each
 from memtool.adapters.values import AdapterValues, Recall
-from memtool.errors import MismatchError, NotFoundError
+from memtool.errors import CorruptError, MismatchError, NotFoundError
 from memtool.heads import RecalledHead
 from memtool.methods.in_store import own_head
 from memtool.methods.records import task_of
@@ -35,9 +35,22 @@ def kept_blob(task: int) -> str:
     return f"routing.{task}"
 
 
-def kept_bytes(kept: Kept) -> bytes:
-    """What is kept as a safetensors file."""
-    return save({name: tensor.detach().cpu().contiguous() for name, tensor in kept.items()})
+def kept_bytes(kept: Kept, rule: str) -> bytes:
+    """What the rule of a method keeps, as a safetensors file.
+
+    Raises MismatchError for what is no mapping of words to tensors, or an empty one.
+    """
+    words = f"method {rule}: keep gave"
+    expected = "a mapping of at least one word to a tensor, as {'mean': looks.mean(dim=0)}"
+    if not isinstance(kept, Mapping) or not kept:
+        found = "an empty one" if isinstance(kept, Mapping) else f"a {type(kept).__name__}"
+        raise MismatchError(f"{words} {found}", expected=expected)
+    for name, tensor in kept.items():
+        if not _is_word(name):
+            raise MismatchError(f"{words} the name {name!r}", expected=expected)
+        if not isinstance(tensor, Tensor):
+            raise MismatchError(f"{words} a {type(tensor).__name__} as {name}", expected=expected)
+    return save({name: tensor.detach().cpu().clone() for name, tensor in kept.items()})
 
 
 def known_tasks(view: memtool_stores.MemoryView) -> tuple[int, ...]:
@@ -56,9 +69,16 @@ class Routing(nn.Module):
     owners: Tensor
 
     def __init__(
-        self, values: AdapterValues, owners: Sequence[int], kept: Sequence[Kept], rule: Rule
+        self,
+        values: AdapterValues,
+        owners: Sequence[int],
+        kept: Sequence[Kept],
+        rule: Rule,
+        name: str = "",
     ) -> None:
+        """`name` is that of the method whose rule it is, for errors."""
         super().__init__()
+        self.name = name
         self.values = values
         self.register_buffer("owners", torch.tensor(owners))
         self._rule = rule
@@ -69,21 +89,24 @@ class Routing(nn.Module):
 
     @property
     def kept(self) -> list[Kept]:
-        """What the rule kept of every task, by name."""
-        return [
-            {name: getattr(self, f"kept_{index}_{name}") for name in names}
-            for index, names in enumerate(self._names)
-        ]
+        """What the rule kept of every task, by name; numbers with a point in float32."""
+        found: list[Kept] = []
+        for index, names in enumerate(self._names):
+            buffers = {name: getattr(self, f"kept_{index}_{name}") for name in names}
+            found.append({k: v.float() if v.is_floating_point() else v for k, v in buffers.items()})
+        return found
 
     def weights(self, looks: Tensor) -> Tensor:
         """The weights (n, adapters) of inputs by what they look like (n, dim).
 
         Adapters of one task share its weight. Raises MismatchError where the rule gives another
-        shape than (n, tasks), or numbers that are none.
+        shape than (n, tasks), or numbers that are none for an input of finite ones.
         """
         with torch.autocast(looks.device.type, enabled=False):
             found = self._rule(looks.float(), self.kept)
-        return spread_over(found, self.owners, looks.shape[0], len(self._names))
+        _require_weights(found, looks, len(self._names), self.name)
+        wide = torch.promote_types(found.dtype, looks.dtype)
+        return spread_over(found.to(wide), self.owners)
 
     def only(self, task: int) -> None:
         """Give the adapters of one task, an index, all weight from here on."""
@@ -131,23 +154,16 @@ class RoutedMemory:
             torch.tensor([record.scaling for record in records], dtype=torch.float32),
         )
         blobs = [kept_blob(task) for task in tasks]
-        kept = [load_tensors(view.blob(name), f"blob {name!r}") for name in blobs]
+        kept = [_kept_in(view, name) for name in blobs]
         owners = [tasks.index(task_of(record)) for record in records]
         head = None if work.reads == "texts" else _heads(view, records).to(device)
-        routing = Routing(values, owners, kept, rule).to(device)
+        routing = Routing(values, owners, kept, rule, work.config.method).to(device)
         return cls(view.version, view, tasks, records, routing, head)
 
 
-def spread_over(weights: Tensor, owners: Tensor, inputs: int, tasks: int) -> Tensor:
-    """Weights of tasks (n, tasks), checked, as weights of their adapters (n, adapters)."""
-    if tuple(weights.shape) != (inputs, tasks):
-        raise MismatchError(
-            f"a rule gave weights of shape {tuple(weights.shape)} for {inputs} inputs",
-            expected=f"({inputs}, {tasks}): one for every input and task",
-        )
-    if not torch.compiler.is_exporting() and not bool(weights.isfinite().all()):
-        raise MismatchError("a rule gave weights that are not finite", expected="finite numbers")
-    shares = F.one_hot(owners, tasks).to(weights.dtype)
+def spread_over(weights: Tensor, owners: Tensor) -> Tensor:
+    """Weights of tasks (n, tasks) as weights of their adapters (n, adapters)."""
+    shares = F.one_hot(owners, weights.shape[1]).to(weights.dtype)
     return weights[:, owners] / shares.sum(dim=0)[owners]
 
 
@@ -181,3 +197,34 @@ def _heads(
             )
         found.append(head)
     return RecalledHead.of_tasks(found, range(len(found)))
+
+
+def _kept_in(view: memtool_stores.MemoryView, blob: str) -> Kept:
+    """What a rule kept of a task. Raises CorruptError for what `kept_bytes` cannot have written."""
+    found = load_tensors(view.blob(blob), f"blob {blob!r}")
+    if not found or not all(map(_is_word, found)):
+        raise CorruptError(
+            f"blob {blob!r} at version {view.version} holds {sorted(found)}",
+            expected="tensors that are named by words",
+            remedy="memtool verify",
+        )
+    return found
+
+
+def _is_word(name: object) -> bool:
+    """Whether it can name a tensor of a blob, and of a module."""
+    return isinstance(name, str) and name.isidentifier()
+
+
+def _require_weights(weights: object, looks: Tensor, tasks: int, rule: str) -> None:
+    """Raise MismatchError unless a rule gave weights (n, tasks), finite where the looks are."""
+    words, shape = f"method {rule}: weights gave", (looks.shape[0], tasks)
+    expected = f"a tensor of shape {shape}: (inputs, tasks)"
+    if not isinstance(weights, Tensor):
+        raise MismatchError(f"{words} a {type(weights).__name__}", expected=expected)
+    if tuple(weights.shape) != shape:
+        raise MismatchError(f"{words} shape {tuple(weights.shape)}", expected=expected)
+    if torch.compiler.is_exporting():
+        return
+    if not bool((weights.isfinite() | ~looks.isfinite().all(dim=1, keepdim=True)).all()):
+        raise MismatchError(f"{words} numbers that are not finite", expected="finite numbers")

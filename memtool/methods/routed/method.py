@@ -62,7 +62,12 @@ class Routed(Method, ABC):
 
     @classmethod
     def open(cls, config: Config, **given: Any) -> Self:
-        """As `Method.open`. Raises ConfigError for a head that is fixed in advance."""
+        """As `Method.open`. Raises ConfigError without a name, or for a head fixed in advance."""
+        if not isinstance(getattr(cls, "name", None), str):
+            raise ConfigError(
+                f"method {config.method}: the class {cls.__name__} has no name",
+                expected='a line as name = "nearest-mean"',
+            )
         require_trained_head(config)
         return super().open(config, **given)
 
@@ -99,7 +104,7 @@ class Routed(Method, ABC):
         blobs = {}
         for number in work.telling("consolidate: keep", new):
             seen = looks(work, work.task(str(number)).train)
-            blobs[kept_blob(number)] = kept_bytes(self.keep(seen))
+            blobs[kept_blob(number)] = kept_bytes(self.keep(seen), self.config.method)
 
         def commit(txn: memtool_stores.Transaction) -> None:
             require_unmoved(txn, view)
