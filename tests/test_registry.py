@@ -282,6 +282,8 @@ def flat(scores):
     return scores.sum(dim=-1)
 def word(scores):
     return "all"
+def none(scores):
+    return scores / 0
 three = 3
 """
 
@@ -303,7 +305,8 @@ def test_a_separation_of_another_file(cube):
     torch.testing.assert_close(separate(scores), torch.tensor([[1.0, 4.0, 1.0]]) / 6)
     for wrong, said in (
         ("flat", r"flat gave \(1,\) for scores of shape \(1, 3\)"),
-        ("word", "str"),
+        ("word", "word gave str"),
+        ("none", "none gave numbers that are not finite"),
     ):
         resolve(environ={}, overrides={"memory.separation": f"{cube}:{wrong}"})
         with pytest.raises(MismatchError, match=said):

@@ -114,8 +114,9 @@ def run(
     from memtool.methods import open_method
 
     call.refuse_version()
-    known = experiment.known_baselines(open_method(call.config, seed=call.config.seed[0]))
-    absent = [name for name in call.config.baselines if name not in ("all", "none", *known)]
+    method = open_method(call.config, seed=call.config.seed[0])
+    known, chosen = experiment.known_baselines(method), experiment.chosen_baselines(method)
+    absent = [name for name in call.config.baselines if name not in ("all", "none", *chosen)]
     if absent and known:
         call.out.note(f"no baseline {', '.join(absent)} here; there are {', '.join(known)}")
     if call.dry_run:
