@@ -60,29 +60,12 @@ FIRST = (
 OTHERS = """\
 ## Methods of other packages
 
-`--method package.module:Class`, `--method path/to/file.py:Class`, or a name that an installed
-package gives with an entry point of the group `memtool.methods`. A class with the steps of a method
-(`open`, `adapt`, `write`, `consolidate`, `retrieve`, `evaluate`) is one; `reads` says what it reads
-(`images`, `texts`). `memtool.Routed` has them all and reads both: a subclass is a rule that mixes
-whole adapters. Its own settings are a model of the class:
-
-```python
-class MySettings(memtool.Settings):
-    k: int = Field(3, ge=1, description="how many neighbours")
-
-
-class NearestMean(memtool.Routed):
-    name = "nearest-mean"  # the section is nearest_mean
-    Settings = MySettings
-    # keep(looks): what stays of a task; weights(looks, kept): how much each task counts
-```
-
-`nearest_mean.k` is then a key as any other: with `--set`, as the variable MEMTOOL_NEAREST_MEAN__K,
-in files and in `memtool config show`; and a memory remembers it. A memory whose method is not
-installed is read where you name the method, too: no code runs because a memory names it.
-
-Baselines (`--baselines`) and backbones (`backbone.name`) of other packages have the same forms, and
-the groups `memtool.baselines` and `memtool.backbones`.
+`method`, `baselines`, `backbone.name` and the separations also take names of installed packages,
+`package.module:Class` and `path/to/file.py:Class`: [a method of your own](your-own-method.md) shows how.
+A class with the steps of a method (`open`, `adapt`, `write`, `consolidate`, `retrieve`, `evaluate`) is
+a method. Its `Settings` are a section of its name, and `nearest_mean.sharpness` is then a key as any
+other: with `--set`, as the variable MEMTOOL_NEAREST_MEAN__SHARPNESS, in a file that `--config` names
+and in `memtool config show`.
 """
 
 

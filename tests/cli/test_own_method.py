@@ -55,7 +55,7 @@ def small(reads, here) -> dict[str, str]:
     if reads == "texts":
         return _variables(settings_of(write_facts(here), here))
     shared = {key: value for key, value in SMALL.items() if not key.startswith("modulation")}
-    return _variables(shared | {"stream.order": "upright,rot90,inverted"})
+    return _variables(shared | {"stream.order": "upright,rot90"})
 
 
 def test_the_page_runs(own, reads, small, here):
@@ -77,8 +77,8 @@ def test_the_page_runs(own, reads, small, here):
     settings, first, again, recalled, explained, compared, history, log, forgotten, left = said
     assert re.search(r"nearest_mean.sharpness\s+20.0", settings)
     assert "nearest-mean" in (here / "report.html").read_text()
-    assert "adapt" in first
-    assert "adapt" not in again
+    assert ": adapt" in first
+    assert ": adapt" not in again
     assert recalled.index("task-2-seed-0") > 0
     assert "task-2-seed-0" in explained
     assert "nearest-mean" in (here / "explained.html").read_text()
@@ -91,7 +91,8 @@ def test_the_page_runs(own, reads, small, here):
 
     memory = memtool.load(here / "memory", overrides={"method": str(here / METHOD)})
     assert memory.reads == reads
-    assert [record.name for record in memory.adapters] == ["task-2-seed-0", "task-3-seed-0"]
+    left_over = [f"task-{number}-seed-0" for number in ((2, 3) if reads == "texts" else (2,))]
+    assert [record.name for record in memory.adapters] == left_over
     assert not memory.attach().training
 
 
