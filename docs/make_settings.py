@@ -61,11 +61,11 @@ OTHERS = """\
 ## Methods of other packages
 
 `method`, `baselines`, `backbone.name` and the separations also take names of installed packages,
-`package.module:Class` and `path/to/file.py:Class`: [a method of your own](your-own-method.md) shows how.
-A class with the steps of a method (`open`, `adapt`, `write`, `consolidate`, `retrieve`, `evaluate`) is
-a method. Its `Settings` are a section of its name, and `nearest_mean.sharpness` is then a key as any
-other: with `--set`, as the variable MEMTOOL_NEAREST_MEAN__SHARPNESS, in a file that `--config` names
-and in `memtool config show`.
+`package.module:Class` and `path/to/file.py:Class`: see
+[a method of your own](your-own-method.md). A class with the steps of a method (`open`, `adapt`,
+`write`, `consolidate`, `retrieve`, `evaluate`) is one. Its `Settings` are a section of its name:
+`nearest_mean.sharpness` is then a key as any other, with `--set`, as the variable
+MEMTOOL_NEAREST_MEAN__SHARPNESS, in a file that `--config` names and in `memtool config show`.
 """
 
 

@@ -20,6 +20,7 @@ from memtool.config import parse_assignment, resolve
 from memtool.settings import keys
 from memtool_cli.main import VERBS
 from tests.cli.conftest import inside
+from tests.shown import METHOD, write_shown
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -163,7 +164,8 @@ def test_verbs_and_options_exist(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_settings_exist_and_take_their_values(page):
+def test_settings_exist_and_take_their_values(page, tmp_path):
+    write_shown(tmp_path)
     sections = {key.partition(".")[0] for key in keys() if "." in key}
     for text in shell(page):
         assignments = SETTING.findall(text)
@@ -175,7 +177,10 @@ def test_settings_exist_and_take_their_values(page):
                 assert text in keys(), text
         for assignment in assignments:
             key, value = parse_assignment(assignment)
-            resolve(overrides={key: value}, ambient=False)
+            if value.startswith("mine.py:"):
+                value = str(tmp_path / value)
+            shown = {"method": str(tmp_path / METHOD)} if key.startswith("nearest_mean.") else {}
+            resolve(overrides={**shown, key: value}, ambient=False)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
