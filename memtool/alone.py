@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -68,9 +69,14 @@ def _leave_word(lock: Path) -> None:
 
 
 def _holder(lock: Path) -> str:
-    try:
-        said = json.loads(_word(lock).read_bytes())
-        process, host, since = (printable(str(said[key])) for key in ("process", "host", "since"))
-        return f"process {process} on {host}, since {since},"
-    except (OSError, ValueError, LookupError, TypeError):  # it is just beginning, or ending
-        return "another process"
+    """Who holds a lock; "another process" for one that has not said it within a second."""
+    for _ in range(20):  # it takes the lock, then says who it is
+        try:
+            said = json.loads(_word(lock).read_bytes())
+            names = ("process", "host", "since")
+            process, host, since = (printable(str(said[name])) for name in names)
+        except (OSError, ValueError, LookupError, TypeError):
+            time.sleep(0.05)
+        else:
+            return f"process {process} on {host}, since {since},"
+    return "another process"
