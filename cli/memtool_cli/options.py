@@ -37,9 +37,7 @@ from memtool_stores.printable import printable, shown
 from memtool_stores.redacted import redacted
 
 if TYPE_CHECKING:
-    from memtool.methods.mira.method import Mira
-    from memtool.methods.modulation.method import Modulation
-    from memtool.methods.moram.method import Moram
+    from memtool.methods.method import Method
     from memtool.progress import Progress
     from memtool_stores import MemoryStore, MemoryView
 
@@ -384,7 +382,7 @@ class Call:
         """Whether the stream is one of texts, not of images."""
         return self.config.stream.setting == "trace"
 
-    def method(self, progress: Progress | None = None) -> Mira | Modulation | Moram:
+    def method(self, progress: Progress | None = None) -> Method:
         """The method over this configuration, with one seed."""
         from memtool.methods import open_method
 

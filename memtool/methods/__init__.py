@@ -11,23 +11,21 @@ from memtool.methods.about import said_by
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from memtool.methods.mira.method import Mira
-    from memtool.methods.modulation.method import Modulation
-    from memtool.methods.moram.method import Moram
+    from memtool.methods.method import Method
     from memtool.progress import Progress
     from memtool.settings import Config
 
 
 def open_method(
     config: Config, *, seed: int, progress: Progress | None = None, adapters: Path | None = None
-) -> Mira | Modulation | Moram:
+) -> Method:
     """The method that the configuration names, over it and one seed.
 
     `adapters` as in `Workspace`. A class says in `reads` what it reads: images, where it says
     nothing. Raises ConfigError for a configuration that the method cannot work under.
     """
     said_by(config.method).require(config)
-    method = registry.find("methods", config.method)
+    method: type[Method] = registry.find("methods", config.method)
     samples = "texts" if config.stream.setting == "trace" else "images"
     reads = getattr(method, "reads", ("images",))
     if samples not in reads:

@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field
 from torch import Tensor
 
-from memtool.methods.results import Part, Result
+from memtool.methods.results import Part, Prediction, Result, TaskShare
 from memtool.reports.explanation import Explained
 from memtool.reports.table import Grid, percent
 
@@ -89,6 +89,46 @@ class Explanation(Result):
     novelty: float | None = None
     unlike: bool | None = None
     out: Path | None = None
+
+
+class AtomPlace(Part):
+    """One atom: number `rank` of those of its task."""
+
+    task: int
+    rank: int
+
+
+class AtomMap(Result):
+    """The gate's weights at one adapted map, mean over the samples.
+
+    `weights[i][n]` is that of atom i, in the order of `atoms`, for token n. Of images these are
+    `prefix_tokens` that are no patch (the class token), then the patches row by row, `side` a row.
+    Of texts `columns` names them: the tokens of a prompt, or the texts of a task, each with the
+    mean over its tokens. `tasks` are means over all columns; what is missing to one fell below the
+    threshold.
+    """
+
+    schema_: Literal["memtool.explain-atoms"] = Field("memtool.explain-atoms", alias="schema")
+    version: str
+    subject: str
+    samples: int
+    site: str
+    block: int
+    score_norm: str
+    topk: int
+    prefix_tokens: int = 0
+    side: int = 0
+    columns: tuple[str, ...] = ()
+    tasks: tuple[TaskShare, ...]
+    atoms: tuple[AtomPlace, ...]
+    weights: tuple[tuple[float, ...], ...]
+    prediction: Prediction | None = None
+    answer: str | None = None
+    out: Path | None = None
+
+
+AnyExplanation = Explanation | AtomMap
+"""What an explanation says, told apart by its `schema`."""
 
 
 def outcome_of(

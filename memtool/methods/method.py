@@ -1,26 +1,20 @@
-"""What every method does alike: train the adapters of a task, and append them to the memory.
+"""What a method is: what happens on the arrows of the one flow, and what it says of itself.
 
-A method says what happens on the arrows of the one flow (adapt, write, consolidate, retrieve,
-evaluate). The first two are here; the folder of each method adds how a memory is read.
+The first two, adapt and write, are the same for most (`training`, `writing`); the folder of each
+method adds consolidate, retrieve and evaluate, and how a memory is read.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Self
-
-import torch
-from torch import Tensor
+from typing import ClassVar, Self
 
 import memtool_stores
-from memtool.alone import alone
 from memtool.errors import (
-    AlreadyExistsError,
     ChangedMeanwhileError,
     ConfigError,
     MismatchError,
@@ -35,37 +29,24 @@ from memtool.evaluation.record import (
     Run,
     TaskIdentity,
 )
-from memtool.learning.adapt import Adapted, Beneath, adapt
-from memtool.learning.learner import Learner
-from memtool.methods.exchange import AdapterFolder, write_adapter
-from memtool.methods.export import require_new
-from memtool.methods.in_store import classifier_bytes
-from memtool.methods.kept import fingerprint_of
-from memtool.methods.records import number_of, task_of
-from memtool.methods.results import AdaptResult, PruneResult, WriteResult
-from memtool.methods.writing import AdapterWriter
+from memtool.methods.attached import Attached
+from memtool.methods.explanation import AnyExplanation
+from memtool.methods.results import (
+    Consolidated,
+    PruneResult,
+    Retrieved,
+    WriteResult,
+)
+from memtool.methods.training import AdapterTrainer
 from memtool.paths import without_home
 from memtool.progress import Progress
 from memtool.reports.figures import Pictures
 from memtool.settings import Config
 from memtool.streams.task import Task
-from memtool.workspace import Workspace, require_learnable
+from memtool.workspace import Workspace
 
 
-@dataclass(frozen=True, eq=False)
-class Trained:
-    """The adapters of a task after training.
-
-    `source` says in words what training started from; `beneath` is the digest of what they were
-    trained on top of, where they mean nothing without it.
-    """
-
-    adapted: Adapted
-    source: str
-    beneath: str = ""
-
-
-class Method(AdapterWriter[Workspace]):
+class Method(AdapterTrainer, ABC):
     """The steps that all methods share, over one configuration and seed."""
 
     reads: ClassVar[tuple[str, ...]] = ("images",)
@@ -110,15 +91,65 @@ class Method(AdapterWriter[Workspace]):
         """Epochs of key learning; None of a method without keys to learn."""
         return None
 
+    # What every method does its own way -----------------------------------------------------
+
+    @abstractmethod
+    def consolidate(self) -> Consolidated:
+        """Let the memory learn what it chooses by, as one version; nothing where nothing is new."""
+
+    @abstractmethod
+    def retrieve(
+        self,
+        *,
+        task: str | None = None,
+        image: Path | None = None,
+        prompt: str | None = None,
+        query: Path | None = None,
+        version: str = "HEAD",
+        out: Path | None = None,
+    ) -> Retrieved:
+        """What one subject recalls: test samples of a task, an image, a prompt, or a query.
+
+        `out` is a folder for the recalled adapter. Raises ConfigError for anything but one subject,
+        and for what a method has not.
+        """
+
+    @abstractmethod
+    def evaluate(
+        self,
+        *,
+        setting: str | None = None,
+        version: str = "HEAD",
+        history: bool = False,
+        compare: bool = False,
+        command: str | None = None,
+        preset: str | None = None,
+    ) -> Record:
+        """The memory on the test samples of its tasks.
+
+        `setting` is what is known at test time; `history` also measures the versions after each
+        task; `compare` adds other ways to use the same memory. `command` and `preset` are recorded.
+        """
+
+    @abstractmethod
     def known_tasks(self, version: str) -> tuple[int, ...]:
         """Numbers of the tasks that a version can be measured on."""
-        raise NotImplementedError
 
+    @abstractmethod
     def measure(
         self, version: str, tasks: Sequence[int], setting: str | None = None
     ) -> dict[str, float]:
         """The `metrics` of a version, means over the given tasks, where they can be had."""
-        raise NotImplementedError
+
+    @abstractmethod
+    def attach(
+        self, version: str = "HEAD", *, task: str | None = None, precision: str = "fp32"
+    ) -> Attached:
+        """A version as a module; no stream is opened. `task` is that of every input."""
+
+    @abstractmethod
+    def class_names(self, view: memtool_stores.MemoryView) -> tuple[str, ...]:
+        """The classes that a version tells apart, in the order of its scores; none of texts."""
 
     # What only some can ---------------------------------------------------------------------
 
@@ -132,7 +163,7 @@ class Method(AdapterWriter[Workspace]):
         block: int | None = None,
         version: str = "HEAD",
         out: Path | None = None,
-    ) -> Any:
+    ) -> AnyExplanation:
         """Why an input, or the test samples of a task, is recognised as what it is.
 
         `layer` and `block` name an adapted map; `out` is a plot (.svg, .png) or a page (.html).
@@ -148,15 +179,19 @@ class Method(AdapterWriter[Workspace]):
     def dead_atoms(self, below: float) -> PruneResult:
         """Which atoms add less than `below` of the average, and what taking them out does."""
         del below
-        raise ConfigError(
+        raise self._no_atoms()
+
+    def prune(self, found: PruneResult) -> PruneResult:
+        """Take the atoms that `dead_atoms` found out of the memory, as one version."""
+        del found
+        raise self._no_atoms()
+
+    def _no_atoms(self) -> ConfigError:
+        return ConfigError(
             f"--atoms-below under method {self.config.method}",
             expected="method moram, whose memory is made of atoms",
             remedy="--preset moram, as the memory was made with, or --set method=moram",
         )
-
-    def prune(self, found: PruneResult) -> PruneResult:
-        """Take the atoms that `dead_atoms` found out of the memory, as one version."""
-        raise NotImplementedError  # `dead_atoms` has refused
 
     # Around the steps of a run --------------------------------------------------------------
 
@@ -175,217 +210,13 @@ class Method(AdapterWriter[Workspace]):
         del tasks
         return Pictures()
 
-    # Adapt ----------------------------------------------------------------------------------
-
-    def adapt(self, task: str, *, fresh: bool = False) -> list[AdaptResult]:
-        """Train the adapters of a task and write each as a PEFT directory under `runs`.
-
-        A finished one of the same settings is left as it is, unless `fresh`; an interrupted one
-        goes on where it was. Raises AlreadyExistsError for a finished one of other settings,
-        BusyError while another process trains the same, CorruptError for a file that is not what
-        was written.
-        """
-        work = self.workspace
-        chosen = work.task(task)
-        self._require_learnable(chosen)
-        fingerprint = self._fingerprint(chosen)
-        folders = [AdapterFolder(work.adapter_folder / name) for name in self.adapter_names(chosen)]
-        finished = self._finished(folders, fingerprint, fresh)
-        if finished:
-            return finished
-        lock = work.adapter_folder / f".{folders[0].path.name}.lock"
-        with ExitStack() as held:
-            doing = f"training {folders[0].path}"
-            work.engine.on_main(lambda: held.enter_context(alone(lock, doing)))
-            # Another process may have finished them since.
-            return self._finished(folders, fingerprint, fresh) or self._trained(
-                chosen, folders, fingerprint, fresh
-            )
-
-    def _finished(
-        self, folders: Sequence[AdapterFolder], fingerprint: str, fresh: bool
-    ) -> list[AdaptResult]:
-        """What there is of these adapters already; empty where they are to be trained."""
-        complete = [folder for folder in folders if folder.is_complete]
-        for folder in folders:
-            if folder not in complete:
-                require_new(folder.path)
-        if fresh or not complete:
-            return []
-        if any(folder.about().fingerprint != fingerprint for folder in complete):
-            raise AlreadyExistsError(
-                f"{complete[0].path} was trained with other settings, data or backbone",
-                remedy="the same command with --fresh, or with --set runs=DIR",
-            )
-        if len(complete) < len(folders):
-            return []
-        return [folder.result().model_copy(update={"skipped": True}) for folder in folders]
-
-    def _trained(
-        self, chosen: Task, folders: Sequence[AdapterFolder], fingerprint: str, fresh: bool
-    ) -> list[AdaptResult]:
-        """Train adapters and write them; the caller holds their lock."""
-        work = self.workspace
-        names = [folder.path.name for folder in folders]
-        # A file for each set of settings: none loses the progress of another.
-        checkpoint = work.adapter_folder / f".{names[0]}-{fingerprint[:8]}.checkpoint"
-        if fresh:
-            work.engine.on_main(lambda: checkpoint.unlink(missing_ok=True))
-        training = self._train(chosen, fingerprint, checkpoint)
-        trained = training.adapted
-        accuracies = trained.train_accuracy or (None,) * len(folders)
-        results = [
-            AdaptResult(
-                path=folder.path,
-                name=name,
-                task=chosen.number,
-                task_name=chosen.name,
-                seed=self.seed,
-                train_accuracy=accuracy,
-                loss=trained.fit.losses[-1] / self.config.adapter.per_task,
-                seconds=trained.fit.seconds,
-                parameters=work.layout.numel,
-                bytes=work.layout.numel * 4,
-                resumed=trained.fit.resumed_at > 0,
-            )
-            for name, folder, accuracy in zip(names, folders, accuracies, strict=True)
-        ]
-
-        def write_all() -> None:
-            heads = [head.of_classes(chosen.classes) for head in trained.heads]
-            for index, (folder, result) in enumerate(zip(folders, results, strict=True)):
-                write_adapter(
-                    folder,
-                    work,
-                    chosen,
-                    value=trained.values[index],
-                    head=classifier_bytes(heads[index]) if heads else None,
-                    result=result,
-                    fingerprint=fingerprint,
-                    warm_start=training.source,
-                    beneath=training.beneath,
-                )
-            checkpoint.unlink(missing_ok=True)
-
-        work.engine.on_main(write_all)
-        return results
-
-    def _train(self, task: Task, fingerprint: str, checkpoint: Path) -> Trained:
-        """Train the adapters of a task; an interrupted training goes on from the checkpoint."""
-        work = self.workspace
-        if work.reads == "texts":
-            return self._train_on_texts(task, fingerprint, checkpoint)
-        start, source = self._warm_start(task)
-        beneath, version = self._beneath(task)
-        if beneath is not None:
-            source = f"{source} on top of version {version}"
-        adapted = adapt(
-            work.engine,
-            work.backbone,
-            work.layout,
-            task.train,
-            classes=task.classes,
-            class_count=len(work.stream.class_names),
-            adapter=self.config.adapter,
-            train=self.config.train,
-            seed=work.training_seed(task.number),
-            start=start,
-            beneath=beneath,
-            fingerprint=f"{fingerprint} {source}",
-            checkpoint=checkpoint,
-            progress=work.progress,
-            stage=self.stage(task),
-        )
-        return Trained(adapted, source)
-
-    def _train_on_texts(self, task: Task, fingerprint: str, checkpoint: Path) -> Trained:
-        """One adapter, from zero: a language model brings its head.
-
-        Raises ConfigError for several adapters a task, and for another start.
-        """
-        work, adapter = self.workspace, self.config.adapter
-        if adapter.per_task > 1 or adapter.warm_start != "none" or adapter.residual:
-            raise ConfigError(
-                "adapter.per_task, adapter.warm_start or adapter.residual on a stream of texts",
-                expected="one adapter a task, which starts at zero",
-                remedy="--set adapter.per_task=1 --warm-start none --set adapter.residual=false",
-            )
-        work.require_fitting([task])
-        learner = Learner(work, 1)
-        learner.values = work.fresh(1, task.number)
-        stage = self.stage(task)
-        fit = learner.learn(task, stage, fingerprint=fingerprint, checkpoint=checkpoint)
-        return Trained(Adapted(learner.values.flat().float().cpu(), (), (), fit), "zero")
-
-    def _fingerprint(self, task: Task) -> str:
-        """The hash of all that decides what training a task gives."""
-        work = self.workspace
-        decides = {
-            "backbone": work.backbone.sha256,
-            "stream": work.stream.fingerprint,
-            "task": task.number,
-            "targets": self.config.backbone.targets,
-            "adapter": self.config.adapter.model_dump(mode="json"),
-            "train": self.config.train.model_dump(mode="json"),
-            "seed": self.seed,
-        }
-        if work.reads == "texts":
-            learning = {"prompt_tokens", "answer_tokens", "long_prompts", "dropout"}
-            text = self.config.text.model_dump(mode="json", include=learning)
-            decides |= {"text": text, "epochs": work.epochs(task)}
-        return fingerprint_of(decides)
-
-    def _require_learnable(self, task: Task) -> None:
-        """Raise DataError for a task without images of two classes."""
-        if self.workspace.reads == "images":
-            require_learnable(task)
-
-    def _warm_start(self, task: Task) -> tuple[Tensor | None, str]:
-        """The value that training starts from, and a word for it: the ids it was made of."""
-        kind = self.config.adapter.warm_start
-        if kind == "none" or not self.workspace.has_store:
-            return None, "zero"
-        view = self.workspace.store.view("HEAD")
-        earlier = [
-            record
-            for record in view.adapters
-            if 0 < (number_of(record) or 0) < task.number
-            and record.meta.get("seed") in (None, self.seed)
-        ]
-        if kind == "previous" and earlier:
-            last = max(task_of(record) for record in earlier)
-            earlier = [record for record in earlier if task_of(record) == last]
-        if not earlier:
-            return None, "zero"
-        values = torch.from_numpy(view.values([record.id for record in earlier]).copy())
-        return values.mean(dim=0), " ".join(record.id for record in earlier)
-
-    def _beneath(self, task: Task) -> tuple[Beneath | None, str]:
-        """The memory that a residual adapter is trained on top of, and its version."""
-        if self.config.adapter.residual:
-            raise ConfigError(
-                f"residual adapters under method {self.config.method}, task {task.number}",
-                expected="method mira, whose mixtures an adapter can be added to",
-            )
-        return None, ""
+    # Train and write ------------------------------------------------------------------------
 
     def learn(self, task: Task, *, fresh: bool = False) -> None:
         """Train and write the adapters of a task, unless it was done; `fresh` as in `adapt`."""
         self.adapt(str(task.number), fresh=fresh)
         folder = self.workspace.adapter_folder
         self.write([folder / name for name in self.adapter_names(task)])
-
-    def stage(self, task: Task) -> str:
-        """What progress calls the training of a task."""
-        return f"task {task.number}/{self.workspace.stream.count} {task.name}: adapt"
-
-    def adapter_names(self, task: Task) -> list[str]:
-        """Names of the adapters of a task, one folder each."""
-        stem = f"task-{task.number}-seed-{self.seed}"
-        count = self.config.adapter.per_task
-        return [stem] if count == 1 else [f"{stem}-adapter-{j + 1}" for j in range(count)]
-
-    # Write ----------------------------------------------------------------------------------
 
     def write(
         self,

@@ -350,3 +350,10 @@ class BisectResult(Result):
     probes: tuple[Probe, ...]
     culprit: Probe | None
     suspects: tuple[Probe, ...] = ()
+
+
+Consolidated = ConsolidateResult | PredictorResult | HeadResult | RoutedResult
+"""What consolidation says, told apart by its `schema`."""
+
+Retrieved = RetrieveResult | RecallResult | AtomsResult
+"""What retrieval says, told apart by its `schema`."""

@@ -128,7 +128,7 @@ class AdapterWriter(Generic[Place]):
             added=tuple(added),
             skipped=tuple(adapter.name for adapter in known),
             known=tuple(known),
-            as_atoms=tuple(self._compared(adapter) for adapter in foreign),
+            as_atoms=self._as_atoms(foreign),
             notes=tuple(note for a in found if a.name in new for note in a.notes),
         )
 
@@ -137,9 +137,13 @@ class AdapterWriter(Generic[Place]):
         txn.add(adapter.name, adapter.numbers, adapter.meta)
         return txn.adapters[-1]
 
-    def _compared(self, adapter: ReadAdapter) -> AsAtoms:
-        """What a whole adapter is worth as it is, and as what it has become in memory."""
-        raise NotImplementedError  # adapters of another kind become atoms only
+    def _as_atoms(self, foreign: Sequence[ReadAdapter]) -> tuple[AsAtoms, ...]:
+        """What whole adapters are worth as they are, and as the atoms that they became: here none.
+
+        A memory of whole adapters takes no others.
+        """
+        del foreign
+        return ()
 
     def _require_own_kind(self, view: MemoryView) -> None:
         """A memory holds whole adapters or atoms, never both: they are read in other ways."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -29,8 +29,7 @@ from memtool_cli.predictions import predicted, say_unlike, unlike
 from memtool_cli.unread import say_decided
 
 if TYPE_CHECKING:
-    from memtool.methods.explanation import Explanation
-    from memtool.methods.moram.explain import AtomMap
+    from memtool.methods.explanation import AtomMap, Explanation
 
 app = Verbs()
 
@@ -84,7 +83,7 @@ def explain(
     out = out and call.writes_to(out)
     say_decided(call)
     with call.out.progress() as progress:
-        result: Any = call.method(progress).explain(
+        result = call.method(progress).explain(
             task=task,
             image=image,
             prompt=prompt,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -186,7 +186,7 @@ def consolidate(call: Call) -> None:
     if call.dry_run:
         return show_plan(call, "consolidate")
     with call.out.progress() as progress:
-        result: Any = call.method(progress).consolidate()
+        result = call.method(progress).consolidate()
     rows: list[tuple[str, str]] = [
         ("version", result.version),
         ("tasks", " ".join(str(task) for task in result.tasks)),
@@ -266,7 +266,6 @@ def retrieve(
     say_decided(call)
     if query is not None:
         say_unread_stream(call)
-    result: RetrieveResult | RecallResult | AtomsResult
     with call.out.progress() as progress:
         result = call.method(progress).retrieve(
             task=task, image=image, prompt=prompt, query=query, version=call.version, out=out

@@ -3,61 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from pydantic import Field
 from torch import Tensor
 
 from memtool.adapters.layout import Site
 from memtool.backbones.interface import TextBackbone
 from memtool.errors import ConfigError, did_you_mean
+from memtool.methods.explanation import AtomMap, AtomPlace
 from memtool.methods.moram.measure import AtomMeasure
 from memtool.methods.moram.method import Moram
 from memtool.methods.moram.state import AtomSnapshot
 from memtool.methods.moram.watch import activation_map
-from memtool.methods.results import Part, Prediction, Result, TaskShare
+from memtool.methods.results import TaskShare
 from memtool.methods.subject import Subject, subject_of
 from memtool.reports.atom_map import AtomPicture, format_of, write_atom_picture
 from memtool.reports.table import Grid
 from memtool.streams.task import Texts
 from memtool.workspace import Workspace
-
-
-class AtomPlace(Part):
-    """One atom: number `rank` of those of its task."""
-
-    task: int
-    rank: int
-
-
-class AtomMap(Result):
-    """The gate's weights at one adapted map, mean over the samples.
-
-    `weights[i][n]` is that of atom i, in the order of `atoms`, for token n. Of images these are
-    `prefix_tokens` that are no patch (the class token), then the patches row by row, `side` a row.
-    Of texts `columns` names them: the tokens of a prompt, or the texts of a task, each with the
-    mean over its tokens. `tasks` are means over all columns; what is missing to one fell below the
-    threshold.
-    """
-
-    schema_: Literal["memtool.explain-atoms"] = Field("memtool.explain-atoms", alias="schema")
-    version: str
-    subject: str
-    samples: int
-    site: str
-    block: int
-    score_norm: str
-    topk: int
-    prefix_tokens: int = 0
-    side: int = 0
-    columns: tuple[str, ...] = ()
-    tasks: tuple[TaskShare, ...]
-    atoms: tuple[AtomPlace, ...]
-    weights: tuple[tuple[float, ...], ...]
-    prediction: Prediction | None = None
-    answer: str | None = None
-    out: Path | None = None
 
 
 def explain_atoms(

@@ -37,7 +37,7 @@ from memtool.methods.attached import Attached
 from memtool.methods.exchange import ReadAdapter
 from memtool.methods.in_store import HEAD, feature_statistics
 from memtool.methods.kept import fingerprint_of
-from memtool.methods.method import Method, Trained, require_unmoved
+from memtool.methods.method import Method, require_unmoved
 from memtool.methods.moram import beneath
 from memtool.methods.moram.about import ABOUT
 from memtool.methods.moram.as_atoms import as_atoms
@@ -60,11 +60,12 @@ from memtool.methods.moram.written import Written
 from memtool.methods.records import task_of
 from memtool.methods.results import AsAtoms, AtomsResult, HeadResult, PruneResult, TaskShare
 from memtool.methods.subject import subject_of
+from memtool.methods.training import Trained
 from memtool.sections import MoramSettings
 from memtool.streams.task import Task
 
 if TYPE_CHECKING:
-    from memtool.methods.moram.explain import AtomMap
+    from memtool.methods.explanation import AtomMap
 
 SETTINGS = ("til", "cil", "dil", "xtail", "trace")
 """Settings that one bank of atoms can be measured in."""
@@ -187,8 +188,11 @@ class Moram(Method):
         beneath.require_trained_here(work, txn.base, adapter)
         return Written(work, self.settings, txn, adapter).append()
 
-    def _compared(self, adapter: ReadAdapter) -> AsAtoms:
-        return as_atoms(self.workspace, adapter, self.snapshot())
+    def _as_atoms(self, foreign: Sequence[ReadAdapter]) -> tuple[AsAtoms, ...]:
+        if not foreign:
+            return ()
+        snapshot = self.snapshot()
+        return tuple(as_atoms(self.workspace, adapter, snapshot) for adapter in foreign)
 
     # Consolidate ----------------------------------------------------------------------------
 
