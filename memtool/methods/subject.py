@@ -31,7 +31,13 @@ class Subject:
 
     def __len__(self) -> int:
         """How many samples it has."""
-        return len(self.samples if self.task is not None else [self.samples])
+        return 1 if self.task is None else len(self.samples)
+
+    @property
+    def images(self) -> Images:
+        """The samples, which are images."""
+        assert isinstance(self.samples, Images)
+        return self.samples
 
 
 def subject_of(
@@ -49,7 +55,7 @@ def subject_of(
         brought = "--prompt" if work.reads == "texts" else "--image"
         raise ConfigError("what should be looked at?", expected=f"one of --task and {brought}")
     if task is not None:
-        chosen = work.task(task)
+        chosen = work.task(task, held_out=True)
         samples = spread(chosen.test, SUBJECT_SAMPLES[work.reads])
         return Subject(f"task {chosen.number} {chosen.name}", samples, chosen)
     if (image is None) != (work.reads == "texts"):

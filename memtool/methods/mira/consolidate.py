@@ -36,7 +36,7 @@ from memtool.methods.mira.count import count_queries, count_task
 from memtool.methods.mira.inventory import Inventory, inventory_of
 from memtool.methods.mira.keys import start_keys
 from memtool.methods.mira.learn import learn
-from memtool.methods.mira.measure import SUBJECT_SAMPLES, Measure, drift_degrees
+from memtool.methods.mira.measure import Measure, drift_degrees
 from memtool.methods.mira.protect import Protection
 from memtool.methods.mira.recall import MemoryModel, memory_blocks
 from memtool.methods.mira.state import (
@@ -47,6 +47,7 @@ from memtool.methods.mira.state import (
     queries_blob,
 )
 from memtool.methods.results import ConsolidateResult
+from memtool.methods.subject import SUBJECT_SAMPLES
 from memtool.settings import Config
 from memtool.streams.task import Images, Task, spread
 from memtool.workspace import Workspace, require_learnable
@@ -329,7 +330,7 @@ def _result(known: Inventory, made: Made, began: float) -> ConsolidateResult:
     """What consolidation came to, at the version that it went on from."""
     work, config = known.work, known.config
     last = work.task(str((known.fresh or known.tasks)[-1]))
-    shown = spread(last.train, 4 * SUBJECT_SAMPLES)
+    shown = spread(last.train, 4 * SUBJECT_SAMPLES["images"])
     accuracy = Measure(work).accuracy(made.model, made.head.to(work.engine.device), shown)
     return ConsolidateResult(
         version=known.view.version,

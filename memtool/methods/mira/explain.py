@@ -20,7 +20,6 @@ from torch import Tensor
 
 from memtool.adapters.recalls import given_for_each
 from memtool.adapters.values import AdapterValues
-from memtool.errors import ConfigError
 from memtool.heads import RecalledHead
 from memtool.memories.closed_form import QueryStatistics
 from memtool.memories.novelty import LIMIT
@@ -32,14 +31,13 @@ from memtool.methods.explanation import (
     as_shown,
     outcome_of,
 )
-from memtool.methods.mira.measure import SUBJECT_SAMPLES, seen_by
+from memtool.methods.mira.measure import seen_by
 from memtool.methods.mira.method import Mira
 from memtool.methods.mira.recall import MemoryModel, QueryProbe
 from memtool.methods.records import task_of
+from memtool.methods.subject import subject_of
 from memtool.reports.explanation import format_of, write_explained
 from memtool.sections import Mix
-from memtool.streams import load_image
-from memtool.streams.task import spread
 from memtool_stores import AdapterRecord
 
 SHRINKAGE = 1e-2
@@ -51,34 +49,35 @@ def explain(
     *,
     task: str | None = None,
     image: Path | None = None,
+    prompt: str | None = None,
     version: str = "HEAD",
     out: Path | None = None,
 ) -> Explanation:
     """What the memory makes of one image, or of the test images of a task, and why.
 
-    `out` is a plot (.svg, .png) or a page (.html). Raises ConfigError for
-    anything but one subject and for another kind of file; errors as `Mira.retrieve`.
+    `out` is a plot (.svg, .png) or a page (.html). Raises ConfigError for anything but one subject,
+    for a prompt and for another kind of file; errors as `Mira.retrieve`.
     """
-    if (task is None) == (image is None):
-        raise ConfigError("what should be explained?", expected="one of --task and --image")
     if out is not None:
         format_of(out)
     work = mira.workspace
+    subject = subject_of(work, task=task, image=image, prompt=prompt)
+    images = subject.images.images
+    labels = None if subject.task is None else torch.from_numpy(np.asarray(subject.images.labels))
     snapshot = mira.read(version) if task is None else mira.snapshot(version)
     state, model, head = snapshot.consolidated()
-    shown = _shown(mira, task, image)
-    far = None if image is None else seen_by(work.engine, snapshot, shown.images[0])
-    seen = _see(mira, model, head, shown.images)
+    far = None if image is None else seen_by(work.engine, snapshot, images[0])
+    seen = _see(mira, model, head, images)
     judge = partial(
-        outcome_of, before=seen.probabilities, labels=shown.labels, class_names=state.class_names
+        outcome_of, before=seen.probabilities, labels=labels, class_names=state.class_names
     )
-    mixed = _Mixed(mira, model.values, model.mix, head, shown.images)
+    mixed = _Mixed(mira, model.values, model.mix, head, images)
     without_negative, parts = _taken_out(mixed, seen, snapshot.records, judge)
     names = {part.task: part.task_name for part in parts}
     result = Explanation(
         version=snapshot.version,
-        subject=shown.subject,
-        samples=len(shown.images),
+        subject=subject.words,
+        samples=len(subject),
         mix=state.memory.mix,
         separation=state.memory.separation,
         routing=state.memory.routing,
@@ -97,25 +96,6 @@ def explain(
     if out is not None:
         work.engine.on_main(lambda: write_explained(as_shown(result), out))
     return result
-
-
-@dataclass(frozen=True, eq=False)
-class _Shown:
-    """What is explained, in words and as images (n, h, w, 3); labels (n,) of a task's."""
-
-    subject: str
-    images: npt.NDArray[np.uint8]
-    labels: Tensor | None = None
-
-
-def _shown(mira: Mira, task: str | None, image: Path | None) -> _Shown:
-    if task is not None:
-        chosen = mira.workspace.task(task, held_out=True)
-        some = spread(chosen.test, SUBJECT_SAMPLES)
-        labels = torch.from_numpy(np.asarray(some.labels))
-        return _Shown(f"task {chosen.number} {chosen.name}", some.images, labels)
-    assert image is not None
-    return _Shown(str(image), load_image(image, mira.config.backbone.image_size)[None])
 
 
 def _taken_out(

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from memtool.methods.mira.measure import SUBJECT_SAMPLES, Measure
+from memtool.methods.mira.measure import Measure
 from memtool.methods.mira.state import Snapshot
+from memtool.methods.subject import SUBJECT_SAMPLES
 from memtool.reports.figures import CoefficientMap, KeyMap, SampleCoefficientMap
 from memtool.streams.task import Task, spread
 
@@ -25,7 +26,7 @@ def coefficient_maps(
     _, model, head = snapshot.consolidated()
     measure = Measure(mira.workspace)
     found = [
-        measure.recall(model, head, spread(task.test, SUBJECT_SAMPLES).images)[1].double()
+        measure.recall(model, head, spread(task.test, SUBJECT_SAMPLES["images"]).images)[1].double()
         for task in tasks
     ]
     names = tuple(record.name for record in snapshot.records)

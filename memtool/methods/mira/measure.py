@@ -29,9 +29,6 @@ from memtool.methods.records import task_of
 from memtool.streams.task import Images, Task
 from memtool.workspace import Workspace
 
-SUBJECT_SAMPLES = 256
-"""Images of a task that a look at it takes: `retrieve`, `explain`, the pictures of a report."""
-
 SIGNED = ("identity", "affine", "tanh")
 """Separations that can give negative coefficients."""
 

@@ -37,7 +37,7 @@ from memtool.methods.mira.attached import AttachedMixture
 from memtool.methods.mira.consolidate import consolidate
 from memtool.methods.mira.inventory import consolidated_before
 from memtool.methods.mira.maps import coefficient_maps, key_map
-from memtool.methods.mira.measure import SUBJECT_SAMPLES, Measure, drift, seen_by
+from memtool.methods.mira.measure import Measure, drift, seen_by
 from memtool.methods.mira.recall import MemoryModel
 from memtool.methods.mira.recalled import coefficients_for, recalled_adapter
 from memtool.methods.mira.state import MemoryState, Snapshot
@@ -48,10 +48,9 @@ from memtool.methods.results import (
     ConsolidateResult,
     RetrieveResult,
 )
-from memtool.methods.subject import read_query
+from memtool.methods.subject import read_query, subject_of
 from memtool.reports.figures import Pictures
-from memtool.streams import load_image
-from memtool.streams.task import Task, spread
+from memtool.streams.task import Task
 
 if TYPE_CHECKING:
     from memtool.methods.explanation import Explanation
@@ -126,37 +125,30 @@ class Mira(Method):
             )
         if out is not None:
             require_new(out)
+        work = self.workspace
         snapshot = self.read(version) if task is None else self._snapshot(version)
         state, model, head = snapshot.consolidated()
         accuracy, prediction = None, None
         if query is not None:
-            subject, samples = str(query), 1
-            coefficients = coefficients_for(
-                model, read_query(query, self.workspace.backbone), query
-            )
+            words, samples = str(query), 1
+            coefficients = coefficients_for(model, read_query(query, work.backbone), query)
         else:
-            if task is not None:
-                chosen = self.workspace.task(task, held_out=True)
-                shown = spread(chosen.test, SUBJECT_SAMPLES)
-                subject, samples = f"task {chosen.number} {chosen.name}", len(shown)
-                images = shown.images
-            else:
-                assert image is not None
-                loaded = load_image(image, self.config.backbone.image_size)
-                subject, samples, images = str(image), 1, loaded[None]
-            logits, recalled = Measure(self.workspace).recall(model, head, images)
+            subject = subject_of(work, task=task, image=image)
+            images = subject.images
+            words, samples = subject.words, len(subject)
+            logits, recalled = Measure(work).recall(model, head, images.images)
             coefficients = recalled.mean(dim=0)
-            if task is not None:
-                accuracy = share_right(logits, shown)
+            if subject.task is not None:
+                accuracy = share_right(logits, images)
             else:
-                far = seen_by(self.workspace.engine, snapshot, loaded)
+                far = seen_by(work.engine, snapshot, images.images[0])
                 prediction = predicted(head.probabilities(logits)[0], state.class_names, far)
         if out is not None:
-            recalled_adapter(out, self.workspace, snapshot, coefficients)
+            recalled_adapter(out, work, snapshot, coefficients)
         mean = coefficients.mean(dim=0)
         return RetrieveResult(
             version=snapshot.version,
-            subject=subject,
+            subject=words,
             samples=samples,
             mix=state.memory.mix,
             separation=state.memory.separation,
@@ -386,7 +378,6 @@ class Mira(Method):
                 f"--layer and --block under method {self.config.method}",
                 expected="method moram, where every adapted map has atoms of its own",
             )
-        subject.pop("prompt", None)
         return explain(self, **subject)
 
     # Around the steps of a run --------------------------------------------------------------

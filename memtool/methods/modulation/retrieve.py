@@ -23,13 +23,10 @@ from memtool.methods.modulation.recallers import AdapterMemory
 from memtool.methods.modulation.stored import Stored
 from memtool.methods.outcome import predicted
 from memtool.methods.results import Prediction, RecalledShare
-from memtool.methods.subject import read_query
+from memtool.methods.subject import SUBJECT_SAMPLES, read_query
 from memtool.streams import load_image
 from memtool.streams.task import Images, Task, spread
 from memtool.workspace import Workspace
-
-SUBJECT_SAMPLES = 256
-"""Test images of a task that `retrieve --task` measures the recalled adapter on."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +51,7 @@ class Subject:
             f"task {task.number} {task.name}",
             memory.key_of(stored.values[place]),
             place,
-            samples=spread(task.test, SUBJECT_SAMPLES),
+            samples=spread(task.test, SUBJECT_SAMPLES["images"]),
         )
 
     @classmethod
