@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import stdtrit  # type: ignore[import-untyped]
 
 from memtool.errors import MismatchError
 from memtool.evaluation.record import Kind, Record, Row
@@ -50,6 +49,8 @@ def summarise(values: Sequence[float]) -> Summary:
     if len(kept) == 1:
         return Summary(kept, mean, None, None, None)
     std = float(numbers.std(ddof=1))
+    from scipy.special import stdtrit  # type: ignore[import-untyped]  # a third of a second
+
     half = float(stdtrit(len(kept) - 1, 0.5 + CONFIDENCE / 2)) * std / math.sqrt(len(kept))
     return Summary(kept, mean, std, mean - half, mean + half)
 

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from memtool.methods.results import Part, Prediction, Result, TaskShare
-from memtool.reports.explanation import Explained
+from memtool.reports.shown import Explained
 from memtool.reports.table import Grid, percent
 
 NEAREST = 3
@@ -176,6 +176,13 @@ def as_shown(result: Explanation) -> Explained:
         parts=_parts(result),
         winner=whole.label,
     )
+
+
+def draw(result: Explanation, path: Path) -> Path:
+    """Write the plot (.svg, .png) or the page (.html) of an explanation; returns `path`."""
+    from memtool.reports.explanation import write_explained  # loads the plotter
+
+    return write_explained(as_shown(result), path)
 
 
 def _parts(result: Explanation) -> Grid:

@@ -40,7 +40,7 @@ from memtool.methods.results import (
 from memtool.methods.training import AdapterTrainer
 from memtool.paths import without_home
 from memtool.progress import Progress
-from memtool.reports.figures import Pictures
+from memtool.reports.shown import Pictures
 from memtool.settings import Config
 from memtool.streams.task import Task
 from memtool.workspace import Workspace

@@ -5,60 +5,22 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from markupsafe import Markup
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from memtool.atomic import write_atomic
-from memtool.errors import MismatchError
 from memtool.reports import drawing
 from memtool.reports.drawing import INK, SEQUENTIAL, style
-from memtool.reports.explanation import format_of
 from memtool.reports.page import Picture, templates
-from memtool.reports.table import Grid
-
-__all__ = ["AtomPicture", "format_of", "write_atom_picture"]
+from memtool.reports.shown import AtomPicture, format_of
 
 MOST_PANELS = 12  # tasks that get a map of the image's patches
 LINE = 48  # tokens of a text that stand beside each other with their names
-
-
-@dataclass(frozen=True, eq=False)
-class AtomPicture:
-    """What is shown of the atoms of one adapted map.
-
-    weights (atoms, tokens): the tokens are `prefix_tokens` that are no patch, then `side` x `side`
-    patches; or, of a text, those that `columns` names. tasks: for every atom the name of its task,
-    atoms of a task next to each other; parts: the weight of every task, as a table.
-    """
-
-    title: str
-    about: str
-    tasks: tuple[str, ...]
-    weights: npt.NDArray[np.float64]
-    prefix_tokens: int
-    side: int
-    parts: Grid
-    columns: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        expected = (len(self.tasks), len(self.columns) or self.prefix_tokens + self.side**2)
-        if self.weights.shape != expected:
-            raise MismatchError(
-                f"weights of shape {self.weights.shape}", expected=f"{expected}: atoms, tokens"
-            )
-
-    @property
-    def groups(self) -> list[tuple[str, npt.NDArray[np.float64]]]:
-        """The rows of every task: (its atoms, tokens), in order."""
-        names = np.array(self.tasks)
-        return [(name, self.weights[names == name]) for name in dict.fromkeys(self.tasks)]
 
 
 def write_atom_picture(picture: AtomPicture, path: Path) -> Path:

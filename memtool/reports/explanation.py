@@ -2,73 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from markupsafe import Markup
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from memtool.atomic import write_atomic
-from memtool.errors import ConfigError, MismatchError
 from memtool.reports import drawing
 from memtool.reports.drawing import DIVERGING, INK, MOST_NUMBERED, RULE, minus, style
 from memtool.reports.page import Picture, templates
-from memtool.reports.table import Grid
-from memtool_stores.files import is_special
-
-SUFFIXES = (".svg", ".png", ".html")
-
-
-@dataclass(frozen=True, eq=False)
-class Explained:
-    """What is shown of an explained input.
-
-    values: coefficients (memories, adapters); `blocks`: the block of every memory, empty for one
-    memory that serves them all; contributions (adapters,): probability of the class `winner` (None
-    for several samples) that goes without the adapter; facts: pairs of name and value; parts: what
-    every adapter did, as a table.
-    """
-
-    title: str
-    about: str
-    facts: tuple[tuple[str, str], ...]
-    blocks: tuple[int, ...]
-    adapters: tuple[str, ...]
-    values: npt.NDArray[np.float64]
-    contributions: npt.NDArray[np.float64]
-    parts: Grid
-    winner: str | None = None
-
-    def __post_init__(self) -> None:
-        expected = (max(len(self.blocks), 1), len(self.adapters))
-        if self.values.shape != expected or self.contributions.shape != expected[1:]:
-            raise MismatchError(
-                f"coefficients of shape {self.values.shape} and contributions of shape "
-                f"{self.contributions.shape}",
-                expected=f"{expected} and {expected[1:]}",
-            )
-
-    @property
-    def rows(self) -> list[str]:
-        """What the rows of `values` are called."""
-        return [f"block {block}" for block in self.blocks] or ["all blocks"]
-
-
-def format_of(path: Path) -> str:
-    """What is written to `path`: "svg", "png" or "html", by its suffix; a page to a device or pipe.
-
-    ConfigError for another suffix.
-    """
-    suffix = path.suffix.lower()
-    if suffix in SUFFIXES:
-        return suffix[1:]
-    if is_special(path):
-        return "html"
-    raise ConfigError(f"--out {path}", expected=f"a name ending in {', '.join(SUFFIXES)}")
+from memtool.reports.shown import Explained, coefficient_grid, format_of
 
 
 def write_explained(explained: Explained, path: Path) -> Path:
@@ -84,25 +30,6 @@ def write_explained(explained: Explained, path: Path) -> Path:
         plot = _figure(explained)
         plot.suptitle(drawing.short(f"{explained.title}: {explained.facts[0][1]}", 110), fontsize=9)
         return write_atomic(path, drawing.file_bytes(plot, kind))
-
-
-def coefficient_grid(explained: Explained) -> Grid:
-    """Coefficients of every block, the longer side down; negative ones bold."""
-    rows, columns, values = explained.rows, list(explained.adapters), explained.values
-    if len(columns) > len(rows):
-        rows, columns, values = columns, rows, values.T
-    values = values.round(3) + 0.0  # what rounds to zero is zero: never "-0.000"
-    negative = frozenset((i, 1 + j) for i, j in np.argwhere(values < 0).tolist())
-    return Grid(
-        title="Coefficients of every block",
-        header=("", *columns),
-        rows=tuple(
-            (name, *(f"{value:.3f}" for value in line))
-            for name, line in zip(rows, values.tolist(), strict=True)
-        ),
-        bold=negative,
-        notes=("Bold: negative, subtracted from the mixture.",) if negative else (),
-    )
 
 
 def _page(explained: Explained) -> str:

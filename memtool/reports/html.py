@@ -15,8 +15,8 @@ from memtool.evaluation.metrics import METRICS
 from memtool.evaluation.record import Record
 from memtool.evaluation.summary import RowSummary, summarise_rows
 from memtool.reports import figures
-from memtool.reports.figures import CoefficientMap, KeyMap, SampleCoefficientMap
 from memtool.reports.page import Picture, templates
+from memtool.reports.shown import CoefficientMap, KeyMap, SampleCoefficientMap
 from memtool.reports.table import (
     MISSING,
     Grid,

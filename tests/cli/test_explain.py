@@ -6,6 +6,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,22 @@ def test_what_is_refused(arguments, code, said, folder):
     assert said in done.stderr
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
+
+
+def test_asking_for_one_image_loads_no_plotter_and_no_statistics(folder):
+    code = """
+import os, sys
+from memtool_cli.main import main
+code = main(["retrieve", "--image", "digit.png", "-q"])
+heavy = ("timm", "torchvision", "sklearn", "matplotlib", "scipy", "datasets", "transformers")
+loaded = [name for name in heavy if name in sys.modules]
+print(code, loaded, file=sys.stderr, flush=True)
+os._exit(1 if code or loaded else 0)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_what_is_unlike_all_that_was_learned_is_said_wherever_it_is_predicted(folder):

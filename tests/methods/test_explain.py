@@ -14,9 +14,10 @@ from memtool.adapters.recalls import same_for_all
 from memtool.adapters.values import AdapterValues
 from memtool.errors import ConfigError, NotFoundError
 from memtool.memories.closed_form import QueryStatistics
-from memtool.methods.mira.explain import as_shown, distances, explain
+from memtool.methods.explanation import as_shown
+from memtool.methods.mira.explain import distances, explain
 from memtool.methods.mira.method import Mira
-from memtool.reports.explanation import coefficient_grid
+from memtool.reports.shown import coefficient_grid
 from memtool.settings import Config
 from tests.methods.conftest import small_config
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from memtool.errors import MismatchError
-from memtool.reports.atom_map import LINE, AtomPicture, write_atom_picture
+from memtool.reports.atom_map import LINE, write_atom_picture
+from memtool.reports.shown import AtomPicture
 from memtool.reports.table import Grid
 
 GRID = Grid(title="Weights", header=("atoms of", "all tokens"), rows=(("task-1", "0.5"),))

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from memtool.errors import ConfigError, MismatchError
-from memtool.reports.explanation import Explained, coefficient_grid, write_explained
+from memtool.reports.explanation import write_explained
+from memtool.reports.shown import Explained, coefficient_grid
 from memtool.reports.table import Grid
 
 

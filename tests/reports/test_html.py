@@ -14,9 +14,6 @@ from memtool.errors import MismatchError
 from memtool.evaluation.summary import summarise_rows
 from memtool.reports.drawing import INK, RULE
 from memtool.reports.figures import (
-    CoefficientMap,
-    KeyMap,
-    SampleCoefficientMap,
     accuracy_map,
     coefficient_map,
     key_map,
@@ -24,6 +21,7 @@ from memtool.reports.figures import (
     task_curves,
 )
 from memtool.reports.html import Cost, count, duration, flatten, render, size, write_report
+from memtool.reports.shown import CoefficientMap, KeyMap, SampleCoefficientMap
 from tests.reports.sample import TASKS, held_out_record, record, without_negative
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}

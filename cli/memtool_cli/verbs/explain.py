@@ -103,7 +103,7 @@ def explain(
 def _show_mixture(call: Call, result: Explanation) -> None:
     """What comes out, and what every adapter does for it."""
     from memtool.methods.explanation import as_shown
-    from memtool.reports.explanation import coefficient_grid
+    from memtool.reports.shown import coefficient_grid
 
     view = as_shown(result)
     facts = Table((), view.facts, title=f"{view.title}: {view.about}")

@@ -28,7 +28,7 @@ from memtool.methods.explanation import (
     Explanation,
     Familiarity,
     Outcome,
-    as_shown,
+    draw,
     outcome_of,
 )
 from memtool.methods.mira.measure import seen_by
@@ -36,7 +36,7 @@ from memtool.methods.mira.method import Mira
 from memtool.methods.mira.recall import MemoryModel, QueryProbe
 from memtool.methods.records import task_of
 from memtool.methods.subject import subject_of
-from memtool.reports.explanation import format_of, write_explained
+from memtool.reports.shown import format_of
 from memtool.sections import Mix
 from memtool_stores import AdapterRecord
 
@@ -94,7 +94,7 @@ def explain(
         out=out,
     )
     if out is not None:
-        work.engine.on_main(lambda: write_explained(as_shown(result), out))
+        work.engine.on_main(lambda: draw(result, out))
     return result
 
 

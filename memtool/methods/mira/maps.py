@@ -11,7 +11,7 @@ import torch
 from memtool.methods.mira.measure import Measure
 from memtool.methods.mira.state import Snapshot
 from memtool.methods.subject import SUBJECT_SAMPLES
-from memtool.reports.figures import CoefficientMap, KeyMap, SampleCoefficientMap
+from memtool.reports.shown import CoefficientMap, KeyMap, SampleCoefficientMap
 from memtool.streams.task import Task, spread
 
 if TYPE_CHECKING:

@@ -49,7 +49,7 @@ from memtool.methods.results import (
     RetrieveResult,
 )
 from memtool.methods.subject import read_query, subject_of
-from memtool.reports.figures import Pictures
+from memtool.reports.shown import Pictures
 from memtool.streams.task import Task
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from memtool.methods.moram.state import AtomSnapshot
 from memtool.methods.moram.watch import activation_map
 from memtool.methods.results import TaskShare
 from memtool.methods.subject import Subject, subject_of
-from memtool.reports.atom_map import AtomPicture, format_of, write_atom_picture
+from memtool.reports.shown import AtomPicture, format_of
 from memtool.reports.table import Grid
 from memtool.streams.task import Texts
 from memtool.workspace import Workspace
@@ -69,6 +69,8 @@ def explain_atoms(
         changes |= {"prediction": prediction, "answer": answer}
     result = _map_of(snapshot, site, weights, subject).model_copy(update=changes)
     if out is not None:
+        from memtool.reports.atom_map import write_atom_picture  # loads the plotter
+
         work.engine.on_main(lambda: write_atom_picture(as_picture(result), out))
     return result
 

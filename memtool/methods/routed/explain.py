@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from memtool.learning.looks import looks
-from memtool.methods.explanation import AdapterPart, Explanation, Outcome, as_shown, outcome_of
+from memtool.methods.explanation import AdapterPart, Explanation, Outcome, draw, outcome_of
 from memtool.methods.in_store import classes_of
 from memtool.methods.records import task_of
 from memtool.methods.routed.measure import answering, as_they_are, scores
 from memtool.methods.routed.memory import RoutedMemory, Way
 from memtool.methods.subject import Subject, subject_of
-from memtool.reports.explanation import format_of, write_explained
+from memtool.reports.shown import format_of
 from memtool.streams.task import Images, Texts
 from memtool.workspace import Workspace
 
@@ -86,7 +86,7 @@ def explain(
         out=out,
     )
     if out is not None:
-        work.engine.on_main(lambda: write_explained(as_shown(result), out))
+        work.engine.on_main(lambda: draw(result, out))
     return result
 
 
