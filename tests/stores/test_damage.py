@@ -21,7 +21,7 @@ from memtool_stores import (
     Space,
     VersionExpiredError,
 )
-from memtool_stores.testing import fill
+from memtool_stores.testing import fill, some_values
 from tests.fuzz.door import CASES
 
 FLIPS = 40 if CASES > 200 else 8
@@ -359,6 +359,22 @@ def test_every_file_that_was_appended_to_is_named(rich: Rich) -> None:
             assert named & {chunk, (KINDS[kind] or "checksums", name)}, (path, named)
             path.write_bytes(whole)
     assert rich.store.verify().ok
+
+
+def test_a_chunk_that_became_as_long_as_a_row_is_named(store: MemoryStore, space: Space) -> None:
+    row = space.layout.nbytes + 4
+    with store.transaction("write") as txn:
+        txn.put_blob("small", b"{}" * 20)
+        txn.add("one", some_values(space, 1))
+        txn.set_keys(np.ones((1, 1, 3), dtype=np.float32))
+    short = [path for path in _files(store.url, "chunks") if path.stat().st_size < row]
+    assert len(short) == 2
+    for path in short:
+        whole = path.read_bytes()
+        path.write_bytes(whole + bytes(row - len(whole)))
+        assert [damage.what for damage in store.verify().damages] == ["chunk"]
+        path.write_bytes(whole)
+    assert store.verify().ok
 
 
 @pytest.mark.slow
