@@ -121,7 +121,10 @@ def check(url: str, version: str, parent: str | None) -> Iterator[Wrong | Unread
         OSError: the checksums themselves could not be read.
     """
     listed = set()
-    for line in (_folder(url) / version).read_text(errors="replace").splitlines():
+    *lines, rest = (_folder(url) / version).read_bytes().decode(errors="replace").split("\n")
+    if rest or [*map(_path_in, lines)] != sorted({*map(_path_in, lines)}):
+        yield Wrong("checksums", version, "a line a file, in order, each ended", shown(rest))
+    for line in lines:
         expected, _, path = line.partition("  ")
         named = _LINE.fullmatch(line)
         if named is None:
@@ -199,6 +202,11 @@ def _write(url: str, version: str, files: Collection[str]) -> None:
             file.write(text)
     except OSError as error:
         raise of_os_error(error, f"note the checksums of version {version}", url) from error
+
+
+def _path_in(line: str) -> str:
+    """The file that a line is about."""
+    return line.partition("  ")[2]
 
 
 def _folder(url: str) -> Path:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -375,6 +376,28 @@ def test_a_chunk_that_became_as_long_as_a_row_is_named(store: MemoryStore, space
         assert [damage.what for damage in store.verify().damages] == ["chunk"]
         path.write_bytes(whole)
     assert store.verify().ok
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text[:-1],
+        lambda text: text.replace(b"\n", b"\r\n"),
+        lambda text: text.replace(b"\n", b"\x0b", 1),
+        lambda text: text + text.split(b"\n")[0] + b"\n",
+        lambda text: b"\n".join([*reversed(text.split(b"\n")[:-1]), b""]),
+    ],
+    ids=["cut", "carriage returns", "another separator", "repeated", "reversed"],
+)
+def test_checksums_that_say_the_same_in_other_bytes_are_named(rich: Rich, change: Any) -> None:
+    for path in rich.files["sums"]:
+        whole = path.read_bytes()
+        if (other := change(whole)) == whole:
+            continue
+        path.write_bytes(other)
+        assert "checksums" in {damage.what for damage in rich.store.verify().damages}
+        path.write_bytes(whole)
+    assert rich.store.verify().ok
 
 
 @pytest.mark.slow
