@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
 from memtool import registry
 from memtool.errors import ConfigError
@@ -34,6 +34,20 @@ Mix = Literal["delta", "params"]
 Routing = Literal["mixture", "lda", "prototype"]
 Protect = Literal["freeze", "dual-gpm", "none"]
 Recaller = Literal["hopfield", "hopfield-published", "bayes-pcn", "bayes-pcn-published"]
+
+
+def _number_or_places(value: Any) -> Any:
+    """A block's number stands alone, also where it was written as the only one of a list."""
+    if isinstance(value, list | tuple) and len(value) == 1 and str(value[0]).isdigit():
+        return int(value[0])
+    return value
+
+
+Place = Annotated[str, Field(pattern=r"^(final|tokens|blocks|block:\d{1,4})$")]
+LookAt = Annotated[
+    Annotated[int, Field(ge=0)] | Annotated[tuple[Place, ...], Field(min_length=1)],
+    BeforeValidator(_number_or_places),
+]
 
 
 class Settings(BaseModel):
@@ -66,9 +80,22 @@ class MemorySettings(Settings):
     scope: Literal["block", "model"] = Field(
         "model", description="a memory in every block, or one look at the frozen model for all"
     )
-    look_at: Annotated[int, Field(ge=0)] = Field(
-        2, description="for scope model: the block whose input the query looks at"
+    look_at: LookAt = Field(
+        2,
+        description="for scope model: the block whose input the query looks at; of texts also "
+        "several places side by side: block:N, blocks, final, tokens",
     )
+
+    @property
+    def look_at_block(self) -> int:
+        """The block whose input is looked at, where it is a single one."""
+        assert isinstance(self.look_at, int)
+        return self.look_at
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The places that are looked at, by name."""
+        return (f"block:{self.look_at}",) if isinstance(self.look_at, int) else self.look_at
 
 
 class ConsolidateSettings(Settings):

@@ -142,9 +142,14 @@ class HeadSettings(Settings):
 class TextSettings(Settings):
     """Streams of texts (setting trace)."""
 
-    prompt_tokens: Annotated[int, Field(ge=1)] = Field(1024, description="most tokens of a prompt")
-    answer_tokens: Annotated[int, Field(ge=1)] = Field(
-        512, description="most tokens of an answer, the end of text included"
+    prompt_tokens: Annotated[int, Field(ge=1)] | None = Field(
+        None,
+        description="most tokens of a prompt; none: 1024, or three quarters of a shorter context",
+    )
+    answer_tokens: Annotated[int, Field(ge=1)] | None = Field(
+        None,
+        description="most tokens of an answer, the end of text included; none: 512, or what a "
+        "shorter context leaves",
     )
     long_prompts: Literal["cut", "refuse"] = Field(
         "cut", description="a prompt that is too long keeps its end, or is an error"

@@ -230,6 +230,15 @@ class Workspace:
         statistics.keep_reach(features, labels)
         return statistics
 
+    def text_settings(self) -> dict[str, Any]:
+        """The settings of texts that decide what is learned from them, limits as in force."""
+        said = self.config.text.model_dump(mode="json", include={"long_prompts", "dropout"})
+        limits = {
+            "prompt_tokens": self.backbone.prompt_tokens,
+            "answer_tokens": self.backbone.answer_tokens,
+        }
+        return {**limits, **said}
+
     def require_fitting(self, tasks: Sequence[Task]) -> None:
         """Raise DataError for a prompt that is too long, where these are refused, before any work.
 

@@ -124,6 +124,18 @@ BASELINES = setting(
     "Training",
     "What is trained beside the memory, separated by commas.",
 )
+BASE = setting(
+    "--base",
+    "backbone.name",
+    "Memory",
+    "The language model of a collection of LoRA adapters.",
+    metavar="hf:MODEL",
+    implies={
+        "method": "mira",
+        "stream.setting": "trace",
+        "memory.look_at": ("blocks", "tokens"),
+    },
+)
 SEED = setting(
     "--seed", "seed", "Training", "Seed; `run` takes several.", metavar="N", type=list[str] | None
 )
@@ -302,6 +314,9 @@ class Call:
             value = self.given[option.name]
             if option.setting and value not in (None, []):
                 put(option.setting, value, f"{option.flag} {as_text(value)}")
+        for option in self.shared:
+            if self.given[option.name] not in (None, []):
+                found = {**option.implies, **found}
         return found
 
     @property

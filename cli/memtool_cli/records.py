@@ -238,6 +238,29 @@ class Migrated(CliRecord):
     branches: tuple[BranchSchema, ...]
 
 
+class Weight(Part):
+    """How much an adapter counts for a prompt."""
+
+    name: str
+    weight: float
+
+
+class Answer(Part):
+    """What a memory says to a prompt; `weights` of the adapters that count, the largest first."""
+
+    prompt: str
+    text: str
+    weights: tuple[Weight, ...]
+
+
+class Generated(CliRecord):
+    """Answers to prompts."""
+
+    schema_: Literal["memtool.generate"] = Field("memtool.generate", alias="schema")
+    version: str
+    answers: tuple[Answer, ...]
+
+
 class Exported(CliRecord):
     """Adapters written as PEFT directories."""
 

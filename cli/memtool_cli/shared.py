@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import typer
@@ -20,6 +20,8 @@ class Shared:
     annotation: Any
     default: Any = None
     setting: str | None = None
+    implies: Mapping[str, Any] = field(default_factory=dict)
+    """Settings that follow from it where the command line does not say them."""
 
     @property
     def name(self) -> str:
@@ -49,7 +51,9 @@ def setting(flag: str, key: str, panel: str, help: str | None = None, **more: An
         autocompletion=more.pop("autocompletion", _words(words) if words else None),
         show_default=False,
     )
-    return Shared(flag, Annotated[more.pop("type", str | None), option], setting=key)
+    implies = more.pop("implies", {})
+    kind = more.pop("type", str | None)
+    return Shared(flag, Annotated[kind, option], setting=key, implies=implies)
 
 
 def _words(words: tuple[str, ...]) -> Callable[[str], list[str]]:

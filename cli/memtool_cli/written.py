@@ -26,10 +26,10 @@ def write(
         with call.out.progress() as progress:
             method = call.method(progress)
             result = method.write(directories, task=task, as_atoms=as_atoms)
-    _show(call, result)
+    show(call, result)
 
 
-def _show(call: Call, result: WriteResult) -> None:
+def show(call: Call, result: WriteResult) -> None:
     """Print the adapters that were added, and on stderr what is doubtful, and what comes next."""
     from memtool.methods.about import said_by
 

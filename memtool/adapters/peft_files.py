@@ -158,19 +158,27 @@ def read_peft(directory: Path, layout_sites: Sequence[Site]) -> PeftAdapter:
     a plain LoRA (DoRA, biases, saved modules, convolutions, other methods), DataError for numbers
     that are not finite and for what is no file, SchemaError for a file above the limits.
     """
-    config_path, weights_path = directory / CONFIG_NAME, directory / WEIGHTS_NAME
-    config_bytes = _read(config_path, "text_bytes")
-    config = parsed_json(config_bytes, str(config_path))
-    check_plain_lora(config, str(config_path))
-    data = _read(weights_path, "array_bytes")
-    tensors = load_arrays(data, str(weights_path))
+    config = _read(directory / CONFIG_NAME, "text_bytes")
+    return parse_peft(
+        _read(directory / WEIGHTS_NAME, "array_bytes"), config, layout_sites, str(directory)
+    )
+
+
+def parse_peft(
+    data: bytes, config_bytes: bytes, layout_sites: Sequence[Site], where: str
+) -> PeftAdapter:
+    """As `read_peft`, of the bytes of the two files; `where` is the folder that errors name."""
+    config_path, weights_path = f"{where}/{CONFIG_NAME}", f"{where}/{WEIGHTS_NAME}"
+    config = parsed_json(config_bytes, config_path)
+    check_plain_lora(config, config_path)
+    tensors = load_arrays(data, weights_path)
     header = data[8 : 8 + int.from_bytes(data[:8], "little")]
-    note = note_in(parsed_json(header, f"the header of {weights_path}"), str(weights_path))
-    modules = adapted_modules(tensors, layout_sites, note, str(weights_path))
-    found = scalings(config, {m.name: m.a.shape[0] for m in modules}, str(config_path))
+    note = note_in(parsed_json(header, f"the header of {weights_path}"), weights_path)
+    modules = adapted_modules(tensors, layout_sites, note, weights_path)
+    found = scalings(config, {m.name: m.a.shape[0] for m in modules}, config_path)
     scaling = _common(found.values(), note)
     dtype = np.result_type(np.float32, *(tensor.numbers.dtype for tensor in tensors.values()))
-    layout = _layout(modules, layout_sites, note, str(weights_path))
+    layout = _layout(modules, layout_sites, note, weights_path)
     parts: dict[str, Array] = {}
     for module in modules:
         ratio = _ratio(found[module.name], scaling)

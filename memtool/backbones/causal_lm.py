@@ -38,6 +38,9 @@ LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen
 ROPES = ("default", "linear", "llama3", "yarn")
 """Rotary positions that do not depend on the length of the text, so that keys can be kept."""
 
+PROMPT_TOKENS, ANSWER_TOKENS = 1024, 512
+"""The most tokens of a prompt and of an answer, where the context has room and nobody says more."""
+
 PAD = -1
 """The token id of padding: that of no token, while a tokenizer's own may stand for a real one."""
 
@@ -119,16 +122,25 @@ def model_source(settings: BackboneSettings) -> str:
     return str(place) if place.is_dir() else wanted
 
 
-def check_limits(name: str, context: int, text: TextSettings) -> None:
-    """Raise ConfigError for prompts and answers that together exceed the context of a model."""
-    if text.prompt_tokens + text.answer_tokens > context:
+def limits_of(name: str, context: int, text: TextSettings) -> tuple[int, int]:
+    """The most tokens of a prompt, and of an answer, for a model of such a context.
+
+    Raises ConfigError for prompts and answers that together exceed it.
+    """
+    prompt, answer = text.prompt_tokens, text.answer_tokens
+    if prompt is None:
+        prompt = min(PROMPT_TOKENS, max(1, context - (answer or context // 4)))
+    if answer is None:
+        answer = max(1, min(ANSWER_TOKENS, context - prompt))
+    if prompt + answer > context:
         raise ConfigError(
-            f"prompts of {text.prompt_tokens} and answers of {text.answer_tokens} tokens for "
-            f"{name}, whose context is {context}",
+            f"prompts of {prompt} and answers of {answer} tokens for {name}, whose context is "
+            f"{context}",
             expected=f"at most {context} together",
             remedy=f"--set text.prompt_tokens={max(1, context - context // 4)} "
             f"--set text.answer_tokens={context // 4}",
         )
+    return prompt, answer
 
 
 class KeyValueCache:
@@ -183,9 +195,7 @@ class CausalLM(FrozenModel):
         self.dim = config.hidden_size
         self.depth = len(model.model.layers)
         self.context: int = config.max_position_embeddings
-        self.prompt_tokens = text.prompt_tokens
-        self.answer_tokens = text.answer_tokens
-        check_limits(name, self.context, text)
+        self.prompt_tokens, self.answer_tokens = limits_of(name, self.context, text)
         self._refuse_long = text.long_prompts == "refuse"
         self.sha256 = sha256
         self.tokenizer = tokenizer

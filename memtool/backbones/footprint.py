@@ -8,13 +8,13 @@ without dropout.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from memtool.backbones.causal_lm import CausalLM, check_limits, model_source
+from memtool.backbones.causal_lm import CausalLM, limits_of, model_source
 from memtool.errors import ConfigError, NotFoundError
 from memtool.memories.rank1 import AtomBank, AtomGate, Rank1Memory
 from memtool.settings import BackboneSettings, TextSettings
@@ -35,6 +35,7 @@ class Footprint:
     per_pair      the same for each pair of tokens of a sample: attention that is not fused
     logits        of each answer token, and their gradients
     cache         keys and values of each token while an answer is generated
+    limits        the most tokens of a prompt, and of an answer
     """
 
     parameters: int
@@ -45,6 +46,7 @@ class Footprint:
     per_pair: int
     logits: int
     cache: int
+    limits: tuple[int, int] = (0, 0)
 
     def training(self, batch: int, tokens: int, answer_tokens: int, *, fused: bool = True) -> int:
         """Bytes of a step with `batch` samples of so many tokens, of which some are the answer."""
@@ -128,10 +130,11 @@ def footprint_of(
         ) from error
     except ValueError as error:
         raise ConfigError(f"{source!r} is no causal language model: {error}") from error
-    check_limits(settings.name, config.max_position_embeddings, text)
-    return footprint(
+    limits = limits_of(settings.name, config.max_position_embeddings, text)
+    found = footprint(
         config, targets=settings.targets, rank=rank, tasks=tasks, gate=gate, dtype=dtype
     )
+    return replace(found, limits=limits)
 
 
 def _bank(lm: CausalLM, targets: Sequence[str], rank: int, tasks: int) -> Rank1Memory:

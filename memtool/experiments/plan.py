@@ -105,7 +105,7 @@ def _footprint(work: Workspace, gate: MoramSettings) -> Footprint:
 
 def _memory(config: Config, found: Footprint) -> dict[str, int]:
     """Bytes of the parts of a language model that learns atoms, at the limits of the texts."""
-    tokens = config.text.prompt_tokens + config.text.answer_tokens
+    tokens, answers = sum(found.limits), found.limits[1]
     samples = math.ceil(config.train.batch_size / config.engine.accumulate)
     asked = config.engine.eval_batch_size
     return {
@@ -114,7 +114,7 @@ def _memory(config: Config, found: Footprint) -> dict[str, int]:
         "learning_bytes": found.learning,
         "step_samples": samples,
         "step_tokens": tokens,
-        "step_bytes": found.training(samples, tokens, config.text.answer_tokens),
+        "step_bytes": found.training(samples, tokens, answers),
         "generation_samples": asked,
         "generation_bytes": found.generation(asked, tokens),
     }

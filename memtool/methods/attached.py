@@ -138,9 +138,14 @@ class AttachedTexts(Attached, ABC):
     def recall(self, prompts: Tensor) -> Recall | None:
         """What is recalled for prompts, token ids (n, length) padded on the left."""
 
+    @property
+    @abstractmethod
+    def names(self) -> tuple[str, ...]:
+        """What the columns of `weights` are called: adapters, or tasks."""
+
     @abstractmethod
     def weights(self, prompts: Sequence[str]) -> Tensor:
-        """Whose adapters prompts use: (n, adapters)."""
+        """Whose adapters prompts use: (n, adapters), a column for each of `names`."""
 
     @torch.no_grad()
     def forward(self, tokens: Tensor) -> Tensor:

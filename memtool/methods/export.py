@@ -9,7 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from memtool.adapters.peft_config import CONFIG_NAME
 from memtool.adapters.peft_files import PeftAdapter, restore_peft, restored_file, write_peft
+from memtool.adapters.peft_tensors import WEIGHTS_NAME
+from memtool.atomic import write_atomic
 from memtool.errors import AlreadyExistsError, CorruptError, MemtoolError
 from memtool.methods.exchange import CATALOG, OWN_HEAD
 from memtool.methods.records import own_head_blob
@@ -78,8 +81,13 @@ def _write_stored(directory: Path, view: MemoryView, record: AdapterRecord, home
     scalings of their own or its numbers more than 32 bits, which were rounded on the way in;
     `meta["byte_identical"]` says so. Raises CorruptError when they should be the same and are not.
     """
-    value = view.value(record.id).copy()
     blob = record.meta.get("peft")
+    if record.ragged:
+        files = read_arrays(view.blob(str(blob)), f"blob {blob!r}", config="uint8 c")
+        write_atomic(directory / WEIGHTS_NAME, view.export(record.id))
+        write_atomic(directory / CONFIG_NAME, files["config"].bits.tobytes())
+        return
+    value = view.value(record.id).copy()
     tensors = home.layout.unflatten(value)  # views
     for site, ranks in record.pruned.items():
         tensors[f"{site}.lora_A"][list(ranks)] = 0

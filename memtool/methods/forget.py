@@ -34,6 +34,7 @@ SOLVED_BY = {
     "atoms": "memtool.methods.moram.state",
     "past-inputs": "memtool.methods.moram.state",
     "memory": "memtool.methods.mira.forget",
+    "prompt-keys": "memtool.methods.mira.prompts",
 }
 """By how the name of a blob begins: the module that knows what it becomes without the forgotten.
 

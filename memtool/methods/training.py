@@ -197,9 +197,7 @@ class AdapterTrainer(AdapterWriter[Workspace]):
             "seed": self.seed,
         }
         if work.reads == "texts":
-            learning = {"prompt_tokens", "answer_tokens", "long_prompts", "dropout"}
-            text = self.config.text.model_dump(mode="json", include=learning)
-            decides |= {"text": text, "epochs": work.epochs(task)}
+            decides |= {"text": work.text_settings(), "epochs": work.epochs(task)}
         return fingerprint_of(decides)
 
     def _require_learnable(self, task: Task) -> None:

@@ -26,6 +26,7 @@ KINDS: Mapping[str, tuple[str, Mapping[str, object]]] = {
     "mira on images": ("digits-dil", {}),
     "moram on images": ("moram-digits", {"stream.splits": 5}),
     "modulation on images": ("modulation-digits", {}),
+    "mira on texts": ("mira-trace", {}),
     "moram on texts": ("moram-trace", {}),
     "nearest-mean on images": ("digits-dil", {}),
     "nearest-mean on texts": ("moram-trace", {}),

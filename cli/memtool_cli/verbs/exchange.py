@@ -13,6 +13,7 @@ from memtool.progress import ProgressEvent
 from memtool_cli import records, written
 from memtool_cli.commands import Verbs
 from memtool_cli.options import (
+    BASE,
     COMPUTE,
     CONFIGURATION,
     LOCK_TIMEOUT,
@@ -76,20 +77,40 @@ def clone(
         "memtool import adapters/my-lora --task 2",
         "memtool import adapters/* --store shared/memory -q",
         "memtool import adapters/my-lora --task 1 --method moram --as atoms",
+        "memtool import adapters/* --base hf:MODEL --prompts prompts.jsonl",
         "memtool import memory.bundle --store copy",
     ),
 )
-@verb(STORE, LOCK_TIMEOUT, METHOD, RANK, *COMPUTE, *CONFIGURATION)
+@verb(STORE, LOCK_TIMEOUT, METHOD, RANK, BASE, *COMPUTE, *CONFIGURATION)
 def import_adapters(
     call: Call,
-    directories: Annotated[
-        list[Path],
+    places: Annotated[
+        list[str],
         typer.Argument(
             metavar="DIR|BUNDLE",
-            help="PEFT directories that fit the backbone; or one bundle, for a new memory.",
+            help="PEFT directories that fit the backbone; or one bundle, for a new memory. With "
+            "--base also folders of them, and DIR:TASK.",
         ),
     ],
     task: TaskOfForeign = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts",
+            metavar="FILE",
+            help="With --base: a few dozen example prompts of each adapter, one a line as "
+            '{"adapter": "poems", "prompt": "…"}; or a stream of texts.',
+            rich_help_panel="Memory",
+        ),
+    ] = None,
+    keep_prompts: Annotated[
+        bool,
+        typer.Option(
+            "--keep-prompts",
+            help="Keep the example prompts too, not only what they look like to the model.",
+            rich_help_panel="Memory",
+        ),
+    ] = False,
     given_as: Annotated[
         str | None,
         typer.Option(
@@ -104,6 +125,15 @@ def import_adapters(
     call.refuse_version()
     if given_as is not None:
         one_of("--as", given_as, ("atoms",))
+    if call.given["base"] is not None:
+        return _collect(call, places, task, prompts, keep_prompts)
+    if prompts is not None or keep_prompts:
+        raise ConfigError(
+            "--prompts without a language model",
+            expected="--base, the model that the adapters belong to",
+            remedy="--base hf:MODEL, a folder or an id on the hub",
+        )
+    directories = [Path(place) for place in places]
     bundles = [path for path in directories if path.is_file()]
     if bundles:
         if len(directories) > 1:
@@ -121,6 +151,25 @@ def import_adapters(
         return _import_bundle(call, bundles[0])
     written.write(call, directories, task=task, as_atoms=given_as is not None)
     return None
+
+
+def _collect(
+    call: Call, places: list[str], task: str | None, prompts: Path | None, keep_prompts: bool
+) -> None:
+    """Take a collection of adapters of one language model in."""
+    from memtool.methods.mira.prompts import PromptMemory
+
+    if task is not None:
+        raise ConfigError("--task with --base", expected="DIR:TASK, for each adapter its own")
+    with call.out.progress() as progress:
+        method = call.method(progress)
+        if not isinstance(method, PromptMemory):
+            raise ConfigError(
+                f"--base under method {call.config.method}",
+                expected="method mira, whose memory of prompts takes any LoRA",
+            )
+        result = method.collect(places, prompts, keep_prompts=keep_prompts)
+    written.show(call, result)
 
 
 def _import_bundle(call: Call, file: Path) -> None:

@@ -39,7 +39,7 @@ def count_task(
     count = len(own)
     equal = torch.full((count,), 1 / count, device=engine.device)
     alone = every(own) if count == 1 else same_for_all(own, equal, settings.mix)
-    look_at = settings.look_at if settings.scope == "model" else None
+    look_at = settings.look_at_block if settings.scope == "model" else None
 
     def run(images: Tensor) -> Tensor:
         recall = alone

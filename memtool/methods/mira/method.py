@@ -50,6 +50,7 @@ from memtool.methods.results import (
 )
 from memtool.methods.subject import read_query, subject_of
 from memtool.reports.shown import Pictures
+from memtool.settings import Config
 from memtool.streams.task import Task
 
 if TYPE_CHECKING:
@@ -62,7 +63,17 @@ SETTINGS = ("dil", "til", "cil", "dg")
 class Mira(Method):
     """The five steps over one configuration and seed."""
 
+    reads: ClassVar[tuple[str, ...]] = ("images", "texts")
     consolidates: ClassVar[str | None] = "keys and head"
+
+    @classmethod
+    def open(cls, config: Config, **given: Any) -> Any:
+        """As `Method.open`; over texts it is a memory of prompts."""
+        if config.stream.setting == "trace":
+            from memtool.methods.mira.prompts import PromptMemory
+
+            return PromptMemory.open(config, **given)
+        return super().open(config, **given)
 
     @property
     def key_epochs(self) -> int:

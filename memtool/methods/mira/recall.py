@@ -23,7 +23,7 @@ from memtool.sections import MemorySettings, Mix
 
 def memory_blocks(settings: MemorySettings, layout: Layout) -> tuple[int, ...]:
     """The blocks that have a memory."""
-    return (settings.look_at,) if settings.scope == "model" else layout.blocks
+    return (settings.look_at_block,) if settings.scope == "model" else layout.blocks
 
 
 class MemoryRecall:
@@ -66,7 +66,7 @@ class MemoryModel(nn.Module):
         self.memory = memory
         self.settings = settings
         self.mix: Mix = settings.mix
-        self.look_at = settings.look_at if settings.scope == "model" else None
+        self.look_at = settings.look_at_block if settings.scope == "model" else None
 
     def recall(self, pixels: Tensor) -> MemoryRecall:
         """A fresh recall for one forward pass over `pixels`."""

@@ -26,6 +26,7 @@ from memtool.methods.attached import (
 from memtool.methods.in_store import feature_statistics
 from memtool.methods.moram.state import AtomSnapshot
 from memtool.methods.moram.watch import TaskShares, watched
+from memtool.methods.records import task_of
 
 
 class AttachedAtoms(AttachedImages):
@@ -71,6 +72,13 @@ class AttachedAnswers(AttachedTexts):
         self.bank: Rank1Memory = snapshot.bank
         self.gate: AtomGate = snapshot.gate
         self.tasks = snapshot.tasks
+        rows = {task_of(record): record.name for record in snapshot.view.atom_records}
+        self._names = tuple(rows[task] for task in snapshot.tasks)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The rows of atoms, one a task, in the order of their weights."""
+        return self._names
 
     def recall(self, prompts: Tensor) -> Recall:
         """What the model recalls, token by token, whatever the prompts are."""

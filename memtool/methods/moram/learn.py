@@ -89,14 +89,13 @@ def head_to_go_on_from(work: Workspace, view: memtool_stores.MemoryView) -> Line
 def decides_of_texts(work: Workspace, task: Task, beneath: str) -> dict[str, Any]:
     """All that decides what training a task of texts on top of `beneath` gives. JSON values."""
     config = work.config
-    learning = {"prompt_tokens", "answer_tokens", "long_prompts", "dropout"}
     return {
         "backbone": work.backbone.sha256,
         "task": [task.number, task.name, task.train.prompts, task.train.answers],
         "epochs": work.epochs(task),
         "targets": config.backbone.targets,
         "settings": config.model_dump(mode="json", include={"adapter", "train", "moram"}),
-        "text": config.text.model_dump(mode="json", include=learning),
+        "text": work.text_settings(),
         "seed": work.seed,
         "beneath": beneath,
     }

@@ -11,7 +11,6 @@ from memtool.adapters.values import Recall
 from memtool.backbones.answering import by_length, trimmed
 from memtool.backbones.causal_lm import CausalLM
 from memtool.backbones.interface import Backbone
-from memtool.learning.looks import look_at_prompts
 from memtool.methods.attached import (
     AttachedImages,
     AttachedTexts,
@@ -46,11 +45,17 @@ class RoutedTexts(AttachedTexts):
     def __init__(self, lm: CausalLM, memory: RoutedMemory, precision: str) -> None:
         super().__init__(lm, precision)
         self.routing: Routing = memory.routing
+        self._names = tuple(record.name for record in memory.records)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters, in the order of their weights."""
+        return self._names
 
     def recall(self, prompts: Tensor) -> Recall:
         """The mixture of every prompt."""
         with torch.no_grad():
-            looks = look_at_prompts(self.backbone, prompts)
+            looks = self.routing.look(self.backbone, prompts)
             return self.routing.recall(self.routing.weights(looks))
 
     @torch.no_grad()
@@ -64,6 +69,6 @@ class RoutedTexts(AttachedTexts):
         for rows in by_length(tokens, 16):
             asked = trimmed(tokens[rows]).to(self.backbone.device)
             with self.computing():
-                seen = look_at_prompts(self.backbone, asked)
+                seen = self.routing.look(self.backbone, asked)
             found[rows] = self.routing.weights(seen).cpu()
         return found

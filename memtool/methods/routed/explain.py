@@ -49,7 +49,8 @@ def explain(
     subject = subject_of(work, task=task, image=image, prompt=prompt)
     memory = method.read(version) if subject.task is None else method.snapshot(version)
     device = memory.routing.owners.device
-    weights = memory.routing.weights(looks(work, subject.samples).to(device)).cpu()
+    seen = looks(work, subject.samples, memory.routing.look)
+    weights = memory.routing.weights(seen.to(device)).cpu()
     judge = _judge(work, memory, subject)
     whole = judge(as_they_are)
     parts = []

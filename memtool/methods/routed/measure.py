@@ -12,7 +12,7 @@ from memtool.backbones.answering import RecallOf
 from memtool.evaluation.matrix import AccuracyMatrix
 from memtool.evaluation.record import Kind, Row
 from memtool.learning.answers import Answering, AnswerScores, answer_row
-from memtool.learning.looks import look_at_prompts, looks
+from memtool.learning.looks import looks
 from memtool.methods.outcome import share_right
 from memtool.methods.routed.memory import RoutedMemory, Way, hardest, only, uniform
 from memtool.streams.task import Images, Task
@@ -53,7 +53,7 @@ def answering(work: Workspace, memory: RoutedMemory, way: Way = as_they_are) -> 
 
     def choose(prompts: Tensor) -> Recall:
         with torch.no_grad():
-            return routing.recall(way(routing.weights(look_at_prompts(lm, prompts))))
+            return routing.recall(way(routing.weights(routing.look(lm, prompts))))
 
     return Answering(work, RecallOf(choose))
 
@@ -123,7 +123,8 @@ def task_accuracy(work: Workspace, memory: RoutedMemory, tasks: Sequence[Task]) 
     """Share of test samples whose own task has most of the weight."""
     right = total = 0
     for task in tasks:
-        weights = memory.routing.weights(looks(work, task.test).to(memory.routing.owners.device))
+        routing = memory.routing
+        weights = routing.weights(looks(work, task.test, routing.look).to(routing.owners.device))
         of_task = memory.routing.owners == memory.tasks.index(task.number)
         most = of_task[weights.argmax(dim=1)]
         right, total = right + int(most.sum()), total + len(most)

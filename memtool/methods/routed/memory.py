@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from safetensors.torch import save
@@ -12,9 +13,11 @@ from torch.nn import functional as F
 
 import memtool_stores
 from memtool.adapters.recalls import given_for_each
+from memtool.adapters.stock import Stock
 from memtool.adapters.values import AdapterValues, Recall
 from memtool.errors import CorruptError, MismatchError, NotFoundError
 from memtool.heads import RecalledHead
+from memtool.learning.looks import FINAL, PromptLook
 from memtool.methods.in_store import own_head
 from memtool.methods.records import task_of
 from memtool.tensor_bytes import load_tensors
@@ -25,6 +28,9 @@ Kept = Mapping[str, Tensor]
 
 Rule = Callable[[Tensor, Sequence[Kept]], Tensor]
 """Weights (n, tasks) of inputs that look like (n, dim), by what was kept of every task."""
+
+LEAST = 1e-6
+"""A weight that is no more than this adds nothing, and its adapter is not read."""
 
 Way = Callable[[Tensor], Tensor]
 """Another use of weights (n, adapters): the same shape."""
@@ -50,14 +56,37 @@ def kept_bytes(kept: Kept, rule: str) -> bytes:
             raise MismatchError(f"{words} the name {name!r}", expected=expected)
         if not isinstance(tensor, Tensor):
             raise MismatchError(f"{words} a {type(tensor).__name__} as {name}", expected=expected)
-    return save({name: tensor.detach().cpu().clone() for name, tensor in kept.items()})
+    whole = torch.contiguous_format  # as a transposed one is not
+    return save({k: v.detach().cpu().clone(memory_format=whole) for k, v in kept.items()})
 
 
 def known_tasks(view: memtool_stores.MemoryView) -> tuple[int, ...]:
-    """Numbers of the tasks that have adapters and were consolidated, in the order written."""
+    """Numbers of the tasks that have adapters and of which something is kept, as written."""
     blobs = set(view.blobs())
     tasks = dict.fromkeys(task_of(record) for record in view.adapters)
     return tuple(task for task in tasks if kept_blob(task) in blobs)
+
+
+class Reader(Protocol):
+    """What a method says of how its memory is read."""
+
+    @property
+    def look(self) -> PromptLook:
+        """How it sees prompts."""
+
+    def weights(self, looks: Tensor, kept: Sequence[Kept]) -> Tensor:
+        """As a `Rule`."""
+
+    def known_in(self, view: memtool_stores.MemoryView) -> tuple[int, ...]:
+        """Numbers of the tasks that a version can recall, in the order written."""
+
+    def kept_in(self, view: memtool_stores.MemoryView, tasks: Sequence[int]) -> list[Kept]:
+        """What its rule goes by, of each of these tasks."""
+
+    def values_in(
+        self, view: memtool_stores.MemoryView, records: Sequence[memtool_stores.AdapterRecord]
+    ) -> AdapterValues | Stock:
+        """The adapters of these records."""
 
 
 class Routing(nn.Module):
@@ -70,15 +99,17 @@ class Routing(nn.Module):
 
     def __init__(
         self,
-        values: AdapterValues,
+        values: AdapterValues | Stock,
         owners: Sequence[int],
         kept: Sequence[Kept],
         rule: Rule,
         name: str = "",
+        look: PromptLook = FINAL,
     ) -> None:
-        """`name` is that of the method whose rule it is, for errors."""
+        """`name` is that of the method whose rule it is, for errors; `look` how it sees prompts."""
         super().__init__()
         self.name = name
+        self.look = look
         self.values = values
         self.register_buffer("owners", torch.tensor(owners))
         self._rule = rule
@@ -114,8 +145,15 @@ class Routing(nn.Module):
         self._rule = lambda looks, _: chosen.to(looks).expand(len(looks), -1)
 
     def recall(self, weights: Tensor) -> Recall:
-        """What inputs recall under weights (n, adapters)."""
-        return given_for_each(self.values, weights.unsqueeze(1), "delta")
+        """What inputs recall under weights (n, adapters).
+
+        Of a stock only those adapters are read that an input gives more than `LEAST`.
+        """
+        if isinstance(self.values, AdapterValues):
+            return given_for_each(self.values, weights.unsqueeze(1), "delta")
+        used = (weights.abs() > LEAST).any(dim=0).nonzero()[:, 0]
+        values = self.values.take(used.tolist(), weights.device)
+        return given_for_each(values, weights[:, used].unsqueeze(1), "delta")
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,14 +171,16 @@ class RoutedMemory:
     head: RecalledHead | None
 
     @classmethod
-    def read(cls, work: Workspace, version: str, rule: Rule, device: torch.device) -> RoutedMemory:
+    def read(
+        cls, work: Workspace, version: str, reader: Reader, device: torch.device
+    ) -> RoutedMemory:
         """Read a version whole.
 
         Raises NotFoundError for one without consolidated adapters, or of images an adapter without
         a head.
         """
         view = work.store.view(work.version_of(version))
-        tasks = known_tasks(view)
+        tasks = reader.known_in(view)
         if not tasks:
             held = f"{len(view.adapters)} adapters, of which nothing is kept to choose by"
             raise NotFoundError(
@@ -148,16 +188,11 @@ class RoutedMemory:
                 remedy="memtool train-adapter --task 1 && memtool write, then memtool consolidate",
             )
         records = tuple(record for record in view.adapters if task_of(record) in tasks)
-        values = AdapterValues.from_flat(
-            torch.from_numpy(view.values([record.id for record in records]).copy()),
-            work.layout,
-            torch.tensor([record.scaling for record in records], dtype=torch.float32),
-        )
-        blobs = [kept_blob(task) for task in tasks]
-        kept = [_kept_in(view, name) for name in blobs]
+        values, kept = reader.values_in(view, records), reader.kept_in(view, tasks)
         owners = [tasks.index(task_of(record)) for record in records]
         head = None if work.reads == "texts" else _heads(view, records).to(device)
-        routing = Routing(values, owners, kept, rule, work.config.method).to(device)
+        name, look = work.config.method, reader.look
+        routing = Routing(values, owners, kept, reader.weights, name, look).to(device)
         return cls(view.version, view, tasks, records, routing, head)
 
 
@@ -199,7 +234,7 @@ def _heads(
     return RecalledHead.of_tasks(found, range(len(found)))
 
 
-def _kept_in(view: memtool_stores.MemoryView, blob: str) -> Kept:
+def read_kept(view: memtool_stores.MemoryView, blob: str) -> Kept:
     """What a rule kept of a task. Raises CorruptError for what `kept_bytes` cannot have written."""
     found = load_tensors(view.blob(blob), f"blob {blob!r}")
     if not found or not all(map(_is_word, found)):

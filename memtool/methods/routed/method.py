@@ -15,16 +15,19 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor
 
 import memtool_stores
+from memtool.adapters.stock import Stock
+from memtool.adapters.values import AdapterValues
 from memtool.errors import ConfigError
 from memtool.evaluation.record import Record
-from memtool.learning.looks import looks
+from memtool.learning.looks import FINAL, PromptLook, looks
 from memtool.methods.about import require_trained_head
 from memtool.methods.attached import Attached
 from memtool.methods.explanation import Explanation
@@ -42,11 +45,12 @@ from memtool.methods.routed.memory import (
     kept_blob,
     kept_bytes,
     known_tasks,
+    read_kept,
 )
 from memtool.methods.subject import subject_of
 from memtool.sections import Settings
 from memtool.settings import Config
-from memtool.streams.task import Images, Task
+from memtool.streams.task import Images, Task, Texts
 
 
 class Routed(Method, ABC):
@@ -96,26 +100,48 @@ class Routed(Method, ABC):
         self._require_own_kind(view)
         tasks = tuple(dict.fromkeys(task_of(record) for record in view.adapters))
         new = [task for task in tasks if kept_blob(task) not in view.blobs()]
-        result = RoutedResult(
-            version=view.version, tasks=tasks, new=tuple(new), seconds=0.0, unchanged=not new
-        )
-        if not new:
-            return result
-        blobs = {}
+        kept: dict[int, Kept] = {}
         for number in work.telling("consolidate: keep", new):
-            seen = looks(work, work.task(str(number)).train)
-            blobs[kept_blob(number)] = kept_bytes(self.keep(seen), self.config.method)
+            samples = self.samples_of(view, number)
+            if samples is not None:
+                kept[number] = self.keep(looks(work, samples, self.look))
+        learn = self.learnt(view, kept)
+        result = RoutedResult(
+            version=view.version,
+            tasks=tasks,
+            new=tuple(kept),
+            seconds=0.0,
+            unchanged=not kept and learn is None,
+        )
+        if result.unchanged:
+            return result
+        blobs = {kept_blob(n): kept_bytes(one, self.config.method) for n, one in kept.items()}
 
         def commit(txn: memtool_stores.Transaction) -> None:
             require_unmoved(txn, view)
             for name, data in blobs.items():
                 txn.put_blob(name, data)
+            if learn is not None:
+                learn(txn)
 
         seconds = time.perf_counter() - begin
         metadata = {**self._metadata("consolidate"), "learned": list(tasks), "seconds": seconds}
         message = f"consolidate tasks {' '.join(map(str, tasks))}"
         work.engine.on_main(lambda: work.store.run(commit, message, metadata=metadata))
         return result.model_copy(update={"version": work.store.head(), "seconds": seconds})
+
+    def samples_of(self, view: memtool_stores.MemoryView, number: int) -> Images | Texts | None:
+        """What is kept of a task is kept of these samples; None where there are none of it."""
+        del view
+        found: Images | Texts = self.workspace.task(str(number)).train
+        return found
+
+    def learnt(
+        self, view: memtool_stores.MemoryView, new: Mapping[int, Kept]
+    ) -> Callable[[memtool_stores.Transaction], None] | None:
+        """What consolidation also writes, with what is kept of new tasks; here nothing, None."""
+        del view, new
+        return None
 
     def task_written(self, task: Task) -> None:
         """Consolidate it."""
@@ -163,7 +189,7 @@ class Routed(Method, ABC):
                 outcome["accuracy"] = share_right(scores, samples)
         else:
             device = memory.routing.owners.device
-            weights = memory.routing.weights(looks(work, samples).to(device)).cpu()
+            weights = memory.routing.weights(looks(work, samples, self.look).to(device)).cpu()
             answering = measure.answering(work, memory)
             if alone:
                 outcome["answer"] = answering.answers(samples.prompts)[0]
@@ -217,13 +243,13 @@ class Routed(Method, ABC):
         begin, work = time.perf_counter(), self.workspace
         cut = self._setting(setting)
         memory = self.snapshot(version)
-        shown = [work.task(str(number)) for number in memory.tasks]
+        shown = self.shown(memory.view, memory.tasks)
         if work.stream.held_out is not None:
             shown = [work.stream.held_out]
         there = {len(memory.tasks): memory}
         if history and work.stream.held_out is None:
             log = work.store.log(memory.version)
-            known = ((one.id, known_tasks(work.store.view(one.id))) for one in log)
+            known = ((one.id, self.known_in(work.store.view(one.id))) for one in log)
             for count, at in newest_after_each(known, memory.tasks).items():
                 there.setdefault(count, self.snapshot(at))
         ways = [measure.as_they_are] * len(shown)
@@ -263,7 +289,7 @@ class Routed(Method, ABC):
 
     def known_tasks(self, version: str) -> tuple[int, ...]:
         """Numbers of the tasks that a version can be measured on."""
-        return known_tasks(self.workspace.store.view(version))
+        return self.known_in(self.workspace.store.view(version))
 
     def measure(
         self, version: str, tasks: Sequence[int], setting: str | None = None
@@ -271,7 +297,7 @@ class Routed(Method, ABC):
         """Metrics of a version on the given tasks: faa, task_accuracy, of texts the loss."""
         self._setting(setting)
         work, memory = self.workspace, self.snapshot(version)
-        shown = [work.task(str(number)) for number in tasks]
+        shown = self.shown(memory.view, tasks)
         ways = [measure.as_they_are] * len(shown)
         row = measure.row(work, "memory", "", "method", shown, {len(shown): (memory, ways)})
         found = {"task_accuracy": measure.task_accuracy(work, memory, shown)}
@@ -283,10 +309,38 @@ class Routed(Method, ABC):
 
     # Shared ---------------------------------------------------------------------------------
 
+    @property
+    def look(self) -> PromptLook:
+        """How prompts are seen."""
+        return FINAL
+
+    def known_in(self, view: memtool_stores.MemoryView) -> tuple[int, ...]:
+        """Numbers of the tasks that a version can recall, in the order written."""
+        return known_tasks(view)
+
+    def kept_in(self, view: memtool_stores.MemoryView, tasks: Sequence[int]) -> list[Kept]:
+        """What the rule goes by, of each of these tasks."""
+        return [read_kept(view, kept_blob(task)) for task in tasks]
+
+    def values_in(
+        self, view: memtool_stores.MemoryView, records: Sequence[memtool_stores.AdapterRecord]
+    ) -> AdapterValues | Stock:
+        """The adapters of these records."""
+        return AdapterValues.from_flat(
+            torch.from_numpy(view.values([record.id for record in records]).copy()),
+            self.workspace.layout,
+            torch.tensor([record.scaling for record in records], dtype=torch.float32),
+        )
+
+    def shown(self, view: memtool_stores.MemoryView, tasks: Sequence[int]) -> list[Task]:
+        """The tasks of the stream that have these numbers in the memory."""
+        del view
+        return [self.workspace.task(str(number)) for number in tasks]
+
     def read(self, version: str = "HEAD") -> RoutedMemory:
         """The memory at a version, on the device; the stream is not opened."""
         work = self.workspace
-        return RoutedMemory.read(work, version, self.weights, work.backbone.device)
+        return RoutedMemory.read(work, version, self, work.backbone.device)
 
     def snapshot(self, version: str = "HEAD") -> RoutedMemory:
         """The memory at a version, of the tasks of this stream; MismatchError for another."""

@@ -1,0 +1,133 @@
+"""generate: a language model answers prompts, each by the mixture of adapters that it recalls."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from memtool.errors import ConfigError, DataError, NotFoundError
+from memtool_cli import records
+from memtool_cli.commands import Verbs
+from memtool_cli.options import COMPUTE, CONFIGURATION, METHOD, STORE, Call, examples, verb
+from memtool_cli.output import Table
+from memtool_stores.printable import shown
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+app = Verbs()
+
+SHOWN = 3
+"""Adapters of an answer that a person is shown."""
+
+LEAST = 0.0005
+"""A weight below this is not told."""
+
+
+@app.command(
+    "generate",
+    epilog=examples(
+        "memtool generate --prompt 'Once upon a time'",
+        "memtool generate --prompts prompts.jsonl --json",
+        "memtool generate --prompt 'Once upon a time' --task poems",
+    ),
+)
+@verb(STORE, METHOD, *COMPUTE, *CONFIGURATION, remembers=True)
+def generate(
+    call: Call,
+    prompt: Annotated[
+        str | None,
+        typer.Option("--prompt", metavar="TEXT", help="A prompt.", rich_help_panel="Memory"),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts",
+            metavar="FILE",
+            help='Many: one a line, as text or as {"prompt": "…"}.',
+            rich_help_panel="Memory",
+        ),
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            "--task",
+            metavar="TASK",
+            help="Use the adapter of this task for all of them.",
+            rich_help_panel="Memory",
+        ),
+    ] = None,
+    most: Annotated[
+        int | None,
+        typer.Option(
+            "--most", metavar="N", min=1, help="Tokens of an answer.", rich_help_panel="Output"
+        ),
+    ] = None,
+) -> None:
+    """Answer prompts; the weights that a prompt chooses stay while it is answered."""
+    if (prompt is None) == (prompts is None):
+        raise ConfigError("what should be answered?", expected="one of --prompt and --prompts")
+    if not call.reads_texts:
+        raise ConfigError(
+            f"the memory {call.store_path!r} reads images, and generates no texts",
+            expected="a memory over a language model",
+            remedy="memtool retrieve --image FILE",
+        )
+    from memtool.methods.attached import AttachedTexts
+
+    asked = [prompt] if prompt is not None else _read(prompts or Path())
+    if not all(one.strip() for one in asked):
+        raise ConfigError("a prompt is empty", expected="text with a visible character")
+    with call.out.progress() as progress:
+        method = call.method(progress)
+        precision = method.workspace.engine.precision
+        model = method.attach(call.version, task=task, precision=precision)
+        assert isinstance(model, AttachedTexts)
+        model.eval().requires_grad_(False)
+        texts = model.generate(asked, batch=call.config.engine.eval_batch_size, most=most)
+        weights = model.weights(asked)
+    answers = tuple(
+        records.Answer(prompt=one, text=text, weights=_named(model.names, row))
+        for one, text, row in zip(asked, texts, weights, strict=True)
+    )
+    result = records.Generated(version=method.workspace.version_of(call.version), answers=answers)
+    rows = [
+        (" ".join(f"{one.name} {one.weight:.2f}" for one in answer.weights[:SHOWN]), answer.text)
+        for answer in answers
+    ]
+    table = Table(("adapters", "answer"), rows)
+    call.out.data(result, table, ids=[answer.text for answer in answers])
+
+
+def _named(names: tuple[str, ...], weights: Tensor) -> tuple[records.Weight, ...]:
+    """The weights of one prompt that count, the largest first."""
+    found = sorted(zip(names, weights.tolist(), strict=True), key=lambda one: -one[1])
+    return tuple(records.Weight(name=n, weight=w) for n, w in found if w >= LEAST)
+
+
+def _read(file: Path) -> list[str]:
+    """The prompts of a file. Raises NotFoundError, DataError with the number of the line."""
+    from memtool.streams.rows import parse_json, text_of
+
+    try:
+        lines = text_of(file).splitlines()
+    except FileNotFoundError as error:
+        raise NotFoundError(f"no file {file}") from error
+    found: list[str] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        if not line.lstrip().startswith("{"):
+            found.append(line)
+            continue
+        entry = parse_json(line, f"{file}, line {number}")
+        if not isinstance(entry, dict) or type(entry.get("prompt")) is not str:
+            raise DataError(
+                f"{file}, line {number}: {shown(line)[:80]}", expected='{"prompt": "…"}, or text'
+            )
+        found.append(entry["prompt"])
+    if not found:
+        raise DataError(f"{file} holds no prompts", expected='lines of text, or of {"prompt": "…"}')
+    return found

@@ -1,0 +1,117 @@
+"""Adapters of unlike shapes, read when they are first used: ranks, sites and scalings of their own.
+
+What a few of them have in common is made for the few alone: one layout that has room for each, in
+which an adapter is zero where it has no number. That changes nothing of what it computes.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from memtool.adapters.layout import Layout, Site
+from memtool.adapters.values import AdapterValues
+from memtool.errors import MismatchError
+
+RECENT_BYTES = 2**30
+"""Of adapters that stay at hand after they were used."""
+
+
+@dataclass(frozen=True, eq=False)
+class OneAdapter:
+    """An adapter in its own layout: `value` (numel,), and what multiplies its B A."""
+
+    layout: Layout
+    value: Tensor
+    scaling: float
+
+
+class Stock:
+    """`count` adapters by number; `read(number)` gives one, and is asked when it is needed.
+
+    `sites` are all that the backbone offers, in its order.
+    """
+
+    def __init__(
+        self, count: int, sites: Sequence[Site], read: Callable[[int], OneAdapter]
+    ) -> None:
+        self._count = count
+        self._sites = tuple(sites)
+        self._read = read
+        self._recent: OrderedDict[int, OneAdapter] = OrderedDict()
+        self._nbytes = 0
+        self._last: tuple[tuple[int, ...], AdapterValues] | None = None
+
+    def __len__(self) -> int:
+        return self._count
+
+    def take(self, used: Sequence[int], device: torch.device | str = "cpu") -> AdapterValues:
+        """These adapters, in this order, on the device. Raises the errors of `read`."""
+        wanted = tuple(used)
+        if self._last is None or self._last[0] != wanted:
+            self._last = (wanted, united([self._one(number) for number in wanted], self._sites))
+        return self._last[1].to(device)
+
+    def _one(self, number: int) -> OneAdapter:
+        if number in self._recent:
+            self._recent.move_to_end(number)
+            return self._recent[number]
+        found = self._recent[number] = self._read(number)
+        self._nbytes += found.value.nbytes
+        while self._nbytes > RECENT_BYTES and len(self._recent) > 1:
+            self._nbytes -= self._recent.popitem(last=False)[1].value.nbytes
+        return found
+
+
+def united(adapters: Sequence[OneAdapter], sites: Sequence[Site]) -> AdapterValues:
+    """Adapters of any ranks and sites, stacked: exact, what one lacks is zero.
+
+    Of `sites` those stay that an adapter has. Raises MismatchError for none, and for an adapter of
+    a site that is not among them.
+    """
+    if not adapters:
+        raise MismatchError("a stack of no adapter", expected="at least one")
+    layouts = {one.layout for one in adapters}
+    scaling = torch.tensor([one.scaling for one in adapters], dtype=torch.float32)
+    if len(layouts) == 1:
+        stacked = torch.stack([one.value for one in adapters])
+        return AdapterValues.from_flat(stacked, adapters[0].layout, scaling)
+    wanted = {site for layout in layouts for site in layout.sites}
+    if strange := wanted - {*sites}:
+        names = sorted(site.name for site in strange)
+        raise MismatchError(f"an adapter of {names[0]}", expected="a site of the backbone")
+    layout = Layout(
+        tuple(site for site in sites if site in wanted), max(one.rank for one in layouts)
+    )
+    dtype = adapters[0].value.dtype
+    values = torch.zeros(len(adapters), layout.numel, dtype=dtype)
+    room = layout.unflatten(values)  # views
+    for row, one in enumerate(adapters):
+        rank = one.layout.rank
+        for name, tensor in one.layout.unflatten(one.value).items():
+            place = room[name][row]
+            (place[:rank] if name.endswith(".lora_A") else place[:, :rank]).copy_(tensor)
+    return AdapterValues.from_flat(values, layout, scaling)
+
+
+def mixed(values: AdapterValues, weights: Tensor) -> OneAdapter:
+    """The sum of t adapters with weights (t,), as one adapter: exact, of t times the rank.
+
+    All ranks stand side by side; weight and scaling are in B, so that its scaling is 1.
+    """
+    count, rank = len(values), values.layout.rank
+    layout = Layout(values.layout.sites, count * rank)
+    flat = values.flat().cpu()
+    factors = (weights.cpu() * values.scaling.cpu()).to(flat.dtype)
+    tensors = values.layout.unflatten(flat)
+    parts: dict[str, Tensor] = {}
+    for site in layout.sites:
+        a, b = tensors[f"{site.name}.lora_A"], tensors[f"{site.name}.lora_B"]
+        parts[f"{site.name}.lora_A"] = a.reshape(count * rank, -1)
+        scaled = b * factors[:, None, None]
+        parts[f"{site.name}.lora_B"] = scaled.permute(1, 0, 2).reshape(-1, count * rank)
+    return OneAdapter(layout, layout.flatten(parts), 1.0)
