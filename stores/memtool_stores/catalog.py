@@ -23,6 +23,7 @@ from memtool_stores.errors import IntegrityError, NotFoundError, SchemaError
 from memtool_stores.jsonvalues import digest, items, mapping, member, number, parse, text, whole
 from memtool_stores.names import check_id, check_name
 from memtool_stores.printable import shown
+from memtool_stores.ragged import chunk_count
 
 Kind: TypeAlias = Literal["adapter", "atoms"]
 """What a row is: one adapter, or the rank-1 atoms of a task."""
@@ -45,7 +46,9 @@ class AdapterRecord:
     `row` is its row in the values; `sha256` the hash of that row's bytes; `scaling` what multiplies
     its B A; `meta` everything that was said of it, as JSON values. `header` is the hash of the
     safetensors header it came with, None when it came as an array. `pruned` holds, by module, the
-    ranks of the atoms that were taken out.
+    ranks of the atoms that were taken out. `nbytes` is the length of a ragged row, one with a
+    layout of its own that its header says; None for one of the layout of the store. `pieces` are
+    the hashes of the chunks of a ragged row that has several (see ragged.py).
     """
 
     id: str
@@ -63,6 +66,13 @@ class AdapterRecord:
     pruned: Mapping[str, tuple[int, ...]] = field(
         default_factory=lambda: NOTHING_PRUNED, hash=False
     )
+    nbytes: int | None = None
+    pieces: tuple[str, ...] = ()
+
+    @property
+    def ragged(self) -> bool:
+        """Whether its layout is its own: its bytes lie apart from the values."""
+        return self.nbytes is not None
 
     @property
     def live(self) -> bool:
@@ -82,6 +92,8 @@ class AdapterRecord:
         header: str | None = None,
         kind: Kind = "adapter",
         pruned: Mapping[str, tuple[int, ...]] = NOTHING_PRUNED,
+        nbytes: int | None = None,
+        pieces: tuple[str, ...] = (),
     ) -> AdapterRecord:
         """A live record with task, domain, classes and scaling from `meta` where it has them.
 
@@ -89,7 +101,9 @@ class AdapterRecord:
             SchemaError: `meta` is not JSON, or one of those four is of the wrong kind.
         """
         plain = plain_json(meta, f"the meta of adapter {name!r}")
-        return cls._of_plain(id, row, name, sha256, plain, scaling, header, kind, "live", pruned)
+        return cls._of_plain(
+            id, row, name, sha256, plain, scaling, header, kind, "live", pruned, nbytes, pieces
+        )
 
     @classmethod
     def _of_plain(
@@ -104,6 +118,8 @@ class AdapterRecord:
         kind: Kind,
         state: RowState,
         pruned: Mapping[str, tuple[int, ...]],
+        nbytes: int | None,
+        pieces: tuple[str, ...],
     ) -> AdapterRecord:
         """`of` with a meta that is JSON already and belongs to nobody else."""
         what = f"the meta of adapter {name!r}"
@@ -127,11 +143,13 @@ class AdapterRecord:
             kind,
             state,
             pruned,
+            nbytes,
+            pieces,
         )
 
     def line(self) -> bytes:
         """The record as one line of the catalog."""
-        data = {
+        data: dict[str, Any] = {
             "id": self.id,
             "row": self.row,
             "name": self.name,
@@ -143,6 +161,8 @@ class AdapterRecord:
             "meta": dict(self.meta),
             "pruned": {module: list(ranks) for module, ranks in self.pruned.items()},
         }
+        if self.nbytes is not None:
+            data["nbytes"], data["pieces"] = self.nbytes, list(self.pieces)
         return (json.dumps(data, separators=(",", ":"), sort_keys=True) + "\n").encode()
 
     @classmethod
@@ -174,7 +194,23 @@ class AdapterRecord:
             kind,
             state,
             _pruned(data["pruned"]) if data.get("pruned") else NOTHING_PRUNED,
+            *(_own_bytes(data, kind, header) if data.get("nbytes") is not None else (None, ())),
         )
+
+
+def _own_bytes(data: dict[str, Any], kind: Kind, header: Any) -> tuple[int | None, tuple[str, ...]]:
+    """Length and hashes of the chunks of a ragged row."""
+    nbytes = whole(data["nbytes"], "the length of the row")
+    said = items(member(data, "pieces", "the record"), "pieces of the row")
+    pieces = tuple(digest(one, "the hash of a piece of the row") for one in said)
+    count = chunk_count(nbytes)
+    if len(pieces) != (count if count > 1 else 0) or kind != "adapter" or header is None:
+        raise SchemaError(
+            f"a row of kind {kind} with {nbytes:,} bytes of its own in {len(pieces):,} pieces and "
+            f"{'no' if header is None else 'a'} header",
+            expected=f"an adapter with a header, and with {count:,} pieces where that is not one",
+        )
+    return nbytes, pieces
 
 
 def _pruned(value: Any) -> Mapping[str, tuple[int, ...]]:
@@ -253,12 +289,16 @@ class _Lines:
 
 @dataclass(frozen=True)
 class Counts:
-    """How many rows of each sort a catalog has: live adapters, live atoms, purged ones, all."""
+    """How many rows of each sort a catalog has: live adapters, live atoms, purged ones, all.
+
+    `ragged` counts the ragged ones that are not purged.
+    """
 
     adapters: int = 0
     atoms: int = 0
     purged: int = 0
     rows: int = 0
+    ragged: int = 0
 
 
 class Catalog:
@@ -340,6 +380,7 @@ class Catalog:
         """
         counts = self.counts
         adapters, atoms, purged, rows = counts.adapters, counts.atoms, counts.purged, counts.rows
+        ragged = counts.ragged
         changed: dict[str, AdapterRecord] = {}
         # The live row of a name, None where there is none, as far as these records change it.
         owners: dict[str, str | None] = {}
@@ -354,6 +395,7 @@ class Catalog:
                     adapters += step * (counted.live and counted.kind == "adapter")
                     atoms += step * (counted.live and counted.kind == "atoms")
                     purged += step * (counted.state == "purged")
+                    ragged += step * (counted.ragged and counted.state != "purged")
             if before is not None and before.live:
                 owners[before.name] = None
             if record.live:
@@ -364,7 +406,7 @@ class Catalog:
                     raise _wrong_line(place, f"{record.name!r} again", "one live row of a name")
                 owners[record.name] = record.id
             changed[record.id] = record
-        return Counts(adapters, atoms, purged, rows)
+        return Counts(adapters, atoms, purged, rows, ragged)
 
     def by_id(self, id: str) -> AdapterRecord | None:
         """The record of that id, live or not, or None."""

@@ -8,6 +8,8 @@ makes such a commit where nothing else is to be committed.
   2  rows of kind "atoms" beside those of adapters, pruned atoms, purged rows: the state counts
      them, and the lines of the catalog say so. A line of schema 1 has none of these words and
      means an adapter with nothing pruned; that is why no line is written again. No group /atoms.
+  3  ragged rows, which have a layout of their own and their bytes in an array /files/<row>: the
+     state counts them. A line of an older schema has no `nbytes` and means a row of the layout.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import Any
 
 Attributes = dict[str, Any]
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """What this code writes, and the newest `min_reader` that it understands."""
 
 
@@ -29,7 +31,15 @@ def _from_1(attributes: Attributes, group: Any | None) -> Attributes:
     return {**attributes, "state": {**attributes["state"], "atoms": 0, "purged": 0}}
 
 
-MIGRATIONS: Mapping[int, Callable[[Attributes, Any | None], Attributes]] = {1: _from_1}
+def _from_2(attributes: Attributes, _: Any | None) -> Attributes:
+    """Count ragged rows, of which there are none."""
+    return {**attributes, "state": {**attributes["state"], "ragged": 0}}
+
+
+MIGRATIONS: Mapping[int, Callable[[Attributes, Any | None], Attributes]] = {
+    1: _from_1,
+    2: _from_2,
+}
 """The step away from each older schema.
 
 It takes the attributes of the root group and gives those of the next schema; `group` is the zarr

@@ -223,7 +223,7 @@ class Space:
             backbone,
             Layout(
                 _in_order([(t.name, t.shape) for t in header.tensors]),
-                header.dtype,
+                header.one_dtype(str(path)),
                 int(ranks[0]),
                 number(alpha, f"lora_alpha of {where}"),
                 tuple(sorted(modules)) if targets is None else targets,

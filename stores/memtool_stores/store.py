@@ -723,21 +723,36 @@ class MemoryStore:
 
         Every stored object is read, whatever version it belongs to or whether it belongs to any,
         and hashed whole and without its last four bytes (the crc32c after a chunk). For the hash of
-        a row, an empty answer proves that its bytes are gone.
+        a row, an empty answer proves that its bytes are gone. A ragged row of several chunks lies
+        in as many objects: they are found by the pieces of its record, which the catalog of a
+        branch or tag must have, or which the caller gives instead (`AdapterRecord.pieces`).
 
         Raises:
+            IntegrityError: a catalog is damaged.
             StorageError: an object could not be read.
         """
         guard_fork()
-        wanted = set(sha256s)
+        wanted = self._stored_as(set(sha256s))
         found: dict[str, list[str]] = {}
         with self._lock():
             objects = objects_at(self.url)
             for entry in objects.list():
                 data = objects.read(entry.path)
-                for digest in {sha256(data), sha256(data[:-CRC32C_BYTES])} & wanted:
-                    found.setdefault(digest, []).append(entry.path)
+                for digest in {sha256(data), sha256(data[:-CRC32C_BYTES])} & wanted.keys():
+                    for asked in wanted[digest]:
+                        found.setdefault(asked, []).append(entry.path)
         return {digest: sorted(found[digest]) for digest in sorted(found)}
+
+    def _stored_as(self, asked: set[str]) -> dict[str, set[str]]:
+        """By the hash of an object, which of those asked for it holds bytes of."""
+        # A row without bytes lies nowhere, though there are empty files.
+        stored = {digest: {digest} for digest in asked if digest != sha256(b"")}
+        for version in {*self.branches().values(), *self.tags().values()}:
+            for record in self._view(version).catalog.records.values():
+                if record.sha256 in asked:
+                    for piece in record.pieces:
+                        stored.setdefault(piece, set()).add(record.sha256)
+        return stored
 
     def clone(
         self, url: str | Path, tell: Tell | None = None, *, resume: bool = False

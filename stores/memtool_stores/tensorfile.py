@@ -21,7 +21,10 @@ from memtool_stores.jsonvalues import items, mapping, member, parse, whole
 from memtool_stores.printable import shown
 
 NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""The dtype names of safetensors that a value can have."""
+"""The dtype names of safetensors that a layout can have."""
+
+ALL_NAMES = {"F64": "float64", **NAMES}
+"""Those that a tensor of a file can have."""
 
 MOST_AXES = 32
 """Axes of a tensor; numpy and torch take no more than twice as many."""
@@ -31,19 +34,33 @@ LENGTH_BYTES = 8
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Name and shape of one tensor of a file."""
+    """Name, shape and dtype of one tensor of a file."""
 
     name: str
     shape: tuple[int, ...]
+    dtype: str
 
 
 @dataclass(frozen=True)
 class Header:
-    """The header of a file: its own bytes, the tensors in the order of their data, one dtype."""
+    """The header of a file: its own bytes, and the tensors in the order of their data."""
 
     data: bytes
     tensors: tuple[TensorInfo, ...]
-    dtype: str
+
+    def one_dtype(self, where: str) -> str:
+        """The dtype of all tensors, one that a layout can have.
+
+        Raises:
+            SchemaError: they have several, or another one.
+        """
+        dtypes = {tensor.dtype for tensor in self.tensors}
+        if len(dtypes) != 1 or not dtypes <= set(NAMES.values()):
+            raise SchemaError(
+                f"{where} has tensors of dtype {', '.join(sorted(dtypes))}",
+                expected=f"all of one dtype of {', '.join(NAMES)}",
+            )
+        return dtypes.pop()
 
 
 def read_header(data: bytes, where: str, *, size: int | None = None) -> Header:
@@ -53,7 +70,7 @@ def read_header(data: bytes, where: str, *, size: int | None = None) -> Header:
 
     Raises:
         SchemaError: not safetensors, more or less data than the header says, a gap between
-            tensors, or not one dtype of `NAMES`. It names the tensor.
+            tensors, no tensor, or a dtype that is none of `ALL_NAMES`. It names the tensor.
     """
     size = len(data) if size is None else size
     end = _end_of_header(data, where, size)
@@ -62,14 +79,13 @@ def read_header(data: bytes, where: str, *, size: int | None = None) -> Header:
     entries.pop("__metadata__", None)
     listed = sorted(_entry(name, entry, where) for name, entry in entries.items())
     dtypes = {dtype for _, _, _, dtype, _ in listed}
-    if len(dtypes) != 1 or not dtypes <= NAMES.keys():
+    if not dtypes or not dtypes <= ALL_NAMES.keys():
         raise SchemaError(
             f"{where} has tensors of dtype {', '.join(map(shown, sorted(dtypes))) or 'none'}",
-            expected=f"all of one dtype of {', '.join(NAMES)}",
+            expected=f"tensors of {', '.join(ALL_NAMES)}",
         )
-    dtype = dtypes.pop()
     begin = 0
-    for first, last, name, _, shape in listed:
+    for first, last, name, dtype, shape in listed:
         nbytes = _width(dtype) * math.prod(shape)
         if (first, last) != (begin, begin + nbytes):
             raise SchemaError(
@@ -84,8 +100,8 @@ def read_header(data: bytes, where: str, *, size: int | None = None) -> Header:
             expected=f"{begin:,} bytes, as the header says",
             remedy="copy the file again",
         )
-    tensors = tuple(TensorInfo(name, shape) for _, _, name, _, shape in listed)
-    return Header(data[:end], tensors, NAMES[dtype])
+    tensors = (TensorInfo(name, shape, ALL_NAMES[dtype]) for _, _, name, dtype, shape in listed)
+    return Header(data[:end], tuple(tensors))
 
 
 def _end_of_header(data: bytes, where: str, size: int) -> int:
@@ -106,7 +122,7 @@ def _entry(name: str, entry: Any, where: str) -> tuple[int, int, str, str, tuple
     entry = mapping(entry, what)
     dtype = member(entry, "dtype", what)
     if not isinstance(dtype, str):
-        raise SchemaError(f"the dtype of {what} is {shown(dtype)}", expected=", ".join(NAMES))
+        raise SchemaError(f"the dtype of {what} is {shown(dtype)}", expected=", ".join(ALL_NAMES))
     shape = items(member(entry, "shape", what), f"the shape of {what}")
     offsets = items(member(entry, "data_offsets", what), f"data_offsets of {what}")
     if len(shape) > MOST_AXES or len(offsets) != 2:
@@ -119,7 +135,7 @@ def _entry(name: str, entry: Any, where: str) -> tuple[int, int, str, str, tuple
 
 
 def _width(dtype: str) -> int:
-    return 4 if dtype == "F32" else 2
+    return {"F64": 8, "F32": 4}.get(dtype, 2)
 
 
 def read_header_of(path: Path) -> Header:

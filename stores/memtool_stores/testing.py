@@ -12,6 +12,7 @@ of a url at which nothing is yet; a test runs all of them on directories, anothe
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -60,9 +61,26 @@ def some_values(space: Space, seed: int) -> Array:
     return generator.standard_normal(space.numel).astype(dtype)
 
 
+def ragged_file(seed: int) -> bytes:
+    """A safetensors file of no layout of ours: its tensors have two dtypes; always the same."""
+    generator = np.random.default_rng(seed)
+    rank = 1 + seed % 3
+    entries = {
+        "A": {"dtype": "F64", "shape": [rank, 3], "data_offsets": [0, 24 * rank]},
+        "B": {"dtype": "F16", "shape": [4, rank], "data_offsets": [24 * rank, 32 * rank]},
+    }
+    text = json.dumps({"__metadata__": {"seed": str(seed % 2)}, **entries}).encode()
+    return len(text).to_bytes(8, "little") + text + generator.bytes(32 * rank)
+
+
 def fill(transaction: Transaction, space: Space, name: str, seed: int) -> str:
     """Add an adapter of `some_values`; its id."""
     return transaction.add(name, some_values(space, seed), {"task": seed})
+
+
+def file_data(file: bytes) -> bytes:
+    """The data section of a safetensors file."""
+    return file[8 + int.from_bytes(file[:8], "little") :]
 
 
 # The oracle
@@ -70,11 +88,15 @@ def fill(transaction: Transaction, space: Space, name: str, seed: int) -> str:
 
 @dataclass(frozen=True)
 class OracleAdapter:
-    """One adapter as it was given, and its key, (L, d_k), when it has one."""
+    """One adapter as it was given, and its key, (L, d_k), when it has one.
+
+    A ragged one has its `file`, whose data section are its values, uint8.
+    """
 
     values: Array
     meta: Mapping[str, Any]
     key: Array | None = None
+    file: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +125,14 @@ class OracleVersion:
     def add(self, name: str, values: Array, meta: Mapping[str, Any]) -> OracleVersion:
         """With one more adapter."""
         return replace(self, adapters={**self.adapters, name: OracleAdapter(values, meta)})
+
+    def add_ragged(self, name: str, file: bytes, meta: Mapping[str, Any]) -> OracleVersion:
+        """With one more ragged adapter."""
+        values = np.frombuffer(file_data(file), np.uint8)
+        said = {"file_sha256": sha256(file), **meta}
+        return replace(
+            self, adapters={**self.adapters, name: OracleAdapter(values, said, file=file)}
+        )
 
     def add_atoms(self, name: str, values: Array, meta: Mapping[str, Any]) -> OracleVersion:
         """With the atoms of one more task."""
@@ -156,11 +186,13 @@ def assert_same(view: MemoryView, oracle: OracleVersion) -> None:
     assert view.message == oracle.message
     assert len(view) == len(oracle.adapters)
     assert [record.name for record in view.adapters] == list(oracle.adapters)
-    values = view.values()
-    for row, (name, adapter) in zip(values, oracle.adapters.items(), strict=True):
-        assert row.tobytes() == adapter.values.tobytes()
+    for name, adapter in oracle.adapters.items():
         assert view.value(name).tobytes() == adapter.values.tobytes()
         assert dict(view.get(name).meta) == dict(adapter.meta)
+        assert view.get(name).ragged == (adapter.file is not None)
+        if adapter.file is not None:
+            assert view.export(name) == adapter.file
+    _assert_same_values(view, oracle)
     _assert_same_atoms(view, oracle)
     for name in oracle.removed:
         with refused(NotFoundError):
@@ -175,6 +207,19 @@ def assert_same(view: MemoryView, oracle: OracleVersion) -> None:
         for t, key in enumerate(with_key):
             assert keys[:, t].tobytes() == key.tobytes()
     assert {name: view.blob(name) for name in view.blobs()} == dict(oracle.blobs)
+
+
+def _assert_same_values(view: MemoryView, oracle: OracleVersion) -> None:
+    regular = {name: a.values for name, a in oracle.adapters.items() if a.file is None}
+    values = view.values(list(regular))
+    if len(regular) == len(oracle.adapters):
+        assert view.values().tobytes() == values.tobytes()
+    else:
+        for ask in (view.values, lambda: view.segment(view.space.layout.segments[0].name)):
+            with refused(SpaceMismatchError, "ragged"):
+                ask()
+    for row, expected in zip(values, regular.values(), strict=True):
+        assert row.tobytes() == expected.tobytes()
 
 
 def _assert_same_atoms(view: MemoryView, oracle: OracleVersion) -> None:
@@ -268,7 +313,7 @@ def check_round_trip(url: str) -> None:
 
 
 def check_files(url: str) -> None:
-    """A safetensors file comes back byte for byte; one of another layout is refused."""
+    """A safetensors file comes back byte for byte, whatever its layout, and can be purged."""
     space = small_space()
     store = MemoryStore.create(url, space)
     layout = space.layout
@@ -277,9 +322,21 @@ def check_files(url: str) -> None:
     with store.transaction("import") as txn:
         txn.add_file("file", data)
     assert MemoryStore.open(url).export("file") == data
-    other = write_header([("lora_A", (2, 2))], layout.dtype) + bytes(16)
-    with refused(SpaceMismatchError), store.transaction("other") as txn:
-        txn.add_file("other", other)
+    with store.transaction("ragged") as txn:
+        for seed in range(3):
+            txn.add_file(f"ragged {seed}", ragged_file(seed))
+        txn.purge(txn.add_file("never", ragged_file(3)))
+    store = MemoryStore.open(url)
+    assert [store.export(f"ragged {seed}") for seed in range(3)] == [*map(ragged_file, range(3))]
+    with refused(SpaceMismatchError, "ragged 0"):
+        store.view().values()
+    with refused(SchemaError), store.transaction("none") as txn:
+        txn.add_file("none", ragged_file(4)[:-1])
+    with store.transaction("purge") as txn:
+        txn.purge("ragged 1")
+    store.gc(keep_last=1)
+    assert [store.export(f"ragged {seed}") for seed in (0, 2)] == [*map(ragged_file, (0, 2))]
+    assert store.verify().ok
 
 
 def check_history(url: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from memtool_stores import limits
 from memtool_stores.atoms import segments_of
 from memtool_stores.catalog import AdapterRecord, Catalog, Kind, plain_json
 from memtool_stores.errors import (
@@ -25,9 +26,10 @@ from memtool_stores.errors import (
 )
 from memtool_stores.migrate import SCHEMA_VERSION
 from memtool_stores.names import check_name, check_ref
+from memtool_stores.ragged import piece_hashes
 from memtool_stores.tensorfile import read_header
 from memtool_stores.tree import Array, KeysState, Root, State, Tree, numpy_dtype, sha256
-from memtool_stores.view import HEADER_PREFIX, MemoryView
+from memtool_stores.view import HEADER_PREFIX, MemoryView, tensors_of
 
 
 class Transaction:
@@ -47,7 +49,9 @@ class Transaction:
         self._changed: dict[str, AdapterRecord] = {}
         self._names: dict[str, str] = {}
         self._lines: list[bytes] = []
+        # None for a row without bytes in the values; those of ragged ones are in `_files`.
         self._rows: list[Array | None] = []
+        self._files: dict[int, bytes] = {}
         self._erased: set[int] = set()
         self._keys: Array | None = None
         self._keys_set = False
@@ -65,7 +69,8 @@ class Transaction:
         blobs = sum(len(data) for data in self._blobs.values() if data is not None)
         keys = 0 if self._keys is None else self._keys.nbytes
         rows = sum(row.nbytes for row in self._rows if row is not None)
-        return rows + keys + blobs + sum(map(len, self._lines))
+        files = sum(map(len, self._files.values()))
+        return rows + files + keys + blobs + sum(map(len, self._lines))
 
     @property
     def purges(self) -> bool:
@@ -163,26 +168,25 @@ class Transaction:
     def add_file(self, name: str, data: bytes, meta: Mapping[str, Any] | None = None) -> str:
         """Append the adapter of a safetensors file; `MemoryView.export` gives the same bytes back.
 
+        Where its tensors are those of the layout, in the same order, it is a row like any other.
+        Else the row is ragged: it keeps the layout of the file, whose tensors may be of several of
+        the dtypes F64, F32, F16 and BF16.
+
         Raises:
-            SpaceMismatchError: its tensors are not those of the layout, in the same order.
-            SchemaError: it is not a safetensors file.
+            AlreadyExistsError: a live adapter has this name.
+            SchemaError: it is not a safetensors file of such tensors, larger than
+                `limits.array_bytes`, or `meta` is not JSON.
         """
         header = read_header(data, f"the file of adapter {name!r}")
         layout = self._space.layout
-        wanted = [(s.name, s.shape) for s in layout.segments]
-        found = [(t.name, t.shape) for t in header.tensors]
-        if header.dtype != layout.dtype or wanted != found:
-            odd = sorted({str(pair) for pair in set(wanted) ^ set(found)})[:3]
-            raise SpaceMismatchError(
-                f"the file of adapter {name!r} has other tensors than the layout of the store "
-                f"({header.dtype}; {', '.join(odd) or 'in another order'})",
-                expected=f"{len(wanted)} tensors of {layout.dtype}, in the order of the layout",
-            )
-        values = np.frombuffer(data, numpy_dtype(layout), offset=len(header.data))
         digest = sha256(header.data)
         blob = HEADER_PREFIX + digest
         said = {"file_sha256": sha256(data), **(meta or {})}
-        added = self._add(name, values, said, header=digest)
+        if header.tensors == tensors_of(layout):
+            values = np.frombuffer(data, numpy_dtype(layout), offset=len(header.data))
+            added = self._add(name, values, said, header=digest)
+        else:
+            added = self._add_ragged(name, data[len(header.data) :], said, header=digest)
         if blob not in self._known_blobs():
             self._blobs[blob] = header.data
         return added
@@ -196,8 +200,6 @@ class Transaction:
         header: str | None = None,
         kind: Kind = "adapter",
     ) -> str:
-        from ulid import ULID
-
         dtype = numpy_dtype(self._space.layout)
         shape = (self._space.numel,)
         if values.shape != shape or values.dtype != dtype:
@@ -207,20 +209,31 @@ class Transaction:
             )
         self._check_free(name)
         row = np.array(values, dtype=dtype, order="C", copy=True)
+        said = {"name": name, "sha256": sha256(row), "meta": meta, "header": header, "kind": kind}
+        return self._append(row, **said).id
+
+    def _add_ragged(self, name: str, data: bytes, meta: Mapping[str, Any], *, header: str) -> str:
+        self._check_free(name)
+        nbytes = limits.require("array_bytes", len(data), f"the data of adapter {name!r}")
+        said = {"name": name, "sha256": sha256(data), "meta": meta, "header": header}
+        record = self._append(None, **said, nbytes=nbytes, pieces=piece_hashes(data))
+        self._files[record.row] = data
+        return record.id
+
+    def _append(self, row: Array | None, **said: Any) -> AdapterRecord:
+        """A new record with all that is `said` of it, and its row of the values."""
+        from ulid import ULID
+
         layout = self._space.layout
         record = AdapterRecord.of(
             id=str(ULID()),
             row=self.base.state.rows + len(self._rows),
-            name=name,
-            sha256=sha256(row),
-            meta=meta,
             scaling=layout.alpha / layout.rank,
-            header=header,
-            kind=kind,
+            **said,
         )
         self._write(record)
         self._rows.append(row)
-        return record.id
+        return record
 
     def _check_free(self, name: str) -> None:
         check_name(name, "an adapter")
@@ -258,7 +271,7 @@ class Transaction:
         return record
 
     def value(self, id_or_name: str) -> Array:
-        """The value of an adapter that is live now, (numel,), added here or before.
+        """The value of an adapter that is live now, as `MemoryView.value`, added here or before.
 
         Raises:
             NotFoundError: there is none.
@@ -266,8 +279,10 @@ class Transaction:
         """
         record = self._live(id_or_name)
         added = record.row - self.base.state.rows
-        row = self._rows[added] if added >= 0 else None
-        return self.base.value(record.id) if row is None else row
+        if added < 0:
+            return self.base.value(record.id)
+        row = self._rows[added]
+        return np.frombuffer(self._files[record.row], np.uint8) if row is None else row
 
     def remove(self, id_or_name: str) -> None:
         """Take an adapter or a row of atoms out of the memory; its row stays, and so do its bytes.
@@ -292,6 +307,7 @@ class Transaction:
         added = record.row - self.base.state.rows
         if added >= 0:
             self._rows[added] = None
+            self._files.pop(record.row, None)
         self._erased.add(record.row)
 
     def _with_bytes(self, id_or_name: str) -> AdapterRecord:
@@ -342,6 +358,8 @@ class Transaction:
                 header=record.header,
                 kind=record.kind,
                 pruned=record.pruned,
+                nbytes=record.nbytes,
+                pieces=record.pieces,
             )
         )
 
@@ -411,7 +429,11 @@ class Transaction:
         catalog = self.base.catalog.extended(self._lines)
         if self._rows:
             tree.append_values(base.rows, self._rows, self._space.layout)
-        tree.erase_values(row for row in sorted(self._erased) if row < base.rows)
+        tree.write_files(self._files)
+        erased = [row for row in sorted(self._erased) if row < base.rows]
+        tree.erase_values(erased)
+        ragged = {record.row for record in self._changed.values() if record.ragged}
+        tree.delete_files(row for row in erased if row in ragged)
         if self._lines:
             tree.append_catalog(base.catalog_bytes, b"".join(self._lines))
         keys = base.keys
@@ -420,18 +442,18 @@ class Transaction:
             tree.write_keys(spread)
             keys = None if spread is None else KeysState(sha256(spread), spread.shape[1])
         blobs = dict(base.blobs)
-        for name, data in self._blobs.items():
-            if data is None:
-                tree.delete_blob(name)
-                del blobs[name]
-            else:
+        for name, data in {**self._blobs, **self._needless_headers(catalog)}.items():
+            if data is not None:
                 tree.write_blob(name, data)
                 blobs[name] = sha256(data)
+            elif blobs.pop(name, None):
+                tree.delete_blob(name)
         state = State(
             adapters=catalog.counts.adapters,
             atoms=catalog.counts.atoms,
             purged=catalog.counts.purged,
             rows=catalog.counts.rows,
+            ragged=catalog.counts.ragged,
             catalog_bytes=catalog.size,
             catalog_chain=catalog.chain,
             keys=keys,
@@ -440,6 +462,13 @@ class Transaction:
         root = Root(self.base.store_id, self._space, state)
         tree.set_root(root)
         return root, catalog
+
+    def _needless_headers(self, catalog: Catalog) -> dict[str, None]:
+        """Blobs with headers of ragged rows that are purged, which no row with bytes has."""
+        gone = {r.header for r in self._changed.values() if r.ragged and r.row in self._erased}
+        if gone:
+            gone -= {r.header for r in catalog.records.values() if r.state != "purged"}
+        return {f"{HEADER_PREFIX}{digest}": None for digest in gone}
 
     def _keys_without_erased(self) -> tuple[Array | None, bool]:
         """The keys to write, with zeros at the erased rows, and whether there is a change."""

@@ -2,6 +2,7 @@
 
 /            attributes: schema_version, min_reader, store_id, backbone, layout, state
 /values      [T, numel]     one adapter, or the atoms of one task, a row: chunk (1, numel), crc32c
+/files/row   [bytes]        the data of a ragged row, which has no bytes in /values, crc32c
 /catalog     [bytes]        see catalog.py
 /keys        [L, R, d_k]    float32, row-aligned with /values (zeros where there is no key), crc32c
 /blobs/name  [bytes]        whole files, crc32c
@@ -12,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -34,6 +35,7 @@ from memtool_stores.errors import IntegrityError, NewerSchemaError, SchemaError
 from memtool_stores.jsonvalues import digest, mapping, member, whole
 from memtool_stores.migrate import SCHEMA_VERSION, migrated
 from memtool_stores.names import check_id, check_ref
+from memtool_stores.ragged import chunk_bytes, chunk_count
 from memtool_stores.space import Layout, Space
 
 CATALOG_CHUNK_BYTES = 16 * 1024
@@ -75,13 +77,14 @@ class State:
     """What a version must contain; every transaction writes it, so two of them always conflict.
 
     `adapters` and `atoms` count the live rows of each kind, `purged` those without bytes, `rows`
-    all there ever were.
+    all there ever were, `ragged` those with an array of their own under /files.
     """
 
     adapters: int = 0
     atoms: int = 0
     purged: int = 0
     rows: int = 0
+    ragged: int = 0
     catalog_bytes: int = 0
     catalog_chain: str = ""
     keys: KeysState | None = None
@@ -99,12 +102,17 @@ class State:
         # A newer schema that we may read can have more in it.
         counts = {
             name: whole(member(said, name, what), f"{name} of {what}")
-            for name in ("adapters", "atoms", "purged", "rows", "catalog_bytes")
+            for name in ("adapters", "atoms", "purged", "rows", "ragged", "catalog_bytes")
         }
         if counts["adapters"] + counts["atoms"] + counts["purged"] > counts["rows"]:
             raise SchemaError(
                 f"{what} counts {counts['adapters']:,} adapters, {counts['atoms']:,} rows of atoms "
                 f"and {counts['purged']:,} purged rows",
+                expected=f"together at most {counts['rows']:,} rows",
+            )
+        if counts["ragged"] + counts["purged"] > counts["rows"]:
+            raise SchemaError(
+                f"{what} counts {counts['ragged']:,} ragged and {counts['purged']:,} purged rows",
                 expected=f"together at most {counts['rows']:,} rows",
             )
         limits.require("array_bytes", counts["catalog_bytes"], "the catalog")
@@ -180,7 +188,7 @@ class Tree:
         self.attributes: dict[str, Any] = dict(self._group.attrs)
         self._values_open = False
         self.chunk_lengths: set[int] = set()
-        """Stored bytes of the chunks of keys and blobs that were read."""
+        """Stored bytes of the chunks of keys, blobs and ragged rows that were read."""
 
     @classmethod
     def create(cls, session: Any, root: Root) -> Tree:
@@ -320,6 +328,67 @@ class Tree:
         for row in rows:
             sync(self._group.store.delete(f"values/c/{row}/0"))
 
+    def write_files(self, files: Mapping[int, bytes]) -> None:
+        """Write the bytes of ragged rows, by row.
+
+        Raises:
+            IntegrityError: what is called /files is no group.
+        """
+        if not files:
+            return
+        found = self._group.get("files")
+        if found is None:
+            self._group.create_group("files")
+        elif hasattr(found, "chunks"):
+            raise not_as_written("files", "a group", "an array")
+        for row, data in files.items():
+            shape, chunks = (len(data),), (chunk_bytes(len(data)),)
+            array = self._create(f"files/{row}", shape, chunks, np.dtype("u1"))
+            if data:
+                array[:] = np.frombuffer(data, np.uint8)
+
+    def delete_files(self, rows: Iterable[int]) -> None:
+        """Take the bytes of these ragged rows out of this version."""
+        from zarr.core.sync import sync
+
+        for row in rows:
+            sync(self._group.store.delete_dir(f"files/{row}"))
+
+    def files(self) -> list[str]:
+        """Names of what lies under /files, whatever it is: of rows, unless a stranger was there."""
+        return listed(self._group, "files")
+
+    def file_chunks(self, record: AdapterRecord) -> Iterator[memoryview]:
+        """The chunks of a ragged row, one after the other; the last is filled up with zeros.
+
+        Raises:
+            IntegrityError: there are none of the length that the record says, or one is not what
+                was written; names the adapter.
+            SchemaError: they are larger than `limits.array_bytes`.
+        """
+        assert record.nbytes is not None
+        limits.require("array_bytes", record.nbytes, f"the data of adapter {record.name!r}")
+        path, nbytes = f"files/{record.row}", chunk_bytes(record.nbytes)
+        try:
+            opened(self._group, path, np.dtype("u1"), (record.nbytes,), (nbytes,))
+            self.chunk_lengths.add(nbytes + CRC32C_BYTES)
+            yield from read_chunks(self._group, path, range(chunk_count(record.nbytes)), nbytes)
+        except IntegrityError as error:
+            raise IntegrityError(
+                what="values",
+                name=record.name,
+                expected=error.expected or "what was written",
+                found=f"{error.name}: {error.found}",
+            ) from error
+
+    def read_file(self, record: AdapterRecord) -> Array:
+        """The bytes of a ragged row, uint8 (nbytes,), read-only, for a check of their hash.
+
+        Raises:
+            IntegrityError, SchemaError: as `file_chunks`.
+        """
+        return np.frombuffer(b"".join(self.file_chunks(record)), np.uint8)[: record.nbytes]
+
     def read_catalog(self, known: Catalog, state: State) -> Catalog:
         """The catalog of `state`, reading only what `known` does not have where it is a prefix.
 
@@ -327,7 +396,7 @@ class Tree:
             IntegrityError: it is not what was written, or counts other rows than `state`.
         """
         catalog = self._read_catalog(known, state)
-        counts = Counts(state.adapters, state.atoms, state.purged, state.rows)
+        counts = Counts(state.adapters, state.atoms, state.purged, state.rows, state.ragged)
         if catalog.counts != counts:
             raise IntegrityError(
                 what="catalog", name="counts", expected=str(counts), found=str(catalog.counts)

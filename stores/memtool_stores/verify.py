@@ -2,7 +2,7 @@
 
   heads      every branch and tag leads to a version whose seal, schema and shapes hold
   checksums  also every version before them, and the checksum of every stored chunk
-  full       also the SHA-256 of every row, key block and blob
+  full       also the SHA-256 of every row, key block and blob, and of every piece of a ragged row
 
 What several versions share is read once. In a directory the files of snapshots, transaction logs
 and manifests are compared with their own checksums too (sums.py), those of the tips at level heads;
@@ -11,6 +11,7 @@ where a damaged snapshot hides the versions before it, they are found by these.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -45,6 +46,7 @@ Level = Literal["heads", "checksums", "full"]
 
 KEYS_PATH = "/keys"
 BLOB_PATH = "/blobs/"
+FILES_PATH = "/files/"
 ROWS_PER_READ = 64
 
 
@@ -294,9 +296,11 @@ def _verify_version(
     seen.row_lengths.add(root.space.layout.nbytes + CRC32C_BYTES)
     tree.check_shapes(root)
     if level == "heads":
+        _require_files(len(tree.files()), root.state.ragged)
         return
     # What this version wrote anew lies in files of its own, even if an earlier one wrote the same.
     written: set[str] = set()
+    files_changed = True
     parent = snapshot.parent_id
     if ("version", parent) not in seen.damages:
         with (
@@ -305,22 +309,66 @@ def _verify_version(
         ):
             diff = repository.diff(from_snapshot_id=parent, to_snapshot_id=snapshot.id)
             written = {str(path) for path in diff.updated_chunks}
+            moved = (*diff.new_arrays, *diff.deleted_arrays, *diff.updated_arrays)
+            files_changed = any(str(path).startswith(FILES_PATH) for path in moved)
     catalog = Catalog()
     with seen.looking_at("catalog", snapshot.id):
         catalog = tree.read_catalog(Catalog(), root.state)
-    _verify_rows(tree, catalog, root.space.layout, seen, hashes=level == "full", whole=whole)
+    if (whole or files_changed) and catalog.chain == root.state.catalog_chain:
+        with seen.looking_at("version", snapshot.id):
+            _verify_owners(tree, catalog, seen)
+    rows = [
+        record
+        for record in catalog.records.values()
+        if whole
+        or (record.row, record.sha256) not in seen.rows
+        or f"{FILES_PATH}{record.row}" in written
+    ]
+    _verify_rows(tree, rows, root.space.layout, seen, hashes=level == "full")
     if whole:
         written |= {KEYS_PATH, *(BLOB_PATH + name for name in root.state.blobs)}
     _verify_keys_and_blobs(tree, root, snapshot.id, seen, hashes=level == "full", written=written)
     seen.chunk_lengths |= tree.chunk_lengths
 
 
+def _require_files(found: int, expected: int) -> None:
+    if found != expected:
+        raise IntegrityError(
+            what="array", name="files", expected=f"{expected:,} arrays", found=f"{found:,} arrays"
+        )
+
+
+def _verify_owners(tree: Tree, catalog: Catalog, seen: _Seen) -> None:
+    """Every ragged row that has bytes has an array under /files, and nothing else has.
+
+    Raises:
+        IntegrityError: something there is nobody's.
+    """
+    owners = {str(r.row): r for r in catalog.records.values() if r.ragged and r.state != "purged"}
+    found = set(tree.files())
+    for row in sorted(owners.keys() - found):
+        record = owners[row]
+        damage = Damage("values", record.name, f"an array files/{row}", "no such array")
+        seen.add(damage, record.row, record.sha256)
+    if strange := sorted(found - owners.keys()):
+        raise IntegrityError(
+            what="array",
+            name="files",
+            expected="an array for each ragged row that has bytes",
+            found=f"{', '.join(strange[:3])}{', …' if len(strange) > 3 else ''} of nobody",
+        )
+
+
 def _verify_rows(
-    tree: Tree, catalog: Catalog, layout: Layout, seen: _Seen, *, hashes: bool, whole: bool
+    tree: Tree, wanted: list[AdapterRecord], layout: Layout, seen: _Seen, *, hashes: bool
 ) -> None:
-    wanted = [r for r in catalog.records.values() if whole or (r.row, r.sha256) not in seen.rows]
-    _verify_purged(tree, [r for r in wanted if r.state == "purged"], seen)
-    records = [r for r in wanted if r.state != "purged"]
+    _verify_without_values(tree, [r for r in wanted if r.state == "purged" or r.ragged], seen)
+    kept = [r for r in wanted if r.state != "purged"]
+    for record in (r for r in kept if r.ragged):
+        seen.rows.add((record.row, record.sha256))
+        with seen.looking_at("values", record.name, record.row, record.sha256):
+            _verify_file(tree, record, hashes=hashes)
+    records = [r for r in kept if not r.ragged]
     for begin in range(0, len(records), ROWS_PER_READ):
         some = records[begin : begin + ROWS_PER_READ]
         # One bad chunk fails its whole block: then the rows are read one by one to name it.
@@ -341,13 +389,36 @@ def _verify_rows(
                     )
 
 
-def _verify_purged(tree: Tree, records: list[AdapterRecord], seen: _Seen) -> None:
-    """A purged row must have no bytes in this version."""
+def _verify_file(tree: Tree, record: AdapterRecord, *, hashes: bool) -> None:
+    """The bytes of a ragged row, a chunk at a time."""
+    whole, left = hashlib.sha256(), record.nbytes or 0
+    for place, chunk in enumerate(tree.file_chunks(record)):
+        whole.update(chunk[:left])
+        left -= len(chunk[:left])
+        if hashes and record.pieces and (found := sha256(bytes(chunk))) != record.pieces[place]:
+            raise IntegrityError(
+                what="values",
+                name=record.name,
+                expected=f"sha256 {record.pieces[place]} of chunk {place}",
+                found=found,
+            )
+    if hashes and whole.hexdigest() != record.sha256:
+        raise IntegrityError(
+            what="values",
+            name=record.name,
+            expected=f"sha256 {record.sha256}",
+            found=whole.hexdigest(),
+        )
+
+
+def _verify_without_values(tree: Tree, records: list[AdapterRecord], seen: _Seen) -> None:
+    """A purged row must have no bytes in this version, a ragged one none in the values."""
     for record in records:
         with seen.looking_at("values", record.name, record.row):
             if tree.has_row(record.row):
+                why = "purged" if record.state == "purged" else "ragged"
                 raise IntegrityError(
-                    what="values", name=record.name, expected="no bytes: purged", found="bytes"
+                    what="values", name=record.name, expected=f"no bytes: {why}", found="bytes"
                 )
 
 

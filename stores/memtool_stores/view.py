@@ -17,17 +17,23 @@ from memtool_stores.errors import (
     IntegrityError,
     NotFoundError,
     SchemaError,
+    SpaceMismatchError,
     VersionExpiredError,
 )
 from memtool_stores.history import Version, is_expired, of_snapshot, sealed_tree, snapshots
 from memtool_stores.ice import guard_fork, icechunk, open_repository, translated
-from memtool_stores.space import Space
+from memtool_stores.space import Layout, Space
 from memtool_stores.sums import check_snapshot
 from memtool_stores.tensorfile import TensorInfo, read_header, write_header
 from memtool_stores.tree import Array, Root, State, Tree, sha256
 
 HEADER_PREFIX = "header-"
 """Blobs of this name hold safetensors headers; they belong to the store."""
+
+
+def tensors_of(layout: Layout) -> tuple[TensorInfo, ...]:
+    """The tensors of a file of that layout."""
+    return tuple(TensorInfo(s.name, s.shape, layout.dtype) for s in layout.segments)
 
 
 class MemoryView:
@@ -199,11 +205,25 @@ class MemoryView:
 
     @cached_property
     def _positions(self) -> dict[str, int]:
-        return {record.id: position for position, record in enumerate(self.adapters)}
+        return {record.id: position for position, record in enumerate(self._of_layout)}
+
+    @cached_property
+    def _of_layout(self) -> tuple[AdapterRecord, ...]:
+        """The live adapters that are not ragged, in row order."""
+        return tuple(record for record in self.adapters if not record.ragged)
 
     @cached_property
     def _cache(self) -> ValueCache:
-        return self._cache_of(self.adapters)
+        return self._cache_of(self._of_layout)
+
+    def _refuse_ragged(self, records: Sequence[AdapterRecord]) -> None:
+        for record in records:
+            if record.ragged:
+                raise SpaceMismatchError(
+                    f"adapter {record.name!r} is ragged: it has a layout of its own",
+                    expected="adapters of the layout of the store",
+                    remedy="export(id) gives its file, value(id) the bytes of its tensors",
+                )
 
     @cached_property
     def _atom_cache(self) -> ValueCache:
@@ -227,9 +247,11 @@ class MemoryView:
 
         Raises:
             NotFoundError: one of them is not there, or is a row of atoms.
+            SpaceMismatchError: one of them is ragged; `export` gives its file.
             IntegrityError: a row is not what was written.
         """
         if ids is None:
+            self._refuse_ragged(self.adapters)
             return self._cache.rows()
         return self._cache.rows([self._position(name) for name in ids])
 
@@ -239,10 +261,13 @@ class MemoryView:
             raise NotFoundError(
                 f"{record.name!r} is a row of atoms", expected="adapters", remedy="view.atoms(...)"
             )
+        self._refuse_ragged([record])
         return self._positions[record.id]
 
     def value(self, id_or_name: str) -> Array:
         """The value of an adapter or row of atoms, (numel,), read-only, from the store and checked.
+
+        Of a ragged adapter, the data section of its file: uint8 (nbytes,).
 
         Raises:
             NotFoundError: there is none.
@@ -250,7 +275,10 @@ class MemoryView:
         """
         record = self.get(id_or_name)
         with self._reading(f"the value of {record.name!r}"):
-            row = self._tree.read_row(record, self.space.layout)
+            if record.ragged:
+                row = self._tree.read_file(record)
+            else:
+                row = self._tree.read_row(record, self.space.layout)
         return checked(row, record)
 
     def segment(self, name: str, out: Array | None = None) -> Array:
@@ -260,8 +288,10 @@ class MemoryView:
 
         Raises:
             NotFoundError: the layout has no such segment.
+            SpaceMismatchError: a live adapter is ragged; `export` gives its file.
             IntegrityError: a row is not what was written.
         """
+        self._refuse_ragged(self.adapters)
         return self._cache.tensor(self.space.layout.segment(name), out)
 
     def atoms(self, module: str) -> AtomBank:
@@ -349,15 +379,15 @@ class MemoryView:
         return header + self.value(record.id).tobytes()
 
     def _check_header(self, header: bytes, record: AdapterRecord) -> None:
-        """Nothing, when this is the header of a safetensors file of our layout.
+        """Nothing, when this is the header of a safetensors file of our layout, or of its own.
 
         Raises:
             SchemaError: it is not.
         """
         layout, where = self.space.layout, f"the stored file of adapter {record.name!r}"
-        found = read_header(header, where, size=len(header) + layout.nbytes)
-        wanted = tuple(TensorInfo(s.name, s.shape) for s in layout.segments)
-        if (found.dtype, found.tensors) != (layout.dtype, wanted):
+        nbytes = layout.nbytes if record.nbytes is None else record.nbytes
+        found, wanted = read_header(header, where, size=len(header) + nbytes), tensors_of(layout)
+        if not record.ragged and found.tensors != wanted:
             raise SchemaError(
                 f"{where} has other tensors than the layout of the store",
                 expected=f"{len(wanted)} tensors of {layout.dtype}, in the order of the layout",

@@ -7,6 +7,8 @@ import zipfile
 from datetime import datetime
 from pathlib import Path
 
+from memtool_stores.migrate import SCHEMA_VERSION
+
 STORES = Path(__file__).parents[1] / "stores" / "fixtures"
 
 
@@ -105,12 +107,12 @@ def test_migrate_says_what_it_would_do_and_does_it(memtool, here):
     assert told.returncode == 0, told.stderr
     header, main, side = (line.split("\t") for line in told.stdout.splitlines())
     assert header == ["branch", "version", "schema", "to", "rows", "blobs", "would do"]
-    assert (main[0], main[2:]) == ("main", ["1", "2", "4", "1", "one commit"])
-    assert (side[0], side[2:]) == ("side", ["1", "2", "3", "1", "one commit"])
+    assert (main[0], main[2:]) == ("main", ["1", f"{SCHEMA_VERSION}", "4", "1", "one commit"])
+    assert (side[0], side[2:]) == ("side", ["1", f"{SCHEMA_VERSION}", "3", "1", "one commit"])
     assert "nothing was changed" in told.stderr
     assert "next: memtool migrate --store old" in told.stderr
     record = document(memtool("migrate", "--dry-run", "--json", "--store", "old"))
-    assert (record["dry_run"], record["schema_to"]) == (True, 2)
+    assert (record["dry_run"], record["schema_to"]) == (True, SCHEMA_VERSION)
     assert [branch["committed"] for branch in record["branches"]] == [None, None]
     assert memtool("migrate", "--dry-run", "-q", "--store", "old").stdout == ""
     assert "schema 1: the next commit brings it to 2" in memtool("doctor", "--store", "old").stdout

@@ -26,7 +26,7 @@ from memtool_stores import MemoryStore, MemoryView, MemtoolError, sums
 from memtool_stores.catalog import Catalog
 from memtool_stores.store import _sealed
 from memtool_stores.tensorfile import write_header
-from memtool_stores.testing import MODULE, fill, small_space, some_values
+from memtool_stores.testing import MODULE, fill, ragged_file, small_space, some_values
 from memtool_stores.tree import Tree, sha256
 from tests.fuzz.door import (
     STRANGE,
@@ -48,7 +48,7 @@ HEADER = write_header([(s.name, s.shape) for s in SPACE.layout.segments], SPACE.
 
 
 def _grown(folder: Path) -> MemoryStore:
-    """Two commits with all that a store can have: rows, a file, atoms, keys, blobs, names."""
+    """Two commits with all that a store can have: rows, files, atoms, keys, blobs, names."""
     store = MemoryStore.create(folder, SPACE)
     with store.transaction("write", {"seed": 1}) as txn:
         fill(txn, SPACE, "t0", 0)
@@ -60,6 +60,7 @@ def _grown(folder: Path) -> MemoryStore:
         txn.set_keys(np.random.default_rng(0).standard_normal((2, 2, 3)).astype(np.float32))
         txn.prune_atoms("atoms", {MODULE: [1]})
         fill(txn, SPACE, "t1", 3)
+        txn.add_file("ragged", ragged_file(4))
         txn.purge("t0")
     return store
 
@@ -67,7 +68,7 @@ def _grown(folder: Path) -> MemoryStore:
 def _looks(view: MemoryView) -> Iterator[tuple[str, Callable[[], object]]]:
     """All that a reader can ask a version for."""
     yield "records", lambda: [record.line() for record in view.catalog.records.values()]
-    yield "values", lambda: view.values().tobytes()
+    yield "values", lambda: view.values([r.id for r in view.adapters if not r.ragged]).tobytes()
     yield "each", lambda: [view.value(record.id).tobytes() for record in view.live]
     yield "files", lambda: [view.export(record.id) for record in view.live]
     yield "atoms", lambda: [view.atoms(m).values.tobytes() for m in view.modules()]
@@ -251,7 +252,7 @@ def _strange_attributes(data: st.DataObject, store: MemoryStore) -> Change:
     return change
 
 
-NODES = ["", "values", "catalog", "keys", "blobs", "blobs/memory"]
+NODES = ["", "values", "catalog", "keys", "blobs", "blobs/memory", "files", "files/4"]
 
 
 def _strange_array(data: st.DataObject, store: MemoryStore) -> Change:
@@ -290,7 +291,7 @@ def _strange_catalog(data: st.DataObject, store: MemoryStore) -> Change:
         state = {**attributes["state"], "catalog_bytes": len(whole), "catalog_chain": chain}
         with refused_or_taken():
             counts = Catalog().read_on(whole, chain).counts
-            names = ("adapters", "atoms", "purged", "rows")
+            names = ("adapters", "atoms", "purged", "rows", "ragged")
             state.update({name: getattr(counts, name) for name in names})
         attributes["state"] = state
 
@@ -333,5 +334,6 @@ def test_a_strangers_store_is_refused_or_does_no_harm(
             with refused_or_taken(), MemoryStore.open(hostile.url).transaction("on it") as txn:
                 fill(txn, SPACE, "on it", 5)
                 txn.purge("on it")
+                txn.add_file("ragged on it", ragged_file(5))
                 raise MemtoolError("never stored")
     assert (sandbox / "victim" / "lock").read_text() == "not yours"

@@ -3,7 +3,8 @@
 fixtures/schema-1.zip is a store that the code of schema 1 wrote: adapters photo, art, cartoon and
 sketch (`some_values` of seeds 0 to 3), keys, a blob, tag v1, branch side; art was removed.
 schema-2.zip: photo, art and cartoon, tag v1 and branch side; then art was purged, and atoms were
-written and pruned.
+written and pruned. schema-3.zip: likewise, and between them sketch and clipart, files with layouts
+of their own (`ragged_file` of seeds 0 and 1); clipart was purged, too.
 """
 
 from __future__ import annotations
@@ -232,7 +233,7 @@ def test_migrate_adds_a_commit_to_every_branch_and_touches_nothing_else(old: Mem
     again = MemoryStore.open(old.url)
     assert {tip.branch: tip.committed for tip in done.branches} == again.branches()
     for tip in done.branches:
-        assert again.log(tip.branch)[0].message == "migrate from schema 1 to 2"
+        assert again.log(tip.branch)[0].message == f"migrate from schema 1 to {SCHEMA_VERSION}"
         assert again.log(tip.branch)[1].id == tip.version
         new, was = again.view(tip.branch), again.view(tip.version)
         assert (new.schema, was.schema) == (SCHEMA_VERSION, 1)
@@ -250,12 +251,12 @@ def test_migrate_adds_a_commit_to_every_branch_and_touches_nothing_else(old: Mem
 
 
 def test_migrate_leaves_what_is_newer_and_refuses_what_is_too_new(grown: MemoryStore) -> None:
-    _claim(grown, 3, 2)
+    _claim(grown, SCHEMA_VERSION + 1, SCHEMA_VERSION)
     (tip,) = grown.migrate().branches
-    assert (tip.schema, tip.needed, tip.committed) == (3, False, None)
-    _claim(grown, 4, 4)
+    assert (tip.schema, tip.needed, tip.committed) == (SCHEMA_VERSION + 1, False, None)
+    _claim(grown, SCHEMA_VERSION + 2, SCHEMA_VERSION + 2)
     for dry_run in (True, False):
-        with pytest.raises(NewerSchemaError, match="schema 4"):
+        with pytest.raises(NewerSchemaError, match=f"schema {SCHEMA_VERSION + 2}"):
             grown.migrate(dry_run=dry_run)
 
 
@@ -298,13 +299,13 @@ def _claim(store: MemoryStore, schema: int, min_reader: int) -> None:
 
 
 def test_a_schema_that_needs_a_newer_reader_is_refused(grown: MemoryStore) -> None:
-    _claim(grown, 3, 3)
+    _claim(grown, SCHEMA_VERSION + 1, SCHEMA_VERSION + 1)
     for look in (
         lambda: MemoryStore.open(grown.url),
         lambda: grown.view().space,
         grown.verify,
     ):
-        with pytest.raises(NewerSchemaError, match="schema 3") as raised:
+        with pytest.raises(NewerSchemaError, match=f"schema {SCHEMA_VERSION + 1}") as raised:
             look()
         assert raised.value.expected == f"at most schema {SCHEMA_VERSION}"
     assert len(grown.view("HEAD~1")) == 3
@@ -313,7 +314,7 @@ def test_a_schema_that_needs_a_newer_reader_is_refused(grown: MemoryStore) -> No
 def test_a_newer_schema_that_we_can_read_is_read_but_not_written(
     grown: MemoryStore, space: Space
 ) -> None:
-    _claim(grown, 3, 2)
+    _claim(grown, SCHEMA_VERSION + 1, SCHEMA_VERSION)
     again = MemoryStore.open(grown.url)
     assert len(again.view()) == 3
     head = again.head()

@@ -21,7 +21,15 @@ from hypothesis.stateful import (
 )
 
 from memtool_stores import MemoryStore, Transaction, VersionExpiredError
-from memtool_stores.testing import MODULE, OracleVersion, assert_same, small_space, some_values
+from memtool_stores.testing import (
+    MODULE,
+    OracleVersion,
+    assert_same,
+    file_data,
+    ragged_file,
+    small_space,
+    some_values,
+)
 from memtool_stores.tree import sha256
 
 seeds = st.integers(0, 5)
@@ -72,6 +80,16 @@ class StoreMachine(RuleBasedStateMachine):
                 name, values = self._name(), some_values(self.space, seed)
                 txn.add(name, values, {"seed": seed})
                 oracle = oracle.add(name, values, {"seed": seed})
+        self._commit(txn, oracle)
+
+    @rule(some=st.lists(seeds, min_size=1, max_size=2))
+    def add_ragged(self, some: list[int]) -> None:
+        oracle = self._message("ragged")
+        with self.store.transaction("ragged") as txn:
+            for seed in some:
+                name, file = self._name(), ragged_file(seed)
+                txn.add_file(name, file, {"seed": seed})
+                oracle = oracle.add_ragged(name, file, {"seed": seed})
         self._commit(txn, oracle)
 
     @rule(seed=seeds, task=st.integers(0, 3))
@@ -158,6 +176,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.versions = {v: oracle for v, oracle in self.versions.items() if v in kept}
         # What no version holds is nowhere; what one holds is there.
         rows = {sha256(some_values(self.space, seed)) for seed in range(6)}
+        rows |= {sha256(file_data(ragged_file(seed))) for seed in range(6)}
         held = set().union(*(oracle.row_hashes() for oracle in self.versions.values()))
         assert set(self.store.find_bytes(rows)) == rows & held
 
