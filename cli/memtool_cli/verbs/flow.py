@@ -179,6 +179,7 @@ def write(
     *COMPUTE,
     *CONFIGURATION,
     DRY_RUN,
+    remembers=True,
 )
 def consolidate(call: Call) -> None:
     """Let the memory learn the keys of its adapters, as one version."""

@@ -92,7 +92,7 @@ def generate(
         records.Answer(prompt=one, text=text, weights=_named(model.names, row))
         for one, text, row in zip(asked, texts, weights, strict=True)
     )
-    result = records.Generated(version=method.workspace.version_of(call.version), answers=answers)
+    result = records.Generated(version=call.view().version, answers=answers)
     rows = [
         (" ".join(f"{one.name} {one.weight:.2f}" for one in answer.weights[:SHOWN]), answer.text)
         for answer in answers

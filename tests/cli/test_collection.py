@@ -1,0 +1,111 @@
+"""import --base, consolidate, retrieve, generate and export, as somebody with a folder of LoRA."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import inside
+from tests.methods.facts import write_facts
+from tests.methods.test_collection import PROMPTS, SHAPES, write_adapter, write_prompts
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"  # peft asks transformers
+)
+
+
+def memtool(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: v for name, v in os.environ.items() if not name.startswith("MEMTOOL_")}
+    own = {"XDG_CONFIG_HOME": str(folder / "user"), "MEMTOOL_CACHE": str(folder / "cache")}
+    return inside(folder, environment | own | {"OMP_NUM_THREADS": "1"}, *words)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which a collection was imported and consolidated."""
+    folder = write_facts(tmp_path_factory.mktemp("collection"))
+    for seed, (name, shape) in enumerate(SHAPES.items()):
+        write_adapter(folder / "model", folder / "adapters" / name, seed, **shape)
+    write_prompts(folder / "prompts.jsonl", PROMPTS)
+    done = memtool(folder, "import", "adapters", "--base", "hf:model", "--prompts", "prompts.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert [line.split("\t")[0] for line in done.stdout.splitlines()[1:]] == list(SHAPES)
+    done = memtool(folder, "consolidate")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_a_prompt_names_its_adapter_and_gets_an_answer(place: Path) -> None:
+    for name in SHAPES:
+        done = memtool(place, "retrieve", "--prompt", PROMPTS[name][0], "-q")
+        assert done.stdout.strip() == name, done.stderr
+    asked = [PROMPTS[name][1] for name in SHAPES]
+    lines = [json.dumps({"prompt": asked[0]}), *asked[1:]]
+    (place / "asked.txt").write_text("\n".join(lines), encoding="utf-8")
+    done = memtool(place, "generate", "--prompts", "asked.txt", "--most", "4", "--json")
+    said = json.loads(done.stdout)
+    assert said["schema"] == "memtool.generate"
+    assert said["version"] == memtool(place, "log", "-q").stdout.split()[0]
+    assert [answer["prompt"] for answer in said["answers"]] == asked
+    assert [answer["weights"][0]["name"] for answer in said["answers"]] == list(SHAPES)
+    one = memtool(place, "generate", "--prompt", asked[0], "--most", "4", "-q")
+    assert one.stdout.rstrip("\n") == said["answers"][0]["text"]
+    told = memtool(place, "generate", "--prompt", asked[0], "--task", "sums", "--json")
+    assert json.loads(told.stdout)["answers"][0]["weights"] == [{"name": "sums", "weight": 1.0}]
+
+
+def test_the_files_and_the_mixture_come_out(place: Path) -> None:
+    assert memtool(place, "export", "--out", "back").returncode == 0
+    for name in SHAPES:
+        for file in ("adapter_model.safetensors", "adapter_config.json"):
+            original = (place / "adapters" / name / file).read_bytes()
+            assert (place / "back" / name / file).read_bytes() == original
+    done = memtool(place, "retrieve", "--prompt", "after a comes", "--out", "mixture")
+    assert done.returncode == 0, done.stderr
+    assert (place / "mixture" / "adapter_model.safetensors").is_file()
+    assert memtool(place, "verify").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("generate",), 2, "one of --prompt and --prompts"),
+        (("generate", "--prompt", " "), 2, "a prompt is empty"),
+        (("generate", "--prompts", "nowhere.txt"), 3, "no file nowhere.txt"),
+        (("generate", "--prompt", "x", "--task", "poems"), 3, "no adapter of task 'poems'"),
+        (("import", "adapters", "--prompts", "prompts.jsonl"), 2, "--base hf:MODEL"),
+        (("import", "nowhere", "--base", "hf:model"), 3, "no adapter in nowhere"),
+        (("import", "adapters", "--base", "hf:model", "--task", "1"), 2, "DIR:TASK"),
+        (("eval",), 2, "brings no texts to be measured on"),
+    ],
+)
+def test_what_is_refused(place: Path, words: tuple[str, ...], code: int, said: str) -> None:
+    done = memtool(place, *words)
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_adapter_gets_the_name_of_a_task_and_is_forgotten_by_it(
+    place: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(place / "model", tmp_path / "model")
+    shutil.copytree(place / "adapters" / "sums", tmp_path / "lora")
+    done = memtool(tmp_path, "import", "lora:addition", "--base", "hf:model")
+    assert done.returncode == 0, done.stderr
+    (line,) = memtool(tmp_path, "ls", "--json").stdout.splitlines()
+    (adapter,) = json.loads(line)["adapters"]
+    assert (adapter["name"], adapter["meta"]["task_name"]) == ("lora", "addition")
+    assert memtool(tmp_path, "forget", "addition", "--yes").returncode == 0
+    assert memtool(tmp_path, "ls", "-q").stdout == ""
+
+
+def test_images_are_not_answered(tmp_path: Path) -> None:
+    done = memtool(tmp_path, "generate", "--prompt", "x")
+    assert done.returncode in (2, 3)
+    assert "language model" in done.stderr or "no memory" in done.stderr

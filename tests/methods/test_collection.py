@@ -1,0 +1,420 @@
+"""A collection of LoRA that `peft` made, of unlike shapes, in one memory of prompts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from memtool.backbones.answering import RecallOf, answers
+from memtool.config import resolve
+from memtool.errors import (
+    AlreadyExistsError,
+    ConfigError,
+    CorruptError,
+    DataError,
+    MemtoolError,
+    MismatchError,
+    NotFoundError,
+)
+from memtool.methods.export import export_peft
+from memtool.methods.forget import forget
+from memtool.methods.mira.prompts import SHRINKAGE, PromptMemory, PromptState
+from memtool.methods.routed.attached import RoutedTexts
+from tests.methods.facts import FACTS, settings_of, write_facts
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"  # peft asks transformers
+)
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "letters": {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj", "v_proj"]},
+    "sums": {
+        "r": 4,
+        "lora_alpha": 4,
+        "target_modules": "all-linear",
+        "rank_pattern": {"down_proj": 1},
+        "alpha_pattern": {"q_proj": 8},
+    },
+    "turned": {
+        "r": 3,
+        "lora_alpha": 6,
+        "use_rslora": True,
+        "target_modules": ["o_proj", "up_proj"],
+        "layers_to_transform": [1],
+    },
+}
+PROMPTS = {name: [prompt for prompt, _ in facts] for name, facts in FACTS.items()}
+
+
+def write_adapter(base: Path, folder: Path, seed: int, **shape: Any) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        config = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **shape)
+        get_peft_model(model, config).save_pretrained(folder)
+
+
+def write_prompts(file: Path, prompts: dict[str, list[str]]) -> Path:
+    lines = [json.dumps({"adapter": a, "prompt": p}) for a, asked in prompts.items() for p in asked]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model, three adapters of it in `adapters`, and prompts of each."""
+    folder = write_facts(tmp_path_factory.mktemp("collection"))
+    for seed, (name, shape) in enumerate(SHAPES.items()):
+        write_adapter(folder / "model", folder / "adapters" / name, seed, **shape)
+    card = "---\nbase_model: tiny\nlicense: apache-2.0\n---\n# Sums\n"
+    (folder / "adapters" / "sums" / "README.md").write_text(card, encoding="utf-8")
+    write_prompts(folder / "prompts.jsonl", PROMPTS)
+    return folder
+
+
+def opened(place: Path, where: Path, **changes: object) -> PromptMemory:
+    overrides = {**settings_of(place, where), "engine.device": "cpu", **changes}
+    config = resolve(preset="mira-trace", overrides=overrides, ambient=False).config
+    found = PromptMemory.open(config, seed=0)
+    assert isinstance(found, PromptMemory)
+    return found
+
+
+@pytest.fixture(scope="module")
+def _made(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    method = opened(place, folder)
+    method.collect([str(place / "adapters")], place / "prompts.jsonl")
+    method.consolidate()
+    return folder
+
+
+@pytest.fixture
+def made(place: Path, _made: Path) -> PromptMemory:
+    """Three adapters with keys, for reading only."""
+    return opened(place, _made)
+
+
+@pytest.fixture
+def copy(place: Path, _made: Path, tmp_path: Path) -> PromptMemory:
+    """The same in a copy that a test may change."""
+    shutil.copytree(_made, tmp_path / "copy")
+    return opened(place, tmp_path / "copy")
+
+
+def products(place: Path, name: str) -> dict[str, torch.Tensor]:
+    """What peft adds to every weight for an adapter, in float64."""
+    base = AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float64)
+    before = {key: one.clone() for key, one in base.state_dict().items()}
+    merged = PeftModel.from_pretrained(base, place / "adapters" / name).merge_and_unload()
+    return {key: one - before[key] for key, one in merged.state_dict().items()}
+
+
+def with_weights(place: Path, weights: dict[str, float]) -> Any:
+    """The base model with a weighted sum of adapters merged into it."""
+    model = AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float64).eval()
+    state = model.state_dict()
+    for name, weight in weights.items():
+        for key, delta in products(place, name).items():
+            state[key] += weight * delta
+    model.load_state_dict(state)
+    return model
+
+
+def slow_answer(model: Any, ids: list[int], most: int, ends: tuple[int, ...]) -> list[int]:
+    """Greedy, one whole forward pass a token."""
+    found: list[int] = []
+    with torch.no_grad():
+        for _ in range(most):
+            logits = model(input_ids=torch.tensor([ids + found])).logits[0, -1]
+            if (token := int(logits.argmax())) in ends:
+                break
+            found.append(token)
+    return found
+
+
+# What comes in and goes out ---------------------------------------------------------------------
+
+
+def test_every_file_comes_back_byte_for_byte(
+    place: Path, made: PromptMemory, tmp_path: Path
+) -> None:
+    view = made.workspace.store.view()
+    assert [(r.name, r.ragged, r.meta["collection"]["rank"]) for r in view.adapters] == [
+        ("letters", True, 2),
+        ("sums", True, 4),
+        ("turned", True, 3),
+    ]
+    assert view.get("sums").meta["collection"]["licence"] == "apache-2.0"
+    assert view.get("sums").meta["collection"]["base"] == str(place / "model")
+    export_peft(made.workspace, None, out=tmp_path / "back")
+    for name in SHAPES:
+        for file in ("adapter_model.safetensors", "adapter_config.json"):
+            original = (place / "adapters" / name / file).read_bytes()
+            assert (tmp_path / "back" / name / file).read_bytes() == original
+
+
+def test_an_adapter_that_is_named_computes_what_peft_computes(
+    place: Path, made: PromptMemory
+) -> None:
+    lm = made.workspace.backbone
+    tokens = lm.encode(["turn ab:"]).tokens
+    for name in SHAPES:
+        model = made.attach(task=name)
+        expected = with_weights(place, {name: 1.0})(input_ids=tokens).logits
+        torch.testing.assert_close(model(tokens).double(), expected, atol=1e-3, rtol=1e-3)
+
+
+def test_a_mixed_batch_answers_as_a_slow_loop_with_the_merged_adapters(
+    place: Path, made: PromptMemory
+) -> None:
+    """Each prompt has weights of its own, lengths differ, and the weights stay."""
+    lm = made.workspace.backbone
+    routing = made.read().routing
+    given = torch.tensor([[0.7, 0.0, 0.3], [0.0, 1.0, 0.0], [0.2, 0.5, 0.3], [0.0, 0.0, 1.0]])
+    prompts = ["after a comes", "7 and", "turn ab: then b", "x"]
+    asked = [tuple(lm.encode([prompt]).tokens[0].tolist()) for prompt in prompts]
+    rows = dict(zip(asked, given, strict=True))
+
+    def choose(tokens: torch.Tensor) -> Any:
+        real = [tuple(one for one in row if one >= 0) for row in tokens.tolist()]
+        return routing.recall(torch.stack([rows[one] for one in real]))
+
+    found = answers(lm, prompts, RecallOf(choose), batch=4, most=5)
+    names = list(SHAPES)
+    for prompt, weights, answer in zip(prompts, given.tolist(), found, strict=True):
+        model = with_weights(place, dict(zip(names, weights, strict=True)))
+        ids = lm.encode([prompt]).tokens[0].tolist()
+        assert answer == lm.decode(slow_answer(model, ids, 5, lm.ends)).strip()
+
+
+def test_the_mixture_of_a_prompt_is_one_adapter_for_peft(
+    place: Path, copy: PromptMemory, tmp_path: Path
+) -> None:
+    soft = opened(place, Path(copy.workspace.store_path).parent, **{"memory.beta": 0.001})
+    result = soft.retrieve(prompt="after 7 and", out=tmp_path / "mixture")
+    weights = {one.name: one.coefficient for one in result.adapters}
+    assert result.out == tmp_path / "mixture"
+    assert min(weights.values()) > 0.01
+    base = AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float64)
+    mixture = PeftModel.from_pretrained(base, tmp_path / "mixture").eval()
+    tokens = soft.workspace.backbone.encode(["turn ab:"]).tokens
+    expected = with_weights(place, weights)(input_ids=tokens).logits
+    found = mixture(input_ids=tokens).logits
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+
+
+# Keys -------------------------------------------------------------------------------------------
+
+
+def test_prompts_find_their_adapter_and_only_what_is_used_is_read(made: PromptMemory) -> None:
+    model = made.attach()
+    assert isinstance(model, RoutedTexts)
+    assert model.names == tuple(SHAPES)
+    for place, (name, asked) in enumerate(PROMPTS.items()):
+        weights = model.weights(asked)
+        torch.testing.assert_close(weights.sum(dim=1), torch.ones(len(asked)))
+        assert (weights.argmax(dim=1) == place).float().mean() > 0.8, name
+
+
+def test_keys_are_those_of_a_slow_discriminant_analysis(place: Path, made: PromptMemory) -> None:
+    from memtool.learning.looks import looks_of
+
+    seen = [looks_of(made.workspace, PROMPTS[name], made.look).double().numpy() for name in SHAPES]
+    means = np.stack([one.mean(axis=0) for one in seen])
+    rest = np.concatenate([one - mean for one, mean in zip(seen, means, strict=True)])
+    covariance = rest.T @ rest / len(rest)
+    size = np.trace(covariance) / len(covariance)
+    covariance = (1 - SHRINKAGE) * covariance + SHRINKAGE * size * np.eye(len(covariance))
+    asked = looks_of(made.workspace, ["after 7 and"], made.look).double().numpy()
+    away = asked[0] - means
+    scores = -0.5 * np.einsum("td,de,te->t", away, np.linalg.inv(covariance), away)
+    expected = np.exp(scores - scores.max())
+    (found,) = made.attach().weights(["after 7 and"])
+    np.testing.assert_allclose(found, expected / expected.sum(), atol=1e-3)
+
+
+def test_consolidation_needs_no_prompts_and_nothing_new_is_nothing(
+    place: Path, copy: PromptMemory
+) -> None:
+    before = copy.workspace.store.head()
+    assert copy.consolidate().unchanged
+    assert copy.workspace.store.head() == before
+    again = copy.collect([str(place / "adapters" / "sums")])
+    assert (again.added, again.skipped) == ((), ("sums",))
+    assert copy.workspace.store.head() == before
+    other = opened(place, Path(copy.workspace.store_path).parent, **{"memory.look_at": ("final",)})
+    with pytest.raises(ConfigError, match=r"look_at is final.*blocks,tokens"):
+        other.consolidate()
+
+
+def test_texts_are_kept_only_where_that_is_asked_for(place: Path, tmp_path: Path) -> None:
+    method = opened(place, tmp_path)
+    method.collect([str(place / "adapters")], place / "prompts.jsonl")
+    store = method.workspace.store
+    assert not [name for name in store.view().blobs() if name.startswith("prompts.")]
+    again = opened(place, tmp_path / "other")
+    again.collect([str(place / "adapters")], place / "prompts.jsonl", keep_prompts=True)
+    kept = json.loads(again.workspace.store.view().blob("prompts.sums"))
+    assert kept == PROMPTS["sums"]
+
+
+def test_what_comes_later_gets_its_key_beside_the_others(place: Path, tmp_path: Path) -> None:
+    whole = opened(place, tmp_path / "whole")
+    whole.collect([str(place / "adapters")], place / "prompts.jsonl")
+    whole.consolidate()
+    parts = opened(place, tmp_path / "parts")
+    for name in SHAPES:
+        file = write_prompts(tmp_path / f"{name}.jsonl", {name: PROMPTS[name]})
+        parts.collect([str(place / "adapters" / name)], file)
+        parts.consolidate()
+    ours, theirs = (one.workspace.store.view().keys() for one in (whole, parts))
+    assert ours is not None
+    assert theirs is not None
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_forgetting_makes_the_keys_of_who_never_knew_it(
+    place: Path, copy: PromptMemory, tmp_path: Path
+) -> None:
+    store = copy.workspace.store
+    sha256 = store.view().get("sums").sha256
+    forget(store, ["sums"], purge=True)
+    rest = {name: asked for name, asked in PROMPTS.items() if name != "sums"}
+    never = opened(place, tmp_path / "never")
+    folders = [str(place / "adapters" / name) for name in rest]
+    never.collect(folders, write_prompts(tmp_path / "rest.jsonl", rest))
+    never.consolidate()
+    ours, theirs = store.view().keys(), never.workspace.store.view().keys()
+    assert ours is not None
+    assert theirs is not None
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    assert store.find_bytes([sha256]) == {}
+    (weights,) = copy.attach().weights(["7 and 1 is"])
+    assert weights.shape == (2,)
+    forget(store, [*rest])
+    assert PromptState.load(store.view()) is None
+    with pytest.raises(NotFoundError):
+        copy.attach()
+
+
+# What is not as it should be --------------------------------------------------------------------
+
+
+def test_adapters_without_prompts_are_named_and_can_be_asked_by_name(
+    place: Path, tmp_path: Path
+) -> None:
+    method = opened(place, tmp_path)
+    some = write_prompts(tmp_path / "some.jsonl", {n: PROMPTS[n] for n in ("letters", "sums")})
+    result = method.collect([str(place / "adapters")], some)
+    assert [note for note in result.notes if "no prompts of turned" in note]
+    method.consolidate()
+    assert method.attach().names == ("letters", "sums")
+    tokens = method.workspace.backbone.encode(["ab"]).tokens
+    expected = with_weights(place, {"turned": 1.0})(input_ids=tokens).logits
+    found = method.attach(task="turned")(tokens).double()
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_without_any_prompts_there_is_nothing_to_choose_by(place: Path, tmp_path: Path) -> None:
+    method = opened(place, tmp_path)
+    method.collect([str(place / "adapters" / "sums")])
+    with pytest.raises(DataError, match="no prompts are known") as caught:
+        method.consolidate()
+    assert "--prompts" in (caught.value.remedy or "")
+
+
+@pytest.mark.parametrize(
+    ("line", "error", "said"),
+    [
+        ('{"adapter": "poems", "prompt": "x"}', DataError, "line 1: a prompt of 'poems'"),
+        ('{"adapter": "sums"}', DataError, "line 1"),
+        ('{"adapter": "sums", "prompt": " "}', DataError, "line 1"),
+        ("sums: x", DataError, "line 1 cannot be read as JSON"),
+        ("", ConfigError, "holds no prompts"),
+    ],
+)
+def test_prompts_that_cannot_be_used(
+    place: Path, tmp_path: Path, line: str, error: type[MemtoolError], said: str
+) -> None:
+    (tmp_path / "p.jsonl").write_text(line, encoding="utf-8")
+    method = opened(place, tmp_path)
+    with pytest.raises(error, match=said):
+        method.collect([str(place / "adapters")], tmp_path / "p.jsonl")
+    assert not method.workspace.has_store
+
+
+def changed(place: Path, folder: Path, **config: object) -> Path:
+    """A copy of an adapter with another configuration."""
+    shutil.copytree(place / "adapters" / "letters", folder / "letters")
+    file = folder / "letters" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **config}), encoding="utf-8")
+    return folder / "letters"
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"bias": "all"}, "bias"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    ],
+)
+def test_more_than_a_plain_lora_is_refused_by_name(
+    place: Path, tmp_path: Path, config: dict[str, object], said: str
+) -> None:
+    with pytest.raises(MismatchError, match=said):
+        opened(place, tmp_path / "m").collect([str(changed(place, tmp_path, **config))])
+
+
+def test_numbers_that_are_none_are_refused(place: Path, tmp_path: Path) -> None:
+    folder = changed(place, tmp_path)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    next(iter(tensors.values()))[0, 0] = torch.nan
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises((DataError, CorruptError), match=r"finite|NaN"):
+        opened(place, tmp_path / "m").collect([str(folder)])
+
+
+def test_an_adapter_of_another_model_is_refused_and_another_name_is_said(
+    place: Path, tmp_path: Path
+) -> None:
+    folder = changed(place, tmp_path, base_model_name_or_path="org/other-7b")
+    result = opened(place, tmp_path / "m").collect([str(folder)])
+    assert any("org/other-7b" in note for note in result.notes)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    strange = {name.replace("self_attn", "attention"): one for name, one in tensors.items()}
+    save_file(strange, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(MismatchError, match="attention"):
+        opened(place, tmp_path / "n").collect([str(folder)])
+
+
+def test_names_that_meet(place: Path, copy: PromptMemory, tmp_path: Path) -> None:
+    shutil.copytree(place / "adapters" / "sums", tmp_path / "a" / "sums")
+    shutil.copytree(place / "adapters" / "letters", tmp_path / "b" / "sums")
+    with pytest.raises(AlreadyExistsError, match="two adapters named 'sums'"):
+        copy.collect([str(tmp_path / "a"), str(tmp_path / "b")])
+    with pytest.raises(AlreadyExistsError, match="another adapter named 'sums'"):
+        copy.collect([str(tmp_path / "b")])
+    with pytest.raises(NotFoundError, match="no adapter in"):
+        copy.collect([str(tmp_path)])
+
+
+def test_a_collection_brings_nothing_to_be_measured_on(place: Path, made: PromptMemory) -> None:
+    where = Path(made.workspace.store_path).parent
+    bare = opened(place, where, **{"stream.source": "digits"})
+    with pytest.raises(ConfigError, match="no texts to be measured on"):
+        bare.evaluate()
+    record = made.evaluate(compare=True)
+    found = {id: record.row(id).loss for id in ("memory", "hard", "uniform", "oracle")}
+    assert all(line[-1] and None not in line[-1] for line in found.values())
+    assert found["memory"][-1] != found["uniform"][-1]
