@@ -12,7 +12,15 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+)
 
 from memtool import registry
 from memtool.errors import ConfigError
@@ -43,10 +51,16 @@ def _number_or_places(value: Any) -> Any:
     return value
 
 
+def _looked_at(value: int | tuple[str, ...]) -> int | tuple[str, ...]:
+    """One block, or a place at least."""
+    if value == () or (isinstance(value, int) and value < 0):
+        raise ValueError("a block from 0, or at least one of block:N, blocks, final, tokens")
+    return value
+
+
 Place = Annotated[str, Field(pattern=r"^(final|tokens|blocks|block:\d{1,4})$")]
 LookAt = Annotated[
-    Annotated[int, Field(ge=0)] | Annotated[tuple[Place, ...], Field(min_length=1)],
-    BeforeValidator(_number_or_places),
+    int | tuple[Place, ...], BeforeValidator(_number_or_places), AfterValidator(_looked_at)
 ]
 
 
