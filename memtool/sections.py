@@ -7,13 +7,13 @@ the method.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -44,24 +44,22 @@ Protect = Literal["freeze", "dual-gpm", "none"]
 Recaller = Literal["hopfield", "hopfield-published", "bayes-pcn", "bayes-pcn-published"]
 
 
+_PLACE = re.compile(r"final|tokens|blocks|block:\d{1,4}")
+
+
 def _number_or_places(value: Any) -> Any:
-    """A block's number stands alone, also where it was written as the only one of a list."""
-    if isinstance(value, list | tuple) and len(value) == 1 and str(value[0]).isdigit():
-        return int(value[0])
-    return value
+    """A block's number, alone also where it was written as the only one of a list; or places."""
+    many = list(value) if isinstance(value, list | tuple) else [value]
+    if len(many) == 1 and str(many[0]).isdigit():
+        return int(many[0])
+    if not many or not all(isinstance(one, str) and _PLACE.fullmatch(one) for one in many):
+        raise ValueError(
+            "the number of a block; or of texts some of block:N, blocks, final, tokens"
+        )
+    return tuple(many)
 
 
-def _looked_at(value: int | tuple[str, ...]) -> int | tuple[str, ...]:
-    """One block, or a place at least."""
-    if value == () or (isinstance(value, int) and value < 0):
-        raise ValueError("a block from 0, or at least one of block:N, blocks, final, tokens")
-    return value
-
-
-Place = Annotated[str, Field(pattern=r"^(final|tokens|blocks|block:\d{1,4})$")]
-LookAt = Annotated[
-    int | tuple[Place, ...], BeforeValidator(_number_or_places), AfterValidator(_looked_at)
-]
+LookAt = Annotated[int | tuple[str, ...], BeforeValidator(_number_or_places)]
 
 
 class Settings(BaseModel):
