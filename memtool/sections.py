@@ -53,9 +53,7 @@ def _number_or_places(value: Any) -> Any:
     if len(many) == 1 and str(many[0]).isdigit():
         return int(many[0])
     if not many or not all(isinstance(one, str) and _PLACE.fullmatch(one) for one in many):
-        raise ValueError(
-            "the number of a block; or of texts some of block:N, blocks, final, tokens"
-        )
+        raise ValueError("the number of a block, or some of block:N, blocks, final, tokens")
     return tuple(many)
 
 
