@@ -484,7 +484,7 @@ def _validated(values: Mapping[str, Any], origin: Mapping[str, str], method: str
             f"{origin[key]}: {key} cannot be {shown(first['input'])}",
             expected=did_you_mean(str(first["input"]), wanted)
             if wanted
-            else first["msg"].removeprefix("Input should be "),
+            else first["msg"].removeprefix("Input should be ").removeprefix("Value error, "),
         ) from error
 
 
