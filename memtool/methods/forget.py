@@ -168,7 +168,7 @@ def _blobs_of(view: MemoryView, records: Sequence[AdapterRecord]) -> tuple[str, 
         if record.name not in kept_names:
             names.append(f"head.{record.name}")
         if (task := number_of(record)) not in kept_tasks:
-            names += [f"queries.{task}", f"features.{task}", f"routing.{task}"]
+            names += [f"queries.{task}", f"features.{task}", f"routing.{task}", f"prompts.{task}"]
         if (files := record.meta.get("peft")) not in kept_files:
             names.append(str(files))
     if any(record.live for record in records):

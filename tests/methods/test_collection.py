@@ -264,8 +264,27 @@ def test_texts_are_kept_only_where_that_is_asked_for(place: Path, tmp_path: Path
     assert not [name for name in store.view().blobs() if name.startswith("prompts.")]
     again = opened(place, tmp_path / "other")
     again.collect([str(place / "adapters")], place / "prompts.jsonl", keep_prompts=True)
-    kept = json.loads(again.workspace.store.view().blob("prompts.sums"))
-    assert kept == PROMPTS["sums"]
+    view = again.workspace.store.view()
+    assert json.loads(view.blob(f"prompts.{view.get('sums').task}")) == PROMPTS["sums"]
+    forget(again.workspace.store, ["sums"])
+    left = [name for name in again.workspace.store.view().blobs() if name.startswith("prompts.")]
+    assert len(left) == 2
+
+
+def test_other_prompts_of_an_adapter_give_it_another_key(
+    place: Path, copy: PromptMemory, tmp_path: Path
+) -> None:
+    before = copy.workspace.store.view()
+    same = copy.collect([str(place / "adapters")], place / "prompts.jsonl")
+    assert (same.version, copy.consolidate().unchanged) == (before.version, True)
+    file = write_prompts(tmp_path / "p.jsonl", {"sums": ["what is 8 plus 9", "1 plus 2"]})
+    copy.collect([str(place / "adapters" / "sums")], file)
+    assert not copy.consolidate().unchanged
+    ours, theirs = before.keys(), copy.workspace.store.view().keys()
+    assert ours is not None
+    assert theirs is not None
+    assert not np.allclose(ours, theirs, atol=1e-3)
+    assert copy.consolidate().unchanged
 
 
 def test_what_comes_later_gets_its_key_beside_the_others(place: Path, tmp_path: Path) -> None:

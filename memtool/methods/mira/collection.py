@@ -99,7 +99,8 @@ def collect(
 
     `places` are PEFT folders, or folders of them, perhaps with `:TASK` behind; without it the name
     of a folder is its task. `prompts` is a file of JSON lines, or the name of a stream of texts
-    whose tasks are called as the adapters; `metadata` what the version says of itself.
+    whose tasks are called as the adapters; those of a task take the place of earlier ones.
+    `metadata` is what the version says of itself.
 
     Raises DataError for a file that cannot be used and for prompts of an adapter that is not there,
     AlreadyExistsError for two adapters of one name, MismatchError for one that does not fit.
@@ -110,10 +111,12 @@ def collect(
     here = {record.name: record for record in view.live} if view is not None else {}
     texts = {} if prompts is None else prompts_of(prompts, {one.name for one in adapters} | {*here})
     numbers = _numbers(adapters, here.values())
-    blobs = {
-        number: kept_bytes(method.keep(looks_of(work, asked, method.look)), "mira")
-        for number, asked in _by_task(texts, adapters, here, numbers).items()
-    }
+    blobs: dict[str, bytes] = {}
+    for number, asked in _by_task(texts, adapters, here, numbers).items():
+        seen = looks_of(work, asked, method.look)
+        blobs[kept_blob(number)] = kept_bytes(method.keep(seen), method.name)
+        if keep_prompts:
+            blobs[f"{PROMPTS_PREFIX}{number}"] = json.dumps(asked).encode()
     added: list[WrittenAdapter] = []
     known: list[WrittenAdapter] = []
 
@@ -131,12 +134,9 @@ def collect(
             added.append(WrittenAdapter(name=one.name, id=txn.add_file(one.name, one.data, meta)))
             if one.blob not in txn.base.blobs():
                 txn.put_blob(one.blob, one.file)
-        for number, data in blobs.items():
-            if added or kept_blob(number) not in txn.base.blobs():
-                txn.put_blob(kept_blob(number), data)
-        if keep_prompts:
-            for name, asked in texts.items():
-                txn.put_blob(f"{PROMPTS_PREFIX}{name}", json.dumps(asked).encode())
+        for name, data in blobs.items():
+            if txn.base.state.blobs.get(name) != hashlib.sha256(data).hexdigest():
+                txn.put_blob(name, data)
 
     names = ", ".join(one.name for one in adapters[:5]) + (", …" if len(adapters) > 5 else "")
     store = work.store_or_new()

@@ -11,6 +11,7 @@ answered. Adapters may have any ranks, targets and scalings; those that are used
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -43,6 +44,7 @@ from memtool.methods.routed.memory import (
     RoutedMemory,
     Routing,
     kept_blob,
+    kept_bytes,
     known_tasks,
     read_kept,
 )
@@ -61,7 +63,8 @@ Chosen on the validation prompts of TRACE, from 200 and from 30 prompts a task, 
 class PromptState(StoredState):
     """How prompts are looked at, and whose keys there are: the JSON blob `prompt-keys`.
 
-    `adapters` are the ids behind the keys, in their order: those that prompts were known of.
+    `adapters` are the ids behind the keys, in their order: those that prompts were known of;
+    `moments` is the hash of what the keys were solved from.
     """
 
     blob: ClassVar[str] = "prompt-keys"
@@ -69,6 +72,7 @@ class PromptState(StoredState):
     schema_version: int = 1
     look_at: tuple[str, ...]
     adapters: tuple[str, ...]
+    moments: str
 
 
 class PromptMemory(Routed):
@@ -130,8 +134,10 @@ class PromptMemory(Routed):
                 "no prompts are known of any adapter in memory, so that none can be chosen by one",
                 remedy="memtool import DIR --base MODEL --prompts FILE",
             )
-        if not new and state is not None and state.adapters == keyed and view.keys() is not None:
-            return None
+        if state is not None and view.keys() is not None:
+            solved = (state.adapters, state.moments)
+            if not new and solved == (keyed, _digest(view, dict.fromkeys(known))):
+                return None
         return partial(_put_keys, view=view, new=new, look_at=self.settings.places)
 
     def _require_same_look(self, state: PromptState | None) -> None:
@@ -324,7 +330,19 @@ def _put_keys(
     found = torch.stack([rows.get(task_of(record), none) for record in live])
     txn.set_keys(found.unsqueeze(0).contiguous().numpy())
     keyed = tuple(record.id for record in live if task_of(record) in rows)
-    PromptState(look_at=look_at, adapters=keyed).put(txn)
+    digest = _digest(view, {number: new.get(number) for number in kept})
+    PromptState(look_at=look_at, adapters=keyed, moments=digest).put(txn)
+
+
+def _digest(view: memtool_stores.MemoryView, tasks: Mapping[int, Kept | None]) -> str:
+    """The hash of what is kept of tasks, as here or, where None, as in the blobs of a version."""
+    parts = [
+        view.state.blobs[kept_blob(number)]
+        if one is None
+        else hashlib.sha256(kept_bytes(one, PromptMemory.name)).hexdigest()
+        for number, one in sorted(tasks.items())
+    ]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
 def solve_without(
