@@ -36,12 +36,12 @@ ASKED, TESTED, TUNED = 40, 20, 10
 RANK, EPOCHS, BATCH, RATE = 8, 2, 8, 5e-3
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MERGES = {
-    "cat": [{"weight": w} for w in (1 / len(TASKS), 0.5, 1.0)],
-    "linear": [{"weight": w} for w in (1 / len(TASKS), 0.5, 1.0)],
+    "cat": [{"weight": w} for w in (0.1, 1 / len(TASKS), 0.5)],
+    "linear": [{"weight": w} for w in (0.1, 1 / len(TASKS), 0.5)],
     "ties": [{"weight": w, "density": d} for w in (0.5, 1.0) for d in (0.2, 0.5)],
     "dare_ties": [{"weight": w, "density": d} for w in (0.5, 1.0) for d in (0.2, 0.5)],
 }
-ARROW = [{"top_k": k, "router_temperature": t} for k in (1, 3) for t in (0.01, 0.1, 1.0)]
+ARROW = [{"top_k": k, "router_temperature": t} for k in (1, 3, 6) for t in (0.1, 1.0, 10.0)]
 
 
 def _padded(encoded: EncodedTexts) -> list[dict[str, Tensor]]:

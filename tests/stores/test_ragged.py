@@ -468,6 +468,38 @@ def test_what_is_missing_strange_or_elsewhere_is_damage(
         assert name in {f"{damage.what} {damage.name}" for damage in report.damages}
 
 
+def _tidied(group: Any, _: dict[str, Any]) -> None:
+    del group["files/0"]
+
+
+def test_what_is_wrong_in_a_version_between_is_found(mixed: MemoryStore) -> None:
+    """The versions before and after it are whole, and no row of it is new."""
+    _changed(mixed, _stranger)
+    strange = mixed.head()
+    _changed(mixed, _tidied)
+    (damage,) = mixed.verify("checksums").damages
+    assert (damage.what, damage.name) == ("version", strange)
+    assert damage.found.startswith("files: 0 of nobody")
+    mixed.rollback("HEAD~2")
+    mixed.delete_branch(next(name for name in mixed.branches() if name != "main"))
+    assert mixed.verify().ok
+    _changed(mixed, _missing)
+    with mixed.transaction("purge") as txn:
+        txn.purge("r1")
+    (damage,) = mixed.verify("checksums").damages
+    assert (damage.what, damage.name, damage.found) == ("values", "r1", "no such array")
+
+
+def test_what_was_appended_to_a_large_chunk_is_found(grown: MemoryStore) -> None:
+    """One too long for its end to be looked for: its length must be known."""
+    with grown.transaction("large") as txn:
+        txn.add_file("large", _file([("a", "F32", [10_000])], bytes(range(256))))
+    (path,) = _chunks(grown, "large")
+    path.write_bytes(path.read_bytes() + b"\0")
+    (damage,) = grown.verify().damages
+    assert (damage.what, damage.name) == ("chunk", str(path.relative_to(grown.url)))
+
+
 def _line(store: MemoryStore, name: str, **said: Any) -> Change:
     """A last line of the catalog that says something else of a row, with the right chain."""
     base = store.view().catalog
@@ -555,7 +587,7 @@ def test_what_a_stranger_put_in_the_place_of_a_row_is_not_taken_for_one(
 
     _changed(grown, change)
     if what == "array":
-        with pytest.raises(IntegrityError, match="files"), grown.transaction("on it") as txn:
+        with pytest.raises(IntegrityError, match="a group"), grown.transaction("on it") as txn:
             txn.add_file("r0", ragged_file(0))
     else:
         with grown.transaction("on it") as txn:
