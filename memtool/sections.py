@@ -44,7 +44,7 @@ Protect = Literal["freeze", "dual-gpm", "none"]
 Recaller = Literal["hopfield", "hopfield-published", "bayes-pcn", "bayes-pcn-published"]
 
 
-_PLACE = re.compile(r"final|tokens|blocks|block:\d{1,4}")
+_PLACE = re.compile(r"final|tokens|blocks|block:(0|[1-9][0-9]{0,3})")
 
 
 def _number_or_places(value: Any) -> Any:

@@ -21,6 +21,10 @@ RECENT_BYTES = 2**30
 """Of adapters that stay at hand after they were used."""
 
 
+MOST_PADDING = 64
+"""Times their own numbers that adapters of unlike shapes may take together."""
+
+
 @dataclass(frozen=True, eq=False)
 class OneAdapter:
     """An adapter in its own layout: `value` (numel,), and what multiplies its B A."""
@@ -44,17 +48,19 @@ class Stock:
         self._read = read
         self._recent: OrderedDict[int, OneAdapter] = OrderedDict()
         self._nbytes = 0
-        self._last: tuple[tuple[int, ...], AdapterValues] | None = None
+        self._last: tuple[tuple[tuple[int, ...], str], AdapterValues] | None = None
 
     def __len__(self) -> int:
         return self._count
 
     def take(self, used: Sequence[int], device: torch.device | str = "cpu") -> AdapterValues:
         """These adapters, in this order, on the device. Raises the errors of `read`."""
-        wanted = tuple(used)
+        wanted = (tuple(used), str(device))
         if self._last is None or self._last[0] != wanted:
-            self._last = (wanted, united([self._one(number) for number in wanted], self._sites))
-        return self._last[1].to(device)
+            self._last = None  # before others take its place
+            found = united([self._one(number) for number in wanted[0]], self._sites)
+            self._last = (wanted, found.to(device))
+        return self._last[1]
 
     def _one(self, number: int) -> OneAdapter:
         if number in self._recent:
@@ -70,8 +76,8 @@ class Stock:
 def united(adapters: Sequence[OneAdapter], sites: Sequence[Site]) -> AdapterValues:
     """Adapters of any ranks and sites, stacked: exact, what one lacks is zero.
 
-    Of `sites` those stay that an adapter has. Raises MismatchError for none, and for an adapter of
-    a site that is not among them.
+    Of `sites` those stay that an adapter has. Raises MismatchError for none, for an adapter of a
+    site that is not among them, and where they would take `MOST_PADDING` times their own numbers.
     """
     if not adapters:
         raise MismatchError("a stack of no adapter", expected="at least one")
@@ -88,6 +94,14 @@ def united(adapters: Sequence[OneAdapter], sites: Sequence[Site]) -> AdapterValu
         tuple(site for site in sites if site in wanted), max(one.rank for one in layouts)
     )
     dtype = adapters[0].value.dtype
+    own = sum(one.value.numel() for one in adapters)
+    if len(adapters) * layout.numel > MOST_PADDING * own:
+        raise MismatchError(
+            f"{len(adapters)} adapters of rank {min(one.rank for one in layouts)} to {layout.rank} "
+            f"and {own:,} numbers, which would take {len(adapters) * layout.numel:,} together",
+            expected=f"at most {MOST_PADDING} times as many",
+            remedy="--set memory.separation=topk, which uses fewer of them at a time",
+        )
     values = torch.zeros(len(adapters), layout.numel, dtype=dtype)
     room = layout.unflatten(values)  # views
     for row, one in enumerate(adapters):

@@ -143,6 +143,16 @@ def limits_of(name: str, context: int, text: TextSettings) -> tuple[int, int]:
     return prompt, answer
 
 
+def require_unicode(text: str, what: str) -> None:
+    """Raise DataError for half of a pair of surrogates, which is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{what} holds {text[error.start]!r}, which is no character", expected="Unicode text"
+        ) from error
+
+
 class KeyValueCache:
     """The keys and values of all tokens so far, (b, heads, capacity, head_dim) for every block."""
 
@@ -226,6 +236,7 @@ class CausalLM(FrozenModel):
         lengths: list[int] = []
         cut_prompts = cut_answers = 0
         for number, prompt in enumerate(prompts):
+            require_unicode(prompt, f"prompt {number + 1}")
             # Not verbose: what is longer than the context is cut below.
             row = list(self.tokenizer(prompt, verbose=False).input_ids)
             if not row:

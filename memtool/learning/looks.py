@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -135,5 +136,12 @@ def _narrow(seen: Tensor) -> Tensor:
     width = seen.shape[1]
     if width <= MOST_WIDE:
         return seen
-    drawn = torch.randn(width, MOST_WIDE, generator=torch.Generator().manual_seed(width))
-    return seen @ (drawn / MOST_WIDE**0.5).to(seen)
+    with torch.autocast(seen.device.type, enabled=False):
+        return seen @ _directions(width, MOST_WIDE, seen.device)
+
+
+@lru_cache(maxsize=2)
+def _directions(width: int, narrow: int, device: torch.device) -> Tensor:
+    """Random directions (width, narrow), always the same ones."""
+    drawn = torch.randn(width, narrow, generator=torch.Generator().manual_seed(width))
+    return (drawn / narrow**0.5).to(device)

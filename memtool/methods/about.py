@@ -61,6 +61,6 @@ def require_images(config: Config) -> None:
     if config.stream.setting == "trace":
         raise ConfigError(
             f"method {config.method} on a stream of texts (setting trace)",
-            expected="method moram",
-            remedy="memtool run --preset moram-trace",
+            expected="method mira or moram",
+            remedy="memtool run --preset mira-trace",
         )

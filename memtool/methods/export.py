@@ -83,7 +83,7 @@ def _write_stored(directory: Path, view: MemoryView, record: AdapterRecord, home
     """
     blob = record.meta.get("peft")
     if record.ragged:
-        files = read_arrays(view.blob(str(blob)), f"blob {blob!r}", config="uint8 c")
+        files = read_arrays(*config_blob(view, record), config="uint8 c")
         write_atomic(directory / WEIGHTS_NAME, view.export(record.id))
         write_atomic(directory / CONFIG_NAME, files["config"].bits.tobytes())
         return
@@ -114,6 +114,21 @@ def _write_stored(directory: Path, view: MemoryView, record: AdapterRecord, home
                 remedy="memtool verify; an older version may hold it whole",
             )
     restore_peft(directory, adapter)
+
+
+def config_blob(view: MemoryView, record: AdapterRecord) -> tuple[bytes, str]:
+    """The configuration of a LoRA that was kept as its file, and where that stands.
+
+    Raises CorruptError for a file that came without one.
+    """
+    name = record.meta.get("peft")
+    if not isinstance(name, str) or name not in view.blobs():
+        raise CorruptError(
+            f"adapter {record.name!r} has no configuration in memory",
+            expected="a blob that the catalog names as its peft",
+            remedy="memtool import of the folder it came from",
+        )
+    return view.blob(name), f"blob {name!r}"
 
 
 def require_new(directory: Path) -> None:

@@ -34,7 +34,7 @@ SOLVED_BY = {
     "atoms": "memtool.methods.moram.state",
     "past-inputs": "memtool.methods.moram.state",
     "memory": "memtool.methods.mira.forget",
-    "prompt-keys": "memtool.methods.mira.prompts",
+    "prompt-keys": "memtool.methods.mira.moments",
 }
 """By how the name of a blob begins: the module that knows what it becomes without the forgotten.
 
@@ -57,11 +57,14 @@ def chosen(
     found: dict[str, AdapterRecord] = {}
     for name in names:
         number = int(name) if re.fullmatch(r"\d+", name) else None
-        fits = [
+        called = [
             record
             for record in known
             if name in (record.id, record.name, record.meta.get("task_name"))
-            or (number is not None and record.meta.get("task") == number)
+        ]
+        # What is called so is meant before what has the number.
+        fits = called or [
+            record for record in known if number is not None and record.meta.get("task") == number
         ]
         if not fits:
             words = {str(word) for r in known for word in (r.name, r.meta.get("task_name")) if word}
@@ -165,10 +168,11 @@ def _blobs_of(view: MemoryView, records: Sequence[AdapterRecord]) -> tuple[str, 
     kept_files = [record.meta.get("peft") for record in left]
     names: list[str] = []
     for record in records:
+        names += [f"looks.{record.id}", f"prompts.{record.id}"]
         if record.name not in kept_names:
             names.append(f"head.{record.name}")
         if (task := number_of(record)) not in kept_tasks:
-            names += [f"queries.{task}", f"features.{task}", f"routing.{task}", f"prompts.{task}"]
+            names += [f"queries.{task}", f"features.{task}", f"routing.{task}"]
         if (files := record.meta.get("peft")) not in kept_files:
             names.append(str(files))
     if any(record.live for record in records):

@@ -33,15 +33,16 @@ def task_of(record: AdapterRecord) -> int:
 
 
 def recorded(view: MemoryView, task: str) -> AdapterRecord:
-    """The one live adapter of a task, by its number or name.
+    """The one live adapter of a task, by its name or number; or the adapter of that name.
 
     Raises NotFoundError for a task that is not there, ConfigError for one of several adapters.
     """
-    found = [
-        record
-        for record in view.live
-        if task in (str(number_of(record)), record.meta.get("task_name"))
-    ]
+    ways = (
+        [record for record in view.live if record.meta.get("task_name") == task],
+        [record for record in view.live if record.name == task],
+        [record for record in view.live if str(number_of(record)) == task],
+    )
+    found = next(filter(None, ways), [])
     if not found:
         held = dict.fromkeys(str(number_of(record)) for record in view.live)
         raise NotFoundError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
@@ -11,7 +11,7 @@ from memtool.methods.about import said_by
 from memtool.methods.exchange import AdapterFolder, ReadAdapter, read_adapter
 from memtool.methods.foreign import require_trained_as
 from memtool.methods.home import Home, NeedsModel, StoredHome, stored_home
-from memtool.methods.records import own_head_blob
+from memtool.methods.records import number_of, own_head_blob
 from memtool.methods.results import AsAtoms, WriteResult, WrittenAdapter
 from memtool.settings import Config
 
@@ -96,6 +96,7 @@ class AdapterWriter(Generic[Place]):
             added.clear()
             known.clear()
             records = {record.name: record for record in (*txn.adapters, *txn.atom_records)}
+            tasks = {number_of(r): r.meta.get("task_name") for r in records.values()}
             for adapter in found:
                 old = records.get(adapter.name)
                 if old is not None:
@@ -109,6 +110,7 @@ class AdapterWriter(Generic[Place]):
                         )
                     known.append(WrittenAdapter(name=adapter.name, id=old.id))
                     continue
+                _require_own_number(adapter, tasks)
                 record = self._append(txn, adapter)
                 records[adapter.name] = record
                 if adapter.meta["peft"] not in txn.base.blobs():
@@ -166,6 +168,18 @@ class AdapterWriter(Generic[Place]):
             "seed": self.seed,
             "configuration": self.config.recorded(),
         }
+
+
+def _require_own_number(adapter: ReadAdapter, tasks: Mapping[int | None, str | None]) -> None:
+    """Raise MismatchError where another task has the number of an adapter's task in memory."""
+    number, name = adapter.meta["task"], adapter.meta["task_name"]
+    there = tasks.get(number)
+    if there not in (None, name):
+        raise MismatchError(
+            f"{adapter.path} is of task {number} {name!r}; task {number} of the memory is "
+            f"{there!r}",
+            remedy="another --store",
+        )
 
 
 class _StoredWriter(AdapterWriter[StoredHome]):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from transformers import AutoModelForCausalLM
 
 from memtool.backbones.answering import RecallOf, answers
@@ -27,7 +27,8 @@ from memtool.errors import (
 )
 from memtool.methods.export import export_peft
 from memtool.methods.forget import forget
-from memtool.methods.mira.prompts import SHRINKAGE, PromptMemory, PromptState
+from memtool.methods.mira.moments import SHRINKAGE, PromptState
+from memtool.methods.mira.prompts import PromptMemory
 from memtool.methods.routed.attached import RoutedTexts
 from tests.methods.facts import FACTS, settings_of, write_facts
 
@@ -265,7 +266,7 @@ def test_texts_are_kept_only_where_that_is_asked_for(place: Path, tmp_path: Path
     again = opened(place, tmp_path / "other")
     again.collect([str(place / "adapters")], place / "prompts.jsonl", keep_prompts=True)
     view = again.workspace.store.view()
-    assert json.loads(view.blob(f"prompts.{view.get('sums').task}")) == PROMPTS["sums"]
+    assert json.loads(view.blob(f"prompts.{view.get('sums').id}")) == PROMPTS["sums"]
     forget(again.workspace.store, ["sums"])
     left = [name for name in again.workspace.store.view().blobs() if name.startswith("prompts.")]
     assert len(left) == 2
@@ -437,3 +438,179 @@ def test_a_collection_brings_nothing_to_be_measured_on(place: Path, made: Prompt
     found = {id: record.row(id).loss for id in ("memory", "hard", "uniform", "oracle")}
     assert all(line[-1] and None not in line[-1] for line in found.values())
     assert found["memory"][-1] != found["uniform"][-1]
+
+
+# What a review found ----------------------------------------------------------------------------
+
+
+def numbered(place: Path, folder: Path) -> Path:
+    """The three adapters under names that look like numbers of tasks, and their prompts."""
+    names = dict(zip(SHAPES, ("1", "2", "10"), strict=True))
+    for name, other in names.items():
+        shutil.copytree(place / "adapters" / name, folder / "adapters" / other)
+    write_prompts(folder / "prompts.jsonl", {names[n]: asked for n, asked in PROMPTS.items()})
+    return folder
+
+
+def test_a_name_is_meant_before_a_number(place: Path, tmp_path: Path) -> None:
+    folder = numbered(place, tmp_path)
+    method = opened(place, tmp_path / "m")
+    method.collect([str(folder / "adapters")], folder / "prompts.jsonl")
+    method.consolidate()
+    view = method.workspace.store.view()
+    assert {record.name: record.task for record in view.adapters} == {"1": 1, "10": 2, "2": 3}
+    (name,) = method.attach(task="2").names
+    assert name == "2"
+    forget(method.workspace.store, ["2"])
+    assert [record.name for record in method.workspace.store.view().adapters] == ["1", "10"]
+
+
+def test_an_explanation_says_what_comes_out_without_the_one_that_is_used(
+    made: PromptMemory,
+) -> None:
+    found = made.explain(prompt=PROMPTS["sums"][0])
+    best = max(found.adapters, key=lambda one: one.coefficient)
+    assert best.name == "sums"
+    assert best.contribution != 0
+
+
+def test_prompts_are_looked_at_in_one_way_from_the_first_import(
+    place: Path, tmp_path: Path
+) -> None:
+    first = opened(place, tmp_path, **{"memory.look_at": ("final",)})
+    first.collect(
+        [str(place / "adapters" / "sums")],
+        write_prompts(tmp_path / "s.jsonl", {"sums": PROMPTS["sums"]}),
+    )
+    version = first.workspace.store.head()
+    with pytest.raises(ConfigError, match="look_at"):
+        opened(place, tmp_path).collect([str(place / "adapters")], place / "prompts.jsonl")
+    assert first.workspace.store.head() == version
+    first.collect([str(place / "adapters")], place / "prompts.jsonl")
+    first.consolidate()
+
+
+def test_an_adapter_stays_of_its_task(place: Path, tmp_path: Path) -> None:
+    method = opened(place, tmp_path)
+    sums = place / "adapters" / "sums"
+    file = write_prompts(tmp_path / "s.jsonl", {"sums": PROMPTS["sums"]})
+    method.collect([f"{sums}:arith"])
+    with pytest.raises(AlreadyExistsError, match="'arith'"):
+        method.collect([f"{sums}:other"])
+    method.collect([str(sums)], file)
+    method.collect([str(place / "adapters" / "letters")])
+    method.consolidate()
+    assert method.attach().names == ("sums",)
+    assert method.attach(task="arith").names == method.attach(task="sums").names == ("sums",)
+
+
+def test_a_trained_task_does_not_get_the_number_of_a_collection(
+    place: Path, tmp_path: Path
+) -> None:
+    method = opened(place, tmp_path)
+    method.adapt("1")
+    method.write()
+    method.collect(
+        [str(place / "adapters" / "turned")],
+        write_prompts(tmp_path / "t.jsonl", {"turned": PROMPTS["turned"]}),
+    )
+    method.consolidate()
+    assert method.attach().names == ("task-1-seed-0", "turned")
+    method.adapt("2")
+    with pytest.raises(MismatchError, match="task 2 of the memory is 'turned'"):
+        method.write()
+
+
+def test_prompts_of_two_adapters_of_a_task_add_up_and_go_one_by_one(
+    place: Path, tmp_path: Path
+) -> None:
+    method = opened(place, tmp_path)
+    folders = [f"{place / 'adapters' / name}:both" for name in ("letters", "sums")]
+    method.collect(
+        [*folders, str(place / "adapters" / "turned")],
+        place / "prompts.jsonl",
+        keep_prompts=True,
+    )
+    method.consolidate()
+    (weights,) = method.attach().weights([PROMPTS["sums"][0]])
+    assert weights.tolist()[:2] == pytest.approx([0.5, 0.5], abs=0.01)
+    store = method.workspace.store
+    gone = store.view().get("letters").id
+    result = forget(store, ["letters"], purge=True)
+    assert result.purged is not None
+    assert not result.purged.left
+    assert not [name for name in store.view().blobs() if gone in name]
+    alone = opened(place, tmp_path / "alone")
+    alone.collect(
+        [f"{place / 'adapters' / 'sums'}:both"],
+        write_prompts(tmp_path / "s.jsonl", {"sums": PROMPTS["sums"]}),
+    )
+    alone.collect(
+        [str(place / "adapters" / "turned")],
+        write_prompts(tmp_path / "t.jsonl", {"turned": PROMPTS["turned"]}),
+    )
+    alone.consolidate()
+    ours, theirs = store.view().keys(), alone.workspace.store.view().keys()
+    assert ours is not None
+    assert theirs is not None
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_what_is_left_may_be_too_little_for_keys(place: Path, tmp_path: Path) -> None:
+    method = opened(place, tmp_path)
+    few = {"sums": PROMPTS["sums"], "letters": PROMPTS["letters"][:1]}
+    folders = [str(place / "adapters" / name) for name in few]
+    method.collect(folders, write_prompts(tmp_path / "p.jsonl", few))
+    method.consolidate()
+    store = method.workspace.store
+    forget(store, ["sums"])
+    assert store.view().keys() is None
+    assert method.attach(task="letters").names == ("letters",)
+
+
+def test_the_same_numbers_with_another_alpha_are_another_adapter(
+    place: Path, copy: PromptMemory, tmp_path: Path
+) -> None:
+    folder = changed(place, tmp_path, lora_alpha=300)
+    with pytest.raises(AlreadyExistsError, match="'letters'") as caught:
+        copy.collect([str(folder)])
+    assert caught.value.expected == "the same configuration"
+
+
+@pytest.mark.parametrize("line", ["a\u2028b", "a\x0cb\x85c"])
+def test_a_line_ends_where_json_lines_end(
+    place: Path, copy: PromptMemory, tmp_path: Path, line: str
+) -> None:
+    text = json.dumps({"adapter": "sums", "prompt": line}, ensure_ascii=False)
+    (tmp_path / "p.jsonl").write_text(text + "\n", encoding="utf-8")
+    result = copy.collect([str(place / "adapters" / "sums")], tmp_path / "p.jsonl")
+    assert any("other prompts than before of sums" in note for note in result.notes)
+
+
+def test_half_a_character_is_no_prompt(place: Path, copy: PromptMemory, tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"adapter": "sums", "prompt": "\\ud800"}')
+    with pytest.raises(DataError, match="line 1"):
+        copy.collect([str(place / "adapters" / "sums")], tmp_path / "p.jsonl")
+    with pytest.raises(DataError, match="no character"):
+        copy.attach().generate(["\ud800"])
+
+
+@pytest.mark.parametrize(
+    "blob",
+    [
+        {"count": torch.tensor([3]), "mean": torch.zeros(4)},
+        {"count": torch.tensor([0]), "mean": torch.zeros(4), "root": torch.zeros(2, 4)},
+        {"count": torch.tensor([3]), "mean": torch.zeros(4), "root": torch.zeros(2, 5)},
+        {"count": torch.tensor([3]), "mean": torch.zeros(4), "root": torch.full((2, 4), torch.inf)},
+        {"count": torch.tensor([3, 4]), "mean": torch.zeros(4), "root": torch.zeros(2, 4)},
+    ],
+)
+def test_moments_that_are_none_are_damage(
+    copy: PromptMemory, blob: dict[str, torch.Tensor]
+) -> None:
+    store = copy.workspace.store
+    id = store.view().get("sums").id
+    with store.transaction("strange") as txn:
+        txn.put_blob(f"looks.{id}", save(blob))
+    with pytest.raises(CorruptError, match=f"looks.{id}"):
+        copy.consolidate()

@@ -176,9 +176,29 @@ def test_epochs_of_each_task_are_named_one_by_one(place: Path, tmp_path: Path) -
         _ = work_of(place, tmp_path, **{"text.epochs": (1, 2)}).stream
 
 
-def test_another_method_than_moram_is_refused(place: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="method mira on a stream of texts"):
-        run(config_of(place, tmp_path, method="mira"))
+def test_a_method_that_reads_images_only_is_refused(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="method modulation on a stream of texts"):
+        run(config_of(place, tmp_path, method="modulation"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("memory.scope", "block"),
+        ("memory.mix", "params"),
+        ("memory.separation", "affine"),
+        ("memory.similarity", "cosine"),
+        ("consolidate.keys", "random"),
+        ("consolidate.epochs", 1),
+        ("memory.routing", "prototype"),
+    ],
+)
+def test_mira_says_what_it_does_not_do_on_texts(
+    place: Path, tmp_path: Path, key: str, value: object
+) -> None:
+    with pytest.raises(ConfigError, match=f"{key} {value} on a stream of texts") as caught:
+        run(config_of(place, tmp_path, method="mira", **{key: value}))
+    assert f"--set {key}=" in (caught.value.remedy or "")
 
 
 def test_a_whole_run_generates_scores_and_writes_the_record(place: Path, tmp_path: Path) -> None:

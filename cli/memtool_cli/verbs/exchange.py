@@ -75,7 +75,6 @@ def clone(
     "import",
     epilog=examples(
         "memtool import adapters/my-lora --task 2",
-        "memtool import adapters/* --store shared/memory -q",
         "memtool import adapters/my-lora --task 1 --method moram --as atoms",
         "memtool import adapters/* --base hf:MODEL --prompts prompts.jsonl",
         "memtool import memory.bundle --store copy",

@@ -112,7 +112,7 @@ def _read(file: Path) -> list[str]:
     from memtool.streams.rows import parse_json, text_of
 
     try:
-        lines = text_of(file).splitlines()
+        lines = text_of(file).split("\n")
     except FileNotFoundError as error:
         raise NotFoundError(f"no file {file}") from error
     found: list[str] = []

@@ -22,15 +22,17 @@ from safetensors.numpy import save
 
 import memtool_stores
 from memtool.adapters.peft_config import CONFIG_NAME
-from memtool.adapters.peft_files import PeftAdapter, parse_peft
+from memtool.adapters.peft_files import parse_peft
 from memtool.adapters.peft_tensors import WEIGHTS_NAME
+from memtool.backbones.causal_lm import require_unicode
 from memtool.errors import AlreadyExistsError, ConfigError, DataError, MemtoolError, NotFoundError
 from memtool.learning.looks import looks_of
 from memtool.methods.exchange import PEFT_PREFIX
 from memtool.methods.foreign import check_base_model
+from memtool.methods.mira.moments import PromptState, looks_blob
 from memtool.methods.records import number_of
 from memtool.methods.results import WriteResult, WrittenAdapter
-from memtool.methods.routed.memory import kept_blob, kept_bytes
+from memtool.methods.routed.memory import kept_bytes
 from memtool.outside import is_file, read_file
 from memtool.streams.rows import parse_json, text_of
 from memtool.streams.text import text_descriptions
@@ -41,37 +43,33 @@ if TYPE_CHECKING:
     from memtool.methods.mira.prompts import PromptMemory
 
 PROMPTS_PREFIX = "prompts."
-"""Blobs of this name hold the example prompts of a task, where they were to be kept."""
+"""Blobs of this name hold the example prompts of an adapter, where they were to be kept."""
+
+MOST_PROMPTS = 4096
+"""Prompts of an adapter that are looked at; of more, some that are spread evenly."""
 
 _LICENCE = re.compile(r"^licen[sc]e\s*:\s*(\S.{0,80})$", re.MULTILINE)
 
 
 @dataclass(frozen=True, eq=False)
 class Collected:
-    """One adapter of a collection: its files, what was read of them, and what is doubtful."""
+    """One adapter of a collection, and what was read of its files; `task` is None where unnamed."""
 
     path: Path
     name: str
-    task: str
-    data: bytes
+    task: str | None
+    sha256: str
     config: bytes
-    found: PeftAdapter
+    scaling: float
+    about: Mapping[str, Any]
     notes: tuple[str, ...]
 
     @property
     def meta(self) -> dict[str, Any]:
         """What the catalog keeps of it, but for its task."""
-        collection = {
-            "folder": self.path.name,
-            "base": self.found.base_model,
-            "revision": self.found.revision,
-            "rank": self.found.layout.rank,
-            "sites": len(self.found.layout.sites),
-            "licence": _licence(self.path),
-        }
         return {
-            "collection": {key: value for key, value in collection.items() if value is not None},
-            "scaling": self.found.scaling,
+            "collection": dict(self.about),
+            "scaling": self.scaling,
             "peft": self.blob,
             "byte_identical": True,
         }
@@ -86,6 +84,14 @@ class Collected:
         """Name of that blob: the same for adapters that were configured alike."""
         return PEFT_PREFIX + hashlib.sha256(self.file).hexdigest()[:32]
 
+    def data(self) -> bytes:
+        """Its tensors, read again. Raises DataError where the file is another one by now."""
+        file = self.path / WEIGHTS_NAME
+        data = read_file(file, "array_bytes")
+        if hashlib.sha256(data).hexdigest() != self.sha256:
+            raise DataError(f"{file} changed while it was imported", remedy="the same again")
+        return data
+
 
 def collect(
     method: PromptMemory,
@@ -99,55 +105,68 @@ def collect(
 
     `places` are PEFT folders, or folders of them, perhaps with `:TASK` behind; without it the name
     of a folder is its task. `prompts` is a file of JSON lines, or the name of a stream of texts
-    whose tasks are called as the adapters; those of a task take the place of earlier ones.
+    whose tasks are called as the adapters; those of an adapter take the place of its earlier ones.
     `metadata` is what the version says of itself.
 
     Raises DataError for a file that cannot be used and for prompts of an adapter that is not there,
-    AlreadyExistsError for two adapters of one name, MismatchError for one that does not fit.
+    AlreadyExistsError for two adapters of one name, MismatchError for one that does not fit,
+    ConfigError for prompts that would be looked at otherwise than those in memory.
     """
     work = method.workspace
     adapters = [_read(method, path, task) for path, task in adapter_folders(places)]
+    _require_names_apart(adapters)
     view = work.store.view("HEAD") if work.has_store else None
-    here = {record.name: record for record in view.live} if view is not None else {}
-    texts = {} if prompts is None else prompts_of(prompts, {one.name for one in adapters} | {*here})
-    numbers = _numbers(adapters, here.values())
-    blobs: dict[str, bytes] = {}
-    for number, asked in _by_task(texts, adapters, here, numbers).items():
-        seen = looks_of(work, asked, method.look)
-        blobs[kept_blob(number)] = kept_bytes(method.keep(seen), method.name)
-        if keep_prompts:
-            blobs[f"{PROMPTS_PREFIX}{number}"] = json.dumps(asked).encode()
+    here = {record.name for record in view.live} if view is not None else set()
+    if view is not None:
+        method.require_same_look(PromptState.load(view))
+    texts = {} if prompts is None else prompts_of(prompts, {one.name for one in adapters} | here)
+    moments = {
+        name: kept_bytes(method.keep(looks_of(work, _spread(asked), method.look)), method.name)
+        for name, asked in texts.items()
+    }
     added: list[WrittenAdapter] = []
     known: list[WrittenAdapter] = []
+    asked_anew: list[str] = []
 
     def append(txn: memtool_stores.Transaction) -> None:
-        added.clear()
-        known.clear()
-        there = {record.name: record for record in txn.adapters}
+        for told in (added, known, asked_anew):
+            told.clear()
+        ids = {record.name: record for record in txn.adapters}
+        numbers = _numbers(txn.adapters)
         for one in adapters:
-            old = there.get(one.name)
+            old = ids.get(one.name)
             if old is not None:
                 _require_same(one, old)
                 known.append(WrittenAdapter(name=one.name, id=old.id))
                 continue
-            meta = {**one.meta, "task": numbers[one.task], "task_name": one.task}
-            added.append(WrittenAdapter(name=one.name, id=txn.add_file(one.name, one.data, meta)))
+            task = one.task or one.name
+            number = numbers.setdefault(task, max(numbers.values(), default=0) + 1)
+            meta = {**one.meta, "task": number, "task_name": task}
+            added.append(WrittenAdapter(name=one.name, id=txn.add_file(one.name, one.data(), meta)))
             if one.blob not in txn.base.blobs():
                 txn.put_blob(one.blob, one.file)
-        for name, data in blobs.items():
-            if txn.base.state.blobs.get(name) != hashlib.sha256(data).hexdigest():
-                txn.put_blob(name, data)
+        rows = {record.name: record.id for record in txn.adapters}
+        for name, data in moments.items():
+            if _put(txn, looks_blob(rows[name]), data) and name in ids:
+                asked_anew.append(name)
+            _put_prompts(
+                txn, f"{PROMPTS_PREFIX}{rows[name]}", texts[name] if keep_prompts else None
+            )
+        if moments and PromptState.load(txn.base) is None:
+            PromptState(look_at=method.settings.places).put(txn)
 
-    names = ", ".join(one.name for one in adapters[:5]) + (", …" if len(adapters) > 5 else "")
+    names = _few([one.name for one in adapters])
     store = work.store_or_new()
     store.run(append, f"import {names}", metadata=metadata)
-    silent = [one.name for one in adapters if prompts is not None and one.name not in texts]
     notes = [note for one in adapters for note in one.notes]
+    silent = [one.name for one in adapters if prompts is not None and one.name not in texts]
     if silent:
         notes.append(
-            f"no prompts of {', '.join(silent[:5])}{', …' if len(silent) > 5 else ''}: no prompt "
-            "will choose them, they can be asked for by name"
+            f"no prompts of {_few(silent)}: no prompt will choose them, they can be asked for by "
+            "name"
         )
+    if asked_anew:
+        notes.append(f"other prompts than before of {_few(asked_anew)}: memtool consolidate")
     return WriteResult(
         version=store.head(),
         added=tuple(added),
@@ -155,6 +174,33 @@ def collect(
         known=tuple(known),
         notes=tuple(notes),
     )
+
+
+def _put(txn: memtool_stores.Transaction, name: str, data: bytes) -> bool:
+    """Put a blob where it is not there already; whether it was put."""
+    if txn.base.state.blobs.get(name) == hashlib.sha256(data).hexdigest():
+        return False
+    txn.put_blob(name, data)
+    return True
+
+
+def _put_prompts(txn: memtool_stores.Transaction, name: str, asked: Sequence[str] | None) -> None:
+    """Keep prompts; where they are not to be kept, none of before stay either."""
+    if asked is not None:
+        _put(txn, name, json.dumps(asked).encode())
+    elif name in txn.base.blobs():
+        txn.delete_blob(name)
+
+
+def _few(names: Sequence[str]) -> str:
+    """Some names, and that there are more."""
+    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+
+
+def _spread(asked: Sequence[str]) -> list[str]:
+    """At most `MOST_PROMPTS` of them, spread evenly."""
+    chosen = np.linspace(0, len(asked) - 1, min(len(asked), MOST_PROMPTS)).astype(int)
+    return [asked[place] for place in chosen]
 
 
 # Folders ----------------------------------------------------------------------------------------
@@ -168,10 +214,12 @@ def adapter_folders(places: Sequence[str]) -> list[tuple[Path, str | None]]:
     found: list[tuple[Path, str | None]] = []
     for place in places:
         path, task = Path(place), None
-        if not path.exists() and ":" in place:
+        if not _is_folder(path) and ":" in place:
             folder, _, task = place.rpartition(":")
             path = Path(folder)
-        inside = sorted(one for one in path.glob("*") if is_file(one / CONFIG_NAME))
+        inside = []
+        if _is_folder(path):
+            inside = sorted(one for one in path.glob("*") if is_file(one / CONFIG_NAME))
         if is_file(path / CONFIG_NAME):
             inside = [path]
         if not inside:
@@ -181,6 +229,14 @@ def adapter_folders(places: Sequence[str]) -> list[tuple[Path, str | None]]:
             )
         found += [(one, task) for one in inside]
     return found
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether there is a folder; no path that the system refuses leads to one."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
 
 
 def _read(method: PromptMemory, path: Path, task: str | None) -> Collected:
@@ -194,9 +250,26 @@ def _read(method: PromptMemory, path: Path, task: str | None) -> Collected:
         if not np.isfinite(found.numbers.astype(np.float32)).all():
             raise DataError(f"{path} has numbers that 32 bits cannot hold")
     name = check_name(path.resolve().name, "an adapter")
-    backbone = method.workspace.backbone
-    notes = check_base_model(path, found, (None, None), backbone)
-    return Collected(path, name, task or name, data, config, found, notes)
+    if task is not None:
+        check_name(task, "a task")
+    about = {
+        "folder": path.name,
+        "base": found.base_model,
+        "revision": found.revision,
+        "rank": found.layout.rank,
+        "sites": len(found.layout.sites),
+        "licence": _licence(path),
+    }
+    return Collected(
+        path=path,
+        name=name,
+        task=task,
+        sha256=found.sha256,
+        config=config,
+        scaling=found.scaling,
+        about={key: value for key, value in about.items() if value is not None},
+        notes=check_base_model(path, found, (None, None), method.workspace.backbone),
+    )
 
 
 def _licence(folder: Path) -> str | None:
@@ -211,50 +284,43 @@ def _licence(folder: Path) -> str | None:
 
 
 def _require_same(one: Collected, old: memtool_stores.AdapterRecord) -> None:
-    """An adapter of a name that is there must be the same file."""
-    sha256 = hashlib.sha256(one.data).hexdigest()
-    if old.meta.get("file_sha256") != sha256:
+    """An adapter of a name that is there must be the same files, and of the same task."""
+    sha256, blob = old.meta.get("file_sha256"), old.meta.get("peft")
+    if (sha256, blob) != (one.sha256, one.blob):
         raise AlreadyExistsError(
             f"the memory holds another adapter named {one.name!r}",
-            expected=f"a file with sha256 {str(old.meta.get('file_sha256'))[:12]}…, found "
-            f"{sha256[:12]}… in {one.path}",
+            expected="the same configuration"
+            if sha256 == one.sha256
+            else f"a file with sha256 {str(sha256)[:12]}…, found {one.sha256[:12]}… in {one.path}",
             remedy="rename the folder, or another --store",
+        )
+    if one.task not in (None, old.meta.get("task_name")):
+        raise AlreadyExistsError(
+            f"the memory holds {one.name!r} as an adapter of {old.meta.get('task_name')!r}",
+            expected=f"the same task, not {one.task!r}",
+            remedy=f"memtool forget {one.name} first",
         )
 
 
-def _numbers(adapters: Sequence[Collected], records: Any) -> dict[str, int]:
-    """The number of every task, by name: that in memory, else the next ones."""
-    numbers: dict[str, int] = {}
+def _require_names_apart(adapters: Sequence[Collected]) -> None:
+    """Raise AlreadyExistsError for two adapters of one name."""
+    places: dict[str, Path] = {}
+    for one in adapters:
+        if one.name in places:
+            raise AlreadyExistsError(
+                f"two adapters named {one.name!r}: {places[one.name]} and {one.path}",
+                remedy="rename one of the folders",
+            )
+        places[one.name] = one.path
+
+
+def _numbers(records: Sequence[memtool_stores.AdapterRecord]) -> dict[str, int]:
+    """The number of every task in memory, by name."""
+    found: dict[str, int] = {}
     for record in records:
         number = number_of(record)
         if number is not None:
-            numbers[str(record.meta.get("task_name") or record.name)] = number
-    names: dict[str, Path] = {}
-    for one in adapters:
-        if one.name in names:
-            raise AlreadyExistsError(
-                f"two adapters named {one.name!r}: {names[one.name]} and {one.path}",
-                remedy="rename one of the folders",
-            )
-        names[one.name] = one.path
-        numbers.setdefault(one.task, max(numbers.values(), default=0) + 1)
-    return numbers
-
-
-def _by_task(
-    texts: Mapping[str, Sequence[str]],
-    adapters: Sequence[Collected],
-    here: Mapping[str, memtool_stores.AdapterRecord],
-    numbers: Mapping[str, int],
-) -> dict[int, list[str]]:
-    """The prompts of every task, by its number."""
-    tasks = {name: number_of(record) for name, record in here.items()}
-    tasks |= {one.name: numbers[one.task] for one in adapters}
-    found: dict[int, list[str]] = {}
-    for name, asked in texts.items():
-        number = tasks[name]
-        if number is not None:
-            found.setdefault(number, []).extend(asked)
+            found[str(record.meta.get("task_name") or record.name)] = number
     return found
 
 
@@ -272,9 +338,15 @@ def prompts_of(source: Path, known: set[str]) -> dict[str, list[str]]:
         from memtool.streams.text import open_text_stream
 
         stream = open_text_stream(StreamSettings(source=str(source), setting="trace"))
-        return {t.name: [*t.train.prompts] for t in stream.tasks if t.name in known}
+        named = {t.name: [*t.train.prompts] for t in stream.tasks if t.name in known}
+        if not named:
+            raise ConfigError(
+                f"no task of {source} is called as an adapter",
+                expected=f"one of {', '.join(sorted(known)[:8])}",
+            )
+        return named
     try:
-        lines = text_of(source).splitlines()
+        lines = text_of(source).split("\n")
     except FileNotFoundError as error:
         raise NotFoundError(f"no file {source}", expected=_LINE) from error
     found: dict[str, list[str]] = {}
@@ -287,6 +359,7 @@ def prompts_of(source: Path, known: set[str]) -> dict[str, list[str]]:
         prompt = entry.get("prompt") if isinstance(entry, dict) else None
         if type(name) is not str or type(prompt) is not str or not prompt.strip():
             raise DataError(f"{where}: {shown(line)[:80]}", expected=_LINE)
+        require_unicode(prompt, where)
         if name not in known:
             raise DataError(
                 f"{where}: a prompt of {shown(name)}, which is no adapter here",

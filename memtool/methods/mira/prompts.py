@@ -11,7 +11,6 @@ answered. Adapters may have any ranks, targets and scalings; those that are used
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -29,12 +28,12 @@ from memtool.backbones.causal_lm import CAUSAL_LM_TARGETS
 from memtool.errors import ConfigError, CorruptError, DataError
 from memtool.evaluation.record import Record
 from memtool.learning.looks import PromptLook
-from memtool.memories.moments import Moments
 from memtool.memories.separation import separation
 from memtool.methods.attached import Attached
-from memtool.methods.export import new_folders, require_new
-from memtool.methods.in_store import StoredState
+from memtool.methods.explanation import Explanation
+from memtool.methods.export import config_blob, new_folders, require_new
 from memtool.methods.mira.collection import collect
+from memtool.methods.mira.moments import PromptState, digest_of, parts_in, put_keys
 from memtool.methods.records import recorded, task_of
 from memtool.methods.results import RetrieveResult, WriteResult
 from memtool.methods.routed.attached import RoutedTexts
@@ -43,36 +42,11 @@ from memtool.methods.routed.memory import (
     Kept,
     RoutedMemory,
     Routing,
-    kept_blob,
-    kept_bytes,
-    known_tasks,
-    read_kept,
 )
 from memtool.methods.routed.method import Routed
 from memtool.sections import MemorySettings
 from memtool.streams.task import Images, Task, Texts
 from memtool.tensor_bytes import read_arrays
-
-SHRINKAGE = 0.1
-"""Of the covariance within tasks, toward a multiple of the identity.
-
-Chosen on the validation prompts of TRACE, from 200 and from 30 prompts a task, among 1e-3 to 0.3.
-"""
-
-
-class PromptState(StoredState):
-    """How prompts are looked at, and whose keys there are: the JSON blob `prompt-keys`.
-
-    `adapters` are the ids behind the keys, in their order: those that prompts were known of;
-    `moments` is the hash of what the keys were solved from.
-    """
-
-    blob: ClassVar[str] = "prompt-keys"
-
-    schema_version: int = 1
-    look_at: tuple[str, ...]
-    adapters: tuple[str, ...]
-    moments: str
 
 
 class PromptMemory(Routed):
@@ -109,7 +83,7 @@ class PromptMemory(Routed):
         mean = wide.mean(dim=0)
         root = torch.linalg.qr(wide - mean, mode="r").R
         return {
-            "count": torch.tensor(len(looks)),
+            "count": torch.tensor([len(looks)]),
             "mean": mean.float(),
             "root": root.float(),
         }
@@ -126,21 +100,21 @@ class PromptMemory(Routed):
     ) -> Callable[[memtool_stores.Transaction], None] | None:
         """Keys of all adapters of which prompts are known, solved together."""
         state = PromptState.load(view)
-        self._require_same_look(state)
-        known = {*known_tasks(view), *new}
-        keyed = tuple(r.id for r in view.adapters if task_of(r) in known)
+        self.require_same_look(state)
+        parts = parts_in(view, view.adapters, new)
+        keyed = tuple(r.id for r in view.adapters if task_of(r) in parts)
         if not keyed:
             raise DataError(
                 "no prompts are known of any adapter in memory, so that none can be chosen by one",
                 remedy="memtool import DIR --base MODEL --prompts FILE",
             )
         if state is not None and view.keys() is not None:
-            solved = (state.adapters, state.moments)
-            if not new and solved == (keyed, _digest(view, dict.fromkeys(known))):
+            digest = digest_of(view, view.adapters, new)
+            if (state.adapters, state.moments) == (keyed, digest):
                 return None
-        return partial(_put_keys, view=view, new=new, look_at=self.settings.places)
+        return partial(put_keys, view=view, new=new, look_at=self.settings.places)
 
-    def _require_same_look(self, state: PromptState | None) -> None:
+    def require_same_look(self, state: PromptState | None) -> None:
         """What prompts looked like in one way cannot be compared with another way later."""
         places = self.settings.places
         if state is not None and state.look_at != places:
@@ -222,6 +196,8 @@ class PromptMemory(Routed):
         """
         if out is not None:
             require_new(out)
+        if subject.get("task") is not None:
+            self._require_texts(str(subject.get("version", "HEAD")))
         result = super().retrieve(**subject)
         if out is None:
             return result
@@ -236,17 +212,28 @@ class PromptMemory(Routed):
             write_peft(folder, one.value, one.layout, alpha=one.layout.rank, base_model=base)
         return result.model_copy(update={"out": out})
 
+    def explain(self, **subject: Any) -> Explanation:
+        """As `Routed.explain`. Raises ConfigError for a task that no stream has texts of."""
+        if subject.get("task") is not None:
+            self._require_texts(str(subject.get("version", "HEAD")))
+        return super().explain(**subject)
+
     def evaluate(self, **given: Any) -> Record:
         """As `Routed.evaluate`. Raises ConfigError where no stream has the adapters' tasks."""
-        view = self.workspace.store.view(self.workspace.version_of(given.get("version", "HEAD")))
-        source = self.config.stream.source
-        if source == "digits" and any("collection" in r.meta for r in view.adapters):
+        self._require_texts(str(given.get("version", "HEAD")))
+        return super().evaluate(**given)
+
+    def _require_texts(self, version: str) -> None:
+        """Raise ConfigError for a collection whose tasks no stream was named for."""
+        view = self.workspace.store.view(self.workspace.version_of(version))
+        if self.config.stream.source == "digits" and any(
+            "collection" in record.meta for record in view.adapters
+        ):
             raise ConfigError(
                 "a collection of adapters brings no texts to be measured on",
                 expected="a stream of texts whose tasks are called as the adapters",
                 remedy="--set stream.source=FILE.yaml",
             )
-        return super().evaluate(**given)
 
     def shown(self, view: memtool_stores.MemoryView, tasks: Sequence[int]) -> list[Task]:
         """The tasks of the stream that bear the names of these; numbered as in the memory."""
@@ -269,87 +256,6 @@ def stored_adapter(
         value = torch.from_numpy(view.value(record.id).copy())
         return OneAdapter(layout, value, float(record.scaling))
     where = f"adapter {record.name!r} in memory"
-    blob = str(record.meta.get("peft"))
-    config = read_arrays(view.blob(blob), f"blob {blob!r}", config="uint8 c")
+    config = read_arrays(*config_blob(view, record), config="uint8 c")
     found = parse_peft(view.export(record.id), config["config"].bits.tobytes(), sites, where)
     return OneAdapter(found.layout, found.value.float(), found.scaling)
-
-
-# Keys -------------------------------------------------------------------------------------------
-
-
-def solved_keys(kept: Sequence[Kept]) -> Tensor:
-    """Keys (tasks, d + 1), float32, of what was kept of each task.
-
-    [look, 1] · key is log p(task | look) up to a term that all tasks share, of Gaussian looks of
-    one covariance. Raises DataError where no task has two prompts that differ.
-    """
-    width = kept[0]["mean"].shape[0]
-    moments = Moments(1, width, len(kept))
-    for place, one in enumerate(kept):
-        count, mean, root = float(one["count"]), one["mean"].double(), one["root"].double()
-        moments.counts[place] = count
-        moments.sums[0, place] = count * mean
-        moments.second[0] += root.T @ root + count * torch.outer(mean, mean)
-    try:
-        rule = moments.lda(SHRINKAGE, equal_priors=True)
-    except DataError as error:
-        raise DataError(
-            "no adapter has two prompts that differ",
-            expected="a few dozen example prompts of each",
-            remedy="--prompts FILE with more of them",
-        ) from error
-    return torch.cat([rule.weight[0], rule.bias[0].unsqueeze(1)], dim=1).float()
-
-
-def _put_keys(
-    txn: memtool_stores.Transaction,
-    *,
-    view: memtool_stores.MemoryView,
-    new: Mapping[int, Kept],
-    look_at: tuple[str, ...],
-) -> None:
-    """Give every live adapter of which prompts are known its key, solved with those of all."""
-    blobs = {*view.blobs()}
-    kept: dict[int, Kept] = {}
-    live = txn.adapters
-    for record in live:
-        number = task_of(record)
-        if number in new:
-            kept[number] = new[number]
-        elif kept_blob(number) in blobs and number not in kept:
-            kept[number] = read_kept(view, kept_blob(number))
-    if not kept:
-        txn.set_keys(None)
-        if PromptState.blob in blobs:
-            txn.delete_blob(PromptState.blob)
-        return
-    keys = solved_keys(list(kept.values()))
-    rows = dict(zip(kept, keys, strict=True))
-    none = torch.zeros_like(keys[0])
-    found = torch.stack([rows.get(task_of(record), none) for record in live])
-    txn.set_keys(found.unsqueeze(0).contiguous().numpy())
-    keyed = tuple(record.id for record in live if task_of(record) in rows)
-    digest = _digest(view, {number: new.get(number) for number in kept})
-    PromptState(look_at=look_at, adapters=keyed, moments=digest).put(txn)
-
-
-def _digest(view: memtool_stores.MemoryView, tasks: Mapping[int, Kept | None]) -> str:
-    """The hash of what is kept of tasks, as here or, where None, as in the blobs of a version."""
-    parts = [
-        view.state.blobs[kept_blob(number)]
-        if one is None
-        else hashlib.sha256(kept_bytes(one, PromptMemory.name)).hexdigest()
-        for number, one in sorted(tasks.items())
-    ]
-    return hashlib.sha256("".join(parts).encode()).hexdigest()
-
-
-def solve_without(
-    txn: memtool_stores.Transaction, view: memtool_stores.MemoryView, gone: set[str]
-) -> None:
-    """In a transaction that takes adapters away: the keys of the others, solved without them."""
-    state = PromptState.load(view)
-    if state is None or view.keys() is None or not gone & {*state.adapters}:
-        return
-    _put_keys(txn, view=view, new={}, look_at=state.look_at)

@@ -152,6 +152,8 @@ class Routing(nn.Module):
         if isinstance(self.values, AdapterValues):
             return given_for_each(self.values, weights.unsqueeze(1), "delta")
         used = (weights.abs() > LEAST).any(dim=0).nonzero()[:, 0]
+        if not len(used):
+            return _nothing
         values = self.values.take(used.tolist(), weights.device)
         return given_for_each(values, weights[:, used].unsqueeze(1), "delta")
 
@@ -194,6 +196,11 @@ class RoutedMemory:
         name, look = work.config.method, reader.look
         routing = Routing(values, owners, kept, reader.weights, name, look).to(device)
         return cls(view.version, view, tasks, records, routing, head)
+
+
+def _nothing(block: int, hidden: Tensor) -> None:
+    """The recall of no adapter."""
+    del block, hidden
 
 
 def spread_over(weights: Tensor, owners: Tensor) -> Tensor:
