@@ -69,6 +69,7 @@ def test_the_files_and_the_mixture_come_out(place: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert (place / "mixture" / "adapter_model.safetensors").is_file()
     assert memtool(place, "verify").returncode == 0
+    assert "shapes of their own\t3 adapters" in memtool(place, "show").stdout
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from memtool_cli.options import (
     verb,
 )
 from memtool_cli.output import Table, size
-from memtool_stores import AdapterRecord, IntegrityError
+from memtool_stores import AdapterRecord, IntegrityError, MemoryView
 from memtool_stores.migrate import SCHEMA_VERSION
 
 app = Verbs()
@@ -174,13 +174,25 @@ def show(call: Call, version: Reference = "") -> None:
         ("message", record.version.message),
         *_said(record.version.metadata),
         ("backbone", f"{record.backbone} ({record.backbone_sha256[:12]})"),
-        ("adapters", f"rank {record.rank}, alpha {record.alpha:g}, {','.join(record.targets)}"),
-        ("size", f"{record.numbers_per_adapter:,} numbers each, {record.dtype}"),
+        *_shapes(record, view),
         ("keys", "none" if record.keys is None else " x ".join(map(str, record.keys))),
         ("blobs", ", ".join(record.blobs) or "none"),
     ]
     tables = Table((), rows), _adapter_table(record.adapters)
     call.out.data(record, *tables, ids=[record.version.id])
+
+
+def _shapes(record: records.Show, view: MemoryView) -> list[tuple[str, str]]:
+    """What the adapters of a version have in common, and how many have a shape of their own."""
+    own = sum(one.ragged for one in view.adapters)
+    shapes = [("shapes of their own", f"{own} adapters")] if own else []
+    if not view.live or own < len(view.live):
+        targets = ",".join(record.targets)
+        shapes += [
+            ("adapters", f"rank {record.rank}, alpha {record.alpha:g}, {targets}"),
+            ("size", f"{record.numbers_per_adapter:,} numbers each, {record.dtype}"),
+        ]
+    return shapes
 
 
 @app.command(
