@@ -134,6 +134,7 @@ BASE = setting(
         "method": "mira",
         "stream.setting": "trace",
         "memory.look_at": ("blocks", "tokens"),
+        "engine.precision": "fp32",
     },
 )
 SEED = setting(

@@ -44,7 +44,9 @@ def recorded(view: MemoryView, task: str) -> AdapterRecord:
     )
     found = next(filter(None, ways), [])
     if not found:
-        held = dict.fromkeys(str(number_of(record)) for record in view.live)
+        held = dict.fromkeys(
+            str(record.meta.get("task_name") or number_of(record)) for record in view.live
+        )
         raise NotFoundError(
             f"no adapter of task {task!r} at version {view.version}",
             expected=f"one of the tasks in memory: {', '.join(held) or 'none'}",

@@ -224,7 +224,7 @@ def consolidate(call: Call) -> None:
         )
     elif result.unchanged:
         call.out.note("nothing changed since the last consolidation: no new version")
-    call.out.next(call.command("eval"))
+    call.out.next(_after(call))
     return None
 
 
@@ -277,7 +277,14 @@ def retrieve(
         _show_atoms(call, result)
     else:
         _show_mixture(call, result)
-    call.out.next(call.command("eval"))
+    call.out.next(_after(call))
+
+
+def _after(call: Call) -> str:
+    """What comes next for a memory that was consolidated: a collection has no texts of its own."""
+    if call.reads_texts and call.config.stream.source == "digits":
+        return call.command("generate --prompt TEXT")
+    return call.command("eval")
 
 
 def _show_mixture(call: Call, result: RetrieveResult) -> None:

@@ -17,6 +17,9 @@ from memtool_stores.printable import shown
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from memtool.methods.attached import AttachedTexts
+    from memtool_stores import MemoryView
+
 app = Verbs()
 
 SHOWN = 3
@@ -68,7 +71,9 @@ def generate(
 ) -> None:
     """Answer prompts; the weights that a prompt chooses stay while it is answered."""
     if (prompt is None) == (prompts is None):
-        raise ConfigError("what should be answered?", expected="one of --prompt and --prompts")
+        said = "what should be answered?" if prompt is None else "--prompt and --prompts together"
+        raise ConfigError(said, expected="one of --prompt and --prompts")
+    view = call.view()
     if not call.reads_texts:
         raise ConfigError(
             f"the memory {call.store_path!r} reads images, and generates no texts",
@@ -92,13 +97,32 @@ def generate(
         records.Answer(prompt=one, text=text, weights=_named(model.names, row))
         for one, text, row in zip(asked, texts, weights, strict=True)
     )
-    result = records.Generated(version=call.view().version, answers=answers)
+    result = records.Generated(version=view.version, answers=answers)
     rows = [
         (" ".join(f"{one.name} {one.weight:.2f}" for one in answer.weights[:SHOWN]), answer.text)
         for answer in answers
     ]
     table = Table(("adapters", "answer"), rows)
     call.out.data(result, table, ids=[answer.text for answer in answers])
+    _say_left_out(call, view, model, asked, by_name=task is not None)
+
+
+def _say_left_out(
+    call: Call, view: MemoryView, model: AttachedTexts, asked: list[str], *, by_name: bool
+) -> None:
+    """Say which adapters no prompt can choose, and how many prompts were cut."""
+    silent = [record.name for record in view.live if record.name not in model.names]
+    if silent and not by_name:
+        call.out.note(
+            f"{len(silent)} of {len(view.live)} adapters have no key ({', '.join(silent[:3])}): "
+            "memtool consolidate, or memtool import with their prompts before"
+        )
+    lm = model.backbone
+    if cut := lm.encode(asked).cut_prompts:
+        call.out.note(
+            f"{cut} prompts were longer than {lm.prompt_tokens} tokens (text.prompt_tokens), and "
+            "cut: their end was read"
+        )
 
 
 def _named(names: tuple[str, ...], weights: Tensor) -> tuple[records.Weight, ...]:

@@ -18,6 +18,12 @@ In the order of the paper:
     explain      why an input is recognised as what it is
     maps         the pictures of a report
 
+Over a language model:
+
+    prompts      the memory of prompts: `PromptMemory`
+    moments      what is known of prompts, and the keys that are solved from it
+    collection   LoRA of others, and their example prompts, as they come in
+
 Where the paper is silent, or where our trials found better, the default is ours and the paper's
 form is an option: keys in closed form (`consolidate.keys: random` with `epochs`), an analytic head
 per task (`head.kind: shared`, `head.scope: shared`), one early look for all blocks

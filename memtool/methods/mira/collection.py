@@ -159,7 +159,8 @@ def collect(
     store = work.store_or_new()
     store.run(append, f"import {names}", metadata=metadata)
     notes = [note for one in adapters for note in one.notes]
-    silent = [one.name for one in adapters if prompts is not None and one.name not in texts]
+    new = {one.name for one in added}
+    silent = [one.name for one in adapters if one.name in new and one.name not in texts]
     if silent:
         notes.append(
             f"no prompts of {_few(silent)}: no prompt will choose them, they can be asked for by "

@@ -147,6 +147,13 @@ class PromptMemory(Routed):
         keyed = {*state.adapters}
         return tuple(dict.fromkeys(task_of(r) for r in view.adapters if r.id in keyed))
 
+    def remedy_in(self, view: memtool_stores.MemoryView) -> str:
+        """What helps where a version can recall nothing."""
+        collected = any("collection" in record.meta for record in view.adapters)
+        if collected and not parts_in(view, view.adapters, {}):
+            return "memtool import DIR --base MODEL --prompts FILE, then memtool consolidate"
+        return super().remedy_in(view)
+
     def kept_in(self, view: memtool_stores.MemoryView, tasks: Sequence[int]) -> list[Kept]:
         """The key of each of these tasks."""
         keys = view.keys()

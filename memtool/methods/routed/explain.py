@@ -19,10 +19,10 @@ from memtool.methods.explanation import AdapterPart, Explanation, Outcome, draw,
 from memtool.methods.in_store import classes_of
 from memtool.methods.records import task_of
 from memtool.methods.routed.measure import answering, as_they_are, scores
-from memtool.methods.routed.memory import RoutedMemory, Way
+from memtool.methods.routed.memory import LEAST, RoutedMemory, Way
 from memtool.methods.subject import Subject, subject_of
 from memtool.reports.shown import format_of
-from memtool.streams.task import Images, Texts
+from memtool.streams.task import Images
 from memtool.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def explain(
     parts = []
     for index in work.telling("explain", range(len(memory.records))):
         record, without = memory.records[index], whole
-        if bool(weights[:, index].any()):
+        if bool((weights[:, index].abs() > LEAST).any()):
             without = judge(_leaving_out(index))
         parts.append(
             AdapterPart(
@@ -113,12 +113,16 @@ def _judge(work: Workspace, memory: RoutedMemory, subject: Subject) -> Callable[
         return lambda way: outcome_of(
             head.probabilities(scores(work, memory, samples, way)[0]), before, labels, names
         )
+    alone = not samples.answers
     said = samples.answers or tuple(answering(work, memory).answers(samples.prompts))
     encoded = work.backbone.encode(samples.prompts, said)
-    label = None if isinstance(samples, Texts) and samples.answers else said[0]
 
     def of_texts(way: Way) -> Outcome:
-        loss = answering(work, memory, way).loss(encoded)
-        return Outcome(probability=float(np.exp(-loss)), changed=0.0, label=label)
+        under = answering(work, memory, way)
+        label = under.answers(samples.prompts)[0] if alone else None
+        changed = float(alone and label != said[0])
+        return Outcome(
+            probability=float(np.exp(-under.loss(encoded))), changed=changed, label=label
+        )
 
     return of_texts

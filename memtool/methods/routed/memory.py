@@ -80,6 +80,9 @@ class Reader(Protocol):
     def known_in(self, view: memtool_stores.MemoryView) -> tuple[int, ...]:
         """Numbers of the tasks that a version can recall, in the order written."""
 
+    def remedy_in(self, view: memtool_stores.MemoryView) -> str:
+        """What helps where a version can recall nothing."""
+
     def kept_in(self, view: memtool_stores.MemoryView, tasks: Sequence[int]) -> list[Kept]:
         """What its rule goes by, of each of these tasks."""
 
@@ -187,7 +190,7 @@ class RoutedMemory:
             held = f"{len(view.adapters)} adapters, of which nothing is kept to choose by"
             raise NotFoundError(
                 f"the memory {work.store_path!r} holds {held}, at version {view.version}",
-                remedy="memtool train-adapter --task 1 && memtool write, then memtool consolidate",
+                remedy=reader.remedy_in(view),
             )
         records = tuple(record for record in view.adapters if task_of(record) in tasks)
         values, kept = reader.values_in(view, records), reader.kept_in(view, tasks)

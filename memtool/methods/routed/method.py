@@ -318,6 +318,12 @@ class Routed(Method, ABC):
         """Numbers of the tasks that a version can recall, in the order written."""
         return known_tasks(view)
 
+    def remedy_in(self, view: memtool_stores.MemoryView) -> str:
+        """What helps where a version can recall nothing."""
+        if view.adapters:
+            return "memtool consolidate"
+        return "memtool train-adapter --task 1 && memtool write, then memtool consolidate"
+
     def kept_in(self, view: memtool_stores.MemoryView, tasks: Sequence[int]) -> list[Kept]:
         """What the rule goes by, of each of these tasks."""
         return [read_kept(view, kept_blob(task)) for task in tasks]
