@@ -147,7 +147,7 @@ def _collection(place: Path) -> list[dict[str, Any]]:
     kept = sum(
         len(method.workspace.store.view().blob(name))
         for name in method.workspace.store.view().blobs()
-        if name.startswith("routing.")
+        if name.startswith("looks.")
     )
     begin = time.perf_counter()
     model = _opened(place / "many", base).attach()
