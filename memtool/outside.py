@@ -34,6 +34,14 @@ def is_file(path: Path) -> bool:
         return False
 
 
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder; no path that the system refuses leads to one."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
 def way_to_write(error: OSError) -> str:
     """What helps where the system refused to write."""
     match error.errno:

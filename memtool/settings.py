@@ -65,6 +65,14 @@ class StreamSettings(Settings):
     )
     seed: Seed = Field(0, description="fixes splits, subsets and transformations")
 
+    @property
+    def names_texts(self) -> bool:
+        """Whether the source is one of texts: nobody named one where it is the default of images.
+
+        So it is of a collection of adapters, which brings no texts.
+        """
+        return self.setting == "trace" and self.source != "digits"
+
 
 class AdapterSettings(Settings):
     """The shape of an adapter and where its training starts."""

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 Numbers = TypeVar("Numbers", "Tensor", npt.NDArray[Any])
 """Of torch or of numpy: what is done with a flat value is the same."""
 
+MOST_PADDING = 64
+"""Times its own numbers that what is padded to one rank, or to one set of sites, may take."""
+
 SLICES = "qkv"
 """The slices of a fused layer: a third of its output rows each, in this order."""
 

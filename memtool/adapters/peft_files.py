@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from memtool.adapters.layout import Layout, Site, sites_in_block_order
+from memtool.adapters.layout import MOST_PADDING, Layout, Site, sites_in_block_order
 from memtool.adapters.peft_config import CONFIG_NAME, check_plain_lora, config_text, scalings
 from memtool.adapters.peft_tensors import (
     DTYPES,
@@ -56,9 +56,6 @@ from memtool_stores.printable import shown
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-MOST_PADDING = 64
-"""Times as many numbers as a file has, beyond which a value of one rank is not made of it."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,16 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memtool.adapters.layout import Layout, Site
+from memtool.adapters.layout import MOST_PADDING, Layout, Site
 from memtool.adapters.values import AdapterValues
 from memtool.errors import MismatchError
 
 RECENT_BYTES = 2**30
 """Of adapters that stay at hand after they were used."""
-
-
-MOST_PADDING = 64
-"""Times their own numbers that adapters of unlike shapes may take together."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,8 +120,15 @@ def mixed(values: AdapterValues, weights: Tensor) -> OneAdapter:
     tensors = values.layout.unflatten(flat)
     parts: dict[str, Tensor] = {}
     for site in layout.sites:
-        a, b = tensors[f"{site.name}.lora_A"], tensors[f"{site.name}.lora_B"]
-        parts[f"{site.name}.lora_A"] = a.reshape(count * rank, -1)
-        scaled = b * factors[:, None, None]
-        parts[f"{site.name}.lora_B"] = scaled.permute(1, 0, 2).reshape(-1, count * rank)
+        a, b = f"{site.name}.lora_A", f"{site.name}.lora_B"
+        parts[a], parts[b] = side_by_side(tensors[a], tensors[b], factors)
     return OneAdapter(layout, layout.flatten(parts), 1.0)
+
+
+def side_by_side(a: Tensor, b: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
+    """A (t · r, d) and B (rows, t · r) whose product is the sum of t products times factors (t,).
+
+    Of A (t, r, d) and B (t, rows, r).
+    """
+    scaled = b * factors[:, None, None]
+    return a.flatten(0, 1), scaled.permute(1, 0, 2).flatten(1)

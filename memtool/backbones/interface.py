@@ -112,7 +112,7 @@ class Backbone(FrozenModel):
         """
 
 
-class TextBackbone(Backbone):
+class TwoTowers(Backbone):
     """An image model with a text tower beside it, as CLIP.
 
     Blocks are counted through: those of the text tower follow those of the image tower, so that one

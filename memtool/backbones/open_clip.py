@@ -20,7 +20,7 @@ from memtool.adapters.layout import Site
 from memtool.adapters.linear import AdaptedLinear
 from memtool.adapters.mixing import Mixture
 from memtool.adapters.values import Recall
-from memtool.backbones.interface import TextBackbone
+from memtool.backbones.interface import TwoTowers
 from memtool.backbones.tensor_hash import tensor_sha256
 from memtool.backbones.vit import attend, check_image_size, check_pixels, to_pixels
 from memtool.backbones.weight_files import read_weights
@@ -151,7 +151,7 @@ def _load(clip: Any, path: Path) -> None:
     clip.load_state_dict(given)
 
 
-class ClipBackbone(TextBackbone):
+class ClipBackbone(TwoTowers):
     """A frozen CLIP; takes open_clip's model over and replaces its blocks.
 
     `dim` is the width of the features that both towers share; a block's input has another

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from memtool.adapters.values import Recall
-from memtool.backbones.interface import Backbone, TextBackbone
+from memtool.backbones.interface import Backbone, TwoTowers
 from memtool.errors import ConfigError, DataError
 from memtool.heads import CosineHead, prototype_head
 from memtool.settings import Config
@@ -71,7 +71,7 @@ class PromptTokens:
 
     def __init__(self, backbone: Backbone, stream: Stream) -> None:
         """Raises ConfigError for a backbone without text tower, DataError for equal prompts."""
-        if not isinstance(backbone, TextBackbone):
+        if not isinstance(backbone, TwoTowers):
             raise ConfigError(
                 f"head.kind text with backbone {backbone.name}, which has no text tower",
                 expected="backbone open_clip:<model name>",
@@ -91,7 +91,7 @@ class PromptTokens:
         self, backbone: Backbone, recall: Recall | None, classes: Sequence[int] | Tensor
     ) -> CosineHead:
         """The head of some classes under the adapters that `recall` gives; others are unknown."""
-        assert isinstance(backbone, TextBackbone)
+        assert isinstance(backbone, TwoTowers)
         labels = torch.as_tensor(classes, dtype=torch.int64).cpu()
         device = next(backbone.parameters()).device
         directions = backbone.text_features(self.tokens[labels].to(device), recall)

@@ -94,11 +94,6 @@ FINAL = PromptLook()
 """What is seen where nothing else is named."""
 
 
-def look_at_prompts(lm: CausalLM, prompts: Tensor) -> Tensor:
-    """What prompts (b, n) look like at the end of the model: (b, dim), float32."""
-    return FINAL(lm, prompts)
-
-
 def looks(work: Workspace, samples: Any, look: PromptLook = FINAL) -> Tensor:
     """What the frozen model sees in samples: (n, dim), float32, on the CPU.
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from memtool.errors import DataError, did_you_mean
+from memtool.errors import DataError, NotFoundError, did_you_mean
 from memtool_stores.errors import SchemaError
 from memtool_stores.files import read_ordinary
 from memtool_stores.printable import printable, shown
@@ -114,6 +114,20 @@ def text_of(file: Path) -> str:
             f"{shown_file}: cannot be read ({error.strerror})",
             remedy="check its path and permissions",
         ) from error
+
+
+def lines_of(file: Path) -> Iterator[tuple[str, str]]:
+    """The lines of a text file that hold anything, each with the words that say where it is.
+
+    Raises NotFoundError, and DataError as `text_of`.
+    """
+    try:
+        text = text_of(file)
+    except FileNotFoundError as error:
+        raise NotFoundError(f"no file {printable(str(file))}") from error
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield f"{printable(str(file))}, line {number}", line
 
 
 def csv_rows(text: str, name: str) -> Read:

@@ -49,7 +49,7 @@ class TaskDescription(BaseModel):
     metric: TextMetric
 
 
-class TextDescription(BaseModel):
+class TaskFolders(BaseModel):
     """A stream of texts in YAML; an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -60,7 +60,7 @@ class TextDescription(BaseModel):
     tasks: Annotated[tuple[TaskDescription, ...], Field(min_length=1)]
 
 
-def text_descriptions() -> dict[str, Path]:
+def text_sources() -> dict[str, Path]:
     """The descriptions of texts that ship with memtool, by name."""
     folder = Path(__file__).parent / "descriptions" / "text"
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
@@ -74,7 +74,7 @@ def open_text_stream(settings: StreamSettings) -> Stream[Texts]:
     Raises NotFoundError for a source, folder or split that is not there, ConfigError for settings
     or a description that cannot be used, DataError for texts that cannot be used.
     """
-    built_in = text_descriptions()
+    built_in = text_sources()
     file = built_in.get(settings.source) or expand(settings.source)
     if file.suffix not in (".yaml", ".yml"):
         raise NotFoundError(
@@ -82,7 +82,7 @@ def open_text_stream(settings: StreamSettings) -> Stream[Texts]:
             expected=did_you_mean(settings.source, built_in),
             remedy="a name of these, or the path of a YAML description of prompts and answers",
         )
-    description = read_text_description(file)
+    description = read_task_folders(file)
     root = folder_of(description.path, file)
     name = printable(file.stem)
     names = [task.name for task in description.tasks]
@@ -95,9 +95,9 @@ def open_text_stream(settings: StreamSettings) -> Stream[Texts]:
     return Stream(name, "trace", tasks, (), _fingerprint(tasks), notes=tuple(notes))
 
 
-def read_text_description(file: Path) -> TextDescription:
+def read_task_folders(file: Path) -> TaskFolders:
     """Parse and validate one description; ConfigError names the file, the line and the key."""
-    description = read_model(file, TextDescription, TaskDescription.model_fields)
+    description = read_model(file, TaskFolders, TaskDescription.model_fields)
     names = [task.name for task in description.tasks]
     for name in names:
         if names.count(name) > 1:

@@ -18,10 +18,10 @@ from memtool.settings import StreamSettings
 from memtool.streams.description import Description, read_description
 from memtool.streams.sources import built_in_descriptions, find_source
 from memtool.streams.text import (
-    TextDescription,
+    TaskFolders,
     open_text_stream,
-    read_text_description,
-    text_descriptions,
+    read_task_folders,
+    text_sources,
 )
 from tests.fuzz.door import NAMES, cases, damaged, long, nothing_else_changes, refused_or_taken
 
@@ -31,9 +31,9 @@ SECRET = "hunter2-do-not-say"
 
 _WHOLE = [
     *(file.read_bytes() for file in built_in_descriptions().values()),
-    *(file.read_bytes() for file in text_descriptions().values()),
+    *(file.read_bytes() for file in text_sources().values()),
 ]
-_KEYS = [*Description.model_fields, *TextDescription.model_fields]
+_KEYS = [*Description.model_fields, *TaskFolders.model_fields]
 _WORDS = [
     *("parquet", "json", "csv", "imagefolder", "hub", "folder", "chain", "join", "..", "a.csv"),
     *("../outside", "/etc", "${SECRET}", "${SECRET}/x", "~nobody", "given.yaml", "here", "here/.."),
@@ -100,7 +100,7 @@ def test_a_description(sandbox: Path, content: bytes) -> None:
     with nothing_else_changes(sandbox):
         for read in (
             lambda: find_source(str(file)).domain_names,
-            lambda: read_text_description(file),
+            lambda: read_task_folders(file),
             lambda: open_text_stream(StreamSettings(source=str(file), setting="trace")),
         ):
             with refused_or_taken(), keeps_secret():

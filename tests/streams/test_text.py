@@ -12,7 +12,7 @@ from memtool.errors import ConfigError, DataError, NotFoundError
 from memtool.settings import StreamSettings
 from memtool.streams import create_stream
 from memtool.streams.task import Stream, Texts
-from memtool.streams.text import open_text_stream, text_descriptions
+from memtool.streams.text import open_text_stream, text_sources
 
 needs_data = pytest.mark.skipif(
     not os.environ.get("MEMTOOL_DATA"), reason="MEMTOOL_DATA is not set: no TRACE texts"
@@ -195,7 +195,7 @@ def test_halves_of_characters_are_refused(description: Path) -> None:
 @needs_data
 @pytest.mark.parametrize(("name", "tasks"), [("trace", 8), ("text_cl5", 5)])
 def test_built_in_streams_are_whole(name: str, tasks: int) -> None:
-    assert name in text_descriptions()
+    assert name in text_sources()
     stream = open_text_stream(StreamSettings(source=name, setting="trace"))
     assert len(stream.tasks) == tasks
     assert all(len(task.train) and len(task.test) for task in stream.tasks)

@@ -282,7 +282,7 @@ def retrieve(
 
 def _after(call: Call) -> str:
     """What comes next for a memory that was consolidated: a collection has no texts of its own."""
-    if call.reads_texts and call.config.stream.source == "digits":
+    if call.reads_texts and not call.config.stream.names_texts:
         return call.command("generate --prompt TEXT")
     return call.command("eval")
 

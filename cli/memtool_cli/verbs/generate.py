@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from memtool.errors import ConfigError, DataError, NotFoundError
+from memtool.errors import ConfigError, DataError
 from memtool_cli import records
 from memtool_cli.commands import Verbs
 from memtool_cli.options import COMPUTE, CONFIGURATION, METHOD, STORE, Call, examples, verb
@@ -25,7 +25,7 @@ app = Verbs()
 SHOWN = 3
 """Adapters of an answer that a person is shown."""
 
-LEAST = 0.0005
+LEAST_TOLD = 0.0005
 """A weight below this is not told."""
 
 
@@ -128,29 +128,21 @@ def _say_left_out(
 def _named(names: tuple[str, ...], weights: Tensor) -> tuple[records.Weight, ...]:
     """The weights of one prompt that count, the largest first."""
     found = sorted(zip(names, weights.tolist(), strict=True), key=lambda one: -one[1])
-    return tuple(records.Weight(name=n, weight=w) for n, w in found if w >= LEAST)
+    return tuple(records.Weight(name=n, weight=w) for n, w in found if w >= LEAST_TOLD)
 
 
 def _read(file: Path) -> list[str]:
     """The prompts of a file. Raises NotFoundError, DataError with the number of the line."""
-    from memtool.streams.rows import parse_json, text_of
+    from memtool.streams.rows import lines_of, parse_json
 
-    try:
-        lines = text_of(file).split("\n")
-    except FileNotFoundError as error:
-        raise NotFoundError(f"no file {file}") from error
     found: list[str] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for where, line in lines_of(file):
         if not line.lstrip().startswith("{"):
             found.append(line)
             continue
-        entry = parse_json(line, f"{file}, line {number}")
+        entry = parse_json(line, where)
         if not isinstance(entry, dict) or type(entry.get("prompt")) is not str:
-            raise DataError(
-                f"{file}, line {number}: {shown(line)[:80]}", expected='{"prompt": "…"}, or text'
-            )
+            raise DataError(f"{where}: {shown(line)[:80]}", expected='{"prompt": "…"}, or text')
         found.append(entry["prompt"])
     if not found:
         raise DataError(f"{file} holds no prompts", expected='lines of text, or of {"prompt": "…"}')

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from memtool.adapters.mixing import Mixture
 from memtool.adapters.values import Recall
-from memtool.backbones.interface import TextBackbone
+from memtool.backbones.interface import TwoTowers
 from memtool.learning.learner import Learner
 from memtool.learning.objective import Objective
 from memtool.memories.query import QueryModule
@@ -75,7 +75,7 @@ class MoeLora(Learner):
 def _query(work: Workspace, dim: int) -> QueryModule:
     """What an image asks in a block that is so wide."""
     # A text tower's first token is the same for all texts, and its mask keeps it so.
-    prefix = 0 if isinstance(work.backbone, TextBackbone) else work.backbone.prefix_tokens
+    prefix = 0 if isinstance(work.backbone, TwoTowers) else work.backbone.prefix_tokens
     token = "class" if prefix else "mean"
     return QueryModule("identity", dim, token, prefix_tokens=prefix, bias=False)
 

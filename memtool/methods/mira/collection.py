@@ -26,16 +26,17 @@ from memtool.adapters.peft_files import parse_peft
 from memtool.adapters.peft_tensors import WEIGHTS_NAME
 from memtool.backbones.causal_lm import require_unicode
 from memtool.errors import AlreadyExistsError, ConfigError, DataError, MemtoolError, NotFoundError
-from memtool.learning.looks import looks_of
+from memtool.learning.looks import looks
 from memtool.methods.exchange import PEFT_PREFIX
 from memtool.methods.foreign import check_base_model
 from memtool.methods.mira.moments import PromptState, looks_blob
 from memtool.methods.records import number_of
 from memtool.methods.results import WriteResult, WrittenAdapter
 from memtool.methods.routed.memory import kept_bytes
-from memtool.outside import is_file, read_file
-from memtool.streams.rows import parse_json, text_of
-from memtool.streams.text import text_descriptions
+from memtool.outside import is_file, is_folder, read_file
+from memtool.streams.rows import lines_of, parse_json
+from memtool.streams.task import Texts, spread
+from memtool.streams.text import text_sources
 from memtool_stores.names import check_name
 from memtool_stores.printable import shown
 
@@ -120,10 +121,11 @@ def collect(
     if view is not None:
         method.require_same_look(PromptState.load(view))
     texts = {} if prompts is None else prompts_of(prompts, {one.name for one in adapters} | here)
-    moments = {
-        name: kept_bytes(method.keep(looks_of(work, _spread(asked), method.look)), method.name)
-        for name, asked in texts.items()
-    }
+    moments: dict[str, bytes] = {}
+    for name, asked in texts.items():
+        some = spread(Texts(tuple(asked), ("",) * len(asked)), MOST_PROMPTS)
+        seen = looks(work, some, method.look)
+        moments[name] = kept_bytes(method.keep(seen), method.name)
     added: list[WrittenAdapter] = []
     known: list[WrittenAdapter] = []
     asked_anew: list[str] = []
@@ -198,12 +200,6 @@ def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
 
 
-def _spread(asked: Sequence[str]) -> list[str]:
-    """At most `MOST_PROMPTS` of them, spread evenly."""
-    chosen = np.linspace(0, len(asked) - 1, min(len(asked), MOST_PROMPTS)).astype(int)
-    return [asked[place] for place in chosen]
-
-
 # Folders ----------------------------------------------------------------------------------------
 
 
@@ -215,11 +211,11 @@ def adapter_folders(places: Sequence[str]) -> list[tuple[Path, str | None]]:
     found: list[tuple[Path, str | None]] = []
     for place in places:
         path, task = Path(place), None
-        if not _is_folder(path) and ":" in place:
+        if not is_folder(path) and ":" in place:
             folder, _, task = place.rpartition(":")
             path = Path(folder)
         inside = []
-        if _is_folder(path):
+        if is_folder(path):
             inside = sorted(one for one in path.glob("*") if is_file(one / CONFIG_NAME))
         if is_file(path / CONFIG_NAME):
             inside = [path]
@@ -230,14 +226,6 @@ def adapter_folders(places: Sequence[str]) -> list[tuple[Path, str | None]]:
             )
         found += [(one, task) for one in inside]
     return found
-
-
-def _is_folder(path: Path) -> bool:
-    """Whether there is a folder; no path that the system refuses leads to one."""
-    try:
-        return path.is_dir()
-    except OSError:
-        return False
 
 
 def _read(method: PromptMemory, path: Path, task: str | None) -> Collected:
@@ -334,7 +322,7 @@ def prompts_of(source: Path, known: set[str]) -> dict[str, list[str]]:
     Raises DataError, with the number of the line, for what is no prompt, and for one of an adapter
     that is not `known`; NotFoundError.
     """
-    if str(source) in text_descriptions() or source.suffix in (".yaml", ".yml"):
+    if str(source) in text_sources() or source.suffix in (".yaml", ".yml"):
         from memtool.settings import StreamSettings
         from memtool.streams.text import open_text_stream
 
@@ -346,15 +334,8 @@ def prompts_of(source: Path, known: set[str]) -> dict[str, list[str]]:
                 expected=f"one of {', '.join(sorted(known)[:8])}",
             )
         return named
-    try:
-        lines = text_of(source).split("\n")
-    except FileNotFoundError as error:
-        raise NotFoundError(f"no file {source}", expected=_LINE) from error
     found: dict[str, list[str]] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{source}, line {number}"
+    for where, line in lines_of(source):
         entry = parse_json(line, where)
         name = entry.get("adapter") if isinstance(entry, dict) else None
         prompt = entry.get("prompt") if isinstance(entry, dict) else None

@@ -86,6 +86,15 @@ def _names(
     return [*found]
 
 
+def tasks_in(
+    view: memtool_stores.MemoryView,
+    records: Sequence[memtool_stores.AdapterRecord],
+    new: Mapping[int, Kept],
+) -> set[int]:
+    """Numbers of the tasks of these records of which prompts are known; none of them is read."""
+    return {number for number, _ in _names(view, records, new)}
+
+
 def digest_of(
     view: memtool_stores.MemoryView,
     records: Sequence[memtool_stores.AdapterRecord],
@@ -177,7 +186,7 @@ def solve_without(
     if state is None or view.keys() is None or not gone & {*state.adapters}:
         return
     try:
-        if parts_in(view, txn.adapters, {}):
+        if tasks_in(view, txn.adapters, {}):
             put_keys(txn, view=view, new={}, look_at=state.look_at)
             return
     except DataError:

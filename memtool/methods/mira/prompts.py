@@ -33,7 +33,7 @@ from memtool.methods.attached import Attached
 from memtool.methods.explanation import Explanation
 from memtool.methods.export import config_blob, new_folders, require_new
 from memtool.methods.mira.collection import collect
-from memtool.methods.mira.moments import PromptState, digest_of, parts_in, put_keys
+from memtool.methods.mira.moments import PromptState, digest_of, put_keys, tasks_in
 from memtool.methods.records import recorded, task_of
 from memtool.methods.results import RetrieveResult, WriteResult
 from memtool.methods.routed.attached import RoutedTexts
@@ -101,8 +101,8 @@ class PromptMemory(Routed):
         """Keys of all adapters of which prompts are known, solved together."""
         state = PromptState.load(view)
         self.require_same_look(state)
-        parts = parts_in(view, view.adapters, new)
-        keyed = tuple(r.id for r in view.adapters if task_of(r) in parts)
+        known = tasks_in(view, view.adapters, new)
+        keyed = tuple(r.id for r in view.adapters if task_of(r) in known)
         if not keyed:
             raise DataError(
                 "no prompts are known of any adapter in memory, so that none can be chosen by one",
@@ -150,7 +150,7 @@ class PromptMemory(Routed):
     def remedy_in(self, view: memtool_stores.MemoryView) -> str:
         """What helps where a version can recall nothing."""
         collected = any("collection" in record.meta for record in view.adapters)
-        if collected and not parts_in(view, view.adapters, {}):
+        if collected and not tasks_in(view, view.adapters, {}):
             return "memtool import DIR --base MODEL --prompts FILE, then memtool consolidate"
         return super().remedy_in(view)
 
@@ -233,7 +233,7 @@ class PromptMemory(Routed):
     def _require_texts(self, version: str) -> None:
         """Raise ConfigError for a collection whose tasks no stream was named for."""
         view = self.workspace.store.view(self.workspace.version_of(version))
-        if self.config.stream.source == "digits" and any(
+        if not self.config.stream.names_texts and any(
             "collection" in record.meta for record in view.adapters
         ):
             raise ConfigError(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from memtool.adapters.layout import Layout
 from memtool.adapters.peft_files import write_peft
+from memtool.adapters.stock import side_by_side
 from memtool.errors import MismatchError
 from memtool.methods.export import new_folders
 from memtool.methods.mira.recall import MemoryModel
@@ -35,14 +36,13 @@ def recalled_adapter(
     for site in work.layout.sites:
         place = model.memory.blocks.index(site.block) if len(coefficients) > 1 else 0
         weights = coefficients[place].cpu().float()
-        a, b = tensors[f"{site.name}.lora_A"], tensors[f"{site.name}.lora_B"]
+        of_a, of_b = f"{site.name}.lora_A", f"{site.name}.lora_B"
+        a, b = tensors[of_a], tensors[of_b]
         if stacked:
-            mixed[f"{site.name}.lora_A"] = a.reshape(count * rank, -1)
-            scaled = b * (weights * scaling)[:, None, None]
-            mixed[f"{site.name}.lora_B"] = scaled.permute(1, 0, 2).reshape(-1, count * rank)
+            mixed[of_a], mixed[of_b] = side_by_side(a, b, weights * scaling)
         else:
-            mixed[f"{site.name}.lora_A"] = torch.einsum("t,trd->rd", weights, a)
-            mixed[f"{site.name}.lora_B"] = torch.einsum("t,tor->or", weights * scaling, b)
+            mixed[of_a] = torch.einsum("t,trd->rd", weights, a)
+            mixed[of_b] = torch.einsum("t,tor->or", weights * scaling, b)
     with new_folders(directory) as (building,):
         # The scaling is in B already, so alpha / r is 1.
         write_peft(

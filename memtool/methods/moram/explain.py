@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from memtool.adapters.layout import Site
-from memtool.backbones.interface import TextBackbone
+from memtool.backbones.interface import TwoTowers
 from memtool.errors import ConfigError, did_you_mean
 from memtool.methods.explanation import AtomMap, AtomPlace
 from memtool.methods.moram.measure import AtomMeasure
@@ -169,7 +169,7 @@ def _site(work: Workspace, layer: str | None, block: int | None) -> Site:
             remedy="the names of backbone.targets, as the memory was trained with",
         )
     found = {site.block: site for site in work.backbone.sites((layer,))}
-    if isinstance(work.backbone, TextBackbone):  # images go through one of its towers
+    if isinstance(work.backbone, TwoTowers):  # images go through one of its towers
         depth = work.backbone.image_depth
         found = {number: site for number, site in found.items() if number < depth}
     number = max(found) if block is None else block
