@@ -36,6 +36,10 @@ class BackboneSettings(Settings):
         32, description="pixels a side of the input"
     )
     targets: tuple[str, ...] = Field(("q", "v"), description="adapted linear maps of every block")
+    quantise: Literal["4bit"] | None = Field(
+        None,
+        description="language models: weights of linear layers in four bits (bitsandbytes)",
+    )
 
 
 class StreamSettings(Settings):
@@ -161,6 +165,9 @@ class TextSettings(Settings):
     )
     long_prompts: Literal["cut", "refuse"] = Field(
         "cut", description="a prompt that is too long keeps its end, or is an error"
+    )
+    chat: bool = Field(
+        False, description="a prompt is what a user says, in the chat template of the tokenizer"
     )
     generate: bool = Field(
         False, description="score generated answers by the metric of their task, beside the loss"

@@ -27,15 +27,15 @@ MOST_PADDING = 64
 """Times its own numbers that what is padded to one rank, or to one set of sites, may take."""
 
 SLICES = "qkv"
-"""The slices of a fused layer: a third of its output rows each, in this order."""
+"""The slices of a fused layer of an image model: thirds of its output rows, in this order."""
 
 
 @dataclass(frozen=True)
 class Site:
     """One adapted linear map: a whole linear layer, or a slice of the output rows of a fused one.
 
-    `slice` is "" for a whole layer, else its name ("q", "k", "v"); `first_row` is where the slice
-    begins among the `module_rows` output rows of the module.
+    `slice` is "" for a whole layer, else its name ("q", "k", "v", "gate", "up"); `first_row` is
+    where the slice begins among the `module_rows` output rows of the module.
     """
 
     block: int
@@ -50,6 +50,12 @@ class Site:
     def name(self) -> str:
         """`"blocks.0.attn.qkv[q]"`, or the module's own name for a whole layer."""
         return f"{self.module}[{self.slice}]" if self.slice else self.module
+
+    @property
+    def whole(self) -> Site:
+        """The site of the whole module that this is a slice of."""
+        rows = self.module_rows
+        return Site(self.block, self.module, "", self.in_features, rows, 0, rows)
 
 
 @dataclass(frozen=True)
@@ -147,14 +153,16 @@ def sites_in_block_order(sites: Sequence[Site]) -> tuple[Site, ...]:
 
 
 _IN_BLOCK = re.compile(r"(?P<block>.*?\.\d+)\.")
-_SLICE = re.compile(r"(?P<module>.+)\[(?P<slice>[qkv])\]")
+_SLICE = re.compile(r"(?P<module>.+)\[(?P<slice>[a-z]+)\]")
+_THIRDS = ("attn.qkv", "attn.in_proj", "attn.c_attn")
+"""How the fused layers are called whose slices are thirds, in any model."""
 
 
 def sites_of(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> tuple[Site, ...]:
     """The sites whose A and B are these segments: (name, shape) in the order of a layout.
 
-    The inverse of `Layout.segments` for the sites of `AdaptedLinear`, whose slices are thirds, in
-    blocks that are numbered in their names. Raises MismatchError for other segments.
+    The inverse of `Layout.segments` for whole layers and for slices that are thirds, in blocks that
+    are numbered in their names. Raises MismatchError for other segments.
     """
     given = list(shapes)
     sites: list[Site] = []
@@ -168,6 +176,8 @@ def sites_of(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> tuple[Site, ...]:
         rows, part = b[0], _SLICE.fullmatch(site)
         if part is None:
             sites.append(Site(number, site, "", a[1], rows, 0, rows))
+        elif part["slice"] not in SLICES or not part["module"].endswith(_THIRDS):
+            raise MismatchError(f"segments of {site!r}, whose place in its layer is not told")
         else:
             first = SLICES.index(part["slice"]) * rows
             sites.append(Site(number, part["module"], part["slice"], a[1], rows, first, 3 * rows))

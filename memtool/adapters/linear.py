@@ -10,7 +10,21 @@ from memtool.adapters.layout import SLICES, Site
 from memtool.adapters.mixing import Mixture
 
 
-class AdaptedLinear(nn.Module):
+def for_autocast(x: Tensor) -> Tensor:
+    """The input of a frozen and an adapter's product as autocast would convert it for each."""
+    kind = x.device.type
+    if not x.is_meta and torch.is_autocast_enabled(kind) and x.dtype == torch.float32:
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
+
+
+class Adapted(nn.Module):
+    """A layer that a mixture adds to; `name` is the module's in the sites of the backbone."""
+
+    name: str
+
+
+class AdaptedLinear(Adapted):
     """Stands where a frozen `nn.Linear` stood: y = W x + b, plus what a mixture adds.
 
     `weight` and `bias` are the very parameters of `linear`, frozen, under the same state_dict
@@ -32,10 +46,7 @@ class AdaptedLinear(nn.Module):
         """Map x (b, *tokens, in_features) to (b, *tokens, out_features)."""
         if mixture is None:
             return F.linear(x, self.weight, self.bias)
-        kind = x.device.type
-        if not x.is_meta and torch.is_autocast_enabled(kind) and x.dtype == torch.float32:
-            # Autocast would convert x in the frozen product and again for the adapters.
-            x = x.to(torch.get_autocast_dtype(kind))
+        x = for_autocast(x)
         return mixture.add_to(F.linear(x, self.weight, self.bias), x, self.name)
 
     def site(self, block: int, part: str = "") -> Site:

@@ -34,6 +34,7 @@ _WITHOUT_EFFECT = frozenset(
         "ensure_weight_tying",
         "eva_config",
         "exclude_modules",
+        "fan_in_fan_out",
         "inference_mode",
         "layers_pattern",
         "layers_to_transform",

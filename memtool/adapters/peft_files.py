@@ -40,6 +40,7 @@ from memtool.adapters.peft_tensors import (
     header_bytes,
     note_in,
     parsed_header,
+    place_of,
     sites_by_module,
     tensor_name,
 )
@@ -221,7 +222,8 @@ def restored_file(adapter: PeftAdapter) -> bytes:
     entries = parsed_header(adapter.header, _HEADER)
     parts = adapter.layout.unflatten(adapter.numbers)
     grouped = sites_by_module(adapter.layout.sites)
-    shapes = {module: [_shape(entries, module, part) for part in "AB"] for module in grouped}
+    names = {place_of(name): name for name in entries}
+    shapes = {module: [_shape(entries, names, module, part) for part in "AB"] for module in grouped}
     ranks = {module: a[0] for module, (a, _) in shapes.items()}
     found = scalings(parsed_json(adapter.config, CONFIG_NAME), ranks, CONFIG_NAME)
     arrays: dict[str, Array] = {}
@@ -232,7 +234,7 @@ def restored_file(adapter: PeftAdapter) -> bytes:
         b = [_scaled(parts[f"{site.name}.lora_B"][:, :own], ratio) for site in sites]
         made = (a, block_structured(sites, b))
         for part, array, shape in zip("AB", made, shapes[module], strict=True):
-            name = tensor_name(module, part)
+            name = names[module, part]
             if array.shape != shape:
                 raise MismatchError(
                     f"{name} has shape {array.shape}",
@@ -247,11 +249,15 @@ def restored_file(adapter: PeftAdapter) -> bytes:
 _HEADER = f"the header of {WEIGHTS_NAME}"
 
 
-def _shape(entries: Mapping[str, Any], module: str, part: str) -> tuple[int, ...]:
-    name = tensor_name(module, part)
-    if name not in entries:
-        raise MismatchError(f"{_HEADER} has no {name}", expected="a header of the same layout")
-    return tuple(entries[name]["shape"])
+def _shape(
+    entries: Mapping[str, Any], names: Mapping[Any, str], module: str, part: str
+) -> tuple[int, ...]:
+    if (module, part) not in names:
+        raise MismatchError(
+            f"{_HEADER} has no {tensor_name(module, part)}",
+            expected="a header of the same layout",
+        )
+    return tuple(entries[names[module, part]]["shape"])
 
 
 # Writing

@@ -35,7 +35,13 @@ ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 Array = npt.NDArray[Any]
 
-_TENSOR_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
+_WRAPPER = re.compile(r"(^|(?<=\.))_orig_mod\.|^module\.|(?<=^base_model\.model\.)module\.")
+"""What torch.compile, and training on several devices, leave in names."""
+
+_TENSOR_NAME = re.compile(
+    r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])(\.[^.]+)?\.weight"
+)
+"""Between part and weight may stand what peft calls the adapter, as default."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,12 @@ class Module:
 def tensor_name(module: str, part: str) -> str:
     """The name that peft gives to A or B of a module."""
     return f"base_model.model.{module}.lora_{part}.weight"
+
+
+def place_of(name: str) -> tuple[str, str] | None:
+    """The module and the part, A or B, that a tensor of this name is of; None for no such name."""
+    match = _TENSOR_NAME.fullmatch(_WRAPPER.sub("", name))
+    return None if match is None else (match["module"], match["part"])
 
 
 def sites_by_module(sites: Sequence[Site]) -> dict[str, tuple[Site, ...]]:
@@ -174,8 +186,8 @@ def adapted_modules(
     """The adapted modules of a file, each with the sites that its B holds."""
     parts: dict[str, dict[str, Array]] = {}
     for name, tensor in tensors.items():
-        match = _TENSOR_NAME.fullmatch(name)
-        if match is None:
+        place = place_of(name)
+        if place is None:
             raise MismatchError(
                 f"{where} holds {shown(name)}, which is no part of a plain LoRA",
                 expected="names base_model.model.<module>.lora_A.weight and .lora_B.weight",
@@ -194,7 +206,10 @@ def adapted_modules(
             raise DataError(
                 f"{where}: {shown(name)} has numbers that are not finite (NaN or infinity)"
             )
-        parts.setdefault(match["module"], {})[match["part"]] = tensor.numbers
+        module, part = place
+        if part in parts.setdefault(module, {}):
+            raise CorruptError(f"{where} holds lora_{part} of {shown(module)} twice")
+        parts[module][part] = tensor.numbers
     if not parts:
         raise CorruptError(f"{where} holds no tensors", expected="at least one adapted layer")
     known = sites_by_module([site for site in available if site.slice])
@@ -209,7 +224,7 @@ def adapted_modules(
                 expected=f"layers such as {', '.join(sorted({*known, *whole})[:4])}",
             )
         slices = known.get(name, ())
-        site = whole.get(name) or _whole_module(slices[0])
+        site = whole.get(name) or slices[0].whole
         rank = pair["A"].shape[0]
         if rank < 1 or pair["A"].shape[1] != site.in_features:
             raise _misfit(where, name, "A", pair["A"], f"(rank, {site.in_features})")
@@ -233,12 +248,6 @@ def _misfit(where: str, module: str, part: str, array: Array, expected: str) -> 
         f"{where}: lora_{part} of {module} has shape {array.shape}",
         expected=f"{expected} on this backbone",
     )
-
-
-def _whole_module(part: Site) -> Site:
-    """The site of the whole module that a slice belongs to."""
-    rows = part.module_rows
-    return Site(part.block, part.module, "", part.in_features, rows, 0, rows)
 
 
 def _sites_held(

@@ -79,6 +79,9 @@ def united(adapters: Sequence[OneAdapter], sites: Sequence[Site]) -> AdapterValu
         raise MismatchError("a stack of no adapter", expected="at least one")
     layouts = {one.layout for one in adapters}
     scaling = torch.tensor([one.scaling for one in adapters], dtype=torch.float32)
+    if len(layouts) > 1:
+        adapters, sites = _alike(adapters, sites)
+        layouts = {one.layout for one in adapters}
     if len(layouts) == 1:
         stacked = torch.stack([one.value for one in adapters])
         return AdapterValues.from_flat(stacked, adapters[0].layout, scaling)
@@ -106,6 +109,46 @@ def united(adapters: Sequence[OneAdapter], sites: Sequence[Site]) -> AdapterValu
             place = room[name][row]
             (place[:rank] if name.endswith(".lora_A") else place[:, :rank]).copy_(tensor)
     return AdapterValues.from_flat(values, layout, scaling)
+
+
+def _alike(
+    adapters: Sequence[OneAdapter], sites: Sequence[Site]
+) -> tuple[list[OneAdapter], tuple[Site, ...]]:
+    """Adapters of which none has slices of a module that another has whole; and their sites."""
+    known = {*sites}
+    fused = {site.module for site in sites if site.slice}
+    of_all = {site for one in adapters for site in one.layout.sites}
+    whole = {site.module for site in of_all - known if not site.slice and site.module in fused}
+    if not whole:
+        return [*adapters], tuple(sites)
+    ordered = dict.fromkeys(site.whole if site.module in whole else site for site in sites)
+    return [_with_whole(one, whole) for one in adapters], tuple(ordered)
+
+
+def _with_whole(one: OneAdapter, modules: set[str]) -> OneAdapter:
+    """An adapter with these modules whole: exact, the ranks of their slices side by side."""
+    slices: dict[str, list[Site]] = {}
+    for site in one.layout.sites:
+        if site.slice and site.module in modules:
+            slices.setdefault(site.module, []).append(site)
+    if not slices:
+        return one
+    rank = one.layout.rank
+    layout = Layout(
+        tuple(dict.fromkeys(s.whole if s.module in slices else s for s in one.layout.sites)),
+        rank * max(map(len, slices.values())),
+    )
+    value = one.value.new_zeros(layout.numel)
+    room, held = layout.unflatten(value), one.layout.unflatten(one.value)
+    for site in one.layout.sites:
+        place = slices.get(site.module, [site]).index(site) * rank
+        name = site.module if site.module in slices else site.name
+        rows = slice(site.first_row, site.first_row + site.out_features)
+        if site.module not in slices:
+            rows = slice(None)
+        room[f"{name}.lora_A"][place : place + rank] = held[f"{site.name}.lora_A"]
+        room[f"{name}.lora_B"][rows, place : place + rank] = held[f"{site.name}.lora_B"]
+    return OneAdapter(layout, value, one.scaling)
 
 
 def mixed(values: AdapterValues, weights: Tensor) -> OneAdapter:

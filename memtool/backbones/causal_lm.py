@@ -1,8 +1,7 @@
-"""A causal language model of the Llama family whose linear layers take a mixture as an argument.
+"""A causal language model of transformers whose linear layers add what is recalled.
 
-The forward pass of the family's decoder layer (norm, attention with rotary positions and grouped
-keys and values, gated MLP) is written out here once more, because the mixture of a block has to
-reach its linear layers as an argument. Layers of another kind are refused by name.
+The model runs as transformers wrote it; its blocks and their linear layers are replaced by those
+of `called.py`, which find the mixture of a pass in the model's one `Call`.
 
 A batch of token ids is (b, n) int64, padded with `PAD` on the left, so that all samples end at the
 same place and generation goes on there. Padding is never looked at and counts for no position: a
@@ -11,8 +10,10 @@ sample gets the same answer alone and in any batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +21,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memtool.adapters.layout import Site
-from memtool.adapters.linear import AdaptedLinear
-from memtool.adapters.mixing import Mixture
 from memtool.adapters.values import Recall
+from memtool.backbones.called import Call, CalledBlock, CalledLinear
+from memtool.backbones.families import family_of, sites_of_block
 from memtool.backbones.interface import FrozenModel
+from memtool.backbones.quantised import four_bits, require_bitsandbytes
 from memtool.backbones.tensor_hash import tensor_sha256
 from memtool.errors import ConfigError, DataError, MismatchError, NotFoundError
 from memtool.paths import expand
 from memtool.settings import BackboneSettings, TextSettings
 
-CAUSAL_LM_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+ROPES = ("default", "linear", "llama3", "yarn", "longrope", "proportional")
+"""Rotary positions that do not depend on the length of the text, so that keys can be kept.
 
-LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
-"""Kinds of decoder layers in transformers that `AdaptedLayer` expresses."""
-
-ROPES = ("default", "linear", "llama3", "yarn")
-"""Rotary positions that do not depend on the length of the text, so that keys can be kept."""
+Those of longrope do not within the context that a model was first trained with.
+"""
 
 PROMPT_TOKENS, ANSWER_TOKENS = 1024, 512
 """The most tokens of a prompt and of an answer, where the context has room and nobody says more."""
@@ -73,6 +72,8 @@ def create_causal_lm(
     from transformers.utils import logging
 
     source = model_source(settings)
+    if settings.quantise is not None:
+        require_bitsandbytes()
     had_bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -89,14 +90,18 @@ def create_causal_lm(
         ) from error
     except ValueError as error:  # an architecture that transformers does not know
         raise ConfigError(f"{source!r} is no causal language model: {error}") from error
+    except ImportError as error:  # weights that were quantised by a package that is not here
+        raise ConfigError(f"{source!r} needs another package: {error}") from error
     finally:
         if had_bars:
             logging.enable_progress_bar()
     # One model, whatever its numbers are kept in on disk and here: float32 holds them all.
     sha256 = tensor_sha256(model.state_dict(), torch.float32)
     for parameter in model.parameters():  # not buffers: those of the rotary embedding stay float32
-        parameter.data = parameter.data.to(dtype)
-    return CausalLM(model, tokenizer, settings.name, text, sha256=sha256)
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    made_of = None if settings.quantise is None else partial(four_bits, dtype=dtype)
+    return CausalLM(model, tokenizer, settings.name, text, sha256=sha256, made_of=made_of)
 
 
 def model_source(settings: BackboneSettings) -> str:
@@ -153,34 +158,8 @@ def require_unicode(text: str, what: str) -> None:
         ) from error
 
 
-class KeyValueCache:
-    """The keys and values of all tokens so far, (b, heads, capacity, head_dim) for every block."""
-
-    def __init__(self, depth: int, capacity: int) -> None:
-        self.capacity = capacity
-        self.length = 0
-        self._keys: list[Tensor | None] = [None] * depth
-        self._values: list[Tensor | None] = [None] * depth
-
-    def extend(self, block: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of a block so far with new ones (b, heads, n, head_dim) behind them; views.
-
-        `length` is advanced by the caller, once all blocks have theirs.
-        """
-        old_keys, old_values = self._keys[block], self._values[block]
-        if old_keys is None or old_values is None:
-            batch, heads, _, width = keys.shape
-            old_keys = keys.new_empty(batch, heads, self.capacity, width)
-            old_values = torch.empty_like(old_keys)
-            self._keys[block], self._values[block] = old_keys, old_values
-        end = self.length + keys.shape[2]
-        old_keys[:, :, self.length : end] = keys
-        old_values[:, :, self.length : end] = values
-        return old_keys[:, :, :end], old_values[:, :, :end]
-
-
 class CausalLM(FrozenModel):
-    """A frozen decoder of `LAYERS`; takes the model over and replaces its layers.
+    """A frozen decoder of `FAMILIES`; takes the model over and replaces its blocks.
 
     Attributes beside those of `FrozenModel`: `context`, tokens that it can look at;
     `prompt_tokens` and `answer_tokens`, the most that a prompt and an answer may have.
@@ -188,40 +167,63 @@ class CausalLM(FrozenModel):
 
     A prompt that is too long loses tokens behind its first one (kept where it is the tokenizer's
     begin-of-text token) and keeps its end, where the question is; or is refused, as
-    `text.long_prompts` says. Raises ConfigError for a model that cannot be expressed, and for
+    `text.long_prompts` says. Raises ConfigError for a model that cannot be adapted, and for
     limits that do not fit its context.
     """
 
-    targets = CAUSAL_LM_TARGETS
-
     def __init__(
-        self, model: Any, tokenizer: Any, name: str, text: TextSettings, *, sha256: str = ""
+        self,
+        model: Any,
+        tokenizer: Any,
+        name: str,
+        text: TextSettings,
+        *,
+        sha256: str = "",
+        made_of: Callable[[nn.Module], nn.Module] | None = None,
     ) -> None:
+        """`made_of` makes another layer of every linear one that can be adapted, as of few bits."""
         super().__init__()
-        _check_model(model, name)
+        family = family_of(model, name)
+        _check_positions(model.config, name)
         model.eval().requires_grad_(False)
         config = model.config
         self.name = name
         self.dim = config.hidden_size
-        self.depth = len(model.model.layers)
-        self.context: int = config.max_position_embeddings
+        self.context = _context_of(config)
         self.prompt_tokens, self.answer_tokens = limits_of(name, self.context, text)
         self._refuse_long = text.long_prompts == "refuse"
         self.sha256 = sha256
         self.tokenizer = tokenizer
+        self._chat = _require_template(tokenizer, name) if text.chat else False
         self.ends = _end_tokens(model, tokenizer)
-        self.embed = model.model.embed_tokens
-        self.rotary = model.model.rotary_emb
-        self.layers = nn.ModuleList(
-            AdaptedLayer(layer, number) for number, layer in enumerate(model.model.layers)
-        )
-        self.norm = model.model.norm
-        self.head = model.lm_head
+        model.generation_config = type(model.generation_config)()  # how to answer is said in a call
+        self.targets = tuple(family.layers)
+        self.call = Call()
+        blocks = model.get_submodule(family.blocks)
+        for number, block in enumerate(blocks):
+            sites = sites_of_block(family, block, config, number)
+            for path in dict.fromkeys(family.layers.values()):
+                linear = block.get_submodule(path)
+                linear = linear if made_of is None else made_of(linear)
+                linear = CalledLinear(linear, f"{family.blocks}.{number}.{path}", self.call)
+                block.set_submodule(path, linear)
+            blocks[number] = CalledBlock(block, number, self.call, sites)
+        self.depth = len(blocks)
+        # What is padding is said in every pass; transformers would guess it by this and warn.
+        config.pad_token_id = None
+        self.model = model
+        self._blocks = family.blocks
 
     @property
-    def blocks(self) -> list[AdaptedLayer]:
+    def blocks(self) -> list[CalledBlock]:
         """The decoder layers, from the text on."""
-        return [layer for layer in self.layers if isinstance(layer, AdaptedLayer)]
+        return list(self.model.get_submodule(self._blocks))
+
+    @property
+    def embed(self) -> nn.Embedding:
+        """The vectors of tokens."""
+        found: nn.Embedding = self.model.get_input_embeddings()
+        return found
 
     # Texts ----------------------------------------------------------------------------------
 
@@ -238,7 +240,7 @@ class CausalLM(FrozenModel):
         for number, prompt in enumerate(prompts):
             require_unicode(prompt, f"prompt {number + 1}")
             # Not verbose: what is longer than the context is cut below.
-            row = list(self.tokenizer(prompt, verbose=False).input_ids)
+            row = self._prompt_ids(prompt)
             if not row:
                 raise DataError(f"prompt {number + 1} has no tokens: {prompt!r}")
             if len(row) > self.prompt_tokens:
@@ -256,6 +258,18 @@ class CausalLM(FrozenModel):
         for place, row in zip(tokens, rows, strict=True):
             place[len(place) - len(row) :] = torch.tensor(row)
         return EncodedTexts(tokens, torch.tensor(lengths), cut_prompts, cut_answers)
+
+    def _prompt_ids(self, prompt: str) -> list[int]:
+        if self._chat:
+            said = [{"role": "user", "content": prompt}]
+            asked = self.tokenizer.apply_chat_template(
+                said, add_generation_prompt=True, tokenize=False
+            )
+            # The template has the special tokens in it.
+            found = self.tokenizer(asked, add_special_tokens=False, verbose=False)
+        else:
+            found = self.tokenizer(prompt, verbose=False)
+        return list(found.input_ids)
 
     def _cut(self, row: list[int], number: int) -> list[int]:
         if self._refuse_long:
@@ -277,32 +291,52 @@ class CausalLM(FrozenModel):
 
     # Forward --------------------------------------------------------------------------------
 
-    def hidden(
-        self, tokens: Tensor, recall: Recall | None = None, cache: KeyValueCache | None = None
-    ) -> Tensor:
+    def hidden(self, tokens: Tensor, recall: Recall | None = None, cache: Any = None) -> Tensor:
         """What the head reads, (b, n, dim), of a batch of token ids (b, n).
 
         `recall(block, hidden)` is called with the input (b, n, dim) of every block, before its
-        first norm. With a cache that holds some tokens, `tokens` are all so far and only those
-        behind them run: the result has as many.
+        first norm. With a cache (`new_cache`) that holds some tokens, `tokens` are all so far and
+        only those behind them run: the result has as many. Threads take turns; within a pass
+        another one is a RuntimeError.
         """
         real = tokens != PAD
-        done = 0 if cache is None else cache.length
-        positions = (real.cumsum(1) - 1).clamp_min(0)[:, done:]
-        hidden = self.embed(tokens[:, done:].clamp_min(0))
-        rotation = self.rotary(hidden, position_ids=positions)
-        allowed = _allowed(real, done)
-        for number, layer in enumerate(self.layers):
-            mixture = None if recall is None else recall(number, hidden)
-            hidden = layer(hidden, mixture, rotation, allowed, cache)
+        done = 0 if cache is None else cache.get_seq_length()
+        given: dict[str, Any] = {
+            "attention_mask": _attention_mask(real),
+            "position_ids": (real.cumsum(1) - 1).clamp_min(0)[:, done:],
+            "use_cache": cache is not None,
+        }
         if cache is not None:
-            cache.length = tokens.shape[1]
-        return self.norm(hidden)
+            given[self._cache_word] = cache
+        decoder, ids = self.model.base_model, tokens[:, done:].clamp_min(0)
+        found: Tensor = self.call.under(recall, lambda: decoder(ids, **given).last_hidden_state)
+        return found
+
+    @property
+    def _cache_word(self) -> str:
+        # Before version 5.20 or so, transformers called it past_key_values.
+        words = inspect.signature(self.model.base_model.forward).parameters
+        return "cache" if "cache" in words else "past_key_values"
+
+    def new_cache(self) -> Any:
+        """Room for the keys and values of a batch, as transformers keeps them."""
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self.model.config)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits (..., vocabulary) of what `hidden` gave (..., dim)."""
+        scores: Tensor = self.model.lm_head(hidden)
+        most = getattr(self.model.config, "final_logit_softcapping", None)
+        return scores if most is None else torch.tanh(scores / most) * most
 
     def logits(self, tokens: Tensor, recall: Recall | None = None) -> Tensor:
         """Logits (b, n, vocabulary) of the token that follows each of `tokens` (b, n)."""
-        scores: Tensor = self.head(self.hidden(tokens, recall))
-        return scores
+        return self.head(self.hidden(tokens, recall))
+
+    def gradient_checkpointing(self, on: bool = True) -> None:
+        """Compute blocks again for backward instead of keeping what is in them."""
+        self.call.checkpoints = on
 
     def answer_logits(
         self, tokens: Tensor, answers: Tensor, recall: Recall | None = None
@@ -328,11 +362,18 @@ class CausalLM(FrozenModel):
 
     @torch.no_grad()
     def generate(
-        self, tokens: Tensor, recall: Recall | None = None, *, most: int | None = None
+        self,
+        tokens: Tensor,
+        recall: Recall | None = None,
+        *,
+        most: int | None = None,
+        beams: int = 1,
     ) -> list[list[int]]:
-        """Greedy answers to prompts (b, n): the most probable token, again and again.
+        """Answers to prompts (b, n): the most probable token, again and again.
 
-        An answer ends before the end-of-text token, or at `most` tokens (`answer_tokens`).
+        An answer ends before the end-of-text token, or at `most` tokens (`answer_tokens`). With
+        `beams` it is the most probable of so many, searched by transformers; `recall` then is that
+        of b x beams rows, every prompt so many times in turn.
         """
         most = self.answer_tokens if most is None else most
         batch, length = tokens.shape
@@ -341,7 +382,9 @@ class CausalLM(FrozenModel):
                 f"prompts of {length} tokens and answers of {most}",
                 expected=f"at most {self.context} tokens together, the context of {self.name}",
             )
-        cache = KeyValueCache(self.depth, length + most)
+        if beams > 1:
+            return self._searched(tokens, recall, most, beams)
+        cache = self.new_cache()
         ends = torch.tensor(self.ends, device=tokens.device)
         running = torch.ones(batch, dtype=torch.bool, device=tokens.device)
         answers: list[list[int]] = [[] for _ in range(batch)]
@@ -358,115 +401,40 @@ class CausalLM(FrozenModel):
             tokens = torch.cat([tokens, following.unsqueeze(1)], dim=1)
         return answers
 
+    def _searched(
+        self, tokens: Tensor, recall: Recall | None, most: int, beams: int
+    ) -> list[list[int]]:
+        from transformers import GenerationConfig
 
-class AdaptedLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)): a decoder layer of the Llama family."""
-
-    def __init__(self, layer: Any, number: int) -> None:
-        super().__init__()
-        kind = type(layer)
-        if kind.__name__ not in LAYERS or not kind.__module__.startswith("transformers."):
-            raise ConfigError(
-                f"layer {number} is a {kind.__name__}, which memtool cannot adapt",
-                expected=f"one of {', '.join(LAYERS)}",
-            )
-        self.number = number
-        name = f"model.layers.{number}"
-        self.input_norm = layer.input_layernorm
-        self.attention = AdaptedAttention(layer.self_attn, f"{name}.self_attn")
-        self.output_norm = layer.post_attention_layernorm
-        self.mlp = AdaptedGatedMlp(layer.mlp, f"{name}.mlp")
-
-    def forward(
-        self,
-        x: Tensor,
-        mixture: Mixture | None,
-        rotation: tuple[Tensor, Tensor],
-        allowed: Tensor | None,
-        cache: KeyValueCache | None,
-    ) -> Tensor:
-        """(b, n, dim) to the same shape; the rest as in `CausalLM.hidden` and `_allowed`."""
-        normed = self.input_norm(x)
-        mixed = self.attention(normed, mixture, rotation, allowed, cache, self.number)
-        x = x + mixed
-        return x + self.mlp(self.output_norm(x), mixture)
-
-    def site(self, number: int, target: str) -> Site:
-        """Where one of `CAUSAL_LM_TARGETS` lies in this block, which is block `number`."""
-        where = self.attention if target in ("q", "k", "v", "o") else self.mlp
-        linear: AdaptedLinear = getattr(where, target)
-        return linear.site(number)
-
-
-class AdaptedAttention(nn.Module):
-    """Causal attention with rotary positions, and groups of heads that share keys and values."""
-
-    q: AdaptedLinear
-    k: AdaptedLinear
-    v: AdaptedLinear
-    o: AdaptedLinear
-
-    def __init__(self, attention: Any, name: str) -> None:
-        super().__init__()
-        for target in ("q", "k", "v", "o"):
-            linear = getattr(attention, f"{target}_proj")
-            setattr(self, target, _adapted(linear, f"{name}.{target}_proj"))
-        self.q_norm = getattr(attention, "q_norm", None)
-        self.k_norm = getattr(attention, "k_norm", None)
-        self.head_dim: int = attention.head_dim
-        self.scaling: float = attention.scaling
-
-    def forward(
-        self,
-        x: Tensor,
-        mixture: Mixture | None,
-        rotation: tuple[Tensor, Tensor],
-        allowed: Tensor | None,
-        cache: KeyValueCache | None,
-        number: int,
-    ) -> Tensor:
-        """(b, n, dim) to the same shape."""
-        split = (*x.shape[:2], -1, self.head_dim)
-        q, k, v = (linear(x, mixture).view(split) for linear in (self.q, self.k, self.v))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotated(q.transpose(1, 2), *rotation), rotated(k.transpose(1, 2), *rotation)
-        v = v.transpose(1, 2)
-        if cache is not None:
-            k, v = cache.extend(number, k, v)
-        groups = q.shape[1] // k.shape[1]
-        if groups > 1:
-            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        mixed = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=allowed, is_causal=allowed is None, scale=self.scaling
+        how = GenerationConfig(
+            num_beams=beams,
+            do_sample=False,
+            max_new_tokens=most,
+            eos_token_id=list(self.ends),
+            pad_token_id=self.ends[0],
         )
-        return self.o(mixed.transpose(1, 2).reshape(*x.shape[:2], -1), mixture)
+        given = {"attention_mask": (tokens != PAD).long(), "generation_config": how}
+        ids = tokens.clamp_min(0)
+        found = self.call.under(recall, lambda: self.model.generate(ids, **given))
+        answers: list[list[int]] = found[:, tokens.shape[1] :].tolist()
+        return [self._ended(answer) for answer in answers]
+
+    def _ended(self, answer: list[int]) -> list[int]:
+        """An answer up to its end-of-text token."""
+        ends = [place for place, token in enumerate(answer) if token in self.ends]
+        return answer[: ends[0]] if ends else answer
 
 
-class AdaptedGatedMlp(nn.Module):
-    """down(act(gate x) ⊙ up x)."""
+def _attention_mask(real: Tensor) -> Tensor | None:
+    """What transformers is told of padding (b, n): nothing where there is none.
 
-    gate: AdaptedLinear
-    up: AdaptedLinear
-    down: AdaptedLinear
-
-    def __init__(self, mlp: Any, name: str) -> None:
-        super().__init__()
-        for target in ("gate", "up", "down"):
-            linear = getattr(mlp, f"{target}_proj")
-            setattr(self, target, _adapted(linear, f"{name}.{target}_proj"))
-        self.act = mlp.act_fn
-
-    def forward(self, x: Tensor, mixture: Mixture | None) -> Tensor:
-        """(b, n, dim) to the same shape."""
-        return self.down(self.act(self.gate(x, mixture)) * self.up(x, mixture), mixture)
-
-
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The pairs (i, i + d/2) of x (b, heads, n, d), turned by angles of cos and sin (b, n, d)."""
-    low, high = x.chunk(2, dim=-1)
-    turned = torch.cat((-high, low), dim=-1)
-    return x * cos.unsqueeze(1).to(x.dtype) + turned * sin.unsqueeze(1).to(x.dtype)
+    On the meta device, where it cannot look at numbers, a mask (1, 1, n, n) that is ready.
+    """
+    if real.is_meta:
+        return real.new_empty(1, 1, real.shape[1], real.shape[1])
+    if not torch.compiler.is_compiling() and bool(real.all()):
+        return None
+    return real.long()
 
 
 def _before_answers(tokens: Tensor, answers: Tensor) -> Tensor:
@@ -476,49 +444,41 @@ def _before_answers(tokens: Tensor, answers: Tensor) -> Tensor:
     return places >= length - answers.unsqueeze(1)
 
 
-def _allowed(real: Tensor, done: int) -> Tensor | None:
-    """Which token may look at which: bool (b, 1, n − done, n); None for causal and no padding.
-
-    Every token may look at itself, also padding, whose softmax would else be over nothing.
-    """
-    length = real.shape[1]
-    if done == 0 and not real.is_meta and bool(real.all()):
-        return None
-    places = torch.arange(length, device=real.device)
-    mine = places[done:].unsqueeze(1)
-    return (((places <= mine) & real.unsqueeze(1)) | (places == mine)).unsqueeze(1)
+def _check_positions(config: Any, name: str) -> None:
+    """Refuse rotary positions under which keys cannot be kept."""
+    for said in _ropes(config):
+        rope = said.get("rope_type", "default")
+        if rope not in ROPES:
+            raise ConfigError(
+                f"backbone {name} has rotary positions {rope!r}",
+                expected=f"one of {', '.join(ROPES)}",
+            )
 
 
-def _adapted(linear: Any, name: str) -> AdaptedLinear:
-    if type(linear) is not nn.Linear:
-        raise ConfigError(
-            f"{name} is a {type(linear).__name__}, which memtool cannot adapt",
-            expected="a plain linear layer, not a quantised one",
-        )
-    return AdaptedLinear(linear, name)
-
-
-def _check_model(model: Any, name: str) -> None:
-    """Refuse what the written-out forward pass does not express."""
-    config = model.config
-    if not hasattr(getattr(model, "model", None), "layers") or not hasattr(model, "lm_head"):
-        raise ConfigError(
-            f"backbone {name} is a {type(model).__name__}",
-            expected="a decoder of the Llama family: Llama, Mistral, Qwen2 or Qwen3",
-        )
-    window = getattr(config, "sliding_window", None)
-    if window is not None and window < config.max_position_embeddings:
-        raise ConfigError(
-            f"backbone {name} attends over a sliding window of {window} tokens",
-            expected="attention over the whole context",
-        )
+def _ropes(config: Any) -> list[dict[str, Any]]:
+    """What a configuration says of rotary positions: once, or for every kind of attention."""
     # Before version 5, transformers called it rope_scaling.
     said = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    rope = said.get("rope_type", "default")
-    if rope not in ROPES:
+    return [one for one in (said, *said.values()) if isinstance(one, dict)]
+
+
+def _context_of(config: Any) -> int:
+    """Tokens that a model can look at, always in the same way."""
+    context: int = config.max_position_embeddings
+    if any(one.get("rope_type") == "longrope" for one in _ropes(config)):
+        context = min(context, getattr(config, "original_max_position_embeddings", None) or context)
+    return context
+
+
+def _require_template(tokenizer: Any, name: str) -> bool:
+    """True. Raises ConfigError for a tokenizer without a chat template."""
+    if not getattr(tokenizer, "chat_template", None):
         raise ConfigError(
-            f"backbone {name} has rotary positions {rope!r}", expected=f"one of {', '.join(ROPES)}"
+            f"text.chat with {name}, whose tokenizer has no chat template",
+            expected="a model that was trained to chat",
+            remedy="--set text.chat=false",
         )
+    return True
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, Protocol, Self
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ class FrozenModel(nn.Module, ABC):
     dim: int
     depth: int
     sha256: str
-    targets: ClassVar[tuple[str, ...]]
+    targets: tuple[str, ...]
 
     @property
     @abstractmethod

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from memtool.adapters.layout import Layout
-from memtool.adapters.linear import AdaptedLinear
+from memtool.adapters.linear import Adapted
 from memtool.errors import ConfigError, CorruptError
 from memtool.memories.dual_gpm import DualGPM, spaces_from_bytes, spaces_to_bytes
 
@@ -46,13 +46,13 @@ class PastInputs:
         moments: dict[str, Tensor] = {}
 
         def count(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-            assert isinstance(module, AdaptedLinear)
+            assert isinstance(module, Adapted)
             x = rows(arguments[0].detach()).float()
             with torch.autocast(x.device.type, enabled=False):
                 second = (x.mT @ x).cpu().double()
             moments[module.name] = moments.get(module.name, 0) + second
 
-        adapted = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
+        adapted = [module for module in model.modules() if isinstance(module, Adapted)]
         hooks = [
             module.register_forward_pre_hook(count)
             for module in adapted

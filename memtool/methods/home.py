@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from memtool.adapters.layout import Layout, sites_of
+from memtool.errors import MismatchError
 from memtool.methods.records import own_head_blob
 from memtool.paths import split_store
 from memtool.remembered import remembered
@@ -141,7 +142,12 @@ def stored_home(config: Config, *, seed: int, all_settings: bool = False) -> Sto
     made_with = remembered(store, version)
     if not made_with or not _same(made_with, config, all_settings):
         return None
-    return StoredHome(config, seed, store, store.view(version))
+    home = StoredHome(config, seed, store, store.view(version))
+    try:
+        home.layout  # noqa: B018
+    except MismatchError:  # slices of layers that only the model knows
+        return None
+    return home
 
 
 def _same(made_with: dict[str, Any], config: Config, all_settings: bool) -> bool:

@@ -414,7 +414,6 @@ def change_config(folder: Path, **changes: Any) -> None:
     [
         ({"init_lora_weights": "pissa"}, MismatchError, "'pissa' changes the weights"),
         ({"lora_bias": True}, MismatchError, "lora_bias is True"),
-        ({"fan_in_fan_out": True}, MismatchError, "fan_in_fan_out"),
         ({"some_new_idea": {"k": 1}}, MismatchError, "some_new_idea is {'k': 1}"),
         ({"lora_alpha": 0}, MismatchError, "lora_alpha is 0"),
         ({"lora_alpha": None}, CorruptError, "lora_alpha is None"),

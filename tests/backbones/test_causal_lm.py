@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig
+from transformers import LlamaConfig, OPTConfig, OPTForCausalLM
 
 from memtool.adapters.layout import Layout
 from memtool.adapters.lora import init_lora
 from memtool.adapters.recalls import every
 from memtool.adapters.values import AdapterValues, Recall
 from memtool.backbones import create_backbone
-from memtool.backbones.causal_lm import CAUSAL_LM_TARGETS, PAD, CausalLM, create_causal_lm
+from memtool.backbones.causal_lm import PAD, CausalLM, create_causal_lm
+from memtool.backbones.families import FAMILIES
 from memtool.backbones.footprint import footprint, footprint_of
 from memtool.errors import ConfigError, DataError, MismatchError, NotFoundError
 from memtool.memories.rank1 import AtomGate, Rank1Memory, init_atoms
@@ -33,9 +34,9 @@ def build(family: str = "llama", text: TextSettings = LIMITS, **changes: object)
     return CausalLM(model, tiny_tokenizer(), "tiny", text)
 
 
-def atoms(lm: CausalLM, targets: tuple[str, ...] = CAUSAL_LM_TARGETS) -> Recall:
+def atoms(lm: CausalLM, targets: tuple[str, ...] | None = None) -> Recall:
     """Two tasks of three atoms with values that matter."""
-    bank = Rank1Memory(lm.sites(targets))
+    bank = Rank1Memory(lm.sites(targets or lm.targets))
     generator = torch.Generator().manual_seed(3)
     layout = Layout(bank.sites, 3)
     for owner in range(2):
@@ -46,7 +47,7 @@ def atoms(lm: CausalLM, targets: tuple[str, ...] = CAUSAL_LM_TARGETS) -> Recall:
     return bank.eval().recall(AtomGate(topk=3, temperature=0.1, threshold=0.0))
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_those_of_transformers(family: str) -> None:
     reference = tiny_model(family).double().eval()
     lm = build(family)
@@ -176,7 +177,7 @@ def test_every_target_changes_the_answer() -> None:
     lm = build()
     tokens = lm.encode(["who"]).tokens
     plain = lm.logits(tokens)
-    for target in CAUSAL_LM_TARGETS:
+    for target in lm.targets:
         assert not torch.equal(lm.logits(tokens, atoms(lm, (target,))), plain)
 
 
@@ -224,11 +225,10 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path) -> None:
 
 
 def test_models_that_are_not_expressed_are_refused() -> None:
-    gpt = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=43))
-    with pytest.raises(ConfigError, match="GPT2LMHeadModel"):
-        CausalLM(gpt, tiny_tokenizer(), "gpt", LIMITS)
-    with pytest.raises(ConfigError, match="sliding window of 16"):
-        build("mistral", sliding_window=16)
+    config = OPTConfig(num_hidden_layers=1, num_attention_heads=2, hidden_size=8, ffn_dim=8)
+    opt = OPTForCausalLM(config)
+    with pytest.raises(ConfigError, match="is a OPTForCausalLM, which memtool cannot adapt"):
+        CausalLM(opt, tiny_tokenizer(), "opt", LIMITS)
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     with pytest.raises(ConfigError, match="rotary positions 'dynamic'"):
         build(rope_parameters=rope)

@@ -8,8 +8,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GPT2Config,
     LlamaConfig,
     MistralConfig,
+    Phi3Config,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -31,6 +36,20 @@ SIZES = {
     "pad_token_id": 0,
 }
 
+WINDOW = 6
+OWN: dict[str, dict[str, object]] = {
+    "mistral": {"sliding_window": WINDOW},
+    "gemma2": {"sliding_window": WINDOW, "query_pre_attn_scalar": 4},
+    "gemma3_text": {
+        "sliding_window": WINDOW,
+        "query_pre_attn_scalar": 4,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "gpt2": {"n_inner": 24},
+}
+"""What a family has of its own: windows that short prompts already exceed."""
+NOT_OF_GPT2 = ("num_key_value_heads", "head_dim", "intermediate_size")
+
 
 def tiny_config(family: str = "llama", **changes: object) -> PreTrainedConfig:
     """A configuration of about 5,000 parameters."""
@@ -39,9 +58,16 @@ def tiny_config(family: str = "llama", **changes: object) -> PreTrainedConfig:
         "mistral": MistralConfig,
         "qwen2": Qwen2Config,
         "qwen3": Qwen3Config,
+        "gemma": GemmaConfig,
+        "gemma2": Gemma2Config,
+        "gemma3_text": Gemma3TextConfig,
+        "phi3": Phi3Config,
+        "gpt2": GPT2Config,
     }
-    own = {"sliding_window": None} if family == "mistral" else {}
-    return kinds[family](**{**SIZES, **own, **changes})
+    said = {**SIZES, **OWN.get(family, {}), **changes}
+    if family == "gpt2":  # which has no such settings
+        said = {name: one for name, one in said.items() if name not in NOT_OF_GPT2}
+    return kinds[family](**said)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

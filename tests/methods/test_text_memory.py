@@ -383,9 +383,9 @@ def test_dead_atoms_are_found_shown_by_their_losses_and_pruned(grown_copy: Moram
 def weights_by_hand(method: Moram, prompt: str, site_name: str) -> torch.Tensor:
     """The gate's weights (tokens, atoms) at a map of the first block, from its input alone."""
     snapshot, lm = method.snapshot(), method.workspace.backbone
-    layer = lm.layers[0]
+    layer = lm.blocks[0].layer
     ids = lm.encode([prompt]).tokens
-    x = layer.input_norm(lm.embed(ids))
+    x = layer.input_layernorm(lm.embed(ids))
     return activations(x, snapshot.bank.bank(site_name), snapshot.gate)[0]
 
 

@@ -24,7 +24,6 @@ import memtool_stores
 from memtool.adapters.layout import Layout, Site
 from memtool.adapters.peft_files import parse_peft, write_peft
 from memtool.adapters.stock import OneAdapter, Stock, mixed
-from memtool.backbones.causal_lm import CAUSAL_LM_TARGETS
 from memtool.errors import ConfigError, CorruptError, DataError
 from memtool.evaluation.record import Record
 from memtool.learning.looks import PromptLook
@@ -59,7 +58,9 @@ class PromptMemory(Routed):
     @cached_property
     def sites(self) -> tuple[Site, ...]:
         """All that the model offers to an adapter, whatever those that are trained here adapt."""
-        found: tuple[Site, ...] = tuple(self.workspace.backbone.sites(CAUSAL_LM_TARGETS))
+        found: tuple[Site, ...] = tuple(
+            self.workspace.backbone.sites(self.workspace.backbone.targets)
+        )
         return found
 
     @property

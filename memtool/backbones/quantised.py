@@ -1,0 +1,40 @@
+"""The linear layers of a language model in four bits (bitsandbytes)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from memtool.errors import ConfigError
+
+
+def require_bitsandbytes() -> None:
+    """Raise ConfigError where the package is not installed."""
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            "backbone.quantise=4bit needs the package bitsandbytes",
+            expected="it installed, or the weights as they are",
+            remedy="pip install 'memtool[4bit]', or --set backbone.quantise=none",
+        ) from error
+
+
+def four_bits(linear: Any, dtype: torch.dtype) -> nn.Module:
+    """A linear layer, or GPT-2's transposed one, with weights in four bits (nf4).
+
+    It computes in `dtype`. On a GPU the weights are packed when it is moved there.
+    """
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
+
+    weight = linear.weight.data.t() if hasattr(linear, "nf") else linear.weight.data
+    rows, wide = weight.shape
+    packed: nn.Module = Linear4bit(
+        wide, rows, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta"
+    )
+    packed.weight = Params4bit(weight.contiguous(), requires_grad=False, quant_type="nf4")
+    if linear.bias is not None:
+        packed.bias = linear.bias
+    return packed.to(weight.device)
