@@ -47,10 +47,11 @@ def answers(
     *,
     batch: int = 16,
     most: int | None = None,
+    beams: int = 1,
 ) -> list[str]:
-    """The greedy answers of a language model to prompts, without white space around them.
+    """The most probable answers of a language model to prompts, without white space around them.
 
-    `recall` is one for all, or a `RecallOf`; `most` as in `CausalLM.generate`.
+    `recall` is one for all, or a `RecallOf`; `most` and `beams` as in `CausalLM.generate`.
     """
     if not prompts:
         return []
@@ -58,8 +59,9 @@ def answers(
     found = [""] * len(prompts)
     for rows in by_length(tokens, batch):
         asked = trimmed(tokens[rows]).to(lm.device)
-        chosen = recall(asked) if isinstance(recall, RecallOf) else recall
-        generated = lm.generate(asked, chosen, most=most)
+        rows_of = asked.repeat_interleave(beams, dim=0)
+        chosen = recall(rows_of) if isinstance(recall, RecallOf) else recall
+        generated = lm.generate(asked, chosen, most=most, beams=beams)
         for row, ids in zip(rows.tolist(), generated, strict=True):
             found[row] = lm.decode(ids).strip()
     return found

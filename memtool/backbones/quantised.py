@@ -27,7 +27,7 @@ def four_bits(linear: Any, dtype: torch.dtype) -> nn.Module:
 
     It computes in `dtype`. On a GPU the weights are packed when it is moved there.
     """
-    from bitsandbytes.nn.modules import Linear4bit, Params4bit
+    from bitsandbytes.nn import Linear4bit, Params4bit
 
     weight = linear.weight.data.t() if hasattr(linear, "nf") else linear.weight.data
     rows, wide = weight.shape

@@ -154,15 +154,21 @@ class AttachedTexts(Attached, ABC):
             return self.backbone.logits(tokens, self.recall(tokens))
 
     def generate(
-        self, prompts: Sequence[str], *, batch: int = 16, most: int | None = None
+        self,
+        prompts: Sequence[str],
+        *,
+        batch: int = 16,
+        most: int | None = None,
+        beams: int = 1,
     ) -> list[str]:
-        """The greedy answers to prompts, without white space around them.
+        """The answers to prompts, without white space around them: greedy, or the best of beams.
 
         An answer has at most `most` tokens; none: as the memory was made (`text.answer_tokens`).
         """
         require_texts(prompts)
+        recall = RecallOf(self.recall)
         with self.computing():
-            return answers(self.backbone, prompts, RecallOf(self.recall), batch=batch, most=most)
+            return answers(self.backbone, prompts, recall, batch=batch, most=most, beams=beams)
 
     def answer(self, prompt: str) -> str:
         """The greedy answer to one prompt."""

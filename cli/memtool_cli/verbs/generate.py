@@ -68,6 +68,17 @@ def generate(
             "--most", metavar="N", min=1, help="Tokens of an answer.", rich_help_panel="Output"
         ),
     ] = None,
+    beams: Annotated[
+        int,
+        typer.Option(
+            "--beams",
+            metavar="N",
+            min=1,
+            max=64,
+            help="Search the most probable answer with N beams; 1: token by token.",
+            rich_help_panel="Output",
+        ),
+    ] = 1,
 ) -> None:
     """Answer prompts; the weights that a prompt chooses stay while it is answered."""
     if (prompt is None) == (prompts is None):
@@ -91,7 +102,8 @@ def generate(
         model = method.attach(call.version, task=task, precision=precision)
         assert isinstance(model, AttachedTexts)
         model.eval().requires_grad_(False)
-        texts = model.generate(asked, batch=call.config.engine.eval_batch_size, most=most)
+        batch = call.config.engine.eval_batch_size
+        texts = model.generate(asked, batch=batch, most=most, beams=beams)
         weights = model.weights(asked)
     answers = tuple(
         records.Answer(prompt=one, text=text, weights=_named(model.names, row))
