@@ -205,29 +205,39 @@ def _answers(place: Path, repeats: int) -> list[dict[str, Any]]:
     one.set_adapter("a0")
     names = [f"a{number}" for number in range(BATCH)]
     said = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    length = {"max_new_tokens": ANSWER, "min_new_tokens": ANSWER, "do_sample": False}
 
-    def frozen() -> object:
-        with torch.no_grad(), one.disable_adapter():
-            return one.generate(**said, **length)
-
-    def of_peft(**more: Any) -> object:
+    def of_peft(most: int = ANSWER, **more: Any) -> object:
+        length = {"max_new_tokens": most, "min_new_tokens": most, "do_sample": False}
         with torch.no_grad():
             return one.generate(**said, **length, **more)
 
+    def frozen() -> object:
+        with one.disable_adapter():
+            return of_peft()
+
+    def ours(most: int = ANSWER) -> object:
+        return lm.generate(tokens, routing.recall(weights), most=most)
+
     candidates: dict[str, Callable[[], object]] = {
-        "memory": lambda: lm.generate(tokens, routing.recall(weights), most=ANSWER),
+        "memory": ours,
+        "memory, prompt": lambda: ours(1),
         "memory of those alone": lambda: lm.generate(
             tokens, few_routing.recall(weights[:, used]), most=ANSWER
         ),
         "ours, frozen": lambda: lm.generate(tokens, None, most=ANSWER),
         "transformers, frozen": frozen,
         "peft, one adapter": of_peft,
+        "peft, prompt": lambda: of_peft(1),
         "peft, adapter_names": lambda: of_peft(adapter_names=names),
     }
     seconds = interleaved(candidates, repeats)
+    for whole, prompt in (("memory", "memory, prompt"), ("peft, one adapter", "peft, prompt")):
+        both = zip(seconds[whole], seconds[prompt], strict=True)
+        seconds[prompt.replace("prompt", "tokens")] = [a - b for a, b in both]
     pairs = (
         ("memory", "peft, one adapter", 1.15),
+        ("memory, prompt", "peft, prompt", 1.15),
+        ("memory, tokens", "peft, tokens", 1.15),
         ("memory", "memory of those alone", 1.10),
         ("memory", "peft, adapter_names", None),
         ("memory", "ours, frozen", None),

@@ -31,6 +31,12 @@ def create_backbone(settings: BackboneSettings) -> Backbone:
             expected="an image model: nano, timm:<model name>",
             remedy="memtool run --preset moram-trace, which reads texts",
         )
+    if settings.quantise is not None:
+        raise ConfigError(
+            f"backbone.quantise with {settings.name}, which reads images",
+            expected="a language model: hf:<id or path>",
+            remedy="--set backbone.quantise=none",
+        )
     if ships and bool(model) != (family == "nano") and colon == ":" * bool(model):
         create = registry.find("backbones", family)
         found: Backbone = create(settings, model) if model else create(settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -9,9 +10,14 @@ from torch import nn
 
 from memtool.errors import ConfigError
 
+UNIT = 32
+"""Rows and columns that bitsandbytes packs together."""
+
 
 def require_bitsandbytes() -> None:
     """Raise ConfigError where the package is not installed."""
+    # It warns of kernels that are faster, whoever asks.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
@@ -25,12 +31,16 @@ def require_bitsandbytes() -> None:
 def four_bits(linear: Any, dtype: torch.dtype) -> nn.Module:
     """A linear layer, or GPT-2's transposed one, with weights in four bits (nf4).
 
-    It computes in `dtype`. On a GPU the weights are packed when it is moved there.
+    It computes in `dtype`. On a GPU the weights are packed when it is moved there. A layer whose
+    sizes are no multiples of `UNIT`, which bitsandbytes cannot pack on every CPU, stays as it is.
     """
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     weight = linear.weight.data.t() if hasattr(linear, "nf") else linear.weight.data
     rows, wide = weight.shape
+    if rows % UNIT or wide % UNIT:
+        plain: nn.Module = linear
+        return plain
     packed: nn.Module = Linear4bit(
         wide, rows, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta"
     )
