@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memtool.backbones.called import CalledLinear
 from memtool.backbones.causal_lm import CausalLM, limits_of, model_source
+from memtool.backbones.quantised import PACKED_BYTES, can_be_packed
 from memtool.errors import ConfigError, NotFoundError
 from memtool.memories.rank1 import AtomBank, AtomGate, Rank1Memory
 from memtool.settings import BackboneSettings, TextSettings
@@ -67,10 +69,11 @@ def footprint(
     tasks: int = 8,
     gate: AtomGate | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    packed: bool = False,
 ) -> Footprint:
     """The footprint of a transformers configuration, with weights of `dtype`.
 
-    `tasks` tasks of `rank` atoms lie at every site of `targets`, and those of the last one learn.
+    With `packed` those of linear layers are in four bits. `tasks` tasks of `rank` atoms lie at every site of `targets`, and those of the last one learn.
     Raises ConfigError for a model that cannot be adapted, for too few tasks, and for a gate with a
     norm of every task, which looks at numbers that are not there.
     """
@@ -96,7 +99,8 @@ def footprint(
     size = torch.empty(0, dtype=dtype).element_size()
     return Footprint(
         parameters=sum(parameter.numel() for parameter in weights),
-        weights=sum(parameter.numel() * parameter.element_size() for parameter in weights),
+        weights=sum(parameter.numel() * parameter.element_size() for parameter in weights)
+        - (_saved_by_packing(lm, size) if packed else 0),
         atoms=4 * numbers * tasks,
         learning=3 * 4 * numbers,
         per_token=round(of_n / n - pair * n),
@@ -132,9 +136,24 @@ def footprint_of(
         raise ConfigError(f"{source!r} is no causal language model: {error}") from error
     limits = limits_of(settings.name, config.max_position_embeddings, text)
     found = footprint(
-        config, targets=settings.targets, rank=rank, tasks=tasks, gate=gate, dtype=dtype
+        config,
+        targets=settings.targets,
+        rank=rank,
+        tasks=tasks,
+        gate=gate,
+        dtype=dtype,
+        packed=settings.quantise is not None,
     )
     return replace(found, limits=limits)
+
+
+def _saved_by_packing(lm: CausalLM, size: int) -> int:
+    """Bytes that linear layers have less in four bits than in numbers of `size` bytes."""
+    weights: list[Tensor] = [
+        one.linear.get_parameter("weight") for one in lm.modules() if isinstance(one, CalledLinear)
+    ]
+    numbers = sum(weight.numel() for weight in weights if can_be_packed(weight))
+    return round(numbers * (size - PACKED_BYTES))
 
 
 def _bank(lm: CausalLM, targets: Sequence[str], rank: int, tasks: int) -> Rank1Memory:

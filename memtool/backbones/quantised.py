@@ -6,12 +6,15 @@ import logging
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from memtool.errors import ConfigError
 
 UNIT = 32
 """Rows and columns that bitsandbytes packs together."""
+
+PACKED_BYTES = 0.5 + 4 / 64
+"""Of a number: four bits, and a scale in float32 for 64 of them."""
 
 
 def require_bitsandbytes() -> None:
@@ -28,6 +31,11 @@ def require_bitsandbytes() -> None:
         ) from error
 
 
+def can_be_packed(weight: Tensor) -> bool:
+    """Whether a matrix can be kept in four bits."""
+    return all(size % UNIT == 0 for size in weight.shape)
+
+
 def four_bits(linear: Any, dtype: torch.dtype) -> nn.Module:
     """A linear layer, or GPT-2's transposed one, with weights in four bits (nf4).
 
@@ -38,7 +46,7 @@ def four_bits(linear: Any, dtype: torch.dtype) -> nn.Module:
 
     weight = linear.weight.data.t() if hasattr(linear, "nf") else linear.weight.data
     rows, wide = weight.shape
-    if rows % UNIT or wide % UNIT:
+    if not can_be_packed(weight):
         plain: nn.Module = linear
         return plain
     packed: nn.Module = Linear4bit(

@@ -265,6 +265,14 @@ def test_a_footprint_counts_what_a_real_model_and_its_atoms_have() -> None:
     assert (found.atoms, found.learning) == (3 * 4 * values, 3 * 4 * values)
 
 
+def test_a_footprint_in_four_bits_is_that_of_the_packed_layers() -> None:
+    config = tiny_config(hidden_size=64, intermediate_size=96, head_dim=16)
+    plain, packed = (footprint(config, dtype=torch.float32, packed=one) for one in (False, True))
+    # q and o, k and v of half as many rows, three of the MLP, in each of two blocks
+    numbers = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96)
+    assert plain.weights - packed.weights == numbers * (4 - 0.5 - 4 / 64)
+
+
 def test_a_footprint_of_what_cannot_be_counted_is_refused() -> None:
     with pytest.raises(ConfigError, match="another norm"):
         footprint(tiny_config(), gate=AtomGate(score_norm="task"))
