@@ -27,6 +27,12 @@ Seed = Annotated[int, Field(ge=0, le=10**15)]
 """What generators of all libraries take, times a thousand and a task's number."""
 
 
+TextMetric = Literal[
+    "first-character", "number", "exact-match", "rouge-l", "edit-similarity", "sari"
+]
+"""How an answer is scored; see `memtool.evaluation.text`."""
+
+
 class BackboneSettings(Settings):
     """The frozen model."""
 
@@ -66,6 +72,9 @@ class StreamSettings(Settings):
     )
     held_out: str | None = Field(
         None, description="for dg: the domain that nothing is learned from; none: each in turn"
+    )
+    metric: TextMetric = Field(
+        "exact-match", description="for a file of lines: how answers are scored"
     )
     seed: Seed = Field(0, description="fixes splits, subsets and transformations")
 

@@ -137,6 +137,15 @@ BASE = setting(
         "engine.precision": "fp32",
     },
 )
+TEXTS = setting(
+    "--texts",
+    "stream.source",
+    "Memory",
+    'A collection of LoRA: what it is measured on, lines as {"adapter": "poems", "prompt": "…", '
+    '"answer": "…"}; or a stream of texts.',
+    metavar="FILE",
+    implies={"stream.setting": "trace", "text.epochs": None},
+)
 SEED = setting(
     "--seed", "seed", "Training", "Seed; `run` takes several.", metavar="N", type=list[str] | None
 )
@@ -472,6 +481,7 @@ _CARRIED = (
     SPLITS,
     HELD_OUT,
     *ADAPTERS,
+    TEXTS,
     SEED,
     *COMPUTE,
     *CONFIGURATION,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +38,19 @@ class AnswerScores(BaseModel):
     cut_prompts: int = 0
     cut_answers: int = 0
 
+    @classmethod
+    def joined(cls, parts: Sequence[AnswerScores]) -> AnswerScores:
+        """What was measured of some tasks each, of all of them."""
+        scores = [one for part in parts for one in part.scores or ()]
+        losses = tuple(one for part in parts for one in part.losses)
+        return cls(
+            losses=losses,
+            scores=tuple(scores) if len(scores) == len(losses) else None,
+            right=tuple(one for part in parts for one in part.right),
+            cut_prompts=sum(part.cut_prompts for part in parts),
+            cut_answers=sum(part.cut_answers for part in parts),
+        )
+
     @property
     def known(self) -> tuple[float, ...]:
         """The scores, each a `Share` where `right` knows of what; none without answers."""
@@ -50,10 +64,11 @@ class AnswerScores(BaseModel):
 class Answering:
     """A language model under a recall, and what it reaches on texts."""
 
-    def __init__(
-        self, work: Workspace, recall: Recall | RecallOf | None, lm: CausalLM | None = None
-    ) -> None:
-        """`recall` is one for all, or a `RecallOf`; `lm` the model, none for the workspace's."""
+    def __init__(self, work: Workspace, recall: Recall | RecallOf | None, lm: Any = None) -> None:
+        """`recall` is one for all, or a `RecallOf`.
+
+        `lm` is the model, or what answers as a `CausalLM` does; none for the workspace's.
+        """
         self.work = work
         self.recall_of = recall if isinstance(recall, RecallOf) else RecallOf(lambda _: recall)
         self.lm: CausalLM = lm or work.backbone

@@ -57,6 +57,8 @@ class Method(AdapterTrainer, ABC):
     """Whether a run measures baselines beside the memory."""
     measures_unseen: ClassVar[bool] = False
     """Whether it can be evaluated on tasks that are not in memory."""
+    rivals: ClassVar[tuple[str, ...]] = ()
+    """What else its adapters can be compared with: other packages that mix them."""
 
     @classmethod
     def open(

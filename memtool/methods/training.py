@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from memtool.alone import alone
-from memtool.errors import AlreadyExistsError, ConfigError
+from memtool.errors import AlreadyExistsError, ConfigError, DataError
 from memtool.learning.adapt import Adapted, Beneath, adapt
 from memtool.learning.learner import Learner
 from memtool.methods.exchange import AdapterFolder, write_adapter
@@ -201,9 +201,15 @@ class AdapterTrainer(AdapterWriter[Workspace]):
         return fingerprint_of(decides)
 
     def _require_learnable(self, task: Task) -> None:
-        """Raise DataError for a task without images of two classes."""
+        """Raise DataError for a task without images of two classes, or without a text."""
         if self.workspace.reads == "images":
             require_learnable(task)
+        elif not len(task.train):
+            raise DataError(
+                f"task {task.number} ({task.name}) has no training texts",
+                expected="a stream of folders with train.json: a file of lines is for testing",
+                remedy="--set stream.source=FILE.yaml",
+            )
 
     def _warm_start(self, task: Task) -> tuple[Tensor | None, str]:
         """The value that training starts from, and a word for it: the ids it was made of."""

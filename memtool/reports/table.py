@@ -618,8 +618,9 @@ def losses_grid(records: Sequence[Record]) -> Grid | None:
 
 
 def _after_last(row: Row) -> tuple[float | None, ...]:
-    """The losses after the last task that was learned."""
-    return next(line for line in reversed(row.loss) if any(loss is not None for loss in line))
+    """The losses after the last task that was learned; those of nothing where none was measured."""
+    known = (line for line in reversed(row.loss) if any(loss is not None for loss in line))
+    return next(known, row.loss[-1])
 
 
 def main_row(rows: Sequence[RowSummary]) -> RowSummary:

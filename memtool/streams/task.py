@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Literal
+from typing import Any, Generic
 
 import numpy as np
 import numpy.typing as npt
 from typing_extensions import TypeVar
 
-TextMetric = Literal[
-    "first-character", "number", "exact-match", "rouge-l", "edit-similarity", "sari"
-]
-"""How an answer is scored; see `memtool.evaluation.text`."""
+from memtool.settings import TextMetric
 
 
 @dataclass(frozen=True, eq=False)

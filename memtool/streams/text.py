@@ -12,13 +12,18 @@ scored (`memtool.evaluation.text`):
     path: ${MEMTOOL_DATA}/trace      # relative to the description, or absolute
     tasks:
       - {name: FOMC, metric: first-character}
+
+Texts to be tested on alone, as for adapters that were trained elsewhere, are lines of one file:
+
+    {"adapter": "poems", "prompt": "Write four lines about rain.", "answer": "..."}
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,13 +32,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from memtool.errors import ConfigError, DataError, NotFoundError, did_you_mean
 from memtool.paths import expand
-from memtool.settings import StreamSettings
+from memtool.settings import StreamSettings, TextMetric
 from memtool.streams.description import folder_of, read_model
 from memtool.streams.files import files_below, left_out
 from memtool.streams.ordering import named_places, random_ranks
 from memtool.streams.parts import PartName, part_of
-from memtool.streams.rows import Written, parse_json, text_of
-from memtool.streams.task import Stream, Task, TextMetric, Texts
+from memtool.streams.rows import Written, lines_of, parse_json, text_of
+from memtool.streams.task import Stream, Task, Texts
 from memtool_stores.printable import printable, shown
 
 SHOWN = 3
@@ -69,6 +74,9 @@ def text_sources() -> dict[str, Path]:
 def open_text_stream(settings: StreamSettings) -> Stream[Texts]:
     """The stream of texts that `settings.source` names, built in or the path of a description.
 
+    Or that of a file of lines (.jsonl), whose tasks bear the names of adapters and have no training
+    texts.
+
     `order` names the tasks in another order and may leave some out; `train_per_task` and
     `test_per_task` choose by the seed, and a larger number keeps what a smaller one chose.
     Raises NotFoundError for a source, folder or split that is not there, ConfigError for settings
@@ -76,11 +84,14 @@ def open_text_stream(settings: StreamSettings) -> Stream[Texts]:
     """
     built_in = text_sources()
     file = built_in.get(settings.source) or expand(settings.source)
+    if file.suffix == ".jsonl":
+        return _of_lines(file, settings)
     if file.suffix not in (".yaml", ".yml"):
         raise NotFoundError(
             f"there is no text source {shown(settings.source)}",
             expected=did_you_mean(settings.source, built_in),
-            remedy="a name of these, or the path of a YAML description of prompts and answers",
+            remedy="a name of these, or the path of a YAML description of prompts and answers, or "
+            "of a file of lines (.jsonl)",
         )
     description = read_task_folders(file)
     root = folder_of(description.path, file)
@@ -93,6 +104,53 @@ def open_text_stream(settings: StreamSettings) -> Stream[Texts]:
         for number, place in enumerate(places, start=1)
     )
     return Stream(name, "trace", tasks, (), _fingerprint(tasks), notes=tuple(notes))
+
+
+def _of_lines(file: Path, settings: StreamSettings) -> Stream[Texts]:
+    """The stream of a file of lines: a task for every adapter that they name."""
+    said: dict[str, list[tuple[str, str]]] = {}
+    for line in adapter_lines(file, answered=True):
+        said.setdefault(line.adapter, []).append((line.prompt, line.answer))
+    if not said:
+        raise DataError(f"{printable(str(file))} holds no texts", expected=ANSWERED_LINE)
+    name, names, none = printable(file.stem), list(said), Texts((), ())
+    tasks = []
+    for number, place in enumerate(named_places(settings.order or names, names, name, "task"), 1):
+        prompts, answers = zip(*said[names[place]], strict=True)
+        test = _limited(Texts(prompts, answers), settings.test_per_task, settings.seed)
+        tasks.append(Task(number, names[place], none, none, test, metric=settings.metric))
+    return Stream(name, "trace", tuple(tasks), (), _fingerprint(tasks))
+
+
+LINE = 'lines such as {"adapter": "poems", "prompt": "Write four lines about rain."}'
+ANSWERED_LINE = LINE.replace("}", ', "answer": "Drops on the roof"}')
+
+
+@dataclass(frozen=True)
+class AdapterLine:
+    """One line: a prompt of an adapter, its answer or "", and the words that say where it is."""
+
+    where: str
+    adapter: str
+    prompt: str
+    answer: str
+
+
+def adapter_lines(file: Path, *, answered: bool) -> Iterator[AdapterLine]:
+    """The lines of a file of prompts, with their answers where they are wanted.
+
+    Raises NotFoundError, and DataError with the number of the line for what is none or is empty.
+    """
+    for where, line in lines_of(file):
+        entry = parse_json(line, where)
+        keys = ("adapter", "prompt", "answer")[: 3 if answered else 2]
+        texts: list[Any] = [entry.get(k) if isinstance(entry, dict) else None for k in keys]
+        if not all(type(text) is str and text.strip() for text in texts):
+            expected = ANSWERED_LINE if answered else LINE
+            raise DataError(f"{where}: {shown(line)[:80]}", expected=expected)
+        for key, text in zip(keys, texts, strict=True):
+            _require_whole(text, key, where)
+        yield AdapterLine(where, *texts, *("",) * (3 - len(texts)))
 
 
 def read_task_folders(file: Path) -> TaskFolders:
@@ -149,11 +207,16 @@ def _check(entry: Any, where: str) -> None:
         value = entry[key]
         if not isinstance(value, str) or isinstance(value, Written):
             raise DataError(f"{where}: {key} is {_as_json(value)}", expected="text in quotes")
-        if any("\ud800" <= character <= "\udfff" for character in value):
-            raise DataError(
-                f"{where}: {key} has half of a character: {shown(value)}",
-                expected="pairs of \\ud800 to \\udfff",
-            )
+        _require_whole(value, key, where)
+
+
+def _require_whole(text: str, key: str, where: str) -> None:
+    """Raise DataError for half of a pair of surrogates, which is no character."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise DataError(
+            f"{where}: {key} has half of a character: {shown(text)}",
+            expected="pairs of \\ud800 to \\udfff",
+        )
 
 
 def _as_json(value: Any) -> str:

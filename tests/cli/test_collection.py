@@ -13,6 +13,7 @@ import pytest
 from tests.cli.conftest import inside
 from tests.methods.facts import write_facts
 from tests.methods.test_collection import PROMPTS, SHAPES, write_adapter, write_prompts
+from tests.methods.test_collection_measured import write_texts
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"  # peft asks transformers
@@ -32,6 +33,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed, (name, shape) in enumerate(SHAPES.items()):
         write_adapter(folder / "model", folder / "adapters" / name, seed, **shape)
     write_prompts(folder / "prompts.jsonl", PROMPTS)
+    write_texts(folder / "texts.jsonl", ("sums", "letters"))
     done = memtool(folder, "import", "adapters", "--base", "hf:model", "--prompts", "prompts.jsonl")
     assert done.returncode == 0, done.stderr
     assert [line.split("\t")[0] for line in done.stdout.splitlines()[1:]] == list(SHAPES)
@@ -72,6 +74,28 @@ def test_the_files_and_the_mixture_come_out(place: Path) -> None:
     assert "shapes of their own\t3 adapters" in memtool(place, "show").stdout
 
 
+def test_it_is_measured_on_texts_beside_peft(place: Path) -> None:
+    words = ("eval", "--texts", "texts.jsonl", "--compare", "peft")
+    done = memtool(place, *words, "--report", "r.html")
+    assert done.returncode == 0, done.stderr
+    lines = [line.split("\t")[0] for line in done.stdout.splitlines()]
+    for label in ("memory, mira (1 of 3 adapters distract)", "frozen model", "PEFT cat (weight"):
+        assert any(line.startswith(label) for line in lines), done.stdout
+        assert label in (place / "r.html").read_text(encoding="utf-8")
+    assert any("PEFT Arrow, not possible: ranks 1, 2, 3 and 4" in line for line in lines)
+    record = json.loads(memtool(place, *words, "--json").stdout)
+    losses = {row["id"]: row["metrics"].get("loss.final") for row in record["metrics"]["rows"]}
+    assert losses["peft-oracle"] == pytest.approx(losses["oracle"], abs=1e-4)
+    assert losses["peft-cat"] == pytest.approx(losses["uniform"], abs=1e-4)
+    assert losses["peft-ties"] is None
+
+
+def test_images_have_no_rival(tmp_path: Path) -> None:
+    done = memtool(tmp_path, "eval", "--compare", "peft")
+    assert done.returncode == 2, done.stderr
+    assert "method mira over texts" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
@@ -82,7 +106,11 @@ def test_the_files_and_the_mixture_come_out(place: Path) -> None:
         (("import", "adapters", "--prompts", "prompts.jsonl"), 2, "--base hf:MODEL"),
         (("import", "nowhere", "--base", "hf:model"), 3, "no adapter in nowhere"),
         (("import", "adapters", "--base", "hf:model", "--task", "1"), 2, "DIR:TASK"),
-        (("eval",), 2, "brings no texts to be measured on"),
+        (("eval",), 2, "memtool eval --texts FILE.jsonl"),
+        (("eval", "--texts", "nowhere.jsonl"), 3, "no file nowhere.jsonl"),
+        (("eval", "--texts", "prompts.jsonl"), 2, '"answer"'),
+        (("eval", "--texts", "texts.jsonl", "peft"), 2, "peft without --compare"),
+        (("eval", "--texts", "texts.jsonl", "--compare", "pfet"), 2, "did you mean 'peft'"),
     ],
 )
 def test_what_is_refused(place: Path, words: tuple[str, ...], code: int, said: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -28,6 +28,7 @@ from memtool_cli.options import (
     SEP,
     SPLITS,
     STORE,
+    TEXTS,
     Call,
     ImageSubject,
     PromptSubject,
@@ -371,6 +372,7 @@ def _show_recall(call: Call, result: RecallResult) -> None:
     epilog=examples(
         "memtool eval --setting dil",
         "memtool eval --history --compare --report report.html",
+        "memtool eval --texts texts.jsonl --compare peft",
         "memtool eval --store memory@HEAD~2 --json",
         "memtool eval --at-least 0.85 -q || echo worse than before",
     ),
@@ -382,6 +384,7 @@ def _show_recall(call: Call, result: RecallResult) -> None:
     RANK,
     SPLITS,
     HELD_OUT,
+    TEXTS,
     SEED,
     *COMPUTE,
     *CONFIGURATION,
@@ -390,6 +393,13 @@ def _show_recall(call: Call, result: RecallResult) -> None:
 )
 def evaluate(
     call: Call,
+    rivals: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[peft]",
+            help="With --compare on a collection of LoRA: what `peft` makes of the same adapters.",
+        ),
+    ] = None,
     setting: Annotated[
         str | None,
         typer.Option(
@@ -411,7 +421,8 @@ def evaluate(
         bool,
         typer.Option(
             "--compare",
-            help="Also hard choice, uniform mixture and the oracle adapter.",
+            help="Also hard choice, uniform mixture and the oracle adapter; of texts the frozen "
+            "model.",
             rich_help_panel="Memory",
         ),
     ] = False,
@@ -439,6 +450,8 @@ def evaluate(
         one_of("--setting", setting, choices("stream.setting"))
     if call.dry_run:
         return show_plan(call, "eval")
+    if rivals and not compare:
+        raise ConfigError(f"{rivals[0]} without --compare", remedy=f"--compare {rivals[0]}")
     report = report and call.writes_to(report)
     say_decided(call)
     if at_least is not None and call.reads_texts and not call.config.text.generate:
@@ -454,7 +467,15 @@ def evaluate(
                 f"--unseen under method {call.config.method}",
                 expected="method moram: other memories have no classes of tasks they never saw",
             )
-        more = {"unseen": True} if unseen else {}
+        more: dict[str, Any] = {"unseen": True} if unseen else {}
+        for rival in rivals or ():
+            if not method.rivals:
+                raise ConfigError(
+                    f"--compare {rival} under method {call.config.method}",
+                    expected="method mira over texts: a memory of whole LoRA of a language model",
+                )
+            one_of("--compare", rival, method.rivals)
+        more |= {"rivals": tuple(dict.fromkeys(rivals))} if rivals else {}
         record = method.evaluate(
             setting=setting,
             version=call.version,

@@ -24,7 +24,6 @@ import memtool_stores
 from memtool.adapters.peft_config import CONFIG_NAME
 from memtool.adapters.peft_files import parse_peft
 from memtool.adapters.peft_tensors import WEIGHTS_NAME
-from memtool.backbones.causal_lm import require_unicode
 from memtool.errors import AlreadyExistsError, ConfigError, DataError, MemtoolError, NotFoundError
 from memtool.learning.looks import looks
 from memtool.methods.exchange import PEFT_PREFIX
@@ -34,9 +33,8 @@ from memtool.methods.records import number_of
 from memtool.methods.results import WriteResult, WrittenAdapter
 from memtool.methods.routed.memory import kept_bytes
 from memtool.outside import is_file, is_folder, read_file
-from memtool.streams.rows import lines_of, parse_json
 from memtool.streams.task import Texts, spread
-from memtool.streams.text import text_sources
+from memtool.streams.text import LINE, adapter_lines, text_sources
 from memtool_stores.names import check_name
 from memtool_stores.printable import shown
 
@@ -157,7 +155,7 @@ def collect(
         if moments and PromptState.load(txn.base) is None:
             PromptState(look_at=method.settings.places).put(txn)
 
-    names = _few([one.name for one in adapters])
+    names = few([one.name for one in adapters])
     store = work.store_or_new()
     store.run(append, f"import {names}", metadata=metadata)
     notes = [note for one in adapters for note in one.notes]
@@ -165,11 +163,11 @@ def collect(
     silent = [one.name for one in adapters if one.name in new and one.name not in texts]
     if silent:
         notes.append(
-            f"no prompts of {_few(silent)}: no prompt will choose them, they can be asked for by "
+            f"no prompts of {few(silent)}: no prompt will choose them, they can be asked for by "
             "name"
         )
     if asked_anew:
-        notes.append(f"other prompts than before of {_few(asked_anew)}: memtool consolidate")
+        notes.append(f"other prompts than before of {few(asked_anew)}: memtool consolidate")
     return WriteResult(
         version=store.head(),
         added=tuple(added),
@@ -195,7 +193,7 @@ def _put_prompts(txn: memtool_stores.Transaction, name: str, asked: Sequence[str
         txn.delete_blob(name)
 
 
-def _few(names: Sequence[str]) -> str:
+def few(names: Sequence[str]) -> str:
     """Some names, and that there are more."""
     return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
 
@@ -335,22 +333,13 @@ def prompts_of(source: Path, known: set[str]) -> dict[str, list[str]]:
             )
         return named
     found: dict[str, list[str]] = {}
-    for where, line in lines_of(source):
-        entry = parse_json(line, where)
-        name = entry.get("adapter") if isinstance(entry, dict) else None
-        prompt = entry.get("prompt") if isinstance(entry, dict) else None
-        if type(name) is not str or type(prompt) is not str or not prompt.strip():
-            raise DataError(f"{where}: {shown(line)[:80]}", expected=_LINE)
-        require_unicode(prompt, where)
-        if name not in known:
+    for line in adapter_lines(source, answered=False):
+        if line.adapter not in known:
             raise DataError(
-                f"{where}: a prompt of {shown(name)}, which is no adapter here",
+                f"{line.where}: a prompt of {shown(line.adapter)}, which is no adapter here",
                 expected=f"one of {', '.join(sorted(known)[:8])}",
             )
-        found.setdefault(name, []).append(prompt)
+        found.setdefault(line.adapter, []).append(line.prompt)
     if not found:
-        raise ConfigError(f"{source} holds no prompts", expected=_LINE)
+        raise ConfigError(f"{source} holds no prompts", expected=LINE)
     return found
-
-
-_LINE = 'lines such as {"adapter": "poems", "prompt": "Write four lines about rain."}'

@@ -11,6 +11,7 @@ answered. Adapters may have any ranks, targets and scalings; those that are used
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -25,14 +26,15 @@ from memtool.adapters.layout import Layout, Site
 from memtool.adapters.peft_files import parse_peft, write_peft
 from memtool.adapters.stock import OneAdapter, Stock, mixed
 from memtool.errors import ConfigError, CorruptError, DataError
-from memtool.evaluation.record import Record
+from memtool.evaluation.record import Record, Row
 from memtool.learning.looks import PromptLook
 from memtool.memories.separation import separation
 from memtool.methods.attached import Attached
 from memtool.methods.explanation import Explanation
 from memtool.methods.export import config_blob, new_folders, require_new
-from memtool.methods.mira.collection import collect
+from memtool.methods.mira.collection import collect, few
 from memtool.methods.mira.moments import PromptState, digest_of, put_keys, tasks_in
+from memtool.methods.mira.peft_rows import peft_rows, require_peft
 from memtool.methods.records import recorded, task_of
 from memtool.methods.results import RetrieveResult, WriteResult
 from memtool.methods.routed.attached import RoutedTexts
@@ -44,8 +46,10 @@ from memtool.methods.routed.memory import (
 )
 from memtool.methods.routed.method import Routed
 from memtool.sections import MemorySettings
-from memtool.streams.task import Images, Task, Texts
+from memtool.streams.task import Images, Stream, Task, Texts
 from memtool.tensor_bytes import read_arrays
+
+_log = logging.getLogger(__name__)
 
 
 class PromptMemory(Routed):
@@ -54,6 +58,7 @@ class PromptMemory(Routed):
     name: ClassVar[str] = "mira"
     reads: ClassVar[tuple[str, ...]] = ("texts",)
     consolidates: ClassVar[str | None] = "keys"
+    rivals: ClassVar[tuple[str, ...]] = ("peft",)
 
     @cached_property
     def sites(self) -> tuple[Site, ...]:
@@ -227,9 +232,21 @@ class PromptMemory(Routed):
         return super().explain(**subject)
 
     def evaluate(self, **given: Any) -> Record:
-        """As `Routed.evaluate`. Raises ConfigError where no stream has the adapters' tasks."""
+        """As `Routed.evaluate`, on the tasks that the stream has; the other adapters distract.
+
+        `rivals` peft also measures what PEFT makes of the same adapters. Raises ConfigError where
+        the stream has no task of the memory, and where peft is not installed.
+        """
+        if given.get("rivals"):
+            require_peft()
         self._require_texts(str(given.get("version", "HEAD")))
         return super().evaluate(**given)
+
+    def rival_rows(
+        self, rivals: Sequence[str], memory: RoutedMemory, tasks: Sequence[Task]
+    ) -> list[Row]:
+        """Those of peft, where it is named."""
+        return peft_rows(self.workspace, memory, tasks) if "peft" in rivals else []
 
     def _require_texts(self, version: str) -> None:
         """Raise ConfigError for a collection whose tasks no stream was named for."""
@@ -240,17 +257,44 @@ class PromptMemory(Routed):
             raise ConfigError(
                 "a collection of adapters brings no texts to be measured on",
                 expected="a stream of texts whose tasks are called as the adapters",
-                remedy="--set stream.source=FILE.yaml",
+                remedy="memtool eval --texts FILE.jsonl, lines with adapter, prompt and answer; "
+                "or --set stream.source=FILE.yaml",
             )
 
     def shown(self, view: memtool_stores.MemoryView, tasks: Sequence[int]) -> list[Task]:
-        """The tasks of the stream that bear the names of these; numbered as in the memory."""
-        names = {task_of(r): str(r.meta.get("task_name") or r.name) for r in view.adapters}
-        return [replace(self.workspace.task(names[number]), number=number) for number in tasks]
+        """The tasks of the stream that bear the names of these, or of one of their adapters.
+
+        They are numbered as in the memory, in its order. Raises ConfigError where there is none.
+        """
+        numbers = {r.name: task_of(r) for r in view.adapters}
+        numbers |= {
+            str(r.meta["task_name"]): task_of(r) for r in view.adapters if r.meta.get("task_name")
+        }
+        stream = self.workspace.stream
+        found = [
+            replace(task, number=numbers[task.name])
+            for task in stream.tasks
+            if numbers.get(task.name) in tasks
+        ]
+        if not found:
+            raise ConfigError(
+                f"no task of {stream.name} is called as an adapter with a key",
+                expected=f"one of {few([n for n, number in numbers.items() if number in tasks])}",
+            )
+        self.workspace.once("said what is not measured", lambda: _say_unmeasured(stream, found))
+        return sorted(found, key=lambda task: tasks.index(task.number))
 
     def _require_same_task(self, record: memtool_stores.AdapterRecord) -> None:
         if "collection" not in record.meta:
             super()._require_same_task(record)
+
+
+def _say_unmeasured(stream: Stream, found: Sequence[Task]) -> None:
+    """Say which tasks of a stream are not measured."""
+    measured = {task.name for task in found}
+    others = [task.name for task in stream.tasks if task.name not in measured]
+    if others:
+        _log.warning("not measured, as no adapter with a key is called so: %s", few(others))
 
 
 def stored_adapter(

@@ -19,7 +19,7 @@ from memtool.streams.task import Images, Task
 from memtool.workspace import Workspace
 
 OTHER_WAYS: Mapping[str, tuple[str, Way]] = {
-    "hard": ("hard choice", hardest),
+    "hard": ("hard choice: the adapter of most weight", hardest),
     "uniform": ("uniform mixture", uniform),
 }
 """By id: the label of a row, and how the weights are used."""
@@ -96,22 +96,23 @@ def _answered(
         answering(work, memory, way).scores([task], f"after {len(memory.tasks)} tasks: {label}")
         for task, way in zip(tasks, ways, strict=True)
     ]
-    metrics = [part.scores[0] for part in parts if part.scores is not None]
-    return AnswerScores(
-        losses=tuple(part.losses[0] for part in parts),
-        scores=tuple(metrics) if len(metrics) == len(parts) else None,
-        cut_prompts=sum(part.cut_prompts for part in parts),
-        cut_answers=sum(part.cut_answers for part in parts),
-    )
+    return AnswerScores.joined(parts)
 
 
 def other_rows(work: Workspace, memory: RoutedMemory, tasks: Sequence[Task]) -> list[Row]:
-    """The same adapters and rule, used otherwise; and the oracle, which is told the task."""
-    count = len(memory.tasks)
+    """The same adapters and rule, used otherwise, and the oracle, which is told the task.
+
+    On texts also the frozen model, without any adapter.
+    """
+    count = len(tasks)
     rows = [
         row(work, id, label, "baseline", tasks, {count: (memory, [way] * len(tasks))})
         for id, (label, way) in OTHER_WAYS.items()
     ]
+    if work.reads == "texts":
+        label = "frozen model"
+        found = {count: Answering(work, None).scores(tasks, f"evaluate: {label}")}
+        rows.append(answer_row("frozen", label, "baseline", tasks, found))
     told = [only(memory.tasks.index(task.number), memory.routing.owners) for task in tasks]
     oracle = row(
         work, "oracle", "oracle adapter, task given", "upper bound", tasks, {count: (memory, told)}

@@ -26,7 +26,7 @@ import memtool_stores
 from memtool.adapters.stock import Stock
 from memtool.adapters.values import AdapterValues
 from memtool.errors import ConfigError
-from memtool.evaluation.record import Record
+from memtool.evaluation.record import Record, Row
 from memtool.learning.looks import FINAL, PromptLook, looks
 from memtool.methods.about import require_trained_head
 from memtool.methods.attached import Attached
@@ -232,13 +232,15 @@ class Routed(Method, ABC):
         version: str = "HEAD",
         history: bool = False,
         compare: bool = False,
+        rivals: Sequence[str] = (),
         command: str | None = None,
         preset: str | None = None,
     ) -> Record:
         """Accuracy, or the loss of texts, on the test samples of every task in memory.
 
         `history` also reads the version after each task; `compare` adds a hard choice, the uniform
-        mixture and the oracle adapter. The task is never given.
+        mixture, of texts the frozen model, and the oracle adapter; `rivals` as `rival_rows`. The
+        task is never given.
         """
         begin, work = time.perf_counter(), self.workspace
         cut = self._setting(setting)
@@ -246,25 +248,28 @@ class Routed(Method, ABC):
         shown = self.shown(memory.view, memory.tasks)
         if work.stream.held_out is not None:
             shown = [work.stream.held_out]
-        there = {len(memory.tasks): memory}
+        there = {len(shown): memory}
         if history and work.stream.held_out is None:
             log = work.store.log(memory.version)
             known = ((one.id, self.known_in(work.store.view(one.id))) for one in log)
-            for count, at in newest_after_each(known, memory.tasks).items():
-                there.setdefault(count, self.snapshot(at))
+            for learned, at in sorted(newest_after_each(known, memory.tasks).items()):
+                count = sum(task.number in memory.tasks[:learned] for task in shown)
+                if count < len(shown):
+                    there[count] = self.snapshot(at)
         ways = [measure.as_they_are] * len(shown)
         rows = [
             measure.row(
                 work,
                 "memory",
-                f"memory, {self.name}",
+                self._label(memory, shown),
                 "method",
                 shown,
-                {min(n, len(shown)): (one, ways) for n, one in sorted(there.items())},
+                {count: (one, ways) for count, one in sorted(there.items())},
             )
         ]
         if compare:
             rows += measure.other_rows(work, memory, shown)
+        rows += self.rival_rows(rivals, memory, shown)
         return self._record(
             rows,
             shown,
@@ -277,6 +282,21 @@ class Routed(Method, ABC):
             command=command,
             preset=preset,
         )
+
+    def rival_rows(
+        self, rivals: Sequence[str], memory: RoutedMemory, tasks: Sequence[Task]
+    ) -> list[Row]:
+        """What others make of the same adapters, by the names of `rivals`; here of none."""
+        del rivals, memory, tasks
+        return []
+
+    def _label(self, memory: RoutedMemory, tasks: Sequence[Task]) -> str:
+        """The name of the method's row; it says how many adapters only distract."""
+        numbers = {task.number for task in tasks}
+        others = sum(task_of(record) not in numbers for record in memory.records)
+        if self.workspace.stream.held_out is not None or not others:
+            return f"memory, {self.name}"
+        return f"memory, {self.name} ({others} of {len(memory.records)} adapters distract)"
 
     def _setting(self, setting: str | None) -> str:
         """What is known at test time: as the tasks were cut. Raises ConfigError for another."""
