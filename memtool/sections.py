@@ -87,13 +87,21 @@ class MemorySettings(Settings):
     token: Literal["class", "mean"] = Field("mean", description="token that the query looks at")
     query: Literal["identity", "linear", "mlp"] = Field("identity", description="query module")
     query_norm: bool = Field(True, description="layer-normalise the query")
-    scope: Literal["block", "model"] = Field(
-        "model", description="a memory in every block, or one look at the frozen model for all"
+    scope: Literal["block", "model", "token"] = Field(
+        "model",
+        description="a memory in every block, or one look at the frozen model for all; of texts "
+        "also token: a memory in every block, asked by every token",
     )
     look_at: LookAt = Field(
         2,
         description="for scope model: the block whose input the query looks at; of texts also "
-        "several places side by side: block:N, blocks, final, tokens",
+        "several places side by side: block:N, blocks, final, tokens; under scope block of texts "
+        "`blocks` is a block's own input, beside final and tokens; under scope token it is alone",
+    )
+    clusters: Annotated[int, Field(ge=1)] = Field(
+        1,
+        description="of texts: clusters of the example prompts of an adapter, each with a key of "
+        "its own (the weights of its keys add up)",
     )
 
     @property

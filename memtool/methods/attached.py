@@ -164,6 +164,12 @@ class AttachedTexts(Attached, ABC):
         with self.computing():
             return answers(self.backbone, prompts, RecallOf(self.recall), batch=batch, most=most)
 
+    def answered(
+        self, prompts: Sequence[str], *, batch: int = 16, most: int | None = None
+    ) -> tuple[list[str], Tensor]:
+        """The answers to prompts as `generate` gives them, and their `weights`."""
+        return self.generate(prompts, batch=batch, most=most), self.weights(prompts)
+
     def answer(self, prompt: str) -> str:
         """The greedy answer to one prompt."""
         return self.generate([prompt])[0]

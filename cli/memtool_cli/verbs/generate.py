@@ -91,8 +91,8 @@ def generate(
         model = method.attach(call.version, task=task, precision=precision)
         assert isinstance(model, AttachedTexts)
         model.eval().requires_grad_(False)
-        texts = model.generate(asked, batch=call.config.engine.eval_batch_size, most=most)
-        weights = model.weights(asked)
+        batch = call.config.engine.eval_batch_size
+        texts, weights = model.answered(asked, batch=batch, most=most)
     answers = tuple(
         records.Answer(prompt=one, text=text, weights=_named(model.names, row))
         for one, text, row in zip(asked, texts, weights, strict=True)
