@@ -69,7 +69,7 @@ class PromptLook:
             if block in wanted:
                 seen[f"block:{block}"] = F.layer_norm(mean(hidden), hidden.shape[-1:])
 
-        if wanted or "final" in self.places:
+        if self.runs:
             seen["final"] = mean(lm.hidden(prompts, keep))
         if "tokens" in self.places:
             seen["tokens"] = _token_shares(prompts, len(lm.embed.weight))
@@ -80,8 +80,15 @@ class PromptLook:
 
     def width(self, lm: CausalLM) -> int:
         """Entries of what it sees under a model."""
-        widths = self._widths(lm).values()
-        return sum(widths) if self.apart else min(MOST_WIDE, sum(widths))
+        return self.width_of(lm.depth, lm.dim, len(lm.embed.weight))
+
+    def width_of(self, depth: int, dim: int, words: int) -> int:
+        """The same of a model of so many blocks that are `dim` wide, and so many tokens."""
+        wide = {"tokens": min(words, TOKEN_PLACES)}
+        widths = [wide.get(place, dim) for place in self._named(depth)]
+        if self.apart:
+            return sum(min(PART_WIDE, one) for one in widths)
+        return min(MOST_WIDE, sum(widths))
 
     def own(self, lm: CausalLM) -> tuple[int, int] | None:
         """How many blocks have a memory, and how many entries each sees alone; None: one sees all.
@@ -89,6 +96,11 @@ class PromptLook:
         These entries come first, block by block.
         """
         return (lm.depth, min(PART_WIDE, lm.dim)) if self.apart else None
+
+    @property
+    def runs(self) -> bool:
+        """Whether the model runs for it."""
+        return self.places != ("tokens",)
 
     def blocks(self, depth: int) -> set[int]:
         """The blocks that it looks at, of a model of so many."""
@@ -108,12 +120,6 @@ class PromptLook:
         for place in places:
             found += [f"block:{n}" for n in range(depth)] if place == "blocks" else [place]
         return list(dict.fromkeys(found))
-
-    def _widths(self, lm: CausalLM) -> dict[str, int]:
-        """Entries of every place, by name."""
-        own = {"tokens": min(len(lm.embed.weight), TOKEN_PLACES)}
-        wide = {place: own.get(place, lm.dim) for place in self._named(lm.depth)}
-        return {place: min(PART_WIDE, one) if self.apart else one for place, one in wide.items()}
 
 
 def columns_of(own: tuple[int, int] | None, width: int) -> Tensor:
