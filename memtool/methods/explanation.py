@@ -191,7 +191,7 @@ def token_grid(result: Explanation) -> Grid:
     for column, weights in zip(result.columns, result.tokens, strict=True):
         best = sorted(zip(result.adapters, weights, strict=True), key=lambda one: -one[1])
         told = [f"{part.name} {weight:.2f}" for part, weight in best[:NEAREST]]
-        rows.append((repr(column)[1:-1] or " ", " ".join(told)))
+        rows.append((column if column.strip() else "␣", " ".join(told)))
     return Grid(
         title="Weights at every token",
         header=("token", "adapters"),

@@ -248,15 +248,20 @@ class PromptMemory(Routed):
         assert keys is not None
         assert state is not None
         self.require_same_look(state)
-        rows = dict(zip(state.adapters, state.rows or [1] * len(state.adapters), strict=False))
-        most = max(rows.values(), default=1)
+        each = state.rows or (1,) * len(state.adapters)  # before an adapter could have several
+        rows = dict(zip(state.adapters, each, strict=False))
+        most = max(rows.values(), default=0)
+        if len(rows) != len(state.adapters) or min(rows.values()) < 1 or keys.shape[2] % most:
+            raise CorruptError(
+                f"keys of {keys.shape[2]} numbers an adapter, {list(state.rows)} of each",
+                expected="as many for each of them",
+                remedy="memtool verify",
+            )
         found: dict[int, Kept] = {}
         for place, record in enumerate(view.adapters[: keys.shape[1]]):
-            count = rows.get(record.id, 0)
-            if not 0 < count * (keys.shape[2] // most) <= keys.shape[2]:
-                continue
-            own = torch.from_numpy(keys[:, place].copy()).unflatten(1, (most, -1))[:, :count]
-            found.setdefault(task_of(record), {"key": own})
+            if count := rows.get(record.id, 0):
+                own = torch.from_numpy(keys[:, place].copy()).unflatten(1, (most, -1))
+                found.setdefault(task_of(record), {"key": own[:, :count]})
         return [found[task] for task in tasks]
 
     def values_in(
