@@ -44,7 +44,7 @@ Protect = Literal["freeze", "dual-gpm", "none"]
 Recaller = Literal["hopfield", "hopfield-published", "bayes-pcn", "bayes-pcn-published"]
 
 
-_PLACE = re.compile(r"final|tokens|blocks|block:(0|[1-9][0-9]{0,3})")
+_PLACE = re.compile(r"final|tokens|blocks|prefix|block:(0|[1-9][0-9]{0,3})")
 
 
 def _number_or_places(value: Any) -> Any:
@@ -53,7 +53,7 @@ def _number_or_places(value: Any) -> Any:
     if len(many) == 1 and str(many[0]).isdigit():
         return int(many[0])
     if not many or not all(isinstance(one, str) and _PLACE.fullmatch(one) for one in many):
-        raise ValueError("the number of a block, or some of block:N, blocks, final, tokens")
+        raise ValueError("the number of a block, or some of block:N, blocks, final, tokens, prefix")
     return tuple(many)
 
 
@@ -96,7 +96,8 @@ class MemorySettings(Settings):
         2,
         description="for scope model: the block whose input the query looks at; of texts also "
         "several places side by side: block:N, blocks, final, tokens; under scope block of texts "
-        "`blocks` is a block's own input, beside final and tokens; under scope token it is alone",
+        "`blocks` is a block's own input, beside final and tokens; under scope token it is that at "
+        "the token, or, as prefix, its mean over all tokens so far",
     )
     clusters: Annotated[int, Field(ge=1)] = Field(
         1,

@@ -7,7 +7,7 @@ Of images the pooled features. Of prompts what `PromptLook` names, side by side:
     blocks     that of every block
     tokens     the square root of how often each token occurs, in `TOKEN_PLACES` places at most
 
-or, in `token_looks`, the inputs of every block at single tokens.
+or, in `token_looks`, the inputs of every block at single tokens, or their means so far.
 """
 
 from __future__ import annotations
@@ -50,6 +50,11 @@ class PromptLook:
 
     places: tuple[str, ...] = ("final",)
     apart: bool = False
+
+    @classmethod
+    def under(cls, scope: str, places: tuple[str, ...]) -> PromptLook:
+        """The look of a memory of a scope. That of tokens sees the blocks at each of them."""
+        return cls(("blocks",) if scope == "token" else places, apart=scope != "model")
 
     def __call__(self, lm: CausalLM, prompts: Tensor) -> Tensor:
         """What prompts (b, n), padded on the left, look like: (b, width), float32.
@@ -166,13 +171,16 @@ def looks_of(work: Workspace, prompts: Sequence[str], look: PromptLook = FINAL) 
     return found
 
 
-def token_looks(work: Workspace, prompts: Sequence[str], most: int) -> Tensor:
+def token_looks(
+    work: Workspace, prompts: Sequence[str], most: int, *, prefix: bool = False
+) -> Tensor:
     """What every block sees at some tokens of prompts: (tokens, blocks · d), float32, on the CPU.
 
     At most `most` tokens, spread evenly over all of the prompts; the input of each block at a
-    token, layer-normalised, narrowed as a `PromptLook` of the blocks apart, and side by side.
+    token, or with `prefix` its mean up to there, layer-normalised, narrowed as a `PromptLook` of
+    the blocks apart, and side by side.
     """
-    lm, engine = work.backbone, work.engine
+    lm = work.backbone
     tokens = lm.encode(prompts).tokens
     places = (tokens != PAD).nonzero()
     places = places[torch.linspace(0, len(places) - 1, min(most, len(places))).long()]
@@ -181,15 +189,45 @@ def token_looks(work: Workspace, prompts: Sequence[str], most: int) -> Tensor:
     found = torch.empty(lm.depth, len(places), min(PART_WIDE, lm.dim))
     for rows, batch in batches(work, tokens):
         here = wanted[rows][:, -batch.shape[1] :]
-        chosen = (here >= 0).to(batch.device)
-        numbers = here[here >= 0]
-
-        def keep(block: int, hidden: Tensor, chosen: Tensor = chosen, at: Tensor = numbers) -> None:
-            found[block, at] = token_states(hidden[chosen]).cpu()
-
-        with torch.no_grad(), engine.autocast():
-            lm.hidden(batch, keep)
+        _look_at_tokens(work, batch, here, found, SoFar(batch) if prefix else None)
     return torch.cat([*found], dim=1)
+
+
+def _look_at_tokens(
+    work: Workspace, batch: Tensor, wanted: Tensor, found: Tensor, so_far: SoFar | None
+) -> None:
+    """Put what blocks see at the tokens (b, n) that have a row in `found` (blocks, rows, d)."""
+    chosen, rows = (wanted >= 0).to(batch.device), wanted[wanted >= 0]
+
+    def keep(block: int, hidden: Tensor) -> None:
+        seen = hidden if so_far is None else so_far(block, hidden)
+        found[block, rows] = token_states(seen[chosen]).cpu()
+
+    with torch.no_grad(), work.engine.autocast():
+        work.backbone.hidden(batch, keep)
+
+
+class SoFar:
+    """The means of the inputs of every block over the tokens so far, in one run over prompts.
+
+    Tokens that are generated behind the prompts go on from them; padding before them is none.
+    """
+
+    def __init__(self, prompts: Tensor) -> None:
+        """Prompts (b, n), padded on the left; what stands behind their first token counts."""
+        self._real = (prompts != PAD).cummax(dim=1).values.unsqueeze(-1)
+        self._known: dict[int, tuple[int, Tensor, Tensor]] = {}
+
+    def __call__(self, block: int, hidden: Tensor) -> Tensor:
+        """The means (b, n, dim), float32 at least, at the tokens that run now."""
+        wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        nothing = wide.new_zeros(len(wide), 1, 1)
+        done, sums, counts = self._known.get(block, (0, nothing, nothing))
+        real = self._real[:, done : done + wide.shape[1]].to(wide.dtype)
+        real = F.pad(real, (0, 0, 0, wide.shape[1] - real.shape[1]), value=1.0)
+        sums, counts = sums + (wide * real).cumsum(dim=1), counts + real.cumsum(dim=1)
+        self._known[block] = done + wide.shape[1], sums[:, -1:], counts[:, -1:]
+        return sums / counts.clamp_min(1)
 
 
 def token_states(hidden: Tensor) -> Tensor:

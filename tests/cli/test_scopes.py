@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"  # peft asks transformers
 )
 
-TOKEN = ("--set", "memory.scope=token", "--set", "memory.look_at=blocks")
+TOKEN = ("--set", "memory.scope=token", "--set", "memory.look_at=prefix")
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = ("import", "adapters", "--base", "hf:model", "--prompts", "prompts.jsonl")
     refused = memtool(folder, *words, "--set", "memory.scope=token")
     assert refused.returncode == 2
-    assert "--set memory.look_at=blocks" in refused.stderr
+    assert "--set memory.look_at=prefix" in refused.stderr
     assert memtool(folder, *words, *TOKEN).returncode == 0
     done = memtool(folder, "consolidate")
     assert done.returncode == 0, done.stderr
@@ -82,6 +82,6 @@ def test_a_plan_says_what_weights_cost(place: Path, words: tuple[str, ...], said
     told = json.loads(memtool(place, *run, *sets, *words, "--json").stdout)["plan"]["cost"]
     assert told["passes"] == int("1 pass" in said)
     assert told["mixing"] == 3 * 8 * 2 * (16 + 16 + 16 + 8 + 16 + 8 + 16 + 16)
-    entries = {"blocks,tokens": 2 * 16 + 43 + 1, "tokens": 43 + 1, "blocks": 2 * (16 + 1)}
+    entries = {"blocks,tokens": 2 * 16 + 43 + 1, "tokens": 43 + 1, "prefix": 2 * (16 + 1)}
     assert told["keys_bytes"] == 4 * 3 * entries[words[-1].partition("=")[2]]
     assert told["asking"] == (2 * 3 * 17 if told["scope"] == "token" else 0)

@@ -35,10 +35,11 @@ WAYS: dict[str, dict[str, object]] = {
     "model": {},
     "block": {"memory.scope": "block"},
     "token": {"memory.scope": "token", "memory.look_at": ("blocks",)},
+    "prefix": {"memory.scope": "token", "memory.look_at": ("prefix",)},
     "clusters": {"memory.clusters": 2},
     "token clusters": {
         "memory.scope": "token",
-        "memory.look_at": ("blocks",),
+        "memory.look_at": ("prefix",),
         "memory.clusters": 2,
     },
 }
@@ -124,13 +125,19 @@ def softmax(scores: Array) -> Array:
 
 
 def states(method: PromptMemory, prompt: str) -> Array:
-    """The layer-normalised input (blocks, n, dim) of every block at every token of a prompt."""
+    """What every block sees at every token of a prompt (blocks, n, dim), without padding."""
     lm, seen = method.workspace.backbone, []
     tokens = lm.encode([prompt]).tokens
     with torch.no_grad():
         lm.hidden(tokens, lambda block, hidden: seen.append(hidden[0].double()))
-    found = torch.stack(seen)
-    result: Array = F.layer_norm(found, found.shape[-1:]).numpy()
+    return np.stack([np.stack([seen_at(method, one, n) for n in range(len(one))]) for one in seen])
+
+
+def seen_at(method: PromptMemory, hidden: torch.Tensor, n: int) -> Array:
+    """What a block sees at token n of its input (tokens, dim): that token, or the mean so far."""
+    prefix = method.settings.places == ("prefix",)
+    found = hidden[: n + 1].mean(dim=0) if prefix else hidden[n]
+    result: Array = F.layer_norm(found.double(), found.shape).numpy()
     return result
 
 
@@ -175,8 +182,8 @@ def slow_recall(method: PromptMemory) -> Any:
     values = stock.take(range(3))
 
     def recall(block: int, hidden: torch.Tensor) -> Mixture | None:
-        seen = F.layer_norm(hidden.double(), hidden.shape[-1:]).numpy()
-        weights = [[twin(block, token) for token in sample] for sample in seen]
+        each = range(hidden.shape[1])
+        weights = [[twin(block, seen_at(method, one, n)) for n in each] for one in hidden]
         here = values.block(block)
         given = torch.from_numpy(np.array(weights)).float()
         return None if here is None else Mixture.weighted(here, given, "delta")
@@ -184,10 +191,11 @@ def slow_recall(method: PromptMemory) -> Any:
     return recall
 
 
+@pytest.mark.parametrize("name", ["token", "prefix"])
 def test_every_token_has_weights_by_a_slow_discriminant_analysis_as_it_passes(
-    place: Path, memories: dict[str, Path]
+    place: Path, memories: dict[str, Path], name: str
 ) -> None:
-    method = read(place, memories, "token")
+    method = read(place, memories, name)
     model, lm = attached(method), method.workspace.backbone
     recall = slow_recall(method)
     with torch.no_grad():
@@ -199,7 +207,7 @@ def test_every_token_has_weights_by_a_slow_discriminant_analysis_as_it_passes(
     assert not torch.allclose(unlike, expected, atol=0.5)
 
 
-@pytest.mark.parametrize("name", ["block", "token"])
+@pytest.mark.parametrize("name", ["block", "token", "prefix"])
 def test_generation_is_that_of_a_slow_loop(
     place: Path, memories: dict[str, Path], name: str
 ) -> None:
@@ -208,7 +216,7 @@ def test_generation_is_that_of_a_slow_loop(
     model, lm = attached(method), method.workspace.backbone
     for prompt, answer in zip(ASKED, model.generate(ASKED, most=5), strict=True):
         tokens = lm.encode([prompt]).tokens
-        if name == "token":
+        if name != "block":
             recall = slow_recall(method)
         else:
             routing = method.read().routing
@@ -318,12 +326,13 @@ def test_what_is_wide_is_narrowed_and_asked_alike(
     torch.testing.assert_close(found[0], expected[:, 0], atol=1e-4, rtol=1e-3)
 
 
-def test_a_bounded_number_of_tokens_is_seen_evenly(place: Path, tmp_path: Path) -> None:
-    method = opened(place, tmp_path, **WAYS["token"])
+@pytest.mark.parametrize("name", ["token", "prefix"])
+def test_a_bounded_number_of_tokens_is_seen_evenly(place: Path, tmp_path: Path, name: str) -> None:
+    method = opened(place, tmp_path, **WAYS[name])
     whole = np.concatenate([states(method, prompt) for prompt in ASKED], axis=1)
-    found = token_looks(method.workspace, ASKED, 1000).double().numpy()
+    found = token_looks(method.workspace, ASKED, 1000, prefix=name == "prefix").double().numpy()
     np.testing.assert_allclose(found, np.concatenate([*whole], axis=1), atol=1e-4)
-    some = token_looks(method.workspace, ASKED, 5).double().numpy()
+    some = token_looks(method.workspace, ASKED, 5, prefix=name == "prefix").double().numpy()
     rows = np.linspace(0, len(found) - 1, 5).astype(int)
     np.testing.assert_allclose(some, found[rows], atol=1e-4)
 
@@ -417,7 +426,7 @@ def test_a_stream_is_learned_and_measured_under_every_scope(place: Path, tmp_pat
     from memtool.experiments.run import run
 
     losses = {}
-    for name in ("model", "block", "token"):
+    for name in ("model", "block", "prefix"):
         where = tmp_path / name
         if losses:  # adapters do not depend on it
             shutil.copytree(tmp_path / "model" / "runs", where / "runs")
@@ -508,6 +517,7 @@ def test_keys_cannot_learn_without_prompts(place: Path, tmp_path: Path) -> None:
         ({"memory.scope": "block", "memory.look_at": ("tokens",)}, "under memory.scope block"),
         ({"memory.scope": "block", "memory.look_at": 1}, "memory.look_at block:1 under"),
         ({"memory.scope": "token"}, "memory.look_at blocks,tokens under memory.scope token"),
+        ({"memory.look_at": ("prefix",)}, "memory.look_at prefix under memory.scope model"),
         ({"consolidate.value_lr": 0.1}, "consolidate.value_lr 0.1 on a stream of texts"),
     ],
 )
@@ -520,7 +530,7 @@ def test_what_makes_no_sense_is_refused(
     with pytest.raises(ConfigError, match=said) as caught:
         open_method(config, seed=0)
     key, _, value = (caught.value.remedy or "").removeprefix("--set ").partition("=")
-    helped = {**changes, key: (value,) if key == "memory.look_at" else float(value)}
+    helped = {**changes, key: tuple(value.split(",")) if key == "memory.look_at" else float(value)}
     open_method(opened(place, tmp_path, **helped).config, seed=0)
 
 

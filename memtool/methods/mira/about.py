@@ -54,16 +54,27 @@ def _require_closed_form(config: Config) -> None:
 
 
 def _require_place_of_keys(memory: MemorySettings) -> None:
-    """Raise ConfigError for a look that a memory in every block cannot take."""
-    known = {"block": ("blocks", "tokens", "final"), "token": ("blocks",)}.get(memory.scope)
-    if known is None or ("blocks" in memory.places and {*memory.places} <= {*known}):
-        return
-    beside = " or ".join(known[1:])
-    raise ConfigError(
-        f"memory.look_at {','.join(memory.places)} under memory.scope {memory.scope}",
-        expected="blocks, which is the input of each block" + f", perhaps {beside}" * bool(beside),
-        remedy="--set memory.look_at=blocks",
-    )
+    """Raise ConfigError for a look that a memory of this scope cannot take."""
+    places = {*memory.places}
+    expected, fits, remedy = {
+        "model": ("final, blocks, block:N or tokens", "prefix" not in places, "blocks,tokens"),
+        "block": (
+            "blocks, which is the input of each block, perhaps tokens or final",
+            "blocks" in places and places <= {"blocks", "tokens", "final"},
+            "blocks",
+        ),
+        "token": (
+            "prefix, the mean of a block's input over the tokens so far, or blocks, the last alone",
+            places in ({"prefix"}, {"blocks"}),
+            "prefix",
+        ),
+    }[memory.scope]
+    if not fits:
+        raise ConfigError(
+            f"memory.look_at {','.join(memory.places)} under memory.scope {memory.scope}",
+            expected=expected,
+            remedy=f"--set memory.look_at={remedy}",
+        )
 
 
 def _require_one_of(name: str, found: object, known: tuple[object, ...], reads: str) -> None:

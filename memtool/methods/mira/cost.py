@@ -39,7 +39,7 @@ def cost_of(config: Config, *, tasks: int, numbers: int, parameters: int, tokens
     found = AutoConfig.from_pretrained(model_source(config.backbone), trust_remote_code=False)
     depth, dim, memory = found.num_hidden_layers, found.hidden_size, config.memory
     apart = memory.scope != "model"
-    look = PromptLook(memory.places, apart=apart)
+    look = PromptLook.under(memory.scope, memory.places)
     width = look.width_of(depth, dim, found.vocab_size)
     memories = depth if apart else 1
     if apart:

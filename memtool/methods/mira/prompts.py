@@ -96,7 +96,12 @@ class PromptMemory(Routed):
     @property
     def look(self) -> PromptLook:
         """At the places of `memory.look_at`; every block at its own, but under scope model."""
-        return PromptLook(self.settings.places, apart=self.scope != "model")
+        return PromptLook.under(self.scope, self.settings.places)
+
+    @property
+    def _prefix(self) -> bool:
+        """Whether a token sees all tokens so far."""
+        return "prefix" in self.settings.places
 
     @property
     def state(self) -> PromptState:
@@ -128,7 +133,8 @@ class PromptMemory(Routed):
             return looks_of(work, samples.prompts, self.look)
         most = max(LEAST_ROWS, MOST_NUMBERS // width)
         if self.scope == "token":
-            return token_looks(work, samples.prompts, min(MOST_TOKENS, most))
+            some = min(MOST_TOKENS, most)
+            return token_looks(work, samples.prompts, some, prefix=self._prefix)
         return looks_of(work, spread(samples, most).prompts, self.look)
 
     def keep(self, looks: Tensor) -> Mapping[str, Tensor]:
@@ -200,7 +206,8 @@ class PromptMemory(Routed):
         made = Routing(values, owners, kept, self.weights, self.name, look, memories)
         if self.scope != "token":
             return made
-        return TokenRouting(made, self.separate, self.workspace.backbone.dim)
+        dim = self.workspace.backbone.dim
+        return TokenRouting(made, self.separate, dim, prefix=self._prefix)
 
     @property
     def separate(self) -> SeparationFunction:

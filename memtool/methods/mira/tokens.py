@@ -1,7 +1,8 @@
 """The weights of single tokens: every block of the running pass is asked as tokens come.
 
 There is no look ahead: a block's keys meet its own input, which is that of the adapted model, at
-prompt tokens and at generated ones alike. What they were solved from are states of the frozen one.
+prompt tokens and at generated ones alike; or the mean of it so far (`memory.look_at` prefix). What
+they were solved from are states of the frozen model.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from memtool.adapters.mixing import Mixture
 from memtool.adapters.values import AdapterValues, Recall
 from memtool.backbones.causal_lm import PAD, CausalLM
-from memtool.learning.looks import directions
+from memtool.learning.looks import SoFar, directions
 from memtool.memories.separation import SeparationFunction
 from memtool.methods.mira.ask import added_up, joined
 from memtool.methods.routed.memory import Routing, Way, spread_over
@@ -30,10 +31,13 @@ class TokenRouting(Routing):
     keys: Tensor
     rows: Tensor
 
-    def __init__(self, made: Routing, separate: SeparationFunction, dim: int) -> None:
+    def __init__(
+        self, made: Routing, separate: SeparationFunction, dim: int, *, prefix: bool = False
+    ) -> None:
         """`made` has the adapters and keys (blocks, m, d + 1) of every task, for blocks of `dim`.
 
-        Where states are narrowed to d, the keys are widened instead, once.
+        With `prefix` a token sees the mean of all so far. Where states are narrowed to d, the keys
+        are widened instead, once.
         """
         rule, look, memories = made._rule, made.look, made.memories
         owners = made.owners.tolist()
@@ -45,9 +49,10 @@ class TokenRouting(Routing):
         self.register_buffer("keys", keys)
         self.register_buffer("rows", rows)
         self._separate = separate
+        self._prefix = prefix
 
     def of_tokens(self, block: int, hidden: Tensor) -> Tensor:
-        """The weights (..., adapters) of tokens whose state before a block is (..., dim)."""
+        """The weights (..., adapters) of tokens for which a block has (..., dim) to see."""
         with torch.autocast(hidden.device.type, enabled=False):
             wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
             keys = self.keys[block].to(wide.dtype)
@@ -58,7 +63,7 @@ class TokenRouting(Routing):
     def recalled(self, lm: CausalLM, prompts: Tensor, way: Way | None = None) -> Recall:
         """What prompts and their answers recall, token by token; nothing runs before."""
         del lm
-        return self._recall(prompts.device, None, way)
+        return self._recall(prompts, None, way)
 
     def asked(self, lm: CausalLM, prompts: Tensor) -> tuple[Recall, Callable[[], Tensor]]:
         """As `Routing.asked`; the weights (b, blocks, adapters) are means over the tokens."""
@@ -69,13 +74,13 @@ class TokenRouting(Routing):
         def told() -> Tensor:
             return (_of_blocks(seen) * real).sum(dim=2) / real.sum(dim=2)
 
-        return self._recall(prompts.device, seen), told
+        return self._recall(prompts, seen), told
 
     @torch.no_grad()
     def by_token(self, lm: CausalLM, prompts: Tensor) -> Tensor:
         """The weights (b, blocks, n, adapters) of the tokens of prompts (b, n), as they pass."""
         seen: dict[int, Tensor] = {}
-        lm.hidden(prompts, self._recall(prompts.device, seen))
+        lm.hidden(prompts, self._recall(prompts, seen))
         return _of_blocks(seen)
 
     @torch.no_grad()
@@ -86,18 +91,18 @@ class TokenRouting(Routing):
         return told()
 
     def _recall(
-        self, device: torch.device, seen: dict[int, Tensor] | None, way: Way | None = None
+        self, prompts: Tensor, seen: dict[int, Tensor] | None, way: Way | None = None
     ) -> Recall:
-        """What tokens recall; in `seen` the weights of every block in its first pass."""
-        values = self.values
-        if not isinstance(values, AdapterValues):
-            values = values.take(range(len(values)), device)  # any token may ask for any of them
+        """What tokens recall in one run; in `seen` the weights of every block at the prompts."""
+        values, so_far = self.values, SoFar(prompts) if self._prefix else None
+        if not isinstance(values, AdapterValues):  # any token may ask for any of them
+            values = values.take(range(len(values)), prompts.device)
 
         def recall(block: int, hidden: Tensor) -> Mixture | None:
             here = values.block(block)
             if here is None and seen is None:
                 return None
-            weights = self.of_tokens(block, hidden)
+            weights = self.of_tokens(block, hidden if so_far is None else so_far(block, hidden))
             weights = weights if way is None else way(weights)
             if seen is not None:
                 seen.setdefault(block, weights)
