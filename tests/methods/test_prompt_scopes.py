@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import memtool
 from memtool.adapters.mixing import Mixture
 from memtool.errors import ConfigError, DataError
 from memtool.learning import looks
@@ -290,6 +291,17 @@ def test_forgetting_makes_the_memory_of_who_never_knew_it(
     assert PromptState.load(ours) is not None
     known = attached(opened(place, tmp_path / "copy", **WAYS[name]))
     torch.testing.assert_close(known.weights(ASKED), attached(never).weights(ASKED))
+
+
+@pytest.mark.parametrize("name", ["block", "prefix", "token clusters"])
+def test_a_loaded_memory_knows_how_it_is_asked(
+    place: Path, memories: dict[str, Path], name: str
+) -> None:
+    model = memtool.load(memories[name] / "memory").attach()
+    expected = attached(read(place, memories, name))
+    assert isinstance(model, RoutedTexts)
+    torch.testing.assert_close(model.weights(ASKED), expected.weights(ASKED))
+    assert model.generate(ASKED, most=4) == expected.generate(ASKED, most=4)
 
 
 @pytest.mark.parametrize("name", ["token", "clusters"])
