@@ -215,7 +215,7 @@ class SoFar:
 
     def __init__(self, prompts: Tensor) -> None:
         """Prompts (b, n), padded on the left; what stands behind their first token counts."""
-        self._real = (prompts != PAD).cummax(dim=1).values.unsqueeze(-1)
+        self._real = (prompts != PAD).int().cummax(dim=1).values.unsqueeze(-1)
         self._known: dict[int, tuple[int, Tensor, Tensor]] = {}
 
     def __call__(self, block: int, hidden: Tensor) -> Tensor:
