@@ -44,7 +44,7 @@ Protect = Literal["freeze", "dual-gpm", "none"]
 Recaller = Literal["hopfield", "hopfield-published", "bayes-pcn", "bayes-pcn-published"]
 
 
-_PLACE = re.compile(r"final|tokens|blocks|block:(0|[1-9][0-9]{0,3})")
+_PLACE = re.compile(r"final|tokens|blocks|prefix|block:(0|[1-9][0-9]{0,3})")
 
 
 def _number_or_places(value: Any) -> Any:
@@ -53,7 +53,7 @@ def _number_or_places(value: Any) -> Any:
     if len(many) == 1 and str(many[0]).isdigit():
         return int(many[0])
     if not many or not all(isinstance(one, str) and _PLACE.fullmatch(one) for one in many):
-        raise ValueError("the number of a block, or some of block:N, blocks, final, tokens")
+        raise ValueError("the number of a block, or some of block:N, blocks, final, tokens, prefix")
     return tuple(many)
 
 
@@ -87,13 +87,22 @@ class MemorySettings(Settings):
     token: Literal["class", "mean"] = Field("mean", description="token that the query looks at")
     query: Literal["identity", "linear", "mlp"] = Field("identity", description="query module")
     query_norm: bool = Field(True, description="layer-normalise the query")
-    scope: Literal["block", "model"] = Field(
-        "model", description="a memory in every block, or one look at the frozen model for all"
+    scope: Literal["block", "model", "token"] = Field(
+        "model",
+        description="a memory in every block, or one look at the frozen model for all; of texts "
+        "also token: a memory in every block, asked by every token",
     )
     look_at: LookAt = Field(
         2,
         description="for scope model: the block whose input the query looks at; of texts also "
-        "several places side by side: block:N, blocks, final, tokens",
+        "several places side by side: block:N, blocks, final, tokens; under scope block of texts "
+        "`blocks` is a block's own input, beside final and tokens; under scope token it is that at "
+        "the token, or, as prefix, its mean over all tokens so far",
+    )
+    clusters: Annotated[int, Field(ge=1)] = Field(
+        1,
+        description="of texts: clusters of the example prompts of an adapter, each with a key of "
+        "its own (the weights of its keys add up)",
     )
 
     @property

@@ -397,7 +397,6 @@ READ_UNDER: tuple[tuple[str, str, tuple[str | None, ...]], ...] = (
     ("train.epochs", "train.iterations", (None,)),
     ("train.epochs", "text.epochs", (None,)),
     ("memory.topk", "memory.separation", ("topk",)),
-    ("memory.look_at", "memory.scope", ("model",)),
     ("consolidate.key_std", "consolidate.keys", ("random",)),
     ("consolidate.energy", "consolidate.protect", ("dual-gpm",)),
     ("head", "stream.setting", _OF_IMAGES),

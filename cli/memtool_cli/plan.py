@@ -80,8 +80,35 @@ def _facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
                 f"{memory['generation_samples']} of them are answered",
             ),
         ]
+    if (cost := plan["cost"]) is not None:
+        rows += _cost(cost)
     if plan["baselines"] is not None:
         rows.append(("baselines", ", ".join(plan["baselines"]) or "none"))
     there = "there already" if plan["store_exists"] else "new"
     rows.append(("store", f"{plan['store']} ({there})"))
     return rows
+
+
+_ASKED = {
+    "model": "a prompt, the same in all blocks",
+    "block": "a prompt, others in every block",
+    "token": "every token, others in every block",
+}
+
+
+def _cost(cost: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the weights of a memory of prompts cost."""
+    passes = f"{cost['passes']} pass of the frozen model over it" if cost["passes"] else "no pass"
+    added = cost["mixing"] + cost["asking"]
+    return [
+        (
+            "weights of",
+            f"{_ASKED[cost['scope']]}: {cost['weights']:,} for {cost['tokens']:,} tokens, "
+            f"{passes} before the answer",
+        ),
+        (
+            "keys",
+            f"{size(cost['keys_bytes'])}; a token adds at most {added:,} multiply-adds "
+            f"({cost['asking']:,} of them to ask) to the {cost['model']:,} of the model",
+        ),
+    ]

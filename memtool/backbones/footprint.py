@@ -73,9 +73,10 @@ def footprint(
 ) -> Footprint:
     """The footprint of a transformers configuration, with weights of `dtype`.
 
-    With `packed` those of linear layers are in four bits. `tasks` tasks of `rank` atoms lie at every site of `targets`, and those of the last one learn.
-    Raises ConfigError for a model that cannot be adapted, for too few tasks, and for a gate with a
-    norm of every task, which looks at numbers that are not there.
+    With `packed` those of linear layers are in four bits. `tasks` tasks of `rank` atoms lie at
+    every site of `targets`, and those of the last one learn. Raises
+    ConfigError for a model that cannot be adapted, for too few tasks, and for a gate with a norm of
+    every task, which looks at numbers that are not there.
     """
     from transformers import AutoModelForCausalLM
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from memtool.backbones.footprint import Footprint, footprint_of
 from memtool.experiments.run import chosen_baselines
 from memtool.methods import open_method
+from memtool.methods.mira.cost import cost_of
 from memtool.methods.moram.state import gate_of
 from memtool.sections import MoramSettings
 from memtool.settings import Config, HeadSettings
@@ -33,16 +34,24 @@ def plan(config: Config, *, seed: int, verb: str) -> dict[str, Any]:
     held out is among them with no training samples, and it alone has test samples; where every
     domain is held out in turn (`held_out` None), all have both, and there is a memory for each.
     `bytes_in_all` is of all memories of one seed. Of a language model only the configuration is
-    read, and `memory` says in bytes where its memory goes with atoms; None without. Raises what
-    opening method, data and backbone does.
+    read, and `memory` says in bytes where its memory goes with atoms; None without. `cost` is what
+    a memory of prompts adds. Raises what opening method, data and backbone does.
     """
     method = open_method(config, seed=seed)
-    work, memory = method.workspace, None
+    work, memory, cost = method.workspace, None, None
     if work.reads == "texts":
         atoms = method.kind == "atoms"
         found = _footprint(work, config.moram if atoms else MoramSettings())
         numbers = found.atoms // 4 // len(work.stream.tasks)
         memory = _memory(config, found) if atoms else None
+        if config.method == "mira":
+            cost = cost_of(
+                config,
+                tasks=len(work.stream.tasks),
+                numbers=numbers,
+                parameters=found.parameters,
+                tokens=found.limits[0],
+            )
         tasks = [
             _Task(task.name, len(task.train), len(task.test), work.epochs(task))
             for task in work.stream.tasks
@@ -78,6 +87,7 @@ def plan(config: Config, *, seed: int, verb: str) -> dict[str, Any]:
         "memories": memories,
         "bytes_in_all": numbers * 4 * config.adapter.per_task * learned * memories,
         "memory": memory,
+        "cost": None if cost is None else asdict(cost),
         "baselines": list(chosen_baselines(method)) if verb == "run" else None,
         "store": work.store_path,
         "store_exists": work.has_store,

@@ -6,11 +6,13 @@ Of images the pooled features. Of prompts what `PromptLook` names, side by side:
     block:N    the mean of the input of block N, layer-normalised
     blocks     that of every block
     tokens     the square root of how often each token occurs, in `TOKEN_PLACES` places at most
+
+or, in `token_looks`, the inputs of every block at single tokens, or their means so far.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -21,7 +23,7 @@ from torch.nn import functional as F
 
 from memtool.backbones.answering import by_length, trimmed
 from memtool.backbones.causal_lm import PAD, CausalLM
-from memtool.errors import ConfigError
+from memtool.errors import ConfigError, MismatchError
 from memtool.streams.task import Images
 from memtool.workspace import Workspace
 
@@ -31,15 +33,28 @@ TOKEN_PLACES = 1024
 MOST_WIDE = 2048
 """Width of a look; what is wider is projected to it at random, always in the same way."""
 
+PART_WIDE = 512
+"""Width of what a block sees to itself, where every block does; narrowed likewise."""
+
 _SPREAD = 2_654_435_761
 """Knuth's multiplier: neighbours in a vocabulary come to places far from each other."""
 
 
 @dataclass(frozen=True)
 class PromptLook:
-    """A look at prompts: at the places that are named, side by side."""
+    """A look at prompts: at the places that are named, side by side.
+
+    With `apart` every block has a memory of its own: of the place `blocks` it sees its own input,
+    the other places they all see. Each place is then narrowed alone.
+    """
 
     places: tuple[str, ...] = ("final",)
+    apart: bool = False
+
+    @classmethod
+    def under(cls, scope: str, places: tuple[str, ...]) -> PromptLook:
+        """The look of a memory of a scope. That of tokens sees the blocks at each of them."""
+        return cls(("blocks",) if scope == "token" else places, apart=scope != "model")
 
     def __call__(self, lm: CausalLM, prompts: Tensor) -> Tensor:
         """What prompts (b, n), padded on the left, look like: (b, width), float32.
@@ -59,17 +74,38 @@ class PromptLook:
             if block in wanted:
                 seen[f"block:{block}"] = F.layer_norm(mean(hidden), hidden.shape[-1:])
 
-        if wanted or "final" in self.places:
+        if self.runs:
             seen["final"] = mean(lm.hidden(prompts, keep))
         if "tokens" in self.places:
             seen["tokens"] = _token_shares(prompts, len(lm.embed.weight))
-        return _narrow(torch.cat([seen[place] for place in self._named(lm.depth)], dim=1))
+        parts = [seen[place] for place in self._named(lm.depth)]
+        if self.apart:
+            return torch.cat([narrowed(part, PART_WIDE) for part in parts], dim=1)
+        return narrowed(torch.cat(parts, dim=1), MOST_WIDE)
 
     def width(self, lm: CausalLM) -> int:
         """Entries of what it sees under a model."""
-        words = len(lm.embed.weight)
-        widths = {"tokens": min(words, TOKEN_PLACES)}
-        return min(MOST_WIDE, sum(widths.get(place, lm.dim) for place in self._named(lm.depth)))
+        return self.width_of(lm.depth, lm.dim, len(lm.embed.weight))
+
+    def width_of(self, depth: int, dim: int, words: int) -> int:
+        """The same of a model of so many blocks that are `dim` wide, and so many tokens."""
+        wide = {"tokens": min(words, TOKEN_PLACES)}
+        widths = [wide.get(place, dim) for place in self._named(depth)]
+        if self.apart:
+            return sum(min(PART_WIDE, one) for one in widths)
+        return min(MOST_WIDE, sum(widths))
+
+    def own(self, lm: CausalLM) -> tuple[int, int] | None:
+        """How many blocks have a memory, and how many entries each sees alone; None: one sees all.
+
+        These entries come first, block by block.
+        """
+        return (lm.depth, min(PART_WIDE, lm.dim)) if self.apart else None
+
+    @property
+    def runs(self) -> bool:
+        """Whether the model runs for it."""
+        return self.places != ("tokens",)
 
     def blocks(self, depth: int) -> set[int]:
         """The blocks that it looks at, of a model of so many."""
@@ -85,9 +121,29 @@ class PromptLook:
     def _named(self, depth: int) -> list[str]:
         """The places one by one, each once."""
         found: list[str] = []
-        for place in self.places:
+        places = sorted(self.places, key=lambda one: one != "blocks") if self.apart else self.places
+        for place in places:
             found += [f"block:{n}" for n in range(depth)] if place == "blocks" else [place]
         return list(dict.fromkeys(found))
+
+
+def columns_of(own: tuple[int, int] | None, width: int) -> Tensor:
+    """The entries of a look of this width that each memory sees: (memories, d).
+
+    Those that it sees alone, as `PromptLook.own` says, and all behind them. Raises MismatchError
+    where there are not as many.
+    """
+    if own is None:
+        return torch.arange(width).unsqueeze(0)
+    blocks, each = own
+    if blocks * each > width:
+        raise MismatchError(
+            f"a look of {width} entries for {blocks} blocks that see {each} each",
+            expected=f"at least {blocks * each}",
+            remedy="memtool verify",
+        )
+    shared = torch.arange(blocks * each, width).expand(blocks, -1)
+    return torch.cat([torch.arange(blocks * each).view(blocks, each), shared], dim=1)
 
 
 FINAL = PromptLook()
@@ -109,10 +165,81 @@ def looks_of(work: Workspace, prompts: Sequence[str], look: PromptLook = FINAL) 
     lm, engine = work.backbone, work.engine
     tokens = lm.encode(prompts).tokens
     found = torch.empty(len(tokens), look.width(lm))
-    for rows in by_length(tokens, engine.settings.eval_batch_size):
+    for rows, batch in batches(work, tokens):
         with torch.no_grad(), engine.autocast():
-            found[rows] = look(lm, trimmed(tokens[rows]).to(engine.device)).float().cpu()
+            found[rows] = look(lm, batch).float().cpu()
     return found
+
+
+def token_looks(
+    work: Workspace, prompts: Sequence[str], most: int, *, prefix: bool = False
+) -> Tensor:
+    """What every block sees at some tokens of prompts: (tokens, blocks · d), float32, on the CPU.
+
+    At most `most` tokens, spread evenly over all of the prompts; the input of each block at a
+    token, or with `prefix` its mean up to there, layer-normalised, narrowed as a `PromptLook` of
+    the blocks apart, and side by side.
+    """
+    lm = work.backbone
+    tokens = lm.encode(prompts).tokens
+    places = (tokens != PAD).nonzero()
+    places = places[torch.linspace(0, len(places) - 1, min(most, len(places))).long()]
+    wanted = torch.full(tokens.shape, -1)
+    wanted[places[:, 0], places[:, 1]] = torch.arange(len(places))
+    found = torch.empty(lm.depth, len(places), min(PART_WIDE, lm.dim))
+    for rows, batch in batches(work, tokens):
+        here = wanted[rows][:, -batch.shape[1] :]
+        _look_at_tokens(work, batch, here, found, SoFar(batch) if prefix else None)
+    return torch.cat([*found], dim=1)
+
+
+def _look_at_tokens(
+    work: Workspace, batch: Tensor, wanted: Tensor, found: Tensor, so_far: SoFar | None
+) -> None:
+    """Put what blocks see at the tokens (b, n) that have a row in `found` (blocks, rows, d)."""
+    chosen, rows = (wanted >= 0).to(batch.device), wanted[wanted >= 0]
+
+    def keep(block: int, hidden: Tensor) -> None:
+        seen = hidden if so_far is None else so_far(block, hidden)
+        found[block, rows] = token_states(seen[chosen]).cpu()
+
+    with torch.no_grad(), work.engine.autocast():
+        work.backbone.hidden(batch, keep)
+
+
+class SoFar:
+    """The means of the inputs of every block over the tokens so far, in one run over prompts.
+
+    Tokens that are generated behind the prompts go on from them; padding before them is none.
+    """
+
+    def __init__(self, prompts: Tensor) -> None:
+        """Prompts (b, n), padded on the left; what stands behind their first token counts."""
+        self._real = (prompts != PAD).int().cummax(dim=1).values.unsqueeze(-1)
+        self._known: dict[int, tuple[int, Tensor, Tensor]] = {}
+
+    def __call__(self, block: int, hidden: Tensor) -> Tensor:
+        """The means (b, n, dim), float32 at least, at the tokens that run now."""
+        wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        nothing = wide.new_zeros(len(wide), 1, 1)
+        done, sums, counts = self._known.get(block, (0, nothing, nothing))
+        real = self._real[:, done : done + wide.shape[1]].to(wide.dtype)
+        real = F.pad(real, (0, 0, 0, wide.shape[1] - real.shape[1]), value=1.0)
+        sums, counts = sums + (wide * real).cumsum(dim=1), counts + real.cumsum(dim=1)
+        self._known[block] = done + wide.shape[1], sums[:, -1:], counts[:, -1:]
+        return sums / counts.clamp_min(1)
+
+
+def token_states(hidden: Tensor) -> Tensor:
+    """What a block sees at single tokens, of its input (..., dim): (..., d), float32."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return narrowed(F.layer_norm(hidden.float(), hidden.shape[-1:]), PART_WIDE)
+
+
+def batches(work: Workspace, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of tokens (n, length): indices of samples of like lengths, and their tokens on the device."""
+    for rows in by_length(tokens, work.engine.settings.eval_batch_size):
+        yield rows, trimmed(tokens[rows]).to(work.engine.device)
 
 
 def _token_shares(prompts: Tensor, words: int) -> Tensor:
@@ -126,17 +253,17 @@ def _token_shares(prompts: Tensor, words: int) -> Tensor:
     return (places * counts / real.sum(dim=1, keepdim=True).clamp_min(1)).sqrt()
 
 
-def _narrow(seen: Tensor) -> Tensor:
-    """What was seen, at most `MOST_WIDE` wide; distances stay nearly as they are."""
-    width = seen.shape[1]
-    if width <= MOST_WIDE:
+def narrowed(seen: Tensor, most: int) -> Tensor:
+    """What was seen (..., width), at most so wide; distances stay nearly as they are."""
+    width = seen.shape[-1]
+    if width <= most:
         return seen
     with torch.autocast(seen.device.type, enabled=False):
-        return seen @ _directions(width, MOST_WIDE, seen.device)
+        return seen @ directions(width, most, seen.device).to(seen.dtype)
 
 
-@lru_cache(maxsize=2)
-def _directions(width: int, narrow: int, device: torch.device) -> Tensor:
+@lru_cache(maxsize=8)
+def directions(width: int, narrow: int, device: torch.device) -> Tensor:
     """Random directions (width, narrow), always the same ones."""
     drawn = torch.randn(width, narrow, generator=torch.Generator().manual_seed(width))
     return (drawn / narrow**0.5).to(device)

@@ -166,9 +166,26 @@ class AttachedTexts(Attached, ABC):
         An answer has at most `most` tokens; none: as the memory was made (`text.answer_tokens`).
         """
         require_texts(prompts)
+        self.require_beams(beams)
         recall = RecallOf(self.recall)
         with self.computing():
             return answers(self.backbone, prompts, recall, batch=batch, most=most, beams=beams)
+
+    def answered(
+        self,
+        prompts: Sequence[str],
+        *,
+        batch: int = 16,
+        most: int | None = None,
+        beams: int = 1,
+    ) -> tuple[list[str], Tensor]:
+        """The answers to prompts as `generate` gives them, and their `weights`."""
+        found = self.generate(prompts, batch=batch, most=most, beams=beams)
+        return found, self.weights(prompts)
+
+    def require_beams(self, beams: int) -> None:
+        """Raise ConfigError where what is recalled does not allow a search with so many beams."""
+        del beams
 
     def answer(self, prompt: str) -> str:
         """The greedy answer to one prompt."""

@@ -68,7 +68,10 @@ class Explanation(Result):
     `blocks[l]` are the coefficients at memory l, averaged over the samples, adapters in the order
     of `adapters`; `block_numbers` says at which block each memory looks. `without_negative` is None
     when no coefficient is negative. `familiar` has the nearest task first; it is empty when the
-    memory counted no queries. `novelty` and `unlike` are those of a `Prediction`, for an image.
+    memory counted no queries. `novelty` and `unlike` are those of a `Prediction`, for an image or a
+    prompt. Where every token of a prompt has weights of its own, `columns` are its tokens, and
+    `tokens[n]` the weights of the adapters at token n: means over the blocks, or of one that was
+    asked for.
     """
 
     schema_: Literal["memtool.explain"] = Field("memtool.explain", alias="schema")
@@ -88,6 +91,8 @@ class Explanation(Result):
     familiar: tuple[Familiarity, ...]
     novelty: float | None = None
     unlike: bool | None = None
+    columns: tuple[str, ...] = ()
+    tokens: tuple[tuple[float, ...], ...] = ()
     out: Path | None = None
 
 
@@ -169,12 +174,29 @@ def as_shown(result: Explanation) -> Explained:
         title=result.subject,
         about=f"{how}, {result.mix}, version {result.version}",
         facts=tuple(facts),
-        blocks=result.block_numbers if result.scope == "block" else (),
+        blocks=() if result.scope == "model" else result.block_numbers,
         adapters=tuple(part.name for part in result.adapters),
         values=np.array(result.blocks),
         contributions=np.array([part.contribution for part in result.adapters]),
         parts=_parts(result),
         winner=whole.label,
+        columns=result.columns,
+        by_token=np.array(result.tokens).T,
+    )
+
+
+def token_grid(result: Explanation) -> Grid:
+    """The strongest adapters at every token of a prompt."""
+    rows = []
+    for column, weights in zip(result.columns, result.tokens, strict=True):
+        best = sorted(zip(result.adapters, weights, strict=True), key=lambda one: -one[1])
+        told = [f"{part.name} {weight:.2f}" for part, weight in best[:NEAREST]]
+        rows.append((column if column.strip() else "␣", " ".join(told)))
+    return Grid(
+        title="Weights at every token",
+        header=("token", "adapters"),
+        rows=tuple(rows),
+        notes=(f"The {NEAREST} strongest of each token.",),
     )
 
 

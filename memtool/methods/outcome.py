@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,6 +48,10 @@ def predicted(probabilities: Tensor, class_names: Sequence[str], far: float | No
     return Prediction(
         label=class_names[best],
         probability=float(probabilities[best]),
-        novelty=far,
-        unlike=None if far is None else far > LIMIT,
+        **told_of(far),
     )
+
+
+def told_of(far: float | None) -> dict[str, Any]:
+    """What a result says of an input of novelty `far`."""
+    return {"novelty": far, "unlike": None if far is None else far > LIMIT}

@@ -156,7 +156,8 @@ class RetrieveResult(Result):
     """The mixture that a task's test images, an image or a query recall.
 
     `blocks[l]` are the coefficients at memory l, averaged over the samples, adapters in the order
-    of `adapters`; `block_numbers` says at which block each memory looks.
+    of `adapters`; `block_numbers` says at which block each memory looks. `novelty` and `unlike` are
+    those of a `Prediction`, for a prompt.
     """
 
     schema_: Literal["memtool.retrieve"] = Field("memtool.retrieve", alias="schema")
@@ -172,6 +173,8 @@ class RetrieveResult(Result):
     accuracy: float | None = None
     answer: str | None = None
     loss: float | None = None
+    novelty: float | None = None
+    unlike: bool | None = None
     out: Path | None = None
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from markupsafe import Markup
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
@@ -32,7 +33,7 @@ def write_atom_picture(picture: AtomPicture, path: Path) -> Path:
     kind = format_of(path)
     if kind == "html":
         return write_atomic(path, _page(picture))
-    with style("atoms"), _any_script():
+    with style("atoms"), any_script():
         figure = _figure(picture)
         title = f"{drawing.short(picture.title, 60)}: {drawing.short(picture.about, 90)}"
         figure.suptitle(_visible(title), fontsize=9, parse_math=False)
@@ -40,7 +41,7 @@ def write_atom_picture(picture: AtomPicture, path: Path) -> Path:
 
 
 def _page(picture: AtomPicture) -> str:
-    with style("atoms"), _any_script():
+    with style("atoms"), any_script():
         svg = drawing.inline_svg(_figure(picture), "atoms")
     columns, parts = "the class token, then the patches row by row", "patch by patch"
     if picture.columns:
@@ -58,7 +59,7 @@ def _figure(picture: AtomPicture) -> Figure:
     """Atoms × tokens, above the weights of every task: on the patches, or token by token."""
     groups = picture.groups
     if picture.columns:
-        lines, each = -(-len(picture.columns) // LINE), 0.9 + 0.17 * len(groups)
+        lines, each = lines_of(picture.columns), height_of_line(len(groups))
     else:
         lines, each = -(-len(groups[:MOST_PANELS]) // 6), 1.5
     tall = max(1.6, min(0.05 * len(picture.tasks) + 0.6, 5.0))
@@ -67,7 +68,8 @@ def _figure(picture: AtomPicture) -> Figure:
     above, below = parts
     _draw_atoms(above, picture)
     if picture.columns:
-        _draw_lines(below, picture, lines)
+        sums = np.stack([rows.sum(axis=0) for _, rows in groups])
+        draw_lines(below, [name for name, _ in groups], sums, picture.columns)
     else:
         _draw_patches(below, picture, lines)
     return figure
@@ -96,24 +98,31 @@ def _draw_atoms(above: Any, picture: AtomPicture) -> None:
     drawing.colour_bar(above, mesh, axes, "weight", lambda value: f"{value:.2g}")
 
 
-def _draw_lines(below: Any, picture: AtomPicture, lines: int) -> None:
-    """The atoms of every task on every token of a text, with the names of the tokens."""
-    names = [name for name, _ in picture.groups]
-    sums = np.stack([rows.sum(axis=0) for _, rows in picture.groups])
-    most = float(sums.max()) or 1.0
+def draw_lines(
+    below: Any, names: Sequence[str], weights: npt.NDArray[np.float64], columns: Sequence[str]
+) -> None:
+    """Weights (names, tokens) on the tokens of a text, in lines, with what the tokens say."""
+    most, lines = float(weights.max()) or 1.0, lines_of(columns)
     for line, axes in enumerate(below.subplots(lines, 1, squeeze=False).flat):
-        shown = sums[:, line * LINE : (line + 1) * LINE]
+        shown = weights[:, line * LINE : (line + 1) * LINE]
         width = LINE if lines > 1 else shown.shape[1]  # tokens are as wide in every line
         padded = np.full((len(names), width), np.nan)
         padded[:, : shown.shape[1]] = shown
         drawing.heat_map(axes, padded, Normalize(0, most), SEQUENTIAL, None)
-        words = [
-            drawing.short(_visible(word), 12)
-            for word in picture.columns[line * LINE : (line + 1) * LINE]
-        ]
+        words = [drawing.short(_visible(word), 12) for word in columns[line * LINE :][:LINE]]
         places = np.arange(len(words)) + 0.5
         axes.set_xticks(places, words, rotation=90, fontsize=7, parse_math=False)
         axes.set_yticks(*drawing.ticks(names, 26), fontsize=7)
+
+
+def lines_of(columns: Sequence[str]) -> int:
+    """Lines that the tokens of a text take."""
+    return -(-len(columns) // LINE)
+
+
+def height_of_line(names: int) -> float:
+    """Inches of a line of tokens for so many rows."""
+    return 0.9 + 0.17 * names
 
 
 def _visible(text: str) -> str:
@@ -124,7 +133,7 @@ def _visible(text: str) -> str:
 
 
 @contextmanager
-def _any_script() -> Iterator[None]:
+def any_script() -> Iterator[None]:
     """Draw letters that the font of the plot lacks as boxes; a browser has its own fonts."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")

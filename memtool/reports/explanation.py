@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup
@@ -12,6 +13,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from memtool.atomic import write_atomic
 from memtool.reports import drawing
+from memtool.reports.atom_map import any_script, draw_lines, height_of_line, lines_of
 from memtool.reports.drawing import DIVERGING, INK, MOST_NUMBERED, RULE, minus, style
 from memtool.reports.page import Picture, templates
 from memtool.reports.shown import Explained, coefficient_grid, format_of
@@ -26,20 +28,22 @@ def write_explained(explained: Explained, path: Path) -> Path:
     kind = format_of(path)
     if kind == "html":
         return write_atomic(path, _page(explained))
-    with style("explain"):
+    with style("explain"), any_script():
         plot = _figure(explained)
         plot.suptitle(drawing.short(f"{explained.title}: {explained.facts[0][1]}", 110), fontsize=9)
         return write_atomic(path, drawing.file_bytes(plot, kind))
 
 
 def _page(explained: Explained) -> str:
-    with style("explain"):
+    with style("explain"), any_script():
         svg = drawing.inline_svg(_figure(explained), "explain")
     caption = (
         "Above: the coefficient of every adapter in every block; negative ones are subtracted. "
         "Below: how much of the winning class's probability goes when the adapter is left out and "
         "all others stay."
     )
+    if explained.columns:
+        caption += " Last: the weight of every adapter at every token of the prompt, in lines."
     return (
         templates()
         .get_template("explanation.html.j2")
@@ -56,8 +60,14 @@ def _figure(explained: Explained) -> Figure:
     values, count = explained.values, len(explained.adapters)
     largest = float(np.abs(values).max()) or 1.0
     tall = drawing.map_height(len(values)) - 0.6
-    figure = Figure(figsize=(drawing.WIDTH, tall + 1.9), layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(tall, 1.2))
+    last = lines_of(explained.columns) * height_of_line(count)
+    figure = Figure(figsize=(drawing.WIDTH, tall + 1.9 + last), layout="constrained")
+    top: Any = figure
+    if explained.columns:
+        parts: Any = figure.subfigures(2, 1, height_ratios=(tall + 1.9, last))
+        top, lines = parts
+        draw_lines(lines, explained.adapters, explained.by_token, explained.columns)
+    above, below = top.subplots(2, 1, sharex=True, height_ratios=(tall, 1.2))
     numbered = count <= MOST_NUMBERED and len(values) <= 2 * MOST_NUMBERED
     mesh = drawing.heat_map(
         above,
@@ -67,9 +77,7 @@ def _figure(explained: Explained) -> Figure:
         (lambda value: minus(f"{round(value, 2) + 0.0:.2f}")) if numbered else None,
     )
     above.set_yticks(*drawing.ticks(explained.rows, 26))
-    drawing.colour_bar(
-        figure, mesh, above, "coefficient", lambda value: minus(f"{value + 0.0:.2g}")
-    )
+    drawing.colour_bar(top, mesh, above, "coefficient", lambda value: minus(f"{value + 0.0:.2g}"))
     points = 100 * explained.contributions
     ends = mesh.cmap(0.9), mesh.cmap(0.1)
     colours = [ends[0] if point >= 0 else ends[1] for point in points]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -125,8 +125,13 @@ class Explained:
     contributions: npt.NDArray[np.float64]
     parts: Grid
     winner: str | None = None
+    columns: tuple[str, ...] = ()
+    by_token: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
 
     def __post_init__(self) -> None:
+        if self.columns:
+            shape = (len(self.adapters), len(self.columns))
+            require_map(self.by_token, shape, "weights of tokens")
         expected = (max(len(self.blocks), 1), len(self.adapters))
         if self.values.shape != expected or self.contributions.shape != expected[1:]:
             raise MismatchError(

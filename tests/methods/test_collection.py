@@ -596,21 +596,52 @@ def test_half_a_character_is_no_prompt(place: Path, copy: PromptMemory, tmp_path
 
 
 @pytest.mark.parametrize(
-    "blob",
+    "wrong",
     [
-        {"count": torch.tensor([3]), "mean": torch.zeros(4)},
-        {"count": torch.tensor([0]), "mean": torch.zeros(4), "root": torch.zeros(2, 4)},
-        {"count": torch.tensor([3]), "mean": torch.zeros(4), "root": torch.zeros(2, 5)},
-        {"count": torch.tensor([3]), "mean": torch.zeros(4), "root": torch.full((2, 4), torch.inf)},
-        {"count": torch.tensor([3, 4]), "mean": torch.zeros(4), "root": torch.zeros(2, 4)},
+        {"root": None},
+        {"count": torch.tensor([0])},
+        {"count": torch.tensor([3, 4])},
+        {"mean": torch.zeros(4)},
+        {"root": torch.zeros(2, 5)},
+        {"root": torch.full((2, 4), torch.inf)},
+        {"some": torch.zeros(0, 4)},
+        {"some": torch.full((1, 4), torch.inf)},
     ],
 )
 def test_moments_that_are_none_are_damage(
-    copy: PromptMemory, blob: dict[str, torch.Tensor]
+    copy: PromptMemory, wrong: dict[str, torch.Tensor | None]
 ) -> None:
+    fine = {"count": torch.tensor([3]), "mean": torch.zeros(1, 4)}
+    fine |= {"root": torch.ones(2, 4), "some": torch.zeros(3, 4)}
+    blob = {name: one for name, one in {**fine, **wrong}.items() if one is not None}
     store = copy.workspace.store
     id = store.view().get("sums").id
     with store.transaction("strange") as txn:
         txn.put_blob(f"looks.{id}", save(blob))
     with pytest.raises(CorruptError, match=f"looks.{id}"):
         copy.consolidate()
+    with store.transaction("of another width") as txn:
+        txn.put_blob(f"looks.{id}", save(fine))
+    with pytest.raises(MismatchError, match="prompts that look like"):
+        copy.consolidate()
+
+
+@pytest.mark.parametrize(
+    ("said", "error"),
+    [
+        ({"rows": [1, 1]}, CorruptError),
+        ({"rows": [1, 0, 1]}, CorruptError),
+        ({"rows": [1, 7, 1]}, CorruptError),
+        ({"apart": [2, 0]}, CorruptError),
+        ({"scope": "none"}, ConfigError),
+    ],
+)
+def test_a_state_that_fits_no_keys_is_damage(
+    copy: PromptMemory, said: dict[str, object], error: type[MemtoolError]
+) -> None:
+    store = copy.workspace.store
+    state = json.loads(store.view().blob("prompt-keys"))
+    with store.transaction("strange") as txn:
+        txn.put_blob("prompt-keys", json.dumps({**state, **said}).encode())
+    with pytest.raises(error):
+        copy.attach()

@@ -184,12 +184,11 @@ def test_a_method_that_reads_images_only_is_refused(place: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("memory.scope", "block"),
         ("memory.mix", "params"),
         ("memory.separation", "affine"),
         ("memory.similarity", "cosine"),
         ("consolidate.keys", "random"),
-        ("consolidate.epochs", 1),
+        ("consolidate.value_lr", 0.1),
         ("memory.routing", "prototype"),
     ],
 )

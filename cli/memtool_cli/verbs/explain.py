@@ -64,7 +64,8 @@ def explain(
             "--block",
             metavar="N",
             min=0,
-            help="MoRAM: its block, from 0; none: the last.",
+            help="MoRAM: its block, from 0; none: the last. memory.scope token: the block whose "
+            "tokens are shown; none: the mean over all.",
             rich_help_panel="Memory",
         ),
     ] = None,
@@ -102,17 +103,18 @@ def explain(
 
 def _show_mixture(call: Call, result: Explanation) -> None:
     """What comes out, and what every adapter does for it."""
-    from memtool.methods.explanation import as_shown
+    from memtool.methods.explanation import as_shown, token_grid
     from memtool.reports.shown import coefficient_grid
 
     view = as_shown(result)
     facts = Table((), view.facts, title=f"{view.title}: {view.about}")
     best = sorted(result.adapters, key=lambda part: -part.contribution)
-    call.out.data(
-        result, facts, view.parts, coefficient_grid(view), ids=[part.name for part in best[:1]]
-    )
+    grids = [view.parts, coefficient_grid(view)]
+    if result.columns:
+        grids.append(token_grid(result))
+    call.out.data(result, facts, *grids, ids=[part.name for part in best[:1]])
     if result.unlike:
-        call.out.note(unlike(result.novelty))
+        call.out.note(unlike(result.novelty, "prompts" if call.reads_texts else "images"))
 
 
 def _show_atoms(call: Call, result: AtomMap) -> None:

@@ -41,7 +41,7 @@ from memtool_cli.options import (
 )
 from memtool_cli.output import Table, duration, percent, size
 from memtool_cli.plan import show_plan
-from memtool_cli.predictions import predicted, say_unlike
+from memtool_cli.predictions import predicted, say_unlike, unlike
 from memtool_cli.scores import show
 from memtool_cli.unread import say_decided, say_unread_stream
 
@@ -302,9 +302,11 @@ def _show_mixture(call: Call, result: RetrieveResult) -> None:
             for number, block in zip(result.block_numbers, result.blocks, strict=True)
         ],
     )
-    first = predicted(result.prediction, result.answer)
+    first = predicted(result.prediction, result.answer, result.novelty)
     call.out.data(result, *first, mixture, blocks, ids=[adapter.name for adapter in best[:1]])
     say_unlike(call.out, result.prediction)
+    if result.unlike:
+        call.out.note(unlike(result.novelty, "prompts"))
     if result.accuracy is not None:
         call.out.note(f"accuracy on {result.samples} samples: {percent(result.accuracy)}")
     if result.loss is not None:

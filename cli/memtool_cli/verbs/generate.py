@@ -103,8 +103,7 @@ def generate(
         assert isinstance(model, AttachedTexts)
         model.eval().requires_grad_(False)
         batch = call.config.engine.eval_batch_size
-        texts = model.generate(asked, batch=batch, most=most, beams=beams)
-        weights = model.weights(asked)
+        texts, weights = model.answered(asked, batch=batch, most=most, beams=beams)
     answers = tuple(
         records.Answer(prompt=one, text=text, weights=_named(model.names, row))
         for one, text, row in zip(asked, texts, weights, strict=True)

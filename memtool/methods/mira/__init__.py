@@ -22,7 +22,11 @@ Over a language model:
 
     prompts      the memory of prompts: `PromptMemory`
     moments      what is known of prompts, and the keys that are solved from it
+    ask          how what is seen meets keys, of which a task may have several
+    tokens       the weights of single tokens, as they pass
+    refine       keys that learn on from those in closed form
     collection   LoRA of others, and their example prompts, as they come in
+    cost         what the weights cost, for a plan
 
 Where the paper is silent, or where our trials found better, the default is ours and the paper's
 form is an option: keys in closed form (`consolidate.keys: random` with `epochs`), an analytic head

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from memtool.errors import ConfigError
 from memtool.methods.about import About, require_trained_head
+from memtool.sections import MemorySettings
 from memtool.settings import Config
 
 POSTERIORS = ("softmax", "topk", "sparsemax", "entmax", "max")
@@ -22,6 +23,11 @@ def _require(config: Config) -> None:
             expected="the number of one block",
             remedy="--set memory.look_at=2",
         )
+    for name, found, known in (
+        ("memory.scope", config.memory.scope, ("model", "block")),
+        ("memory.clusters", config.memory.clusters, (1,)),
+    ):
+        _require_one_of(name, found, known, "images")
     if config.backbone.name.startswith("open_clip:"):
         raise ConfigError(
             f"method mira on backbone {config.backbone.name}",
@@ -34,7 +40,6 @@ def _require_closed_form(config: Config) -> None:
     """What a memory of prompts can be made with."""
     memory, learn = config.memory, config.consolidate
     for name, found, known in (
-        ("memory.scope", memory.scope, ("model",)),
         ("memory.mix", memory.mix, ("delta",)),
         ("memory.query", memory.query, ("identity",)),
         ("memory.keys_of", memory.keys_of, ("task",)),
@@ -42,14 +47,44 @@ def _require_closed_form(config: Config) -> None:
         ("memory.similarity", memory.similarity, ("scaled-dot", "dot")),
         ("memory.separation", memory.separation, POSTERIORS),
         ("consolidate.keys", learn.keys, ("closed-form",)),
-        ("consolidate.epochs", learn.epochs, (0,)),
+        ("consolidate.value_lr", learn.value_lr, (0,)),
     ):
-        if found not in known:
-            raise ConfigError(
-                f"{name} {found} on a stream of texts",
-                expected=" or ".join(map(str, known)),
-                remedy=f"--set {name}={known[0]}",
-            )
+        _require_one_of(name, found, known, "texts")
+    _require_place_of_keys(memory)
+
+
+def _require_place_of_keys(memory: MemorySettings) -> None:
+    """Raise ConfigError for a look that a memory of this scope cannot take."""
+    places = {*memory.places}
+    expected, fits, remedy = {
+        "model": ("final, blocks, block:N or tokens", "prefix" not in places, "blocks,tokens"),
+        "block": (
+            "blocks, which is the input of each block, perhaps tokens or final",
+            "blocks" in places and places <= {"blocks", "tokens", "final"},
+            "blocks",
+        ),
+        "token": (
+            "prefix, the mean of a block's input over the tokens so far, or blocks, the last alone",
+            places in ({"prefix"}, {"blocks"}),
+            "prefix",
+        ),
+    }[memory.scope]
+    if not fits:
+        raise ConfigError(
+            f"memory.look_at {','.join(memory.places)} under memory.scope {memory.scope}",
+            expected=expected,
+            remedy=f"--set memory.look_at={remedy}",
+        )
+
+
+def _require_one_of(name: str, found: object, known: tuple[object, ...], reads: str) -> None:
+    """Raise ConfigError for a value of a setting that streams of this kind cannot have."""
+    if found not in known:
+        raise ConfigError(
+            f"{name} {found} on a stream of {reads}",
+            expected=" or ".join(map(str, known)),
+            remedy=f"--set {name}={known[0]}",
+        )
 
 
 ABOUT = About(appends=True, require=_require)

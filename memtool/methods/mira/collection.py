@@ -25,7 +25,6 @@ from memtool.adapters.peft_config import CONFIG_NAME
 from memtool.adapters.peft_files import parse_peft
 from memtool.adapters.peft_tensors import WEIGHTS_NAME
 from memtool.errors import AlreadyExistsError, ConfigError, DataError, MemtoolError, NotFoundError
-from memtool.learning.looks import looks
 from memtool.methods.exchange import PEFT_PREFIX
 from memtool.methods.foreign import check_base_model
 from memtool.methods.mira.moments import PromptState, looks_blob
@@ -122,8 +121,7 @@ def collect(
     moments: dict[str, bytes] = {}
     for name, asked in texts.items():
         some = spread(Texts(tuple(asked), ("",) * len(asked)), MOST_PROMPTS)
-        seen = looks(work, some, method.look)
-        moments[name] = kept_bytes(method.keep(seen), method.name)
+        moments[name] = kept_bytes(method.kept_of(some), method.name)
     added: list[WrittenAdapter] = []
     known: list[WrittenAdapter] = []
     asked_anew: list[str] = []
@@ -153,7 +151,7 @@ def collect(
                 txn, f"{PROMPTS_PREFIX}{rows[name]}", texts[name] if keep_prompts else None
             )
         if moments and PromptState.load(txn.base) is None:
-            PromptState(look_at=method.settings.places).put(txn)
+            method.state.without_keys().put(txn)
 
     names = few([one.name for one in adapters])
     store = work.store_or_new()

@@ -3,22 +3,30 @@
     routing.<task>    the moments of the training prompts of a task
     looks.<adapter>   the moments of the example prompts that an adapter came with, by its id
     prompt-keys       how prompts were looked at, and whose keys there are
+    prompt-reach      how far from the others the example prompts lie
 
-Moments are a count, a mean and a root of the scatter; all of a task's add up.
+Moments are counts and means by cluster, and a root of the scatter within clusters; all of a task's
+add up. Where every block has keys of its own, they are solved from the columns that it sees: those
+of a root are a root of its scatter.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor
+from torch.nn import functional as F
 
 import memtool_stores
 from memtool.errors import CorruptError, DataError, MismatchError
+from memtool.learning.looks import columns_of, narrowed
+from memtool.memories.clusters import clustered
 from memtool.memories.moments import Moments
+from memtool.memories.novelty import novelty, reach
 from memtool.methods.in_store import StoredState
 from memtool.methods.records import task_of
 from memtool.methods.routed.memory import Kept, kept_blob, kept_bytes
@@ -31,19 +39,39 @@ Chosen on the validation prompts of TRACE, from 200 and from 30 prompts a task, 
 """
 
 
+WITNESSES, WITNESS_WIDE = 64, 256
+"""Example prompts of an adapter that say how far others lie, spread evenly, and their width."""
+
+REACH = "prompt-reach"
+"""Blob of the moments of all witnesses: what the novelty of a prompt is measured by."""
+
+
 class PromptState(StoredState):
     """How prompts are looked at, and whose keys there are: the JSON blob `prompt-keys`.
 
-    `adapters` are the ids behind the keys, in their order: those that prompts were known of;
-    `moments` is the hash of what the keys were solved from.
+    `adapters` are the ids behind the keys, in their order: those that prompts were known of, and
+    `rows` how many keys each of them has. `moments` is the hash of what the keys were solved from;
+    where they learned from there, `epochs` and `lr` say how. `apart` is how many blocks have keys
+    of their own, and how many entries of a look each sees alone: they come first, block by block.
     """
 
     blob: ClassVar[str] = "prompt-keys"
 
     schema_version: int = 1
     look_at: tuple[str, ...]
+    scope: str = "model"
+    clusters: int = 1
+    apart: tuple[PositiveInt, PositiveInt] | None = None
     adapters: tuple[str, ...] = ()
+    rows: tuple[int, ...] = ()
     moments: str = ""
+    epochs: int = 0
+    lr: float | None = None
+
+    def without_keys(self) -> PromptState:
+        """The same way to look at prompts, before there are keys."""
+        none = {"adapters": (), "rows": (), "moments": "", "epochs": 0, "lr": None}
+        return self.model_copy(update=none)
 
 
 def looks_blob(adapter: str) -> str:
@@ -110,40 +138,102 @@ def digest_of(
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
+def moments_of(rows: Tensor, clusters: int, seed: int, apart: int | None = None) -> Kept:
+    """Counts (c,), means (c, d) and a root (r, d) of rows (n, d), in at most so many clusters.
+
+    rootᵀ root is the scatter Σ (x − mean)(x − mean)ᵀ about the means of the clusters: of few rows
+    much less than d x d. With `apart` only the scatters of so many columns each are kept, side by
+    side, and r is at most as many.
+    """
+    wide = rows.double()
+    owners = clustered(rows, clusters, seed)
+    counts = torch.bincount(owners)
+    sums = wide.new_zeros(len(counts), wide.shape[1]).index_add(0, owners, wide)
+    means = sums / counts.unsqueeze(1)
+    parts = (wide - means[owners]).split(apart or wide.shape[1], dim=1)
+    root = torch.cat([torch.linalg.qr(part, mode="r").R for part in parts], dim=1)
+    return {"count": counts, "mean": means.float(), "root": root.float()}
+
+
+def witnesses(seen: Tensor) -> Kept:
+    """Some of prompts that look like (n, d), spread evenly: what tells how unlike others are."""
+    some = torch.linspace(0, len(seen) - 1, min(WITNESSES, len(seen))).long()
+    return {"some": narrowed(seen[some], WITNESS_WIDE).float()}
+
+
 def read_moments(view: memtool_stores.MemoryView, blob: str) -> Kept:
-    """What `PromptMemory.keep` gave. Raises CorruptError for anything else."""
+    """What `PromptMemory.kept_of` gave. Raises CorruptError for anything else."""
     where = f"blob {blob!r}"
-    found = read_tensors(view.blob(blob), where, count="int64 c", mean="d", root="n d")
-    count = found["count"]
-    finite = all(bool(found[name].isfinite().all()) for name in ("mean", "root"))
-    if tuple(count.shape) != (1,) or not 1 <= int(count) <= 2**40 or not finite:
+    shapes = {"count": "int64 c", "mean": "c d", "root": "n d", "some": "m w"}
+    found = read_tensors(view.blob(blob), where, **shapes)
+    counts = found["count"]
+    finite = all(bool(found[name].isfinite().all()) for name in ("mean", "root", "some"))
+    fits = len(counts) and bool(((counts >= 1) & (counts <= 2**40)).all())
+    if not fits or not finite or not len(found["some"]):
         raise CorruptError(
-            f"{where} holds no moments of prompts", expected="a count, and finite numbers"
+            f"{where} holds no moments of prompts", expected="counts, and finite numbers"
         )
     kept: Kept = found
     return kept
 
 
-def solved_keys(tasks: Sequence[Sequence[Kept]]) -> Tensor:
-    """Keys (tasks, d + 1), float32, of what was kept of each task, in one part or several.
+def classes_of(tasks: Sequence[Sequence[Kept]]) -> list[list[list[int]]]:
+    """The class, from 0, of every cluster of every part of every task.
 
-    [look, 1] · key is log p(task | look) up to a term that all tasks share, of Gaussian looks of
-    one covariance. Raises DataError where no task has two prompts that differ, MismatchError for
-    looks of several widths.
+    Each is a class of its own; but where no part of a task has several, all of it is one.
     """
-    width = tasks[0][0]["mean"].shape[0]
-    moments = Moments(1, width, len(tasks))
-    for place, one in ((place, one) for place, parts in enumerate(tasks) for one in parts):
-        count, mean, root = float(one["count"]), one["mean"].double(), one["root"].double()
-        if len(mean) != width:
+    found: list[list[list[int]]] = []
+    free = 0
+    for parts in tasks:
+        sizes = [len(part["count"]) for part in parts]
+        if max(sizes) == 1:
+            found.append([[free]] * len(parts))
+            free += 1
+            continue
+        found.append([])
+        for size in sizes:
+            found[-1].append([*range(free, free + size)])
+            free += size
+    return found
+
+
+def solved_keys(
+    tasks: Sequence[Sequence[Kept]], apart: tuple[int, int] | None = None
+) -> list[Tensor]:
+    """The keys (memories, m, d + 1), float32, of every task, of what was kept in its parts.
+
+    `apart` as in `PromptState`; without it one memory sees all. m is the number of clusters of the
+    task. With x = [look, 1] the sum of exp(x · key) over them is p(task | look) up to a factor that
+    all tasks share, of Gaussian clusters of one covariance.
+    Raises DataError where no cluster has two prompts that differ, MismatchError for looks of
+    several widths.
+    """
+    width = tasks[0][0]["mean"].shape[1]
+    for part in (part for parts in tasks for part in parts):
+        if part["mean"].shape[1] != width:
             raise MismatchError(
-                f"prompts that look like {len(mean)} numbers, and like {width}",
+                f"prompts that look like {part['mean'].shape[1]} numbers, and like {width}",
                 expected="all looked at in the same places",
                 remedy="memtool rollback, or another --store",
             )
-        moments.counts[place] += count
-        moments.sums[0, place] += count * mean
-        moments.second[0] += root.T @ root + count * torch.outer(mean, mean)
+    columns = columns_of(apart, width)
+    keys = torch.stack([_keys_of(tasks, own) for own in columns])
+    sizes = [len({one for part in parts for one in part}) for parts in classes_of(tasks)]
+    return [one.float() for one in keys.split(sizes, dim=1)]
+
+
+def _keys_of(tasks: Sequence[Sequence[Kept]], own: Tensor) -> Tensor:
+    """The keys (classes, d + 1), float64, of a memory that sees these entries (d,) of a look."""
+    classes = classes_of(tasks)
+    moments = Moments(1, len(own), classes[-1][-1][-1] + 1)
+    for parts, numbers in zip(tasks, classes, strict=True):
+        for part, mine in zip(parts, numbers, strict=True):
+            counts, places = part["count"].double(), torch.tensor(mine)
+            means, root = part["mean"][:, own].double(), part["root"][:, own].double()
+            sums = counts.unsqueeze(1) * means
+            moments.counts.index_add_(0, places, counts)
+            moments.sums[0].index_add_(0, places, sums)
+            moments.second[0] += root.T @ root + means.T @ sums
     try:
         rule = moments.lda(SHRINKAGE, equal_priors=True)
     except DataError as error:
@@ -152,7 +242,37 @@ def solved_keys(tasks: Sequence[Sequence[Kept]]) -> Tensor:
             expected="a few dozen example prompts of each",
             remedy="--prompts FILE with more of them",
         ) from error
-    return torch.cat([rule.weight[0], rule.bias[0].unsqueeze(1)], dim=1).float()
+    bias = rule.bias[0]
+    for numbers in classes:  # tasks are as likely as each other, and not their clusters
+        mine = sorted({one for part in numbers for one in part})
+        bias[mine] += (moments.counts[mine] / moments.counts[mine].sum()).log()
+    return torch.cat([rule.weight[0], bias.unsqueeze(1)], dim=1)
+
+
+def witnessed(tasks: Sequence[Sequence[Kept]]) -> Moments:
+    """The moments of the witnesses of tasks, and their reach where that can be measured."""
+    some = [torch.cat([part["some"] for part in parts]) for parts in tasks]
+    rows = torch.cat(some).unsqueeze(0)
+    labels = torch.arange(len(some)).repeat_interleave(torch.tensor([len(one) for one in some]))
+    moments = Moments(1, rows.shape[-1], len(some))
+    moments.add(rows, labels)
+    moments.reach = reach(moments, rows, labels)
+    return moments
+
+
+def novelty_of(view: memtool_stores.MemoryView, seen: Tensor) -> Tensor | None:
+    """How unlike all that prompts are known of at a version others (n, d) look: (n,).
+
+    99 of 100 of the example prompts lie within 1. None where that could not be measured.
+    """
+    if REACH not in view.blobs():
+        return None
+    moments = Moments.from_bytes(view.blob(REACH), f"blob {REACH!r}")
+    return novelty(narrowed(seen, WITNESS_WIDE).unsqueeze(0), [moments])
+
+
+Refine = Callable[[Sequence[int], Sequence[Tensor]], Sequence[Tensor]]
+"""Keys of the tasks of these numbers that learned on from those in closed form."""
 
 
 def put_keys(
@@ -160,19 +280,42 @@ def put_keys(
     *,
     view: memtool_stores.MemoryView,
     new: Mapping[int, Kept],
-    look_at: tuple[str, ...],
+    state: PromptState,
+    refine: Refine | None = None,
 ) -> None:
-    """Give every live adapter of which prompts are known its key, solved with those of all."""
+    """Give every live adapter of which prompts are known its keys, solved with those of all.
+
+    (memories, adapters, m · (d + 1)): m of every adapter, one after another, zeros where it has
+    fewer. `state` says how prompts are looked at, and what `refine` does.
+    """
     live = txn.adapters
     parts = parts_in(view, live, new)
-    keys = solved_keys(list(parts.values()))
-    rows = dict(zip(parts, keys, strict=True))
-    none = torch.zeros_like(keys[0])
-    found = torch.stack([rows.get(task_of(record), none) for record in live])
-    txn.set_keys(found.unsqueeze(0).contiguous().numpy())
-    keyed = tuple(record.id for record in live if task_of(record) in rows)
-    digest = digest_of(view, live, new)
-    PromptState(look_at=look_at, adapters=keyed, moments=digest).put(txn)
+    found: Sequence[Tensor] = solved_keys(list(parts.values()), state.apart)
+    if refine is not None:
+        found = refine([*parts], found)
+    most = max(one.shape[1] for one in found)
+    padded = [F.pad(one, (0, 0, 0, most - one.shape[1])).flatten(1) for one in found]
+    rows = {
+        task: (one.shape[1], keys) for task, one, keys in zip(parts, found, padded, strict=True)
+    }
+    none = (0, torch.zeros_like(padded[0]))
+    each = [rows.get(task_of(record), none) for record in live]
+    txn.set_keys(torch.stack([keys for _, keys in each], dim=1).contiguous().numpy())
+    changes = {
+        "adapters": tuple(record.id for record in live if task_of(record) in rows),
+        "rows": tuple(count for count, _ in each if count),
+        "moments": digest_of(view, live, new),
+    }
+    state.model_copy(update=changes).put(txn)
+    _put_reach(txn, witnessed(list(parts.values())))
+
+
+def _put_reach(txn: memtool_stores.Transaction, moments: Moments | None) -> None:
+    """Keep what novelty is measured by; nothing where it cannot be."""
+    if moments is not None and moments.reach is not None:
+        txn.put_blob(REACH, moments.to_bytes())
+    elif REACH in txn.base.blobs():
+        txn.delete_blob(REACH)
 
 
 def solve_without(
@@ -180,19 +323,22 @@ def solve_without(
 ) -> None:
     """In a transaction that takes adapters away: the keys of the others, solved without them.
 
+    In closed form, also where they had learned: those that learned did so beside the forgotten.
     No keys where what is left of the prompts is too little to tell adapters apart.
     """
     state = PromptState.load(view)
     if state is None or view.keys() is None or not gone & {*state.adapters}:
         return
+    without = state.without_keys()
     try:
         if tasks_in(view, txn.adapters, {}):
-            put_keys(txn, view=view, new={}, look_at=state.look_at)
+            put_keys(txn, view=view, new={}, state=without)
             return
     except DataError:
         pass
     txn.set_keys(None)
+    _put_reach(txn, None)
     if txn.adapters:
-        state.model_copy(update={"adapters": (), "moments": ""}).put(txn)
+        without.put(txn)
     else:
         txn.delete_blob(PromptState.blob)

@@ -5,8 +5,10 @@
     keys         in closed form, by linear discriminant analysis over the adapters
     weights      the separation of [look, 1] · key: under softmax the posterior of the tasks
 
-One look decides for all blocks (`memory.scope` model), and the weights stay while a prompt is
-answered. Adapters may have any ranks, targets and scalings; those that are used are read.
+`memory.scope` says whose weights they are: one look decides for all blocks (model), or every block
+has keys for its own part of the look (block); both stay while a prompt is answered. Under token
+there is no look ahead: every token is weighed as it comes, in every block (`tokens`). Adapters may
+have any ranks, targets and scalings; those that are used are read.
 """
 
 from __future__ import annotations
@@ -25,16 +27,29 @@ import memtool_stores
 from memtool.adapters.layout import Layout, Site
 from memtool.adapters.peft_files import parse_peft, write_peft
 from memtool.adapters.stock import OneAdapter, Stock, mixed
+from memtool.adapters.values import AdapterValues
 from memtool.errors import ConfigError, CorruptError, DataError
 from memtool.evaluation.record import Record, Row
-from memtool.learning.looks import PromptLook
-from memtool.memories.separation import separation
+from memtool.learning.looks import PromptLook, columns_of, looks_of, token_looks
+from memtool.memories.separation import SeparationFunction, separation
 from memtool.methods.attached import Attached
 from memtool.methods.explanation import Explanation
 from memtool.methods.export import config_blob, new_folders, require_new
+from memtool.methods.mira.ask import added_up, asked, joined
 from memtool.methods.mira.collection import collect, few
-from memtool.methods.mira.moments import PromptState, digest_of, put_keys, tasks_in
+from memtool.methods.mira.moments import (
+    WITNESSES,
+    PromptState,
+    digest_of,
+    moments_of,
+    novelty_of,
+    put_keys,
+    tasks_in,
+    witnesses,
+)
 from memtool.methods.mira.peft_rows import peft_rows, require_peft
+from memtool.methods.mira.refine import refined
+from memtool.methods.mira.tokens import TokenRouting
 from memtool.methods.records import recorded, task_of
 from memtool.methods.results import RetrieveResult, WriteResult
 from memtool.methods.routed.attached import RoutedTexts
@@ -46,10 +61,16 @@ from memtool.methods.routed.memory import (
 )
 from memtool.methods.routed.method import Routed
 from memtool.sections import MemorySettings
-from memtool.streams.task import Images, Stream, Task, Texts
+from memtool.streams.task import Images, Stream, Task, Texts, spread
 from memtool.tensor_bytes import read_arrays
 
 _log = logging.getLogger(__name__)
+
+MOST_TOKENS, LEAST_ROWS = 4096, 16
+"""Tokens of an adapter's example prompts that are looked at, at most; and rows, at least."""
+
+MOST_NUMBERS = 2**20
+"""Numbers of what blocks see apart that are looked at of an adapter: more are some rows of them."""
 
 
 class PromptMemory(Routed):
@@ -74,25 +95,67 @@ class PromptMemory(Routed):
         return self.config.memory
 
     @property
+    def scope(self) -> str:
+        """As `memory.scope`."""
+        return self.settings.scope
+
+    @property
     def look(self) -> PromptLook:
-        """At the places of `memory.look_at`."""
-        return PromptLook(self.settings.places)
+        """At the places of `memory.look_at`; every block at its own, but under scope model."""
+        return PromptLook.under(self.scope, self.settings.places)
+
+    @property
+    def _prefix(self) -> bool:
+        """Whether a token sees all tokens so far."""
+        return "prefix" in self.settings.places
+
+    @property
+    def state(self) -> PromptState:
+        """How prompts are looked at here, without keys."""
+        settings, learn = self.settings, self.config.consolidate
+        return PromptState(
+            look_at=settings.places,
+            scope=settings.scope,
+            clusters=settings.clusters,
+            apart=self.look.own(self.workspace.backbone),
+            epochs=learn.epochs,
+            lr=learn.lr if learn.epochs else None,
+        )
+
+    @property
+    def key_epochs(self) -> int:
+        """Epochs in which keys learn on from those in closed form."""
+        return self.config.consolidate.epochs
 
     # What a task leaves ---------------------------------------------------------------------
 
-    def keep(self, looks: Tensor) -> Mapping[str, Tensor]:
-        """Count, mean (d,) and a root (min(n, d), d) of what prompts look like (n, d).
+    def rows_of(self, samples: Texts) -> Tensor:
+        """What keys are solved from: a row for each prompt, or for tokens of them (n, d).
 
-        rootᵀ root is the scatter Σ (x − mean)(x − mean)ᵀ: of few prompts much less than d x d.
+        Bounded where every block sees something of its own, which is wide.
         """
-        wide = looks.double()
-        mean = wide.mean(dim=0)
-        root = torch.linalg.qr(wide - mean, mode="r").R
-        return {
-            "count": torch.tensor([len(looks)]),
-            "mean": mean.float(),
-            "root": root.float(),
-        }
+        work, width = self.workspace, self.look.width(self.workspace.backbone)
+        if self.scope == "model":
+            return looks_of(work, samples.prompts, self.look)
+        most = max(LEAST_ROWS, MOST_NUMBERS // width)
+        if self.scope == "token":
+            some = min(MOST_TOKENS, most)
+            return token_looks(work, samples.prompts, some, prefix=self._prefix)
+        return looks_of(work, spread(samples, most).prompts, self.look)
+
+    def keep(self, looks: Tensor) -> Mapping[str, Tensor]:
+        """The moments of what prompts or tokens look like (n, d), in `memory.clusters` clusters."""
+        own = self.look.own(self.workspace.backbone)
+        alone = own is not None and own[0] * own[1] == looks.shape[1]
+        apart = own[1] if own is not None and alone else None
+        return moments_of(looks, self.settings.clusters, self.workspace.seed, apart)
+
+    def kept_of(self, samples: Images | Texts) -> Mapping[str, Tensor]:
+        """Those of prompts, and what tells how unlike them others are."""
+        assert isinstance(samples, Texts)
+        rows = self.rows_of(samples)
+        seen = looks_of(self.workspace, spread(samples, WITNESSES).prompts, self.look)
+        return {**self.keep(rows), **witnesses(seen)}
 
     def samples_of(self, view: memtool_stores.MemoryView, number: int) -> Images | Texts | None:
         """The training prompts of a task; None of an adapter that came without prompts."""
@@ -105,8 +168,8 @@ class PromptMemory(Routed):
         self, view: memtool_stores.MemoryView, new: Mapping[int, Kept]
     ) -> Callable[[memtool_stores.Transaction], None] | None:
         """Keys of all adapters of which prompts are known, solved together."""
-        state = PromptState.load(view)
-        self.require_same_look(state)
+        found, state = PromptState.load(view), self.state
+        self.require_same_look(found)
         known = tasks_in(view, view.adapters, new)
         keyed = tuple(r.id for r in view.adapters if task_of(r) in known)
         if not keyed:
@@ -114,36 +177,68 @@ class PromptMemory(Routed):
                 "no prompts are known of any adapter in memory, so that none can be chosen by one",
                 remedy="memtool import DIR --base MODEL --prompts FILE",
             )
-        if state is not None and view.keys() is not None:
+        if found is not None and view.keys() is not None:
             digest = digest_of(view, view.adapters, new)
-            if (state.adapters, state.moments) == (keyed, digest):
+            same = (found.epochs, found.lr) == (state.epochs, state.lr)
+            if same and (found.adapters, found.moments) == (keyed, digest):
                 return None
-        return partial(put_keys, view=view, new=new, look_at=self.settings.places)
+        refine = partial(refined, self, view) if state.epochs else None
+        return partial(put_keys, view=view, new=new, state=state, refine=refine)
 
-    def require_same_look(self, state: PromptState | None) -> None:
+    def require_same_look(self, found: PromptState | None) -> None:
         """What prompts looked like in one way cannot be compared with another way later."""
-        places = self.settings.places
-        if state is not None and state.look_at != places:
-            raise ConfigError(
-                f"memory.look_at is {','.join(places)}, but prompts were looked at by "
-                f"{','.join(state.look_at)}",
-                remedy=f"--set memory.look_at={','.join(state.look_at)}, or another --store",
-            )
+        if found is None:
+            return
+        here = self.settings
+        for name, now, then in (
+            ("memory.scope", here.scope, found.scope),
+            ("memory.look_at", ",".join(here.places), ",".join(found.look_at)),
+            ("memory.clusters", here.clusters, found.clusters),
+        ):
+            if now != then:
+                raise ConfigError(
+                    f"{name} is {now}, but prompts were looked at under {then}",
+                    remedy=f"--set {name}={then}, or another --store",
+                )
 
     # How a memory is read -------------------------------------------------------------------
 
-    def weights(self, looks: Tensor, kept: Sequence[Kept]) -> Tensor:
-        """The weights (n, tasks) of inputs that look like (n, d)."""
-        keys = torch.stack([one["key"] for one in kept])
-        if keys.shape[1] != looks.shape[1] + 1:
-            raise CorruptError(
-                f"keys of {keys.shape[1] - 1} numbers for prompts that look like {looks.shape[1]}",
-                remedy="memtool verify",
-            )
-        scores = looks @ keys[:, :-1].T + keys[:, -1]
+    def routing(
+        self, values: AdapterValues | Stock, owners: Sequence[int], kept: Sequence[Kept]
+    ) -> Routing:
+        """The keys over adapters; asked by prompts, or by tokens as they pass."""
+        look, own = self.look, self.look.own(self.workspace.backbone)
+        memories = None if own is None else own[0]
+        made = Routing(values, owners, kept, self.weights, self.name, look, memories)
+        if self.scope != "token":
+            return made
+        dim = self.workspace.backbone.dim
+        return TokenRouting(made, self.separate, dim, prefix=self._prefix)
+
+    @property
+    def separate(self) -> SeparationFunction:
+        """How scores (..., keys) become weights."""
         settings = self.settings
         name = "max" if settings.routing == "lda" else settings.separation
-        return separation(name, beta=settings.beta, topk=settings.topk)(scores)
+        return separation(name, beta=settings.beta, topk=settings.topk)
+
+    def weights(self, looks: Tensor, kept: Sequence[Kept]) -> Tensor:
+        """The weights of inputs that look like (n, d): (n, tasks).
+
+        (n, blocks, tasks) where every block has keys. The keys of a task add up.
+        """
+        keys, owners = joined([one["key"] for one in kept])
+        own = self.look.own(self.workspace.backbone)
+        columns = columns_of(own, looks.shape[1]).to(looks.device)
+        if keys.shape[-1] != columns.shape[1] + 1:
+            raise CorruptError(
+                f"keys of {keys.shape[-1] - 1} numbers for prompts that look like "
+                f"{columns.shape[1]}",
+                remedy="memtool verify",
+            )
+        scores = asked(looks[:, columns], keys)
+        found = added_up(self.separate(scores), owners, len(kept))
+        return found.squeeze(1) if own is None else found
 
     def known_in(self, view: memtool_stores.MemoryView) -> tuple[int, ...]:
         """Numbers of the tasks that have keys, in the order written."""
@@ -161,12 +256,25 @@ class PromptMemory(Routed):
         return super().remedy_in(view)
 
     def kept_in(self, view: memtool_stores.MemoryView, tasks: Sequence[int]) -> list[Kept]:
-        """The key of each of these tasks."""
-        keys = view.keys()
+        """The keys (memories, m, d + 1) of each of these tasks."""
+        keys, state = view.keys(), PromptState.load(view)
         assert keys is not None
+        assert state is not None
+        self.require_same_look(state)
+        each = state.rows or (1,) * len(state.adapters)  # before an adapter could have several
+        rows = dict(zip(state.adapters, each, strict=False))
+        most = max(rows.values(), default=0)
+        if len(rows) != len(state.adapters) or min(rows.values()) < 1 or keys.shape[2] % most:
+            raise CorruptError(
+                f"keys of {keys.shape[2]} numbers an adapter, {list(state.rows)} of each",
+                expected="as many for each of them",
+                remedy="memtool verify",
+            )
         found: dict[int, Kept] = {}
-        for record, key in zip(view.adapters, keys[0], strict=False):
-            found.setdefault(task_of(record), {"key": torch.from_numpy(key.copy())})
+        for place, record in enumerate(view.adapters[: keys.shape[1]]):
+            if count := rows.get(record.id, 0):
+                own = torch.from_numpy(keys[:, place].copy()).unflatten(1, (most, -1))
+                found.setdefault(task_of(record), {"key": own[:, :count]})
         return [found[task] for task in tasks]
 
     def values_in(
@@ -209,21 +317,54 @@ class PromptMemory(Routed):
         """
         if out is not None:
             require_new(out)
+            self._require_one_mixture()
         if subject.get("task") is not None:
             self._require_texts(str(subject.get("version", "HEAD")))
         result = super().retrieve(**subject)
         if out is None:
             return result
         memory = self.read(subject.get("version", "HEAD"))
-        weights = torch.tensor([one.coefficient for one in result.adapters])
-        used = (weights > LEAST).nonzero()[:, 0]
+        weights = torch.tensor(result.blocks)
+        used = (weights > LEAST).any(dim=0).nonzero()[:, 0]
         stock = memory.routing.values
         assert isinstance(stock, Stock)
-        one = mixed(stock.take(used.tolist()), weights[used])
+        one = mixed_by_block(stock.take(used.tolist()), weights[:, used])
         base = self.workspace.backbone.name.removeprefix("hf:")
         with new_folders(out) as (folder,):
             write_peft(folder, one.value, one.layout, alpha=one.layout.rank, base_model=base)
         return result.model_copy(update={"out": out})
+
+    def _require_one_mixture(self) -> None:
+        """Raise ConfigError where there is no one mixture, but as many as tokens."""
+        if self.scope == "token":
+            raise ConfigError(
+                "--out under memory.scope token: every token has a mixture of its own",
+                expected="a memory whose weights are those of a prompt (scope model or block)",
+                remedy="memtool export, for the adapters one by one",
+            )
+
+    def novelty(self, view: memtool_stores.MemoryView, prompt: str) -> float | None:
+        """How unlike all example prompts one is: 99 of 100 of them lie within 1."""
+        found = novelty_of(view, looks_of(self.workspace, [prompt], self.look))
+        return None if found is None else float(found)
+
+    def by_token(
+        self, memory: RoutedMemory, prompt: str, block: int | None
+    ) -> tuple[tuple[str, ...], tuple[tuple[float, ...], ...]]:
+        """As `Routed.by_token`. Raises ConfigError for a block that the model does not have."""
+        lm, routing = self.workspace.backbone, memory.routing
+        if not isinstance(routing, TokenRouting):
+            return (), ()
+        if block is not None and block >= lm.depth:
+            raise ConfigError(
+                f"--block {block} of a model of {lm.depth} blocks", expected=f"0 to {lm.depth - 1}"
+            )
+        tokens = lm.encode([prompt]).tokens.to(lm.device)
+        with self.workspace.engine.autocast():
+            found = routing.by_token(lm, tokens)[0].float().cpu()
+        shown = found.mean(dim=0) if block is None else found[block]
+        texts = lm.token_texts(tokens[0].tolist())
+        return tuple(texts), tuple(tuple(row) for row in shown.tolist())
 
     def explain(self, **subject: Any) -> Explanation:
         """As `Routed.explain`. Raises ConfigError for a task that no stream has texts of."""
@@ -295,6 +436,18 @@ def _say_unmeasured(stream: Stream, found: Sequence[Task]) -> None:
     others = [task.name for task in stream.tasks if task.name not in measured]
     if others:
         _log.warning("not measured, as no adapter with a key is called so: %s", few(others))
+
+
+def mixed_by_block(values: AdapterValues, weights: Tensor) -> OneAdapter:
+    """As `mixed`, of weights (1, t), or (blocks, t) where every block has its own."""
+    if len(weights) == 1:
+        return mixed(values, weights[0])
+    whole = mixed(values, torch.ones(len(values)))
+    tensors = whole.layout.unflatten(whole.value)
+    for site in whole.layout.sites:
+        each = weights[site.block].repeat_interleave(values.layout.rank)
+        tensors[f"{site.name}.lora_B"].mul_(each.to(whole.value.dtype))  # views
+    return whole
 
 
 def stored_adapter(

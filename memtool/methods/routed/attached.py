@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from memtool.adapters.values import Recall
-from memtool.backbones.answering import by_length, trimmed
+from memtool.backbones.answering import RecallOf, answers, by_length, trimmed
 from memtool.backbones.causal_lm import CausalLM
 from memtool.backbones.interface import Backbone
+from memtool.errors import ConfigError
 from memtool.methods.attached import (
     AttachedImages,
     AttachedTexts,
@@ -19,7 +20,7 @@ from memtool.methods.attached import (
     require_texts,
     unknown,
 )
-from memtool.methods.routed.memory import RoutedMemory, Routing
+from memtool.methods.routed.memory import RoutedMemory, Routing, of_prompts
 
 
 class RoutedImages(AttachedImages):
@@ -54,13 +55,11 @@ class RoutedTexts(AttachedTexts):
 
     def recall(self, prompts: Tensor) -> Recall:
         """The mixture of every prompt."""
-        with torch.no_grad():
-            looks = self.routing.look(self.backbone, prompts)
-            return self.routing.recall(self.routing.weights(looks))
+        return self.routing.recalled(self.backbone, prompts)
 
     @torch.no_grad()
     def weights(self, prompts: Sequence[str]) -> Tensor:
-        """The weights (n, adapters) that prompts choose."""
+        """The weights (n, adapters) that prompts choose; means where blocks have their own."""
         require_texts(prompts)
         found = torch.zeros(len(prompts), len(self.routing.values))
         if not prompts:
@@ -69,6 +68,43 @@ class RoutedTexts(AttachedTexts):
         for rows in by_length(tokens, 16):
             asked = trimmed(tokens[rows]).to(self.backbone.device)
             with self.computing():
-                seen = self.routing.look(self.backbone, asked)
-            found[rows] = self.routing.weights(seen).cpu()
+                seen = self.routing.weighed(self.backbone, asked)
+            found[rows] = of_prompts(seen).cpu()
         return found
+
+    @torch.no_grad()
+    def answered(
+        self,
+        prompts: Sequence[str],
+        *,
+        batch: int = 16,
+        most: int | None = None,
+        beams: int = 1,
+    ) -> tuple[list[str], Tensor]:
+        """As `AttachedTexts.answered`; prompts are looked at once for both."""
+        require_texts(prompts)
+        self.require_beams(beams)
+        told: list[Callable[[], Tensor]] = []
+
+        def choose(tokens: Tensor) -> Recall:
+            recall, weights = self.routing.asked(self.backbone, tokens)
+            told.append(weights)
+            return recall
+
+        with self.computing():
+            recall = RecallOf(choose)
+            texts = answers(self.backbone, prompts, recall, batch=batch, most=most, beams=beams)
+        found = torch.zeros(len(prompts), len(self.routing.values))
+        if told:
+            rows = torch.cat([*by_length(self.backbone.encode(prompts).tokens, batch)])
+            found[rows] = torch.cat([of_prompts(weights())[::beams] for weights in told]).cpu()
+        return texts, found
+
+    def require_beams(self, beams: int) -> None:
+        """As `AttachedTexts.require_beams`: beams change places, and a mean so far cannot."""
+        if beams > 1 and not self.routing.steady:
+            raise ConfigError(
+                f"{beams} beams under memory.look_at=prefix, where a token sees the mean so far",
+                expected="1: token by token",
+                remedy="--beams 1, or a memory of another memory.scope",
+            )

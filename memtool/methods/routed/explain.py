@@ -8,17 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from memtool.learning.looks import looks
 from memtool.methods.explanation import AdapterPart, Explanation, Outcome, draw, outcome_of
 from memtool.methods.in_store import classes_of
+from memtool.methods.outcome import told_of
 from memtool.methods.records import task_of
-from memtool.methods.routed.measure import answering, as_they_are, scores
+from memtool.methods.routed.measure import (
+    answering,
+    as_they_are,
+    by_memory,
+    memories_of,
+    scores,
+    weights_of,
+)
 from memtool.methods.routed.memory import LEAST, RoutedMemory, Way
 from memtool.methods.subject import Subject, subject_of
 from memtool.reports.shown import format_of
@@ -35,11 +42,13 @@ def explain(
     task: str | None = None,
     image: Path | None = None,
     prompt: str | None = None,
+    block: int | None = None,
     version: str = "HEAD",
     out: Path | None = None,
 ) -> Explanation:
     """What the memory makes of an input, or of test samples of a task, and why.
 
+    `block` is that whose tokens are shown, where every token of a prompt has weights; none: all.
     `out` is a plot (.svg, .png) or a page (.html). Raises ConfigError for anything but one subject
     and for another kind of file.
     """
@@ -48,27 +57,29 @@ def explain(
     work = method.workspace
     subject = subject_of(work, task=task, image=image, prompt=prompt)
     memory = method.read(version) if subject.task is None else method.snapshot(version)
-    device = memory.routing.owners.device
-    seen = looks(work, subject.samples, memory.routing.look)
-    weights = memory.routing.weights(seen.to(device)).cpu()
+    weights = weights_of(work, memory, subject.samples)
     judge = _judge(work, memory, subject)
     whole = judge(as_they_are)
     parts = []
     for index in work.telling("explain", range(len(memory.records))):
         record, without = memory.records[index], whole
-        if bool((weights[:, index].abs() > LEAST).any()):
+        if bool((weights[..., index].abs() > LEAST).any()):
             without = judge(_leaving_out(index))
         parts.append(
             AdapterPart(
                 name=record.name,
                 task=task_of(record),
                 task_name=record.meta.get("task_name"),
-                coefficient=float(weights[:, index].mean()),
-                negative=float((weights[:, index] < 0).double().mean()),
+                coefficient=float(weights[..., index].mean()),
+                negative=float((weights[..., index] < 0).double().mean()),
                 contribution=whole.probability - without.probability,
                 without=without,
             )
         )
+    told: dict[str, Any] = {}
+    if prompt is not None:
+        told = told_of(method.novelty(memory.view, prompt))
+        told["columns"], told["tokens"] = method.by_token(memory, prompt, block)
     result = Explanation(
         version=memory.version,
         subject=subject.words,
@@ -76,15 +87,16 @@ def explain(
         mix="delta",
         separation=method.name,
         routing="mixture",
-        scope="model",
+        scope=method.scope,
         adapters=tuple(parts),
-        blocks=(tuple(weights.mean(dim=0).tolist()),),
-        block_numbers=(work.backbone.depth,),
+        blocks=by_memory(weights),
+        block_numbers=memories_of(work, memory),
         outcome=whole,
         negative=float((weights < 0).double().mean()),
         without_negative=None,
         familiar=(),
         out=out,
+        **told,
     )
     if out is not None:
         work.engine.on_main(lambda: draw(result, out))
@@ -95,7 +107,7 @@ def _leaving_out(index: int) -> Way:
     """The weights with that of one adapter at zero, all others as they are."""
 
     def without(weights: Tensor) -> Tensor:
-        others = torch.arange(weights.shape[1], device=weights.device) != index
+        others = torch.arange(weights.shape[-1], device=weights.device) != index
         return weights * others
 
     return without

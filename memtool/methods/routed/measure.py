@@ -12,10 +12,10 @@ from memtool.backbones.answering import RecallOf
 from memtool.evaluation.matrix import AccuracyMatrix
 from memtool.evaluation.record import Kind, Row
 from memtool.learning.answers import Answering, AnswerScores, answer_row
-from memtool.learning.looks import looks
+from memtool.learning.looks import batches
 from memtool.methods.outcome import share_right
-from memtool.methods.routed.memory import RoutedMemory, Way, hardest, only, uniform
-from memtool.streams.task import Images, Task
+from memtool.methods.routed.memory import RoutedMemory, Way, hardest, of_prompts, only, uniform
+from memtool.streams.task import Images, Task, Texts
 from memtool.workspace import Workspace
 
 OTHER_WAYS: Mapping[str, tuple[str, Way]] = {
@@ -53,9 +53,35 @@ def answering(work: Workspace, memory: RoutedMemory, way: Way = as_they_are) -> 
 
     def choose(prompts: Tensor) -> Recall:
         with torch.no_grad():
-            return routing.recall(way(routing.weights(routing.look(lm, prompts))))
+            return routing.recalled(lm, prompts, way)
 
     return Answering(work, RecallOf(choose))
+
+
+def weights_of(work: Workspace, memory: RoutedMemory, samples: Images | Texts) -> Tensor:
+    """The weights of samples (n, adapters), or (n, memories, adapters), on the CPU."""
+    routing = memory.routing
+    if isinstance(samples, Images):
+        return routing.weights(work.features(samples.images).to(routing.owners.device)).cpu()
+    lm, tokens = work.backbone, work.backbone.encode(samples.prompts).tokens
+    order, parts = list[Tensor](), list[Tensor]()
+    for rows, asked in batches(work, tokens):
+        with work.engine.autocast():
+            parts.append(routing.weighed(lm, asked).cpu())
+        order.append(rows)
+    return torch.cat(parts)[torch.cat(order).argsort()]
+
+
+def by_memory(weights: Tensor) -> tuple[tuple[float, ...], ...]:
+    """The mean weights of samples at every memory."""
+    rows = weights if weights.ndim == 3 else weights.unsqueeze(1)
+    return tuple(tuple(line) for line in rows.double().mean(dim=0).tolist())
+
+
+def memories_of(work: Workspace, memory: RoutedMemory) -> tuple[int, ...]:
+    """The number of the block that each memory is of; one behind all for one that serves all."""
+    depth: int = work.backbone.depth
+    return (depth,) if memory.routing.memories is None else (*range(depth),)
 
 
 def row(
@@ -124,9 +150,8 @@ def task_accuracy(work: Workspace, memory: RoutedMemory, tasks: Sequence[Task]) 
     """Share of test samples whose own task has most of the weight."""
     right = total = 0
     for task in tasks:
-        routing = memory.routing
-        weights = routing.weights(looks(work, task.test, routing.look).to(routing.owners.device))
-        of_task = memory.routing.owners == memory.tasks.index(task.number)
+        weights = of_prompts(weights_of(work, memory, task.test))
+        of_task = memory.routing.owners.cpu() == memory.tasks.index(task.number)
         most = of_task[weights.argmax(dim=1)]
         right, total = right + int(most.sum()), total + len(most)
     return right / max(total, 1)

@@ -15,6 +15,7 @@ import memtool_stores
 from memtool.adapters.recalls import given_for_each
 from memtool.adapters.stock import Stock
 from memtool.adapters.values import AdapterValues, Recall
+from memtool.backbones.causal_lm import CausalLM
 from memtool.errors import CorruptError, MismatchError, NotFoundError
 from memtool.heads import RecalledHead
 from memtool.learning.looks import FINAL, PromptLook
@@ -27,13 +28,16 @@ Kept = Mapping[str, Tensor]
 """What a rule keeps of a task, by name."""
 
 Rule = Callable[[Tensor, Sequence[Kept]], Tensor]
-"""Weights (n, tasks) of inputs that look like (n, dim), by what was kept of every task."""
+"""Weights of inputs that look like (n, dim), by what was kept of every task: (n, tasks).
+
+Of a method whose blocks have memories of their own (n, memories, tasks).
+"""
 
 LEAST = 1e-6
 """A weight that is no more than this adds nothing, and its adapter is not read."""
 
 Way = Callable[[Tensor], Tensor]
-"""Another use of weights (n, adapters): the same shape."""
+"""Another use of weights (..., adapters): the same shape."""
 
 
 def kept_blob(task: int) -> str:
@@ -70,12 +74,10 @@ def known_tasks(view: memtool_stores.MemoryView) -> tuple[int, ...]:
 class Reader(Protocol):
     """What a method says of how its memory is read."""
 
-    @property
-    def look(self) -> PromptLook:
-        """How it sees prompts."""
-
-    def weights(self, looks: Tensor, kept: Sequence[Kept]) -> Tensor:
-        """As a `Rule`."""
+    def routing(
+        self, values: AdapterValues | Stock, owners: Sequence[int], kept: Sequence[Kept]
+    ) -> Routing:
+        """Its rule over adapters, each with an owner, and what was kept of their tasks."""
 
     def known_in(self, view: memtool_stores.MemoryView) -> tuple[int, ...]:
         """Numbers of the tasks that a version can recall, in the order written."""
@@ -95,10 +97,12 @@ class Reader(Protocol):
 class Routing(nn.Module):
     """Adapters (t) and what a rule kept of their tasks; `owners` (t,) is each one's task, an index.
 
-    Nothing of it learns. What was kept are its buffers, so that they move with it.
+    `steady` says that nothing is carried from token to token. Nothing of it learns. What was kept
+    are its buffers, so that they move with it.
     """
 
     owners: Tensor
+    steady: bool = True
 
     def __init__(
         self,
@@ -108,12 +112,18 @@ class Routing(nn.Module):
         rule: Rule,
         name: str = "",
         look: PromptLook = FINAL,
+        memories: int | None = None,
     ) -> None:
-        """`name` is that of the method whose rule it is, for errors; `look` how it sees prompts."""
+        """`name` is that of the method whose rule it is, for errors; `look` how it sees prompts.
+
+        `memories` is how many blocks have weights of their own; None: one set for all.
+        """
         super().__init__()
         self.name = name
         self.look = look
         self.values = values
+        self.memories = memories
+        self._told = False
         self.register_buffer("owners", torch.tensor(owners))
         self._rule = rule
         self._names = [tuple(one) for one in kept]
@@ -131,34 +141,55 @@ class Routing(nn.Module):
         return found
 
     def weights(self, looks: Tensor) -> Tensor:
-        """The weights (n, adapters) of inputs by what they look like (n, dim).
+        """The weights of inputs by what they look like (n, dim): (n, adapters).
 
-        Adapters of one task share its weight. Raises MismatchError where the rule gives another
-        shape than (n, tasks), or numbers that are none for an input of finite ones.
+        With memories of their own (n, memories, adapters). Adapters of one task share its weight.
+        Raises MismatchError where the rule gives another shape, or numbers that are none for an
+        input of finite ones.
         """
         with torch.autocast(looks.device.type, enabled=False):
             found = self._rule(looks.float(), self.kept)
-        _require_weights(found, looks, len(self._names), self.name)
+        own = () if self.memories is None else (self.memories,)
+        _require_weights(found, looks, (*own, len(self._names)), self.name)
         wide = torch.promote_types(found.dtype, looks.dtype)
         return spread_over(found.to(wide), self.owners)
+
+    @torch.no_grad()
+    def weighed(self, lm: CausalLM, prompts: Tensor) -> Tensor:
+        """As `weights`, of prompts, token ids (n, length) padded on the left."""
+        if self._told:
+            return self.weights(torch.zeros(len(prompts), 0, device=prompts.device))
+        return self.weights(self.look(lm, prompts))
 
     def only(self, task: int) -> None:
         """Give the adapters of one task, an index, all weight from here on."""
         chosen = torch.arange(len(self._names)) == task
         self._rule = lambda looks, _: chosen.to(looks).expand(len(looks), -1)
+        self._told = True
 
     def recall(self, weights: Tensor) -> Recall:
-        """What inputs recall under weights (n, adapters).
+        """What inputs recall under weights, as `weights` gives them.
 
         Of a stock only those adapters are read that an input gives more than `LEAST`.
         """
-        if isinstance(self.values, AdapterValues):
-            return given_for_each(self.values, weights.unsqueeze(1), "delta")
-        used = (weights.abs() > LEAST).any(dim=0).nonzero()[:, 0]
-        if not len(used):
-            return _nothing
-        values = self.values.take(used.tolist(), weights.device)
-        return given_for_each(values, weights[:, used].unsqueeze(1), "delta")
+        values = self.values
+        if not isinstance(values, AdapterValues):
+            used = (weights.abs() > LEAST).flatten(0, -2).any(dim=0).nonzero()[:, 0]
+            if not len(used):
+                return _nothing
+            values, weights = values.take(used.tolist(), weights.device), weights[..., used]
+        given = weights.unsqueeze(1) if weights.ndim == 2 else weights[:, [*values.layout.blocks]]
+        return given_for_each(values, given, "delta")
+
+    def recalled(self, lm: CausalLM, prompts: Tensor, way: Way | None = None) -> Recall:
+        """What prompts recall; `way` is another use of their weights."""
+        weights = self.weighed(lm, prompts)
+        return self.recall(weights if way is None else way(weights))
+
+    def asked(self, lm: CausalLM, prompts: Tensor) -> tuple[Recall, Callable[[], Tensor]]:
+        """What prompts recall; and what tells their weights, as `weighed`, once they ran."""
+        weights = self.weighed(lm, prompts)
+        return self.recall(weights), lambda: weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,8 +227,7 @@ class RoutedMemory:
         values, kept = reader.values_in(view, records), reader.kept_in(view, tasks)
         owners = [tasks.index(task_of(record)) for record in records]
         head = None if work.reads == "texts" else _heads(view, records).to(device)
-        name, look = work.config.method, reader.look
-        routing = Routing(values, owners, kept, reader.weights, name, look).to(device)
+        routing = reader.routing(values, owners, kept).to(device)
         return cls(view.version, view, tasks, records, routing, head)
 
 
@@ -206,26 +236,31 @@ def _nothing(block: int, hidden: Tensor) -> None:
     del block, hidden
 
 
+def of_prompts(weights: Tensor) -> Tensor:
+    """Weights (n, adapters): means over the memories, where there are several."""
+    return weights if weights.ndim == 2 else weights.mean(dim=1)
+
+
 def spread_over(weights: Tensor, owners: Tensor) -> Tensor:
-    """Weights of tasks (n, tasks) as weights of their adapters (n, adapters)."""
-    shares = F.one_hot(owners, weights.shape[1]).to(weights.dtype)
-    return weights[:, owners] / shares.sum(dim=0)[owners]
+    """Weights of tasks (..., tasks) as weights of their adapters (..., adapters)."""
+    shares = F.one_hot(owners, weights.shape[-1]).to(weights.dtype)
+    return weights[..., owners] / shares.sum(dim=0)[owners]
 
 
 def hardest(weights: Tensor) -> Tensor:
-    """All weight on the adapter that has most: (n, adapters)."""
-    return F.one_hot(weights.argmax(dim=1), weights.shape[1]).to(weights.dtype)
+    """All weight on the adapter that has most: (..., adapters)."""
+    return F.one_hot(weights.argmax(dim=-1), weights.shape[-1]).to(weights.dtype)
 
 
 def uniform(weights: Tensor) -> Tensor:
-    """The same weight for all: (n, adapters)."""
-    return torch.full_like(weights, 1 / weights.shape[1])
+    """The same weight for all: (..., adapters)."""
+    return torch.full_like(weights, 1 / weights.shape[-1])
 
 
 def only(task: int, owners: Tensor) -> Way:
     """All weight on the adapters of one task, an index."""
     mine = (owners == task).float()
-    return lambda weights: (mine / mine.sum()).expand(len(weights), -1)
+    return lambda weights: (mine / mine.sum()).expand_as(weights)
 
 
 def _heads(
@@ -261,15 +296,17 @@ def _is_word(name: object) -> bool:
     return isinstance(name, str) and name.isidentifier()
 
 
-def _require_weights(weights: object, looks: Tensor, tasks: int, rule: str) -> None:
-    """Raise MismatchError unless a rule gave weights (n, tasks), finite where the looks are."""
-    words, shape = f"method {rule}: weights gave", (looks.shape[0], tasks)
-    expected = f"a tensor of shape {shape}: (inputs, tasks)"
+def _require_weights(weights: object, looks: Tensor, wanted: tuple[int, ...], rule: str) -> None:
+    """Raise MismatchError unless a rule gave weights (n, *wanted), finite where the looks are."""
+    words, shape = f"method {rule}: weights gave", (looks.shape[0], *wanted)
+    names = ("inputs", "tasks") if len(shape) == 2 else ("inputs", "memories", "tasks")
+    expected = f"a tensor of shape {shape}: ({', '.join(names)})"
     if not isinstance(weights, Tensor):
         raise MismatchError(f"{words} a {type(weights).__name__}", expected=expected)
     if tuple(weights.shape) != shape:
         raise MismatchError(f"{words} shape {tuple(weights.shape)}", expected=expected)
     if torch.compiler.is_exporting():
         return
-    if not bool((weights.isfinite() | ~looks.isfinite().all(dim=1, keepdim=True)).all()):
+    broken = ~looks.isfinite().all(dim=1)
+    if not bool((weights.isfinite().flatten(1).all(dim=1) | broken).all()):
         raise MismatchError(f"{words} numbers that are not finite", expected="finite numbers")

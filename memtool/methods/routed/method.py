@@ -33,7 +33,7 @@ from memtool.methods.attached import Attached
 from memtool.methods.explanation import Explanation
 from memtool.methods.in_store import classes_of
 from memtool.methods.method import Method, newest_after_each, require_unmoved
-from memtool.methods.outcome import predicted, share_right
+from memtool.methods.outcome import predicted, share_right, told_of
 from memtool.methods.records import recorded, task_of
 from memtool.methods.results import AdapterCoefficient, RetrieveResult, RoutedResult
 from memtool.methods.routed import measure
@@ -42,9 +42,11 @@ from memtool.methods.routed.explain import explain
 from memtool.methods.routed.memory import (
     Kept,
     RoutedMemory,
+    Routing,
     kept_blob,
     kept_bytes,
     known_tasks,
+    of_prompts,
     read_kept,
 )
 from memtool.methods.subject import subject_of
@@ -104,7 +106,7 @@ class Routed(Method, ABC):
         for number in work.telling("consolidate: keep", new):
             samples = self.samples_of(view, number)
             if samples is not None:
-                kept[number] = self.keep(looks(work, samples, self.look))
+                kept[number] = self.kept_of(samples)
         learn = self.learnt(view, kept)
         result = RoutedResult(
             version=view.version,
@@ -129,6 +131,10 @@ class Routed(Method, ABC):
         message = f"consolidate tasks {' '.join(map(str, tasks))}"
         work.engine.on_main(lambda: work.store.run(commit, message, metadata=metadata))
         return result.model_copy(update={"version": work.store.head(), "seconds": seconds})
+
+    def kept_of(self, samples: Images | Texts) -> Mapping[str, Tensor]:
+        """What is kept of samples."""
+        return self.keep(looks(self.workspace, samples, self.look))
 
     def samples_of(self, view: memtool_stores.MemoryView, number: int) -> Images | Texts | None:
         """What is kept of a task is kept of these samples; None where there are none of it."""
@@ -188,15 +194,15 @@ class Routed(Method, ABC):
             else:
                 outcome["accuracy"] = share_right(scores, samples)
         else:
-            device = memory.routing.owners.device
-            weights = memory.routing.weights(looks(work, samples, self.look).to(device)).cpu()
+            weights = measure.weights_of(work, memory, samples)
             answering = measure.answering(work, memory)
             if alone:
                 outcome["answer"] = answering.answers(samples.prompts)[0]
+                outcome |= told_of(self.novelty(memory.view, samples.prompts[0]))
             else:
                 encoded = work.backbone.encode(samples.prompts, samples.answers)
                 outcome["loss"] = answering.loss(encoded)
-        mean = weights.double().mean(dim=0).tolist()
+        mean = of_prompts(weights).double().mean(dim=0).tolist()
         return RetrieveResult(
             version=memory.version,
             subject=subject.words,
@@ -207,8 +213,8 @@ class Routed(Method, ABC):
                 AdapterCoefficient(name=record.name, task=task_of(record), coefficient=one)
                 for record, one in zip(memory.records, mean, strict=True)
             ),
-            blocks=(tuple(mean),),
-            block_numbers=(work.backbone.depth,),
+            blocks=measure.by_memory(weights),
+            block_numbers=measure.memories_of(work, memory),
             **outcome,
         )
 
@@ -216,12 +222,12 @@ class Routed(Method, ABC):
         self, *, layer: str | None = None, block: int | None = None, **subject: Any
     ) -> Explanation:
         """What comes out without each adapter; arguments as in `explain.explain`."""
-        if layer is not None or block is not None:
+        if layer is not None or (block is not None and self.scope != "token"):
             raise ConfigError(
                 f"--layer and --block under method {self.name}",
                 expected="method moram, where every adapted map has atoms of its own",
             )
-        return explain(self, **subject)
+        return explain(self, block=block, **subject)
 
     # Evaluate -------------------------------------------------------------------------------
 
@@ -334,6 +340,23 @@ class Routed(Method, ABC):
         """How prompts are seen."""
         return FINAL
 
+    @property
+    def scope(self) -> str:
+        """What has weights of its own: the model, a block or a token, as in `memory.scope`."""
+        return "model"
+
+    def novelty(self, view: memtool_stores.MemoryView, prompt: str) -> float | None:
+        """How unlike all that a version learned from a prompt is; None where nothing tells."""
+        del view, prompt
+        return None
+
+    def by_token(
+        self, memory: RoutedMemory, prompt: str, block: int | None
+    ) -> tuple[tuple[str, ...], tuple[tuple[float, ...], ...]]:
+        """The tokens of a prompt and the weights at each; none where tokens have no weights."""
+        del memory, prompt, block
+        return (), ()
+
     def known_in(self, view: memtool_stores.MemoryView) -> tuple[int, ...]:
         """Numbers of the tasks that a version can recall, in the order written."""
         return known_tasks(view)
@@ -357,6 +380,12 @@ class Routed(Method, ABC):
             self.workspace.layout,
             torch.tensor([record.scaling for record in records], dtype=torch.float32),
         )
+
+    def routing(
+        self, values: AdapterValues | Stock, owners: Sequence[int], kept: Sequence[Kept]
+    ) -> Routing:
+        """The rule over adapters, each with an owner, and what was kept of their tasks."""
+        return Routing(values, owners, kept, self.weights, self.config.method, self.look)
 
     def shown(self, view: memtool_stores.MemoryView, tasks: Sequence[int]) -> list[Task]:
         """The tasks of the stream that have these numbers in the memory."""

@@ -1,0 +1,58 @@
+"""What a memory of prompts adds to a model that answers, counted before anything is learned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from memtool.backbones.causal_lm import model_source
+from memtool.learning.looks import PART_WIDE, PromptLook
+from memtool.settings import Config
+
+
+@dataclass(frozen=True)
+class Cost:
+    """`passes` of the frozen model over a prompt, before it is answered.
+
+    `weights` of a prompt of `tokens` tokens. `keys_bytes` in the store, where every task has as
+    many clusters as it may. Multiply-adds of a token: `mixing` with all adapters at once, `asking`
+    where every token does, and of the `model` itself.
+    """
+
+    scope: str
+    passes: int
+    tokens: int
+    weights: int
+    keys_bytes: int
+    mixing: int
+    asking: int
+    model: int
+
+
+def cost_of(config: Config, *, tasks: int, numbers: int, parameters: int, tokens: int) -> Cost:
+    """The cost of adapters of so many `numbers`, one for each of `tasks`.
+
+    `parameters` are those of the model, of which only config.json is read; `tokens` those of a
+    prompt. An adapter has as many numbers as multiply-adds of a token.
+    """
+    from transformers import AutoConfig
+
+    found = AutoConfig.from_pretrained(model_source(config.backbone), trust_remote_code=False)
+    depth, dim, memory = found.num_hidden_layers, found.hidden_size, config.memory
+    apart = memory.scope != "model"
+    look = PromptLook.under(memory.scope, memory.places)
+    width = look.width_of(depth, dim, found.vocab_size)
+    memories = depth if apart else 1
+    if apart:
+        width -= (depth - 1) * min(PART_WIDE, dim)  # what the other blocks see
+    adapters, keys = tasks * config.adapter.per_task, tasks * memory.clusters
+    by_token = memory.scope == "token"
+    return Cost(
+        scope=memory.scope,
+        passes=int(look.runs and not by_token),
+        tokens=tokens,
+        weights=memories * adapters * (tokens if by_token else 1),
+        keys_bytes=4 * memories * adapters * memory.clusters * (width + 1),
+        mixing=adapters * numbers,
+        asking=depth * keys * (dim + 1) if by_token else 0,
+        model=parameters,
+    )
