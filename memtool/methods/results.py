@@ -64,6 +64,7 @@ class AsAtoms(Part):
 class WriteResult(Result):
     """What `write` added; `known` are the adapters that were there, `skipped` their names.
 
+    `unchanged` says that there was nothing new, of them and of their prompts: no new version.
     `as_atoms` has those that were trained to act whole and became atoms; `notes` say what is
     doubtful about what was written.
     """
@@ -75,6 +76,7 @@ class WriteResult(Result):
     known: tuple[WrittenAdapter, ...] = ()
     as_atoms: tuple[AsAtoms, ...] = ()
     notes: tuple[str, ...] = ()
+    unchanged: bool = False
 
 
 class ConsolidateResult(Result):

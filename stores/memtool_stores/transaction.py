@@ -1,7 +1,8 @@
 """What one commit will do: operations are gathered in memory and reach the disk all at once.
 
 Nothing is written before the commit, so a transaction that is left (an error, Ctrl-C, a kill)
-leaves nothing behind, and all writing to disk happens while the lock of the store is held.
+leaves nothing behind, and all writing to disk happens while the lock of the store is held. Bytes of
+files and blobs need not be gathered: what is `Held` is read one after the other in the commit.
 """
 
 from __future__ import annotations
@@ -24,10 +25,9 @@ from memtool_stores.errors import (
     SchemaError,
     SpaceMismatchError,
 )
+from memtool_stores.held import Held, TensorFile
 from memtool_stores.migrate import SCHEMA_VERSION
 from memtool_stores.names import check_name, check_ref
-from memtool_stores.ragged import piece_hashes
-from memtool_stores.tensorfile import read_header
 from memtool_stores.tree import Array, KeysState, Root, State, Tree, numpy_dtype, sha256
 from memtool_stores.view import HEADER_PREFIX, MemoryView, tensors_of
 
@@ -50,12 +50,12 @@ class Transaction:
         self._names: dict[str, str] = {}
         self._lines: list[bytes] = []
         # None for a row without bytes in the values; those of ragged ones are in `_files`.
-        self._rows: list[Array | None] = []
-        self._files: dict[int, bytes] = {}
+        self._rows: list[Array | Held | None] = []
+        self._files: dict[int, Held] = {}
         self._erased: set[int] = set()
         self._keys: Array | None = None
         self._keys_set = False
-        self._blobs: dict[str, bytes | None] = {}
+        self._blobs: dict[str, Held | None] = {}
         self._migrates = False
 
     @property
@@ -66,10 +66,10 @@ class Transaction:
     @property
     def nbytes(self) -> int:
         """Bytes of payload that the commit will write."""
-        blobs = sum(len(data) for data in self._blobs.values() if data is not None)
+        blobs = sum(held.nbytes for held in self._blobs.values() if held is not None)
         keys = 0 if self._keys is None else self._keys.nbytes
         rows = sum(row.nbytes for row in self._rows if row is not None)
-        files = sum(map(len, self._files.values()))
+        files = sum(held.nbytes for held in self._files.values())
         return rows + files + keys + blobs + sum(map(len, self._lines))
 
     @property
@@ -165,8 +165,12 @@ class Transaction:
         if after != dict(record.pruned):
             self._write(replace(record, pruned=MappingProxyType(after)))
 
-    def add_file(self, name: str, data: bytes, meta: Mapping[str, Any] | None = None) -> str:
+    def add_file(
+        self, name: str, data: bytes | TensorFile, meta: Mapping[str, Any] | None = None
+    ) -> str:
         """Append the adapter of a safetensors file; `MemoryView.export` gives the same bytes back.
+
+        A `TensorFile` is read again in the commit, instead of being in memory until then.
 
         Where its tensors are those of the layout, in the same order, it is a row like any other.
         Else the row is ragged: it keeps the layout of the file, whose tensors may be of several of
@@ -177,19 +181,28 @@ class Transaction:
             SchemaError: it is not a safetensors file of such tensors, larger than
                 `limits.array_bytes`, or `meta` is not JSON.
         """
-        header = read_header(data, f"the file of adapter {name!r}")
-        layout = self._space.layout
-        digest = sha256(header.data)
-        blob = HEADER_PREFIX + digest
-        said = {"file_sha256": sha256(data), **(meta or {})}
-        if header.tensors == tensors_of(layout):
-            values = np.frombuffer(data, numpy_dtype(layout), offset=len(header.data))
-            added = self._add(name, values, said, header=digest)
+        if isinstance(data, bytes):
+            data = TensorFile.of(data, f"the file of adapter {name!r}")
+        layout, digest = self._space.layout, sha256(data.header.data)
+        said = {"file_sha256": data.sha256, **(meta or {})}
+        self._check_free(name)
+        about: dict[str, Any] = {
+            "name": name,
+            "sha256": data.values.sha256,
+            "meta": said,
+            "header": digest,
+        }
+        if data.header.tensors == tensors_of(layout):
+            record = self._append(data.values, **about)
         else:
-            added = self._add_ragged(name, data[len(header.data) :], said, header=digest)
+            record = self._append_ragged(data.values, **about, pieces=data.pieces)
+        self._put_header(digest, Held.of(data.header.data))
+        return record.id
+
+    def _put_header(self, digest: str, header: Held) -> None:
+        blob = HEADER_PREFIX + digest
         if blob not in self._known_blobs():
-            self._blobs[blob] = header.data
-        return added
+            self._blobs[blob] = header
 
     def _add(
         self,
@@ -197,7 +210,6 @@ class Transaction:
         values: npt.NDArray[Any],
         meta: Mapping[str, Any],
         *,
-        header: str | None = None,
         kind: Kind = "adapter",
     ) -> str:
         dtype = numpy_dtype(self._space.layout)
@@ -209,18 +221,16 @@ class Transaction:
             )
         self._check_free(name)
         row = np.array(values, dtype=dtype, order="C", copy=True)
-        said = {"name": name, "sha256": sha256(row), "meta": meta, "header": header, "kind": kind}
-        return self._append(row, **said).id
+        return self._append(row, name=name, sha256=sha256(row), meta=meta, kind=kind).id
 
-    def _add_ragged(self, name: str, data: bytes, meta: Mapping[str, Any], *, header: str) -> str:
-        self._check_free(name)
-        nbytes = limits.require("array_bytes", len(data), f"the data of adapter {name!r}")
-        said = {"name": name, "sha256": sha256(data), "meta": meta, "header": header}
-        record = self._append(None, **said, nbytes=nbytes, pieces=piece_hashes(data))
-        self._files[record.row] = data
-        return record.id
+    def _append_ragged(self, held: Held, *, name: str, **said: Any) -> AdapterRecord:
+        """A new record as by `_append`, and the bytes of its own layout."""
+        nbytes = limits.require("array_bytes", held.nbytes, f"the data of adapter {name!r}")
+        record = self._append(None, name=name, **said, nbytes=nbytes)
+        self._files[record.row] = held
+        return record
 
-    def _append(self, row: Array | None, **said: Any) -> AdapterRecord:
+    def _append(self, row: Array | Held | None, **said: Any) -> AdapterRecord:
         """A new record with all that is `said` of it, and its row of the values."""
         from ulid import ULID
 
@@ -282,7 +292,11 @@ class Transaction:
         if added < 0:
             return self.base.value(record.id)
         row = self._rows[added]
-        return np.frombuffer(self._files[record.row], np.uint8) if row is None else row
+        if row is None:
+            return np.frombuffer(self._files[record.row].data(), np.uint8)
+        if isinstance(row, Held):
+            return np.frombuffer(row.data(), numpy_dtype(self._space.layout))
+        return row
 
     def remove(self, id_or_name: str) -> None:
         """Take an adapter or a row of atoms out of the memory; its row stays, and so do its bytes.
@@ -388,7 +402,7 @@ class Transaction:
         spread[:, [record.row for record in live]] = keys
         self._keys, self._keys_set = spread, True
 
-    def put_blob(self, name: str, data: bytes) -> None:
+    def put_blob(self, name: str, data: bytes | Held) -> None:
         """Store a file under a name, in the place of an older one of that name.
 
         Raises:
@@ -397,7 +411,7 @@ class Transaction:
         """
         check_ref(name, "blob")
         self._refuse_header(name)
-        self._blobs[name] = bytes(data)
+        self._blobs[name] = data if isinstance(data, Held) else Held.of(bytes(data))
 
     def delete_blob(self, name: str) -> None:
         """Take a blob away.
@@ -442,12 +456,13 @@ class Transaction:
             tree.write_keys(spread)
             keys = None if spread is None else KeysState(sha256(spread), spread.shape[1])
         blobs = dict(base.blobs)
-        for name, data in {**self._blobs, **self._needless_headers(catalog)}.items():
-            if data is not None:
-                tree.write_blob(name, data)
-                blobs[name] = sha256(data)
-            elif blobs.pop(name, None):
+        changed = {**self._blobs, **self._needless_headers(catalog)}
+        written = {name: held for name, held in changed.items() if held is not None}
+        for name in changed.keys() - written.keys():
+            if blobs.pop(name, None):
                 tree.delete_blob(name)
+        tree.write_blobs(written, blobs)
+        blobs |= {name: held.sha256 for name, held in written.items()}
         state = State(
             adapters=catalog.counts.adapters,
             atoms=catalog.counts.atoms,
