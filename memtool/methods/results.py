@@ -79,6 +79,24 @@ class WriteResult(Result):
     unchanged: bool = False
 
 
+class MergeResult(Result):
+    """What came of another memory, `source` at `source_version`; the rest as of `WriteResult`.
+
+    `renumbered` has the tasks that have another number here, by name.
+    """
+
+    schema_: Literal["memtool.merge"] = Field("memtool.merge", alias="schema")
+    version: str
+    source: str
+    source_version: str
+    kind: Literal["adapter", "atoms"]
+    added: tuple[WrittenAdapter, ...]
+    known: tuple[WrittenAdapter, ...] = ()
+    renumbered: dict[str, int] = {}
+    notes: tuple[str, ...] = ()
+    unchanged: bool = False
+
+
 class ConsolidateResult(Result):
     """What consolidation learned.
 

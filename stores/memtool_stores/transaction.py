@@ -199,6 +199,45 @@ class Transaction:
         self._put_header(digest, Held.of(data.header.data))
         return record.id
 
+    def take(
+        self, view: MemoryView, id_or_name: str, changes: Mapping[str, Any] | None = None
+    ) -> AdapterRecord:
+        """Append a live row of another memory, or version, bit for bit; its new record.
+
+        It gets an id of its own, and keeps its kind, scaling and what was pruned; `changes` are
+        keys of its meta that are others here. Its bytes are read in the commit.
+
+        Raises:
+            NotFoundError: there is none.
+            AlreadyExistsError: a live adapter has its name.
+            SpaceMismatchError: it is not ragged, and the layouts differ.
+        """
+        record = view.get(id_or_name)
+        ours, theirs = self._space.layout, view.space.layout
+        if not record.ragged and (ours.segments, ours.dtype) != (theirs.segments, theirs.dtype):
+            raise SpaceMismatchError(
+                f"adapter {record.name!r} is of rank {theirs.rank}, {theirs.numel:,} numbers of "
+                f"{theirs.dtype}",
+                expected=f"the layout of this memory: rank {ours.rank}, {ours.numel:,} numbers of "
+                f"{ours.dtype}",
+            )
+        self._check_free(record.name)
+        held = view.held_value(record.id)
+        said: dict[str, Any] = {
+            "name": record.name,
+            "sha256": record.sha256,
+            "meta": {**record.meta, **(changes or {})},
+            "scaling": record.scaling,
+            "header": record.header,
+            "kind": record.kind,
+            "pruned": record.pruned,
+        }
+        if record.header is not None:
+            self._put_header(record.header, view.held_blob(HEADER_PREFIX + record.header))
+        if record.ragged:
+            return self._append_ragged(held, **said, pieces=record.pieces)
+        return self._append(held, **said)
+
     def _put_header(self, digest: str, header: Held) -> None:
         blob = HEADER_PREFIX + digest
         if blob not in self._known_blobs():
@@ -238,8 +277,7 @@ class Transaction:
         record = AdapterRecord.of(
             id=str(ULID()),
             row=self.base.state.rows + len(self._rows),
-            scaling=layout.alpha / layout.rank,
-            **said,
+            **{"scaling": layout.alpha / layout.rank, **said},
         )
         self._write(record)
         self._rows.append(row)

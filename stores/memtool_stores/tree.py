@@ -351,7 +351,8 @@ class Tree:
         """Write new arrays of bytes by name; `step` gives the length of chunks of so many bytes."""
         for first in [*new][:1]:  # what the others are encoded like
             self._create(first, (0,), (1,), np.dtype("u1"))
-            arrays = ((name, held.data(), step(held.nbytes)) for name, held in new.items())
+            read = ((name, held.data()) for name, held in new.items())
+            arrays = ((name, data, step(len(data))) for name, data in read)
             write_bytes(self._group, first, arrays)
 
     def delete_files(self, rows: Iterable[int]) -> None:
@@ -491,13 +492,20 @@ class Tree:
             IntegrityError: it is not there, or not the bytes that were written.
             SchemaError: it is larger than `limits.array_bytes`.
         """
-        path = f"blobs/{check_ref(name, 'blob')}"
-        array = opened(self._group, path, np.dtype("u1"), (None,), (None,))
+        array = self._open_blob(name)
         (size,), (chunk,) = array.shape, array.chunks
         limits.require("array_bytes", max(size, chunk), f"blob {name!r}")
         self.chunk_lengths.add(chunk + CRC32C_BYTES)
-        chunks = read_chunks(self._group, path, range(math.ceil(size / chunk)), chunk)
-        return b"".join(chunks)[:size]
+        places = range(math.ceil(size / chunk))
+        return b"".join(read_chunks(self._group, f"blobs/{name}", places, chunk))[:size]
+
+    def blob_nbytes(self, name: str) -> int:
+        """The length that a blob says it has. Raises IntegrityError when it is not there."""
+        return int(self._open_blob(name).shape[0])
+
+    def _open_blob(self, name: str) -> Any:
+        path = f"blobs/{check_ref(name, 'blob')}"
+        return opened(self._group, path, np.dtype("u1"), (None,), (None,))
 
     def write_blobs(self, blobs: Mapping[str, Held], there: Container[str]) -> None:
         """Put these bytes in the place of the old ones, of those blobs that are `there`."""

@@ -110,3 +110,27 @@ def test_images_are_not_answered(tmp_path: Path) -> None:
     done = memtool(tmp_path, "generate", "--prompt", "x")
     assert done.returncode in (2, 3)
     assert "language model" in done.stderr or "no memory" in done.stderr
+
+
+def test_two_collections_become_one(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "model", tmp_path / "model")
+    shutil.copytree(place / "adapters", tmp_path / "adapters")
+    for store, name in (("a", "letters"), ("b", "sums")):
+        write_prompts(tmp_path / f"{name}.jsonl", {name: PROMPTS[name]})
+        files = (f"adapters/{name}", "--prompts", f"{name}.jsonl", "--store", store)
+        done = memtool(tmp_path, "import", *files, "--base", "hf:model")
+        assert done.returncode == 0, done.stderr
+    done = memtool(tmp_path, "merge", "b", "--store", "a")
+    assert done.returncode == 0, done.stderr
+    assert "next: memtool consolidate --store a" in done.stderr
+    assert memtool(tmp_path, "consolidate", "--store", "a").returncode == 0
+    # A new memory knows its model from the one that it is of.
+    assert memtool(tmp_path, "merge", "b", "--store", "c", "-q").returncode == 0
+    assert memtool(tmp_path, "merge", "a", "--store", "c", "-q").returncode == 0
+    assert memtool(tmp_path, "consolidate", "--store", "c").returncode == 0
+    for store in ("a", "c"):
+        for name in ("letters", "sums"):
+            done = memtool(
+                tmp_path, "retrieve", "--prompt", PROMPTS[name][0], "-q", "--store", store
+            )
+            assert done.stdout.strip() == name, done.stderr

@@ -31,7 +31,7 @@ from memtool.learning.looks import looks
 from memtool.methods.exchange import PEFT_PREFIX
 from memtool.methods.foreign import check_base_model
 from memtool.methods.mira.moments import PromptState, looks_blob
-from memtool.methods.records import number_of
+from memtool.methods.records import task_numbers
 from memtool.methods.results import WriteResult, WrittenAdapter
 from memtool.methods.routed.memory import kept_bytes
 from memtool.outside import is_file, is_folder, read_file
@@ -326,16 +326,6 @@ def _require_names_apart(adapters: Sequence[Collected]) -> None:
                 remedy="rename one of the folders",
             )
         places[one.name] = one.path
-
-
-def task_numbers(records: Sequence[memtool_stores.AdapterRecord]) -> dict[str, int]:
-    """The number of every task in memory, by name."""
-    found: dict[str, int] = {}
-    for record in records:
-        number = number_of(record)
-        if number is not None:
-            found[str(record.meta.get("task_name") or record.name)] = number
-    return found
 
 
 # Prompts ----------------------------------------------------------------------------------------

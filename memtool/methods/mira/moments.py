@@ -196,3 +196,21 @@ def solve_without(
         state.model_copy(update={"adapters": (), "moments": ""}).put(txn)
     else:
         txn.delete_blob(PromptState.blob)
+
+
+def join(txn: memtool_stores.Transaction, view: memtool_stores.MemoryView) -> tuple[str, ...]:
+    """In a transaction that took adapters of another memory in: one way to look at prompts.
+
+    Raises MismatchError where prompts were looked at in other places.
+    """
+    here, there = PromptState.load(txn.base), PromptState.load(view)
+    if here is not None and there is not None and here.look_at != there.look_at:
+        raise MismatchError(
+            f"prompts were looked at by {','.join(there.look_at)} in the other memory, and by "
+            f"{','.join(here.look_at)} in this one",
+            expected="two memories of one memory.look_at",
+            remedy="another --store",
+        )
+    if here is None and there is not None:
+        PromptState(look_at=there.look_at).put(txn)
+    return ()

@@ -34,7 +34,7 @@ from memtool.methods.explanation import Explanation
 from memtool.methods.export import config_blob, new_folders, require_new
 from memtool.methods.mira.collection import collect
 from memtool.methods.mira.moments import PromptState, digest_of, put_keys, tasks_in
-from memtool.methods.records import recorded, task_of
+from memtool.methods.records import recorded, task_name, task_of
 from memtool.methods.results import RetrieveResult, WriteResult
 from memtool.methods.routed.attached import RoutedTexts
 from memtool.methods.routed.memory import (
@@ -244,12 +244,11 @@ class PromptMemory(Routed):
 
     def shown(self, view: memtool_stores.MemoryView, tasks: Sequence[int]) -> list[Task]:
         """The tasks of the stream that bear the names of these; numbered as in the memory."""
-        names = {task_of(r): str(r.meta.get("task_name") or r.name) for r in view.adapters}
+        names = {task_of(record): task_name(record) for record in view.adapters}
         return [replace(self.workspace.task(names[number]), number=number) for number in tasks]
 
     def _require_same_task(self, record: memtool_stores.AdapterRecord) -> None:
-        if "collection" not in record.meta:
-            super()._require_same_task(record)
+        """Nothing: tasks are known by their names here, by which `shown` finds their texts."""
 
 
 def stored_adapter(
