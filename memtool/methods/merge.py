@@ -225,7 +225,7 @@ class _Taken:
         self.added, self.known, self.notes = [], [], []
         there = (*txn.adapters, *txn.atom_records)
         here = {record.name: record for record in there}
-        numbers = self._numbers(there)
+        numbers = self._numbers(txn, there)
         pairs: dict[str, str] = {}
         for record in self.records:
             old = here.get(record.name)
@@ -253,18 +253,22 @@ class _Taken:
         self._join(txn)
         self.unchanged = not txn.changed
 
-    def _numbers(self, there: Sequence[AdapterRecord]) -> dict[str, int]:
-        """The number that every task has in the joined memory, by name.
+    def _numbers(self, txn: Transaction, there: Sequence[AdapterRecord]) -> dict[str, int]:
+        """The number that every task has in the joined memory, by name: of each its own.
+
+        Also those of tasks that were forgotten stay theirs where tasks are known by name.
 
         Raises MismatchError for another number than its own where tasks are known by number.
         """
         numbers = task_numbers(there)
-        taken = set(numbers.values())
+        known = [*txn.base.catalog.records.values()] if self.by_name else there
+        owners = {number: task_name(r) for r in known if (number := number_of(r)) is not None}
         self.renumbered = {}
         for name, number in task_numbers(self.records).items():
             if name not in numbers:
-                numbers[name] = number if number not in taken else max(taken) + 1
-                taken.add(numbers[name])
+                mine = owners.get(number, name) == name
+                numbers[name] = number if mine else max(owners) + 1
+                owners[numbers[name]] = name
             if numbers[name] == number:
                 continue
             if not self.by_name:

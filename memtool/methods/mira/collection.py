@@ -26,12 +26,19 @@ from memtool.adapters.peft_config import CONFIG_NAME
 from memtool.adapters.peft_files import parse_peft
 from memtool.adapters.peft_tensors import WEIGHTS_NAME
 from memtool.backbones.causal_lm import require_unicode
-from memtool.errors import AlreadyExistsError, ConfigError, DataError, MemtoolError, NotFoundError
+from memtool.errors import (
+    AlreadyExistsError,
+    ConfigError,
+    DataError,
+    MemtoolError,
+    MismatchError,
+    NotFoundError,
+)
 from memtool.learning.looks import looks
 from memtool.methods.exchange import PEFT_PREFIX
 from memtool.methods.foreign import check_base_model
 from memtool.methods.mira.moments import PromptState, looks_blob
-from memtool.methods.records import task_numbers
+from memtool.methods.records import number_of, task_numbers
 from memtool.methods.results import WriteResult, WrittenAdapter
 from memtool.methods.routed.memory import kept_bytes
 from memtool.outside import is_file, is_folder, read_file
@@ -45,6 +52,7 @@ from memtool_stores.tensorfile import Header
 
 if TYPE_CHECKING:
     from memtool.methods.mira.prompts import PromptMemory
+    from memtool.workspace import Workspace
 
 PROMPTS_PREFIX = "prompts."
 """Blobs of this name hold the example prompts of an adapter, where they were to be kept."""
@@ -109,6 +117,7 @@ def collect(
     ConfigError for prompts that would be looked at otherwise than those in memory.
     """
     work = method.workspace
+    _require_same_model(work)
     alike: dict[Header, Header] = {}
     adapters = [_read(method, path, task, alike) for path, task in adapter_folders(places)]
     _require_names_apart(adapters)
@@ -126,6 +135,23 @@ def collect(
         before = store.head()
         store.run(given.append, f"import {names}", metadata=metadata)
     return given.result(store.head(), unchanged=store.head() == before)
+
+
+def _require_same_model(work: Workspace) -> None:
+    """Raise MismatchError where the memory is of another model, or knows it by another name."""
+    if not work.has_store:
+        return
+    here = memtool_stores.MemoryStore.open(work.store_path).space.backbone
+    given = work.backbone
+    if (here.name, here.sha256) != (given.name, given.sha256):
+        same = here.sha256 == given.sha256
+        raise MismatchError(
+            f"the memory {work.store_path!r} is of {here.name} ({here.sha256[:12]}…), and the "
+            f"adapters are said to be of {given.name} "
+            + ("(the same weights)" if same else f"({given.sha256[:12]}…)"),
+            expected=f"--base {here.name}",
+            remedy=f"--base {here.name}" + ("" if same else ", or another --store"),
+        )
 
 
 def _moments(method: PromptMemory, asked: Sequence[str]) -> bytes:
@@ -155,6 +181,8 @@ class _Given:
             told.clear()
         ids = {record.name: record for record in txn.adapters}
         numbers = task_numbers(txn.adapters)
+        # No number comes twice, so that what was said of an older version means the same later.
+        most = max(filter(None, map(number_of, txn.base.catalog.records.values())), default=0)
         blobs = {*txn.base.blobs()}
         for one in self.adapters:
             old = ids.get(one.name)
@@ -163,7 +191,8 @@ class _Given:
                 self.known.append(WrittenAdapter(name=one.name, id=old.id))
                 continue
             task = one.task or one.name
-            number = numbers.setdefault(task, max(numbers.values(), default=0) + 1)
+            number = numbers.setdefault(task, most + 1)
+            most = max(most, number)
             meta = {**one.meta, "task": number, "task_name": task}
             id = txn.add_file(one.name, one.tensors, meta)
             self.added.append(WrittenAdapter(name=one.name, id=id))
@@ -354,8 +383,10 @@ def prompts_of(source: Path, known: set[str]) -> dict[str, list[str]]:
         entry = parse_json(line, where)
         name = entry.get("adapter") if isinstance(entry, dict) else None
         prompt = entry.get("prompt") if isinstance(entry, dict) else None
-        if type(name) is not str or type(prompt) is not str or not prompt.strip():
+        if type(name) is not str or type(prompt) is not str:
             raise DataError(f"{where}: {shown(line)[:80]}", expected=_LINE)
+        if not prompt.strip():
+            raise DataError(f"{where}: the prompt of {shown(name)} is empty", expected=_LINE)
         require_unicode(prompt, where)
         if name not in known:
             raise DataError(

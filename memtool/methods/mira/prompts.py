@@ -34,7 +34,7 @@ from memtool.methods.explanation import Explanation
 from memtool.methods.export import config_blob, new_folders, require_new
 from memtool.methods.mira.collection import collect
 from memtool.methods.mira.moments import PromptState, digest_of, put_keys, tasks_in
-from memtool.methods.records import recorded, task_name, task_of
+from memtool.methods.records import number_of, recorded, task_name, task_of
 from memtool.methods.results import RetrieveResult, WriteResult
 from memtool.methods.routed.attached import RoutedTexts
 from memtool.methods.routed.memory import (
@@ -230,6 +230,13 @@ class PromptMemory(Routed):
         self._require_texts(str(given.get("version", "HEAD")))
         return super().evaluate(**given)
 
+    def measure(
+        self, version: str, tasks: Sequence[int], setting: str | None = None
+    ) -> dict[str, float]:
+        """As `Routed.measure`. Raises ConfigError where no stream has the adapters' tasks."""
+        self._require_texts(version)
+        return super().measure(version, tasks, setting)
+
     def _require_texts(self, version: str) -> None:
         """Raise ConfigError for a collection whose tasks no stream was named for."""
         view = self.workspace.store.view(self.workspace.version_of(version))
@@ -243,8 +250,12 @@ class PromptMemory(Routed):
             )
 
     def shown(self, view: memtool_stores.MemoryView, tasks: Sequence[int]) -> list[Task]:
-        """The tasks of the stream that bear the names of these; numbered as in the memory."""
-        names = {task_of(record): task_name(record) for record in view.adapters}
+        """The tasks of the stream that bear the names of these; numbered as in the memory.
+
+        Those that were forgotten are among them: how well their prompts are answered then.
+        """
+        rows = sorted(view.catalog.records.values(), key=lambda record: record.live)
+        names = {number_of(record): task_name(record) for record in rows}
         return [replace(self.workspace.task(names[number]), number=number) for number in tasks]
 
     def _require_same_task(self, record: memtool_stores.AdapterRecord) -> None:
