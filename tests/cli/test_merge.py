@@ -112,3 +112,18 @@ def test_what_is_refused_leaves_the_memory_as_it_was(
     assert said in done.stderr
     assert done.stdout == ""
     assert memory.head() == head
+
+
+def test_damage_of_the_other_memory_is_met_and_nothing_comes(memory, other, here, memtool):
+    for chunk in (here / "other" / "ice" / "chunks").rglob("*"):
+        if chunk.is_file() and chunk.stat().st_size == 32 * 4 + 4:
+            data = bytearray(chunk.read_bytes())
+            data[5] ^= 1
+            chunk.write_bytes(data)
+    head = memory.head()
+    done = memtool("merge", "other")
+    assert done.returncode == 5, done.stderr
+    assert "poems-lora" in done.stderr
+    assert memory.head() == head
+    memory.gc()
+    assert memory.verify().ok
