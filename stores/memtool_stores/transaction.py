@@ -8,7 +8,7 @@ files and blobs need not be gathered: what is `Held` is read one after the other
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -196,7 +196,8 @@ class Transaction:
             record = self._append(data.values, **about)
         else:
             record = self._append_ragged(data.values, **about, pieces=data.pieces)
-        self._put_header(digest, Held.of(data.header.data))
+        header = data.header.data
+        self._put_header(digest, lambda: Held.of(header))
         return record.id
 
     def take(
@@ -232,16 +233,16 @@ class Transaction:
             "kind": record.kind,
             "pruned": record.pruned,
         }
-        if record.header is not None:
-            self._put_header(record.header, view.held_blob(HEADER_PREFIX + record.header))
+        if (digest := record.header) is not None:
+            self._put_header(digest, lambda: view.held_blob(HEADER_PREFIX + digest))
         if record.ragged:
             return self._append_ragged(held, **said, pieces=record.pieces)
         return self._append(held, **said)
 
-    def _put_header(self, digest: str, header: Held) -> None:
+    def _put_header(self, digest: str, header: Callable[[], Held]) -> None:
         blob = HEADER_PREFIX + digest
-        if blob not in self._known_blobs():
-            self._blobs[blob] = header
+        if not self._has_blob(blob):
+            self._blobs[blob] = header()
 
     def _add(
         self,
@@ -458,18 +459,17 @@ class Transaction:
             NotFoundError: there is none of that name.
         """
         self._refuse_header(name)
-        if name not in self._known_blobs():
+        if not self._has_blob(name):
             raise NotFoundError(f"no blob {name!r}")
         if name in self.base.state.blobs:
             self._blobs[name] = None
         else:
             del self._blobs[name]
 
-    def _known_blobs(self) -> set[str]:
-        known = set(self.base.state.blobs)
-        for name, data in self._blobs.items():
-            known.add(name) if data is not None else known.discard(name)
-        return known
+    def _has_blob(self, name: str) -> bool:
+        if name in self._blobs:
+            return self._blobs[name] is not None
+        return name in self.base.state.blobs
 
     def _refuse_header(self, name: str) -> None:
         if name.startswith(HEADER_PREFIX):

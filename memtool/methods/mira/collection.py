@@ -183,7 +183,6 @@ class _Given:
         numbers = task_numbers(txn.adapters)
         # No number comes twice, so that what was said of an older version means the same later.
         most = max(filter(None, map(number_of, txn.base.catalog.records.values())), default=0)
-        blobs = {*txn.base.blobs()}
         for one in self.adapters:
             old = ids.get(one.name)
             if old is not None:
@@ -196,7 +195,7 @@ class _Given:
             meta = {**one.meta, "task": number, "task_name": task}
             id = txn.add_file(one.name, one.tensors, meta)
             self.added.append(WrittenAdapter(name=one.name, id=id))
-            if one.blob not in blobs:
+            if one.blob not in txn.base.state.blobs:
                 txn.put_blob(one.blob, one.file)
         rows = {record.name: record.id for record in txn.adapters}
         for name, held in self.moments.items():
@@ -239,7 +238,7 @@ def _put_prompts(txn: memtool_stores.Transaction, name: str, asked: Sequence[str
     """Keep prompts; where they are not to be kept, none of before stay either."""
     if asked is not None:
         _put(txn, name, Held.of(json.dumps(asked).encode()))
-    elif name in txn.base.blobs():
+    elif name in txn.base.state.blobs:
         txn.delete_blob(name)
 
 
