@@ -20,14 +20,14 @@ from memtool_stores import limits
 from memtool_stores.atoms import segments_of
 from memtool_stores.catalog import AdapterRecord, Catalog, Kind, plain_json
 from memtool_stores.errors import (
-    AlreadyExistsError,
     NotFoundError,
     SchemaError,
     SpaceMismatchError,
 )
 from memtool_stores.held import Held, TensorFile
 from memtool_stores.migrate import SCHEMA_VERSION
-from memtool_stores.names import check_name, check_ref
+from memtool_stores.names import check_ref
+from memtool_stores.pending import Pending
 from memtool_stores.tree import Array, KeysState, Root, State, Tree, numpy_dtype, sha256
 from memtool_stores.view import HEADER_PREFIX, MemoryView, tensors_of
 
@@ -45,10 +45,7 @@ class Transaction:
         self.version = base.version
         self.written: str | None = None
         self._space = base.space
-        # Only what differs from the base: a copy would make an append as long as the catalog.
-        self._changed: dict[str, AdapterRecord] = {}
-        self._names: dict[str, str] = {}
-        self._lines: list[bytes] = []
+        self._said = Pending(base)
         # None for a row without bytes in the values; those of ragged ones are in `_files`.
         self._rows: list[Array | Held | None] = []
         self._files: dict[int, Held] = {}
@@ -61,7 +58,7 @@ class Transaction:
     @property
     def changed(self) -> bool:
         """Whether there is anything to commit."""
-        return bool(self._lines or self._keys_set or self._blobs or self._migrates)
+        return bool(self._said.lines or self._keys_set or self._blobs or self._migrates)
 
     @property
     def nbytes(self) -> int:
@@ -70,7 +67,7 @@ class Transaction:
         keys = 0 if self._keys is None else self._keys.nbytes
         rows = sum(row.nbytes for row in self._rows if row is not None)
         files = sum(held.nbytes for held in self._files.values())
-        return rows + files + keys + blobs + sum(map(len, self._lines))
+        return rows + files + keys + blobs + sum(map(len, self._said.lines))
 
     @property
     def purges(self) -> bool:
@@ -80,17 +77,12 @@ class Transaction:
     @property
     def adapters(self) -> tuple[AdapterRecord, ...]:
         """The adapters that are live after the operations so far, in row order."""
-        return self._live_of("adapter")
+        return self._said.live_of("adapter")
 
     @property
     def atom_records(self) -> tuple[AdapterRecord, ...]:
         """The rows of atoms that are live after the operations so far, in row order."""
-        return self._live_of("atoms")
-
-    def _live_of(self, kind: Kind) -> tuple[AdapterRecord, ...]:
-        # New rows come after all of the base, in the order in which they were added.
-        records = {**self.base.catalog.records, **self._changed}
-        return tuple(r for r in records.values() if r.kind == kind and r.live)
+        return self._said.live_of("atoms")
 
     def migrate(self) -> None:
         """Bring the tree to the schema that this code writes, as every commit does."""
@@ -147,7 +139,7 @@ class Transaction:
             NotFoundError: there is no such row of atoms, or no such module.
             SchemaError: a rank that the module does not have, or an adapter instead of atoms.
         """
-        record = self._live(id_or_name)
+        record = self._said.live(id_or_name)
         if record.kind != "atoms":
             raise SchemaError(
                 f"{record.name!r} is an adapter", expected="the id or name of a row of atoms"
@@ -163,7 +155,7 @@ class Transaction:
             pruned[module] = pruned.get(module, set()) | wanted
         after = {module: tuple(sorted(out)) for module, out in sorted(pruned.items()) if out}
         if after != dict(record.pruned):
-            self._write(replace(record, pruned=MappingProxyType(after)))
+            self._said.write(replace(record, pruned=MappingProxyType(after)))
 
     def add_file(
         self, name: str, data: bytes | TensorFile, meta: Mapping[str, Any] | None = None
@@ -185,7 +177,7 @@ class Transaction:
             data = TensorFile.of(data, f"the file of adapter {name!r}")
         layout, digest = self._space.layout, sha256(data.header.data)
         said = {"file_sha256": data.sha256, **(meta or {})}
-        self._check_free(name)
+        self._said.check_free(name)
         about: dict[str, Any] = {
             "name": name,
             "sha256": data.values.sha256,
@@ -222,7 +214,7 @@ class Transaction:
                 expected=f"the layout of this memory: rank {ours.rank}, {ours.numel:,} numbers of "
                 f"{ours.dtype}",
             )
-        self._check_free(record.name)
+        self._said.check_free(record.name)
         held = view.held_value(record.id)
         said: dict[str, Any] = {
             "name": record.name,
@@ -259,7 +251,7 @@ class Transaction:
                 f"the values of adapter {name!r} are {values.dtype} of shape {values.shape}",
                 expected=f"{dtype} of shape {shape} ({self._space.layout.dtype} values)",
             )
-        self._check_free(name)
+        self._said.check_free(name)
         row = np.array(values, dtype=dtype, order="C", copy=True)
         return self._append(row, name=name, sha256=sha256(row), meta=meta, kind=kind).id
 
@@ -280,43 +272,8 @@ class Transaction:
             row=self.base.state.rows + len(self._rows),
             **{"scaling": layout.alpha / layout.rank, **said},
         )
-        self._write(record)
+        self._said.write(record)
         self._rows.append(row)
-        return record
-
-    def _check_free(self, name: str) -> None:
-        check_name(name, "an adapter")
-        if self._named(name) is not None or self._record(name) is not None:
-            raise AlreadyExistsError(
-                f"there is a live adapter named {name!r}",
-                remedy="another name, or remove that one first",
-            )
-
-    def _record(self, id: str) -> AdapterRecord | None:
-        """The record of that id as it is now, live or not."""
-        return self._changed.get(id) or self.base.catalog.by_id(id)
-
-    def _named(self, name: str) -> AdapterRecord | None:
-        """The live record that has that name now."""
-        if name in self._names:
-            return self._changed[self._names[name]]
-        record = self.base.catalog.by_name(name)
-        return None if record is None or record.id in self._changed else record
-
-    def _write(self, record: AdapterRecord) -> None:
-        """Take a new or changed record into the catalog."""
-        before = self._changed.get(record.id)
-        if before is not None and before.live:
-            del self._names[before.name]
-        self._changed[record.id] = record
-        if record.live:
-            self._names[record.name] = record.id
-        self._lines.append(record.line())
-
-    def _live(self, id_or_name: str) -> AdapterRecord:
-        record = self._named(id_or_name) or self._record(id_or_name)
-        if record is None or not record.live:
-            raise NotFoundError(f"no adapter {id_or_name!r}", remedy="`memtool ls` lists them")
         return record
 
     def value(self, id_or_name: str) -> Array:
@@ -326,7 +283,7 @@ class Transaction:
             NotFoundError: there is none.
             IntegrityError: it is not what was written.
         """
-        record = self._live(id_or_name)
+        record = self._said.live(id_or_name)
         added = record.row - self.base.state.rows
         if added < 0:
             return self.base.value(record.id)
@@ -343,7 +300,7 @@ class Transaction:
         Raises:
             NotFoundError: there is none.
         """
-        self._write(replace(self._live(id_or_name), state="removed"))
+        self._said.write(replace(self._said.live(id_or_name), state="removed"))
 
     def purge(self, id_or_name: str) -> None:
         """Remove an adapter or a row of atoms and erase its bytes, and its key, from this version.
@@ -355,36 +312,13 @@ class Transaction:
         Raises:
             NotFoundError: there is none, it is purged already, or the name fits several.
         """
-        record = self._with_bytes(id_or_name)
-        self._write(replace(record, state="purged"))
+        record = self._said.with_bytes(id_or_name)
+        self._said.write(replace(record, state="purged"))
         added = record.row - self.base.state.rows
         if added >= 0:
             self._rows[added] = None
             self._files.pop(record.row, None)
         self._erased.add(record.row)
-
-    def _with_bytes(self, id_or_name: str) -> AdapterRecord:
-        """The live or removed row of that id or name."""
-        record = self._named(id_or_name) or self._record(id_or_name)
-        rows = [record] if record is not None else self._out_of_memory(id_or_name)
-        kept = [row for row in rows if row.state != "purged"]
-        if len(kept) == 1:
-            return kept[0]
-        if kept:
-            raise NotFoundError(
-                f"{len(kept)} removed rows were called {id_or_name!r}",
-                expected=f"one of the ids {', '.join(row.id for row in kept)}",
-            )
-        if rows:
-            raise NotFoundError(f"the bytes of {id_or_name!r} are purged already")
-        raise NotFoundError(f"no adapter {id_or_name!r}", remedy="`memtool ls` lists them")
-
-    def _out_of_memory(self, name: str) -> list[AdapterRecord]:
-        """The removed and purged rows that bear this name."""
-        ids = {record.id for record in self.base.catalog.named(name)}
-        ids |= {record.id for record in self._changed.values()}
-        records = (self._record(id) for id in sorted(ids))
-        return [record for record in records if record is not None and record.name == name]
 
     def update(self, id_or_name: str, **changes: Any) -> None:
         """Change what is said of an adapter: keys of its meta, None takes one away; or its name.
@@ -394,13 +328,13 @@ class Transaction:
             AlreadyExistsError: the new name is taken.
             SchemaError: a change is not JSON.
         """
-        record = self._live(id_or_name)
+        record = self._said.live(id_or_name)
         name = changes.pop("name", record.name)
         if name != record.name:
-            self._check_free(name)
+            self._said.check_free(name)
         meta = {**record.meta, **plain_json(changes, f"the meta of adapter {record.name!r}")}
         layout = self._space.layout
-        self._write(
+        self._said.write(
             AdapterRecord.of(
                 id=record.id,
                 row=record.row,
@@ -478,16 +412,16 @@ class Transaction:
     def write(self, tree: Tree) -> tuple[Root, Catalog]:
         """Carry the operations out on a tree at the base version; the new root and catalog."""
         base = self.base.state
-        catalog = self.base.catalog.extended(self._lines)
+        catalog = self.base.catalog.extended(self._said.lines)
         if self._rows:
             tree.append_values(base.rows, self._rows, self._space.layout)
         tree.write_files(self._files)
         erased = [row for row in sorted(self._erased) if row < base.rows]
         tree.erase_values(erased)
-        ragged = {record.row for record in self._changed.values() if record.ragged}
+        ragged = {record.row for record in self._said.changed.values() if record.ragged}
         tree.delete_files(row for row in erased if row in ragged)
-        if self._lines:
-            tree.append_catalog(base.catalog_bytes, b"".join(self._lines))
+        if self._said.lines:
+            tree.append_catalog(base.catalog_bytes, b"".join(self._said.lines))
         keys = base.keys
         spread, keys_changed = self._keys_without_erased()
         if keys_changed:
@@ -518,7 +452,7 @@ class Transaction:
 
     def _needless_headers(self, catalog: Catalog) -> dict[str, None]:
         """Blobs with headers of ragged rows that are purged, which no row with bytes has."""
-        gone = {r.header for r in self._changed.values() if r.ragged and r.row in self._erased}
+        gone = {r.header for r in self._said.changed.values() if r.ragged and r.row in self._erased}
         if gone:
             gone -= {r.header for r in catalog.records.values() if r.state != "purged"}
         return {f"{HEADER_PREFIX}{digest}": None for digest in gone}
