@@ -17,6 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +114,23 @@ def _asked(count: int) -> dict[str, list[str]]:
     }
 
 
-def _imported(folder: Path, base: Path, count: int, **shape: int) -> tuple[PromptMemory, float]:
-    """A memory of so many adapters, and the seconds that their import and keys took."""
+@dataclass(frozen=True)
+class Imported:
+    """What making a memory took: seconds of the import and of the keys, bytes of the import."""
+
+    import_seconds: float
+    key_seconds: float
+    peak_bytes: int
+
+
+def _peak() -> int:
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _imported(
+    folder: Path, base: Path, count: int, *, keyed: bool = True, **shape: int
+) -> tuple[PromptMemory, Imported]:
+    """A memory of so many adapters, with keys where it is `keyed`, and what it took."""
     for number in range(count):
         _adapter(folder / "adapters" / f"a{number:04}", base, number, **shape)
     lines = [
@@ -125,10 +141,13 @@ def _imported(folder: Path, base: Path, count: int, **shape: int) -> tuple[Promp
     (folder / "prompts.jsonl").write_text("\n".join(lines), encoding="utf-8")
     method = _opened(folder, base)
     _ = method.sites  # the model is opened
-    begin = time.perf_counter()
+    before, begin = _peak(), time.perf_counter()
     method.collect([str(folder / "adapters")], folder / "prompts.jsonl")
-    method.consolidate()
-    return method, time.perf_counter() - begin
+    peak, between = _peak(), time.perf_counter()
+    if keyed:
+        method.consolidate()
+    end = time.perf_counter()
+    return method, Imported(between - begin, end - between, peak - before)
 
 
 def _nbytes(folder: Path) -> int:
@@ -140,9 +159,8 @@ def _collection(place: Path) -> list[dict[str, Any]]:
     shape = {"hidden": 256, "layers": 4}
     base = place / "small"
     _model(base, **shape)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    method, seconds = _imported(place / "many", base, MANY, **shape)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    _, few = _imported(place / "fewer", base, MANY // 4, keyed=False, **shape)
+    method, took = _imported(place / "many", base, MANY, **shape)
     files, store = (_nbytes(place / "many" / name) for name in ("adapters", "memory"))
     kept = sum(
         len(method.workspace.store.view().blob(name))
@@ -156,8 +174,11 @@ def _collection(place: Path) -> list[dict[str, Any]]:
     (weights,) = model.weights([asked])  # type: ignore[operator]
     right = int(weights.argmax()) == 500
     return [
-        _case(f"import of {MANY} adapters and their keys, s", seconds),
-        _case("peak memory of it / files", 1024 * peak / files),
+        _case(f"import of {MANY} adapters, s", took.import_seconds),
+        _case("their keys, s", took.key_seconds),
+        _case(f"peak memory of the import of {MANY // 4}, MB", few.peak_bytes / 1e6),
+        _case(f"more for {MANY}, MB", took.peak_bytes / 1e6),
+        _case("their files, MB", files / 1e6),
         _case("store / files, without what is kept of prompts", (store - kept) / files, 1.05),
         _case("what is kept of prompts / files", kept / files),
         _case("attach, s", attached),

@@ -189,8 +189,8 @@ class Workspace:
         if not self.has_store:
             raise NotFoundError(
                 f"no memory at {self.store_path!r}",
-                remedy="memtool train-adapter --task 1 && memtool write, "
-                "or --store PATH for a memory elsewhere",
+                remedy="memtool train-adapter --task 1 && memtool write; memtool import DIR --base "
+                "MODEL for LoRA of a language model; or --store PATH for a memory elsewhere",
             )
         store = memtool_stores.MemoryStore.open(
             self.store_path, lock_timeout=self.config.lock_timeout

@@ -46,11 +46,25 @@ def tasks(ctx: typer.Context, incomplete: str) -> list[str]:
 
 def remembered(ctx: typer.Context, incomplete: str) -> list[str]:
     """Names of the tasks and adapters in memory."""
+    try:
+        store = split_store(_config(ctx, of_store=True).store)[0]
+    except MemtoolError:
+        return []
+    return _named_in(store, incomplete)
+
+
+def of_other(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Names of the tasks and adapters in the other memory that merge names."""
+    other = ctx.params.get("other")
+    return _named_in(other, incomplete) if other else []
+
+
+def _named_in(store: str, incomplete: str) -> list[str]:
     from memtool_stores import MemoryStore
 
+    place, version = split_store(store)
     try:
-        view = MemoryStore.open(split_store(_config(ctx, of_store=True).store)[0]).view()
-        live = view.live
+        live = MemoryStore.open(place).view(version).live
     except MemtoolError:
         return []
     names = [name for r in live for name in (r.meta.get("task_name"), r.name) if name]

@@ -58,6 +58,7 @@ VERBS = {
     "bisect": Verb("care", HISTORY, "Find the commit after which the memory got worse."),
     "import": Verb("exchange", FILES, "Put PEFT adapters, or a whole bundle, into a memory."),
     "export": Verb("exchange", FILES, "Write adapters as PEFT directories, or all as one file."),
+    "merge": Verb("exchange", FILES, "Take the adapters of another memory in."),
     "clone": Verb("exchange", FILES, "Copy a whole memory to another folder or bucket."),
     "init": Verb("setup", SETUP, "Write memtool.yaml, with a comment on every setting."),
     "config": Verb("setup", SETUP, "Show the settings, where they come from, and the presets."),

@@ -368,6 +368,7 @@ class Call:
             raise NotFoundError(
                 f"no memory at {self.store_path!r}",
                 remedy=f"{self.command('train-adapter --task 1')} && {self.command('write')}; "
+                f"{self.command('import DIR --base MODEL')} for LoRA of a language model; "
                 "or --store PATH for a memory elsewhere",
             )
         return MemoryStore.open(self.store_path, lock_timeout=self.config.lock_timeout)

@@ -45,7 +45,7 @@ def show(call: Call, result: WriteResult) -> None:
         out.note(f"{one.name} as atoms: {worth} (test samples of task {one.task})")
     for note in result.notes:
         out.note(f"warning: {note}")
-    if not result.added:
+    if result.unchanged:
         out.note(f"nothing new to write; in memory already: {', '.join(result.skipped)}")
     # Atoms find themselves: writing them is all.
     atoms = said_by(call.config.method).kind == "atoms"

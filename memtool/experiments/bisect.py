@@ -19,6 +19,7 @@ from memtool.errors import (
     did_you_mean,
 )
 from memtool.evaluation import metrics
+from memtool.methods.records import number_of
 from memtool.methods.results import BisectResult, Probe
 
 if TYPE_CHECKING:
@@ -110,13 +111,21 @@ def bisect(
         drop=drop,
         good=first.version,
         bad=last.version,
-        tasks=tuple(method.workspace.task(str(number)).name for number in tasks),
+        tasks=_names(method, first.version, tasks),
         good_value=first.value,
         bad_value=last.value,
         probes=tuple(probes.seen[place] for place in sorted(probes.seen)),
         culprit=probes.seen[found.culprit] if found else None,
         suspects=tuple(probes.seen[place] for place in found.suspects) if found else (),
     )
+
+
+def _names(method: Method, version: str, tasks: Sequence[int]) -> tuple[str, ...]:
+    """The names of tasks, as a version says them, else the stream."""
+    view = method.workspace.store.view(version)
+    said = {number_of(record): record.meta.get("task_name") for record in view.live}
+    named = ((number, said.get(number)) for number in tasks)
+    return tuple(str(name or method.workspace.task(str(n)).name) for n, name in named)
 
 
 def _followed(metric: str | None, known: Sequence[str]) -> str:

@@ -29,7 +29,7 @@ from memtool.adapters.peft_tensors import WEIGHTS_NAME
 from memtool.atomic import write_atomic
 from memtool.errors import CorruptError, DataError, MismatchError, NotFoundError
 from memtool.methods.about import said_by
-from memtool.methods.foreign import TrainedAs, check_base_model, read_head
+from memtool.methods.foreign import TrainedAs, check_base_model, read_head, require_of_images
 from memtool.methods.results import AdaptResult
 from memtool.outside import read_file, read_json
 from memtool.settings import TrainSettings
@@ -312,6 +312,8 @@ def read_adapter(path: Path, home: Home, task: Task | None = None) -> ReadAdapte
     about = folder.about() if _is_there(path / ABOUT) else None
     if about is not None:
         folder.require_whole(about)
+    elif home.config.stream.setting != "trace":
+        require_of_images(path)
     found = read_peft(path, home.layout.sites)
     if found.layout != home.layout:
         raise MismatchError(

@@ -6,10 +6,14 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from memtool.adapters.peft_config import CONFIG_NAME
 from memtool.adapters.peft_files import PeftAdapter
-from memtool.errors import ConfigError, MismatchError
-from memtool.outside import read_file
+from memtool.adapters.peft_tensors import WEIGHTS_NAME
+from memtool.errors import ConfigError, MemtoolError, MismatchError
+from memtool.outside import is_file, is_folder, read_file, read_json
 from memtool.tensor_bytes import read_arrays
+from memtool_stores.printable import shown
+from memtool_stores.tensorfile import read_header_of
 
 if TYPE_CHECKING:
     from memtool.backbones.interface import FrozenModel
@@ -50,6 +54,39 @@ def require_trained_as(
         expected=f"an adapter that was trained with --method {method}",
         remedy="--method moram and another --store",
     )
+
+
+def require_of_images(path: Path) -> None:
+    """Raise ConfigError for a folder with a LoRA of a language model, or with folders of such.
+
+    What cannot be read says so where it is read.
+    """
+    inside = [path, *sorted(path.glob("*"))] if is_folder(path) else []
+    folder = next((one for one in inside if is_file(one / CONFIG_NAME)), None)
+    if folder is None:
+        return
+    try:
+        config = read_json(folder / CONFIG_NAME)
+        header = read_header_of(folder / WEIGHTS_NAME)
+    except MemtoolError:
+        return
+    named = next((t.name for t in header.tensors if _OF_A_LANGUAGE_MODEL.search(t.name)), None)
+    said = config if isinstance(config, dict) else {}
+    if named is None and said.get("task_type") != "CAUSAL_LM":
+        return
+    base = said.get("base_model_name_or_path")
+    known = isinstance(base, str) and base
+    raise ConfigError(
+        f"{folder} is a LoRA of a language model"
+        + (f", {shown(base)}" if known else "")
+        + (f": it has {shown(named)}" if named else ": its task_type is CAUSAL_LM"),
+        expected="--base, which says the model",
+        remedy=f"memtool import {path} --base hf:{base if known else 'MODEL'}",
+    )
+
+
+_OF_A_LANGUAGE_MODEL = re.compile(r"(^|\.)model\.layers\.\d+\.")
+"""How tensors of a decoder of transformers are named."""
 
 
 def check_base_model(

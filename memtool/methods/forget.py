@@ -19,7 +19,7 @@ from memtool.errors import (
     NotFoundError,
     did_you_mean,
 )
-from memtool.methods.records import number_of
+from memtool.methods.records import blobs_of_row, blobs_of_task, number_of
 from memtool.methods.results import ForgetResult, Purged
 from memtool_stores.objects import objects_at
 
@@ -168,11 +168,12 @@ def _blobs_of(view: MemoryView, records: Sequence[AdapterRecord]) -> tuple[str, 
     kept_files = [record.meta.get("peft") for record in left]
     names: list[str] = []
     for record in records:
-        names += [f"looks.{record.id}", f"prompts.{record.id}"]
+        *own, head = blobs_of_row(record.id, record.name)
+        names += own
         if record.name not in kept_names:
-            names.append(f"head.{record.name}")
-        if (task := number_of(record)) not in kept_tasks:
-            names += [f"queries.{task}", f"features.{task}", f"routing.{task}"]
+            names.append(head)
+        if (task := number_of(record)) is not None and task not in kept_tasks:
+            names += blobs_of_task(task)
         if (files := record.meta.get("peft")) not in kept_files:
             names.append(str(files))
     if any(record.live for record in records):

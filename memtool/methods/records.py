@@ -7,12 +7,35 @@ from typing import TYPE_CHECKING
 from memtool.errors import ConfigError, DataError, NotFoundError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from memtool_stores import AdapterRecord, MemoryView
 
 
 def own_head_blob(adapter: str) -> str:
     """Name of the blob that holds the classifier trained with an adapter."""
     return f"head.{adapter}"
+
+
+def blobs_of_row(id: str, name: str) -> tuple[str, ...]:
+    """Names of the blobs that speak of one adapter alone, where there are any; its head is last."""
+    return f"looks.{id}", f"prompts.{id}", own_head_blob(name)
+
+
+def blobs_of_task(number: int) -> tuple[str, ...]:
+    """Names of the blobs that speak of one task alone, where there are any."""
+    return f"queries.{number}", f"features.{number}", f"routing.{number}"
+
+
+def task_name(record: AdapterRecord) -> str:
+    """The name of the task that an adapter belongs to: its own where none is said."""
+    return str(record.meta.get("task_name") or record.name)
+
+
+def task_numbers(records: Sequence[AdapterRecord]) -> dict[str, int]:
+    """The number of every task of these records, by its name."""
+    found = ((task_name(record), number_of(record)) for record in records)
+    return {name: number for name, number in found if number is not None}
 
 
 def number_of(record: AdapterRecord) -> int | None:

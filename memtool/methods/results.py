@@ -64,6 +64,7 @@ class AsAtoms(Part):
 class WriteResult(Result):
     """What `write` added; `known` are the adapters that were there, `skipped` their names.
 
+    `unchanged` says that there was nothing new, of them and of their prompts: no new version.
     `as_atoms` has those that were trained to act whole and became atoms; `notes` say what is
     doubtful about what was written.
     """
@@ -75,6 +76,25 @@ class WriteResult(Result):
     known: tuple[WrittenAdapter, ...] = ()
     as_atoms: tuple[AsAtoms, ...] = ()
     notes: tuple[str, ...] = ()
+    unchanged: bool = False
+
+
+class MergeResult(Result):
+    """What came of another memory, `source` at `source_version`; the rest as of `WriteResult`.
+
+    `renumbered` has the tasks that have another number here, by name.
+    """
+
+    schema_: Literal["memtool.merge"] = Field("memtool.merge", alias="schema")
+    version: str
+    source: str
+    source_version: str
+    kind: Literal["adapter", "atoms"]
+    added: tuple[WrittenAdapter, ...]
+    known: tuple[WrittenAdapter, ...] = ()
+    renumbered: dict[str, int] = {}
+    notes: tuple[str, ...] = ()
+    unchanged: bool = False
 
 
 class ConsolidateResult(Result):

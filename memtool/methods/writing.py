@@ -69,6 +69,7 @@ class AdapterWriter(Generic[Place]):
             known=tuple(adapter for result in results for adapter in result.known),
             as_atoms=tuple(one for result in results for one in result.as_atoms),
             notes=tuple(note for result in results for note in result.notes),
+            unchanged=all(result.unchanged for result in results),
         )
 
     def _require_settings(self) -> None:
@@ -132,6 +133,7 @@ class AdapterWriter(Generic[Place]):
             known=tuple(known),
             as_atoms=self._as_atoms(foreign),
             notes=tuple(note for a in found if a.name in new for note in a.notes),
+            unchanged=not added,
         )
 
     def _append(self, txn: Transaction, adapter: ReadAdapter) -> AdapterRecord:

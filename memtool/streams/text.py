@@ -145,9 +145,13 @@ def adapter_lines(file: Path, *, answered: bool) -> Iterator[AdapterLine]:
         entry = parse_json(line, where)
         keys = ("adapter", "prompt", "answer")[: 3 if answered else 2]
         texts: list[Any] = [entry.get(k) if isinstance(entry, dict) else None for k in keys]
-        if not all(type(text) is str and text.strip() for text in texts):
-            expected = ANSWERED_LINE if answered else LINE
+        expected = ANSWERED_LINE if answered else LINE
+        if not all(type(text) is str for text in texts):
             raise DataError(f"{where}: {shown(line)[:80]}", expected=expected)
+        for key, text in zip(keys, texts, strict=True):
+            if not text.strip():
+                whose = "" if key == "adapter" else f" of {shown(texts[0])}"
+                raise DataError(f"{where}: the {key}{whose} is empty", expected=expected)
         for key, text in zip(keys, texts, strict=True):
             _require_whole(text, key, where)
         yield AdapterLine(where, *texts, *("",) * (3 - len(texts)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
 
 CHUNK_BYTES = 4 * 1024 * 1024
 """Length of a chunk at most."""
@@ -23,12 +24,15 @@ def chunk_count(nbytes: int) -> int:
     return math.ceil(nbytes / chunk_bytes(nbytes))
 
 
-def piece_hashes(data: bytes) -> tuple[str, ...]:
-    """SHA-256 of every chunk as it is stored, the last filled up with zeros; () for one chunk."""
+def cut(data: bytes | memoryview, step: int) -> Iterator[bytes]:
+    """The bytes in chunks of this length, the last filled up with zeros, as they are stored."""
+    for first in range(0, len(data), step):
+        yield bytes(data[first : first + step]).ljust(step, b"\0")
+
+
+def piece_hashes(data: bytes | memoryview) -> tuple[str, ...]:
+    """SHA-256 of every chunk as it is stored; () for one chunk."""
     step = chunk_bytes(len(data))
     if len(data) <= step:
         return ()
-    return tuple(
-        hashlib.sha256(data[first : first + step].ljust(step, b"\0")).hexdigest()
-        for first in range(0, len(data), step)
-    )
+    return tuple(hashlib.sha256(chunk).hexdigest() for chunk in cut(data, step))

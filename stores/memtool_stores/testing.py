@@ -339,6 +339,45 @@ def check_files(url: str) -> None:
     assert store.verify().ok
 
 
+def check_taken(url: str) -> None:
+    """Rows and blobs of another memory come bit for bit, of every kind, and it stays as it was."""
+    space = small_space()
+    ours, theirs = (MemoryStore.create(f"{url}/{name}", space) for name in ("ours", "theirs"))
+    with theirs.transaction("all kinds") as txn:
+        fill(txn, space, "row", 1)
+        txn.add_file("ragged", ragged_file(2), {"task": 2, "scaling": 0.5})
+        txn.add_atoms("atoms", some_values(space, 3), {"task": 3})
+        txn.prune_atoms("atoms", {MODULE: [0]})
+        txn.put_blob("kept", bytes(range(99)))
+    head, view = theirs.head(), theirs.view()
+    with ours.transaction("take") as txn:
+        for name in ("ragged", "atoms", "row"):
+            new = txn.take(view, name, {"task": 7})
+            assert new.id != view.get(name).id
+            assert txn.value(name).tobytes() == view.value(name).tobytes()
+        txn.put_blob("kept", view.held_blob("kept"))
+    mine = MemoryStore.open(ours.url).view()
+    for name in ("ragged", "atoms", "row"):
+        new, old = mine.get(name), view.get(name)
+        for part in ("sha256", "scaling", "header", "kind", "pruned", "nbytes", "pieces"):
+            assert getattr(new, part) == getattr(old, part), part
+        assert (new.task, {**new.meta, "task": None}) == (7, {**old.meta, "task": None})
+        assert mine.export(name) == view.export(name)
+    assert mine.blob("kept") == bytes(range(99))
+    assert theirs.head() == head
+    with refused(AlreadyExistsError, "row"), ours.transaction("again") as txn:
+        txn.take(view, "row")
+    with refused(NotFoundError), ours.transaction("none") as txn:
+        txn.take(view, "nobody")
+    other = MemoryStore.create(f"{url}/other", small_space("float16"))
+    with other.transaction("ragged rows fit everywhere") as txn:
+        txn.take(view, "ragged")
+    with refused(SpaceMismatchError, "row"), other.transaction("others do not") as txn:
+        txn.take(view, "row")
+    assert ours.verify().ok
+    assert other.verify().ok
+
+
 def check_history(url: str) -> None:
     """Old versions stay as they were; tags, branches, rollback and diff name them."""
     space = small_space()
@@ -462,6 +501,7 @@ CONTRACT: tuple[Callable[[str], None], ...] = (
     check_created_once,
     check_round_trip,
     check_files,
+    check_taken,
     check_history,
     check_nothing_is_lost,
     check_gc,

@@ -1,13 +1,14 @@
 """What one commit will do: operations are gathered in memory and reach the disk all at once.
 
 Nothing is written before the commit, so a transaction that is left (an error, Ctrl-C, a kill)
-leaves nothing behind, and all writing to disk happens while the lock of the store is held.
+leaves nothing behind, and all writing to disk happens while the lock of the store is held. Bytes of
+files and blobs need not be gathered: what is `Held` is read one after the other in the commit.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -19,15 +20,14 @@ from memtool_stores import limits
 from memtool_stores.atoms import segments_of
 from memtool_stores.catalog import AdapterRecord, Catalog, Kind, plain_json
 from memtool_stores.errors import (
-    AlreadyExistsError,
     NotFoundError,
     SchemaError,
     SpaceMismatchError,
 )
+from memtool_stores.held import Held, TensorFile
 from memtool_stores.migrate import SCHEMA_VERSION
-from memtool_stores.names import check_name, check_ref
-from memtool_stores.ragged import piece_hashes
-from memtool_stores.tensorfile import read_header
+from memtool_stores.names import check_ref
+from memtool_stores.pending import Pending
 from memtool_stores.tree import Array, KeysState, Root, State, Tree, numpy_dtype, sha256
 from memtool_stores.view import HEADER_PREFIX, MemoryView, tensors_of
 
@@ -45,32 +45,29 @@ class Transaction:
         self.version = base.version
         self.written: str | None = None
         self._space = base.space
-        # Only what differs from the base: a copy would make an append as long as the catalog.
-        self._changed: dict[str, AdapterRecord] = {}
-        self._names: dict[str, str] = {}
-        self._lines: list[bytes] = []
+        self._said = Pending(base)
         # None for a row without bytes in the values; those of ragged ones are in `_files`.
-        self._rows: list[Array | None] = []
-        self._files: dict[int, bytes] = {}
+        self._rows: list[Array | Held | None] = []
+        self._files: dict[int, Held] = {}
         self._erased: set[int] = set()
         self._keys: Array | None = None
         self._keys_set = False
-        self._blobs: dict[str, bytes | None] = {}
+        self._blobs: dict[str, Held | None] = {}
         self._migrates = False
 
     @property
     def changed(self) -> bool:
         """Whether there is anything to commit."""
-        return bool(self._lines or self._keys_set or self._blobs or self._migrates)
+        return bool(self._said.lines or self._keys_set or self._blobs or self._migrates)
 
     @property
     def nbytes(self) -> int:
         """Bytes of payload that the commit will write."""
-        blobs = sum(len(data) for data in self._blobs.values() if data is not None)
+        blobs = sum(held.nbytes for held in self._blobs.values() if held is not None)
         keys = 0 if self._keys is None else self._keys.nbytes
         rows = sum(row.nbytes for row in self._rows if row is not None)
-        files = sum(map(len, self._files.values()))
-        return rows + files + keys + blobs + sum(map(len, self._lines))
+        files = sum(held.nbytes for held in self._files.values())
+        return rows + files + keys + blobs + sum(map(len, self._said.lines))
 
     @property
     def purges(self) -> bool:
@@ -80,17 +77,12 @@ class Transaction:
     @property
     def adapters(self) -> tuple[AdapterRecord, ...]:
         """The adapters that are live after the operations so far, in row order."""
-        return self._live_of("adapter")
+        return self._said.live_of("adapter")
 
     @property
     def atom_records(self) -> tuple[AdapterRecord, ...]:
         """The rows of atoms that are live after the operations so far, in row order."""
-        return self._live_of("atoms")
-
-    def _live_of(self, kind: Kind) -> tuple[AdapterRecord, ...]:
-        # New rows come after all of the base, in the order in which they were added.
-        records = {**self.base.catalog.records, **self._changed}
-        return tuple(r for r in records.values() if r.kind == kind and r.live)
+        return self._said.live_of("atoms")
 
     def migrate(self) -> None:
         """Bring the tree to the schema that this code writes, as every commit does."""
@@ -147,7 +139,7 @@ class Transaction:
             NotFoundError: there is no such row of atoms, or no such module.
             SchemaError: a rank that the module does not have, or an adapter instead of atoms.
         """
-        record = self._live(id_or_name)
+        record = self._said.live(id_or_name)
         if record.kind != "atoms":
             raise SchemaError(
                 f"{record.name!r} is an adapter", expected="the id or name of a row of atoms"
@@ -163,10 +155,14 @@ class Transaction:
             pruned[module] = pruned.get(module, set()) | wanted
         after = {module: tuple(sorted(out)) for module, out in sorted(pruned.items()) if out}
         if after != dict(record.pruned):
-            self._write(replace(record, pruned=MappingProxyType(after)))
+            self._said.write(replace(record, pruned=MappingProxyType(after)))
 
-    def add_file(self, name: str, data: bytes, meta: Mapping[str, Any] | None = None) -> str:
+    def add_file(
+        self, name: str, data: bytes | TensorFile, meta: Mapping[str, Any] | None = None
+    ) -> str:
         """Append the adapter of a safetensors file; `MemoryView.export` gives the same bytes back.
+
+        A `TensorFile` is read again in the commit, instead of being in memory until then.
 
         Where its tensors are those of the layout, in the same order, it is a row like any other.
         Else the row is ragged: it keeps the layout of the file, whose tensors may be of several of
@@ -177,19 +173,68 @@ class Transaction:
             SchemaError: it is not a safetensors file of such tensors, larger than
                 `limits.array_bytes`, or `meta` is not JSON.
         """
-        header = read_header(data, f"the file of adapter {name!r}")
-        layout = self._space.layout
-        digest = sha256(header.data)
-        blob = HEADER_PREFIX + digest
-        said = {"file_sha256": sha256(data), **(meta or {})}
-        if header.tensors == tensors_of(layout):
-            values = np.frombuffer(data, numpy_dtype(layout), offset=len(header.data))
-            added = self._add(name, values, said, header=digest)
+        if isinstance(data, bytes):
+            data = TensorFile.of(data, f"the file of adapter {name!r}")
+        layout, digest = self._space.layout, sha256(data.header.data)
+        said = {"file_sha256": data.sha256, **(meta or {})}
+        self._said.check_free(name)
+        about: dict[str, Any] = {
+            "name": name,
+            "sha256": data.values.sha256,
+            "meta": said,
+            "header": digest,
+        }
+        if data.header.tensors == tensors_of(layout):
+            record = self._append(data.values, **about)
         else:
-            added = self._add_ragged(name, data[len(header.data) :], said, header=digest)
-        if blob not in self._known_blobs():
-            self._blobs[blob] = header.data
-        return added
+            record = self._append_ragged(data.values, **about, pieces=data.pieces)
+        header = data.header.data
+        self._put_header(digest, lambda: Held.of(header))
+        return record.id
+
+    def take(
+        self, view: MemoryView, id_or_name: str, changes: Mapping[str, Any] | None = None
+    ) -> AdapterRecord:
+        """Append a live row of another memory, or version, bit for bit; its new record.
+
+        It gets an id of its own, and keeps its kind, scaling and what was pruned; `changes` are
+        keys of its meta that are others here. Its bytes are read in the commit.
+
+        Raises:
+            NotFoundError: there is none.
+            AlreadyExistsError: a live adapter has its name.
+            SpaceMismatchError: it is not ragged, and the layouts differ.
+        """
+        record = view.get(id_or_name)
+        ours, theirs = self._space.layout, view.space.layout
+        if not record.ragged and (ours.segments, ours.dtype) != (theirs.segments, theirs.dtype):
+            raise SpaceMismatchError(
+                f"adapter {record.name!r} is of rank {theirs.rank}, {theirs.numel:,} numbers of "
+                f"{theirs.dtype}",
+                expected=f"the layout of this memory: rank {ours.rank}, {ours.numel:,} numbers of "
+                f"{ours.dtype}",
+            )
+        self._said.check_free(record.name)
+        held = view.held_value(record.id)
+        said: dict[str, Any] = {
+            "name": record.name,
+            "sha256": record.sha256,
+            "meta": {**record.meta, **(changes or {})},
+            "scaling": record.scaling,
+            "header": record.header,
+            "kind": record.kind,
+            "pruned": record.pruned,
+        }
+        if (digest := record.header) is not None:
+            self._put_header(digest, lambda: view.held_blob(HEADER_PREFIX + digest))
+        if record.ragged:
+            return self._append_ragged(held, **said, pieces=record.pieces)
+        return self._append(held, **said)
+
+    def _put_header(self, digest: str, header: Callable[[], Held]) -> None:
+        blob = HEADER_PREFIX + digest
+        if not self._has_blob(blob):
+            self._blobs[blob] = header()
 
     def _add(
         self,
@@ -197,7 +242,6 @@ class Transaction:
         values: npt.NDArray[Any],
         meta: Mapping[str, Any],
         *,
-        header: str | None = None,
         kind: Kind = "adapter",
     ) -> str:
         dtype = numpy_dtype(self._space.layout)
@@ -207,20 +251,18 @@ class Transaction:
                 f"the values of adapter {name!r} are {values.dtype} of shape {values.shape}",
                 expected=f"{dtype} of shape {shape} ({self._space.layout.dtype} values)",
             )
-        self._check_free(name)
+        self._said.check_free(name)
         row = np.array(values, dtype=dtype, order="C", copy=True)
-        said = {"name": name, "sha256": sha256(row), "meta": meta, "header": header, "kind": kind}
-        return self._append(row, **said).id
+        return self._append(row, name=name, sha256=sha256(row), meta=meta, kind=kind).id
 
-    def _add_ragged(self, name: str, data: bytes, meta: Mapping[str, Any], *, header: str) -> str:
-        self._check_free(name)
-        nbytes = limits.require("array_bytes", len(data), f"the data of adapter {name!r}")
-        said = {"name": name, "sha256": sha256(data), "meta": meta, "header": header}
-        record = self._append(None, **said, nbytes=nbytes, pieces=piece_hashes(data))
-        self._files[record.row] = data
-        return record.id
+    def _append_ragged(self, held: Held, *, name: str, **said: Any) -> AdapterRecord:
+        """A new record as by `_append`, and the bytes of its own layout."""
+        nbytes = limits.require("array_bytes", held.nbytes, f"the data of adapter {name!r}")
+        record = self._append(None, name=name, **said, nbytes=nbytes)
+        self._files[record.row] = held
+        return record
 
-    def _append(self, row: Array | None, **said: Any) -> AdapterRecord:
+    def _append(self, row: Array | Held | None, **said: Any) -> AdapterRecord:
         """A new record with all that is `said` of it, and its row of the values."""
         from ulid import ULID
 
@@ -228,46 +270,10 @@ class Transaction:
         record = AdapterRecord.of(
             id=str(ULID()),
             row=self.base.state.rows + len(self._rows),
-            scaling=layout.alpha / layout.rank,
-            **said,
+            **{"scaling": layout.alpha / layout.rank, **said},
         )
-        self._write(record)
+        self._said.write(record)
         self._rows.append(row)
-        return record
-
-    def _check_free(self, name: str) -> None:
-        check_name(name, "an adapter")
-        if self._named(name) is not None or self._record(name) is not None:
-            raise AlreadyExistsError(
-                f"there is a live adapter named {name!r}",
-                remedy="another name, or remove that one first",
-            )
-
-    def _record(self, id: str) -> AdapterRecord | None:
-        """The record of that id as it is now, live or not."""
-        return self._changed.get(id) or self.base.catalog.by_id(id)
-
-    def _named(self, name: str) -> AdapterRecord | None:
-        """The live record that has that name now."""
-        if name in self._names:
-            return self._changed[self._names[name]]
-        record = self.base.catalog.by_name(name)
-        return None if record is None or record.id in self._changed else record
-
-    def _write(self, record: AdapterRecord) -> None:
-        """Take a new or changed record into the catalog."""
-        before = self._changed.get(record.id)
-        if before is not None and before.live:
-            del self._names[before.name]
-        self._changed[record.id] = record
-        if record.live:
-            self._names[record.name] = record.id
-        self._lines.append(record.line())
-
-    def _live(self, id_or_name: str) -> AdapterRecord:
-        record = self._named(id_or_name) or self._record(id_or_name)
-        if record is None or not record.live:
-            raise NotFoundError(f"no adapter {id_or_name!r}", remedy="`memtool ls` lists them")
         return record
 
     def value(self, id_or_name: str) -> Array:
@@ -277,12 +283,16 @@ class Transaction:
             NotFoundError: there is none.
             IntegrityError: it is not what was written.
         """
-        record = self._live(id_or_name)
+        record = self._said.live(id_or_name)
         added = record.row - self.base.state.rows
         if added < 0:
             return self.base.value(record.id)
         row = self._rows[added]
-        return np.frombuffer(self._files[record.row], np.uint8) if row is None else row
+        if row is None:
+            return np.frombuffer(self._files[record.row].data(), np.uint8)
+        if isinstance(row, Held):
+            return np.frombuffer(row.data(), numpy_dtype(self._space.layout))
+        return row
 
     def remove(self, id_or_name: str) -> None:
         """Take an adapter or a row of atoms out of the memory; its row stays, and so do its bytes.
@@ -290,7 +300,7 @@ class Transaction:
         Raises:
             NotFoundError: there is none.
         """
-        self._write(replace(self._live(id_or_name), state="removed"))
+        self._said.write(replace(self._said.live(id_or_name), state="removed"))
 
     def purge(self, id_or_name: str) -> None:
         """Remove an adapter or a row of atoms and erase its bytes, and its key, from this version.
@@ -302,36 +312,13 @@ class Transaction:
         Raises:
             NotFoundError: there is none, it is purged already, or the name fits several.
         """
-        record = self._with_bytes(id_or_name)
-        self._write(replace(record, state="purged"))
+        record = self._said.with_bytes(id_or_name)
+        self._said.write(replace(record, state="purged"))
         added = record.row - self.base.state.rows
         if added >= 0:
             self._rows[added] = None
             self._files.pop(record.row, None)
         self._erased.add(record.row)
-
-    def _with_bytes(self, id_or_name: str) -> AdapterRecord:
-        """The live or removed row of that id or name."""
-        record = self._named(id_or_name) or self._record(id_or_name)
-        rows = [record] if record is not None else self._out_of_memory(id_or_name)
-        kept = [row for row in rows if row.state != "purged"]
-        if len(kept) == 1:
-            return kept[0]
-        if kept:
-            raise NotFoundError(
-                f"{len(kept)} removed rows were called {id_or_name!r}",
-                expected=f"one of the ids {', '.join(row.id for row in kept)}",
-            )
-        if rows:
-            raise NotFoundError(f"the bytes of {id_or_name!r} are purged already")
-        raise NotFoundError(f"no adapter {id_or_name!r}", remedy="`memtool ls` lists them")
-
-    def _out_of_memory(self, name: str) -> list[AdapterRecord]:
-        """The removed and purged rows that bear this name."""
-        ids = {record.id for record in self.base.catalog.named(name)}
-        ids |= {record.id for record in self._changed.values()}
-        records = (self._record(id) for id in sorted(ids))
-        return [record for record in records if record is not None and record.name == name]
 
     def update(self, id_or_name: str, **changes: Any) -> None:
         """Change what is said of an adapter: keys of its meta, None takes one away; or its name.
@@ -341,13 +328,13 @@ class Transaction:
             AlreadyExistsError: the new name is taken.
             SchemaError: a change is not JSON.
         """
-        record = self._live(id_or_name)
+        record = self._said.live(id_or_name)
         name = changes.pop("name", record.name)
         if name != record.name:
-            self._check_free(name)
+            self._said.check_free(name)
         meta = {**record.meta, **plain_json(changes, f"the meta of adapter {record.name!r}")}
         layout = self._space.layout
-        self._write(
+        self._said.write(
             AdapterRecord.of(
                 id=record.id,
                 row=record.row,
@@ -388,7 +375,7 @@ class Transaction:
         spread[:, [record.row for record in live]] = keys
         self._keys, self._keys_set = spread, True
 
-    def put_blob(self, name: str, data: bytes) -> None:
+    def put_blob(self, name: str, data: bytes | Held) -> None:
         """Store a file under a name, in the place of an older one of that name.
 
         Raises:
@@ -397,7 +384,7 @@ class Transaction:
         """
         check_ref(name, "blob")
         self._refuse_header(name)
-        self._blobs[name] = bytes(data)
+        self._blobs[name] = data if isinstance(data, Held) else Held.of(bytes(data))
 
     def delete_blob(self, name: str) -> None:
         """Take a blob away.
@@ -406,18 +393,17 @@ class Transaction:
             NotFoundError: there is none of that name.
         """
         self._refuse_header(name)
-        if name not in self._known_blobs():
+        if not self._has_blob(name):
             raise NotFoundError(f"no blob {name!r}")
         if name in self.base.state.blobs:
             self._blobs[name] = None
         else:
             del self._blobs[name]
 
-    def _known_blobs(self) -> set[str]:
-        known = set(self.base.state.blobs)
-        for name, data in self._blobs.items():
-            known.add(name) if data is not None else known.discard(name)
-        return known
+    def _has_blob(self, name: str) -> bool:
+        if name in self._blobs:
+            return self._blobs[name] is not None
+        return name in self.base.state.blobs
 
     def _refuse_header(self, name: str) -> None:
         if name.startswith(HEADER_PREFIX):
@@ -426,28 +412,29 @@ class Transaction:
     def write(self, tree: Tree) -> tuple[Root, Catalog]:
         """Carry the operations out on a tree at the base version; the new root and catalog."""
         base = self.base.state
-        catalog = self.base.catalog.extended(self._lines)
+        catalog = self.base.catalog.extended(self._said.lines)
         if self._rows:
             tree.append_values(base.rows, self._rows, self._space.layout)
         tree.write_files(self._files)
         erased = [row for row in sorted(self._erased) if row < base.rows]
         tree.erase_values(erased)
-        ragged = {record.row for record in self._changed.values() if record.ragged}
+        ragged = {record.row for record in self._said.changed.values() if record.ragged}
         tree.delete_files(row for row in erased if row in ragged)
-        if self._lines:
-            tree.append_catalog(base.catalog_bytes, b"".join(self._lines))
+        if self._said.lines:
+            tree.append_catalog(base.catalog_bytes, b"".join(self._said.lines))
         keys = base.keys
         spread, keys_changed = self._keys_without_erased()
         if keys_changed:
             tree.write_keys(spread)
             keys = None if spread is None else KeysState(sha256(spread), spread.shape[1])
         blobs = dict(base.blobs)
-        for name, data in {**self._blobs, **self._needless_headers(catalog)}.items():
-            if data is not None:
-                tree.write_blob(name, data)
-                blobs[name] = sha256(data)
-            elif blobs.pop(name, None):
+        changed = {**self._blobs, **self._needless_headers(catalog)}
+        written = {name: held for name, held in changed.items() if held is not None}
+        for name in changed.keys() - written.keys():
+            if blobs.pop(name, None):
                 tree.delete_blob(name)
+        tree.write_blobs(written, blobs)
+        blobs |= {name: held.sha256 for name, held in written.items()}
         state = State(
             adapters=catalog.counts.adapters,
             atoms=catalog.counts.atoms,
@@ -465,7 +452,7 @@ class Transaction:
 
     def _needless_headers(self, catalog: Catalog) -> dict[str, None]:
         """Blobs with headers of ragged rows that are purged, which no row with bytes has."""
-        gone = {r.header for r in self._changed.values() if r.ragged and r.row in self._erased}
+        gone = {r.header for r in self._said.changed.values() if r.ragged and r.row in self._erased}
         if gone:
             gone -= {r.header for r in catalog.records.values() if r.state != "purged"}
         return {f"{HEADER_PREFIX}{digest}": None for digest in gone}

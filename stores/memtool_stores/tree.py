@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -29,9 +29,11 @@ from memtool_stores.arrays import (
     read_chunks,
     read_packed,
     read_row,
+    write_bytes,
 )
 from memtool_stores.catalog import AdapterRecord, Catalog, Counts
 from memtool_stores.errors import IntegrityError, NewerSchemaError, SchemaError
+from memtool_stores.held import Held
 from memtool_stores.jsonvalues import digest, mapping, member, whole
 from memtool_stores.migrate import SCHEMA_VERSION, migrated
 from memtool_stores.names import check_id, check_ref
@@ -303,7 +305,7 @@ class Tree:
             )
         return np.frombuffer(data, numpy_dtype(layout))
 
-    def append_values(self, at: int, rows: Sequence[Array | None], layout: Layout) -> None:
+    def append_values(self, at: int, rows: Sequence[Array | Held | None], layout: Layout) -> None:
         """Write rows from row `at` on, where the values must end; None is a row without bytes.
 
         Raises:
@@ -312,7 +314,9 @@ class Tree:
         values = self._open_values(layout, at).with_config({"write_empty_chunks": True})
         values.resize((at + len(rows), layout.numel))
         for index, row in enumerate(rows, start=at):
-            if row is not None:
+            if isinstance(row, Held):
+                values[index] = np.frombuffer(row.data(), numpy_dtype(layout))
+            elif row is not None:
                 values[index] = row
 
     def has_row(self, row: int) -> bool:
@@ -328,8 +332,8 @@ class Tree:
         for row in rows:
             sync(self._group.store.delete(f"values/c/{row}/0"))
 
-    def write_files(self, files: Mapping[int, bytes]) -> None:
-        """Write the bytes of ragged rows, by row.
+    def write_files(self, files: Mapping[int, Held]) -> None:
+        """Write the bytes of ragged rows, by row; they are read one after the other.
 
         Raises:
             IntegrityError: what is called /files is no group.
@@ -341,11 +345,15 @@ class Tree:
             self._group.create_group("files")
         elif hasattr(found, "chunks"):
             raise not_as_written("files", "a group", "an array")
-        for row, data in files.items():
-            shape, chunks = (len(data),), (chunk_bytes(len(data)),)
-            array = self._create(f"files/{row}", shape, chunks, np.dtype("u1"))
-            if data:
-                array[:] = np.frombuffer(data, np.uint8)
+        self._write_bytes({f"files/{row}": held for row, held in files.items()}, chunk_bytes)
+
+    def _write_bytes(self, new: Mapping[str, Held], step: Callable[[int], int]) -> None:
+        """Write new arrays of bytes by name; `step` gives the length of chunks of so many bytes."""
+        for first in [*new][:1]:  # what the others are encoded like
+            self._create(first, (0,), (1,), np.dtype("u1"))
+            read = ((name, held.data()) for name, held in new.items())
+            arrays = ((name, data, step(len(data))) for name, data in read)
+            write_bytes(self._group, first, arrays)
 
     def delete_files(self, rows: Iterable[int]) -> None:
         """Take the bytes of these ragged rows out of this version."""
@@ -484,20 +492,28 @@ class Tree:
             IntegrityError: it is not there, or not the bytes that were written.
             SchemaError: it is larger than `limits.array_bytes`.
         """
-        path = f"blobs/{check_ref(name, 'blob')}"
-        array = opened(self._group, path, np.dtype("u1"), (None,), (None,))
+        array = self._open_blob(name)
         (size,), (chunk,) = array.shape, array.chunks
         limits.require("array_bytes", max(size, chunk), f"blob {name!r}")
         self.chunk_lengths.add(chunk + CRC32C_BYTES)
-        chunks = read_chunks(self._group, path, range(math.ceil(size / chunk)), chunk)
-        return b"".join(chunks)[:size]
+        places = range(math.ceil(size / chunk))
+        return b"".join(read_chunks(self._group, f"blobs/{name}", places, chunk))[:size]
 
-    def write_blob(self, name: str, data: bytes) -> None:
-        """Put these bytes in the place of the old ones."""
-        chunk = max(1, min(len(data), BLOB_CHUNK_BYTES))
-        array = self._create(f"blobs/{name}", (len(data),), (chunk,), np.dtype("u1"))
-        if data:
-            array[:] = np.frombuffer(data, np.uint8)
+    def blob_nbytes(self, name: str) -> int:
+        """The length that a blob says it has. Raises IntegrityError when it is not there."""
+        return int(self._open_blob(name).shape[0])
+
+    def _open_blob(self, name: str) -> Any:
+        path = f"blobs/{check_ref(name, 'blob')}"
+        return opened(self._group, path, np.dtype("u1"), (None,), (None,))
+
+    def write_blobs(self, blobs: Mapping[str, Held], there: Container[str]) -> None:
+        """Put these bytes in the place of the old ones, of those blobs that are `there`."""
+        for name in blobs:
+            if name in there:
+                self.delete_blob(name)
+        new = {f"blobs/{name}": held for name, held in blobs.items()}
+        self._write_bytes(new, lambda nbytes: max(1, min(nbytes, BLOB_CHUNK_BYTES)))
 
     def delete_blob(self, name: str) -> None:
         """Take a blob away."""

@@ -20,6 +20,7 @@ from memtool_stores.errors import (
     SpaceMismatchError,
     VersionExpiredError,
 )
+from memtool_stores.held import Held
 from memtool_stores.history import Version, is_expired, of_snapshot, sealed_tree, snapshots
 from memtool_stores.ice import guard_fork, icechunk, open_repository, translated
 from memtool_stores.space import Layout, Space
@@ -281,6 +282,29 @@ class MemoryView:
                 row = self._tree.read_row(record, self.space.layout)
         return checked(row, record)
 
+    def held_value(self, id_or_name: str) -> Held:
+        """The bytes of `value`, not read yet.
+
+        Raises:
+            NotFoundError: there is none.
+        """
+        record = self.get(id_or_name)
+        nbytes = self.space.layout.nbytes if record.nbytes is None else record.nbytes
+        where = f"adapter {record.name!r} of {self._where}"
+        return Held(record.sha256, nbytes, lambda: self.value(record.id).tobytes(), where)
+
+    def held_blob(self, name: str) -> Held:
+        """The bytes of `blob`, not read yet.
+
+        Raises:
+            NotFoundError: there is none of that name.
+            IntegrityError: it should be there and is not.
+        """
+        digest = self._blob_sha256(name)
+        with self._reading(f"blob {name!r}"):
+            nbytes = self._tree.blob_nbytes(name)
+        return Held(digest, nbytes, lambda: self.blob(name), f"blob {name!r} of {self._where}")
+
     def segment(self, name: str, out: Array | None = None) -> Array:
         """One tensor of all live adapters, (t, *shape): a read-only copy, or in `out`.
 
@@ -347,17 +371,21 @@ class MemoryView:
             NotFoundError: there is none of that name.
             IntegrityError: they are not what was written.
         """
-        expected = self.state.blobs.get(name)
-        if expected is None:
-            raise NotFoundError(
-                f"no blob {name!r} in version {self._id}",
-                expected=f"one of {', '.join(self.blobs())}" if self.blobs() else None,
-            )
+        expected = self._blob_sha256(name)
         with self._reading(f"blob {name!r}"):
             data = self._tree.read_blob(name)
         if sha256(data) != expected:
             raise IntegrityError(what="blob", name=name, expected=expected, found=sha256(data))
         return data
+
+    def _blob_sha256(self, name: str) -> str:
+        found = self.state.blobs.get(name)
+        if found is None:
+            raise NotFoundError(
+                f"no blob {name!r} in version {self._id}",
+                expected=f"one of {', '.join(self.blobs())}" if self.blobs() else None,
+            )
+        return found
 
     def export(self, id_or_name: str) -> bytes:
         """One adapter as a safetensors file.

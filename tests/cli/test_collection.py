@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.cli.conftest import inside
 from tests.methods.facts import write_facts
@@ -105,6 +106,11 @@ def test_images_have_no_rival(tmp_path: Path) -> None:
         (("generate", "--prompt", "x", "--task", "poems"), 3, "no adapter of task 'poems'"),
         (("import", "adapters", "--prompts", "prompts.jsonl"), 2, "--base hf:MODEL"),
         (("import", "nowhere", "--base", "hf:model"), 3, "no adapter in nowhere"),
+        (("import", "adapters/sums"), 2, "adapters/sums is a LoRA of a language model, '"),
+        (("import", "adapters"), 2, "memtool import adapters --base hf:/"),
+        (("write", "adapters/sums"), 2, "'base_model.model.model.layers.0."),
+        (("bisect", "--drop", "1"), 2, "brings no texts to be measured on"),
+        (("generate", "--prompt", "x", "--store", "none"), 3, "memtool import DIR --base MODEL"),
         (("import", "adapters", "--base", "hf:model", "--task", "1"), 2, "DIR:TASK"),
         (("eval",), 2, "memtool eval --texts FILE.jsonl"),
         (("eval", "--texts", "nowhere.jsonl"), 3, "no file nowhere.jsonl"),
@@ -138,3 +144,70 @@ def test_images_are_not_answered(tmp_path: Path) -> None:
     done = memtool(tmp_path, "generate", "--prompt", "x")
     assert done.returncode in (2, 3)
     assert "language model" in done.stderr or "no memory" in done.stderr
+
+
+def test_two_collections_become_one(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "model", tmp_path / "model")
+    shutil.copytree(place / "adapters", tmp_path / "adapters")
+    for store, name in (("a", "letters"), ("b", "sums")):
+        write_prompts(tmp_path / f"{name}.jsonl", {name: PROMPTS[name]})
+        files = (f"adapters/{name}", "--prompts", f"{name}.jsonl", "--store", store)
+        done = memtool(tmp_path, "import", *files, "--base", "hf:model")
+        assert done.returncode == 0, done.stderr
+    done = memtool(tmp_path, "merge", "b", "--store", "a")
+    assert done.returncode == 0, done.stderr
+    assert "next: memtool consolidate --store a" in done.stderr
+    assert memtool(tmp_path, "consolidate", "--store", "a").returncode == 0
+    # A new memory knows its model from the one that it is of.
+    assert memtool(tmp_path, "merge", "b", "--store", "c", "-q").returncode == 0
+    assert memtool(tmp_path, "merge", "a", "--store", "c", "-q").returncode == 0
+    assert memtool(tmp_path, "consolidate", "--store", "c").returncode == 0
+    for store in ("a", "c"):
+        for name in ("letters", "sums"):
+            done = memtool(
+                tmp_path, "retrieve", "--prompt", PROMPTS[name][0], "-q", "--store", store
+            )
+            assert done.stdout.strip() == name, done.stderr
+
+
+def test_a_memory_of_another_model_is_said_by_names(place: Path, tmp_path: Path) -> None:
+    for name in ("model", "other"):
+        shutil.copytree(place / "model", tmp_path / name)
+    shutil.copytree(place / "adapters" / "sums", tmp_path / "sums")
+    tensors = load_file(tmp_path / "other" / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] + 1
+    save_file(tensors, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
+    assert memtool(tmp_path, "import", "sums", "--base", "hf:model").returncode == 0
+    done = memtool(tmp_path, "import", "sums", "--base", "hf:other")
+    assert done.returncode == 2
+    assert "the memory 'memory' is of hf:model (" in done.stderr
+    assert "are said to be of hf:other (" in done.stderr
+    assert "try: --base hf:model, or another --store" in done.stderr
+    assert memtool(tmp_path, "import", "sums", "--base", "hf:other", "--store", "b").returncode == 0
+    done = memtool(tmp_path, "merge", "b")
+    assert done.returncode == 2
+    assert "the other memory is of hf:other (" in done.stderr
+
+
+def test_what_an_import_says_of_prompts_alone(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "model", tmp_path / "model")
+    shutil.copytree(place / "adapters" / "sums", tmp_path / "lora")
+    line = json.dumps({"adapter": "lora", "prompt": "1 and 1 is"})
+    (tmp_path / "some.jsonl").write_text(f"{line}\n{line}\n", encoding="utf-8")
+    (tmp_path / "empty.jsonl").write_text(line.replace("1 and 1 is", "  "), encoding="utf-8")
+    base = ("--base", "hf:model")
+    assert memtool(tmp_path, "import", "lora:maths", *base).returncode == 0
+    done = memtool(tmp_path, "import", "lora", *base, "--prompts", "some.jsonl")
+    assert "other prompts than before of lora: memtool consolidate" in done.stderr
+    assert "nothing new" not in done.stderr
+    done = memtool(tmp_path, "import", "lora", *base, "--prompts", "some.jsonl")
+    assert "nothing new to write; in memory already: lora" in done.stderr
+    done = memtool(tmp_path, "import", "lora", *base, "--prompts", "empty.jsonl")
+    assert done.returncode == 2
+    assert "empty.jsonl, line 1: the prompt of 'lora' is empty" in done.stderr
+    for verb in ("ls", "show"):
+        said = memtool(tmp_path, verb).stdout
+        header = next(line for line in said.splitlines() if line.startswith("id\t"))
+        row = next(line for line in said.splitlines() if "\tlora\t" in line)
+        named = dict(zip(header.split("\t"), row.split("\t"), strict=True))
+        assert (named["task"], named["task name"]) == ("1", "maths")

@@ -106,7 +106,7 @@ def _parameters() -> dict[str, list[Any]]:
 
 
 PARAMETERS = _parameters()
-_QUICK = {"ls", "log", "show", "diff", "tag", "rollback", "verify", "gc", "clone", "init"}
+_QUICK = {"ls", "log", "show", "diff", "tag", "rollback", "verify", "gc", "clone", "merge", "init"}
 QUICK = sorted({*_QUICK, "config show", "config presets"})
 OTHERS = sorted(PARAMETERS.keys() - {*QUICK, *(DRY if CASES <= 200 else ())})
 """Verbs that load torch or draw, if they get so far: one call in thirty is of them."""

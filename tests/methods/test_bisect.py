@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -12,6 +14,8 @@ from memtool.experiments.bisect import bisect, first_bad
 from memtool.methods.forget import forget
 from memtool.methods.mira.method import Mira
 from memtool.methods.mira.state import MemoryState
+from tests.methods.facts import write_facts
+from tests.methods.test_collection import PROMPTS, SHAPES, opened, write_adapter, write_prompts
 
 
 def reopened(mira):
@@ -158,3 +162,41 @@ def test_what_cannot_be_asked_is_said(spoiled):
     oldest = spoiled.workspace.store.log()[-1].id
     with pytest.raises(NotFoundError, match="knows no task"):
         bisect(spoiled, drop=0.1, good=oldest)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_a_collection_is_searched_for_what_lost_a_task(
+    tmp_path: Path,
+) -> None:
+    """Tasks are known by name, of ragged adapters too, and a forgotten one is still asked for."""
+    place = write_facts(tmp_path)
+    for seed, (name, shape) in enumerate(SHAPES.items()):
+        write_adapter(place / "model", place / "adapters" / name, seed, **shape)
+    method = opened(place, tmp_path / "runs")
+    # Neither the order nor the numbers of the stream.
+    for name in ("turned", "letters", "sums"):
+        prompts = write_prompts(tmp_path / "prompts.jsonl", {name: PROMPTS[name]})
+        method.collect([str(place / "adapters" / name)], prompts)
+        method.consolidate()
+    store = method.workspace.store
+    good = store.head()
+    store.tag("good")
+    with store.transaction("a note") as txn:
+        txn.put_blob("note", b"1")
+    forget(store, ["letters"])
+    with store.transaction("another note") as txn:
+        txn.put_blob("note", b"2")
+    result = bisect(method, metric="task_accuracy", drop=0.2, good="good")
+    assert result.tasks == ("turned", "letters", "sums")
+    assert (result.good, result.good_value) == (good, 1.0)
+    assert result.culprit is not None
+    assert result.culprit.message == "forget letters"
+    assert result.bad_value == pytest.approx(14 / 22)  # 6 and 8 of the prompts that are left
+    by_loss = bisect(method, drop=50.0, good="good")
+    assert (by_loss.metric, by_loss.culprit) == ("loss", None)
+    # A number is never given twice: an older version means the same tasks.
+    method.collect([str(place / "adapters" / "letters")])
+    assert store.view().get("letters").meta["task"] == 4
+    nowhere = opened(place, tmp_path / "runs", **{"stream.source": "digits"})
+    with pytest.raises(ConfigError, match="brings no texts"):
+        bisect(nowhere, drop=1.0, good="good")

@@ -18,6 +18,7 @@ from memtool_cli.options import (
     DRY_RUN,
     LOCK_TIMEOUT,
     MEMORY,
+    METHOD,
     RANK,
     SEED,
     SPLITS,
@@ -202,7 +203,7 @@ def _say_what_else_holds_it(call: Call, result: ForgetResult) -> None:
         "memtool rollback $(memtool bisect --drop 2 -q)~1 --yes",
     ),
 )
-@verb(STORE, MEMORY, RANK, SPLITS, SEED, *COMPUTE, *CONFIGURATION)
+@verb(STORE, METHOD, MEMORY, RANK, SPLITS, SEED, *COMPUTE, *CONFIGURATION, remembers=True)
 def bisect(
     call: Call,
     drop: Annotated[

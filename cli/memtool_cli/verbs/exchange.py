@@ -1,4 +1,4 @@
-"""Adapters in and out as PEFT directories, whole memories as copies: import, export, clone."""
+"""Adapters in and out, of files and of other memories: import, export, merge, clone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 from memtool.errors import ConfigError
 from memtool.progress import ProgressEvent
-from memtool_cli import records, written
+from memtool_cli import complete, records, written
 from memtool_cli.commands import Verbs
 from memtool_cli.options import (
     BASE,
@@ -69,6 +69,54 @@ def clone(
     with call.out.progress() as progress:
         copied = source.clone(target, partial(_tell, progress, "clone"), resume=resume)
     _report_copy(call, source.url, copied)
+
+
+@app.command(
+    "merge",
+    epilog=examples(
+        "memtool merge ../theirs",
+        "memtool merge ../theirs poems letters",
+        "memtool merge s3://bucket/memory@v1 --store both",
+        "memtool merge ../theirs poems && memtool forget poems --store ../theirs",
+    ),
+)
+@verb(STORE, LOCK_TIMEOUT, *CONFIGURATION)
+def merge(
+    call: Call,
+    other: Annotated[
+        str,
+        typer.Argument(
+            metavar="OTHER",
+            help="Another memory of the same model: FOLDER, FOLDER@VERSION or s3://….",
+            autocompletion=complete.stores,
+        ),
+    ],
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[TASK|ADAPTER]...",
+            help="Tasks (number or name), or adapters, of the other memory; none: all of them.",
+            autocompletion=complete.of_other,
+        ),
+    ] = None,
+) -> None:
+    """Take the adapters of another memory in, with all that is kept of them, as one version."""
+    from memtool.methods.merge import merge as join
+
+    call.refuse_version()
+    result = join(call.store_path, other, names or (), lock_timeout=call.config.lock_timeout)
+    rows = [(adapter.name, adapter.id) for adapter in result.added]
+    table = Table(("adapter", "id"), rows, title=f"version {result.version}")
+    call.out.data(result, table, ids=[one.id for one in (*result.known, *result.added)])
+    for name, number in result.renumbered.items():
+        call.out.note(f"task {name!r} has number {number} in this memory")
+    for note in result.notes:
+        call.out.note(f"warning: {note}")
+    if result.known:
+        known = ", ".join(one.name for one in result.known)
+        call.out.note(f"{'nothing new; ' if result.unchanged else ''}in memory already: {known}")
+    if not result.unchanged:
+        call.out.next(call.command("eval" if result.kind == "atoms" else "consolidate"))
 
 
 @app.command(

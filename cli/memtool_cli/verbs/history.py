@@ -511,10 +511,12 @@ def _adapter_table(adapters: Iterable[records.Adapter]) -> Table:
             a.name,
             a.kind,
             a.task,
+            a.meta.get("task_name") or "",
             a.domain or "",
             ",".join(str(c) for c in a.classes),
             a.scaling,
         )
         for a in adapters
     ]
-    return Table(("id", "name", "kind", "task", "domain", "classes", "scaling"), rows)
+    header = ("id", "name", "kind", "task", "task name", "domain", "classes", "scaling")
+    return Table(header, rows)

@@ -13,7 +13,8 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,21 +25,31 @@ import memtool_stores
 from memtool.adapters.peft_config import CONFIG_NAME
 from memtool.adapters.peft_files import parse_peft
 from memtool.adapters.peft_tensors import WEIGHTS_NAME
-from memtool.errors import AlreadyExistsError, ConfigError, DataError, MemtoolError, NotFoundError
+from memtool.errors import (
+    AlreadyExistsError,
+    ConfigError,
+    DataError,
+    MemtoolError,
+    MismatchError,
+    NotFoundError,
+)
 from memtool.methods.exchange import PEFT_PREFIX
 from memtool.methods.foreign import check_base_model
 from memtool.methods.mira.moments import PromptState, looks_blob
-from memtool.methods.records import number_of
+from memtool.methods.records import number_of, task_numbers
 from memtool.methods.results import WriteResult, WrittenAdapter
 from memtool.methods.routed.memory import kept_bytes
 from memtool.outside import is_file, is_folder, read_file
 from memtool.streams.task import Texts, spread
 from memtool.streams.text import LINE, adapter_lines, text_sources
+from memtool_stores.held import Held, Spool, TensorFile
 from memtool_stores.names import check_name
 from memtool_stores.printable import shown
+from memtool_stores.tensorfile import Header
 
 if TYPE_CHECKING:
     from memtool.methods.mira.prompts import PromptMemory
+    from memtool.workspace import Workspace
 
 PROMPTS_PREFIX = "prompts."
 """Blobs of this name hold the example prompts of an adapter, where they were to be kept."""
@@ -56,7 +67,7 @@ class Collected:
     path: Path
     name: str
     task: str | None
-    sha256: str
+    tensors: TensorFile
     config: bytes
     scaling: float
     about: Mapping[str, Any]
@@ -82,14 +93,6 @@ class Collected:
         """Name of that blob: the same for adapters that were configured alike."""
         return PEFT_PREFIX + hashlib.sha256(self.file).hexdigest()[:32]
 
-    def data(self) -> bytes:
-        """Its tensors, read again. Raises DataError where the file is another one by now."""
-        file = self.path / WEIGHTS_NAME
-        data = read_file(file, "array_bytes")
-        if hashlib.sha256(data).hexdigest() != self.sha256:
-            raise DataError(f"{file} changed while it was imported", remedy="the same again")
-        return data
-
 
 def collect(
     method: PromptMemory,
@@ -111,73 +114,119 @@ def collect(
     ConfigError for prompts that would be looked at otherwise than those in memory.
     """
     work = method.workspace
-    adapters = [_read(method, path, task) for path, task in adapter_folders(places)]
+    _require_same_model(work)
+    alike: dict[Header, Header] = {}
+    adapters = [_read(method, path, task, alike) for path, task in adapter_folders(places)]
     _require_names_apart(adapters)
     view = work.store.view("HEAD") if work.has_store else None
     here = {record.name for record in view.live} if view is not None else set()
     if view is not None:
         method.require_same_look(PromptState.load(view))
     texts = {} if prompts is None else prompts_of(prompts, {one.name for one in adapters} | here)
-    moments: dict[str, bytes] = {}
-    for name, asked in texts.items():
-        some = spread(Texts(tuple(asked), ("",) * len(asked)), MOST_PROMPTS)
-        moments[name] = kept_bytes(method.kept_of(some), method.name)
-    added: list[WrittenAdapter] = []
-    known: list[WrittenAdapter] = []
-    asked_anew: list[str] = []
+    with Spool() as spool:
+        moments = {name: spool.put(_moments(method, asked)) for name, asked in texts.items()}
+        kept = texts if keep_prompts else {}
+        given = _Given(tuple(adapters), moments, kept, method.state.without_keys())
+        names = few([one.name for one in adapters])
+        store = work.store_or_new()
+        before = store.head()
+        store.run(given.append, f"import {names}", metadata=metadata)
+    return given.result(store.head(), unchanged=store.head() == before)
 
-    def append(txn: memtool_stores.Transaction) -> None:
-        for told in (added, known, asked_anew):
+
+def _require_same_model(work: Workspace) -> None:
+    """Raise MismatchError where the memory is of another model, or knows it by another name."""
+    if not work.has_store:
+        return
+    here = memtool_stores.MemoryStore.open(work.store_path).space.backbone
+    given = work.backbone
+    if (here.name, here.sha256) != (given.name, given.sha256):
+        same = here.sha256 == given.sha256
+        raise MismatchError(
+            f"the memory {work.store_path!r} is of {here.name} ({here.sha256[:12]}…), and the "
+            f"adapters are said to be of {given.name} "
+            + ("(the same weights)" if same else f"({given.sha256[:12]}…)"),
+            expected=f"--base {here.name}",
+            remedy=f"--base {here.name}" + ("" if same else ", or another --store"),
+        )
+
+
+def _moments(method: PromptMemory, asked: Sequence[str]) -> bytes:
+    """What is kept of how these prompts look, as a blob."""
+    some = spread(Texts(tuple(asked), ("",) * len(asked)), MOST_PROMPTS)
+    return kept_bytes(method.kept_of(some), method.name)
+
+
+@dataclass(frozen=True, eq=False)
+class _Given:
+    """What one import takes in, and after `append` what was new of it.
+
+    `moments` are those of the prompts of adapters, by name; `texts` the prompts that are kept;
+    `state` says how prompts are looked at, in a memory that knows none.
+    """
+
+    adapters: Sequence[Collected]
+    moments: Mapping[str, Held]
+    texts: Mapping[str, Sequence[str]]
+    state: PromptState
+    added: list[WrittenAdapter] = field(default_factory=list)
+    known: list[WrittenAdapter] = field(default_factory=list)
+    asked_anew: list[str] = field(default_factory=list)
+
+    def append(self, txn: memtool_stores.Transaction) -> None:
+        """Put all that is not there into a transaction; it may be run again."""
+        for told in (self.added, self.known, self.asked_anew):
             told.clear()
         ids = {record.name: record for record in txn.adapters}
-        numbers = _numbers(txn.adapters)
-        for one in adapters:
+        numbers = task_numbers(txn.adapters)
+        # No number comes twice, so that what was said of an older version means the same later.
+        most = max(filter(None, map(number_of, txn.base.catalog.records.values())), default=0)
+        for one in self.adapters:
             old = ids.get(one.name)
             if old is not None:
                 _require_same(one, old)
-                known.append(WrittenAdapter(name=one.name, id=old.id))
+                self.known.append(WrittenAdapter(name=one.name, id=old.id))
                 continue
             task = one.task or one.name
-            number = numbers.setdefault(task, max(numbers.values(), default=0) + 1)
+            number = numbers.setdefault(task, most + 1)
+            most = max(most, number)
             meta = {**one.meta, "task": number, "task_name": task}
-            added.append(WrittenAdapter(name=one.name, id=txn.add_file(one.name, one.data(), meta)))
-            if one.blob not in txn.base.blobs():
+            id = txn.add_file(one.name, one.tensors, meta)
+            self.added.append(WrittenAdapter(name=one.name, id=id))
+            if one.blob not in txn.base.state.blobs:
                 txn.put_blob(one.blob, one.file)
         rows = {record.name: record.id for record in txn.adapters}
-        for name, data in moments.items():
-            if _put(txn, looks_blob(rows[name]), data) and name in ids:
-                asked_anew.append(name)
-            _put_prompts(
-                txn, f"{PROMPTS_PREFIX}{rows[name]}", texts[name] if keep_prompts else None
+        for name, held in self.moments.items():
+            if _put(txn, looks_blob(rows[name]), held) and name in ids:
+                self.asked_anew.append(name)
+            _put_prompts(txn, f"{PROMPTS_PREFIX}{rows[name]}", self.texts.get(name))
+        if self.moments and PromptState.load(txn.base) is None:
+            self.state.put(txn)
+
+    def result(self, version: str, *, unchanged: bool) -> WriteResult:
+        """What came of it, at that version."""
+        notes = [note for one in self.adapters for note in one.notes]
+        if silent := [one.name for one in self.added if one.name not in self.moments]:
+            notes.append(
+                f"no prompts of {few(silent)}: no prompt will choose them, they can be asked for "
+                "by name"
             )
-        if moments and PromptState.load(txn.base) is None:
-            method.state.without_keys().put(txn)
-
-    names = few([one.name for one in adapters])
-    store = work.store_or_new()
-    store.run(append, f"import {names}", metadata=metadata)
-    notes = [note for one in adapters for note in one.notes]
-    new = {one.name for one in added}
-    silent = [one.name for one in adapters if one.name in new and one.name not in texts]
-    if silent:
-        notes.append(
-            f"no prompts of {few(silent)}: no prompt will choose them, they can be asked for by "
-            "name"
+        if self.asked_anew:
+            anew = few(self.asked_anew)
+            notes.append(f"other prompts than before of {anew}: memtool consolidate")
+        return WriteResult(
+            version=version,
+            added=tuple(self.added),
+            skipped=tuple(one.name for one in self.known),
+            known=tuple(self.known),
+            notes=tuple(notes),
+            unchanged=unchanged,
         )
-    if asked_anew:
-        notes.append(f"other prompts than before of {few(asked_anew)}: memtool consolidate")
-    return WriteResult(
-        version=store.head(),
-        added=tuple(added),
-        skipped=tuple(one.name for one in known),
-        known=tuple(known),
-        notes=tuple(notes),
-    )
 
 
-def _put(txn: memtool_stores.Transaction, name: str, data: bytes) -> bool:
+def _put(txn: memtool_stores.Transaction, name: str, data: Held) -> bool:
     """Put a blob where it is not there already; whether it was put."""
-    if txn.base.state.blobs.get(name) == hashlib.sha256(data).hexdigest():
+    if txn.base.state.blobs.get(name) == data.sha256:
         return False
     txn.put_blob(name, data)
     return True
@@ -186,8 +235,8 @@ def _put(txn: memtool_stores.Transaction, name: str, data: bytes) -> bool:
 def _put_prompts(txn: memtool_stores.Transaction, name: str, asked: Sequence[str] | None) -> None:
     """Keep prompts; where they are not to be kept, none of before stay either."""
     if asked is not None:
-        _put(txn, name, json.dumps(asked).encode())
-    elif name in txn.base.blobs():
+        _put(txn, name, Held.of(json.dumps(asked).encode()))
+    elif name in txn.base.state.blobs:
         txn.delete_blob(name)
 
 
@@ -224,16 +273,21 @@ def adapter_folders(places: Sequence[str]) -> list[tuple[Path, str | None]]:
     return found
 
 
-def _read(method: PromptMemory, path: Path, task: str | None) -> Collected:
-    """The adapter of a folder, which must fit the model."""
-    data, config = (
-        read_file(path / name, limit)
-        for name, limit in ((WEIGHTS_NAME, "array_bytes"), (CONFIG_NAME, "text_bytes"))
-    )
+def _read(
+    method: PromptMemory, path: Path, task: str | None, alike: dict[Header, Header]
+) -> Collected:
+    """The adapter of a folder, which must fit the model; `alike` has the headers of those before.
+
+    Headers that are equal are one, so that a thousand files of one shape have one in memory.
+    """
+    read = partial(read_file, path / WEIGHTS_NAME, "array_bytes")
+    data, config = read(), read_file(path / CONFIG_NAME, "text_bytes")
     found = parse_peft(data, config, method.sites, str(path))
     with np.errstate(over="ignore"):
         if not np.isfinite(found.numbers.astype(np.float32)).all():
             raise DataError(f"{path} has numbers that 32 bits cannot hold")
+    tensors = TensorFile.of(data, str(path / WEIGHTS_NAME), read)
+    tensors = replace(tensors, header=alike.setdefault(tensors.header, tensors.header))
     name = check_name(path.resolve().name, "an adapter")
     if task is not None:
         check_name(task, "a task")
@@ -249,7 +303,7 @@ def _read(method: PromptMemory, path: Path, task: str | None) -> Collected:
         path=path,
         name=name,
         task=task,
-        sha256=found.sha256,
+        tensors=tensors,
         config=config,
         scaling=found.scaling,
         about={key: value for key, value in about.items() if value is not None},
@@ -271,12 +325,13 @@ def _licence(folder: Path) -> str | None:
 def _require_same(one: Collected, old: memtool_stores.AdapterRecord) -> None:
     """An adapter of a name that is there must be the same files, and of the same task."""
     sha256, blob = old.meta.get("file_sha256"), old.meta.get("peft")
-    if (sha256, blob) != (one.sha256, one.blob):
+    if (sha256, blob) != (one.tensors.sha256, one.blob):
         raise AlreadyExistsError(
             f"the memory holds another adapter named {one.name!r}",
             expected="the same configuration"
-            if sha256 == one.sha256
-            else f"a file with sha256 {str(sha256)[:12]}…, found {one.sha256[:12]}… in {one.path}",
+            if sha256 == one.tensors.sha256
+            else f"a file with sha256 {str(sha256)[:12]}…, found {one.tensors.sha256[:12]}… in "
+            f"{one.path}",
             remedy="rename the folder, or another --store",
         )
     if one.task not in (None, old.meta.get("task_name")):
@@ -297,16 +352,6 @@ def _require_names_apart(adapters: Sequence[Collected]) -> None:
                 remedy="rename one of the folders",
             )
         places[one.name] = one.path
-
-
-def _numbers(records: Sequence[memtool_stores.AdapterRecord]) -> dict[str, int]:
-    """The number of every task in memory, by name."""
-    found: dict[str, int] = {}
-    for record in records:
-        number = number_of(record)
-        if number is not None:
-            found[str(record.meta.get("task_name") or record.name)] = number
-    return found
 
 
 # Prompts ----------------------------------------------------------------------------------------

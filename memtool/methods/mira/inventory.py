@@ -14,7 +14,13 @@ from memtool.errors import ConfigError, NotFoundError
 from memtool.heads import FeatureStatistics, LinearClassifier
 from memtool.memories.closed_form import QueryStatistics
 from memtool.methods.in_store import features_blob
-from memtool.methods.mira.state import MemoryState, Snapshot, queries_blob
+from memtool.methods.mira.state import (
+    SAME_QUERIES,
+    MemoryState,
+    Snapshot,
+    queries_blob,
+    statistics_known,
+)
 from memtool.methods.records import task_of
 from memtool.methods.results import ConsolidateResult
 from memtool.settings import Config
@@ -123,8 +129,9 @@ def inventory_of(work: Workspace, snapshot: Snapshot) -> Inventory:
             f"the memory {work.store_path!r} holds no adapters",
             remedy="memtool train-adapter --task 1 && memtool write",
         )
-    _require_same_queries(work.config, state)
-    queries = snapshot.query_statistics()
+    counted = MemoryState.load(view)
+    _require_same_queries(work.config, counted)
+    queries, features = statistics_known(view, counted, merged=_solved(work.config))
     numbers = dict.fromkeys(task_of(record) for record in view.adapters)
     new = tuple(number for number in numbers if number not in queries)
     return Inventory(
@@ -134,9 +141,15 @@ def inventory_of(work: Workspace, snapshot: Snapshot) -> Inventory:
         new=new,
         grown=_grown(snapshot),
         queries=queries,
-        features=snapshot.feature_statistics(),
+        features=features,
         unchanged=not new and state is not None and _same(state, view, work.config),
     )
+
+
+def _solved(config: Config) -> bool:
+    """Whether keys follow from moments alone, so that no image of a task has to be seen again."""
+    settings = config.consolidate
+    return settings.keys == "closed-form" and not settings.epochs
 
 
 def _require_same_queries(config: Config, state: MemoryState | None) -> None:
@@ -144,7 +157,7 @@ def _require_same_queries(config: Config, state: MemoryState | None) -> None:
     if state is None:
         return
     now, then = config.memory, state.memory
-    for name in ("token", "query", "query_norm", "scope", "look_at", "keys_of"):
+    for name in SAME_QUERIES:
         if getattr(now, name) != getattr(then, name):
             raise ConfigError(
                 f"memory.{name} is {getattr(now, name)!r}, but the queries of tasks "

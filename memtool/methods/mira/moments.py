@@ -342,3 +342,30 @@ def solve_without(
         without.put(txn)
     else:
         txn.delete_blob(PromptState.blob)
+
+
+def join(txn: memtool_stores.Transaction, view: memtool_stores.MemoryView) -> tuple[str, ...]:
+    """In a transaction that took adapters of another memory in: one way to look at prompts.
+
+    Raises MismatchError where prompts were looked at in another way.
+    """
+    here, there = PromptState.load(txn.base), PromptState.load(view)
+    if there is None:
+        return ()
+    if here is None:
+        there.without_keys().put(txn)
+        return ()
+    for name in ("look_at", "scope", "clusters"):
+        ours, theirs = getattr(here, name), getattr(there, name)
+        if ours != theirs:
+            raise MismatchError(
+                f"prompts were looked at under memory.{name} {_words(theirs)} in the other memory, "
+                f"and {_words(ours)} in this one",
+                expected=f"two memories of one memory.{name}",
+                remedy="another --store",
+            )
+    return ()
+
+
+def _words(setting: object) -> str:
+    return ",".join(setting) if isinstance(setting, tuple) else str(setting)

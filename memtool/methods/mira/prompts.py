@@ -50,7 +50,7 @@ from memtool.methods.mira.moments import (
 from memtool.methods.mira.peft_rows import peft_rows, require_peft
 from memtool.methods.mira.refine import refined
 from memtool.methods.mira.tokens import TokenRouting
-from memtool.methods.records import recorded, task_of
+from memtool.methods.records import number_of, recorded, task_name, task_of
 from memtool.methods.results import RetrieveResult, WriteResult
 from memtool.methods.routed.attached import RoutedTexts
 from memtool.methods.routed.memory import (
@@ -389,6 +389,13 @@ class PromptMemory(Routed):
         """Those of peft, where it is named."""
         return peft_rows(self.workspace, memory, tasks) if "peft" in rivals else []
 
+    def measure(
+        self, version: str, tasks: Sequence[int], setting: str | None = None
+    ) -> dict[str, float]:
+        """As `Routed.measure`. Raises ConfigError where no stream has the adapters' tasks."""
+        self._require_texts(version)
+        return super().measure(version, tasks, setting)
+
     def _require_texts(self, version: str) -> None:
         """Raise ConfigError for a collection whose tasks no stream was named for."""
         view = self.workspace.store.view(self.workspace.version_of(version))
@@ -405,17 +412,17 @@ class PromptMemory(Routed):
     def shown(self, view: memtool_stores.MemoryView, tasks: Sequence[int]) -> list[Task]:
         """The tasks of the stream that bear the names of these, or of one of their adapters.
 
-        They are numbered as in the memory, in its order. Raises ConfigError where there is none.
+        They are numbered as in the memory, in its order; those that were forgotten are among them:
+        how well their prompts are answered then. Raises ConfigError where there is none.
         """
-        numbers = {r.name: task_of(r) for r in view.adapters}
-        numbers |= {
-            str(r.meta["task_name"]): task_of(r) for r in view.adapters if r.meta.get("task_name")
-        }
+        rows = sorted(view.catalog.records.values(), key=lambda record: record.live)
+        numbers = {record.name: number_of(record) for record in rows}
+        numbers |= {task_name(record): number_of(record) for record in rows}
         stream = self.workspace.stream
         found = [
-            replace(task, number=numbers[task.name])
+            replace(task, number=number)
             for task in stream.tasks
-            if numbers.get(task.name) in tasks
+            if (number := numbers.get(task.name)) in tasks and number is not None
         ]
         if not found:
             raise ConfigError(
@@ -426,8 +433,7 @@ class PromptMemory(Routed):
         return sorted(found, key=lambda task: tasks.index(task.number))
 
     def _require_same_task(self, record: memtool_stores.AdapterRecord) -> None:
-        if "collection" not in record.meta:
-            super()._require_same_task(record)
+        """Nothing: tasks are known by their names here, by which `shown` finds their texts."""
 
 
 def _say_unmeasured(stream: Stream, found: Sequence[Task]) -> None:

@@ -22,9 +22,16 @@ from memtool.errors import ConfigError, CorruptError, MismatchError, NotFoundErr
 from memtool.heads import FeatureStatistics, LinearClassifier, RecalledHead
 from memtool.memories.closed_form import QueryStatistics
 from memtool.memories.keyed import KeyedMemory
-from memtool.methods.in_store import HEAD, StoredState, feature_statistics, own_head
+from memtool.methods.in_store import (
+    HEAD,
+    StoredState,
+    feature_statistics,
+    features_blob,
+    own_head,
+)
 from memtool.methods.mira.protect import Protection
 from memtool.methods.mira.recall import MemoryModel, memory_blocks
+from memtool.methods.records import task_of
 from memtool.sections import ConsolidateSettings, MemorySettings
 from memtool.settings import HeadSettings
 from memtool.tensor_bytes import load_tensors
@@ -96,7 +103,7 @@ class Snapshot:
         """Read a version whole."""
         view = store.view(version)
         state = MemoryState.load(view)
-        if state is None:
+        if state is None or not state.adapters:
             return cls(view.version, view, layout, view.adapters, None, None, None)
         here = set(view.ids)
         kept = [place for place, id in enumerate(state.adapters) if id in here]
@@ -209,6 +216,58 @@ def query_statistics(
 
     A task that was consolidated before memtool kept them apart is left out, and counted again.
     """
-    tasks = [task for task in (state.tasks if state else ()) if queries_blob(task) in view.blobs()]
-    blobs = {task: queries_blob(task) for task in tasks}
+    return _queries(view, state.tasks if state else ())
+
+
+def statistics_known(
+    view: memtool_stores.MemoryView, state: MemoryState | None, *, merged: bool
+) -> tuple[dict[int, QueryStatistics], dict[int, FeatureStatistics]]:
+    """Moments of queries and features of the consolidated tasks, in order.
+
+    With `merged` also of those that came from another memory with theirs, in the order written.
+    """
+    tasks = dict.fromkeys(state.tasks if state else ())
+    if merged:
+        blobs = {*view.blobs()}
+        numbers = dict.fromkeys(task_of(record) for record in view.adapters)
+        tasks |= {
+            task: None for task in numbers if {queries_blob(task), features_blob(task)} <= blobs
+        }
+    return _queries(view, tuple(tasks)), feature_statistics(view, tuple(tasks))
+
+
+def _queries(view: memtool_stores.MemoryView, tasks: tuple[int, ...]) -> dict[int, QueryStatistics]:
+    known = [task for task in tasks if queries_blob(task) in view.blobs()]
+    blobs = {task: queries_blob(task) for task in known}
     return {t: QueryStatistics.from_bytes(view.blob(b), f"blob {b!r}") for t, b in blobs.items()}
+
+
+SAME_QUERIES = ("token", "query", "query_norm", "scope", "look_at", "keys_of")
+"""Settings of a memory that decide how its queries are counted."""
+
+
+def join(txn: memtool_stores.Transaction, view: memtool_stores.MemoryView) -> tuple[str, ...]:
+    """In a transaction that took adapters of another memory in: one way to count queries.
+
+    Raises MismatchError where they were counted otherwise, or of other classes.
+    """
+    here, there = MemoryState.load(txn.base), MemoryState.load(view)
+    if here is not None and there is not None:
+        for name in SAME_QUERIES:
+            mine, other = getattr(here.memory, name), getattr(there.memory, name)
+            if mine != other:
+                raise MismatchError(
+                    f"memory.{name} is {other!r} in the other memory, and {mine!r} in this one",
+                    expected="two memories whose queries were counted alike",
+                    remedy="another --store",
+                )
+        if here.class_names != there.class_names:
+            raise MismatchError(
+                "the two memories tell other classes apart",
+                expected=", ".join(here.class_names[:8]),
+                remedy="another --store",
+            )
+    if here is None and there is not None:
+        nothing: dict[str, tuple[int, ...]] = {"tasks": (), "adapters": (), "adapter_tasks": ()}
+        there.model_copy(update=nothing).put(txn)
+    return ()

@@ -21,7 +21,7 @@ import memtool_stores
 from memtool.adapters.atoms import AtomBank, AtomGate
 from memtool.adapters.layout import Layout
 from memtool.adapters.values import Recall
-from memtool.errors import CorruptError
+from memtool.errors import AlreadyExistsError, CorruptError, MismatchError
 from memtool.heads import FeatureStatistics, LinearClassifier, RecalledHead, solve_recalled_head
 from memtool.learning.past_inputs import PastInputs
 from memtool.memories.rank1 import Rank1Memory
@@ -194,3 +194,59 @@ def solve_without(
     trained = {task: head for task, head in trained_heads(view).items() if task in left}
     head = solve(state.head, feature_statistics(view, left), trained)
     txn.put_blob(HEAD, head.to_bytes())
+
+
+def join(txn: memtool_stores.Transaction, view: memtool_stores.MemoryView) -> tuple[str, ...]:
+    """In a transaction that took atoms of another memory in: one gate, and the head of all tasks.
+
+    Raises MismatchError for another gate, head or classes, and for a task whose atoms are there.
+    """
+    here, there = AtomsState.load(txn.base), AtomsState.load(view)
+    gates = [gate_settings(one, one.space.layout.rank) for one in (txn.base, view)]
+    parts: list[tuple[str, object, object]] = [("gate", gates[0], gates[1])]
+    if here is not None and there is not None:
+        parts += [("head", here.head, there.head), ("classes", here.class_names, there.class_names)]
+    for word, mine, other in parts:
+        if mine is not None and mine != other:
+            raise MismatchError(
+                f"the two memories of atoms have another {word}",
+                expected=f"{mine}, found {other}",
+                remedy="another --store",
+            )
+    tasks = [task_of(record) for record in txn.atom_records]
+    if twice := {task for task in tasks if tasks.count(task) > 1}:
+        raise AlreadyExistsError(
+            f"both memories hold atoms of task {min(twice)}, and not the same",
+            remedy=f"memtool forget {min(twice)} in one of the two first",
+        )
+    state = here or there
+    if state is None:  # of texts, which need no head
+        return _not_joined(txn, view)
+    if here is None:
+        state.put(txn)
+    if state.head.kind in ("prototype", "text"):
+        if here is None:
+            txn.put_blob(HEAD, view.blob(HEAD))
+        return _not_joined(txn, view)
+    statistics: dict[int, FeatureStatistics] = {}
+    trained: dict[int, LinearClassifier | None] = {}
+    for record in txn.atom_records:
+        source = txn.base if txn.base.catalog.by_id(record.id) else view
+        statistics |= feature_statistics(source, [task_of(record)])
+        trained[task_of(record)] = own_head(source, record.name)
+    head = solve(state.head, statistics, trained).to_bytes()
+    if txn.base.state.blobs.get(HEAD) != hashlib.sha256(head).hexdigest():
+        txn.put_blob(HEAD, head)
+    return _not_joined(txn, view)
+
+
+def _not_joined(
+    txn: memtool_stores.Transaction, view: memtool_stores.MemoryView
+) -> tuple[str, ...]:
+    """What atoms that learn from here on do not know of those that came in."""
+    if PAST_INPUTS not in (*txn.base.blobs(), *view.blobs()):
+        return ()
+    return (
+        "what entered the layers in the other memory is not joined: keys that learn from here on "
+        "are free of this memory's inputs alone",
+    )

@@ -147,11 +147,12 @@ def other_rows(work: Workspace, memory: RoutedMemory, tasks: Sequence[Task]) -> 
 
 
 def task_accuracy(work: Workspace, memory: RoutedMemory, tasks: Sequence[Task]) -> float:
-    """Share of test samples whose own task has most of the weight."""
+    """Share of test samples whose own task has most of the weight; none of a task not in memory."""
     right = total = 0
     for task in tasks:
         weights = of_prompts(weights_of(work, memory, task.test))
-        of_task = memory.routing.owners.cpu() == memory.tasks.index(task.number)
+        place = memory.tasks.index(task.number) if task.number in memory.tasks else -1
+        of_task = memory.routing.owners.cpu() == place
         most = of_task[weights.argmax(dim=1)]
         right, total = right + int(most.sum()), total + len(most)
     return right / max(total, 1)

@@ -325,7 +325,7 @@ class Routed(Method, ABC):
         work, memory = self.workspace, self.snapshot(version)
         shown = self.shown(memory.view, tasks)
         ways = [measure.as_they_are] * len(shown)
-        row = measure.row(work, "memory", "", "method", shown, {len(shown): (memory, ways)})
+        row = measure.row(work, "memory", "memory", "method", shown, {len(shown): (memory, ways)})
         found = {"task_accuracy": measure.task_accuracy(work, memory, shown)}
         for name, line in (("loss", row.loss), ("faa", row.accuracy)):
             last = [score for score in line[-1] if score is not None] if line else []
