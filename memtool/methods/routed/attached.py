@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from memtool.adapters.values import Recall
-from memtool.backbones.answering import by_length, trimmed
 from memtool.backbones.causal_lm import CausalLM
 from memtool.backbones.interface import Backbone
 from memtool.methods.attached import (
+    AttachedByPrompt,
     AttachedImages,
-    AttachedTexts,
     HeadModule,
     Output,
-    require_texts,
     unknown,
 )
 from memtool.methods.routed.memory import RoutedMemory, Routing
@@ -39,36 +35,18 @@ class RoutedImages(AttachedImages):
         return Output(logits, probabilities, weights, unknown(features))
 
 
-class RoutedTexts(AttachedTexts):
+class RoutedTexts(AttachedByPrompt):
     """Whole adapters on a language model, mixed by the prompt and kept while it answers."""
 
     def __init__(self, lm: CausalLM, memory: RoutedMemory, precision: str) -> None:
-        super().__init__(lm, precision)
+        super().__init__(lm, [record.name for record in memory.records], precision)
         self.routing: Routing = memory.routing
-        self._names = tuple(record.name for record in memory.records)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The adapters, in the order of their weights."""
-        return self._names
 
     def recall(self, prompts: Tensor) -> Recall:
         """The mixture of every prompt."""
         with torch.no_grad():
-            looks = self.routing.look(self.backbone, prompts)
-            return self.routing.recall(self.routing.weights(looks))
+            return self.routing.recall(self.weights_of(prompts))
 
-    @torch.no_grad()
-    def weights(self, prompts: Sequence[str]) -> Tensor:
-        """The weights (n, adapters) that prompts choose."""
-        require_texts(prompts)
-        found = torch.zeros(len(prompts), len(self.routing.values))
-        if not prompts:
-            return found
-        tokens = self.backbone.encode(prompts).tokens
-        for rows in by_length(tokens, 16):
-            asked = trimmed(tokens[rows]).to(self.backbone.device)
-            with self.computing():
-                seen = self.routing.look(self.backbone, asked)
-            found[rows] = self.routing.weights(seen).cpu()
-        return found
+    def weights_of(self, prompts: Tensor) -> Tensor:
+        """What the rule gives for what prompts look like."""
+        return self.routing.weights(self.routing.look(self.backbone, prompts))

@@ -96,13 +96,7 @@ def _answered(
         answering(work, memory, way).scores([task], f"after {len(memory.tasks)} tasks: {label}")
         for task, way in zip(tasks, ways, strict=True)
     ]
-    metrics = [part.scores[0] for part in parts if part.scores is not None]
-    return AnswerScores(
-        losses=tuple(part.losses[0] for part in parts),
-        scores=tuple(metrics) if len(metrics) == len(parts) else None,
-        cut_prompts=sum(part.cut_prompts for part in parts),
-        cut_answers=sum(part.cut_answers for part in parts),
-    )
+    return AnswerScores.joined(parts)
 
 
 def other_rows(work: Workspace, memory: RoutedMemory, tasks: Sequence[Task]) -> list[Row]:
