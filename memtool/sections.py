@@ -166,10 +166,10 @@ class ModulationSettings(Settings):
         256, description="bayes-pcn: hidden width, and so how many adapters it can hold"
     )
     predictor_epochs: Annotated[int, Field(ge=1)] = Field(
-        10, description="mts: passes over all tasks of the task predictor"
+        10, description="mts, trace: passes over all tasks of the task predictor"
     )
     predictor_lr: Annotated[float, Field(gt=0)] = Field(
-        2e-3, description="mts: highest learning rate of the task predictor"
+        2e-3, description="mts, trace: highest learning rate of the task predictor"
     )
 
 
@@ -214,7 +214,7 @@ class PastSettings(Settings):
 SECTIONS: Mapping[str, Mapping[str, type[Settings]]] = {
     "mira": {"memory": MemorySettings, "consolidate": ConsolidateSettings, "past": PastSettings},
     "moram": {"moram": MoramSettings, "past": PastSettings},
-    "modulation": {"modulation": ModulationSettings},
+    "modulation": {"modulation": ModulationSettings, "past": PastSettings},
 }
 """The sections of every method that ships, by method."""
 

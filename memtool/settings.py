@@ -383,8 +383,7 @@ _OF_CLASSES = ("cil", "til", "mts")
 _OF_IMAGES = ("dil", "dg", "xtail", *_OF_CLASSES)
 
 READ_UNDER: tuple[tuple[str, str, tuple[str | None, ...]], ...] = (
-    ("baselines", "method", ("mira", "moram")),
-    ("baselines", "stream.setting", tuple(s for s in get_args(Setting) if s != "til")),
+    ("baselines", "stream.setting", tuple(s for s in get_args(Setting) if s not in ("til", "mts"))),
     ("text", "stream.setting", ("trace",)),
     ("backbone.image_size", "stream.setting", _OF_IMAGES),
     ("train.augment", "stream.setting", _OF_IMAGES),
@@ -406,8 +405,8 @@ READ_UNDER: tuple[tuple[str, str, tuple[str | None, ...]], ...] = (
     ("head.scale", "head.kind", ("prototype",)),
     ("head.rivals", "head.kind", ("prototype",)),
     ("moram.scaled_threshold", "moram.score_norm", ("bank",)),
-    ("modulation.predictor_epochs", "stream.setting", ("mts",)),
-    ("modulation.predictor_lr", "stream.setting", ("mts",)),
+    ("modulation.predictor_epochs", "stream.setting", ("mts", "trace")),
+    ("modulation.predictor_lr", "stream.setting", ("mts", "trace")),
 )
 """A setting, or all of a section, is read only where another one has one of these values.
 

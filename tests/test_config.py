@@ -350,7 +350,7 @@ def test_a_method_that_nobody_has(name):
         ("moram-trace", {"train.epochs": "1"}, ["under text.epochs 2,1,3,2,1,2,2,3"]),
         ("digits-dil", {"memory.topk": "3"}, ["under memory.separation softmax"]),
         ("digits-dil", {"memory.topk": "3", "memory.separation": "topk"}, []),
-        ("modulation-digits", {"baselines": "frozen", "seed": "1"}, ["under method modulation"]),
+        ("modulation-digits", {"baselines": "frozen", "seed": "1"}, ["under stream.setting mts"]),
         ("moram-digits", {"head.scope": "task", "train.epochs": "1"}, []),
     ],
 )

@@ -385,10 +385,11 @@ def chosen_baselines(method: Method) -> tuple[str, ...]:
 def known_baselines(method: Method) -> tuple[str, ...]:
     """The baselines that the setting and the head have.
 
-    None where the task is known (til), or `evaluate` compares what there is to compare.
+    None where the task is known (til) or predicted apart (mts): `evaluate` compares what there is
+    to compare.
     """
     config, reads = method.config, method.workspace.reads
-    if not method.has_baselines or config.stream.setting == "til":
+    if config.stream.setting in ("til", "mts"):
         return ()
     if config.stream.setting == "dg":
         return tuple(DG_BASELINES)

@@ -1,4 +1,4 @@
-"""Stage 1, adaptation: train the adapters of one task on a frozen backbone.
+"""Stage 1, adaptation: train the adapters of one task, with a head, on a frozen backbone.
 
 The J adapters of a task differ by seed and bootstrap sample and are trained in one pass: every
 batch holds J groups, group j runs through adapter j and head j. Each ends as if it had been trained
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
@@ -24,10 +25,10 @@ from memtool.adapters.layout import Layout
 from memtool.adapters.lora import init_lora
 from memtool.adapters.recalls import every, on_top
 from memtool.adapters.values import AdapterValues, Recall
-from memtool.backbones.interface import Backbone
 from memtool.engine import Batch, Batches, Engine, FitResult
 from memtool.errors import CapacityError, DivergedError
 from memtool.heads import LinearClassifier
+from memtool.learning.looks import FeatureModel, Labelled
 from memtool.progress import Progress
 from memtool.settings import AdapterSettings, TrainSettings
 from memtool.streams.task import Images
@@ -40,7 +41,7 @@ BYTES_TO_TRAIN = 16
 class Adapted:
     """J trained adapters: values (J, numel), one classifier each, and how training went.
 
-    `heads` and `train_accuracy` are empty where texts were learned.
+    `heads` and `train_accuracy` are empty where answers were learned.
     """
 
     values: Tensor
@@ -59,13 +60,13 @@ class Beneath(Protocol):
 class AdapterTraining(nn.Module):
     """J adapters with a linear head each, over a frozen backbone.
 
-    `forward(images)` maps uint8 images (J · b, h, w, 3), group by group, to logits (J, b, classes);
-    logits of classes that are not in the task are −inf.
+    `forward(images)` maps uint8 images (J · b, h, w, 3), or prompts (J · b, n), group by group, to
+    logits (J, b, classes); logits of classes that are not in the task are −inf.
     """
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: FeatureModel,
         values: AdapterValues,
         head: LinearClassifier,
         classes: Sequence[int],
@@ -102,9 +103,9 @@ def class_mask(classes: Sequence[int], count: int) -> Tensor:
 
 def adapt(
     engine: Engine,
-    backbone: Backbone,
+    backbone: FeatureModel,
     layout: Layout,
-    samples: Images,
+    samples: Images | Labelled,
     *,
     classes: Sequence[int],
     class_count: int,
@@ -141,7 +142,7 @@ def adapt(
     stack = AdapterValues.from_flat(values, layout, scaling, trainable=True).to(engine.device)
     module = AdapterTraining(backbone, stack, head, classes, beneath)
     batches = Batches(
-        samples.images,
+        samples.inputs,
         samples.labels,
         train.batch_size,
         train.epochs_for(len(samples)),
@@ -170,7 +171,7 @@ def adapt(
 def require_room(
     engine: Engine,
     trial: AdapterTraining,
-    samples: Images,
+    samples: Images | Labelled,
     parameters: int,
     adapter: AdapterSettings,
     train: TrainSettings,
@@ -203,8 +204,10 @@ def require_room(
     )
 
 
-def _bytes_kept(engine: Engine, trial: AdapterTraining, samples: Images, count: int) -> int:
-    """Bytes of all that a forward pass of `count` images keeps for the backward pass."""
+def _bytes_kept(
+    engine: Engine, trial: AdapterTraining, samples: Images | Labelled, count: int
+) -> int:
+    """Bytes of all that a forward pass of `count` samples keeps for the backward pass."""
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -212,9 +215,10 @@ def _bytes_kept(engine: Engine, trial: AdapterTraining, samples: Images, count: 
         kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    images = torch.zeros((count, *samples.images.shape[1:]), dtype=torch.uint8)
+    zeros = np.zeros((count, *samples.inputs.shape[1:]), dtype=samples.inputs.dtype)
+    inputs = torch.from_numpy(zeros).to(engine.device)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), engine.autocast():
-        logits = trial(images.to(engine.device))
+        logits = trial(inputs)
     del logits  # until here nothing was freed: an address stands for one storage
     return sum(kept.values())
 
@@ -289,14 +293,16 @@ def augmented(batch: Batch, settings: TrainSettings) -> Tensor:
     return padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]]
 
 
-def _accuracies(engine: Engine, module: AdapterTraining, samples: Images) -> tuple[float, ...]:
+def _accuracies(
+    engine: Engine, module: AdapterTraining, samples: Images | Labelled
+) -> tuple[float, ...]:
     """Training accuracy of every adapter with its own head."""
     count = len(module.values)
 
-    def predicted(images: Tensor) -> Tensor:
-        return module(images.repeat(count, 1, 1, 1)).argmax(dim=-1).T
+    def predicted(inputs: Tensor) -> Tensor:
+        return module(torch.cat([inputs] * count)).argmax(dim=-1).T
 
     size = max(1, engine.settings.eval_batch_size // count)
-    classes = engine.predict(predicted, samples.images, batch_size=size)
+    classes = engine.predict(predicted, samples.inputs, batch_size=size)
     right = classes == torch.from_numpy(samples.labels).unsqueeze(1)
     return tuple(right.double().mean(dim=0).tolist())

@@ -40,16 +40,21 @@ class AnswerScores(BaseModel):
 
     @classmethod
     def joined(cls, parts: Sequence[AnswerScores]) -> AnswerScores:
-        """What was measured of some tasks each, of all of them."""
-        scores = [one for part in parts for one in part.scores or ()]
-        losses = tuple(one for part in parts for one in part.losses)
+        """Those of several sets of tasks, one after another."""
+        generated = all(part.scores is not None for part in parts)
         return cls(
-            losses=losses,
-            scores=tuple(scores) if len(scores) == len(losses) else None,
+            losses=tuple(loss for part in parts for loss in part.losses),
+            scores=tuple(one for part in parts for one in part.scores or ()) if generated else None,
             right=tuple(one for part in parts for one in part.right),
             cut_prompts=sum(part.cut_prompts for part in parts),
             cut_answers=sum(part.cut_answers for part in parts),
         )
+
+    def first(self, count: int) -> AnswerScores:
+        """Those of the first tasks; what was cut is that of all."""
+        scores = None if self.scores is None else self.scores[:count]
+        changes = {"losses": self.losses[:count], "scores": scores, "right": self.right[:count]}
+        return self.model_copy(update=changes)
 
     @property
     def known(self) -> tuple[float, ...]:
@@ -134,16 +139,17 @@ def answer_row(
     found: Mapping[int, AnswerScores],
     seconds: float | None = None,
 ) -> Row:
-    """The row of what was measured on tasks after so many of them.
+    """The row of what was measured on tasks, or the first of them, after so many.
 
     Where the last ones were not learned, its metrics are those of a stream that ended before them.
     """
     matrix = AccuracyMatrix.empty([task.name for task in tasks])
     losses = np.full((len(tasks) + 1, len(tasks)), np.nan)
     for number, scores in found.items():
-        losses[number] = scores.losses
+        losses[number, : len(scores.losses)] = scores.losses
         if scores.scores is not None:
-            matrix = matrix.with_row(number, scores.known)
+            later = [None] * (len(tasks) - len(scores.known))
+            matrix = matrix.with_row(number, [*scores.known, *later])
     learned = max(found)
     ended = losses[: learned + 1, :learned]
     more = {"loss.final": final_average(ended)}

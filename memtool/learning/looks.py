@@ -1,6 +1,8 @@
-"""What a frozen model sees in an input: one vector, before any adapter is chosen.
+"""What a model sees in an input: one vector, before any adapter is chosen.
 
-Of images the pooled features. Of prompts what `PromptLook` names, side by side:
+`FeatureModel` is a model that gives it under any recall: of images the pooled features, of prompts
+the mean of the last hidden states over the tokens. What the frozen model sees in prompts may be
+more, as `PromptLook` names it, side by side:
 
     final      the mean of the last hidden states over the tokens
     block:N    the mean of the input of block N, layer-normalised
@@ -12,19 +14,23 @@ or, in `token_looks`, the inputs of every block at single tokens, or their means
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from memtool.adapters.values import Recall
 from memtool.backbones.answering import by_length, trimmed
 from memtool.backbones.causal_lm import PAD, CausalLM
+from memtool.backbones.interface import FrozenModel
 from memtool.errors import ConfigError, MismatchError
-from memtool.streams.task import Images
+from memtool.streams.task import Images, Texts
 from memtool.workspace import Workspace
 
 TOKEN_PLACES = 1024
@@ -38,6 +44,67 @@ PART_WIDE = 512
 
 _SPREAD = 2_654_435_761
 """Knuth's multiplier: neighbours in a vocabulary come to places far from each other."""
+
+
+class FeatureModel(Protocol):
+    """A frozen model that sees one vector in an input."""
+
+    dim: int
+
+    def preprocess(self, inputs: Tensor) -> Tensor:
+        """What `features` takes, of a batch as samples are kept."""
+
+    def features(self, inputs: Tensor, recall: Recall | None = None) -> Tensor:
+        """What it sees in preprocessed inputs under a recall, (b, dim)."""
+
+
+class PromptFeatures(nn.Module):
+    """A language model as a `FeatureModel`: of prompts (b, n), padded anywhere with PAD."""
+
+    def __init__(self, lm: CausalLM) -> None:
+        super().__init__()
+        self.lm = lm
+        self.dim = lm.dim
+
+    def preprocess(self, inputs: Tensor) -> Tensor:
+        """Prompts padded no more than they need."""
+        return trimmed(inputs)
+
+    def features(self, inputs: Tensor, recall: Recall | None = None) -> Tensor:
+        """The mean (b, dim) of the last hidden states over the tokens, float32."""
+        return over_tokens(self.lm.hidden(inputs, recall), inputs)
+
+
+def feature_model(backbone: FrozenModel) -> Any:
+    """A model of images as it is, a language model as `PromptFeatures`."""
+    return PromptFeatures(backbone) if isinstance(backbone, CausalLM) else backbone
+
+
+@dataclass(frozen=True, eq=False)
+class Labelled:
+    """Samples as a `FeatureModel` takes them, with a label each: prompts stay without answers.
+
+    inputs (n, ...): images, or token ids padded on the left; labels int64 (n,).
+    """
+
+    inputs: npt.NDArray[Any]
+    labels: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @classmethod
+    def of(cls, work: Workspace, samples: Any, labels: npt.NDArray[np.int64]) -> Labelled:
+        """Images or texts with other labels than their own."""
+        if isinstance(samples, Images):
+            return cls(samples.images, labels)
+        return cls(work.backbone.encode(samples.prompts).tokens.numpy(), labels)
+
+
+def over_tokens(hidden: Tensor, prompts: Tensor) -> Tensor:
+    """The mean of hidden states (b, n, dim) over the tokens of prompts (b, n), (b, dim) float32."""
+    real = (prompts != PAD).unsqueeze(-1)
+    return (hidden.float() * real).sum(dim=1) / real.sum(dim=1).clamp_min(1)
 
 
 @dataclass(frozen=True)
@@ -62,20 +129,16 @@ class PromptLook:
         Padding is no token, so that a prompt looks the same alone and in any batch. Raises
         ConfigError for a block that the model does not have.
         """
-        real = (prompts != PAD).unsqueeze(-1)
-        count = real.sum(dim=1).clamp_min(1)
         wanted = self.blocks(lm.depth)
         seen: dict[str, Tensor] = {}
 
-        def mean(hidden: Tensor) -> Tensor:
-            return (hidden.float() * real).sum(dim=1) / count
-
         def keep(block: int, hidden: Tensor) -> None:
             if block in wanted:
-                seen[f"block:{block}"] = F.layer_norm(mean(hidden), hidden.shape[-1:])
+                mean = over_tokens(hidden, prompts)
+                seen[f"block:{block}"] = F.layer_norm(mean, hidden.shape[-1:])
 
         if self.runs:
-            seen["final"] = mean(lm.hidden(prompts, keep))
+            seen["final"] = over_tokens(lm.hidden(prompts, keep), prompts)
         if "tokens" in self.places:
             seen["tokens"] = _token_shares(prompts, len(lm.embed.weight))
         parts = [seen[place] for place in self._named(lm.depth)]
@@ -162,13 +225,24 @@ def looks(work: Workspace, samples: Any, look: PromptLook = FINAL) -> Tensor:
 
 def looks_of(work: Workspace, prompts: Sequence[str], look: PromptLook = FINAL) -> Tensor:
     """What `look` sees in prompts: (n, width), float32, on the CPU."""
-    lm, engine = work.backbone, work.engine
-    tokens = lm.encode(prompts).tokens
-    found = torch.empty(len(tokens), look.width(lm))
-    for rows, batch in batches(work, tokens):
+    lm = work.backbone
+    return of_each(work, Texts(tuple(prompts), ()), lambda batch: look(lm, batch))
+
+
+def of_each(work: Workspace, samples: Any, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """`function` (b, ...) of every batch of samples, joined in their order, float32, on the CPU.
+
+    It is given preprocessed images, or the tokens of prompts, those of like lengths together.
+    """
+    engine, backbone = work.engine, work.backbone
+    if isinstance(samples, Images):
+        return engine.predict(lambda batch: function(backbone.preprocess(batch)), samples.images)
+    order, parts = [], []
+    for rows, batch in batches(work, backbone.encode(samples.prompts).tokens):
         with torch.no_grad(), engine.autocast():
-            found[rows] = look(lm, batch).float().cpu()
-    return found
+            parts.append(function(batch).float().cpu())
+        order.append(rows)
+    return torch.cat(parts)[torch.cat(order).argsort()]
 
 
 def token_looks(

@@ -53,14 +53,3 @@ def require_trained_head(config: Config) -> None:
             expected="method moram for setting xtail and for heads that know all classes ahead",
             remedy="--set method=moram",
         )
-
-
-def require_images(config: Config) -> None:
-    """As `require_trained_head`; also for a stream of texts."""
-    require_trained_head(config)
-    if config.stream.setting == "trace":
-        raise ConfigError(
-            f"method {config.method} on a stream of texts (setting trace)",
-            expected="method mira or moram",
-            remedy="memtool run --preset mira-trace",
-        )

@@ -21,11 +21,12 @@ from torch.nn import functional as F
 
 from memtool.adapters.recalls import chosen, every
 from memtool.adapters.values import AdapterValues, Recall
-from memtool.backbones.answering import RecallOf, answers
+from memtool.backbones.answering import RecallOf, answers, by_length, trimmed
 from memtool.backbones.causal_lm import CausalLM
 from memtool.backbones.interface import Backbone, FrozenModel
 from memtool.errors import DataError
 from memtool.heads import LinearClassifier, RecalledHead
+from memtool.learning.looks import FeatureModel
 from memtool.memories.novelty import LIMIT
 
 
@@ -192,6 +193,37 @@ class AttachedTexts(Attached, ABC):
         return self.generate([prompt])[0]
 
 
+class AttachedByPrompt(AttachedTexts):
+    """Whole adapters on a language model, chosen by the prompt and kept while it answers."""
+
+    def __init__(self, lm: CausalLM, names: Sequence[str], precision: str) -> None:
+        super().__init__(lm, precision)
+        self._names = tuple(names)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters, in the order of their weights."""
+        return self._names
+
+    @abstractmethod
+    def weights_of(self, prompts: Tensor) -> Tensor:
+        """The weights (n, adapters) that prompts choose, token ids (n, length)."""
+
+    @torch.no_grad()
+    def weights(self, prompts: Sequence[str]) -> Tensor:
+        """The weights (n, adapters) that prompts choose."""
+        require_texts(prompts)
+        found = torch.zeros(len(prompts), len(self.names))
+        if not prompts:
+            return found
+        tokens = self.backbone.encode(prompts).tokens
+        for rows in by_length(tokens, 16):
+            asked = trimmed(tokens[rows]).to(self.backbone.device)
+            with self.computing():
+                found[rows] = self.weights_of(asked).float().cpu()
+        return found
+
+
 def require_texts(prompts: Sequence[str]) -> None:
     """Raise DataError for one text, whose letters would be taken for texts, or what is no text."""
     texts = isinstance(prompts, Sequence) and not isinstance(prompts, str)
@@ -212,6 +244,33 @@ def unknown(features: Tensor) -> Tensor:
 def finite(novelty: Tensor, features: Tensor) -> Tensor:
     """The novelty (n,), infinite where an input has numbers that are none."""
     return novelty.masked_fill(~features.isfinite().all(dim=-1), torch.inf)
+
+
+class TaskOf(nn.Module):
+    """The task of every input, a row: the one that is told, or what a predictor sees.
+
+    A predictor is an adapter with a head over the rows.
+    """
+
+    def __init__(
+        self,
+        told: int | None = None,
+        predictor: tuple[AdapterValues, LinearClassifier] | None = None,
+    ) -> None:
+        super().__init__()
+        self.told = told
+        self.predictor: AdapterValues | None = None
+        if told is None and predictor is not None:
+            self.predictor, classifier = predictor
+            self.tells = HeadModule(RecalledHead.shared(classifier))
+
+    def forward(self, model: FeatureModel, inputs: Tensor) -> Tensor:
+        """The row of the task of every preprocessed input (n,), int64."""
+        if self.predictor is None:
+            return inputs.new_full((inputs.shape[0],), self.told or 0, dtype=torch.int64)
+        features = model.features(inputs, every(self.predictor))
+        logits, _ = self.tells(features, features.new_zeros(features.shape[0], 1))
+        return logits.argmax(dim=1)
 
 
 class AttachedAdapters(AttachedImages):
@@ -236,26 +295,14 @@ class AttachedAdapters(AttachedImages):
         super().__init__(backbone, precision)
         self.values = values
         self.head = HeadModule(RecalledHead.of_tasks(heads, range(len(heads))))
-        self.told = told
         self.adapters = adapters
         self.places: Tensor
         self.register_buffer("places", torch.tensor(places))
-        self.predictor: AdapterValues | None = None
-        if told is None and predictor is not None:
-            self.predictor, classifier = predictor
-            self.tells = HeadModule(RecalledHead.shared(classifier))
-
-    def task_of(self, pixels: Tensor) -> Tensor:
-        """The row of the task of every input (n,), int64."""
-        if self.predictor is None:
-            return pixels.new_full((pixels.shape[0],), self.told or 0, dtype=torch.int64)
-        features = self.backbone.features(pixels, every(self.predictor))
-        logits, _ = self.tells(features, features.new_zeros(features.shape[0], 1))
-        return logits.argmax(dim=1)
+        self.task_of = TaskOf(told, predictor)
 
     def seen(self, pixels: Tensor) -> Output:
         """As `AttachedImages.seen`: two passes where a predictor says the task, else one."""
-        row = self.task_of(pixels)
+        row: Tensor = self.task_of(self.backbone, pixels)
         features = self.backbone.features(pixels, chosen(self.values, row))
         own = F.one_hot(row, len(self.values)).float()
         logits, probabilities = self.head(features, own)

@@ -53,8 +53,6 @@ class Method(AdapterTrainer, ABC):
     """What it learns from: "images", "texts"."""
     consolidates: ClassVar[str | None] = ""
     """What consolidation learns, in words; None of a method that has nothing to learn there."""
-    has_baselines: ClassVar[bool] = True
-    """Whether a run measures baselines beside the memory."""
     measures_unseen: ClassVar[bool] = False
     """Whether it can be evaluated on tasks that are not in memory."""
     rivals: ClassVar[tuple[str, ...]] = ()

@@ -135,7 +135,7 @@ class PredictorResult(Result):
     """What consolidation did for Modulation.
 
     `epochs` is 0 when no task predictor was trained; `train_task_accuracy` is its share of training
-    images with the right task.
+    samples with the right task.
     """
 
     schema_: Literal["memtool.consolidate-modulation"] = Field(
@@ -296,7 +296,8 @@ class RecallResult(Result):
 
     `recall_error` is |recalled − stored| / |stored| against `adapter`; `energy` is that of the
     memory, lower for what it knows; `novelty` goes from 0 (a known key) to 1 (an unknown one).
-    `shares` are the coefficients of a Hopfield memory, empty for BayesPCN.
+    `shares` are the coefficients of a Hopfield memory, empty for BayesPCN. Of texts a prompt has an
+    `answer`, a task the `loss` of the recalled adapter on its test texts.
     """
 
     schema_: Literal["memtool.recall"] = Field("memtool.recall", alias="schema")
@@ -313,6 +314,8 @@ class RecallResult(Result):
     shares: tuple[RecalledShare, ...] = ()
     prediction: Prediction | None = None
     accuracy: float | None = None
+    answer: str | None = None
+    loss: float | None = None
     out: Path | None = None
 
 

@@ -27,6 +27,11 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def inputs(self) -> npt.NDArray[np.uint8]:
+        """What a model is given: the images."""
+        return self.images
+
     def chosen(self, rows: Sequence[int] | npt.NDArray[np.int64]) -> Images:
         """Those at the given places, copied into memory."""
         return Images(self.images[rows], self.labels[rows])

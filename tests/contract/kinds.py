@@ -27,6 +27,7 @@ KINDS: Mapping[str, tuple[str, Mapping[str, object]]] = {
     "moram on images": ("moram-digits", {"stream.splits": 5}),
     "modulation on images": ("modulation-digits", {}),
     "mira on texts": ("mira-trace", {}),
+    "modulation on texts": ("modulation-trace", {"modulation.hidden": 16}),
     "moram on texts": ("moram-trace", {}),
     "nearest-mean on images": ("digits-dil", {}),
     "nearest-mean on texts": ("moram-trace", {}),

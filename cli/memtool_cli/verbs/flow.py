@@ -354,7 +354,7 @@ def _show_recall(call: Call, result: RecallResult) -> None:
         ("energy", f"{result.energy:.6g}"),
         ("novelty", f"{result.novelty:.3f}"),
     ]
-    tables = predicted(result.prediction)
+    tables = predicted(result.prediction, result.answer)
     tables += [Table((), facts, title=f"{result.subject}, version {result.version}")]
     if result.shares:
         best = sorted(result.shares, key=lambda one: -abs(one.share))[:10]
@@ -365,6 +365,9 @@ def _show_recall(call: Call, result: RecallResult) -> None:
         call.out.note("this key is unlike every stored one; what was recalled may mean nothing")
     if result.accuracy is not None:
         call.out.note(f"accuracy of the recalled adapter on its task: {percent(result.accuracy)}")
+    if result.loss is not None:
+        loss = f"{result.loss:.3f} nats per answer token"
+        call.out.note(f"loss of the recalled adapter on its task: {loss}")
     if result.out is not None:
         call.out.note(f"the recalled adapter is in {result.out}")
 

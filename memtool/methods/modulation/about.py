@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from memtool.methods.about import About, require_images
+from memtool.methods.about import About, require_trained_head
 
-ABOUT = About(require=require_images)
+ABOUT = About(require=require_trained_head)

@@ -1,21 +1,25 @@
-"""What recalled adapters are worth: accuracy and distance beside the exact ones."""
+"""What recalled adapters are worth beside the exact ones: accuracy, or loss, and distance."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from memtool.adapters.recalls import chosen
-from memtool.adapters.values import AdapterValues
+from memtool.adapters.recalls import chosen, every
+from memtool.adapters.values import AdapterValues, Recall
+from memtool.backbones.answering import RecallOf
 from memtool.evaluation.matrix import AccuracyMatrix
 from memtool.evaluation.record import Kind, Row
 from memtool.evaluation.right import Share
 from memtool.heads import RecalledHead, solve_head
 from memtool.heads.solve import merged
+from memtool.learning.answers import Answering, AnswerScores, answer_row
 from memtool.methods.modulation.predictor import Predictor
 from memtool.methods.modulation.recallers import recall_all
 from memtool.methods.modulation.stored import Stored
@@ -34,63 +38,143 @@ LABELS: Mapping[Recaller, str] = {
 }
 
 
-def til_rows(
-    work: Workspace, stored: Stored, tasks: Sequence[Task], history: Iterable[Stored]
+@dataclass(eq=False)
+class _Way:
+    """Adapters in use: what was measured of them after so many tasks, by that number."""
+
+    label: str
+    kind: Kind
+    found: dict[int, Any] = field(default_factory=dict)
+    errors: Numbers | None = None
+
+
+def rows(
+    work: Workspace,
+    tasks: Sequence[Task],
+    history: Iterable[Stored],
+    *,
+    given: bool,
 ) -> list[Row]:
-    """Every memory, then the exact adapters, with the task given; at every version of `history`.
+    """Every memory, then the exact adapters: with the task given, or predicted.
 
-    A version of `history` holds the first adapters of `stored`; the last one holds all.
+    A version of `history` holds adapters of the first of `tasks`, the last one those of all. Where
+    tasks are predicted, every version has a predictor of its own, and the exact adapters come
+    twice: under its predictions, and with the task given.
     """
-    settings, shown = work.config.modulation, [task.test for task in tasks]
-    accuracy = {name: AccuracyMatrix.empty(_names(tasks)) for name in ("exact", *settings.memory)}
-    errors = {name: _unmeasured(tasks) for name in settings.memory}
-    # The exact adapters and their heads are the same at every version.
-    exact = accuracies(work, stored, stored.values, shown)
+    settings = work.config.modulation
+    ways = {
+        name: _Way(LABELS[name], "method", errors=np.full((len(tasks) + 1, len(tasks)), np.nan))
+        for name in settings.memory
+    }
+    if not given:
+        ways["exact-predicted"] = _Way("exact adapters, task predicted", "upper bound")
+    label = "exact adapters from the store" if given else "exact adapters, task given"
+    exact, more = _Way(label, "upper bound"), {}
+    newest, counts = None, []
     for there in history:
-        known = len(there)
-        later = [None] * (len(tasks) - known)
-        accuracy["exact"] = accuracy["exact"].with_row(known, [*exact[:known], *later])
-        for name in settings.memory:
-            recalled = recall_all(name, there.view, there.values, settings)
-            errors[name][known, :known] = relative_errors(recalled, there.values)
-            scores = accuracies(work, there, recalled, shown[:known])
-            accuracy[name] = accuracy[name].with_row(known, [*scores, *later])
-    rows = [
-        _row(name, LABELS[name], "method", accuracy[name], float(np.mean(exact)), error)
-        for name, error in errors.items()
+        newest, known = there, len(there)
+        counts.append(known)
+        seen = None if given else Seen.of(work, there, tasks[:known])
+        if seen is not None:
+            more["task_accuracy"] = share_predicted(seen.places, range(known))
+        for name, way in ways.items():
+            values = there.values
+            if way.errors is not None:
+                values = recall_all(name, there.view, there.values, settings)
+                way.errors[known, :known] = relative_errors(values, there.values)
+            way.found[known] = _scored(work, there, values, tasks[:known], way.label, seen)
+    assert newest is not None
+    # The exact adapters and their heads are the same at every version.
+    once = _scored(work, newest, newest.values, tasks, label)
+    exact.found = {known: _first(once, known) for known in counts}
+    best = _row(work, "exact", exact, tasks)
+    return [*(_row(work, name, way, tasks, best, more) for name, way in ways.items()), best]
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """Whose adapters inputs get: what a predictor says.
+
+    `place_of` tells a batch of prompts, `places` the test samples of tasks, a tensor a task.
+    """
+
+    place_of: Callable[[Tensor], Tensor]
+    places: Sequence[Tensor]
+
+    @classmethod
+    def of(cls, work: Workspace, stored: Stored, tasks: Sequence[Task]) -> Seen:
+        """By the predictor of a version. Raises as `Predictor.fitting`."""
+        tells = Predictor.fitting(stored)
+        logits = tells.logits(work)
+        places = [tells.predict(work, task.test) for task in tasks]
+        return cls(lambda inputs: logits(inputs).argmax(1), places)
+
+
+def _scored(
+    work: Workspace,
+    stored: Stored,
+    values: Tensor,
+    tasks: Sequence[Task],
+    label: str,
+    seen: Seen | None = None,
+) -> Any:
+    """What adapters (t, numel) reach on tasks: shares of right answers, or `AnswerScores`.
+
+    Without `seen`, task i goes through the adapter at place i.
+    """
+    if work.reads == "images":
+        shown = [task.test for task in tasks]
+        return accuracies(work, stored, values, shown, None if seen is None else seen.places)
+    stage = f"after {len(stored)} tasks: {label}"
+    if seen is not None:
+        return answering(work, stored, values, seen.place_of).scores(tasks, stage)
+    parts = [
+        answering(work, stored.only(place), values[place : place + 1]).scores([task], stage)
+        for place, task in enumerate(tasks)
     ]
-    label = "exact adapters from the store"
-    return [*rows, Row.measured("exact", label, "upper bound", accuracy["exact"])]
+    return AnswerScores.joined(parts)
 
 
-def mts_rows(work: Workspace, stored: Stored, tasks: Sequence[Task]) -> list[Row]:
-    """Every memory under predicted tasks; the exact adapters, task predicted and task given."""
-    settings, shown = work.config.modulation, [task.test for task in tasks]
-    predictor = Predictor.fitting(stored)
-    predicted = [predictor.predict(work, samples.images) for samples in shown]
-    more = {"task_accuracy": share_predicted(predicted, range(len(tasks)))}
-    given = accuracies(work, stored, stored.values, shown)
-    exact = float(np.mean(given))
+def _first(scored: Any, known: int) -> Any:
+    """What was reached on the first tasks."""
+    return scored.first(known) if isinstance(scored, AnswerScores) else scored[:known]
 
-    def final(scores: Sequence[float]) -> AccuracyMatrix:
-        return AccuracyMatrix.empty(_names(tasks)).with_row(len(tasks), scores)
 
-    rows = []
-    for name in settings.memory:
-        recalled = recall_all(name, stored.view, stored.values, settings)
-        scores = final(accuracies(work, stored, recalled, shown, predicted))
-        errors = _unmeasured(tasks)
-        errors[-1] = relative_errors(recalled, stored.values)
-        rows.append(_row(name, LABELS[name], "method", scores, exact, errors, more))
-    scores = final(accuracies(work, stored, stored.values, shown, predicted))
-    label = "exact adapters, task predicted"
-    rows.append(_row("exact-predicted", label, "upper bound", scores, exact, None, more))
-    label = "exact adapters, task given"
-    return [*rows, Row.measured("exact", label, "upper bound", final(given))]
+def _row(
+    work: Workspace,
+    id: str,
+    way: _Way,
+    tasks: Sequence[Task],
+    exact: Row | None = None,
+    more: Mapping[str, float] | None = None,
+) -> Row:
+    """The row of a way; errors of recall (T+1, T), and how far it ends below an `exact` row."""
+    if work.reads == "texts":
+        row = answer_row(id, way.label, way.kind, tasks, way.found)
+    else:
+        matrix = AccuracyMatrix.empty([task.name for task in tasks])
+        for known, scores in way.found.items():
+            matrix = matrix.with_row(known, [*scores, *[None] * (len(tasks) - known)])
+        row = Row.measured(id, way.label, way.kind, matrix)
+    metrics = {**row.metrics, **(more or {})}
+    if exact is not None and "faa" in exact.metrics:
+        metrics["recall_drop"] = exact.metrics["faa"] - row.metrics["faa"]
+    errors: list[list[float | None]] = []
+    if way.errors is not None:
+        metrics["recall_error"] = float(way.errors[-1].mean())
+        errors = [[None if np.isnan(e) else float(e) for e in line] for line in way.errors]
+    changes = {"metrics": metrics, "recall_error": tuple(map(tuple, errors))}
+    return row.model_copy(update=changes)
 
 
 def frozen_row(work: Workspace, tasks: Sequence[Task], *, given: bool) -> Row:
-    """No adapter: frozen features, with an LDA head per task (`given`), or one over all classes."""
+    """No adapter: the language model as it is, or frozen features with an LDA head.
+
+    A head per task (`given`), or one over all classes.
+    """
+    if work.reads == "texts":
+        found = Answering(work, None).scores(tasks, "frozen model")
+        return answer_row("frozen", "frozen model", "baseline", tasks, {len(tasks): found})
     own = {
         task.number: work.counted(work.features(task.train.images), task.train) for task in tasks
     }
@@ -101,7 +185,7 @@ def frozen_row(work: Workspace, tasks: Sequence[Task], *, given: bool) -> Row:
         head = solve_head("lda", own[task.number], work.config.head)
         allowed = task.classes if given else None
         scores.append(share_right(head(work.features(task.test.images), allowed), task.test))
-    matrix = AccuracyMatrix.empty(_names(tasks)).with_row(len(tasks), scores)
+    matrix = AccuracyMatrix.empty([task.name for task in tasks]).with_row(len(tasks), scores)
     head_of = "LDA head per task, task given" if given else "one LDA head, no task"
     return Row.measured("frozen", f"frozen backbone, {head_of}", "baseline", matrix)
 
@@ -139,6 +223,27 @@ def accuracies(
     return [Share(part.numpy()) for part in right]
 
 
+def answering(
+    work: Workspace,
+    stored: Stored,
+    values: Tensor,
+    place_of: Callable[[Tensor], Tensor] | None = None,
+) -> Answering:
+    """The language model, each prompt under one of the adapters `values` (t, numel) of `stored`.
+
+    `place_of` maps prompts (b, n) to the places (b,) of their adapters; none: the only one.
+    """
+    stack = AdapterValues.from_flat(values, work.layout, stored.scaling).to(work.engine.device)
+
+    def choose(prompts: Tensor) -> Recall:
+        if place_of is None:
+            return every(stack)
+        with torch.no_grad():
+            return chosen(stack, place_of(prompts))
+
+    return Answering(work, RecallOf(choose))
+
+
 def share_predicted(predicted: Sequence[Tensor], own: Sequence[int]) -> float:
     """Share of samples, over all sets, whose predicted place is the own one of their set."""
     hits = sum(int((p == place).sum()) for place, p in zip(own, predicted, strict=True))
@@ -150,37 +255,3 @@ def relative_errors(recalled: Tensor, exact: Tensor) -> Numbers:
     difference = (recalled.double() - exact.double()).norm(dim=1)
     errors: Numbers = (difference / exact.double().norm(dim=1)).numpy()
     return errors
-
-
-def _row(
-    id: str,
-    label: str,
-    kind: Kind,
-    accuracy: AccuracyMatrix,
-    exact: float,
-    errors: Numbers | None,
-    more: Mapping[str, float] | None = None,
-) -> Row:
-    """Accuracies, errors of recall (T+1, T), and how far below `exact` the last accuracies are."""
-    measured = {**(more or {}), "recall_drop": exact - float(accuracy.values[-1].mean())}
-    if errors is not None:
-        measured["recall_error"] = float(errors[-1].mean())
-    return Row.measured(
-        id,
-        label,
-        kind,
-        accuracy,
-        more=measured,
-        recall_error=()
-        if errors is None
-        else [[None if np.isnan(e) else float(e) for e in row] for row in errors],
-    )
-
-
-def _names(tasks: Sequence[Task]) -> tuple[str, ...]:
-    return tuple(task.name for task in tasks)
-
-
-def _unmeasured(tasks: Sequence[Task]) -> Numbers:
-    """(T+1, T) without numbers."""
-    return np.full((len(tasks) + 1, len(tasks)), np.nan)

@@ -1,15 +1,17 @@
-"""The task predictor of mts: one more adapter θ_0 and a head over the tasks.
+"""The task predictor: one more adapter θ_0 and a head over the tasks.
 
-It learns on the images of all tasks which of them an image is of. A version keeps it in a blob; the
-consolidation that trained it recorded under which settings.
+It learns on the images, or prompts, of all tasks which of them one is of. Of a text it sees neither
+the answer nor padding. A version keeps it in a blob; the consolidation that trained it recorded
+under which settings.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from safetensors.torch import save
 from torch import Tensor
@@ -20,14 +22,17 @@ from memtool.adapters.values import AdapterValues
 from memtool.errors import MismatchError, NotFoundError
 from memtool.heads import LinearClassifier
 from memtool.learning.adapt import adapt
+from memtool.learning.looks import Labelled, feature_model, of_each
 from memtool.methods.modulation.stored import Stored
-from memtool.settings import Config
-from memtool.streams.task import Images
+from memtool.streams.task import Images, Texts
 from memtool.tensor_bytes import read_tensors
 from memtool.workspace import Workspace
 
 PREDICTOR = "task-predictor"
 """Blob of the task predictor: its adapter, its head, and the tasks that it tells apart."""
+
+PREDICTED = ("mts", "trace")
+"""Settings in which nobody says the task of an input."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,10 +56,10 @@ class Predictor:
         """That of the tasks in memory. Raises NotFoundError, MismatchError."""
         found = cls.load(stored.view)
         if found is None:
+            told = "--set stream.setting=mts and " if stored.heads else ""
             raise NotFoundError(
                 f"the memory at version {stored.version} has no task predictor",
-                remedy="--set stream.setting=mts and memtool consolidate, which trains it; "
-                "or name the task with --task",
+                remedy=f"{told}memtool consolidate, which trains it; or name the task with --task",
             )
         if found.tasks != stored.tasks:
             raise MismatchError(
@@ -89,25 +94,31 @@ class Predictor:
             tuple(tensors["tasks"].tolist()),
         )
 
-    def predict(self, work: Workspace, images: npt.NDArray[np.uint8]) -> Tensor:
-        """The place of the task that it sees in every image (n,)."""
-        engine, backbone = work.engine, work.backbone
-        values = AdapterValues.from_flat(self.value[None], work.layout, self.scaling)
-        recall, head = every(values.to(engine.device)), self.head.to(engine.device)
+    def values(self, work: Workspace) -> AdapterValues:
+        """Its adapter."""
+        return AdapterValues.from_flat(self.value[None], work.layout, self.scaling)
 
-        def logits(batch: Tensor) -> Tensor:
-            return head(backbone.features(backbone.preprocess(batch), recall))
+    def logits(self, work: Workspace) -> Callable[[Tensor], Tensor]:
+        """What maps preprocessed images, or prompts, to logits (b, tasks), on the device."""
+        model, device = feature_model(work.backbone), work.engine.device
+        recall, head = every(self.values(work).to(device)), self.head.to(device)
+        return lambda inputs: head(model.features(inputs, recall))
 
-        return engine.predict(logits, images).argmax(1)
+    def predict(self, work: Workspace, samples: Images | Texts) -> Tensor:
+        """The place of the task that it sees in every image or prompt (n,)."""
+        return of_each(work, samples, self.logits(work)).argmax(1)
 
 
-def made_with(config: Config, seed: int) -> dict[str, object]:
+def made_with(work: Workspace) -> dict[str, Any]:
     """The settings that decide what a predictor becomes, as a consolidation records them."""
+    config = work.config
+    of_texts = {"text": work.text_settings()} if work.reads == "texts" else {}
     return {
         "epochs": config.modulation.predictor_epochs,
         "lr": config.modulation.predictor_lr,
         "train": config.train.model_dump(mode="json"),
-        "seed": seed,
+        "seed": work.seed,
+        **of_texts,
     }
 
 
@@ -120,19 +131,20 @@ def recorded(store: memtool_stores.MemoryStore, version: str) -> object:
 
 
 def train(work: Workspace, stored: Stored) -> tuple[Predictor, float]:
-    """A predictor of the tasks in memory, and its accuracy on the images that it learned from."""
+    """A predictor of the tasks in memory, and its accuracy on the samples that it learned from."""
     settings = work.config.modulation
     tasks = [work.task(str(number)) for number in stored.tasks]
-    images = np.concatenate([task.train.images for task in tasks])
+    samples: Any = type(tasks[0].train).joined([task.train for task in tasks])
     places = np.repeat(np.arange(len(tasks)), [len(task.train) for task in tasks])
-    learning = work.config.train.model_copy(
-        update={"epochs": settings.predictor_epochs, "lr": settings.predictor_lr}
-    )
+    changes = {"epochs": settings.predictor_epochs, "lr": settings.predictor_lr}
+    if work.reads == "texts":
+        changes["augment"] = "none"
+    learning = work.config.train.model_copy(update=changes)
     trained = adapt(
         work.engine,
-        work.backbone,
+        feature_model(work.backbone),
         work.layout,
-        Images(images, places.astype(np.int64)),
+        Labelled.of(work, samples, places.astype(np.int64)),
         classes=range(len(tasks)),
         class_count=len(tasks),
         adapter=work.config.adapter,

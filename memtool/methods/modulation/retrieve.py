@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,60 +18,54 @@ from memtool.methods.attached import AttachedAdapters
 from memtool.methods.exchange import OWN_HEAD
 from memtool.methods.export import new_folders
 from memtool.methods.in_store import classes_of, classifier_bytes
+from memtool.methods.modulation.measure import accuracies, answering
 from memtool.methods.modulation.predictor import Predictor
 from memtool.methods.modulation.recallers import AdapterMemory
 from memtool.methods.modulation.stored import Stored
 from memtool.methods.outcome import predicted
 from memtool.methods.results import Prediction, RecalledShare
-from memtool.methods.subject import SUBJECT_SAMPLES, read_query
-from memtool.streams import load_image
-from memtool.streams.task import Images, Task, spread
+from memtool.methods.subject import Subject, read_query
+from memtool.streams.task import Images
 from memtool.workspace import Workspace
 
 
-@dataclass(frozen=True, eq=False)
-class Subject:
-    """What asks: a `key` (d_k,), that of the adapter at `place` where one is meant.
+def place_of(work: Workspace, stored: Stored, subject: Subject) -> int:
+    """Whose adapter a subject asks for: that of its task, or of the task that is seen in it.
 
-    `samples` are what the recalled adapter is measured on, `image` uint8 (1, h, w, 3) what it
-    predicts the class of.
+    Raises NotFoundError for a task that is not in memory, and where nothing sees tasks.
     """
+    if subject.task is not None:
+        return stored.place(subject.task)
+    return int(Predictor.fitting(stored).predict(work, subject.samples)[0])
 
-    words: str
-    key: Tensor
-    place: int | None = None
-    samples: Images | None = None
-    image: npt.NDArray[np.uint8] | None = None
 
-    @classmethod
-    def task(cls, stored: Stored, memory: AdapterMemory, task: Task) -> Subject:
-        """The adapter of a task. Raises NotFoundError for a task that is not in memory."""
-        place = stored.place(task)
-        return cls(
-            f"task {task.number} {task.name}",
-            memory.key_of(stored.values[place]),
-            place,
-            samples=spread(task.test, SUBJECT_SAMPLES["images"]),
-        )
+def asked_key(memory: AdapterMemory, work: Workspace, file: Path) -> Tensor:
+    """A key (d_k,) that somebody made, or the first numbers of a whole adapter."""
+    asked = read_query(file, work.backbone)
+    if asked.ndim == 1 and len(asked) in (memory.key_length, memory.numel):
+        return asked[: memory.key_length]
+    raise MismatchError(
+        f"{file}: query of shape {tuple(asked.shape)}",
+        expected=f"({memory.key_length},), a key, or ({memory.numel},), an adapter",
+        remedy="a key of the same backbone, targets and rank as the memory",
+    )
 
-    @classmethod
-    def picture(cls, stored: Stored, memory: AdapterMemory, work: Workspace, file: Path) -> Subject:
-        """The adapter of the task that the predictor sees in a picture."""
-        image = load_image(file, work.config.backbone.image_size)[None]
-        place = int(Predictor.fitting(stored).predict(work, image)[0])
-        return cls(str(file), memory.key_of(stored.values[place]), place, image=image)
 
-    @classmethod
-    def query(cls, memory: AdapterMemory, work: Workspace, file: Path) -> Subject:
-        """A key that somebody made, or the first numbers of a whole adapter."""
-        asked = read_query(file, work.backbone)
-        if asked.ndim == 1 and len(asked) in (memory.key_length, memory.numel):
-            return cls(str(file), asked[: memory.key_length])
-        raise MismatchError(
-            f"{file}: query of shape {tuple(asked.shape)}",
-            expected=f"({memory.key_length},), a key, or ({memory.numel},), an adapter",
-            remedy="a key of the same backbone, targets and rank as the memory",
-        )
+def outcome_of(work: Workspace, own: Stored, value: Tensor, subject: Subject) -> dict[str, Any]:
+    """What comes of a subject through one adapter (numel,), in words of a `RecallResult`.
+
+    `own` has the head of that adapter. Of a task the accuracy or the loss, of an image its class,
+    of a prompt the answer.
+    """
+    samples, alone = subject.samples, subject.task is None
+    if isinstance(samples, Images):
+        if alone:
+            return {"prediction": prediction(work, own, value, samples.images)}
+        return {"accuracy": accuracies(work, own, value[None], [samples])[0]}
+    said = answering(work, own, value[None])
+    if alone:
+        return {"answer": said.answers(samples.prompts)[0]}
+    return {"loss": said.loss(work.backbone.encode(samples.prompts, samples.answers))}
 
 
 def prediction(
@@ -93,16 +87,17 @@ def prediction(
 
 
 def write_recalled(work: Workspace, own: Stored, value: Tensor, out: Path) -> None:
-    """An adapter (numel,) and the head of `own` as a PEFT folder, which must be new."""
+    """An adapter (numel,) and the head of `own`, if any, as a PEFT folder, which must be new."""
     with new_folders(out) as (building,):
         write_peft(
             building,
             value,
             work.layout,
             alpha=float(own.records[0].scaling) * work.layout.rank,
-            base_model=work.backbone.name,
+            base_model=work.backbone.name.removeprefix("hf:"),
         )
-        (building / OWN_HEAD).write_bytes(classifier_bytes(own.heads[0]))
+        for head in own.heads:
+            (building / OWN_HEAD).write_bytes(classifier_bytes(head))
 
 
 def shares(stored: Stored, recalled: Recalled) -> tuple[RecalledShare, ...]:

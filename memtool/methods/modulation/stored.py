@@ -21,7 +21,7 @@ class Stored:
     """The adapters of one version, one a task, in the order written.
 
     `tasks` are task numbers, `values` (t, numel) float32 as stored, `scaling` (t,), `heads` the
-    classifier that was trained with each.
+    classifier that was trained with each, none of texts.
     """
 
     version: str
@@ -39,7 +39,7 @@ class Stored:
     def read(cls, work: Workspace, version: str) -> Stored:
         """Those of a version; the stream is not opened.
 
-        Raises NotFoundError for an empty memory, or an adapter without a head.
+        Raises NotFoundError for an empty memory, or of images an adapter without a head.
         """
         view = work.store.view(work.version_of(version))
         records = view.adapters
@@ -55,7 +55,7 @@ class Stored:
             tasks=tuple(task_of(record) for record in records),
             values=torch.from_numpy(view.values().copy()),
             scaling=torch.tensor([record.scaling for record in records], dtype=torch.float32),
-            heads=tuple(_head(view, record.name) for record in records),
+            heads=tuple(_head(view, record.name) for record in records if work.reads == "images"),
         )
 
     def place(self, task: Task) -> int:
@@ -70,7 +70,7 @@ class Stored:
 
     def only(self, place: int) -> Stored:
         """The same with one adapter."""
-        one = slice(place, place + 1)
+        one = slice(place, place + 1)  # also of heads where there are none
         return replace(
             self,
             records=self.records[one],

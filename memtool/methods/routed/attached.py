@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from memtool.adapters.values import Recall
-from memtool.backbones.answering import RecallOf, answers, by_length, trimmed
+from memtool.backbones.answering import RecallOf, answers, by_length
 from memtool.backbones.causal_lm import CausalLM
 from memtool.backbones.interface import Backbone
 from memtool.errors import ConfigError
 from memtool.methods.attached import (
+    AttachedByPrompt,
     AttachedImages,
-    AttachedTexts,
     HeadModule,
     Output,
     require_texts,
@@ -40,37 +40,20 @@ class RoutedImages(AttachedImages):
         return Output(logits, probabilities, weights, unknown(features))
 
 
-class RoutedTexts(AttachedTexts):
+class RoutedTexts(AttachedByPrompt):
     """Whole adapters on a language model, mixed by the prompt and kept while it answers."""
 
     def __init__(self, lm: CausalLM, memory: RoutedMemory, precision: str) -> None:
-        super().__init__(lm, precision)
+        super().__init__(lm, [record.name for record in memory.records], precision)
         self.routing: Routing = memory.routing
-        self._names = tuple(record.name for record in memory.records)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The adapters, in the order of their weights."""
-        return self._names
 
     def recall(self, prompts: Tensor) -> Recall:
         """The mixture of every prompt."""
         return self.routing.recalled(self.backbone, prompts)
 
-    @torch.no_grad()
-    def weights(self, prompts: Sequence[str]) -> Tensor:
-        """The weights (n, adapters) that prompts choose; means where blocks have their own."""
-        require_texts(prompts)
-        found = torch.zeros(len(prompts), len(self.routing.values))
-        if not prompts:
-            return found
-        tokens = self.backbone.encode(prompts).tokens
-        for rows in by_length(tokens, 16):
-            asked = trimmed(tokens[rows]).to(self.backbone.device)
-            with self.computing():
-                seen = self.routing.weighed(self.backbone, asked)
-            found[rows] = of_prompts(seen).cpu()
-        return found
+    def weights_of(self, prompts: Tensor) -> Tensor:
+        """What the rule gives for what prompts look like; means where blocks have their own."""
+        return of_prompts(self.routing.weighed(self.backbone, prompts))
 
     @torch.no_grad()
     def answered(

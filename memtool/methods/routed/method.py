@@ -64,7 +64,6 @@ class Routed(Method, ABC):
     name: ClassVar[str]
     reads: ClassVar[tuple[str, ...]] = ("images", "texts")
     consolidates: ClassVar[str | None] = "what is kept of each task"
-    has_baselines: ClassVar[bool] = True
 
     @classmethod
     def open(cls, config: Config, **given: Any) -> Self:
