@@ -236,7 +236,8 @@ def _one_memory(
     record = method.evaluate(
         setting=config.stream.setting,
         history=True,
-        compare=work.reads == "images",  # texts are not answered once more for it
+        # Texts are not answered once more for it.
+        compare=work.reads == "images" or not config.text.generate,
         command=doing.command,
         preset=doing.preset,
     )
@@ -247,6 +248,8 @@ def _one_memory(
     if doing.baselines:
         for name in chosen_baselines(method):
             rows += _baseline(method, name, learned)
+    if any(row.id == "zero-shot" for row in rows):  # which is the frozen model, of texts
+        rows = [row for row in rows if row.id != "frozen" or work.reads == "images"]
     record = record.model_copy(
         update={
             "metrics": Metrics(rows=tuple(rows)),

@@ -233,7 +233,7 @@ def test_what_does_not_belong_together_is_refused_by_name(place: Path, tmp_path:
         assert store.head() == head
 
     looked = collected(place, tmp_path / "b", "turned", **{"memory.look_at": ("final",)})
-    refused(looked, MismatchError, "looked at by final in the other", "blocks,tokens in this one")
+    refused(looked, MismatchError, "look_at final in the other", "blocks,tokens in this one")
     exact = collected(place, tmp_path / "c", "turned", **{"engine.precision": "bf16"})
     refused(exact, MismatchError, "engine.precision is bf16 in the other memory, and fp32")
     write_adapter(place / "model", tmp_path / "sums", 9, **SHAPES["sums"])

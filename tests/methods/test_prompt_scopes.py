@@ -446,7 +446,8 @@ def test_a_stream_is_learned_and_measured_under_every_scope(place: Path, tmp_pat
         (record,) = run(config, baselines=False)
         losses[name] = record.row("memory").metrics["loss.final"]
         compared = opened(place, where, **WAYS[name]).evaluate(compare=True)
-        assert [row.id for row in compared.metrics.rows] == ["memory", "hard", "uniform", "oracle"]
+        rows = [row.id for row in compared.metrics.rows]
+        assert rows == ["memory", "hard", "uniform", "frozen", "oracle"]
         assert opened(place, where, **WAYS[name]).retrieve(task="sums").loss is not None
     assert len({*losses.values()}) == 3
 

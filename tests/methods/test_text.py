@@ -176,11 +176,6 @@ def test_epochs_of_each_task_are_named_one_by_one(place: Path, tmp_path: Path) -
         _ = work_of(place, tmp_path, **{"text.epochs": (1, 2)}).stream
 
 
-def test_a_method_that_reads_images_only_is_refused(place: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="method modulation on a stream of texts"):
-        run(config_of(place, tmp_path, method="modulation"))
-
-
 @pytest.mark.parametrize(
     ("key", "value"),
     [

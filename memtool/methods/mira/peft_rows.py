@@ -76,15 +76,16 @@ class PeftLM:
 
     @torch.no_grad()
     def generate(
-        self, tokens: Tensor, recall: None = None, *, most: int | None = None
+        self, tokens: Tensor, recall: None = None, *, most: int | None = None, beams: int = 1
     ) -> list[list[int]]:
         """As `CausalLM.generate`."""
         from transformers import GenerationConfig
 
         del recall
         ends = list(self.lm.ends)
-        greedy = GenerationConfig(do_sample=False, eos_token_id=ends, pad_token_id=ends[0])
-        self.model.generation_config = greedy
+        self.model.generation_config = GenerationConfig(
+            do_sample=False, num_beams=beams, eos_token_id=ends, pad_token_id=ends[0]
+        )
         asked = {name: one for name, one in _asked(tokens).items() if name != "position_ids"}
         most = self.lm.answer_tokens if most is None else most
         with torch.autocast(tokens.device.type, enabled=False):
