@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load, load_file, save, save_file
 from transformers import AutoModelForCausalLM
 
 from memtool.backbones.answering import RecallOf, answers
@@ -624,6 +624,21 @@ def test_moments_that_are_none_are_damage(
         txn.put_blob(f"looks.{id}", save(fine))
     with pytest.raises(MismatchError, match="prompts that look like"):
         copy.consolidate()
+
+
+def test_moments_that_were_kept_before_clusters_give_the_same_keys(copy: PromptMemory) -> None:
+    store = copy.workspace.store
+    view = store.view()
+    wanted = view.keys()
+    assert copy.retrieve(prompt="after 7 and").novelty is not None
+    with store.transaction("as before") as txn:
+        for record in view.adapters:
+            kept = load(view.blob(f"looks.{record.id}"))
+            older = {"count": kept["count"], "mean": kept["mean"][0], "root": kept["root"]}
+            txn.put_blob(f"looks.{record.id}", save(older))
+    copy.consolidate()
+    np.testing.assert_array_equal(store.view().keys(), wanted)
+    assert copy.retrieve(prompt="after 7 and").novelty is None
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from memtool.memories.novelty import novelty, reach
 from memtool.methods.in_store import StoredState
 from memtool.methods.records import task_of
 from memtool.methods.routed.memory import Kept, kept_blob, kept_bytes
-from memtool.tensor_bytes import read_tensors
+from memtool.tensor_bytes import load_tensors, read_tensors
 
 SHRINKAGE = 0.1
 """Of the covariance within tasks, toward a multiple of the identity.
@@ -163,13 +163,19 @@ def witnesses(seen: Tensor) -> Kept:
 
 def read_moments(view: memtool_stores.MemoryView, blob: str) -> Kept:
     """What `PromptMemory.kept_of` gave. Raises CorruptError for anything else."""
-    where = f"blob {blob!r}"
-    shapes = {"count": "int64 c", "mean": "c d", "root": "n d", "some": "m w"}
-    found = read_tensors(view.blob(blob), where, **shapes)
+    where, data = f"blob {blob!r}", view.blob(blob)
+    if "some" in load_tensors(data, where):
+        found = read_tensors(data, where, count="int64 c", mean="c d", root="n d", some="m w")
+        fits = len(found["some"]) > 0
+    else:  # as it was kept before there were clusters and witnesses
+        found = read_tensors(data, where, count="int64 c", mean="d", root="n d")
+        fits = len(found["count"]) == 1
+        found["mean"] = found["mean"].unsqueeze(0)
+        found["some"] = found["mean"][:0]
     counts = found["count"]
     finite = all(bool(found[name].isfinite().all()) for name in ("mean", "root", "some"))
-    fits = len(counts) and bool(((counts >= 1) & (counts <= 2**40)).all())
-    if not fits or not finite or not len(found["some"]):
+    fits = fits and len(counts) > 0 and bool(((counts >= 1) & (counts <= 2**40)).all())
+    if not fits or not finite:
         raise CorruptError(
             f"{where} holds no moments of prompts", expected="counts, and finite numbers"
         )
@@ -249,9 +255,15 @@ def _keys_of(tasks: Sequence[Sequence[Kept]], own: Tensor) -> Tensor:
     return torch.cat([rule.weight[0], bias.unsqueeze(1)], dim=1)
 
 
-def witnessed(tasks: Sequence[Sequence[Kept]]) -> Moments:
-    """The moments of the witnesses of tasks, and their reach where that can be measured."""
-    some = [torch.cat([part["some"] for part in parts]) for parts in tasks]
+def witnessed(tasks: Sequence[Sequence[Kept]]) -> Moments | None:
+    """The moments of the witnesses of tasks, and their reach where that can be measured.
+
+    None where a task has none, as prompts that were kept before there were witnesses.
+    """
+    known = [[part["some"] for part in parts if len(part["some"])] for parts in tasks]
+    if not all(known):
+        return None
+    some = [torch.cat(parts) for parts in known]
     rows = torch.cat(some).unsqueeze(0)
     labels = torch.arange(len(some)).repeat_interleave(torch.tensor([len(one) for one in some]))
     moments = Moments(1, rows.shape[-1], len(some))
