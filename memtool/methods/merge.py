@@ -49,6 +49,7 @@ UNLIKE = (
     "stream.validation",
     "backbone.name",
     "backbone.weights",
+    "backbone.quantise",
 )
 """Settings of these sections that may differ: how much was seen, and where the model lies."""
 
