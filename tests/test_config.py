@@ -288,8 +288,8 @@ def test_a_file_for_another_method_is_told_who_reads_it():
         "c.yaml:3: 'modulation' is a section of method modulation, and the method is mira"
     )
     assert caught.value.remedy == "`method: modulation` in c.yaml, or --method modulation"
-    write(Path("memtool.yaml"), "past.energy: 0.5")
-    with pytest.raises(ConfigError, match=r"memtool.yaml:1: .* method mira and moram"):
+    write(Path("memtool.yaml"), "memory.beta: 0.5")
+    with pytest.raises(ConfigError, match=r"memtool.yaml:1: .* method mira, and the method is"):
         resolve(preset="modulation-til", environ={})
 
 

@@ -39,7 +39,7 @@ _WRAPPER = re.compile(r"(^|(?<=\.))_orig_mod\.|^module\.|(?<=^base_model\.model\
 """What torch.compile, and training on several devices, leave in names."""
 
 _TENSOR_NAME = re.compile(
-    r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])(\.[^.]+)?\.weight"
+    r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])(\.(?P<adapter>[^.]+))?\.weight"
 )
 """Between part and weight may stand what peft calls the adapter, as default."""
 
@@ -76,7 +76,9 @@ def tensor_name(module: str, part: str) -> str:
 
 def place_of(name: str) -> tuple[str, str] | None:
     """The module and the part, A or B, that a tensor of this name is of; None for no such name."""
-    match = _TENSOR_NAME.fullmatch(_WRAPPER.sub("", name))
+    while (plain := _WRAPPER.sub("", name)) != name:
+        name = plain
+    match = _TENSOR_NAME.fullmatch(name)
     return None if match is None else (match["module"], match["part"])
 
 
@@ -185,6 +187,11 @@ def adapted_modules(
 ) -> list[Module]:
     """The adapted modules of a file, each with the sites that its B holds."""
     parts: dict[str, dict[str, Array]] = {}
+    called = {match["adapter"] for name in tensors if (match := _TENSOR_NAME.search(name))}
+    if len(called) > 1:
+        raise MismatchError(
+            f"{where} holds tensors of {len(called)} adapters", expected="one adapter in a folder"
+        )
     for name, tensor in tensors.items():
         place = place_of(name)
         if place is None:

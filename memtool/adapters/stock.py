@@ -6,6 +6,7 @@ which an adapter is zero where it has no number. That changes nothing of what it
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,10 @@ from memtool.errors import MismatchError
 
 RECENT_BYTES = 2**30
 """Of adapters that stay at hand after they were used."""
+
+_READING = threading.RLock()
+"""Threads that ask one model read in turn; a stock has none of its own, so that it can be copied.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,11 +57,12 @@ class Stock:
     def take(self, used: Sequence[int], device: torch.device | str = "cpu") -> AdapterValues:
         """These adapters, in this order, on the device. Raises the errors of `read`."""
         wanted = (tuple(used), str(device))
-        if self._last is None or self._last[0] != wanted:
-            self._last = None  # before others take its place
-            found = united([self._one(number) for number in wanted[0]], self._sites)
-            self._last = (wanted, found.to(device))
-        return self._last[1]
+        with _READING:
+            if self._last is None or self._last[0] != wanted:
+                self._last = None  # before others take its place
+                found = united([self._one(number) for number in wanted[0]], self._sites)
+                self._last = (wanted, found.to(device))
+            return self._last[1]
 
     def _one(self, number: int) -> OneAdapter:
         if number in self._recent:

@@ -189,7 +189,7 @@ class CausalLM(FrozenModel):
         config = model.config
         self.name = name
         self.dim = config.hidden_size
-        self.context = _context_of(config)
+        self.context = context_of(config)
         self.prompt_tokens, self.answer_tokens = limits_of(name, self.context, text)
         self._refuse_long = text.long_prompts == "refuse"
         self.sha256 = sha256
@@ -410,6 +410,7 @@ class CausalLM(FrozenModel):
             num_beams=beams,
             do_sample=False,
             max_new_tokens=most,
+            length_penalty=0.0,  # the most probable, however long
             eos_token_id=list(self.ends),
             pad_token_id=self.ends[0],
         )
@@ -417,9 +418,9 @@ class CausalLM(FrozenModel):
         ids = tokens.clamp_min(0)
         found = self.call.under(recall, lambda: self.model.generate(ids, **given))
         answers: list[list[int]] = found[:, tokens.shape[1] :].tolist()
-        return [self._ended(answer) for answer in answers]
+        return [self.ended(answer) for answer in answers]
 
-    def _ended(self, answer: list[int]) -> list[int]:
+    def ended(self, answer: list[int]) -> list[int]:
         """An answer up to its end-of-text token."""
         ends = [place for place, token in enumerate(answer) if token in self.ends]
         return answer[: ends[0]] if ends else answer
@@ -462,11 +463,13 @@ def _ropes(config: Any) -> list[dict[str, Any]]:
     return [one for one in (said, *said.values()) if isinstance(one, dict)]
 
 
-def _context_of(config: Any) -> int:
-    """Tokens that a model can look at, always in the same way."""
+def context_of(config: Any) -> int:
+    """Tokens that a model of a configuration can look at, always in the same way."""
     context: int = config.max_position_embeddings
-    if any(one.get("rope_type") == "longrope" for one in _ropes(config)):
-        context = min(context, getattr(config, "original_max_position_embeddings", None) or context)
+    word = "original_max_position_embeddings"
+    for one in _ropes(config):
+        if one.get("rope_type") == "longrope":
+            context = min(context, one.get(word) or getattr(config, word, None) or context)
     return context
 
 

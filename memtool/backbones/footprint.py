@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from memtool.backbones.called import CalledLinear
-from memtool.backbones.causal_lm import CausalLM, limits_of, model_source
+from memtool.backbones.causal_lm import CausalLM, context_of, limits_of, model_source
 from memtool.backbones.quantised import PACKED_BYTES, can_be_packed
 from memtool.errors import ConfigError, NotFoundError
 from memtool.memories.rank1 import AtomBank, AtomGate, Rank1Memory
@@ -135,7 +135,7 @@ def footprint_of(
         ) from error
     except ValueError as error:
         raise ConfigError(f"{source!r} is no causal language model: {error}") from error
-    limits = limits_of(settings.name, config.max_position_embeddings, text)
+    limits = limits_of(settings.name, context_of(config), text)
     found = footprint(
         config,
         targets=settings.targets,

@@ -257,7 +257,9 @@ def token_looks(
     lm = work.backbone
     tokens = lm.encode(prompts).tokens
     places = (tokens != PAD).nonzero()
-    places = places[torch.linspace(0, len(places) - 1, min(most, len(places))).long()]
+    places = places[
+        torch.linspace(0, len(places) - 1, min(most, len(places)), dtype=torch.float64).long()
+    ]
     wanted = torch.full(tokens.shape, -1)
     wanted[places[:, 0], places[:, 1]] = torch.arange(len(places))
     found = torch.empty(lm.depth, len(places), min(PART_WIDE, lm.dim))
@@ -300,7 +302,8 @@ class SoFar:
         real = self._real[:, done : done + wide.shape[1]].to(wide.dtype)
         real = F.pad(real, (0, 0, 0, wide.shape[1] - real.shape[1]), value=1.0)
         sums, counts = sums + (wide * real).cumsum(dim=1), counts + real.cumsum(dim=1)
-        self._known[block] = done + wide.shape[1], sums[:, -1:], counts[:, -1:]
+        last = sums[:, -1:].clone(), counts[:, -1:].clone()  # a view would keep all of them
+        self._known[block] = done + wide.shape[1], *last
         return sums / counts.clamp_min(1)
 
 
@@ -339,5 +342,6 @@ def narrowed(seen: Tensor, most: int) -> Tensor:
 @lru_cache(maxsize=8)
 def directions(width: int, narrow: int, device: torch.device) -> Tensor:
     """Random directions (width, narrow), always the same ones."""
-    drawn = torch.randn(width, narrow, generator=torch.Generator().manual_seed(width))
+    generator = torch.Generator().manual_seed(width)
+    drawn = torch.randn(width, narrow, generator=generator, dtype=torch.float32, device="cpu")
     return (drawn / narrow**0.5).to(device)

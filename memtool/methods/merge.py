@@ -227,7 +227,8 @@ class _Taken:
         there = (*txn.adapters, *txn.atom_records)
         here = {record.name: record for record in there}
         numbers = self._numbers(txn, there)
-        pairs: dict[str, str] = {}
+        files: dict[str, str] = {}
+        groups: list[dict[str, str]] = []
         for record in self.records:
             old = here.get(record.name)
             if old is not None:
@@ -242,15 +243,17 @@ class _Taken:
             self.added.append(WrittenAdapter(name=new.name, id=new.id))
         for record in self.records:
             old_names = blobs_of_row(record.id, record.name)
-            pairs |= zip(old_names, blobs_of_row(here[record.name].id, record.name), strict=True)
-            files = str(record.meta.get("peft"))
-            if files.startswith(PEFT_PREFIX):
-                pairs[files] = files
+            new_names = blobs_of_row(here[record.name].id, record.name)
+            groups.append(dict(zip(old_names, new_names, strict=True)))
+            file = str(record.meta.get("peft"))
+            if file.startswith(PEFT_PREFIX):
+                files[file] = file
             number = number_of(record)
             if number is not None:
                 after = numbers[task_name(record)]
-                pairs |= zip(blobs_of_task(number), blobs_of_task(after), strict=True)
-        self._take_blobs(txn, pairs)
+                tasks = zip(blobs_of_task(number), blobs_of_task(after), strict=True)
+                groups.append(dict(tasks))
+        self._take_blobs(txn, [files, *groups])
         self._join(txn)
         self.unchanged = not txn.changed
 
@@ -287,22 +290,26 @@ class _Taken:
         new = {one.name for one in self.added}
         return {task_name(record) for record in self.records if record.name in new}
 
-    def _take_blobs(self, txn: Transaction, pairs: Mapping[str, str]) -> None:
-        """Take blobs by their names there and here; one that is here stays as it is."""
+    def _take_blobs(self, txn: Transaction, groups: Sequence[Mapping[str, str]]) -> None:
+        """Take blobs by their names there and here.
+
+        What belongs together comes whole or not at all: where one of them is here and is another,
+        all stay as they are.
+        """
         theirs, ours = self.view.state.blobs, txn.base.state.blobs
-        differ = []
-        for name, after in pairs.items():
-            if name not in theirs:
-                continue
-            if after not in ours:
-                txn.put_blob(after, self.view.held_blob(name))
-            elif theirs[name] != ours[after]:
-                differ.append(after)
+        differ: list[str] = []
+        taken: set[str] = set()
+        for group in groups:
+            pairs = [(name, after) for name, after in group.items() if name in theirs]
+            others = [a for name, a in pairs if a in ours and theirs[name] != ours[a]]
+            differ += others
+            for name, after in pairs:
+                if not others and after not in ours and after not in taken:
+                    txn.put_blob(after, self.view.held_blob(name))
+                    taken.add(after)
         if differ:
-            self.notes.append(
-                f"kept in both memories, and not the same: {', '.join(sorted(differ)[:5])}; what "
-                "is here stays"
-            )
+            few = ", ".join(sorted({*differ})[:5])
+            self.notes.append(f"kept in both memories, and not the same: {few}; what is here stays")
 
     def _join(self, txn: Transaction) -> None:
         """Join what says how the two memories are read, or say what is left to consolidation."""

@@ -265,6 +265,22 @@ def test_a_footprint_counts_what_a_real_model_and_its_atoms_have() -> None:
     assert (found.atoms, found.learning) == (3 * 4 * values, 3 * 4 * values)
 
 
+def test_the_context_of_longrope_is_that_of_its_first_training() -> None:
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "short_factor": [1.0, 1.0],
+        "long_factor": [2.0, 2.0],
+    }
+    limits = TextSettings(prompt_tokens=10, answer_tokens=6)
+    lm = build(text=limits, rope_parameters=rope)
+    assert lm.context == 16
+    with pytest.raises(ConfigError, match="whose context is 16"):
+        build(text=LIMITS, rope_parameters=rope)
+
+
 def test_a_footprint_in_four_bits_is_that_of_the_packed_layers() -> None:
     config = tiny_config(hidden_size=64, intermediate_size=96, head_dim=16)
     plain, packed = (footprint(config, dtype=torch.float32, packed=one) for one in (False, True))

@@ -286,6 +286,7 @@ def test_beams_are_those_of_transformers_with_the_merged_model(family: str, tmp_
             row,
             attention_mask=torch.ones_like(row),
             num_beams=3,
+            length_penalty=0.0,
             max_new_tokens=12,
             do_sample=False,
         )

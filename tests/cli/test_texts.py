@@ -180,5 +180,5 @@ def test_a_run_goes_on_and_says_before_where_its_memory_goes(texts, grown, here)
     done = texts("run", "--baselines", "zero-shot,frozen", "--json")
     assert "no baseline frozen here; there are zero-shot, in-context" in done.stderr
     record = json.loads(done.stdout)
-    assert [row["id"] for row in record["metrics"]["rows"]] == ["moram", "zero-shot"]
+    assert [row["id"] for row in record["metrics"]["rows"]] == ["moram", "moram-all", "zero-shot"]
     assert len(record["metrics"]["rows"][0]["loss"]) == 4

@@ -606,6 +606,7 @@ def test_half_a_character_is_no_prompt(place: Path, copy: PromptMemory, tmp_path
         {"root": torch.full((2, 4), torch.inf)},
         {"some": torch.zeros(0, 4)},
         {"some": torch.full((1, 4), torch.inf)},
+        {"some": torch.zeros(3, 5)},
     ],
 )
 def test_moments_that_are_none_are_damage(
@@ -624,6 +625,34 @@ def test_moments_that_are_none_are_damage(
         txn.put_blob(f"looks.{id}", save(fine))
     with pytest.raises(MismatchError, match="prompts that look like"):
         copy.consolidate()
+
+
+@pytest.mark.parametrize("wrong", ["more", "wider", "narrower", "none"])
+def test_keys_that_fit_no_look_are_damage(copy: PromptMemory, wrong: str) -> None:
+    store = copy.workspace.store
+    keys = store.view().keys()
+    assert keys is not None
+    changed = {
+        "more": np.concatenate([keys, keys]),
+        "wider": np.concatenate([keys, keys], axis=2),
+        "narrower": keys[:, :, 1:],
+        "none": np.full_like(keys, np.inf),
+    }
+    try:
+        with store.transaction("strange") as txn:
+            txn.set_keys(np.ascontiguousarray(changed[wrong]))
+    except MemtoolError:
+        assert wrong == "none"  # the store itself takes numbers alone
+        return
+    with pytest.raises(CorruptError, match="as prompts are looked at"):
+        copy.attach()
+
+
+def test_chats_and_plain_prompts_are_not_one_memory(place: Path, made: PromptMemory) -> None:
+    state = PromptState.load(made.workspace.store.view())
+    chats = opened(place, place / "chats", **{"text.chat": True})
+    with pytest.raises(ConfigError, match=r"text.chat is True, but .* under False"):
+        chats.require_same_look(state)
 
 
 def test_moments_that_were_kept_before_clusters_give_the_same_keys(copy: PromptMemory) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from memtool.errors import ConfigError, DataError, MemtoolError, NotFoundError
@@ -200,6 +200,22 @@ def test_peft_and_the_memory_agree_on_what_both_can(place: Path) -> None:
     assert set(cells[rows["peft-ties"].label]) == {"-"}
     assert cells[rows["peft-cat"].label] == cells["uniform mixture"]
     assert Record.from_json(record.to_json()) == record
+
+
+def test_peft_is_given_the_names_that_it_looks_for(place: Path, tmp_path: Path) -> None:
+    for seed, (name, shape) in enumerate(ALIKE.items()):
+        folder = tmp_path / "adapters" / name
+        write_adapter(place / "model", folder, seed, **shape)
+        file = folder / "adapter_model.safetensors"
+        save_file({f"_orig_mod.{key}": one for key, one in load_file(file).items()}, file)
+    write_prompts(tmp_path / "prompts.jsonl", {name: PROMPTS[name] for name in ALIKE})
+    file = write_texts(tmp_path / "texts.jsonl", tuple(ALIKE))
+    method = opened(place, tmp_path, **{"stream.source": str(file)})
+    method.collect([str(tmp_path / "adapters")], tmp_path / "prompts.jsonl")
+    method.consolidate()
+    record = method.evaluate(compare=True, rivals=("peft",))
+    assert last(record, "peft-oracle") == pytest.approx(last(record, "oracle"), abs=1e-5)
+    assert last(record, "peft-cat") == pytest.approx(last(record, "uniform"), abs=1e-5)
 
 
 def linear_loss(place: Path, adapters: Path, name: str) -> float:

@@ -209,6 +209,18 @@ def test_what_a_known_adapter_lacks_comes_and_what_it_has_stays(
     assert after["looks."] == mine["sums"][-1]["looks."]
 
 
+def test_prompts_do_not_come_without_what_they_look_like(place: Path, tmp_path: Path) -> None:
+    a, b = opened(place, tmp_path / "a"), opened(place, tmp_path / "b")
+    folder = str(place / "adapters" / "sums")
+    a.collect([folder], write_prompts(tmp_path / "other.jsonl", {"sums": PROMPTS["letters"]}))
+    own = write_prompts(tmp_path / "own.jsonl", {"sums": PROMPTS["sums"]})
+    b.collect([folder], own, keep_prompts=True)
+    id = a.workspace.store.view().get("sums").id
+    merge(a.workspace.store_path, b.workspace.store.url)
+    assert f"looks.{id}" in a.workspace.store.view().blobs()
+    assert f"prompts.{id}" not in a.workspace.store.view().blobs()
+
+
 def test_one_task_of_both_is_one_task(place: Path, tmp_path: Path) -> None:
     a, b = opened(place, tmp_path / "a"), opened(place, tmp_path / "b")
     a.collect([f"{place / 'adapters' / 'letters'}:other", f"{place / 'adapters' / 'sums'}:maths"])

@@ -265,6 +265,8 @@ def retrieve(
 ) -> None:
     """Show the mixture of adapters that a task, an image, a prompt or a query recalls."""
     call.require_one_subject("retrieve", task=task, image=image, prompt=prompt, query=query)
+    if prompt is not None:
+        call.view()  # a memory that is not there is said first
     say_decided(call)
     if query is not None:
         say_unread_stream(call)
@@ -375,7 +377,6 @@ def _show_recall(call: Call, result: RecallResult) -> None:
 @app.command(
     "eval",
     epilog=examples(
-        "memtool eval --setting dil",
         "memtool eval --history --compare --report report.html",
         "memtool eval --texts texts.jsonl --compare peft",
         "memtool eval --store memory@HEAD~2 --json",

@@ -61,6 +61,7 @@ class PromptState(StoredState):
     look_at: tuple[str, ...]
     scope: str = "model"
     clusters: int = 1
+    chat: bool = False
     apart: tuple[PositiveInt, PositiveInt] | None = None
     adapters: tuple[str, ...] = ()
     rows: tuple[int, ...] = ()
@@ -174,6 +175,8 @@ def read_moments(view: memtool_stores.MemoryView, blob: str) -> Kept:
         found["some"] = found["mean"][:0]
     counts = found["count"]
     finite = all(bool(found[name].isfinite().all()) for name in ("mean", "root", "some"))
+    wide = min(WITNESS_WIDE, found["mean"].shape[1])
+    fits = fits and (not len(found["some"]) or found["some"].shape[1] == wide)
     fits = fits and len(counts) > 0 and bool(((counts >= 1) & (counts <= 2**40)).all())
     if not fits or not finite:
         raise CorruptError(
@@ -367,13 +370,14 @@ def join(txn: memtool_stores.Transaction, view: memtool_stores.MemoryView) -> tu
     if here is None:
         there.without_keys().put(txn)
         return ()
-    for name in ("look_at", "scope", "clusters"):
-        ours, theirs = getattr(here, name), getattr(there, name)
+    for name in ("memory.look_at", "memory.scope", "memory.clusters", "text.chat"):
+        word = name.partition(".")[2]
+        ours, theirs = getattr(here, word), getattr(there, word)
         if ours != theirs:
             raise MismatchError(
-                f"prompts were looked at under memory.{name} {_words(theirs)} in the other memory, "
+                f"prompts were looked at under {name} {_words(theirs)} in the other memory, "
                 f"and {_words(ours)} in this one",
-                expected=f"two memories of one memory.{name}",
+                expected=f"two memories of one {name}",
                 remedy="another --store",
             )
     return ()

@@ -20,8 +20,10 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
+from memtool.adapters.peft_tensors import WEIGHTS_NAME, place_of, tensor_name
 from memtool.backbones.answering import without_answers
 from memtool.backbones.causal_lm import PAD, CausalLM, EncodedTexts, model_source
 from memtool.errors import ConfigError
@@ -31,6 +33,7 @@ from memtool.learning.answers import Answering, AnswerScores, answer_row
 from memtool.methods.export import export_peft
 from memtool.methods.records import task_of
 from memtool.methods.routed.memory import RoutedMemory
+from memtool.settings import BackboneSettings
 from memtool.streams.task import Task, spread
 from memtool.workspace import Workspace
 
@@ -44,8 +47,14 @@ Choice: TypeAlias = Mapping[str, float]
 """Settings of a merge or of Arrow, by the names that PEFT gives them."""
 
 
-def require_peft() -> None:
-    """Raise ConfigError where the package is not installed."""
+def require_peft(settings: BackboneSettings) -> None:
+    """Raise ConfigError where the package is not installed, or its model would be another."""
+    if settings.quantise is not None:
+        raise ConfigError(
+            f"--compare peft with backbone.quantise {settings.quantise}, which PEFT's model is not",
+            expected="the weights as they are",
+            remedy="--set backbone.quantise=none",
+        )
     try:
         import peft  # noqa: F401
     except ImportError as error:
@@ -90,8 +99,7 @@ class PeftLM:
         most = self.lm.answer_tokens if most is None else most
         with torch.autocast(tokens.device.type, enabled=False):
             said = self.model.generate(**asked, max_new_tokens=most)[:, tokens.shape[1] :]
-        rows = said.tolist()
-        return [row[: next((i for i, one in enumerate(row) if one in ends), None)] for row in rows]
+        return [self.lm.ended(row) for row in said.tolist()]
 
 
 def _asked(tokens: Tensor) -> dict[str, Tensor]:
@@ -149,8 +157,11 @@ class PeftAdapters:
             raise ValueError("this version of peft has no Arrow, 0.18 has") from error
         _require_one_rank(self._loaded())
         names = [f"a{place}" for place in range(len(self))]
-        if any(len(layer.lora_A) < len(self) for layer in _adapted(self._model, names)):
+        layers = _adapted(self._model, names)
+        if any(len(layer.lora_A) < len(self) for layer in layers):
             raise ValueError("layers that not all adapters have")
+        if not all(isinstance(layer.base_layer, nn.Linear) for layer in layers):
+            raise ValueError("transposed layers, as GPT-2 has them")
         self._base, self._model = self._model.unload(), None
         config = ArrowConfig(
             top_k=int(top_k), router_temperature=router_temperature, rng_seed=self.work.seed
@@ -196,6 +207,16 @@ class PeftAdapters:
             model.set_adapter("a0")
             if "merged" in model.peft_config:
                 model.delete_adapter("merged")
+
+
+def _name_as_peft(folder: Path) -> None:
+    """Give the tensors of an adapter the names that PEFT looks for; others it would leave out."""
+    file = folder / WEIGHTS_NAME
+    tensors = load_file(file)
+    places = {name: place_of(name) for name in tensors}
+    names = {name: tensor_name(*place) for name, place in places.items() if place is not None}
+    if any(name != plain for name, plain in names.items()):
+        save_file({names[name]: tensor for name, tensor in tensors.items()}, file)
 
 
 def load_base(work: Workspace) -> Any:
@@ -297,6 +318,8 @@ def peft_rows(work: Workspace, memory: RoutedMemory, tasks: Sequence[Task]) -> l
     with TemporaryDirectory() as place:
         names = [record.name for record in memory.records]
         folders = export_peft(work, names, out=Path(place) / "adapters", version=memory.version)
+        for folder in folders:
+            _name_as_peft(folder)
         adapters = PeftAdapters(work, folders)
         texts = validation_of(work, tasks)
         oracle = _oracle(work, adapters, memory, tasks)

@@ -20,6 +20,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -117,6 +118,7 @@ class PromptMemory(Routed):
             look_at=settings.places,
             scope=settings.scope,
             clusters=settings.clusters,
+            chat=self.config.text.chat,
             apart=self.look.own(self.workspace.backbone),
             epochs=learn.epochs,
             lr=learn.lr if learn.epochs else None,
@@ -194,6 +196,7 @@ class PromptMemory(Routed):
             ("memory.scope", here.scope, found.scope),
             ("memory.look_at", ",".join(here.places), ",".join(found.look_at)),
             ("memory.clusters", here.clusters, found.clusters),
+            ("text.chat", self.config.text.chat, found.chat),
         ):
             if now != then:
                 raise ConfigError(
@@ -268,6 +271,16 @@ class PromptMemory(Routed):
             raise CorruptError(
                 f"keys of {keys.shape[2]} numbers an adapter, {list(state.rows)} of each",
                 expected="as many for each of them",
+                remedy="memtool verify",
+            )
+        lm = self.workspace.backbone
+        seen = columns_of(self.look.own(lm), self.look.width(lm))
+        if (len(keys), keys.shape[2] // most) != (len(seen), seen.shape[1] + 1) or not np.isfinite(
+            keys
+        ).all():
+            raise CorruptError(
+                f"{len(keys)} keys of {keys.shape[2] // most - 1} numbers, perhaps not finite",
+                expected=f"{len(seen)} of {seen.shape[1]}, as prompts are looked at",
                 remedy="memtool verify",
             )
         found: dict[int, Kept] = {}
@@ -379,7 +392,7 @@ class PromptMemory(Routed):
         the stream has no task of the memory, and where peft is not installed.
         """
         if given.get("rivals"):
-            require_peft()
+            require_peft(self.config.backbone)
         self._require_texts(str(given.get("version", "HEAD")))
         return super().evaluate(**given)
 

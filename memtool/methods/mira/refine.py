@@ -117,8 +117,8 @@ def _texts(data: bytes, blob: str) -> list[str]:
     """The texts that a blob keeps. Raises CorruptError."""
     try:
         found = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptError(f"blob {blob!r} is no JSON: {error}") from error
-    if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+    if not isinstance(found, list) or not found or not all(isinstance(one, str) for one in found):
         raise CorruptError(f"blob {blob!r} holds no texts", expected="a list of texts")
     return found
