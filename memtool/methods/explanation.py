@@ -226,9 +226,10 @@ def _parts(result: Explanation) -> Grid:
         ),
         bold=frozenset((i, 2) for i, part in enumerate(order) if round(part.coefficient, 3) < 0),
         notes=(
-            "coefficient: mean over images and blocks, of which negative % are below 0; adds: "
-            "percentage points of the winning class's probability that go when this adapter is "
-            "left out and all others stay; without it: what then comes out.",
+            "coefficient: mean over samples and blocks, of which negative % are below 0; adds: "
+            "percentage points of the probability, of the class that wins or of an answer token, "
+            "that go when this adapter is left out and all others stay; without it: what then "
+            "comes out.",
         ),
     )
 
