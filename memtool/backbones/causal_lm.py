@@ -205,8 +205,9 @@ class CausalLM(FrozenModel):
             for path in dict.fromkeys(family.layers.values()):
                 linear = block.get_submodule(path)
                 linear = linear if made_of is None else made_of(linear)
-                linear = CalledLinear(linear, f"{family.blocks}.{number}.{path}", self.call)
-                block.set_submodule(path, linear)
+                called = CalledLinear(linear, f"{family.blocks}.{number}.{path}", self.call)
+                parent, _, own = path.rpartition(".")
+                setattr(block.get_submodule(parent), own, called)
             blocks[number] = CalledBlock(block, number, self.call, sites)
         self.depth = len(blocks)
         # What is padding is said in every pass; transformers would guess it by this and warn.

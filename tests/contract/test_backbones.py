@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -43,15 +44,20 @@ def _timm(_: Path) -> tuple[FrozenModel, Asked]:
     return _images(VitBackbone(vit, "timm:small", mean=[0.5] * 3, std=[0.5] * 3))
 
 
-def _causal_lm(folder: Path) -> tuple[FrozenModel, Asked]:
+def _causal_lm(folder: Path, family: str = "llama") -> tuple[FrozenModel, Asked]:
     limits = TextSettings(prompt_tokens=20, answer_tokens=6)
-    settings = BackboneSettings(name=f"hf:{write_tiny(folder / 'model')}")
+    settings = BackboneSettings(name=f"hf:{write_tiny(folder / 'model', family=family)}")
     lm = create_causal_lm(settings, limits, dtype=torch.float32)
     tokens = torch.arange(5, 17).reshape(2, 6)
     return lm, lambda recall: lm.logits(tokens, recall)
 
 
-BACKBONES = {"nano": _nano, "timm": _timm, "causal lm": _causal_lm}
+BACKBONES = {
+    "nano": _nano,
+    "timm": _timm,
+    "causal lm": _causal_lm,
+    "gpt2": partial(_causal_lm, family="gpt2"),
+}
 
 
 @pytest.fixture(scope="module", params=BACKBONES)
