@@ -381,6 +381,7 @@ def prompts_of(source: Path, known: set[str]) -> dict[str, list[str]]:
             raise DataError(
                 f"{line.where}: a prompt of {shown(line.adapter)}, which is no adapter here",
                 expected=f"one of {', '.join(sorted(known)[:8])}",
+                remedy="import that adapter too, or leave its lines out",
             )
         found.setdefault(line.adapter, []).append(line.prompt)
     if not found:
