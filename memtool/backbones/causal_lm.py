@@ -309,14 +309,20 @@ class CausalLM(FrozenModel):
         }
         if cache is not None:
             given[self._cache_word] = cache
-        decoder, ids = self.model.base_model, tokens[:, done:].clamp_min(0)
+        ids, decoder = tokens[:, done:].clamp_min(0), self._decoder
         found: Tensor = self.call.under(recall, lambda: decoder(ids, **given).last_hidden_state)
+        return found
+
+    @property
+    def _decoder(self) -> nn.Module:
+        """The model without its head."""
+        found: nn.Module = self.model.get_submodule(self._blocks.rpartition(".")[0])
         return found
 
     @property
     def _cache_word(self) -> str:
         # Before version 5.20 or so, transformers called it past_key_values.
-        words = inspect.signature(self.model.base_model.forward).parameters
+        words = inspect.signature(self._decoder.forward).parameters
         return "cache" if "cache" in words else "past_key_values"
 
     def new_cache(self) -> Any:
