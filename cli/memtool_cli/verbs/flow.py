@@ -264,8 +264,6 @@ def retrieve(
     ] = None,
 ) -> None:
     """Show the mixture of adapters that a task, an image, a prompt or a query recalls."""
-    if prompt is not None:
-        call.view()  # a memory that is not there is said first
     call.require_one_subject("retrieve", task=task, image=image, prompt=prompt, query=query)
     say_decided(call)
     if query is not None:
