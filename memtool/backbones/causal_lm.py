@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -319,7 +319,7 @@ class CausalLM(FrozenModel):
         found: nn.Module = self.model.get_submodule(self._blocks.rpartition(".")[0])
         return found
 
-    @property
+    @cached_property
     def _cache_word(self) -> str:
         # Before version 5.20 or so, transformers called it past_key_values.
         words = inspect.signature(self._decoder.forward).parameters
