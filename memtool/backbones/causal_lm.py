@@ -31,7 +31,7 @@ from memtool.errors import ConfigError, DataError, MismatchError, NotFoundError
 from memtool.paths import expand
 from memtool.settings import BackboneSettings, TextSettings
 
-ROPES = ("default", "linear", "llama3", "yarn", "longrope", "proportional")
+ROPES = ("default", "linear", "llama3", "yarn", "longrope")
 """Rotary positions that do not depend on the length of the text, so that keys can be kept.
 
 Those of longrope do not within the context that a model was first trained with.

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from memtool.backbones.footprint import Footprint, footprint_of
 from memtool.experiments.run import chosen_baselines
 from memtool.methods import open_method
-from memtool.methods.mira.cost import cost_of
 from memtool.methods.moram.state import gate_of
 from memtool.sections import MoramSettings
 from memtool.settings import Config, HeadSettings
@@ -44,14 +43,7 @@ def plan(config: Config, *, seed: int, verb: str) -> dict[str, Any]:
         found = _footprint(work, config.moram if atoms else MoramSettings())
         numbers = found.atoms // 4 // len(work.stream.tasks)
         memory = _memory(config, found) if atoms else None
-        if config.method == "mira":
-            cost = cost_of(
-                config,
-                tasks=len(work.stream.tasks),
-                numbers=numbers,
-                parameters=found.parameters,
-                tokens=found.limits[0],
-            )
+        cost = method.cost(numbers=numbers, parameters=found.parameters, tokens=found.limits[0])
         tasks = [
             _Task(task.name, len(task.train), len(task.test), work.epochs(task))
             for task in work.stream.tasks
@@ -87,7 +79,7 @@ def plan(config: Config, *, seed: int, verb: str) -> dict[str, Any]:
         "memories": memories,
         "bytes_in_all": numbers * 4 * config.adapter.per_task * learned * memories,
         "memory": memory,
-        "cost": None if cost is None else asdict(cost),
+        "cost": cost,
         "baselines": list(chosen_baselines(method)) if verb == "run" else None,
         "store": work.store_path,
         "store_exists": work.has_store,

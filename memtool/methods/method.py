@@ -7,11 +7,11 @@ method adds consolidate, retrieve and evaluate, and how a memory is read.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import memtool_stores
 from memtool.errors import (
@@ -89,6 +89,14 @@ class Method(AdapterTrainer, ABC):
     @property
     def key_epochs(self) -> int | None:
         """Epochs of key learning; None of a method without keys to learn."""
+        return None
+
+    def cost(self, *, numbers: int, parameters: int, tokens: int) -> Mapping[str, Any] | None:
+        """What recalling adds to a language model that answers; None where it is not counted.
+
+        An adapter has so many `numbers`, the model so many `parameters`, a prompt so many `tokens`.
+        """
+        del numbers, parameters, tokens
         return None
 
     # What every method does its own way -----------------------------------------------------

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -38,6 +38,7 @@ from memtool.methods.explanation import Explanation
 from memtool.methods.export import config_blob, new_folders, require_new
 from memtool.methods.mira.ask import added_up, asked, joined
 from memtool.methods.mira.collection import collect, few
+from memtool.methods.mira.cost import cost_of
 from memtool.methods.mira.moments import (
     WITNESSES,
     PromptState,
@@ -128,6 +129,14 @@ class PromptMemory(Routed):
     def key_epochs(self) -> int:
         """Epochs in which keys learn on from those in closed form."""
         return self.config.consolidate.epochs
+
+    def cost(self, *, numbers: int, parameters: int, tokens: int) -> Mapping[str, Any]:
+        """As `Method.cost`, of all tasks of the stream."""
+        tasks = len(self.workspace.stream.tasks)
+        found = cost_of(
+            self.config, tasks=tasks, numbers=numbers, parameters=parameters, tokens=tokens
+        )
+        return asdict(found)
 
     # What a task leaves ---------------------------------------------------------------------
 
