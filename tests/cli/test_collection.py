@@ -12,8 +12,12 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.cli.conftest import inside
-from tests.methods.facts import write_facts
-from tests.methods.test_collection import PROMPTS, SHAPES, write_adapter, write_prompts
+from tests.methods.test_collection import (
+    PROMPTS,
+    SHAPES,
+    write_collection,
+    write_prompts,
+)
 from tests.methods.test_collection_measured import write_texts
 
 pytestmark = pytest.mark.filterwarnings(
@@ -30,10 +34,7 @@ def memtool(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which a collection was imported and consolidated."""
-    folder = write_facts(tmp_path_factory.mktemp("collection"))
-    for seed, (name, shape) in enumerate(SHAPES.items()):
-        write_adapter(folder / "model", folder / "adapters" / name, seed, **shape)
-    write_prompts(folder / "prompts.jsonl", PROMPTS)
+    folder = write_collection(tmp_path_factory.mktemp("collection"))
     write_texts(folder / "texts.jsonl", ("sums", "letters"))
     done = memtool(folder, "import", "adapters", "--base", "hf:model", "--prompts", "prompts.jsonl")
     assert done.returncode == 0, done.stderr

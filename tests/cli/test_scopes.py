@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.cli.test_collection import memtool
-from tests.methods.facts import write_facts
-from tests.methods.test_collection import PROMPTS, SHAPES, write_adapter, write_prompts
+from tests.methods.test_collection import (
+    PROMPTS,
+    write_collection,
+)
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"  # peft asks transformers
@@ -21,10 +23,7 @@ TOKEN = ("--set", "memory.scope=token", "--set", "memory.look_at=prefix")
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a memory of three adapters whose tokens choose."""
-    folder = write_facts(tmp_path_factory.mktemp("scopes"))
-    for seed, (name, shape) in enumerate(SHAPES.items()):
-        write_adapter(folder / "model", folder / "adapters" / name, seed, **shape)
-    write_prompts(folder / "prompts.jsonl", PROMPTS)
+    folder = write_collection(tmp_path_factory.mktemp("scopes"))
     words = ("import", "adapters", "--base", "hf:model", "--prompts", "prompts.jsonl")
     refused = memtool(folder, *words, "--set", "memory.scope=token")
     assert refused.returncode == 2

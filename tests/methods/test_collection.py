@@ -70,15 +70,21 @@ def write_prompts(file: Path, prompts: dict[str, list[str]]) -> Path:
     return file
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model, three adapters of it in `adapters`, and prompts of each."""
-    folder = write_facts(tmp_path_factory.mktemp("collection"))
+def write_collection(folder: Path) -> Path:
+    """A tiny model with its texts, three adapters of it in `adapters`, and prompts of each."""
+    write_facts(folder)
     for seed, (name, shape) in enumerate(SHAPES.items()):
         write_adapter(folder / "model", folder / "adapters" / name, seed, **shape)
+    write_prompts(folder / "prompts.jsonl", PROMPTS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A collection, one of whose adapters has a card."""
+    folder = write_collection(tmp_path_factory.mktemp("collection"))
     card = "---\nbase_model: tiny\nlicense: apache-2.0\n---\n# Sums\n"
     (folder / "adapters" / "sums" / "README.md").write_text(card, encoding="utf-8")
-    write_prompts(folder / "prompts.jsonl", PROMPTS)
     return folder
 
 

@@ -25,8 +25,14 @@ from memtool.methods.routed.memory import only
 from memtool.settings import StreamSettings
 from memtool.streams.text import open_text_stream
 from memtool_cli.scores import grids
-from tests.methods.facts import FACTS, write_facts
-from tests.methods.test_collection import PROMPTS, SHAPES, opened, write_adapter, write_prompts
+from tests.methods.facts import FACTS
+from tests.methods.test_collection import (
+    PROMPTS,
+    opened,
+    write_adapter,
+    write_collection,
+    write_prompts,
+)
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"  # peft asks transformers
@@ -46,10 +52,7 @@ def write_texts(file: Path, names: tuple[str, ...]) -> Path:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model, three adapters of unlike shapes, and a memory of them with keys."""
-    folder = write_facts(tmp_path_factory.mktemp("measured"))
-    for seed, (name, shape) in enumerate(SHAPES.items()):
-        write_adapter(folder / "model", folder / "adapters" / name, seed, **shape)
-    write_prompts(folder / "prompts.jsonl", PROMPTS)
+    folder = write_collection(tmp_path_factory.mktemp("measured"))
     method = opened(folder, folder)
     method.collect([str(folder / "adapters")], folder / "prompts.jsonl")
     method.consolidate()
