@@ -432,6 +432,7 @@ class Call:
                 f"{wrong} with the stream {self.config.stream.source}, whose tasks are "
                 + ("texts" if texts else "images"),
                 expected="--prompt TEXT or --task" if texts else "--image FILE or --task",
+                remedy=self._missing_memory(),
             )
         if sum(subject is not None for subject in (task, image, prompt, query)) != 1:
             kind = "--prompt" if texts else "--image"
@@ -442,6 +443,16 @@ class Call:
                 else f"one of --task and {kind}",
                 remedy=self.command(f"{verb} --task 1"),
             )
+
+    def _missing_memory(self) -> str | None:
+        """What helps where no memory is at hand to say what it reads; None where there is one."""
+        from memtool.paths import split_store
+        from memtool_stores import MemoryStore
+
+        path = split_store(self.config.store)[0]
+        if MemoryStore.exists(path):
+            return None
+        return f"--store PATH, as there is no memory at {path!r}"
 
     def confirm(self, deed: str) -> None:
         """Ask before something that cannot be taken back, unless --yes was given.

@@ -149,6 +149,7 @@ def test_images_have_no_prompt(memtool):
         done = memtool(verb, "--prompt", "a word")
         assert done.returncode == 2
         assert "whose tasks are images" in done.stderr
+        assert "--store PATH, as there is no memory at 'memory'" in done.stderr
 
 
 def test_a_task_and_dead_atoms_are_forgotten(texts, grown):

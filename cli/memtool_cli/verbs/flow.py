@@ -211,7 +211,9 @@ def consolidate(call: Call) -> None:
         if result.head is not None:
             rows.append(("head", f"{result.head}, {result.scope}"))
     elif result.schema_ == "memtool.consolidate-routed":
-        rows += [("new", " ".join(map(str, result.new))), ("time", duration(result.seconds))]
+        if result.new:  # nothing where all of a collection is solved anew from what was kept
+            rows.append(("new", " ".join(map(str, result.new))))
+        rows.append(("time", duration(result.seconds)))
     else:
         rows.append(("memories", ", ".join(result.memories)))
         if result.train_task_accuracy is not None:
