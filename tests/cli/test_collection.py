@@ -41,6 +41,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert [line.split("\t")[0] for line in done.stdout.splitlines()[1:]] == list(SHAPES)
     done = memtool(folder, "consolidate")
     assert done.returncode == 0, done.stderr
+    assert not any(line.split("\t")[0] == "new" for line in done.stdout.splitlines())
     return folder
 
 
