@@ -446,13 +446,11 @@ class Call:
 
     def _missing_memory(self) -> str | None:
         """What helps where no memory is at hand to say what it reads; None where there is one."""
-        from memtool.paths import split_store
         from memtool_stores import MemoryStore
 
-        path = split_store(self.config.store)[0]
-        if MemoryStore.exists(path):
+        if MemoryStore.exists(self.store_path):
             return None
-        return f"--store PATH, as there is no memory at {path!r}"
+        return f"--store PATH, as there is no memory at {self.store_path!r}"
 
     def confirm(self, deed: str) -> None:
         """Ask before something that cannot be taken back, unless --yes was given.
