@@ -18,6 +18,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainSerializer,
     ValidationError,
     create_model,
 )
@@ -26,22 +27,39 @@ from memtool import registry
 from memtool.errors import ConfigError
 
 Separation = Annotated[str, registry.Named("separations")]
-Similarity = Literal[
-    "dot",
-    "scaled-dot",
-    "cosine",
-    "centred-cosine",
-    "euclidean",
-    "manhattan",
-    "scaled-error",
-    "kl",
-    "reverse-kl",
-    "js",
+
+_WRITTEN = {"kl": "kl-from-key", "reverse-kl": "kl-from-query"}
+"""How two similarities are written down; their plain names once meant each other."""
+
+Similarity = Annotated[
+    Literal[
+        "dot",
+        "scaled-dot",
+        "cosine",
+        "centred-cosine",
+        "euclidean",
+        "manhattan",
+        "scaled-error",
+        "kl",
+        "reverse-kl",
+        "js",
+    ],
+    BeforeValidator(lambda name: next((k for k, v in _WRITTEN.items() if v == name), name)),
+    PlainSerializer(lambda name: _WRITTEN.get(name, name), return_type=str, when_used="json"),
 ]
 Mix = Literal["delta", "params"]
 Routing = Literal["mixture", "lda", "prototype"]
 Protect = Literal["freeze", "dual-gpm", "none"]
 Recaller = Literal["hopfield", "hopfield-published", "bayes-pcn", "bayes-pcn-published"]
+
+
+def as_meant(name: Any) -> Any:
+    """The similarity that a stored name means, as it is written down today.
+
+    Until 0.1 `kl` was what Millidge et al. call the reverse divergence, and the other way round.
+    """
+    then = {"kl": _WRITTEN["reverse-kl"], "reverse-kl": _WRITTEN["kl"]}
+    return then.get(name, name) if isinstance(name, str) else name
 
 
 _PLACE = re.compile(r"final|tokens|blocks|prefix|block:(0|[1-9][0-9]{0,3})")
