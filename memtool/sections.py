@@ -227,6 +227,15 @@ class PastSettings(Settings):
         description="share of the energy of the first task's inputs that later tasks keep clear "
         "of, rising to 1 at the last; less leaves them more room",
     )
+    rule: Literal["energy", "squares"] = Field(
+        "energy",
+        description="what the share is of: the energy of the inputs, or the squares of the "
+        "singular values of their covariance, as in the code of InfLoRA (with 0.95 or 0.98)",
+    )
+
+    def decides(self) -> Any:
+        """What of it decides a training: a JSON value."""
+        return self.energy if self.rule == "energy" else [self.energy, self.rule]
 
 
 SECTIONS: Mapping[str, Mapping[str, type[Settings]]] = {

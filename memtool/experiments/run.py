@@ -410,7 +410,7 @@ def _baseline(method: Method, name: str, tasks: Sequence[Task]) -> list[Row]:
         return baseline(name)(work, tasks)
 
     decides = _decides_of_texts(work) if work.reads == "texts" else _decides_of_images(work)
-    decides.append(work.config.past.energy if name == "inf-lora" else None)
+    decides.append(work.config.past.decides() if name == "inf-lora" else None)
     if (source := source_of(name)) is not None:
         decides.append(source)
     word = re.sub(r"[^\w.-]+", "-", name)  # a name as path/to/file.py:Class is no file name

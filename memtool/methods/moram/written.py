@@ -127,7 +127,7 @@ class Written:
     def _put_past_inputs(self) -> None:
         """Add the inputs of the task, as the model has them with its atoms, to the past."""
         work, view = self.work, self.txn.base
-        past = past_inputs_of(view, work.layout, work.config.past.energy)
+        past = past_inputs_of(view, work.layout, work.config.past)
         recall = self._bank.recall(self.gate)
         moments = objective_of(work).input_moments(past, self._task.train, recall)
         past.add(moments, len(view.atom_records) / len(work.stream.tasks))
