@@ -28,7 +28,16 @@ Seed = Annotated[int, Field(ge=0, le=10**15)]
 
 
 TextMetric = Literal[
-    "first-character", "number", "exact-match", "rouge-l", "edit-similarity", "sari"
+    "first-character",
+    "number",
+    "exact-match",
+    "rouge-l",
+    "edit-similarity",
+    "sari",
+    "trace-choice",
+    "trace-number",
+    "trace-code",
+    "trace-sari",
 ]
 """How an answer is scored; see `memtool.evaluation.text`."""
 
