@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -82,6 +82,20 @@ class Settings(BaseModel):
     """Frozen; an unknown key is an error, and so are numbers that are not finite."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    later: ClassVar[tuple[str, ...]] = ()
+    """Settings that came after others."""
+
+    def decides(self) -> Any:
+        """What of them decides a training: JSON. Later ones count where they are not the default.
+
+        So what was trained before them is still found.
+        """
+        whole = self.model_dump(mode="json")
+        for name in self.later:
+            if getattr(self, name) == type(self).model_fields[name].default:
+                del whole[name]
+        return whole
 
 
 class MemorySettings(Settings):
@@ -217,6 +231,12 @@ class MoramSettings(Settings):
         description="how keys begin: at random and learning, as published, or fixed at what a "
         "task's inputs have outside those of earlier tasks, so that these hardly answer to them",
     )
+    frozen_scaling: Literal["kept", "one"] = Field(
+        "kept",
+        description="what an atom adds is scaled by once it is written: by alpha / r as while it "
+        "learned, or by one, as in the published code for TRACE",
+    )
+    later: ClassVar[tuple[str, ...]] = ("frozen_scaling",)
 
 
 class PastSettings(Settings):
@@ -234,7 +254,7 @@ class PastSettings(Settings):
     )
 
     def decides(self) -> Any:
-        """What of it decides a training: a JSON value."""
+        """The share alone, as it was before there was a rule."""
         return self.energy if self.rule == "energy" else [self.energy, self.rule]
 
 

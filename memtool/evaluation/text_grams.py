@@ -15,7 +15,7 @@ def grams(words: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
 
 
 def share(part: int, whole: int) -> float:
-    """part / whole; nothing of nothing is all."""
+    """Part / whole; nothing of nothing is all."""
     return part / whole if whole else 1.0
 
 

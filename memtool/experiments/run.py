@@ -422,11 +422,14 @@ def _baseline(method: Method, name: str, tasks: Sequence[Task]) -> list[Row]:
     return rows
 
 
+_OF_IMAGES = ("adapter", "train", "head", "backbone")
+
+
 def _decides_of_images(work: Workspace) -> list[object]:
     """All that decides what a baseline reaches on images."""
     return [
         __version__,
-        work.config.model_dump(mode="json", include={"adapter", "train", "head", "backbone"}),
+        {part: getattr(work.config, part).decides() for part in _OF_IMAGES},
         work.stream.fingerprint,
         work.config.stream.held_out,
         work.backbone.sha256,
@@ -441,7 +444,7 @@ def _decides_of_texts(work: Workspace) -> list[object]:
     """All that decides what a baseline reaches on texts."""
     return [
         __version__,
-        work.config.model_dump(mode="json", include={"adapter", "train", "text"}),
+        {part: getattr(work.config, part).decides() for part in ("adapter", "train", "text")},
         work.config.backbone.targets,
         work.stream.fingerprint,
         work.backbone.sha256,

@@ -21,11 +21,12 @@ from memtool.errors import AlreadyExistsError, ConfigError, DataError
 from memtool.evaluation.metrics import average_xtail, transfer_xtail
 from memtool.experiments.pretrain_clip import pretrain_clip
 from memtool.experiments.run import run
-from memtool.heads import CosineHead, both_ways
+from memtool.heads import CosineHead, both_ways, over_seen_texts
 from memtool.learning.known import (
     compared,
     fixed_head,
     head_under,
+    learned_under,
 )
 from memtool.learning.learner import Learner
 from memtool.learning.objective import Known
@@ -310,6 +311,31 @@ def test_the_loss_of_clip_reads_the_batchs_classes_anew(clip_work: Workspace) ->
     both_ways(logits, labels).backward()
     grown = [parameter.grad is not None for parameter in learner.values.b]
     assert all(grown)
+
+
+def test_under_texts_seen_a_step_reads_all_texts_of_the_task(
+    chain: Path, clip_settings: dict[str, object], tmp_path: Path
+) -> None:
+    settings = config(chain, tmp_path, head__texts="seen", **clip_settings)
+    work = Workspace(settings, seed=0)
+    learner, tasks = Learner(work, 2), work.stream.tasks
+    for task in tasks:
+        learner.objective.begin(task)
+        own = list(task.classes)
+        images, labels = images_of(work, task.number - 1), labels_of(work, task.number - 1)
+        few = labels == labels[0]  # a batch of one class reads the others' texts, too
+        logits = learner(images[few], labels[few])
+        assert logits[:, own].isfinite().all()
+        assert (logits[:, [c for c in range(6) if c not in own]] == -torch.inf).all()
+        torch.testing.assert_close(logits[:, own], learner(images[few])[:, own])
+        so_far = len({c for other in tasks[: task.number] for c in other.classes})
+        found = learner.objective.loss(logits, images[few], labels[few])
+        torch.testing.assert_close(found, over_seen_texts(logits, labels[few], so_far))
+        found.backward()
+        assert all(parameter.grad is not None for parameter in learner.values.b)
+    # Atoms that learned by the one loss are no atoms of the other.
+    batch = config(chain, tmp_path, **clip_settings)
+    assert learned_under(settings, work.stream) != learned_under(batch, work.stream)
 
 
 def test_lwf_holds_what_both_towers_say_against_the_old_ones(clip_work: Workspace) -> None:

@@ -138,7 +138,7 @@ class Moram(Method):
         else:
             decides = {
                 "trained": super()._fingerprint(task),
-                "moram": self.settings.model_dump(mode="json"),
+                "moram": self.settings.decides(),
                 "head goes on": config.head.kind == "shared",
                 "beneath": on_top_of,
             }

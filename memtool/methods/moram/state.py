@@ -107,7 +107,7 @@ def resolved(settings: MoramSettings, rank: int) -> MoramSettings:
 
 def gate_of(settings: MoramSettings, rank: int) -> AtomGate:
     """The gate that the settings describe."""
-    return AtomGate(**resolved(settings, rank).model_dump(exclude={"keys"}))
+    return AtomGate(**resolved(settings, rank).model_dump(exclude={"keys", "frozen_scaling"}))
 
 
 def bank_of(

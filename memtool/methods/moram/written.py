@@ -59,6 +59,8 @@ class Written:
         if images:
             self._require_same_head()
         meta = adapter.meta if images else {**adapter.meta, "hyperparameters": self._trained_with()}
+        if self.settings.frozen_scaling == "one":
+            meta = {**meta, "scaling": 1.0}
         txn.add_atoms(adapter.name, adapter.value.numpy(), meta)
         if images:
             self._put_head()
@@ -143,7 +145,7 @@ class Written:
         if learned_under(trained, stream) != learned_under(config, stream):
             raise MismatchError(
                 f"{self.adapter.path} learned under head {given.kind} "
-                f"{given.model_dump(include={'scale', 'rivals'})}",
+                f"{given.model_dump(include={'scale', 'rivals', 'texts'})}",
                 expected=f"head {config.head.kind}, as configured",
                 remedy=f"memtool train-adapter --task {self.adapter.meta['task']} --fresh",
             )
