@@ -289,7 +289,7 @@ class Engine:
         saved_at = time.monotonic()
         with _interruptible() as interrupted:
             while done < total:
-                factor = one_cycle(done / total, settings.warmup)
+                factor = rate_factor(done / total, settings)
                 rate = settings.final_lr + factor * (settings.lr - settings.final_lr)
                 for group in optimizer.param_groups:
                     group["lr"] = rate * group["factor"]
@@ -307,7 +307,8 @@ class Engine:
                         remedy=f"a smaller learning rate than {settings.lr:g}, "
                         "or --precision fp32; nothing was written",
                     )
-                _clip(trained.values(), batches.groups, settings.clip)
+                if settings.clip is not None:
+                    _clip(trained.values(), batches.groups, settings.clip)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 if after_step is not None:
@@ -429,6 +430,13 @@ def _clip(parameters: Iterable[nn.Parameter], groups: int, largest: float) -> No
     factor = (largest / (norms + 1e-6)).clamp(max=1).unsqueeze(1)
     for part in slices:
         part.mul_(factor)
+
+
+def rate_factor(progress: float, settings: TrainSettings) -> float:
+    """Factor on the learning rate at `progress` (0 … 1): one cycle, or constant after its rise."""
+    if settings.schedule == "constant" and progress >= settings.warmup:
+        return 1.0
+    return one_cycle(progress, settings.warmup)
 
 
 def one_cycle(progress: float, warmup: float) -> float:

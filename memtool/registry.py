@@ -49,6 +49,7 @@ SHIPPED: Mapping[Kind, Mapping[str, str]] = {
         "o-lora": "memtool.methods.baselines.o_lora:OLora",
         "inf-lora": "memtool.methods.baselines.inf_lora:InfLora",
         "moe-lora": "memtool.methods.baselines.moe_lora:MoeLora",
+        "text-keys": "memtool.methods.baselines.text_keys:TextKeys",
         "joint": "memtool.methods.baselines.joint:joint",
         "erm": "memtool.methods.baselines.sources:trained_sources",
     },

@@ -9,6 +9,7 @@
     o-lora       a LoRA per task, summed, pressed to be orthogonal
     inf-lora     a LoRA per task, summed, its A fixed where old tasks do not see it
     moe-lora     as many LoRA as tasks, mixed by a learned router
+    text-keys    a LoRA per task, mixed by keys that are its class names (xtail); where it is named
     joint        one LoRA on all tasks at once: an upper bound
 
 Each is written once, on `Learner`, and learns images and texts alike. It sees a task's samples only
@@ -39,6 +40,7 @@ from memtool.methods.baselines.lwf import Lwf
 from memtool.methods.baselines.moe_lora import MoeLora
 from memtool.methods.baselines.o_lora import OLora
 from memtool.methods.baselines.sources import DG_BASELINES, HeldOut, trained_sources
+from memtool.methods.baselines.text_keys import TextKeys
 from memtool.methods.baselines.zero_shot import InContext, ZeroShot, once
 from memtool.registry import find
 from memtool.streams.task import Images, Task
@@ -47,6 +49,7 @@ from memtool.workspace import Workspace
 __all__ = [
     "BASELINES",
     "DG_BASELINES",
+    "RIVALS",
     "Baseline",
     "HeldOut",
     "baseline",
@@ -63,13 +66,18 @@ BASELINES: dict[str, Baseline] = {
     "frozen": frozen,
     "fine-tune": partial(in_turn, FineTune),
     **{kind.id: partial(in_turn, kind) for kind in (Learner, Ewc, Lwf, OLora, InfLora, MoeLora)},
+    "text-keys": partial(in_turn, TextKeys),
     "joint": joint,
 }
 """Every baseline of an order of tasks, by the name of its result file."""
 
-_NOT_OF_IMAGES = ("zero-shot", "in-context", "fine-tune")
+RIVALS = ("text-keys",)
+"""What `all` leaves out and is measured where it is named. One that a setting does not have is an
+error there."""
+
+_NOT_OF_IMAGES = ("zero-shot", "in-context", "fine-tune", "text-keys")
 _NOT_OF_FIXED_HEADS = ("in-context", "frozen", "ewc")
-_NOT_OF_TEXTS = ("frozen",)
+_NOT_OF_TEXTS = ("frozen", "text-keys")
 
 
 def baselines_of(reads: str, *, fixed_head: bool = False) -> Mapping[str, Baseline]:

@@ -33,7 +33,7 @@ from memtool.methods.in_store import HEAD, features_blob
 from memtool.methods.method import require_unmoved
 from memtool.methods.mira.count import count_queries, count_task
 from memtool.methods.mira.inventory import Inventory, inventory_of
-from memtool.methods.mira.keys import start_keys
+from memtool.methods.mira.keys import Draws, start_keys
 from memtool.methods.mira.learn import learn
 from memtool.methods.mira.measure import Measure, drift_degrees
 from memtool.methods.mira.protect import Protection
@@ -143,12 +143,13 @@ def _count(known: Inventory) -> None:
 def _start(known: Inventory) -> Start:
     """The keys before they learn, when nothing speaks against making them."""
     config, before = known.config, known.before
+    blocks = memory_blocks(config.memory, known.work.layout)
     keys = start_keys(
         config.consolidate,
         config.memory,
         list(known.queries.values()),
         known.adapter_tasks,
-        known.work.engine.generator(known.work.seed),
+        Draws(known.work.seed, known.tasks, blocks),
     )
     _require_can_learn(known)
     kept, past = _kept(known), _past(known)
@@ -156,7 +157,6 @@ def _start(known: Inventory) -> Start:
         # Closed-form keys are relative to each other: all are solved anew.
         keys[:, :kept] = before
     if past is not None:
-        blocks = memory_blocks(config.memory, known.work.layout)
         keys[:, kept:] = past.free_keys(blocks, keys[:, kept:])
     return Start(keys, kept, past)
 
