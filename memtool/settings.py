@@ -19,7 +19,7 @@ from memtool_stores import limits
 from memtool_stores.limits import Limits
 
 Setting = Literal["dil", "til", "cil", "dg", "mts", "xtail", "trace"]
-HeadKind = Literal["lda", "ridge", "ncm", "grown", "shared", "prototype", "text"]
+HeadKind = Literal["lda", "ridge", "rp-ridge", "ncm", "grown", "shared", "prototype", "text"]
 Augment = Literal["none", "flip-crop"]
 
 
@@ -137,9 +137,10 @@ class HeadSettings(Settings):
 
     kind: HeadKind = Field(
         "lda",
-        description="closed form (lda, ridge, ncm), grown: trained with the adapters, class by "
-        "class; shared: one that learns on through every consolidation; known for all classes in "
-        "advance (xtail): prototype, of frozen features; text, of a text tower",
+        description="closed form (lda, ridge, ncm; rp-ridge: ridge on a random projection), grown: "
+        "trained with the adapters, class by class; shared: one that learns on through every "
+        "consolidation; known for all classes in advance (xtail): prototype, of frozen features; "
+        "text, of a text tower",
     )
     scope: Literal["shared", "task"] = Field(
         "task", description="one head for all tasks, or each task's own, recalled with its adapter"
@@ -150,6 +151,15 @@ class HeadSettings(Settings):
         "the memory recalls",
     )
     ridge: Annotated[float, Field(gt=0)] = Field(1e-2, description="ridge, relative to the trace")
+    width: Annotated[int, Field(ge=1, le=1_000_000)] = Field(
+        10_000,
+        description="rp-ridge: random features; the memory that it takes grows with the square",
+    )
+    penalty: Literal["trace", "folds"] = Field(
+        "trace",
+        description="rp-ridge: the penalty is head.ridge relative to the trace, or what is best on "
+        "one of five training images of every class",
+    )
     scale: Annotated[float, Field(gt=0)] = Field(
         30.0, description="prototype: logits are cosines times this"
     )
@@ -402,6 +412,8 @@ READ_UNDER: tuple[tuple[str, str, tuple[str | None, ...]], ...] = (
     ("head.kind", "method", ("mira", "moram")),
     ("head.scope", "method", ("mira", "moram")),
     ("head.features", "method", ("mira",)),
+    ("head.width", "head.kind", ("rp-ridge",)),
+    ("head.penalty", "head.kind", ("rp-ridge",)),
     ("head.scale", "head.kind", ("prototype",)),
     ("head.rivals", "head.kind", ("prototype",)),
     ("moram.scaled_threshold", "moram.score_norm", ("bank",)),

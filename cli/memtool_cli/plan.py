@@ -52,7 +52,8 @@ def _facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
         ("backbone", f"{plan['backbone']}, {plan['device']}, {plan['precision']}"),
     ]
     if plan["head"] is not None:
-        rows.append(("head", plan["head"] + _SCOPES[plan["head_scope"]]))
+        beside = "" if plan["head_bytes"] is None else f", {size(plan['head_bytes'])} of moments"
+        rows.append(("head", plan["head"] + _SCOPES[plan["head_scope"]] + beside))
     rows.append(("batch size", str(plan["batch_size"])))
     if plan["consolidation_epochs"] is not None:
         epochs = plan["consolidation_epochs"]

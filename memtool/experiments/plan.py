@@ -63,6 +63,7 @@ def plan(config: Config, *, seed: int, verb: str) -> dict[str, Any]:
         "device": str(work.engine.device),
         "precision": work.engine.precision,
         "head": head.kind if head else None,
+        "head_bytes": needed.total if head and (needed := work.projection_bytes) else None,
         "head_scope": head.scope if head and _has_scope(head) else None,
         "tasks": [task.name for task in tasks],
         "train_samples": [task.train for task in tasks],

@@ -52,7 +52,7 @@ from memtool.settings import Config
 from memtool.streams.task import Images, Task, spread
 from memtool.workspace import Workspace, require_learnable
 
-SOLVED = ("lda", "ridge", "ncm")
+SOLVED = ("lda", "ridge", "rp-ridge", "ncm")
 """Heads that are solved from moments of the features."""
 
 
@@ -267,7 +267,8 @@ def _learn(
         return head, None
     resolved = config.head.features == "recalled"
     teacher, shown = head, known.opened(known.fresh)
-    if resolved or (config.head.scope == "shared" and config.head.kind in ("ridge", "ncm")):
+    of_all = config.head.scope == "shared" and config.head.kind in ("ridge", "ncm")
+    if resolved or of_all or config.head.kind == "rp-ridge":
         # A head that is solved anew afterwards learns along, as one trained by gradient
         # does: solved now it would leave the keys nothing to learn. Else keys learn under
         # the head as it is, or under lda, whose scores are log posteriors.
