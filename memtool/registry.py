@@ -50,6 +50,9 @@ SHIPPED: Mapping[Kind, Mapping[str, str]] = {
         "inf-lora": "memtool.methods.baselines.inf_lora:InfLora",
         "moe-lora": "memtool.methods.baselines.moe_lora:MoeLora",
         "joint": "memtool.methods.baselines.joint:joint",
+        "ranpac": "memtool.methods.baselines.ranpac:RANPAC",
+        "aper": "memtool.methods.baselines.aper:APER",
+        "fsa": "memtool.methods.baselines.fsa:FSA",
         "erm": "memtool.methods.baselines.sources:trained_sources",
     },
     "backbones": {

@@ -251,27 +251,19 @@ class Workspace:
         projected = ProjectedMoments(dim, head.width, self.seed, classes)
         return FeatureStatistics(dim, classes, projected)
 
-    @property
-    def projection_bytes(self) -> ProjectionBytes | None:
-        """What the random projection of `head.kind` rp-ridge takes; None of another head."""
-        if self.reads == "texts" or self.config.head.kind != "rp-ridge":
-            return None
-        return self._projection_bytes(self.config.head.width)
-
-    def _projection_bytes(self, width: int) -> ProjectionBytes:
+    def projection_bytes(self, width: int) -> ProjectionBytes:
+        """What moments of a random projection so wide take, of all tasks."""
         samples = [len(task.train) for task in self.stream.tasks]
         return ProjectionBytes.of(width, len(self.stream.class_names), samples)
 
-    def _require_room_for_projection(self) -> None:
-        """Raise CapacityError where moments of a random projection do not fit into the memory."""
-        needed = self.projection_bytes
-        if needed is None:
-            return
-        available, width = available_bytes(torch.device("cpu")), self.config.head.width
+    def require_room_for_projection(self) -> None:
+        """Raise CapacityError where a random projection is wider than the memory allows."""
+        width, available = self.config.head.width, available_bytes(torch.device("cpu"))
+        needed = self.projection_bytes(width)
         if needed.total <= available:
             return
         fits = width
-        while fits > 1 and self._projection_bytes(fits).total > available:
+        while fits > 1 and self.projection_bytes(fits).total > available:
             fits //= 2
         raise CapacityError(
             f"head.width {width:,} takes about {needed.total:,} bytes: {needed.kept:,} for the "
@@ -295,7 +287,8 @@ class Workspace:
         It names the task and whether the text is for training or testing. Of images CapacityError
         for a random projection that is wider than the memory of the machine allows.
         """
-        self._require_room_for_projection()
+        if self.reads == "images" and self.config.head.kind == "rp-ridge":
+            self.require_room_for_projection()
         if self.reads != "texts" or self.config.text.long_prompts != "refuse":
             return
         for task in tasks:

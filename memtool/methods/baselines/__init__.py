@@ -11,6 +11,12 @@
     moe-lora     as many LoRA as tasks, mixed by a learned router
     joint        one LoRA on all tasks at once: an upper bound
 
+Rivals, measured where they are named (`RIVALS`):
+
+    ranpac       an adapter of the first task, ridge on a random projection of its features
+    aper         the same adapter beside the frozen model, nearest class mean by cosine
+    fsa          the same adapter, linear discriminant analysis
+
 Each is written once, on `Learner`, and learns images and texts alike. It sees a task's samples only
 while it learns that task, as the memory does (joint excepted). Of images the features are read four
 ways (`reading.py`): by the linear head trained along, by a ridge or an LDA head from running
@@ -29,16 +35,19 @@ from typing import Any
 from memtool.errors import ConfigError
 from memtool.evaluation.record import Row
 from memtool.learning.learner import Learner
+from memtool.methods.baselines.aper import APER
 from memtool.methods.baselines.ewc import Ewc
 from memtool.methods.baselines.fine_tune import FineTune
 from memtool.methods.baselines.frozen import frozen
+from memtool.methods.baselines.fsa import FSA
 from memtool.methods.baselines.in_turn import in_turn
 from memtool.methods.baselines.inf_lora import InfLora
 from memtool.methods.baselines.joint import joint
 from memtool.methods.baselines.lwf import Lwf
 from memtool.methods.baselines.moe_lora import MoeLora
 from memtool.methods.baselines.o_lora import OLora
-from memtool.methods.baselines.sources import DG_BASELINES, HeldOut, trained_sources
+from memtool.methods.baselines.ranpac import RANPAC
+from memtool.methods.baselines.sources import OF_SOURCES, HeldOut, trained_sources
 from memtool.methods.baselines.zero_shot import InContext, ZeroShot, once
 from memtool.registry import find
 from memtool.streams.task import Images, Task
@@ -47,11 +56,14 @@ from memtool.workspace import Workspace
 __all__ = [
     "BASELINES",
     "DG_BASELINES",
+    "FIRST_SESSION",
+    "RIVALS",
     "Baseline",
     "HeldOut",
     "baseline",
     "baselines_of",
     "held_out_baseline",
+    "require",
     "source_of",
 ]
 
@@ -64,12 +76,25 @@ BASELINES: dict[str, Baseline] = {
     "fine-tune": partial(in_turn, FineTune),
     **{kind.id: partial(in_turn, kind) for kind in (Learner, Ewc, Lwf, OLora, InfLora, MoeLora)},
     "joint": joint,
+    **{one.id: one.in_turn for one in (RANPAC, APER, FSA)},
 }
 """Every baseline of an order of tasks, by the name of its result file."""
 
+DG_BASELINES = {**OF_SOURCES, **{one.id: one.on_sources for one in (RANPAC, APER)}}
+"""Those of domain generalisation: workspace, source tasks and held-out samples to what is reached.
+
+FSA is `erm` there, under its LDA head."""
+
+FIRST_SESSION = (RANPAC.id, APER.id, FSA.id)
+"""Those that learn on the first task alone."""
+
+RIVALS = FIRST_SESSION
+"""What `all` leaves out and is measured where it is named. One that a setting does not have is an
+error there."""
+
 _NOT_OF_IMAGES = ("zero-shot", "in-context", "fine-tune")
-_NOT_OF_FIXED_HEADS = ("in-context", "frozen", "ewc")
-_NOT_OF_TEXTS = ("frozen",)
+_NOT_OF_FIXED_HEADS = ("in-context", "frozen", "ewc", *FIRST_SESSION)
+_NOT_OF_TEXTS = ("frozen", *FIRST_SESSION)
 
 
 def baselines_of(reads: str, *, fixed_head: bool = False) -> Mapping[str, Baseline]:
@@ -80,6 +105,12 @@ def baselines_of(reads: str, *, fixed_head: bool = False) -> Mapping[str, Baseli
     else:
         without = _NOT_OF_FIXED_HEADS if fixed_head else _NOT_OF_IMAGES
     return {name: baseline for name, baseline in BASELINES.items() if name not in without}
+
+
+def require(name: str, work: Workspace) -> None:
+    """Raise MemtoolError for a baseline that cannot learn what a workspace has, or has no room."""
+    if name == RANPAC.id:
+        RANPAC.require(work)
 
 
 def baseline(name: str) -> Baseline:

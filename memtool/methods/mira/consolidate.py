@@ -91,10 +91,12 @@ def consolidate(
 
     `began` is when the verb began, in seconds of `time.perf_counter`. Raises NotFoundError for a
     memory without adapters, ConfigError for settings that do not go with each other or with what
-    is in memory, DataError for a task that nothing can be learned from, DivergedError, and
-    ChangedMeanwhileError where another process committed.
+    is in memory, DataError for a task that nothing can be learned from, DivergedError,
+    CapacityError for a random projection that is too wide, and ChangedMeanwhileError where another
+    process committed.
     """
     known = inventory_of(work, snapshot)
+    work.require_fitting(())
     _count(known)
     start = _start(known)
     model = _model(known, start.keys)
