@@ -153,7 +153,7 @@ class HeadSettings(Settings):
     ridge: Annotated[float, Field(gt=0)] = Field(1e-2, description="ridge, relative to the trace")
     width: Annotated[int, Field(ge=1, le=1_000_000)] = Field(
         10_000,
-        description="rp-ridge: random features; the memory that it takes grows with the square",
+        description="rp-ridge, ranpac: random features; memory grows with their square",
     )
     penalty: Literal["trace", "folds"] = Field(
         "trace",
@@ -412,11 +412,11 @@ READ_UNDER: tuple[tuple[str, str, tuple[str | None, ...]], ...] = (
     ("head.kind", "method", ("mira", "moram")),
     ("head.scope", "method", ("mira", "moram")),
     ("head.features", "method", ("mira",)),
-    ("head.width", "head.kind", ("rp-ridge",)),
     ("head.penalty", "head.kind", ("rp-ridge",)),
     ("head.scale", "head.kind", ("prototype",)),
     ("head.rivals", "head.kind", ("prototype",)),
     ("moram.scaled_threshold", "moram.score_norm", ("bank",)),
+    ("first_session", "stream.setting", ("dil", "cil", "dg")),
     ("modulation.predictor_epochs", "stream.setting", ("mts", "trace")),
     ("modulation.predictor_lr", "stream.setting", ("mts", "trace")),
 )
