@@ -51,6 +51,9 @@ SHIPPED: Mapping[Kind, Mapping[str, str]] = {
         "moe-lora": "memtool.methods.baselines.moe_lora:MoeLora",
         "text-keys": "memtool.methods.baselines.text_keys:TextKeys",
         "joint": "memtool.methods.baselines.joint:joint",
+        "ranpac": "memtool.methods.baselines.ranpac:RANPAC",
+        "aper": "memtool.methods.baselines.aper:APER",
+        "fsa": "memtool.methods.baselines.fsa:FSA",
         "erm": "memtool.methods.baselines.sources:trained_sources",
     },
     "backbones": {

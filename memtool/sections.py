@@ -258,15 +258,26 @@ class PastSettings(Settings):
         return self.energy if self.rule == "energy" else [self.energy, self.rule]
 
 
+class FirstSessionSettings(Settings):
+    """Baselines that learn on the first task alone: ranpac, aper, fsa."""
+
+    epochs: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="passes over the first task's images; none: those of every adapter"
+    )
+
+
+OF_BASELINES: Mapping[str, type[Settings]] = {
+    "past": PastSettings,
+    "first_session": FirstSessionSettings,
+}
+"""The sections that baselines read, which other people's methods are measured against, too."""
+
 SECTIONS: Mapping[str, Mapping[str, type[Settings]]] = {
-    "mira": {"memory": MemorySettings, "consolidate": ConsolidateSettings, "past": PastSettings},
-    "moram": {"moram": MoramSettings, "past": PastSettings},
-    "modulation": {"modulation": ModulationSettings, "past": PastSettings},
+    "mira": {"memory": MemorySettings, "consolidate": ConsolidateSettings, **OF_BASELINES},
+    "moram": {"moram": MoramSettings, **OF_BASELINES},
+    "modulation": {"modulation": ModulationSettings, **OF_BASELINES},
 }
 """The sections of every method that ships, by method."""
-
-OF_BASELINES: Mapping[str, type[Settings]] = {"past": PastSettings}
-"""The sections that baselines read, which other people's methods are measured against, too."""
 
 
 def sections_of(method: str, taken: Callable[[str], bool]) -> dict[str, type[Settings]]:

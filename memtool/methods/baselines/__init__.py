@@ -12,6 +12,12 @@
     text-keys    a LoRA per task, mixed by keys that are its class names (xtail); where it is named
     joint        one LoRA on all tasks at once: an upper bound
 
+Rivals, measured where they are named (`RIVALS`):
+
+    ranpac       an adapter of the first task, ridge on a random projection of its features
+    aper         the same adapter beside the frozen model, nearest class mean by cosine
+    fsa          the same adapter, linear discriminant analysis
+
 Each is written once, on `Learner`, and learns images and texts alike. It sees a task's samples only
 while it learns that task, as the memory does (joint excepted). Of images the features are read four
 ways (`reading.py`): by the linear head trained along, by a ridge or an LDA head from running
@@ -30,16 +36,19 @@ from typing import Any
 from memtool.errors import ConfigError
 from memtool.evaluation.record import Row
 from memtool.learning.learner import Learner
+from memtool.methods.baselines.aper import APER
 from memtool.methods.baselines.ewc import Ewc
 from memtool.methods.baselines.fine_tune import FineTune
 from memtool.methods.baselines.frozen import frozen
+from memtool.methods.baselines.fsa import FSA
 from memtool.methods.baselines.in_turn import in_turn
 from memtool.methods.baselines.inf_lora import InfLora
 from memtool.methods.baselines.joint import joint
 from memtool.methods.baselines.lwf import Lwf
 from memtool.methods.baselines.moe_lora import MoeLora
 from memtool.methods.baselines.o_lora import OLora
-from memtool.methods.baselines.sources import DG_BASELINES, HeldOut, trained_sources
+from memtool.methods.baselines.ranpac import RANPAC
+from memtool.methods.baselines.sources import OF_SOURCES, HeldOut, trained_sources
 from memtool.methods.baselines.text_keys import TextKeys
 from memtool.methods.baselines.zero_shot import InContext, ZeroShot, once
 from memtool.registry import find
@@ -49,12 +58,14 @@ from memtool.workspace import Workspace
 __all__ = [
     "BASELINES",
     "DG_BASELINES",
+    "FIRST_SESSION",
     "RIVALS",
     "Baseline",
     "HeldOut",
     "baseline",
     "baselines_of",
     "held_out_baseline",
+    "require",
     "source_of",
 ]
 
@@ -68,16 +79,25 @@ BASELINES: dict[str, Baseline] = {
     **{kind.id: partial(in_turn, kind) for kind in (Learner, Ewc, Lwf, OLora, InfLora, MoeLora)},
     "text-keys": partial(in_turn, TextKeys),
     "joint": joint,
+    **{one.id: one.in_turn for one in (RANPAC, APER, FSA)},
 }
 """Every baseline of an order of tasks, by the name of its result file."""
 
-RIVALS = ("text-keys",)
+DG_BASELINES = {**OF_SOURCES, **{one.id: one.on_sources for one in (RANPAC, APER)}}
+"""Those of domain generalisation: workspace, source tasks and held-out samples to what is reached.
+
+FSA is `erm` there, under its LDA head."""
+
+FIRST_SESSION = (RANPAC.id, APER.id, FSA.id)
+"""Those that learn on the first task alone."""
+
+RIVALS = ("text-keys", *FIRST_SESSION)
 """What `all` leaves out and is measured where it is named. One that a setting does not have is an
 error there."""
 
 _NOT_OF_IMAGES = ("zero-shot", "in-context", "fine-tune", "text-keys")
-_NOT_OF_FIXED_HEADS = ("in-context", "frozen", "ewc")
-_NOT_OF_TEXTS = ("frozen", "text-keys")
+_NOT_OF_FIXED_HEADS = ("in-context", "frozen", "ewc", *FIRST_SESSION)
+_NOT_OF_TEXTS = ("frozen", "text-keys", *FIRST_SESSION)
 
 
 def baselines_of(reads: str, *, fixed_head: bool = False) -> Mapping[str, Baseline]:
@@ -88,6 +108,12 @@ def baselines_of(reads: str, *, fixed_head: bool = False) -> Mapping[str, Baseli
     else:
         without = _NOT_OF_FIXED_HEADS if fixed_head else _NOT_OF_IMAGES
     return {name: baseline for name, baseline in BASELINES.items() if name not in without}
+
+
+def require(name: str, work: Workspace) -> None:
+    """Raise MemtoolError for a baseline that cannot learn what a workspace has, or has no room."""
+    if name == RANPAC.id:
+        RANPAC.require(work)
 
 
 def baseline(name: str) -> Baseline:
