@@ -50,6 +50,10 @@ SHIPPED: Mapping[Kind, Mapping[str, str]] = {
         "inf-lora": "memtool.methods.baselines.inf_lora:InfLora",
         "moe-lora": "memtool.methods.baselines.moe_lora:MoeLora",
         "joint": "memtool.methods.baselines.joint:joint",
+        "l2p": "memtool.methods.baselines.l2p:L2p",
+        "dual-prompt": "memtool.methods.baselines.dual_prompt:DualPrompt",
+        "coda-prompt": "memtool.methods.baselines.coda_prompt:CodaPrompt",
+        "s-prompts": "memtool.methods.baselines.s_prompts:s_prompts",
         "erm": "memtool.methods.baselines.sources:trained_sources",
     },
     "backbones": {

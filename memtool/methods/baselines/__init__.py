@@ -11,6 +11,13 @@
     moe-lora     as many LoRA as tasks, mixed by a learned router
     joint        one LoRA on all tasks at once: an upper bound
 
+Rivals, measured where they are named (`RIVALS`):
+
+    l2p          prompts of a pool before the image, found by keys
+    dual-prompt  keys and values in attention, of all tasks and of each
+    coda-prompt  keys and values in attention, a sum that the image weighs
+    s-prompts    a prompt and a head a domain, which is found by centroids (dil)
+
 Each is written once, on `Learner`, and learns images and texts alike. It sees a task's samples only
 while it learns that task, as the memory does (joint excepted). Of images the features are read four
 ways (`reading.py`): by the linear head trained along, by a ridge or an LDA head from running
@@ -29,15 +36,20 @@ from typing import Any
 from memtool.errors import ConfigError
 from memtool.evaluation.record import Row
 from memtool.learning.learner import Learner
+from memtool.methods.baselines.coda_prompt import CodaPrompt
+from memtool.methods.baselines.dual_prompt import DualPrompt
 from memtool.methods.baselines.ewc import Ewc
 from memtool.methods.baselines.fine_tune import FineTune
 from memtool.methods.baselines.frozen import frozen
 from memtool.methods.baselines.in_turn import in_turn
 from memtool.methods.baselines.inf_lora import InfLora
 from memtool.methods.baselines.joint import joint
+from memtool.methods.baselines.l2p import L2p
 from memtool.methods.baselines.lwf import Lwf
 from memtool.methods.baselines.moe_lora import MoeLora
 from memtool.methods.baselines.o_lora import OLora
+from memtool.methods.baselines.prompted import require_prompts
+from memtool.methods.baselines.s_prompts import SPrompts, require_domains, s_prompts
 from memtool.methods.baselines.sources import DG_BASELINES, HeldOut, trained_sources
 from memtool.methods.baselines.zero_shot import InContext, ZeroShot, once
 from memtool.registry import find
@@ -47,11 +59,13 @@ from memtool.workspace import Workspace
 __all__ = [
     "BASELINES",
     "DG_BASELINES",
+    "RIVALS",
     "Baseline",
     "HeldOut",
     "baseline",
     "baselines_of",
     "held_out_baseline",
+    "require",
     "source_of",
 ]
 
@@ -64,12 +78,19 @@ BASELINES: dict[str, Baseline] = {
     "fine-tune": partial(in_turn, FineTune),
     **{kind.id: partial(in_turn, kind) for kind in (Learner, Ewc, Lwf, OLora, InfLora, MoeLora)},
     "joint": joint,
+    **{kind.id: partial(in_turn, kind) for kind in (L2p, DualPrompt, CodaPrompt)},
+    "s-prompts": s_prompts,
 }
 """Every baseline of an order of tasks, by the name of its result file."""
 
+RIVALS = ("l2p", "dual-prompt", "coda-prompt", "s-prompts")
+"""What `all` leaves out and is measured where it is named. One that a setting does not have is an
+error there."""
+
+_PROMPTS = {kind.id: kind.title for kind in (L2p, DualPrompt, CodaPrompt, SPrompts)}
 _NOT_OF_IMAGES = ("zero-shot", "in-context", "fine-tune")
-_NOT_OF_FIXED_HEADS = ("in-context", "frozen", "ewc")
-_NOT_OF_TEXTS = ("frozen",)
+_NOT_OF_FIXED_HEADS = ("in-context", "frozen", "ewc", *_PROMPTS)
+_NOT_OF_TEXTS = ("frozen", *_PROMPTS)
 
 
 def baselines_of(reads: str, *, fixed_head: bool = False) -> Mapping[str, Baseline]:
@@ -80,6 +101,14 @@ def baselines_of(reads: str, *, fixed_head: bool = False) -> Mapping[str, Baseli
     else:
         without = _NOT_OF_FIXED_HEADS if fixed_head else _NOT_OF_IMAGES
     return {name: baseline for name, baseline in BASELINES.items() if name not in without}
+
+
+def require(name: str, work: Workspace) -> None:
+    """Raise ConfigError for a baseline that cannot learn what a workspace has; names say which."""
+    if name in _PROMPTS:
+        require_prompts(work, _PROMPTS[name])
+    if name == SPrompts.id:
+        require_domains(work)
 
 
 def baseline(name: str) -> Baseline:
