@@ -103,11 +103,11 @@ def require_prompts(work: Workspace, title: str) -> None:
         raise ConfigError(
             f"{title} under head.kind {work.config.head.kind}",
             expected="a head that is trained along with the prompts",
-            remedy="--set head.kind=lda",
+            remedy="leave it out of --baselines",
         )
     if not isinstance(work.backbone, WithPrefix):
         raise ConfigError(
             f"{title} with backbone {work.backbone.name}, which takes no prompts",
             expected="a plain Vision Transformer: nano or timm:<model name>",
-            remedy="--set backbone.name=timm:vit_tiny_patch16_224",
+            remedy="--set backbone.name=nano",
         )
