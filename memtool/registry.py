@@ -54,6 +54,7 @@ SHIPPED: Mapping[Kind, Mapping[str, str]] = {
         "dual-prompt": "memtool.methods.baselines.dual_prompt:DualPrompt",
         "coda-prompt": "memtool.methods.baselines.coda_prompt:CodaPrompt",
         "s-prompts": "memtool.methods.baselines.s_prompts:s_prompts",
+        "rail": "memtool.methods.baselines.rail:rail",
         "erm": "memtool.methods.baselines.sources:trained_sources",
     },
     "backbones": {

@@ -17,6 +17,7 @@ Rivals, measured where they are named (`RIVALS`):
     dual-prompt  keys and values in attention, of all tasks and of each
     coda-prompt  keys and values in attention, a sum that the image weighs
     s-prompts    a prompt and a head a domain, which is found by centroids (dil)
+    rail         ridge on projected frozen features, fused with zero-shot scores (known classes)
 
 Each is written once, on `Learner`, and learns images and texts alike. It sees a task's samples only
 while it learns that task, as the memory does (joint excepted). Of images the features are read four
@@ -49,6 +50,7 @@ from memtool.methods.baselines.lwf import Lwf
 from memtool.methods.baselines.moe_lora import MoeLora
 from memtool.methods.baselines.o_lora import OLora
 from memtool.methods.baselines.prompted import require_prompts
+from memtool.methods.baselines.rail import rail
 from memtool.methods.baselines.s_prompts import SPrompts, require_domains, s_prompts
 from memtool.methods.baselines.sources import DG_BASELINES, HeldOut, trained_sources
 from memtool.methods.baselines.zero_shot import InContext, ZeroShot, once
@@ -80,17 +82,18 @@ BASELINES: dict[str, Baseline] = {
     "joint": joint,
     **{kind.id: partial(in_turn, kind) for kind in (L2p, DualPrompt, CodaPrompt)},
     "s-prompts": s_prompts,
+    "rail": rail,
 }
 """Every baseline of an order of tasks, by the name of its result file."""
 
-RIVALS = ("l2p", "dual-prompt", "coda-prompt", "s-prompts")
+RIVALS = ("l2p", "dual-prompt", "coda-prompt", "s-prompts", "rail")
 """What `all` leaves out and is measured where it is named. One that a setting does not have is an
 error there."""
 
 _PROMPTS = {kind.id: kind.title for kind in (L2p, DualPrompt, CodaPrompt, SPrompts)}
-_NOT_OF_IMAGES = ("zero-shot", "in-context", "fine-tune")
+_NOT_OF_IMAGES = ("zero-shot", "in-context", "fine-tune", "rail")
 _NOT_OF_FIXED_HEADS = ("in-context", "frozen", "ewc", *_PROMPTS)
-_NOT_OF_TEXTS = ("frozen", *_PROMPTS)
+_NOT_OF_TEXTS = ("frozen", *_PROMPTS, "rail")
 
 
 def baselines_of(reads: str, *, fixed_head: bool = False) -> Mapping[str, Baseline]:
