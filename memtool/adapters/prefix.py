@@ -27,13 +27,11 @@ from memtool.errors import MismatchError
 class Prefix:
     """Prompts of one batch; see above for the shapes. Nothing of either form changes nothing.
 
-    With `read_tokens` the features of an image are the mean of what comes out where its prompt
-    tokens went in; else they are pooled as the model does, without these tokens.
+    Features are pooled as the model does, without the prompt tokens.
     """
 
     tokens: Tensor | None = None
     attended: Mapping[int, Tensor] = field(default_factory=dict)
-    read_tokens: bool = False
 
     def check(self, batch: int, dim: int, depth: int) -> None:
         """Raise MismatchError for what does not fit a batch of a model so wide and deep."""
@@ -44,8 +42,6 @@ class Prefix:
             raise MismatchError(
                 f"prompt tokens of shape {tuple(tokens.shape)}", expected=f"({batch}, p, {dim})"
             )
-        if self.read_tokens and (tokens is None or not tokens.shape[1]):
-            raise MismatchError("features read at no prompt tokens", expected="at least one token")
         for block, given in self.attended.items():
             if not 0 <= block < depth:
                 raise MismatchError(

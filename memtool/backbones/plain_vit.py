@@ -110,7 +110,7 @@ class PlainViT(nn.Module):
         self.blocks: nn.ModuleList = nn.ModuleList(
             PlainBlock(dim, heads, mlp_ratio * dim) for _ in range(depth)
         )
-        self.norm, self.fc_norm = nn.LayerNorm(dim, eps=_EPSILON), nn.Identity()
+        self.norm = nn.LayerNorm(dim, eps=_EPSILON)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):

@@ -140,10 +140,7 @@ class VitBackbone(WithPrefix):
         for number, block in enumerate(self.vit.blocks):
             mixture = None if recall is None else recall(number, hidden[:, prompts:])
             hidden = block(hidden, mixture, prefix.attended.get(number))
-        hidden = self.vit.norm(hidden)
-        if prefix.read_tokens:
-            return self.vit.fc_norm(hidden[:, :prompts].mean(dim=1))
-        return self.vit.forward_head(hidden[:, prompts:], pre_logits=True)
+        return self.vit.forward_head(self.vit.norm(hidden)[:, prompts:], pre_logits=True)
 
     def hidden(self, pixels: Tensor, block: int) -> Tensor:
         """The input (batch, tokens, dim) of a block of the frozen model."""

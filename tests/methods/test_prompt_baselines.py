@@ -126,7 +126,7 @@ def test_l2p_takes_the_prompts_of_the_nearest_keys(work, tasks):
         pulled += sum(1 - near[m] for m in nearest) / len(images)
         tokens = torch.cat([learner.prompts[m] for m in nearest])
         assert tokens.shape == (TAKEN * LENGTH, work.backbone.dim)
-        expected.append(under(work, image[None], Prefix(tokens[None], read_tokens=True))[0])
+        expected.append(under(work, image[None], Prefix(tokens[None]))[0])
     assert torch.allclose(learner.features(images), torch.stack(expected), atol=1e-5)
     found = learner.penalty(images, None, None).item()
     assert found == pytest.approx(PULL * pulled, rel=1e-4)

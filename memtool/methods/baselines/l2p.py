@@ -1,15 +1,18 @@
 """L2P: a pool of prompts, of which an image takes those whose keys are nearest to it.
 
     x' = [P_{s_1}; …; P_{s_N}; x],   s = the N keys of the highest cos(q(x), k)
-    features = mean of what comes out where the prompts went in
     penalty = λ Σ_i (1 − cos(q(x), k_{s_i}))
 
 q(x) is the feature of the frozen model. Prompts, keys and head learn; the pool is one for all
 tasks. Source: Wang et al. 2022, Learning to Prompt for Continual Learning: M = 10 prompts of length
-5, N = 5, λ = 0.5. Of the public code: prompts and keys start uniform in [0, 0.01).
+5, N = 5, λ = 0.5 (the public code for CIFAR-100: length 10, N = 4, λ = 1). Of that code: prompts
+and keys start uniform in [0, 0.01).
 
-Otherwise than there: every image takes its own prompts (the code, those that most images of a batch
-want), the rate falls along a cosine, and prompts have no position embeddings.
+Otherwise than there: features are the model's own, as Smith et al. 2023 have them in their L2P, and
+not the mean of what comes out where the prompts went in. On ViT-Tiny, CIFAR-100 in five tasks of
+200 training images, three epochs, one seed, they have 30.0 and that mean 20.3. Every image takes
+its own prompts (the code, those that most images of a batch want), the rate falls along a cosine,
+and prompts have no position embeddings.
 """
 
 from __future__ import annotations
@@ -54,7 +57,7 @@ class L2p(Prompted):
     def prefix(self, query: Tensor) -> Prefix:
         """The prompts taken, the nearest first."""
         chosen = self.prompts[self.taken(query)[1]]
-        return Prefix(chosen.flatten(1, 2), read_tokens=True)
+        return Prefix(chosen.flatten(1, 2))
 
     def penalty(self, inputs: Tensor, targets: Tensor, logits: Tensor) -> Tensor:
         """How far the images of a batch are from the keys that they took."""
