@@ -54,6 +54,11 @@ SHIPPED: Mapping[Kind, Mapping[str, str]] = {
         "ranpac": "memtool.methods.baselines.ranpac:RANPAC",
         "aper": "memtool.methods.baselines.aper:APER",
         "fsa": "memtool.methods.baselines.fsa:FSA",
+        "l2p": "memtool.methods.baselines.l2p:L2p",
+        "dual-prompt": "memtool.methods.baselines.dual_prompt:DualPrompt",
+        "coda-prompt": "memtool.methods.baselines.coda_prompt:CodaPrompt",
+        "s-prompts": "memtool.methods.baselines.s_prompts:s_prompts",
+        "rail": "memtool.methods.baselines.rail:rail",
         "erm": "memtool.methods.baselines.sources:trained_sources",
     },
     "backbones": {

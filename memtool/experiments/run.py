@@ -383,9 +383,11 @@ def chosen_baselines(method: Method) -> tuple[str, ...]:
     """The baselines that `run` measures: those of the known that are wanted.
 
     `all` are those without the rivals, which are named. Raises ConfigError for a rival that the
-    setting or the head does not have.
+    setting, the head or the backbone does not have.
     """
     wanted, known = method.config.baselines, known_baselines(method)
+    for name in wanted:
+        require(name, method.workspace)
     absent = [name for name in wanted if name in RIVALS and name not in known]
     if absent:
         raise ConfigError(
@@ -393,8 +395,6 @@ def chosen_baselines(method: Method) -> tuple[str, ...]:
             expected=f"of {', '.join(known)}" if known else "--baselines none",
             remedy=f"leave {absent[0]} out of --baselines",
         )
-    for name in wanted:
-        require(name, method.workspace)
     if not known:
         return ()
     others = [name for name in wanted if name not in ("all", "none", *SHIPPED["baselines"])]
