@@ -50,6 +50,13 @@ SHIPPED: Mapping[Kind, Mapping[str, str]] = {
         "inf-lora": "memtool.methods.baselines.inf_lora:InfLora",
         "moe-lora": "memtool.methods.baselines.moe_lora:MoeLora",
         "joint": "memtool.methods.baselines.joint:joint",
+        "slca": "memtool.methods.baselines.slca:Slca",
+        "ease": "memtool.methods.baselines.ease:Ease",
+        "mos": "memtool.methods.baselines.mos:Mos",
+        "tuna": "memtool.methods.baselines.tuna:Tuna",
+        "sd-lora": "memtool.methods.baselines.sd_lora:SdLora",
+        "er": "memtool.methods.baselines.replay:Er",
+        "der++": "memtool.methods.baselines.der:DerPlusPlus",
         "erm": "memtool.methods.baselines.sources:trained_sources",
     },
     "backbones": {

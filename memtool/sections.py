@@ -211,15 +211,23 @@ class PastSettings(Settings):
     )
 
 
+class ReplaySettings(Settings):
+    """What the baselines keep that replay samples of earlier tasks: er, der++."""
+
+    buffer: Annotated[int, Field(ge=0)] = Field(
+        200, description="samples of all earlier tasks together; 0: none"
+    )
+
+
+OF_BASELINES: Mapping[str, type[Settings]] = {"past": PastSettings, "replay": ReplaySettings}
+"""The sections that baselines read, which other people's methods are measured against, too."""
+
 SECTIONS: Mapping[str, Mapping[str, type[Settings]]] = {
-    "mira": {"memory": MemorySettings, "consolidate": ConsolidateSettings, "past": PastSettings},
-    "moram": {"moram": MoramSettings, "past": PastSettings},
-    "modulation": {"modulation": ModulationSettings, "past": PastSettings},
+    "mira": {"memory": MemorySettings, "consolidate": ConsolidateSettings, **OF_BASELINES},
+    "moram": {"moram": MoramSettings, **OF_BASELINES},
+    "modulation": {"modulation": ModulationSettings, **OF_BASELINES},
 }
 """The sections of every method that ships, by method."""
-
-OF_BASELINES: Mapping[str, type[Settings]] = {"past": PastSettings}
-"""The sections that baselines read, which other people's methods are measured against, too."""
 
 
 def sections_of(method: str, taken: Callable[[str], bool]) -> dict[str, type[Settings]]:

@@ -14,6 +14,7 @@ from memtool_cli.commands import Verbs
 from memtool_cli.options import (
     ADAPTERS,
     BASELINES,
+    BUFFER,
     COMPUTE,
     CONFIGURATION,
     DRY_RUN,
@@ -92,6 +93,7 @@ def demo(
     SPLITS,
     HELD_OUT,
     BASELINES,
+    BUFFER,
     SEED,
     *COMPUTE,
     *CONFIGURATION,

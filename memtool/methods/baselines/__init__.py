@@ -11,6 +11,15 @@
     moe-lora     as many LoRA as tasks, mixed by a learned router
     joint        one LoRA on all tasks at once: an upper bound
 
+Rivals, measured where they are named (`RIVALS`):
+
+    slca         all weights slowly, the head fast and aligned by class Gaussians
+    ease         an adapter per task, features side by side, prototypes completed by likeness
+    mos          adapters merged toward earlier ones, found again by what they predict
+    tuna         the adapter of least entropy beside a universal one merged of all
+    sd-lora      a LoRA per task, old directions fixed, their magnitudes learning on
+    er, der++    replay of kept samples, and of what was said of them: marked, no other keeps data
+
 Each is written once, on `Learner`, and learns images and texts alike. It sees a task's samples only
 while it learns that task, as the memory does (joint excepted). Of images the features are read four
 ways (`reading.py`): by the linear head trained along, by a ridge or an LDA head from running
@@ -29,6 +38,8 @@ from typing import Any
 from memtool.errors import ConfigError
 from memtool.evaluation.record import Row
 from memtool.learning.learner import Learner
+from memtool.methods.baselines.der import DerPlusPlus
+from memtool.methods.baselines.ease import Ease
 from memtool.methods.baselines.ewc import Ewc
 from memtool.methods.baselines.fine_tune import FineTune
 from memtool.methods.baselines.frozen import frozen
@@ -37,8 +48,13 @@ from memtool.methods.baselines.inf_lora import InfLora
 from memtool.methods.baselines.joint import joint
 from memtool.methods.baselines.lwf import Lwf
 from memtool.methods.baselines.moe_lora import MoeLora
+from memtool.methods.baselines.mos import Mos
 from memtool.methods.baselines.o_lora import OLora
+from memtool.methods.baselines.replay import Er
+from memtool.methods.baselines.sd_lora import SdLora
+from memtool.methods.baselines.slca import Slca
 from memtool.methods.baselines.sources import DG_BASELINES, HeldOut, trained_sources
+from memtool.methods.baselines.tuna import Tuna
 from memtool.methods.baselines.zero_shot import InContext, ZeroShot, once
 from memtool.registry import find
 from memtool.streams.task import Images, Task
@@ -47,6 +63,7 @@ from memtool.workspace import Workspace
 __all__ = [
     "BASELINES",
     "DG_BASELINES",
+    "RIVALS",
     "Baseline",
     "HeldOut",
     "baseline",
@@ -64,12 +81,20 @@ BASELINES: dict[str, Baseline] = {
     "fine-tune": partial(in_turn, FineTune),
     **{kind.id: partial(in_turn, kind) for kind in (Learner, Ewc, Lwf, OLora, InfLora, MoeLora)},
     "joint": joint,
+    **{
+        kind.id: partial(in_turn, kind) for kind in (Slca, Ease, Mos, Tuna, SdLora, Er, DerPlusPlus)
+    },
 }
 """Every baseline of an order of tasks, by the name of its result file."""
 
+RIVALS = ("slca", "ease", "mos", "tuna", "sd-lora", "er", "der++")
+"""What `all` leaves out and is measured where it is named: several take more time than all others
+together. One that a setting does not have is an error there."""
+
+_OWN_HEAD = ("slca", "ease", "mos", "tuna", "der++")
 _NOT_OF_IMAGES = ("zero-shot", "in-context", "fine-tune")
-_NOT_OF_FIXED_HEADS = ("in-context", "frozen", "ewc")
-_NOT_OF_TEXTS = ("frozen",)
+_NOT_OF_FIXED_HEADS = ("in-context", "frozen", "ewc", *_OWN_HEAD)
+_NOT_OF_TEXTS = ("frozen", *_OWN_HEAD)
 
 
 def baselines_of(reads: str, *, fixed_head: bool = False) -> Mapping[str, Baseline]:
