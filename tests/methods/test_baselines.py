@@ -17,7 +17,7 @@ from memtool.learning.adapt import adapt
 from memtool.learning.learner import Learner
 from memtool.learning.past_inputs import free_directions
 from memtool.memories.dual_gpm import DualGPM
-from memtool.methods.baselines import baselines_of
+from memtool.methods.baselines import RIVALS, baselines_of
 from memtool.methods.baselines.ewc import STRENGTH as EWC_STRENGTH
 from memtool.methods.baselines.ewc import Ewc
 from memtool.methods.baselines.in_turn import in_turn
@@ -32,7 +32,7 @@ from memtool.streams.task import Images, Task
 from memtool.workspace import Workspace
 from tests.methods.conftest import small_config
 
-BASELINES = baselines_of("images")
+BASELINES = {k: v for k, v in baselines_of("images").items() if k not in RIVALS}
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from memtool.errors import ConfigError
 from memtool.experiments import run as experiment
+from memtool.experiments.plan import plan
 from memtool.heads import LinearClassifier
 from memtool.learning.learner import Learner
 from memtool.methods import open_method
@@ -482,6 +483,17 @@ def test_rivals_are_measured_where_they_are_named(tmp_path: Path) -> None:
     assert not {"slca", "er"} & set(chosen("all"))
     assert chosen("all", "er") == (*chosen("all"), "er")
     assert chosen("tuna", "frozen", "slca") == ("frozen", "slca", "tuna")
+
+
+def test_a_plan_says_how_often_an_image_runs(tmp_path: Path) -> None:
+    config = small_config(tmp_path, baselines=("tuna", "slca", "er", "ease"), **FEW)
+    facts = plan(config, seed=0, verb="run")
+    assert facts["baseline_passes"] == {
+        "ease": {"step": 1, "test": 3},
+        "tuna": {"step": 1, "test": 4},
+        "er": {"step": 2, "test": 1},
+    }
+    assert plan(config, seed=0, verb="write")["baseline_passes"] == {}
 
 
 @pytest.mark.parametrize(

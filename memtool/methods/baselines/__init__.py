@@ -69,6 +69,7 @@ __all__ = [
     "baseline",
     "baselines_of",
     "held_out_baseline",
+    "passes",
     "source_of",
 ]
 
@@ -105,6 +106,13 @@ def baselines_of(reads: str, *, fixed_head: bool = False) -> Mapping[str, Baseli
     else:
         without = _NOT_OF_FIXED_HEADS if fixed_head else _NOT_OF_IMAGES
     return {name: baseline for name, baseline in BASELINES.items() if name not in without}
+
+
+def passes(name: str, tasks: int) -> tuple[int, int]:
+    """How often a rival runs a training image in a step, and a test image after so many tasks."""
+    step = {Er.id: 2, DerPlusPlus.id: 3}
+    test = {Ease.id: tasks, Mos.id: tasks, Tuna.id: tasks + 1}
+    return step.get(name, 1), test.get(name, 1)
 
 
 def baseline(name: str) -> Baseline:
