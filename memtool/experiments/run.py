@@ -388,7 +388,7 @@ def chosen_baselines(method: Method) -> tuple[str, ...]:
     if absent:
         raise ConfigError(
             f"no baseline {absent[0]} {_where(method)}",
-            expected=f"of {', '.join(known)}" if known else "--baselines none",
+            expected=f"one of {', '.join(known)}" if known else "--baselines none",
             remedy=f"leave {absent[0]} out of --baselines",
         )
     if not known:

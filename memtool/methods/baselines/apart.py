@@ -7,6 +7,7 @@ for each of its domains, and the highest of them counts.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import numpy as np
@@ -23,7 +24,7 @@ from memtool.streams.task import Images, Task
 from memtool.workspace import Workspace
 
 
-class Apart(Learner):
+class Apart(Learner, ABC):
     """`kept` are the flat values (numel,) of the tasks so far.
 
     `cell_task` and `cell_class` (cells,) say which task, from 0, and which class a cell is of.
@@ -76,12 +77,12 @@ class Apart(Learner):
         index = self.cell_class.expand(len(scores), -1)
         return found.scatter_reduce(1, index, scores, "amax")
 
+    @abstractmethod
     def scores(self, task: Task) -> Tensor:
         """Scores (n, classes) of a task's test images as the model is now; the highest wins."""
-        raise NotImplementedError
 
 
-class ApartWithHeads(Apart):
+class ApartWithHeads(Apart, ABC):
     """Every task also keeps the head that it trained; one alignment makes them comparable.
 
     `head` has a row for every cell. Adapters all start at the same random A and B = 0, so that
