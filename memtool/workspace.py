@@ -223,8 +223,8 @@ class Workspace:
         )
 
     def counted(self, features: Tensor, samples: Images) -> FeatureStatistics:
-        """Moments of the features (n, dim) of samples, by class of the stream, and their reach."""
-        statistics = FeatureStatistics(self.backbone.dim, len(self.stream.class_names))
+        """Moments of the features (n, f) of samples, by class of the stream, and their reach."""
+        statistics = FeatureStatistics(features.shape[1], len(self.stream.class_names))
         labels = torch.from_numpy(np.asarray(samples.labels))
         statistics.add(features, labels)
         statistics.keep_reach(features, labels)

@@ -99,6 +99,7 @@ def forget(
     if purge:
         forgetting.require_no_holder(store, records)
         call.confirm(f"purge {found} and remove all older versions of main for good")
+    keyed = view.keys() is not None
     result = forgetting.forget(store, names, purge=purge)
     facts: list[tuple[str, str | int]] = [
         ("version", result.version),
@@ -117,6 +118,11 @@ def forget(
     call.out.data(result, Table((), facts), ids=[result.version])
     if purged is None:
         call.out.note("older versions still hold it: memtool rollback brings it back")
+    if keyed and result.left and store.view().keys() is None:
+        call.out.note(
+            "keys and head went with it, as they were made through it: memtool consolidate makes "
+            "new ones, from the samples of the tasks that are left"
+        )
     _say_what_else_holds_it(call, result)
     if purged is not None and purged.left:
         call.out.note("an object store keeps files that are younger than an hour; after that")
