@@ -22,9 +22,9 @@ from memtool.learning.looks import MOST_WIDE, directions
 from memtool.memories.closed_form import QueryStatistics
 from memtool.methods import merge as merging
 from memtool.methods.about import said_by
-from memtool.methods.forget import forget
+from memtool.methods.forget import chosen, forget, looked_under
 from memtool.methods.in_store import HEAD
-from memtool.methods.mira.look import ImageLook
+from memtool.methods.mira.look import ImageLook, passes_of
 from memtool.methods.mira.method import Mira
 from memtool.methods.mira.state import MEMORY, MemoryState
 from memtool.sections import MemorySettings
@@ -146,6 +146,14 @@ def test_a_query_is_what_a_slow_loop_sees(learned, look_at, under, beside, token
             torch.testing.assert_close(seen.beside[row], hand[beside]["final"], rtol=0, atol=1e-10)
 
 
+def _counting(forward, blocks):
+    def run(*given):
+        blocks.append(forward)
+        return forward(*given)
+
+    return run
+
+
 def test_passes_are_shared_and_no_longer_than_asked(learned, monkeypatch) -> None:
     work = learned.workspace
     backbone, runs = work.backbone, []
@@ -159,20 +167,34 @@ def test_passes_are_shared_and_no_longer_than_asked(learned, monkeypatch) -> Non
             return _inner(self, *given)
 
         monkeypatch.setattr(type(backbone), name, run)
-    for look_at, under, features, expected in (
-        (2, "frozen", "own", ["hidden"]),
-        (("final",), "first-adapter", "own+first", ["features"]),
-        (("final",), "both", "recalled+first", ["features", "features"]),
-        (("block:1", "block:2"), "first-adapter", "own+frozen", ["hidden", "features"]),
+    blocks: list[object] = []
+    for block in backbone.blocks:
+        monkeypatch.setattr(block, "forward", _counting(block.forward, blocks))
+    for look_at, under, features, expected, shares in (
+        (2, "frozen", "own", ["hidden"], {"frozen": 0.5}),
+        (("final",), "first-adapter", "own+first", ["features"], {"first": 1}),
+        (
+            *(("final",), "both", "recalled+first"),
+            *(["features", "features"], {"frozen": 1, "first": 1}),
+        ),
+        (
+            *(("block:1", "block:2"), "first-adapter", "own+frozen"),
+            *(["hidden", "features"], {"first": 0.5, "frozen": 1}),
+        ),
     ):
         settings = MemorySettings(look_at=look_at, look_under=under)
         look = ImageLook(backbone, settings, HeadSettings(features=features), own)
         look(backbone, pixels)
         assert runs == expected
+        head = HeadSettings(features=features)
+        assert passes_of(settings, head, backbone.depth) == shares
+        assert len(blocks) == round(backbone.depth * sum(shares.values()))
         runs.clear()
+        blocks.clear()
         look(backbone, pixels, beside=False)
         assert len(runs) == 1 + (under == "both")
         runs.clear()
+        blocks.clear()
 
 
 def test_what_is_too_wide_is_projected_as_texts_are(learned) -> None:
@@ -263,8 +285,11 @@ def test_every_verb_reads_it(first, tmp_path) -> None:
     assert told.outcome.label == result.prediction.label
     assert len(told.familiar) == 3
     module = first.attach()
+    pixels = module.pixels(torch.from_numpy(np.asarray(task.test.images[:3])))
     with torch.no_grad():
-        out = module(torch.from_numpy(np.asarray(task.test.images[:1])))
+        out = module(pixels)
+    whole = torch.export.export(module, (pixels,)).module()(pixels)
+    torch.testing.assert_close(whole.logits, out.logits, rtol=1e-4, atol=1e-4)
     weights = [adapter.coefficient for adapter in result.adapters]
     assert out.weights[0].tolist() == pytest.approx(weights, abs=1e-5)
     assert float(out.novelty[0]) == pytest.approx(result.prediction.novelty, rel=1e-4)
@@ -316,6 +341,8 @@ def test_keys_learn_beside_a_wider_head(folder, tmp_path) -> None:
 
 
 def test_without_the_first_task_everything_is_counted_again(first) -> None:
+    view = first.workspace.store.view("HEAD")
+    assert [looked_under(view, chosen(view, [name])) for name in "123"] == [True, False, False]
     forget(first.workspace.store, ["1"])
     view = first.workspace.store.view("HEAD")
     assert view.keys() is None

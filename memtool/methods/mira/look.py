@@ -52,6 +52,27 @@ def needs_first(settings: MemorySettings, head: HeadSettings) -> bool:
     return "first" in {*looked_under(settings), *read_beside(head)}
 
 
+def passes_of(settings: MemorySettings, head: HeadSettings, depth: int) -> dict[Under, float]:
+    """The share of the blocks of a model that runs in every pass before the recall, by its under.
+
+    Keys and head share a pass.
+    """
+    looked, read = looked_under(settings), read_beside(head)
+    places = each_place(settings.places, depth)
+    last = max([*blocks_in(places, depth, remedy="final"), depth * ("final" in places)])
+    shares = dict.fromkeys(looked, last / depth)
+    return {**shares, **dict.fromkeys(read, 1.0)}
+
+
+def width_of(settings: MemorySettings, depth: int, dim: int) -> int:
+    """Entries of a query, without the constant, over a model of so many blocks, `dim` wide."""
+    if settings.scope != "model":
+        return dim
+    return min(
+        MOST_WIDE, len(looked_under(settings)) * len(each_place(settings.places, depth)) * dim
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class Seen:
     """What was seen of a batch: the `query` (b, width) of one memory, features `beside` (b, f).
@@ -98,7 +119,7 @@ class ImageLook(nn.Module):
                 remedy="memtool consolidate",
             )
         wide = len(self.under) * len(self.places) * backbone.dim
-        self.width = min(wide, MOST_WIDE) if self.under else backbone.dim
+        self.width = width_of(settings, depth, backbone.dim)
         narrow = None
         if wide > MOST_WIDE:
             narrow = directions(wide, MOST_WIDE, torch.device("cpu")).clone()
