@@ -62,6 +62,11 @@ class FrozenModel(nn.Module, ABC):
             if target in targets
         )
 
+    @property
+    def all_sites(self) -> tuple[Site, ...]:
+        """All that the model offers to an adapter, whatever those that are trained here adapt."""
+        return self.sites(self.targets)
+
     def block_dim(self, block: int) -> int:
         """Width of the input of a block, where it is not that of the features."""
         del block

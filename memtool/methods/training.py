@@ -228,6 +228,12 @@ class AdapterTrainer(AdapterWriter[Workspace]):
             earlier = [record for record in earlier if task_of(record) == last]
         if not earlier:
             return None, "zero"
+        if own := [record.name for record in earlier if record.ragged]:
+            raise ConfigError(
+                f"adapter.warm_start {kind} from {own[0]!r}, whose layout is its own",
+                expected="earlier adapters of the rank and layers that are trained here",
+                remedy="--warm-start none",
+            )
         values = torch.from_numpy(view.values([record.id for record in earlier]).copy())
         return values.mean(dim=0), " ".join(record.id for record in earlier)
 

@@ -194,6 +194,9 @@ def test_passes_are_shared_and_no_longer_than_asked(learned, monkeypatch) -> Non
         look(backbone, pixels, beside=False)
         assert len(runs) == 1 + (under == "both")
         runs.clear()
+        assert look(backbone, pixels, query=False).query is None
+        assert runs == ["features"] * ("+" in features)
+        runs.clear()
         blocks.clear()
 
 

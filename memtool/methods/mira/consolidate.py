@@ -24,7 +24,6 @@ from safetensors.torch import save
 from torch import Tensor
 
 import memtool_stores
-from memtool.adapters.values import AdapterValues
 from memtool.engine import FitResult
 from memtool.errors import ConfigError
 from memtool.heads import FeatureStatistics, RecalledHead, solve_recalled_head
@@ -154,7 +153,7 @@ def _start(known: Inventory) -> Start:
         known.adapter_tasks,
         known.work.engine.generator(known.work.seed),
     )
-    _require_can_learn(config)
+    _require_can_learn(known)
     kept, past = _kept(known), _past(known)
     if before is not None and kept and config.consolidate.keys != "closed-form":
         # Closed-form keys are relative to each other: all are solved anew.
@@ -203,8 +202,9 @@ def _learns(config: Config) -> bool:
     return config.consolidate.epochs > 0 or config.consolidate.keys == "random"
 
 
-def _require_can_learn(config: Config) -> None:
+def _require_can_learn(known: Inventory) -> None:
     """Keys learn through a mixture, and values before the head is solved on what they give."""
+    config = known.config
     if _learns(config) and config.memory.routing != "mixture":
         raise ConfigError(
             f"key learning under memory.routing {config.memory.routing}",
@@ -212,6 +212,14 @@ def _require_can_learn(config: Config) -> None:
             remedy="--routing mixture, or --set consolidate.epochs=0 with keys in closed form",
         )
     refines, resolved = config.consolidate.value_lr > 0, config.head.resolved
+    own = next((record.name for record in known.view.adapters if record.ragged), None)
+    if refines and own is not None:
+        raise ConfigError(
+            f"consolidate.value_lr {config.consolidate.value_lr:g} over {own!r}, which is kept as "
+            "the file that it came from",
+            expected="adapters that were trained here, whose values may learn on",
+            remedy="--set consolidate.value_lr=0",
+        )
     if refines and config.head.kind in SOLVED and not resolved:
         raise ConfigError(
             f"consolidate.value_lr {config.consolidate.value_lr:g} with head.features own: "
@@ -222,12 +230,7 @@ def _require_can_learn(config: Config) -> None:
 
 def _model(known: Inventory, keys: Tensor) -> MemoryModel:
     """The memory with these keys, on its frozen backbone."""
-    work, view = known.work, known.view
-    values = AdapterValues.from_flat(
-        torch.from_numpy(view.values().copy()),
-        work.layout,
-        torch.tensor([record.scaling for record in view.adapters], dtype=torch.float32),
-    )
+    work, values = known.work, known.snapshot.values_of(known.view.adapters)
     memory = _memory(known, keys)
     model = MemoryModel(work.backbone, values, memory, known.config.memory, known.look)
     return model.to(work.engine.device).requires_grad_(False)

@@ -126,14 +126,17 @@ class ImageLook(nn.Module):
         self.register_buffer("narrow", narrow, persistent=False)
         self.features_width = backbone.dim * (1 + len(self.beside))
 
-    def forward(self, backbone: Backbone, pixels: Tensor, *, beside: bool = True) -> Seen:
-        """What is seen of preprocessed pixels; without `beside` only what the memory is asked."""
-        read = self.beside if beside else ()
+    def forward(
+        self, backbone: Backbone, pixels: Tensor, *, query: bool = True, beside: bool = True
+    ) -> Seen:
+        """What is seen of preprocessed pixels; without `query` or `beside` only the other."""
+        asked, read = self.under if query else (), self.beside if beside else ()
         parts: list[Tensor] = []
         features: dict[Under, Tensor] = {}
-        for under in dict.fromkeys((*self.under, *read)):
-            seen = self._pass(backbone, pixels, under, whole=under in read)
-            if under in self.under:
+        for under in dict.fromkeys((*asked, *read)):
+            wanted = self.places if under in asked else ()
+            seen = self._pass(backbone, pixels, under, wanted, whole=under in read)
+            if under in asked:
                 parts += [self._pooled(place, seen[place]) for place in self.places]
             if under in read:
                 features[under] = seen["final"]
@@ -141,10 +144,16 @@ class ImageLook(nn.Module):
         return Seen(self._joined(parts), torch.cat(found, dim=1) if found else None)
 
     def _pass(
-        self, backbone: Backbone, pixels: Tensor, under: Under, *, whole: bool
+        self,
+        backbone: Backbone,
+        pixels: Tensor,
+        under: Under,
+        places: Sequence[str],
+        *,
+        whole: bool,
     ) -> dict[str, Tensor]:
         """The places of one pass, by name: hidden states (b, n, dim), and the features (b, dim)."""
-        wanted = self.blocks if under in self.under else set[int]()
+        wanted = self.blocks if places else set[int]()
         recall, seen = self._recall(under), dict[str, Tensor]()
 
         def keep(block: int, hidden: Tensor) -> Mixture | None:
@@ -152,7 +161,7 @@ class ImageLook(nn.Module):
                 seen[f"block:{block}"] = hidden
             return None if recall is None else recall(block, hidden)
 
-        if whole or (under in self.under and "final" in self.places):
+        if whole or "final" in places:
             seen["final"] = backbone.features(pixels, keep)
         elif len(wanted) == 1 and recall is None:
             (last,) = wanted

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memtool.adapters.recalls import every, same_for_all
-from memtool.adapters.values import AdapterValues, Recall
+from memtool.adapters.values import Recall
 from memtool.engine import Engine
 from memtool.errors import ConfigError, NotFoundError
 from memtool.evaluation.matrix import AccuracyMatrix
@@ -106,11 +106,7 @@ class Measure:
                     remedy="memtool eval without --setting til, or --store memory@VERSION from "
                     "before the consolidation",
                 )
-            values = AdapterValues.from_flat(
-                torch.from_numpy(snapshot.view.value(record.id).copy())[None],
-                self.workspace.layout,
-                record.scaling,
-            ).to(engine.device)
+            values = snapshot.values_of([record]).to(engine.device)
             logits = self._logits(every(values), head.to(engine.device), task)
             total = logits if total is None else total + logits
         assert total is not None
