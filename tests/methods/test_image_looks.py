@@ -18,6 +18,7 @@ from torch import Tensor
 from memtool.adapters.values import AdapterValues
 from memtool.config import parse_assignment
 from memtool.errors import ConfigError, MismatchError
+from memtool.experiments.plan import plan
 from memtool.learning.looks import MOST_WIDE, directions
 from memtool.memories.closed_form import QueryStatistics
 from memtool.methods import merge as merging
@@ -29,6 +30,7 @@ from memtool.methods.mira.method import Mira
 from memtool.methods.mira.state import MEMORY, MemoryState
 from memtool.sections import MemorySettings
 from memtool.settings import HeadSettings
+from memtool_cli.plan import _image_cost
 from tests.methods.conftest import small_config
 
 FIRST = {
@@ -309,6 +311,15 @@ def test_every_verb_reads_it(first, tmp_path) -> None:
     said = json.loads(done.stdout)
     assert said["blocks"][0] == pytest.approx(list(result.blocks[0]), abs=1e-6)
     assert said["prediction"]["label"] == result.prediction.label
+
+
+def test_a_plan_counts_what_it_costs(first) -> None:
+    told = plan(first.config, seed=0, verb="run")["cost"]
+    assert (told["frozen"], told["first_adapter"]) == (0, 1)
+    view, moments = first.snapshot().view, first.snapshot().query_statistics().values()
+    assert told["keys_bytes"] == view.keys().nbytes
+    assert told["queries_bytes"] == sum(8 * (m.sums.numel() + m.second.numel()) for m in moments)
+    assert dict(_image_cost(told))["passes of an image"] == "first adapter 1, recalled 1"
 
 
 @pytest.mark.parametrize(("features", "kind"), [("own+frozen", "ridge"), ("recalled+first", "ncm")])
