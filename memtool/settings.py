@@ -20,6 +20,9 @@ from memtool_stores.limits import Limits
 
 Setting = Literal["dil", "til", "cil", "dg", "mts", "xtail", "trace"]
 HeadKind = Literal["lda", "ridge", "rp-ridge", "ncm", "grown", "shared", "prototype", "text"]
+HeadFeatures = Literal[
+    "own", "recalled", "own+frozen", "own+first", "recalled+frozen", "recalled+first"
+]
 Augment = Literal["none", "flip-crop", "crop"]
 
 
@@ -165,10 +168,11 @@ class HeadSettings(Settings):
     scope: Literal["shared", "task"] = Field(
         "task", description="one head for all tasks, or each task's own, recalled with its adapter"
     )
-    features: Literal["own", "recalled"] = Field(
+    features: HeadFeatures = Field(
         "own",
         description="closed form: solved on features under the task's own adapters, or under what "
-        "the memory recalls",
+        "the memory recalls; +frozen, +first: beside them, also when it is read, those of the "
+        "frozen model, or under the adapters of the first task",
     )
     ridge: Annotated[float, Field(gt=0)] = Field(1e-2, description="ridge, relative to the trace")
     width: Annotated[int, Field(ge=1, le=1_000_000)] = Field(
@@ -195,6 +199,16 @@ class HeadSettings(Settings):
     )
 
     later: ClassVar[tuple[str, ...]] = ("texts",)
+
+    @property
+    def resolved(self) -> bool:
+        """Whether it is solved on the features that are recalled."""
+        return self.features.startswith("recalled")
+
+    @property
+    def beside(self) -> str:
+        """Whose features stand beside: "frozen", "first", or "" for none."""
+        return self.features.partition("+")[2]
 
 
 class TextSettings(Settings):

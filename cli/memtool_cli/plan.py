@@ -83,7 +83,7 @@ def _facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
             ),
         ]
     if (cost := plan["cost"]) is not None:
-        rows += _cost(cost)
+        rows += _image_cost(cost) if "frozen" in cost else _cost(cost)
     if plan["baselines"] is not None:
         rows.append(("baselines", ", ".join(plan["baselines"]) or "none"))
     if plan["baseline_passes"]:
@@ -102,6 +102,16 @@ _ASKED = {
     "block": "a prompt, others in every block",
     "token": "every token, others in every block",
 }
+
+
+def _image_cost(cost: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the weights of a memory of images cost."""
+    under = ((cost["frozen"], "frozen"), (cost["first_adapter"], "first adapter"))
+    before = [f"{name} {share:.2g}" for share, name in under if share]
+    return [
+        ("passes of an image", ", ".join([*before, "recalled 1"])),
+        ("keys", f"{size(cost['keys_bytes'])}, moments of queries {size(cost['queries_bytes'])}"),
+    ]
 
 
 def _cost(cost: dict[str, Any]) -> list[tuple[str, str]]:

@@ -36,7 +36,7 @@ def plan(config: Config, *, seed: int, verb: str) -> dict[str, Any]:
     domain is held out in turn (`held_out` None), all have both, and there is a memory for each.
     `bytes_in_all` is of all memories of one seed. Of a language model only the configuration is
     read, and `memory` says in bytes where its memory goes with atoms; None without. `cost` is what
-    a memory of prompts adds, `head_bytes` what a random projection takes, solving included.
+    a memory of mixtures adds, `head_bytes` what a random projection takes, solving included.
     `baseline_passes` are those of baselines that run an image more than once: in a step of
     training, and in a test after the last task. Raises what opening method, data and backbone does.
     """
@@ -55,6 +55,7 @@ def plan(config: Config, *, seed: int, verb: str) -> dict[str, Any]:
         ]
     else:
         tasks, numbers = _image_tasks(work), work.layout.numel
+        cost = method.cost(numbers=numbers, parameters=0, tokens=0)
     in_turn = config.stream.setting == "dg" and config.stream.held_out is None
     memories = len(tasks) if in_turn else 1
     learned = sum(task.epochs > 0 for task in tasks) - in_turn
