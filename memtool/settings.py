@@ -67,8 +67,13 @@ class StreamSettings(Settings):
     shots: Annotated[int, Field(ge=1)] | None = Field(
         None, description="at most so many training images a class"
     )
-    validation: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="share of the training images held out for validation"
+    validation: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="held back from training for validation: a share of every class (texts: of "
+        "every task), or from 1 on so many samples a task",
+    )
+    split: Literal["test", "validation"] = Field(
+        "test", description="what is measured: test samples, or those held back for validation"
     )
     held_out: str | None = Field(
         None, description="for dg: the domain that nothing is learned from; none: each in turn"
@@ -77,6 +82,13 @@ class StreamSettings(Settings):
         "exact-match", description="for a file of lines: how answers are scored"
     )
     seed: Seed = Field(0, description="fixes splits, subsets and transformations")
+
+    @field_validator("validation")
+    @classmethod
+    def _share_or_count(cls, value: float) -> float:
+        if value >= 1 and value != int(value):
+            raise ValueError("a share below 1, or a whole number of samples a task")
+        return value
 
     @property
     def names_texts(self) -> bool:
@@ -388,7 +400,6 @@ READ_UNDER: tuple[tuple[str, str, tuple[str | None, ...]], ...] = (
     ("backbone.image_size", "stream.setting", _OF_IMAGES),
     ("train.augment", "stream.setting", _OF_IMAGES),
     ("stream.shots", "stream.setting", _OF_IMAGES),
-    ("stream.validation", "stream.setting", _OF_IMAGES),
     ("stream.held_out", "stream.setting", _OF_IMAGES),  # without dg it is an error
     ("stream.splits", "stream.setting", _OF_CLASSES),
     ("stream.classes_per_task", "stream.setting", _OF_CLASSES),

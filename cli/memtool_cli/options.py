@@ -89,6 +89,12 @@ GATE = (
 SPLITS = setting(
     "--splits", "stream.splits", "Training", "Tasks that the classes are cut into.", metavar="N"
 )
+SPLIT = setting(
+    "--split",
+    "stream.split",
+    "Memory",
+    "What is measured: test samples, or those held back (stream.validation).",
+)
 HELD_OUT = setting(
     "--held-out",
     "stream.held_out",

@@ -47,6 +47,7 @@ UNLIKE = (
     "stream.train_per_task",
     "stream.test_per_task",
     "stream.validation",
+    "stream.split",
     "backbone.name",
     "backbone.weights",
     "backbone.quantise",

@@ -151,12 +151,18 @@ def _about(records: Sequence[Record], spread: str = SPREAD) -> str:
 
 
 def samples_text(records: Sequence[Record]) -> str:
-    """How many test samples all tasks have: `"n = 1,800"`; empty where a record does not say it."""
+    """How many test samples all tasks have: `"n = 1,800"`; empty where a record does not say it.
+
+    Validation samples are called so.
+    """
     of_tasks = [[task.test_samples or 0 for task in record.run.tasks] for record in records]
     if not all(all(counts) for counts in of_tasks):
         return ""
     sums = [sum(counts) for counts in of_tasks]
-    return "n = " + " to ".join(f"{count:,}" for count in sorted({min(sums), max(sums)}))
+    stream = records[0].run.configuration.get("stream")
+    held_back = isinstance(stream, dict) and stream.get("split") == "validation"
+    text = "n = " + " to ".join(f"{count:,}" for count in sorted({min(sums), max(sums)}))
+    return f"{text} validation samples" if held_back else text
 
 
 def held_out(records: Sequence[Record]) -> bool:

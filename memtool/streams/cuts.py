@@ -14,6 +14,7 @@ from memtool.errors import ConfigError, DataError, did_you_mean
 from memtool.settings import StreamSettings
 from memtool.streams.ordering import (
     balanced,
+    held_back,
     named_places,
     position_in_group,
     random_ranks,
@@ -21,7 +22,7 @@ from memtool.streams.ordering import (
 )
 from memtool.streams.parts import alike
 from memtool.streams.table import Table
-from memtool.streams.task import Stream, Task
+from memtool.streams.task import Images, Stream, Task
 
 _TEST_SHARE = 0.2
 
@@ -42,14 +43,23 @@ def cut(
     seed; under "xtail" each data set does that for itself. `shots` keeps so many training images of
     every class, `train_per_task` and `test_per_task` choose as equally from the classes as they
     can, and a larger number keeps what a smaller one chose; `validation` is then taken from the
-    training images, class by class.
-    `held_out` takes a domain of "dg" out of the tasks, which keep their numbers, and gives all of
-    its images to testing.
+    training images, class by class. `held_out` takes a domain of "dg" out of the tasks, which keep
+    their numbers, and gives all of its images to testing.
+    Under `split` "validation" the images to test on are those held back for validation, and no test
+    image is in the stream; of "dg" those of the domains that are learned from (Gulrajani and
+    Lopez-Paz 2021: training-domain validation).
 
     Raises ConfigError for settings that do not fit the table, and DataError for a table without
-    domains where tasks are domains, for a task with no image or with one class only, and for test
-    images of a class that no task has training images of.
+    domains where tasks are domains, for a task with no image or with one class only, for a
+    validation share that leaves a class empty, and for test images of a class that no task has
+    training images of.
     """
+    if settings.split == "validation" and not settings.validation:
+        raise ConfigError(
+            "stream.split is validation, and stream.validation is 0: no image is held back",
+            expected="a share of the training images, or a number of them a task",
+            remedy="--set stream.validation=0.2, for the training, too",
+        )
     by_domain = settings.setting in _BY_DOMAIN
     groups = _domain_groups(table, settings) if by_domain else _class_groups(table, settings)
     is_test = _test_rows(table, settings)
@@ -131,7 +141,10 @@ def _held_out(table: Table, settings: StreamSettings, tasks: Sequence[Task]) -> 
         ranks = random_ranks(len(table), "subset", settings.seed)
         rows = rows[balanced(table.labels[rows], ranks[rows], settings.test_per_task)]
     nothing = table.samples(rows[:0])
-    return dataclasses.replace(task, train=nothing, validation=nothing, test=table.samples(rows))
+    test = table.samples(rows)
+    if settings.split == "validation":
+        test = Images.joined([one.validation for one in tasks if one is not task])
+    return dataclasses.replace(task, train=nothing, validation=nothing, test=test)
 
 
 def _domain_groups(table: Table, settings: StreamSettings) -> list[tuple[str, list[int]]]:
@@ -220,10 +233,15 @@ def _task(
     validation = train[:0]
     if settings.validation > 0:
         ranks = random_ranks(len(table), "validation", settings.seed)
-        held = stratified(table.labels[train], ranks[train], settings.validation)
+        held = held_back(table.labels[train], ranks[train], settings.validation)
         train, validation = train[~held], train[held]
 
-    _check(table, settings, train, test, f"task {number} ({name}) of {table.name}")
+    where = f"task {number} ({name}) of {table.name}"
+    _check(table, settings, train, test, where)
+    if settings.validation > 0:
+        _check_validation(table, settings.validation, train, validation, where)
+    if settings.split == "validation":
+        test = validation
     if by_domain:
         present = np.union1d(table.labels[train], table.labels[test])
         classes = tuple(int(one) for one in present)
@@ -274,6 +292,37 @@ def _check(
     )
 
 
+def _check_validation(
+    table: Table,
+    wanted: float,
+    train: npt.NDArray[np.int64],
+    validation: npt.NDArray[np.int64],
+    where: str,
+) -> None:
+    """What is held back is of every class of the task, and as much as was asked for."""
+    held = table.labels[validation]
+    empty = np.setdiff1d(table.labels[train], held)
+    if len(empty):
+        one = int(empty[0])
+        more = f" and {len(empty) - 1} other classes" if len(empty) > 1 else ""
+        count = int((table.labels[train] == one).sum())
+        raise DataError(
+            f"stream.validation {wanted:g} leaves {table.class_names[one]}{more} of {where} "
+            f"without a validation image, of {count} training image{'s' if count > 1 else ''}",
+            expected="an image of every class on both sides",
+            remedy="a larger stream.validation"
+            if count > 1
+            else "a larger stream.train_per_task or stream.shots, or more images of the class",
+        )
+    if wanted >= 1 and len(validation) < wanted:
+        raise DataError(
+            f"stream.validation {wanted:g} leaves no training image of some class of {where}, "
+            f"which has {len(train) + len(validation)}",
+            expected=f"at most {len(validation)}, which leaves one image of every class",
+            remedy=f"--set stream.validation={len(validation)}",
+        )
+
+
 def _check_classes(table: Table, tasks: Sequence[Task], held_out: Task | None) -> None:
     """A class that is tested was in the training images of some task: no other can be right."""
     tested = [*tasks, held_out] if held_out is not None else tasks
@@ -308,4 +357,6 @@ def _fingerprint(
     }
     if settings.shots is not None:
         identity["shots"] = settings.shots
+    if settings.split != "test":
+        identity["split"] = settings.split
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
