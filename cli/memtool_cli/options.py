@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from memtool.config import Resolved, parse_assignment, resolve
+from memtool.config import Resolved, is_record, parse_assignment, resolve
 from memtool.errors import ConfigError, NotFoundError, did_you_mean
-from memtool.paths import split_store, without_home
+from memtool.paths import at_home, split_store, without_home
 from memtool.settings import Config
 from memtool_cli import complete
 from memtool_cli.output import Out
@@ -37,6 +37,7 @@ from memtool_stores.printable import printable, shown
 from memtool_stores.redacted import redacted
 
 if TYPE_CHECKING:
+    from memtool.evaluation.selection import Selection
     from memtool.methods.method import Method
     from memtool.progress import Progress
     from memtool_stores import MemoryStore, MemoryView
@@ -180,7 +181,7 @@ CONFIGURATION = (
             typer.Option(
                 "--config",
                 metavar="FILE",
-                help="A YAML file of settings.",
+                help="A YAML file of settings, or the record of a run (.json).",
                 rich_help_panel="Configuration",
             ),
         ],
@@ -339,6 +340,19 @@ class Call:
     def config(self) -> Config:
         """The configuration in force."""
         return self.resolved.config
+
+    @property
+    def selected(self) -> Selection | None:
+        """What the rows of the record of --config were chosen to have; None where it is no record.
+
+        Raises the errors of `read_record`.
+        """
+        file = self.given.get("config")
+        if file is None or not is_record(file):
+            return None
+        from memtool.evaluation.record import read_record
+
+        return read_record(at_home(file)).run.selection
 
     @property
     def seed(self) -> int:

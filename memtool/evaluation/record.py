@@ -17,8 +17,10 @@ from pydantic import (
     ConfigDict,
     Field,
     JsonValue,
+    SerializerFunctionWrapHandler,
     ValidationError,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -27,13 +29,14 @@ from memtool.errors import DataError, MismatchError, NotFoundError
 from memtool.evaluation import metrics as metric_functions
 from memtool.evaluation.matrix import AccuracyMatrix
 from memtool.evaluation.right import Right, right_of
+from memtool.evaluation.selection import Selection
 from memtool_stores.printable import printable, shown
 
 SCHEMA: Final = "memtool.evaluation"
 RECORD: Final = "record.json"
 """What the file of a record is called in the folder of a run."""
-SCHEMA_VERSION: Final = 2
-"""2: rows have `right`. A record of 1 has none; once read, it is as if written now."""
+SCHEMA_VERSION: Final = 3
+"""2: rows have `right`. 3: `run` may have `selection`; a record without one is written as 2."""
 
 Kind = Literal["method", "baseline", "upper bound"]
 Score = Annotated[float, Field(ge=0, le=1)]
@@ -90,7 +93,7 @@ class TaskIdentity(Part):
 
 
 class Run(Part):
-    """What ran."""
+    """What ran; with `selection` the rows have other settings than `configuration`, as it says."""
 
     method: str
     setting: str
@@ -107,6 +110,14 @@ class Run(Part):
     store: str | None = None
     store_version: str | None = None
     created: AwareDatetime
+    selection: Selection | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, write: SerializerFunctionWrapHandler) -> dict[str, JsonValue]:
+        document: dict[str, JsonValue] = write(self)
+        if self.selection is None:
+            document.pop("selection", None)
+        return document
 
     @property
     def task_names(self) -> tuple[str, ...]:
@@ -288,7 +299,7 @@ class Record(Part):
     """One run, evaluated: the three blocks run, metrics and environment."""
 
     schema_name: Literal["memtool.evaluation"] = Field(SCHEMA, alias="schema")
-    schema_version: Literal[1, 2] = SCHEMA_VERSION
+    schema_version: Literal[1, 2, 3] = SCHEMA_VERSION
     run: Run
     metrics: Metrics
     environment: Environment
@@ -297,6 +308,15 @@ class Record(Part):
     @classmethod
     def _written_as_the_newest(cls, _: int) -> int:
         return SCHEMA_VERSION
+
+    @model_serializer(mode="wrap")
+    def _of_the_oldest_that_has_it(
+        self, write: SerializerFunctionWrapHandler
+    ) -> dict[str, JsonValue]:
+        document: dict[str, JsonValue] = write(self)
+        if self.run.selection is None:
+            document["schema_version"] = 2
+        return document
 
     @model_validator(mode="after")
     def _rows_fit_the_tasks(self) -> Record:

@@ -21,7 +21,7 @@ from pydantic import BeforeValidator, TypeAdapter
 import memtool_stores
 from memtool import __version__
 from memtool.alone import alone
-from memtool.config import resolve
+from memtool.config import resolve, with_values
 from memtool.engine import Engine
 from memtool.errors import ConfigError
 from memtool.evaluation.matrix import AccuracyMatrix
@@ -33,7 +33,8 @@ from memtool.evaluation.record import (
     Row,
     write_record,
 )
-from memtool.evaluation.writers import write_avalanche, write_domainbed
+from memtool.evaluation.selection import Selection
+from memtool.evaluation.writers import write_avalanche, write_domainbed, write_results
 from memtool.learning.known import is_fixed, learned_under
 from memtool.methods import open_method
 from memtool.methods.baselines import (
@@ -71,6 +72,8 @@ def run(
     command: str | None = None,
     preset: str | None = None,
     adapters: Path | None = None,
+    selection: Selection | None = None,
+    of: dict[str, str] | None = None,
 ) -> list[Record]:
     """Learn all tasks in order, one memory a seed, then evaluate; one record a seed.
 
@@ -79,10 +82,15 @@ def run(
     a memory `<store>-without-<domain>` of its own and results in `without-<domain>`.
     `resume` False begins anew: the memory is rolled back to its first version (the old one stays
     as a backup branch) and adapters are trained again. `adapters` is the `runs` of another
-    experiment, to go on from the adapters that it trained. Raises BusyError while another process
-    runs the same seed in the same `runs`.
+    experiment, to go on from the adapters that it trained. With `selection` every row has the
+    settings that were chosen for it. `of` is filled with the baseline that each row is of. Raises
+    BusyError while another process runs the same seed in the same `runs`.
     """
-    doing = _Doing(progress, resume, baselines, command, preset)
+    doing = _Doing(
+        progress, resume, baselines, command, preset, selection, {} if of is None else of
+    )
+    if selection is not None:
+        config = with_values(config, selection.memory.values, "what was selected")
     records = []
     for seed in config.seed:
         several = len(config.seed) > 1
@@ -103,6 +111,8 @@ def run(
             records.append(one(place, seed, doing, adapters=shared))
     write_domainbed(records, config.runs / "results.jsonl")
     write_avalanche(records, config.runs / "results.csv")
+    if len(records) > 1 or selection is not None:
+        write_results(records, config.runs / "results.json")
     return records
 
 
@@ -135,6 +145,8 @@ class _Doing:
     baselines: bool
     command: str | None
     preset: str | None
+    selection: Selection | None
+    of: dict[str, str]
 
 
 def _each_domain_in_turn(
@@ -247,11 +259,14 @@ def _one_memory(
     rows[0] = rows[0].model_copy(update={"seconds": spent["adapt"] + spent["consolidate"]})
     if doing.baselines:
         for name in chosen_baselines(method):
-            rows += _baseline(method, name, learned)
+            found = _chosen_rows(method, name, learned, doing)
+            doing.of.update({row.id: name for row in found})
+            rows += found
     if any(row.id == "zero-shot" for row in rows):  # which is the frozen model, of texts
         rows = [row for row in rows if row.id != "frozen" or work.reads == "images"]
     record = record.model_copy(
         update={
+            "run": record.run.model_copy(update={"selection": doing.selection}),
             "metrics": Metrics(rows=tuple(rows)),
             "environment": Environment.here(str(work.engine.device), time.perf_counter() - begin),
         }
@@ -397,6 +412,20 @@ def known_baselines(method: Method) -> tuple[str, ...]:
     if config.stream.setting == "dg":
         return tuple(DG_BASELINES)
     return tuple(baselines_of(reads, fixed_head=reads == "images" and is_fixed(config)))
+
+
+def _chosen_rows(method: Method, name: str, tasks: Sequence[Task], doing: _Doing) -> Sequence[Row]:
+    """The rows of a baseline, each under the settings that were chosen for it where some were."""
+    cells = {} if doing.selection is None else doing.selection.rows_of(name)
+    if not cells:
+        return _baseline(method, name, tasks)
+    found: dict[str, Row] = {}
+    for text, values in {cell.text: cell.values for cell in cells.values()}.items():
+        config = with_values(method.config, values, "what was selected")
+        other = open_method(config, seed=method.seed, progress=doing.progress)
+        rows = _baseline(other, name, list(other.workspace.stream.tasks))
+        found |= {row.id: row for row in rows if row.id in cells and cells[row.id].text == text}
+    return [found[id] for id in cells if id in found]
 
 
 def _baseline(method: Method, name: str, tasks: Sequence[Task]) -> list[Row]:

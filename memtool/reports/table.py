@@ -248,8 +248,19 @@ def methods_grid(records: Sequence[Record]) -> Grid:
         rows=tuple((label(row), *(c[i] for c in cells)) for i, row in enumerate(rows)),
         bold=frozenset(bold),
         rules=_rules(rows),
-        notes=(*notes(rows), *([UNTESTED] if untested(records, rows, averages) else [])),
+        notes=(
+            *notes(rows),
+            *([UNTESTED] if untested(records, rows, averages) else []),
+            *_selected(records),
+        ),
     )
+
+
+def _selected(records: Sequence[Record]) -> tuple[str, ...]:
+    """What the rows were chosen to have, as a sentence; none where nothing was chosen."""
+    selection = records[0].run.selection
+    labels = {row.id: row.label for row in records[0].metrics.rows}
+    return () if selection is None else (selection.sentence(labels),)
 
 
 def tasks_grid(records: Sequence[Record]) -> Grid:

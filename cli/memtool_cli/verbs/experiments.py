@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from memtool.errors import ConfigError
 from memtool.paths import expand
 from memtool.progress import ProgressEvent
 from memtool_cli import records
@@ -74,8 +75,8 @@ def demo(
     epilog=examples(
         "memtool run",
         "memtool run --preset mira-dil --seed 0 --seed 1 --seed 2",
-        "memtool run --preset modulation-mts --splits 50 --memory hopfield",
-        "memtool run --config experiment.yaml --sep affine --report report.html",
+        "memtool run --baselines ewc,lwf --select train.lr=1e-3,3e-3,1e-2 --seed 0 --seed 1",
+        "memtool run --config runs/seed-0/record.json --store again --set runs=again",
     ),
 )
 @verb(
@@ -107,10 +108,31 @@ def run(
             rich_help_panel="Training",
         ),
     ] = True,
+    select: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--select",
+            metavar="KEY=V,V",
+            help="Choose a setting of every row on validation samples, from these values; may be "
+            "repeated.",
+            rich_help_panel="Training",
+        ),
+    ] = None,
+    select_seed: Annotated[
+        int | None,
+        typer.Option(
+            "--select-seed",
+            metavar="N",
+            min=0,
+            help="The seed to choose on, which is not reported.",
+            rich_help_panel="Training",
+        ),
+    ] = None,
     report: ReportFile = None,
 ) -> None:
     """Run a whole experiment, tasks by seeds; goes on where an earlier run was stopped."""
     from memtool.experiments import run as experiment
+    from memtool.experiments import select as choosing
     from memtool.methods import open_method
 
     call.refuse_version()
@@ -119,17 +141,26 @@ def run(
     absent = [name for name in call.config.baselines if name not in ("all", "none", *chosen)]
     if absent and known:
         call.out.note(f"no baseline {', '.join(absent)} here; there are {', '.join(known)}")
-    if call.dry_run:
-        return show_plan(call, "run")
-    report = report and call.writes_to(report)
-    with call.out.progress() as progress:
-        found = experiment.run(
-            call.config,
-            progress=progress,
-            resume=resume,
-            command=call.line,
-            preset=call.resolved.preset,
+    if select_seed is not None and not select:
+        raise ConfigError(
+            f"--select-seed {select_seed} without --select", remedy="--select train.lr=1e-3,3e-3"
         )
+    cells = choosing.cells_of(call.config, select) if select else ()
+    tuning_seed = choosing.tuning_seed(call.config, select_seed)
+    if call.dry_run:
+        return show_plan(call, "run", cells, tuning_seed)
+    report = report and call.writes_to(report)
+    how: dict[str, Any] = {
+        "resume": resume,
+        "command": call.line,
+        "preset": call.resolved.preset,
+    }
+    with call.out.progress() as progress:
+        how["progress"] = progress
+        selection = call.selected
+        if cells:
+            selection = choosing.select(call.config, cells, seed=tuning_seed, **how)
+        found = experiment.run(call.config, selection=selection, **how)
     show(call.out, found, report=report)
     for seed in call.config.seed:
         call.out.note(
