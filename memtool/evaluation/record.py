@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
     AwareDatetime,
@@ -113,8 +113,8 @@ class Run(Part):
     selection: Selection | None = None
 
     @model_serializer(mode="wrap")
-    def _without_none(self, write: SerializerFunctionWrapHandler) -> dict[str, JsonValue]:
-        document: dict[str, JsonValue] = write(self)
+    def _without_none(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        document: dict[str, Any] = write(self)
         if self.selection is None:
             document.pop("selection", None)
         return document
@@ -310,10 +310,8 @@ class Record(Part):
         return SCHEMA_VERSION
 
     @model_serializer(mode="wrap")
-    def _of_the_oldest_that_has_it(
-        self, write: SerializerFunctionWrapHandler
-    ) -> dict[str, JsonValue]:
-        document: dict[str, JsonValue] = write(self)
+    def _of_the_oldest_that_has_it(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        document: dict[str, Any] = write(self)
         if self.run.selection is None:
             document["schema_version"] = 2
         return document

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
@@ -85,12 +85,12 @@ class Selection(_Part):
         """On what it was chosen, in words."""
         return f"{self.samples:,} validation samples of seed {self.seed}"
 
-    def sentence(self, labels: Mapping[str, str]) -> str:
-        """What was chosen for which rows, by their labels, for a caption."""
+    def sentence(self, ids: Sequence[str]) -> str:
+        """What was chosen for which of these rows, for a caption."""
         groups: dict[int, list[str]] = {}
         for id, choice in self.rows.items():
-            if id in labels:
-                groups.setdefault(choice.chosen, []).append(labels[id])
+            if id in ids:
+                groups.setdefault(choice.chosen, []).append(id)
         chosen = "; ".join(
             f"{self.cells[number].text} for {', '.join(names)}"
             for number, names in sorted(groups.items())

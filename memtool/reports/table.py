@@ -259,8 +259,8 @@ def methods_grid(records: Sequence[Record]) -> Grid:
 def _selected(records: Sequence[Record]) -> tuple[str, ...]:
     """What the rows were chosen to have, as a sentence; none where nothing was chosen."""
     selection = records[0].run.selection
-    labels = {row.id: row.label for row in records[0].metrics.rows}
-    return () if selection is None else (selection.sentence(labels),)
+    ids = [row.id for row in records[0].metrics.rows]
+    return () if selection is None else (selection.sentence(ids),)
 
 
 def tasks_grid(records: Sequence[Record]) -> Grid:
