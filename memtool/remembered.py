@@ -50,7 +50,7 @@ def remembered(store: MemoryStore, version: str = "HEAD") -> dict[str, Any]:
 
 _OF_THE_CUT = (
     *("source", "setting", "order", "classes_per_task", "splits"),
-    *("train_per_task", "shots", "validation", "seed"),
+    *("train_per_task", "shots", "validation", "seed", "test_seed"),
 )
 """Settings of a stream that decide what is learned from and what is held back."""
 

@@ -82,6 +82,9 @@ class StreamSettings(Settings):
         "exact-match", description="for a file of lines: how answers are scored"
     )
     seed: Seed = Field(0, description="fixes splits, subsets and transformations")
+    test_seed: Seed | None = Field(
+        None, description="fixes which samples are for testing; none: as stream.seed"
+    )
 
     @field_validator("validation")
     @classmethod
@@ -266,6 +269,15 @@ class Config(Settings):
     )
     runs: Path = Field(Path("runs"), description="folder of adapters, records and checkpoints")
     seed: tuple[Seed, ...] = Field((0,), min_length=1, description="one seed or several")
+    vary: Literal["start", "order", "all"] = Field(
+        "start",
+        description="what each seed of `run` changes: initialisation and batches; also the order "
+        "of classes or tasks; also which samples are learned from",
+    )
+    orders: Literal["given", "bounds"] = Field(
+        "given",
+        description="of `run`: as configured; or the hardest, the median and the easiest order",
+    )
     baselines: tuple[Annotated[str, Named("baselines", ("all", "none"))], ...] = Field(
         ("all",),
         min_length=1,

@@ -156,6 +156,12 @@ TEXTS = setting(
 SEED = setting(
     "--seed", "seed", "Training", "Seed; `run` takes several.", metavar="N", type=list[str] | None
 )
+ORDERS = (
+    setting("--vary", "vary", "Training", "What each seed changes."),
+    setting(
+        "--orders", "orders", "Training", "As configured; or the hardest, median and easiest one."
+    ),
+)
 COMPUTE = (
     setting("--device", "engine.device", "Compute", "Where tensors live."),
     setting("--precision", "engine.precision", "Compute", "Number format of the computation."),

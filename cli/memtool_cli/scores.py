@@ -37,7 +37,7 @@ def grids(records: Sequence[Record], *, history: bool = False) -> list[Grid]:
     Of several seeds also the tasks with their confidence intervals; of several rows also their
     differences on the same test samples; where adapters were recalled, also what that cost.
     """
-    from memtool.reports.chosen import selection_grid
+    from memtool.reports.chosen import bounds_grid, selection_grid
     from memtool.reports.table import (
         atoms_grid,
         losses_grid,
@@ -56,8 +56,7 @@ def grids(records: Sequence[Record], *, history: bool = False) -> list[Grid]:
     shown = [methods_grid(records)]
     if len(records) > 1:
         shown.append(tasks_grid(records))
-    if tried is not None:
-        shown.append(tried)
+    shown += [grid for grid in (bounds_grid(records), tried) if grid is not None]
     pairs = paired_grid(records)
     if pairs is not None:
         shown.append(pairs)

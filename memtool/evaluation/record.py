@@ -36,7 +36,7 @@ SCHEMA: Final = "memtool.evaluation"
 RECORD: Final = "record.json"
 """What the file of a record is called in the folder of a run."""
 SCHEMA_VERSION: Final = 3
-"""2: rows have `right`. 3: `run` may have `selection`; a record without one is written as 2."""
+"""2: rows have `right`. 3: `run` may have `selection`, `bound`; written as 2 without both."""
 
 Kind = Literal["method", "baseline", "upper bound"]
 Score = Annotated[float, Field(ge=0, le=1)]
@@ -92,6 +92,13 @@ class TaskIdentity(Part):
     test_samples: Annotated[int, Field(ge=0)] | None = None
 
 
+class OrderBound(Part):
+    """At which bound the order of a run is, and its similarity (`memtool.streams.bounds`)."""
+
+    name: Literal["hardest", "median", "easiest"]
+    similarity: float
+
+
 class Run(Part):
     """What ran; with `selection` the rows have other settings than `configuration`, as it says."""
 
@@ -111,12 +118,14 @@ class Run(Part):
     store_version: str | None = None
     created: AwareDatetime
     selection: Selection | None = None
+    bound: OrderBound | None = None
 
     @model_serializer(mode="wrap")
     def _without_none(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         document: dict[str, Any] = write(self)
-        if self.selection is None:
-            document.pop("selection", None)
+        for name in ("selection", "bound"):
+            if getattr(self, name) is None:
+                document.pop(name, None)
         return document
 
     @property
@@ -312,7 +321,7 @@ class Record(Part):
     @model_serializer(mode="wrap")
     def _of_the_oldest_that_has_it(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         document: dict[str, Any] = write(self)
-        if self.run.selection is None:
+        if self.run.selection is None and self.run.bound is None:
             document["schema_version"] = 2
         return document
 

@@ -151,6 +151,7 @@ def cell_config(config: Config, cell: Cell, seed: int) -> Config:
         update={
             "stream": stream,
             "seed": (seed,),
+            "orders": "given",
             "store": store_beside(config.store, f"-select-{name}"),
             "runs": config.runs / "select" / name,
         }

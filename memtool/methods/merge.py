@@ -48,6 +48,7 @@ UNLIKE = (
     "stream.test_per_task",
     "stream.validation",
     "stream.split",
+    "stream.test_seed",
     "backbone.name",
     "backbone.weights",
     "backbone.quantise",

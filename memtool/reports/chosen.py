@@ -1,7 +1,8 @@
-"""What was tried for every row of a table, where settings were chosen on validation samples."""
+"""What was tried for every row of a table, and what the order of the tasks does to it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from memtool.evaluation.record import Record
@@ -31,5 +32,36 @@ def selection_grid(records: Sequence[Record]) -> Grid | None:
         rows=tuple(
             (label, *map(text, choice.figures), selection.cells[choice.chosen].text)
             for label, choice in rows
+        ),
+    )
+
+
+def bounds_grid(records: Sequence[Record]) -> Grid | None:
+    """Rows by order: the final average at the hardest, the median and the easiest; None without.
+
+    Means over the seeds of each order; the last column is the most less the least of the three.
+    """
+    known = [record.run.bound for record in records if record.run.bound is not None]
+    if len(known) < len(records):
+        return None
+    names = list(dict.fromkeys(bound.name for bound in known))
+    similar = {bound.name: bound.similarity for bound in known}
+    body = []
+    for row in records[0].metrics.rows:
+        means = []
+        for name in names:
+            of = [
+                r.row(row.id) for r, bound in zip(records, known, strict=True) if bound.name == name
+            ]
+            means.append(sum(one.metrics.get("faa", math.nan) for one in of) / len(of))
+        cells = (*map(percent, means), percent(max(means) - min(means)))
+        body.append((row.label, *cells))
+    return Grid(
+        title="Final average in % by the order of classes or tasks",
+        header=("", *(f"{name} ({similar[name]:.3f})" for name in names), "between them"),
+        rows=tuple(body),
+        notes=(
+            "In brackets the similarity of the order: of classes in different tasks, which makes "
+            "learning easier; of whole domains that of neighbours, which makes it harder.",
         ),
     )

@@ -16,7 +16,7 @@ from memtool.evaluation.record import Record
 from memtool.evaluation.summary import RowSummary, summarise_rows
 from memtool.reports import figures
 from memtool.reports.best import HOW
-from memtool.reports.chosen import selection_grid
+from memtool.reports.chosen import bounds_grid, selection_grid
 from memtool.reports.page import Picture, templates
 from memtool.reports.shown import CoefficientMap, KeyMap, SampleCoefficientMap
 from memtool.reports.table import (
@@ -98,6 +98,7 @@ def render(
             methods=methods_grid(records),
             bold=HOW,
             selection=selection_grid(records),
+            bounds=bounds_grid(records),
             metrics=metrics,
             recall=recall,
             losses=losses_grid(records),

@@ -146,7 +146,8 @@ def _about(records: Sequence[Record], spread: str = SPREAD) -> str:
     if counts := samples_text(records):
         about += f"; {counts}"
     if len(records) > 1:
-        about += f"; {len(records)} seeds: {spread}"
+        what = "seeds" if records[0].run.bound is None else "runs at the order bounds"
+        about += f"; {len(records)} {what}: {spread}"
     return about
 
 

@@ -138,7 +138,7 @@ def _held_out(table: Table, settings: StreamSettings, tasks: Sequence[Task]) -> 
     assert table.domains is not None
     rows = np.flatnonzero(table.domains == table.domain_names.index(name))
     if settings.test_per_task is not None:
-        ranks = random_ranks(len(table), "subset", settings.seed)
+        ranks = random_ranks(len(table), "subset", _test_seed(settings))
         rows = rows[balanced(table.labels[rows], ranks[rows], settings.test_per_task)]
     nothing = table.samples(rows[:0])
     test = table.samples(rows)
@@ -201,8 +201,12 @@ def _test_rows(table: Table, settings: StreamSettings) -> npt.NDArray[np.bool_]:
     groups = table.labels
     if table.domains is not None:
         groups = table.domains * len(table.class_names) + table.labels
-    drawn = stratified(groups, random_ranks(len(table), "test", settings.seed), _TEST_SHARE)
+    drawn = stratified(groups, random_ranks(len(table), "test", _test_seed(settings)), _TEST_SHARE)
     return np.where(has_test, table.is_test, drawn)
+
+
+def _test_seed(settings: StreamSettings) -> int:
+    return settings.seed if settings.test_seed is None else settings.test_seed
 
 
 def _task(
@@ -220,16 +224,19 @@ def _task(
     train = np.flatnonzero(inside & ~is_test)
     test = np.flatnonzero(inside & is_test)
     ranks = random_ranks(len(table), "subset", settings.seed)
+    test_ranks = random_ranks(len(table), "subset", _test_seed(settings))
 
-    def limited(rows: npt.NDArray[np.int64], count: int | None) -> npt.NDArray[np.int64]:
+    def limited(
+        rows: npt.NDArray[np.int64], count: int | None, ranks: npt.NDArray[np.uint64]
+    ) -> npt.NDArray[np.int64]:
         if count is None:
             return rows
         return rows[balanced(table.labels[rows], ranks[rows], count)]
 
     if settings.shots is not None:
         train = train[position_in_group(table.labels[train], ranks[train]) < settings.shots]
-    train = limited(train, settings.train_per_task)
-    test = limited(test, settings.test_per_task)
+    train = limited(train, settings.train_per_task, ranks)
+    test = limited(test, settings.test_per_task, test_ranks)
     validation = train[:0]
     if settings.validation > 0:
         ranks = random_ranks(len(table), "validation", settings.seed)
@@ -359,4 +366,6 @@ def _fingerprint(
         identity["shots"] = settings.shots
     if settings.split != "test":
         identity["split"] = settings.split
+    if settings.test_seed is not None:
+        identity["test_seed"] = settings.test_seed
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

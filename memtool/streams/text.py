@@ -273,7 +273,7 @@ def _task(
         test=_limited(
             validation if settings.split == "validation" else test,
             settings.test_per_task,
-            settings.seed,
+            settings.seed if settings.test_seed is None else settings.test_seed,
         ),
     )
 

@@ -25,6 +25,7 @@ from memtool_cli.options import (
     MEMORY,
     METHOD,
     MIX,
+    ORDERS,
     RANK,
     SEED,
     SEP,
@@ -94,6 +95,7 @@ def demo(
     HELD_OUT,
     BASELINES,
     SEED,
+    *ORDERS,
     *COMPUTE,
     *CONFIGURATION,
     DRY_RUN,
@@ -163,9 +165,8 @@ def run(
         found = experiment.run(call.config, selection=selection, **how)
     show(call.out, found, report=report)
     for seed in call.config.seed:
-        call.out.note(
-            f"record.json and report.html of seed {seed}: {experiment.folder_of(call.config, seed)}"
-        )
+        for folder in experiment.folders_of(call.config, seed):
+            call.out.note(f"record.json and report.html of seed {seed}: {folder}")
     return None
 
 
