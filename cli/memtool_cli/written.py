@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from memtool_cli.output import Table, percent
 
@@ -14,18 +14,32 @@ if TYPE_CHECKING:
 
 
 def write(
-    call: Call, directories: Sequence[Path] | None, *, task: str | None, as_atoms: bool = False
+    call: Call,
+    places: Sequence[str | Path] | None,
+    *,
+    task: str | None,
+    as_atoms: bool = False,
 ) -> None:
-    """Write adapters, with the model only where the memory alone does not tell how; and show it."""
-    from memtool.methods.writing import write_stored
+    """Write adapters, with the model only where the memory alone does not tell how; and show it.
 
-    result = write_stored(
-        call.config, seed=call.seed, directories=directories, task=task, as_atoms=as_atoms
-    )
+    `places` are their folders, folders of them, or FOLDER:TASK; none: all that were trained here.
+    """
+    from memtool.adapters.peft_config import CONFIG_NAME
+    from memtool.methods.folders import places_of
+    from memtool.methods.foreign import require_of_images
+    from memtool.methods.writing import write_stored
+    from memtool.outside import is_file
+
+    for place in places or ():
+        if call.config.stream.setting != "trace" and not is_file(Path(place) / CONFIG_NAME):
+            require_of_images(Path(place))  # of one that is an adapter itself it is said later
+    found, tasks = (None, {}) if places is None else places_of(places)
+    given: dict[str, Any] = {"task": task, "tasks": tasks, "as_atoms": as_atoms}
+    result = write_stored(call.config, seed=call.seed, directories=found, **given)
     if result is None:
         with call.out.progress() as progress:
             method = call.method(progress)
-            result = method.write(directories, task=task, as_atoms=as_atoms)
+            result = method.write(found, **given)
     show(call, result)
 
 

@@ -85,12 +85,14 @@ def check_plain_lora(config: Mapping[str, Any], where: str) -> None:
         )
 
 
-def scalings(config: Mapping[str, Any], ranks: Mapping[str, int], where: str) -> dict[str, float]:
+def scalings(
+    config: Mapping[str, Any], ranks: Mapping[str, int], called: Mapping[str, str], where: str
+) -> dict[str, float]:
     """The scaling alpha / R of every module, or alpha / √R under rslora, by the rules of peft.
 
-    `ranks` are those that the tensors have. Raises CorruptError for settings of another type or
-    another rank, MismatchError for a scaling that is no positive number of 32 bits, or a pattern
-    that is not read.
+    `ranks` are those that the tensors have, `called` what patterns know a module by. Raises
+    CorruptError for settings of another type or another rank, MismatchError for a scaling that is
+    no positive number of 32 bits, or a pattern that is not read.
     """
     rslora = config.get("use_rslora") or False
     if not isinstance(rslora, bool):
@@ -99,12 +101,12 @@ def scalings(config: Mapping[str, Any], ranks: Mapping[str, int], where: str) ->
     alphas_of = _Setting(config, "lora_alpha", "alpha_pattern", where)
     found: dict[str, float] = {}
     for module, rank in ranks.items():
-        stated = ranks_of(module)
+        stated = ranks_of(called[module])
         if stated != rank:
             raise CorruptError(
                 f"{where} gives {module} rank {stated:g}", expected=f"{rank}, as its tensors have"
             )
-        scaling = alphas_of(module) / (math.sqrt(rank) if rslora else rank)
+        scaling = alphas_of(called[module]) / (math.sqrt(rank) if rslora else rank)
         if not _LEAST <= scaling <= _MOST:
             raise MismatchError(
                 f"{where}: the scaling of {module} is {scaling:g}",

@@ -38,6 +38,9 @@ Array = npt.NDArray[Any]
 _WRAPPER = re.compile(r"(^|(?<=\.))_orig_mod\.|^module\.|(?<=^base_model\.model\.)module\.")
 """What torch.compile, and training on several devices, leave in names."""
 
+_ATTENTION = ".attn"
+"""A module of this name that peft adapts itself is torch's attention, as that of CLIP."""
+
 _TENSOR_NAME = re.compile(
     r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])(\.(?P<adapter>[^.]+))?\.weight"
 )
@@ -56,9 +59,13 @@ class Note:
 
 @dataclass(frozen=True, eq=False)
 class Module:
-    """One adapted module of a file: its numbers, and the sites that they hold, one per group."""
+    """One adapted module of a file: its numbers, and the sites that they hold, one per group.
+
+    `tensor` is the name of its A in the file.
+    """
 
     name: str
+    tensor: str
     a: Array
     b: Array
     sites: tuple[Site, ...]
@@ -76,10 +83,28 @@ def tensor_name(module: str, part: str) -> str:
 
 def place_of(name: str) -> tuple[str, str] | None:
     """The module and the part, A or B, that a tensor of this name is of; None for no such name."""
+    match = _matched(name)
+    if match is None:
+        return None
+    module = match["module"].replace(f"{_ATTENTION}.base_layer.", f"{_ATTENTION}.")
+    return (f"{module}.in_proj" if module.endswith(_ATTENTION) else module, match["part"])
+
+
+def called_by_peft(name: str) -> tuple[str, bool]:
+    """What patterns of a configuration know the module of a tensor by; and whether it is an inner.
+
+    Both layers of a torch.nn.MultiheadAttention go by the name of the whole, as peft adapts it; the
+    inner one is its out_proj.
+    """
+    match = _matched(name)
+    called, inner, _ = ("", "", "") if match is None else match["module"].partition(".base_layer.")
+    return called, bool(inner)
+
+
+def _matched(name: str) -> re.Match[str] | None:
     while (plain := _WRAPPER.sub("", name)) != name:
         name = plain
-    match = _TENSOR_NAME.fullmatch(name)
-    return None if match is None else (match["module"], match["part"])
+    return _TENSOR_NAME.fullmatch(name)
 
 
 def sites_by_module(sites: Sequence[Site]) -> dict[str, tuple[Site, ...]]:
@@ -187,6 +212,7 @@ def adapted_modules(
 ) -> list[Module]:
     """The adapted modules of a file, each with the sites that its B holds."""
     parts: dict[str, dict[str, Array]] = {}
+    names: dict[str, str] = {}
     called = {match["adapter"] for name in tensors if (match := _TENSOR_NAME.search(name))}
     if len(called) > 1:
         raise MismatchError(
@@ -217,6 +243,8 @@ def adapted_modules(
         if part in parts.setdefault(module, {}):
             raise CorruptError(f"{where} holds lora_{part} of {shown(module)} twice")
         parts[module][part] = tensor.numbers
+        if part == "A":
+            names[module] = name
     if not parts:
         raise CorruptError(f"{where} holds no tensors", expected="at least one adapted layer")
     known = sites_by_module([site for site in available if site.slice])
@@ -238,7 +266,7 @@ def adapted_modules(
         if pair["B"].shape != (site.module_rows, rank):
             raise _misfit(where, name, "B", pair["B"], str((site.module_rows, rank)))
         sites = _sites_held(name, pair["B"], slices, note, where) or (site,)
-        modules.append(Module(name, pair["A"], pair["B"], sites))
+        modules.append(Module(name, names[name], pair["A"], pair["B"], sites))
     if note is not None:
         held = {site.name for module in modules for site in module.sites}
         ranks = {module.rank for module in modules}

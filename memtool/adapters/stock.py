@@ -105,7 +105,7 @@ def united(adapters: Sequence[OneAdapter], sites: Sequence[Site]) -> AdapterValu
             f"{len(adapters)} adapters of rank {min(one.rank for one in layouts)} to {layout.rank} "
             f"and {own:,} numbers, which would take {len(adapters) * layout.numel:,} together",
             expected=f"at most {MOST_PADDING} times as many",
-            remedy="--set memory.separation=topk, which uses fewer of them at a time",
+            remedy="two memories: another --store for those of the largest rank",
         )
     values = torch.zeros(len(adapters), layout.numel, dtype=dtype)
     room = layout.unflatten(values)  # views

@@ -14,6 +14,7 @@ import os
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -24,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, StrictInt, ValidationError
 import memtool
 from memtool import sealed
 from memtool.adapters.peft_config import CONFIG_NAME
-from memtool.adapters.peft_files import read_peft, restored_file, write_peft
+from memtool.adapters.peft_files import PeftAdapter, read_peft, restored_file, write_peft
 from memtool.adapters.peft_tensors import WEIGHTS_NAME
 from memtool.atomic import write_atomic
 from memtool.errors import CorruptError, DataError, MismatchError, NotFoundError
@@ -33,7 +34,9 @@ from memtool.methods.foreign import TrainedAs, check_base_model, read_head, requ
 from memtool.methods.results import AdaptResult
 from memtool.outside import read_file, read_json
 from memtool.settings import TrainSettings
+from memtool_stores.errors import ChangedMeanwhileError
 from memtool_stores.files import open_as_usual, part_folder
+from memtool_stores.held import TensorFile
 from memtool_stores.names import check_name
 from memtool_stores.printable import shown
 
@@ -209,8 +212,9 @@ class ReadAdapter:
 
     `numbers` is float32 (numel,); `head_file` the classifier beside it, as its blob. `files` is all
     of its PEFT files but the numbers, for the blob that `meta["peft"]` names: it is the same for
-    all adapters that were written alike. `about` is None for an adapter that was not trained here;
-    `notes` say what is doubtful about it.
+    all adapters that were written alike. `tensors` is the file of an adapter that has a layout of
+    its own, or numbers that rows cannot hold: it is kept as it is. `about` is None for an adapter
+    that was not trained here; `notes` say what is doubtful about it.
     """
 
     path: Path
@@ -222,6 +226,7 @@ class ReadAdapter:
     files: bytes
     trained_as: TrainedAs
     about: About | None
+    tensors: TensorFile | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -301,10 +306,14 @@ def write_adapter(
         shutil.rmtree(replaced, ignore_errors=True)
 
 
-def read_adapter(path: Path, home: Home, task: Task | None = None) -> ReadAdapter:
+def read_adapter(
+    path: Path, home: Home, task: Task | None = None, *, any_layout: bool = False
+) -> ReadAdapter:
     """Read a folder for the model and layout of a memory; `task` where the folder does not say it.
 
-    Raises NotFoundError, MismatchError, DataError and CorruptError, and as `read_peft`.
+    `any_layout` says whether the memory takes adapters of other ranks and layers than are trained
+    for it. Raises NotFoundError, MismatchError, DataError and CorruptError, and as `read_peft`;
+    NeedsModel where only the model tells which layers there are.
     """
     if not path.is_dir():
         raise NotFoundError(f"no adapter directory {path}", remedy="ls runs/adapters")
@@ -314,19 +323,13 @@ def read_adapter(path: Path, home: Home, task: Task | None = None) -> ReadAdapte
         folder.require_whole(about)
     elif home.config.stream.setting != "trace":
         require_of_images(path)
-    found = read_peft(path, home.layout.sites)
-    if found.layout != home.layout:
-        raise MismatchError(
-            f"{path}: an adapter of rank {found.layout.rank} at {len(found.layout.sites)} sites",
-            expected=f"rank {home.layout.rank} at {len(home.layout.sites)} sites, as configured",
-            remedy=f"--rank {found.layout.rank}; a store holds adapters of one rank only",
-        )
+    found = _read_any(path, home) if any_layout else _read_alike(path, home)
     exported = _Exported.read(path / CATALOG) if _is_there(path / CATALOG) else _Exported()
     trained_on = (exported.backbone, exported.backbone_sha256)
     if about is not None:
         trained_on = (about.backbone, about.backbone_sha256)
     notes = check_base_model(path, found, trained_on, home.backbone)
-    number = _task_number(path, exported.task if about is None else about.result.task, task)
+    number = _task_number(path, exported.task if about is None else about.result.task, task, home)
     with np.errstate(over="ignore"):
         numbers = found.numbers.astype(np.float32)
     if not np.isfinite(numbers).all():
@@ -340,16 +343,61 @@ def read_adapter(path: Path, home: Home, task: Task | None = None) -> ReadAdapte
     meta |= {"scaling": found.scaling, "file_sha256": found.sha256}
     again = hashlib.sha256(restored_file(replace(found, numbers=numbers))).hexdigest()
     meta["byte_identical"] = again == found.sha256
-    files = _one_file(found.header, found.config)
-    meta["peft"] = PEFT_PREFIX + hashlib.sha256(files).hexdigest()[:32]
+    files, tensors = _one_file(header=found.header, config=found.config), None
     sha256 = hashlib.sha256(numbers.astype("<f4", copy=False).tobytes()).hexdigest()
+    if any_layout and (found.layout != home.layout or not meta["byte_identical"]):
+        tensors = _as_it_is(path / WEIGHTS_NAME, found.sha256)
+        files, sha256 = _one_file(config=found.config), tensors.values.sha256
+        meta["byte_identical"] = True
+    meta["peft"] = PEFT_PREFIX + hashlib.sha256(files).hexdigest()[:32]
     name = check_name(about.result.name if about else path.resolve().name, "an adapter")
     trained_as = exported.kind if about is None else about.trained_as
-    return ReadAdapter(path, name, numbers, sha256, head, meta, files, trained_as, about, notes)
+    return ReadAdapter(
+        path, name, numbers, sha256, head, meta, files, trained_as, about, tensors, notes
+    )
 
 
-def _task_number(path: Path, said: int | None, given: Task | None) -> int:
-    """The number of the task that an adapter was trained on, which the folder or the user says."""
+def _as_it_is(file: Path, sha256: str) -> TensorFile:
+    """The tensors of a file that was read already, to be read again when they are written."""
+    read = partial(read_file, file, "array_bytes")
+    tensors = TensorFile.of(read(), str(file), read)
+    if tensors.sha256 != sha256:
+        raise ChangedMeanwhileError(
+            f"{file} changed while it was read",
+            expected=f"sha256 {sha256}",
+            remedy="the same again",
+        )
+    return tensors
+
+
+def _read_alike(path: Path, home: Home) -> PeftAdapter:
+    """An adapter of the layout of those that are trained for a memory, and of no other."""
+    found = read_peft(path, home.layout.sites)
+    if found.layout != home.layout:
+        raise MismatchError(
+            f"{path}: an adapter of rank {found.layout.rank} at {len(found.layout.sites)} sites",
+            expected=f"rank {home.layout.rank} at {len(home.layout.sites)} sites, as configured",
+            remedy=f"--rank {found.layout.rank}, or --method mira, which takes any layout",
+        )
+    return found
+
+
+def _read_any(path: Path, home: Home) -> PeftAdapter:
+    """An adapter of any layers that the model has; NeedsModel where a store alone cannot tell."""
+    try:
+        found = read_peft(path, home.layout.sites)
+        if found.layout == home.layout:
+            return found
+    except MismatchError:
+        pass
+    return read_peft(path, home.backbone.all_sites)
+
+
+def _task_number(path: Path, said: int | None, given: Task | None, home: Home) -> int:
+    """The number of the task that an adapter was trained on.
+
+    The user or the folder says it, or the folder is called as a task.
+    """
     if given is not None:
         if said not in (None, given.number):
             raise MismatchError(
@@ -357,12 +405,15 @@ def _task_number(path: Path, said: int | None, given: Task | None) -> int:
                 remedy="leave --task away",
             )
         return given.number
-    if said is None:
-        raise DataError(
-            f"{path} does not say which task it was trained on",
-            remedy=f"memtool write {path} --task N",
-        )
-    return said
+    if said is not None:
+        return said
+    for task in home.stream.tasks:
+        if task.name == path.resolve().name:
+            return task.number
+    raise DataError(
+        f"{path} does not say which task it was trained on, nor is it called as one",
+        remedy=f"memtool write {path} --task N",
+    )
 
 
 def _meta(path: Path, home: Home, chosen: Task, about: About | None) -> dict[str, Any]:
@@ -402,11 +453,10 @@ def _meta(path: Path, home: Home, chosen: Task, about: About | None) -> dict[str
     }
 
 
-def _one_file(header: bytes, config: bytes) -> bytes:
+def _one_file(**parts: bytes) -> bytes:
     """What PEFT files have beside their numbers, as a safetensors file."""
     from safetensors.numpy import save
 
-    parts = {"header": header, "config": config}
     return save({name: np.frombuffer(data, np.uint8) for name, data in parts.items()})
 
 

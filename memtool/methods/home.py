@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from memtool.adapters.layout import Layout, sites_of
+from memtool.adapters.layout import Layout, Site, sites_of
 from memtool.errors import MismatchError
 from memtool.methods.records import own_head_blob
 from memtool.paths import split_store
@@ -55,6 +55,11 @@ class StoredModel:
     def sha256(self) -> str:
         """Of its tensors."""
         return self.view.space.backbone.sha256
+
+    @property
+    def all_sites(self) -> tuple[Site, ...]:
+        """All that the model offers to an adapter, which no store tells: NeedsModel."""
+        raise NeedsModel
 
     @property
     def dim(self) -> int:

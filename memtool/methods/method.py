@@ -226,16 +226,9 @@ class Method(AdapterTrainer, ABC):
         folder = self.workspace.adapter_folder
         self.write([folder / name for name in self.adapter_names(task)])
 
-    def write(
-        self,
-        directories: Sequence[Path] | None = None,
-        *,
-        task: str | None = None,
-        as_atoms: bool = False,
-    ) -> WriteResult:
+    def write(self, directories: Sequence[Path] | None = None, **given: Any) -> WriteResult:
         """As `AdapterWriter.write`, in one of several processes."""
-        write = partial(super().write, directories, task=task, as_atoms=as_atoms)
-        return self.workspace.engine.on_main(write)
+        return self.workspace.engine.on_main(partial(super().write, directories, **given))
 
     # Shared ---------------------------------------------------------------------------------
 

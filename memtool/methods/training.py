@@ -192,8 +192,8 @@ class AdapterTrainer(AdapterWriter[Workspace]):
             "stream": work.stream.fingerprint,
             "task": task.number,
             "targets": self.config.backbone.targets,
-            "adapter": self.config.adapter.model_dump(mode="json"),
-            "train": self.config.train.model_dump(mode="json"),
+            "adapter": self.config.adapter.decides(),
+            "train": self.config.train.decides(),
             "seed": self.seed,
         }
         if work.reads == "texts":
@@ -228,6 +228,12 @@ class AdapterTrainer(AdapterWriter[Workspace]):
             earlier = [record for record in earlier if task_of(record) == last]
         if not earlier:
             return None, "zero"
+        if own := [record.name for record in earlier if record.ragged]:
+            raise ConfigError(
+                f"adapter.warm_start {kind} from {own[0]!r}, whose layout is its own",
+                expected="earlier adapters of the rank and layers that are trained here",
+                remedy="--warm-start none",
+            )
         values = torch.from_numpy(view.values([record.id for record in earlier]).copy())
         return values.mean(dim=0), " ".join(record.id for record in earlier)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 from memtool.errors import AlreadyExistsError, MismatchError, NotFoundError
@@ -20,15 +21,19 @@ if TYPE_CHECKING:
 
 Place = TypeVar("Place", bound=Home)
 
+NO_TASKS: Mapping[Path, str] = MappingProxyType({})
+
 
 class AdapterWriter(Generic[Place]):
     """The step of all methods that puts adapters into the memory.
 
-    `kind` is the kind of row that the method keeps in the store; `version_each` says whether every
-    directory that is written becomes a version of its own.
+    `kind` is the kind of row that the method keeps in the store; `any_layout` says whether it takes
+    adapters of other ranks and layers than it trains, `version_each` whether every directory that
+    is written becomes a version of its own.
     """
 
     kind: ClassVar[Literal["adapter", "atoms"]] = "adapter"
+    any_layout: ClassVar[bool] = False
     version_each: ClassVar[bool] = False
 
     def __init__(self, workspace: Place) -> None:
@@ -41,12 +46,14 @@ class AdapterWriter(Generic[Place]):
         directories: Sequence[Path] | None = None,
         *,
         task: str | None = None,
+        tasks: Mapping[Path, str] = NO_TASKS,
         as_atoms: bool = False,
     ) -> WriteResult:
         """Append adapters to the store: those not yet there, or the ones named.
 
         They become one version, or one each where the method's `version_each` says so. `task` says
-        what a directory that was not made by memtool was trained on. Writing what is there already
+        what a directory that was not made by memtool was trained on, `tasks` what this one or that
+        was; else it may be called as a task. Writing what is there already
         changes nothing; another adapter of the same name is an error. An adapter goes into a memory
         of what it was trained as (whole adapters, or atoms), unless `as_atoms` says that the ranks
         of a whole one become atoms.
@@ -61,7 +68,8 @@ class AdapterWriter(Generic[Place]):
                     remedy="memtool train-adapter --task 1, or memtool write DIR",
                 )
         versions = [[path] for path in directories] if self.version_each else [directories]
-        results = [self._write_version(version, task, as_atoms) for version in versions]
+        named = {path: tasks.get(path, task) for path in directories}
+        results = [self._write_version(version, named, as_atoms) for version in versions]
         return WriteResult(
             version=results[-1].version,
             added=tuple(adapter for result in results for adapter in result.added),
@@ -76,11 +84,14 @@ class AdapterWriter(Generic[Place]):
         """Settings that the method cannot write adapters under are errors; here none are."""
 
     def _write_version(
-        self, directories: Sequence[Path], task: str | None, as_atoms: bool
+        self, directories: Sequence[Path], tasks: Mapping[Path, str | None], as_atoms: bool
     ) -> WriteResult:
         work = self.workspace
-        given = None if task is None else work.task(task)
-        found = [read_adapter(path, work, given) for path in directories]
+        found = []
+        for path in directories:
+            named = tasks[path]
+            given = None if named is None else work.task(named)
+            found.append(read_adapter(path, work, given, any_layout=self.any_layout))
         here: set[str] = set()
         if work.has_store:
             view = work.store.view("HEAD")
@@ -101,7 +112,7 @@ class AdapterWriter(Generic[Place]):
             for adapter in found:
                 old = records.get(adapter.name)
                 if old is not None:
-                    if adapter.sha256 not in (old.sha256, old.meta.get("refined_from")):
+                    if not _is_same(adapter, old):
                         raise AlreadyExistsError(
                             f"the memory holds another adapter named {adapter.name!r}",
                             expected=f"values with sha256 {old.sha256[:12]}…, "
@@ -138,7 +149,10 @@ class AdapterWriter(Generic[Place]):
 
     def _append(self, txn: Transaction, adapter: ReadAdapter) -> AdapterRecord:
         """Append one adapter in a transaction; its record."""
-        txn.add(adapter.name, adapter.numbers, adapter.meta)
+        if adapter.tensors is None:
+            txn.add(adapter.name, adapter.numbers, adapter.meta)
+        else:
+            txn.add_file(adapter.name, adapter.tensors, adapter.meta)
         return txn.adapters[-1]
 
     def _as_atoms(self, foreign: Sequence[ReadAdapter]) -> tuple[AsAtoms, ...]:
@@ -172,6 +186,15 @@ class AdapterWriter(Generic[Place]):
         }
 
 
+def _is_same(adapter: ReadAdapter, old: AdapterRecord) -> bool:
+    """Whether an adapter is the one in memory, perhaps before its values learned on."""
+    if adapter.tensors is None and not old.ragged:
+        return adapter.sha256 in (old.sha256, old.meta.get("refined_from"))
+    # One that is kept as its file, or was written as a row before there were such.
+    same = ("file_sha256", "peft" if old.ragged else "scaling")
+    return all(adapter.meta[key] == old.meta.get(key) for key in same)
+
+
 def _require_own_number(adapter: ReadAdapter, tasks: Mapping[int | None, str | None]) -> None:
     """Raise MismatchError where another task has the number of an adapter's task in memory."""
     number, name = adapter.meta["task"], adapter.meta["task_name"]
@@ -192,6 +215,11 @@ class _StoredWriter(AdapterWriter[StoredHome]):
         """Whether new adapters are taken as they are."""
         return said_by(self.config.method).appends
 
+    @property
+    def any_layout(self) -> bool:  # type: ignore[override]
+        """The same."""
+        return self.appends
+
     def _require_own_kind(self, view: MemoryView) -> None:
         if self.appends:  # else nothing is new to a memory that remembers its method
             super()._require_own_kind(view)
@@ -208,6 +236,7 @@ def write_stored(
     seed: int,
     directories: Sequence[Path] | None,
     task: str | None,
+    tasks: Mapping[Path, str] = NO_TASKS,
     as_atoms: bool = False,
 ) -> WriteResult | None:
     """As `AdapterWriter.write` of the method, without torch; None where the model is needed.
@@ -225,6 +254,6 @@ def write_stored(
         if as_atoms or not all(path.name in names for path in paths):
             return None
     try:
-        return _StoredWriter(home).write(directories, task=task, as_atoms=as_atoms)
+        return _StoredWriter(home).write(directories, task=task, tasks=tasks, as_atoms=as_atoms)
     except NeedsModel:
         return None

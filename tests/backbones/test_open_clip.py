@@ -6,6 +6,7 @@ import copy
 import json
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from open_clip.model import CLIP
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from memtool.adapters.layout import Layout, sites_of
+from memtool.adapters.peft_files import read_peft
 from memtool.adapters.recalls import every
 from memtool.adapters.values import AdapterValues
 from memtool.backbones import create_backbone
@@ -230,3 +232,27 @@ def test_what_cannot_be_made_says_why(clip: CLIP, tmp_path: Path) -> None:
         "list.json holds a list\n.*embed_dim",
         name=f"open_clip:{tmp_path / 'list.json'}",
     )
+
+
+@pytest.mark.parametrize("targets", [["attn"], ["attn", "c_fc", "c_proj"]])
+def test_attention_as_peft_adapts_it(
+    clip: CLIP, backbone: ClipBackbone, pixels: Tensor, tmp_path: Path, targets: list[str]
+) -> None:
+    """Its fused in_proj and its out_proj go by one name there, and out_proj counts twice."""
+    torch.manual_seed(1)
+    config = peft.LoraConfig(
+        r=3,
+        lora_alpha=6,
+        target_modules=targets,
+        alpha_pattern={r"0\.attn": 2},
+        init_lora_weights=False,
+    )
+    lora = peft.get_peft_model(copy.deepcopy(clip), config)
+    lora.save_pretrained(str(tmp_path))
+    found = read_peft(tmp_path, backbone.all_sites)
+    values = AdapterValues.from_flat(found.value[None], found.layout, found.scaling)
+    with torch.no_grad():
+        theirs = lora.base_model.model.encode_image(pixels)
+        plain, ours = backbone.features(pixels), backbone.features(pixels, every(values))
+    assert (plain - ours).abs().max() > 0.1
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)

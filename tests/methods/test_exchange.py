@@ -17,6 +17,7 @@ from memtool.errors import CorruptError, MemtoolError
 from memtool.methods import export
 from memtool.methods.export import export_peft
 from memtool.methods.mira.method import Mira
+from memtool.methods.modulation.method import Modulation
 from memtool_stores import IntegrityError, SchemaError
 from tests.methods.conftest import small_config
 
@@ -137,20 +138,38 @@ def test_an_adapter_that_no_longer_makes_its_file_is_corrupt(learned_copy, tmp_p
         export_peft(learned_copy.workspace, ["task-2-seed-0"], out=tmp_path / "out")
 
 
-def test_what_was_rounded_on_the_way_in_is_said(learned, tmp_path):
-    source = tmp_path / "wide"
-    foreign(source, learned.config.runs / "adapters/task-2-seed-0", torch.float64)
+def with_wide_numbers(folder, learned):
+    """The directory of an adapter whose numbers take 64 bits."""
+    source = foreign(folder, learned.config.runs / "adapters/task-2-seed-0", torch.float64)
     tensors = {name: t + 1e-12 for name, t in load_file(source / FILES[0]).items() if "A" in name}
     save_file({**load_file(source / FILES[0]), **tensors}, source / FILES[0])
-    config = small_config(tmp_path / "mine")
-    mira = Mira.open(config, seed=0)
-    mira.write([source], task="2")
-    (directory,) = export_peft(mira.workspace, None, out=tmp_path / "out")
+    return source
+
+
+def test_what_was_rounded_on_the_way_in_is_said(learned, tmp_path):
+    source = with_wide_numbers(tmp_path / "wide", learned)
+    config = small_config(
+        tmp_path / "mine", method="modulation", stream__setting="til", stream__order=None
+    )
+    modulation = Modulation.open(config, seed=0)
+    modulation.write([source], task="2")
+    (directory,) = export_peft(modulation.workspace, None, out=tmp_path / "out")
     assert not json.loads((directory / "memtool_catalog.json").read_text())["byte_identical"]
     ours, theirs = load_file(directory / FILES[0]), load_file(source / FILES[0])
     for name, tensor in theirs.items():
         assert ours[name].dtype == torch.float64
         torch.testing.assert_close(ours[name], tensor, atol=1e-6, rtol=1e-6)
+
+
+def test_what_rows_cannot_hold_is_kept_as_its_file(learned, tmp_path):
+    source = with_wide_numbers(tmp_path / "wide", learned)
+    mira = Mira.open(small_config(tmp_path / "mine"), seed=0)
+    mira.write([source], task="2")
+    assert mira.workspace.store.view().get("wide").ragged
+    assert mira.write([source], task="2").unchanged
+    (directory,) = export_peft(mira.workspace, None, out=tmp_path / "out")
+    for name in FILES:
+        assert sha256(directory / name) == sha256(source / name)
 
 
 def test_a_damaged_header_is_named(learned_copy, tmp_path):

@@ -135,8 +135,8 @@ def import_adapters(
         list[str],
         typer.Argument(
             metavar="DIR|BUNDLE",
-            help="PEFT directories that fit the backbone; or one bundle, for a new memory. With "
-            "--base also folders of them, and DIR:TASK.",
+            help="PEFT directories that fit the backbone, folders of them, or DIR:TASK; or one "
+            "bundle, for a new memory.",
         ),
     ],
     task: TaskOfForeign = None,
@@ -196,7 +196,7 @@ def import_adapters(
                     remedy=f"the same without {option}",
                 )
         return _import_bundle(call, bundles[0])
-    written.write(call, directories, task=task, as_atoms=given_as is not None)
+    written.write(call, places, task=task, as_atoms=given_as is not None)
     return None
 
 

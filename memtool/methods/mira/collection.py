@@ -31,15 +31,15 @@ from memtool.errors import (
     DataError,
     MemtoolError,
     MismatchError,
-    NotFoundError,
 )
 from memtool.methods.exchange import PEFT_PREFIX
+from memtool.methods.folders import adapter_folders
 from memtool.methods.foreign import check_base_model
 from memtool.methods.mira.moments import PromptState, looks_blob
 from memtool.methods.records import number_of, task_numbers
 from memtool.methods.results import WriteResult, WrittenAdapter
 from memtool.methods.routed.memory import kept_bytes
-from memtool.outside import is_file, is_folder, read_file
+from memtool.outside import read_file
 from memtool.streams.task import Texts, spread
 from memtool.streams.text import LINE, adapter_lines, text_sources
 from memtool_stores.held import Held, Spool, TensorFile
@@ -248,31 +248,6 @@ def few(names: Sequence[str]) -> str:
 # Folders ----------------------------------------------------------------------------------------
 
 
-def adapter_folders(places: Sequence[str]) -> list[tuple[Path, str | None]]:
-    """The PEFT folders at these places, or one below them, with the task that was named.
-
-    Raises NotFoundError for a place that is none and holds none.
-    """
-    found: list[tuple[Path, str | None]] = []
-    for place in places:
-        path, task = Path(place), None
-        if not is_folder(path) and ":" in place:
-            folder, _, task = place.rpartition(":")
-            path = Path(folder)
-        inside = []
-        if is_folder(path):
-            inside = sorted(one for one in path.glob("*") if is_file(one / CONFIG_NAME))
-        if is_file(path / CONFIG_NAME):
-            inside = [path]
-        if not inside:
-            raise NotFoundError(
-                f"no adapter in {place}",
-                expected=f"a folder with {CONFIG_NAME} and {WEIGHTS_NAME}, or a folder of such",
-            )
-        found += [(one, task) for one in inside]
-    return found
-
-
 def _read(
     method: PromptMemory, path: Path, task: str | None, alike: dict[Header, Header]
 ) -> Collected:
@@ -282,7 +257,7 @@ def _read(
     """
     read = partial(read_file, path / WEIGHTS_NAME, "array_bytes")
     data, config = read(), read_file(path / CONFIG_NAME, "text_bytes")
-    found = parse_peft(data, config, method.sites, str(path))
+    found = parse_peft(data, config, method.workspace.backbone.all_sites, str(path))
     with np.errstate(over="ignore"):
         if not np.isfinite(found.numbers.astype(np.float32)).all():
             raise DataError(f"{path} has numbers that 32 bits cannot hold")

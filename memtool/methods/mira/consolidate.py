@@ -24,7 +24,6 @@ from safetensors.torch import save
 from torch import Tensor
 
 import memtool_stores
-from memtool.adapters.values import AdapterValues
 from memtool.engine import FitResult
 from memtool.errors import ConfigError
 from memtool.heads import FeatureStatistics, RecalledHead, solve_recalled_head
@@ -34,7 +33,7 @@ from memtool.methods.in_store import HEAD, features_blob
 from memtool.methods.method import require_unmoved
 from memtool.methods.mira.count import count_queries, count_task
 from memtool.methods.mira.inventory import Inventory, inventory_of
-from memtool.methods.mira.keys import start_keys
+from memtool.methods.mira.keys import Draws, start_keys
 from memtool.methods.mira.learn import learn
 from memtool.methods.mira.measure import Measure, drift_degrees
 from memtool.methods.mira.protect import Protection
@@ -52,7 +51,7 @@ from memtool.settings import Config
 from memtool.streams.task import Images, Task, spread
 from memtool.workspace import Workspace, require_learnable
 
-SOLVED = ("lda", "ridge", "ncm")
+SOLVED = ("lda", "ridge", "rp-ridge", "ncm")
 """Heads that are solved from moments of the features."""
 
 
@@ -91,10 +90,12 @@ def consolidate(
 
     `began` is when the verb began, in seconds of `time.perf_counter`. Raises NotFoundError for a
     memory without adapters, ConfigError for settings that do not go with each other or with what
-    is in memory, DataError for a task that nothing can be learned from, DivergedError, and
-    ChangedMeanwhileError where another process committed.
+    is in memory, DataError for a task that nothing can be learned from, DivergedError,
+    CapacityError for a random projection that is too wide, and ChangedMeanwhileError where another
+    process committed.
     """
     known = inventory_of(work, snapshot)
+    work.require_fitting(())
     _count(known)
     start = _start(known)
     model = _model(known, start.keys)
@@ -144,20 +145,20 @@ def _count(known: Inventory) -> None:
 def _start(known: Inventory) -> Start:
     """The keys before they learn, when nothing speaks against making them."""
     config, before = known.config, known.before
+    blocks = memory_blocks(config.memory, known.work.layout)
     keys = start_keys(
         config.consolidate,
         config.memory,
         list(known.queries.values()),
         known.adapter_tasks,
-        known.work.engine.generator(known.work.seed),
+        Draws(known.work.seed, known.tasks, blocks),
     )
-    _require_can_learn(config)
+    _require_can_learn(known)
     kept, past = _kept(known), _past(known)
     if before is not None and kept and config.consolidate.keys != "closed-form":
         # Closed-form keys are relative to each other: all are solved anew.
         keys[:, :kept] = before
     if past is not None:
-        blocks = memory_blocks(config.memory, known.work.layout)
         keys[:, kept:] = past.free_keys(blocks, keys[:, kept:])
     return Start(keys, kept, past)
 
@@ -199,8 +200,9 @@ def _learns(config: Config) -> bool:
     return config.consolidate.epochs > 0 or config.consolidate.keys == "random"
 
 
-def _require_can_learn(config: Config) -> None:
+def _require_can_learn(known: Inventory) -> None:
     """Keys learn through a mixture, and values before the head is solved on what they give."""
+    config = known.config
     if _learns(config) and config.memory.routing != "mixture":
         raise ConfigError(
             f"key learning under memory.routing {config.memory.routing}",
@@ -208,6 +210,14 @@ def _require_can_learn(config: Config) -> None:
             remedy="--routing mixture, or --set consolidate.epochs=0 with keys in closed form",
         )
     refines, resolved = config.consolidate.value_lr > 0, config.head.features == "recalled"
+    own = next((record.name for record in known.view.adapters if record.ragged), None)
+    if refines and own is not None:
+        raise ConfigError(
+            f"consolidate.value_lr {config.consolidate.value_lr:g} over {own!r}, which is kept as "
+            "the file that it came from",
+            expected="adapters that were trained here, whose values may learn on",
+            remedy="--set consolidate.value_lr=0",
+        )
     if refines and config.head.kind in SOLVED and not resolved:
         raise ConfigError(
             f"consolidate.value_lr {config.consolidate.value_lr:g} with head.features own: "
@@ -218,12 +228,7 @@ def _require_can_learn(config: Config) -> None:
 
 def _model(known: Inventory, keys: Tensor) -> MemoryModel:
     """The memory with these keys, on its frozen backbone."""
-    work, view = known.work, known.view
-    values = AdapterValues.from_flat(
-        torch.from_numpy(view.values().copy()),
-        work.layout,
-        torch.tensor([record.scaling for record in view.adapters], dtype=torch.float32),
-    )
+    work, values = known.work, known.snapshot.values_of(known.view.adapters)
     model = MemoryModel(work.backbone, values, _memory(known, keys), known.config.memory)
     return model.to(work.engine.device).requires_grad_(False)
 
@@ -267,7 +272,8 @@ def _learn(
         return head, None
     resolved = config.head.features == "recalled"
     teacher, shown = head, known.opened(known.fresh)
-    if resolved or (config.head.scope == "shared" and config.head.kind in ("ridge", "ncm")):
+    of_all = config.head.scope == "shared" and config.head.kind in ("ridge", "ncm")
+    if resolved or of_all or config.head.kind == "rp-ridge":
         # A head that is solved anew afterwards learns along, as one trained by gradient
         # does: solved now it would leave the keys nothing to learn. Else keys learn under
         # the head as it is, or under lda, whose scores are log posteriors.

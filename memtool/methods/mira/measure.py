@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memtool.adapters.recalls import every, same_for_all
-from memtool.adapters.values import AdapterValues, Recall
+from memtool.adapters.values import Recall
 from memtool.engine import Engine
 from memtool.errors import ConfigError, NotFoundError
 from memtool.evaluation.matrix import AccuracyMatrix
 from memtool.evaluation.metrics import coefficient_drift
 from memtool.evaluation.record import Kind, Row
-from memtool.heads import FeatureStatistics, LinearClassifier, RecalledHead, solve_head
+from memtool.heads import LinearClassifier, RecalledHead, solve_head
 from memtool.memories.keyed import BlockMemory, KeyedMemory
 from memtool.memories.separation import SeparationFunction, separation
 from memtool.methods.mira.recall import MemoryModel
@@ -105,11 +105,7 @@ class Measure:
                     remedy="memtool eval without --setting til, or --store memory@VERSION from "
                     "before the consolidation",
                 )
-            values = AdapterValues.from_flat(
-                torch.from_numpy(snapshot.view.value(record.id).copy())[None],
-                self.workspace.layout,
-                record.scaling,
-            ).to(engine.device)
+            values = snapshot.values_of([record]).to(engine.device)
             logits = self._logits(every(values), head.to(engine.device), task)
             total = logits if total is None else total + logits
         assert total is not None
@@ -202,7 +198,7 @@ class Measure:
         work = self.workspace
         state, model, _ = snapshot.consolidated()
         at_once = work.stream.setting == "dg"
-        statistics = FeatureStatistics(work.backbone.dim, len(work.stream.class_names))
+        statistics = work.statistics()
         for task in tasks:
             last = len(state.tasks) if at_once else state.tasks.index(task.number) + 1
             there = (torch.tensor(state.adapter_tasks) < last).float()

@@ -64,6 +64,7 @@ class Mira(Method):
     """The five steps over one configuration and seed."""
 
     reads: ClassVar[tuple[str, ...]] = ("images", "texts")
+    any_layout: ClassVar[bool] = True
     consolidates: ClassVar[str | None] = "keys and head"
 
     @classmethod

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,8 +25,7 @@ import torch
 from torch import Tensor
 
 import memtool_stores
-from memtool.adapters.layout import Layout, Site
-from memtool.adapters.peft_files import parse_peft, write_peft
+from memtool.adapters.peft_files import write_peft
 from memtool.adapters.stock import OneAdapter, Stock, mixed
 from memtool.adapters.values import AdapterValues
 from memtool.errors import ConfigError, CorruptError, DataError
@@ -35,7 +34,7 @@ from memtool.learning.looks import PromptLook, columns_of, looks_of, token_looks
 from memtool.memories.separation import SeparationFunction, separation
 from memtool.methods.attached import Attached
 from memtool.methods.explanation import Explanation
-from memtool.methods.export import config_blob, new_folders, require_new
+from memtool.methods.export import new_folders, require_new
 from memtool.methods.mira.ask import added_up, asked, joined
 from memtool.methods.mira.collection import collect, few
 from memtool.methods.mira.cost import cost_of
@@ -62,9 +61,9 @@ from memtool.methods.routed.memory import (
     Routing,
 )
 from memtool.methods.routed.method import Routed
+from memtool.methods.stored_values import stored_adapter
 from memtool.sections import MemorySettings
 from memtool.streams.task import Images, Stream, Task, Texts, spread
-from memtool.tensor_bytes import read_arrays
 
 _log = logging.getLogger(__name__)
 
@@ -82,14 +81,6 @@ class PromptMemory(Routed):
     reads: ClassVar[tuple[str, ...]] = ("texts",)
     consolidates: ClassVar[str | None] = "keys"
     rivals: ClassVar[tuple[str, ...]] = ("peft",)
-
-    @cached_property
-    def sites(self) -> tuple[Site, ...]:
-        """All that the model offers to an adapter, whatever those that are trained here adapt."""
-        found: tuple[Site, ...] = tuple(
-            self.workspace.backbone.sites(self.workspace.backbone.targets)
-        )
-        return found
 
     @property
     def settings(self) -> MemorySettings:
@@ -303,7 +294,7 @@ class PromptMemory(Routed):
         self, view: memtool_stores.MemoryView, records: Sequence[memtool_stores.AdapterRecord]
     ) -> Stock:
         """The adapters of these records, read when they are used."""
-        layout, sites = self.workspace.layout, self.sites
+        layout, sites = self.workspace.layout, self.workspace.backbone.all_sites
 
         def read(number: int) -> OneAdapter:
             return stored_adapter(view, records[number], layout, sites)
@@ -476,19 +467,3 @@ def mixed_by_block(values: AdapterValues, weights: Tensor) -> OneAdapter:
         each = weights[site.block].repeat_interleave(values.layout.rank)
         tensors[f"{site.name}.lora_B"].mul_(each.to(whole.value.dtype))  # views
     return whole
-
-
-def stored_adapter(
-    view: memtool_stores.MemoryView,
-    record: memtool_stores.AdapterRecord,
-    layout: Layout,
-    sites: Sequence[Site],
-) -> OneAdapter:
-    """An adapter of a store; `layout` is that of rows, `sites` all that the model offers."""
-    if not record.ragged:
-        value = torch.from_numpy(view.value(record.id).copy())
-        return OneAdapter(layout, value, float(record.scaling))
-    where = f"adapter {record.name!r} in memory"
-    config = read_arrays(*config_blob(view, record), config="uint8 c")
-    found = parse_peft(view.export(record.id), config["config"].bits.tobytes(), sites, where)
-    return OneAdapter(found.layout, found.value.float(), found.scaling)

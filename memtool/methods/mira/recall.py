@@ -36,13 +36,12 @@ class MemoryRecall:
 
     def __call__(self, block: int, hidden: Tensor) -> Mixture | None:
         """The mixture of a block for its input (batch, tokens, dim)."""
-        values = self._model.values.block(block)
-        if values is None:
-            return None
-        coefficients = self._shared
-        if coefficients is None:
+        values, coefficients = self._model.values.block(block), self._shared
+        if coefficients is None and (values is not None or block in self._model.memory.blocks):
             coefficients = self._model.memory.coefficients(block, hidden)
             self.coefficients[block] = coefficients
+        if values is None or coefficients is None:
+            return None  # no adapter acts here, though each block is looked at
         return Mixture.weighted(values, coefficients, self._model.mix)
 
 

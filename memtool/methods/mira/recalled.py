@@ -26,14 +26,13 @@ def recalled_adapter(
     the mixture. Under params A and B are mixed, and the rank stays r.
     """
     _, model, _ = snapshot.consolidated()
-    rank, count = work.layout.rank, len(snapshot.records)
-    values = torch.from_numpy(snapshot.view.values([r.id for r in snapshot.records]).copy())
-    scaling = torch.tensor([record.scaling for record in snapshot.records])
-    tensors = work.layout.unflatten(values)
+    values = snapshot.values_of(snapshot.records)
+    scaling, rank, count = values.scaling, values.layout.rank, len(values)
+    tensors = values.layout.unflatten(values.flat())
     stacked = model.mix == "delta"
-    layout = Layout(work.layout.sites, rank * count if stacked else rank)
+    layout = Layout(values.layout.sites, rank * count if stacked else rank)
     mixed: dict[str, Tensor] = {}
-    for site in work.layout.sites:
+    for site in layout.sites:
         place = model.memory.blocks.index(site.block) if len(coefficients) > 1 else 0
         weights = coefficients[place].cpu().float()
         of_a, of_b = f"{site.name}.lora_A", f"{site.name}.lora_B"

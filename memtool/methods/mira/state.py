@@ -8,14 +8,15 @@ asked, where `consolidate.protect` is dual-gpm).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from pydantic import model_validator
 
 import memtool_stores
-from memtool.adapters.layout import Layout
+from memtool.adapters.layout import Layout, Site
 from memtool.adapters.values import AdapterValues
 from memtool.backbones.interface import Backbone
 from memtool.errors import ConfigError, CorruptError, MismatchError, NotFoundError
@@ -32,7 +33,8 @@ from memtool.methods.in_store import (
 from memtool.methods.mira.protect import Protection
 from memtool.methods.mira.recall import MemoryModel, memory_blocks
 from memtool.methods.records import task_of
-from memtool.sections import ConsolidateSettings, MemorySettings
+from memtool.methods.stored_values import values_of
+from memtool.sections import ConsolidateSettings, MemorySettings, as_meant
 from memtool.settings import HeadSettings
 from memtool.tensor_bytes import load_tensors
 
@@ -66,6 +68,15 @@ class MemoryState(StoredState):
     class_names: tuple[str, ...]
     fingerprint: str
 
+    @model_validator(mode="before")
+    @classmethod
+    def _similarity_as_meant(cls, given: Any) -> Any:
+        memory = given.get("memory") if isinstance(given, dict) else None
+        if not isinstance(memory, dict) or "similarity" not in memory:
+            return given
+        meant = as_meant(memory["similarity"])
+        return {**given, "memory": {**memory, "similarity": meant}}
+
     @model_validator(mode="after")
     def _fits_itself(self) -> Self:
         places = range(len(self.tasks))
@@ -80,12 +91,14 @@ class MemoryState(StoredState):
 class Snapshot:
     """The memory at one version, on the device: what retrieval and evaluation read.
 
+    `layout` is that of the adapters that are trained here, `sites` all that the model offers;
     `records` are the adapters behind the keys; `model` is None while nothing is consolidated.
     """
 
     version: str
     view: memtool_stores.MemoryView
     layout: Layout
+    sites: tuple[Site, ...]
     records: tuple[memtool_stores.AdapterRecord, ...]
     state: MemoryState | None
     model: MemoryModel | None
@@ -101,10 +114,10 @@ class Snapshot:
         device: torch.device,
     ) -> Snapshot:
         """Read a version whole."""
-        view = store.view(version)
+        view, sites = store.view(version), backbone.all_sites
         state = MemoryState.load(view)
         if state is None or not state.adapters:
-            return cls(view.version, view, layout, view.adapters, None, None, None)
+            return cls(view.version, view, layout, sites, view.adapters, None, None, None)
         here = set(view.ids)
         kept = [place for place, id in enumerate(state.adapters) if id in here]
         records = tuple(view.get(state.adapters[place]) for place in kept)
@@ -114,11 +127,7 @@ class Snapshot:
                 f"version {view.version} has keys for other adapters than its memory names",
                 remedy="memtool consolidate",
             )
-        values = AdapterValues.from_flat(
-            torch.from_numpy(view.values([record.id for record in records]).copy()),
-            layout,
-            torch.tensor([record.scaling for record in records], dtype=torch.float32),
-        )
+        values = values_of(view, records, layout, sites)
         memory = KeyedMemory.from_settings(
             state.memory,
             memory_blocks(state.memory, layout),
@@ -133,7 +142,7 @@ class Snapshot:
         if HEAD in view.blobs():
             head = RecalledHead.from_bytes(view.blob(HEAD), f"blob {HEAD!r}").to(device)
             _check_head(head, state, len(records), view.version)
-        return cls(view.version, view, layout, records, state, model, head)
+        return cls(view.version, view, layout, sites, records, state, model, head)
 
     def consolidated(self) -> tuple[MemoryState, MemoryModel, RecalledHead]:
         """State, model and head of a memory that was consolidated; an error that helps if not."""
@@ -160,11 +169,11 @@ class Snapshot:
     def own_values(self, task: int, device: torch.device) -> AdapterValues:
         """The adapters of a task, exactly as stored (exact recall)."""
         records = self.adapters_of(task)
-        return AdapterValues.from_flat(
-            torch.from_numpy(self.view.values([r.id for r in records]).copy()),
-            self.layout,
-            torch.tensor([r.scaling for r in records], dtype=torch.float32),
-        ).to(device)
+        return self.values_of(records).to(device)
+
+    def values_of(self, records: Sequence[memtool_stores.AdapterRecord]) -> AdapterValues:
+        """Any adapters of this version, stacked, on the CPU."""
+        return values_of(self.view, records, self.layout, self.sites)
 
     def own_head(self, adapter: str) -> LinearClassifier | None:
         """The classifier that was trained with an adapter, if it came with one."""

@@ -19,7 +19,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-import torch
 from torch import Tensor
 
 import memtool_stores
@@ -49,6 +48,7 @@ from memtool.methods.routed.memory import (
     of_prompts,
     read_kept,
 )
+from memtool.methods.stored_values import values_of
 from memtool.methods.subject import subject_of
 from memtool.sections import Settings
 from memtool.settings import Config
@@ -63,6 +63,7 @@ class Routed(Method, ABC):
 
     name: ClassVar[str]
     reads: ClassVar[tuple[str, ...]] = ("images", "texts")
+    any_layout: ClassVar[bool] = True
     consolidates: ClassVar[str | None] = "what is kept of each task"
 
     @classmethod
@@ -374,11 +375,8 @@ class Routed(Method, ABC):
         self, view: memtool_stores.MemoryView, records: Sequence[memtool_stores.AdapterRecord]
     ) -> AdapterValues | Stock:
         """The adapters of these records."""
-        return AdapterValues.from_flat(
-            torch.from_numpy(view.values([record.id for record in records]).copy()),
-            self.workspace.layout,
-            torch.tensor([record.scaling for record in records], dtype=torch.float32),
-        )
+        work = self.workspace
+        return values_of(view, records, work.layout, work.backbone.all_sites)
 
     def routing(
         self, values: AdapterValues | Stock, owners: Sequence[int], kept: Sequence[Kept]

@@ -1,0 +1,50 @@
+"""The values of stored adapters, whatever their layouts: what a method computes with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+import memtool_stores
+from memtool.adapters.layout import Layout, Site
+from memtool.adapters.peft_files import parse_peft
+from memtool.adapters.stock import OneAdapter, united
+from memtool.adapters.values import AdapterValues
+from memtool.methods.export import config_blob
+from memtool.tensor_bytes import read_arrays
+
+
+def stored_adapter(
+    view: memtool_stores.MemoryView,
+    record: memtool_stores.AdapterRecord,
+    layout: Layout,
+    sites: Sequence[Site],
+) -> OneAdapter:
+    """An adapter of a store; `layout` is that of rows, `sites` all that the model offers."""
+    if not record.ragged:
+        value = torch.from_numpy(view.value(record.id).copy())
+        return OneAdapter(layout, value, float(record.scaling))
+    where = f"adapter {record.name!r} in memory"
+    config = read_arrays(*config_blob(view, record), config="uint8 c")
+    found = parse_peft(view.export(record.id), config["config"].bits.tobytes(), sites, where)
+    return OneAdapter(found.layout, found.value.float(), found.scaling)
+
+
+def values_of(
+    view: memtool_stores.MemoryView,
+    records: Sequence[memtool_stores.AdapterRecord],
+    layout: Layout,
+    sites: Sequence[Site],
+) -> AdapterValues:
+    """These adapters stacked, on the CPU: exact also where their layouts differ, as in `united`.
+
+    `layout` and `sites` as in `stored_adapter`; at least one record.
+    """
+    if any(record.ragged for record in records):
+        return united([stored_adapter(view, record, layout, sites) for record in records], sites)
+    return AdapterValues.from_flat(
+        torch.from_numpy(view.values([record.id for record in records]).copy()),
+        layout,
+        torch.tensor([record.scaling for record in records], dtype=torch.float32),
+    )
