@@ -11,6 +11,7 @@ optimiser moments and the step are the whole state.
 from __future__ import annotations
 
 import math
+import os
 import signal
 import threading
 import time
@@ -500,3 +501,15 @@ def _interruptible() -> Iterator[threading.Event]:
         yield event
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+def available_bytes(device: torch.device) -> int:
+    """Bytes that a device has left for this process; of the machine for all but CUDA."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not Linux: what is installed is the only bound known
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -19,7 +19,10 @@ from memtool_stores import limits
 from memtool_stores.limits import Limits
 
 Setting = Literal["dil", "til", "cil", "dg", "mts", "xtail", "trace"]
-HeadKind = Literal["lda", "ridge", "ncm", "grown", "shared", "prototype", "text"]
+HeadKind = Literal["lda", "ridge", "rp-ridge", "ncm", "grown", "shared", "prototype", "text"]
+HeadFeatures = Literal[
+    "own", "recalled", "own+frozen", "own+first", "recalled+frozen", "recalled+first"
+]
 Augment = Literal["none", "flip-crop", "crop"]
 
 
@@ -157,19 +160,30 @@ class HeadSettings(Settings):
 
     kind: HeadKind = Field(
         "lda",
-        description="closed form (lda, ridge, ncm), grown: trained with the adapters, class by "
-        "class; shared: one that learns on through every consolidation; known for all classes in "
-        "advance (xtail): prototype, of frozen features; text, of a text tower",
+        description="closed form (lda, ridge, ncm; rp-ridge: ridge on a random projection), grown: "
+        "trained with the adapters, class by class; shared: one that learns on through every "
+        "consolidation; known for all classes in advance (xtail): prototype, of frozen features; "
+        "text, of a text tower",
     )
     scope: Literal["shared", "task"] = Field(
         "task", description="one head for all tasks, or each task's own, recalled with its adapter"
     )
-    features: Literal["own", "recalled"] = Field(
+    features: HeadFeatures = Field(
         "own",
         description="closed form: solved on features under the task's own adapters, or under what "
-        "the memory recalls",
+        "the memory recalls; +frozen, +first: beside them, also when it is read, those of the "
+        "frozen model, or under the adapters of the first task",
     )
     ridge: Annotated[float, Field(gt=0)] = Field(1e-2, description="ridge, relative to the trace")
+    width: Annotated[int, Field(ge=1, le=1_000_000)] = Field(
+        10_000,
+        description="rp-ridge, ranpac: random features; memory grows with their square",
+    )
+    penalty: Literal["trace", "folds"] = Field(
+        "trace",
+        description="rp-ridge: the penalty is head.ridge relative to the trace, or what is best on "
+        "one of five training images of every class",
+    )
     scale: Annotated[float, Field(gt=0)] = Field(
         30.0, description="prototype: logits are cosines times this"
     )
@@ -185,6 +199,16 @@ class HeadSettings(Settings):
     )
 
     later: ClassVar[tuple[str, ...]] = ("texts",)
+
+    @property
+    def resolved(self) -> bool:
+        """Whether it is solved on the features that are recalled."""
+        return self.features.startswith("recalled")
+
+    @property
+    def beside(self) -> str:
+        """Whose features stand beside: "frozen", "first", or "" for none."""
+        return self.features.partition("+")[2]
 
 
 class TextSettings(Settings):
@@ -429,11 +453,13 @@ READ_UNDER: tuple[tuple[str, str, tuple[str | None, ...]], ...] = (
     ("head.kind", "method", ("mira", "moram")),
     ("head.scope", "method", ("mira", "moram")),
     ("head.features", "method", ("mira",)),
+    ("head.penalty", "head.kind", ("rp-ridge",)),
     ("head.scale", "head.kind", ("prototype",)),
     ("head.rivals", "head.kind", ("prototype",)),
     ("head.texts", "head.kind", ("text",)),
     ("train.final_lr", "train.schedule", ("cosine",)),
     ("moram.scaled_threshold", "moram.score_norm", ("bank",)),
+    ("first_session", "stream.setting", ("dil", "cil", "dg")),
     ("modulation.predictor_epochs", "stream.setting", ("mts", "trace")),
     ("modulation.predictor_lr", "stream.setting", ("mts", "trace")),
 )

@@ -52,7 +52,9 @@ def _facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
         ("backbone", f"{plan['backbone']}, {plan['device']}, {plan['precision']}"),
     ]
     if plan["head"] is not None:
-        rows.append(("head", plan["head"] + _SCOPES[plan["head_scope"]]))
+        takes = plan["head_bytes"]
+        said = "" if takes is None else f"; {size(takes)} for its moments and to solve it"
+        rows.append(("head", plan["head"] + _SCOPES[plan["head_scope"]] + said))
     rows.append(("batch size", str(plan["batch_size"])))
     if plan["consolidation_epochs"] is not None:
         epochs = plan["consolidation_epochs"]
@@ -81,9 +83,15 @@ def _facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
             ),
         ]
     if (cost := plan["cost"]) is not None:
-        rows += _cost(cost)
+        rows += _image_cost(cost) if "frozen" in cost else _cost(cost)
     if plan["baselines"] is not None:
         rows.append(("baselines", ", ".join(plan["baselines"]) or "none"))
+    if plan["baseline_passes"]:
+        each = [
+            f"{name} {count['step']} in a step, {count['test']} in a test"
+            for name, count in plan["baseline_passes"].items()
+        ]
+        rows.append(("passes over an image", "; ".join(each)))
     there = "there already" if plan["store_exists"] else "new"
     rows.append(("store", f"{plan['store']} ({there})"))
     return rows
@@ -94,6 +102,16 @@ _ASKED = {
     "block": "a prompt, others in every block",
     "token": "every token, others in every block",
 }
+
+
+def _image_cost(cost: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the weights of a memory of images cost."""
+    under = ((cost["frozen"], "frozen"), (cost["first_adapter"], "first adapter"))
+    before = [f"{name} {share:.2g}" for share, name in under if share]
+    return [
+        ("passes of an image", ", ".join([*before, "recalled 1"])),
+        ("keys", f"{size(cost['keys_bytes'])}, moments of queries {size(cost['queries_bytes'])}"),
+    ]
 
 
 def _cost(cost: dict[str, Any]) -> list[tuple[str, str]]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from memtool.backbones.footprint import Footprint, footprint_of
 from memtool.experiments.run import chosen_baselines
 from memtool.methods import open_method
+from memtool.methods.baselines import passes
 from memtool.methods.moram.state import gate_of
 from memtool.sections import MoramSettings
 from memtool.settings import Config, HeadSettings
@@ -34,9 +36,12 @@ def plan(config: Config, *, seed: int, verb: str) -> dict[str, Any]:
     domain is held out in turn (`held_out` None), all have both, and there is a memory for each.
     `bytes_in_all` is of all memories of one seed. Of a language model only the configuration is
     read, and `memory` says in bytes where its memory goes with atoms; None without. `cost` is what
-    a memory of prompts adds. Raises what opening method, data and backbone does.
+    a memory of mixtures adds, `head_bytes` what a random projection takes, solving included.
+    `baseline_passes` are those of baselines that run an image more than once: in a step of
+    training, and in a test after the last task. Raises what opening method, data and backbone does.
     """
     method = open_method(config, seed=seed)
+    baselines = list(chosen_baselines(method)) if verb == "run" else None
     work, memory, cost = method.workspace, None, None
     if work.reads == "texts":
         atoms = method.kind == "atoms"
@@ -50,6 +55,7 @@ def plan(config: Config, *, seed: int, verb: str) -> dict[str, Any]:
         ]
     else:
         tasks, numbers = _image_tasks(work), work.layout.numel
+        cost = method.cost(numbers=numbers, parameters=0, tokens=0)
     in_turn = config.stream.setting == "dg" and config.stream.held_out is None
     memories = len(tasks) if in_turn else 1
     learned = sum(task.epochs > 0 for task in tasks) - in_turn
@@ -63,6 +69,7 @@ def plan(config: Config, *, seed: int, verb: str) -> dict[str, Any]:
         "device": str(work.engine.device),
         "precision": work.engine.precision,
         "head": head.kind if head else None,
+        "head_bytes": _projection_bytes(work) if head else None,
         "head_scope": head.scope if head and _has_scope(head) else None,
         "tasks": [task.name for task in tasks],
         "train_samples": [task.train for task in tasks],
@@ -80,11 +87,22 @@ def plan(config: Config, *, seed: int, verb: str) -> dict[str, Any]:
         "bytes_in_all": numbers * 4 * config.adapter.per_task * learned * memories,
         "memory": memory,
         "cost": cost,
-        "baselines": list(chosen_baselines(method)) if verb == "run" else None,
+        "baselines": baselines,
+        "baseline_passes": _passes(baselines or [], len(tasks)),
         "store": work.store_path,
         "store_exists": work.has_store,
         "runs": str(config.runs),
         "notes": list(work.stream.notes),
+    }
+
+
+def _passes(baselines: Sequence[str], tasks: int) -> dict[str, dict[str, int]]:
+    """Forward passes of the baselines that have more than one of an image."""
+    each = {name: passes(name, tasks) for name in baselines}
+    return {
+        name: {"step": step, "test": test}
+        for name, (step, test) in each.items()
+        if (step, test) != (1, 1)
     }
 
 
@@ -141,6 +159,12 @@ def _image_tasks(work: Workspace) -> list[_Task]:
         held = stream.held_out
         found[held.number] = _Task(held.name, 0, len(held.test), 0)
     return [found[number] for number in sorted(found)]
+
+
+def _projection_bytes(work: Workspace) -> int | None:
+    """Bytes of the moments of a random projection, and of solving the head; None without one."""
+    head = work.config.head
+    return work.projection_bytes(head.width).total if head.kind == "rp-ridge" else None
 
 
 def _has_scope(head: HeadSettings) -> bool:

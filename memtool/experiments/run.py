@@ -38,11 +38,13 @@ from memtool.learning.known import is_fixed, learned_under
 from memtool.methods import open_method
 from memtool.methods.baselines import (
     DG_BASELINES,
+    FIRST_SESSION,
     RIVALS,
     HeldOut,
     baseline,
     baselines_of,
     held_out_baseline,
+    require,
     source_of,
 )
 from memtool.methods.kept import fingerprint_of, kept
@@ -232,6 +234,7 @@ def _one_memory(
     work = method.workspace
     work.require_fitting(work.stream.tasks)
     learned = list(work.stream.tasks)
+    names = chosen_baselines(method) if doing.baselines else ()
     _learn(method, learned, doing, fresh=not doing.resume and adapters is None)
     start = time.perf_counter()
     record = method.evaluate(
@@ -246,9 +249,8 @@ def _one_memory(
     rows = list(record.metrics.rows)
     spent = _spent(work)
     rows[0] = rows[0].model_copy(update={"seconds": spent["adapt"] + spent["consolidate"]})
-    if doing.baselines:
-        for name in chosen_baselines(method):
-            rows += _baseline(method, name, learned)
+    for name in names:
+        rows += _baseline(method, name, learned)
     if any(row.id == "zero-shot" for row in rows):  # which is the frozen model, of texts
         rows = [row for row in rows if row.id != "frozen" or work.reads == "images"]
     record = record.model_copy(
@@ -381,14 +383,16 @@ def chosen_baselines(method: Method) -> tuple[str, ...]:
     """The baselines that `run` measures: those of the known that are wanted.
 
     `all` are those without the rivals, which are named. Raises ConfigError for a rival that the
-    setting or the head does not have.
+    setting, the head or the backbone does not have.
     """
     wanted, known = method.config.baselines, known_baselines(method)
+    for name in wanted:
+        require(name, method.workspace)
     absent = [name for name in wanted if name in RIVALS and name not in known]
     if absent:
         raise ConfigError(
             f"no baseline {absent[0]} {_where(method)}",
-            expected=f"of {', '.join(known)}" if known else "--baselines none",
+            expected=f"one of {', '.join(known)}" if known else "--baselines none",
             remedy=f"leave {absent[0]} out of --baselines",
         )
     if not known:
@@ -431,7 +435,7 @@ def _baseline(method: Method, name: str, tasks: Sequence[Task]) -> list[Row]:
         return baseline(name)(work, tasks)
 
     decides = _decides_of_texts(work) if work.reads == "texts" else _decides_of_images(work)
-    decides.append(work.config.past.decides() if name == "inf-lora" else None)
+    decides += _decides_alone(work.config, name)
     if (source := source_of(name)) is not None:
         decides.append(source)
     word = re.sub(r"[^\w.-]+", "-", name)  # a name as path/to/file.py:Class is no file name
@@ -441,6 +445,15 @@ def _baseline(method: Method, name: str, tasks: Sequence[Task]) -> list[Row]:
     rows = kept(file, _ROWS, work.engine, measure)
     work.tell(stage, 1, 1)
     return rows
+
+
+def _decides_alone(config: Config, name: str) -> list[object]:
+    """Settings that decide what one baseline reaches, and no other."""
+    if name == "inf-lora":
+        return [config.past.decides()]
+    if name in FIRST_SESSION:
+        return [None, config.first_session.epochs, config.head.width]
+    return [config.replay.buffer] if name in ("er", "der++") else [None]
 
 
 _OF_IMAGES = ("adapter", "train", "head", "backbone")

@@ -9,7 +9,6 @@ head that starts as a good probe of the frozen features leaves the adapters litt
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from memtool.adapters.layout import Layout
 from memtool.adapters.lora import init_lora
 from memtool.adapters.recalls import every, on_top
 from memtool.adapters.values import AdapterValues, Recall
-from memtool.engine import Batch, Batches, Engine, FitResult
+from memtool.engine import Batch, Batches, Engine, FitResult, available_bytes
 from memtool.errors import CapacityError, DivergedError
 from memtool.heads import LinearClassifier
 from memtool.learning.looks import FeatureModel, Labelled
@@ -221,18 +220,6 @@ def _bytes_kept(
         logits = trial(inputs)
     del logits  # until here nothing was freed: an address stands for one storage
     return sum(kept.values())
-
-
-def available_bytes(device: torch.device) -> int:
-    """Bytes that a device has left for this process; of the machine for all but CUDA."""
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):  # not Linux: what is installed is the only bound known
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def require_learned(
