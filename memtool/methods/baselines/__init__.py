@@ -107,7 +107,7 @@ def baselines_of(reads: str, *, fixed_head: bool = False) -> Mapping[str, Baseli
 
 
 def require(name: str, work: Workspace) -> None:
-    """Raise ConfigError for a baseline that cannot learn what a workspace has; names say which."""
+    """Raise ConfigError for a baseline that cannot learn with what a workspace has."""
     if name in _PROMPTS:
         require_prompts(work, _PROMPTS[name])
     if name == SPrompts.id:
