@@ -38,6 +38,7 @@ from memtool.learning.known import is_fixed, learned_under
 from memtool.methods import open_method
 from memtool.methods.baselines import (
     DG_BASELINES,
+    FIRST_SESSION,
     RIVALS,
     HeldOut,
     baseline,
@@ -435,7 +436,9 @@ def _baseline(method: Method, name: str, tasks: Sequence[Task]) -> list[Row]:
         return baseline(name)(work, tasks)
 
     decides = _decides_of_texts(work) if work.reads == "texts" else _decides_of_images(work)
-    decides.append(work.config.past.energy if name == "inf-lora" else None)
+    decides.append(work.config.past.decides() if name == "inf-lora" else None)
+    if name in FIRST_SESSION:
+        decides += [work.config.first_session.epochs, work.config.head.width]
     if (source := source_of(name)) is not None:
         decides.append(source)
     word = re.sub(r"[^\w.-]+", "-", name)  # a name as path/to/file.py:Class is no file name
@@ -447,11 +450,14 @@ def _baseline(method: Method, name: str, tasks: Sequence[Task]) -> list[Row]:
     return rows
 
 
+_OF_IMAGES = ("adapter", "train", "head", "backbone")
+
+
 def _decides_of_images(work: Workspace) -> list[object]:
     """All that decides what a baseline reaches on images."""
     return [
         __version__,
-        work.config.model_dump(mode="json", include={"adapter", "train", "head", "backbone"}),
+        {part: getattr(work.config, part).decides() for part in _OF_IMAGES},
         work.stream.fingerprint,
         work.config.stream.held_out,
         work.backbone.sha256,
@@ -466,7 +472,7 @@ def _decides_of_texts(work: Workspace) -> list[object]:
     """All that decides what a baseline reaches on texts."""
     return [
         __version__,
-        work.config.model_dump(mode="json", include={"adapter", "train", "text"}),
+        {part: getattr(work.config, part).decides() for part in ("adapter", "train", "text")},
         work.config.backbone.targets,
         work.stream.fingerprint,
         work.backbone.sha256,
