@@ -467,7 +467,8 @@ def known_baselines(method: Method) -> tuple[str, ...]:
         return ()
     if config.stream.setting == "dg":
         return tuple(DG_BASELINES)
-    return tuple(baselines_of(reads, fixed_head=reads == "images" and is_fixed(config)))
+    known = baselines_of(reads, fixed_head=reads == "images" and is_fixed(config))
+    return tuple(name for name in known if name != "s-prompts" or config.stream.setting == "dil")
 
 
 def _chosen_rows(method: Method, name: str, tasks: Sequence[Task], doing: _Doing) -> Sequence[Row]:
