@@ -338,8 +338,8 @@ class _File:
     def _require_own(self, key: str, place: str, method: str, own: Any) -> None:
         """Raise ConfigError for a setting of another method than the file is for.
 
-        A file is for the method that it names; one that has the sections of all is for all. An old
-        one lacks sections that baselines came to read.
+        A file is for the method that it names; one that has the sections of all is for all. An
+        older one of these lacks what baselines came to read.
         """
         assert self.tree is not None
         assert isinstance(self.tree.value, dict)

@@ -38,11 +38,13 @@ from memtool.learning.known import is_fixed, learned_under
 from memtool.methods import open_method
 from memtool.methods.baselines import (
     DG_BASELINES,
+    FIRST_SESSION,
     RIVALS,
     HeldOut,
     baseline,
     baselines_of,
     held_out_baseline,
+    require,
     source_of,
 )
 from memtool.methods.kept import fingerprint_of, kept
@@ -51,7 +53,7 @@ from memtool.paths import store_beside, without_home
 from memtool.progress import Progress
 from memtool.registry import SHIPPED
 from memtool.reports.html import Cost, write_report
-from memtool.settings import Config, get
+from memtool.settings import Config
 from memtool.streams.task import Images, Task
 from memtool.workspace import Workspace
 from memtool_stores.names import below, check_name
@@ -381,9 +383,11 @@ def chosen_baselines(method: Method) -> tuple[str, ...]:
     """The baselines that `run` measures: those of the known that are wanted.
 
     `all` are those without the rivals, which are named. Raises ConfigError for a rival that the
-    setting or the head does not have.
+    setting, the head or the backbone does not have.
     """
     wanted, known = method.config.baselines, known_baselines(method)
+    for name in wanted:
+        require(name, method.workspace)
     absent = [name for name in wanted if name in RIVALS and name not in known]
     if absent:
         raise ConfigError(
@@ -431,8 +435,7 @@ def _baseline(method: Method, name: str, tasks: Sequence[Task]) -> list[Row]:
         return baseline(name)(work, tasks)
 
     decides = _decides_of_texts(work) if work.reads == "texts" else _decides_of_images(work)
-    own = {"inf-lora": "past.energy", "er": "replay.buffer", "der++": "replay.buffer"}
-    decides.append(get(work.config, own[name]) if name in own else None)
+    decides += _decides_alone(work.config, name)
     if (source := source_of(name)) is not None:
         decides.append(source)
     word = re.sub(r"[^\w.-]+", "-", name)  # a name as path/to/file.py:Class is no file name
@@ -444,11 +447,23 @@ def _baseline(method: Method, name: str, tasks: Sequence[Task]) -> list[Row]:
     return rows
 
 
+def _decides_alone(config: Config, name: str) -> list[object]:
+    """Settings that decide what one baseline reaches, and no other."""
+    if name == "inf-lora":
+        return [config.past.decides()]
+    if name in FIRST_SESSION:
+        return [None, config.first_session.epochs, config.head.width]
+    return [config.replay.buffer] if name in ("er", "der++") else [None]
+
+
+_OF_IMAGES = ("adapter", "train", "head", "backbone")
+
+
 def _decides_of_images(work: Workspace) -> list[object]:
     """All that decides what a baseline reaches on images."""
     return [
         __version__,
-        work.config.model_dump(mode="json", include={"adapter", "train", "head", "backbone"}),
+        {part: getattr(work.config, part).decides() for part in _OF_IMAGES},
         work.stream.fingerprint,
         work.config.stream.held_out,
         work.backbone.sha256,
@@ -463,7 +478,7 @@ def _decides_of_texts(work: Workspace) -> list[object]:
     """All that decides what a baseline reaches on texts."""
     return [
         __version__,
-        work.config.model_dump(mode="json", include={"adapter", "train", "text"}),
+        {part: getattr(work.config, part).decides() for part in ("adapter", "train", "text")},
         work.config.backbone.targets,
         work.stream.fingerprint,
         work.backbone.sha256,

@@ -14,11 +14,11 @@ from memtool.learning.answers import Answering, AnswerScores, answer_row
 from memtool.learning.learner import Learner
 from memtool.methods.baselines.apart import Apart
 from memtool.methods.baselines.reading import (
-    READINGS_OF,
     TITLES,
     ClosedForms,
     Reading,
     accuracies,
+    readings_of,
 )
 from memtool.methods.outcome import share_right
 from memtool.streams.task import Task
@@ -180,4 +180,5 @@ def measured_by(
         return OfAnswers(learner, tasks)
     if isinstance(learner, Apart):
         return OfScores(learner, tasks)
-    return OfHeads(learner, tasks, readings or READINGS_OF[learner.objective.is_fixed])
+    every = readings_of(learner.work, is_fixed=learner.objective.is_fixed)
+    return OfHeads(learner, tasks, readings or every)
