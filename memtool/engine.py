@@ -11,6 +11,7 @@ optimiser moments and the step are the whole state.
 from __future__ import annotations
 
 import math
+import os
 import signal
 import threading
 import time
@@ -289,7 +290,7 @@ class Engine:
         saved_at = time.monotonic()
         with _interruptible() as interrupted:
             while done < total:
-                factor = one_cycle(done / total, settings.warmup)
+                factor = rate_factor(done / total, settings)
                 rate = settings.final_lr + factor * (settings.lr - settings.final_lr)
                 for group in optimizer.param_groups:
                     group["lr"] = rate * group["factor"]
@@ -307,7 +308,8 @@ class Engine:
                         remedy=f"a smaller learning rate than {settings.lr:g}, "
                         "or --precision fp32; nothing was written",
                     )
-                _clip(trained.values(), batches.groups, settings.clip)
+                if settings.clip is not None:
+                    _clip(trained.values(), batches.groups, settings.clip)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 if after_step is not None:
@@ -431,6 +433,13 @@ def _clip(parameters: Iterable[nn.Parameter], groups: int, largest: float) -> No
         part.mul_(factor)
 
 
+def rate_factor(progress: float, settings: TrainSettings) -> float:
+    """Factor on the learning rate at `progress` (0 … 1): one cycle, or constant after its rise."""
+    if settings.schedule == "constant" and progress >= settings.warmup:
+        return 1.0
+    return one_cycle(progress, settings.warmup)
+
+
 def one_cycle(progress: float, warmup: float) -> float:
     """Factor on the learning rate: linear rise over the share `warmup`, then cosine to zero."""
     if progress < warmup:
@@ -492,3 +501,15 @@ def _interruptible() -> Iterator[threading.Event]:
         yield event
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+def available_bytes(device: torch.device) -> int:
+    """Bytes that a device has left for this process; of the machine for all but CUDA."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not Linux: what is installed is the only bound known
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from memtool.errors import CorruptError
+from memtool.sections import as_meant
 
 if TYPE_CHECKING:
     from memtool_stores import MemoryStore
@@ -31,7 +32,11 @@ def remembered(store: MemoryStore, version: str = "HEAD") -> dict[str, Any]:
             raise CorruptError(
                 f"version {one.id} of {store.url} says no configuration", expected="a JSON object"
             )
-        found = {key: value for key, value in _flat(said) if _is_of_a_memory(key)}
+        found = {
+            key: as_meant(value) if key.endswith(".similarity") else value
+            for key, value in _flat(said)
+            if _is_of_a_memory(key)
+        }
         seed = one.metadata.get("seed")
         if isinstance(seed, int) and not isinstance(seed, bool):
             found["seed"] = (seed,)

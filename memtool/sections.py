@@ -11,13 +11,14 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainSerializer,
     ValidationError,
     create_model,
 )
@@ -26,23 +27,40 @@ from memtool import registry
 from memtool.errors import ConfigError
 
 Separation = Annotated[str, registry.Named("separations")]
-Similarity = Literal[
-    "dot",
-    "scaled-dot",
-    "cosine",
-    "centred-cosine",
-    "euclidean",
-    "manhattan",
-    "scaled-error",
-    "kl",
-    "reverse-kl",
-    "js",
+
+_WRITTEN = {"kl": "kl-from-key", "reverse-kl": "kl-from-query"}
+"""How two similarities are written down; their plain names once meant each other."""
+
+Similarity = Annotated[
+    Literal[
+        "dot",
+        "scaled-dot",
+        "cosine",
+        "centred-cosine",
+        "euclidean",
+        "manhattan",
+        "scaled-error",
+        "kl",
+        "reverse-kl",
+        "js",
+    ],
+    BeforeValidator(lambda name: next((k for k, v in _WRITTEN.items() if v == name), name)),
+    PlainSerializer(lambda name: _WRITTEN.get(name, name), return_type=str, when_used="json"),
 ]
 Mix = Literal["delta", "params"]
 Routing = Literal["mixture", "lda", "prototype"]
 Protect = Literal["freeze", "dual-gpm", "none"]
 LookUnder = Literal["frozen", "first-adapter", "both"]
 Recaller = Literal["hopfield", "hopfield-published", "bayes-pcn", "bayes-pcn-published"]
+
+
+def as_meant(name: Any) -> Any:
+    """The similarity that a stored name means, as it is written down today.
+
+    Until 0.1 `kl` was what Millidge et al. call the reverse divergence, and the other way round.
+    """
+    then = {"kl": _WRITTEN["reverse-kl"], "reverse-kl": _WRITTEN["kl"]}
+    return then.get(name, name) if isinstance(name, str) else name
 
 
 _PLACE = re.compile(r"final|tokens|blocks|prefix|block:(0|[1-9][0-9]{0,3})")
@@ -65,6 +83,20 @@ class Settings(BaseModel):
     """Frozen; an unknown key is an error, and so are numbers that are not finite."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    later: ClassVar[tuple[str, ...]] = ()
+    """Settings that came after others."""
+
+    def decides(self) -> Any:
+        """What of them decides a training: JSON. Later ones count where they are not the default.
+
+        So what was trained before them is still found.
+        """
+        whole = self.model_dump(mode="json")
+        for name in self.later:
+            if getattr(self, name) == type(self).model_fields[name].default:
+                del whole[name]
+        return whole
 
 
 class MemorySettings(Settings):
@@ -111,6 +143,8 @@ class MemorySettings(Settings):
         description="of texts: clusters of the example prompts of an adapter, each with a key of "
         "its own (the weights of its keys add up)",
     )
+
+    later: ClassVar[tuple[str, ...]] = ("look_under",)
 
     @property
     def look_at_block(self) -> int | None:
@@ -206,6 +240,12 @@ class MoramSettings(Settings):
         description="how keys begin: at random and learning, as published, or fixed at what a "
         "task's inputs have outside those of earlier tasks, so that these hardly answer to them",
     )
+    frozen_scaling: Literal["kept", "one"] = Field(
+        "kept",
+        description="what an atom adds is scaled by once it is written: by alpha / r as while it "
+        "learned, or by one, as in the published code for TRACE",
+    )
+    later: ClassVar[tuple[str, ...]] = ("frozen_scaling",)
 
 
 class PastSettings(Settings):
@@ -216,17 +256,37 @@ class PastSettings(Settings):
         description="share of the energy of the first task's inputs that later tasks keep clear "
         "of, rising to 1 at the last; less leaves them more room",
     )
+    rule: Literal["energy", "squares"] = Field(
+        "energy",
+        description="what the share is of: the energy of the inputs, or the squares of the "
+        "singular values of their covariance, as in the code of InfLoRA (with 0.95 or 0.98)",
+    )
 
+    def decides(self) -> Any:
+        """The share alone, as it was before there was a rule."""
+        return self.energy if self.rule == "energy" else [self.energy, self.rule]
+
+
+class FirstSessionSettings(Settings):
+    """Baselines that learn on the first task alone: ranpac, aper, fsa."""
+
+    epochs: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="passes over the first task's images; none: those of every adapter"
+    )
+
+
+OF_BASELINES: Mapping[str, type[Settings]] = {
+    "past": PastSettings,
+    "first_session": FirstSessionSettings,
+}
+"""The sections that baselines read, which other people's methods are measured against, too."""
 
 SECTIONS: Mapping[str, Mapping[str, type[Settings]]] = {
-    "mira": {"memory": MemorySettings, "consolidate": ConsolidateSettings, "past": PastSettings},
-    "moram": {"moram": MoramSettings, "past": PastSettings},
-    "modulation": {"modulation": ModulationSettings, "past": PastSettings},
+    "mira": {"memory": MemorySettings, "consolidate": ConsolidateSettings, **OF_BASELINES},
+    "moram": {"moram": MoramSettings, **OF_BASELINES},
+    "modulation": {"modulation": ModulationSettings, **OF_BASELINES},
 }
 """The sections of every method that ships, by method."""
-
-OF_BASELINES: Mapping[str, type[Settings]] = {"past": PastSettings}
-"""The sections that baselines read, which other people's methods are measured against, too."""
 
 
 def sections_of(method: str, taken: Callable[[str], bool]) -> dict[str, type[Settings]]:

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
@@ -19,11 +19,11 @@ from memtool_stores import limits
 from memtool_stores.limits import Limits
 
 Setting = Literal["dil", "til", "cil", "dg", "mts", "xtail", "trace"]
-HeadKind = Literal["lda", "ridge", "ncm", "grown", "shared", "prototype", "text"]
+HeadKind = Literal["lda", "ridge", "rp-ridge", "ncm", "grown", "shared", "prototype", "text"]
 HeadFeatures = Literal[
     "own", "recalled", "own+frozen", "own+first", "recalled+frozen", "recalled+first"
 ]
-Augment = Literal["none", "flip-crop"]
+Augment = Literal["none", "flip-crop", "crop"]
 
 
 Seed = Annotated[int, Field(ge=0, le=10**15)]
@@ -31,7 +31,16 @@ Seed = Annotated[int, Field(ge=0, le=10**15)]
 
 
 TextMetric = Literal[
-    "first-character", "number", "exact-match", "rouge-l", "edit-similarity", "sari"
+    "first-character",
+    "number",
+    "exact-match",
+    "rouge-l",
+    "edit-similarity",
+    "sari",
+    "trace-choice",
+    "trace-number",
+    "trace-code",
+    "trace-sari",
 ]
 """How an answer is scored; see `memtool.evaluation.text`."""
 
@@ -119,8 +128,19 @@ class TrainSettings(Settings):
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
         (0.9, 0.999), description="of AdamW: decay of the means of gradients and of their squares"
     )
-    clip: Annotated[float, Field(gt=0)] = Field(1.0, description="largest norm of the gradient")
-    augment: Augment = Field("none", description="of the training images")
+    schedule: Literal["cosine", "constant"] = Field(
+        "cosine", description="the rate after the warm-up: falling to final_lr, or as it is"
+    )
+    clip: Annotated[float, Field(gt=0)] | None = Field(
+        1.0, description="largest norm of the gradient; none: any"
+    )
+    augment: Augment = Field(
+        "none",
+        description="of the training images: flip-crop, mirrored by chance and shifted by an "
+        "eighth at most; crop, a piece of 90 to 100 % of the area",
+    )
+
+    later: ClassVar[tuple[str, ...]] = ("schedule",)
 
     def epochs_for(self, samples: int, tasks: int = 1) -> int:
         """Epochs over so many samples of `tasks` tasks: by `iterations` where that is set."""
@@ -140,9 +160,10 @@ class HeadSettings(Settings):
 
     kind: HeadKind = Field(
         "lda",
-        description="closed form (lda, ridge, ncm), grown: trained with the adapters, class by "
-        "class; shared: one that learns on through every consolidation; known for all classes in "
-        "advance (xtail): prototype, of frozen features; text, of a text tower",
+        description="closed form (lda, ridge, ncm; rp-ridge: ridge on a random projection), grown: "
+        "trained with the adapters, class by class; shared: one that learns on through every "
+        "consolidation; known for all classes in advance (xtail): prototype, of frozen features; "
+        "text, of a text tower",
     )
     scope: Literal["shared", "task"] = Field(
         "task", description="one head for all tasks, or each task's own, recalled with its adapter"
@@ -154,6 +175,15 @@ class HeadSettings(Settings):
         "frozen model, or under the adapters of the first task",
     )
     ridge: Annotated[float, Field(gt=0)] = Field(1e-2, description="ridge, relative to the trace")
+    width: Annotated[int, Field(ge=1, le=1_000_000)] = Field(
+        10_000,
+        description="rp-ridge, ranpac: random features; memory grows with their square",
+    )
+    penalty: Literal["trace", "folds"] = Field(
+        "trace",
+        description="rp-ridge: the penalty is head.ridge relative to the trace, or what is best on "
+        "one of five training images of every class",
+    )
     scale: Annotated[float, Field(gt=0)] = Field(
         30.0, description="prototype: logits are cosines times this"
     )
@@ -162,6 +192,13 @@ class HeadSettings(Settings):
         description="prototype: what images are told apart from while their task is learned: the "
         "classes of the task, or of all tasks so far",
     )
+    texts: Literal["batch", "seen"] = Field(
+        "batch",
+        description="text: what a step tells apart: the classes of its batch, both ways; or, as "
+        "published for MoRAM, images the classes of the task, and all texts so far the images",
+    )
+
+    later: ClassVar[tuple[str, ...]] = ("texts",)
 
     @property
     def resolved(self) -> bool:
@@ -416,9 +453,13 @@ READ_UNDER: tuple[tuple[str, str, tuple[str | None, ...]], ...] = (
     ("head.kind", "method", ("mira", "moram")),
     ("head.scope", "method", ("mira", "moram")),
     ("head.features", "method", ("mira",)),
+    ("head.penalty", "head.kind", ("rp-ridge",)),
     ("head.scale", "head.kind", ("prototype",)),
     ("head.rivals", "head.kind", ("prototype",)),
+    ("head.texts", "head.kind", ("text",)),
+    ("train.final_lr", "train.schedule", ("cosine",)),
     ("moram.scaled_threshold", "moram.score_norm", ("bank",)),
+    ("first_session", "stream.setting", ("dil", "cil", "dg")),
     ("modulation.predictor_epochs", "stream.setting", ("mts", "trace")),
     ("modulation.predictor_lr", "stream.setting", ("mts", "trace")),
 )

@@ -18,9 +18,17 @@ from memtool.adapters.layout import Layout
 from memtool.adapters.lora import init_lora
 from memtool.adapters.values import AdapterValues, Recall
 from memtool.backbones import create_backbone
-from memtool.engine import Engine
-from memtool.errors import ConfigError, DataError, MemtoolError, NotFoundError, did_you_mean
-from memtool.heads import FeatureStatistics
+from memtool.engine import Engine, available_bytes
+from memtool.errors import (
+    CapacityError,
+    ConfigError,
+    DataError,
+    MemtoolError,
+    NotFoundError,
+    did_you_mean,
+)
+from memtool.heads import FeatureStatistics, ProjectedMoments
+from memtool.heads.random_projection import ProjectionBytes
 from memtool.outside import is_file
 from memtool.paths import expand, split_store
 from memtool.progress import ProgressEvent
@@ -223,12 +231,46 @@ class Workspace:
         )
 
     def counted(self, features: Tensor, samples: Images) -> FeatureStatistics:
-        """Moments of the features (n, f) of samples, by class of the stream, and their reach."""
-        statistics = FeatureStatistics(features.shape[1], len(self.stream.class_names))
+        """Moments of the features (n, f) of samples, by class of the stream, and their reach.
+
+        And those of a random projection, where `head.kind` asks for it.
+        """
+        statistics = self.statistics(features.shape[1])
         labels = torch.from_numpy(np.asarray(samples.labels))
         statistics.add(features, labels)
         statistics.keep_reach(features, labels)
+        if statistics.projected is not None and self.config.head.penalty == "folds":
+            statistics.projected.measure(features, labels)
         return statistics
+
+    def statistics(self, dim: int) -> FeatureStatistics:
+        """Moments of no features (n, dim) yet, of all that `head.kind` needs."""
+        classes, head = len(self.stream.class_names), self.config.head
+        if head.kind != "rp-ridge":
+            return FeatureStatistics(dim, classes)
+        projected = ProjectedMoments(dim, head.width, self.seed, classes)
+        return FeatureStatistics(dim, classes, projected)
+
+    def projection_bytes(self, width: int) -> ProjectionBytes:
+        """What moments of a random projection so wide take, of all tasks."""
+        samples = [len(task.train) for task in self.stream.tasks]
+        return ProjectionBytes.of(width, len(self.stream.class_names), samples)
+
+    def require_room_for_projection(self) -> None:
+        """Raise CapacityError where a random projection is wider than the memory allows."""
+        width, available = self.config.head.width, available_bytes(torch.device("cpu"))
+        needed = self.projection_bytes(width)
+        if needed.total <= available:
+            return
+        fits = width
+        while fits > 1 and self.projection_bytes(fits).total > available:
+            fits //= 2
+        raise CapacityError(
+            f"head.width {width:,} takes about {needed.total:,} bytes: {needed.kept:,} for the "
+            f"moments of all tasks and {needed.solving:,} to solve the head",
+            expected=f"at most the {available:,} bytes that the machine has left",
+            remedy=f"--set head.width={fits}",
+        )
 
     def text_settings(self) -> dict[str, Any]:
         """The settings of texts that decide what is learned from them, limits as in force."""
@@ -242,8 +284,11 @@ class Workspace:
     def require_fitting(self, tasks: Sequence[Task]) -> None:
         """Raise DataError for a prompt that is too long, where these are refused, before any work.
 
-        It names the task and whether the text is for training or testing.
+        It names the task and whether the text is for training or testing. Of images CapacityError
+        for a random projection that is wider than the memory of the machine allows.
         """
+        if self.reads == "images" and self.config.head.kind == "rp-ridge":
+            self.require_room_for_projection()
         if self.reads != "texts" or self.config.text.long_prompts != "refuse":
             return
         for task in tasks:

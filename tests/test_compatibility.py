@@ -21,6 +21,7 @@ from memtool.errors import MismatchError
 from memtool.evaluation import matrix, record
 from memtool.evaluation.summary import summarise_rows
 from memtool.methods import exchange
+from memtool.remembered import remembered
 from memtool.settings import get, keys
 from memtool_stores import MemoryStore, bundle, migrate
 from memtool_stores.testing import small_space, some_values
@@ -138,3 +139,24 @@ def test_what_a_newer_memtool_wrote_is_refused_and_says_so(
         read(newer)
     assert raised.value.exit_status == 2
     assert raised.value.remedy == "upgrade memtool"
+
+
+@pytest.mark.parametrize("section", ["memory", "modulation"])
+def test_similarities_whose_names_changed_places_are_read_as_they_were_meant(
+    section: str, tmp_path: Path
+) -> None:
+    store = MemoryStore.create(tmp_path / "store", small_space())
+    for then, now in (("kl", "reverse-kl"), ("reverse-kl", "kl"), ("dot", "dot")):
+        said = {"configuration": {section: {"similarity": then}}}
+        with store.transaction(f"as 0.1 wrote {then}", said) as txn:
+            txn.put_blob("any", then.encode())
+        method = "mira" if section == "memory" else section
+        made_with = {**remembered(store), "method": method}
+        nano = {"backbone.name": "nano"}
+        config = resolve(ambient=False, remembered=made_with, overrides=nano).config
+        assert get(config, f"{section}.similarity") == now
+        # What is written today is read as it was meant, too.
+        with store.transaction("as now", {"configuration": config.recorded()}) as txn:
+            txn.put_blob("any", b"now")
+        again = resolve(ambient=False, remembered=remembered(store), overrides=nano).config
+        assert get(again, f"{section}.similarity") == now

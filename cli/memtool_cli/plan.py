@@ -52,7 +52,9 @@ def _facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
         ("backbone", f"{plan['backbone']}, {plan['device']}, {plan['precision']}"),
     ]
     if plan["head"] is not None:
-        rows.append(("head", plan["head"] + _SCOPES[plan["head_scope"]]))
+        takes = plan["head_bytes"]
+        said = "" if takes is None else f"; {size(takes)} for its moments and to solve it"
+        rows.append(("head", plan["head"] + _SCOPES[plan["head_scope"]] + said))
     rows.append(("batch size", str(plan["batch_size"])))
     if plan["consolidation_epochs"] is not None:
         epochs = plan["consolidation_epochs"]

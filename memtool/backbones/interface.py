@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from memtool.adapters.layout import Site
+from memtool.adapters.prefix import Prefix
 from memtool.adapters.values import Recall
 from memtool.errors import ConfigError, did_you_mean
 
@@ -115,6 +116,19 @@ class Backbone(FrozenModel):
 
         Without `recall` that of the frozen model; else the earlier blocks run under it. Raises
         MismatchError for a block that is not there.
+        """
+
+
+class WithPrefix(Backbone):
+    """An image model whose attention takes a prefix: prompts in front of the tokens of an image."""
+
+    @abstractmethod
+    def features(
+        self, pixels: Tensor, recall: Recall | None = None, prefix: Prefix | None = None
+    ) -> Tensor:
+        """As `Backbone.features`, with prompts in front; a recall sees the tokens without them.
+
+        Raises MismatchError for a prefix that does not fit the batch or the model.
         """
 
 

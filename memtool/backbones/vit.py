@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from memtool.adapters.layout import Site
 from memtool.adapters.linear import AdaptedLinear
 from memtool.adapters.mixing import Mixture
+from memtool.adapters.prefix import Prefix
 from memtool.adapters.values import Recall
-from memtool.backbones.interface import Backbone
+from memtool.backbones.interface import WithPrefix
 from memtool.backbones.plain_vit import PlainAttention, PlainBlock, PlainMlp
 from memtool.backbones.tensor_hash import tensor_sha256
 from memtool.backbones.vit_weights import load_vit_weights
@@ -82,7 +83,7 @@ def check_image_size(image_size: int, patch_size: int, name: str) -> None:
         )
 
 
-class VitBackbone(Backbone):
+class VitBackbone(WithPrefix):
     """A frozen `VisionTransformer` of timm or `PlainViT`; takes it over and replaces its blocks.
 
     `mean` and `std` are the normalisation of the three channels in [0, 1]. Always in eval mode.
@@ -125,13 +126,21 @@ class VitBackbone(Backbone):
         """
         return (to_pixels(images, self.image_size) - self.mean) / self.std
 
-    def features(self, pixels: Tensor, recall: Recall | None = None) -> Tensor:
+    def features(
+        self, pixels: Tensor, recall: Recall | None = None, prefix: Prefix | None = None
+    ) -> Tensor:
         """Pooled features (batch, dim) of preprocessed pixels (batch, 3, size, size)."""
         hidden = self._embed(pixels)
+        prefix = prefix or Prefix()
+        prefix.check(len(hidden), self.dim, self.depth)
+        prompts = 0
+        if prefix.tokens is not None:
+            prompts = prefix.tokens.shape[1]
+            hidden = torch.cat([prefix.tokens.to(hidden.dtype), hidden], dim=1)
         for number, block in enumerate(self.vit.blocks):
-            mixture = None if recall is None else recall(number, hidden)
-            hidden = block(hidden, mixture)
-        return self.vit.forward_head(self.vit.norm(hidden), pre_logits=True)
+            mixture = None if recall is None else recall(number, hidden[:, prompts:])
+            hidden = block(hidden, mixture, prefix.attended.get(number))
+        return self.vit.forward_head(self.vit.norm(hidden)[:, prompts:], pre_logits=True)
 
     def hidden(self, pixels: Tensor, block: int, recall: Recall | None = None) -> Tensor:
         """The input (batch, tokens, dim) of a block, the earlier ones under `recall`."""
@@ -162,9 +171,9 @@ class AdaptedBlock(nn.Module):
         self.norm2, self.ls2 = block.norm2, block.ls2
         self.mlp = AdaptedMlp(block.mlp, f"{name}.mlp")
 
-    def forward(self, x: Tensor, mixture: Mixture | None) -> Tensor:
-        """(batch, tokens, dim) to the same shape."""
-        x = x + self.ls1(self.attn(self.norm1(x), mixture))
+    def forward(self, x: Tensor, mixture: Mixture | None, attended: Tensor | None = None) -> Tensor:
+        """(batch, tokens, dim) to the same shape; `attended` as in `Prefix`."""
+        x = x + self.ls1(self.attn(self.norm1(x), mixture, attended))
         return x + self.ls2(self.mlp(self.norm2(x), mixture))
 
     def site(self, number: int, target: str) -> Site:
@@ -200,12 +209,17 @@ class AdaptedAttention(nn.Module):
         """Output rows of each of q, k and v."""
         return self.heads * self.head_dim
 
-    def forward(self, x: Tensor, mixture: Mixture | None) -> Tensor:
-        """(batch, tokens, dim) to the same shape."""
+    def forward(self, x: Tensor, mixture: Mixture | None, attended: Tensor | None = None) -> Tensor:
+        """(batch, tokens, dim) to the same shape; `attended` as in `Prefix`."""
         batch, tokens, _ = x.shape
         qkv = self.qkv(x, mixture).reshape(batch, tokens, 3, self.heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = attend(self.q_norm(q), self.k_norm(k), v)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if attended is not None:
+            before = attended.to(k.dtype).unflatten(-1, (self.heads, self.head_dim))
+            keys, values = before.permute(1, 0, 3, 2, 4).unbind(0)
+            k, v = torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2)
+        mixed = attend(q, k, v)
         mixed = mixed.transpose(1, 2).reshape(batch, tokens, self.width)
         return self.proj(self.norm(mixed), mixture)
 

@@ -7,21 +7,20 @@
     edit-similarity  mean 1 − indel distance / length of both, characters (rapidfuzz)
     sari             mean over samples of what was added, kept and deleted rightly (`sari`)
 
-ROUGE-L and edit similarity need the extra `llm`.
+Those whose names begin with `trace-` are the benchmark's own, in `text_trace`. ROUGE-L and edit
+similarity need the extra `llm`.
 """
 
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
 
 from memtool.errors import ConfigError, DataError, MismatchError, did_you_mean
 from memtool.evaluation.right import Share
-
-GRAMS = 4
-"""SARI looks at runs of 1 to so many words."""
+from memtool.evaluation.text_grams import GRAMS, f_measure, grams, share
+from memtool.evaluation.text_trace import trace_choice, trace_code, trace_number, trace_sari
 
 _NUMBER = re.compile(r"[-+−]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 _WORD = re.compile(r"\w+|[^\w\s]")
@@ -30,7 +29,7 @@ _WORD = re.compile(r"\w+|[^\w\s]")
 def score(
     metric: str, predictions: Sequence[str], answers: Sequence[str], prompts: Sequence[str]
 ) -> float:
-    """The metric of predictions against the right answers; only SARI looks at the prompts.
+    """The metric of predictions against the right answers; both SARI look at the prompts, too.
 
     A `Share` for a metric that knows only right and wrong.
 
@@ -44,13 +43,13 @@ def score(
         )
     if not answers:
         raise DataError("no answers to score", expected="at least one sample")
-    if metric == "sari":
-        sources = [simplified_paragraph(prompt) for prompt in prompts]
-        return _mean([sari(*sample) for sample in zip(sources, predictions, answers, strict=True)])
+    if metric in OF_PROMPTS:
+        three = zip(prompts, predictions, answers, strict=True)
+        return _mean([OF_PROMPTS[metric](*sample) for sample in three])
     if metric not in TEXT_METRICS:
         raise ConfigError(
             f"unknown metric of texts {metric!r}",
-            expected=did_you_mean(metric, [*TEXT_METRICS, "sari"]),
+            expected=did_you_mean(metric, [*TEXT_METRICS, *OF_PROMPTS]),
         )
     of_pair = TEXT_METRICS[metric]
     scores = [of_pair(said, right) for said, right in zip(predictions, answers, strict=True)]
@@ -124,17 +123,17 @@ def sari(source: str, prediction: str, answer: str) -> float:
     words = [_WORD.findall(text.casefold()) for text in (source, prediction, answer)]
     add_p, add_r, keep_p, keep_r, delete_p = 0.0, 0.0, 0.0, 0.0, 0.0
     for n in range(1, GRAMS + 1):
-        before, after, wanted = (_grams(text, n) for text in words)
+        before, after, wanted = (grams(text, n) for text in words)
         added, to_add = set(after) - set(before), set(wanted) - set(before)
-        add_p += _share(len(added & to_add), len(added))
-        add_r += _share(len(added & to_add), len(to_add))
+        add_p += share(len(added & to_add), len(added))
+        add_r += share(len(added & to_add), len(to_add))
         kept, to_keep = before & after, before & wanted
-        keep_p += _share((kept & to_keep).total(), kept.total())
-        keep_r += _share((kept & to_keep).total(), to_keep.total())
+        keep_p += share((kept & to_keep).total(), kept.total())
+        keep_r += share((kept & to_keep).total(), to_keep.total())
         deleted, to_delete = before - after, before - wanted
-        delete_p += _share((deleted & to_delete).total(), deleted.total())
-    add = _f_measure(add_p / GRAMS, add_r / GRAMS)
-    keep = _f_measure(keep_p / GRAMS, keep_r / GRAMS)
+        delete_p += share((deleted & to_delete).total(), deleted.total())
+    add = f_measure(add_p / GRAMS, add_r / GRAMS)
+    keep = f_measure(keep_p / GRAMS, keep_r / GRAMS)
     return (add + keep + delete_p / GRAMS) / 3
 
 
@@ -154,24 +153,20 @@ TEXT_METRICS: dict[str, Callable[[str, str], float]] = {
     "exact-match": exact_match,
     "rouge-l": rouge_l,
     "edit-similarity": edit_similarity,
+    "trace-choice": trace_choice,
+    "trace-number": trace_number,
+    "trace-code": trace_code,
 }
-"""Metrics of a prediction and the right answer, by name; SARI, of three texts, is beside them."""
+"""Metrics of a prediction and the right answer, by name."""
 
-RIGHT_OR_WRONG = ("first-character", "number", "exact-match")
+OF_PROMPTS: dict[str, Callable[[str, str, str], float]] = {
+    "sari": lambda prompt, said, right: sari(simplified_paragraph(prompt), said, right),
+    "trace-sari": trace_sari,
+}
+"""Metrics of a prompt, a prediction and the right answer, by name."""
+
+RIGHT_OR_WRONG = ("first-character", "number", "exact-match", "trace-choice", "trace-number")
 """Those that are 1 or 0 for every sample."""
-
-
-def _grams(words: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
-    return Counter(tuple(words[place : place + n]) for place in range(len(words) - n + 1))
-
-
-def _share(part: int, whole: int) -> float:
-    return part / whole if whole else 1.0
-
-
-def _f_measure(precision: float, recall: float) -> float:
-    total = precision + recall
-    return 2 * precision * recall / total if total else 0.0
 
 
 def _mean(scores: Sequence[float]) -> float:

@@ -34,7 +34,8 @@ def plan(config: Config, *, seed: int, verb: str) -> dict[str, Any]:
     domain is held out in turn (`held_out` None), all have both, and there is a memory for each.
     `bytes_in_all` is of all memories of one seed. Of a language model only the configuration is
     read, and `memory` says in bytes where its memory goes with atoms; None without. `cost` is what
-    a memory of mixtures adds. Raises what opening method, data and backbone does.
+    a memory of mixtures adds, `head_bytes` what a random projection takes, solving included. Raises
+    what opening method, data and backbone does.
     """
     method = open_method(config, seed=seed)
     work, memory, cost = method.workspace, None, None
@@ -64,6 +65,7 @@ def plan(config: Config, *, seed: int, verb: str) -> dict[str, Any]:
         "device": str(work.engine.device),
         "precision": work.engine.precision,
         "head": head.kind if head else None,
+        "head_bytes": _projection_bytes(work) if head else None,
         "head_scope": head.scope if head and _has_scope(head) else None,
         "tasks": [task.name for task in tasks],
         "train_samples": [task.train for task in tasks],
@@ -142,6 +144,12 @@ def _image_tasks(work: Workspace) -> list[_Task]:
         held = stream.held_out
         found[held.number] = _Task(held.name, 0, len(held.test), 0)
     return [found[number] for number in sorted(found)]
+
+
+def _projection_bytes(work: Workspace) -> int | None:
+    """Bytes of the moments of a random projection, and of solving the head; None without one."""
+    head = work.config.head
+    return work.projection_bytes(head.width).total if head.kind == "rp-ridge" else None
 
 
 def _has_scope(head: HeadSettings) -> bool:

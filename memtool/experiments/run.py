@@ -38,10 +38,13 @@ from memtool.learning.known import is_fixed, learned_under
 from memtool.methods import open_method
 from memtool.methods.baselines import (
     DG_BASELINES,
+    FIRST_SESSION,
+    RIVALS,
     HeldOut,
     baseline,
     baselines_of,
     held_out_baseline,
+    require,
     source_of,
 )
 from memtool.methods.kept import fingerprint_of, kept
@@ -231,6 +234,7 @@ def _one_memory(
     work = method.workspace
     work.require_fitting(work.stream.tasks)
     learned = list(work.stream.tasks)
+    names = chosen_baselines(method) if doing.baselines else ()
     _learn(method, learned, doing, fresh=not doing.resume and adapters is None)
     start = time.perf_counter()
     record = method.evaluate(
@@ -245,9 +249,8 @@ def _one_memory(
     rows = list(record.metrics.rows)
     spent = _spent(work)
     rows[0] = rows[0].model_copy(update={"seconds": spent["adapt"] + spent["consolidate"]})
-    if doing.baselines:
-        for name in chosen_baselines(method):
-            rows += _baseline(method, name, learned)
+    for name in names:
+        rows += _baseline(method, name, learned)
     if any(row.id == "zero-shot" for row in rows):  # which is the frozen model, of texts
         rows = [row for row in rows if row.id != "frozen" or work.reads == "images"]
     record = record.model_copy(
@@ -377,12 +380,34 @@ def _begin_anew(store: memtool_stores.MemoryStore) -> None:
 
 
 def chosen_baselines(method: Method) -> tuple[str, ...]:
-    """The baselines that `run` measures: those of the known that are wanted."""
+    """The baselines that `run` measures: those of the known that are wanted.
+
+    `all` are those without the rivals, which are named. Raises ConfigError for a rival that the
+    setting, the head or the backbone does not have.
+    """
     wanted, known = method.config.baselines, known_baselines(method)
+    for name in wanted:
+        require(name, method.workspace)
+    absent = [name for name in wanted if name in RIVALS and name not in known]
+    if absent:
+        raise ConfigError(
+            f"no baseline {absent[0]} {_where(method)}",
+            expected=f"of {', '.join(known)}" if known else "--baselines none",
+            remedy=f"leave {absent[0]} out of --baselines",
+        )
     if not known:
         return ()
     others = [name for name in wanted if name not in ("all", "none", *SHIPPED["baselines"])]
-    return (*(name for name in known if "all" in wanted or name in wanted), *others)
+    every = [name for name in known if name not in RIVALS] if "all" in wanted else []
+    return (*(name for name in known if name in (*every, *wanted)), *others)
+
+
+def _where(method: Method) -> str:
+    """What decides which baselines there are, as it is here."""
+    config = method.config
+    if method.workspace.reads == "images" and is_fixed(config):
+        return f"under head.kind {config.head.kind}, which knows all classes in advance"
+    return f"under stream.setting {config.stream.setting}"
 
 
 def known_baselines(method: Method) -> tuple[str, ...]:
@@ -410,7 +435,9 @@ def _baseline(method: Method, name: str, tasks: Sequence[Task]) -> list[Row]:
         return baseline(name)(work, tasks)
 
     decides = _decides_of_texts(work) if work.reads == "texts" else _decides_of_images(work)
-    decides.append(work.config.past.energy if name == "inf-lora" else None)
+    decides.append(work.config.past.decides() if name == "inf-lora" else None)
+    if name in FIRST_SESSION:
+        decides += [work.config.first_session.epochs, work.config.head.width]
     if (source := source_of(name)) is not None:
         decides.append(source)
     word = re.sub(r"[^\w.-]+", "-", name)  # a name as path/to/file.py:Class is no file name
@@ -422,11 +449,14 @@ def _baseline(method: Method, name: str, tasks: Sequence[Task]) -> list[Row]:
     return rows
 
 
+_OF_IMAGES = ("adapter", "train", "head", "backbone")
+
+
 def _decides_of_images(work: Workspace) -> list[object]:
     """All that decides what a baseline reaches on images."""
     return [
         __version__,
-        work.config.model_dump(mode="json", include={"adapter", "train", "head", "backbone"}),
+        {part: getattr(work.config, part).decides() for part in _OF_IMAGES},
         work.stream.fingerprint,
         work.config.stream.held_out,
         work.backbone.sha256,
@@ -441,7 +471,7 @@ def _decides_of_texts(work: Workspace) -> list[object]:
     """All that decides what a baseline reaches on texts."""
     return [
         __version__,
-        work.config.model_dump(mode="json", include={"adapter", "train", "text"}),
+        {part: getattr(work.config, part).decides() for part in ("adapter", "train", "text")},
         work.config.backbone.targets,
         work.stream.fingerprint,
         work.backbone.sha256,

@@ -10,17 +10,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memtool.errors import ConfigError, MismatchError
+from memtool.heads.random_projection import Projection
 
 
 @dataclass(frozen=True, eq=False)
 class LinearClassifier:
     """Logits x · weightᵀ + bias: weight (classes, dim), bias (classes,), float32.
 
-    A bias of −infinity marks a class that was never seen; its logit is −infinity.
+    A bias of −infinity marks a class that was never seen; its logit is −infinity. With a projection
+    x is what it makes of the features, else the features themselves.
     """
 
     weight: Tensor
     bias: Tensor
+    projection: Projection | None = None
 
     @property
     def classes(self) -> int:
@@ -29,13 +32,14 @@ class LinearClassifier:
 
     def to(self, device: torch.device | str) -> LinearClassifier:
         """The same on another device."""
-        return LinearClassifier(self.weight.to(device), self.bias.to(device))
+        projection = None if self.projection is None else self.projection.to(device)
+        return LinearClassifier(self.weight.to(device), self.bias.to(device), projection)
 
     def of_classes(self, classes: Sequence[int]) -> LinearClassifier:
         """The same with a bias of −infinity for every class that it was not trained on."""
         bias = torch.full_like(self.bias, -torch.inf)
         bias[list(classes)] = self.bias[list(classes)]
-        return LinearClassifier(self.weight, bias)
+        return LinearClassifier(self.weight, bias, self.projection)
 
     def __call__(self, features: Tensor, allowed: Sequence[int] | None = None) -> Tensor:
         """Logits (batch, classes) of features (batch, dim), float32 also under autocast.
@@ -43,6 +47,8 @@ class LinearClassifier:
         Solved weights are large and cancel; bfloat16 would lose the difference. `allowed` as in
         `mask_logits`.
         """
+        if self.projection is not None:
+            features = self.projection(features)
         if features.shape[-1] != self.weight.shape[1]:
             raise MismatchError(
                 f"features of width {features.shape[-1]}", expected=f"width {self.weight.shape[1]}"

@@ -24,6 +24,20 @@ def both_ways(logits: Tensor, labels: Tensor) -> Tensor:
     return (to_text + to_image) / 2
 
 
+def over_seen_texts(logits: Tensor, labels: Tensor, texts: int) -> Tensor:
+    """The loss that MoRAM was published with: a scalar, of logits (b, classes) and labels (b,).
+
+    Images are told apart among the classes that are not −infinity, those of the task. Every text
+    tells apart the images of the batch, each of its own counting whole, in a mean over `texts`:
+    those of all tasks so far. One without an image in the batch, as all of earlier tasks, adds
+    nothing but to the number. The two are added.
+    """
+    logits = logits.float()
+    own = logits.gather(1, labels.unsqueeze(1))[:, 0]
+    over_images = logits[:, labels].logsumexp(dim=0)  # of the text of every image
+    return F.cross_entropy(logits, labels) + (over_images - own).sum() / texts
+
+
 def distillation(logits: Tensor, wanted: Tensor) -> Tensor:
     """T² KL(softmax(wanted / T) ‖ softmax(logits / T)), the mean over the batch (b, classes)."""
     divergence = F.kl_div(

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from memtool.errors import CorruptError, MismatchError
 from memtool.heads.linear import LinearClassifier
+from memtool.heads.random_projection import Projection
 from memtool.tensor_bytes import read_tensors
 
 LEAST_PROBABILITY = 1e-6
@@ -29,23 +30,28 @@ class RecalledHead:
     """Stacked heads: weight (h, classes, dim), bias (h, classes).
 
     `owners` (t,) says to which head each adapter belongs; None: one head for all (h = 1). A bias
-    of −inf marks a class that the head never saw.
+    of −inf marks a class that the head never saw. With a `projection` all heads are linear in what
+    it makes of the features, and dim is its width.
     """
 
     weight: Tensor
     bias: Tensor
     owners: Tensor | None
+    projection: Projection | None = None
 
     @classmethod
     def shared(cls, classifier: LinearClassifier) -> RecalledHead:
         """One classifier for all tasks."""
-        return cls(classifier.weight[None], classifier.bias[None], None)
+        return cls(classifier.weight[None], classifier.bias[None], None, classifier.projection)
 
     @classmethod
     def of_tasks(
         cls, classifiers: Sequence[LinearClassifier], owners: Sequence[int]
     ) -> RecalledHead:
-        """A classifier per task; `owners[i]` is the place of adapter i's task."""
+        """A classifier per task; `owners[i]` is the place of adapter i's task.
+
+        All have one projection, or none.
+        """
         if max(owners) >= len(classifiers):
             raise MismatchError(
                 f"adapters of task place {max(owners)}", expected=f"{len(classifiers)} heads"
@@ -54,6 +60,7 @@ class RecalledHead:
             torch.stack([one.weight for one in classifiers]),
             torch.stack([one.bias for one in classifiers]),
             torch.tensor(owners),
+            classifiers[0].projection,
         )
 
     @property
@@ -64,7 +71,8 @@ class RecalledHead:
     def to(self, device: torch.device | str) -> RecalledHead:
         """The same on another device."""
         owners = None if self.owners is None else self.owners.to(device)
-        return RecalledHead(self.weight.to(device), self.bias.to(device), owners)
+        projection = None if self.projection is None else self.projection.to(device)
+        return RecalledHead(self.weight.to(device), self.bias.to(device), owners, projection)
 
     def __call__(
         self, features: Tensor, coefficients: Tensor, allowed: Sequence[int] | None = None
@@ -115,6 +123,8 @@ class RecalledHead:
 
     def _logits(self, features: Tensor, allowed: Sequence[int] | None) -> Tensor:
         """Logits (b, heads, classes)."""
+        if self.projection is not None:
+            features = self.projection(features)
         if features.shape[-1] != self.weight.shape[-1]:
             raise MismatchError(
                 f"features of width {features.shape[-1]}", expected=f"width {self.weight.shape[-1]}"
@@ -135,15 +145,21 @@ class RecalledHead:
         tensors = {"weight": self.weight.contiguous(), "bias": self.bias.contiguous()}
         if self.owners is not None:
             tensors["owners"] = self.owners.contiguous()
+        if self.projection is not None:
+            tensors["projection"] = self.projection.weight.contiguous()
         return save({name: tensor.cpu() for name, tensor in tensors.items()})
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> RecalledHead:
         """What `to_bytes` wrote; `where` names it in errors. Raises CorruptError."""
-        tensors = read_tensors(data, where, weight="h c d", bias="h c", owners="?int64 t")
+        tensors = read_tensors(
+            data, where, weight="h c d", bias="h c", owners="?int64 t", projection="?d f"
+        )
         weight, owners = tensors["weight"], tensors.get("owners")
         if weight.numel() == 0 or (owners is None and len(weight) != 1):
             raise CorruptError(f"{where} holds weights of shape {tuple(weight.shape)}")
         if owners is not None and not bool(((owners >= 0) & (owners < len(weight))).all()):
             raise CorruptError(f"{where} names owners that are none of its {len(weight)} heads")
-        return cls(weight, tensors["bias"], owners)
+        drawn = tensors.get("projection")
+        projection = None if drawn is None else Projection(drawn)
+        return cls(weight, tensors["bias"], owners, projection)

@@ -20,11 +20,12 @@ from memtool.settings import HeadKind, HeadSettings
 def solve_head(
     kind: str, statistics: FeatureStatistics, settings: HeadSettings
 ) -> LinearClassifier:
-    """The analytic head of that kind: "ncm", "ridge" or "lda".
+    """The analytic head of that kind: "ncm", "ridge", "lda" or "rp-ridge".
 
-    `settings.ridge` r regularises both: the penalty of ridge, and the shrinkage r / (1 + r) of lda,
-    which gives the covariance the same ratio of r to 1 between trace / dim · I and itself. Raises
-    ConfigError for heads that are trained and not solved, and for unknown kinds.
+    `settings.ridge` r regularises all but the first: the penalty of ridge, and the shrinkage
+    r / (1 + r) of lda, which gives the covariance the same ratio of r to 1 between trace / dim · I
+    and itself. Raises ConfigError for heads that are trained and not solved, for unknown kinds, and
+    for rp-ridge where no random projection was counted.
     """
     match kind:
         case "ncm":
@@ -33,15 +34,17 @@ def solve_head(
             return statistics.ridge(settings.ridge)
         case "lda":
             return statistics.lda(settings.ridge / (1 + settings.ridge))
+        case "rp-ridge":
+            return statistics.rp_ridge(settings.ridge if settings.penalty == "trace" else None)
         case "grown" | "shared":
             raise ConfigError(
                 f"a {kind} head is trained by gradient, not solved from statistics",
-                expected="ncm, ridge or lda",
+                expected="ncm, ridge, lda or rp-ridge",
             )
         case "prototype" | "text":
             raise ConfigError(
                 f"a {kind} head is fixed in advance, not solved from statistics",
-                expected="ncm, ridge or lda",
+                expected="ncm, ridge, lda or rp-ridge",
                 remedy="a memory that was begun under it: another --store",
             )
     raise ConfigError(f"unknown head {kind!r}", expected=did_you_mean(kind, get_args(HeadKind)))
@@ -120,7 +123,10 @@ def averaged(heads: Sequence[LinearClassifier]) -> LinearClassifier:
 def merged(statistics: Mapping[int, FeatureStatistics]) -> FeatureStatistics:
     """The moments of all tasks together."""
     parts = list(statistics.values())
-    whole = FeatureStatistics(parts[0].dim, parts[0].classes)
+    first = parts[0].projected
+    whole = FeatureStatistics(
+        parts[0].dim, parts[0].classes, None if first is None else first.without()
+    )
     for part in parts:
         whole.merge(part)
     return whole

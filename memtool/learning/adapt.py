@@ -9,7 +9,6 @@ head that starts as a good probe of the frozen features leaves the adapters litt
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from memtool.adapters.layout import Layout
 from memtool.adapters.lora import init_lora
 from memtool.adapters.recalls import every, on_top
 from memtool.adapters.values import AdapterValues, Recall
-from memtool.engine import Batch, Batches, Engine, FitResult
+from memtool.engine import Batch, Batches, Engine, FitResult, available_bytes
 from memtool.errors import CapacityError, DivergedError
 from memtool.heads import LinearClassifier
 from memtool.learning.looks import FeatureModel, Labelled
@@ -223,18 +222,6 @@ def _bytes_kept(
     return sum(kept.values())
 
 
-def available_bytes(device: torch.device) -> int:
-    """Bytes that a device has left for this process; of the machine for all but CUDA."""
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):  # not Linux: what is installed is the only bound known
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def require_learned(
     fit: FitResult,
     classes: int,
@@ -273,12 +260,15 @@ def losses(logits: Tensor, batch: Batch) -> Tensor:
 def augmented(batch: Batch, settings: TrainSettings) -> Tensor:
     """The images as they are, or every one mirrored by chance and cropped from a padded frame.
 
-    The copies of a bootstrap sample, which are one image of the batch, share a draw.
+    `crop` takes a piece of every one, see `cropped`. The copies of a bootstrap sample, which are
+    one image of the batch, share a draw.
     """
     images = batch.inputs
     if settings.augment == "none":
         return images
     generator = torch.Generator().manual_seed(batch.seed)
+    if settings.augment == "crop":
+        return cropped(images, generator)
     count, height, width, _ = images.shape
     pad = max(1, height // 8)
     mirrored = torch.rand(count, generator=generator) < 0.5
@@ -291,6 +281,49 @@ def augmented(batch: Batch, settings: TrainSettings) -> Tensor:
     columns = offset[:, 1:] + torch.arange(width, device=images.device)
     index = torch.arange(count, device=images.device)[:, None, None]
     return padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]]
+
+
+CROP_AREA, CROP_RATIO, CROP_TRIES = (0.9, 1.0), (3 / 4, 4 / 3), 10
+"""Of `cropped`: what OpenCLIP trains with, and so the published MoRAM."""
+
+
+def crop_boxes(count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+    """A piece of each of `count` images: int64 (count, 4), top, left, height and width in pixels.
+
+    Area and ratio of the sides, the latter on a logarithmic scale, are uniform in `CROP_AREA` and
+    `CROP_RATIO`; a piece that does not fit is drawn again, ten times at most, then it is the whole.
+    """
+    shape = (count, CROP_TRIES)
+    area = torch.empty(shape).uniform_(*CROP_AREA, generator=generator) * height * width
+    low, high = (math.log(ratio) for ratio in CROP_RATIO)
+    ratio = torch.empty(shape).uniform_(low, high, generator=generator).exp()
+    wide, high_ = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+    fits = (wide <= width) & (high_ <= height) & (wide > 0) & (high_ > 0)
+    first = fits.int().argmax(dim=1, keepdim=True)
+    found = fits.any(dim=1)
+    tall = torch.where(found, high_.gather(1, first)[:, 0], torch.tensor(float(height)))
+    broad = torch.where(found, wide.gather(1, first)[:, 0], torch.tensor(float(width)))
+    place = torch.rand((count, 2), generator=generator)
+    top = (place[:, 0] * (height - tall + 1)).floor()
+    left = (place[:, 1] * (width - broad + 1)).floor()
+    return torch.stack([top, left, tall, broad], dim=1).long()
+
+
+def cropped(images: Tensor, generator: torch.Generator) -> Tensor:
+    """A piece of every image uint8 (n, h, w, 3), back in its size by antialiased bicubic."""
+    count, height, width, _ = images.shape
+    boxes = crop_boxes(count, height, width, generator)
+    channels_first = images.permute(0, 3, 1, 2).float()
+    pieces = [
+        F.interpolate(
+            image[None, :, top : top + tall, left : left + broad],
+            size=(height, width),
+            mode="bicubic",
+            antialias=True,
+        )
+        for image, (top, left, tall, broad) in zip(channels_first, boxes.tolist(), strict=True)
+    ]
+    return torch.cat(pieces).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
 def _accuracies(

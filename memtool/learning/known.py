@@ -34,7 +34,9 @@ def learned_under(config: Config, stream: Stream) -> list[object]:
     head = config.head
     if head.kind == "prototype":
         return [head.kind, head.scale, head.rivals]
-    return [head.kind, *prompts(stream)] if head.kind == "text" else []
+    if head.kind != "text":
+        return []
+    return [head.kind, *(["seen"] if head.texts == "seen" else []), *prompts(stream)]
 
 
 def fixed_head(work: Workspace) -> CosineHead:

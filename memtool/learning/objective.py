@@ -26,7 +26,7 @@ from memtool.backbones.answering import by_length, trimmed
 from memtool.backbones.causal_lm import PAD, CausalLM
 from memtool.backbones.interface import Backbone
 from memtool.engine import Batch
-from memtool.heads import CosineHead, LinearClassifier, LinearHead, both_ways
+from memtool.heads import CosineHead, LinearClassifier, LinearHead, both_ways, over_seen_texts
 from memtool.learning.adapt import augmented, class_mask
 from memtool.learning.known import PromptTokens, compared, fixed_head, is_fixed
 from memtool.learning.past_inputs import PastInputs
@@ -238,24 +238,34 @@ class Known(OfImages):
 
     @property
     def reads_classes_of_a_batch(self) -> bool:  # type: ignore[override]
-        """A text tower does."""
-        return self.text is not None
+        """A text tower does, unless `head.texts` says seen."""
+        return self.text is not None and self.work.config.head.texts == "batch"
+
+    def begin(self, task: Task) -> None:
+        """As ever; with a text tower count the classes of all tasks so far, too."""
+        super().begin(task)
+        tasks = self.work.stream.tasks
+        so_far = {one for other in tasks if other.number < task.number for one in other.classes}
+        self.texts = len(so_far.union(self.classes))
 
     def logits(
         self, inputs: Tensor, targets: Tensor | None = None, recall: Recall | None = None
     ) -> Tensor:
         """Logits (b, classes) of images.
 
-        With `targets`, any classes, a text tower reads the prompts of these only; all others then
-        have −infinity.
+        With `targets`, any classes, a text tower reads the prompts of these only, or those of the
+        task, as `head.texts` says; all others then have −infinity.
         """
         head = self.head
         if self.text is not None and targets is not None:
-            head = self.text.head(self.backbone, recall, targets.unique())
+            told = targets.unique() if self.reads_classes_of_a_batch else self.classes
+            head = self.text.head(self.backbone, recall, told)
         return head(self.features(inputs, recall)).float()
 
     def loss(self, logits: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy; of a text tower's from images to texts and back."""
+        if self.text is not None and self.work.config.head.texts == "seen":
+            return over_seen_texts(logits, targets, self.texts)
         if self.text is not None:
             return both_ways(logits, targets)
         return super().loss(logits, inputs, targets)

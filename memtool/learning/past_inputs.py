@@ -16,23 +16,28 @@ from torch import Tensor, nn
 from memtool.adapters.layout import Layout
 from memtool.adapters.linear import Adapted
 from memtool.errors import ConfigError, CorruptError
-from memtool.memories.dual_gpm import DualGPM, spaces_from_bytes, spaces_to_bytes
+from memtool.memories.dual_gpm import DualGPM, Rule, spaces_from_bytes, spaces_to_bytes
 
 
 class PastInputs:
     """The space of the inputs that each adapted module of a layout had so far (DualGPM)."""
 
     def __init__(
-        self, layout: Layout, energy: float, space: Mapping[str, DualGPM] | None = None
+        self,
+        layout: Layout,
+        energy: float,
+        space: Mapping[str, DualGPM] | None = None,
+        *,
+        rule: Rule = "energy",
     ) -> None:
         """No past yet, but for the spaces of modules that are given.
 
-        `energy` is the share of the first task's that the past holds (`past.energy`); it
-        rises to 1 at the last.
+        `energy` is the share of the first task's, by `rule`, that the past holds (`past.energy`,
+        `past.rule`); it rises to 1 at the last.
         """
         self.layout = layout
         widths = {site.module: site.in_features for site in layout.sites}
-        self.space = {module: DualGPM(width, energy) for module, width in widths.items()}
+        self.space = {module: DualGPM(width, energy, rule=rule) for module, width in widths.items()}
         self.space.update(space or {})
 
     @contextmanager
@@ -87,10 +92,13 @@ class PastInputs:
         return spaces_to_bytes(self.space, torch.float32)
 
     @classmethod
-    def from_bytes(cls, data: bytes, layout: Layout, energy: float, where: str) -> PastInputs:
+    def from_bytes(
+        cls, data: bytes, layout: Layout, energy: float, where: str, *, rule: Rule = "energy"
+    ) -> PastInputs:
         """What `to_bytes` wrote, for the same layout.
 
-        Raises CorruptError for anything else, ConfigError where it kept another share of energy.
+        Raises CorruptError for anything else, ConfigError where it kept another share of energy, or
+        by another rule.
         """
         spaces = spaces_from_bytes(data, where)
         widths = {site.module: site.in_features for site in layout.sites}
@@ -106,7 +114,13 @@ class PastInputs:
                     expected="one share for all tasks",
                     remedy=f"--set past.energy={space.start:g}, or another --store",
                 )
-        return cls(layout, energy, spaces)
+            if space.rule != rule:
+                raise ConfigError(
+                    f"past.rule {rule} in a memory of free keys that counts {space.rule}",
+                    expected="one rule for all tasks",
+                    remedy=f"--set past.rule={space.rule}, or another --store",
+                )
+        return cls(layout, energy, spaces, rule=rule)
 
 
 def free_directions(space: DualGPM, second: Tensor, rank: int) -> Tensor:

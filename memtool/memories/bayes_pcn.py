@@ -318,7 +318,11 @@ class BayesPCN:
             )
 
     def forget(self, share: float) -> None:
-        """Let the belief fade toward the prior: 0 changes nothing, 1 leaves an empty memory."""
+        """Let the belief fade toward the prior: 0 changes nothing, 1 leaves an empty memory.
+
+        Every layer fades, the top one too: means by √(1 − share), variances toward those of the
+        prior by `share`.
+        """
         if not 0 <= share <= 1:
             raise ConfigError(f"forget {share}", expected="a share from 0 to 1")
         if share == 0:
@@ -333,6 +337,8 @@ class BayesPCN:
             covariance=(1 - share) * belief.covariance + share * eye,
             means=keep * belief.means,
             mixture=keep * belief.mixture,
+            top=keep * belief.top,
+            top_variance=(1 - share) * belief.top_variance + share,
         )
         self._forgot_at = self._written
 

@@ -19,6 +19,9 @@ from memtool.errors import ConfigError, CorruptError, DataError, MismatchError
 from memtool.tensor_bytes import load_tensors
 
 Kind = Literal["remove", "retain"]
+Rule = Literal["energy", "squares"]
+"""What a share is of: the energy of the inputs, or the squares of their second moment's singular
+values, as the code of InfLoRA has it (Liang & Li 2024)."""
 
 
 class DualGPM:
@@ -33,18 +36,20 @@ class DualGPM:
         width: int,
         start: float = 0.97,
         *,
+        rule: Rule = "energy",
         kind: Kind = "remove",
         basis: Tensor | None = None,
     ) -> None:
         """Everything is free, unless the past is given by `kind` and `basis`.
 
-        `start` is the share ε₀ of a task's energy that the past keeps at the first task; it rises
+        `start` is the share ε₀, by `rule`, that the past keeps at the first task; it rises
         linearly to 1 at the last one. Raises ConfigError for a share outside (0, 1].
         """
         if not 0 < start <= 1:
             raise ConfigError(f"share of energy {start}", expected="more than 0, at most 1")
         self.width = width
         self.start = start
+        self.rule: Rule = rule
         self.kind: Kind = kind
         self.basis = torch.zeros(width, 0, dtype=torch.float64) if basis is None else basis
 
@@ -73,7 +78,11 @@ class DualGPM:
         Of the task's energy Σ |x|², at least the share ε(progress) lies in the past afterwards:
         what is there already counts, and the strongest free directions are added until it is
         reached. The eigenvalues of the second moment are the squared singular values of the
-        inputs, so no input has to be kept. Raises DataError for numbers that are not finite.
+        inputs, so no input has to be kept.
+
+        By the rule "squares" the same is said of the squares of the singular values of the second
+        moment C: of |C|², and of |(I − P) C|² for what is free. The first task then stays below
+        the share, with one direction at least. Raises DataError for numbers that are not finite.
         """
         second = second.detach().to("cpu").double()
         if second.shape != (self.width, self.width):
@@ -86,17 +95,32 @@ class DualGPM:
         total = float(second.trace())
         if total <= 0:
             return  # inputs that are all zero need no protection
-        # A sum of many eigenvalues is right to a few roundings only.
-        missing = (1 - self.share(progress)) * total
-        free = self._free_moment(second)
-        values, vectors = torch.linalg.eigh(free)
-        values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
-        left = values.sum() - torch.cat([values.new_zeros(1), values.cumsum(0)])
-        enough = left <= missing + 1e-12 * total
-        added = int(enough.int().argmax()) if bool(enough.any()) else self.width
+        count = self._by_energy if self.rule == "energy" else self._by_squares
+        added, vectors = count(second, self.share(progress))
         added = min(added, self.width - self.kept)
         if added:
             self._take(vectors[:, :added])
+
+    def _by_energy(self, second: Tensor, share: float) -> tuple[int, Tensor]:
+        """How many of the free directions, the strongest first, are to be added; and these."""
+        total = float(second.trace())
+        # A sum of many eigenvalues is right to a few roundings only.
+        missing = (1 - share) * total
+        values, vectors = torch.linalg.eigh(self._free_moment(second))
+        values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+        left = values.sum() - torch.cat([values.new_zeros(1), values.cumsum(0)])
+        enough = left <= missing + 1e-12 * total
+        return int(enough.int().argmax()) if bool(enough.any()) else self.width, vectors
+
+    def _by_squares(self, second: Tensor, share: float) -> tuple[int, Tensor]:
+        """The same by the squares of singular values."""
+        vectors, values, _ = torch.linalg.svd(self.project(second.mT).mT)
+        total = float(second.square().sum())
+        kept = 1 - (float(values.square().sum()) - values.square().cumsum(0)) / total
+        if not self.kept:
+            return max(1, int((kept < share).sum())), vectors
+        before = torch.cat([kept.new_tensor([1 - float(values.square().sum()) / total]), kept])
+        return int((before[:-1] < share).sum()), vectors
 
     def project(self, vectors: Tensor) -> Tensor:
         """The part of vectors (..., width) that the past does not see; same dtype and device."""
@@ -125,10 +149,13 @@ class DualGPM:
 
 
 def spaces_to_bytes(spaces: Mapping[str, DualGPM], dtype: torch.dtype = torch.float64) -> bytes:
-    """As a safetensors file: a basis by kind, first share and name."""
+    """As a safetensors file: a basis by kind, first share (squared by that rule) and name."""
+    mark = {"energy": "", "squares": "^2"}
     return save(
         {
-            f"{space.kind} {space.start!r} {name}": space.basis.to(dtype).contiguous()
+            f"{space.kind} {space.start!r}{mark[space.rule]} {name}": space.basis.to(
+                dtype
+            ).contiguous()
             for name, space in spaces.items()
         }
     )
@@ -143,7 +170,9 @@ def spaces_from_bytes(data: bytes, where: str) -> dict[str, DualGPM]:
             if kind not in ("remove", "retain") or basis.ndim != 2 or bool(basis.isnan().any()):
                 raise ValueError(f"tensor {about!r} of shape {tuple(basis.shape)}")
             side: Kind = "remove" if kind == "remove" else "retain"
-            spaces[name] = DualGPM(len(basis), float(start), kind=side, basis=basis.double())
+            rule: Rule = "squares" if start.endswith("^2") else "energy"
+            share = float(start.removesuffix("^2"))
+            spaces[name] = DualGPM(len(basis), share, rule=rule, kind=side, basis=basis.double())
         except (ValueError, ConfigError, MismatchError) as error:
             raise CorruptError(f"{where} holds no bases of the past: {error}") from error
     return spaces

@@ -9,7 +9,8 @@ nothing forgotten. All of it is float64 on the CPU.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import ClassVar, NamedTuple
 
 import torch
 from safetensors.torch import save
@@ -175,24 +176,33 @@ class Moments:
             bias = bias + torch.log(self.counts / self.counts.sum())
         return self._rule(weight, bias)
 
-    def to_bytes(self) -> bytes:
-        """As a safetensors file."""
+    SHAPES: ClassVar[Mapping[str, str]] = {
+        "counts": "float64 c",
+        "sums": "float64 g c d",
+        "second": "float64 g d d",
+        "reach": "?float64 g",
+    }
+    """What `tensors` are called, and their shapes, as `read_tensors` has them."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a file holds of them."""
         tensors = {"counts": self.counts, "sums": self.sums, "second": self.second}
         if self.reach is not None:
             tensors["reach"] = self.reach
-        return save({name: tensor.contiguous() for name, tensor in tensors.items()})
+        return tensors
+
+    def to_bytes(self) -> bytes:
+        """As a safetensors file."""
+        return save({name: tensor.contiguous() for name, tensor in self.tensors().items()})
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> Moments:
         """What `to_bytes` wrote; `where` names it in errors. Raises CorruptError otherwise."""
-        tensors = read_tensors(
-            data,
-            where,
-            counts="float64 c",
-            sums="float64 g c d",
-            second="float64 g d d",
-            reach="?float64 g",
-        )
+        return cls.from_tensors(read_tensors(data, where, **cls.SHAPES), where)
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], where: str) -> Moments:
+        """What `tensors` gave, checked as `from_bytes` does."""
         counts, sums = tensors["counts"], tensors["sums"]
         if sums.shape[0] == 0 or sums.shape[2] == 0 or bool((counts < 0).any()):
             raise CorruptError(f"{where} holds moments of nothing, shape {tuple(sums.shape)}")

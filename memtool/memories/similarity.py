@@ -76,15 +76,21 @@ def negative_scaled_error(queries: Tensor, keys: Tensor) -> Tensor:
 
 
 def negative_kl(queries: Tensor, keys: Tensor) -> Tensor:
-    """−KL(p ‖ r), p and r the softmax of q and k: queries (..., d), keys (t, d) → (..., t)."""
+    """−KL(r ‖ p), p and r the softmax of q and k: queries (..., d), keys (t, d) → (..., t).
+
+    Millidge et al. call the divergence of a stored pattern from the query the KL divergence.
+    """
     queries, keys = _on_the_simplex(queries, keys)
-    return _summed(queries, keys, lambda p, r: -(p.exp() * (p - r)))
+    return _summed(queries, keys, lambda p, r: -(r.exp() * (r - p)))
 
 
 def negative_reverse_kl(queries: Tensor, keys: Tensor) -> Tensor:
-    """−KL(r ‖ p), p and r the softmax of q and k: queries (..., d), keys (t, d) → (..., t)."""
+    """−KL(p ‖ r), p and r the softmax of q and k: queries (..., d), keys (t, d) → (..., t).
+
+    The divergence of the query from a stored pattern: the reverse one of Millidge et al.
+    """
     queries, keys = _on_the_simplex(queries, keys)
-    return _summed(queries, keys, lambda p, r: -(r.exp() * (r - p)))
+    return _summed(queries, keys, lambda p, r: -(p.exp() * (p - r)))
 
 
 def negative_js(queries: Tensor, keys: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from memtool.backbones.answering import RecallOf, answers, by_length, trimmed
 from memtool.backbones.causal_lm import CausalLM
 from memtool.backbones.interface import Backbone, FrozenModel
 from memtool.errors import DataError
-from memtool.heads import LinearClassifier, RecalledHead
+from memtool.heads import LinearClassifier, Projection, RecalledHead
 from memtool.learning.looks import FeatureModel
 from memtool.memories.novelty import LIMIT
 
@@ -61,16 +61,25 @@ class HeadModule(nn.Module):
     weight: Tensor
     bias: Tensor
     owners: Tensor | None
+    projection: Tensor | None
 
     def __init__(self, head: RecalledHead) -> None:
         super().__init__()
         self.register_buffer("weight", head.weight)
         self.register_buffer("bias", head.bias)
         self.register_buffer("owners", head.owners)
+        drawn = None if head.projection is None else head.projection.weight
+        self.register_buffer("projection", drawn)
 
     def forward(self, features: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and probabilities (n, classes) of features under weights (n, adapters)."""
-        head = RecalledHead(self.weight.float(), self.bias.float(), self.owners)
+        drawn = self.projection
+        head = RecalledHead(
+            self.weight.float(),
+            self.bias.float(),
+            self.owners,
+            None if drawn is None else Projection(drawn.float()),
+        )
         scores = head(features, weights)
         probabilities = head.probabilities(scores)
         if head.owners is None:

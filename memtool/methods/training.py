@@ -192,8 +192,8 @@ class AdapterTrainer(AdapterWriter[Workspace]):
             "stream": work.stream.fingerprint,
             "task": task.number,
             "targets": self.config.backbone.targets,
-            "adapter": self.config.adapter.model_dump(mode="json"),
-            "train": self.config.train.model_dump(mode="json"),
+            "adapter": self.config.adapter.decides(),
+            "train": self.config.train.decides(),
             "seed": self.seed,
         }
         if work.reads == "texts":

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save
 
 from memtool.adapters.layout import Layout, Site
-from memtool.heads import FeatureStatistics, LinearClassifier, RecalledHead
+from memtool.heads import FeatureStatistics, LinearClassifier, ProjectedMoments, RecalledHead
 from memtool.learning.past_inputs import PastInputs
 from memtool.memories.bayes_pcn import BayesPCN, BayesPCNSettings
 from memtool.memories.closed_form import QueryStatistics
@@ -37,8 +37,8 @@ def _rows(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=generator)
 
 
-def _features() -> bytes:
-    statistics = FeatureStatistics(3, 2)
+def _features(projected: ProjectedMoments | None = None) -> bytes:
+    statistics = FeatureStatistics(3, 2, projected)
     statistics.add(_rows(20, 3), torch.arange(20) % 2)
     return statistics.to_bytes()
 
@@ -76,6 +76,10 @@ READERS = {
     "features": (
         _features(),
         lambda data: FeatureStatistics.from_bytes(data, "blob 'features.1'").lda(),
+    ),
+    "projected": (
+        _features(ProjectedMoments(3, 4, 0, 2)),
+        lambda data: FeatureStatistics.from_bytes(data, "blob 'features.1'").rp_ridge(),
     ),
     "spaces": (SPACES, lambda data: spaces_from_bytes(data, "blob 'past-queries'")),
     "inputs": (

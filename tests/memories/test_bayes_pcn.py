@@ -206,6 +206,44 @@ def test_forgetting_by_halves_moves_toward_the_prior():
         memory.forget(1.5)
 
 
+def test_forgetting_fades_every_layer_by_the_same_law():
+    memory, share = filled(patterns(3, 60), 20), 0.3
+    before, prior = memory.belief, Belief.prior(SMALL)
+    memory.forget(share)
+    after, keep = memory.belief, (1 - share) ** 0.5
+    for name in ("means", "mixture", "top"):  # means: those of the prior are zero
+        torch.testing.assert_close(getattr(after, name), keep * getattr(before, name))
+    expected = (1 - share) * before.covariance + share * prior.covariance
+    torch.testing.assert_close(after.covariance, expected)
+    assert after.top_variance == pytest.approx(
+        (1 - share) * before.top_variance + share * prior.top_variance
+    )
+    # Twice is once with what is left of what is left, in the top layer as in the others.
+    memory.forget(share)
+    twice, memory.belief = memory.belief, before
+    memory.forget(1 - (1 - share) ** 2)
+    for name in ("covariance", "means", "mixture", "top"):
+        torch.testing.assert_close(getattr(twice, name), getattr(memory.belief, name))
+    assert twice.top_variance == pytest.approx(memory.belief.top_variance)
+
+
+def test_a_top_layer_that_faded_learns_anew():
+    """A top belief that keeps its certainty holds new codes where the forgotten ones lay."""
+    rows = patterns(4, 60)
+    memory = filled(rows[:3], 20)
+    certain = memory.belief.top_variance
+    memory.forget(0.9)
+    faded = memory.belief
+    assert faded.top_variance > 0.9 > 100 * certain
+    memory.write("new", rows[3])
+    code = memory._codes[-1][-1]
+    gain = faded.top_variance / (faded.top_variance + SMALL.sigma**2)
+    torch.testing.assert_close(memory.belief.top, faded.top + gain * (code - faded.top))
+    memory.delete("new")  # what was written after a forget still has an inverse
+    torch.testing.assert_close(memory.belief.top, faded.top, atol=1e-8, rtol=0)
+    assert memory.belief.top_variance == pytest.approx(faded.top_variance)
+
+
 def test_write_then_delete_is_the_prior():
     memory = filled(patterns(1, 200), 20)
     memory.delete("p0")

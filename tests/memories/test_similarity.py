@@ -44,8 +44,9 @@ ORACLES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "centred-cosine": lambda q, k: _cosine(q - q.mean(), k - k.mean()),
     "manhattan": lambda q, k: -sum(abs(a - b) for a, b in zip(q, k, strict=True)),
     "scaled-error": lambda q, k: -((q - k) ** 2).mean() / _variance(q),
-    "kl": lambda q, k: -_kl(q.softmax(0), k.softmax(0)),
-    "reverse-kl": lambda q, k: -_kl(k.softmax(0), q.softmax(0)),
+    # As Millidge et al. name them: of a stored pattern from the query, and the other way round.
+    "kl": lambda q, k: -_kl(k.softmax(0), q.softmax(0)),
+    "reverse-kl": lambda q, k: -_kl(q.softmax(0), k.softmax(0)),
     "js": lambda q, k: -_js(q.softmax(0), k.softmax(0)),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from memtool.errors import ConfigError, DataError, MismatchError
-from memtool.memories.dual_gpm import DualGPM
+from memtool.memories.dual_gpm import DualGPM, spaces_from_bytes, spaces_to_bytes
 
 
 def inputs(n: int, width: int, seed: int, *, decay: float = 0.7) -> Tensor:
@@ -61,6 +62,57 @@ def test_laws_over_tasks(width: int, seed: int, start: float) -> None:
         for old, share in past:
             assert free_energy(memory, old) <= 1 - share + 1e-9
         before = free
+
+
+def slow_squares(tasks: list[Tensor], start: float, width: int) -> list[int]:
+    """How many directions the rule "squares" keeps after each task, with numpy and a loop.
+
+    Of the covariance C the squares of the singular values are cumulated: before the first task
+    the directions below the share count, later ones are added one by one until it is reached.
+    """
+    past, sizes = np.zeros((width, 0)), []
+    for number, seen in enumerate(tasks):
+        covariance = seen.numpy().T @ seen.numpy() / len(seen)
+        share = start + (1 - start) * number / len(tasks)
+        free = covariance - past @ past.T @ covariance
+        left, values, _ = np.linalg.svd(free)
+        total, added = (covariance**2).sum(), 0
+        if number == 0:
+            cumulated = 0.0
+            for value in values:
+                cumulated += value**2
+                added += cumulated / total < share
+            added = max(added, 1)
+        else:
+            reached = 1 - (values**2).sum() / total
+            while added < width and reached < share:
+                reached += values[added] ** 2 / total
+                added += 1
+        past = np.linalg.qr(np.hstack([past, left[:, :added]]))[0][:, :width]
+        sizes.append(past.shape[1])
+    return sizes
+
+
+@given(st.integers(4, 12), st.integers(0, 10_000), st.sampled_from([0.5, 0.95, 0.98]))
+def test_squares_of_the_covariance_equal_the_slow_loop(width: int, seed: int, start: float) -> None:
+    tasks = [inputs(3 * width, width, seed + number, decay=0.8) for number in range(4)]
+    memory, sizes = DualGPM(width, start, rule="squares"), []
+    for number, seen in enumerate(tasks):
+        memory.update(seen, number / 4)
+        sizes.append(memory.kept)
+    assert sizes == slow_squares(tasks, start, width)
+    # Read back it goes on by the same rule.
+    (again,) = spaces_from_bytes(spaces_to_bytes({"a": memory}), "here").values()
+    assert (again.rule, again.start, again.kept) == ("squares", start, memory.kept)
+
+
+def test_squares_keep_fewer_directions_than_energy() -> None:
+    by_energy, by_squares = DualGPM(20, 0.95), DualGPM(20, 0.95, rule="squares")
+    for number in range(3):
+        seen = inputs(100, 20, number)
+        by_energy.update(seen, number / 10)
+        by_squares.update(seen, number / 10)
+        assert by_squares.kept < by_energy.kept
 
 
 def test_a_map_that_moves_in_the_free_space_answers_the_past_as_before() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -12,9 +14,11 @@ from memtool.memories.closed_form import SHRINKAGE, QueryStatistics
 from memtool.memories.keyed import KeyedMemory
 from memtool.methods.forget import forget
 from memtool.methods.mira.count import count_queries
-from memtool.methods.mira.keys import start_keys
+from memtool.methods.mira.keys import Draws, start_keys
 from memtool.methods.mira.method import Mira
+from memtool.methods.mira.state import MemoryState
 from memtool.sections import ConsolidateSettings, MemorySettings
+from memtool.settings import HeadSettings
 from tests.methods.conftest import learn, small_config
 
 DIM = 6
@@ -23,6 +27,8 @@ CLASSES = (3, 1, 2)
 
 ADAPTERS = (0, 1, 2, 2)
 """The task of every adapter: the last has two."""
+
+NO_DRAWS = Draws(0, (), ())
 
 
 def counted(*, by_class: bool = True) -> tuple[list[QueryStatistics], Tensor]:
@@ -54,7 +60,7 @@ def settings(**changes: object) -> MemorySettings:
 def test_a_coefficient_is_the_posterior_of_all_classes_of_the_task(similarity, beta):
     parts, queries = counted()
     memory = settings(similarity=similarity, beta=beta)
-    keys = start_keys(ConsolidateSettings(), memory, parts, ADAPTERS, torch.Generator())
+    keys = start_keys(ConsolidateSettings(), memory, parts, ADAPTERS, NO_DRAWS)
     assert keys.shape == (2, len(ADAPTERS), max(CLASSES) * (DIM + 1))
     rule = QueryStatistics.joined(parts)._moments.lda(SHRINKAGE, equal_priors=True)
     for block, found in enumerate(coefficients(memory, keys, queries)):
@@ -69,7 +75,7 @@ def test_a_coefficient_is_the_posterior_of_all_classes_of_the_task(similarity, b
 def test_hard_routing_follows_the_best_class(routing):
     parts, queries = counted()
     memory = settings(routing=routing)
-    keys = start_keys(ConsolidateSettings(), memory, parts, ADAPTERS, torch.Generator())
+    keys = start_keys(ConsolidateSettings(), memory, parts, ADAPTERS, NO_DRAWS)
     owner = torch.repeat_interleave(torch.arange(len(CLASSES)), torch.tensor(CLASSES))
     whole = QueryStatistics.joined(parts)
     for block, found in enumerate(coefficients(memory, keys, queries)):
@@ -92,7 +98,7 @@ def test_counting_by_class_loses_nothing():
             MemorySettings(),
             counted(by_class=by_class)[0],
             ADAPTERS,
-            torch.Generator(),
+            NO_DRAWS,
         )
         for by_class in (True, False)
     ]
@@ -112,9 +118,7 @@ def test_counting_by_class_loses_nothing():
 def test_what_keys_of_classes_do_not_go_with(changes, learning, said):
     parts, _ = counted()
     with pytest.raises(ConfigError, match="keys_of class") as caught:
-        start_keys(
-            ConsolidateSettings(**learning), settings(**changes), parts, ADAPTERS, torch.Generator()
-        )
+        start_keys(ConsolidateSettings(**learning), settings(**changes), parts, ADAPTERS, NO_DRAWS)
     assert said in (caught.value.expected or "")
 
 
@@ -138,18 +142,16 @@ def test_solved_keys_are_not_projected(changes):
     keys = "random" if "routing" in changes else "closed-form"  # a hard routing solves its own
     learning = ConsolidateSettings(protect="dual-gpm", keys=keys)
     with pytest.raises(ConfigError, match="closed form under --protect dual-gpm"):
-        start_keys(learning, settings(**changes), parts, ADAPTERS, torch.Generator())
+        start_keys(learning, settings(**changes), parts, ADAPTERS, NO_DRAWS)
 
 
 @pytest.mark.parametrize("topk", [1, 2, 9])
 def test_a_cut_keeps_the_adapters_whose_classes_are_likeliest_together(topk):
     parts, queries = counted()
     whole = settings(beta=0.3)
-    keys = start_keys(ConsolidateSettings(), whole, parts, (0, 1, 2), torch.Generator())
+    keys = start_keys(ConsolidateSettings(), whole, parts, (0, 1, 2), NO_DRAWS)
     cut = settings(beta=0.3, separation="topk", topk=topk)
-    assert torch.equal(
-        start_keys(ConsolidateSettings(), cut, parts, (0, 1, 2), torch.Generator()), keys
-    )
+    assert torch.equal(start_keys(ConsolidateSettings(), cut, parts, (0, 1, 2), NO_DRAWS), keys)
     both = zip(coefficients(whole, keys, queries), coefficients(cut, keys, queries), strict=True)
     for all_of_them, found in both:
         for row, kept in zip(all_of_them.tolist(), found.tolist(), strict=True):
@@ -157,3 +159,46 @@ def test_a_cut_keeps_the_adapters_whose_classes_are_likeliest_together(topk):
             total = sum(row[place] for place in best)
             expected = [row[place] / total if place in best else 0.0 for place in range(3)]
             assert kept == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_random_key_depends_on_seed_task_and_block_alone():
+    parts, _ = counted(by_class=False)
+    learning, memory = ConsolidateSettings(keys="random", key_std=0.5), settings(keys_of="task")
+
+    def drawn(numbers: list[int], adapter_tasks: tuple[int, ...], seed: int = 3) -> Tensor:
+        draws = Draws(seed, numbers, (2, 7))
+        return start_keys(learning, memory, parts[: len(numbers)], adapter_tasks, draws)
+
+    whole = drawn([1, 4, 6], (0, 1, 2, 2))
+    assert whole.shape == (2, 4, DIM + 1)
+    # The same however many are there, in whatever order, and whatever was drawn before.
+    assert torch.equal(drawn([1, 4], (0, 1)), whole[:, :2])
+    assert torch.equal(drawn([6], (0,)), whole[:, 2:3])
+    assert torch.equal(drawn([6, 1], (0, 1, 0)), whole[:, [2, 0, 3]])
+    # All others differ: adapters, tasks, blocks, seeds.
+    rows = torch.cat([*whole, *drawn([1, 4, 6], (0, 1, 2, 2), seed=4)])
+    assert len({tuple(row.tolist()) for row in rows}) == len(rows)
+    # key_std is their spread.
+    numbers = list(range(1, 400))
+    many = Draws(0, numbers, (0,)).keys(range(399), 40)
+    assert abs(float(many.mean())) < 0.02
+    assert abs(float(many.std()) - 1) < 0.02
+    assert torch.equal(whole, 0.5 * Draws(3, [1, 4, 6], (2, 7)).keys((0, 1, 2, 2), DIM + 1))
+
+
+def test_a_similarity_that_a_store_names_is_read_as_it_was_meant():
+    """Until 0.1 `kl` and `reverse-kl` had each other's name."""
+    state = MemoryState(
+        memory=MemorySettings(similarity="kl"),
+        head=HeadSettings(),
+        tasks=(1,),
+        adapters=("a",),
+        adapter_tasks=(0,),
+        class_names=("x", "y"),
+        fingerprint="",
+    )
+    written = json.loads(state.model_dump_json())
+    assert MemoryState.model_validate_json(json.dumps(written)) == state
+    for named, meant in (("kl", "reverse-kl"), ("reverse-kl", "kl"), ("dot", "dot")):
+        written["memory"]["similarity"] = named
+        assert MemoryState.model_validate_json(json.dumps(written)).memory.similarity == meant

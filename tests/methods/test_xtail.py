@@ -21,26 +21,29 @@ from memtool.errors import AlreadyExistsError, ConfigError, DataError
 from memtool.evaluation.metrics import average_xtail, transfer_xtail
 from memtool.experiments.pretrain_clip import pretrain_clip
 from memtool.experiments.run import run
-from memtool.heads import CosineHead, both_ways
+from memtool.heads import CosineHead, both_ways, over_seen_texts
 from memtool.learning.known import (
     compared,
     fixed_head,
     head_under,
+    learned_under,
 )
 from memtool.learning.learner import Learner
 from memtool.learning.objective import Known
 from memtool.methods import open_method
-from memtool.methods.baselines import baselines_of
+from memtool.methods.baselines import RIVALS, baselines_of
 from memtool.methods.baselines.ewc import Ewc
 from memtool.methods.baselines.fine_tune import FineTune
 from memtool.methods.baselines.inf_lora import InfLora
 from memtool.methods.baselines.lwf import Lwf
+from memtool.methods.baselines.text_keys import TextKeys
 from memtool.methods.forget import forget
 from memtool.methods.moram.explain import explain_atoms
 from memtool.methods.moram.method import Moram
 from memtool.settings import Config, TrainSettings
 from memtool.streams import load_image
 from memtool.streams.prompts import prompts
+from memtool.streams.task import Images
 from memtool.workspace import Workspace
 
 COLOURS = {
@@ -214,8 +217,9 @@ def test_every_baseline_fills_the_whole_matrix(work: Workspace) -> None:
     tasks = work.stream.tasks
     known = baselines_of("images", fixed_head=True)
     rows = {row.id: row for run in known.values() for row in run(work, tasks)}
-    assert set(known) == {
+    assert set(known) - set(RIVALS) == {
         "zero-shot", "fine-tune", "sequential", "lwf", "o-lora", "inf-lora", "moe-lora", "joint",
+        "text-keys",
     }  # fmt: skip
     zero_shot = rows["zero-shot"].accuracy
     assert len(set(zero_shot)) == 1  # nothing learns
@@ -312,6 +316,31 @@ def test_the_loss_of_clip_reads_the_batchs_classes_anew(clip_work: Workspace) ->
     assert all(grown)
 
 
+def test_under_texts_seen_a_step_reads_all_texts_of_the_task(
+    chain: Path, clip_settings: dict[str, object], tmp_path: Path
+) -> None:
+    settings = config(chain, tmp_path, head__texts="seen", **clip_settings)
+    work = Workspace(settings, seed=0)
+    learner, tasks = Learner(work, 2), work.stream.tasks
+    for task in tasks:
+        learner.objective.begin(task)
+        own = list(task.classes)
+        images, labels = images_of(work, task.number - 1), labels_of(work, task.number - 1)
+        few = labels == labels[0]  # a batch of one class reads the others' texts, too
+        logits = learner(images[few], labels[few])
+        assert logits[:, own].isfinite().all()
+        assert (logits[:, [c for c in range(6) if c not in own]] == -torch.inf).all()
+        torch.testing.assert_close(logits[:, own], learner(images[few])[:, own])
+        so_far = len({c for other in tasks[: task.number] for c in other.classes})
+        found = learner.objective.loss(logits, images[few], labels[few])
+        torch.testing.assert_close(found, over_seen_texts(logits, labels[few], so_far))
+        found.backward()
+        assert all(parameter.grad is not None for parameter in learner.values.b)
+    # Atoms that learned by the one loss are no atoms of the other.
+    batch = config(chain, tmp_path, **clip_settings)
+    assert learned_under(settings, work.stream) != learned_under(batch, work.stream)
+
+
 def test_lwf_holds_what_both_towers_say_against_the_old_ones(clip_work: Workspace) -> None:
     learner = Lwf(clip_work, 2)
     images, labels = images_of(clip_work), labels_of(clip_work)
@@ -338,6 +367,47 @@ def test_inf_lora_sees_the_inputs_of_both_towers(clip_work: Workspace) -> None:
     learner = InfLora(clip_work, 2)
     moments = learner.moments(clip_work.stream.tasks[0])
     assert moments.keys() == {site.module for site in clip_work.layout.sites}
+
+
+def test_text_keys_ask_each_task_as_its_class_names_say(clip_work: Workspace) -> None:
+    work, tasks = clip_work, clip_work.stream.tasks
+    learner = TextKeys(work, 2)
+    images = np.concatenate([task.test.images for task in tasks])
+    both = Images(images, np.concatenate([task.test.labels for task in tasks]))
+    assert learner.weights(images).shape == (len(images), 0)
+    zero_shot = learner.features_of(both)
+    torch.testing.assert_close(zero_shot, work.features(images))
+    # The slow twin: one image and one prompt after another, of the frozen towers.
+    texts, shares = prompts(work.stream), []
+    with torch.no_grad():
+        keys = [work.backbone.text_features(work.backbone.tokenize([text]))[0] for text in texts]
+        for query in zero_shot:
+            cosines = [F.cosine_similarity(query, key, dim=0) for key in keys]
+            each = (work.backbone.logit_scale * torch.stack(cosines)).softmax(dim=0)
+            shares.append([float(each[list(task.classes)].sum()) for task in tasks])
+    learner.learn(tasks[0], "test")
+    torch.testing.assert_close(
+        learner.weights(images), torch.tensor(shares)[:, :1], atol=1e-4, rtol=1e-3
+    )
+    # A later task's names are keys already: the texts of its classes are as the frozen model reads.
+    later = list(tasks[1].classes)
+    frozen = fixed_head(work).prototypes
+    assert torch.equal(learner.objective.classifier().prototypes[later], frozen[later])
+    first = learner.objective.classifier().prototypes[list(tasks[0].classes)]
+    assert not torch.allclose(first, frozen[list(tasks[0].classes)], atol=1e-3)
+    learner.learn(tasks[1], "test")
+    assert torch.equal(learner.objective.classifier().prototypes[list(tasks[0].classes)], first)
+    weights = learner.weights(images)
+    torch.testing.assert_close(weights, torch.tensor(shares), atol=1e-4, rtol=1e-3)
+    assert torch.allclose(weights.sum(dim=1), torch.ones(len(weights)), atol=1e-5)
+    # One that is sure has the LoRA of its task, and no other.
+    for place in range(2):
+        learner.weights = lambda x, place=place: F.one_hot(  # type: ignore[method-assign, misc]
+            torch.full((len(x),), place), 2
+        ).float()
+        own = work.stacked(learner.stored.flat()[place : place + 1])
+        expected = work.features(images, every(own))
+        torch.testing.assert_close(learner.features_of(both), expected, atol=1e-4, rtol=1e-3)
 
 
 def test_every_baseline_runs_on_a_clip(clip_work: Workspace) -> None:

@@ -193,7 +193,7 @@ def test_halves_of_characters_are_refused(description: Path) -> None:
 
 
 @needs_data
-@pytest.mark.parametrize(("name", "tasks"), [("trace", 8), ("text_cl5", 5)])
+@pytest.mark.parametrize(("name", "tasks"), [("trace", 8), ("trace-official", 8), ("text_cl5", 5)])
 def test_built_in_streams_are_whole(name: str, tasks: int) -> None:
     assert name in text_sources()
     stream = open_text_stream(StreamSettings(source=name, setting="trace"))

@@ -9,7 +9,19 @@
     o-lora       a LoRA per task, summed, pressed to be orthogonal
     inf-lora     a LoRA per task, summed, its A fixed where old tasks do not see it
     moe-lora     as many LoRA as tasks, mixed by a learned router
+    text-keys    a LoRA per task, mixed by keys that are its class names (xtail); where it is named
     joint        one LoRA on all tasks at once: an upper bound
+
+Rivals, measured where they are named (`RIVALS`):
+
+    ranpac       an adapter of the first task, ridge on a random projection of its features
+    aper         the same adapter beside the frozen model, nearest class mean by cosine
+    fsa          the same adapter, linear discriminant analysis
+    l2p          prompts of a pool before the image, found by keys
+    dual-prompt  keys and values in attention, of all tasks and of each
+    coda-prompt  keys and values in attention, a sum that the image weighs
+    s-prompts    a prompt and a head a domain, which is found by centroids (dil)
+    rail         ridge on projected frozen features, fused with zero-shot scores (known classes)
 
 Each is written once, on `Learner`, and learns images and texts alike. It sees a task's samples only
 while it learns that task, as the memory does (joint excepted). Of images the features are read four
@@ -29,16 +41,26 @@ from typing import Any
 from memtool.errors import ConfigError
 from memtool.evaluation.record import Row
 from memtool.learning.learner import Learner
+from memtool.methods.baselines.aper import APER
+from memtool.methods.baselines.coda_prompt import CodaPrompt
+from memtool.methods.baselines.dual_prompt import DualPrompt
 from memtool.methods.baselines.ewc import Ewc
 from memtool.methods.baselines.fine_tune import FineTune
 from memtool.methods.baselines.frozen import frozen
+from memtool.methods.baselines.fsa import FSA
 from memtool.methods.baselines.in_turn import in_turn
 from memtool.methods.baselines.inf_lora import InfLora
 from memtool.methods.baselines.joint import joint
+from memtool.methods.baselines.l2p import L2p
 from memtool.methods.baselines.lwf import Lwf
 from memtool.methods.baselines.moe_lora import MoeLora
 from memtool.methods.baselines.o_lora import OLora
-from memtool.methods.baselines.sources import DG_BASELINES, HeldOut, trained_sources
+from memtool.methods.baselines.prompted import require_prompts
+from memtool.methods.baselines.rail import rail
+from memtool.methods.baselines.ranpac import RANPAC
+from memtool.methods.baselines.s_prompts import SPrompts, require_domains, s_prompts
+from memtool.methods.baselines.sources import OF_SOURCES, HeldOut, trained_sources
+from memtool.methods.baselines.text_keys import TextKeys
 from memtool.methods.baselines.zero_shot import InContext, ZeroShot, once
 from memtool.registry import find
 from memtool.streams.task import Images, Task
@@ -47,11 +69,14 @@ from memtool.workspace import Workspace
 __all__ = [
     "BASELINES",
     "DG_BASELINES",
+    "FIRST_SESSION",
+    "RIVALS",
     "Baseline",
     "HeldOut",
     "baseline",
     "baselines_of",
     "held_out_baseline",
+    "require",
     "source_of",
 ]
 
@@ -63,13 +88,31 @@ BASELINES: dict[str, Baseline] = {
     "frozen": frozen,
     "fine-tune": partial(in_turn, FineTune),
     **{kind.id: partial(in_turn, kind) for kind in (Learner, Ewc, Lwf, OLora, InfLora, MoeLora)},
+    "text-keys": partial(in_turn, TextKeys),
     "joint": joint,
+    **{one.id: one.in_turn for one in (RANPAC, APER, FSA)},
+    **{kind.id: partial(in_turn, kind) for kind in (L2p, DualPrompt, CodaPrompt)},
+    "s-prompts": s_prompts,
+    "rail": rail,
 }
 """Every baseline of an order of tasks, by the name of its result file."""
 
-_NOT_OF_IMAGES = ("zero-shot", "in-context", "fine-tune")
-_NOT_OF_FIXED_HEADS = ("in-context", "frozen", "ewc")
-_NOT_OF_TEXTS = ("frozen",)
+DG_BASELINES = {**OF_SOURCES, **{one.id: one.on_sources for one in (RANPAC, APER)}}
+"""Those of domain generalisation: workspace, source tasks and held-out samples to what is reached.
+
+FSA is `erm` there, under its LDA head."""
+
+FIRST_SESSION = (RANPAC.id, APER.id, FSA.id)
+"""Those that learn on the first task alone."""
+
+_PROMPTS = {kind.id: kind.title for kind in (L2p, DualPrompt, CodaPrompt, SPrompts)}
+RIVALS = ("text-keys", *FIRST_SESSION, *_PROMPTS, "rail")
+"""What `all` leaves out and is measured where it is named. One that a setting does not have is an
+error there."""
+
+_NOT_OF_IMAGES = ("zero-shot", "in-context", "fine-tune", "text-keys", "rail")
+_NOT_OF_FIXED_HEADS = ("in-context", "frozen", "ewc", *FIRST_SESSION, *_PROMPTS)
+_NOT_OF_TEXTS = ("frozen", "text-keys", "rail", *FIRST_SESSION, *_PROMPTS)
 
 
 def baselines_of(reads: str, *, fixed_head: bool = False) -> Mapping[str, Baseline]:
@@ -80,6 +123,16 @@ def baselines_of(reads: str, *, fixed_head: bool = False) -> Mapping[str, Baseli
     else:
         without = _NOT_OF_FIXED_HEADS if fixed_head else _NOT_OF_IMAGES
     return {name: baseline for name, baseline in BASELINES.items() if name not in without}
+
+
+def require(name: str, work: Workspace) -> None:
+    """Raise MemtoolError for a baseline that cannot learn what a workspace has, or has no room."""
+    if name == RANPAC.id:
+        RANPAC.require(work)
+    if name in _PROMPTS:
+        require_prompts(work, _PROMPTS[name])
+    if name == SPrompts.id:
+        require_domains(work)
 
 
 def baseline(name: str) -> Baseline:

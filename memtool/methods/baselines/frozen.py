@@ -13,7 +13,13 @@ from memtool.engine import Batch, Batches
 from memtool.evaluation.matrix import AccuracyMatrix
 from memtool.evaluation.record import Row
 from memtool.heads import LinearHead
-from memtool.methods.baselines.reading import TITLES, ClosedForms, Reading, accuracies
+from memtool.methods.baselines.reading import (
+    TITLES,
+    ClosedForms,
+    Reading,
+    accuracies,
+    random_reading,
+)
 from memtool.streams.task import Images, Task
 from memtool.workspace import Workspace
 
@@ -30,14 +36,15 @@ def frozen(work: Workspace, tasks: Sequence[Task]) -> list[Row]:
     closed = ClosedForms(work, len(tasks))
     head = LinearHead(work.backbone.dim, len(work.stream.class_names))
     names = [task.name for task in tasks]
-    matrices = {reading: AccuracyMatrix.empty(names) for reading in _READINGS}
+    readings = (*_READINGS, *random_reading(work))
+    matrices = {reading: AccuracyMatrix.empty(names) for reading in readings}
     trained = 0.0
     for number, (task, features) in enumerate(zip(tasks, train, strict=True), start=1):
         closed.count(features, task)
         begin = time.perf_counter()
         train_head(work, head, features, task)
         trained += time.perf_counter() - begin
-        for reading in _READINGS:
+        for reading in readings:
             linear = reading == "linear"
             predict = head.classifier().to("cpu") if linear else closed.solve(reading)
             row = accuracies(predict, test, samples)

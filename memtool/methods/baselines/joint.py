@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from memtool.evaluation.record import Kind, Row
 from memtool.learning.learner import Learner
-from memtool.methods.baselines.reading import Reading
+from memtool.methods.baselines.reading import Reading, random_reading
 from memtool.methods.baselines.testing import measured_by
 from memtool.streams.task import Task
 from memtool.workspace import Workspace
@@ -28,7 +28,7 @@ def joint(work: Workspace, tasks: Sequence[Task]) -> list[Row]:
     learner = Joint(work, 1)
     learner.learn(Task.pooled(tasks), f"all tasks: upper bound, {Joint.title}")
     own: Reading = "fixed" if learner.objective.is_fixed else "linear"
-    testing = measured_by(learner, tasks, (own, "lda"))
+    testing = measured_by(learner, tasks, (own, "lda", *random_reading(work)))
     for task in tasks:
         testing.count(task)
     seconds = time.perf_counter() - begin

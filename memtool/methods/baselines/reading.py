@@ -28,7 +28,7 @@ from memtool.methods.outcome import share_right
 from memtool.streams.task import Images, Task
 from memtool.workspace import Workspace
 
-Reading = Literal["linear", "ncm", "ridge", "lda", "routed", "prototype", "fixed"]
+Reading = Literal["linear", "ncm", "ridge", "lda", "rp", "routed", "prototype", "fixed"]
 
 Predict = Callable[[Tensor], Tensor]
 """Scores (n, classes) of features (n, dim); the highest wins."""
@@ -38,18 +38,26 @@ TITLES: dict[Reading, str] = {
     "ncm": "nearest class mean",
     "ridge": "ridge head",
     "lda": "LDA head",
+    "rp": "random-projection ridge head",
     "routed": "LDA per task, routed by LDA",
     "prototype": "LDA per task, routed by nearest prototype",
     "fixed": "fixed head",
 }
 
 
-READINGS_OF: dict[bool, tuple[Reading, ...]] = {
-    False: ("linear", "ridge", "lda", "routed"),
-    True: ("fixed", "lda"),
-}
-"""Ways to read a trained baseline, by whether its head is fixed in advance; LDA knows only the
-classes learned so far."""
+def readings_of(work: Workspace, *, is_fixed: bool = False) -> tuple[Reading, ...]:
+    """Ways to read a trained baseline, by whether its head is fixed in advance.
+
+    LDA knows only the classes learned so far.
+    """
+    if is_fixed:
+        return ("fixed", "lda")
+    return ("linear", "ridge", "lda", "routed", *random_reading(work))
+
+
+def random_reading(work: Workspace) -> tuple[Reading, ...]:
+    """The reading by a random projection, where the memory's head is one."""
+    return ("rp",) if work.config.head.kind == "rp-ridge" else ()
 
 
 class ClosedForms:
@@ -60,7 +68,7 @@ class ClosedForms:
         self._settings = work.config.head
         self._dim = work.backbone.dim
         self._classes = len(work.stream.class_names)
-        self._all = FeatureStatistics(self._dim, self._classes)
+        self._all = work.statistics(work.backbone.dim)
         self._router = FeatureStatistics(self._dim, tasks)
         self._own: list[LinearClassifier] = []
 
@@ -68,6 +76,8 @@ class ClosedForms:
         """Count the training features (n, dim) of the next task."""
         labels = torch.from_numpy(np.asarray(task.train.labels))
         self._all.add(features, labels)
+        if self._all.projected is not None and self._settings.penalty == "folds":
+            self._all.projected.measure(features, labels)
         self._router.add(features, torch.full((len(features),), len(self._own)))
         own = FeatureStatistics(self._dim, self._classes)
         own.add(features, labels)
@@ -76,7 +86,8 @@ class ClosedForms:
     def solve(self, reading: Reading) -> Predict:
         """The head of that kind after the tasks so far, all but "linear"."""
         if reading not in ("routed", "prototype"):
-            return solve_head(reading, self._all, self._settings)
+            kind = "rp-ridge" if reading == "rp" else reading
+            return solve_head(kind, self._all, self._settings)
         count = len(self._own)
         heads = RecalledHead.of_tasks(self._own, range(count))
         routed = reading == "routed"

@@ -30,6 +30,7 @@ from memtool.methods.baselines.reading import (
     Reading,
     accuracies,
     accuracy,
+    random_reading,
 )
 from memtool.streams.task import Images, Task
 from memtool.workspace import Workspace
@@ -62,6 +63,7 @@ def frozen_sources(work: Workspace, sources: Sequence[Task], held_out: Images) -
     train_head(work, head, torch.cat(parts), Task.pooled(sources))
     seconds = time.perf_counter() - begin
     closed_forms: tuple[Reading, ...] = ("ncm", "ridge", "lda", "routed", "prototype")
+    closed_forms = (*closed_forms, *random_reading(work))
     heads: dict[Reading, Predict] = {"linear": head.classifier().to("cpu")}
     heads.update({reading: closed.solve(reading) for reading in closed_forms})
     return _measured(
@@ -88,11 +90,12 @@ def trained_sources(
     heads: dict[Reading, Predict] = {
         "linear": learner.objective.classifier().to("cpu"),
         "lda": closed.solve("lda"),
+        **{reading: closed.solve(reading) for reading in random_reading(work)},
     }
     return _measured(id, title, heads, learner.features_of, sources, held_out, seconds)
 
 
-DG_BASELINES: dict[str, Callable[[Workspace, Sequence[Task], Images], list[HeldOut]]] = {
+OF_SOURCES: dict[str, Callable[[Workspace, Sequence[Task], Images], list[HeldOut]]] = {
     "frozen": frozen_sources,
     "erm": partial(trained_sources, Learner, "erm", "one LoRA on all sources (ERM)"),
     "moe-lora": partial(trained_sources, MoeLora, MoeLora.id, MoeLora.title),

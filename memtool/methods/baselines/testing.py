@@ -13,11 +13,11 @@ from memtool.evaluation.record import Row
 from memtool.learning.answers import Answering, AnswerScores, answer_row
 from memtool.learning.learner import Learner
 from memtool.methods.baselines.reading import (
-    READINGS_OF,
     TITLES,
     ClosedForms,
     Reading,
     accuracies,
+    readings_of,
 )
 from memtool.streams.task import Task
 
@@ -146,4 +146,5 @@ def measured_by(
     """The tests of a learner; `readings` of images: none for all that its head allows."""
     if learner.objective.of_texts:
         return OfAnswers(learner, tasks)
-    return OfHeads(learner, tasks, readings or READINGS_OF[learner.objective.is_fixed])
+    every = readings_of(learner.work, is_fixed=learner.objective.is_fixed)
+    return OfHeads(learner, tasks, readings or every)

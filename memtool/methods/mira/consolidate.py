@@ -33,7 +33,7 @@ from memtool.methods.in_store import HEAD, features_blob
 from memtool.methods.method import require_unmoved
 from memtool.methods.mira.count import count_queries, count_task
 from memtool.methods.mira.inventory import Inventory, inventory_of
-from memtool.methods.mira.keys import start_keys
+from memtool.methods.mira.keys import Draws, start_keys
 from memtool.methods.mira.learn import learn
 from memtool.methods.mira.measure import Measure, drift_degrees
 from memtool.methods.mira.protect import Protection
@@ -51,7 +51,7 @@ from memtool.settings import Config
 from memtool.streams.task import Images, Task, spread
 from memtool.workspace import Workspace, require_learnable
 
-SOLVED = ("lda", "ridge", "ncm")
+SOLVED = ("lda", "ridge", "rp-ridge", "ncm")
 """Heads that are solved from moments of the features."""
 
 
@@ -90,10 +90,12 @@ def consolidate(
 
     `began` is when the verb began, in seconds of `time.perf_counter`. Raises NotFoundError for a
     memory without adapters, ConfigError for settings that do not go with each other or with what
-    is in memory, DataError for a task that nothing can be learned from, DivergedError, and
-    ChangedMeanwhileError where another process committed.
+    is in memory, DataError for a task that nothing can be learned from, DivergedError,
+    CapacityError for a random projection that is too wide, and ChangedMeanwhileError where another
+    process committed.
     """
     known = inventory_of(work, snapshot)
+    work.require_fitting(())
     _count(known)
     start = _start(known)
     model = _model(known, start.keys)
@@ -146,12 +148,14 @@ def _count(known: Inventory) -> None:
 def _start(known: Inventory) -> Start:
     """The keys before they learn, when nothing speaks against making them."""
     config, before = known.config, known.before
+    work = known.work
+    blocks = memory_blocks(config.memory, work.backbone, work.layout.blocks)
     keys = start_keys(
         config.consolidate,
         config.memory,
         list(known.queries.values()),
         known.adapter_tasks,
-        known.work.engine.generator(known.work.seed),
+        Draws(work.seed, known.tasks, blocks),
     )
     _require_can_learn(known)
     kept, past = _kept(known), _past(known)
@@ -159,8 +163,6 @@ def _start(known: Inventory) -> Start:
         # Closed-form keys are relative to each other: all are solved anew.
         keys[:, :kept] = before
     if past is not None:
-        work = known.work
-        blocks = memory_blocks(config.memory, work.backbone, work.layout.blocks)
         keys[:, kept:] = past.free_keys(blocks, keys[:, kept:])
     return Start(keys, kept, past)
 
@@ -275,7 +277,8 @@ def _learn(
         return head, None
     resolved = config.head.resolved
     teacher, shown = head, known.opened(known.fresh)
-    if resolved or (config.head.scope == "shared" and config.head.kind in ("ridge", "ncm")):
+    of_all = config.head.scope == "shared" and config.head.kind in ("ridge", "ncm")
+    if resolved or of_all or config.head.kind == "rp-ridge":
         # A head that is solved anew afterwards learns along, as one trained by gradient
         # does: solved now it would leave the keys nothing to learn. Else keys learn under
         # the head as it is, or under lda, whose scores are log posteriors. What was trained with

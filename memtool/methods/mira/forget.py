@@ -10,7 +10,7 @@ import torch
 from memtool.errors import ConfigError
 from memtool.heads import RecalledHead, solve_recalled_head
 from memtool.methods.in_store import HEAD, feature_statistics, own_head
-from memtool.methods.mira.keys import start_keys
+from memtool.methods.mira.keys import Draws, start_keys
 from memtool.methods.mira.state import (
     MEMORY,
     PAST_QUERIES,
@@ -66,8 +66,8 @@ def solve_without(txn: Transaction, view: MemoryView, gone: set[str]) -> None:
                 remedy="memtool consolidate, which counts them again, then forget",
             )
         counted = [queries[task] for task in tasks]
-        generator = torch.Generator()  # keys in closed form draw nothing from it
-        found = start_keys(state.consolidate, state.memory, counted, adapter_tasks, generator)
+        nothing = Draws(0, (), ())  # keys in closed form draw none
+        found = start_keys(state.consolidate, state.memory, counted, adapter_tasks, nothing)
         keys = np.ascontiguousarray(found.numpy(), dtype=np.float32)
     head = _solved_head(txn, view, state, tasks, adapter_tasks)
     changes = {"tasks": tasks, "adapters": adapters, "adapter_tasks": adapter_tasks}

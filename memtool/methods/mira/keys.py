@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,12 +17,34 @@ LINEAR = ("identity", "affine", "relu", "tanh", "power")
 """Separations that pass a score on: their closed-form scores are one-hot, not log posteriors."""
 
 
+@dataclass(frozen=True)
+class Draws:
+    """Where random keys come from: a stream of numbers for every (seed, task, block).
+
+    `tasks` are task numbers and `blocks` those of the memories. A task's key does not depend on
+    which others are there, nor on when it is drawn; its second adapter has the next numbers.
+    """
+
+    seed: int
+    tasks: Sequence[int]
+    blocks: Sequence[int]
+
+    def keys(self, adapter_tasks: Sequence[int], width: int) -> Tensor:
+        """Standard normal keys (memories, t, width) of adapters of the tasks at these places."""
+        drawn = np.empty((len(self.blocks), len(adapter_tasks), width), dtype=np.float32)
+        for memory, block in enumerate(self.blocks):
+            streams = [np.random.default_rng([self.seed, task, block]) for task in self.tasks]
+            for adapter, place in enumerate(adapter_tasks):
+                drawn[memory, adapter] = streams[place].standard_normal(width, dtype=np.float32)
+        return torch.from_numpy(drawn)
+
+
 def start_keys(
     settings: ConsolidateSettings,
     memory: MemorySettings,
     statistics: Sequence[QueryStatistics],
     adapter_tasks: Sequence[int],
-    generator: torch.Generator,
+    draws: Draws,
 ) -> Tensor:
     """Keys (memories, t, m · (dim + 1)) of all adapters before any learning by gradient.
 
@@ -31,7 +55,7 @@ def start_keys(
                   the log posterior of the task. The others get ridge keys: the score is close to
                   1 for the task of the query and to 0 for the rest.
     mean-query    the mean query of the task
-    random        N(0, key_std²)
+    random        N(0, key_std²), from `draws`; the others draw nothing
 
     A hard routing has keys of its own, whatever the settings say: discriminant ones for "lda", the
     mean query for "prototype". The adapters of one task share its key, and its weight.
@@ -56,9 +80,7 @@ def start_keys(
     if memory.routing == "lda":
         return for_similarity(whole.lda_keys(SHRINKAGE)[:, tasks], "scaled-dot")
     if settings.keys == "random":
-        width = whole.dim + 1
-        drawn = torch.randn(whole.blocks, len(tasks), width, generator=generator)
-        return drawn * settings.key_std
+        return draws.keys(adapter_tasks, whole.dim + 1) * settings.key_std
     if settings.keys == "mean-query":
         return whole.mean_keys()[:, tasks]
     if memory.separation in LINEAR and memory.similarity == "euclidean":

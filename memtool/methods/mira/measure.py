@@ -20,7 +20,7 @@ from memtool.errors import ConfigError, NotFoundError
 from memtool.evaluation.matrix import AccuracyMatrix
 from memtool.evaluation.metrics import coefficient_drift
 from memtool.evaluation.record import Kind, Row
-from memtool.heads import FeatureStatistics, LinearClassifier, RecalledHead, solve_head
+from memtool.heads import LinearClassifier, RecalledHead, solve_head
 from memtool.memories.keyed import BlockMemory, KeyedMemory
 from memtool.memories.separation import SeparationFunction, separation
 from memtool.methods.mira.recall import MemoryModel
@@ -202,8 +202,7 @@ class Measure:
         work = self.workspace
         state, model, _ = snapshot.consolidated()
         at_once = work.stream.setting == "dg"
-        width = model.look.features_width
-        statistics = FeatureStatistics(width, len(work.stream.class_names))
+        statistics = work.statistics(model.look.features_width)
         for task in tasks:
             last = len(state.tasks) if at_once else state.tasks.index(task.number) + 1
             there = (torch.tensor(state.adapter_tasks) < last).float()

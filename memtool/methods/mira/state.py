@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from pydantic import model_validator
@@ -35,7 +35,7 @@ from memtool.methods.mira.protect import Protection
 from memtool.methods.mira.recall import MemoryModel, memory_blocks
 from memtool.methods.records import task_of
 from memtool.methods.stored_values import values_of
-from memtool.sections import ConsolidateSettings, MemorySettings
+from memtool.sections import ConsolidateSettings, MemorySettings, as_meant
 from memtool.settings import HeadSettings
 from memtool.tensor_bytes import load_tensors
 
@@ -69,6 +69,15 @@ class MemoryState(StoredState):
     class_names: tuple[str, ...]
     fingerprint: str
     first: tuple[str, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _similarity_as_meant(cls, given: Any) -> Any:
+        memory = given.get("memory") if isinstance(given, dict) else None
+        if not isinstance(memory, dict) or "similarity" not in memory:
+            return given
+        meant = as_meant(memory["similarity"])
+        return {**given, "memory": {**memory, "similarity": meant}}
 
     @model_validator(mode="after")
     def _fits_itself(self) -> Self:

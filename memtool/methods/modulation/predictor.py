@@ -116,7 +116,7 @@ def made_with(work: Workspace) -> dict[str, Any]:
     return {
         "epochs": config.modulation.predictor_epochs,
         "lr": config.modulation.predictor_lr,
-        "train": config.train.model_dump(mode="json"),
+        "train": config.train.decides(),
         "seed": work.seed,
         **of_texts,
     }

@@ -57,7 +57,7 @@ def past_beneath(work: Workspace, view: memtool_stores.MemoryView, rows: int) ->
                 remedy="another --store, to learn the tasks anew",
             )
         view = work.store.view(before)
-    return past_inputs_of(view, work.layout, work.config.past.energy)
+    return past_inputs_of(view, work.layout, work.config.past)
 
 
 def beneath_digest(work: Workspace, task: Task) -> str:

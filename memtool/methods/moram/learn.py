@@ -94,7 +94,9 @@ def decides_of_texts(work: Workspace, task: Task, beneath: str) -> dict[str, Any
         "task": [task.number, task.name, task.train.prompts, task.train.answers],
         "epochs": work.epochs(task),
         "targets": config.backbone.targets,
-        "settings": config.model_dump(mode="json", include={"adapter", "train", "moram"}),
+        "settings": {
+            part: getattr(config, part).decides() for part in ("adapter", "train", "moram")
+        },
         "text": work.text_settings(),
         "seed": work.seed,
         "beneath": beneath,

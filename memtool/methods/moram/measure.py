@@ -114,7 +114,7 @@ class AtomMeasure:
             work.backbone.sha256,
             work.stream.fingerprint,
             [task.number for task in tasks],
-            snapshot.settings.model_dump(mode="json"),
+            snapshot.settings.decides(),
             work.config.text.model_dump(mode="json"),
             work.config.backbone.targets,
             work.engine.precision,

@@ -104,7 +104,8 @@ class Moram(Method):
         bank, source = Rank1Memory(work.layout.sites), "zero"
         past = None
         if self.settings.keys == "free":
-            past = PastInputs(work.layout, self.config.past.energy)
+            told = self.config.past
+            past = PastInputs(work.layout, told.energy, rule=told.rule)
         start = None
         if work.has_store:
             view = work.store.view("HEAD")
@@ -137,14 +138,14 @@ class Moram(Method):
         else:
             decides = {
                 "trained": super()._fingerprint(task),
-                "moram": self.settings.model_dump(mode="json"),
+                "moram": self.settings.decides(),
                 "head goes on": config.head.kind == "shared",
                 "beneath": on_top_of,
             }
             if fixed := learned_under(config, work.stream):
                 decides["head"] = fixed
         if self.settings.keys == "free":
-            decides["past"] = config.past.energy
+            decides["past"] = config.past.decides()
         return fingerprint_of(decides)
 
     def learn(self, task: Task, *, fresh: bool = False) -> None:

@@ -27,7 +27,7 @@ from memtool.learning.past_inputs import PastInputs
 from memtool.memories.rank1 import Rank1Memory
 from memtool.methods.in_store import HEAD, StoredState, feature_statistics, own_head
 from memtool.methods.records import task_of
-from memtool.sections import MoramSettings
+from memtool.sections import MoramSettings, PastSettings
 from memtool.settings import HeadSettings
 
 ATOMS = "atoms"
@@ -107,7 +107,7 @@ def resolved(settings: MoramSettings, rank: int) -> MoramSettings:
 
 def gate_of(settings: MoramSettings, rank: int) -> AtomGate:
     """The gate that the settings describe."""
-    return AtomGate(**resolved(settings, rank).model_dump(exclude={"keys"}))
+    return AtomGate(**resolved(settings, rank).model_dump(exclude={"keys", "frozen_scaling"}))
 
 
 def bank_of(
@@ -136,14 +136,14 @@ def bank_of(
     return memory.eval().requires_grad_(False)
 
 
-def past_inputs_of(view: memtool_stores.MemoryView, layout: Layout, energy: float) -> PastInputs:
-    """What entered the adapted maps in the tasks of a version, where it keeps that.
-
-    `energy` as in `PastInputs`.
-    """
+def past_inputs_of(
+    view: memtool_stores.MemoryView, layout: Layout, past: PastSettings
+) -> PastInputs:
+    """What entered the adapted maps in the tasks of a version, where it keeps that."""
     if PAST_INPUTS not in view.blobs():
-        return PastInputs(layout, energy)
-    return PastInputs.from_bytes(view.blob(PAST_INPUTS), layout, energy, f"blob {PAST_INPUTS!r}")
+        return PastInputs(layout, past.energy, rule=past.rule)
+    kept, where = view.blob(PAST_INPUTS), f"blob {PAST_INPUTS!r}"
+    return PastInputs.from_bytes(kept, layout, past.energy, where, rule=past.rule)
 
 
 def digest(records: Sequence[memtool_stores.AdapterRecord], head: str | None = None) -> str:

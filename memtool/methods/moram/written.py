@@ -59,6 +59,8 @@ class Written:
         if images:
             self._require_same_head()
         meta = adapter.meta if images else {**adapter.meta, "hyperparameters": self._trained_with()}
+        if self.settings.frozen_scaling == "one":
+            meta = {**meta, "scaling": 1.0}
         txn.add_atoms(adapter.name, adapter.value.numpy(), meta)
         if images:
             self._put_head()
@@ -127,7 +129,7 @@ class Written:
     def _put_past_inputs(self) -> None:
         """Add the inputs of the task, as the model has them with its atoms, to the past."""
         work, view = self.work, self.txn.base
-        past = past_inputs_of(view, work.layout, work.config.past.energy)
+        past = past_inputs_of(view, work.layout, work.config.past)
         recall = self._bank.recall(self.gate)
         moments = objective_of(work).input_moments(past, self._task.train, recall)
         past.add(moments, len(view.atom_records) / len(work.stream.tasks))
@@ -143,7 +145,7 @@ class Written:
         if learned_under(trained, stream) != learned_under(config, stream):
             raise MismatchError(
                 f"{self.adapter.path} learned under head {given.kind} "
-                f"{given.model_dump(include={'scale', 'rivals'})}",
+                f"{given.model_dump(include={'scale', 'rivals', 'texts'})}",
                 expected=f"head {config.head.kind}, as configured",
                 remedy=f"memtool train-adapter --task {self.adapter.meta['task']} --fresh",
             )
