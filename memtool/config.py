@@ -23,7 +23,7 @@ from pydantic.fields import FieldInfo
 from memtool import registry
 from memtool.errors import ConfigError, NotFoundError, did_you_mean
 from memtool.paths import at_home
-from memtool.sections import SECTIONS, owners_of
+from memtool.sections import OF_BASELINES, SECTIONS, owners_of
 from memtool.settings import (
     DEFAULT_METHOD,
     READ_UNDER,
@@ -338,14 +338,16 @@ class _File:
     def _require_own(self, key: str, place: str, method: str, own: Any) -> None:
         """Raise ConfigError for a setting of another method than the file is for.
 
-        A file is for the method that it names; one that has the sections of all is for all.
+        A file is for the method that it names; one that has the sections of all is for all. An
+        older one of these lacks what baselines came to read.
         """
         assert self.tree is not None
         assert isinstance(self.tree.value, dict)
         section = key.partition(".")[0]
         owners = owners_of(section)
         here = {word.partition(".")[0] for word in self.tree.value}
-        if own in owners or here >= {name for parts in SECTIONS.values() for name in parts}:
+        every = {name for parts in SECTIONS.values() for name in parts if name not in OF_BASELINES}
+        if own in owners or here >= every:
             return
         raise ConfigError(
             f"{place}: {section!r} is a section of method {' and '.join(owners)}, and the method "

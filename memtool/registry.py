@@ -59,6 +59,13 @@ SHIPPED: Mapping[Kind, Mapping[str, str]] = {
         "coda-prompt": "memtool.methods.baselines.coda_prompt:CodaPrompt",
         "s-prompts": "memtool.methods.baselines.s_prompts:s_prompts",
         "rail": "memtool.methods.baselines.rail:rail",
+        "slca": "memtool.methods.baselines.slca:Slca",
+        "ease": "memtool.methods.baselines.ease:Ease",
+        "mos": "memtool.methods.baselines.mos:Mos",
+        "tuna": "memtool.methods.baselines.tuna:Tuna",
+        "sd-lora": "memtool.methods.baselines.sd_lora:SdLora",
+        "er": "memtool.methods.baselines.replay:Er",
+        "der++": "memtool.methods.baselines.der:DerPlusPlus",
         "erm": "memtool.methods.baselines.sources:trained_sources",
     },
     "backbones": {

@@ -275,9 +275,18 @@ class FirstSessionSettings(Settings):
     )
 
 
+class ReplaySettings(Settings):
+    """What the baselines keep that replay samples of earlier tasks: er, der++."""
+
+    buffer: Annotated[int, Field(ge=0)] = Field(
+        200, description="samples of all earlier tasks together; 0: none"
+    )
+
+
 OF_BASELINES: Mapping[str, type[Settings]] = {
     "past": PastSettings,
     "first_session": FirstSessionSettings,
+    "replay": ReplaySettings,
 }
 """The sections that baselines read, which other people's methods are measured against, too."""
 

@@ -124,6 +124,13 @@ BASELINES = setting(
     "Training",
     "What is trained beside the memory, separated by commas.",
 )
+BUFFER = setting(
+    "--buffer",
+    "replay.buffer",
+    "Training",
+    "Samples that the baselines er and der++ keep.",
+    metavar="N",
+)
 BASE = setting(
     "--base",
     "backbone.name",

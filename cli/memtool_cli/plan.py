@@ -86,6 +86,12 @@ def _facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
         rows += _image_cost(cost) if "frozen" in cost else _cost(cost)
     if plan["baselines"] is not None:
         rows.append(("baselines", ", ".join(plan["baselines"]) or "none"))
+    if plan["baseline_passes"]:
+        each = [
+            f"{name} {count['step']} in a step, {count['test']} in a test"
+            for name, count in plan["baseline_passes"].items()
+        ]
+        rows.append(("passes over an image", "; ".join(each)))
     there = "there already" if plan["store_exists"] else "new"
     rows.append(("store", f"{plan['store']} ({there})"))
     return rows

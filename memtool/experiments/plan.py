@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from memtool.backbones.footprint import Footprint, footprint_of
 from memtool.experiments.run import chosen_baselines
 from memtool.methods import open_method
+from memtool.methods.baselines import passes
 from memtool.methods.moram.state import gate_of
 from memtool.sections import MoramSettings
 from memtool.settings import Config, HeadSettings
@@ -34,10 +36,12 @@ def plan(config: Config, *, seed: int, verb: str) -> dict[str, Any]:
     domain is held out in turn (`held_out` None), all have both, and there is a memory for each.
     `bytes_in_all` is of all memories of one seed. Of a language model only the configuration is
     read, and `memory` says in bytes where its memory goes with atoms; None without. `cost` is what
-    a memory of mixtures adds, `head_bytes` what a random projection takes, solving included. Raises
-    what opening method, data and backbone does.
+    a memory of mixtures adds, `head_bytes` what a random projection takes, solving included.
+    `baseline_passes` are those of baselines that run an image more than once: in a step of
+    training, and in a test after the last task. Raises what opening method, data and backbone does.
     """
     method = open_method(config, seed=seed)
+    baselines = list(chosen_baselines(method)) if verb == "run" else None
     work, memory, cost = method.workspace, None, None
     if work.reads == "texts":
         atoms = method.kind == "atoms"
@@ -83,11 +87,22 @@ def plan(config: Config, *, seed: int, verb: str) -> dict[str, Any]:
         "bytes_in_all": numbers * 4 * config.adapter.per_task * learned * memories,
         "memory": memory,
         "cost": cost,
-        "baselines": list(chosen_baselines(method)) if verb == "run" else None,
+        "baselines": baselines,
+        "baseline_passes": _passes(baselines or [], len(tasks)),
         "store": work.store_path,
         "store_exists": work.has_store,
         "runs": str(config.runs),
         "notes": list(work.stream.notes),
+    }
+
+
+def _passes(baselines: Sequence[str], tasks: int) -> dict[str, dict[str, int]]:
+    """Forward passes of the baselines that have more than one of an image."""
+    each = {name: passes(name, tasks) for name in baselines}
+    return {
+        name: {"step": step, "test": test}
+        for name, (step, test) in each.items()
+        if (step, test) != (1, 1)
     }
 
 

@@ -392,7 +392,7 @@ def chosen_baselines(method: Method) -> tuple[str, ...]:
     if absent:
         raise ConfigError(
             f"no baseline {absent[0]} {_where(method)}",
-            expected=f"of {', '.join(known)}" if known else "--baselines none",
+            expected=f"one of {', '.join(known)}" if known else "--baselines none",
             remedy=f"leave {absent[0]} out of --baselines",
         )
     if not known:
@@ -435,9 +435,7 @@ def _baseline(method: Method, name: str, tasks: Sequence[Task]) -> list[Row]:
         return baseline(name)(work, tasks)
 
     decides = _decides_of_texts(work) if work.reads == "texts" else _decides_of_images(work)
-    decides.append(work.config.past.decides() if name == "inf-lora" else None)
-    if name in FIRST_SESSION:
-        decides += [work.config.first_session.epochs, work.config.head.width]
+    decides += _decides_alone(work.config, name)
     if (source := source_of(name)) is not None:
         decides.append(source)
     word = re.sub(r"[^\w.-]+", "-", name)  # a name as path/to/file.py:Class is no file name
@@ -447,6 +445,15 @@ def _baseline(method: Method, name: str, tasks: Sequence[Task]) -> list[Row]:
     rows = kept(file, _ROWS, work.engine, measure)
     work.tell(stage, 1, 1)
     return rows
+
+
+def _decides_alone(config: Config, name: str) -> list[object]:
+    """Settings that decide what one baseline reaches, and no other."""
+    if name == "inf-lora":
+        return [config.past.decides()]
+    if name in FIRST_SESSION:
+        return [None, config.first_session.epochs, config.head.width]
+    return [config.replay.buffer] if name in ("er", "der++") else [None]
 
 
 _OF_IMAGES = ("adapter", "train", "head", "backbone")

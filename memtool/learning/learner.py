@@ -27,7 +27,8 @@ from memtool.workspace import Workspace
 class Learner(nn.Module):
     """Sequential LoRA: each task starts from what the one before left, nothing protects it.
 
-    `values` are the adapters, `objective` has the head, `seen` the tasks that were learned.
+    `values` are the adapters, `objective` has the head, `seen` the tasks that were learned, `label`
+    is what its rows are called.
     `forward(inputs, targets, seed)` gives the logits of `Objective.logits`.
     """
 
@@ -41,6 +42,7 @@ class Learner(nn.Module):
         self.work = work
         self.tasks = tasks
         self.seen: list[Task] = []
+        self.label = self.title
         self.begin()
         self.objective: Any = objective or objective_of(work)
         self.to(work.engine.device)
@@ -64,6 +66,9 @@ class Learner(nn.Module):
         """What the loss of a step has beside that of the objective; logits are those of inputs."""
         del inputs, targets
         return logits.new_zeros(())
+
+    def after_step(self) -> None:
+        """What a step changes after its optimiser."""
 
     def after_task(self, task: Task) -> None:
         """What is kept of a task that was trained; `seen` does not hold it yet."""
@@ -122,6 +127,7 @@ class Learner(nn.Module):
             stage=stage,
             fingerprint=fingerprint,
             checkpoint=checkpoint,
+            after_step=self.after_step,
             rate_of=self.rate_of,
             progress=work.progress,
         )

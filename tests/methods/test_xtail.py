@@ -219,11 +219,11 @@ def test_every_baseline_fills_the_whole_matrix(work: Workspace) -> None:
     rows = {row.id: row for run in known.values() for row in run(work, tasks)}
     assert set(known) - set(RIVALS) == {
         "zero-shot", "fine-tune", "sequential", "lwf", "o-lora", "inf-lora", "moe-lora", "joint",
-        "text-keys",
     }  # fmt: skip
     zero_shot = rows["zero-shot"].accuracy
     assert len(set(zero_shot)) == 1  # nothing learns
-    for id in ("fine-tune", "sequential", "lwf", "o-lora", "inf-lora", "moe-lora"):
+    learned = ("fine-tune", "sequential", "lwf", "o-lora", "inf-lora", "moe-lora", "sd-lora", "er")
+    for id in learned:
         values = rows[id].matrix([task.name for task in tasks]).values
         assert not np.isnan(values).any(), id
         assert rows[id].accuracy[0] == zero_shot[0], id

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from memtool.config import COMMAND_LINE
 from memtool.paths import expand
 from memtool.progress import ProgressEvent
 from memtool_cli import records
@@ -14,6 +15,7 @@ from memtool_cli.commands import Verbs
 from memtool_cli.options import (
     ADAPTERS,
     BASELINES,
+    BUFFER,
     COMPUTE,
     CONFIGURATION,
     DRY_RUN,
@@ -92,6 +94,7 @@ def demo(
     SPLITS,
     HELD_OUT,
     BASELINES,
+    BUFFER,
     SEED,
     *COMPUTE,
     *CONFIGURATION,
@@ -119,6 +122,8 @@ def run(
     absent = [name for name in call.config.baselines if name not in ("all", "none", *chosen)]
     if absent and known:
         call.out.note(f"no baseline {', '.join(absent)} here; there are {', '.join(known)}")
+    if call.resolved.origin["replay.buffer"] == COMMAND_LINE and not {"er", "der++"} & {*chosen}:
+        call.out.note("note: replay.buffer has no effect without the baselines er and der++")
     if call.dry_run:
         return show_plan(call, "run")
     report = report and call.writes_to(report)

@@ -22,6 +22,12 @@ Rivals, measured where they are named (`RIVALS`):
     coda-prompt  keys and values in attention, a sum that the image weighs
     s-prompts    a prompt and a head a domain, which is found by centroids (dil)
     rail         ridge on projected frozen features, fused with zero-shot scores (known classes)
+    slca         all weights slowly, the head fast and aligned by class Gaussians
+    ease         an adapter per task, features side by side, prototypes completed by likeness
+    mos          adapters merged toward earlier ones, found again by what they predict
+    tuna         the adapter of least entropy beside a universal one merged of all
+    sd-lora      a LoRA per task, old directions fixed, their magnitudes learning on
+    er, der++    replay of kept samples, and of what was said of them: marked, no other keeps data
 
 Each is written once, on `Learner`, and learns images and texts alike. It sees a task's samples only
 while it learns that task, as the memory does (joint excepted). Of images the features are read four
@@ -43,7 +49,9 @@ from memtool.evaluation.record import Row
 from memtool.learning.learner import Learner
 from memtool.methods.baselines.aper import APER
 from memtool.methods.baselines.coda_prompt import CodaPrompt
+from memtool.methods.baselines.der import DerPlusPlus
 from memtool.methods.baselines.dual_prompt import DualPrompt
+from memtool.methods.baselines.ease import Ease
 from memtool.methods.baselines.ewc import Ewc
 from memtool.methods.baselines.fine_tune import FineTune
 from memtool.methods.baselines.frozen import frozen
@@ -54,13 +62,18 @@ from memtool.methods.baselines.joint import joint
 from memtool.methods.baselines.l2p import L2p
 from memtool.methods.baselines.lwf import Lwf
 from memtool.methods.baselines.moe_lora import MoeLora
+from memtool.methods.baselines.mos import Mos
 from memtool.methods.baselines.o_lora import OLora
 from memtool.methods.baselines.prompted import require_prompts
 from memtool.methods.baselines.rail import rail
 from memtool.methods.baselines.ranpac import RANPAC
+from memtool.methods.baselines.replay import Er
 from memtool.methods.baselines.s_prompts import SPrompts, require_domains, s_prompts
+from memtool.methods.baselines.sd_lora import SdLora
+from memtool.methods.baselines.slca import Slca
 from memtool.methods.baselines.sources import OF_SOURCES, HeldOut, trained_sources
 from memtool.methods.baselines.text_keys import TextKeys
+from memtool.methods.baselines.tuna import Tuna
 from memtool.methods.baselines.zero_shot import InContext, ZeroShot, once
 from memtool.registry import find
 from memtool.streams.task import Images, Task
@@ -76,6 +89,7 @@ __all__ = [
     "baseline",
     "baselines_of",
     "held_out_baseline",
+    "passes",
     "require",
     "source_of",
 ]
@@ -91,7 +105,10 @@ BASELINES: dict[str, Baseline] = {
     "text-keys": partial(in_turn, TextKeys),
     "joint": joint,
     **{one.id: one.in_turn for one in (RANPAC, APER, FSA)},
-    **{kind.id: partial(in_turn, kind) for kind in (L2p, DualPrompt, CodaPrompt)},
+    **{
+        kind.id: partial(in_turn, kind)
+        for kind in (L2p, DualPrompt, CodaPrompt, Slca, Ease, Mos, Tuna, SdLora, Er, DerPlusPlus)
+    },
     "s-prompts": s_prompts,
     "rail": rail,
 }
@@ -106,13 +123,15 @@ FIRST_SESSION = (RANPAC.id, APER.id, FSA.id)
 """Those that learn on the first task alone."""
 
 _PROMPTS = {kind.id: kind.title for kind in (L2p, DualPrompt, CodaPrompt, SPrompts)}
-RIVALS = ("text-keys", *FIRST_SESSION, *_PROMPTS, "rail")
-"""What `all` leaves out and is measured where it is named. One that a setting does not have is an
-error there."""
+_OWN_HEAD = ("slca", "ease", "mos", "tuna", "der++")
+RIVALS = ("text-keys", *FIRST_SESSION, *_PROMPTS, *_OWN_HEAD, "sd-lora", "er", "rail")
+"""What `all` leaves out and is measured where it is named: several take more time than all others
+together. One that a setting does not have is an error there."""
 
+_OF_A_TRAINED_HEAD = (*FIRST_SESSION, *_PROMPTS, *_OWN_HEAD)
 _NOT_OF_IMAGES = ("zero-shot", "in-context", "fine-tune", "text-keys", "rail")
-_NOT_OF_FIXED_HEADS = ("in-context", "frozen", "ewc", *FIRST_SESSION, *_PROMPTS)
-_NOT_OF_TEXTS = ("frozen", "text-keys", "rail", *FIRST_SESSION, *_PROMPTS)
+_NOT_OF_FIXED_HEADS = ("in-context", "frozen", "ewc", *_OF_A_TRAINED_HEAD)
+_NOT_OF_TEXTS = ("frozen", "text-keys", "rail", *_OF_A_TRAINED_HEAD)
 
 
 def baselines_of(reads: str, *, fixed_head: bool = False) -> Mapping[str, Baseline]:
@@ -133,6 +152,13 @@ def require(name: str, work: Workspace) -> None:
         require_prompts(work, _PROMPTS[name])
     if name == SPrompts.id:
         require_domains(work)
+
+
+def passes(name: str, tasks: int) -> tuple[int, int]:
+    """How often a rival runs a training image in a step, and a test image after so many tasks."""
+    step = {Er.id: 2, DerPlusPlus.id: 3}
+    test = {Ease.id: tasks, Mos.id: tasks, Tuna.id: tasks + 1}
+    return step.get(name, 1), test.get(name, 1)
 
 
 def baseline(name: str) -> Baseline:

@@ -12,6 +12,7 @@ from memtool.evaluation.matrix import AccuracyMatrix
 from memtool.evaluation.record import Row
 from memtool.learning.answers import Answering, AnswerScores, answer_row
 from memtool.learning.learner import Learner
+from memtool.methods.baselines.apart import Apart
 from memtool.methods.baselines.reading import (
     TITLES,
     ClosedForms,
@@ -19,6 +20,7 @@ from memtool.methods.baselines.reading import (
     accuracies,
     readings_of,
 )
+from memtool.methods.outcome import share_right
 from memtool.streams.task import Task
 
 
@@ -100,13 +102,43 @@ class OfHeads(Testing):
         return [
             Row.measured(
                 learner.id if reading in ("linear", "fixed") else f"{learner.id}-{reading}",
-                f"{learner.title}, {TITLES[reading]}",
+                f"{learner.label}, {TITLES[reading]}",
                 learner.kind,
                 matrix,
                 seconds=seconds,
             )
             for reading, matrix in self.matrices.items()
         ]
+
+
+class OfScores(Testing):
+    """A learner that has a classifier of its own: one row."""
+
+    learner: Apart
+
+    def __init__(self, learner: Apart, tasks: Sequence[Task]) -> None:
+        super().__init__(learner, tasks)
+        self.matrix = AccuracyMatrix.empty([task.name for task in tasks])
+
+    def before(self) -> None:
+        """There is no classifier yet."""
+
+    def after(self, number: int) -> None:
+        """Its own scores."""
+        row = [share_right(self.learner.scores(task), task.test) for task in self.tasks]
+        self.matrix = self.matrix.with_row(number, row)
+
+    def at_all_times(self) -> None:
+        """One line, repeated."""
+        self.after(len(self.tasks))
+        line = self.matrix.last
+        for number in range(1, len(self.tasks)):
+            self.matrix = self.matrix.with_row(number, line)
+
+    def rows(self, seconds: float) -> list[Row]:
+        """One row."""
+        one = self.learner
+        return [Row.measured(one.id, one.label, one.kind, self.matrix, seconds=seconds)]
 
 
 class OfAnswers(Testing):
@@ -136,7 +168,7 @@ class OfAnswers(Testing):
         """One row."""
         learner = self.learner
         return [
-            answer_row(learner.id, learner.title, learner.kind, self.tasks, self.found, seconds)
+            answer_row(learner.id, learner.label, learner.kind, self.tasks, self.found, seconds)
         ]
 
 
@@ -146,5 +178,7 @@ def measured_by(
     """The tests of a learner; `readings` of images: none for all that its head allows."""
     if learner.objective.of_texts:
         return OfAnswers(learner, tasks)
+    if isinstance(learner, Apart):
+        return OfScores(learner, tasks)
     every = readings_of(learner.work, is_fixed=learner.objective.is_fixed)
     return OfHeads(learner, tasks, readings or every)
