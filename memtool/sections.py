@@ -144,6 +144,8 @@ class MemorySettings(Settings):
         "its own (the weights of its keys add up)",
     )
 
+    later: ClassVar[tuple[str, ...]] = ("look_under",)
+
     @property
     def look_at_block(self) -> int | None:
         """The block whose input is looked at, where it is a single place."""

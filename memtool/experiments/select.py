@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +27,7 @@ from memtool.errors import ConfigError
 from memtool.evaluation.record import Record, Row
 from memtool.evaluation.selection import Cell, Choice, Selection, first_best
 from memtool.experiments import run as experiment
+from memtool.learning.known import is_fixed
 from memtool.methods import open_method
 from memtool.methods.kept import fingerprint_of, kept
 from memtool.paths import store_beside
@@ -42,6 +43,10 @@ TUNING_SEED = 1000
 
 SHARED = ("adapter", "train", "head", "text")
 """Sections that can be chosen beside those of the method: what is learned, not on what."""
+
+AFTERWARDS = ("memory", "consolidate", "head")
+"""Sections that adapters do not learn by: cells that differ in these alone share what was trained,
+unless adapters learn on top of a memory, or under a head that knows all classes in advance."""
 
 NOT_CHOSEN = ("text.generate", "text.shots")
 """Of these, what is measured and what only some baselines read."""
@@ -141,28 +146,34 @@ def tuning_seed(config: Config, wanted: int | None = None) -> int:
 
 
 def cell_config(config: Config, cell: Cell, seed: int) -> Config:
-    """The configuration of a cell's run: its values, the tuning seed, and no test sample."""
+    """The configuration of a cell's run: its values, the tuning seed, and no test sample.
+
+    A memory of its own, and the adapters and baselines of all cells that learn alike.
+    """
     changed = with_values(config, cell.values, "--select")
     stream = config.stream.model_copy(
         update={"split": "validation", "validation": config.stream.validation or SHARE}
     )
-    name = folder_name(cell)
+    name = folder_name(cell.values)
+    alike = cell.values
+    if not (changed.adapter.residual or is_fixed(changed)):
+        alike = {k: v for k, v in cell.values.items() if k.partition(".")[0] not in AFTERWARDS}
     return changed.model_copy(
         update={
             "stream": stream,
             "seed": (seed,),
             "orders": "given",
             "store": store_beside(config.store, f"-select-{name}"),
-            "runs": config.runs / "select" / name,
+            "runs": config.runs / "select" / folder_name(alike),
         }
     )
 
 
-def folder_name(cell: Cell) -> str:
+def folder_name(values: Mapping[str, Any]) -> str:
     """What the folder of a cell is called: readable, and another one for other values."""
-    words = "-".join(f"{key.rpartition('.')[2]}-{value}" for key, value in cell.values.items())
-    readable = re.sub(r"[^A-Za-z0-9.]+", "-", words)[:40].strip("-.")
-    return f"{readable}-{fingerprint_of(cell.values)[:8]}"
+    words = "-".join(f"{key.rpartition('.')[2]}-{value}" for key, value in values.items())
+    readable = re.sub(r"[^A-Za-z0-9.]+", "-", words)[:40].strip("-.") or "as-configured"
+    return f"{readable}-{fingerprint_of(dict(values))[:8]}"
 
 
 class _Measured(BaseModel):

@@ -237,6 +237,19 @@ def test_a_cell_holds_back_a_share_and_never_a_test_sample(tmp_path):
         assert not test & {image.tobytes() for image in learned_from}
 
 
+def test_cells_that_learn_alike_share_what_is_learned(tmp_path):
+    """A record a cell is not kept, what it measured is; each memory is one of its own."""
+    config, events = tiny(tmp_path, baselines=("sequential",)), []
+    cells = cells_of(config, ["memory.beta=0.3,1", "head.kind=lda,ridge"])
+    selection = select(config, cells, seed=1000, progress=lambda one: events.append(one.stage))
+    trained = [stage for stage in dict.fromkeys(events) if stage.endswith("adapt")]
+    assert len(trained) == len(create_stream(config.stream, 32).tasks)
+    assert len([*(tmp_path / "runs" / "select").iterdir()]) == 1
+    alone = select(tiny(tmp_path / "alone", baselines=("sequential",)), cells[3:], seed=1000)
+    assert alone.rows["memory"].figures == selection.rows["memory"].figures[3:]
+    assert len({cell_config(config, cell, 1000).store for cell in cells}) == 4
+
+
 def test_all_combinations_and_equal_ones_once(tmp_path):
     config = tiny(tmp_path)
     cells = cells_of(config, ["train.lr=1e-3,2e-3", "adapter.rank=2,4,8"])
