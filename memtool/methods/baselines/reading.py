@@ -68,11 +68,7 @@ class ClosedForms:
         self._settings = work.config.head
         self._dim = work.backbone.dim
         self._classes = len(work.stream.class_names)
-<<<<<<< HEAD
         self._all = work.statistics(self._dim)
-=======
-        self._all = work.statistics(work.backbone.dim)
->>>>>>> s16-looks
         self._router = FeatureStatistics(self._dim, tasks)
         self._own: list[LinearClassifier] = []
 
