@@ -34,7 +34,7 @@ from memtool.settings import (
     named,
     sections,
 )
-from memtool.yaml_file import Node, read_yaml
+from memtool.yaml_file import Node, parse_yaml, read_yaml
 from memtool_stores.printable import printable, shown
 
 
@@ -71,7 +71,7 @@ class Resolved:
                         + " and ".join(owners_of(key.partition(".")[0]))
                     )
                     continue
-                other = _not_read_under(self.config, key)
+                other = not_read_under(self.config, key)
                 if other is not None:
                     value = get(self.config, other)
                     shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
@@ -187,6 +187,19 @@ def resolve(
     return Resolved(config, origin, base, foreign)
 
 
+def with_values(config: Config, values: Mapping[str, Any], place: str) -> Config:
+    """The configuration with other values for some dotted keys, text as on the command line.
+
+    Raises ConfigError, which names the place, for an unknown key and a value that cannot be used.
+    """
+    known = keys(config.method)
+    for key in values:
+        _require_key(key, place, known)
+    whole = {key: get(config, key) for key in known}
+    whole |= {key: _as_field(known[key], value) for key, value in values.items()}
+    return _validated(whole, dict.fromkeys(known, place), config.method)
+
+
 def user_file() -> Path:
     """The user's own settings, in the folder that the operating system has for them."""
     return platformdirs.user_config_path("memtool") / "config.yaml"
@@ -227,13 +240,13 @@ def parse_assignment(text: str) -> tuple[str, str]:
     return key.strip(), value.strip()
 
 
-def _not_read_under(config: Config, key: str) -> str | None:
+def not_read_under(config: Config, key: str) -> str | None:
     """The setting whose value makes a setting one that nothing reads, or None."""
     for name, other, values in READ_UNDER:
         if other == "method" and config.method not in SECTIONS:
             continue  # nobody knows what it reads
         named = key == name or key.startswith(f"{name}.")
-        if named and get(config, other) not in values and not _not_read_under(config, other):
+        if named and get(config, other) not in values and not not_read_under(config, other):
             return other
     return None
 
@@ -242,6 +255,31 @@ def _may_be_of_others(key: str) -> bool:
     """Whether a key lies in a section that only a method of other people can have."""
     section, dot, _ = key.partition(".")
     return bool(dot) and not any(known.startswith(f"{section}.") for known in keys())
+
+
+def is_record(file: Path) -> bool:
+    """Whether a file of settings is the record of a run, whose configuration counts then."""
+    return file.suffix == ".json"
+
+
+def _of_record(path: Path, name: str) -> Node:
+    """The configuration of a record. Raises NotFoundError, CorruptError, ConfigError."""
+    from memtool import sealed  # it needs numpy, which a plain configuration does not
+
+    try:
+        document = sealed.parse_json(sealed.read_file(path, "text_bytes"), name).content
+    except FileNotFoundError as error:
+        raise NotFoundError(f"there is no file {name}", remedy="memtool run") from error
+    run = document.get("run")
+    said = run.get("configuration") if isinstance(run, dict) else None
+    if not isinstance(said, dict):
+        raise ConfigError(
+            f"{name} is no record of a run",
+            expected="record.json of `memtool run`, or settings in YAML",
+        )
+    found = parse_yaml(yaml.safe_dump(said, allow_unicode=True), name)
+    assert found is not None
+    return found
 
 
 @dataclass(frozen=True)
@@ -256,6 +294,8 @@ class _File:
     @classmethod
     def read(cls, path: Path, name: str, *, lines: bool = True) -> _File:
         name = printable(name)
+        if is_record(path):
+            return cls(path, name, _of_record(path, name), lines=False)
         return cls(path, name, read_yaml(path, name, remedy=f"memtool init {name}"), lines)
 
     @property

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from memtool.errors import CorruptError
+from memtool.errors import ConfigError, CorruptError
 from memtool.sections import as_meant
 
 if TYPE_CHECKING:
+    from memtool.settings import Config
     from memtool_stores import MemoryStore
 
 _OF_THE_MACHINE = ("store", "lock_timeout", "runs", "baselines", "limits", "engine")
@@ -50,6 +51,31 @@ def remembered(store: MemoryStore, version: str = "HEAD") -> dict[str, Any]:
         }
         return found
     return {}
+
+
+_OF_THE_CUT = (
+    *("source", "setting", "order", "classes_per_task", "splits"),
+    *("train_per_task", "shots", "validation", "seed", "test_seed"),
+)
+"""Settings of a stream that decide what is learned from and what is held back."""
+
+
+def require_held_back(store: MemoryStore, config: Config, version: str = "HEAD") -> None:
+    """Raise ConfigError where a memory may have learned from what is measured as validation.
+
+    What it held back follows from the settings of its stream: those must be in force.
+    """
+    made_with = remembered(store, version)
+    here = config.recorded()["stream"]
+    for name in _OF_THE_CUT:
+        then, now = made_with.get(f"stream.{name}", here[name]), here[name]
+        if then != now:
+            raise ConfigError(
+                f"--split validation with stream.{name} {now}: the memory was made with {then}, "
+                "and may have learned from these samples",
+                expected=f"stream.{name} {then}",
+                remedy="the same without it, or a memory that was made with it",
+            )
 
 
 def _is_of_a_memory(key: str) -> bool:

@@ -50,6 +50,7 @@ Similarity = Annotated[
 Mix = Literal["delta", "params"]
 Routing = Literal["mixture", "lda", "prototype"]
 Protect = Literal["freeze", "dual-gpm", "none"]
+LookUnder = Literal["frozen", "first-adapter", "both"]
 Recaller = Literal["hopfield", "hopfield-published", "bayes-pcn", "bayes-pcn-published"]
 
 
@@ -66,13 +67,13 @@ _PLACE = re.compile(r"final|tokens|blocks|prefix|block:(0|[1-9][0-9]{0,3})")
 
 
 def _number_or_places(value: Any) -> Any:
-    """A block's number, alone also where it was written as the only one of a list; or places."""
+    """The number of a single block, however it was written; else places, each by its name."""
     many = list(value) if isinstance(value, list | tuple) else [value]
-    if len(many) == 1 and str(many[0]).isdigit():
-        return int(many[0])
-    if not many or not all(isinstance(one, str) and _PLACE.fullmatch(one) for one in many):
+    named = tuple(f"block:{int(one)}" if str(one).isdigit() else one for one in many)
+    if not named or not all(isinstance(one, str) and _PLACE.fullmatch(one) for one in named):
         raise ValueError("the number of a block, or some of block:N, blocks, final, tokens, prefix")
-    return tuple(many)
+    alone = len(named) == 1 and named[0].startswith("block:")
+    return int(named[0][6:]) if alone else named
 
 
 LookAt = Annotated[int | tuple[str, ...], BeforeValidator(_number_or_places)]
@@ -126,10 +127,16 @@ class MemorySettings(Settings):
     )
     look_at: LookAt = Field(
         2,
-        description="for scope model: the block whose input the query looks at; of texts also "
-        "several places side by side: block:N, blocks, final, tokens; under scope block of texts "
-        "`blocks` is a block's own input, beside final and tokens; under scope token it is that at "
-        "the token, or, as prefix, its mean over all tokens so far",
+        description="for scope model: where the query looks, several places side by side: N or "
+        "block:N, the input of a block; blocks, that of every block; final, the features; of texts "
+        "also tokens; under scope block of texts `blocks` is a block's own input, beside final and "
+        "tokens; under scope token it is that at the token, or, as prefix, its mean over all "
+        "tokens so far",
+    )
+    look_under: LookUnder = Field(
+        "frozen",
+        description="for scope model, of images: what runs while the query looks: the frozen "
+        "model, or the model under the adapters of the first task, which never change; or both",
     )
     clusters: Annotated[int, Field(ge=1)] = Field(
         1,
@@ -137,11 +144,13 @@ class MemorySettings(Settings):
         "its own (the weights of its keys add up)",
     )
 
+    later: ClassVar[tuple[str, ...]] = ("look_under",)
+
     @property
-    def look_at_block(self) -> int:
-        """The block whose input is looked at, where it is a single one."""
-        assert isinstance(self.look_at, int)
-        return self.look_at
+    def look_at_block(self) -> int | None:
+        """The block whose input is looked at, where it is a single place."""
+        first, *others = self.places
+        return int(first[6:]) if first.startswith("block:") and not others else None
 
     @property
     def places(self) -> tuple[str, ...]:

@@ -20,6 +20,9 @@ from memtool_stores.limits import Limits
 
 Setting = Literal["dil", "til", "cil", "dg", "mts", "xtail", "trace"]
 HeadKind = Literal["lda", "ridge", "rp-ridge", "ncm", "grown", "shared", "prototype", "text"]
+HeadFeatures = Literal[
+    "own", "recalled", "own+frozen", "own+first", "recalled+frozen", "recalled+first"
+]
 Augment = Literal["none", "flip-crop", "crop"]
 
 
@@ -76,8 +79,13 @@ class StreamSettings(Settings):
     shots: Annotated[int, Field(ge=1)] | None = Field(
         None, description="at most so many training images a class"
     )
-    validation: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="share of the training images held out for validation"
+    validation: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="held back from training for validation: a share of every class (texts: of "
+        "every task), or from 1 on so many samples a task",
+    )
+    split: Literal["test", "validation"] = Field(
+        "test", description="what is measured: test samples, or those held back for validation"
     )
     held_out: str | None = Field(
         None, description="for dg: the domain that nothing is learned from; none: each in turn"
@@ -86,6 +94,16 @@ class StreamSettings(Settings):
         "exact-match", description="for a file of lines: how answers are scored"
     )
     seed: Seed = Field(0, description="fixes splits, subsets and transformations")
+    test_seed: Seed | None = Field(
+        None, description="fixes which samples are for testing; none: as stream.seed"
+    )
+
+    @field_validator("validation")
+    @classmethod
+    def _share_or_count(cls, value: float) -> float:
+        if value >= 1 and value != int(value):
+            raise ValueError("a share below 1, or a whole number of samples a task")
+        return value
 
     @property
     def names_texts(self) -> bool:
@@ -165,10 +183,11 @@ class HeadSettings(Settings):
     scope: Literal["shared", "task"] = Field(
         "task", description="one head for all tasks, or each task's own, recalled with its adapter"
     )
-    features: Literal["own", "recalled"] = Field(
+    features: HeadFeatures = Field(
         "own",
         description="closed form: solved on features under the task's own adapters, or under what "
-        "the memory recalls",
+        "the memory recalls; +frozen, +first: beside them, also when it is read, those of the "
+        "frozen model, or under the adapters of the first task",
     )
     ridge: Annotated[float, Field(gt=0)] = Field(1e-2, description="ridge, relative to the trace")
     width: Annotated[int, Field(ge=1, le=1_000_000)] = Field(
@@ -195,6 +214,16 @@ class HeadSettings(Settings):
     )
 
     later: ClassVar[tuple[str, ...]] = ("texts",)
+
+    @property
+    def resolved(self) -> bool:
+        """Whether it is solved on the features that are recalled."""
+        return self.features.startswith("recalled")
+
+    @property
+    def beside(self) -> str:
+        """Whose features stand beside: "frozen", "first", or "" for none."""
+        return self.features.partition("+")[2]
 
 
 class TextSettings(Settings):
@@ -291,6 +320,15 @@ class Config(Settings):
     )
     runs: Path = Field(Path("runs"), description="folder of adapters, records and checkpoints")
     seed: tuple[Seed, ...] = Field((0,), min_length=1, description="one seed or several")
+    vary: Literal["start", "order", "all"] = Field(
+        "start",
+        description="what each seed of `run` changes: initialisation and batches; also the order "
+        "of classes or tasks; also which samples are learned from",
+    )
+    orders: Literal["given", "bounds"] = Field(
+        "given",
+        description="of `run`: as configured; or the hardest, the median and the easiest order",
+    )
     baselines: tuple[Annotated[str, Named("baselines", ("all", "none"))], ...] = Field(
         ("all",),
         min_length=1,
@@ -425,7 +463,6 @@ READ_UNDER: tuple[tuple[str, str, tuple[str | None, ...]], ...] = (
     ("backbone.image_size", "stream.setting", _OF_IMAGES),
     ("train.augment", "stream.setting", _OF_IMAGES),
     ("stream.shots", "stream.setting", _OF_IMAGES),
-    ("stream.validation", "stream.setting", _OF_IMAGES),
     ("stream.held_out", "stream.setting", _OF_IMAGES),  # without dg it is an error
     ("stream.splits", "stream.setting", _OF_CLASSES),
     ("stream.classes_per_task", "stream.setting", _OF_CLASSES),

@@ -231,11 +231,11 @@ class Workspace:
         )
 
     def counted(self, features: Tensor, samples: Images) -> FeatureStatistics:
-        """Moments of the features (n, dim) of samples, by class of the stream, and their reach.
+        """Moments of the features (n, f) of samples, by class of the stream, and their reach.
 
         And those of a random projection, where `head.kind` asks for it.
         """
-        statistics = self.statistics()
+        statistics = self.statistics(features.shape[1])
         labels = torch.from_numpy(np.asarray(samples.labels))
         statistics.add(features, labels)
         statistics.keep_reach(features, labels)
@@ -243,9 +243,9 @@ class Workspace:
             statistics.projected.measure(features, labels)
         return statistics
 
-    def statistics(self) -> FeatureStatistics:
-        """Moments of no features yet, of all that `head.kind` needs."""
-        dim, classes, head = self.backbone.dim, len(self.stream.class_names), self.config.head
+    def statistics(self, dim: int) -> FeatureStatistics:
+        """Moments of no features (n, dim) yet, of all that `head.kind` needs."""
+        classes, head = len(self.stream.class_names), self.config.head
         if head.kind != "rp-ridge":
             return FeatureStatistics(dim, classes)
         projected = ProjectedMoments(dim, head.width, self.seed, classes)

@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from memtool.config import Resolved, parse_assignment, resolve
+from memtool.config import Resolved, is_record, parse_assignment, resolve
 from memtool.errors import ConfigError, NotFoundError, did_you_mean
-from memtool.paths import split_store, without_home
+from memtool.paths import at_home, split_store, without_home
 from memtool.settings import Config
 from memtool_cli import complete
 from memtool_cli.output import Out
@@ -37,6 +37,7 @@ from memtool_stores.printable import printable, shown
 from memtool_stores.redacted import redacted
 
 if TYPE_CHECKING:
+    from memtool.evaluation.selection import Selection
     from memtool.methods.method import Method
     from memtool.progress import Progress
     from memtool_stores import MemoryStore, MemoryView
@@ -88,6 +89,12 @@ GATE = (
 )
 SPLITS = setting(
     "--splits", "stream.splits", "Training", "Tasks that the classes are cut into.", metavar="N"
+)
+SPLIT = setting(
+    "--split",
+    "stream.split",
+    "Memory",
+    "What is measured: test samples, or those held back (stream.validation).",
 )
 HELD_OUT = setting(
     "--held-out",
@@ -156,6 +163,12 @@ TEXTS = setting(
 SEED = setting(
     "--seed", "seed", "Training", "Seed; `run` takes several.", metavar="N", type=list[str] | None
 )
+ORDERS = (
+    setting("--vary", "vary", "Training", "What each seed changes."),
+    setting(
+        "--orders", "orders", "Training", "As configured; or the hardest, median and easiest one."
+    ),
+)
 COMPUTE = (
     setting("--device", "engine.device", "Compute", "Where tensors live."),
     setting("--precision", "engine.precision", "Compute", "Number format of the computation."),
@@ -181,7 +194,7 @@ CONFIGURATION = (
             typer.Option(
                 "--config",
                 metavar="FILE",
-                help="A YAML file of settings.",
+                help="A YAML file of settings, or the record of a run (.json).",
                 rich_help_panel="Configuration",
             ),
         ],
@@ -340,6 +353,19 @@ class Call:
     def config(self) -> Config:
         """The configuration in force."""
         return self.resolved.config
+
+    @property
+    def selected(self) -> Selection | None:
+        """What the rows of the record of --config were chosen to have; None where it is no record.
+
+        Raises the errors of `read_record`.
+        """
+        file = self.given.get("config")
+        if file is None or not is_record(file):
+            return None
+        from memtool.evaluation.record import read_record
+
+        return read_record(at_home(file)).run.selection
 
     @property
     def seed(self) -> int:

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from memtool_cli.options import Call
 from memtool_cli.output import Table, size
 from memtool_cli.records import Plan
 
+if TYPE_CHECKING:
+    from memtool.evaluation.selection import Cell
 
-def show_plan(call: Call, verb: str) -> None:
-    """Print the plan of a verb: what is learned and measured, where it goes, and the tasks."""
-    from memtool.experiments.plan import plan
+
+def show_plan(
+    call: Call, verb: str, cells: Sequence[Cell] = (), tuning_seed: int | None = None
+) -> None:
+    """Print the plan of a verb: what is learned and measured, where it goes, and the tasks.
+
+    With the cells that `run` chooses from, also what choosing costs.
+    """
+    from memtool.experiments.plan import plan, plan_of_selection
 
     facts = plan(call.config, seed=call.config.seed[0], verb=verb)
+    if cells and tuning_seed is not None:
+        others = len(facts["baselines"] or ())
+        facts["select"] = plan_of_selection(call.config, cells, seed=tuning_seed, baselines=others)
     seeds = call.config.seed
     record = Plan(verb=verb, store=call.store_path, seeds=seeds, plan=facts)
     rows = [*_facts(facts), ("runs", facts["runs"]), ("seeds", ", ".join(map(str, seeds)))]
@@ -83,7 +95,7 @@ def _facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
             ),
         ]
     if (cost := plan["cost"]) is not None:
-        rows += _cost(cost)
+        rows += _image_cost(cost) if "frozen" in cost else _cost(cost)
     if plan["baselines"] is not None:
         rows.append(("baselines", ", ".join(plan["baselines"]) or "none"))
     if plan["baseline_passes"]:
@@ -92,6 +104,19 @@ def _facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
             for name, count in plan["baseline_passes"].items()
         ]
         rows.append(("passes over an image", "; ".join(each)))
+    if (choice := plan.get("select")) is not None:
+        rows += [
+            (
+                "chosen from",
+                f"{len(choice['cells'])} cells on seed {choice['seed']}, "
+                f"stream.validation {choice['validation']:g}: " + "; ".join(choice["cells"]),
+            ),
+            (
+                "at most",
+                f"{choice['trainings_at_most']} trainings, {choice['trainings_to_choose']} of them "
+                f"to choose; about {choice['steps_at_most']:,} steps",
+            ),
+        ]
     there = "there already" if plan["store_exists"] else "new"
     rows.append(("store", f"{plan['store']} ({there})"))
     return rows
@@ -102,6 +127,16 @@ _ASKED = {
     "block": "a prompt, others in every block",
     "token": "every token, others in every block",
 }
+
+
+def _image_cost(cost: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the weights of a memory of images cost."""
+    under = ((cost["frozen"], "frozen"), (cost["first_adapter"], "first adapter"))
+    before = [f"{name} {share:.2g}" for share, name in under if share]
+    return [
+        ("passes of an image", ", ".join([*before, "recalled 1"])),
+        ("keys", f"{size(cost['keys_bytes'])}, moments of queries {size(cost['queries_bytes'])}"),
+    ]
 
 
 def _cost(cost: dict[str, Any]) -> list[tuple[str, str]]:

@@ -37,6 +37,7 @@ def grids(records: Sequence[Record], *, history: bool = False) -> list[Grid]:
     Of several seeds also the tasks with their confidence intervals; of several rows also their
     differences on the same test samples; where adapters were recalled, also what that cost.
     """
+    from memtool.reports.chosen import bounds_grid, selection_grid
     from memtool.reports.table import (
         atoms_grid,
         losses_grid,
@@ -49,11 +50,13 @@ def grids(records: Sequence[Record], *, history: bool = False) -> list[Grid]:
     )
 
     losses, atoms = losses_grid(records), atoms_grid(records)
+    tried = selection_grid(records)
     if losses is not None and not _scored(records):
-        return [losses, *([atoms] if atoms else [])]
+        return [grid for grid in (losses, tried, atoms) if grid is not None]
     shown = [methods_grid(records)]
     if len(records) > 1:
         shown.append(tasks_grid(records))
+    shown += [grid for grid in (bounds_grid(records), tried) if grid is not None]
     pairs = paired_grid(records)
     if pairs is not None:
         shown.append(pairs)

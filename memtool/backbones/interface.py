@@ -111,10 +111,11 @@ class Backbone(FrozenModel):
         """
 
     @abstractmethod
-    def hidden(self, pixels: Tensor, block: int) -> Tensor:
-        """The input (batch, tokens, dim) of a block of the frozen model; later blocks do not run.
+    def hidden(self, pixels: Tensor, block: int, recall: Recall | None = None) -> Tensor:
+        """The input (batch, tokens, dim) of a block; neither it nor later blocks run.
 
-        Raises MismatchError for a block that is not there.
+        Without `recall` that of the frozen model; else the earlier blocks run under it. Raises
+        MismatchError for a block that is not there.
         """
 
 

@@ -217,16 +217,17 @@ class ClipBackbone(TwoTowers):
         features: Tensor = pooled @ self.clip.visual.proj
         return features
 
-    def hidden(self, pixels: Tensor, block: int) -> Tensor:
-        """The input (batch, tokens, width) of a block of the frozen image tower."""
+    def hidden(self, pixels: Tensor, block: int, recall: Recall | None = None) -> Tensor:
+        """The input (batch, tokens, width) of a block of the image tower, under `recall`."""
         if not 0 <= block < self.image_depth:
             raise MismatchError(
                 f"block {block} of the image tower of {self.name}",
                 expected=f"a block from 0 to {self.image_depth - 1}",
             )
         hidden = self._embed(pixels)
-        for earlier in self.clip.visual.transformer.resblocks[:block]:
-            hidden = earlier(hidden, None, None)
+        for number, earlier in enumerate(self.clip.visual.transformer.resblocks[:block]):
+            mixture = None if recall is None else recall(number, hidden)
+            hidden = earlier(hidden, mixture, None)
         return hidden
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:

@@ -142,15 +142,15 @@ class VitBackbone(WithPrefix):
             hidden = block(hidden, mixture, prefix.attended.get(number))
         return self.vit.forward_head(self.vit.norm(hidden)[:, prompts:], pre_logits=True)
 
-    def hidden(self, pixels: Tensor, block: int) -> Tensor:
-        """The input (batch, tokens, dim) of a block of the frozen model."""
+    def hidden(self, pixels: Tensor, block: int, recall: Recall | None = None) -> Tensor:
+        """The input (batch, tokens, dim) of a block, the earlier ones under `recall`."""
         if not 0 <= block < self.depth:
             raise MismatchError(
                 f"block {block} of {self.name}", expected=f"a block from 0 to {self.depth - 1}"
             )
         hidden = self._embed(pixels)
-        for earlier in self.vit.blocks[:block]:
-            hidden = earlier(hidden, None)
+        for number, earlier in enumerate(self.vit.blocks[:block]):
+            hidden = earlier(hidden, None if recall is None else recall(number, hidden))
         return hidden
 
     def _embed(self, pixels: Tensor) -> Tensor:

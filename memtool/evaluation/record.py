@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
     AwareDatetime,
@@ -17,8 +17,10 @@ from pydantic import (
     ConfigDict,
     Field,
     JsonValue,
+    SerializerFunctionWrapHandler,
     ValidationError,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -27,13 +29,14 @@ from memtool.errors import DataError, MismatchError, NotFoundError
 from memtool.evaluation import metrics as metric_functions
 from memtool.evaluation.matrix import AccuracyMatrix
 from memtool.evaluation.right import Right, right_of
+from memtool.evaluation.selection import Selection
 from memtool_stores.printable import printable, shown
 
 SCHEMA: Final = "memtool.evaluation"
 RECORD: Final = "record.json"
 """What the file of a record is called in the folder of a run."""
-SCHEMA_VERSION: Final = 2
-"""2: rows have `right`. A record of 1 has none; once read, it is as if written now."""
+SCHEMA_VERSION: Final = 3
+"""2: rows have `right`. 3: `run` may have `selection`, `bound`; written as 2 without both."""
 
 Kind = Literal["method", "baseline", "upper bound"]
 Score = Annotated[float, Field(ge=0, le=1)]
@@ -89,8 +92,15 @@ class TaskIdentity(Part):
     test_samples: Annotated[int, Field(ge=0)] | None = None
 
 
+class OrderBound(Part):
+    """At which bound the order of a run is, and its similarity (`memtool.streams.bounds`)."""
+
+    name: Literal["hardest", "median", "easiest"]
+    similarity: float
+
+
 class Run(Part):
-    """What ran."""
+    """What ran; with `selection` the rows have other settings than `configuration`, as it says."""
 
     method: str
     setting: str
@@ -107,6 +117,16 @@ class Run(Part):
     store: str | None = None
     store_version: str | None = None
     created: AwareDatetime
+    selection: Selection | None = None
+    bound: OrderBound | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        document: dict[str, Any] = write(self)
+        for name in ("selection", "bound"):
+            if getattr(self, name) is None:
+                document.pop(name, None)
+        return document
 
     @property
     def task_names(self) -> tuple[str, ...]:
@@ -288,7 +308,7 @@ class Record(Part):
     """One run, evaluated: the three blocks run, metrics and environment."""
 
     schema_name: Literal["memtool.evaluation"] = Field(SCHEMA, alias="schema")
-    schema_version: Literal[1, 2] = SCHEMA_VERSION
+    schema_version: Literal[1, 2, 3] = SCHEMA_VERSION
     run: Run
     metrics: Metrics
     environment: Environment
@@ -297,6 +317,13 @@ class Record(Part):
     @classmethod
     def _written_as_the_newest(cls, _: int) -> int:
         return SCHEMA_VERSION
+
+    @model_serializer(mode="wrap")
+    def _of_the_oldest_that_has_it(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        document: dict[str, Any] = write(self)
+        if self.run.selection is None and self.run.bound is None:
+            document["schema_version"] = 2
+        return document
 
     @model_validator(mode="after")
     def _rows_fit_the_tasks(self) -> Record:

@@ -81,7 +81,7 @@ class RowSummary:
 
 
 def check_one_experiment(records: Sequence[Record]) -> None:
-    """MismatchError unless the records differ by seed only, each seed once.
+    """MismatchError unless the records differ by seed only, each seed once (at each order bound).
 
     The order of classes and tasks, and with it the data fingerprint, may follow the seed.
     """
@@ -113,7 +113,8 @@ def check_one_experiment(records: Sequence[Record]) -> None:
                 expected="the same rows in the same order",
             )
     seeds = [record.run.seed for record in records]
-    if len(set(seeds)) != len(seeds):
+    bounds = [record.run.bound.name if record.run.bound else None for record in records]
+    if len(set(zip(seeds, bounds, strict=True))) != len(seeds):
         # A seed counted twice would shrink the interval without any new evidence.
         raise MismatchError(f"records of seeds {seeds}", expected="each seed once")
 

@@ -5,16 +5,20 @@ No text in them is a formula to a spreadsheet.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from memtool import sealed
 from memtool.atomic import write_atomic
 from memtool.errors import ConfigError, MemtoolError
 from memtool.evaluation.csv_text import to_csv
 from memtool.evaluation.metrics import seen_accuracy
+from memtool.evaluation.paired import paired
 from memtool.evaluation.record import Record
+from memtool.evaluation.summary import summarise_rows
 from memtool.outside import way_to_write
 from memtool_stores.names import below
 from memtool_stores.printable import as_cell
@@ -70,6 +74,38 @@ def write_avalanche(records: Sequence[Record], path: Path) -> Path:
                     forgetting = "" if learned is None else repr(learned - score)
                     lines.append([row.id, record.run.seed, task, step - 1, repr(score), forgetting])
     return write_atomic(path, to_csv([header, *lines]))
+
+
+def write_results(records: Sequence[Record], path: Path) -> Path:
+    """What several seeds of one experiment came to, as JSON: rows, pairs of rows, what was chosen.
+
+    rows: the final average of every row by seed and its mean; pairs: the first method less each
+    other row on the same test samples (`memtool.evaluation.paired`), where these are known.
+    """
+    rows = summarise_rows(records)
+    own = next((row for row in rows if row.kind == "method"), rows[0])
+    pairs = {row.id: paired(records, own.id, row.id) for row in rows if row is not own}
+    selection = records[0].run.selection
+    document = {
+        "schema": "memtool.results",
+        "schema_version": 1,
+        "data": records[0].run.data.name,
+        "seeds": [record.run.seed for record in records],
+        "task_orders": [record.run.task_names for record in records],
+        "test_samples": [[task.test_samples for task in r.run.tasks] for r in records],
+        "rows": [
+            {"id": row.id, "kind": row.kind, "faa": faa.values, "mean": faa.mean}
+            for row in rows
+            if (faa := row.metrics.get("faa")) is not None
+        ],
+        "pairs": [
+            {"first": own.id, "second": id, **dataclasses.asdict(pair)}
+            for id, pair in pairs.items()
+            if pair is not None
+        ],
+        "selection": None if selection is None else selection.model_dump(mode="json"),
+    }
+    return sealed.write_json(path, document)
 
 
 def _cells(value: Any) -> Any:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from memtool.config import with_values
 from memtool.errors import ConfigError, did_you_mean
 from memtool.evaluation.record import Metrics, Record, Row
 from memtool.experiments import run as experiment
@@ -140,7 +141,7 @@ def ablate(
         place = config.runs / f"ablate-{name}" / word
         store = store_beside(config.store, "".join(f"-{part}" for part in (name, word) if part))
         found = experiment.run(
-            _changed(config, {**changes, "runs": place, "store": store}),
+            with_values(config, {**changes, "runs": place, "store": store}, f"ablation {name}"),
             progress=progress,
             baselines=False,
             command=command,
@@ -161,15 +162,3 @@ def _side_by_side(name: str, words: list[str], records: tuple[Record, ...]) -> R
         memory = record.row("memory")
         rows.append(memory.model_copy(update={"id": f"{name}-{word}", "label": f"{name} {word}"}))
     return records[0].model_copy(update={"metrics": Metrics(rows=tuple(rows))})
-
-
-def _changed(config: Config, changes: Mapping[str, Any]) -> Config:
-    """The configuration with other values for some dotted keys, validated anew."""
-    tree = config.model_dump()
-    for key, value in changes.items():
-        *sections, last = key.split(".")
-        place = tree
-        for section in sections:
-            place = place[section]
-        place[last] = value
-    return Config.model_validate(tree)

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from memtool.backbones.footprint import Footprint, footprint_of
+from memtool.evaluation.selection import Cell
 from memtool.experiments.run import chosen_baselines
+from memtool.experiments.select import SHARE, cell_config
 from memtool.methods import open_method
 from memtool.methods.baselines import passes
 from memtool.methods.moram.state import gate_of
@@ -16,6 +18,30 @@ from memtool.sections import MoramSettings
 from memtool.settings import Config, HeadSettings
 from memtool.streams import create_stream
 from memtool.workspace import Workspace
+
+
+def plan_of_selection(
+    config: Config, cells: Sequence[Cell], *, seed: int, baselines: int
+) -> dict[str, Any]:
+    """What `--select` adds to a plan: the cells and how much is trained at most.
+
+    A training is that of a memory or of a baseline; steps are those of the memories, and a baseline
+    takes about as many as one.
+    """
+    steps = [
+        sum(plan(cell_config(config, cell, seed), seed=seed, verb="run")["steps"]) for cell in cells
+    ]
+    reported = len(config.seed)
+    return {
+        "seed": seed,
+        "validation": config.stream.validation or SHARE,
+        "cells": [cell.text for cell in cells],
+        "steps": steps,
+        "trainings_to_choose": len(cells) * (1 + baselines),
+        "trainings_at_most": len(cells) * (1 + baselines) + reported * (1 + len(cells) * baselines),
+        "steps_at_most": (sum(steps) + reported * max(steps))
+        + baselines * (sum(steps) + reported * sum(steps)),
+    }
 
 
 @dataclass(frozen=True)
@@ -36,7 +62,7 @@ def plan(config: Config, *, seed: int, verb: str) -> dict[str, Any]:
     domain is held out in turn (`held_out` None), all have both, and there is a memory for each.
     `bytes_in_all` is of all memories of one seed. Of a language model only the configuration is
     read, and `memory` says in bytes where its memory goes with atoms; None without. `cost` is what
-    a memory of prompts adds, `head_bytes` what a random projection takes, solving included.
+    a memory of mixtures adds, `head_bytes` what a random projection takes, solving included.
     `baseline_passes` are those of baselines that run an image more than once: in a step of
     training, and in a test after the last task. Raises what opening method, data and backbone does.
     """
@@ -55,6 +81,7 @@ def plan(config: Config, *, seed: int, verb: str) -> dict[str, Any]:
         ]
     else:
         tasks, numbers = _image_tasks(work), work.layout.numel
+        cost = method.cost(numbers=numbers, parameters=0, tokens=0)
     in_turn = config.stream.setting == "dg" and config.stream.held_out is None
     memories = len(tasks) if in_turn else 1
     learned = sum(task.epochs > 0 for task in tasks) - in_turn

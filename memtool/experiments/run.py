@@ -7,6 +7,7 @@ killed goes on at the first step that is not there.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,7 @@ from pydantic import BeforeValidator, TypeAdapter
 import memtool_stores
 from memtool import __version__
 from memtool.alone import alone
-from memtool.config import resolve
+from memtool.config import resolve, with_values
 from memtool.engine import Engine
 from memtool.errors import ConfigError
 from memtool.evaluation.matrix import AccuracyMatrix
@@ -29,11 +30,14 @@ from memtool.evaluation.record import (
     RECORD,
     Environment,
     Metrics,
+    OrderBound,
     Record,
     Row,
     write_record,
 )
-from memtool.evaluation.writers import write_avalanche, write_domainbed
+from memtool.evaluation.selection import Selection
+from memtool.evaluation.writers import write_avalanche, write_domainbed, write_results
+from memtool.experiments.orders import at_bounds, of_seed
 from memtool.learning.known import is_fixed, learned_under
 from memtool.methods import open_method
 from memtool.methods.baselines import (
@@ -74,26 +78,54 @@ def run(
     command: str | None = None,
     preset: str | None = None,
     adapters: Path | None = None,
+    selection: Selection | None = None,
+    of: dict[str, str] | None = None,
 ) -> list[Record]:
     """Learn all tasks in order, one memory a seed, then evaluate; one record a seed.
 
     With several seeds, seed s uses the store `<store>-seed-<s>`; adapters, records and baselines
     lie in `<runs>/seed-<s>`. Domain generalisation holds every domain out in turn, each time with
-    a memory `<store>-without-<domain>` of its own and results in `without-<domain>`.
+    a memory `<store>-without-<domain>` of its own and results in `without-<domain>`. With
+    `orders` bounds, all of it three times, in the folders `hardest`, `median` and `easiest`.
     `resume` False begins anew: the memory is rolled back to its first version (the old one stays
     as a backup branch) and adapters are trained again. `adapters` is the `runs` of another
-    experiment, to go on from the adapters that it trained. Raises BusyError while another process
-    runs the same seed in the same `runs`.
+    experiment, to go on from the adapters that it trained. With `selection` every row has the
+    settings that were chosen for it. `of` is filled with the baseline that each row is of. Raises
+    BusyError while another process runs the same seed in the same `runs`.
     """
-    doing = _Doing(progress, resume, baselines, command, preset)
+    doing = _Doing(
+        progress, resume, baselines, command, preset, selection, {} if of is None else of
+    )
+    if selection is not None:
+        config = with_values(config, selection.memory.values, "what was selected")
+    if config.orders == "bounds":
+        records = []
+        for bound, one in at_bounds(config):
+            order = OrderBound(name=bound.name, similarity=bound.similarity)
+            changes = {
+                "runs": config.runs / bound.name,
+                "store": store_beside(config.store, f"-{bound.name}"),
+            }
+            there = one.model_copy(update=changes)
+            records += _every_seed(there, dataclasses.replace(doing, bound=order), adapters)
+    else:
+        records = _every_seed(config, doing, adapters)
+    write_domainbed(records, config.runs / "results.jsonl")
+    write_avalanche(records, config.runs / "results.csv")
+    if len(records) > 1 or selection is not None:
+        write_results(records, config.runs / "results.json")
+    return records
+
+
+def _every_seed(config: Config, doing: _Doing, adapters: Path | None) -> list[Record]:
+    """One record a seed, each in a folder and with a memory of its own."""
     records = []
     for seed in config.seed:
         several = len(config.seed) > 1
-        place = config.model_copy(
+        place = of_seed(config, seed).model_copy(
             update={
                 "runs": folder_of(config, seed),
                 "store": store_beside(config.store, f"-seed-{seed}") if several else config.store,
-                "seed": (seed,),
             }
         )
         every_domain = config.stream.setting == "dg" and config.stream.held_out is None
@@ -104,14 +136,20 @@ def run(
             where = f"running an experiment in {place.runs}"
             Engine(config.engine).on_main(partial(held.enter_context, alone(lock, where)))
             records.append(one(place, seed, doing, adapters=shared))
-    write_domainbed(records, config.runs / "results.jsonl")
-    write_avalanche(records, config.runs / "results.csv")
     return records
 
 
 def folder_of(config: Config, seed: int) -> Path:
     """Where `run` puts the record, the report and the adapters of a seed."""
     return config.runs / f"seed-{seed}"
+
+
+def folders_of(config: Config, seed: int) -> list[Path]:
+    """As `folder_of`, one for each order."""
+    if config.orders == "given":
+        return [folder_of(config, seed)]
+    names = ("hardest", "median", "easiest")
+    return [config.runs / name / f"seed-{seed}" for name in names]
 
 
 def demo(directory: Path, *, progress: Progress | None = None) -> tuple[Record, Path]:
@@ -138,6 +176,9 @@ class _Doing:
     baselines: bool
     command: str | None
     preset: str | None
+    selection: Selection | None
+    of: dict[str, str]
+    bound: OrderBound | None = None
 
 
 def _each_domain_in_turn(
@@ -250,11 +291,16 @@ def _one_memory(
     spent = _spent(work)
     rows[0] = rows[0].model_copy(update={"seconds": spent["adapt"] + spent["consolidate"]})
     for name in names:
-        rows += _baseline(method, name, learned)
+        found = _chosen_rows(method, name, learned, doing)
+        doing.of.update({row.id: name for row in found})
+        rows += found
     if any(row.id == "zero-shot" for row in rows):  # which is the frozen model, of texts
         rows = [row for row in rows if row.id != "frozen" or work.reads == "images"]
     record = record.model_copy(
         update={
+            "run": record.run.model_copy(
+                update={"selection": doing.selection, "bound": doing.bound}
+            ),
             "metrics": Metrics(rows=tuple(rows)),
             "environment": Environment.here(str(work.engine.device), time.perf_counter() - begin),
         }
@@ -421,7 +467,22 @@ def known_baselines(method: Method) -> tuple[str, ...]:
         return ()
     if config.stream.setting == "dg":
         return tuple(DG_BASELINES)
-    return tuple(baselines_of(reads, fixed_head=reads == "images" and is_fixed(config)))
+    known = baselines_of(reads, fixed_head=reads == "images" and is_fixed(config))
+    return tuple(name for name in known if name != "s-prompts" or config.stream.setting == "dil")
+
+
+def _chosen_rows(method: Method, name: str, tasks: Sequence[Task], doing: _Doing) -> Sequence[Row]:
+    """The rows of a baseline, each under the settings that were chosen for it where some were."""
+    cells = {} if doing.selection is None else doing.selection.rows_of(name)
+    if not cells:
+        return _baseline(method, name, tasks)
+    found: dict[str, Row] = {}
+    for text, values in {cell.text: cell.values for cell in cells.values()}.items():
+        config = with_values(method.config, values, "what was selected")
+        other = open_method(config, seed=method.seed, progress=doing.progress)
+        rows = _baseline(other, name, list(other.workspace.stream.tasks))
+        found |= {row.id: row for row in rows if row.id in cells and cells[row.id].text == text}
+    return [found[id] for id in cells if id in found]
 
 
 def _baseline(method: Method, name: str, tasks: Sequence[Task]) -> list[Row]:

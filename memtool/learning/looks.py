@@ -172,22 +172,12 @@ class PromptLook:
 
     def blocks(self, depth: int) -> set[int]:
         """The blocks that it looks at, of a model of so many."""
-        named = {int(place[6:]) for place in self._named(depth) if place.startswith("block:")}
-        if beyond := sorted(block for block in named if block >= depth):
-            raise ConfigError(
-                f"a look at block {beyond[0]} of a model of {depth} blocks",
-                expected=f"block:0 to block:{depth - 1}",
-                remedy="--set memory.look_at=blocks,tokens",
-            )
-        return named
+        return blocks_in(self._named(depth), depth, remedy="blocks,tokens")
 
     def _named(self, depth: int) -> list[str]:
         """The places one by one, each once."""
-        found: list[str] = []
         places = sorted(self.places, key=lambda one: one != "blocks") if self.apart else self.places
-        for place in places:
-            found += [f"block:{n}" for n in range(depth)] if place == "blocks" else [place]
-        return list(dict.fromkeys(found))
+        return each_place(places, depth)
 
 
 def columns_of(own: tuple[int, int] | None, width: int) -> Tensor:
@@ -207,6 +197,29 @@ def columns_of(own: tuple[int, int] | None, width: int) -> Tensor:
         )
     shared = torch.arange(blocks * each, width).expand(blocks, -1)
     return torch.cat([torch.arange(blocks * each).view(blocks, each), shared], dim=1)
+
+
+def each_place(places: Sequence[str], depth: int) -> list[str]:
+    """Places one by one, each once: `blocks` is every block of a model of so many."""
+    found: list[str] = []
+    for place in places:
+        found += [f"block:{n}" for n in range(depth)] if place == "blocks" else [place]
+    return list(dict.fromkeys(found))
+
+
+def blocks_in(places: Sequence[str], depth: int, *, remedy: str) -> set[int]:
+    """The blocks among places, of a model of so many.
+
+    Raises ConfigError for one that it does not have; `remedy` is another `memory.look_at`.
+    """
+    named = {int(place[6:]) for place in places if place.startswith("block:")}
+    if beyond := sorted(block for block in named if block >= depth):
+        raise ConfigError(
+            f"a look at block {beyond[0]} of a model of {depth} blocks",
+            expected=f"block:0 to block:{depth - 1}",
+            remedy=f"--set memory.look_at={remedy}",
+        )
+    return named
 
 
 FINAL = PromptLook()

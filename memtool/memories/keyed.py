@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from memtool.errors import MismatchError
 from memtool.memories.query import QueryModule
-from memtool.memories.separation import SeparationFunction, separation
+from memtool.memories.separation import SeparationFunction, largest_shares, separation
 from memtool.memories.similarity import SimilarityFunction, similarity
 from memtool.sections import MemorySettings
 
@@ -22,7 +22,8 @@ from memtool.sections import MemorySettings
 class BlockMemory(nn.Module):
     """The memory of one block; its `keys` and its query module are what it learns.
 
-    keys (t, m · d_k): m keys of every adapter, one after another.
+    keys (t, m · d_k): m keys of every adapter, one after another. With `topk` only so
+    many adapters keep their coefficients, shares of one, scaled to sum to one again.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class BlockMemory(nn.Module):
         query: QueryModule,
         similarity: SimilarityFunction,
         separation: SeparationFunction,
+        topk: int | None = None,
     ) -> None:
         """Keys (t, m · d_k) are copied. Raises MismatchError when they do not fit the queries."""
         super().__init__()
@@ -44,6 +46,7 @@ class BlockMemory(nn.Module):
         self.query = query
         self.similarity = similarity
         self.separation = separation
+        self.topk = topk
 
     def scores(self, hidden: Tensor) -> Tensor:
         """Scores (batch, t · m) of hidden states (batch, tokens, dim)."""
@@ -56,9 +59,9 @@ class BlockMemory(nn.Module):
     def answer(self, queries: Tensor) -> Tensor:
         """Coefficients (batch, t) of queries (batch, d_k)."""
         shares = self.separation(self._similar(queries))
-        if shares.shape[1] == len(self.keys):
-            return shares
-        return shares.unflatten(1, (len(self.keys), -1)).sum(dim=-1)
+        if shares.shape[1] != len(self.keys):
+            shares = shares.unflatten(1, (len(self.keys), -1)).sum(dim=-1)
+        return shares if self.topk is None else largest_shares(shares, self.topk)
 
     def _similar(self, queries: Tensor) -> Tensor:
         return self.similarity(queries, self.keys.reshape(-1, queries.shape[-1]))
@@ -97,17 +100,21 @@ class KeyedMemory(nn.Module):
         """A memory over keys (len(blocks), t, m · (dim + 1)) of blocks that are `dim` wide.
 
         `generator` draws the first weights of mlp query modules. Routing "lda" and "prototype"
-        have a similarity and a separation of their own: the highest key takes all.
+        have a similarity and a separation of their own: the highest key takes all. Where adapters
+        have several keys, separation "topk" keeps adapters, after their keys were added up.
         """
         if keys.ndim != 3 or len(keys) != len(blocks):
             raise MismatchError(
                 f"keys of shape {tuple(keys.shape)} for {len(blocks)} blocks",
                 expected=f"({len(blocks)}, adapters, {dim + 1})",
             )
+        cut = None
         match settings.routing:
             case "mixture":
-                score = similarity(settings.similarity)
-                separate = separation(settings.separation, beta=settings.beta, topk=settings.topk)
+                score, name = similarity(settings.similarity), settings.separation
+                if name == "topk" and settings.keys_of == "class":
+                    name, cut = "softmax", settings.topk
+                separate = separation(name, beta=settings.beta, topk=settings.topk)
             case "lda":
                 score, separate = similarity("scaled-dot"), separation("max")
             case "prototype":
@@ -127,6 +134,7 @@ class KeyedMemory(nn.Module):
                     ),
                     score,
                     separate,
+                    cut,
                 )
                 for block_keys in keys
             ],

@@ -20,8 +20,21 @@ QueryKind = Literal["identity", "linear", "mlp"]
 QueryToken = Literal["class", "mean"]
 
 
+def pooled(hidden: Tensor, token: str, prefix_tokens: int, *, norm: bool) -> Tensor:
+    """Hidden states (batch, tokens, dim) as one vector each (batch, dim), float32 or better.
+
+    `token`, `prefix_tokens` and `norm` as in `QueryModule`.
+    """
+    with torch.autocast(hidden.device.type, enabled=False):
+        hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        one = hidden[:, 0] if token == "class" else hidden[:, prefix_tokens:].mean(dim=1)
+        return F.layer_norm(one, one.shape[-1:]) if norm else one
+
+
 class QueryModule(nn.Module):
     """Hidden states (batch, tokens, dim) → queries (batch, dim + 1), or (batch, dim) without bias.
+
+    What was pooled and normalised elsewhere, (batch, dim), is taken as it is.
 
     kind    "identity"; "linear", q ← W q + b from W = I, b = 0; "mlp", q ← q + V gelu(U q + c) + e
             from V = 0, e = 0. All three are the same function at the start.
@@ -85,25 +98,23 @@ class QueryModule(nn.Module):
         return self.dim + 1 if self.bias else self.dim
 
     def bare(self, hidden: Tensor) -> Tensor:
-        """Queries (batch, dim) of hidden states (batch, tokens, dim), without the constant."""
-        if hidden.ndim != 3 or hidden.shape[-1] != self.dim:
+        """Queries (batch, dim) of hidden states (batch, tokens, dim), without the constant.
+
+        Or of what was pooled elsewhere, (batch, dim). Raises MismatchError for another shape.
+        """
+        if hidden.ndim not in (2, 3) or hidden.shape[-1] != self.dim:
             raise MismatchError(
                 f"hidden states of shape {tuple(hidden.shape)}",
-                expected=f"(batch, tokens, {self.dim})",
+                expected=f"(batch, tokens, {self.dim}), or (batch, {self.dim}) pooled before",
             )
         with torch.autocast(hidden.device.type, enabled=False):
-            hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-            if self.token == "class":
-                pooled = hidden[:, 0]
-            else:
-                pooled = hidden[:, self.prefix_tokens :].mean(dim=1)
-            if self.norm:
-                pooled = F.layer_norm(pooled, (self.dim,))
-            query: Tensor = self.g(pooled)
+            if hidden.ndim == 3:
+                hidden = pooled(hidden, self.token, self.prefix_tokens, norm=self.norm)
+            query: Tensor = self.g(hidden.to(torch.promote_types(hidden.dtype, torch.float32)))
             return query
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Queries (batch, width) of hidden states (batch, tokens, dim)."""
+        """Queries (batch, width) of hidden states (batch, tokens, dim), or of pooled ones."""
         query = self.bare(hidden)
         return F.pad(query, (0, 1), value=1.0) if self.bias else query
 

@@ -60,6 +60,13 @@ def topk(scores: Tensor, topk: int = 2, beta: float = 1.0) -> Tensor:
     return torch.zeros_like(scores).scatter(-1, places, softmax(kept, beta))
 
 
+def largest_shares(shares: Tensor, topk: int) -> Tensor:
+    """Shares of one (..., t) of which the so many largest are kept, and scaled to sum to one."""
+    kept, places = shares.topk(min(topk, shares.shape[-1]), dim=-1)
+    whole = kept.sum(dim=-1, keepdim=True)
+    return torch.zeros_like(shares).scatter(-1, places, kept / whole)
+
+
 def largest(scores: Tensor) -> Tensor:
     """One for the largest score, zero elsewhere; equal largest ones share it.
 

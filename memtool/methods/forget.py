@@ -21,6 +21,7 @@ from memtool.errors import (
 )
 from memtool.methods.records import blobs_of_row, blobs_of_task, number_of
 from memtool.methods.results import ForgetResult, Purged
+from memtool.outside import parsed_json
 from memtool_stores.objects import objects_at
 
 if TYPE_CHECKING:
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 PREDICTOR = "task-predictor"
 """Blob of Modulation; the module that writes it would load torch."""
+
+LOOKS = "memory"
+"""Blob of MIRA over images that names them; as above."""
 
 SOLVED_BY = {
     "recall.": "memtool.methods.modulation.recallers",
@@ -75,6 +79,17 @@ def chosen(
             )
         found.update({record.id: record for record in fits})
     return tuple(found.values())
+
+
+def looked_under(view: MemoryView, records: Sequence[AdapterRecord]) -> bool:
+    """Whether a memory looks at its inputs under any of these adapters.
+
+    Without them its keys, its head and all that was counted mean nothing, and go along.
+    """
+    if LOOKS not in view.blobs():
+        return False
+    first = parsed_json(view.blob(LOOKS), f"blob {LOOKS!r}").get("first", ())
+    return any(record.id in first for record in records)
 
 
 def holders(store: MemoryStore, records: Sequence[AdapterRecord]) -> tuple[str, ...]:

@@ -47,6 +47,8 @@ UNLIKE = (
     "stream.train_per_task",
     "stream.test_per_task",
     "stream.validation",
+    "stream.split",
+    "stream.test_seed",
     "backbone.name",
     "backbone.weights",
     "backbone.quantise",

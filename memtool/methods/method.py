@@ -92,9 +92,10 @@ class Method(AdapterTrainer, ABC):
         return None
 
     def cost(self, *, numbers: int, parameters: int, tokens: int) -> Mapping[str, Any] | None:
-        """What recalling adds to a language model that answers; None where it is not counted.
+        """What recalling adds to a model; None where it is not counted.
 
-        An adapter has so many `numbers`, the model so many `parameters`, a prompt so many `tokens`.
+        An adapter has so many `numbers`; a language model so many `parameters`, a prompt so many
+        `tokens`, which are 0 of images.
         """
         del numbers, parameters, tokens
         return None

@@ -15,6 +15,8 @@ from memtool.evaluation.metrics import METRICS
 from memtool.evaluation.record import Record
 from memtool.evaluation.summary import RowSummary, summarise_rows
 from memtool.reports import figures
+from memtool.reports.best import HOW
+from memtool.reports.chosen import bounds_grid, selection_grid
 from memtool.reports.page import Picture, templates
 from memtool.reports.shown import CoefficientMap, KeyMap, SampleCoefficientMap
 from memtool.reports.table import (
@@ -34,6 +36,7 @@ from memtool.reports.table import (
     paired_grid,
     percent,
     recall_grid,
+    samples_text,
     seconds_text,
     task_labels,
     tasks_grid,
@@ -93,6 +96,9 @@ def render(
             seeds=[record.run.seed for record in records],
             summary=summary_sentence(rows, records),
             methods=methods_grid(records),
+            bold=HOW,
+            selection=selection_grid(records),
+            bounds=bounds_grid(records),
             metrics=metrics,
             recall=recall,
             losses=losses_grid(records),
@@ -176,9 +182,11 @@ def _setting(value: JsonValue) -> str:
 
 def _accuracy(rows: Sequence[RowSummary], records: Sequence[Record]) -> list[Picture]:
     tasks = task_labels(records)
+    counts = samples_text(records)
+    samples = f" {counts}." if counts else ""
     if held_out(records):
         caption = "Accuracy of every method on each held-out domain, in percent"
-        over = "; mean over the seeds." if len(records) > 1 else "."
+        over = ("; mean over the seeds." if len(records) > 1 else ".") + samples
         return [Picture(Markup(figures.heldout_map(rows, tasks)), caption + over)]
     drawn = leading(rows, records, MOST_CURVES)
     pictures = [
@@ -190,7 +198,8 @@ def _accuracy(rows: Sequence[RowSummary], records: Sequence[Record]) -> list[Pic
                 " Bands: one sample standard deviation over the seeds."
                 if len(rows[0].accuracy) > 1
                 else ""
-            ),
+            )
+            + samples,
         )
     ]
     if any(row.recall_error is not None for row in rows):
@@ -207,7 +216,7 @@ def _accuracy(rows: Sequence[RowSummary], records: Sequence[Record]) -> list[Pic
             Picture(
                 Markup(figures.accuracy_map(row.mean, tasks, name=f"accuracy{number}")),
                 f"{row.label}: accuracy on every task (columns) after each task (rows), in "
-                f"percent.{blank}",
+                f"percent.{blank}{samples}",
             )
         )
         if len(tasks) > 1 and figures.measured_steps(row) > 1:
@@ -215,7 +224,7 @@ def _accuracy(rows: Sequence[RowSummary], records: Sequence[Record]) -> list[Pic
                 Picture(
                     Markup(figures.task_curves(row, tasks, name=f"forgetting{number}")),
                     f"{row.label}: accuracy on every task from when it was learned on; a line that "
-                    "falls is a task that is forgotten.",
+                    f"falls is a task that is forgotten.{samples}",
                 )
             )
     return pictures

@@ -18,6 +18,7 @@ from memtool.evaluation.metrics import METRICS, seen_accuracy
 from memtool.evaluation.paired import paired
 from memtool.evaluation.record import AtomUse, Kind, Record, Row
 from memtool.evaluation.summary import RowSummary, Summary, summarise, summarise_rows
+from memtool.reports.best import HOW, UNTESTED, best, untested
 from memtool_stores.printable import printable
 
 MISSING = "-"
@@ -47,6 +48,9 @@ _SHOWN: dict[str, tuple[str, ...]] = {
     "xtail": ("transfer.xtail", "average.xtail", "last.xtail", "forgetting.max"),
     "trace": ("op.trace", "bwt.gem", "bwt.trace"),
 }
+
+_OF_LAST = ("faa", "dg.heldout", "last.xtail", "op.trace")
+"""Metrics that are the mean over the tasks of what `Row.right` knows sample by sample."""
 
 
 @dataclass(frozen=True)
@@ -132,21 +136,6 @@ def _rules(rows: Sequence[RowSummary]) -> tuple[int, ...]:
     return tuple(i for i in range(1, len(rows)) if rows[i].kind != rows[i - 1].kind)
 
 
-def _best(
-    summaries: Sequence[Summary | None], rows: Sequence[RowSummary], higher: bool
-) -> set[int]:
-    """Numbers of the best rows that are not upper bounds; equal as printed is equal."""
-    values = {
-        number: round(100 * summary.mean, 1)
-        for number, (summary, row) in enumerate(zip(summaries, rows, strict=True))
-        if summary is not None and row.kind != "upper bound"
-    }
-    if not values:
-        return set()
-    best = max(values.values()) if higher else min(values.values())
-    return {number for number, value in values.items() if value == best}
-
-
 SPREAD = "mean ± sample standard deviation"
 INTERVAL = "mean (95 % t-interval over the seeds)"
 
@@ -154,9 +143,27 @@ INTERVAL = "mean (95 % t-interval over the seeds)"
 def _about(records: Sequence[Record], spread: str = SPREAD) -> str:
     run = records[0].run
     about = f"{run.method}, {run.setting}, {run.data.name}"
+    if counts := samples_text(records):
+        about += f"; {counts}"
     if len(records) > 1:
-        about += f"; {len(records)} seeds: {spread}"
+        what = "seeds" if records[0].run.bound is None else "runs at the order bounds"
+        about += f"; {len(records)} {what}: {spread}"
     return about
+
+
+def samples_text(records: Sequence[Record]) -> str:
+    """How many test samples all tasks have: `"n = 1,800"`; empty where a record does not say it.
+
+    Validation samples are called so.
+    """
+    of_tasks = [[task.test_samples or 0 for task in record.run.tasks] for record in records]
+    if not all(all(counts) for counts in of_tasks):
+        return ""
+    sums = [sum(counts) for counts in of_tasks]
+    stream = records[0].run.configuration.get("stream")
+    held_back = isinstance(stream, dict) and stream.get("split") == "validation"
+    text = "n = " + " to ".join(f"{count:,}" for count in sorted({min(sums), max(sums)}))
+    return f"{text} validation samples" if held_back else text
 
 
 def held_out(records: Sequence[Record]) -> bool:
@@ -217,17 +224,21 @@ def methods_grid(records: Sequence[Record]) -> Grid:
     tasks = task_labels(records)
     most = MOST_TASK_COLUMNS if len(records) == 1 else MOST_TASK_COLUMNS_WITH_SPREAD
     shown = range(len(tasks)) if len(tasks) <= most else range(0)
-    columns: list[tuple[str, list[Summary | None], bool]] = [
-        (f"{tasks[j]} %", [_over_seeds(row.accuracy[:, -1, j]) for row in rows], True)
-        for j in shown
+    columns = [
+        (f"{tasks[j]} %", [_over_seeds(row.accuracy[:, -1, j]) for row in rows]) for j in shown
     ]
     averages = [_average(row, records) for row in rows]
-    columns.append((f"{_average_name(records)} %", averages, True))
+    columns.append((f"{_average_name(records)} %", averages))
+    bold = {
+        (i, 1 + place)
+        for place, (_, column) in enumerate(columns)
+        for i in best(records, rows, column, task=place if place < len(shown) else None)
+    }
     if not held_out(records) and any("forgetting.max" in row.metrics for row in rows):
         forgetting = [row.metrics.get("forgetting.max") for row in rows]
-        columns.append(("forgetting (max) %", forgetting, False))
-    cells = [[_cell(summary) for summary in column] for _, column, _ in columns]
-    header = ["", *(name for name, _, _ in columns)]
+        columns.append(("forgetting (max) %", forgetting))
+    cells = [[_cell(summary) for summary in column] for _, column in columns]
+    header = ["", *(name for name, _ in columns)]
     if any(row.seconds is not None for row in rows):
         header.append("time s")
         times = [row.seconds for row in rows]
@@ -236,14 +247,21 @@ def methods_grid(records: Sequence[Record]) -> Grid:
         title=f"Accuracy {_measured_at(records)} ({_about(records)})",
         header=tuple(header),
         rows=tuple((label(row), *(c[i] for c in cells)) for i, row in enumerate(rows)),
-        bold=frozenset(
-            (i, 1 + place)
-            for place, (_, column, higher) in enumerate(columns)
-            for i in _best(column, rows, higher)
-        ),
+        bold=frozenset(bold),
         rules=_rules(rows),
-        notes=notes(rows),
+        notes=(
+            *notes(rows),
+            *([UNTESTED] if untested(records, rows, averages) else []),
+            *_selected(records),
+        ),
     )
+
+
+def _selected(records: Sequence[Record]) -> tuple[str, ...]:
+    """What the rows were chosen to have, as a sentence; none where nothing was chosen."""
+    selection = records[0].run.selection
+    ids = [row.id for row in records[0].metrics.rows]
+    return () if selection is None else (selection.sentence(ids),)
 
 
 def tasks_grid(records: Sequence[Record]) -> Grid:
@@ -269,7 +287,7 @@ def tasks_grid(records: Sequence[Record]) -> Grid:
         bold=frozenset(
             (i, 1 + j)
             for i, (_, summaries) in enumerate(lines)
-            for j in _best(summaries, rows, True)
+            for j in best(records, rows, summaries, task=i if i < len(lines) - 1 else None)
         ),
         rules=(len(lines) - 1,),
         notes=()
@@ -375,6 +393,7 @@ def paired_grid(records: Sequence[Record]) -> Grid | None:
             "difference, points",
             "95 %: from",
             "to",
+            "p",
             f"only {own.label} right",
             "only this right",
         ),
@@ -384,6 +403,7 @@ def paired_grid(records: Sequence[Record]) -> Grid | None:
                 _signed(pair.difference),
                 _signed(pair.low),
                 _signed(pair.high),
+                p_text(pair.p),
                 str(pair.only_first),
                 str(pair.only_second),
             )
@@ -391,9 +411,16 @@ def paired_grid(records: Sequence[Record]) -> Grid | None:
         ),
         rules=_rules([row for row, _ in found]),
         notes=(
-            f"Bootstrap over {found[0][1].samples} test samples, the models being as they are.",
+            f"On {found[0][1].samples:,} test samples, the models being as they are: the interval "
+            "is the paired bootstrap's, p that of McNemar's exact test."
+            + (" More seeds are no more samples." if len(records) > 1 else ""),
         ),
     )
+
+
+def p_text(p: float) -> str:
+    """A probability with two digits: `"0.042"`, `"< 0.001"`."""
+    return "< 0.001" if p < 0.001 else f"{p:.2g}"
 
 
 def drift_grid(records: Sequence[Record]) -> Grid | None:
@@ -526,8 +553,8 @@ def metrics_grid(records: Sequence[Record]) -> Grid:
             cells = [_cell(summary, lambda value: f"{100 * value:.3f}") for summary in summaries]
         elif metric.unit == "fraction":
             name, cells = f"{metric.id} {arrow}", [_cell(summary) for summary in summaries]
-            best = _best(summaries, rows, metric.direction == "higher")
-            bold |= {(number, 1 + i) for i in best}
+            if metric.id in _OF_LAST:
+                bold |= {(number, 1 + i) for i in best(records, rows, summaries)}
         else:
             name = f"{metric.id} {arrow} ({metric.unit})"
             cells = [_cell(summary, lambda value: f"{value:.3g}") for summary in summaries]
@@ -724,7 +751,7 @@ def plain_text(grid: Grid) -> str:
             text.append("")
         text.append("  ".join(cells).rstrip())
     if grid.bold:
-        text += ["", "* best, upper bounds aside"]
+        text += ["", f"* {HOW}"]
     return "\n".join([*text, *grid.notes]) + "\n"
 
 

@@ -69,7 +69,8 @@ def _opened(settings: StreamSettings, image_size: int, *, drawn: bool = True) ->
     if settings.source == "digits":
         from memtool.streams.digits import digits_table
 
-        table = digits_table(settings.setting, settings.seed, image_size, drawn=drawn)
+        seed = settings.seed if settings.test_seed is None else settings.test_seed
+        table = digits_table(settings.setting, seed, image_size, drawn=drawn)
         return cut(table, settings)
     table = open_table(settings.source, image_size)
     return cut(table, settings, templates(settings.source))

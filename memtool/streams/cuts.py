@@ -14,6 +14,7 @@ from memtool.errors import ConfigError, DataError, did_you_mean
 from memtool.settings import StreamSettings
 from memtool.streams.ordering import (
     balanced,
+    held_back,
     named_places,
     position_in_group,
     random_ranks,
@@ -21,7 +22,7 @@ from memtool.streams.ordering import (
 )
 from memtool.streams.parts import alike
 from memtool.streams.table import Table
-from memtool.streams.task import Stream, Task
+from memtool.streams.task import Images, Stream, Task
 
 _TEST_SHARE = 0.2
 
@@ -42,14 +43,23 @@ def cut(
     seed; under "xtail" each data set does that for itself. `shots` keeps so many training images of
     every class, `train_per_task` and `test_per_task` choose as equally from the classes as they
     can, and a larger number keeps what a smaller one chose; `validation` is then taken from the
-    training images, class by class.
-    `held_out` takes a domain of "dg" out of the tasks, which keep their numbers, and gives all of
-    its images to testing.
+    training images, class by class. `held_out` takes a domain of "dg" out of the tasks, which keep
+    their numbers, and gives all of its images to testing.
+    Under `split` "validation" the images to test on are those held back for validation, and no test
+    image is in the stream; of "dg" those of the domains that are learned from (Gulrajani and
+    Lopez-Paz 2021: training-domain validation).
 
     Raises ConfigError for settings that do not fit the table, and DataError for a table without
-    domains where tasks are domains, for a task with no image or with one class only, and for test
-    images of a class that no task has training images of.
+    domains where tasks are domains, for a task with no image or with one class only, for a
+    validation share that leaves a class empty, and for test images of a class that no task has
+    training images of.
     """
+    if settings.split == "validation" and not settings.validation:
+        raise ConfigError(
+            "stream.split is validation, and stream.validation is 0: no image is held back",
+            expected="a share of the training images, or a number of them a task",
+            remedy="--set stream.validation=0.2, for the training, too",
+        )
     by_domain = settings.setting in _BY_DOMAIN
     groups = _domain_groups(table, settings) if by_domain else _class_groups(table, settings)
     is_test = _test_rows(table, settings)
@@ -128,10 +138,13 @@ def _held_out(table: Table, settings: StreamSettings, tasks: Sequence[Task]) -> 
     assert table.domains is not None
     rows = np.flatnonzero(table.domains == table.domain_names.index(name))
     if settings.test_per_task is not None:
-        ranks = random_ranks(len(table), "subset", settings.seed)
+        ranks = random_ranks(len(table), "subset", _test_seed(settings))
         rows = rows[balanced(table.labels[rows], ranks[rows], settings.test_per_task)]
     nothing = table.samples(rows[:0])
-    return dataclasses.replace(task, train=nothing, validation=nothing, test=table.samples(rows))
+    test = table.samples(rows)
+    if settings.split == "validation":
+        test = Images.joined([one.validation for one in tasks if one is not task])
+    return dataclasses.replace(task, train=nothing, validation=nothing, test=test)
 
 
 def _domain_groups(table: Table, settings: StreamSettings) -> list[tuple[str, list[int]]]:
@@ -188,8 +201,12 @@ def _test_rows(table: Table, settings: StreamSettings) -> npt.NDArray[np.bool_]:
     groups = table.labels
     if table.domains is not None:
         groups = table.domains * len(table.class_names) + table.labels
-    drawn = stratified(groups, random_ranks(len(table), "test", settings.seed), _TEST_SHARE)
+    drawn = stratified(groups, random_ranks(len(table), "test", _test_seed(settings)), _TEST_SHARE)
     return np.where(has_test, table.is_test, drawn)
+
+
+def _test_seed(settings: StreamSettings) -> int:
+    return settings.seed if settings.test_seed is None else settings.test_seed
 
 
 def _task(
@@ -207,23 +224,31 @@ def _task(
     train = np.flatnonzero(inside & ~is_test)
     test = np.flatnonzero(inside & is_test)
     ranks = random_ranks(len(table), "subset", settings.seed)
+    test_ranks = random_ranks(len(table), "subset", _test_seed(settings))
 
-    def limited(rows: npt.NDArray[np.int64], count: int | None) -> npt.NDArray[np.int64]:
+    def limited(
+        rows: npt.NDArray[np.int64], count: int | None, ranks: npt.NDArray[np.uint64]
+    ) -> npt.NDArray[np.int64]:
         if count is None:
             return rows
         return rows[balanced(table.labels[rows], ranks[rows], count)]
 
     if settings.shots is not None:
         train = train[position_in_group(table.labels[train], ranks[train]) < settings.shots]
-    train = limited(train, settings.train_per_task)
-    test = limited(test, settings.test_per_task)
+    train = limited(train, settings.train_per_task, ranks)
+    test = limited(test, settings.test_per_task, test_ranks)
     validation = train[:0]
     if settings.validation > 0:
         ranks = random_ranks(len(table), "validation", settings.seed)
-        held = stratified(table.labels[train], ranks[train], settings.validation)
+        held = held_back(table.labels[train], ranks[train], settings.validation)
         train, validation = train[~held], train[held]
 
-    _check(table, settings, train, test, f"task {number} ({name}) of {table.name}")
+    where = f"task {number} ({name}) of {table.name}"
+    _check(table, settings, train, test, where)
+    if settings.validation > 0:
+        _check_validation(table, settings.validation, train, validation, where)
+    if settings.split == "validation":
+        test = validation
     if by_domain:
         present = np.union1d(table.labels[train], table.labels[test])
         classes = tuple(int(one) for one in present)
@@ -274,6 +299,37 @@ def _check(
     )
 
 
+def _check_validation(
+    table: Table,
+    wanted: float,
+    train: npt.NDArray[np.int64],
+    validation: npt.NDArray[np.int64],
+    where: str,
+) -> None:
+    """What is held back is of every class of the task, and as much as was asked for."""
+    held = table.labels[validation]
+    empty = np.setdiff1d(table.labels[train], held)
+    if len(empty):
+        one = int(empty[0])
+        more = f" and {len(empty) - 1} other classes" if len(empty) > 1 else ""
+        count = int((table.labels[train] == one).sum())
+        raise DataError(
+            f"stream.validation {wanted:g} leaves {table.class_names[one]}{more} of {where} "
+            f"without a validation image, of {count} training image{'s' if count > 1 else ''}",
+            expected="an image of every class on both sides",
+            remedy="a larger stream.validation"
+            if count > 1
+            else "a larger stream.train_per_task or stream.shots, or more images of the class",
+        )
+    if wanted >= 1 and len(validation) < wanted:
+        raise DataError(
+            f"stream.validation {wanted:g} leaves no training image of some class of {where}, "
+            f"which has {len(train) + len(validation)}",
+            expected=f"at most {len(validation)}, which leaves one image of every class",
+            remedy=f"--set stream.validation={len(validation)}",
+        )
+
+
 def _check_classes(table: Table, tasks: Sequence[Task], held_out: Task | None) -> None:
     """A class that is tested was in the training images of some task: no other can be right."""
     tested = [*tasks, held_out] if held_out is not None else tasks
@@ -308,4 +364,8 @@ def _fingerprint(
     }
     if settings.shots is not None:
         identity["shots"] = settings.shots
+    if settings.split != "test":
+        identity["split"] = settings.split
+    if settings.test_seed is not None:
+        identity["test_seed"] = settings.test_seed
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

@@ -78,3 +78,19 @@ def stratified(
     wanted = np.rint(share * sizes).astype(np.int64)
     wanted = np.minimum(np.maximum(wanted, 1), sizes - 1)
     return np.asarray(position_in_group(groups, ranks) < wanted[inverse])
+
+
+def held_back(
+    groups: npt.NDArray[np.int64], ranks: npt.NDArray[np.uint64], validation: float
+) -> npt.NDArray[np.bool_]:
+    """Mask of a share (below 1) of every group, or of so many rows, as equally from all groups.
+
+    Every group keeps one row. Of a count fewer are chosen where no more can be spared.
+    """
+    if validation < 1:
+        return stratified(groups, ranks, validation)
+    _, inverse, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    spared = np.flatnonzero(position_in_group(groups, ranks) < sizes[inverse] - 1)
+    chosen = np.zeros(len(groups), dtype=np.bool_)
+    chosen[spared[balanced(groups[spared], ranks[spared], int(validation))]] = True
+    return chosen

@@ -1,7 +1,8 @@
 """Streams of texts: a task is a folder of prompts and answers.
 
     <path>/<task>/train.json         a list of {"prompt": ..., "answer": ...}
-    <path>/<task>/eval.json          or validation.json, val.json, dev.json; a task may go without
+    <path>/<task>/eval.json          or validation.json, val.json, dev.json; for a task without it
+                                     `stream.validation` holds some of train.json back
     <path>/<task>/test.json
 
 The case of these names does not matter.
@@ -108,6 +109,12 @@ def open_text_stream(settings: StreamSettings) -> Stream[Texts]:
 
 def _of_lines(file: Path, settings: StreamSettings) -> Stream[Texts]:
     """The stream of a file of lines: a task for every adapter that they name."""
+    if settings.split == "validation":
+        raise ConfigError(
+            f"stream.split is validation, but {printable(str(file))} holds texts to test on alone",
+            expected="a stream of folders with train.json",
+            remedy="--split test",
+        )
     said: dict[str, list[tuple[str, str]]] = {}
     for line in adapter_lines(file, answered=True):
         said.setdefault(line.adapter, []).append((line.prompt, line.answer))
@@ -251,16 +258,50 @@ def _task(
     files = _parts(folder, description.name, notes)
     train = read_samples(files.get("training", folder / "train.json"))
     test = read_samples(files.get("testing", folder / "test.json"))
-    validation = files.get("validation")
     notes += _repeated(description.name, train, test)
+    train = _limited(train, settings.train_per_task, settings.seed)
+    if "validation" in files:
+        validation = read_samples(files["validation"])
+    else:
+        train, validation = _held_back(train, settings, f"task {number} ({description.name})")
     return Task(
         number=number,
         name=description.name,
         metric=description.metric,
-        train=_limited(train, settings.train_per_task, settings.seed),
-        validation=Texts((), ()) if validation is None else read_samples(validation),
-        test=_limited(test, settings.test_per_task, settings.seed),
+        train=train,
+        validation=validation,
+        test=_limited(
+            validation if settings.split == "validation" else test,
+            settings.test_per_task,
+            settings.seed if settings.test_seed is None else settings.test_seed,
+        ),
     )
+
+
+def _held_back(train: Texts, settings: StreamSettings, where: str) -> tuple[Texts, Texts]:
+    """What is left to train on and what is held back for validation, drawn by the seed.
+
+    Raises ConfigError where nothing is held back and it is to be measured, or nothing is left.
+    """
+    wanted, count = settings.validation, len(train)
+    if not wanted:
+        if settings.split == "validation":
+            raise ConfigError(
+                f"stream.split is validation, {where} has no eval.json and stream.validation is 0",
+                expected="texts that are held back from training",
+                remedy="--set stream.validation=0.2, for the training, too",
+            )
+        return train, train.chosen([])
+    number = int(wanted) if wanted >= 1 else min(max(round(wanted * count), 1), count - 1)
+    if not 0 < number < count:
+        raise ConfigError(
+            f"stream.validation {wanted:g} leaves {where} empty, which has {count} training texts",
+            expected="a text or more on both sides",
+            remedy="another stream.validation, or a larger stream.train_per_task",
+        )
+    order = np.argsort(random_ranks(count, "validation", settings.seed))
+    held, kept = sorted(order[:number].tolist()), sorted(order[number:].tolist())
+    return train.chosen(kept), train.chosen(held)
 
 
 def _parts(folder: Path, name: str, notes: list[str]) -> dict[PartName, Path]:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from memtool.adapters.layout import Layout, sites_of
+from memtool.adapters.mixing import Mixture
 from memtool.adapters.peft_files import read_peft
 from memtool.adapters.recalls import every
 from memtool.adapters.values import AdapterValues
@@ -111,6 +112,15 @@ def test_with_one_lora_it_is_open_clip_with_merged_weights(
     merged.load_state_dict(state)
     images = merged.encode_image(pixels)
     assert not torch.allclose(images, clip.encode_image(pixels), atol=1e-2)
+    seen: dict[int, Tensor] = {}
+
+    def keep(block: int, hidden: Tensor) -> Mixture | None:
+        seen[block] = hidden
+        return recall(block, hidden)
+
+    backbone.features(pixels, keep)
+    torch.testing.assert_close(backbone.hidden(pixels, 2, recall), seen[2])
+    assert not torch.allclose(backbone.hidden(pixels, 2), seen[2], atol=1e-2)
     torch.testing.assert_close(backbone.features(pixels, recall), images, atol=1e-5, rtol=1e-4)
     tokens = full_tokens(TEXTS)
     texts = merged.encode_text(tokens)

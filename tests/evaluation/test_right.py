@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import pickle
 from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -16,11 +19,11 @@ from pydantic import ValidationError
 from memtool.errors import DataError
 from memtool.evaluation.matrix import AccuracyMatrix
 from memtool.evaluation.metrics import compute
-from memtool.evaluation.paired import RESAMPLES, bootstrap, paired
+from memtool.evaluation.paired import RESAMPLES, bootstrap, mcnemar, paired
 from memtool.evaluation.record import Metrics, Record, Row
 from memtool.evaluation.right import Right, Share, right_of
 from memtool.reports.table import paired_grid
-from tests.reports.sample import record
+from tests.reports.sample import of_flags, record
 
 FLAGS = st.lists(st.booleans(), min_size=1, max_size=70)
 
@@ -84,24 +87,13 @@ def test_a_row_keeps_its_last_measured_line_alone() -> None:
     "right", [[{"samples": 3, "bits": "80"}, None], [{"samples": 3, "bits": "c0"}]]
 )
 def test_a_record_whose_bits_do_not_make_its_accuracy_is_refused(right: list[object]) -> None:
-    document = json.loads(_of({"memory": [[1, 1, 0], [1, 0, 0]]}).to_json())
+    document = json.loads(of_flags({"memory": [[1, 1, 0], [1, 0, 0]]}).to_json())
     document["metrics"]["rows"][0]["right"] = right
     with pytest.raises(DataError, match="does not make up its accuracy"):
         Record.from_json(json.dumps(document))
     document["metrics"]["rows"][0]["accuracy"] = []
     with pytest.raises(DataError):
         Record.from_json(json.dumps(document))
-
-
-def _of(rows: dict[str, Sequence[Sequence[int]]], seed: int = 0) -> Record:
-    """A record of rows with flags for each of two tasks."""
-    whole = record(seed, tasks=("a", "b"))
-    made = []
-    for id, flags in rows.items():
-        matrix = AccuracyMatrix.empty(["a", "b"]).with_row(2, [Share(task) for task in flags])
-        kind = "method" if id == "memory" else "baseline"
-        made.append(Row.measured(id, id, kind, matrix))
-    return whole.model_copy(update={"metrics": Metrics(rows=tuple(made))})
 
 
 def _random(seed: int, share: float, like: Sequence[np.ndarray] = ()) -> list[np.ndarray]:
@@ -117,7 +109,7 @@ def _random(seed: int, share: float, like: Sequence[np.ndarray] = ()) -> list[np
 def test_the_difference_is_that_of_the_final_averages() -> None:
     one = _random(1, 0.8)
     other = _random(2, 0.6, like=one)
-    whole = _of({"memory": one, "other": other})
+    whole = of_flags({"memory": one, "other": other})
     found = paired([whole], "memory", "other")
     assert found is not None
     faa = [compute(whole.matrix(id).values, ["faa"])["faa"] for id in ("memory", "other")]
@@ -166,18 +158,18 @@ def test_what_both_have_in_common_makes_the_interval_narrower() -> None:
     like, apart = _random(2, 0.7, like=one), _random(2, 0.7)
     widths = []
     for other in (like, apart):
-        found = paired([_of({"memory": one, "other": other})], "memory", "other")
+        found = paired([of_flags({"memory": one, "other": other})], "memory", "other")
         assert found is not None
         widths.append(found.high - found.low)
     assert widths[0] < 0.6 * widths[1]
-    same = paired([_of({"memory": one, "other": one})], "memory", "other")
+    same = paired([of_flags({"memory": one, "other": one})], "memory", "other")
     assert same is not None
     assert (same.difference, same.low, same.high) == (0, 0, 0)
 
 
 def test_seeds_with_the_same_tests_are_averaged_sample_by_sample() -> None:
     one, other = _random(1, 0.8), _random(2, 0.6)
-    seeds = [_of({"memory": one, "other": other}, seed) for seed in range(3)]
+    seeds = [of_flags({"memory": one, "other": other}, seed) for seed in range(3)]
     alone, three = paired(seeds[:1], "memory", "other"), paired(seeds, "memory", "other")
     assert alone is not None
     assert three is not None
@@ -191,13 +183,71 @@ def test_seeds_with_the_same_tests_are_averaged_sample_by_sample() -> None:
 
 
 def test_nothing_is_said_of_rows_or_records_that_cannot_be_paired() -> None:
-    whole = _of({"memory": [[1, 0], [1]], "other": [[1, 1], [0]]})
+    whole = of_flags({"memory": [[1, 0], [1]], "other": [[1, 1], [0]]})
     row = whole.row("other").model_copy(update={"right": (None, Right.of([0]))})
     partly = whole.model_copy(update={"metrics": Metrics(rows=(whole.row("memory"), row))})
     assert paired([partly], "memory", "other") is None
-    data = whole.run.data.model_copy(update={"fingerprint": "other"})
-    run = whole.run.model_copy(update={"data": data, "seed": 1})
-    assert paired([whole, whole.model_copy(update={"run": run})], "memory", "other") is None
-    fewer = _of({"memory": [[1, 0], [1]], "other": [[1], [0]]})
+    assert paired([partly], "memory", "other", task=0) is None
+    assert paired([partly], "memory", "other", task=1) is not None
+    fewer = of_flags({"memory": [[1, 0], [1]], "other": [[1], [0]]})
     assert paired([fewer], "memory", "other") is None
     assert paired_grid([record()]) is None
+
+
+def _slow_p(differences: Sequence[int]) -> float:
+    """Every sign of every difference in turn, counted."""
+    reached = [
+        abs(sum(sign * abs(d) for sign, d in zip(signs, differences, strict=True)))
+        >= abs(sum(differences))
+        for signs in itertools.product((-1, 1), repeat=len(differences))
+    ]
+    return sum(reached) / len(reached)
+
+
+@given(st.lists(st.integers(-3, 3), min_size=1, max_size=9))
+def test_p_is_that_of_all_signs_counted(differences: list[int]) -> None:
+    assert mcnemar(np.array(differences)) == pytest.approx(_slow_p(differences), abs=1e-12)
+
+
+@pytest.mark.parametrize(("b", "c"), [(0, 0), (1, 0), (5, 5), (9, 2), (40, 61), (3000, 2800)])
+def test_one_seed_is_mcnemars_exact_test(b: int, c: int) -> None:
+    """Oracle: twice the tail of a binomial, in whole numbers."""
+    n = b + c
+    tail = sum(math.comb(n, k) for k in range(min(b, c) + 1))
+    expected = min(1.0, float(Fraction(2 * tail, 2**n)))
+    found = mcnemar(np.array([1] * b + [-1] * c + [0] * 7))
+    assert found == pytest.approx(expected, rel=1e-9)
+
+
+def test_p_of_many_samples_and_seeds_is_that_of_the_normal_law() -> None:
+    draw = np.random.default_rng(3)
+    differences = draw.integers(-3, 4, size=20_000) + (draw.random(20_000) < 0.02)
+    z = abs(differences.sum()) / np.sqrt((differences.astype(float) ** 2).sum())
+    assert mcnemar(differences) == pytest.approx(math.erfc(z / math.sqrt(2)), abs=4e-3)
+
+
+def test_p_is_rarely_small_where_nothing_differs() -> None:
+    draw = np.random.default_rng(1)
+    small = 0
+    for _ in range(400):
+        sides = draw.random((2, 200)) < 0.7
+        small += mcnemar(sides[0].astype(int) - sides[1]) < 0.05
+    assert small <= 32  # 20 expected at most; three deviations above
+
+
+def test_seeds_with_other_tests_gain_nothing_by_their_number() -> None:
+    one = _random(1, 0.8)
+    other = _random(2, 0.6, like=one)
+    whole = of_flags({"memory": one, "other": other})
+    others = [whole]
+    for seed in (1, 2):
+        data = whole.run.data.model_copy(update={"fingerprint": str(seed)})
+        run = whole.run.model_copy(update={"data": data, "seed": seed})
+        others.append(whole.model_copy(update={"run": run}))
+    alone, three = paired([whole], "memory", "other"), paired(others, "memory", "other")
+    assert alone is not None
+    assert three is not None
+    assert (three.low, three.high) == pytest.approx((alone.low, alone.high))
+    assert three.difference == pytest.approx(alone.difference)
+    assert three.p == pytest.approx(min(1, 2 * alone.p))
+    assert three.samples == alone.samples

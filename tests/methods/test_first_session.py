@@ -61,7 +61,9 @@ def test_the_head_of_a_memory_is_that_of_all_images_at_once(remembered):
     for task in work.stream.tasks[:2]:
         own = snapshot.own_values(task.number, work.engine.device)
         settings = remembered.config.memory
-        found, _ = count_task(work.engine, work.backbone, model.memory, settings, own, task.train)
+        found, _ = count_task(
+            work.engine, work.backbone, model.memory, model.look, settings, own, task.train
+        )
         features.append(found)
         labels.append(torch.from_numpy(np.array(task.train.labels)))
     expected = twin(torch.cat(features), torch.cat(labels), 60, 1e-2)
@@ -81,6 +83,16 @@ def test_it_is_read_back_without_a_stream(remembered):
     record = remembered.evaluate(compare=True)
     assert record.row("memory").metrics["faa"] > 0.25
     assert record.row("uniform").metrics["faa"] > 0.25
+
+
+def test_features_of_the_first_adapter_stand_beside_under_a_projection(tmp_path):
+    config = small_config(tmp_path, **{**FEW, "head__features": "recalled+first"})
+    mira = learn(Mira.open(config, seed=0), 2)
+    projection = mira.snapshot().head.projection
+    assert projection.dim == 2 * mira.workspace.backbone.dim
+    images = torch.from_numpy(np.array(mira.workspace.stream.tasks[0].test.images[:4]))
+    attached = memtool.load(mira.workspace.store_path).attach()
+    assert attached(images).logits.isfinite().all()
 
 
 def test_consolidation_goes_on_and_a_forgotten_task_leaves_no_trace(tmp_path):
@@ -178,7 +190,7 @@ def test_fsa_is_sequential_lora_under_lda_as_long_as_there_is_one_task(work, tas
 def test_ranpac_is_ridge_on_projected_features_of_the_first_adapter(work, tasks, learner):
     (row,) = RANPAC.in_turn(work, tasks)
     features = [learner.features_of(task.train) for task in tasks]
-    counted = work.statistics()
+    counted = work.statistics(work.backbone.dim)
     for found, task in zip(features, tasks, strict=True):
         counted.add(found, labels_of(task.train))
         counted.projected.measure(found, labels_of(task.train))

@@ -450,7 +450,7 @@ def test_on_top_is_the_sum_of_both(learned):
             work.layout,
             torch.cat([model.values.scaling, own.scaling]),
         )
-        recalled = model.recall(pixels).coefficients[model.look_at]
+        recalled = model.recall(pixels).coefficients[model.memory.blocks[0]]
         gate = torch.cat([recalled, torch.ones(6, 1)], dim=1)
         slow = work.backbone.features(
             pixels, lambda block, _: Mixture.weighted(every_value.block(block), gate)

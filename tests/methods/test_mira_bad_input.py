@@ -105,7 +105,7 @@ def test_tasks_of_unequal_size_count_by_their_images(tmp_path):
     for task in tasks:
         own = snapshot.own_values(task.number, work.engine.device)
         features, _ = count_task(
-            work.engine, work.backbone, model.memory, config.memory, own, task.train
+            work.engine, work.backbone, model.memory, model.look, config.memory, own, task.train
         )
         everything.add(features, torch.from_numpy(np.array(task.train.labels)))
     expected = solve_head("ridge", everything, config.head)

@@ -293,6 +293,10 @@ def test_they_are_measured_where_they_are_named(tmp_path):
     assert set(RIVALS) >= {kind.id for kind in KINDS}
     assert not set(chosen_baselines(every)) & set(RIVALS)
     assert set(known_baselines(every)) >= {kind.id for kind in KINDS}
+    classes = small_config(tmp_path, stream__setting="cil", stream__order=None)
+    assert set(known_baselines(every)) - set(known_baselines(open_method(classes, seed=0))) == {
+        "s-prompts"
+    }
     named = small_config(tmp_path, baselines=("frozen", "l2p", "s-prompts"))
     assert chosen_baselines(open_method(named, seed=0)) == ("frozen", "l2p", "s-prompts")
 

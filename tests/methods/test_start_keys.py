@@ -109,7 +109,7 @@ def test_counting_by_class_loses_nothing():
     ("changes", "learning", "said"),
     [
         ({"separation": "affine"}, {}, "posterior of the classes"),
-        ({"separation": "topk"}, {}, "posterior of the classes"),
+        ({"separation": "sparsemax"}, {}, "posterior of the classes"),
         ({"similarity": "euclidean"}, {}, "posterior of the classes"),
         ({}, {"epochs": 2}, "keys in closed form"),
         ({}, {"keys": "random"}, "keys in closed form"),
@@ -143,6 +143,22 @@ def test_solved_keys_are_not_projected(changes):
     learning = ConsolidateSettings(protect="dual-gpm", keys=keys)
     with pytest.raises(ConfigError, match="closed form under --protect dual-gpm"):
         start_keys(learning, settings(**changes), parts, ADAPTERS, NO_DRAWS)
+
+
+@pytest.mark.parametrize("topk", [1, 2, 9])
+def test_a_cut_keeps_the_adapters_whose_classes_are_likeliest_together(topk):
+    parts, queries = counted()
+    whole = settings(beta=0.3)
+    keys = start_keys(ConsolidateSettings(), whole, parts, (0, 1, 2), NO_DRAWS)
+    cut = settings(beta=0.3, separation="topk", topk=topk)
+    assert torch.equal(start_keys(ConsolidateSettings(), cut, parts, (0, 1, 2), NO_DRAWS), keys)
+    both = zip(coefficients(whole, keys, queries), coefficients(cut, keys, queries), strict=True)
+    for all_of_them, found in both:
+        for row, kept in zip(all_of_them.tolist(), found.tolist(), strict=True):
+            best = sorted(range(3), key=lambda place: -row[place])[:topk]
+            total = sum(row[place] for place in best)
+            expected = [row[place] / total if place in best else 0.0 for place in range(3)]
+            assert kept == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_random_key_depends_on_seed_task_and_block_alone():

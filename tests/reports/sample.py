@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
 import numpy as np
@@ -18,6 +19,7 @@ from memtool.evaluation.record import (
     Run,
     TaskIdentity,
 )
+from memtool.evaluation.right import Share
 
 TASKS = ("upright", "inverted", "rotated", "noisy", "blurred")
 
@@ -132,3 +134,14 @@ def held_out_record(seed: int = 0) -> Record:
             "metrics": Metrics(rows=tuple(rows)),
         }
     )
+
+
+def of_flags(rows: dict[str, Sequence[Sequence[int]]], seed: int = 0) -> Record:
+    """A record of rows with flags for each of two tasks."""
+    whole = record(seed, tasks=("a", "b"))
+    made = []
+    for id, flags in rows.items():
+        matrix = AccuracyMatrix.empty(["a", "b"]).with_row(2, [Share(task) for task in flags])
+        kind: Kind = "method" if id == "memory" else "baseline"
+        made.append(Row.measured(id, id, kind, matrix))
+    return whole.model_copy(update={"metrics": Metrics(rows=tuple(made))})

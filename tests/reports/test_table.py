@@ -23,7 +23,7 @@ from memtool.reports.table import (
     steps_grid,
     tasks_grid,
 )
-from tests.reports.sample import TASKS, held_out_record, record, without_negative
+from tests.reports.sample import TASKS, held_out_record, of_flags, record, without_negative
 
 
 def printed(grid: Grid, *, terminal: bool, width: int = 100) -> str:
@@ -52,21 +52,60 @@ def test_methods_by_tasks() -> None:
     assert grid.rules == (1, 5)
 
 
-def test_best_is_bold_and_never_an_upper_bound() -> None:
+def _flags(right: int, of: int) -> list[int]:
+    return [1] * right + [0] * (of - right)
+
+
+def test_bold_is_what_holds_against_the_next_row() -> None:
+    grid = methods_grid(
+        [
+            of_flags(
+                {
+                    "memory": [_flags(90, 100), _flags(71, 100)],
+                    "first": [_flags(60, 100), _flags(70, 100)],
+                    "second": [_flags(50, 100), _flags(70, 100)],
+                }
+            )
+        ]
+    )
+    # On task b one sample of 100 is between the two best: that may be luck.
+    assert grid.header[:4] == ("", "a %", "b %", "final average %")
+    assert grid.bold == {(0, 1), (0, 3)}
+    assert grid.notes == ()
+    text = plain_text(grid)
+    assert "90.0*" in text
+    assert "71.0*" not in text
+    assert "* better than the next row on the same test samples" in text
+    tasks = tasks_grid([of_flags({"memory": [_flags(9, 10)] * 2, "other": [_flags(1, 10)] * 2})])
+    assert tasks.bold == {(0, 1), (1, 1), (2, 1)}
+
+
+def test_bold_is_never_an_upper_bound_and_never_alone() -> None:
+    whole = of_flags({"memory": [_flags(40, 100)] * 2, "bound": [_flags(90, 100)] * 2})
+    memory, bound = whole.metrics.rows
+    rows = (memory, bound.model_copy(update={"kind": "upper bound"}))
+    above = whole.model_copy(update={"metrics": whole.metrics.model_copy(update={"rows": rows})})
+    assert methods_grid([above]).bold == frozenset()
+    assert methods_grid([whole]).bold == {(1, 1), (1, 2), (1, 3)}
+
+
+def test_nothing_is_bold_where_samples_are_not_known() -> None:
     grid = methods_grid([record()])
-    average = grid.header.index("final average %")
-    assert {row for row, column in grid.bold if column == average} == {0}
-    assert all(row != len(grid.rows) - 1 for row, _ in grid.bold)
-    forgetting = grid.header.index("forgetting (max) %")
-    values = [float(row[forgetting]) for row in grid.rows[:-1]]
-    assert {row for row, column in grid.bold if column == forgetting} == {
-        i for i, value in enumerate(values) if value == min(values)
-    }
+    assert grid.bold == frozenset()
+    assert grid.notes[-1].startswith("No row is bold")
+
+
+def test_captions_say_how_many_samples() -> None:
+    assert "; n = 1,800)" in methods_grid([record()]).title
+    fewer = record(1)
+    tasks = tuple(task.model_copy(update={"test_samples": 300}) for task in fewer.run.tasks)
+    fewer = fewer.model_copy(update={"run": fewer.run.model_copy(update={"tasks": tasks})})
+    assert "; n = 1,500 to 1,800; 2 seeds" in methods_grid([record(), fewer]).title
 
 
 def test_baselines_above_the_method_are_named() -> None:
-    assert methods_grid([record()]).notes == ()
-    (note,) = methods_grid([record(method_level=0.83)]).notes
+    assert len(methods_grid([record()]).notes) == 1
+    note, _ = methods_grid([record(method_level=0.83)]).notes
     assert note.startswith("Not below MIRA memory (82.4 %): routing by LDA 88.0 %, uniform mixture")
 
 
@@ -108,11 +147,11 @@ def test_metrics_and_why_some_are_missing() -> None:
     assert any("fwt for oracle adapter" in note for note in grid.notes)
 
 
-def test_plain_text_is_aligned_and_marks_the_best() -> None:
+def test_plain_text_is_aligned() -> None:
     text = printed(methods_grid([record()]), terminal=False, width=40)
     assert text == plain_text(methods_grid([record()]))
     lines = text.splitlines()
-    assert "92.4*" in lines[2]
+    assert "92.4" in lines[2]
     assert lines[1].index("time s") + len("time s") == lines[2].index("12.2") + len("12.2")
     assert "\x1b" not in text
 

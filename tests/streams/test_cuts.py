@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from memtool.errors import ConfigError, DataError
 from memtool.settings import Setting, StreamSettings
@@ -111,6 +112,54 @@ def test_validation_is_a_share_of_every_class(table: Table) -> None:
     assert np.bincount(task.validation.labels).tolist() == [2, 2, 2]
     assert sorted(_rows(task.train) + _rows(task.validation)) == _rows(plain.train)
     assert _rows(task.test) == _rows(plain.test)
+
+
+def test_validation_may_be_a_count(table: Table) -> None:
+    plain = cut(table, StreamSettings()).tasks[0]
+    task = cut(table, StreamSettings(validation=5)).tasks[0]
+    assert sorted(np.bincount(task.validation.labels).tolist()) == [1, 2, 2]
+    assert sorted(_rows(task.train) + _rows(task.validation)) == _rows(plain.train)
+    assert _rows(task.test) == _rows(plain.test)
+    with pytest.raises(ValidationError, match="whole number"):
+        StreamSettings(validation=1.5)
+
+
+@pytest.mark.parametrize("setting", ["dil", "cil", "dg"])
+@pytest.mark.parametrize("validation", [0.25, 4])
+def test_what_is_measured_may_be_what_was_held_back(
+    table: Table, setting: Setting, validation: float
+) -> None:
+    settings = StreamSettings(setting=setting, validation=validation, classes_per_task=3)
+    usual = cut(table, settings)
+    held = cut(table, settings.model_copy(update={"split": "validation"}))
+    assert held.fingerprint != usual.fingerprint
+    for one, other in zip(usual.tasks, held.tasks, strict=True):
+        assert _rows(one.train) == _rows(other.train)
+        assert _rows(one.validation) == _rows(other.validation) == _rows(other.test)
+        assert not set(_rows(one.test)) & set(_rows(other.test) + _rows(other.train))
+
+
+def test_of_an_unseen_domain_the_sources_are_measured(table: Table) -> None:
+    settings = StreamSettings(setting="dg", validation=0.25, split="validation", held_out="sketch")
+    stream = cut(table, settings)
+    assert stream.held_out is not None
+    assert _rows(stream.held_out.test) == [row for t in stream.tasks for row in _rows(t.validation)]
+
+
+def test_validation_that_leaves_a_class_empty(table: Table) -> None:
+    with pytest.raises(DataError, match="without a validation image, of 1 training image") as error:
+        cut(table, StreamSettings(validation=0.2, shots=1))
+    assert "a larger" in str(error.value.remedy)
+    with pytest.raises(DataError, match="and 1 other classes of task 1") as error:
+        cut(table, StreamSettings(validation=1))
+    assert error.value.remedy == "a larger stream.validation"
+    with pytest.raises(DataError, match="leaves no training image of some class") as error:
+        cut(table, StreamSettings(validation=50))
+    most = int(str(error.value.remedy).rpartition("=")[2])
+    assert len(cut(table, StreamSettings(validation=most)).tasks[0].validation) == most
+    with pytest.raises(ConfigError, match="validation is 0") as config_error:
+        cut(table, StreamSettings(split="validation"))
+    assert "stream.validation=0.2" in str(config_error.value.remedy)
 
 
 def test_the_fingerprint_covers_what_is_cut_and_nothing_else(table: Table) -> None:

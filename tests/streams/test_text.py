@@ -53,6 +53,36 @@ def test_tasks_are_read_in_the_order_of_the_description(description: Path) -> No
     assert [len(part.validation) for part in stream.tasks] == [2, 0]
 
 
+@pytest.mark.parametrize(("validation", "held"), [(0.3, 3), (4, 4), (0.01, 1), (0.99, 8)])
+def test_what_has_no_eval_json_holds_some_back(
+    description: Path, validation: float, held: int
+) -> None:
+    first, second = opened(description, validation=validation, seed=3).tasks
+    # eval.json of the first task is its validation, whatever the share.
+    assert (len(first.train), first.validation) == (9, Texts(("p 0", "p 1"), ("0", "1")))
+    assert len(second.validation) == held
+    assert sorted(second.train.prompts + second.validation.prompts) == [f"q {n}" for n in range(9)]
+    assert second.validation != opened(description, validation=validation, seed=4).tasks[1].train
+    measured = opened(description, validation=validation, seed=3, split="validation")
+    assert [task.test for task in measured.tasks] == [first.validation, second.validation]
+    assert [task.train for task in measured.tasks] == [first.train, second.train]
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"split": "validation"}, "has no eval.json and stream.validation is 0"),
+        ({"validation": 9}, r"leaves task 2 \(b\) empty, which has 9"),
+        ({"validation": 0.5, "train_per_task": 1}, "empty, which has 1 training"),
+    ],
+)
+def test_validation_texts_that_are_not_there(
+    description: Path, settings: dict[str, object], match: str
+) -> None:
+    with pytest.raises(ConfigError, match=match):
+        opened(description, **settings)
+
+
 def test_an_order_may_turn_tasks_and_leave_some_out(description: Path) -> None:
     assert [task.name for task in opened(description, order=("b", "a")).tasks] == ["b", "a"]
     assert [task.name for task in opened(description, order=("b",)).tasks] == ["b"]

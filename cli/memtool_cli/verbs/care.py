@@ -98,7 +98,9 @@ def forget(
         return _show_plan(call, store, records, purge)
     if purge:
         forgetting.require_no_holder(store, records)
-        call.confirm(f"purge {found} and remove all older versions of main for good")
+        keys = ", keys and head," if forgetting.looked_under(view, records) else ""
+        call.confirm(f"purge {found}{keys} and remove all older versions of main for good")
+    looked = forgetting.looked_under(view, records)
     result = forgetting.forget(store, names, purge=purge)
     facts: list[tuple[str, str | int]] = [
         ("version", result.version),
@@ -117,6 +119,11 @@ def forget(
     call.out.data(result, Table((), facts), ids=[result.version])
     if purged is None:
         call.out.note("older versions still hold it: memtool rollback brings it back")
+    if looked and result.left:
+        call.out.note(
+            "keys and head went with it, as the memory looked under it: memtool consolidate makes "
+            "new ones, from the images of the tasks that are left"
+        )
     _say_what_else_holds_it(call, result)
     if purged is not None and purged.left:
         call.out.note("an object store keeps files that are younger than an hour; after that")
@@ -160,7 +167,7 @@ def _prune(call: Call, below: float, purge: bool) -> None:
 def _show_plan(
     call: Call, store: MemoryStore, records: Sequence[AdapterRecord], purge: bool
 ) -> None:
-    from memtool.methods.forget import holders
+    from memtool.methods.forget import holders, looked_under
 
     held_by = holders(store, records) if purge else ()
     plan = ForgetPlan(
@@ -176,6 +183,8 @@ def _show_plan(
         ("adapters", ", ".join(plan.adapters)),
         ("left", len(view.live) - live),
     ]
+    if looked_under(view, records):
+        rows.append(("keys and head", "go along: the memory looks under it"))
     if purge:
         rows += [
             ("versions that would go", plan.versions),

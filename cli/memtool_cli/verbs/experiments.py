@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from memtool.config import COMMAND_LINE
+from memtool.errors import ConfigError
 from memtool.paths import expand
 from memtool.progress import ProgressEvent
 from memtool_cli import records
@@ -26,6 +27,7 @@ from memtool_cli.options import (
     MEMORY,
     METHOD,
     MIX,
+    ORDERS,
     RANK,
     SEED,
     SEP,
@@ -76,8 +78,8 @@ def demo(
     epilog=examples(
         "memtool run",
         "memtool run --preset mira-dil --seed 0 --seed 1 --seed 2",
-        "memtool run --preset modulation-mts --splits 50 --memory hopfield",
-        "memtool run --config experiment.yaml --sep affine --report report.html",
+        "memtool run --baselines ewc,lwf --select train.lr=1e-3,3e-3,1e-2 --seed 0 --seed 1",
+        "memtool run --config runs/seed-0/record.json --store again --set runs=again",
     ),
 )
 @verb(
@@ -96,6 +98,7 @@ def demo(
     BASELINES,
     BUFFER,
     SEED,
+    *ORDERS,
     *COMPUTE,
     *CONFIGURATION,
     DRY_RUN,
@@ -110,10 +113,31 @@ def run(
             rich_help_panel="Training",
         ),
     ] = True,
+    select: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--select",
+            metavar="KEY=V,V",
+            help="Choose a setting of every row on validation samples, from these values; may be "
+            "repeated.",
+            rich_help_panel="Training",
+        ),
+    ] = None,
+    select_seed: Annotated[
+        int | None,
+        typer.Option(
+            "--select-seed",
+            metavar="N",
+            min=0,
+            help="The seed to choose on, which is not reported.",
+            rich_help_panel="Training",
+        ),
+    ] = None,
     report: ReportFile = None,
 ) -> None:
     """Run a whole experiment, tasks by seeds; goes on where an earlier run was stopped."""
     from memtool.experiments import run as experiment
+    from memtool.experiments import select as choosing
     from memtool.methods import open_method
 
     call.refuse_version()
@@ -124,22 +148,30 @@ def run(
         call.out.note(f"no baseline {', '.join(absent)} here; there are {', '.join(known)}")
     if call.resolved.origin["replay.buffer"] == COMMAND_LINE and not {"er", "der++"} & {*chosen}:
         call.out.note("note: replay.buffer has no effect without the baselines er and der++")
-    if call.dry_run:
-        return show_plan(call, "run")
-    report = report and call.writes_to(report)
-    with call.out.progress() as progress:
-        found = experiment.run(
-            call.config,
-            progress=progress,
-            resume=resume,
-            command=call.line,
-            preset=call.resolved.preset,
+    if select_seed is not None and not select:
+        raise ConfigError(
+            f"--select-seed {select_seed} without --select", remedy="--select train.lr=1e-3,3e-3"
         )
+    cells = choosing.cells_of(call.config, select) if select else ()
+    tuning_seed = choosing.tuning_seed(call.config, select_seed)
+    if call.dry_run:
+        return show_plan(call, "run", cells, tuning_seed)
+    report = report and call.writes_to(report)
+    how: dict[str, Any] = {
+        "resume": resume,
+        "command": call.line,
+        "preset": call.resolved.preset,
+    }
+    with call.out.progress() as progress:
+        how["progress"] = progress
+        selection = call.selected
+        if cells:
+            selection = choosing.select(call.config, cells, seed=tuning_seed, **how)
+        found = experiment.run(call.config, selection=selection, **how)
     show(call.out, found, report=report)
     for seed in call.config.seed:
-        call.out.note(
-            f"record.json and report.html of seed {seed}: {experiment.folder_of(call.config, seed)}"
-        )
+        for folder in experiment.folders_of(call.config, seed):
+            call.out.note(f"record.json and report.html of seed {seed}: {folder}")
     return None
 
 

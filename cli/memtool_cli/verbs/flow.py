@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from memtool.errors import ConfigError
+from memtool.remembered import require_held_back
 from memtool.settings import choices
 from memtool_cli import complete, written
 from memtool_cli.commands import Verbs
@@ -26,6 +27,7 @@ from memtool_cli.options import (
     RANK,
     SEED,
     SEP,
+    SPLIT,
     SPLITS,
     STORE,
     TEXTS,
@@ -379,7 +381,7 @@ def _show_recall(call: Call, result: RecallResult) -> None:
     epilog=examples(
         "memtool eval --history --compare --report report.html",
         "memtool eval --texts texts.jsonl --compare peft",
-        "memtool eval --store memory@HEAD~2 --json",
+        "memtool eval --store memory@HEAD~2 --split validation --json",
         "memtool eval --at-least 0.85 -q || echo worse than before",
     ),
 )
@@ -389,6 +391,7 @@ def _show_recall(call: Call, result: RecallResult) -> None:
     MEMORY,
     RANK,
     SPLITS,
+    SPLIT,
     HELD_OUT,
     TEXTS,
     SEED,
@@ -451,7 +454,7 @@ def evaluate(
         ),
     ] = None,
 ) -> None:
-    """Measure the memory on the test samples of all its tasks."""
+    """Measure the memory on the test samples of all its tasks, or on what was held back."""
     if setting is not None:
         one_of("--setting", setting, choices("stream.setting"))
     if call.dry_run:
@@ -460,6 +463,8 @@ def evaluate(
         raise ConfigError(f"{rivals[0]} without --compare", remedy=f"--compare {rivals[0]}")
     report = report and call.writes_to(report)
     say_decided(call)
+    if call.config.stream.split == "validation":
+        require_held_back(call.store(), call.config, call.version)
     if at_least is not None and call.reads_texts and not call.config.text.generate:
         raise ConfigError(
             "--at-least where only losses are measured",

@@ -146,7 +146,7 @@ def baselines_of(reads: str, *, fixed_head: bool = False) -> Mapping[str, Baseli
 
 def require(name: str, work: Workspace) -> None:
     """Raise MemtoolError for a baseline that cannot learn what a workspace has, or has no room."""
-    if name == RANPAC.id:
+    if name == RANPAC.id and work.reads == "images":
         RANPAC.require(work)
     if name in _PROMPTS:
         require_prompts(work, _PROMPTS[name])

@@ -68,7 +68,7 @@ class ClosedForms:
         self._settings = work.config.head
         self._dim = work.backbone.dim
         self._classes = len(work.stream.class_names)
-        self._all = work.statistics()
+        self._all = work.statistics(self._dim)
         self._router = FeatureStatistics(self._dim, tasks)
         self._own: list[LinearClassifier] = []
 

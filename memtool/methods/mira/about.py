@@ -17,12 +17,7 @@ def _require(config: Config) -> None:
         _require_closed_form(config)
         return
     require_trained_head(config)
-    if not isinstance(config.memory.look_at, int):
-        raise ConfigError(
-            f"memory.look_at {','.join(config.memory.look_at)} on a stream of images",
-            expected="the number of one block",
-            remedy="--set memory.look_at=2",
-        )
+    _require_look_at_images(config)
     for name, found, known in (
         ("memory.scope", config.memory.scope, ("model", "block")),
         ("memory.clusters", config.memory.clusters, (1,)),
@@ -36,6 +31,45 @@ def _require(config: Config) -> None:
         )
 
 
+def _require_look_at_images(config: Config) -> None:
+    """Raise ConfigError for a look that images do not have, or that could move."""
+    memory, beside = config.memory, config.head.beside
+    places = ",".join(memory.places)
+    if {*memory.places} & {"tokens", "prefix"}:
+        raise ConfigError(
+            f"memory.look_at {places} on a stream of images",
+            expected="some of block:N, blocks, final",
+            remedy="--set memory.look_at=final",
+        )
+    if memory.scope == "block" and memory.look_at_block is None:
+        raise ConfigError(
+            f"memory.look_at {places} under memory.scope block of images",
+            expected="one look for all blocks: every block looks at its own input there",
+            remedy="--set memory.scope=model",
+        )
+    if memory.scope == "block" and memory.look_under != "frozen":
+        raise ConfigError(
+            f"memory.look_under {memory.look_under} under memory.scope block",
+            expected="one look for all blocks: every block looks at what runs, as it runs, there",
+            remedy="--set memory.scope=model",
+        )
+    if (memory.look_under != "frozen" or beside == "first") and config.consolidate.value_lr > 0:
+        named = "head.features " + config.head.features
+        raise ConfigError(
+            (named if beside == "first" else f"memory.look_under {memory.look_under}")
+            + f" with consolidate.value_lr {config.consolidate.value_lr:g}",
+            expected="a first adapter that never changes: all that is counted is seen under it",
+            remedy="--set consolidate.value_lr=0",
+        )
+    if beside and config.head.kind in ("grown", "shared"):
+        raise ConfigError(
+            f"head.features {config.head.features} with head.kind {config.head.kind}",
+            expected="a head in closed form: one that is trained with an adapter reads its "
+            "features alone",
+            remedy="--set head.kind=lda",
+        )
+
+
 def _require_closed_form(config: Config) -> None:
     """What a memory of prompts can be made with."""
     memory, learn = config.memory, config.consolidate
@@ -43,6 +77,7 @@ def _require_closed_form(config: Config) -> None:
         ("memory.mix", memory.mix, ("delta",)),
         ("memory.query", memory.query, ("identity",)),
         ("memory.keys_of", memory.keys_of, ("task",)),
+        ("memory.look_under", memory.look_under, ("frozen",)),
         ("memory.routing", memory.routing, ("mixture", "lda")),
         ("memory.similarity", memory.similarity, ("scaled-dot", "dot")),
         ("memory.separation", memory.separation, POSTERIORS),

@@ -117,15 +117,18 @@ def _count(known: Inventory) -> None:
     """Add the moments of new tasks, and the features of grown ones through all their adapters."""
     work, settings = known.work, known.config.memory
     # A memory without content, for its query modules: what would each block be asked?
-    blocks = memory_blocks(settings, work.layout)
-    probe = _memory(known, torch.zeros(len(blocks), 1, work.backbone.dim + 1))
+    blocks = memory_blocks(settings, work.backbone, work.layout.blocks)
+    look = known.look
+    probe = _memory(known, torch.zeros(len(blocks), 1, look.width + 1))
     probe = probe.to(work.engine.device).requires_grad_(False)
     beneath = known.snapshot.model if known.config.adapter.residual else None
     queries, features = known.queries, known.features
 
     def seen(task: Task, on: MemoryModel | None) -> tuple[FeatureStatistics, Tensor]:
         own = known.snapshot.own_values(task.number, work.engine.device)
-        found, asked = count_task(work.engine, work.backbone, probe, settings, own, task.train, on)
+        found, asked = count_task(
+            work.engine, work.backbone, probe, look, settings, own, task.train, on
+        )
         return work.counted(found, task.train), asked
 
     for number in known.grown:
@@ -145,13 +148,14 @@ def _count(known: Inventory) -> None:
 def _start(known: Inventory) -> Start:
     """The keys before they learn, when nothing speaks against making them."""
     config, before = known.config, known.before
-    blocks = memory_blocks(config.memory, known.work.layout)
+    work = known.work
+    blocks = memory_blocks(config.memory, work.backbone, work.layout.blocks)
     keys = start_keys(
         config.consolidate,
         config.memory,
         list(known.queries.values()),
         known.adapter_tasks,
-        Draws(known.work.seed, known.tasks, blocks),
+        Draws(work.seed, known.tasks, blocks),
     )
     _require_can_learn(known)
     kept, past = _kept(known), _past(known)
@@ -209,7 +213,7 @@ def _require_can_learn(known: Inventory) -> None:
             expected="a mixture: a hard choice has no gradient, and keys of its own",
             remedy="--routing mixture, or --set consolidate.epochs=0 with keys in closed form",
         )
-    refines, resolved = config.consolidate.value_lr > 0, config.head.features == "recalled"
+    refines, resolved = config.consolidate.value_lr > 0, config.head.resolved
     own = next((record.name for record in known.view.adapters if record.ragged), None)
     if refines and own is not None:
         raise ConfigError(
@@ -229,7 +233,8 @@ def _require_can_learn(known: Inventory) -> None:
 def _model(known: Inventory, keys: Tensor) -> MemoryModel:
     """The memory with these keys, on its frozen backbone."""
     work, values = known.work, known.snapshot.values_of(known.view.adapters)
-    model = MemoryModel(work.backbone, values, _memory(known, keys), known.config.memory)
+    memory = _memory(known, keys)
+    model = MemoryModel(work.backbone, values, memory, known.config.memory, known.look)
     return model.to(work.engine.device).requires_grad_(False)
 
 
@@ -238,8 +243,8 @@ def _memory(known: Inventory, keys: Tensor) -> KeyedMemory:
     work, settings = known.work, known.config.memory
     memory = KeyedMemory.from_settings(
         settings,
-        memory_blocks(settings, work.layout),
-        work.backbone.dim,
+        memory_blocks(settings, work.backbone, work.layout.blocks),
+        known.look.width,
         keys,
         prefix_tokens=work.backbone.prefix_tokens,
         generator=work.engine.generator(work.seed),
@@ -270,14 +275,16 @@ def _learn(
         head = going_on(known.snapshot.head, head)
     if not config.consolidate.epochs or start.kept >= len(known.view.adapters):
         return head, None
-    resolved = config.head.features == "recalled"
+    resolved = config.head.resolved
     teacher, shown = head, known.opened(known.fresh)
     of_all = config.head.scope == "shared" and config.head.kind in ("ridge", "ncm")
     if resolved or of_all or config.head.kind == "rp-ridge":
         # A head that is solved anew afterwards learns along, as one trained by gradient
         # does: solved now it would leave the keys nothing to learn. Else keys learn under
-        # the head as it is, or under lda, whose scores are log posteriors.
-        teacher = _solved(known, kind="shared" if resolved else "lda")
+        # the head as it is, or under lda, whose scores are log posteriors. What was trained with
+        # the adapters knows no features beside theirs.
+        trained = resolved and not config.head.beside
+        teacher = _solved(known, kind="shared" if trained else "lda")
     learned, fit = learn(
         work.engine,
         model,
@@ -306,7 +313,7 @@ def _solved(known: Inventory, **other: str) -> RecalledHead:
 def _resolve(known: Inventory, model: MemoryModel, head: RecalledHead) -> RecalledHead:
     """The head, where it goes by recalled features solved on those of the tasks that are shown."""
     work, settings = known.work, known.config.head
-    if settings.features != "recalled":
+    if not settings.resolved:
         return head
     for task in known.opened(known.fresh):
         seen = work.engine.predict(model, task.train.images)
@@ -390,6 +397,7 @@ def _commit(
             adapter_tasks=known.adapter_tasks,
             class_names=work.stream.class_names,
             fingerprint=work.stream.fingerprint,
+            first=known.first,
         ).put(txn)
         for name, data in blobs.items():
             txn.put_blob(name, data)

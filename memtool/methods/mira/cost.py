@@ -1,17 +1,54 @@
-"""What a memory of prompts adds to a model that answers, counted before anything is learned."""
+"""What a memory adds to a model, counted before anything is learned."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from memtool.backbones.causal_lm import model_source
+from memtool.backbones.interface import Backbone
 from memtool.learning.looks import PART_WIDE, PromptLook
+from memtool.methods.mira.look import passes_of, width_of
 from memtool.settings import Config
+from memtool.streams.task import Stream
+
+
+@dataclass(frozen=True)
+class ImageCost:
+    """What an image costs beside the pass under what it recalls, in passes of the whole model.
+
+    `frozen` without any adapter, `first_adapter` under that of the first task. `keys_bytes` and
+    `queries_bytes`, the moments that keys are solved from, are those of all tasks in the store.
+    """
+
+    scope: str
+    frozen: float
+    first_adapter: float
+    keys_bytes: int
+    queries_bytes: int
+
+
+def image_cost(config: Config, stream: Stream, backbone: Backbone, blocks: int) -> ImageCost:
+    """The cost of a memory of all tasks of a stream; `blocks` of the backbone are adapted."""
+    memory = config.memory
+    passes = passes_of(memory, config.head, backbone.depth)
+    width = width_of(memory, backbone.depth, backbone.dim)
+    memories = 1 if memory.scope == "model" else blocks
+    by_class = memory.keys_of == "class"
+    counted = [len(task.classes) if by_class else 1 for task in stream.tasks]
+    rows = len(stream.tasks) * config.adapter.per_task * max(counted)
+    moments = sum(count * width for count in counted) + len(counted) * width**2
+    return ImageCost(
+        scope=memory.scope,
+        frozen=passes.get("frozen", 0.0),
+        first_adapter=passes.get("first", 0.0),
+        keys_bytes=4 * memories * rows * (width + 1),
+        queries_bytes=8 * memories * moments,
+    )
 
 
 @dataclass(frozen=True)
 class Cost:
-    """`passes` of the frozen model over a prompt, before it is answered.
+    """Of a memory of prompts: `passes` of the frozen model over a prompt, before it is answered.
 
     `weights` of a prompt of `tokens` tokens. `keys_bytes` in the store, where every task has as
     many clusters as it may. Multiply-adds of a token: `mixing` with all adapters at once, `asking`

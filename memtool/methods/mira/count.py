@@ -17,6 +17,7 @@ from memtool.backbones.interface import Backbone
 from memtool.engine import Engine
 from memtool.memories.closed_form import QueryStatistics
 from memtool.memories.keyed import KeyedMemory
+from memtool.methods.mira.look import ImageLook
 from memtool.methods.mira.recall import MemoryModel, features_and_queries
 from memtool.sections import MemorySettings
 from memtool.streams.task import Images
@@ -26,29 +27,30 @@ def count_task(
     engine: Engine,
     backbone: Backbone,
     memory: KeyedMemory,
+    look: ImageLook,
     settings: MemorySettings,
     own: AdapterValues,
     samples: Images,
     beneath: MemoryModel | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Features (n, dim) and queries (memories, n, dim) of a task under its own adapters.
+    """Features (n, f) and queries (memories, n, d) of a task under its own adapters.
 
-    Several adapters of one task are mixed with equal coefficients. Residual ones are added to what
-    the memory `beneath` recalls.
+    With those features that `look` puts beside. Several adapters of one task are mixed with equal
+    coefficients. Residual ones are added to what the memory `beneath` recalls.
     """
     count = len(own)
     equal = torch.full((count,), 1 / count, device=engine.device)
     alone = every(own) if count == 1 else same_for_all(own, equal, settings.mix)
-    look_at = settings.look_at_block if settings.scope == "model" else None
 
     def run(images: Tensor) -> Tensor:
         recall = alone
         if beneath is not None:
             recall = on_top(beneath.recall(backbone.preprocess(images)), own, equal)
-        return features_and_queries(backbone, memory, recall, look_at, images)
+        return features_and_queries(backbone, memory, look, recall, images)
 
     joined = engine.predict(run, samples.images)
-    features, *queries = joined.split(backbone.dim, dim=1)
+    widths = [look.features_width, *(memory[block].query.dim for block in memory.blocks)]
+    features, *queries = joined.split(widths, dim=1)
     return features, torch.stack(queries)
 
 

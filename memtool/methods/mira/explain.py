@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from memtool.adapters.recalls import given_for_each
-from memtool.adapters.values import AdapterValues
 from memtool.heads import RecalledHead
 from memtool.memories.closed_form import QueryStatistics
 from memtool.memories.novelty import LIMIT
@@ -33,11 +32,10 @@ from memtool.methods.explanation import (
 )
 from memtool.methods.mira.measure import seen_by
 from memtool.methods.mira.method import Mira
-from memtool.methods.mira.recall import MemoryModel, QueryProbe
+from memtool.methods.mira.recall import MemoryModel
 from memtool.methods.records import task_of
 from memtool.methods.subject import subject_of
 from memtool.reports.shown import format_of
-from memtool.sections import Mix
 from memtool_stores import AdapterRecord
 
 SHRINKAGE = 1e-2
@@ -71,7 +69,7 @@ def explain(
     judge = partial(
         outcome_of, before=seen.probabilities, labels=labels, class_names=state.class_names
     )
-    mixed = _Mixed(mira, model.values, model.mix, head, images)
+    mixed = _Mixed(mira, model, head, images)
     without_negative, parts = _taken_out(mixed, seen, snapshot.records, judge)
     names = {part.task: part.task_name for part in parts}
     result = Explanation(
@@ -199,15 +197,7 @@ def _see(
     memories, adapters = len(model.memory.blocks), len(model.values)
 
     def run(batch: Tensor) -> Tensor:
-        pixels = model.backbone.preprocess(batch)
-        recall = model.recall(pixels)
-        probe = QueryProbe(model.memory, recall, model.look_at)
-        if model.look_at is not None:
-            probe.look(model.look_at, model.backbone.hidden(pixels, model.look_at))
-        features = model.backbone.features(pixels, probe)
-        blocks = model.memory.blocks
-        coefficients = torch.stack([recall.coefficients[block] for block in blocks], dim=1)
-        queries = torch.stack([probe.queries[block] for block in blocks], dim=1)
+        features, coefficients, queries = model.seen(model.backbone.preprocess(batch))
         scores = head(features, coefficients.mean(dim=1))
         parts = (head.probabilities(scores), coefficients.flatten(1), queries.flatten(1))
         return torch.cat([part.float() for part in parts], dim=1)
@@ -230,17 +220,15 @@ class _Mixed:
     """The probabilities (n, classes) of images under given coefficients (n, memories, t)."""
 
     mira: Mira
-    values: AdapterValues
-    mix: Mix
+    model: MemoryModel
     head: RecalledHead
     images: npt.NDArray[np.uint8]
 
     def __call__(self, coefficients: Tensor) -> Tensor:
-        backbone = self.mira.workspace.backbone
+        model = self.model
 
         def run(batch: Tensor, given: Tensor) -> Tensor:
-            recall = given_for_each(self.values, given, self.mix)
-            features = backbone.features(backbone.preprocess(batch), recall)
+            features = model.under(batch, given_for_each(model.values, given, model.mix))
             return self.head.probabilities(self.head(features, given.mean(dim=1)))
 
         engine = self.mira.workspace.engine

@@ -11,8 +11,14 @@ from memtool.errors import ConfigError
 from memtool.heads import RecalledHead, solve_recalled_head
 from memtool.methods.in_store import HEAD, feature_statistics, own_head
 from memtool.methods.mira.keys import Draws, start_keys
-from memtool.methods.mira.state import MEMORY, QUERY_MODULES, MemoryState, query_statistics
-from memtool.methods.records import task_of
+from memtool.methods.mira.state import (
+    MEMORY,
+    PAST_QUERIES,
+    QUERY_MODULES,
+    MemoryState,
+    query_statistics,
+)
+from memtool.methods.records import blobs_of_task, task_of
 from memtool_stores import MemoryView, Transaction
 
 
@@ -20,9 +26,14 @@ def solve_without(txn: Transaction, view: MemoryView, gone: set[str]) -> None:
     """In a transaction that takes adapters away: keys and head from what is left of the moments.
 
     Keys in closed form and the head are solved anew; learned and random keys stay bit for bit.
-    Raises ConfigError where consolidation has not caught up.
+    Without an adapter that the memory looked under all of them go, and the moments: they were
+    counted through it, and consolidation counts the other tasks again. Raises ConfigError where
+    consolidation has not caught up.
     """
     state, stored = MemoryState.load(view), view.keys()
+    if state is not None and gone & {*state.first}:
+        _drop_all(txn, view)
+        return
     if state is None or stored is None or not gone & set(state.adapters):
         return
     # The columns of the stored keys: adapters that were live with a key before this.
@@ -63,6 +74,15 @@ def solve_without(txn: Transaction, view: MemoryView, gone: set[str]) -> None:
     txn.set_keys(keys)
     state.model_copy(update=changes).put(txn)
     txn.put_blob(HEAD, head.to_bytes())
+
+
+def _drop_all(txn: Transaction, view: MemoryView) -> None:
+    """Leave a memory that was never consolidated: no keys, no head, nothing that was counted."""
+    made = {MEMORY, HEAD, QUERY_MODULES, PAST_QUERIES}
+    counted = {name for record in txn.adapters for name in blobs_of_task(task_of(record))}
+    for name in sorted({*view.blobs()} & (made | counted)):
+        txn.delete_blob(name)
+    txn.set_keys(None)
 
 
 def _solved_head(

@@ -14,10 +14,12 @@ from memtool.errors import ConfigError, NotFoundError
 from memtool.heads import FeatureStatistics, LinearClassifier
 from memtool.memories.closed_form import QueryStatistics
 from memtool.methods.in_store import features_blob
+from memtool.methods.mira.look import ImageLook, needs_first
 from memtool.methods.mira.state import (
     SAME_QUERIES,
     MemoryState,
     Snapshot,
+    look_in,
     queries_blob,
     statistics_known,
 )
@@ -64,6 +66,26 @@ class Inventory:
     def adapter_tasks(self) -> tuple[int, ...]:
         """The place in `tasks` of the task of every adapter."""
         return tuple(self.tasks.index(task_of(record)) for record in self.view.adapters)
+
+    @property
+    def first(self) -> tuple[str, ...]:
+        """Ids of the adapters that are looked under; none where none is."""
+        if not needs_first(self.config.memory, self.config.head):
+            return ()
+        counted = MemoryState.load(self.view)
+        if counted is not None and counted.first:
+            return counted.first
+        number = task_of(self.view.adapters[0])
+        return tuple(record.id for record in self.view.adapters if task_of(record) == number)
+
+    @cached_property
+    def look(self) -> ImageLook:
+        """What is looked at before anything is recalled, on the device."""
+        work, config = self.work, self.config
+        look = look_in(
+            self.view, self.first, config.memory, config.head, work.backbone, work.layout
+        )
+        return look.to(work.engine.device).requires_grad_(False)
 
     @cached_property
     def before(self) -> Tensor | None:
@@ -162,8 +184,20 @@ def _require_same_queries(config: Config, state: MemoryState | None) -> None:
             raise ConfigError(
                 f"memory.{name} is {getattr(now, name)!r}, but the queries of tasks "
                 f"{list(state.tasks)} were counted with {getattr(then, name)!r}",
-                remedy=f"--set memory.{name}={getattr(then, name)}, or a new --store",
+                remedy=f"--set memory.{name}={_written(getattr(then, name))}, or a new --store",
             )
+    here, there = config.head.beside, state.head.beside
+    if here != there:
+        raise ConfigError(
+            f"head.features is {config.head.features}, but the features of tasks "
+            f"{list(state.tasks)} were counted as {state.head.features}",
+            remedy=f"--set head.features={state.head.features}, or a new --store",
+        )
+
+
+def _written(value: object) -> str:
+    """A value as it is set: several places with commas between them."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _grown(snapshot: Snapshot) -> tuple[int, ...]:

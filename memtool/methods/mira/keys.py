@@ -120,12 +120,13 @@ def _keys_of_classes(
             remedy="--set memory.keys_of=task",
         )
     mixes = memory.routing == "mixture"
-    posterior = memory.separation == "softmax" and memory.similarity in ("dot", "scaled-dot")
+    shares = memory.separation in ("softmax", "topk")
+    posterior = shares and memory.similarity in ("dot", "scaled-dot")
     if mixes and not posterior:
         raise ConfigError(
             f"memory.keys_of class with separation {memory.separation} and similarity "
             f"{memory.similarity}",
-            expected="a posterior of the classes: softmax, and dot or scaled-dot",
+            expected="a posterior of the classes: softmax or topk, and dot or scaled-dot",
             remedy="--sep softmax, or --set memory.keys_of=task",
         )
     whole = QueryStatistics.joined(statistics)

@@ -43,7 +43,8 @@ def key_map(snapshot: Snapshot) -> KeyMap | None:
     """Cosine of every pair of keys; of the mean of its keys where an adapter has several."""
     keys = snapshot.view.keys()
     if keys is not None and snapshot.model is not None:
-        width = snapshot.model.backbone.dim + 1
+        memory = snapshot.model.memory
+        width = memory[memory.blocks[0]].query.width
         keys = keys.reshape(*keys.shape[:2], -1, width).mean(axis=2)
     if keys is None or not np.linalg.norm(keys, axis=-1).all():
         return None  # the key of a single task has no direction

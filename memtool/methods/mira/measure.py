@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -132,7 +133,7 @@ class Measure:
             share = (mine.float() / mine.sum()).to(device)
             alone = torch.full((len(values),), 1 / len(values), device=device)
             recall = every(values) if len(values) == 1 else same_for_all(values, alone, model.mix)
-            return self._scored(recall, head, share, task)
+            return self._scored(model, recall, head, share, task)
 
         ways: list[tuple[str, str, Kind, Callable[[Task], Tensor]]] = [
             (
@@ -145,7 +146,7 @@ class Measure:
                 "uniform",
                 "uniform mixture, LDA head",
                 "baseline",
-                lambda task: self._scored(uniform, uniform_head, equal, task),
+                lambda task: self._scored(model, uniform, uniform_head, equal, task),
             ),
         ]
         if model.settings.routing == "mixture" and model.settings.separation in SIGNED:
@@ -178,14 +179,17 @@ class Measure:
         return self.workspace.engine.predict(run, task.test.images)
 
     def _scored(
-        self, recall: Recall, head: RecalledHead, coefficients: Tensor, task: Task
+        self,
+        model: MemoryModel,
+        recall: Recall,
+        head: RecalledHead,
+        coefficients: Tensor,
+        task: Task,
     ) -> Tensor:
         """Scores (n, classes) under one recall and coefficients (t,) for all samples."""
-        backbone = self.workspace.backbone
 
         def run(images: Tensor) -> Tensor:
-            features = backbone.features(backbone.preprocess(images), recall)
-            return head(features, coefficients.expand(len(images), -1))
+            return head(model.under(images, recall), coefficients.expand(len(images), -1))
 
         return self.workspace.engine.predict(run, task.test.images)
 
@@ -198,14 +202,13 @@ class Measure:
         work = self.workspace
         state, model, _ = snapshot.consolidated()
         at_once = work.stream.setting == "dg"
-        statistics = work.statistics()
+        statistics = work.statistics(model.look.features_width)
         for task in tasks:
             last = len(state.tasks) if at_once else state.tasks.index(task.number) + 1
             there = (torch.tensor(state.adapter_tasks) < last).float()
             equal = (there / there.sum()).to(work.engine.device)
             recall = same_for_all(model.values, equal, model.mix)
-
-            features = work.features(task.train.images, recall)
+            features = work.engine.predict(partial(model.under, recall=recall), task.train.images)
             statistics.merge(work.counted(features, task.train))
         return solve_head("lda", statistics, work.config.head)
 
@@ -248,11 +251,16 @@ def seen_by(engine: Engine, snapshot: Snapshot, image: npt.NDArray[np.uint8]) ->
 
     def run(batch: Tensor) -> Tensor:
         features, _, queries = model.seen(model.backbone.preprocess(batch))
-        return torch.cat([features.float().unsqueeze(1), queries], dim=1)
+        return torch.cat([features.float(), queries.flatten(1)], dim=1)
 
     found = engine.predict(run, image[None])
+    wide = model.look.features_width
+    features, queries = (
+        found[:, :wide],
+        found[:, wide:].unflatten(1, (len(model.memory.blocks), -1)),
+    )
     statistics, asked = snapshot.feature_statistics(), snapshot.query_statistics()
-    return seen_before(found[:, 0], statistics, found[:, 1:], asked)
+    return seen_before(features, statistics, queries, asked)
 
 
 def _with_separation(
@@ -264,7 +272,7 @@ def _with_separation(
         for here in (model.memory[block] for block in model.memory.blocks)
     ]
     memory = KeyedMemory(model.memory.blocks, memories)
-    return MemoryModel(model.backbone, model.values, memory, model.settings)
+    return MemoryModel(model.backbone, model.values, memory, model.settings, model.look)
 
 
 def _without_negative(separate: SeparationFunction) -> SeparationFunction:

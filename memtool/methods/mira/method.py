@@ -12,7 +12,8 @@ The first two are what all methods do (`memtool.methods.method`).
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -80,6 +81,14 @@ class Mira(Method):
     def key_epochs(self) -> int:
         """Epochs of key learning."""
         return self.config.consolidate.epochs
+
+    def cost(self, *, numbers: int, parameters: int, tokens: int) -> Mapping[str, Any]:
+        """What an image costs beside the pass under what it recalls: see `ImageCost`."""
+        from memtool.methods.mira.cost import image_cost
+
+        del numbers, parameters, tokens
+        work = self.workspace
+        return asdict(image_cost(self.config, work.stream, work.backbone, len(work.layout.blocks)))
 
     def _beneath(self, task: Task) -> tuple[MemoryModel | None, str]:
         """The consolidated memory, where adapters are residual; none before the first task."""

@@ -1,9 +1,8 @@
 """How an input recalls its mixture: backbone, stacked values and keyed memory as one module.
 
 `scope` "block": the memory of every block looks at that block's own input, as in MIRA's paper.
-`scope` "model": one memory looks at the input of block `look_at` of the frozen model and its
-coefficients serve all blocks; the blocks before `look_at` then run twice, and what it sees never
-depends on what it recalls.
+`scope` "model": one memory looks at passes that run before (`look`), and its coefficients serve all
+blocks; what it sees never depends on what it recalls.
 """
 
 from __future__ import annotations
@@ -13,17 +12,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from memtool.adapters.layout import Layout
 from memtool.adapters.mixing import Mixture
 from memtool.adapters.values import AdapterValues, Recall
 from memtool.backbones.interface import Backbone
 from memtool.memories.keyed import KeyedMemory
+from memtool.methods.mira.look import ImageLook, Seen
 from memtool.sections import MemorySettings, Mix
 
 
-def memory_blocks(settings: MemorySettings, layout: Layout) -> tuple[int, ...]:
-    """The blocks that have a memory."""
-    return (settings.look_at_block,) if settings.scope == "model" else layout.blocks
+def memory_blocks(
+    settings: MemorySettings, backbone: Backbone, blocks: Sequence[int]
+) -> tuple[int, ...]:
+    """The blocks that have a memory, of those that are adapted.
+
+    One that serves all has the number of the block that it looks at, or one behind all.
+    """
+    if settings.scope != "model":
+        return tuple(blocks)
+    alone = settings.look_at_block
+    return (backbone.depth if alone is None else alone,)
 
 
 class MemoryRecall:
@@ -58,55 +65,62 @@ class MemoryModel(nn.Module):
         values: AdapterValues,
         memory: KeyedMemory,
         settings: MemorySettings,
+        look: ImageLook | None = None,
     ) -> None:
+        """`look` says what is seen beforehand; without one as `settings` say, nothing beside."""
         super().__init__()
         self.backbone = backbone
         self.values = values
         self.memory = memory
         self.settings = settings
         self.mix: Mix = settings.mix
-        self.look_at = settings.look_at_block if settings.scope == "model" else None
+        self.look = ImageLook(backbone, settings) if look is None else look
 
     def recall(self, pixels: Tensor) -> MemoryRecall:
         """A fresh recall for one forward pass over `pixels`."""
-        return self._recall(self._looked_at(pixels))
+        return self._recall(self.look(self.backbone, pixels, beside=False))
 
-    def _looked_at(self, pixels: Tensor) -> Tensor | None:
-        """What one memory for all blocks looks at; None where every block has its own."""
-        return None if self.look_at is None else self.backbone.hidden(pixels, self.look_at)
-
-    def _recall(self, hidden: Tensor | None) -> MemoryRecall:
-        if self.look_at is None or hidden is None:
+    def _recall(self, seen: Seen) -> MemoryRecall:
+        if seen.query is None:
             return MemoryRecall(self, None)
-        shared = self.memory.coefficients(self.look_at, hidden)
+        (block,) = self.memory.blocks
+        shared = self.memory.coefficients(block, seen.query)
         recall = MemoryRecall(self, shared)
-        recall.coefficients[self.look_at] = shared
+        recall.coefficients[block] = shared
         return recall
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features (batch, dim)."""
+        """Features (batch, f) as the head reads them: recalled ones, perhaps others beside."""
         pixels = self.backbone.preprocess(images)
-        return self.backbone.features(pixels, self.recall(pixels))
+        seen = self.look(self.backbone, pixels)
+        return seen.widened(self.backbone.features(pixels, self._recall(seen)))
+
+    def under(self, images: Tensor, recall: Recall | None) -> Tensor:
+        """Features (batch, f) as the head reads them, under another recall."""
+        pixels = self.backbone.preprocess(images)
+        features = self.backbone.features(pixels, recall)
+        if not self.look.beside:
+            return features
+        return self.look(self.backbone, pixels, query=False).widened(features)
 
     def with_coefficients(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (batch, dim) and coefficients (batch, memories, t)."""
+        """Features (batch, f) as the head reads them, and coefficients (batch, memories, t)."""
         pixels = self.backbone.preprocess(images)
-        recall = self.recall(pixels)
-        features = self.backbone.features(pixels, recall)
+        seen = self.look(self.backbone, pixels)
+        recall = self._recall(seen)
+        features = seen.widened(self.backbone.features(pixels, recall))
         found = [recall.coefficients[block] for block in self.memory.blocks]
         return features, torch.stack(found, dim=1)
 
     def seen(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of preprocessed pixels features (batch, dim), coefficients and queries, in one pass.
+        """Of preprocessed pixels features (batch, f), coefficients and queries, in one go.
 
-        Coefficients (batch, memories, t); queries (batch, memories, dim), without the constant.
+        Coefficients (batch, memories, t); queries (batch, memories, d), without the constant.
         """
-        hidden = self._looked_at(pixels)
-        recall = self._recall(hidden)
-        probe = QueryProbe(self.memory, recall, self.look_at)
-        if self.look_at is not None and hidden is not None:
-            probe.look(self.look_at, hidden)
-        features = self.backbone.features(pixels, probe)
+        seen = self.look(self.backbone, pixels)
+        recall = self._recall(seen)
+        probe = QueryProbe(self.memory, recall, seen)
+        features = seen.widened(self.backbone.features(pixels, probe))
         coefficients = [recall.coefficients[block] for block in self.memory.blocks]
         queries = [probe.queries[block] for block in self.memory.blocks]
         return features, torch.stack(coefficients, dim=1), torch.stack(queries, dim=1)
@@ -115,38 +129,37 @@ class MemoryModel(nn.Module):
 class QueryProbe:
     """A recall that passes another one on and keeps what the given memories would be asked.
 
-    `queries[l]` (batch, dim) is the query of memory l, without the constant.
+    `queries[l]` (batch, d) is the query of memory l, without the constant: of what was `seen`
+    beforehand, or of the input of its block.
     """
 
-    def __init__(self, memory: KeyedMemory, inner: Recall | None, look_at: int | None) -> None:
+    def __init__(self, memory: KeyedMemory, inner: Recall | None, seen: Seen) -> None:
         self._memory = memory
         self._inner = inner
-        self._look_at = look_at
+        self._apart = seen.query is None
         self.queries: dict[int, Tensor] = {}
-
-    def look(self, block: int, hidden: Tensor) -> None:
-        """Keep the query of the memory of a block."""
-        self.queries[block] = self._memory[block].query.bare(hidden)
+        if seen.query is not None:
+            (block,) = memory.blocks
+            self.queries[block] = memory[block].query.bare(seen.query)
 
     def __call__(self, block: int, hidden: Tensor) -> Mixture | None:
         """What the inner recall says."""
-        if self._look_at is None and block in self._memory.blocks:
-            self.look(block, hidden)
+        if self._apart and block in self._memory.blocks:
+            self.queries[block] = self._memory[block].query.bare(hidden)
         return None if self._inner is None else self._inner(block, hidden)
 
 
 def features_and_queries(
     backbone: Backbone,
     memory: KeyedMemory,
+    look: ImageLook,
     inner: Recall | None,
-    look_at: int | None,
     images: Tensor,
 ) -> Tensor:
-    """Features and, behind them, the queries of all memories: (batch, dim · (1 + memories))."""
+    """Features (batch, f) with those beside, and the queries of all memories behind them."""
     pixels = backbone.preprocess(images)
-    probe = QueryProbe(memory, inner, look_at)
-    if look_at is not None:
-        probe.look(look_at, backbone.hidden(pixels, look_at))
-    features = backbone.features(pixels, probe)
+    seen = look(backbone, pixels)
+    probe = QueryProbe(memory, inner, seen)
+    features = seen.widened(backbone.features(pixels, probe))
     parts: Sequence[Tensor] = [probe.queries[block] for block in memory.blocks]
     return torch.cat([features.float(), *parts], dim=1)

@@ -59,7 +59,7 @@ def coefficients_for(model: MemoryModel, asked: Tensor, where: Path) -> Tensor:
 
     Raises MismatchError, with the file that it came from, for one of another shape.
     """
-    memories, dim = len(model.memory.blocks), model.backbone.dim
+    memories, dim = len(model.memory.blocks), model.memory[model.memory.blocks[0]].query.dim
     if asked.ndim == 1:
         asked = asked.expand(memories, -1)
     if tuple(asked.shape) != (memories, dim):

@@ -30,6 +30,7 @@ from memtool.methods.in_store import (
     features_blob,
     own_head,
 )
+from memtool.methods.mira.look import ImageLook, needs_first
 from memtool.methods.mira.protect import Protection
 from memtool.methods.mira.recall import MemoryModel, memory_blocks
 from memtool.methods.records import task_of
@@ -53,7 +54,7 @@ class MemoryState(StoredState):
 
     `tasks` in the order in which they were consolidated; `adapters` are the ids behind the keys,
     in key order, and `adapter_tasks` the position in `tasks` of each. `consolidate` says how the
-    keys were made.
+    keys were made; `first` are the ids of the adapters that anything is looked at under.
     """
 
     blob: ClassVar[str] = MEMORY
@@ -67,6 +68,7 @@ class MemoryState(StoredState):
     adapter_tasks: tuple[int, ...]
     class_names: tuple[str, ...]
     fingerprint: str
+    first: tuple[str, ...] = ()
 
     @model_validator(mode="before")
     @classmethod
@@ -128,16 +130,18 @@ class Snapshot:
                 remedy="memtool consolidate",
             )
         values = values_of(view, records, layout, sites)
+        look = look_in(view, state.first, state.memory, state.head, backbone, layout)
         memory = KeyedMemory.from_settings(
             state.memory,
-            memory_blocks(state.memory, layout),
-            backbone.dim,
+            memory_blocks(state.memory, backbone, layout.blocks),
+            look.width,
             torch.from_numpy(keys.copy()),
             prefix_tokens=backbone.prefix_tokens,
         )
         if QUERY_MODULES in view.blobs():
             _load_query_modules(memory, view.blob(QUERY_MODULES))
-        model = MemoryModel(backbone, values, memory, state.memory).to(device).requires_grad_(False)
+        model = MemoryModel(backbone, values, memory, state.memory, look)
+        model = model.to(device).requires_grad_(False)
         head = None
         if HEAD in view.blobs():
             head = RecalledHead.from_bytes(view.blob(HEAD), f"blob {HEAD!r}").to(device)
@@ -192,6 +196,30 @@ class Snapshot:
     def feature_statistics(self) -> dict[int, FeatureStatistics]:
         """Moments of the features of every consolidated task, by task number, in order."""
         return feature_statistics(self.view, self.state.tasks if self.state else ())
+
+
+def look_in(
+    view: memtool_stores.MemoryView,
+    first: tuple[str, ...],
+    settings: MemorySettings,
+    head: HeadSettings,
+    backbone: Backbone,
+    layout: Layout,
+) -> ImageLook:
+    """What a memory looks at; `first` are the ids of the adapters of its first task.
+
+    Raises MismatchError where one of these is not in memory.
+    """
+    if not needs_first(settings, head):
+        return ImageLook(backbone, settings, head)
+    here = {*view.ids}
+    if not first or not here.issuperset(first):
+        raise MismatchError(
+            f"version {view.version} is looked at under adapters that it does not hold",
+            remedy="memtool rollback to a version that does, or another --store",
+        )
+    values = values_of(view, [view.get(id) for id in first], layout, backbone.all_sites)
+    return ImageLook(backbone, settings, head, values)
 
 
 def _load_query_modules(memory: KeyedMemory, data: bytes) -> None:
@@ -251,7 +279,7 @@ def _queries(view: memtool_stores.MemoryView, tasks: tuple[int, ...]) -> dict[in
     return {t: QueryStatistics.from_bytes(view.blob(b), f"blob {b!r}") for t, b in blobs.items()}
 
 
-SAME_QUERIES = ("token", "query", "query_norm", "scope", "look_at", "keys_of")
+SAME_QUERIES = ("token", "query", "query_norm", "scope", "look_at", "look_under", "keys_of")
 """Settings of a memory that decide how its queries are counted."""
 
 
@@ -270,6 +298,27 @@ def join(txn: memtool_stores.Transaction, view: memtool_stores.MemoryView) -> tu
                     expected="two memories whose queries were counted alike",
                     remedy="another --store",
                 )
+        if here.head.beside != there.head.beside:
+            raise MismatchError(
+                f"head.features is {there.head.features} in the other memory, and "
+                f"{here.head.features} in this one",
+                expected="two memories whose features were counted alike",
+                remedy="another --store",
+            )
+        mine, other = (
+            [one.get(id).sha256 for id in ids]
+            for one, ids in (
+                (txn.base, here.first),
+                (view, there.first),
+            )
+        )
+        if mine != other:
+            raise MismatchError(
+                "the two memories were looked at under different first adapters",
+                expected="two memories that began with the same task: what was counted under "
+                "one adapter says nothing of another",
+                remedy="another --store",
+            )
         if here.class_names != there.class_names:
             raise MismatchError(
                 "the two memories tell other classes apart",
@@ -278,5 +327,22 @@ def join(txn: memtool_stores.Transaction, view: memtool_stores.MemoryView) -> tu
             )
     if here is None and there is not None:
         nothing: dict[str, tuple[int, ...]] = {"tasks": (), "adapters": (), "adapter_tasks": ()}
-        there.model_copy(update=nothing).put(txn)
+        first = {"first": _taken(txn, view, there.first)}
+        there.model_copy(update={**nothing, **first}).put(txn)
     return ()
+
+
+def _taken(
+    txn: memtool_stores.Transaction, view: memtool_stores.MemoryView, first: tuple[str, ...]
+) -> tuple[str, ...]:
+    """The ids here of adapters of another memory that it was looked at under, by their bytes."""
+    here = {record.sha256: record.id for record in txn.adapters}
+    for id in first:
+        record = view.get(id)
+        if record.sha256 not in here:
+            raise MismatchError(
+                f"the other memory was looked at under {record.name!r}, which is not taken along",
+                expected="the adapters of its first task among those that are merged",
+                remedy=f"memtool merge with {record.name} among the names, or without any",
+            )
+    return tuple(here[view.get(id).sha256] for id in first)

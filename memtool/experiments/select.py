@@ -1,0 +1,270 @@
+"""Choosing the settings of every row on validation samples, before any test sample is read.
+
+Every cell of the grid is a whole run of one tuning seed, the baselines included, in which the
+samples that `stream.validation` holds back take the place of the test samples: those are not in its
+stream at all. Each row, and each reading of a baseline, takes its own best cell; rows that read the
+memory in other ways take the memory's. Then the seeds that are reported run with what was chosen,
+and the test samples are read for the first time.
+
+A cell that is finished is one file below `select/`; a run that was killed goes on in the cell where
+it was.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from memtool import __version__
+from memtool.config import not_read_under, parse_assignment, with_values
+from memtool.engine import Engine
+from memtool.errors import ConfigError
+from memtool.evaluation.record import Record, Row
+from memtool.evaluation.selection import Cell, Choice, Selection, first_best
+from memtool.experiments import run as experiment
+from memtool.learning.known import is_fixed
+from memtool.methods import open_method
+from memtool.methods.kept import fingerprint_of, kept
+from memtool.paths import store_beside
+from memtool.progress import Progress
+from memtool.sections import owners_of
+from memtool.settings import Config, get, keys, sections
+
+SHARE = 0.2
+"""What a cell holds back where `stream.validation` is 0; the runs that are reported do not."""
+
+TUNING_SEED = 1000
+"""The tuning seed where nobody names one: the first from here on that is not reported."""
+
+SHARED = ("adapter", "train", "head", "text")
+"""Sections that can be chosen beside those of the method: what is learned, not on what."""
+
+AFTERWARDS = ("memory", "consolidate", "head")
+"""Sections that adapters do not learn by: cells that differ in these alone share what was trained,
+unless adapters learn on top of a memory, or under a head that knows all classes in advance."""
+
+NOT_CHOSEN = ("text.generate", "text.shots")
+"""Of these, what is measured and what only some baselines read."""
+
+
+def cells_of(config: Config, selections: Sequence[str]) -> tuple[Cell, ...]:
+    """The cells of `KEY=VALUE,VALUE`: all combinations, equal ones once.
+
+    Values of a setting that holds several are separated by `;`. Raises ConfigError for a key that
+    is no setting, that nothing reads in any of the cells, or that says what is measured; for a
+    value that cannot be used, comes twice, or is the only one.
+    """
+    axes: dict[str, list[Any]] = {}
+    for text in selections:
+        key, values = _axis(config, text)
+        if key in axes:
+            raise ConfigError(
+                f"--select {text}: {key} is selected twice", expected="once, with all"
+            )
+        axes[key] = values
+    found: dict[str, Cell] = {}
+    unread: dict[str, str] = {}
+    read: set[str] = set()
+    for combination in itertools.product(*axes.values()):
+        cell = with_values(config, dict(zip(axes, combination, strict=True)), "--select")
+        under = {key: not_read_under(cell, key) for key in axes}
+        unread |= {key: other for key, other in under.items() if other is not None}
+        plain = {key: _plain(get(cell, key)) for key, other in under.items() if other is None}
+        read |= plain.keys()
+        found.setdefault(fingerprint_of(plain), Cell(values=plain))
+    for key, other in unread.items():
+        if key not in read:
+            raise ConfigError(
+                f"--select {key} has no effect under {other} {_plain(get(config, other))}",
+                expected="a setting that something reads",
+                remedy=f"the same without --select {key}",
+            )
+    return tuple(found.values())
+
+
+def _axis(config: Config, text: str) -> tuple[str, list[Any]]:
+    """The key and the values of one --select, each checked by itself."""
+    try:
+        key, said = parse_assignment(text)
+    except ConfigError as error:
+        raise ConfigError(
+            f"--select {text}", expected="KEY=VALUE,VALUE, as --select train.lr=1e-3,2e-3"
+        ) from error
+    known, place = keys(config.method), f"--select {text}"
+    if key not in known:
+        if key in keys():
+            owners = " and ".join(owners_of(key.partition(".")[0]))
+            raise ConfigError(
+                f"{place} has no effect under method {config.method}: it is of method {owners}",
+                expected="a section of " + ", ".join((*SHARED, *sections(config.method))),
+            )
+        with_values(config, {key: said}, place)  # which says what was meant
+    section = key.partition(".")[0]
+    if section not in (*SHARED, *sections(config.method)) or key in NOT_CHOSEN:
+        raise ConfigError(
+            f"{place}: {key} says what is measured or how, not how it is learned",
+            expected="a section of " + ", ".join((*SHARED, *sections(config.method))),
+            remedy=f"--set {key}=VALUE, the same for all rows",
+        )
+    several = isinstance(get(config, key), tuple)
+    words = [word.strip() for word in said.split(";" if several else ",") if word.strip()]
+    values = [get(with_values(config, {key: word}, place), key) for word in words]
+    for place_of, value in enumerate(values):
+        if value in values[:place_of]:
+            raise ConfigError(
+                f"{place}: {words[place_of]} stands for a value that is there already"
+            )
+    if len(values) < 2:
+        raise ConfigError(
+            f"{place} has {len(values)} value{'s'[: len(values) != 1]} to choose from",
+            expected="two or more",
+            remedy=f"--set {key}={words[0]}" if words else None,
+        )
+    return key, values
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def tuning_seed(config: Config, wanted: int | None = None) -> int:
+    """The seed to choose on. Raises ConfigError for one that is reported."""
+    if wanted in config.seed:
+        raise ConfigError(
+            f"--select-seed {wanted} is reported, too",
+            expected="a seed that is not among --seed " + " ".join(map(str, config.seed)),
+            remedy="without --select-seed, another one is taken",
+        )
+    if wanted is not None:
+        return wanted
+    return next(seed for seed in itertools.count(TUNING_SEED) if seed not in config.seed)
+
+
+def cell_config(config: Config, cell: Cell, seed: int) -> Config:
+    """The configuration of a cell's run: its values, the tuning seed, and no test sample.
+
+    A memory of its own, and the adapters and baselines of all cells that learn alike.
+    """
+    changed = with_values(config, cell.values, "--select")
+    stream = config.stream.model_copy(
+        update={"split": "validation", "validation": config.stream.validation or SHARE}
+    )
+    name = folder_name(cell.values)
+    alike = cell.values
+    if not (changed.adapter.residual or is_fixed(changed)):
+        alike = {k: v for k, v in cell.values.items() if k.partition(".")[0] not in AFTERWARDS}
+    return changed.model_copy(
+        update={
+            "stream": stream,
+            "seed": (seed,),
+            "orders": "given",
+            "store": store_beside(config.store, f"-select-{name}"),
+            "runs": config.runs / "select" / folder_name(alike),
+        }
+    )
+
+
+def folder_name(values: Mapping[str, Any]) -> str:
+    """What the folder of a cell is called: readable, and another one for other values."""
+    words = "-".join(f"{key.rpartition('.')[2]}-{value}" for key, value in values.items())
+    readable = re.sub(r"[^A-Za-z0-9.]+", "-", words)[:40].strip("-.") or "as-configured"
+    return f"{readable}-{fingerprint_of(dict(values))[:8]}"
+
+
+class _Measured(BaseModel):
+    """What a cell gave: figures by row, in their order, and the baselines that rows are of."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    figures: dict[str, float | None]
+    of: dict[str, str]
+    samples: Annotated[int, Field(ge=0)]
+    loss: bool
+
+
+def select(
+    config: Config,
+    cells: Sequence[Cell],
+    *,
+    seed: int,
+    progress: Progress | None = None,
+    resume: bool = True,
+    command: str | None = None,
+    preset: str | None = None,
+) -> Selection:
+    """What every row of the table is to have, by the validation samples of one seed.
+
+    Raises what `run` does, and ConfigError or DataError where nothing can be held back.
+    """
+    measured = []
+    for cell in cells:
+        other = cell_config(config, cell, seed)
+        file = other.runs / f"measured-{_decides(other, seed)[:16]}.json"
+        if not resume:
+            file.unlink(missing_ok=True)
+        measured.append(_measured(other, file, progress, resume, command, preset))
+    rows = {}
+    ids = dict.fromkeys(id for one in measured for id in one.figures)
+    lower = any(one.loss for one in measured)
+    for id in ids:
+        figures = tuple(one.figures.get(id) for one in measured)
+        of = next((one.of[id] for one in measured if id in one.of), None)
+        rows[id] = Choice(figures=figures, chosen=first_best(figures, lower=lower), of=of)
+    memory = next((choice.chosen for choice in rows.values() if choice.of is None), 0)
+    return Selection(
+        seed=seed,
+        validation=config.stream.validation or SHARE,
+        samples=measured[0].samples,
+        measure="loss" if lower else "accuracy",
+        cells=tuple(cells),
+        rows={
+            id: choice if choice.of else choice.model_copy(update={"chosen": memory})
+            for id, choice in rows.items()
+        },
+    )
+
+
+def _measured(
+    config: Config,
+    file: Path,
+    progress: Progress | None,
+    resume: bool,
+    command: str | None,
+    preset: str | None,
+) -> _Measured:
+    """A cell from its file, or run to its end."""
+
+    def find() -> _Measured:
+        of: dict[str, str] = {}
+        (record,) = experiment.run(
+            config, progress=progress, resume=resume, command=command, preset=preset, of=of
+        )
+        return _Measured(
+            figures={row.id: _figure(row) for row in record.metrics.rows},
+            of=of,
+            samples=sum(task.test_samples or 0 for task in record.run.tasks),
+            loss=_only_losses(record),
+        )
+
+    return kept(file, TypeAdapter(_Measured), Engine(config.engine), find)
+
+
+def _figure(row: Row) -> float | None:
+    """The final average, or the final loss where no answer was scored."""
+    return row.metrics.get("faa", row.metrics.get("loss.final"))
+
+
+def _only_losses(record: Record) -> bool:
+    return not any("faa" in row.metrics for row in record.metrics.rows)
+
+
+def _decides(config: Config, seed: int) -> str:
+    """The hash of all that decides what a cell gives."""
+    work = open_method(config, seed=seed).workspace
+    said = config.model_dump(mode="json", exclude={"store", "runs", "lock_timeout", "limits"})
+    return fingerprint_of([__version__, said, seed, work.stream.fingerprint, work.backbone.sha256])

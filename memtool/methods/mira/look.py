@@ -1,0 +1,197 @@
+"""What a memory over images looks at before it recalls, and what its head reads beside.
+
+    places   block:N, the input of a block, pooled; blocks, that of every block; final, the features
+    under    the frozen model, or the model under the adapters of the first task, which never change
+
+What is seen stands side by side, each part pooled and normalised alone, as texts are looked at
+(`memtool.learning.looks`). Keys and head may want the same pass; it runs once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from memtool.adapters.mixing import Mixture
+from memtool.adapters.recalls import every, same_for_all
+from memtool.adapters.values import AdapterValues, Recall
+from memtool.backbones.interface import Backbone
+from memtool.errors import MismatchError
+from memtool.learning.looks import MOST_WIDE, blocks_in, directions, each_place
+from memtool.memories.query import pooled
+from memtool.sections import MemorySettings
+from memtool.settings import HeadSettings
+
+Under = Literal["frozen", "first"]
+"""What a pass runs under: no adapter, or those of the first task."""
+
+
+def looked_under(settings: MemorySettings) -> tuple[Under, ...]:
+    """What the passes run under that keys look through; none where every block has its own."""
+    if settings.scope != "model":
+        return ()
+    named: dict[str, tuple[Under, ...]] = {
+        "frozen": ("frozen",),
+        "first-adapter": ("first",),
+        "both": ("frozen", "first"),
+    }
+    return named[settings.look_under]
+
+
+def read_beside(head: HeadSettings) -> tuple[Under, ...]:
+    """What the features are of that the head reads beside the recalled ones."""
+    return tuple(under for under in get_args(Under) if under == head.beside)
+
+
+def needs_first(settings: MemorySettings, head: HeadSettings) -> bool:
+    """Whether anything is seen under the adapters of the first task."""
+    return "first" in {*looked_under(settings), *read_beside(head)}
+
+
+def passes_of(settings: MemorySettings, head: HeadSettings, depth: int) -> dict[Under, float]:
+    """The share of the blocks of a model that runs in every pass before the recall, by its under.
+
+    Keys and head share a pass.
+    """
+    looked, read = looked_under(settings), read_beside(head)
+    places = each_place(settings.places, depth)
+    last = max([*blocks_in(places, depth, remedy="final"), depth * ("final" in places)])
+    shares = dict.fromkeys(looked, last / depth)
+    return {**shares, **dict.fromkeys(read, 1.0)}
+
+
+def width_of(settings: MemorySettings, depth: int, dim: int) -> int:
+    """Entries of a query, without the constant, over a model of so many blocks, `dim` wide."""
+    if settings.scope != "model":
+        return dim
+    return min(
+        MOST_WIDE, len(looked_under(settings)) * len(each_place(settings.places, depth)) * dim
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What was seen of a batch: the `query` (b, width) of one memory, features `beside` (b, f).
+
+    None where every block has a memory, or nothing stands beside.
+    """
+
+    query: Tensor | None
+    beside: Tensor | None
+
+    def widened(self, features: Tensor) -> Tensor:
+        """Features (b, dim), and behind them those beside."""
+        return features if self.beside is None else torch.cat([features, self.beside], dim=1)
+
+
+class ImageLook(nn.Module):
+    """The passes before a memory recalls: `forward(backbone, pixels)` says what they show.
+
+    `first` are the adapters of the first task, the equal mixture of which is looked under.
+    """
+
+    narrow: Tensor | None
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        settings: MemorySettings,
+        head: HeadSettings | None = None,
+        first: AdapterValues | None = None,
+    ) -> None:
+        """Raises ConfigError for a block that is not there; MismatchError without a `first`."""
+        super().__init__()
+        self.under = looked_under(settings)
+        self.beside = () if head is None else read_beside(head)
+        depth = backbone.depth
+        self.places = tuple(each_place(settings.places, depth)) if self.under else ()
+        self.blocks = blocks_in(self.places, depth, remedy="final")
+        self.prefix_tokens = backbone.prefix_tokens
+        self.token, self.norm, self.mix = settings.token, settings.query_norm, settings.mix
+        self.first = first if "first" in (*self.under, *self.beside) else None
+        if self.first is None and "first" in (*self.under, *self.beside):
+            raise MismatchError(
+                "a look under the adapters of the first task, and none is there",
+                remedy="memtool consolidate",
+            )
+        wide = len(self.under) * len(self.places) * backbone.dim
+        self.width = width_of(settings, depth, backbone.dim)
+        narrow = None
+        if wide > MOST_WIDE:
+            narrow = directions(wide, MOST_WIDE, torch.device("cpu")).clone()
+        self.register_buffer("narrow", narrow, persistent=False)
+        self.features_width = backbone.dim * (1 + len(self.beside))
+
+    def forward(
+        self, backbone: Backbone, pixels: Tensor, *, query: bool = True, beside: bool = True
+    ) -> Seen:
+        """What is seen of preprocessed pixels; without `query` or `beside` only the other."""
+        asked, read = self.under if query else (), self.beside if beside else ()
+        parts: list[Tensor] = []
+        features: dict[Under, Tensor] = {}
+        for under in dict.fromkeys((*asked, *read)):
+            wanted = self.places if under in asked else ()
+            seen = self._pass(backbone, pixels, under, wanted, whole=under in read)
+            if under in asked:
+                parts += [self._pooled(place, seen[place]) for place in self.places]
+            if under in read:
+                features[under] = seen["final"]
+        found = [features[under] for under in read]
+        return Seen(self._joined(parts), torch.cat(found, dim=1) if found else None)
+
+    def _pass(
+        self,
+        backbone: Backbone,
+        pixels: Tensor,
+        under: Under,
+        places: Sequence[str],
+        *,
+        whole: bool,
+    ) -> dict[str, Tensor]:
+        """The places of one pass, by name: hidden states (b, n, dim), and the features (b, dim)."""
+        wanted = self.blocks if places else set[int]()
+        recall, seen = self._recall(under), dict[str, Tensor]()
+
+        def keep(block: int, hidden: Tensor) -> Mixture | None:
+            if block in wanted:
+                seen[f"block:{block}"] = hidden
+            return None if recall is None else recall(block, hidden)
+
+        if whole or "final" in places:
+            seen["final"] = backbone.features(pixels, keep)
+        elif len(wanted) == 1 and recall is None:
+            (last,) = wanted
+            seen[f"block:{last}"] = backbone.hidden(pixels, last)
+        else:
+            last = max(wanted)
+            seen[f"block:{last}"] = backbone.hidden(pixels, last, keep)
+        return seen
+
+    def _recall(self, under: Under) -> Recall | None:
+        if under == "frozen" or self.first is None:
+            return None
+        count = len(self.first)
+        if count == 1:
+            return every(self.first)
+        equal = torch.full((count,), 1 / count, device=self.first.scaling.device)
+        return same_for_all(self.first, equal, self.mix)
+
+    def _pooled(self, place: str, hidden: Tensor) -> Tensor:
+        """A part (b, dim) of what is seen: features are pooled already."""
+        if place == "final":
+            return pooled(hidden.unsqueeze(1), "class", 0, norm=self.norm)
+        return pooled(hidden, self.token, self.prefix_tokens, norm=self.norm)
+
+    def _joined(self, parts: Sequence[Tensor]) -> Tensor | None:
+        """The parts side by side, projected where they are too wide."""
+        if not parts:
+            return None
+        whole = torch.cat([*parts], dim=1)
+        if self.narrow is None:
+            return whole
+        with torch.autocast(whole.device.type, enabled=False):
+            return whole @ self.narrow.to(whole)
