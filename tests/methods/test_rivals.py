@@ -486,9 +486,10 @@ def test_rivals_are_measured_where_they_are_named(tmp_path: Path) -> None:
 
 
 def test_a_plan_says_how_often_an_image_runs(tmp_path: Path) -> None:
-    config = small_config(tmp_path, baselines=("tuna", "slca", "er", "ease"), **FEW)
+    config = small_config(tmp_path, baselines=("tuna", "slca", "er", "ease", "aper"), **FEW)
     facts = plan(config, seed=0, verb="run")
     assert facts["baseline_passes"] == {
+        "aper": {"step": 1, "test": 2},
         "ease": {"step": 1, "test": 3},
         "tuna": {"step": 1, "test": 4},
         "er": {"step": 2, "test": 1},

@@ -156,8 +156,10 @@ def require(name: str, work: Workspace) -> None:
 
 def passes(name: str, tasks: int) -> tuple[int, int]:
     """How often a rival runs a training image in a step, and a test image after so many tasks."""
-    step = {Er.id: 2, DerPlusPlus.id: 3}
-    test = {Ease.id: tasks, Mos.id: tasks, Tuna.id: tasks + 1}
+    asking = {kind.id: 2 for kind in (L2p, DualPrompt, CodaPrompt)}  # the frozen model reads first
+    step = {**asking, Er.id: 2, DerPlusPlus.id: 3}
+    beside = {**asking, SPrompts.id: 2, APER.id: 2}
+    test = {**beside, Ease.id: tasks, Mos.id: tasks, Tuna.id: tasks + 1}
     return step.get(name, 1), test.get(name, 1)
 
 
