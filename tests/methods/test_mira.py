@@ -262,10 +262,9 @@ class TestBadInput:
     def test_an_adapter_of_another_rank(self, learned_copy):
         folder = learned_copy.config.runs.parent
         mira = Mira.open(small_config(folder, adapter__rank=2), seed=0)
-        with pytest.raises(MismatchError, match="an adapter of rank 4"):
-            mira.write()
-        with pytest.raises(SpaceMismatchError, match="rank"):
-            mira.consolidate()
+        for step in (mira.write, mira.consolidate):
+            with pytest.raises(SpaceMismatchError, match="rank"):
+                step()
 
     def test_another_adapter_of_the_same_name(self, learned_copy):
         folder = learned_copy.config.runs.parent
