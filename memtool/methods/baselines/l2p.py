@@ -10,9 +10,10 @@ and keys start uniform in [0, 0.01).
 
 Otherwise than there: features are the model's own, as Smith et al. 2023 have them in their L2P, and
 not the mean of what comes out where the prompts went in. On ViT-Tiny, CIFAR-100 in five tasks of
-200 training images, three epochs, one seed, they have 30.0 on 300 test images and that mean 20.3
-(so this choice was made on test images). Every image takes its own prompts (the code, those that most images of a batch want), the rate falls along a cosine,
-and prompts have no position embeddings.
+200 training images, three epochs, one seed, they have 30.0 on 300 test images and that mean 20.3,
+so that this choice was made on test images. Every image takes its own prompts (the code, those that
+most images of a batch want), the rate falls along a cosine, and prompts have no
+position embeddings.
 """
 
 from __future__ import annotations
