@@ -131,8 +131,10 @@ class VitBackbone(WithPrefix):
     ) -> Tensor:
         """Pooled features (batch, dim) of preprocessed pixels (batch, 3, size, size)."""
         hidden = self._embed(pixels)
-        prefix = prefix or Prefix()
-        prefix.check(len(hidden), self.dim, self.depth)
+        if prefix is None:
+            prefix = Prefix()
+        else:
+            prefix.check(len(hidden), self.dim, self.depth)
         prompts = 0
         if prefix.tokens is not None:
             prompts = prefix.tokens.shape[1]

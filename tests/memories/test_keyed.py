@@ -1,7 +1,6 @@
 """Block memories: coefficients are separation(similarity(query, keys)), block by block."""
 
 from itertools import product
-from typing import get_args
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from memtool.errors import MismatchError
 from memtool.memories.keyed import BlockMemory, KeyedMemory
 from memtool.memories.query import QueryModule
 from memtool.memories.separation import separation
-from memtool.memories.similarity import similarity
+from memtool.memories.similarity import SIMILARITIES, similarity
 from memtool.registry import SHIPPED
 from memtool.sections import MemorySettings, Separation, Similarity
 
@@ -20,9 +19,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize(
-    ("alike", "separate"), list(product(get_args(Similarity), SHIPPED["separations"]))
-)
+@pytest.mark.parametrize(("alike", "separate"), list(product(SIMILARITIES, SHIPPED["separations"])))
 def test_every_setting_is_the_composition(alike: Similarity, separate: Separation) -> None:
     settings = MemorySettings(similarity=alike, separation=separate, beta=2.0, topk=2, token="mean")
     keys, hidden = draw(2, 4, 9), draw(3, 5, 8, seed=1)

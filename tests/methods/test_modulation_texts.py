@@ -19,7 +19,7 @@ from memtool.config import resolve
 from memtool.errors import ConfigError, MemtoolError, MismatchError, NotFoundError
 from memtool.experiments.bisect import bisect
 from memtool.experiments.run import chosen_baselines, run
-from memtool.methods.baselines import baselines_of
+from memtool.methods.baselines import RIVALS, baselines_of
 from memtool.methods.forget import forget
 from memtool.methods.modulation.measure import Seen, relative_errors
 from memtool.methods.modulation.method import Modulation
@@ -247,5 +247,6 @@ def test_a_run_ends_with_its_rows_and_the_baselines_of_texts(place: Path, tmp_pa
     assert ids == ["hopfield", "exact-predicted", "exact", "zero-shot"]
     assert record.row("hopfield").seconds > 0
     every_one = Modulation.open(chosen.model_copy(update={"baselines": ("all",)}), seed=0)
-    assert chosen_baselines(every_one) == tuple(baselines_of("texts"))
+    plain = tuple(name for name in baselines_of("texts") if name not in RIVALS)
+    assert chosen_baselines(every_one) == plain
     assert "recall error" in (tmp_path / "runs" / "seed-0" / "report.html").read_text()

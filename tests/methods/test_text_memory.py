@@ -494,7 +494,7 @@ def test_free_keys_do_not_answer_to_earlier_texts(place: Path, tmp_path: Path) -
     free = {"moram.keys": "free", "moram.temperature": 0.2, "moram.threshold": -1.0}
     method = grow(moram_of(place, tmp_path, **free), 1, 2)
     work, snapshot = method.workspace, method.snapshot()
-    past = past_inputs_of(work.store.view("HEAD~1"), work.layout, 0.97)
+    past = past_inputs_of(work.store.view("HEAD~1"), work.layout, work.config.past)
     name = work.backbone.sites(("q",))[0].name
     module = work.backbone.sites(("q",))[0].module
     learned = past.space[module]
