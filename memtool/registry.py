@@ -57,7 +57,7 @@ SHIPPED: Mapping[Kind, Mapping[str, str]] = {
         "l2p": "memtool.methods.baselines.l2p:L2p",
         "dual-prompt": "memtool.methods.baselines.dual_prompt:DualPrompt",
         "coda-prompt": "memtool.methods.baselines.coda_prompt:CodaPrompt",
-        "s-prompts": "memtool.methods.baselines.s_prompts:s_prompts",
+        "s-prompts": "memtool.methods.baselines.s_prompts:SPrompts",
         "rail": "memtool.methods.baselines.rail:rail",
         "slca": "memtool.methods.baselines.slca:Slca",
         "ease": "memtool.methods.baselines.ease:Ease",

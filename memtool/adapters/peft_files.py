@@ -256,7 +256,7 @@ def _scalings(
     called = {module: called_by_peft(name) for module, (_, name) in modules.items()}
     ranks = {module: rank for module, (rank, _) in modules.items()}
     found = scalings(config, ranks, {module: name for module, (name, _) in called.items()}, where)
-    # Of torch's attention peft merges out_proj twice at every pass, in training too (0.14 to 0.21).
+    # Of torch's attention peft merges out_proj twice at every pass, in training too (seen in 0.21).
     return {module: scaling * (1 + called[module][1]) for module, scaling in found.items()}
 
 

@@ -343,13 +343,15 @@ def read_adapter(
     meta |= {"scaling": found.scaling, "file_sha256": found.sha256}
     again = hashlib.sha256(restored_file(replace(found, numbers=numbers))).hexdigest()
     meta["byte_identical"] = again == found.sha256
-    files, tensors = _one_file(header=found.header, config=found.config), None
+    tensors = None
     sha256 = hashlib.sha256(numbers.astype("<f4", copy=False).tobytes()).hexdigest()
+    beside = {"header": found.header, "config": found.config}
     if any_layout and (found.layout != home.layout or not meta["byte_identical"]):
         tensors = _as_it_is(path / WEIGHTS_NAME, found.sha256)
-        files, sha256 = _one_file(config=found.config), tensors.values.sha256
+        sha256 = tensors.values.sha256
         meta["byte_identical"] = True
-    meta["peft"] = PEFT_PREFIX + hashlib.sha256(files).hexdigest()[:32]
+        del beside["header"]  # the store keeps that of a file
+    meta["peft"], files = peft_blob(**beside)
     name = check_name(about.result.name if about else path.resolve().name, "an adapter")
     trained_as = exported.kind if about is None else about.trained_as
     return ReadAdapter(
@@ -453,11 +455,15 @@ def _meta(path: Path, home: Home, chosen: Task, about: About | None) -> dict[str
     }
 
 
-def _one_file(**parts: bytes) -> bytes:
-    """What PEFT files have beside their numbers, as a safetensors file."""
+def peft_blob(**parts: bytes) -> tuple[str, bytes]:
+    """Name and bytes of a blob of what PEFT files have beside their numbers: one for all alike.
+
+    `config` is the configuration; `header` that of tensors which are kept as a row.
+    """
     from safetensors.numpy import save
 
-    return save({name: np.frombuffer(data, np.uint8) for name, data in parts.items()})
+    blob = save({name: np.frombuffer(data, np.uint8) for name, data in parts.items()})
+    return PEFT_PREFIX + hashlib.sha256(blob).hexdigest()[:32], blob
 
 
 def _is_there(file: Path) -> bool:

@@ -340,9 +340,9 @@ def test_what_cannot_take_prompts_is_refused(tmp_path):
     other = Workspace(small_config(tmp_path), seed=0)
     other.__dict__["backbone"] = Convolution()
     cases = [
-        (Workspace(texts, seed=0), "L2P on texts"),
-        (Workspace(fixed, seed=0), "L2P under head.kind prototype"),
-        (other, "L2P with backbone small-convolution, which takes no prompts.*\n.*nano"),
+        (Workspace(texts, seed=0), "baseline l2p on texts"),
+        (Workspace(fixed, seed=0), "baseline l2p under head.kind prototype"),
+        (other, "baseline l2p with backbone small-convolution, which takes no prompts.*\n.*nano"),
     ]
     for work, match in cases:
         with pytest.raises(ConfigError, match=match):

@@ -68,7 +68,7 @@ from memtool.methods.baselines.prompted import require_prompts
 from memtool.methods.baselines.rail import rail
 from memtool.methods.baselines.ranpac import RANPAC
 from memtool.methods.baselines.replay import Er
-from memtool.methods.baselines.s_prompts import SPrompts, require_domains, s_prompts
+from memtool.methods.baselines.s_prompts import SPrompts, require_domains
 from memtool.methods.baselines.sd_lora import SdLora
 from memtool.methods.baselines.slca import Slca
 from memtool.methods.baselines.sources import OF_SOURCES, HeldOut, trained_sources
@@ -105,11 +105,9 @@ BASELINES: dict[str, Baseline] = {
     "text-keys": partial(in_turn, TextKeys),
     "joint": joint,
     **{one.id: one.in_turn for one in (RANPAC, APER, FSA)},
-    **{
-        kind.id: partial(in_turn, kind)
-        for kind in (L2p, DualPrompt, CodaPrompt, Slca, Ease, Mos, Tuna, SdLora, Er, DerPlusPlus)
-    },
-    "s-prompts": s_prompts,
+    **{kind.id: partial(in_turn, kind) for kind in (L2p, DualPrompt, CodaPrompt, SPrompts)},
+    **{kind.id: partial(in_turn, kind) for kind in (Slca, Ease, Mos, Tuna, SdLora)},
+    **{kind.id: partial(in_turn, kind) for kind in (Er, DerPlusPlus)},
     "rail": rail,
 }
 """Every baseline of an order of tasks, by the name of its result file."""
@@ -122,7 +120,7 @@ FSA is `erm` there, under its LDA head."""
 FIRST_SESSION = (RANPAC.id, APER.id, FSA.id)
 """Those that learn on the first task alone."""
 
-_PROMPTS = {kind.id: kind.title for kind in (L2p, DualPrompt, CodaPrompt, SPrompts)}
+_PROMPTS = tuple(kind.id for kind in (L2p, DualPrompt, CodaPrompt, SPrompts))
 _OWN_HEAD = ("slca", "ease", "mos", "tuna", "der++")
 RIVALS = ("text-keys", *FIRST_SESSION, *_PROMPTS, *_OWN_HEAD, "sd-lora", "er", "rail")
 """What `all` leaves out and is measured where it is named: several take more time than all others
@@ -149,7 +147,7 @@ def require(name: str, work: Workspace) -> None:
     if name == RANPAC.id and work.reads == "images":
         RANPAC.require(work)
     if name in _PROMPTS:
-        require_prompts(work, _PROMPTS[name])
+        require_prompts(work, name)
     if name == SPrompts.id:
         require_domains(work)
 

@@ -17,9 +17,9 @@ from memtool.adapters.prefix import Prefix
 from memtool.adapters.values import Recall
 from memtool.backbones.interface import WithPrefix
 from memtool.errors import ConfigError
-from memtool.learning.known import is_fixed
 from memtool.learning.learner import Learner
 from memtool.learning.objective import Objective
+from memtool.methods.baselines.refused import require_own_head
 from memtool.workspace import Workspace
 
 
@@ -34,7 +34,7 @@ class Prompted(Learner, ABC):
 
     def __init__(self, work: Workspace, tasks: int, objective: Objective | None = None) -> None:
         """Raises ConfigError on texts, under a head that nothing trains, and without attention."""
-        require_prompts(work, self.title)
+        require_prompts(work, self.id)
         super().__init__(work, tasks, objective)
 
     @abstractmethod
@@ -93,21 +93,12 @@ def cosines(query: Tensor, keys: Tensor) -> Tensor:
         return F.normalize(query, dim=-1) @ F.normalize(keys.to(query.dtype), dim=-1).t()
 
 
-def require_prompts(work: Workspace, title: str) -> None:
+def require_prompts(work: Workspace, id: str) -> None:
     """Raise ConfigError where nothing can learn by prompts in front of an image's tokens."""
-    if work.reads != "images":
-        raise ConfigError(
-            f"{title} on texts", expected="a stream of images", remedy="--baselines o-lora"
-        )
-    if is_fixed(work.config):
-        raise ConfigError(
-            f"{title} under head.kind {work.config.head.kind}",
-            expected="a head that is trained along with the prompts",
-            remedy="leave it out of --baselines",
-        )
+    require_own_head(work, id)
     if not isinstance(work.backbone, WithPrefix):
         raise ConfigError(
-            f"{title} with backbone {work.backbone.name}, which takes no prompts",
+            f"baseline {id} with backbone {work.backbone.name}, which takes no prompts",
             expected="a plain Vision Transformer: nano or timm:<model name>",
             remedy="--set backbone.name=nano",
         )

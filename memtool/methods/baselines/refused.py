@@ -16,6 +16,6 @@ def require_own_head(work: Workspace, id: str) -> None:
     if is_fixed(work.config):
         raise ConfigError(
             f"baseline {id} under head.kind {work.config.head.kind}",
-            expected=f"{expected}; it makes a classifier of its own",
+            expected=f"{expected}; it learns a classifier along",
             remedy=f"leave {id} out of --baselines",
         )

@@ -13,8 +13,6 @@ Otherwise than there: the optimiser and rate of all baselines (there momentum 0.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -23,14 +21,11 @@ from torch.nn import functional as F
 
 from memtool.adapters.prefix import Prefix
 from memtool.errors import ConfigError
-from memtool.evaluation.matrix import AccuracyMatrix
-from memtool.evaluation.record import Row
 from memtool.heads import LinearClassifier
 from memtool.learning.objective import Objective
 from memtool.memories.clusters import clustered
 from memtool.methods.baselines.frozen import frozen_features
 from memtool.methods.baselines.prompted import Prompted
-from memtool.methods.outcome import share_right
 from memtool.streams.task import Task
 from memtool.workspace import Workspace
 
@@ -51,6 +46,7 @@ class SPrompts(Prompted):
         """As `Prompted`; raises ConfigError where tasks are not domains of the same classes."""
         require_domains(work)
         super().__init__(work, tasks, objective)
+        self.label = f"{self.title}, linear head a domain"
 
     def begin(self) -> None:
         """No domain yet."""
@@ -96,20 +92,9 @@ class SPrompts(Prompted):
         logits = torch.stack([head(features) for head in self.heads], dim=1)
         return logits[torch.arange(len(logits)), self.domain_of(self.query)].float()
 
-
-def s_prompts(work: Workspace, tasks: Sequence[Task]) -> list[Row]:
-    """Learn domain after domain; one row, as the features of domains have no common head."""
-    learner = SPrompts(work, len(tasks))
-    matrix = AccuracyMatrix.empty([task.name for task in tasks])
-    seconds = 0.0
-    for number, task in enumerate(tasks, start=1):
-        begin = time.perf_counter()
-        learner.learn(task, f"task {number}/{len(tasks)} {task.name}: baseline, {learner.title}")
-        seconds += time.perf_counter() - begin
-        found = [share_right(work.engine.predict(learner, t.test.images), t.test) for t in tasks]
-        matrix = matrix.with_row(number, found)
-    label = f"{learner.title}, linear head a domain"
-    return [Row.measured(learner.id, label, learner.kind, matrix, seconds=seconds)]
+    def scores(self, task: Task) -> Tensor:
+        """Scores (n, classes) of a task's test images: features of domains have no common head."""
+        return self.work.engine.predict(self, task.test.images)
 
 
 def require_domains(work: Workspace) -> None:

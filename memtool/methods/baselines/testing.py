@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
 
 from memtool.evaluation.matrix import AccuracyMatrix
 from memtool.evaluation.record import Row
 from memtool.learning.answers import Answering, AnswerScores, answer_row
 from memtool.learning.learner import Learner
-from memtool.methods.baselines.apart import Apart
 from memtool.methods.baselines.reading import (
     TITLES,
     ClosedForms,
@@ -111,13 +113,21 @@ class OfHeads(Testing):
         ]
 
 
+@runtime_checkable
+class HasScores(Protocol):
+    """A learner that is read in its own way, under no head that all could have."""
+
+    def scores(self, task: Task) -> Tensor:
+        """Scores (n, classes) of a task's test images as the model is now; the highest wins."""
+
+
 class OfScores(Testing):
     """A learner that has a classifier of its own: one row."""
 
-    learner: Apart
-
-    def __init__(self, learner: Apart, tasks: Sequence[Task]) -> None:
+    def __init__(self, learner: Learner, tasks: Sequence[Task]) -> None:
         super().__init__(learner, tasks)
+        assert isinstance(learner, HasScores)
+        self.scores = learner.scores
         self.matrix = AccuracyMatrix.empty([task.name for task in tasks])
 
     def before(self) -> None:
@@ -125,7 +135,7 @@ class OfScores(Testing):
 
     def after(self, number: int) -> None:
         """Its own scores."""
-        row = [share_right(self.learner.scores(task), task.test) for task in self.tasks]
+        row = [share_right(self.scores(task), task.test) for task in self.tasks]
         self.matrix = self.matrix.with_row(number, row)
 
     def at_all_times(self) -> None:
@@ -178,7 +188,7 @@ def measured_by(
     """The tests of a learner; `readings` of images: none for all that its head allows."""
     if learner.objective.of_texts:
         return OfAnswers(learner, tasks)
-    if isinstance(learner, Apart):
+    if isinstance(learner, HasScores):
         return OfScores(learner, tasks)
     every = readings_of(learner.work, is_fixed=learner.objective.is_fixed)
     return OfHeads(learner, tasks, readings or every)

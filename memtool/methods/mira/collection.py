@@ -9,7 +9,6 @@ look like are kept, unless the texts are asked for: from them `consolidate` make
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from safetensors.numpy import save
 
 import memtool_stores
 from memtool.adapters.peft_config import CONFIG_NAME
@@ -32,7 +30,7 @@ from memtool.errors import (
     MemtoolError,
     MismatchError,
 )
-from memtool.methods.exchange import PEFT_PREFIX
+from memtool.methods.exchange import peft_blob
 from memtool.methods.folders import adapter_folders
 from memtool.methods.foreign import check_base_model
 from memtool.methods.mira.moments import PromptState, looks_blob
@@ -86,12 +84,12 @@ class Collected:
     @property
     def file(self) -> bytes:
         """Its configuration, as a blob."""
-        return save({"config": np.frombuffer(self.config, np.uint8)})
+        return peft_blob(config=self.config)[1]
 
     @property
     def blob(self) -> str:
         """Name of that blob: the same for adapters that were configured alike."""
-        return PEFT_PREFIX + hashlib.sha256(self.file).hexdigest()[:32]
+        return peft_blob(config=self.config)[0]
 
 
 def collect(
