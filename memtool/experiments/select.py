@@ -45,7 +45,7 @@ SHARED = ("adapter", "train", "head", "text")
 """Sections that can be chosen beside those of the method: what is learned, not on what."""
 
 AFTERWARDS = ("memory", "consolidate", "head")
-"""Sections that adapters do not learn by: cells that differ in these alone share what was trained,
+"""Sections that adapters do not learn by: cells that differ in these alone share their adapters,
 unless adapters learn on top of a memory, or under a head that knows all classes in advance."""
 
 NOT_CHOSEN = ("text.generate", "text.shots")
@@ -148,7 +148,7 @@ def tuning_seed(config: Config, wanted: int | None = None) -> int:
 def cell_config(config: Config, cell: Cell, seed: int) -> Config:
     """The configuration of a cell's run: its values, the tuning seed, and no test sample.
 
-    A memory of its own, and the adapters and baselines of all cells that learn alike.
+    A memory of its own, and the adapters of all cells that learn alike.
     """
     changed = with_values(config, cell.values, "--select")
     stream = config.stream.model_copy(
