@@ -9,7 +9,7 @@ from typing import Any
 
 from memtool.backbones.footprint import Footprint, footprint_of
 from memtool.evaluation.selection import Cell
-from memtool.experiments.run import chosen_baselines
+from memtool.experiments.baselines import chosen_baselines
 from memtool.experiments.select import SHARE, cell_config
 from memtool.methods import open_method
 from memtool.methods.baselines import passes

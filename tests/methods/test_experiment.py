@@ -8,6 +8,7 @@ from memtool.errors import ConfigError
 from memtool.evaluation.record import read_record
 from memtool.experiments import run as experiment
 from memtool.experiments.ablations import ablate
+from memtool.experiments.baselines import chosen_baselines
 from memtool.experiments.plan import plan
 from memtool.methods import open_method
 from memtool.methods.mira.method import Mira
@@ -178,7 +179,7 @@ def test_a_plan_of_held_out_domains_writes_nothing(tmp_path):
 
 def test_baselines_are_those_of_the_setting_and_the_method(tmp_path):
     def chosen(config):
-        return experiment.chosen_baselines(open_method(config, seed=0))
+        return chosen_baselines(open_method(config, seed=0))
 
     of_setting = {
         setting: chosen(small_config(tmp_path, stream__setting=setting))

@@ -14,6 +14,7 @@ import memtool
 from memtool import workspace
 from memtool.errors import CapacityError, ConfigError, MemtoolError
 from memtool.experiments import run as experiment
+from memtool.experiments.baselines import chosen_baselines
 from memtool.experiments.plan import plan
 from memtool.heads import Projection, RecalledHead
 from memtool.learning.learner import Learner
@@ -234,7 +235,7 @@ def test_sources_are_one_session(work, tasks):
 
 def test_rivals_are_measured_where_they_are_named(tmp_path):
     def chosen(**settings):
-        return experiment.chosen_baselines(open_method(small_config(tmp_path, **settings), seed=0))
+        return chosen_baselines(open_method(small_config(tmp_path, **settings), seed=0))
 
     assert not {"ranpac", "aper", "fsa"} & {*chosen()}
     assert chosen(baselines=("fsa", "joint")) == ("joint", "fsa")

@@ -17,8 +17,9 @@ from memtool.backbones.answering import without_answers
 from memtool.backbones.causal_lm import PAD
 from memtool.config import resolve
 from memtool.errors import ConfigError, MemtoolError, MismatchError, NotFoundError
+from memtool.experiments.baselines import chosen_baselines
 from memtool.experiments.bisect import bisect
-from memtool.experiments.run import chosen_baselines, run
+from memtool.experiments.run import run
 from memtool.methods.baselines import RIVALS, baselines_of
 from memtool.methods.forget import forget
 from memtool.methods.modulation.measure import Seen, relative_errors

@@ -13,7 +13,7 @@ from memtool.adapters.prefix import Prefix
 from memtool.backbones.interface import Backbone
 from memtool.config import resolve
 from memtool.errors import ConfigError
-from memtool.experiments.run import chosen_baselines, known_baselines
+from memtool.experiments.baselines import chosen_baselines, known_baselines
 from memtool.experiments.run import run as run_experiment
 from memtool.methods import open_method
 from memtool.methods.baselines import BASELINES, RIVALS, baselines_of

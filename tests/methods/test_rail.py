@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from memtool.errors import ConfigError
-from memtool.experiments.run import chosen_baselines
+from memtool.experiments.baselines import chosen_baselines
 from memtool.heads import CosineHead
 from memtool.methods import open_method
 from memtool.methods.baselines import baselines_of

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from memtool.errors import ConfigError
-from memtool.experiments import run as experiment
+from memtool.experiments.baselines import chosen_baselines
 from memtool.experiments.plan import plan
 from memtool.heads import LinearClassifier
 from memtool.learning.learner import Learner
@@ -477,7 +477,7 @@ def test_every_rival_gives_whole_rows(domains: Workspace, kind: type[Learner]) -
 def test_rivals_are_measured_where_they_are_named(tmp_path: Path) -> None:
     def chosen(*names: str, **more: Any) -> tuple[str, ...]:
         config = small_config(tmp_path, baselines=names, **more)
-        return experiment.chosen_baselines(open_method(config, seed=0))
+        return chosen_baselines(open_method(config, seed=0))
 
     assert "joint" in chosen("all")
     assert not {"slca", "er"} & set(chosen("all"))
@@ -525,7 +525,7 @@ def test_a_rival_that_a_setting_does_not_have_is_refused(
     config = small_config(tmp_path, baselines=(name,), **setting)
     method = open_method(config, seed=0)
     with pytest.raises(ConfigError, match=match) as caught:
-        experiment.chosen_baselines(method)
+        chosen_baselines(method)
     assert caught.value.remedy == f"leave {name} out of --baselines"
 
 

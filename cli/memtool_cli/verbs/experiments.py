@@ -138,11 +138,12 @@ def run(
     """Run a whole experiment, tasks by seeds; goes on where an earlier run was stopped."""
     from memtool.experiments import run as experiment
     from memtool.experiments import select as choosing
+    from memtool.experiments.baselines import chosen_baselines, known_baselines
     from memtool.methods import open_method
 
     call.refuse_version()
     method = open_method(call.config, seed=call.config.seed[0])
-    known, chosen = experiment.known_baselines(method), experiment.chosen_baselines(method)
+    known, chosen = known_baselines(method), chosen_baselines(method)
     absent = [name for name in call.config.baselines if name not in ("all", "none", *chosen)]
     if absent and known:
         call.out.note(f"no baseline {', '.join(absent)} here; there are {', '.join(known)}")
