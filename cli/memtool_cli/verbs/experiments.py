@@ -79,7 +79,7 @@ def demo(
         "memtool run",
         "memtool run --preset mira-dil --seed 0 --seed 1 --seed 2",
         "memtool run --baselines ewc,lwf --select train.lr=1e-3,3e-3,1e-2 --seed 0 --seed 1",
-        "memtool run --config runs/seed-0/record.json --store again --set runs=again",
+        "memtool run --config runs/seed-0/record.json --store again/memory --set runs=again/runs",
     ),
 )
 @verb(
