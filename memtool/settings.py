@@ -213,7 +213,7 @@ class HeadSettings(Settings):
         "published for MoRAM, images the classes of the task, and all texts so far the images",
     )
 
-    later: ClassVar[tuple[str, ...]] = ("texts",)
+    later: ClassVar[tuple[str, ...]] = ("texts", "width", "penalty")
 
     @property
     def resolved(self) -> bool:
