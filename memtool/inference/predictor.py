@@ -1,0 +1,126 @@
+"""Predictions of a memory for pictures: what `memtool predict` writes and `memtool serve` answers.
+
+predictor = Predictor.of(memtool.load("memory@good"))
+pixels = predictor.pixels(Path("a.png").read_bytes(), "a.png")
+predictor.predict(np.stack([pixels]))[0].label
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from memtool.backbones.interface import Backbone
+from memtool.errors import ConfigError
+from memtool.memories.novelty import LIMIT
+from memtool.memory import Memory
+from memtool.methods.attached import AttachedImages
+from memtool.streams.images import decode_square
+
+
+@dataclass(frozen=True)
+class Share:
+    """The weight of an adapter in the mixture of one input, mean over blocks."""
+
+    adapter: str
+    task: int
+    weight: float
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What a memory says of one picture.
+
+    `classes` are the most probable ones with their probabilities, best first, and `label` the first
+    of them; `weights` the adapters that were recalled, greatest share first, `task` the number of
+    the task that has most of it. `novelty` is None where the memory cannot tell.
+    """
+
+    classes: tuple[tuple[str, float], ...]
+    weights: tuple[Share, ...]
+    task: int
+    novelty: float | None
+    unlike: bool | None
+
+    @property
+    def label(self) -> str:
+        """The most probable class."""
+        return self.classes[0][0]
+
+    @property
+    def probability(self) -> float:
+        """Its probability."""
+        return self.classes[0][1]
+
+
+class Predictor:
+    """One version of a memory on its model: a batch of pictures in, a prediction for each out.
+
+    It may be asked by several threads, one after another.
+    """
+
+    def __init__(self, memory: Memory, model: AttachedImages) -> None:
+        self.memory, self.model = memory, model
+        self.classes = memory.classes
+        assert isinstance(model.backbone, Backbone)
+        self.image_size = model.backbone.image_size
+        self._adapters = [(record.name, record.task) for record in memory.adapters]
+
+    @classmethod
+    def of(cls, memory: Memory, *, precision: str = "fp32", device: str = "cpu") -> Predictor:
+        """The predictor of a memory of images. Raises ConfigError for one of texts."""
+        if memory.reads == "texts":
+            raise ConfigError(
+                f"the memory {memory.store.url} is of a language model",
+                expected="a memory of images",
+                remedy="memtool generate answers prompts",
+            )
+        model = memory.attach(precision=precision)
+        assert isinstance(model, AttachedImages)
+        model.to(device)
+        return cls(memory, model)
+
+    def pixels(self, encoded: bytes, where: str) -> npt.NDArray[np.uint8]:
+        """The bytes of one image file, decoded: uint8 (size, size, 3). Raises DataError."""
+        return decode_square(encoded, self.image_size, where)
+
+    @torch.inference_mode()
+    def predict(
+        self, pixels: npt.NDArray[np.uint8], *, topk: int = 1, adapters: int = 5
+    ) -> list[Predicted]:
+        """The predictions for pictures, uint8 (n, size, size, 3), in their order.
+
+        With the `topk` most probable classes, and up to `adapters` of those that were recalled.
+        """
+        batch = torch.from_numpy(pixels).to(next(self.model.parameters()).device)
+        out = self.model(batch)
+        most = out.probabilities.float().topk(min(topk, len(self.classes)), dim=1)
+        likely, which = most.values.tolist(), most.indices.tolist()
+        weights, far = out.weights.float().cpu(), out.novelty.tolist()
+        order = weights.argsort(dim=1, descending=True, stable=True)[:, :adapters].tolist()
+        rows = weights.tolist()
+        return [
+            Predicted(
+                tuple((self.classes[c], p) for c, p in zip(which[i], likely[i], strict=True)),
+                tuple(self._share(j, rows[i][j]) for j in order[i] if rows[i][j] > 0),
+                self._task(rows[i]),
+                None if np.isnan(far[i]) else far[i],
+                None if np.isnan(far[i]) else far[i] > LIMIT,
+            )
+            for i in range(len(pixels))
+        ]
+
+    def _share(self, row: int, weight: float) -> Share:
+        name, task = self._adapters[row]
+        return Share(name, task, weight)
+
+    def _task(self, weights: Sequence[float]) -> int:
+        """The number of the task whose adapters have the greatest weight together."""
+        totals: dict[int, float] = {}
+        for (_, task), weight in zip(self._adapters, weights, strict=True):
+            totals[task] = totals.get(task, 0.0) + weight
+        return max(totals, key=lambda task: totals[task])
