@@ -185,6 +185,13 @@ class Method(AdapterTrainer, ABC):
             remedy="memtool retrieve, which says how well an adapter was recalled",
         )
 
+    def novelties(
+        self, view: memtool_stores.MemoryView, prompts: Sequence[str]
+    ) -> list[float | None]:
+        """How unlike all that a version learned from prompts are; None where nothing tells."""
+        del view
+        return [None] * len(prompts)
+
     def dead_atoms(self, below: float) -> PruneResult:
         """Which atoms add less than `below` of the average, and what taking them out does."""
         del below
