@@ -1,4 +1,4 @@
-"""Measuring how sure a memory is of the images that were held back, for predictions that abstain."""
+"""How sure a memory is of images that were held back, measured for predictions that abstain."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ BATCH = 64
 class CalibrateResult(Result):
     """What a memory is on held-back images: all of them, and those that it answers.
 
-    `wrong` is the share of images that may get a wrong label, `odds` how many times as
-    probable as the next class the best one must be then, `coverage` the share of the images that it answers, `accuracy` the
-    share of those that is right, and `accuracy_of_all` that of all images.
+    `wrong` is the share of images that may get a wrong label, `odds` how many times as probable as
+    the next class the best one must be then, `coverage` the share of the images that it answers,
+    `accuracy` the share of those that is right, and `accuracy_of_all` that of all images.
     """
 
     schema_: Literal["memtool.calibrate"] = Field("memtool.calibrate", alias="schema")

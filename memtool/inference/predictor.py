@@ -21,7 +21,6 @@ from memtool.memory import Memory
 from memtool.methods.attached import AttachedImages
 from memtool.streams.images import decode_square
 
-
 MOST_MARGIN = 500.0
 """A larger margin is not told apart: the next class is impossible, or there is none."""
 
@@ -41,9 +40,9 @@ class Predicted:
 
     `classes` are the most probable ones with their probabilities, best first, and `label` the first
     of them; `weights` the adapters that were recalled, greatest share first, `task` the number of
-    the task that has most of it. `novelty` is None where the memory cannot tell. `margin` is how far
-    the best class is before the next, in nats of log-probability: it tells apart what a probability
-    rounds to one.
+    the task that has most of it. `novelty` is None where the memory cannot tell. `margin` is how
+    far the best class is before the next, in nats of log-probability: it tells apart what
+    probabilities round to one.
     """
 
     classes: tuple[tuple[str, float], ...]

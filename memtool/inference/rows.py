@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from memtool.inference.answers import Answered
+from memtool.inference.answers import LEAST, Answered
 from memtool.inference.pictures import Told
 from memtool_stores.printable import as_cell, printable_json
 
@@ -43,7 +43,7 @@ def picture_cells(told: Told, topk: int) -> list[str]:
         classes += [as_cell(name), _number(probability)]
     if told.abstained:
         classes[0] = ""
-    weights = [(one.adapter, one.weight) for one in said.weights]
+    weights = [(one.adapter, one.weight) for one in said.weights if one.weight >= LEAST]
     rest = [_adapters(weights), str(said.task), _number(said.novelty), _yes(said.unlike)]
     return [as_file(told.file), *classes, *rest, _yes(told.abstained), ""]
 
@@ -60,7 +60,9 @@ def picture_document(told: Told) -> dict[str, Any]:
         "probability": said.probability,
         "classes": [{"label": name, "probability": share} for name, share in said.classes],
         "adapters": [
-            {"name": one.adapter, "task": one.task, "weight": one.weight} for one in said.weights
+            {"name": one.adapter, "task": one.task, "weight": one.weight}
+            for one in said.weights
+            if one.weight >= LEAST
         ],
         "task": said.task,
         "novelty": said.novelty,

@@ -1,16 +1,16 @@
-"""How sure a memory is of images that it never learned from, and when it had better say nothing.
+"""How sure a memory is of images that it never learned from, and when it had better be silent.
 
 The blob `calibration` holds, of every image that was held back for validation, how sure the memory
-was of its prediction and whether that was right. From these follows, for any share of wrong labels
-that one can live with, the threshold below which the memory abstains:
+was of its prediction and whether that was right. How sure is the margin of the best class over the
+next, in nats: heads that are solved in closed form give probabilities too near to one to be told
+apart. An image that is unlike all that was learned counts as not sure at all. From these follows,
+for any share of wrong labels that one can live with, the threshold below which the memory abstains:
 
     the lowest t with  (1 + |{i : sure_i ≥ t and wrong_i}|) / (n + 1) ≤ wrong
 
-How sure a memory is of an image is the margin of the best class over the next, in nats: the heads
-that are solved in closed form give probabilities so near to one that they are not told apart. Of images like the held-back ones the expected share that gets a wrong label is then at most
+Of images like the held-back ones the expected share that gets a wrong label is then at most
 `wrong`, whatever the memory and for any number n of them (conformal risk control: Angelopoulos et
-al. 2022, Theorem 1, with the loss "answered and wrong", which no higher threshold makes larger). An
-image that is unlike all that was learned counts as not sure at all.
+al. 2022, Theorem 1, with the loss "answered and wrong", which no higher threshold makes larger).
 
 It belongs to the version that it was measured on: after any change of adapters, keys or head it is
 of another memory, and is not used.
@@ -34,6 +34,9 @@ from memtool.methods.in_store import StoredState
 WRONG = 0.05
 """The share of images that may get a wrong label, unless another one is asked for."""
 
+LEAST_IMAGES = math.ceil(1 / WRONG) - 1
+"""Held-back images that can vouch for `WRONG`."""
+
 Sure = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -41,8 +44,9 @@ Sure = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 class Threshold:
     """From how sure on the memory answers, and what that came to on the held-back images.
 
-    `sure` is in nats: the best class is exp(sure) times as probable as the next (`odds`). `wrong` is the share that was asked for; `images` how many were held back; `coverage` the share
-    of them that is answered, `accuracy` the share of those that is right (1 where none is).
+    `sure` is in nats: the best class is exp(sure) times as probable as the next (`odds`). `wrong`
+    is the share that was asked for; `images` how many were held back; `coverage` the share of them
+    that is answered, `accuracy` the share of those that is right (1 where none is).
     """
 
     sure: float
@@ -94,7 +98,7 @@ class Calibration(StoredState):
             )
         sure, right = np.array(self.sure), np.array(self.right)
         wrongly = np.sort(sure[~right])[::-1]
-        # Above the surest of the wrong answers that are too many, and above what is not sure at all.
+        # Above the surest of the wrong answers that are too many, and above no margin at all.
         surest = wrongly[allowed] if len(wrongly) > allowed else 0.0
         lowest = float(np.nextafter(surest, np.inf))
         answered = sure >= lowest
@@ -106,6 +110,16 @@ def calibration_of(view: memtool_stores.MemoryView) -> Calibration | None:
     """What was measured on the memory of a version; None where nothing was, or on another."""
     found = Calibration.load(view)
     return found if found is not None and found.measured == digest_of(view) else None
+
+
+def told_of(view: memtool_stores.MemoryView) -> dict[str, float]:
+    """What a record says of a version that was calibrated, by metric; {} where it was not."""
+    found = calibration_of(view)
+    if found is None or len(found.sure) < LEAST_IMAGES:
+        return {}
+    threshold = found.threshold()
+    told = {"reject.coverage": threshold.coverage}
+    return told | ({"reject.accuracy": threshold.accuracy} if threshold.coverage else {})
 
 
 def digest_of(view: memtool_stores.MemoryView) -> str:

@@ -140,4 +140,3 @@ def _named(names: tuple[str, ...], weights: Tensor) -> tuple[records.Weight, ...
     """The weights of one prompt that count, the largest first."""
     found = sorted(zip(names, weights.tolist(), strict=True), key=lambda one: -one[1])
     return tuple(records.Weight(name=n, weight=w) for n, w in found if w >= LEAST_TOLD)
-

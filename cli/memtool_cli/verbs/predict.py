@@ -1,13 +1,12 @@
-"""predict: what a memory says of pictures and prompts; calibrate: when it had better say nothing."""
+"""predict: what a memory says of pictures and prompts; calibrate: when it had better be silent."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -268,7 +267,7 @@ def _pictures(
     with rows.open(form.picture_header(topk), columns):
         for one in told:
             cells = form.picture_cells(one, topk)
-            rows.add(cells, partial(form.picture_document, one), cells[1], lambda: _short(one))
+            rows.add(cells, form.picture_document(one), cells[1], _short(one))
             said = one.predicted
             counts["files"] += 1
             if said is None:
@@ -420,8 +419,8 @@ def _answer(
         with rows.open(form.PROMPT_HEADER, ("adapters", "answer")):
             for done, one in enumerate(told, start=1):
                 cells = form.prompt_cells(one)
-                document = partial(form.prompt_document, one)
-                rows.add(cells, document, one.answer, lambda: (cells[2], one.answer))
+                document = form.prompt_document(one)
+                rows.add(cells, document, one.answer, (cells[2], one.answer))
                 unlike += bool(one.unlike)
                 progress(ProgressEvent("predict", done, len(asked)))
     result = records.PredictedPrompts(
@@ -494,22 +493,22 @@ class _Rows:
     def add(
         self,
         cells: Sequence[str],
-        document: Callable[[], dict[str, Any]],
+        document: dict[str, Any],
         label: str,
-        short: Callable[[], tuple[str, ...]],
+        short: tuple[str, ...],
     ) -> None:
-        """One row, in the form that is wanted."""
+        """One row, in the form that is wanted: CSV, JSON, its label alone, or a table's."""
         from memtool.inference.rows import write_document
 
         if not self._out.speaks:
             return
         match self._form:
             case "jsonl":
-                write_document(self._stream, document())
+                write_document(self._stream, document)
             case "labels":
                 self._stream.write(printable(label) + "\n")
             case "table":
-                self._table.append(short())
+                self._table.append(short)
                 return
             case _:
                 self._line(cells)
