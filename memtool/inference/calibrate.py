@@ -21,6 +21,9 @@ from memtool.streams.task import Task
 
 BATCH = 64
 
+TRAIN_ANEW = "train a new one with --set stream.validation=0.1 --set runs=DIR --store PATH"
+"""What helps where a memory held no image back."""
+
 
 class CalibrateResult(Result):
     """What a memory is on held-back images: all of them, and those that it answers.
@@ -130,5 +133,5 @@ def _nothing_held_back(view: memtool_stores.MemoryView) -> ConfigError:
         f"the memory at version {view.version} learned from all its training images "
         "(stream.validation 0): it was never seen on others",
         expected="a memory that held some of them back",
-        remedy="train it anew with --set stream.validation=0.1 --store another --set runs=another",
+        remedy=TRAIN_ANEW,
     )

@@ -153,7 +153,8 @@ def predict(
         raise ConfigError(said, expected="paths of pictures, or --prompts FILE")
     if wrong is not None and not reject:
         raise ConfigError("--wrong without --reject", remedy=f"--reject --wrong {wrong:g}")
-    rows = _Rows(call.out, _format(call, out), call.writes_to(out) if out is not None else None)
+    file = None if out is None else call.writes_to(out)
+    rows = _Rows(call.out, _format(call, out), file)
     view = call.view()
     _require_kind(call, texts=prompts is not None)
     if prompts is not None:
@@ -321,8 +322,8 @@ def _say(
         )
     if result.unlike:
         out.note(
-            f"{result.unlike} of {result.files} images are unlike all that the memory learned: "
-            "what it says of them means little"
+            f"{result.unlike} of {result.predicted + result.abstained} images are unlike all that "
+            "the memory learned: what it says of them means little"
         )
     for problem in broken[:TOLD]:
         out.note(f"error: {problem}")
@@ -336,6 +337,7 @@ def _say(
 
 def _threshold(call: Call, view: MemoryView, wrong: float | None, task: str | None) -> Threshold:
     """From how sure on the memory answers. Raises ConfigError where that was never measured."""
+    from memtool.inference.calibrate import TRAIN_ANEW
     from memtool.methods.calibration import WRONG, Calibration, calibration_of
 
     if task is not None:
@@ -350,10 +352,7 @@ def _threshold(call: Call, view: MemoryView, wrong: float | None, task: str | No
     held = call.config.stream.validation
     remedy = call.command("calibrate")
     if not held:
-        remedy = (
-            "a memory that holds some training images back: train it with "
-            "--set stream.validation=0.1, then memtool calibrate"
-        )
+        remedy = f"{TRAIN_ANEW}, then memtool calibrate"
     elif view.version != call.store().head():
         remedy = f"--store {call.store_path}, after memtool calibrate"
     raise ConfigError(
