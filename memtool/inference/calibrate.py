@@ -30,7 +30,8 @@ class CalibrateResult(Result):
 
     `wrong` is the share of images that may get a wrong label, `odds` how many times as probable as
     the next class the best one must be then, `coverage` the share of the images that it answers,
-    `accuracy` the share of those that is right, and `accuracy_of_all` that of all images.
+    `accuracy` the share of those that is right, None where there are none, and `accuracy_of_all`
+    that of all images.
     """
 
     schema_: Literal["memtool.calibrate"] = Field("memtool.calibrate", alias="schema")
@@ -40,7 +41,7 @@ class CalibrateResult(Result):
     wrong: float
     odds: float
     coverage: float
-    accuracy: float
+    accuracy: float | None
     accuracy_of_all: float
     unchanged: bool = False
 

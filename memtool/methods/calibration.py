@@ -46,14 +46,14 @@ class Threshold:
 
     `sure` is in nats: the best class is exp(sure) times as probable as the next (`odds`). `wrong`
     is the share that was asked for; `images` how many were held back; `coverage` the share of them
-    that is answered, `accuracy` the share of those that is right (1 where none is).
+    that is answered, `accuracy` the share of those that is right, None where none is answered.
     """
 
     sure: float
     wrong: float
     images: int
     coverage: float
-    accuracy: float
+    accuracy: float | None
 
     @property
     def odds(self) -> float:
@@ -102,7 +102,7 @@ class Calibration(StoredState):
         surest = wrongly[allowed] if len(wrongly) > allowed else 0.0
         lowest = float(np.nextafter(surest, np.inf))
         answered = sure >= lowest
-        accuracy = float(right[answered].mean()) if answered.any() else 1.0
+        accuracy = float(right[answered].mean()) if answered.any() else None
         return Threshold(lowest, wrong, count, float(answered.mean()), accuracy)
 
 
@@ -119,7 +119,7 @@ def told_of(view: memtool_stores.MemoryView) -> dict[str, float]:
         return {}
     threshold = found.threshold()
     told = {"reject.coverage": threshold.coverage}
-    return told | ({"reject.accuracy": threshold.accuracy} if threshold.coverage else {})
+    return told if threshold.accuracy is None else told | {"reject.accuracy": threshold.accuracy}
 
 
 def digest_of(view: memtool_stores.MemoryView) -> str:

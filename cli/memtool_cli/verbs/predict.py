@@ -208,6 +208,10 @@ def calibrate(call: Call, wrong: Wrong = None) -> None:
     call.out.note(
         f"with --reject at most {percent(result.wrong)} of images like these get a wrong label"
     )
+    if not result.coverage:
+        call.out.note(
+            "so the memory is never sure enough: allow more with --wrong, or let it learn from more"
+        )
     if result.unchanged:
         call.out.note("nothing changed since the last calibration: no new version")
     given = "" if wrong is None else f" --wrong {wrong:g}"
@@ -316,9 +320,9 @@ def _say(
             f"coverage {percent(result.coverage)}: {result.abstained} of "
             f"{result.predicted + result.abstained} images have no label: the best class is "
             f"less than {_odds(threshold.odds)} times as probable as the next, or the image is "
-            f"unlike all that was learned. Of {threshold.images} held-back images the memory "
-            f"answers {percent(threshold.coverage)}, and {percent(threshold.accuracy)} of these "
-            "are right"
+            f"unlike all that was learned. Of {threshold.images} held-back images "
+            f"{percent(threshold.coverage)} have one, and {percent(threshold.accuracy)} of these "
+            "labels are right"
         )
     if result.unlike:
         out.note(
