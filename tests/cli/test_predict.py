@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -45,25 +46,11 @@ KINDS = {
 }
 
 
-def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def run(folder: Path, *words: str, stdin: bytes = b"") -> subprocess.CompletedProcess[str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("MEMTOOL_")}
     own = {"XDG_CONFIG_HOME": str(folder / "user"), "MEMTOOL_CACHE": str(folder / "cache")}
-    return inside(folder, kept | own | {"OMP_NUM_THREADS": "1", "COLUMNS": "100"}, *words)
-
-
-def process(folder: Path, line: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-    """A line of bash in the folder, in which `memtool` is a process of its own."""
-    packages = os.pathsep.join(str(ROOT / name) for name in ("", "cli", "stores"))
-    start = f'"{sys.executable}" -c "from memtool_cli.main import run; run()" "$@"'
-    return subprocess.run(
-        ["bash", "-c", f"memtool() {{ {start}; }}\n{line}"],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": packages, "OMP_NUM_THREADS": "1"},
-        input=stdin,
-        capture_output=True,
-        timeout=120,
-        check=False,
-    )
+    with mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin))):
+        return inside(folder, kept | own | {"OMP_NUM_THREADS": "1", "COLUMNS": "100"}, *words)
 
 
 def rows_of(text: str) -> list[dict[str, str]]:
@@ -209,11 +196,10 @@ def test_patterns_and_lists_name_files_in_their_order(place: Path) -> None:
     both = run(place, "predict", "pictures/task 2/*.png", "--out", "-", "--topk", "1")
     assert [row["file"] for row in rows_of(both.stdout)] == shell
     listed = [shell[3], "mixed", "nowhere.png", shell[0]]
-    piped = process(
-        place, "memtool predict - --out - --topk 1", "\r\n".join([*listed, ""]).encode()
-    )
+    lines = "\r\n".join([*listed, ""]).encode()
+    piped = run(place, "predict", "-", "--out", "-", "--topk", "1", stdin=lines)
     assert piped.returncode == 1, piped.stderr
-    rows = rows_of(piped.stdout.decode())
+    rows = rows_of(piped.stdout)
     assert [rows[0]["file"], rows[-1]["file"]] == [shell[3], shell[0]]
     assert "there is no image nowhere.png" in [row["error"] for row in rows]
     assert len(rows) == 3 + 4
@@ -226,23 +212,36 @@ def test_names_that_are_no_words_come_out_as_files_that_open(place: Path) -> Non
     odd.mkdir()
     for name in names:
         shutil.copy(source, os.fsencode(odd) + b"/" + name)
-    done = process(odd, "memtool predict --store ../memory --topk 1 --out x.csv *.png")
+    named = sorted(os.listdir(odd))  # noqa: PTH208 - as a shell gives them
+    done = run(odd, "predict", "--store", "../memory", "--topk", "1", "--out", "x.csv", *named)
     assert done.returncode == 0, done.stderr
     with (odd / "x.csv").open(encoding="utf-8", errors="surrogateescape", newline="") as file:
         found = [row["file"] for row in csv.DictReader(file)]
-    assert {os.fsencode(Path(name)) for name in found} == set(names)
+    assert [os.fsencode(Path(name)) for name in found] == [os.fsencode(name) for name in named]
     assert not any(name.startswith("=") for name in found)
-    done = process(odd, "memtool predict --store ../memory --json *.png")
-    found = [json.loads(line)["file"] for line in done.stdout.decode().splitlines()]
-    assert {os.fsencode(Path(name)) for name in found} == set(names)
+    done = run(odd, "predict", "--store", "../memory", "--json", *named)
+    found = [json.loads(line)["file"] for line in done.stdout.splitlines()]
+    assert found == named
 
 
 def test_whoever_reads_no_further_ends_it_without_a_word(place: Path) -> None:
-    line = "memtool predict pictures --out - --batch 2 -q | head -n 2; echo ${PIPESTATUS[0]}"
-    done = process(place, line)
-    assert done.stdout.decode().splitlines()[0].startswith("file,label,probability,label_2")
-    assert done.stdout.decode().splitlines()[-1] in ("141", "0")
-    assert done.stderr == b""
+    packages = os.pathsep.join(str(ROOT / name) for name in ("", "cli", "stores"))
+    start = f'"{sys.executable}" -c "from memtool_cli.main import run; run()" "$@"'
+    line = "find pictures | grep png | memtool predict - --out - --batch 1 -q | head -n 2"
+    done = subprocess.run(
+        ["bash", "-c", f"memtool() {{ {start}; }}\n{line}; echo ${{PIPESTATUS[2]}}"],
+        cwd=place,
+        env={**os.environ, "PYTHONPATH": packages, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    header, row, code = done.stdout.splitlines()
+    assert header.startswith("file,label,probability,label_2")
+    assert row.startswith("pictures/task ")
+    assert code == "141"
+    assert done.stderr == ""
 
 
 def test_a_file_of_rows_appears_whole_or_not_at_all(place: Path) -> None:
@@ -352,7 +351,7 @@ def test_a_record_says_how_much_is_answered(place: Path) -> None:
     done = run(place, "eval", "--json")
     assert done.returncode == 0, done.stderr
     metrics = json.loads(done.stdout)["metrics"]["rows"][0]["metrics"]
-    told = json.loads(run(place, "calibrate", "--json").stdout)
+    told = json.loads(run(place, "calibrate", "--json").stdout)  # of 5 %, as the record
     assert metrics["reject.coverage"] == told["coverage"]
     assert metrics["reject.accuracy"] == told["accuracy"]
 
