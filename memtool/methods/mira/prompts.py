@@ -358,8 +358,14 @@ class PromptMemory(Routed):
 
     def novelty(self, view: memtool_stores.MemoryView, prompt: str) -> float | None:
         """How unlike all example prompts one is: 99 of 100 of them lie within 1."""
-        found = novelty_of(view, looks_of(self.workspace, [prompt], self.look))
-        return None if found is None else float(found)
+        return self.novelties(view, [prompt])[0]
+
+    def novelties(
+        self, view: memtool_stores.MemoryView, prompts: Sequence[str]
+    ) -> list[float | None]:
+        """As `novelty`, of many prompts."""
+        found = novelty_of(view, looks_of(self.workspace, prompts, self.look))
+        return [None] * len(prompts) if found is None else found.tolist()
 
     def by_token(
         self, memory: RoutedMemory, prompt: str, block: int | None
