@@ -418,8 +418,8 @@ class PromptMemory(Routed):
             raise ConfigError(
                 "a collection of adapters brings no texts to be measured on",
                 expected="a stream of texts whose tasks are called as the adapters",
-                remedy="memtool eval --texts FILE.jsonl, lines with adapter, prompt and answer; "
-                "or --set stream.source=FILE.yaml",
+                remedy="--set stream.source=FILE, of eval and bisect --texts FILE: a stream, or "
+                "FILE.jsonl of lines with adapter, prompt and answer",
             )
 
     def shown(self, view: memtool_stores.MemoryView, tasks: Sequence[int]) -> list[Task]:
