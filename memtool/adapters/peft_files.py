@@ -116,15 +116,17 @@ def write_peft(
     *,
     alpha: float,
     base_model: str,
+    transposed: bool = False,
     extra: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write a value (numel,) as a directory that `peft` loads; returns the directory.
 
     The value is a tensor of 16 to 64 bits, or such an array of numpy. `alpha` belongs to the
-    layout's rank: the scaling is alpha / rank. `extra` (JSON) goes into the metadata of the
-    safetensors file, which peft ignores. `read_peft` gives back the same value, bit for bit. Raises
-    MismatchError for a value that does not fit, DataError for one that is not finite,
+    layout's rank: the scaling is alpha / rank. `transposed` is that of the model. `extra`
+    (JSON) goes into the metadata of the safetensors file, which peft ignores. `read_peft` gives
+    back the same value, bit for bit. Raises MismatchError for a value that does not fit, DataError
+    for one that is not finite,
     AlreadyExistsError, and MemtoolError when the file system refuses.
     """
     code, bits = _bits(value)
@@ -143,7 +145,7 @@ def write_peft(
     names = [site.name for site in layout.sites]
     note = {"alpha": alpha, "extra": dict(extra or {}), "rank": layout.rank, "sites": names}
     metadata = {"format": "pt", "memtool": json.dumps(note, sort_keys=True)}
-    config = config_text(ranks, alpha / layout.rank, base_model)
+    config = config_text(ranks, alpha / layout.rank, base_model, transposed=transposed)
     file = _file(header_bytes(arrays, code, metadata), arrays)
     return _write(directory, file, config.encode(), overwrite=overwrite)
 

@@ -286,6 +286,7 @@ def write_adapter(
             work.layout,
             alpha=work.config.adapter.alpha,
             base_model=work.backbone.name,
+            transposed=work.backbone.transposed,
         )
         if head is not None:
             write_atomic(building / OWN_HEAD, head)

@@ -57,6 +57,11 @@ class StoredModel:
         return self.view.space.backbone.sha256
 
     @property
+    def transposed(self) -> bool:
+        """As of the model: those of GPT-2 alone are, which names its blocks so."""
+        return self.view.space.layout.segments[0].name.startswith("transformer.h.")
+
+    @property
     def all_sites(self) -> tuple[Site, ...]:
         """All that the model offers to an adapter, which no store tells: NeedsModel."""
         raise NeedsModel

@@ -342,9 +342,16 @@ class PromptMemory(Routed):
         stock = memory.routing.values
         assert isinstance(stock, Stock)
         one = mixed_by_block(stock.take(used.tolist()), weights[:, used])
-        base = self.workspace.backbone.name.removeprefix("hf:")
+        lm = self.workspace.backbone
         with new_folders(out) as (folder,):
-            write_peft(folder, one.value, one.layout, alpha=one.layout.rank, base_model=base)
+            write_peft(
+                folder,
+                one.value,
+                one.layout,
+                alpha=one.layout.rank,
+                base_model=lm.name.removeprefix("hf:"),
+                transposed=lm.transposed,
+            )
         return result.model_copy(update={"out": out})
 
     def _require_one_mixture(self) -> None:
