@@ -159,10 +159,8 @@ def read_peft(directory: Path, layout_sites: Sequence[Site]) -> PeftAdapter:
     a plain LoRA (DoRA, biases, saved modules, convolutions, other methods), DataError for numbers
     that are not finite and for what is no file, SchemaError for a file above the limits.
     """
-    config = _read(directory / CONFIG_NAME, "text_bytes")
-    return parse_peft(
-        _read(directory / WEIGHTS_NAME, "array_bytes"), config, layout_sites, str(directory)
-    )
+    config = peft_file(directory, CONFIG_NAME)
+    return parse_peft(peft_file(directory, WEIGHTS_NAME), config, layout_sites, str(directory))
 
 
 def parse_peft(
@@ -344,17 +342,21 @@ def _write(directory: Path, file: bytes, config: bytes, *, overwrite: bool) -> P
 # Reading
 
 
-def _read(path: Path, limit: str) -> bytes:
+def peft_file(directory: Path, name: str) -> bytes:
+    """The bytes of one file of a PEFT directory, `WEIGHTS_NAME` or `CONFIG_NAME`.
+
+    Raises NotFoundError, which says so where the weights are a pickle; and as `read_file`.
+    """
     try:
-        return read_file(path, limit)
+        return read_file(directory / name, "text_bytes" if name == CONFIG_NAME else "array_bytes")
     except NotFoundError as error:
-        pickled = path.with_name("adapter_model.bin")
+        pickled = directory / "adapter_model.bin"
         raise NotFoundError(
             error.message,
             expected=f"a PEFT directory with {WEIGHTS_NAME} and {CONFIG_NAME}",
             remedy=(
                 f"{pickled.name} is a pickle, which is not read: save with safe_serialization=True"
-                if path.name == WEIGHTS_NAME and pickled.exists()
+                if name == WEIGHTS_NAME and pickled.exists()
                 else None
             ),
         ) from None

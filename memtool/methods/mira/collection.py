@@ -21,7 +21,7 @@ import numpy as np
 
 import memtool_stores
 from memtool.adapters.peft_config import CONFIG_NAME
-from memtool.adapters.peft_files import parse_peft
+from memtool.adapters.peft_files import parse_peft, peft_file
 from memtool.adapters.peft_tensors import WEIGHTS_NAME
 from memtool.errors import (
     AlreadyExistsError,
@@ -253,8 +253,8 @@ def _read(
 
     Headers that are equal are one, so that a thousand files of one shape have one in memory.
     """
-    read = partial(read_file, path / WEIGHTS_NAME, "array_bytes")
-    data, config = read(), read_file(path / CONFIG_NAME, "text_bytes")
+    read = partial(peft_file, path, WEIGHTS_NAME)
+    data, config = read(), peft_file(path, CONFIG_NAME)
     found = parse_peft(data, config, method.workspace.backbone.all_sites, str(path))
     with np.errstate(over="ignore"):
         if not np.isfinite(found.numbers.astype(np.float32)).all():
