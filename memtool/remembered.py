@@ -53,6 +53,16 @@ def remembered(store: MemoryStore, version: str = "HEAD") -> dict[str, Any]:
     return {}
 
 
+def carried_on(store: MemoryStore, version: str = "HEAD") -> dict[str, Any]:
+    """What a version says that is made without settings: those of the newest before it that has.
+
+    So that it stays in the memory when older versions go. Raises the errors of the store.
+    """
+    said = (one.metadata for one in store.log(version) if "configuration" in one.metadata)
+    newest = next(said, {})
+    return {name: newest[name] for name in ("configuration", "seed") if name in newest}
+
+
 _OF_THE_CUT = (
     *("source", "setting", "order", "classes_per_task", "splits"),
     *("train_per_task", "shots", "validation", "seed", "test_seed"),
