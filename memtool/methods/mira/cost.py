@@ -71,7 +71,8 @@ def cost_of(config: Config, *, tasks: int, numbers: int, parameters: int, tokens
     """The cost of adapters of so many `numbers`, one for each of `tasks`.
 
     `parameters` are those of the model, of which only config.json is read; `tokens` those of a
-    prompt. An adapter has as many numbers as multiply-adds of a token.
+    prompt. An adapter has as many numbers as multiply-adds of a token. Raises ConfigError for a
+    look at a block that the model does not have.
     """
     from transformers import AutoConfig
 
@@ -79,6 +80,7 @@ def cost_of(config: Config, *, tasks: int, numbers: int, parameters: int, tokens
     depth, dim, memory = found.num_hidden_layers, found.hidden_size, config.memory
     apart = memory.scope != "model"
     look = PromptLook.of(memory)
+    look.blocks(depth)
     width = look.width_of(depth, dim, found.vocab_size)
     memories = depth if apart else 1
     if apart:

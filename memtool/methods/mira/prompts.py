@@ -89,6 +89,10 @@ class PromptMemory(Routed):
         """How keys and prompts become weights."""
         return self.config.memory
 
+    def require_able(self) -> None:
+        """As `Method.require_able`: the blocks that are looked at."""
+        self.look.blocks(self.workspace.backbone.depth)
+
     @property
     def scope(self) -> str:
         """As `memory.scope`."""
