@@ -1,7 +1,7 @@
 """Rivals beside the public code of the toolbox PILOT, on the same features: accuracies in %.
 
 `--pilot PATH` is a checkout of github.com/sun-hailong/LAMDA-PILOT, whose classes are imported and
-run; nothing of it is here. CIFAR-100 in five tasks, 400 training and 200 test images each, ViT-Tiny
+run; nothing of it is here. CIFAR-100 in five tasks, 200 training and 100 test images each, ViT-Tiny
 at 96 pixels. Both sides get the same features: f of the frozen model, and f* under one adapter that
 learned the first task.
 
@@ -101,9 +101,9 @@ def features() -> tuple[list[tuple[Part, Part]], list[tuple[Part, Part]]]:
     with tempfile.TemporaryDirectory() as folder:
         overrides = {
             "stream.splits": TASKS,
-            "stream.train_per_task": 400,
-            "stream.test_per_task": 200,
-            "train.epochs": 2,
+            "stream.train_per_task": 200,
+            "stream.test_per_task": 100,
+            "train.epochs": 1,
             "runs": Path(folder),
             "store": str(Path(folder) / "memory"),
             "engine.precision": "fp32",

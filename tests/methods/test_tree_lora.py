@@ -72,7 +72,7 @@ def test_the_gradient_of_a_step_is_that_of_the_formula(work: Workspace) -> None:
     inputs = images_of(work.stream.tasks[1])
     targets = torch.from_numpy(work.stream.tasks[1].train.labels[:6].copy())
     logits = tree(inputs, targets)
-    loss = float(tree.objective.loss(logits, inputs, targets))
+    loss = float(tree.objective.loss(logits, inputs, targets).detach())
     found = tree.penalty(inputs, targets, logits)
     own = tree._directions()
     found.backward()
