@@ -55,7 +55,7 @@ Part = tuple[Tensor, Tensor]
 def run(repeats: int, pilot: Path) -> dict[str, Any]:
     """All cases."""
     theirs = Pilot(pilot)
-    frozen, adapted = features()
+    frozen, adapted = map(in_order, features())
     both = [
         tuple((torch.cat([a[0], b[0]], dim=1), a[1]) for a, b in zip(one, other, strict=True))
         for one, other in zip(frozen, adapted, strict=True)
@@ -124,6 +124,13 @@ def features() -> tuple[list[tuple[Part, Part]], list[tuple[Part, Part]]]:
 
         progress("features")
         return seen(lambda part: work.features(part.images)), seen(learner.features_of)
+
+
+def in_order(tasks: Sequence[tuple[Part, Part]]) -> list[tuple[Part, Part]]:
+    """The same with classes numbered as they come, which PILOT's learners take for granted."""
+    order = torch.cat([y.unique() for (_, y), _ in tasks])
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+    return [((a, place[b]), (c, place[d])) for (a, b), (c, d) in tasks]
 
 
 def share(predict: Callable[[Tensor], Tensor], tasks: Sequence[tuple[Part, Part]]) -> float:

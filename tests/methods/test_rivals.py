@@ -151,6 +151,27 @@ def test_alignment_is_sgd_on_draws(temperature: float | None, tasks: list[int] |
     assert torch.equal(found.weight[untouched], head.weight[untouched])
 
 
+def test_slca_aligns_from_the_second_task_on_and_trains_on_from_before(work: Workspace) -> None:
+    slca = learned(Slca, work, 1)
+    assert_equal_parameters(slca, learned(Slca, work, 1, alignment_epochs=0))
+    slca.learn(work.stream.tasks[1], "test")
+    assert slca.before is not None
+    assert not torch.equal(slca.objective.classifier().weight, slca.before.weight)
+    shorter = [one.nearer(0.95) for one in slca.known[:4]] + slca.known[4:]
+    rows = [0 if one in slca.targets[:4] else 1 for one in range(10)]
+    seed = work.engine.generator(work.training_seed(2))
+    expected = aligned(
+        slca.before, shorter, slca.targets, epochs=5, lr=0.01, temperature=0.1, generator=seed,
+        tasks=rows,
+    )  # fmt: skip
+    torch.testing.assert_close(
+        slca.objective.classifier().weight[slca.targets], expected.weight[slca.targets]
+    )
+    slca.before_task(work.stream.tasks[2])
+    known = slca.targets
+    assert torch.equal(slca.objective.classifier().weight[known], slca.before.weight[known])
+
+
 def test_alignment_makes_heads_of_tasks_comparable(work: Workspace) -> None:
     """On all classes so far the aligned head is not worse than the one that it began from."""
     slca = learned(Slca, work, alignment_epochs=0)
