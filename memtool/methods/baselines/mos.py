@@ -14,9 +14,10 @@ As there: α = 0.1, merging after every step, at most 4 adapters asked, the sum 
 epochs of alignment at 0.005 on plain logits. Ours: LoRA, both A and B merged (published: bottleneck
 adapters of width 16); stream's rank, epochs, batch and AdamW, the head at the adapter's rate
 (published: 20 epochs of SGD at 0.03, the head at a tenth); 256 draws a class (there 240). That code
-also merges in every block's forward pass, in tests too, which its paper has not; and it adds 0.1 of
-a cross-entropy that tells every feature of a batch, and every class mean, from all others by f·f /
-0.8: {CONTRASTIVE}. In dil cells as in `apart.py`. A test image runs once a task.
+also merges in every block's forward pass, in tests too; and it adds 0.1 of a cross-entropy that
+tells every feature of a batch, and every class mean, from all others by f·f / 0.8. We do neither,
+and have not measured what they are worth. In dil cells as in `apart.py`. A test image runs once a
+task.
 """
 
 from __future__ import annotations
