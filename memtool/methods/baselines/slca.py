@@ -10,8 +10,8 @@ while it learns. As in the code: sizes of logits are means over tasks, and means
 t of T are drawn at (0.9 + 0.1 t / T) of their length. Ours: epochs, batch, rate of the head and
 AdamW are the stream's, as for all baselines (published: 20 epochs of SGD). In dil every class has a
 Gaussian for each of its domains, and its row is of the first. The Gaussians are of the features of
-then. On the same features and heads the alignment is within 1.5 points of PILOT's
-(`python -m benchmarks rivals --pilot PATH`).
+then. The alignment beside PILOT's on the same features and heads: `python -m benchmarks rivals
+--pilot PATH`.
 """
 
 from __future__ import annotations
