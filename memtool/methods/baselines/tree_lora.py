@@ -68,6 +68,14 @@ class TreeLora(Learner):
     strength: ClassVar[float] = 0.5
     """λ, at the end of an epoch."""
 
+    rounds: int
+    round: int
+    sums: list[Tensor]
+    last: list[Tensor]
+    chosen: list[int]
+    distances: Tensor
+    counts: Tensor
+
     def begin(self) -> None:
         """No tasks to be drawn to."""
         super().begin()
@@ -81,7 +89,7 @@ class TreeLora(Learner):
             steps = [[a - b for a, b in zip(*two, strict=True)] for two in self._neighbours()]
             whole = [torch.stack(rows) for rows in zip(self.past[0], *steps, strict=True)]
             self.tree = Node.of(whole, range(len(self.past)))
-        self.last: list[Tensor] = []
+        self.last = []
         self._begin_epoch()
 
     def penalty(self, inputs: Tensor, targets: Tensor, logits: Tensor) -> Tensor:
@@ -117,8 +125,7 @@ class TreeLora(Learner):
 
     def _begin_epoch(self) -> None:
         self.round = 0
-        self.sums: list[Tensor] = []
-        self.chosen: list[int] = []
+        self.sums, self.chosen = [], []
         shape = (len(self.past), len(self.work.layout.blocks))
         self.distances, self.counts = torch.zeros(shape), torch.zeros(shape)
 
