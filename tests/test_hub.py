@@ -31,6 +31,9 @@ from memtool_stores.testing import fill, small_space
 from tests.cli.conftest import inside
 from tests.hub_server import Hub, serving
 
+# Of the client's own way to upload a file.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
 SECRET = "hf_" + "w" * 34
 SMALL = {
     "stream.train_per_task": 40,

@@ -3,13 +3,17 @@
 A repository holds the files of a store below `memory/`, as `memtool push` put them there, in one
 commit a push. To read it they are brought to the cache of the hub on this machine, which keeps what
 it has: of a newer commit only new files are fetched, without a network the last one fetched is read
-(`HF_HUB_OFFLINE=1`).
+(`HF_HUB_OFFLINE=1`). That cache is made of links, which a store never follows out of its folder: a
+commit becomes a folder of its own beside our other caches, of the same bytes on the disk.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from memtool_stores.errors import MemtoolError, NotFoundError, SchemaError, StorageError
+from memtool_stores.files import is_part, part_folder
+from memtool_stores.ice import of_os_error
 
 SCHEME = "hf://"
 FOLDER = "memory"
@@ -24,6 +30,9 @@ FOLDER = "memory"
 
 KNOWN_SECONDS = 10.0
 """So long the newest commit is not asked for again: a command opens its store several times."""
+
+KEEP_COMMITS = 3
+"""Folders of older commits that stay when a new one is made: somebody may be reading them."""
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
@@ -104,17 +113,64 @@ def _fetch(repository: str) -> Path:
     disable_progress_bars()
     try:
         with answering(f"read {SCHEME}{repository}", repository):
-            snapshot = api().snapshot_download(repository, allow_patterns=[f"{FOLDER}/*"])
+            snapshot = Path(
+                api().snapshot_download(repository, allow_patterns=[f"{FOLDER}/*"])
+            ).absolute()
     finally:
         if had_bars:
             enable_progress_bars()
-    folder = Path(snapshot) / FOLDER
-    if not (folder / "ice" / "refs").is_dir():
+    if not (snapshot / FOLDER / "ice" / "refs").is_dir():
         raise NotFoundError(
             f"no memory in {SCHEME}{repository}",
             expected=f"a repository with a folder {FOLDER}/, as `memtool push` makes it",
         )
-    return folder.absolute()
+    return _folder_of_files(repository, snapshot)
+
+
+def _folder_of_files(repository: str, snapshot: Path) -> Path:
+    """The files of a commit in the cache of the hub, not links to them; made once, whole."""
+    folder = _cache(repository) / snapshot.name
+    if folder.is_dir():
+        return folder
+    try:
+        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        building = part_folder(folder)
+        try:
+            for link in (snapshot / FOLDER).rglob("*"):
+                if link.is_file():
+                    file = building / link.relative_to(snapshot / FOLDER)
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    _same_bytes(link.resolve(), file)
+            with contextlib.suppress(OSError):  # another process has made it
+                building.rename(folder)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+        others = [one for one in folder.parent.iterdir() if one != folder and not is_part(one.name)]
+        for old in sorted(others, key=lambda one: one.stat().st_mtime)[:-KEEP_COMMITS]:
+            shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise of_os_error(error, f"keep a copy of {SCHEME}{repository}", str(folder)) from error
+    return folder
+
+
+def _same_bytes(source: Path, file: Path) -> None:
+    try:
+        file.hardlink_to(source)
+    except OSError:  # another file system, or one without
+        shutil.copyfile(source, file)
+
+
+def _cache(repository: str) -> Path:
+    """Where the commits of a repository lie, a folder each: under $MEMTOOL_CACHE, else the user's."""
+    given = os.environ.get("MEMTOOL_CACHE")
+    if given:
+        folder = Path(given)
+    else:
+        import platformdirs
+
+        folder = Path(platformdirs.user_cache_dir("memtool"))
+    host = hashlib.sha256(endpoint().encode()).hexdigest()[:8]
+    return folder.absolute() / "hub" / host / repository.replace("/", "--")
 
 
 @contextmanager
