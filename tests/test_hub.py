@@ -1,9 +1,11 @@
-"""Memories on the hub: pushed, read at hf://, pulled; against a server that speaks as the hub."""
+"""Memories for others: on the hub, against a server that speaks as it, and as programs of torch."""
 
 from __future__ import annotations
 
 import json
 import logging
+import os
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,8 +19,9 @@ import memtool
 from memtool import hub
 from memtool.config import resolve
 from memtool.errors import ChangedMeanwhileError, ConfigError, MismatchError, NotFoundError
-from memtool.evaluation.record import Record, write_record
+from memtool.evaluation.record import Record, read_record, write_record
 from memtool.methods import open_method
+from memtool.program import export_model
 from memtool_stores import (
     AlreadyExistsError,
     IntegrityError,
@@ -66,8 +69,6 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def record(learned: Path) -> Record:
-    from memtool.evaluation.record import read_record
-
     return read_record(learned / "record.json")
 
 
@@ -338,8 +339,6 @@ def test_a_record_of_another_memory_is_refused(server, small, record):
 
 
 def test_the_command_line(server, learned, tmp_path, monkeypatch):
-    import os
-
     def run(*arguments: str, **variables: str):
         return inside(tmp_path, {**os.environ, **variables}, *arguments)
 
@@ -349,16 +348,18 @@ def test_the_command_line(server, learned, tmp_path, monkeypatch):
     pushed = json.loads(done.stdout)
     assert pushed["schema"] == "memtool.push"
     assert pushed["commit"] == server.repositories["ann/digits"].commits[-1][0]
-    assert run("ls", "-q", "--store", "hf://ann/digits").stdout == run(
-        "ls", "-q", "--store", memory
-    ).stdout
+    assert (
+        run("ls", "-q", "--store", "hf://ann/digits").stdout
+        == run("ls", "-q", "--store", memory).stdout
+    )
     log = run("log", "-q", "--store", "hf://ann/digits@good")
     assert log.stdout.split()[0] == pushed["version"]
     retrieved = run("retrieve", "--task", "1", "--store", "hf://ann/digits@good", "-q")
     assert retrieved.returncode == 0, retrieved.stderr
-    assert run("eval", "-q", "--store", "hf://ann/digits").stdout == run(
-        "eval", "-q", "--store", memory
-    ).stdout
+    assert (
+        run("eval", "-q", "--store", "hf://ann/digits").stdout
+        == run("eval", "-q", "--store", memory).stdout
+    )
     assert run("tag", "no", "--store", "hf://ann/digits").returncode == 1
     done = run("pull", "ann/digits", "--store", "copy", "-q")
     assert done.returncode == 0, done.stderr
@@ -368,3 +369,50 @@ def test_the_command_line(server, learned, tmp_path, monkeypatch):
     assert (done.returncode, "hf auth login" in done.stderr) == (2, True)
     assert run("pull", "ann/none", "--store", "other").returncode == 3
     assert SECRET not in done.stderr + log.stderr
+
+
+def test_a_program_answers_any_batch_as_the_memory_and_needs_no_memtool(learned, tmp_path):
+    done = inside(
+        tmp_path,
+        dict(os.environ),
+        *("export", "--store", f"{learned / 'memory'}@good", "--model", "memory.pt2", "--json"),
+    )
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    memory = memtool.load(learned / "memory@good")
+    assert said["version"] == memory.version
+    assert said["input"] == ["n", 3, 32, 32]
+    assert said["outputs"]["logits"] == ["n", len(memory.classes)]
+    note = {"memtool.json": ""}
+    program = torch.export.load(tmp_path / "memory.pt2", extra_files=note).module()
+    about = json.loads(note["memtool.json"])
+    assert tuple(about["classes"]) == memory.classes
+    assert about["adapters"] == [record.name for record in memory.adapters]
+    model = memory.attach()
+    images = torch.randint(0, 256, (5, 32, 32, 3), dtype=torch.uint8)
+    shifted = images.permute(0, 3, 1, 2) / 255 - torch.tensor(about["mean"]).view(3, 1, 1)
+    pixels = shifted / torch.tensor(about["std"]).view(3, 1, 1)
+    for count in (1, 5):
+        found, expected = program(pixels[:count]), model(images[:count])
+        assert list(found) == ["logits", "probabilities", "weights", "novelty"]
+        for name, value in found.items():
+            torch.testing.assert_close(value, getattr(expected, name), equal_nan=True)
+    with zipfile.ZipFile(tmp_path / "memory.pt2") as archive:
+        (graph,) = (name for name in archive.namelist() if name.endswith("models/model.json"))
+        assert b"memtool" not in archive.read(graph)
+
+
+def test_a_program_that_torch_cannot_write_is_refused_and_leaves_no_file(
+    learned, tmp_path, monkeypatch
+):
+    def cannot(*arguments: object, **options: object) -> None:
+        raise RuntimeError("no such operator\nand a long trace")
+
+    monkeypatch.setattr(torch.export, "save", cannot)
+    with pytest.raises(MismatchError, match=r"RuntimeError: no such operator$"):
+        export_model(learned / "memory", tmp_path / "memory.pt2")
+    assert list(tmp_path.iterdir()) == []
+    done = inside(
+        tmp_path, dict(os.environ), "export", "--store", str(learned / "memory"), "--model", "."
+    )
+    assert (done.returncode, "is a folder" in done.stderr) == (2, True)

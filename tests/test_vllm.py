@@ -24,6 +24,7 @@ import memtool.vllm
 from memtool.config import resolve
 from memtool.errors import ConfigError, MismatchError, NotFoundError
 from memtool.methods.mira.prompts import PromptMemory
+from memtool.program import export_model
 from memtool.vllm import Adapters
 from memtool_stores import Backbone, MemoryStore, Space
 from memtool_stores.testing import fill, small_space, some_values
@@ -213,6 +214,12 @@ def test_numbers_are_one_for_one(tmp_path, monkeypatch):
     again = Adapters([])
     again._numbers[one] = "taken by another name"
     assert again.number_of("a", tmp_path / "x") == one % 0x7FFFFFFF + 1
+
+
+def test_a_memory_of_texts_is_no_program(place, tmp_path):
+    with pytest.raises(ConfigError, match="is no one program"):
+        export_model(place / "memory", tmp_path / "memory.pt2")
+    assert not (tmp_path / "memory.pt2").exists()
 
 
 def test_vllm_finds_it_by_its_entry_point():
