@@ -13,8 +13,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -229,7 +228,7 @@ def _commit(
 
     api = hub.api()
     header, message = said
-    with hub.answering(f"push to {repository}", repository), _quiet():
+    with hub.answering(f"push to {repository}", repository), hub.quiet():
         api.create_repo(repository, private=private, exist_ok=True)
         info = api.model_info(repository)
         there = {
@@ -559,26 +558,3 @@ class _Tell:
 
     def of(self, stage: str) -> Any:
         return lambda step, total: self(stage, step, total)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the client's own bars and its log of requests."""
-    import logging
-
-    from huggingface_hub.utils import (
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-    )
-
-    log = logging.getLogger("huggingface_hub")
-    before, had_bars = log.level, not are_progress_bars_disabled()
-    disable_progress_bars()
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(before)
-        if had_bars:
-            enable_progress_bars()

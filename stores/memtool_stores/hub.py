@@ -17,6 +17,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -103,22 +104,10 @@ def forget(repository: str) -> None:
 
 
 def _fetch(repository: str) -> Path:
-    from huggingface_hub.utils import (
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-    )
-
-    had_bars = not are_progress_bars_disabled()
-    disable_progress_bars()
-    try:
-        with answering(f"read {SCHEME}{repository}", repository):
-            snapshot = Path(
-                api().snapshot_download(repository, allow_patterns=[f"{FOLDER}/*"])
-            ).absolute()
-    finally:
-        if had_bars:
-            enable_progress_bars()
+    with quiet(), answering(f"read {SCHEME}{repository}", repository):
+        snapshot = Path(
+            api().snapshot_download(repository, allow_patterns=[f"{FOLDER}/*"])
+        ).absolute()
     if not (snapshot / FOLDER / "ice" / "refs").is_dir():
         raise NotFoundError(
             f"no memory in {SCHEME}{repository}",
@@ -161,7 +150,7 @@ def _same_bytes(source: Path, file: Path) -> None:
 
 
 def _cache(repository: str) -> Path:
-    """Where the commits of a repository lie, a folder each: under $MEMTOOL_CACHE, else the user's."""
+    """Where the commits of a repository lie, a folder each."""
     given = os.environ.get("MEMTOOL_CACHE")
     if given:
         folder = Path(given)
@@ -174,6 +163,25 @@ def _cache(repository: str) -> Path:
 
 
 @contextmanager
+def quiet() -> Iterator[None]:
+    """Inside, the client shows no bars of its own and logs no requests."""
+    import logging
+
+    # As documented; the module does not list them for a type checker.
+    bars: Any = import_module("huggingface_hub.utils")
+    log = logging.getLogger("huggingface_hub")
+    before, had_bars = log.level, not bars.are_progress_bars_disabled()
+    bars.disable_progress_bars()
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+        if had_bars:
+            bars.enable_progress_bars()
+
+
+@contextmanager
 def answering(doing: str, repository: str) -> Iterator[None]:
     """Inside, what the hub or the client of it says becomes an error of ours; no secret is in it.
 
@@ -183,7 +191,7 @@ def answering(doing: str, repository: str) -> Iterator[None]:
     """
     from huggingface_hub import errors
 
-    of_client = _errors_of_client()
+    below = _errors_below()
 
     try:
         yield
@@ -204,24 +212,24 @@ def answering(doing: str, repository: str) -> Iterator[None]:
         raise _refused(doing, error) from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         raise _no_answer(doing) from error
-    except (*of_client, RuntimeError) as error:
+    except (RuntimeError, *below) as error:
         refusal = _cause(error, errors.HfHubHTTPError)
         if refusal is not None:
             raise _refused(doing, refusal) from error
-        if isinstance(error, RuntimeError) and _cause(error, of_client) is None:
+        if isinstance(error, RuntimeError) and _cause(error, below) is None:
             raise
         raise _no_answer(doing) from error
 
 
-def _errors_of_client() -> tuple[type[BaseException], ...]:
+def _errors_below() -> tuple[type[Exception], ...]:
     """What the library below the client raises where nobody answers: which it is follows its own.
 
     One of httpx or requests, by the version of the client.
     """
     from huggingface_hub.errors import HfHubHTTPError
 
-    below = [kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError"]
-    return (*below, OSError)
+    found = [kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError"]
+    return (*(kind for kind in found if issubclass(kind, Exception)), OSError)
 
 
 def _cause(error: BaseException, kind: Any) -> Any:
