@@ -238,14 +238,11 @@ def _commit(
         }
         _require_ours(api, repository, info.sha, there, store)
         texts[CARD] = _card(api, repository, info.sha, there, header, card)
+        contents: list[tuple[str, Path | bytes]] = [*files, *texts.items()]
         added = [
             CommitOperationAdd(path, content)
-            for path, content in (*files, *texts.items())
-            if not (
-                path.startswith(_NEVER_CHANGE)
-                and isinstance(content, Path)
-                and there.get(path) == content.stat().st_size
-            )
+            for path, content in contents
+            if not (path.startswith(_NEVER_CHANGE) and there.get(path) == _nbytes(content))
         ]
         kept = {path for path, _ in files} | texts.keys()
         gone = [
@@ -256,12 +253,13 @@ def _commit(
         tell("push: send", 0, len(added))
         commit = _made(api, repository, [*added, *gone], message, info.sha)
         tell("push: send", len(added), len(added))
-    nbytes = sum(
-        (there_.stat().st_size if isinstance(there_, Path) else len(there_))
-        for _, there_ in (*files, *texts.items())
-    )
+    nbytes = sum(_nbytes(content) for _, content in contents)
     unchanged = commit == info.sha
     return _Sent(commit, len(kept), nbytes, bool(info.private), unchanged)
+
+
+def _nbytes(content: Path | bytes) -> int:
+    return len(content) if isinstance(content, bytes) else content.stat().st_size
 
 
 def _made(api: Any, repository: str, operations: list[Any], message: str, parent: str) -> str:
@@ -344,8 +342,8 @@ def _adapters(store: MemoryStore, out: Path) -> tuple[dict[str, Path], list[str]
         return {}, notes
     try:
         config = load(store.url).config.model_copy(update={"store": store.url})
-    except NotFoundError as error:
-        return {}, [*notes, f"no PEFT directories: {error.message}"]
+    except NotFoundError:
+        return {}, [*notes, "no PEFT directories: the memory does not say what it was made with"]
     seed = config.seed[0]
     home = stored_home(config, seed=seed) or open_method(config, seed=seed).workspace
     made = export_peft(home, whole, out=out, version=view.version)
@@ -422,9 +420,8 @@ def _section(
     ]
     parts = [
         f"# {name}",
-        f"A memory of [memtool](https://pypi.org/project/memtool/): {len(view.live)} "
-        f"adapters of the frozen model {code(backbone.name)} in a versioned associative memory, "
-        f"with all its {len(line)} versions.",
+        f"A memory of memtool: adapters of the frozen model {code(backbone.name)} in a versioned "
+        f"associative memory, with its history. Adapters: {len(view.live)}; versions: {len(line)}.",
         "```python\nimport memtool\n\n"
         f'memory = memtool.load("hf://{repository}")\nmodel = memory.attach()\n```',
     ]

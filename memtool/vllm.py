@@ -39,19 +39,19 @@ def register() -> None:
     addresses = [one.strip() for one in os.environ.get(STORES, "").split(",") if one.strip()]
     if not addresses:
         return
-    from vllm.lora.resolver import LoRAResolverRegistry  # type: ignore[import-not-found]
+    from vllm.lora.resolver import LoRAResolverRegistry
 
     LoRAResolverRegistry.register_resolver(RESOLVER, resolver(addresses))
 
 
 def resolver(addresses: list[str]) -> Any:
     """A `vllm.lora.resolver.LoRAResolver` over these stores. Needs vLLM."""
-    from vllm.lora.request import LoRARequest  # type: ignore[import-not-found]
+    from vllm.lora.request import LoRARequest
     from vllm.lora.resolver import LoRAResolver
 
     found = Adapters(addresses)
 
-    class MemoryResolver(LoRAResolver):  # type: ignore[misc]
+    class MemoryResolver(LoRAResolver):
         """Finds adapters in memories."""
 
         async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:

@@ -18,7 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-REGULAR_BYTES = 4096
+REGULAR_BYTES = 256
 """A file above is kept by LFS."""
 
 
