@@ -124,6 +124,8 @@ def test_a_request_is_resolved_to_the_files_that_were_taken_in(vllm, place, base
         again = asyncio.run(resolver.resolve_lora(base_model_name=base, lora_name=asked))
         assert request == again
         assert request.lora_name == asked
+        request.lora_int_id = 7  # as vLLM numbers them
+        request = again
         numbers.add(request.lora_int_id)
         folder = Path(request.lora_path)
         assert sorted(file.name for file in folder.iterdir()) == [
