@@ -192,6 +192,7 @@ def answering(doing: str, repository: str) -> Iterator[None]:
     from huggingface_hub import errors
 
     below = _errors_below()
+    caught: tuple[type[Exception], ...] = (*below, RuntimeError)
 
     try:
         yield
@@ -212,7 +213,7 @@ def answering(doing: str, repository: str) -> Iterator[None]:
         raise _refused(doing, error) from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         raise _no_answer(doing) from error
-    except (RuntimeError, *below) as error:
+    except caught as error:
         refusal = _cause(error, errors.HfHubHTTPError)
         if refusal is not None:
             raise _refused(doing, refusal) from error
