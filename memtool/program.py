@@ -90,6 +90,7 @@ def _written(memory: Memory, model: AttachedImages, path: Path) -> Program:
                 program = torch.export.export(
                     answering, (pixels(4),), dynamic_shapes=({0: torch.export.Dim("n", min=1)},)
                 )
+                _without_paths(program.graph_module)
                 said = {NOTE: json.dumps(_note(memory, model), ensure_ascii=False)}
                 torch.export.save(program, file, extra_files=said)
                 again = torch.export.load(file).module()
@@ -115,6 +116,13 @@ def _written(memory: Memory, model: AttachedImages, path: Path) -> Program:
         outputs=outputs,
         classes=len(memory.classes),
     )
+
+
+def _without_paths(graph: nn.Module) -> None:
+    """Take away which lines of which files every step came from: the program may go to others."""
+    for module in graph.modules():
+        for node in getattr(getattr(module, "graph", None), "nodes", ()):
+            node.meta.pop("stack_trace", None)
 
 
 def _answering(model: AttachedImages) -> nn.Module:
