@@ -62,6 +62,8 @@ VERBS = {
     "export": Verb("exchange", FILES, "Write adapters as PEFT directories, or all as one file."),
     "merge": Verb("exchange", FILES, "Take the adapters of another memory in."),
     "clone": Verb("exchange", FILES, "Copy a whole memory to another folder or bucket."),
+    "push": Verb("publish", FILES, "Publish a whole memory on the Hugging Face Hub."),
+    "pull": Verb("publish", FILES, "Fetch a whole memory from the Hugging Face Hub."),
     "init": Verb("setup", SETUP, "Write memtool.yaml, with a comment on every setting."),
     "config": Verb("setup", SETUP, "Show the settings, where they come from, and the presets."),
     "doctor": Verb("setup", SETUP, "Check versions, device, data, cache and memory."),

@@ -269,6 +269,34 @@ class Exported(CliRecord):
     directories: tuple[Path, ...]
 
 
+class ExportedModel(CliRecord):
+    """The attached model written as a file of torch.export."""
+
+    schema_: Literal["memtool.export-model"] = Field("memtool.export-model", alias="schema")
+    path: Path
+    version: str
+    nbytes: int
+    input: tuple[str | int, ...]
+    outputs: dict[str, tuple[str | int, ...]]
+    classes: int
+
+
+class Pushed(CliRecord):
+    """A memory that was published."""
+
+    schema_: Literal["memtool.push"] = Field("memtool.push", alias="schema")
+    repository: str
+    url: str
+    commit: str
+    version: str
+    adapters: tuple[str, ...]
+    files: int
+    nbytes: int
+    results: int
+    private: bool
+    unchanged: bool
+
+
 class Written(CliRecord):
     """A file that was written."""
 

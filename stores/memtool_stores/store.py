@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from memtool_stores import cache, clock, references, room, sums
+from memtool_stores import cache, clock, hub, references, room, sums
 from memtool_stores.arrays import CRC32C_BYTES
 from memtool_stores.bucket import (
     Pace,
@@ -82,6 +82,8 @@ Result = TypeVar("Result")
 class MemoryStore:
     """A versioned memory of adapters: a directory, or `s3://bucket/prefix`.
 
+    `hf://user/name` is one to read: a repository of the Hugging Face Hub, brought to a directory.
+
     One handle may be used by one process; a forked child must not touch it (ForkedProcessError).
     """
 
@@ -95,7 +97,12 @@ class MemoryStore:
         self._place = _place(url)
 
     def __repr__(self) -> str:
-        return f"MemoryStore.open({self.url!r})"
+        return f"MemoryStore.open({self.address!r})"
+
+    @property
+    def address(self) -> str:
+        """What it was opened as: `hf://user/name` for a copy of a repository, else the url."""
+        return hub.address_of(self.url) or self.url
 
     # Opening
 
@@ -118,7 +125,7 @@ class MemoryStore:
         """
         from ulid import ULID
 
-        url = _plain(url)
+        url = _to_write(url)
         if cls.exists(url):
             raise AlreadyExistsError(
                 f"there is a store at {url} already", remedy="open it, or choose another path"
@@ -373,6 +380,7 @@ class MemoryStore:
         guard_fork()
         check_ref(branch, "branch")
         self._require_place()
+        self._require_writable("commit")
         with translated(f"find branch {branch!r}", self.url):
             version = str(self._repository.lookup_branch(branch))
         return Transaction(self._view(version))
@@ -450,6 +458,7 @@ class MemoryStore:
     def _lock(self) -> Iterator[None]:
         """The kernel lock of the store; free again when its holder dies. None on object stores."""
         guard_fork()
+        self._require_writable("change it")
         if not _is_local(self.url):
             yield
             return
@@ -475,6 +484,25 @@ class MemoryStore:
             yield
         finally:
             self._filelock.release()
+
+    @contextmanager
+    def _still(self) -> Iterator[None]:
+        """While all files are read nobody writes; a copy of a repository never changes."""
+        if hub.address_of(self.url) is not None:
+            yield
+            return
+        with self._lock():
+            yield
+
+    def _require_writable(self, doing: str) -> None:
+        """Raise StorageError for a copy of a repository."""
+        address = hub.address_of(self.url)
+        if address is not None:
+            name = hub.repository_of(address)
+            raise StorageError(
+                f"could not {doing}: {address} can be read, not written to",
+                remedy=f"memtool pull {name} --store DIR, and after the change memtool push {name}",
+            )
 
     def _require_place(self) -> None:
         """Nothing, while the store that was opened is where it was.
@@ -756,7 +784,7 @@ class MemoryStore:
         guard_fork()
         wanted = self._stored_as(set(sha256s))
         found: dict[str, list[str]] = {}
-        with self._lock():
+        with self._still():
             objects = objects_at(self.url)
             for entry in objects.list():
                 data = objects.read(entry.path)
@@ -789,8 +817,8 @@ class MemoryStore:
             AlreadyExistsError: something is there.
             StorageError: no permission, or no room.
         """
-        target = _plain(url)
-        with self._lock():
+        target = _to_write(url)
+        with self._still():
             files = objects_at(self.url)
             with _new_place(target, begun_by=files if resume else None) as (place, there):
                 # A bucket checks its own bytes: checksums are of no use there, and commits in it
@@ -809,7 +837,7 @@ class MemoryStore:
         head = self.view()
         head.require_readable()
         about = {"store_id": head.store_id, "head": head.version, "adapters": len(head)}
-        with self._lock():
+        with self._still():
             files = objects_at(self.url)
             return write_bundle(files, Path(file), about, checksums=_is_local(self.url))
 
@@ -829,7 +857,7 @@ class MemoryStore:
             IntegrityError: the bundle is damaged; nothing is made.
             SchemaError: it is no bundle.
         """
-        target = _plain(url)
+        target = _to_write(url)
         with _new_place(target) as (place, _):
             read_bundle(Path(file), place, tell, checksums=_is_local(target))
         return cls.open(target, lock_timeout=lock_timeout)
@@ -851,8 +879,12 @@ def _plain(url: str | Path) -> str:
         if not re.fullmatch(r"s3:/(/(?!\.{1,2}(/|$))[^/]+)+/?", text):
             raise StorageError(f"cannot keep a store at {text}", expected="s3://bucket/prefix")
         return text.rstrip("/")
+    if hub.is_hub(text):
+        return hub.copy_of(text)
     if "://" in text and not text.startswith("file://"):
-        raise StorageError(f"cannot keep a store at {text}", expected="a directory or s3://…")
+        raise StorageError(
+            f"cannot keep a store at {text}", expected="a directory, s3://… or, to read, hf://…"
+        )
     try:
         folder = Path(text.removeprefix("file://")).expanduser()
     except (RuntimeError, ValueError) as error:  # ValueError: a name with NUL
@@ -864,6 +896,23 @@ def _plain(url: str | Path) -> str:
     if "\0" in text:
         raise StorageError(f"cannot keep a store at {shown(text)}", expected="a path without NUL")
     return str(folder.absolute())
+
+
+def _to_write(url: str | Path) -> str:
+    """As `_plain`, of a place that is to be written to.
+
+    Raises:
+        StorageError: it is a repository of the hub.
+    """
+    text = os.fspath(url)
+    if hub.is_hub(text):
+        name = hub.repository_of(text)
+        raise StorageError(
+            f"a store at {hub.SCHEME}{name} can be read, not written to",
+            expected="a directory or s3://…",
+            remedy=f"memtool push {name} publishes a memory there",
+        )
+    return _plain(text)
 
 
 def _is_local(url: str) -> bool:
