@@ -34,6 +34,17 @@ class Plan(CliRecord):
     plan: dict[str, Any]
 
 
+class SweepPlan(CliRecord):
+    """What a sweep would run, and which of its runs are done."""
+
+    schema_: Literal["memtool.sweep-plan"] = Field("memtool.sweep-plan", alias="schema")
+    folder: Path
+    cells: tuple[str, ...]
+    seeds: tuple[int, ...]
+    runs: tuple[str, ...]
+    done: tuple[str, ...]
+
+
 class Version(Part):
     """One version of the memory."""
 
