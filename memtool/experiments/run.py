@@ -77,8 +77,9 @@ def run(
     settings that were chosen for it. `of` is filled with the baseline that each row is of.
     `log` names services that follow the run (`memtool.trackers`; `say` is told where to look), and
     `said` is what whoever started it says of it. `bound` is recorded of a configuration whose order
-    is at one. Without `tables` nothing is written beside the folders of the seeds. Raises BusyError while another process runs the same seed in the same `runs`,
-    ConfigError for a service that is not there.
+    is at one. Without `tables` nothing is written beside the folders of the seeds. Raises
+    BusyError while another process runs the same seed in the same `runs`, ConfigError for a service
+    that is not there.
     """
     follow = Follow(require_services(log), said or Said(), config.runs, anew=not resume)
     if say is not None:

@@ -296,8 +296,9 @@ class Sweep:
         *,
         preset: str | None = None,
         lease_seconds: float = LEASE_SECONDS,
+        write: bool = True,
     ) -> Sweep:
-        """Plan a sweep in a folder, or join the same one that is there.
+        """Plan a sweep in a folder, or join the same one that is there; nothing without `write`.
 
         Order bounds are found here, once for all workers. Raises AlreadyExistsError for another
         sweep in the folder, ConfigError for what cannot be swept.
@@ -307,6 +308,8 @@ class Sweep:
         if there is None:
             cells = _planned(config, grid(config, axes))
             plan = Plan(asked=asked, preset=preset, lease_seconds=lease_seconds, cells=cells)
+            if not write:
+                return cls(folder, plan, config)
             publish_once(_folder(folder) / PLAN, plan.model_dump(mode="json", by_alias=True))
             there = _read_plan(folder)
             assert there is not None
@@ -456,6 +459,7 @@ class Sweep:
                 said=replace(said, name=said.name or job.cell.name),
                 say=say,
                 bound=job.cell.bound,
+                tables=False,
             )
             where = config.runs.relative_to(self.folder) / f"seed-{job.seed}"
             result = _measured(job, record, lease.token, where.as_posix())

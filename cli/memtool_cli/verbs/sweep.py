@@ -144,6 +144,7 @@ def _opened(call: Call, out: Path, lease: float | None) -> Sweep:
         axes,
         preset=asked.resolved.preset,
         lease_seconds=LEASE_SECONDS if lease is None else lease,
+        write=not call.dry_run,
     )
 
 
