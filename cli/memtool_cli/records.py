@@ -45,6 +45,31 @@ class SweepPlan(CliRecord):
     done: tuple[str, ...]
 
 
+class RunLine(Part):
+    """One run; `differs` has its values of the settings in which the listed runs differ."""
+
+    place: str
+    name: str | None
+    note: str | None
+    tags: tuple[str, ...]
+    method: str
+    setting: str
+    data: str
+    seed: int
+    order: str | None
+    created: datetime
+    final_average: float | None
+    loss: float | None
+    differs: dict[str, Any]
+
+
+class RunList(CliRecord):
+    """Runs, the oldest first."""
+
+    schema_: Literal["memtool.runs"] = Field("memtool.runs", alias="schema")
+    runs: tuple[RunLine, ...]
+
+
 class Version(Part):
     """One version of the memory."""
 

@@ -37,6 +37,7 @@ from memtool.experiments import run as experiment
 from memtool.experiments.follow import Said
 from memtool.experiments.orders import at_bounds
 from memtool.experiments.queue import Fenced, Holder, Lease, Queue, publish_once
+from memtool.experiments.runs import PLAN
 from memtool.experiments.select import folder_name
 from memtool.methods.kept import fingerprint_of
 from memtool.progress import Progress, ProgressEvent
@@ -46,7 +47,7 @@ from memtool_stores.printable import shown
 LEASE_SECONDS = 120.0
 """Longer than a network file system may show what is old."""
 
-PLAN, RESULTS = "sweep.json", "results.json"
+RESULTS = "results.json"
 
 NOT_SWEPT = ("store", "runs", "lock_timeout", "limits", "seed", "orders", "method")
 """Settings that are none of a cell: where things are, and what has an option of its own."""
