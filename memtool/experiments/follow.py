@@ -1,6 +1,6 @@
 """What is sent of a run to its log services while it runs, under the same names everywhere.
 
-    loss/task 2 of 5 inverted: adapt     of every training, by step
+    loss/task 2 of 5 inverted - adapt    of every training, by step
     accuracy/seen                        mean over the tasks learned so far
     accuracy/task                        share of samples whose task was inferred right
     accuracy/inverted                    of a task after each task; of other rows `joint/accuracy/…`
@@ -89,7 +89,8 @@ class Followed:
             return
         before = (event.step - 1) * POINTS // event.total
         if event.step in (1, event.total) or event.step * POINTS // event.total != before:
-            stage = event.stage.replace("/", " of ")
+            # Letters that every service takes in a name.
+            stage = event.stage.replace("/", " of ").replace(": ", " - ")
             points = {f"{name}/{stage}": value for name, value in event.metrics.items()}
             self._send(points, step=event.step, axis="step")
 
