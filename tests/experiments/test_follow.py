@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from memtool.experiments.runs import Runs, find_all, runs
 from memtool.trackers import SERVICES, Card, Points, require_services
 from memtool.trackers.csv_file import CsvFile
 from memtool.trackers.sending import following
+from tests.cli.conftest import inside
 
 ROOT = Path(__file__).parents[2]
 SMALL = {
@@ -424,6 +426,35 @@ def test_folders_of_memories_and_queues_hold_no_runs(tmp_path: Path) -> None:
     places = [file.parent.relative_to(tmp_path).as_posix() for file in find_all(tmp_path)]
     assert places == ["a/seed-0", "sweep/cells/x/seed-0"]
     assert len(Runs([])) == 0
+
+
+def test_the_verb_lists_compares_and_draws(
+    two: tuple[Path, Record, Record], tmp_path: Path
+) -> None:
+    folder, first, _ = two
+    environment = {**os.environ, "XDG_CONFIG_HOME": str(tmp_path)}
+    memtool = partial(inside, folder, environment)
+    listed = memtool("runs", ".", "--diff", "--plot", str(tmp_path / "runs.png"))
+    assert listed.returncode == 0, listed.stderr
+    header, *lines = (line.split("\t") for line in listed.stdout.splitlines())
+    assert header == ["run", "seed", "train.lr", "final average"]
+    assert [line[:3] for line in lines] == [
+        ["first/seed-0", "0", "0.01"],
+        ["second/seed-0", "0", "0.02"],
+    ]
+    assert (tmp_path / "runs.png").read_bytes().startswith(b"\x89PNG")
+    whole = json.loads(memtool("runs", "first", "second", "--json").stdout)
+    assert [one["differs"] for one in whole["runs"]] == [{"train.lr": 0.01}, {"train.lr": 0.02}]
+    assert whole["runs"][0]["final_average"] == first.row("memory").metrics["faa"]
+    assert memtool("runs", ".", "--tag", "paper", "-q").stdout == "first/seed-0\n"
+    assert memtool("runs", ".", "--match", "second/*", "-q").stdout == "second/seed-0\n"
+    assert "note" in memtool("runs", ".").stdout.splitlines()[0]
+    nothing = memtool("runs", "nowhere")
+    assert nothing.returncode == 3
+    assert "memtool run" in nothing.stderr
+    refused = memtool("run", "--log", "tensorbord", "--set", "runs=x")
+    assert refused.returncode == 2
+    assert not (folder / "x").exists()
 
 
 # Seeds ------------------------------------------------------------------------------------------

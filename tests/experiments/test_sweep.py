@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from memtool.errors import AlreadyExistsError, ConfigError, CorruptError
 from memtool.experiments import queue as queues
 from memtool.experiments.queue import Fenced, Queue
 from memtool.experiments.sweep import CellResult, RowResult, Sweep, axes_of
+from tests.cli.conftest import inside
 
 ROOT = Path(__file__).parents[2]
 
@@ -251,6 +253,52 @@ def test_results_are_mean_and_spread_over_seeds_and_failures_go_again(tmp_path: 
     assert [job.name for job in sweep.open_jobs()] == [sweep.jobs[-1].name]
 
 
+def test_the_verb_plans_joins_and_shows_a_table(tmp_path: Path) -> None:
+    environment = {**os.environ, "XDG_CONFIG_HOME": str(tmp_path / "user")}
+    memtool = partial(inside, tmp_path, environment)
+    asked = ["sweep", "--set", "train.lr=1e-3,2e-3", "--seed", "0..1", "--set", "train.epochs=9"]
+    planned = memtool(*asked, "--dry-run")
+    assert planned.returncode == 0, planned.stderr
+    assert planned.stdout.splitlines() == [
+        "cell\truns\tleft",
+        "train.lr=0.001\t2\t2",
+        "train.lr=0.002\t2\t2",
+    ]
+    assert not (tmp_path / "sweep").exists()
+    alone = memtool("sweep")
+    assert alone.returncode == 2
+    assert "memtool sweep --set" in alone.stderr
+    sweep = Sweep.begin(
+        tmp_path / "sweep",
+        resolve(overrides={"seed": "0..1", "train.epochs": 9}, ambient=False).config,
+        {"train.lr": ["1e-3", "2e-3"]},
+        preset="digits-dil",
+    )
+    for place, job in enumerate(sweep.jobs):
+        row = RowResult(
+            id="memory",
+            label="memory",
+            kind="method",
+            figure=0.5 + place / 10,
+            metrics={"forgetting.max": 0.125},
+        )
+        with sweep.queue.claim(job.name) or pytest.fail("free") as lease:
+            result = CellResult(cell=job.cell.name, seed=job.seed, token=1, rows=(row,))
+            assert lease.publish(result.model_dump(mode="json", by_alias=True))
+    for arguments in (asked, ["sweep"]):
+        shown = memtool(*arguments)
+        assert shown.returncode == 0, shown.stderr
+        assert shown.stdout.splitlines() == [
+            "train.lr\tseeds\tfinal average\tforgetting",
+            "0.001\t2\t55.0 % ± 7.1\t12.5 %",
+            "0.002\t2\t75.0 % ± 7.1\t12.5 %",
+        ]
+    assert memtool("sweep", "-q").stdout.startswith("lr-0.002-")
+    other = memtool(*asked[:-1], "train.epochs=8")
+    assert other.returncode == 4
+    assert "train.epochs 9" in other.stderr
+
+
 # Processes --------------------------------------------------------------------------------------
 
 FORKING = """
@@ -287,6 +335,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.slow
 def test_three_processes_one_of_them_killed_come_to_the_table_of_one(tmp_path: Path) -> None:
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("", "cli", "stores")),
@@ -304,7 +353,7 @@ def test_three_processes_one_of_them_killed_come_to_the_table_of_one(tmp_path: P
         env=environment,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=280,
         check=False,
     )
     said = "".join(file.read_text() for file in sorted(tmp_path.glob("*.err")))
