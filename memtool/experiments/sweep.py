@@ -214,13 +214,11 @@ def axes_of(method: str, assignments: Sequence[str]) -> tuple[list[str], dict[st
             plain.append(text)
             continue
         if key.partition(".")[0] in NOT_SWEPT:
-            option = {"seed": "--seed", "orders": "--orders", "method": "--method"}.get(key)
+            option = {"orders": "--orders", "method": "--method"}.get(key)
             raise ConfigError(
                 f"--set {text}: {key} cannot be what the cells of a sweep differ in",
                 expected="a setting of what is learned, and how",
-                remedy=f"{option} with one value; several sweeps"
-                if option != "--seed"
-                else "--seed 0..4",
+                remedy=f"{option} with one value, and a sweep for each" if option else None,
             )
         if key in axes:
             raise ConfigError(f"--set {text}: {key} has several values twice", expected="once")
