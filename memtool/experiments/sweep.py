@@ -211,7 +211,7 @@ def axes_of(method: str, assignments: Sequence[str]) -> tuple[list[str], dict[st
         if about is not None and not several and _is_whole(about.annotation):
             values = [str(one) for one in whole_numbers(said, f"--set {text}")]
         if len(values) < 2 or about is None:
-            plain.append(text)
+            plain.append(f"{key}={values[0]}" if values and about is not None else text)
             continue
         if key.partition(".")[0] in NOT_SWEPT:
             option = {"orders": "--orders", "method": "--method"}.get(key)

@@ -175,6 +175,7 @@ def test_damage_to_a_result_is_said(tmp_path: Path) -> None:
         (["backbone.targets=q,v"], ["backbone.targets=q,v"], {}),
         (["backbone.targets=q,v;q"], [], {"backbone.targets": ["q,v", "q"]}),
         (["train.lr=1e-3"], ["train.lr=1e-3"], {}),
+        (["adapter.rank=2..2"], ["adapter.rank=2"], {}),
         (["train.iterations=5..6"], [], {"train.iterations": ["5", "6"]}),
     ],
 )
