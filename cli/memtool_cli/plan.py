@@ -141,7 +141,9 @@ def _image_cost(cost: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _cost(cost: dict[str, Any]) -> list[tuple[str, str]]:
     """What the weights of a memory of prompts cost."""
-    passes = f"{cost['passes']} pass of the frozen model over it" if cost["passes"] else "no pass"
+    under = ((cost["passes"], "the frozen model"), (cost["first_adapter"], "the first adapter"))
+    each = [f"{count} pass of {name} over it" for count, name in under if count]
+    passes = " and ".join(each) or "no pass"
     added = cost["mixing"] + cost["asking"]
     return [
         (

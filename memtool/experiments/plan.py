@@ -80,6 +80,7 @@ def plan(config: Config, *, seed: int, verb: str) -> dict[str, Any]:
             for task in work.stream.tasks
         ]
     else:
+        method.require_able()
         tasks, numbers = _image_tasks(work), work.layout.numel
         cost = method.cost(numbers=numbers, parameters=0, tokens=0)
     in_turn = config.stream.setting == "dg" and config.stream.held_out is None

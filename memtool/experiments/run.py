@@ -287,6 +287,7 @@ def _learned_and_measured(
     begin = time.perf_counter()
     method = open_method(config, seed=seed, progress=told.progress, adapters=adapters)
     work = method.workspace
+    method.require_able()
     work.require_fitting(work.stream.tasks)
     learned = list(work.stream.tasks)
     names = chosen_baselines(method) if doing.baselines else ()

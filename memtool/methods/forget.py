@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 PREDICTOR = "task-predictor"
 """Blob of Modulation; the module that writes it would load torch."""
 
-LOOKS = "memory"
-"""Blob of MIRA over images that names them; as above."""
+LOOKS = ("memory", "prompt-keys")
+"""Blobs of MIRA, over images and over texts, that name the adapters looked under; as above."""
 
 SOLVED_BY = {
     "recall.": "memtool.methods.modulation.recallers",
@@ -87,9 +87,10 @@ def looked_under(view: MemoryView, records: Sequence[AdapterRecord]) -> bool:
 
     Without them its keys, its head and all that was counted mean nothing, and go along.
     """
-    if LOOKS not in view.blobs():
-        return False
-    first = parsed_json(view.blob(LOOKS), f"blob {LOOKS!r}").get("first", ())
+    states = [
+        parsed_json(view.blob(blob), f"blob {blob!r}") for blob in LOOKS if blob in view.blobs()
+    ]
+    first = {id for state in states for id in state.get("first", ())}
     return any(record.id in first for record in records)
 
 
