@@ -36,6 +36,8 @@ FLOW, HISTORY, FILES, SETUP = "The flow", "History", "Files", "Setup"
 VERBS = {
     "demo": Verb("experiments", FLOW, "Run everything on the embedded data, in about a minute."),
     "run": Verb("experiments", FLOW, "Run a whole experiment, tasks by seeds; goes on where left."),
+    "sweep": Verb("sweep", FLOW, "Run a grid of settings by seeds, on any number of machines."),
+    "runs": Verb("runs", FLOW, "List runs, and compare their settings and what they came to."),
     "train-adapter": Verb("flow", FLOW, "Train the adapter of one task, as a PEFT directory."),
     "write": Verb("flow", FLOW, "Put trained adapters into the memory, as one version."),
     "consolidate": Verb("flow", FLOW, "Let the memory learn the keys of its adapters."),

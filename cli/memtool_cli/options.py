@@ -161,7 +161,12 @@ TEXTS = setting(
     implies={"stream.setting": "trace", "text.epochs": None},
 )
 SEED = setting(
-    "--seed", "seed", "Training", "Seed; `run` takes several.", metavar="N", type=list[str] | None
+    "--seed",
+    "seed",
+    "Training",
+    "Seed; `run` takes several: 0,1,2 or 0..4.",
+    metavar="N",
+    type=list[str] | None,
 )
 ORDERS = (
     setting("--vary", "vary", "Training", "What each seed changes."),

@@ -34,6 +34,42 @@ class Plan(CliRecord):
     plan: dict[str, Any]
 
 
+class SweepPlan(CliRecord):
+    """What a sweep would run, and which of its runs are done."""
+
+    schema_: Literal["memtool.sweep-plan"] = Field("memtool.sweep-plan", alias="schema")
+    folder: Path
+    cells: tuple[str, ...]
+    seeds: tuple[int, ...]
+    runs: tuple[str, ...]
+    done: tuple[str, ...]
+
+
+class RunLine(Part):
+    """One run; `differs` has its values of the settings in which the listed runs differ."""
+
+    place: str
+    name: str | None
+    note: str | None
+    tags: tuple[str, ...]
+    method: str
+    setting: str
+    data: str
+    seed: int
+    order: str | None
+    created: datetime
+    final_average: float | None
+    loss: float | None
+    differs: dict[str, Any]
+
+
+class RunList(CliRecord):
+    """Runs, the oldest first."""
+
+    schema_: Literal["memtool.runs"] = Field("memtool.runs", alias="schema")
+    runs: tuple[RunLine, ...]
+
+
 class Version(Part):
     """One version of the memory."""
 
