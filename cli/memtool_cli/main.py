@@ -13,11 +13,12 @@ from importlib import import_module
 from typing import Annotated, Any, NamedTuple, NoReturn
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperCommand
 
 from memtool import __version__
 from memtool.errors import ConfigError
 from memtool_cli import failure
+from memtool_cli.commands import VerbGroup
 from memtool_cli.terminal import prepare
 from memtool_stores import limits
 from memtool_stores.printable import shown
@@ -67,7 +68,7 @@ VERBS = {
 }
 
 
-class Verbs(TyperGroup):
+class Verbs(VerbGroup):
     """Lists verbs from the table; imports a verb's module when it is called or completed."""
 
     def __init__(self, **settings: Any) -> None:

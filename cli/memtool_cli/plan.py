@@ -14,15 +14,21 @@ if TYPE_CHECKING:
 
 
 def show_plan(
-    call: Call, verb: str, cells: Sequence[Cell] = (), tuning_seed: int | None = None
+    call: Call,
+    verb: str,
+    cells: Sequence[Cell] = (),
+    tuning_seed: int | None = None,
+    *,
+    task: str | None = None,
 ) -> None:
     """Print the plan of a verb: what is learned and measured, where it goes, and the tasks.
 
-    With the cells that `run` chooses from, also what choosing costs.
+    With `task`, by number or name, of that one alone. With the cells that `run` chooses from, also
+    what choosing costs.
     """
     from memtool.experiments.plan import plan, plan_of_selection
 
-    facts = plan(call.config, seed=call.config.seed[0], verb=verb)
+    facts = plan(call.config, seed=call.config.seed[0], verb=verb, task=task)
     if cells and tuning_seed is not None:
         others = len(facts["baselines"] or ())
         facts["select"] = plan_of_selection(call.config, cells, seed=tuning_seed, baselines=others)
@@ -33,16 +39,14 @@ def show_plan(
         ("task", "name", "training", "test", "epochs", "steps"),
         [
             (number, name, *(count or "-" for count in counts))
-            for number, (name, *counts) in enumerate(
-                zip(
-                    facts["tasks"],
-                    facts["train_samples"],
-                    facts["test_samples"],
-                    facts["epochs"],
-                    facts["steps"],
-                    strict=True,
-                ),
-                start=1,
+            for number, name, *counts in zip(
+                facts["numbers"],
+                facts["tasks"],
+                facts["train_samples"],
+                facts["test_samples"],
+                facts["epochs"],
+                facts["steps"],
+                strict=True,
             )
         ],
     )
