@@ -10,6 +10,7 @@ optimiser moments and the step are the whole state.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import signal
@@ -468,7 +469,7 @@ def _precision(wanted: str, device: torch.device) -> str:
     """What was asked for; when left open, bf16 where the hardware multiplies bfloat16."""
     if wanted == "bf16" and device.type == "cpu" and not _cpu_knows_bfloat16():
         _log.warning(
-            "engine.precision is bf16, and this CPU has no instructions for it: fp32 is exacter and "
+            "engine.precision is bf16, for which this CPU has no instructions: fp32 is exacter and "
             "faster here, often three times (--precision fp32)"
         )
     if wanted != "auto":
