@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 PLAIN_LINE_EVERY_SECONDS = 5.0
 
-_GAP = 2
+_GAP = 3
 """Blanks between two columns."""
 
 _NUMBER = re.compile(r"-|[-+]?[\d.,]+( (%|s|[kMGT]?B))?")
@@ -72,7 +72,7 @@ class Table:
         widths = dict(zip(left, longest, strict=True))
         gone = []
         for name in self.spared:
-            if sum(widths[one] for one in left) + _GAP * (len(left) - 1) <= width:
+            if sum(widths[one] for one in left) + _GAP * (len(left) - 1) + 2 <= width:
                 break
             left.remove(name)
             gone.append(name)

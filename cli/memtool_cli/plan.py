@@ -56,6 +56,13 @@ def show_plan(
 _SCOPES = {"shared": ", one for all tasks", "task": ", one a task", None: ""}
 
 
+_CROPS = {
+    "centre": "the largest square in the middle of each",
+    "squash": "all of each, its sides stretched",
+    "pad": "all of each, between bars of black",
+}
+
+
 def _facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
     """The lines of a plan above its tasks; what a method does not have has none."""
     setting = plan["setting"]
@@ -71,6 +78,8 @@ def _facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
         takes = plan["head_bytes"]
         said = "" if takes is None else f"; {size(takes)} for its moments and to solve it"
         rows.append(("head", plan["head"] + _SCOPES[plan["head_scope"]] + said))
+    if plan["crop"] is not None:
+        rows.append(("pictures", f"made square: {_CROPS[plan['crop']]} (stream.crop)"))
     rows.append(("batch size", str(plan["batch_size"])))
     if plan["consolidation_epochs"] is not None:
         epochs = plan["consolidation_epochs"]

@@ -112,6 +112,7 @@ def plan(config: Config, *, seed: int, verb: str, task: str | None = None) -> di
         "test_samples": [task.test for task in tasks],
         "epochs": [task.epochs for task in tasks],
         "steps": [task.epochs * math.ceil(task.train / config.train.batch_size) for task in tasks],
+        "crop": config.stream.crop if work.reads == "images" else None,
         "batch_size": config.train.batch_size,
         "consolidation_epochs": method.key_epochs,
         "kind": method.kind,
