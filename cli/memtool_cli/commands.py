@@ -25,7 +25,8 @@ class VerbCommand(TyperCommand):
             try:
                 *_, order = self.make_parser(ctx).parse_args(args=list(args))
             except typer.TyperException as error:
-                error.ctx = getattr(error, "ctx", None) or ctx  # whose help is named
+                if getattr(error, "ctx", None) is None:
+                    vars(error)["ctx"] = ctx  # whose help is named
                 option = getattr(error, "option_name", None)
                 if option is None or getattr(error, "possibilities", None) is None:
                     raise

@@ -35,6 +35,7 @@ class Verb(NamedTuple):
 FLOW, HISTORY, FILES, SETUP = "The flow", "History", "Files", "Setup"
 
 VERBS = {
+    "tour": Verb("tour", FLOW, "Show the five steps, one after the other, in a folder of its own."),
     "demo": Verb("experiments", FLOW, "Run everything on the embedded data, in about a minute."),
     "run": Verb("experiments", FLOW, "Run a whole experiment, tasks by seeds; goes on where left."),
     "train-adapter": Verb("flow", FLOW, "Train the adapter of one task, as a PEFT directory."),

@@ -187,6 +187,19 @@ class Out:
             for logger in loggers:
                 logger.removeHandler(hearer)
 
+    @contextmanager
+    def silent_hearing(self) -> Iterator[None]:
+        """While the block runs, what the library warns of is for another one to say."""
+        loggers = [logging.getLogger(name) for name in ("memtool", "memtool_stores")]
+        hearers = [(one, h) for one in loggers for h in one.handlers if isinstance(h, _Hearer)]
+        for logger, hearer in hearers:
+            logger.removeHandler(hearer)
+        try:
+            yield
+        finally:
+            for logger, hearer in hearers:
+                logger.addHandler(hearer)
+
     def next(self, command: str) -> None:
         """The command that comes next."""
         self.note(f"next: {command}")

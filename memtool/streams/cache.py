@@ -295,8 +295,11 @@ def _write(folder: Path, listing: Listing, decoder: _Decoder) -> None:
             encoded = decoder.encoded(listing, rows)
             squares = pool.map(decode, rows, encoded)
             for row, data, square in zip(rows, encoded, squares, strict=True):
-                if isinstance(square, MemtoolError) or isinstance(data, MemtoolError):
-                    decoder.broken.append(square if isinstance(square, MemtoolError) else data)
+                if isinstance(data, MemtoolError):
+                    decoder.broken.append(data)
+                    continue
+                if isinstance(square, MemtoolError):
+                    decoder.broken.append(square)
                     continue
                 fingerprint.update(hashlib.sha256(data).digest())
                 whole.append(row)
