@@ -13,6 +13,8 @@ from typing import Annotated, NamedTuple
 
 import typer
 
+from memtool.errors import AlreadyExistsError
+from memtool.paths import at_home
 from memtool_cli.commands import Verbs
 from memtool_cli.options import YES, Call, examples, verb
 
@@ -61,7 +63,8 @@ def tour(
     with _folder(call, out) as folder:
         call.out.note(f"in {folder}, on digits that come with memtool")
         for number, step in enumerate(STEPS, start=1):
-            call.out.note(f"\n{number} of {len(STEPS)}  {step.says}")
+            call.out.note("")
+            call.out.note(f"{number} of {len(STEPS)}  {step.says}")
             call.out.note(f"$ memtool {step.command}")
             if waits:
                 call.out.note("Enter to run it, Ctrl-C to leave")
@@ -83,7 +86,9 @@ def _folder(call: Call, out: Path | None) -> Iterator[Path]:
             (Path(made) / "memtool.yaml").write_text(_PLACES, encoding="utf-8")
             yield Path(made)
         return
-    folder = call.writes_to(out / "memtool.yaml").parent
+    folder = at_home(out)
+    if folder.exists():
+        raise AlreadyExistsError(f"{folder} is there already", expected="a new folder")
     folder.mkdir(parents=True)
     (folder / "memtool.yaml").write_text(_PLACES, encoding="utf-8")
     yield folder.absolute()
