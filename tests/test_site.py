@@ -1,4 +1,4 @@
-"""The docs site builds without a warning, keeps the anchors of its pages, and asks no other host."""
+"""The docs site builds without a warning, keeps its anchors, and asks no other host."""
 
 from __future__ import annotations
 

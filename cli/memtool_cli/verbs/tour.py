@@ -60,7 +60,7 @@ def tour(
     """
     waits = call.asks and not call.given["yes"]
     flags = [flag for flag in ("--json", "--quiet") if call.given[flag.removeprefix("--")]]
-    with _folder(call, out) as folder:
+    with _folder(out) as folder:
         call.out.note(f"in {folder}, on digits that come with memtool")
         for number, step in enumerate(STEPS, start=1):
             call.out.note("")
@@ -79,7 +79,7 @@ def tour(
 
 
 @contextlib.contextmanager
-def _folder(call: Call, out: Path | None) -> Iterator[Path]:
+def _folder(out: Path | None) -> Iterator[Path]:
     """An empty folder with settings; it goes at the end where it was not asked for."""
     if out is None:
         with tempfile.TemporaryDirectory(prefix="memtool-tour-") as made:
