@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from memtool.progress import Progress
 
 Item = TypeVar("Item")
+
+_log = logging.getLogger(__name__)
 
 
 class Workspace:
@@ -154,8 +157,17 @@ class Workspace:
     @cached_property
     def layout(self) -> Layout:
         """Where each number of this configuration's adapters lies."""
-        sites = self.backbone.sites(self.config.backbone.targets)
-        return Layout(sites, self.config.adapter.rank)
+        rank = self.config.adapter.rank
+        layout = Layout(self.backbone.sites(self.config.backbone.targets), rank)
+        narrow = [site for site in layout.sites if rank > min(site.in_features, site.out_features)]
+        if narrow:
+            width = min(min(site.in_features, site.out_features) for site in narrow)
+            _log.warning(
+                "adapter.rank %d is above the width of %d of %d adapted maps (%d of %s): a rank of "
+                "%d can be any change of it, and more is only slower",
+                *(rank, len(narrow), len(layout.sites), width, narrow[0].name, width),
+            )
+        return layout
 
     @cached_property
     def space(self) -> memtool_stores.Space:

@@ -13,11 +13,12 @@ from importlib import import_module
 from typing import Annotated, Any, NamedTuple, NoReturn
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperCommand
 
 from memtool import __version__
 from memtool.errors import ConfigError
 from memtool_cli import failure
+from memtool_cli.commands import VerbGroup
 from memtool_cli.terminal import prepare
 from memtool_stores import limits
 from memtool_stores.printable import shown
@@ -34,6 +35,7 @@ class Verb(NamedTuple):
 FLOW, HISTORY, FILES, SETUP = "The flow", "History", "Files", "Setup"
 
 VERBS = {
+    "tour": Verb("tour", FLOW, "Show the five steps, one after the other, in a folder of its own."),
     "demo": Verb("experiments", FLOW, "Run everything on the embedded data, in about a minute."),
     "run": Verb("experiments", FLOW, "Run a whole experiment, tasks by seeds; goes on where left."),
     "sweep": Verb("sweep", FLOW, "Run a grid of settings by seeds, on any number of machines."),
@@ -73,7 +75,7 @@ VERBS = {
 }
 
 
-class Verbs(TyperGroup):
+class Verbs(VerbGroup):
     """Lists verbs from the table; imports a verb's module when it is called or completed."""
 
     def __init__(self, **settings: Any) -> None:

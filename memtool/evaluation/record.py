@@ -155,9 +155,9 @@ Ratio = Annotated[float, Field(ge=0)]
 class AtomUse(Part):
     """How the atoms of a growing bank are used (MoRAM), tasks in the order learned.
 
-    norm[i][j]: length of what the atoms of task j add after task i, over that just after task j;
-    difference[i][j]: length of the change, over the same; both on test images of task j, at the
-    layer inputs of then, None for i < j and where atoms added nothing. reuse[i][j]: the gate's
+    `norm[i][j]`: length of what the atoms of task j add after task i, over that just after task j;
+    `difference[i][j]`: length of the change, over the same; both on test images of task j, at the
+    layer inputs of then, None for i < j and where atoms added nothing. `reuse[i][j]`: the gate's
     weight on the atoms of task j for test images of task i, with all tasks in the bank.
     """
 

@@ -97,7 +97,7 @@ class Predictor:
 
     def pixels(self, encoded: bytes, where: str) -> npt.NDArray[np.uint8]:
         """The bytes of one image file, decoded: uint8 (size, size, 3). Raises DataError."""
-        return decode_square(encoded, self.image_size, where)
+        return decode_square(encoded, self.image_size, where, self.memory.config.stream.crop)
 
     @torch.inference_mode()
     def predict(

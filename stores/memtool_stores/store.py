@@ -7,6 +7,7 @@ older version is run again on the newer one, never merged blindly.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -540,8 +541,9 @@ class MemoryStore:
         check_ref(name, kind)
         with self._lock():
             version = self._resolve(ref)
-            if name in self.branches() or name in self.tags():
-                raise AlreadyExistsError(f"{name!r} is a tag or branch already")
+            for taken, known in (("branch", self.branches()), ("tag", self.tags())):
+                if name in known:
+                    raise self._taken(name, taken, known[name], version, kind)
             self._make_reference(kind, name, version, f"make {kind} {name!r}")
             self._sync()
         return version
@@ -554,6 +556,23 @@ class MemoryStore:
                 references.make(self.url, self._repository, kind, name, version, doing)
         except ConflictError as error:
             raise AlreadyExistsError(f"{name!r} is a tag or branch already") from error
+
+    def _taken(
+        self, name: str, taken: str, points_to: str, version: str, kind: str
+    ) -> AlreadyExistsError:
+        """What is said where a name is a tag or a branch already: of which version, what to do."""
+        there = self.log(points_to, 1)[0]
+        when = there.time.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+        here = ", the same" if points_to == version else f", and not at {version}"
+        others = {*self.branches(), *self.tags()}
+        free = next(n for k in itertools.count(2) if (n := f"{name}-{k}") not in others)
+        tag = "a tag never moves, and a name that was one is not given again"
+        rule = tag if taken == "tag" else "a branch moves by commits alone"
+        return AlreadyExistsError(
+            f"{name!r} is a {taken} already, at {points_to} ({there.message}, {when}){here}",
+            expected=f"another name: {rule}",
+            remedy=f"memtool tag {free} {version}" if kind == "tag" else f"the name {free!r}",
+        )
 
     def tags(self) -> dict[str, str]:
         """The version id of every tag, by name."""

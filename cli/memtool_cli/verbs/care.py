@@ -28,6 +28,7 @@ from memtool_cli.options import (
     Call,
     examples,
     one_of,
+    share,
     verb,
 )
 from memtool_cli.output import Table, percent, size
@@ -69,7 +70,7 @@ def forget(
         ),
     ] = False,
     atoms_below: Annotated[
-        float | None,
+        str | None,
         typer.Option(
             "--atoms-below",
             metavar="SHARE",
@@ -87,7 +88,7 @@ def forget(
             remedy="memtool ls",
         )
     if atoms_below is not None:
-        return _prune(call, atoms_below, purge)
+        return _prune(call, share("--atoms-below", atoms_below), purge)
     assert names is not None
     from memtool.methods import forget as forgetting
 

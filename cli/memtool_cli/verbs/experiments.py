@@ -34,6 +34,7 @@ from memtool_cli.options import (
     SEP,
     SPLITS,
     STORE,
+    YES,
     Call,
     ReportFile,
     examples,
@@ -205,6 +206,7 @@ def run(
     SEED,
     *COMPUTE,
     *CONFIGURATION,
+    YES,
 )
 def ablate(
     call: Call,
@@ -226,6 +228,7 @@ def ablate(
     report = report and call.writes_to(report)
     from memtool.experiments.ablations import ablate as run_ablation
 
+    _say_besides(call, what)
     with call.out.progress() as progress:
         found = run_ablation(
             call.config,
@@ -235,6 +238,27 @@ def ablate(
             preset=call.resolved.preset,
         )
     show(call.out, found, report=report)
+
+
+LONG_SECONDS = 600
+"""An ablation that trains longer asks first, where somebody is there."""
+
+
+def _say_besides(call: Call, what: str) -> None:
+    """Say what an ablation changes besides its choice; ask before one that takes long."""
+    from memtool.experiments.ablations import besides, extent
+
+    for key, (was, now) in besides(call.config, what).items():
+        call.out.note(f"note: besides the choice, for all variants: {key} {now} in place of {was}")
+    if call.given["yes"] or not call.asks:
+        return
+    found = extent(call.config, what)
+    if found.seconds > LONG_SECONDS:
+        call.confirm(
+            f"{len(found.variants) or 1} variants, {found.trainings} trainings of adapters, "
+            f"{found.steps:,} steps: about {duration(found.seconds)} of training alone, less what "
+            "is on disk. Begin"
+        )
 
 
 @app.command(

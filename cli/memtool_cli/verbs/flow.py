@@ -39,6 +39,7 @@ from memtool_cli.options import (
     TaskSubject,
     examples,
     one_of,
+    share,
     verb,
 )
 from memtool_cli.output import Table, brief, duration, percent, size
@@ -99,7 +100,7 @@ def train_adapter(
 ) -> None:
     """Train the adapter of one task, as a PEFT directory under runs/."""
     if call.dry_run:
-        return show_plan(call, "train-adapter")
+        return show_plan(call, "train-adapter", task=task)
     with call.out.progress() as progress:
         results = call.method(progress).adapt(task, fresh=fresh)
     rows = [
@@ -450,11 +451,11 @@ def evaluate(
     ] = False,
     report: ReportFile = None,
     at_least: Annotated[
-        float | None,
+        str | None,
         typer.Option(
             "--at-least",
-            metavar="FRACTION",
-            help="Exit with 1 when the final average accuracy is lower.",
+            metavar="SHARE",
+            help="Exit with 1 when the final average accuracy is lower: 0.85 or 85%.",
             rich_help_panel="Output",
         ),
     ] = None,
@@ -462,6 +463,7 @@ def evaluate(
     """Measure the memory on the test samples of all its tasks, or on what was held back."""
     if setting is not None:
         one_of("--setting", setting, choices("stream.setting"))
+    least = None if at_least is None else share("--at-least", at_least)
     if call.dry_run:
         return show_plan(call, "eval")
     if rivals and not compare:
@@ -470,7 +472,7 @@ def evaluate(
     say_decided(call)
     if call.config.stream.split == "validation":
         require_held_back(call.store(), call.config, call.version)
-    if at_least is not None and call.reads_texts and not call.config.text.generate:
+    if least is not None and call.reads_texts and not call.config.text.generate:
         raise ConfigError(
             "--at-least where only losses are measured",
             expected="an accuracy to compare it with",
@@ -502,8 +504,8 @@ def evaluate(
             **more,
         )
     average = show(call.out, [record], history=history, report=report)
-    if at_least is not None and average < at_least:
-        call.out.note(f"final average accuracy {average:.4f} is below {at_least:g}")
+    if least is not None and average < least:
+        call.out.note(f"final average accuracy {average:.4f} is below {least:g}")
         raise typer.Exit(1)
     if report is None:
         call.out.next(call.command("eval --history --compare --report report.html"))

@@ -139,7 +139,7 @@ def log(
     ]
     call.out.data(
         records.Log(store=call.store_path, versions=tuple(versions)),
-        Table(("version", "time", "message", "names"), rows),
+        Table(("version", "time", "message", "names"), rows, spared=("time",)),
         ids=[version.id for version in versions],
     )
 
@@ -255,7 +255,7 @@ def tag(
         ),
     ] = False,
 ) -> None:
-    """Name a version; the name never moves."""
+    """Name a version; the name never moves: for another version, another name."""
     if delete:
         return _untag(call, name)
     id = call.store_to_change().tag(name, version)
@@ -522,4 +522,4 @@ def _adapter_table(adapters: Iterable[records.Adapter]) -> Table:
         for a in adapters
     ]
     header = ("id", "name", "kind", "task", "task name", "domain", "classes", "scaling")
-    return Table(header, rows)
+    return Table(header, rows, spared=("scaling", "classes", "id", "domain", "kind"))
