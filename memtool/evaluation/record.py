@@ -28,15 +28,17 @@ from memtool import sealed
 from memtool.errors import DataError, MismatchError, NotFoundError
 from memtool.evaluation import metrics as metric_functions
 from memtool.evaluation.matrix import AccuracyMatrix
-from memtool.evaluation.right import Right, right_of
+from memtool.evaluation.inside import Inside
+from memtool.evaluation.right import Right, confused, right_of
 from memtool.evaluation.selection import Selection
 from memtool_stores.printable import printable, shown
 
 SCHEMA: Final = "memtool.evaluation"
 RECORD: Final = "record.json"
 """What the file of a record is called in the folder of a run."""
-SCHEMA_VERSION: Final = 3
-"""2: rows have `right`. 3: `run` may have `selection`, `bound`; written as 2 without both."""
+SCHEMA_VERSION: Final = 4
+"""2: rows have `right`. 3: `run` may have `selection`, `bound`. 4: the record may have `inside`,
+rows what `_NEW_OF_ROWS` names. Written as the oldest that has all that is in it."""
 
 Kind = Literal["method", "baseline", "upper bound"]
 Score = Annotated[float, Field(ge=0, le=1)]
@@ -141,6 +143,7 @@ class Run(Part):
 
 
 Ratio = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=0)]
 
 
 class AtomUse(Part):
@@ -155,6 +158,11 @@ class AtomUse(Part):
     norm: tuple[tuple[Ratio | None, ...], ...]
     difference: tuple[tuple[Ratio | None, ...], ...]
     reuse: tuple[tuple[Ratio, ...], ...]
+
+
+_NEW_OF_ROWS = ("replay", "reading", "confused", "ms_per_input", "parameters", "bytes")
+_REPLAY = re.compile(r"(er|der\+\+)(-[a-z-]+)?")
+_READINGS = frozenset({"routed", "uniform", "hard", "memory-nonnegative"})
 
 
 class Row(Part):
@@ -184,6 +192,39 @@ class Row(Part):
     metrics: dict[str, float] = {}
     undefined: dict[str, str] = {}
     seconds: Annotated[float, Field(ge=0)] | None = None
+    replay: bool = False
+    reading: bool = False
+    confused: tuple[tuple[Count, Count, Annotated[int, Field(ge=1)]], ...] = ()
+    ms_per_input: Ratio | None = None
+    parameters: Count | None = None
+    bytes: Count | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_what_older_ones_lack(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        document: dict[str, Any] = write(self)
+        for name in _NEW_OF_ROWS:
+            if not self._is_new(name):
+                document.pop(name, None)
+        return document
+
+    def _is_new(self, name: str) -> bool:
+        value = getattr(self, name)
+        return value is not None and value is not False and value != ()
+
+    @property
+    def needs_newest(self) -> bool:
+        """Whether it has what records of schema 3 have not."""
+        return any(map(self._is_new, _NEW_OF_ROWS))
+
+    @property
+    def keeps_samples(self) -> bool:
+        """Whether it is a row of replay; of a record before schema 4, by its id."""
+        return self.replay or _REPLAY.fullmatch(self.id) is not None
+
+    @property
+    def reads_memory(self) -> bool:
+        """Whether it is another reading of the memory; of a record before schema 4, by its id."""
+        return self.reading or self.id in _READINGS
 
     @field_validator("metrics")
     @classmethod
@@ -203,8 +244,12 @@ class Row(Part):
         more: Mapping[str, float] | None = None,
         recall_error: Sequence[Sequence[float | None]] = (),
         seconds: float | None = None,
+        **about: Any,
     ) -> Row:
-        """A row with all metrics of its matrix, and `more` that have inputs of their own."""
+        """A row with all metrics of its matrix, and `more` that have inputs of their own.
+
+        `about` are `replay`, `reading` and what it costs.
+        """
         return cls(
             id=id,
             label=label,
@@ -215,6 +260,8 @@ class Row(Part):
             metrics={**metric_functions.compute(matrix.values), **(more or {})},
             undefined=metric_functions.undefined(matrix.values),
             seconds=seconds,
+            confused=confused(matrix.last),
+            **about,
         )
 
     def matrix(self, tasks: Sequence[str]) -> AccuracyMatrix:
@@ -308,10 +355,11 @@ class Record(Part):
     """One run, evaluated: the three blocks run, metrics and environment."""
 
     schema_name: Literal["memtool.evaluation"] = Field(SCHEMA, alias="schema")
-    schema_version: Literal[1, 2, 3] = SCHEMA_VERSION
+    schema_version: Literal[1, 2, 3, 4] = SCHEMA_VERSION
     run: Run
     metrics: Metrics
     environment: Environment
+    inside: Inside | None = None
 
     @field_validator("schema_version")
     @classmethod
@@ -321,8 +369,11 @@ class Record(Part):
     @model_serializer(mode="wrap")
     def _of_the_oldest_that_has_it(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         document: dict[str, Any] = write(self)
-        if self.run.selection is None and self.run.bound is None:
-            document["schema_version"] = 2
+        if self.inside is None:
+            document.pop("inside", None)
+            if not any(row.needs_newest for row in self.metrics.rows):
+                chosen = self.run.selection is not None or self.run.bound is not None
+                document["schema_version"] = 3 if chosen else 2
         return document
 
     @model_validator(mode="after")

@@ -61,7 +61,8 @@ class RowSummary:
 
     accuracy: float64 (seeds, T+1, T), NaN where not measured; recall_error: likewise, or None for a
     row without recalled adapters; metrics: by id, each over the seeds
-    that have it; undefined: reasons by id; seconds: over the seeds that were timed, or None.
+    that have it; undefined: reasons by id; seconds: over the seeds that were timed, or None;
+    replay, reading: as of a `Row`.
     """
 
     id: str
@@ -72,6 +73,13 @@ class RowSummary:
     metrics: dict[str, Summary]
     undefined: dict[str, str]
     seconds: Summary | None
+    replay: bool = False
+    reading: bool = False
+
+    @property
+    def is_rival(self) -> bool:
+        """Whether it is a baseline on the terms of the method: no replay, no reading of it."""
+        return self.kind == "baseline" and not (self.replay or self.reading)
 
     @property
     def mean(self) -> npt.NDArray[np.float64]:
@@ -147,4 +155,6 @@ def _summarise_row(rows: Sequence[Row], records: Sequence[Record]) -> RowSummary
         },
         undefined=dict(first.undefined),
         seconds=summarise(seconds) if seconds else None,
+        replay=first.keeps_samples,
+        reading=first.reads_memory,
     )

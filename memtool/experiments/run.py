@@ -19,6 +19,7 @@ from memtool.alone import alone
 from memtool.config import resolve, with_values
 from memtool.engine import Engine
 from memtool.errors import ConfigError
+from memtool.evaluation.inside import Cost
 from memtool.evaluation.matrix import AccuracyMatrix
 from memtool.evaluation.record import (
     RECORD,
@@ -37,7 +38,7 @@ from memtool.methods import open_method
 from memtool.methods.method import Method
 from memtool.paths import store_beside, without_home
 from memtool.progress import Progress
-from memtool.reports.html import Cost, write_report
+from memtool.reports.html import write_report
 from memtool.settings import Config
 from memtool.streams.task import Task
 from memtool.workspace import Workspace
@@ -234,6 +235,8 @@ def _over_domains(records: Sequence[Record], domains: Sequence[str]) -> list[Row
                 matrix,
                 more=more,
                 seconds=sum(seconds) if len(seconds) == len(domains) else None,
+                replay=model_row.replay,
+                reading=model_row.reading,
             )
         )
     return rows
@@ -266,7 +269,7 @@ def _one_memory(
     evaluated = time.perf_counter() - start
     rows = list(record.metrics.rows)
     spent = _spent(work)
-    rows[0] = rows[0].model_copy(update={"seconds": spent["adapt"] + spent["consolidate"]})
+    rows[0] = rows[0].model_copy(update=_kept_by(method, spent))
     for name in names:
         found = baseline_rows(method, name, learned, doing.selection, doing.progress)
         doing.of.update({row.id: name for row in found})
@@ -283,19 +286,13 @@ def _one_memory(
         }
     )
     held_out = work.stream.held_out
-    shown = method.pictures([*learned, *([] if held_out is None else [held_out])])
-    costs = _costs(method, spent, evaluated)
+    inside = method.inside([*learned, *([] if held_out is None else [held_out])])
+    costs = tuple(_costs(method, spent, evaluated))
+    record = record.model_copy(update={"inside": inside.model_copy(update={"costs": costs})})
 
     def write() -> None:
         write_record(record, config.runs / RECORD)
-        write_report(
-            record,
-            config.runs / REPORT,
-            coefficients=shown.coefficients,
-            samples=shown.samples,
-            keys=shown.keys,
-            costs=costs,
-        )
+        write_report(record, config.runs / REPORT)
 
     work.engine.on_main(write)
     return record
@@ -321,6 +318,15 @@ def _learn(method: Method, tasks: Sequence[Task], doing: _Doing, *, fresh: bool)
             method.learn(task, fresh=fresh)
             method.task_written(task)
     method.all_written()
+
+
+def _kept_by(method: Method, spent: Mapping[str, float]) -> dict[str, float]:
+    """What the memory took to learn, and what it keeps: its adapters and keys, as float32."""
+    view = method.workspace.store.view()
+    keys = view.keys()
+    numbers = method.workspace.layout.numel * len(view.live) + (0 if keys is None else keys.size)
+    seconds = spent["adapt"] + spent["consolidate"]
+    return {"seconds": seconds, "parameters": int(numbers), "bytes": 4 * int(numbers)}
 
 
 def _costs(method: Method, spent: Mapping[str, float], evaluated: float) -> list[Cost]:

@@ -38,6 +38,7 @@ class AdaptResult(Result):
     bytes: int
     resumed: bool = False
     skipped: bool = False
+    losses: tuple[float, ...] = Field((), description="mean loss of every epoch")
 
 
 class WrittenAdapter(Part):
