@@ -19,7 +19,7 @@ from memtool.errors import MismatchError
 Numbers = npt.NDArray[np.float64]
 
 MOST_NUMBERS = 8000
-"""More are left out of a record: blocks of a large memory, and samples one by one."""
+"""With more, a record leaves out the blocks of a memory."""
 EXAMPLE_SIDE = 64
 """Pixels: pictures of examples are no larger."""
 EXAMPLE_LETTERS = 400
@@ -40,7 +40,7 @@ class Recalled(Part):
 
     weights, spread: (tasks, adapters), mean and standard deviation over the `samples` of each task;
     what: what a weight is; by_block: (blocks, tasks, adapters) of the memories `blocks`, none where
-    one memory serves all or there are too many; singles: for every task some samples, (n, adapters).
+    one memory serves all or there are too many.
     """
 
     tasks: tuple[str, ...]
@@ -51,7 +51,6 @@ class Recalled(Part):
     what: str = "weight"
     blocks: tuple[int, ...] = ()
     by_block: tuple[Table, ...] = ()
-    singles: tuple[Table, ...] = ()
 
     @model_validator(mode="after")
     def _fits(self) -> Recalled:
@@ -61,10 +60,8 @@ class Recalled(Part):
             _require(self.spread, shape, "spread")
         if self.by_block or self.blocks:
             _require(self.by_block, (len(self.blocks), *shape), "weights by block")
-        if len(self.samples) != len(self.tasks) or len(self.singles) not in (0, len(self.tasks)):
+        if len(self.samples) != len(self.tasks):
             raise ValueError(f"samples of {len(self.samples)} tasks, not {len(self.tasks)}")
-        for each in self.singles:
-            _require(each, (len(each), len(self.adapters)), "weights of samples")
         return self
 
     @classmethod
@@ -95,8 +92,6 @@ class Recalled(Part):
             raise MismatchError("weights with NaN or infinity", expected="finite numbers")
         means = [each.mean(axis=1) for each in arrays]
         several = len(blocks) > 1 and len(blocks) * len(tasks) * len(adapters) <= MOST_NUMBERS
-        each_task = max(1, MOST_NUMBERS // (len(tasks) * len(adapters)))
-        singles = [one[_evenly(len(one), min(each_task, 24))] for one in means]
         by_block = np.stack([each.mean(axis=0) for each in arrays], axis=1) if several else ()
         return cls(
             tasks=tuple(tasks),
@@ -107,7 +102,6 @@ class Recalled(Part):
             what=what,
             blocks=tuple(blocks) if several else (),
             by_block=tuple(_table(one) for one in by_block),
-            singles=tuple(_table(one) for one in singles) if each_task > 1 else (),
         )
 
 
@@ -203,10 +197,6 @@ def strongest(weights: Sequence[float], names: Sequence[str], count: int = 3) ->
 
 def _table(values: Numbers) -> Table:
     return tuple(tuple(float(f"{value:.5g}") for value in row) for row in values)
-
-
-def _evenly(count: int, most: int) -> npt.NDArray[np.int64]:
-    return np.linspace(0, count - 1, min(count, most)).astype(np.int64)
 
 
 def _require(values: object, shape: tuple[int, ...], what: str) -> None:

@@ -1,0 +1,35 @@
+"""The script of live figures: Vega, Vega-Lite and Vega-Embed as one text, made once a machine."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+from memtool.atomic import write_atomic
+from memtool.errors import MemtoolError
+from memtool.streams.table import cache_folder
+
+
+def script_file() -> Path:
+    """Where the script of this version of vl-convert is kept, below the cache folder."""
+    import vl_convert
+
+    return cache_folder() / "reports" / f"vega-{vl_convert.__version__}.js"
+
+
+@cache
+def script() -> str:
+    """The script that defines `vegaEmbed`; making it takes some seconds, finding it none."""
+    file = script_file()
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        pass
+    import vl_convert
+
+    text: str = vl_convert.javascript_bundle()
+    try:
+        write_atomic(file, text)
+    except (MemtoolError, OSError):
+        pass  # a cache that cannot be written costs time, and nothing else
+    return text
