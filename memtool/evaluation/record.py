@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from pydantic import (
     AwareDatetime,
@@ -32,6 +32,9 @@ from memtool.evaluation.inside import Inside
 from memtool.evaluation.right import Right, confused, right_of
 from memtool.evaluation.selection import Selection
 from memtool_stores.printable import printable, shown
+
+if TYPE_CHECKING:
+    from memtool.reports.figure import Figure
 
 SCHEMA: Final = "memtool.evaluation"
 RECORD: Final = "record.json"
@@ -409,6 +412,22 @@ class Record(Part):
     def matrix(self, id: str) -> AccuracyMatrix:
         """The accuracy matrix of a row."""
         return self.row(id).matrix(self.run.task_names)
+
+    def plot(self, name: str | None = None) -> Figure:
+        """A figure of the report: live in a notebook, and `save` writes it (.svg, .png, .html).
+
+        `name` is recall, methods, curves, matrix, forgetting, paired, confusion, classes, learning,
+        keys or recall-error; without one the first that the record has. NotFoundError for one that
+        it has not.
+        """
+        from memtool.reports.notebook import figure_of
+
+        return figure_of(self, name)
+
+    def _repr_html_(self) -> str:
+        from memtool.reports.notebook import record_html
+
+        return record_html(self)
 
     def to_json(self) -> str:
         """The record as JSON text; `from_json` gives back an equal record."""

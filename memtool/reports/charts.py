@@ -391,7 +391,7 @@ def forgetting_figure(
     x: dict[str, Any] = {
         "field": "then",
         "type": "quantitative",
-        "title": f"{_axis(measure)}: ○ just after the task was learned, ● at the end",
+        "title": _axis(measure),
     }
     if measure == "accuracy":
         x |= {"scale": {"domain": [0, 100]}, "axis": {"values": PERCENT}}
@@ -437,8 +437,8 @@ def forgetting_figure(
     }
     return Figure(
         "forgetting",
-        "What was forgotten: every task just after it was learned and after the last one, for the "
-        f"method of choice.{_n(records)}",
+        "What was forgotten: every task just after it was learned (○) and after the last one (●), "
+        f"for the method of choice.{_n(records)}",
         spec,
         3 * len(tasks),
     )
@@ -462,7 +462,7 @@ def paired_figure(rows: Sequence[RowSummary], records: Sequence[Record]) -> Figu
         }
         for name, (_, one) in zip(names, others, strict=True)
     ]
-    x = {"type": "quantitative", "title": f"points of accuracy that {label(own)} is above (right of 0)"}
+    x = {"type": "quantitative", "title": "difference (points)"}
     spec = {
         "height": STEP,
         "data": {"values": values},
@@ -511,8 +511,9 @@ def paired_figure(rows: Sequence[RowSummary], records: Sequence[Record]) -> Figu
     count = others[0][1].samples
     return Figure(
         "paired",
-        f"{label(own)} less every other row on the same test samples, n = {count:,}: paired "
-        "bootstrap interval of 95 %; better or worse where McNemar's exact test says so, too.",
+        f"{label(own)} less every other row on the same test samples, n = {count:,}: right of 0 "
+        f"{label(own)} is better. Bars: paired bootstrap interval of 95 %; colour where McNemar's "
+        "exact test agrees.",
         spec,
         3 * len(values),
     )
@@ -847,7 +848,8 @@ def point(
 ) -> tuple[float, float, float]:
     """Mean at the end over all tasks, or on one, and its 95 % interval; NaN where not known.
 
-    Of several seeds Student's t over them; of one the bootstrap over its test samples.
+    Of several seeds Student's t over them; of one the bootstrap over its test samples, or Wilson's
+    where there is one task.
     """
     last = last_line(records, row, measure)
     each = last[:, task] if task is not None else _mean_of_measured(last)
@@ -864,6 +866,8 @@ def point(
     flags = [one.flags.astype(np.float64) for one in some if one is not None]
     if not flags or len(flags) < len(some) or (task is None and np.isnan(last).any()):
         return summary.mean, math.nan, math.nan
+    if len(flags) == 1:
+        return summary.mean, *wilson(int(flags[0].sum()), len(flags[0]))
     return summary.mean, *bootstrap(flags)
 
 
@@ -1148,4 +1152,4 @@ def _with_interval(
         return "."
     if len(records) > 1:
         return f"; bars: 95 % t-interval over {len(records)} runs."
-    return "; bars: 95 % bootstrap interval over the test samples of one seed."
+    return "; bars: 95 % interval over the test samples of one seed, bootstrap or, of a task, Wilson."

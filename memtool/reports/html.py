@@ -196,16 +196,16 @@ def _side_by_side(groups: Sequence[Sequence[Record]], names: Sequence[str]) -> S
     settings = [dict(flatten(_settings(group[0].run.configuration))) for group in groups]
     keys = list(dict.fromkeys(key for one in settings for key in one))
     differing = [key for key in keys if len({one.get(key) for one in settings}) > 1]
-    measure = _measure(groups[0], rows[:1])
+    measure = measure_of(groups[0], rows[:1])
     columns = [
         ("setting", [group[0].run.setting for group in groups]),
         ("seeds", [str(len(group)) for group in groups]),
         (f"{'accuracy %' if measure == 'accuracy' else 'loss'} at the end", [
-            _estimate(group, row, _measure(group, [row]))[0]
+            _estimate(group, row, measure_of(group, [row]))[0]
             for group, row in zip(groups, rows, strict=True)
         ]),
         ("95 %", [
-            _estimate(group, row, _measure(group, [row]))[1]
+            _estimate(group, row, measure_of(group, [row]))[1]
             for group, row in zip(groups, rows, strict=True)
         ]),
         ("forgetting (max) %", [
@@ -265,15 +265,15 @@ def _run(records: Sequence[Record], prefix: str) -> dict[str, object]:
     }
 
 
-def _measure(records: Sequence[Record], rows: Sequence[RowSummary]) -> Measure:
+def measure_of(records: Sequence[Record], rows: Sequence[RowSummary]) -> Measure:
     """What there is to show: accuracy where any was measured, else the loss of texts."""
     known = any(np.isfinite(row.accuracy).any() for row in rows)
     return "accuracy" if known or not any(r.loss for r in records[0].metrics.rows) else "loss"
 
 
 def _sections(rows: Sequence[RowSummary], records: Sequence[Record], prefix: str) -> list[Section]:
-    first, measure = records[0], _measure(records, rows)
-    ordered = _leading_first(rows, records)
+    first, measure = records[0], measure_of(records, rows)
+    ordered = leading_first(rows, records)
     is_accuracy = measure == "accuracy"
 
     def figures(*made: Figure | None) -> list[Shown]:
@@ -402,7 +402,7 @@ def _sections(rows: Sequence[RowSummary], records: Sequence[Record], prefix: str
     return sections
 
 
-def _leading_first(rows: Sequence[RowSummary], records: Sequence[Record]) -> list[RowSummary]:
+def leading_first(rows: Sequence[RowSummary], records: Sequence[Record]) -> list[RowSummary]:
     """The method, then upper bounds and rivals by their average, then all others."""
     first = leading(rows, records, charts.MOST_METHODS)
     own = main_row(rows)
@@ -451,7 +451,7 @@ def summary_sentence(rows: Sequence[RowSummary], records: Sequence[Record]) -> s
     kind = "held-out domain" if held_out(records) else "task"
     tasks = f"{len(run.tasks)} {kind}{'s' if len(run.tasks) > 1 else ''}"
     own = method.metrics.get("faa")
-    measure = _measure(records, rows)
+    measure = measure_of(records, rows)
     if own is None or measure == "loss":
         mean, _ = _estimate(records, method, measure)
         if mean == MISSING:
@@ -494,7 +494,7 @@ def summary_sentence(rows: Sequence[RowSummary], records: Sequence[Record]) -> s
 
 def _tiles(rows: Sequence[RowSummary], records: Sequence[Record]) -> list[tuple[str, str, str]]:
     """The few numbers that matter: name, number, and what it is beside."""
-    own, measure = main_row(rows), _measure(records, rows)
+    own, measure = main_row(rows), measure_of(records, rows)
     mean, interval = _estimate(records, own, measure)
     unit = " %" if measure == "accuracy" else ""
     what = "final average accuracy" if measure == "accuracy" else "loss at the end"
