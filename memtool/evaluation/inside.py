@@ -189,7 +189,9 @@ def picture_text(image: npt.NDArray[np.uint8]) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def strongest(weights: Sequence[float], names: Sequence[str], count: int = 3) -> Sequence[tuple[str, float]]:
+def strongest(
+    weights: Sequence[float], names: Sequence[str], count: int = 3
+) -> Sequence[tuple[str, float]]:
     """The adapters of most weight, by its size, each with it."""
     order = sorted(range(len(names)), key=lambda place: -abs(weights[place]))
     return [(names[place], float(f"{weights[place]:.5g}")) for place in order[:count]]

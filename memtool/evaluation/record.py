@@ -27,8 +27,8 @@ from pydantic import (
 from memtool import sealed
 from memtool.errors import DataError, MismatchError, NotFoundError
 from memtool.evaluation import metrics as metric_functions
-from memtool.evaluation.matrix import AccuracyMatrix
 from memtool.evaluation.inside import Inside
+from memtool.evaluation.matrix import AccuracyMatrix
 from memtool.evaluation.right import Right, confused, right_of
 from memtool.evaluation.selection import Selection
 from memtool_stores.printable import printable, shown

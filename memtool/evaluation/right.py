@@ -95,7 +95,9 @@ def right_of(score: float | None) -> Right | None:
 
 def confused(scores: Sequence[float | None]) -> tuple[tuple[int, int, int], ...]:
     """Of all samples: (class, taken for, how many), by class; empty unless all scores know it."""
-    known = [score.taken for score in scores if isinstance(score, Share) and score.taken is not None]
+    known = [
+        score.taken for score in scores if isinstance(score, Share) and score.taken is not None
+    ]
     if not known or len(known) < len(scores):
         return ()
     pairs, counts = np.unique(np.concatenate(known), axis=0, return_counts=True)

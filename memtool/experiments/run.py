@@ -338,7 +338,7 @@ def _costs(method: Method, spent: Mapping[str, float], evaluated: float) -> list
     what = "atoms" if method.kind == "atoms" else "adapters"
     costs = [
         Cost(
-            f"adapt: {what} of all tasks",
+            label=f"adapt: {what} of all tasks",
             seconds=spent["adapt"],
             parameters=numbers,
             bytes=4 * numbers,
@@ -347,10 +347,12 @@ def _costs(method: Method, spent: Mapping[str, float], evaluated: float) -> list
     if method.consolidates is not None:
         words = " ".join(filter(None, ("consolidate:", method.consolidates))).removesuffix(":")
         costs.append(
-            Cost(words, seconds=spent["consolidate"], parameters=key_count, bytes=4 * key_count)
+            Cost(
+                label=words, seconds=spent["consolidate"], parameters=key_count, bytes=4 * key_count
+            )
         )
     label = "evaluate: every version, and other ways to read the memory"
-    return [*costs, Cost(label, seconds=evaluated)]
+    return [*costs, Cost(label=label, seconds=evaluated)]
 
 
 def _require_same_experiment(method: Method) -> None:

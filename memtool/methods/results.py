@@ -262,7 +262,9 @@ class AtomsResult(Result):
     loss: float | None = None
 
     def _repr_html_(self) -> str:
-        rows = [(one.task_name or one.name, str(one.task), f"{one.share:.4f}") for one in self.tasks]
+        rows = [
+            (one.task_name or one.name, str(one.task), f"{one.share:.4f}") for one in self.tasks
+        ]
         return _shown(self, ("atoms of", "task", "share"), rows)
 
 
@@ -330,7 +332,9 @@ class RecallResult(Result):
 
     def _repr_html_(self) -> str:
         rows = [(one.name, str(one.task), f"{one.share:.4f}") for one in self.shares]
-        return _shown(self, ("adapter", "task", "share"), rows or [(self.adapter, str(self.task), "1")])
+        return _shown(
+            self, ("adapter", "task", "share"), rows or [(self.adapter, str(self.task), "1")]
+        )
 
 
 class Purged(Part):
@@ -413,5 +417,7 @@ def _shown(found: Retrieved, header: tuple[str, ...], rows: Sequence[tuple[str, 
         said.append(f"loss {found.loss:.3f}")
     if found.answer is not None:
         said.append(found.answer)
-    words = f"{found.subject}, {found.samples} samples" if hasattr(found, "samples") else found.subject
+    words = (
+        f"{found.subject}, {found.samples} samples" if hasattr(found, "samples") else found.subject
+    )
     return table_html(Grid(": ".join([words, *said]), header, tuple(rows)))

@@ -18,7 +18,7 @@ from memtool.evaluation.metrics import seen_accuracy
 from memtool.evaluation.paired import Paired, bootstrap, paired
 from memtool.evaluation.record import Record
 from memtool.evaluation.summary import RowSummary, summarise
-from memtool.reports.figure import INK, RULE, Figure
+from memtool.reports.figure import INK, Figure
 from memtool.reports.looks import OWN, scales
 from memtool.reports.table import label, main_row, samples_text, task_labels
 from memtool_stores.printable import printable
@@ -129,7 +129,9 @@ def methods_figure(
     if not shown:
         return None
     names = _labels(shown)
-    found = [[point(records, row, measure, task) for task in (None, *range(len(tasks)))] for row in shown]
+    found = [
+        [point(records, row, measure, task) for task in (None, *range(len(tasks)))] for row in shown
+    ]
     order = sorted(range(len(shown)), key=lambda i: _sort_key(found[i][0][0], measure))
     scale = 100 if measure == "accuracy" else 1
     values = [
@@ -426,7 +428,13 @@ def forgetting_figure(
                 "encoding": {"x": x, "x2": {"field": "now"}},
             },
             {
-                "mark": {"type": "point", "filled": False, "size": 80, "stroke": OWN, "strokeWidth": 1.6},
+                "mark": {
+                    "type": "point",
+                    "filled": False,
+                    "size": 80,
+                    "stroke": OWN,
+                    "strokeWidth": 1.6,
+                },
                 "encoding": {"x": x},
             },
             {
@@ -447,7 +455,9 @@ def forgetting_figure(
 def paired_figure(rows: Sequence[RowSummary], records: Sequence[Record]) -> Figure | None:
     """The method less every other row on the same test samples, with intervals; None without."""
     own = main_row(rows)
-    others = [(row, one) for row in rows if row is not own and (one := paired(records, own.id, row.id))]
+    others = [
+        (row, one) for row in rows if row is not own and (one := paired(records, own.id, row.id))
+    ]
     if not others:
         return None
     names = _labels([row for row, _ in others])
@@ -477,7 +487,10 @@ def paired_figure(rows: Sequence[RowSummary], records: Sequence[Record]) -> Figu
             "color": {
                 "field": "holds",
                 "title": None,
-                "scale": {"domain": ["better", "worse", "not told apart"], "range": [OWN, "#d55e00", "#8a8d94"]},
+                "scale": {
+                    "domain": ["better", "worse", "not told apart"],
+                    "range": [OWN, "#d55e00", "#8a8d94"],
+                },
             },
             "tooltip": [
                 _field("method", "against"),
@@ -565,13 +578,13 @@ def confusion_figure(rows: Sequence[RowSummary], records: Sequence[Record]) -> F
                 _field("count", "samples"),
             ],
         )
-    pairs = {
-        (int(i), int(j))
-        for table in stack
-        for i, j in _worst(table, 20)
-    }
+    pairs = {(int(i), int(j)) for table in stack for i, j in _worst(table, 20)}
     values = [
-        {"pair": f"{classes[i]} → {classes[j]}", "c": stack[:, i, j].tolist(), "w": [_number(x) for x in shares[:, i, j]]}
+        {
+            "pair": f"{classes[i]} → {classes[j]}",
+            "c": stack[:, i, j].tolist(),
+            "w": [_number(x) for x in shares[:, i, j]],
+        }
         for i, j in sorted(pairs)
     ]
     spec = {
@@ -581,13 +594,21 @@ def confusion_figure(rows: Sequence[RowSummary], records: Sequence[Record]) -> F
         "transform": [
             {"calculate": "datum.c[method]", "as": "count"},
             {"calculate": "datum.w[method]", "as": "share"},
-            {"window": [{"op": "row_number", "as": "rank"}], "sort": [{"field": "count", "order": "descending"}]},
+            {
+                "window": [{"op": "row_number", "as": "rank"}],
+                "sort": [{"field": "count", "order": "descending"}],
+            },
             {"filter": "datum.rank <= 20 && datum.count > 0"},
         ],
         "mark": {"type": "bar", "fill": OWN},
         "encoding": {
             "y": {"field": "pair", "type": "nominal", "sort": "-x", "title": None},
-            "x": {"field": "count", "type": "quantitative", "title": "test samples", "axis": {"tickMinStep": 1}},
+            "x": {
+                "field": "count",
+                "type": "quantitative",
+                "title": "test samples",
+                "axis": {"tickMinStep": 1},
+            },
             "tooltip": [
                 _field("pair", "class → taken for"),
                 _field("count", "samples"),
@@ -672,7 +693,10 @@ def classes_figure(rows: Sequence[RowSummary], records: Sequence[Record]) -> Fig
             {
                 "params": [_by_legend(names[0])],
                 "mark": {"type": "point", "filled": True, "size": 60},
-                "encoding": {"x": x, "shape": {"field": "method", "title": None, "scale": scale["shape"]}},
+                "encoding": {
+                    "x": x,
+                    "shape": {"field": "method", "title": None, "scale": scale["shape"]},
+                },
             },
         ],
     }
@@ -706,7 +730,12 @@ def learning_figure(record: Record) -> Figure | None:
             {
                 "name": "which",
                 "value": kinds[0],
-                "bind": {"input": "select", "name": "What ", "options": kinds, "labels": [what[k] for k in kinds]},
+                "bind": {
+                    "input": "select",
+                    "name": "What ",
+                    "options": kinds,
+                    "labels": [what[k] for k in kinds],
+                },
             }
         )
     spec = {
@@ -721,8 +750,19 @@ def learning_figure(record: Record) -> Figure | None:
             }
         ],
         "encoding": {
-            "x": {"field": "epoch", "type": "quantitative", "title": "epoch", "axis": {"tickMinStep": 1, "grid": False}, "scale": {"nice": False, "padding": 12}},
-            "y": {"field": "loss", "type": "quantitative", "title": "mean training loss", "scale": {"zero": True}},
+            "x": {
+                "field": "epoch",
+                "type": "quantitative",
+                "title": "epoch",
+                "axis": {"tickMinStep": 1, "grid": False},
+                "scale": {"nice": False, "padding": 12},
+            },
+            "y": {
+                "field": "loss",
+                "type": "quantitative",
+                "title": "mean training loss",
+                "scale": {"zero": True},
+            },
             "color": {
                 "field": "name",
                 "title": None,
@@ -731,7 +771,11 @@ def learning_figure(record: Record) -> Figure | None:
                 "legend": {"symbolLimit": 24},
             },
             "opacity": {"condition": {"param": "lines", "value": 1}, "value": 0.12},
-            "tooltip": [_field("name", "of"), _field("epoch", "epoch"), _field("loss", "loss", ".4f")],
+            "tooltip": [
+                _field("name", "of"),
+                _field("epoch", "epoch"),
+                _field("loss", "loss", ".4f"),
+            ],
         },
     }
     return Figure(
@@ -765,7 +809,11 @@ def keys_figure(record: Record) -> Figure | None:
         ".2f",
         "How alike keys are: cosine similarity of the keys of every two adapters, mean over the "
         "blocks.",
-        tooltip=[_field("one", "adapter"), _field("other", "and"), _field("value", "cosine", ".3f")],
+        tooltip=[
+            _field("one", "adapter"),
+            _field("other", "and"),
+            _field("value", "cosine", ".3f"),
+        ],
     )
 
 
@@ -796,7 +844,13 @@ def runs_figure(groups: Sequence[tuple[str, Sequence[Record], RowSummary]]) -> F
         "height": STEP,
         "data": {"values": values},
         "encoding": {
-            "y": {"field": "run", "type": "nominal", "sort": None, "title": None, "axis": {"grid": True, "labelLimit": 290}},
+            "y": {
+                "field": "run",
+                "type": "nominal",
+                "sort": None,
+                "title": None,
+                "axis": {"grid": True, "labelLimit": 290},
+            },
             "tooltip": [
                 _field("run", "run"),
                 _field("mean", _axis(measure), ".2f"),
@@ -893,7 +947,8 @@ def wilson(right: int, count: int) -> tuple[float, float]:
     share, under = right / count, 1 + z * z / count
     middle = (share + z * z / (2 * count)) / under
     half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / under
-    return max(0.0, middle - half), min(1.0, middle + half)
+    low = 0.0 if right == 0 else middle - half
+    return low, 1.0 if right == count else middle + half
 
 
 def _last(matrix: Numbers) -> Numbers:
@@ -903,7 +958,9 @@ def _last(matrix: Numbers) -> Numbers:
 
 def _mean_of_measured(last: Numbers) -> Numbers:
     known = ~np.isnan(last)
-    return np.where(known.any(axis=1), np.nansum(last, axis=1) / np.maximum(known.sum(axis=1), 1), np.nan)
+    return np.where(
+        known.any(axis=1), np.nansum(last, axis=1) / np.maximum(known.sum(axis=1), 1), np.nan
+    )
 
 
 def _steps(matrix: Numbers) -> int:
@@ -915,7 +972,11 @@ def _worst(table: npt.NDArray[np.int64], count: int) -> list[tuple[int, int]]:
     wrong = table.copy()
     np.fill_diagonal(wrong, 0)
     order = np.argsort(-wrong, axis=None, kind="stable")[:count]
-    return [(int(i), int(j)) for i, j in zip(*np.unravel_index(order, wrong.shape), strict=True) if wrong[i, j]]
+    return [
+        (int(i), int(j))
+        for i, j in zip(*np.unravel_index(order, wrong.shape), strict=True)
+        if wrong[i, j]
+    ]
 
 
 # Parts of specifications ------------------------------------------------------------------------
@@ -984,7 +1045,11 @@ def _map(
         "height": {"step": step},
         "data": {"values": values},
         "params": params or [],
-        "transform": [{"calculate": value, "as": "value"}, *more, {"filter": "isValid(datum.value)"}],
+        "transform": [
+            {"calculate": value, "as": "value"},
+            *more,
+            {"filter": "isValid(datum.value)"},
+        ],
         "encoding": {
             "x": {
                 "field": x,
@@ -992,7 +1057,11 @@ def _map(
                 "sort": list(x_names),
                 "title": x_title,
                 "scale": {"domain": list(x_names)},
-                "axis": {"labelAngle": -40 if slanted else 0, "labelLimit": 130, "labelOverlap": True},
+                "axis": {
+                    "labelAngle": -40 if slanted else 0,
+                    "labelLimit": 130,
+                    "labelOverlap": True,
+                },
             },
             "y": {
                 "field": y,
@@ -1152,4 +1221,6 @@ def _with_interval(
         return "."
     if len(records) > 1:
         return f"; bars: 95 % t-interval over {len(records)} runs."
-    return "; bars: 95 % interval over the test samples of one seed, bootstrap or, of a task, Wilson."
+    return (
+        "; bars: 95 % interval over the test samples of one seed, bootstrap or, of a task, Wilson."
+    )

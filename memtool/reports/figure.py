@@ -6,6 +6,8 @@ Plotly has 4.5), without a browser or a network.
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 from dataclasses import dataclass, field
@@ -80,15 +82,17 @@ class Figure:
     def inline(self) -> str:
         """The same for a page, in the page's own colours; an image where it has many cells."""
         if self.cells > MOST_SHAPES:
-            import base64
-
-            data = base64.b64encode(self.png(scale=1.5)).decode()
+            data = base64.b64encode(_small(self.png(scale=1.5))).decode()
             return f'<img alt="" width="{WIDTH}" src="data:image/png;base64,{data}">'
         svg = self._drawn()
         # Clips are numbered by how much was drawn before; ids are one name space on a page.
         ids = dict.fromkeys(re.findall(r'\bid="([^"]+)"', svg))
         for number, one in enumerate(ids):
-            svg = re.sub(rf'(\bid="|url\(#|href="#){re.escape(one)}(?=["\)])', rf"\1{self.name}-{number}", svg)
+            svg = re.sub(
+                rf'(\bid="|url\(#|href="#){re.escape(one)}(?=["\)])',
+                rf"\1{self.name}-{number}",
+                svg,
+            )
         return svg
 
     def png(self, *, scale: float = 2.0) -> bytes:
@@ -124,7 +128,9 @@ class Figure:
 
     def _whole(self) -> dict[str, Any]:
         """The specification with the common settings, complete in itself."""
-        text = json.dumps({"config": CONFIG, "width": WIDTH, "autosize": FIT, **self.spec, "background": "white"})
+        text = json.dumps(
+            {"config": CONFIG, "width": WIDTH, "autosize": FIT, **self.spec, "background": "white"}
+        )
         return dict(json.loads(text.replace(RULE, "#d5d6da").replace(INK, "#1c1d20")))
 
     def _drawn(self) -> str:
@@ -135,7 +141,19 @@ class Figure:
         return found[found.index("<svg") :].strip()
 
 
+def _small(png: bytes) -> bytes:
+    """A picture of few colours, in few bytes."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    with Image.open(io.BytesIO(png)) as picture:
+        picture.convert("RGB").quantize(128).save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
 def _concrete(svg: str) -> str:
     """An SVG that stands alone: on white, in colours of its own."""
     svg = svg.replace(RULE, "#d5d6da").replace(INK, "#1c1d20")
-    return re.sub(r"(<svg[^>]*>)", r'\1<rect width="100%" height="100%" fill="white"/>', svg, count=1)
+    return re.sub(
+        r"(<svg[^>]*>)", r'\1<rect width="100%" height="100%" fill="white"/>', svg, count=1
+    )

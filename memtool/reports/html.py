@@ -200,18 +200,29 @@ def _side_by_side(groups: Sequence[Sequence[Record]], names: Sequence[str]) -> S
     columns = [
         ("setting", [group[0].run.setting for group in groups]),
         ("seeds", [str(len(group)) for group in groups]),
-        (f"{'accuracy %' if measure == 'accuracy' else 'loss'} at the end", [
-            _estimate(group, row, measure_of(group, [row]))[0]
-            for group, row in zip(groups, rows, strict=True)
-        ]),
-        ("95 %", [
-            _estimate(group, row, measure_of(group, [row]))[1]
-            for group, row in zip(groups, rows, strict=True)
-        ]),
-        ("forgetting (max) %", [
-            percent(row.metrics["forgetting.max"].mean) if "forgetting.max" in row.metrics else MISSING
-            for row in rows
-        ]),
+        (
+            f"{'accuracy %' if measure == 'accuracy' else 'loss'} at the end",
+            [
+                _estimate(group, row, measure_of(group, [row]))[0]
+                for group, row in zip(groups, rows, strict=True)
+            ],
+        ),
+        (
+            "95 %",
+            [
+                _estimate(group, row, measure_of(group, [row]))[1]
+                for group, row in zip(groups, rows, strict=True)
+            ],
+        ),
+        (
+            "forgetting (max) %",
+            [
+                percent(row.metrics["forgetting.max"].mean)
+                if "forgetting.max" in row.metrics
+                else MISSING
+                for row in rows
+            ],
+        ),
     ]
     grid = Grid(
         title="The runs",
@@ -411,9 +422,7 @@ def leading_first(rows: Sequence[RowSummary], records: Sequence[Record]) -> list
     return [own, *(row for row in [*first, *rest] if row is not own)]
 
 
-def _estimate(
-    records: Sequence[Record], row: RowSummary, measure: Measure
-) -> tuple[str, str]:
+def _estimate(records: Sequence[Record], row: RowSummary, measure: Measure) -> tuple[str, str]:
     """Mean at the end and its interval, as text."""
     mean, low, high = charts.point(records, row, measure, None)
     text = percent if measure == "accuracy" else _three_digits
@@ -520,6 +529,7 @@ def _tiles(rows: Sequence[RowSummary], records: Sequence[Record]) -> list[tuple[
 
 def cost_grid(rows: Sequence[RowSummary], records: Sequence[Record]) -> Grid | None:
     """What every method costs, where it was measured: means over the seeds."""
+
     def mean(row: RowSummary, name: str) -> float | None:
         found = [getattr(record.row(row.id), name) for record in records]
         known = [value for value in found if value is not None]
@@ -594,7 +604,18 @@ def _downloads(records: Sequence[Record]) -> list[tuple[str, str, Markup]]:
     documents = [json.loads(record.to_json()) for record in records]
     whole = json.dumps(documents[0] if len(documents) == 1 else documents, separators=(",", ":"))
     lines: list[Sequence[str | int]] = [
-        ("run", "seed", "row", "label", "kind", "after_tasks", "task", "test_samples", "accuracy", "loss")
+        (
+            "run",
+            "seed",
+            "row",
+            "label",
+            "kind",
+            "after_tasks",
+            "task",
+            "test_samples",
+            "accuracy",
+            "loss",
+        )
     ]
     names = {id(record): name for group, name in _named(records) for record in group}
     for record in records:
@@ -619,7 +640,10 @@ def _downloads(records: Sequence[Record]) -> list[tuple[str, str, Markup]]:
                             "" if loss is None else repr(float(loss)),
                         )
                     )
-    files = [("JSON", "record.json", whole, "application/json"), ("CSV", "record.csv", to_csv(lines), "text/csv")]
+    files = [
+        ("JSON", "record.json", whole, "application/json"),
+        ("CSV", "record.csv", to_csv(lines), "text/csv"),
+    ]
     return [
         (
             name,
@@ -688,9 +712,7 @@ def duration(seconds: float) -> str:
 
 def _descriptions(metrics: Grid) -> list[tuple[str, str]]:
     ids = [name.split(" ")[0] for name in metrics.header[1:]]
-    return [
-        (id, f"{METRICS[id].description}; {METRICS[id].direction} is better") for id in ids
-    ]
+    return [(id, f"{METRICS[id].description}; {METRICS[id].direction} is better") for id in ids]
 
 
 def _orders(records: Sequence[Record]) -> list[tuple[str, str]]:

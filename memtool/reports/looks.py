@@ -71,7 +71,9 @@ def look_of(row: RowSummary) -> Look:
     family, _, head = row.id.partition("-")
     if row.id in _FAMILIES:
         family, head = row.id, ""
-    elif (long := next((one for one in _FAMILIES if row.id.startswith(f"{one}-")), None)) is not None:
+    elif (
+        long := next((one for one in _FAMILIES if row.id.startswith(f"{one}-")), None)
+    ) is not None:
         family, head = long, row.id[len(long) + 1 :]
     if row.kind == "method" and not row.reading:
         place = 0 if row.id == "memory" else 1 + zlib.crc32(row.id.encode()) % 5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -28,8 +29,6 @@ def script() -> str:
     import vl_convert
 
     text: str = vl_convert.javascript_bundle()
-    try:
+    with suppress(MemtoolError, OSError):  # a cache that cannot be written costs time alone
         write_atomic(file, text)
-    except (MemtoolError, OSError):
-        pass  # a cache that cannot be written costs time, and nothing else
     return text

@@ -206,9 +206,7 @@ def notes(rows: Sequence[RowSummary]) -> tuple[str, ...]:
         if method.kind != "method" or method.reading or own is None:
             continue
         above = [
-            (row, row.metrics["faa"].mean)
-            for row in rows
-            if row.is_rival and "faa" in row.metrics
+            (row, row.metrics["faa"].mean) for row in rows if row.is_rival and "faa" in row.metrics
         ]
         above = sorted(
             [(row, value) for row, value in above if value >= own.mean], key=lambda pair: -pair[1]

@@ -188,9 +188,7 @@ class OfAnswers(Testing):
     def rows(self, seconds: float) -> list[Row]:
         """One row."""
         learner = self.learner
-        row = answer_row(
-            learner.id, learner.label, learner.kind, self.tasks, self.found, seconds
-        )
+        row = answer_row(learner.id, learner.label, learner.kind, self.tasks, self.found, seconds)
         return [row.model_copy(update=self.about())]
 
 

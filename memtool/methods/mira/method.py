@@ -426,7 +426,9 @@ class Mira(Method):
         Nothing is recalled where every task is given (til).
         """
         keys = key_map(self._snapshot(version))
-        shown = Inside() if self.config.stream.setting == "til" else weight_map(self, tasks, version)
+        shown = (
+            Inside() if self.config.stream.setting == "til" else weight_map(self, tasks, version)
+        )
         learned = super().inside(tasks, version).curves
         return shown.model_copy(update={"keys": keys, "curves": learned})
 

@@ -21,10 +21,10 @@ from memtool.evaluation.right import Share
 from memtool.heads import RecalledHead, solve_head
 from memtool.heads.solve import merged
 from memtool.learning.answers import Answering, AnswerScores, answer_row
+from memtool.methods.inside import recalled
 from memtool.methods.modulation.predictor import Predictor
 from memtool.methods.modulation.recallers import recall_all
 from memtool.methods.modulation.stored import Stored
-from memtool.methods.inside import recalled
 from memtool.methods.outcome import share_right
 from memtool.methods.subject import SUBJECT_SAMPLES
 from memtool.sections import Recaller

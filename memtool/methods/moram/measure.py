@@ -17,6 +17,7 @@ from memtool.learning.answers import Answering, AnswerScores, answer_row
 from memtool.learning.known import fixed_head, is_fixed
 from memtool.memories.rank1 import Rank1Memory
 from memtool.methods.in_store import feature_statistics
+from memtool.methods.inside import recalled
 from memtool.methods.kept import fingerprint_of, kept
 from memtool.methods.moram.state import AtomSnapshot, digest
 from memtool.methods.moram.watch import (
@@ -27,7 +28,6 @@ from memtool.methods.moram.watch import (
     task_shares,
     watched,
 )
-from memtool.methods.inside import recalled
 from memtool.methods.outcome import predicted, seen_before, share_right
 from memtool.methods.results import AtomWeight, Prediction
 from memtool.methods.subject import SUBJECT_SAMPLES, Subject
