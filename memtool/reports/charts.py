@@ -77,8 +77,8 @@ def recall_map(record: Record) -> Figure | None:
         found.what,
         ".2f",
         f"What each task recalls: the {found.what} of every adapter (columns) for test samples of "
-        f"every true task (rows), n = {count} samples a task; hover for the standard deviation over "
-        "them.",
+        f"every true task (rows), n = {count} samples a task; hover for the standard "
+        "deviation over them.",
         params=params,
         tooltip=[
             _field("task", "true task"),
@@ -201,7 +201,7 @@ def methods_figure(
 def curves_figure(
     rows: Sequence[RowSummary], records: Sequence[Record], measure: Measure = "accuracy"
 ) -> Figure | None:
-    """The mean over the tasks seen so far, after each task: a line a method; None without a step."""
+    """The mean over the tasks seen so far, after each task, a line a method; None without steps."""
     tasks = _names(task_labels(records))
     values, shown = [], []
     for row in rows:
@@ -267,7 +267,7 @@ def curves_figure(
     )
 
 
-def recall_error_figure(rows: Sequence[RowSummary], records: Sequence[Record]) -> Figure | None:
+def recall_error_figure(rows: Sequence[RowSummary]) -> Figure | None:
     """Mean relative error of all recalled adapters, by how many are in memory; None without."""
     known = [row for row in rows if row.recall_error is not None]
     if not known:
@@ -284,8 +284,8 @@ def recall_error_figure(rows: Sequence[RowSummary], records: Sequence[Record]) -
         return None
     return Figure(
         "recall-error",
-        "Mean relative error of all recalled adapters, |recalled − stored| / |stored|, by the number "
-        "of tasks in memory.",
+        "Mean relative error of all recalled adapters, |recalled − stored| / |stored|, by the "
+        "number of tasks in memory.",
         _lines(
             values,
             known,
@@ -351,8 +351,8 @@ def matrix_figure(
         extent,
         _axis(measure),
         ".1f" if measure == "accuracy" else ".2f",
-        f"{'Accuracy' if measure == 'accuracy' else 'Loss'} on every task (columns) after each task "
-        f"(rows), for the method of choice. Blank cells were not measured.{_n(records)}",
+        f"{'Accuracy' if measure == 'accuracy' else 'Loss'} on every task (columns) after each "
+        f"task (rows), for the method of choice. Blank cells were not measured.{_n(records)}",
         params=params,
         tooltip=[
             _field("task", "on task"),
@@ -566,8 +566,8 @@ def confusion_figure(rows: Sequence[RowSummary], records: Sequence[Record]) -> F
             (0.0, 100.0),
             "share of the class (%)",
             ".0f",
-            f"What every class (rows) is taken for (columns), in % of the class, all tasks together; "
-            f"n = {count:,} test samples. Cells of less than half a per cent have no number.",
+            f"What every class (rows) is taken for (columns), in % of the class, all tasks "
+            f"together; n = {count:,} test samples. Cells below half a per cent have no number.",
             params=params,
             calculate={"count": "datum.c[method]"},
             least_text=0.5,
@@ -704,8 +704,8 @@ def classes_figure(rows: Sequence[RowSummary], records: Sequence[Record]) -> Fig
     some = f" The {len(worst)} hardest of {len(known)}." if len(worst) < len(known) else ""
     return Figure(
         "classes",
-        f"Accuracy on every class, hardest first, n = {min(counts):,} to {max(counts):,} test samples "
-        f"a class; bars: Wilson interval of 95 % of {names[0]}.{some}",
+        f"Accuracy on every class, hardest first, n = {min(counts):,} to {max(counts):,} test "
+        f"samples a class; bars: Wilson interval of 95 % of {names[0]}.{some}",
         spec,
         len(values) + len(worst),
     )
@@ -780,8 +780,8 @@ def learning_figure(record: Record) -> Figure | None:
     }
     return Figure(
         "learning",
-        f"How {' and '.join(kinds)} learned: mean training loss of every epoch, a line each, from the "
-        "first (dark) to the last (light).",
+        f"How {' and '.join(kinds)} learned: mean training loss of every epoch, a line each, from "
+        "the first (dark) to the last (light).",
         spec,
         len(values),
     )

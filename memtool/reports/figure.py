@@ -1,7 +1,7 @@
 """Figures: one Vega-Lite specification each, from which come the live picture and the static one.
 
-Vega-Lite by vl-convert: one wheel draws the static SVG and holds the script (0.9 MB on a page, where
-Plotly has 4.5), without a browser or a network.
+Vega-Lite by vl-convert: one wheel draws the static SVG and holds the script (0.9 MB on a page, and
+Plotly 4.5), without a browser or a network.
 """
 
 from __future__ import annotations

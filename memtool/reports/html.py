@@ -309,8 +309,8 @@ def _sections(rows: Sequence[RowSummary], records: Sequence[Record], prefix: str
                 (methods, f"{methods.title if methods else ''}.{bold}"),
                 (
                     None if losses is None else losses,
-                    f"{losses.title if losses else ''}: −log p of the right answer given its prompt. "
-                    "Forgetting is how much it rose since the task was learned.",
+                    f"{losses.title if losses else ''}: −log p of the right answer given its "
+                    "prompt. Forgetting is how much it rose since the task was learned.",
                 ),
             ),
         ),
@@ -343,19 +343,19 @@ def _sections(rows: Sequence[RowSummary], records: Sequence[Record], prefix: str
             tables=tables(
                 (
                     drift := drift_grid(records),
-                    f"{drift.title if drift else ''}. The same test samples, just after their task was "
-                    "learned and now. 0: what earlier tasks recall has not moved.",
+                    f"{drift.title if drift else ''}. The same test samples, just after their task "
+                    "was learned and now. 0: what earlier tasks recall has not moved.",
                 )
             ),
         ),
         Section(
             "How exactly adapters are recalled",
-            figures=figures(charts.recall_error_figure(rows, records)),
+            figures=figures(charts.recall_error_figure(rows)),
             tables=tables(
                 (
                     recall_error,
-                    f"{recall_error.title if recall_error else ''}: |recalled − stored| / |stored|, "
-                    "with all tasks in memory.",
+                    f"{recall_error.title if recall_error else ''}: |recalled − stored| / "
+                    "|stored|, with all tasks in memory.",
                 )
             ),
         ),
@@ -397,8 +397,8 @@ def _sections(rows: Sequence[RowSummary], records: Sequence[Record], prefix: str
             tables=tables(
                 (
                     cost_grid(rows, records),
-                    f"Cost by method{_machine(records)}: learning, inference in batches, and what is "
-                    "kept beside the frozen model; – was not measured.",
+                    f"Cost by method{_machine(records)}: learning, inference in batches, and what "
+                    "is kept beside the frozen model; – was not measured.",
                 ),
                 (parts_grid(first), f"Cost of the parts of the run.{of_one}"),
             ),

@@ -74,7 +74,7 @@ def figures_of(records: Sequence[Record]) -> dict[str, Figure]:
         charts.classes_figure(ordered, records),
         charts.learning_figure(records[0]),
         charts.keys_figure(records[0]),
-        charts.recall_error_figure(rows, records),
+        charts.recall_error_figure(rows),
     )
     return {figure.name: figure for figure in made if figure is not None}
 

@@ -69,8 +69,8 @@ def test_a_row_holds_what_is_defined_and_why_the_rest_is_not() -> None:
 
 
 def test_newer_version_names_the_remedy() -> None:
-    document = json.loads(record().to_json()) | {"schema_version": 4, "something": "new"}
-    with pytest.raises(MismatchError, match=r"version 4.*\n.*\n.*upgrade memtool"):
+    document = json.loads(record().to_json()) | {"schema_version": 5, "something": "new"}
+    with pytest.raises(MismatchError, match=r"version 5.*\n.*\n.*upgrade memtool"):
         Record.from_json(json.dumps(document), "runs/r.json")
 
 

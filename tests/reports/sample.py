@@ -50,9 +50,9 @@ def record(seed: int = 0, tasks: tuple[str, ...] = TASKS, method_level: float = 
     kinds: list[tuple[str, str, Kind, float, float]] = [
         ("memory", "MIRA memory", "method", method_level, 0.01),
         ("frozen", "frozen backbone, ridge head", "baseline", 0.8, 0.0),
-        ("uniform", "uniform mixture", "baseline", 0.86, 0.01),
+        ("lwf", "uniform mixture", "baseline", 0.86, 0.01),
         ("sequential", "one LoRA, sequential", "baseline", 0.92, 0.09),
-        ("routed", "routing by LDA", "baseline", 0.89, 0.005),
+        ("s-prompts", "routing by LDA", "baseline", 0.89, 0.005),
         ("oracle", "oracle adapter", "upper bound", 0.95, 0.0),
     ]
     for number, (id, label, kind, level, loss) in enumerate(kinds):
@@ -63,7 +63,7 @@ def record(seed: int = 0, tasks: tuple[str, ...] = TASKS, method_level: float = 
                 label,
                 kind,
                 only_last(whole) if id == "oracle" else whole,
-                more={"task_accuracy": 0.91 + 0.01 * seed} if id in ("memory", "routed") else None,
+                more={"task_accuracy": 0.91 + 0.01 * seed} if id in ("memory", "s-prompts") else None,
                 seconds=12.25 + number,
             )
         )

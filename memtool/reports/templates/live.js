@@ -56,7 +56,7 @@
   // One after another, so that the page stays usable; those that are folded when they unfold.
   async function showAll() {
     for (const figure of document.querySelectorAll("figure.live")) {
-      if (figure.dataset.live || !figure.clientWidth) continue;
+      if (figure.dataset.live || figure.closest("details:not([open])")) continue;
       figure.dataset.live = "no";
       await show(figure);
     }
