@@ -34,7 +34,7 @@ MOST_CLASSES = 30
 """Of more, the pairs that are most often confused are shown."""
 MOST_ADAPTERS = 60
 """Of more adapters no two keys are compared."""
-LETTERS = 40
+LETTERS = 48
 PERCENT = [0, 20, 40, 60, 80, 100]
 STEP = {"step": 26}
 LIGHT = ("#f0f4fa", "#084594")  # of a map of shares: nothing is nearly white, all of it blue
@@ -209,13 +209,14 @@ def curves_figure(
         if np.isfinite(each).all(axis=0).sum() < 2:
             continue
         shown.append((row, each))
+    fewer = f" The first {MOST_METHODS} of {len(shown)}." if len(shown) > MOST_METHODS else ""
     shown = shown[:MOST_METHODS]
     if not shown:
         return None
     kept = [row for row, _ in shown]
     names = _labels(kept)
     scale = 100 if measure == "accuracy" else 1
-    for name, (_, each) in zip(names, shown, strict=True):
+    for name, (_, each) in reversed(list(zip(names, shown, strict=True))):  # the method on top
         for step in np.flatnonzero(np.isfinite(each).all(axis=0)).tolist():
             mean = float(each[:, step].mean())
             sd = float(each[:, step].std(ddof=1)) if len(each) > 1 else 0.0
@@ -230,11 +231,11 @@ def curves_figure(
                 }
             )
     band = " Bands: one standard deviation over the seeds." if len(records) > 1 else ""
-    fewer = f" The first {len(shown)} methods." if len(shown) < len(rows) else ""
     what = "accuracy" if measure == "accuracy" else "loss"
     return Figure(
         "curves",
-        f"Mean {what} on the tasks seen so far, after each task; choose lines by the legend."
+        f"Mean {what} on the tasks seen so far, after each task, of what was measured then; choose "
+        "lines by the legend."
         f"{band}{fewer}{_n(records)}",
         _lines(
             values,
@@ -472,7 +473,7 @@ def paired_figure(rows: Sequence[RowSummary], records: Sequence[Record]) -> Figu
         }
         for name, (_, one) in zip(names, others, strict=True)
     ]
-    x = {"type": "quantitative", "title": "difference (points)"}
+    x = {"type": "quantitative", "title": "difference (points)", "axis": {"tickCount": 8}}
     spec = {
         "height": STEP,
         "data": {"values": values},
@@ -1111,9 +1112,13 @@ def _lines(
         "layer": [
             *(bands if band else []),
             {
-                "mark": {"type": "line", "strokeWidth": 1.7},
+                "mark": {"type": "line"},
                 "encoding": {
                     "y": y,
+                    "strokeWidth": {
+                        "condition": {"test": f"datum.method == {_quoted(names[0])}", "value": 3},
+                        "value": 1.5,
+                    },
                     "opacity": opacity,
                     "strokeDash": {
                         "field": "method",

@@ -18,7 +18,7 @@
     }
     const shorten = (part) => {
       for (const [name, value] of Object.entries(part)) {
-        if (name === "labelLimit") part[name] = Math.min(value, 110);
+        if (name === "labelLimit") part[name] = Math.min(value, 125);
         else if (value && typeof value === "object" && name !== "data") shorten(value);
       }
     };
@@ -32,10 +32,10 @@
     const width = figure.clientWidth;
     const own = structuredClone(config);
     if (width < 560) {
-      own.axis.labelLimit = 110;
+      own.axis.labelLimit = 125;
       own.axis.labelFontSize = own.axis.titleFontSize = 11;
       own.legend.columns = 1;
-      own.legend.labelLimit = width - 60;
+      own.legend.labelLimit = width - 90;
     }
     try {
       await vegaEmbed(chart, fitted(spec, width), {
