@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
 from memtool.atomic import write_atomic
@@ -13,9 +14,7 @@ from memtool.streams.table import cache_folder
 
 def script_file() -> Path:
     """Where the script of this version of vl-convert is kept, below the cache folder."""
-    import vl_convert
-
-    return cache_folder() / "reports" / f"vega-{vl_convert.__version__}.js"
+    return cache_folder() / "reports" / f"vega-{version('vl-convert-python')}.js"
 
 
 @cache
@@ -28,7 +27,7 @@ def script() -> str:
         pass
     import vl_convert
 
-    text: str = vl_convert.javascript_bundle()
+    text: str = vl_convert.javascript_bundle(None)
     with suppress(MemtoolError, OSError):  # a cache that cannot be written costs time alone
         write_atomic(file, text)
     return text

@@ -63,7 +63,9 @@ def record(seed: int = 0, tasks: tuple[str, ...] = TASKS, method_level: float = 
                 label,
                 kind,
                 only_last(whole) if id == "oracle" else whole,
-                more={"task_accuracy": 0.91 + 0.01 * seed} if id in ("memory", "s-prompts") else None,
+                more={"task_accuracy": 0.91 + 0.01 * seed}
+                if id in ("memory", "s-prompts")
+                else None,
                 seconds=12.25 + number,
             )
         )

@@ -116,7 +116,8 @@ def row(
 def inside(work: Workspace, memory: RoutedMemory, tasks: Sequence[Task]) -> Inside:
     """The weights of some test samples of every task, and examples."""
     samples = [spread(task.test, SUBJECT_SAMPLES[work.reads]) for task in tasks]
-    chances, names = list[Tensor](), ()
+    chances: list[Tensor] = []
+    names: tuple[str, ...] = ()
     if memory.head is None:
         weights = [weights_of(work, memory, some) for some in samples]
     else:
