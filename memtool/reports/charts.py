@@ -73,7 +73,7 @@ def recall_map(record: Record) -> Figure | None:
         ("adapter", adapters, "recalled adapter"),
         ("task", tasks, "true task"),
         "datum.w[block]" if params else "datum.w[0]",
-        (float(every.min()), float(every.max())),
+        (float(every.min()), max(1.0, float(every.max()))),  # 0 to 1 in every report
         found.what,
         ".2f",
         f"What each task recalls: the {found.what} of every adapter (columns) for test samples of "
@@ -107,7 +107,7 @@ def _reuse(record: Record) -> Figure | None:
         ("adapter", tasks, "atoms of task"),
         ("task", tasks, "true task"),
         "datum.w[0]",
-        (0.0, max(map(max, use.reuse))),
+        (0.0, max(1.0, *map(max, use.reuse))),
         "share of the gate",
         ".2f",
         "What each task recalls: the gate's weight on the atoms of each task (columns) for test "
@@ -246,7 +246,7 @@ def curves_figure(
                 "type": "quantitative",
                 "title": "tasks learned",
                 "scale": {"nice": False, "padding": 12},
-                "axis": {"tickMinStep": 1, "grid": False},
+                "axis": {"values": _whole(len(tasks)), "grid": False},
             },
             y={
                 "field": "mean",
@@ -296,7 +296,7 @@ def recall_error_figure(rows: Sequence[RowSummary]) -> Figure | None:
                 "type": "quantitative",
                 "title": "tasks in memory",
                 "scale": {"nice": False, "padding": 12},
-                "axis": {"tickMinStep": 1, "grid": False},
+                "axis": {"values": _whole(known[0].accuracy.shape[-1]), "grid": False},
             },
             y={
                 "field": "mean",
@@ -755,7 +755,7 @@ def learning_figure(record: Record) -> Figure | None:
                 "field": "epoch",
                 "type": "quantitative",
                 "title": "epoch",
-                "axis": {"tickMinStep": 1, "grid": False},
+                "axis": {"values": _whole(max(len(one.loss) for one in known)), "grid": False},
                 "scale": {"nice": False, "padding": 12},
             },
             "y": {
@@ -1006,10 +1006,8 @@ def _map(
         scale: dict[str, Any] = {"domain": [-most, -most / 2, 0, most / 2, most], "range": SIGNED}
         dark = f"abs(datum.value) > {0.62 * most}"
     else:
-        # Weights that never exceed 1 are drawn from 0 to 1 in every report, accuracies to 100.
-        most = 1.0 if high <= 1 else 100.0 if 1 < high <= 100 and what != "loss" else high
-        least = 0.0
-        scale = {"domain": [least, most], "range": list(LIGHT)}
+        most = high or 1.0
+        scale = {"domain": [0.0, most], "range": list(LIGHT)}
         dark = f"datum.value > {0.5 * most}"
     (x, x_names, x_title), (y, y_names, y_title) = across, down
     slanted = max(map(len, x_names)) * len(x_names) > 60
@@ -1162,6 +1160,11 @@ def _choice(name: str, options: Sequence[str], title: str) -> dict[str, Any]:
 def _field(name: str, title: str, format: str | None = None) -> dict[str, Any]:
     found = {"field": name, "title": title}
     return found | ({"type": "quantitative", "format": format} if format else {"type": "nominal"})
+
+
+def _whole(count: int) -> list[int]:
+    """The ticks of an axis of 1 to `count`: all, or every k-th."""
+    return list(range(1, count + 1, -(-count // 12)))
 
 
 def _labels(rows: Sequence[RowSummary]) -> list[str]:

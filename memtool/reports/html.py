@@ -52,7 +52,7 @@ from memtool.reports.table import (
 )
 
 THIN_SPACE = "\u2009"
-WHERE_A_RUN_IS = ("seed", "store", "runs", "engine", "orders")
+WHERE_A_RUN_IS = ("seed", "store", "runs", "engine", "orders", "lock_timeout", "limits")
 """Settings that say where and on what a run is, and not which experiment."""
 
 
@@ -173,16 +173,26 @@ def run_names(groups: Sequence[Sequence[Record]]) -> list[str]:
     firsts = [group[0].run for group in groups]
     plain = [f"{run.method} on {run.data.name}" for run in firsts]
     if len(set(plain)) < len(plain):
-        settings = [dict(flatten(_settings(run.configuration))) for run in firsts]
-        keys = [key for key in settings[0] if len({one.get(key) for one in settings}) > 1]
+        differing = _differing(groups)
         plain = [
-            ", ".join([name, *(f"{key}={one.get(key, '–')}" for key in keys[:2])])
-            for name, one in zip(plain, settings, strict=True)
+            ", ".join([name, *(f"{key}={values[place]}" for key, values in differing[:2])])
+            for place, name in enumerate(plain)
         ]
     return [
         name if plain.count(name) == 1 else f"{name} ({place})"
         for place, name in enumerate(plain, start=1)
     ]
+
+
+def _differing(groups: Sequence[Sequence[Record]]) -> list[tuple[str, list[str]]]:
+    """Settings that all runs have and that tell them apart, each with its value in every run."""
+    settings = [dict(flatten(_settings(group[0].run.configuration))) for group in groups]
+    found = [
+        (key, [one[key] for one in settings])
+        for key in settings[0]
+        if all(key in one for one in settings)
+    ]
+    return [(key, values) for key, values in found if len(set(values)) > 1]
 
 
 def _settings(configuration: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
@@ -193,9 +203,7 @@ def _side_by_side(groups: Sequence[Sequence[Record]], names: Sequence[str]) -> S
     """The methods of several runs beside each other, and the settings that differ."""
     rows = [main_row(by_kind(summarise_rows(group))) for group in groups]
     figure = charts.runs_figure(list(zip(names, groups, rows, strict=True)))
-    settings = [dict(flatten(_settings(group[0].run.configuration))) for group in groups]
-    keys = list(dict.fromkeys(key for one in settings for key in one))
-    differing = [key for key in keys if len({one.get(key) for one in settings}) > 1]
+    differing = _differing(groups)
     measure = measure_of(groups[0], rows[:1])
     columns = [
         ("setting", [group[0].run.setting for group in groups]),
@@ -236,9 +244,7 @@ def _side_by_side(groups: Sequence[Sequence[Record]], names: Sequence[str]) -> S
                 Grid(
                     title="Settings that differ",
                     header=("setting", *names),
-                    rows=tuple(
-                        (key, *(one.get(key, MISSING) for one in settings)) for key in differing
-                    ),
+                    rows=tuple((key, *values) for key, values in differing),
                 ),
                 "Settings that differ.",
             )
