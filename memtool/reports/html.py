@@ -178,10 +178,9 @@ def run_names(groups: Sequence[Sequence[Record]]) -> list[str]:
             ", ".join([name, *(f"{key}={values[place]}" for key, values in differing[:2])])
             for place, name in enumerate(plain)
         ]
-    return [
-        name if plain.count(name) == 1 else f"{name} ({place})"
-        for place, name in enumerate(plain, start=1)
-    ]
+    if len(plain) == 1:
+        return plain
+    return [f"{place}. {name}" for place, name in enumerate(plain, start=1)]
 
 
 def _differing(groups: Sequence[Sequence[Record]]) -> list[tuple[str, list[str]]]:
@@ -243,7 +242,7 @@ def _side_by_side(groups: Sequence[Sequence[Record]], names: Sequence[str]) -> S
             Captioned(
                 Grid(
                     title="Settings that differ",
-                    header=("setting", *names),
+                    header=("setting", *(f"run {place}" for place in range(1, len(names) + 1))),
                     rows=tuple((key, *values) for key, values in differing),
                 ),
                 "Settings that differ.",

@@ -264,7 +264,7 @@ def test_several_runs_are_side_by_side() -> None:
     )
     text = said(render([shown_record(), other]))
     assert "2 runs side by side" in text
-    assert "MIRA on digits, memory.separation=softmax" in text
+    assert "2. MIRA on digits, memory.separation=softmax" in text
     with pytest.raises(MismatchError, match="each seed once"):
         render([shown_record(), shown_record()])
 
@@ -358,8 +358,9 @@ def test_large_maps_are_one_image() -> None:
     keys = inside.model_copy(update={"keys": Keys.of(np.eye(50), names)})
     figure = charts.keys_figure(shown_record().model_copy(update={"inside": keys}))
     assert figure is not None
-    assert figure.inline().startswith("<img")
-    assert len(figure.inline()) < 120_000
+    drawn = figure.inline()
+    assert drawn.startswith("<img")
+    assert len(drawn) < 120_000
 
 
 def test_held_out_domains() -> None:
