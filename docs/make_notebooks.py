@@ -1,6 +1,6 @@
-"""Run the notebooks of this folder again and keep what they show, small: python docs/make_notebooks.py
+"""Run the notebooks of this folder and keep what they show, small: python docs/make_notebooks.py
 
-Live figures are left out of what is kept: a notebook that is read, and not run, shows the static ones.
+Live figures are left out of what is kept: who reads a notebook without running it sees static ones.
 """
 
 from __future__ import annotations
