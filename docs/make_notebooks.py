@@ -47,7 +47,8 @@ def main() -> None:
 
     for path in sorted(HERE.glob("*.ipynb")):
         with tempfile.TemporaryDirectory() as folder:
-            nbformat.write(smaller(executed(path, Path(folder))), path)
+            text = nbformat.writes(smaller(executed(path, Path(folder))))
+            path.write_text(text.replace(f"{folder}/", "") + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
