@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -206,15 +206,29 @@ class Workspace:
         store.space.check(self.space)
         return store
 
-    def store_or_new(self) -> memtool_stores.MemoryStore:
-        """The memory; an empty one is made when there is none."""
+    def commit(
+        self,
+        function: Callable[[memtool_stores.Transaction], None],
+        message: str,
+        metadata: Mapping[str, Any],
+    ) -> str:
+        """Commit to the memory, as `MemoryStore.run`; the newest version.
+
+        Where there is no memory one is made, which appears with what is committed, or not at all.
+        """
         if not self.has_store:
             try:
-                memtool_stores.MemoryStore.create(self.store_path, self.space)
+                return memtool_stores.MemoryStore.create(
+                    self.store_path,
+                    self.space,
+                    lock_timeout=self.config.lock_timeout,
+                    first=lambda made: made.run(function, message, metadata),
+                ).head()
             except MemtoolError:
                 if not self.has_store:  # else another process was first: go on in its memory
                     raise
-        return self.store
+        self.store.run(function, message, metadata)
+        return self.store.head()
 
     def once(self, name: str, make: Callable[[], Item]) -> Item:
         """What `make` gives, which is made once for this workspace."""

@@ -40,6 +40,8 @@ VERBS = {
     "write": Verb("flow", FLOW, "Put trained adapters into the memory, as one version."),
     "consolidate": Verb("flow", FLOW, "Let the memory learn the keys of its adapters."),
     "retrieve": Verb("flow", FLOW, "Show the mixture that a task, an image or a query recalls."),
+    "predict": Verb("predict", FLOW, "Say what pictures show, or answer prompts; a row each."),
+    "calibrate": Verb("predict", FLOW, "Measure when the memory is sure, for predict --reject."),
     "generate": Verb("generate", FLOW, "Answer prompts by the adapters that each recalls."),
     "eval": Verb("flow", FLOW, "Measure the memory on the test images of all its tasks."),
     "explain": Verb("explain", FLOW, "Show which adapters fire for an image, and what each adds."),

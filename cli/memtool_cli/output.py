@@ -221,6 +221,11 @@ def percent(fraction: float | None) -> str:
     return "-" if fraction is None else f"{100 * fraction:.1f} %"
 
 
+def brief(text: str) -> str:
+    """The beginning of what may be a long prompt, for the title of a table."""
+    return text if len(text) <= 100 else text[:99] + "…"
+
+
 def _silence(_: ProgressEvent) -> None:
     """Progress for -q."""
 

@@ -334,3 +334,35 @@ class Pretrained(CliRecord):
     steps: int
     seed: int
     seconds: float
+
+
+class Predicted(CliRecord):
+    """What came of the pictures that were predicted; the rows are in `out`, or were printed.
+
+    `predicted` have a label, `abstained` none, `broken` could not be read. `coverage` is the share
+    of those that could be read which has a label: whose best class is at least `odds` times as
+    probable as the next.
+    """
+
+    schema_: Literal["memtool.predict"] = Field("memtool.predict", alias="schema")
+    version: str
+    files: int
+    predicted: int
+    abstained: int
+    unlike: int
+    broken: int
+    coverage: float | None = None
+    odds: float | None = None
+    seconds: float
+    out: Path | None = None
+
+
+class PredictedPrompts(CliRecord):
+    """What came of the prompts that were answered; the rows are in `out`, or were printed."""
+
+    schema_: Literal["memtool.predict-prompts"] = Field("memtool.predict-prompts", alias="schema")
+    version: str
+    prompts: int
+    unlike: int
+    seconds: float
+    out: Path | None = None

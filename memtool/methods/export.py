@@ -94,7 +94,14 @@ def _write_stored(directory: Path, view: MemoryView, record: AdapterRecord, home
         tensors[f"{site}.lora_B"][:, list(ranks)] = 0
     if blob is None or record.pruned:
         alpha = float(record.scaling) * home.layout.rank
-        write_peft(directory, value, home.layout, alpha=alpha, base_model=home.backbone.name)
+        write_peft(
+            directory,
+            value,
+            home.layout,
+            alpha=alpha,
+            base_model=home.backbone.name,
+            transposed=home.backbone.transposed,
+        )
         return
     files = read_arrays(view.blob(blob), f"blob {blob!r}", header="uint8 h", config="uint8 c")
     adapter = PeftAdapter(

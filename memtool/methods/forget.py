@@ -22,6 +22,7 @@ from memtool.errors import (
 from memtool.methods.records import blobs_of_row, blobs_of_task, number_of
 from memtool.methods.results import ForgetResult, Purged
 from memtool.outside import parsed_json
+from memtool.remembered import carried_on
 from memtool_stores.objects import objects_at
 
 if TYPE_CHECKING:
@@ -141,7 +142,12 @@ def forget(store: MemoryStore, names: Sequence[str], *, purge: bool = False) -> 
         _renormalise(txn, view, {record.id for record in records})
 
     words = ", ".join(record.name for record in records)
-    metadata = {"verb": "forget", "forgotten": [record.name for record in records], "purge": purge}
+    metadata = {
+        **carried_on(store),
+        "verb": "forget",
+        "forgotten": [record.name for record in records],
+        "purge": purge,
+    }
     store.run(change, f"forget {words}", metadata=metadata)
     after = store.view()
     # A head or memory that was solved anew: its old bytes were made of the forgotten task, too.

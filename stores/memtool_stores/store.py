@@ -100,8 +100,17 @@ class MemoryStore:
     # Opening
 
     @classmethod
-    def create(cls, url: str | Path, space: Space, *, lock_timeout: float = 30.0) -> MemoryStore:
-        """A new, empty store; all of it appears at once.
+    def create(
+        cls,
+        url: str | Path,
+        space: Space,
+        *,
+        lock_timeout: float = 30.0,
+        first: Callable[[MemoryStore], object] | None = None,
+    ) -> MemoryStore:
+        """A new store; all of it appears at once, with what `first` commits to it.
+
+        Where `first` raises an error nothing is left; in a bucket an empty store is.
 
         Raises:
             AlreadyExistsError: there is a store, or a folder with something in it.
@@ -117,13 +126,18 @@ class MemoryStore:
         root = Root(str(ULID()), space, State())
         if not _is_local(url):
             cls._create_repository(url, root)
-        else:
-            with _appearing(Path(url)) as folder:
-                cls._create_repository(str(folder), root)
-                references.mark_all(str(folder))
-                room.try_to_keep_reserve(str(folder))
-                (folder / "lock").touch()
-                sync_to_disk(folder)
+            made = cls.open(url, lock_timeout=lock_timeout)
+            if first is not None:
+                first(made)
+            return made
+        with _appearing(Path(url)) as folder:
+            cls._create_repository(str(folder), root)
+            references.mark_all(str(folder))
+            room.try_to_keep_reserve(str(folder))
+            (folder / "lock").touch()
+            if first is not None:
+                first(cls.open(folder, lock_timeout=lock_timeout))
+            sync_to_disk(folder)
         return cls.open(url, lock_timeout=lock_timeout)
 
     @staticmethod
@@ -607,10 +621,16 @@ class MemoryStore:
             self._sync()
         return backup
 
-    def migrate(self, *, dry_run: bool = False) -> Migration:
+    def migrate(
+        self,
+        *,
+        dry_run: bool = False,
+        metadata: Callable[[str], Mapping[str, Any]] | None = None,
+    ) -> Migration:
         """Bring the tip of every branch to the schema that this code writes, by a commit on each.
 
-        Older versions stay as they were written, and are read. With `dry_run` nothing is changed.
+        Older versions stay as they were written, and are read. `metadata` gives what the commit on
+        a branch says of itself. With `dry_run` nothing is changed.
 
         Raises:
             NewerSchemaError: a branch holds what only a newer memtool reads.
@@ -626,7 +646,9 @@ class MemoryStore:
             )
             if tip.needed and not dry_run:
                 message = f"migrate from schema {tip.schema} to {SCHEMA_VERSION}"
-                self.run(lambda transaction: transaction.migrate(), message, branch=name)
+                self.run(
+                    lambda txn: txn.migrate(), message, metadata and metadata(name), branch=name
+                )
                 tip = replace(tip, committed=self.view(name).version)
             found.append(tip)
         return Migration(tuple(found), len(listed), sum(entry.nbytes for entry in listed))

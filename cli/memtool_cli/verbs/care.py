@@ -23,6 +23,7 @@ from memtool_cli.options import (
     SEED,
     SPLITS,
     STORE,
+    TEXTS,
     YES,
     Call,
     examples,
@@ -209,10 +210,11 @@ def _say_what_else_holds_it(call: Call, result: ForgetResult) -> None:
     epilog=examples(
         "memtool bisect --drop 2",
         "memtool bisect --metric task_accuracy --drop 5 --good v1",
+        "memtool bisect --texts texts.jsonl --drop 0.2",
         "memtool rollback $(memtool bisect --drop 2 -q)~1 --yes",
     ),
 )
-@verb(STORE, METHOD, MEMORY, RANK, SPLITS, SEED, *COMPUTE, *CONFIGURATION, remembers=True)
+@verb(STORE, METHOD, MEMORY, RANK, SPLITS, TEXTS, SEED, *COMPUTE, *CONFIGURATION, remembers=True)
 def bisect(
     call: Call,
     drop: Annotated[

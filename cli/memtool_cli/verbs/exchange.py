@@ -178,7 +178,7 @@ def import_adapters(
         raise ConfigError(
             "--prompts without a language model",
             expected="--base, the model that the adapters belong to",
-            remedy="--base hf:MODEL, a folder or an id on the hub",
+            remedy=_base_of(call.store_path) or "--base hf:MODEL, a folder or an id on the hub",
         )
     directories = [Path(place) for place in places]
     bundles = [path for path in directories if path.is_file()]
@@ -198,6 +198,14 @@ def import_adapters(
         return _import_bundle(call, bundles[0])
     written.write(call, places, task=task, as_atoms=given_as is not None)
     return None
+
+
+def _base_of(store: str) -> str | None:
+    """The option that names the language model of a memory; None where there is none."""
+    from memtool_stores import MemoryStore
+
+    name = MemoryStore.open(store).space.backbone.name if MemoryStore.exists(store) else ""
+    return f"--base {name}" if name.startswith("hf:") else None
 
 
 def _collect(

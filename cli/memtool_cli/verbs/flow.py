@@ -41,7 +41,7 @@ from memtool_cli.options import (
     one_of,
     verb,
 )
-from memtool_cli.output import Table, duration, percent, size
+from memtool_cli.output import Table, brief, duration, percent, size
 from memtool_cli.plan import show_plan
 from memtool_cli.predictions import predicted, say_unlike, unlike
 from memtool_cli.scores import show
@@ -297,12 +297,17 @@ def _show_mixture(call: Call, result: RetrieveResult) -> None:
     mixture = Table(
         ("adapter", "task", "coefficient"),
         [(a.name, a.task, f"{a.coefficient:.3f}") for a in best],
-        title=f"{result.subject}: {result.separation}, {result.mix}, version {result.version}",
+        title=f"{brief(result.subject)}: {result.separation}, {result.mix}, "
+        f"version {result.version}",
     )
     blocks = Table(
         ("block", *(adapter.name for adapter in result.adapters)),
         [
-            (number, *(f"{coefficient:.3f}" for coefficient in block))
+            (
+                # One look of a language model is behind its last block, and for all of them.
+                "all" if call.reads_texts and len(result.blocks) == 1 else number,
+                *(f"{coefficient:.3f}" for coefficient in block),
+            )
             for number, block in zip(result.block_numbers, result.blocks, strict=True)
         ],
     )
@@ -324,8 +329,8 @@ def _show_atoms(call: Call, result: AtomsResult) -> None:
     shares = Table(
         ("atoms of", "task", "share"),
         [(one.name, one.task, f"{one.share:.3f}") for one in tasks],
-        title=f"{result.subject}: norm over the {result.score_norm}, {result.topk} atoms a token, "
-        f"version {result.version}",
+        title=f"{brief(result.subject)}: norm over the {result.score_norm}, {result.topk} atoms "
+        f"a token, version {result.version}",
     )
     blocks = Table(
         ("block", *(one.name for one in result.tasks)),
@@ -359,7 +364,7 @@ def _show_recall(call: Call, result: RecallResult) -> None:
         ("novelty", f"{result.novelty:.3f}"),
     ]
     tables = predicted(result.prediction, result.answer)
-    tables += [Table((), facts, title=f"{result.subject}, version {result.version}")]
+    tables += [Table((), facts, title=f"{brief(result.subject)}, version {result.version}")]
     if result.shares:
         best = sorted(result.shares, key=lambda one: -abs(one.share))[:10]
         rows = [(one.name, one.task, f"{one.share:.6f}") for one in best]

@@ -8,11 +8,13 @@ from __future__ import annotations
 import fnmatch
 import shlex
 from collections.abc import Iterable
+from functools import partial
 from typing import Annotated, Any, Literal, cast
 
 import typer
 
 from memtool.errors import NotFoundError, did_you_mean
+from memtool.remembered import carried_on
 from memtool_cli import complete, records
 from memtool_cli.commands import Verbs
 from memtool_cli.options import (
@@ -446,7 +448,8 @@ def migrate(call: Call) -> None:
 
     Every commit does so for its branch: nobody has to migrate. -q prints the new versions.
     """
-    done = call.store_to_change().migrate(dry_run=call.dry_run)
+    store = call.store_to_change()
+    done = store.migrate(dry_run=call.dry_run, metadata=partial(carried_on, store))
     record = records.Migrated(
         store=call.store_path,
         dry_run=call.dry_run,

@@ -21,7 +21,7 @@ import numpy as np
 
 import memtool_stores
 from memtool.adapters.peft_config import CONFIG_NAME
-from memtool.adapters.peft_files import parse_peft
+from memtool.adapters.peft_files import parse_peft, peft_file
 from memtool.adapters.peft_tensors import WEIGHTS_NAME
 from memtool.errors import (
     AlreadyExistsError,
@@ -126,10 +126,8 @@ def collect(
         kept = texts if keep_prompts else {}
         given = _Given(tuple(adapters), moments, kept, method.state.without_keys())
         names = few([one.name for one in adapters])
-        store = work.store_or_new()
-        before = store.head()
-        store.run(given.append, f"import {names}", metadata=metadata)
-    return given.result(store.head(), unchanged=store.head() == before)
+        version = work.commit(given.append, f"import {names}", metadata)
+    return given.result(version)
 
 
 def _require_same_model(work: Workspace) -> None:
@@ -155,7 +153,7 @@ def _moments(method: PromptMemory, asked: Sequence[str]) -> bytes:
     return kept_bytes(method.kept_of(some), method.name)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Given:
     """What one import takes in, and after `append` what was new of it.
 
@@ -170,6 +168,7 @@ class _Given:
     added: list[WrittenAdapter] = field(default_factory=list)
     known: list[WrittenAdapter] = field(default_factory=list)
     asked_anew: list[str] = field(default_factory=list)
+    unchanged: bool = True
 
     def append(self, txn: memtool_stores.Transaction) -> None:
         """Put all that is not there into a transaction; it may be run again."""
@@ -200,8 +199,9 @@ class _Given:
             _put_prompts(txn, f"{PROMPTS_PREFIX}{rows[name]}", self.texts.get(name))
         if self.moments and PromptState.load(txn.base) is None:
             self.state.put(txn)
+        self.unchanged = not txn.changed
 
-    def result(self, version: str, *, unchanged: bool) -> WriteResult:
+    def result(self, version: str) -> WriteResult:
         """What came of it, at that version."""
         notes = [note for one in self.adapters for note in one.notes]
         if silent := [one.name for one in self.added if one.name not in self.moments]:
@@ -218,7 +218,7 @@ class _Given:
             skipped=tuple(one.name for one in self.known),
             known=tuple(self.known),
             notes=tuple(notes),
-            unchanged=unchanged,
+            unchanged=self.unchanged,
         )
 
 
@@ -253,8 +253,8 @@ def _read(
 
     Headers that are equal are one, so that a thousand files of one shape have one in memory.
     """
-    read = partial(read_file, path / WEIGHTS_NAME, "array_bytes")
-    data, config = read(), read_file(path / CONFIG_NAME, "text_bytes")
+    read = partial(peft_file, path, WEIGHTS_NAME)
+    data, config = read(), peft_file(path, CONFIG_NAME)
     found = parse_peft(data, config, method.workspace.backbone.all_sites, str(path))
     with np.errstate(over="ignore"):
         if not np.isfinite(found.numbers.astype(np.float32)).all():

@@ -342,9 +342,16 @@ class PromptMemory(Routed):
         stock = memory.routing.values
         assert isinstance(stock, Stock)
         one = mixed_by_block(stock.take(used.tolist()), weights[:, used])
-        base = self.workspace.backbone.name.removeprefix("hf:")
+        lm = self.workspace.backbone
         with new_folders(out) as (folder,):
-            write_peft(folder, one.value, one.layout, alpha=one.layout.rank, base_model=base)
+            write_peft(
+                folder,
+                one.value,
+                one.layout,
+                alpha=one.layout.rank,
+                base_model=lm.name.removeprefix("hf:"),
+                transposed=lm.transposed,
+            )
         return result.model_copy(update={"out": out})
 
     def _require_one_mixture(self) -> None:
@@ -358,8 +365,14 @@ class PromptMemory(Routed):
 
     def novelty(self, view: memtool_stores.MemoryView, prompt: str) -> float | None:
         """How unlike all example prompts one is: 99 of 100 of them lie within 1."""
-        found = novelty_of(view, looks_of(self.workspace, [prompt], self.look))
-        return None if found is None else float(found)
+        return self.novelties(view, [prompt])[0]
+
+    def novelties(
+        self, view: memtool_stores.MemoryView, prompts: Sequence[str]
+    ) -> list[float | None]:
+        """As `novelty`, of many prompts."""
+        found = novelty_of(view, looks_of(self.workspace, prompts, self.look))
+        return [None] * len(prompts) if found is None else found.tolist()
 
     def by_token(
         self, memory: RoutedMemory, prompt: str, block: int | None
@@ -418,8 +431,8 @@ class PromptMemory(Routed):
             raise ConfigError(
                 "a collection of adapters brings no texts to be measured on",
                 expected="a stream of texts whose tasks are called as the adapters",
-                remedy="memtool eval --texts FILE.jsonl, lines with adapter, prompt and answer; "
-                "or --set stream.source=FILE.yaml",
+                remedy="--set stream.source=FILE, of eval and bisect --texts FILE: a stream, or "
+                "FILE.jsonl of lines with adapter, prompt and answer",
             )
 
     def shown(self, view: memtool_stores.MemoryView, tasks: Sequence[int]) -> list[Task]:
