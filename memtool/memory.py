@@ -29,6 +29,17 @@ if TYPE_CHECKING:
     from memtool_stores import AdapterRecord, MemoryView, Version
 
 
+class Log(list["Version"]):
+    """Versions, newest first; a notebook shows them as a table."""
+
+    def _repr_html_(self) -> str:
+        from memtool.reports.notebook import table_html
+        from memtool.reports.table import Grid
+
+        rows = tuple((one.id, f"{one.time:%Y-%m-%d %H:%M}", one.message) for one in self)
+        return table_html(Grid("Versions, newest first", ("version", "time (UTC)", "what"), rows))
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Memory:
     """One version of a memory, as `load` opens it.
@@ -44,6 +55,22 @@ class Memory:
         """Where it is, its method and model, and how many adapters it holds."""
         made = f"{self.config.method} on {self.config.backbone.name}"
         return f"<Memory {self.store.url}@{self.version}: {made}, {len(self.adapters)} adapters>"
+
+    def _repr_html_(self) -> str:
+        from memtool.reports.notebook import table_html
+        from memtool.reports.table import MISSING, Grid
+
+        rows = [
+            (
+                record.name,
+                str(record.meta.get("task") or MISSING),
+                str(record.meta.get("task_name") or MISSING),
+                record.id,
+            )
+            for record in self.adapters
+        ]
+        header = ("adapter", "task", "called", "id")
+        return table_html(Grid(repr(self).strip("<>"), header, tuple(rows)))
 
     @property
     def version(self) -> str:
@@ -82,9 +109,9 @@ class Memory:
             backbone.image_size, backbone.mean, backbone.std, self.config.stream.crop
         )
 
-    def log(self) -> list[Version]:
+    def log(self) -> Log:
         """The versions up to this one, newest first."""
-        return self.store.log(self.version)
+        return Log(self.store.log(self.version))
 
     def attach(
         self,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 
 import hypothesis
 import pytest
 
+from memtool.reports.script import script_file
 from memtool_stores import limits
 
 hypothesis.settings.register_profile("memtool", deadline=None, print_blob=True)
@@ -16,8 +18,15 @@ hypothesis.settings.load_profile("memtool")
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Decoded images and mapped values go to a temporary folder, not to the user's cache."""
+    """Decoded images and mapped values go to a temporary folder, not to the user's cache.
+
+    The script of reports, which takes seconds to make and depends on nothing else, comes along.
+    """
+    made = script_file()
     os.environ["MEMTOOL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    if made.is_file():
+        script_file().parent.mkdir()
+        shutil.copy(made, script_file())
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from pydantic import (
     AwareDatetime,
@@ -27,17 +27,22 @@ from pydantic import (
 from memtool import sealed
 from memtool.errors import DataError, MismatchError, NotFoundError
 from memtool.evaluation import metrics as metric_functions
+from memtool.evaluation.inside import Inside
 from memtool.evaluation.matrix import AccuracyMatrix
-from memtool.evaluation.right import Right, right_of
+from memtool.evaluation.right import Right, confused, right_of
 from memtool.evaluation.selection import Selection
 from memtool_stores.printable import printable, shown
+
+if TYPE_CHECKING:
+    from memtool.reports.figure import Figure
 
 SCHEMA: Final = "memtool.evaluation"
 RECORD: Final = "record.json"
 """What the file of a record is called in the folder of a run."""
 SCHEMA_VERSION: Final = 4
-"""2: rows have `right`. 3: `run` may have `selection`, `bound`. 4: and what a person said of it,
-`name`, `note`, `tags`. Written as the oldest that has all that is there."""
+"""2: rows have `right`. 3: `run` may have `selection`, `bound`. 4: the record may have `inside`,
+`run` what a person said of it (`_SAID`), rows what `_NEW_OF_ROWS` names. Written as the oldest that
+has all that is in it."""
 
 Kind = Literal["method", "baseline", "upper bound"]
 Score = Annotated[float, Field(ge=0, le=1)]
@@ -150,6 +155,7 @@ class Run(Part):
 _SAID = ("name", "note", "tags")
 
 Ratio = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=0)]
 
 
 class AtomUse(Part):
@@ -164,6 +170,11 @@ class AtomUse(Part):
     norm: tuple[tuple[Ratio | None, ...], ...]
     difference: tuple[tuple[Ratio | None, ...], ...]
     reuse: tuple[tuple[Ratio, ...], ...]
+
+
+_NEW_OF_ROWS = ("replay", "reading", "confused", "ms_per_input", "parameters", "bytes")
+_REPLAY = re.compile(r"(er|der\+\+)(-[a-z-]+)?")
+_READINGS = frozenset({"routed", "uniform", "hard", "memory-nonnegative"})
 
 
 class Row(Part):
@@ -193,6 +204,39 @@ class Row(Part):
     metrics: dict[str, float] = {}
     undefined: dict[str, str] = {}
     seconds: Annotated[float, Field(ge=0)] | None = None
+    replay: bool = False
+    reading: bool = False
+    confused: tuple[tuple[Count, Count, Annotated[int, Field(ge=1)]], ...] = ()
+    ms_per_input: Ratio | None = None
+    parameters: Count | None = None
+    bytes: Count | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_what_older_ones_lack(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        document: dict[str, Any] = write(self)
+        for name in _NEW_OF_ROWS:
+            if not self._is_new(name):
+                document.pop(name, None)
+        return document
+
+    def _is_new(self, name: str) -> bool:
+        value = getattr(self, name)
+        return value is not None and value is not False and value != ()
+
+    @property
+    def needs_newest(self) -> bool:
+        """Whether it has what records of schema 3 have not."""
+        return any(map(self._is_new, _NEW_OF_ROWS))
+
+    @property
+    def keeps_samples(self) -> bool:
+        """Whether it is a row of replay; of a record before schema 4, by its id."""
+        return self.replay or _REPLAY.fullmatch(self.id) is not None
+
+    @property
+    def reads_memory(self) -> bool:
+        """Whether it is another reading of the memory; of a record before schema 4, by its id."""
+        return self.reading or self.id in _READINGS
 
     @field_validator("metrics")
     @classmethod
@@ -212,8 +256,12 @@ class Row(Part):
         more: Mapping[str, float] | None = None,
         recall_error: Sequence[Sequence[float | None]] = (),
         seconds: float | None = None,
+        **about: Any,
     ) -> Row:
-        """A row with all metrics of its matrix, and `more` that have inputs of their own."""
+        """A row with all metrics of its matrix, and `more` that have inputs of their own.
+
+        `about` are `replay`, `reading` and what it costs.
+        """
         return cls(
             id=id,
             label=label,
@@ -224,6 +272,8 @@ class Row(Part):
             metrics={**metric_functions.compute(matrix.values), **(more or {})},
             undefined=metric_functions.undefined(matrix.values),
             seconds=seconds,
+            confused=confused(matrix.last),
+            **about,
         )
 
     def matrix(self, tasks: Sequence[str]) -> AccuracyMatrix:
@@ -321,6 +371,7 @@ class Record(Part):
     run: Run
     metrics: Metrics
     environment: Environment
+    inside: Inside | None = None
 
     @field_validator("schema_version")
     @classmethod
@@ -330,8 +381,12 @@ class Record(Part):
     @model_serializer(mode="wrap")
     def _of_the_oldest_that_has_it(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         document: dict[str, Any] = write(self)
-        if not any(getattr(self.run, name) for name in _SAID):
-            document["schema_version"] = 2 if (self.run.selection or self.run.bound) is None else 3
+        if self.inside is None:
+            document.pop("inside", None)
+        said = any(getattr(self.run, name) for name in _SAID)
+        if self.inside is None and not said and not any(r.needs_newest for r in self.metrics.rows):
+            chosen = self.run.selection is not None or self.run.bound is not None
+            document["schema_version"] = 3 if chosen else 2
         return document
 
     @model_validator(mode="after")
@@ -367,6 +422,22 @@ class Record(Part):
     def matrix(self, id: str) -> AccuracyMatrix:
         """The accuracy matrix of a row."""
         return self.row(id).matrix(self.run.task_names)
+
+    def plot(self, name: str | None = None) -> Figure:
+        """A figure of the report: live in a notebook, and `save` writes it (.svg, .png, .html).
+
+        `name` is recall, methods, curves, matrix, forgetting, paired, confusion, classes, learning,
+        keys or recall-error; without one the first that the record has. NotFoundError for one that
+        it has not.
+        """
+        from memtool.reports.notebook import figure_of
+
+        return figure_of(self, name)
+
+    def _repr_html_(self) -> str:
+        from memtool.reports.notebook import record_html
+
+        return record_html(self)
 
     def to_json(self) -> str:
         """The record as JSON text; `from_json` gives back an equal record."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Annotated
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Flags = npt.NDArray[np.bool_]
+Classes = npt.NDArray[np.int64]
 
 
 class Right(BaseModel):
@@ -63,20 +65,43 @@ class Share(float):
     """
 
     flags: Flags
+    taken: Classes | None
+    """(n, 2) int: the class of every sample, and what it was taken for; None of no classes."""
 
-    def __new__(cls, flags: npt.ArrayLike) -> Share:
+    def __new__(cls, flags: npt.ArrayLike, taken: npt.ArrayLike | None = None) -> Share:
         """Of (n,) bool."""
         array = np.array(flags, dtype=np.bool_)
         array.flags.writeable = False
         share = super().__new__(cls, int(array.sum()) / len(array) if len(array) else math.nan)
         share.flags = array
+        share.taken = None if taken is None else np.asarray(taken, dtype=np.int64)
         return share
 
-    def __getnewargs__(self) -> tuple[Flags]:  # type: ignore[override]
+    @classmethod
+    def of_classes(cls, chosen: npt.ArrayLike, labels: npt.ArrayLike) -> Share:
+        """Of the classes (n,) that samples were taken for, and their own (n,)."""
+        said, own = np.asarray(chosen), np.asarray(labels)
+        return cls(said == own, np.stack([own, said], axis=1))
+
+    def __getnewargs__(self) -> tuple[Flags, Classes | None]:  # type: ignore[override]
         """What another process makes it of."""
-        return (self.flags,)
+        return (self.flags, self.taken)
 
 
 def right_of(score: float | None) -> Right | None:
     """Which samples a score is the share of; None where it does not know, or of no samples."""
     return Right.of(score.flags) if isinstance(score, Share) and len(score.flags) else None
+
+
+def confused(scores: Sequence[float | None]) -> tuple[tuple[int, int, int], ...]:
+    """Of all samples: (class, taken for, how many), by class; empty unless all scores know it."""
+    known = [
+        score.taken for score in scores if isinstance(score, Share) and score.taken is not None
+    ]
+    if not known or len(known) < len(scores):
+        return ()
+    pairs, counts = np.unique(np.concatenate(known), axis=0, return_counts=True)
+    return tuple(
+        (int(own), int(said), int(count))
+        for (own, said), count in zip(pairs.tolist(), counts.tolist(), strict=True)
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -61,7 +61,8 @@ class RowSummary:
 
     accuracy: float64 (seeds, T+1, T), NaN where not measured; recall_error: likewise, or None for a
     row without recalled adapters; metrics: by id, each over the seeds
-    that have it; undefined: reasons by id; seconds: over the seeds that were timed, or None.
+    that have it; undefined: reasons by id; seconds: over the seeds that were timed, or None;
+    replay, reading: as of a `Row`; below: whether its final average is below that of the method.
     """
 
     id: str
@@ -72,6 +73,19 @@ class RowSummary:
     metrics: dict[str, Summary]
     undefined: dict[str, str]
     seconds: Summary | None
+    replay: bool = False
+    reading: bool = False
+    below: bool = False
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether it is an upper bound that is one: not below the method."""
+        return self.kind == "upper bound" and not self.below
+
+    @property
+    def is_rival(self) -> bool:
+        """Whether it is a baseline on the terms of the method: no replay, no reading of it."""
+        return self.kind == "baseline" and not (self.replay or self.reading)
 
     @property
     def mean(self) -> npt.NDArray[np.float64]:
@@ -122,10 +136,20 @@ def check_one_experiment(records: Sequence[Record]) -> None:
 def summarise_rows(records: Sequence[Record]) -> tuple[RowSummary, ...]:
     """The rows of the records of one experiment, each over all seeds; order as in the first."""
     check_one_experiment(records)
-    return tuple(
+    rows = [
         _summarise_row([record.metrics.rows[place] for record in records], records)
         for place in range(len(records[0].metrics.rows))
+    ]
+    own = next((row for row in rows if row.kind == "method"), rows[0]).metrics.get("faa")
+    return tuple(
+        replace(row, below=own is not None and _mean(row, own.mean) < own.mean) for row in rows
     )
+
+
+def _mean(row: RowSummary, otherwise: float) -> float:
+    """The final average of a row; `otherwise` where it has none."""
+    summary = row.metrics.get("faa")
+    return otherwise if summary is None else summary.mean
 
 
 def _summarise_row(rows: Sequence[Row], records: Sequence[Record]) -> RowSummary:
@@ -147,4 +171,6 @@ def _summarise_row(rows: Sequence[Row], records: Sequence[Record]) -> RowSummary
         },
         undefined=dict(first.undefined),
         seconds=summarise(seconds) if seconds else None,
+        replay=first.keeps_samples,
+        reading=first.reads_memory,
     )

@@ -169,12 +169,12 @@ def _live(method: Method, known: Sequence[int]) -> dict[str, float]:
         found = method.measure("HEAD", known)
         points |= {_LIVE[name]: value for name, value in found.items() if name in _LIVE}
         tasks: list[Task] = [method.workspace.task(str(number)) for number in known]
-        weights = method.pictures(tasks).coefficients
+        recalled = method.inside(tasks).recalled
     except MemtoolError:
         return points
-    if weights is not None:
-        for task, line in zip(weights.tasks, weights.mean.tolist(), strict=True):
-            for adapter, value in zip(weights.adapters, line, strict=True):
+    if recalled is not None:
+        for task, line in zip(recalled.tasks, recalled.weights, strict=True):
+            for adapter, value in zip(recalled.adapters, line, strict=True):
                 points[f"weights/{task}/{adapter}"] = value
     return points
 

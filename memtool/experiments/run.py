@@ -19,6 +19,7 @@ from memtool.alone import alone
 from memtool.config import resolve, with_values
 from memtool.engine import Engine
 from memtool.errors import ConfigError
+from memtool.evaluation.inside import Cost
 from memtool.evaluation.matrix import AccuracyMatrix
 from memtool.evaluation.record import (
     RECORD,
@@ -38,7 +39,7 @@ from memtool.methods import open_method
 from memtool.methods.method import Method
 from memtool.paths import store_beside, without_home
 from memtool.progress import Progress
-from memtool.reports.html import Cost, write_report
+from memtool.reports.html import write_report
 from memtool.settings import Config
 from memtool.streams.task import Task
 from memtool.trackers import require_services
@@ -259,6 +260,8 @@ def _over_domains(records: Sequence[Record], domains: Sequence[str]) -> list[Row
                 matrix,
                 more=more,
                 seconds=sum(seconds) if len(seconds) == len(domains) else None,
+                replay=model_row.replay,
+                reading=model_row.reading,
             )
         )
     return rows
@@ -304,7 +307,7 @@ def _learned_and_measured(
     evaluated = time.perf_counter() - start
     rows = list(record.metrics.rows)
     spent = _spent(work)
-    rows[0] = rows[0].model_copy(update={"seconds": spent["adapt"] + spent["consolidate"]})
+    rows[0] = rows[0].model_copy(update=_kept_by(method, spent))
     for name in names:
         found = baseline_rows(method, name, learned, doing.selection, told.progress)
         doing.of.update({row.id: name for row in found})
@@ -325,19 +328,13 @@ def _learned_and_measured(
         }
     )
     held_out = work.stream.held_out
-    shown = method.pictures([*learned, *([] if held_out is None else [held_out])])
-    costs = _costs(method, spent, evaluated)
+    inside = method.inside([*learned, *([] if held_out is None else [held_out])])
+    costs = tuple(_costs(method, spent, evaluated))
+    record = record.model_copy(update={"inside": inside.model_copy(update={"costs": costs})})
 
     def write() -> None:
         write_record(record, config.runs / RECORD)
-        write_report(
-            record,
-            config.runs / REPORT,
-            coefficients=shown.coefficients,
-            samples=shown.samples,
-            keys=shown.keys,
-            costs=costs,
-        )
+        write_report(record, config.runs / REPORT)
 
     work.engine.on_main(write)
     return record
@@ -370,6 +367,15 @@ def _learn(
     told.learned(method)
 
 
+def _kept_by(method: Method, spent: Mapping[str, float]) -> dict[str, float]:
+    """What the memory took to learn, and what it keeps: its adapters and keys, as float32."""
+    view = method.workspace.store.view()
+    keys = view.keys()
+    numbers = method.workspace.layout.numel * len(view.live) + (0 if keys is None else keys.size)
+    seconds = spent["adapt"] + spent["consolidate"]
+    return {"seconds": seconds, "parameters": int(numbers), "bytes": 4 * int(numbers)}
+
+
 def _costs(method: Method, spent: Mapping[str, float], evaluated: float) -> list[Cost]:
     """What learning and evaluating took: seconds, numbers and bytes."""
     work, view = method.workspace, method.workspace.store.view()
@@ -379,7 +385,7 @@ def _costs(method: Method, spent: Mapping[str, float], evaluated: float) -> list
     what = "atoms" if method.kind == "atoms" else "adapters"
     costs = [
         Cost(
-            f"adapt: {what} of all tasks",
+            label=f"adapt: {what} of all tasks",
             seconds=spent["adapt"],
             parameters=numbers,
             bytes=4 * numbers,
@@ -388,10 +394,12 @@ def _costs(method: Method, spent: Mapping[str, float], evaluated: float) -> list
     if method.consolidates is not None:
         words = " ".join(filter(None, ("consolidate:", method.consolidates))).removesuffix(":")
         costs.append(
-            Cost(words, seconds=spent["consolidate"], parameters=key_count, bytes=4 * key_count)
+            Cost(
+                label=words, seconds=spent["consolidate"], parameters=key_count, bytes=4 * key_count
+            )
         )
     label = "evaluate: every version, and other ways to read the memory"
-    return [*costs, Cost(label, seconds=evaluated)]
+    return [*costs, Cost(label=label, seconds=evaluated)]
 
 
 def _require_same_experiment(method: Method) -> None:

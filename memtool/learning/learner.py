@@ -35,6 +35,8 @@ class Learner(nn.Module):
     id: ClassVar[str] = "sequential"
     title: ClassVar[str] = "sequential LoRA"
     kind: ClassVar[Kind] = "baseline"
+    replay: ClassVar[bool] = False
+    """Whether it keeps samples of earlier tasks."""
 
     def __init__(self, work: Workspace, tasks: int, objective: Objective | None = None) -> None:
         """Fresh adapters, to learn so many tasks; `objective`: none for that of the workspace."""

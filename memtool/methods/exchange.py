@@ -449,6 +449,7 @@ def _meta(path: Path, home: Home, chosen: Task, about: About | None) -> dict[str
             "beneath": about.beneath if about else "",
             "fingerprint": about.fingerprint if about else "",
             "seconds": about.result.seconds if about else 0.0,
+            "losses": list(about.result.losses) if about else [],
             "directory": path.name,
             "stream": about.stream if about else home.stream.name,
             "warm_start": about.warm_start if about else "unknown",

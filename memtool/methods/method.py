@@ -19,6 +19,7 @@ from memtool.errors import (
     ConfigError,
     MismatchError,
 )
+from memtool.evaluation.inside import Inside
 from memtool.evaluation.record import (
     BackboneIdentity,
     DataIdentity,
@@ -32,6 +33,7 @@ from memtool.evaluation.record import (
 from memtool.methods.attached import Attached
 from memtool.methods.calibration import told_of
 from memtool.methods.explanation import AnyExplanation
+from memtool.methods.inside import curves
 from memtool.methods.results import (
     Consolidated,
     PruneResult,
@@ -41,7 +43,6 @@ from memtool.methods.results import (
 from memtool.methods.training import AdapterTrainer
 from memtool.paths import without_home
 from memtool.progress import Progress
-from memtool.reports.shown import Pictures
 from memtool.settings import Config
 from memtool.streams.task import Task
 from memtool.workspace import Workspace
@@ -222,10 +223,13 @@ class Method(AdapterTrainer, ABC):
         """Raise ConfigError where a run cannot go on in what the memory is; here it always can."""
         del remedy
 
-    def pictures(self, tasks: Sequence[Task]) -> Pictures:
-        """What a report shows of the memory beside the tables; here nothing."""
+    def inside(self, tasks: Sequence[Task], version: str = "HEAD") -> Inside:
+        """What a report shows of the memory beside its scores; here how it learned.
+
+        `tasks` are those whose test samples are looked at.
+        """
         del tasks
-        return Pictures()
+        return Inside(curves=curves(self.workspace.store, version))
 
     # Train and write ------------------------------------------------------------------------
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from memtool.streams.task import Images
 
 def share_right(logits: Tensor, samples: Images) -> Share:
     """Share of samples whose own class has the highest of the logits (n, classes)."""
-    return Share(logits.argmax(1).numpy() == np.asarray(samples.labels))
+    return Share.of_classes(logits.argmax(1).numpy(), samples.labels)
 
 
 def seen_before(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -38,6 +39,7 @@ class AdaptResult(Result):
     bytes: int
     resumed: bool = False
     skipped: bool = False
+    losses: tuple[float, ...] = Field((), description="mean loss of every epoch")
 
 
 class WrittenAdapter(Part):
@@ -197,6 +199,10 @@ class RetrieveResult(Result):
     unlike: bool | None = None
     out: Path | None = None
 
+    def _repr_html_(self) -> str:
+        rows = [(one.name, str(one.task), f"{one.coefficient:.4f}") for one in self.adapters]
+        return _shown(self, ("adapter", "task", "weight"), rows)
+
 
 class HeadResult(Result):
     """What consolidation did for MoRAM: a head under other settings; atoms learn nothing there.
@@ -254,6 +260,12 @@ class AtomsResult(Result):
     accuracy: float | None = None
     answer: str | None = None
     loss: float | None = None
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (one.task_name or one.name, str(one.task), f"{one.share:.4f}") for one in self.tasks
+        ]
+        return _shown(self, ("atoms of", "task", "share"), rows)
 
 
 class TaskAccuracy(Part):
@@ -317,6 +329,12 @@ class RecallResult(Result):
     answer: str | None = None
     loss: float | None = None
     out: Path | None = None
+
+    def _repr_html_(self) -> str:
+        rows = [(one.name, str(one.task), f"{one.share:.4f}") for one in self.shares]
+        return _shown(
+            self, ("adapter", "task", "share"), rows or [(self.adapter, str(self.task), "1")]
+        )
 
 
 class Purged(Part):
@@ -383,3 +401,23 @@ Consolidated = ConsolidateResult | PredictorResult | HeadResult | RoutedResult
 
 Retrieved = RetrieveResult | RecallResult | AtomsResult
 """What retrieval says, told apart by its `schema`."""
+
+
+def _shown(found: Retrieved, header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    """What was retrieved, for a notebook: what came of it, above who was recalled."""
+    from memtool.reports.notebook import table_html
+    from memtool.reports.table import Grid
+
+    said = []
+    if found.prediction is not None:
+        said.append(f"{found.prediction.label} ({100 * found.prediction.probability:.1f} %)")
+    if found.accuracy is not None:
+        said.append(f"accuracy {100 * found.accuracy:.1f} %")
+    if found.loss is not None:
+        said.append(f"loss {found.loss:.3f}")
+    if found.answer is not None:
+        said.append(found.answer)
+    words = (
+        f"{found.subject}, {found.samples} samples" if hasattr(found, "samples") else found.subject
+    )
+    return table_html(Grid(": ".join([words, *said]), header, tuple(rows)))

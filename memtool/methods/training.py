@@ -121,6 +121,7 @@ class AdapterTrainer(AdapterWriter[Workspace]):
                 parameters=work.layout.numel,
                 bytes=work.layout.numel * 4,
                 resumed=trained.fit.resumed_at > 0,
+                losses=tuple(loss / self.config.adapter.per_task for loss in trained.fit.losses),
             )
             for name, folder, accuracy in zip(names, folders, accuracies, strict=True)
         ]

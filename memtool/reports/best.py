@@ -10,7 +10,7 @@ from memtool.evaluation.summary import RowSummary, Summary
 
 HOW = (
     "better than the next row on the same test samples: paired bootstrap and McNemar's exact test, "
-    "each at 5 %, upper bounds aside"
+    "each at 5 %; upper bounds, replay and other readings of the memory aside"
 )
 """What bold says."""
 
@@ -24,7 +24,7 @@ def best(
     *,
     task: int | None = None,
 ) -> set[int]:
-    """The number of the best row that is no upper bound; none where it may be luck.
+    """The number of the best row of those that are ranked; none where it may be luck.
 
     `summaries` are the accuracies of the rows, higher is better: means over all tasks, or those on
     the task at a place.
@@ -46,10 +46,13 @@ def untested(
 
 
 def _ranked(rows: Sequence[RowSummary], summaries: Sequence[Summary | None]) -> list[int]:
-    """Numbers of the rows that have a value and are no upper bounds, the best first."""
+    """Numbers of the rows that have a value and are ranked, the best first.
+
+    Not ranked are upper bounds, replay, and other readings of the memory.
+    """
     values = {
         number: summary.mean
         for number, (summary, row) in enumerate(zip(summaries, rows, strict=True))
-        if summary is not None and row.kind != "upper bound"
+        if summary is not None and (row.is_rival or (row.kind == "method" and not row.reading))
     }
     return sorted(values, key=lambda number: -values[number])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,88 +13,6 @@ from memtool.reports.table import Grid
 from memtool_stores.files import is_special
 
 SUFFIXES = (".svg", ".png", ".html")
-
-
-@dataclass(frozen=True, eq=False)
-class CoefficientMap:
-    """Mean coefficient of each adapter for the samples of each true task.
-
-    values: (tasks, adapters), or (blocks, tasks, adapters) with the numbers of the blocks.
-    """
-
-    values: npt.NDArray[np.float64]
-    tasks: tuple[str, ...]
-    adapters: tuple[str, ...]
-    blocks: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        expected: tuple[int, ...] = (len(self.tasks), len(self.adapters))
-        if self.blocks:
-            expected = (len(self.blocks), *expected)
-        require_map(self.values, expected, "a coefficient map")
-
-    @property
-    def mean(self) -> npt.NDArray[np.float64]:
-        """Mean over the blocks: (tasks, adapters)."""
-        return np.asarray(self.values.mean(axis=0) if self.blocks else self.values)
-
-
-@dataclass(frozen=True, eq=False)
-class SampleCoefficientMap:
-    """Coefficients of single samples, means over the memories.
-
-    values: (samples, adapters); domains: the true domain, or task, of every sample. The map shows
-    samples by domain, domains in the order in which they first appear.
-    """
-
-    values: npt.NDArray[np.float64]
-    domains: tuple[str, ...]
-    adapters: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        expected = (len(self.domains), len(self.adapters))
-        require_map(self.values, expected, "a map of samples' coefficients")
-
-    @property
-    def groups(self) -> list[tuple[str, npt.NDArray[np.float64]]]:
-        """The rows of every domain: (its samples, adapters)."""
-        domains = np.array(self.domains)
-        return [(name, self.values[domains == name]) for name in dict.fromkeys(self.domains)]
-
-
-@dataclass(frozen=True, eq=False)
-class KeyMap:
-    """Cosine similarity of the keys of every two adapters: (adapters, adapters)."""
-
-    similarity: npt.NDArray[np.float64]
-    adapters: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        require_map(self.similarity, (len(self.adapters), len(self.adapters)), "a key map")
-
-    @classmethod
-    def of_keys(cls, keys: npt.ArrayLike, adapters: Sequence[str]) -> KeyMap:
-        """The map of keys (adapters, d), or (blocks, adapters, d): the mean over the blocks."""
-        vectors = np.asarray(keys, dtype=np.float64)
-        if vectors.ndim not in (2, 3):
-            raise MismatchError(
-                f"keys of shape {vectors.shape}", expected="(adapters, d) or (blocks, adapters, d)"
-            )
-        norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
-        if (norms == 0).any():
-            raise MismatchError("a key of all zeros", expected="keys with a direction")
-        units = vectors / norms
-        cosine = units @ units.swapaxes(-1, -2)
-        return cls(cosine.mean(axis=0) if cosine.ndim == 3 else cosine, tuple(adapters))
-
-
-@dataclass(frozen=True, eq=False)
-class Pictures:
-    """What a report shows of a memory beside its record; None for what it has not."""
-
-    coefficients: CoefficientMap | None = None
-    samples: SampleCoefficientMap | None = None
-    keys: KeyMap | None = None
 
 
 def require_map(values: npt.NDArray[np.float64], expected: tuple[int, ...], what: str) -> None:

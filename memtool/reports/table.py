@@ -22,6 +22,8 @@ from memtool.reports.best import HOW, UNTESTED, best, untested
 from memtool_stores.printable import printable
 
 MISSING = "-"
+REPLAYS = "‡"
+"""Behind the label of a row that keeps samples of earlier tasks."""
 GAP = 2  # blank columns after every column of a terminal table
 KINDS: tuple[Kind, ...] = ("method", "baseline", "upper bound")
 
@@ -128,8 +130,10 @@ def by_kind(rows: Sequence[RowSummary]) -> list[RowSummary]:
 
 
 def label(row: RowSummary) -> str:
-    """The label of a row; an upper bound always says that it is one."""
-    return f"{row.label} (upper bound)" if row.kind == "upper bound" else row.label
+    """The label of a row; an upper bound says that it is one where it is, replay is marked."""
+    if row.kind == "upper bound":
+        return f"{row.label} ({'upper bound' if row.is_bound else 'reference'})"
+    return f"{row.label} {REPLAYS}" if row.replay else row.label
 
 
 def _rules(rows: Sequence[RowSummary]) -> tuple[int, ...]:
@@ -199,12 +203,10 @@ def notes(rows: Sequence[RowSummary]) -> tuple[str, ...]:
     sentences: list[str] = []
     for method in rows:
         own = method.metrics.get("faa")
-        if method.kind != "method" or own is None:
+        if method.kind != "method" or method.reading or own is None:
             continue
         above = [
-            (row, row.metrics["faa"].mean)
-            for row in rows
-            if row.kind == "baseline" and "faa" in row.metrics
+            (row, row.metrics["faa"].mean) for row in rows if row.is_rival and "faa" in row.metrics
         ]
         above = sorted(
             [(row, value) for row, value in above if value >= own.mean], key=lambda pair: -pair[1]
@@ -213,6 +215,18 @@ def notes(rows: Sequence[RowSummary]) -> tuple[str, ...]:
             names = ", ".join(f"{row.label} {percent(value)} %" for row, value in above)
             sentences.append(f"Not below {method.label} ({percent(own.mean)} %): {names}.")
     return tuple(sentences)
+
+
+def footnotes(rows: Sequence[RowSummary]) -> tuple[str, ...]:
+    """What the marks behind labels say."""
+    found = []
+    if any(row.replay for row in rows):
+        found.append(
+            f"{REPLAYS} keeps samples of earlier tasks, which no other row may: not ranked."
+        )
+    if any(row.kind == "upper bound" and not row.is_bound for row in rows):
+        found.append("A reference was made as an upper bound, and is below the method here.")
+    return tuple(found)
 
 
 def methods_grid(records: Sequence[Record]) -> Grid:
@@ -252,6 +266,7 @@ def methods_grid(records: Sequence[Record]) -> Grid:
         notes=(
             *notes(rows),
             *([UNTESTED] if untested(records, rows, averages) else []),
+            *footnotes(rows),
             *_selected(records),
         ),
     )
@@ -308,7 +323,8 @@ def leading(
     by_average = sorted(rows, key=average, reverse=True)
     first = [row for row in by_average if row.kind == "method"]
     first += [row for row in by_average if row.kind == "upper bound"][:1]
-    first += [row for row in by_average if row.kind == "baseline"]
+    first += [row for row in by_average if row.is_rival]
+    first += [row for row in by_average if row.kind == "baseline" and not row.is_rival]
     kept = {row.id for row in first[:most]}
     return [row for row in rows if row.id in kept]
 
@@ -534,7 +550,7 @@ def steps_grid(records: Sequence[Record], id: str | None = None) -> Grid:
 
 
 def metrics_grid(records: Sequence[Record]) -> Grid:
-    """Metrics × methods: those of the setting, and all that have inputs of their own."""
+    """Methods × metrics: those of the setting, and all that have inputs of their own."""
     rows = by_kind(summarise_rows(records))
     wanted = _SHOWN.get(records[0].run.setting, _COMMON)
     shown = [
@@ -543,39 +559,43 @@ def metrics_grid(records: Sequence[Record]) -> Grid:
         if (metric.id in wanted or not metric.of_matrix)
         and any(metric.id in row.metrics for row in rows)
     ]
-    body: list[tuple[str, ...]] = []
+    header, columns = [], []
     bold: set[tuple[int, int]] = set()
-    for number, metric in enumerate(shown):
+    for number, metric in enumerate(shown, start=1):
         arrow = "↑" if metric.direction == "higher" else "↓"
         summaries = [row.metrics.get(metric.id) for row in rows]
         if metric.unit == "points":
             name = f"{metric.id} {arrow}"
             cells = [_cell(summary, lambda value: f"{100 * value:.3f}") for summary in summaries]
         elif metric.unit == "fraction":
-            name, cells = f"{metric.id} {arrow}", [_cell(summary) for summary in summaries]
+            name, cells = f"{metric.id} % {arrow}", [_cell(summary) for summary in summaries]
             if metric.id in _OF_LAST:
-                bold |= {(number, 1 + i) for i in best(records, rows, summaries)}
+                bold |= {(i, number) for i in best(records, rows, summaries)}
         else:
             name = f"{metric.id} {arrow} ({metric.unit})"
             cells = [_cell(summary, lambda value: f"{value:.3g}") for summary in summaries]
-        body.append((name, *cells))
-    # One sentence for all metrics that miss the same scores of the same rows.
-    gaps: dict[tuple[str, tuple[str, ...]], list[str]] = {}
-    for id in wanted:
-        reasons = {row.undefined[id]: None for row in rows if id in row.undefined}
-        for reason in reasons:
-            names = tuple(label(row) for row in rows if row.undefined.get(id) == reason)
-            gaps.setdefault((reason, names), []).append(id)
+        header.append(name)
+        columns.append(cells)
     return Grid(
         title=f"Metrics ({_about(records)})",
-        header=("in %", *(label(row) for row in rows)),
-        rows=tuple(body),
+        header=("", *header),
+        rows=tuple((label(row), *(cells[i] for cells in columns)) for i, row in enumerate(rows)),
         bold=frozenset(bold),
-        notes=tuple(
-            f"No {', '.join(ids)} for {', '.join(names)} ({reason})."
-            for (reason, names), ids in gaps.items()
-        ),
+        rules=_rules(rows),
+        notes=(*_undefined(rows, wanted), *footnotes(rows)),
     )
+
+
+def _undefined(rows: Sequence[RowSummary], wanted: Sequence[str]) -> tuple[str, ...]:
+    """One sentence on all metrics that some rows have not, with the reasons."""
+    reasons: dict[str, list[str]] = {}
+    for id in wanted:
+        for reason in dict.fromkeys(row.undefined[id] for row in rows if id in row.undefined):
+            reasons.setdefault(reason, []).append(id)
+    if not reasons:
+        return ()
+    parts = [f"{', '.join(ids)} ({reason})" for reason, ids in reasons.items()]
+    return (f"{MISSING} where a row does not define it: {'; '.join(parts)}.",)
 
 
 def recall_grid(records: Sequence[Record]) -> Grid | None:

@@ -557,20 +557,29 @@ def test_sources_of_generalisation_are_consolidated_at_once(tmp_path):
     assert mira.known_tasks("HEAD") == tuple(task.number for task in sources)
 
 
-def test_pictures_are_of_the_coefficients_and_keys_in_memory(learned):
+def test_a_report_shows_the_weights_and_keys_in_memory(learned):
     tasks = learned.workspace.stream.tasks
-    shown = learned.pictures(tasks)
+    shown = learned.inside(tasks)
     adapters = tuple(record.name for record in learned.snapshot().records)
-    assert shown.coefficients.values.shape[-2:] == (3, 3)
-    assert shown.coefficients.values[-1].argmax(axis=1).tolist() == [0, 1, 2]
-    assert shown.samples.values.shape == (3 * 80, 3)
-    assert np.allclose(shown.samples.values[:80].mean(axis=0), shown.coefficients.values[0, 0])
+    weights = np.array(shown.recalled.weights)
+    assert weights.argmax(axis=1).tolist() == [0, 1, 2]
+    for place, task in enumerate(tasks):
+        assert shown.recalled.tasks[place] == task.name
+        assert shown.recalled.samples[place] == len(task.test)
+        found = learned.retrieve(task=task.name)
+        means = [one.coefficient for one in found.adapters]
+        assert np.allclose(weights[place], means, rtol=1e-4, atol=1e-4)
+        assert f"{means[0]:.4f}" in found._repr_html_()
     assert shown.keys.adapters == adapters
+    names = [task.name for task in tasks]
+    assert {one.task for one in shown.examples} == set(names)
+    assert all(one.image and one.said and one.label for one in shown.examples)
+    assert {one.name for one in shown.curves if one.of == "adapters"} == set(adapters)
     stream = learned.config.stream.model_copy(update={"setting": "til"})
     given = Mira.open(learned.config, seed=0)
     given.config = learned.config.model_copy(update={"stream": stream})
-    assert given.pictures(tasks).coefficients is None
-    assert given.pictures(tasks).keys is not None
+    assert given.inside(tasks).recalled is None
+    assert given.inside(tasks).keys is not None
 
 
 def test_a_run_goes_on_under_the_same_settings_only(learned, tmp_path):

@@ -388,7 +388,7 @@ class TestWhatAtomsDo:
         assert grid.rows[1][1] == f"{use.norm[2][0]:.2f}"
         page = render([record])
         assert "Atoms as the bank grows" in page
-        assert 'id="reuse-' in page
+        assert 'id="figure-recall"' in page  # whose atoms fire, of a record without more
 
     def test_shares_without_threshold_sum_to_one(self, grown):
         work, snapshot = grown.workspace, grown.snapshot()

@@ -212,7 +212,7 @@ def test_a_whole_run_generates_scores_and_writes_the_record(place: Path, tmp_pat
     assert record.run.setting == "trace"
     folder = tmp_path / "runs" / "seed-0"
     assert read_record(folder / "record.json") == record
-    assert "Loss on each task" in (folder / "report.html").read_text(encoding="utf-8")
+    assert "Loss after the last task" in (folder / "report.html").read_text(encoding="utf-8")
     (again,) = run(config, preset="moram-trace")
     assert again.metrics == record.metrics
     (fresh,) = run(config, preset="moram-trace", resume=False)

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 
 import numpy as np
 
+from memtool.evaluation.inside import Cost, Curve, Example, Inside, Keys, Recalled, picture_text
 from memtool.evaluation.matrix import AccuracyMatrix
 from memtool.evaluation.record import (
     BackboneIdentity,
@@ -49,9 +50,9 @@ def record(seed: int = 0, tasks: tuple[str, ...] = TASKS, method_level: float = 
     kinds: list[tuple[str, str, Kind, float, float]] = [
         ("memory", "MIRA memory", "method", method_level, 0.01),
         ("frozen", "frozen backbone, ridge head", "baseline", 0.8, 0.0),
-        ("uniform", "uniform mixture", "baseline", 0.86, 0.01),
+        ("lwf", "uniform mixture", "baseline", 0.86, 0.01),
         ("sequential", "one LoRA, sequential", "baseline", 0.92, 0.09),
-        ("routed", "routing by LDA", "baseline", 0.89, 0.005),
+        ("s-prompts", "routing by LDA", "baseline", 0.89, 0.005),
         ("oracle", "oracle adapter", "upper bound", 0.95, 0.0),
     ]
     for number, (id, label, kind, level, loss) in enumerate(kinds):
@@ -62,7 +63,9 @@ def record(seed: int = 0, tasks: tuple[str, ...] = TASKS, method_level: float = 
                 label,
                 kind,
                 only_last(whole) if id == "oracle" else whole,
-                more={"task_accuracy": 0.91 + 0.01 * seed} if id in ("memory", "routed") else None,
+                more={"task_accuracy": 0.91 + 0.01 * seed}
+                if id in ("memory", "s-prompts")
+                else None,
                 seconds=12.25 + number,
             )
         )
@@ -145,3 +148,87 @@ def of_flags(rows: dict[str, Sequence[Sequence[int]]], seed: int = 0) -> Record:
         kind: Kind = "method" if id == "memory" else "baseline"
         made.append(Row.measured(id, id, kind, matrix))
     return whole.model_copy(update={"metrics": Metrics(rows=tuple(made))})
+
+
+def inside(tasks: tuple[str, ...] = TASKS) -> Inside:
+    """What a memory of four blocks shows of itself: nearly its own adapter for every task."""
+    noise = np.random.default_rng(0)
+    count = len(tasks)
+    weights = [
+        np.eye(count)[place] + noise.normal(0, 0.1, (40, 4, count)) for place in range(count)
+    ]
+    adapters = [f"task-{place + 1}-seed-0" for place in range(count)]
+    image = picture_text(noise.integers(0, 255, (96, 96, 3)).astype(np.uint8))
+    return Inside(
+        recalled=Recalled.of(weights, tasks, adapters, blocks=(0, 1, 2, 3)),
+        keys=Keys.of(noise.normal(size=(4, count, 16)), adapters),
+        curves=(
+            Curve(of="adapters", name="task-1-seed-0", loss=(1.2, 0.4, 0.2)),
+            Curve(of="keys", name="after 1 tasks", loss=(0.9, 0.3)),
+        ),
+        examples=(
+            Example(
+                task=tasks[0],
+                image=image,
+                label="0",
+                said="1",
+                probability=0.61,
+                weights=((adapters[0], 0.9), (adapters[-1], -0.2)),
+            ),
+            Example(task=tasks[-1], text="Who <b>wrote</b> it?", label="nobody"),
+        ),
+        costs=(
+            Cost(label="adapt", seconds=41.25, parameters=294_912, bytes=1_200_000),
+            Cost(label="retrieve, one image", seconds=0.0241),
+        ),
+    )
+
+
+def shown_record(seed: int = 0) -> Record:
+    """A record that holds all that a report can show: flags, classes, costs, replay, inside."""
+    noise = np.random.default_rng(seed)
+    whole = record(seed)
+    labels = [noise.integers(0, 3, 60) for _ in TASKS]
+    kinds: list[tuple[str, str, Kind, float]] = [
+        ("memory", "memory", "method", 0.93),
+        ("uniform", "uniform mixture", "baseline", 0.7),
+        ("sequential", "sequential LoRA", "baseline", 0.5),
+        ("er", "ER (replays 200 samples)", "baseline", 0.99),
+        ("joint", "joint LoRA", "upper bound", 0.6),
+    ]
+    rows = []
+    for id, words, kind, level in kinds:
+        built = matrix(TASKS, level, 0.01, seed)
+        scores = []
+        for own in labels:
+            right = noise.random(60) < level
+            scores.append(Share.of_classes(np.where(right, own, (own + 1) % 3), own))
+        built = built.with_row(len(TASKS), scores)
+        rows.append(
+            Row.measured(
+                id,
+                words,
+                kind,
+                built,
+                seconds=3.5,
+                replay=id == "er",
+                reading=id == "uniform",
+                parameters=1000,
+                bytes=4000,
+                ms_per_input=1.25,
+            )
+        )
+    return whole.model_copy(update={"metrics": Metrics(rows=tuple(rows)), "inside": inside()})
+
+
+def text_record() -> Record:
+    """A run on texts of which only losses were measured."""
+    whole, tasks = record(tasks=("poems", "sums")), ("poems", "sums")
+    rows = []
+    for id, kind, level in (("memory", "method", 0.4), ("sequential", "baseline", 0.9)):
+        losses = ((2.0, 2.1), (level, 2.2), (level + 0.1, level))
+        empty = AccuracyMatrix.empty(tasks)
+        row = Row.measured(id, id, kind, empty, more={"loss.final": level + 0.05})
+        rows.append(row.model_copy(update={"loss": losses}))
+    run = whole.run.model_copy(update={"setting": "trace", "class_order": ()})
+    return whole.model_copy(update={"run": run, "metrics": Metrics(rows=tuple(rows))})

@@ -109,6 +109,20 @@ def test_baselines_above_the_method_are_named() -> None:
     assert note.startswith("Not below MIRA memory (82.4 %): routing by LDA 88.0 %, uniform mixture")
 
 
+def test_replay_and_readings_of_the_memory_are_not_ranked() -> None:
+    rows = {"memory": 80, "er": 99, "routed": 90, "second": 40}
+    flags = {id: [_flags(right, 100)] * 2 for id, right in rows.items()}
+    grid = methods_grid([of_flags(flags)])
+    assert {row for row, _ in grid.bold} == {0}
+    assert grid.rows[1][0] == "er ‡"  # by its id, as of records that do not say it
+    assert grid.notes == ("‡ keeps samples of earlier tasks, which no other row may: not ranked.",)
+
+
+def test_an_upper_bound_below_the_method_is_none() -> None:
+    names = [methods_grid([record(method_level=level)]).rows[-1][0] for level in (0.93, 0.99)]
+    assert names == ["oracle adapter (upper bound)", "oracle adapter (reference)"]
+
+
 def test_seeds_give_mean_and_spread() -> None:
     grid = methods_grid([record(seed) for seed in range(3)])
     assert "3 seeds" in grid.title
@@ -139,12 +153,15 @@ def test_tasks_have_numbers_when_the_order_follows_the_seed() -> None:
 
 def test_metrics_and_why_some_are_missing() -> None:
     grid = metrics_grid([record()])
-    names = [row[0] for row in grid.rows]
-    assert names[0] == "faa ↑"
-    assert "forgetting.max ↓" in names
-    assert "task_accuracy ↑" in names
-    assert "op.trace ↑" not in names
-    assert any("fwt for oracle adapter" in note for note in grid.notes)
+    assert [row[0] for row in grid.rows] == [row[0] for row in methods_grid([record()]).rows]
+    assert grid.header[1] == "faa % ↑"
+    assert "forgetting.max % ↓" in grid.header
+    assert "task_accuracy % ↑" in grid.header
+    assert not any("op.trace" in name for name in grid.header)
+    assert grid.rows[-1][grid.header.index("forgetting.max % ↓")] == "-"
+    (note,) = grid.notes  # one sentence for all that is missing
+    assert note.startswith("- where a row does not define it:")
+    assert "fwt" in note
 
 
 def test_plain_text_is_aligned() -> None:
@@ -218,7 +235,7 @@ def test_held_out_domains_have_names_of_their_own() -> None:
     assert tasks.header[0] == "held-out domain"
     assert tasks.rows[-1][0] == "dg.heldout"
     metrics = metrics_grid([held_out_record()])
-    assert [row[0] for row in metrics.rows] == ["dg.heldout ↑"]
+    assert metrics.header == ("", "dg.heldout % ↑")
     assert metrics.notes == ()
     steps = steps_grid([held_out_record()])
     assert len(steps.rows) == 1

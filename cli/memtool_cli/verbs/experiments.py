@@ -276,7 +276,7 @@ def report(
         list[Path],
         typer.Argument(
             metavar="RECORD",
-            help="Records of one experiment, one a seed; or the folder of a run.",
+            help="Records, or folders of runs; several experiments come side by side.",
         ),
     ],
     out: Annotated[

@@ -503,6 +503,12 @@ def evaluate(
             preset=call.resolved.preset,
             **more,
         )
+        if report is not None:
+            stream = method.workspace.stream
+            every = stream.tasks if stream.held_out is None else (*stream.tasks, stream.held_out)
+            shown = [task for task in every if task.name in record.run.task_names]
+            inside = method.inside(shown, call.version)
+            record = record.model_copy(update={"inside": inside})
     average = show(call.out, [record], history=history, report=report)
     if least is not None and average < least:
         call.out.note(f"final average accuracy {average:.4f} is below {least:g}")

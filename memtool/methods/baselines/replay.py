@@ -55,6 +55,7 @@ class Er(Learner):
 
     id: ClassVar[str] = "er"
     title: ClassVar[str] = "ER"
+    replay: ClassVar[bool] = True
 
     def __init__(self, work: Workspace, tasks: int, objective: Objective | None = None) -> None:
         super().__init__(work, tasks, objective)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -52,6 +52,15 @@ class Testing(ABC):
     @abstractmethod
     def rows(self, seconds: float) -> list[Row]:
         """The rows of the table; `seconds` are those of learning."""
+
+    def about(self) -> dict[str, Any]:
+        """What rows say beside their scores: replay, and what the learner trained and keeps."""
+        parameters = [one for one in self.learner.parameters() if one.requires_grad]
+        found: dict[str, Any] = {"replay": self.learner.replay}
+        if parameters:
+            found["parameters"] = sum(one.numel() for one in parameters)
+            found["bytes"] = sum(one.numel() * one.element_size() for one in parameters)
+        return found
 
 
 class OfHeads(Testing):
@@ -108,6 +117,7 @@ class OfHeads(Testing):
                 learner.kind,
                 matrix,
                 seconds=seconds,
+                **self.about(),
             )
             for reading, matrix in self.matrices.items()
         ]
@@ -148,7 +158,8 @@ class OfScores(Testing):
     def rows(self, seconds: float) -> list[Row]:
         """One row."""
         one = self.learner
-        return [Row.measured(one.id, one.label, one.kind, self.matrix, seconds=seconds)]
+        about = self.about()
+        return [Row.measured(one.id, one.label, one.kind, self.matrix, seconds=seconds, **about)]
 
 
 class OfAnswers(Testing):
@@ -177,9 +188,8 @@ class OfAnswers(Testing):
     def rows(self, seconds: float) -> list[Row]:
         """One row."""
         learner = self.learner
-        return [
-            answer_row(learner.id, learner.label, learner.kind, self.tasks, self.found, seconds)
-        ]
+        row = answer_row(learner.id, learner.label, learner.kind, self.tasks, self.found, seconds)
+        return [row.model_copy(update=self.about())]
 
 
 def measured_by(

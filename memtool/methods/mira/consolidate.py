@@ -414,6 +414,7 @@ def _commit(
         "learned": list(known.tasks),
         "consolidate": config.consolidate.model_dump(mode="json"),
         "seconds": result.seconds,
+        "losses": [] if made.fit is None else list(made.fit.losses),
         "train_accuracy": result.train_accuracy,
         "validation_accuracy": result.validation_accuracy,
     }

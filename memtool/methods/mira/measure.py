@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -39,12 +40,14 @@ class Scores:
     """What a memory scored on several tasks.
 
     accuracy: one a task; task_accuracy: share of samples whose task was inferred right;
-    coefficients: (samples, memories, t) of every task, float32 on the CPU.
+    coefficients: (samples, memories, t) of every task, float32 on the CPU; ms_per_input: of
+    inference, in the batches of the engine.
     """
 
     accuracy: tuple[float, ...]
     task_accuracy: float
     coefficients: tuple[Tensor, ...]
+    ms_per_input: float
 
 
 class Measure:
@@ -78,16 +81,24 @@ class Measure:
             torch.tensor(state.adapter_tasks), len(state.tasks)
         ).float()
         accuracy, coefficients = [], []
-        right, total = 0, 0
+        right, total, spent = 0, 0, 0.0
         for task in tasks:
+            begin = time.perf_counter()
             logits, recalled = self.recall(model, head, task.test.images)
+            spent += time.perf_counter() - begin
             accuracy.append(share_right(logits, task.test))
             coefficients.append(recalled)
             if task.number in state.tasks:
                 chosen = (recalled.mean(dim=1) @ by_task).argmax(dim=1)
                 right += int((chosen == state.tasks.index(task.number)).sum())
                 total += len(task.test)
-        return Scores(tuple(accuracy), right / max(total, 1), tuple(coefficients))
+        inputs = sum(len(task.test) for task in tasks)
+        return Scores(
+            accuracy=tuple(accuracy),
+            task_accuracy=right / max(total, 1),
+            coefficients=tuple(coefficients),
+            ms_per_input=1000 * spent / max(inputs, 1),
+        )
 
     def own_accuracy(self, snapshot: Snapshot, task: Task) -> float:
         """The task's own adapters, exactly recalled, with the heads trained with them."""
@@ -167,7 +178,8 @@ class Measure:
         for id, words, kind, logits in ways:
             scores = [share_right(logits(task), task.test) for task in shown]
             matrix = AccuracyMatrix.empty(names).with_row(len(names), scores)
-            rows.append(Row.measured(id, words, kind, matrix))
+            reading = kind != "upper bound"
+            rows.append(Row.measured(id, words, kind, matrix, reading=reading))
         return rows
 
     def _logits(self, recall: Recall, head: LinearClassifier, task: Task) -> Tensor:

@@ -25,6 +25,7 @@ from memtool.errors import (
     MismatchError,
     NotFoundError,
 )
+from memtool.evaluation.inside import Inside
 from memtool.evaluation.matrix import AccuracyMatrix
 from memtool.evaluation.record import (
     Record,
@@ -38,7 +39,7 @@ from memtool.methods.method import Method, newest_after_each
 from memtool.methods.mira.attached import AttachedMixture
 from memtool.methods.mira.consolidate import consolidate, require_can_learn
 from memtool.methods.mira.inventory import consolidated_before
-from memtool.methods.mira.maps import coefficient_maps, key_map
+from memtool.methods.mira.maps import key_map, weight_map
 from memtool.methods.mira.measure import Measure, drift, seen_by
 from memtool.methods.mira.recall import MemoryModel
 from memtool.methods.mira.recalled import coefficients_for, recalled_adapter
@@ -51,7 +52,6 @@ from memtool.methods.results import (
     RetrieveResult,
 )
 from memtool.methods.subject import read_query, subject_of
-from memtool.reports.shown import Pictures
 from memtool.settings import Config
 from memtool.streams.task import Task
 
@@ -255,7 +255,8 @@ class Mira(Method):
         if len(then) == len(learned):
             before = [then[count] for count in range(1, len(learned))]
             more |= drift(before, scored.coefficients[:-1])
-        return Row.measured("memory", "memory", "method", matrix, more=more)
+        ms = scored.ms_per_input
+        return Row.measured("memory", "memory", "method", matrix, more=more, ms_per_input=ms)
 
     def _told(self, snapshot: Snapshot, learned: Sequence[Task], *, history: bool) -> Row:
         """Exact recall of every task's own adapters."""
@@ -428,16 +429,17 @@ class Mira(Method):
         if self.config.stream.setting == "dg" and self._snapshot("HEAD").state is None:
             self.consolidate()
 
-    def pictures(self, tasks: Sequence[Task]) -> Pictures:
-        """What a report shows of the memory: coefficients on the tasks' test images, and keys.
+    def inside(self, tasks: Sequence[Task], version: str = "HEAD") -> Inside:
+        """What the tasks' test images recall, examples, and keys.
 
-        No coefficients where every task is given (til).
+        Nothing is recalled where every task is given (til).
         """
-        keys = key_map(self._snapshot("HEAD"))
-        if self.config.stream.setting == "til":
-            return Pictures(keys=keys)
-        coefficients, samples = coefficient_maps(self, tasks)
-        return Pictures(coefficients, samples, keys)
+        keys = key_map(self._snapshot(version))
+        shown = (
+            Inside() if self.config.stream.setting == "til" else weight_map(self, tasks, version)
+        )
+        learned = super().inside(tasks, version).curves
+        return shown.model_copy(update={"keys": keys, "curves": learned})
 
     def require_same_settings(self, remedy: str) -> None:
         """Raise ConfigError where the memory was consolidated by other settings than these."""

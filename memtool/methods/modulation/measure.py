@@ -14,18 +14,21 @@ from torch import Tensor
 from memtool.adapters.recalls import chosen, every
 from memtool.adapters.values import AdapterValues, Recall
 from memtool.backbones.answering import RecallOf
+from memtool.evaluation.inside import Inside
 from memtool.evaluation.matrix import AccuracyMatrix
 from memtool.evaluation.record import Kind, Row
 from memtool.evaluation.right import Share
 from memtool.heads import RecalledHead, solve_head
 from memtool.heads.solve import merged
 from memtool.learning.answers import Answering, AnswerScores, answer_row
+from memtool.methods.inside import recalled
 from memtool.methods.modulation.predictor import Predictor
 from memtool.methods.modulation.recallers import recall_all
 from memtool.methods.modulation.stored import Stored
 from memtool.methods.outcome import share_right
+from memtool.methods.subject import SUBJECT_SAMPLES
 from memtool.sections import Recaller
-from memtool.streams.task import Images, Task
+from memtool.streams.task import Images, Task, spread
 from memtool.workspace import Workspace
 
 Numbers = npt.NDArray[np.float64]
@@ -167,6 +170,22 @@ def _row(
     return row.model_copy(update=changes)
 
 
+def predictions(work: Workspace, stored: Stored, tasks: Sequence[Task]) -> Inside:
+    """The share of the tasks' test samples that each adapter is predicted for, and examples."""
+    tells = Predictor.fitting(stored)
+    samples = [spread(task.test, SUBJECT_SAMPLES[work.reads]) for task in tasks]
+    places = [tells.predict(work, some).cpu() for some in samples]
+    weights = [torch.nn.functional.one_hot(each, len(stored)).double() for each in places]
+    return recalled(
+        tasks,
+        samples,
+        weights,
+        [record.name for record in stored.records],
+        what="share of samples",
+        class_names=() if work.reads == "texts" else work.stream.class_names,
+    )
+
+
 def frozen_row(work: Workspace, tasks: Sequence[Task], *, given: bool) -> Row:
     """No adapter: the language model as it is, or frozen features with an LDA head.
 
@@ -216,11 +235,13 @@ def accuracies(
         return head(features, torch.nn.functional.one_hot(rows, len(stored)).float())
 
     images = np.concatenate([samples.images for samples in shown])
-    labels = torch.from_numpy(np.concatenate([samples.labels for samples in shown]))
     # A recalled adapter differs by 1e-4 or less, and bfloat16 by more: it would be measured.
     scores = engine.predict(logits, images, torch.cat(list(places)), exact=True)
-    right = (scores.argmax(1) == labels).split([len(samples) for samples in shown])
-    return [Share(part.numpy()) for part in right]
+    chosen = scores.argmax(1).split([len(samples) for samples in shown])
+    return [
+        Share.of_classes(part.numpy(), samples.labels)
+        for part, samples in zip(chosen, shown, strict=True)
+    ]
 
 
 def answering(

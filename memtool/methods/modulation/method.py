@@ -25,6 +25,7 @@ from torch import Tensor
 import memtool_stores
 from memtool.adapters.values import AdapterValues
 from memtool.errors import ConfigError
+from memtool.evaluation.inside import Inside
 from memtool.evaluation.record import Record
 from memtool.methods.attached import Attached, AttachedAdapters, TaskOf
 from memtool.methods.export import require_new
@@ -37,6 +38,7 @@ from memtool.methods.modulation.measure import (
     accuracies,
     answering,
     frozen_row,
+    predictions,
     relative_errors,
     rows,
     share_predicted,
@@ -244,6 +246,15 @@ class Modulation(Method):
             seconds=time.perf_counter() - begin,
             command=command,
             preset=preset,
+        )
+
+    def inside(self, tasks: Sequence[Task], version: str = "HEAD") -> Inside:
+        """Whose adapter the tasks' test samples get, where the task is predicted."""
+        learned = super().inside(tasks, version)
+        if self._setting(None) not in PREDICTED:
+            return learned
+        return predictions(self.workspace, self.stored(version), tasks).model_copy(
+            update={"curves": learned.curves}
         )
 
     def _setting(self, given: str | None) -> str:

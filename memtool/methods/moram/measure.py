@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memtool import __version__
+from memtool.evaluation.inside import Inside
 from memtool.evaluation.matrix import AccuracyMatrix
 from memtool.evaluation.metrics import reuse
 from memtool.evaluation.record import AtomUse, Row
@@ -16,6 +17,7 @@ from memtool.learning.answers import Answering, AnswerScores, answer_row
 from memtool.learning.known import fixed_head, is_fixed
 from memtool.memories.rank1 import Rank1Memory
 from memtool.methods.in_store import feature_statistics
+from memtool.methods.inside import recalled
 from memtool.methods.kept import fingerprint_of, kept
 from memtool.methods.moram.state import AtomSnapshot, digest
 from memtool.methods.moram.watch import (
@@ -34,6 +36,8 @@ from memtool.workspace import Workspace
 from memtool_stores import MemoryView
 
 DRIFT_SAMPLES = 32
+INSIDE_SAMPLES = {"images": 64, "texts": 16}
+"""Test samples of a task whose atoms a report shows."""
 """Test samples of a task that the drift of its atoms is measured on."""
 
 TOP_ATOMS = 10
@@ -202,6 +206,21 @@ class AtomMeasure:
     ) -> tuple[Tensor, tuple[int, ...]]:
         """The counted shares (n, blocks, tasks) of samples, as in `TaskShares`, and the blocks."""
         return task_shares(self.work, snapshot.bank, snapshot.gate, snapshot.tasks, samples)
+
+    def inside(self, snapshot: AtomSnapshot, tasks: Sequence[Task]) -> Inside:
+        """The gate's weight on the atoms of every task, for test samples of each, and examples."""
+        samples = [spread(task.test, INSIDE_SAMPLES[self.work.reads]) for task in tasks]
+        found = [self.shares(snapshot, some) for some in samples]
+        names = [record.name for record in snapshot.view.atom_records]
+        return recalled(
+            tasks,
+            samples,
+            [shares for shares, _ in found],
+            names,
+            blocks=found[0][1],
+            what="share of the gate",
+            class_names=() if self.work.reads == "texts" else self.work.stream.class_names,
+        )
 
     def task_accuracy(self, snapshot: AtomSnapshot, tasks: Sequence[Task]) -> float:
         """Share of test samples in which the atoms of their own task have most of the weight."""

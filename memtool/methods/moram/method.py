@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import memtool_stores
 from memtool.adapters.atoms import AtomGate
 from memtool.errors import ConfigError, MismatchError, NotFoundError
+from memtool.evaluation.inside import Inside
 from memtool.evaluation.record import Record
 from memtool.heads import RecalledHead
 from memtool.learning.adapt import Adapted, require_learned
@@ -366,6 +367,11 @@ class Moram(Method):
         from memtool.methods.moram.explain import explain_atoms
 
         return explain_atoms(self, **subject)
+
+    def inside(self, tasks: Sequence[Task], version: str = "HEAD") -> Inside:
+        """Whose atoms the tasks' test samples choose, and examples."""
+        shown = AtomMeasure(self.workspace).inside(self.snapshot(version), tasks)
+        return shown.model_copy(update={"curves": super().inside(tasks, version).curves})
 
     def dead_atoms(self, below: float) -> PruneResult:
         """As `prune.dead_atoms`."""

@@ -9,13 +9,16 @@ from torch import Tensor
 
 from memtool.adapters.values import Recall
 from memtool.backbones.answering import RecallOf
+from memtool.evaluation.inside import Inside
 from memtool.evaluation.matrix import AccuracyMatrix
 from memtool.evaluation.record import Kind, Row
 from memtool.learning.answers import Answering, AnswerScores, answer_row
 from memtool.learning.looks import batches
+from memtool.methods.inside import recalled
 from memtool.methods.outcome import share_right
 from memtool.methods.routed.memory import RoutedMemory, Way, hardest, of_prompts, only, uniform
-from memtool.streams.task import Images, Task, Texts
+from memtool.methods.subject import SUBJECT_SAMPLES
+from memtool.streams.task import Images, Task, Texts, spread
 from memtool.workspace import Workspace
 
 OTHER_WAYS: Mapping[str, tuple[str, Way]] = {
@@ -111,6 +114,25 @@ def row(
     return Row.measured(id, label, kind, matrix)
 
 
+def inside(work: Workspace, memory: RoutedMemory, tasks: Sequence[Task]) -> Inside:
+    """The weights of some test samples of every task, and examples."""
+    samples = [spread(task.test, SUBJECT_SAMPLES[work.reads]) for task in tasks]
+    chances: list[Tensor] = []
+    names: tuple[str, ...] = ()
+    if memory.head is None:
+        weights = [weights_of(work, memory, some) for some in samples]
+    else:
+        found = [scores(work, memory, some) for some in samples]
+        weights = [each for _, each in found]
+        chances = [memory.head.probabilities(each) for each, _ in found]
+        names = work.stream.class_names
+    adapters = [record.name for record in memory.records]
+    blocks = memories_of(work, memory) if weights[0].ndim == 3 else ()
+    return recalled(
+        tasks, samples, weights, adapters, blocks=blocks, chances=chances, class_names=names
+    )
+
+
 def _answered(
     work: Workspace,
     memory: RoutedMemory,
@@ -138,6 +160,7 @@ def other_rows(work: Workspace, memory: RoutedMemory, tasks: Sequence[Task]) -> 
         row(work, id, label, "baseline", tasks, {count: (memory, [way] * len(tasks))})
         for id, (label, way) in OTHER_WAYS.items()
     ]
+    rows = [one.model_copy(update={"reading": True}) for one in rows]
     if work.reads == "texts":
         label = "frozen model"
         found = {count: Answering(work, None).scores(tasks, f"evaluate: {label}")}

@@ -25,6 +25,7 @@ import memtool_stores
 from memtool.adapters.stock import Stock
 from memtool.adapters.values import AdapterValues
 from memtool.errors import ConfigError
+from memtool.evaluation.inside import Inside
 from memtool.evaluation.record import Record, Row
 from memtool.learning.looks import FINAL, PromptLook, looks
 from memtool.methods.about import require_trained_head
@@ -228,6 +229,11 @@ class Routed(Method, ABC):
                 expected="method moram, where every adapted map has atoms of its own",
             )
         return explain(self, block=block, **subject)
+
+    def inside(self, tasks: Sequence[Task], version: str = "HEAD") -> Inside:
+        """What the tasks' test samples recall, and examples."""
+        shown = measure.inside(self.workspace, self.snapshot(version), tasks)
+        return shown.model_copy(update={"curves": super().inside(tasks, version).curves})
 
     # Evaluate -------------------------------------------------------------------------------
 
