@@ -102,7 +102,7 @@ NAMES_OF_CODE: Mapping[str, registry.Kind] = {
 COMMAND_LINE = "command line"
 MEMORY = "the memory"
 """Origin of what a memory was made with."""
-NOT_SETTINGS = frozenset({"MEMTOOL_DATA", "MEMTOOL_CACHE"})
+NOT_SETTINGS = frozenset({"MEMTOOL_DATA", "MEMTOOL_CACHE", "MEMTOOL_API_KEY"})
 
 
 def resolve(

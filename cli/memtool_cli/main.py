@@ -41,6 +41,7 @@ VERBS = {
     "consolidate": Verb("flow", FLOW, "Let the memory learn the keys of its adapters."),
     "retrieve": Verb("flow", FLOW, "Show the mixture that a task, an image or a query recalls."),
     "generate": Verb("generate", FLOW, "Answer prompts by the adapters that each recalls."),
+    "serve": Verb("serve", FLOW, "Serve the memory over HTTP, with a page to try it."),
     "eval": Verb("flow", FLOW, "Measure the memory on the test images of all its tasks."),
     "explain": Verb("explain", FLOW, "Show which adapters fire for an image, and what each adds."),
     "ablate": Verb("experiments", FLOW, "Run one experiment with one choice changed at a time."),
