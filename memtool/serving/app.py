@@ -13,7 +13,6 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
-from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -22,15 +21,13 @@ from memtool.errors import ConfigError, DataError, MemtoolError
 from memtool.inference.predictor import Predicted
 from memtool.serving import openai
 from memtool.serving.errors import invalid, of_error, refusal, status_of
+from memtool.serving.forms import parsed
 from memtool.serving.guard import Guard, busy
 from memtool.serving.images import Pictures
 from memtool.serving.models import AUTO, Model
 from memtool.serving.service import GONE, Service
 from memtool.serving.texts import Prompt
 from memtool_stores.printable import printable
-
-FIELDS = 16
-"""Fields of a form beside its files."""
 
 MOST_CLASSES = 1000
 ADAPTERS_TOLD = 5
@@ -179,18 +176,11 @@ async def _pictures(
         return asked, [_decoded(number, one) for number, one in enumerate(asked.images, start=1)]
     if kind != "multipart/form-data":
         raise HTTPException(415, "expected multipart/form-data with files, or application/json")
-    most = service.limits.queue
-    async with request.form(max_files=most, max_fields=FIELDS) as form:
-        uploads = [one for one in form.getlist("file") if isinstance(one, UploadFile)]
-        if not uploads:
-            raise HTTPException(400, "no file in the form: pictures go in the field `file`")
-        fields = {name: value for name, value in form.multi_items() if name != "file"}
-        wanted = _Form.model_validate(fields)
-        named = [
-            (one.filename or f"file {number}", await one.read())
-            for number, one in enumerate(uploads, start=1)
-        ]
-    return wanted, named
+    body = await request.body()
+    form = parsed(body, request.headers["content-type"], most=service.limits.queue)
+    if not form.files:
+        raise HTTPException(400, "no file in the form: pictures go in the field `file`")
+    return _Form.model_validate(form.fields), form.files
 
 
 def _decoded(number: int, given: Image | str) -> tuple[str, bytes]:

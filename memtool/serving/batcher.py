@@ -89,8 +89,8 @@ class Batcher(Generic[W]):
                 results = list(self._run(wanted))
             except MemtoolError as error:
                 results = [error] * len(wanted)
-            except Exception:  # a bug: no reason to stop serving
-                logger.exception("a batch of %d requests failed", len(wanted))
+            except Exception as error:  # a bug: no reason to stop serving
+                logger.exception("a batch of %d requests failed: %r", len(wanted), error)
                 results = [MemtoolError("the model failed; the log of the service says how")] * len(
                     wanted
                 )

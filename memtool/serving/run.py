@@ -15,6 +15,7 @@ from memtool.serving.app import create_app
 from memtool.serving.limits import Limits
 from memtool.serving.models import Models
 from memtool.serving.service import Service
+from memtool.streams.images import quiet_decoders
 from memtool_stores.printable import shown
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
@@ -80,34 +81,35 @@ def serve(
 
     `ready` is called once requests are answered.
     """
-    config = uvicorn.Config(
-        create_app(Service(models, limits)),
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        ws="none",
-        timeout_graceful_shutdown=int(limits.timeout + GRACE_SECONDS),
-    )
-    server = Server(config, ready)
+    server = Server(models, limits, ready)
     # uvicorn raises the signal again when all is done; that is no reason to die.
     before = {one: signal.signal(one, _nothing) for one in (signal.SIGINT, signal.SIGTERM)}
     try:
-        server.run(sockets=[listening])
+        with quiet_decoders():
+            server.run(sockets=[listening])
     finally:
         for one, handler in before.items():
             signal.signal(one, handler)
 
 
 class Server(uvicorn.Server):
-    """A server that says when it has started."""
+    """The server of one memory; `should_exit` ends it when what is in flight is answered."""
 
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+    def __init__(self, models: Models, limits: Limits, ready: Callable[[], None]) -> None:
+        config = uvicorn.Config(
+            create_app(Service(models, limits)),
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            ws="none",
+            timeout_graceful_shutdown=int(limits.timeout + GRACE_SECONDS),
+        )
         super().__init__(config)
         self._ready = ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """As the base."""
+        """As the base, and say so."""
         await super().startup(sockets)
         if self.started:
             self._ready()

@@ -53,7 +53,7 @@ def serve_memory(
         bool,
         typer.Option(
             "--watch",
-            help="Take new versions up by itself: those that --store names, HEAD or a tag.",
+            help="Take new versions up by itself, of HEAD or of the branch that --store names.",
             rich_help_panel=SERVICE,
         ),
     ] = False,
