@@ -35,6 +35,7 @@ ADAPTERS_TOLD = 5
 
 PAGE = {
     "index.html": "text/html; charset=utf-8",
+    "icon.svg": "image/svg+xml",
     "page.css": "text/css; charset=utf-8",
     "page.js": "text/javascript; charset=utf-8",
 }
