@@ -42,8 +42,9 @@ PICTURES, BATCH = 256, 64
 SECONDS = 6.0
 REQUESTS = 10_000
 SHARE, MEAN_BATCH = 0.8, 4.0
-TOLERANCE = 1e-4
-"""Of a probability: batches of other sizes add up in another order."""
+TOLERANCE = 1e-3
+"""Of a probability: in batches of other sizes numbers add up in another order, which 64 pictures show
+by up to 8e-5. That of another picture is elsewhere."""
 
 SETTINGS = (
     "--preset=mira-dil",

@@ -117,4 +117,6 @@ def test_it_fits_the_window(
     wait(browser, "!document.getElementById('found').hidden")
     page = "document.documentElement"
     assert browser.execute_script(f"return {page}.scrollWidth <= {page}.clientWidth")
+    bar = browser.find_element("css selector", "#adapters progress")
+    assert bar.size["width"] > 60
     assert browser.save_screenshot(str(tmp_path / f"{width}.png"))
