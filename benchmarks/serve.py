@@ -43,8 +43,8 @@ SECONDS = 6.0
 REQUESTS = 10_000
 SHARE, MEAN_BATCH = 0.8, 4.0
 TOLERANCE = 1e-3
-"""Of a probability: in batches of other sizes numbers add up in another order, which 64 pictures show
-by up to 8e-5. That of another picture is elsewhere."""
+"""Of a probability: in batches of other sizes numbers add up in another order, which shows by up to
+8e-5 in 64 pictures. That of another picture is elsewhere."""
 
 SETTINGS = (
     "--preset=mira-dil",
