@@ -132,6 +132,7 @@ class Service:
         self.batcher.put(works)
         away = asyncio.ensure_future(gone(request.receive))
         together = asyncio.gather(*(work.future for work in works))
+        together.add_done_callback(_seen)  # also where nobody waits for it any more
         try:
             await asyncio.wait((together, away), return_when=asyncio.FIRST_COMPLETED)
             if not together.done():
@@ -189,3 +190,9 @@ class Service:
         self.metrics.reloaded("ok")
         self.metrics.serves(now)
         logger.info("version %s is served in place of %s", now, before)
+
+
+def _seen(done: asyncio.Future[Any]) -> None:
+    """Look at how something ended, so that nobody is told that nobody did."""
+    if not done.cancelled():
+        done.exception()

@@ -229,7 +229,7 @@ def test_queue_time_and_clients_that_hang_up(models: Models, memory: Memory) -> 
             full = at.send(picture, picture)
             assert (full.status, full.headers["retry-after"]) == (503, "1")
             assert first.result().status == 504
-        assert at.send(*[picture] * 3).status == 400
+        assert at.send(*[picture] * 3).status == 413
         data = form(picture)
         head = f"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: {FORM}\r\n"
         with socket.create_connection(("127.0.0.1", at.port)) as one:
