@@ -1,11 +1,11 @@
-# make demo | test | check | test-all | package | bench | clean; PYTHON= names the interpreter (3.11 or newer).
+# make demo | test | check | docs | test-all | package | bench | clean; PYTHON= names the interpreter (3.11 or newer).
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-all check package bench clean
+.PHONY: demo test test-all check docs package bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/memtool demo
@@ -21,6 +21,10 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 package: $(INSTALLED)
 	$(BIN)/python .ci/package --borrow $(VENV)

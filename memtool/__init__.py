@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from memtool.engine import Engine
     from memtool.errors import MemtoolError
     from memtool.experiments.run import demo, run
+    from memtool.experiments.runs import runs
     from memtool.learning.learner import Learner
     from memtool.memories.hopfield import HopfieldMemory
     from memtool.memories.keyed import KeyedMemory
@@ -58,6 +59,7 @@ _HOME = {
     "read_peft": "memtool.adapters.peft_files",
     "resolve": "memtool.config",
     "run": "memtool.experiments.run",
+    "runs": "memtool.experiments.runs",
     "write_peft": "memtool.adapters.peft_files",
 }
 
@@ -85,6 +87,7 @@ __all__ = [
     "read_peft",
     "resolve",
     "run",
+    "runs",
     "write_peft",
 ]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,7 +103,9 @@ NAMES_OF_CODE: Mapping[str, registry.Kind] = {
 COMMAND_LINE = "command line"
 MEMORY = "the memory"
 """Origin of what a memory was made with."""
-NOT_SETTINGS = frozenset({"MEMTOOL_DATA", "MEMTOOL_CACHE", "MEMTOOL_API_KEY"})
+NOT_SETTINGS = frozenset(
+    {"MEMTOOL_DATA", "MEMTOOL_CACHE", "MEMTOOL_VLLM_STORES", "MEMTOOL_API_KEY"}
+)
 
 
 def resolve(
@@ -163,7 +166,7 @@ def resolve(
                 foreign[key] = place
                 continue
             _require_text(key, value, place)
-            values[key] = _as_field(known[key], value)
+            values[key] = _as_field(known[key], value, place)
             origin[key] = place
 
     put({key: (value, MEMORY) for key, value in made_with.items() if key in known})
@@ -196,7 +199,7 @@ def with_values(config: Config, values: Mapping[str, Any], place: str) -> Config
     for key in values:
         _require_key(key, place, known)
     whole = {key: get(config, key) for key in known}
-    whole |= {key: _as_field(known[key], value) for key, value in values.items()}
+    whole |= {key: _as_field(known[key], value, place) for key, value in values.items()}
     return _validated(whole, dict.fromkeys(known, place), config.method)
 
 
@@ -494,18 +497,63 @@ def _require_text(key: str, value: Any, place: str) -> None:
             )
 
 
-def _as_field(about: FieldInfo, value: Any) -> Any:
+def _as_field(about: FieldInfo, value: Any, place: str) -> Any:
     """Text and single values in the form of the field: several, or none."""
     annotation = about.annotation
     arms = get_args(annotation)
     if isinstance(value, str) and NoneType in arms and value.lower() in ("", "none", "null"):
         return None
-    if any(get_origin(arm) is tuple for arm in (annotation, *arms)):
-        if isinstance(value, str):
-            return tuple(part.strip() for part in value.strip("[]").split(",") if part.strip())
-        if value is not None and not isinstance(value, (list, tuple)):
-            return (value,)
+    several = next((arm for arm in (annotation, *arms) if get_origin(arm) is tuple), None)
+    if several is None:
+        return value
+    if isinstance(value, str):
+        value = split_values(value.strip("[]"))
+    elif value is not None and not isinstance(value, (list, tuple)):
+        return (value,)
+    if value is not None and _holds_whole_numbers(several):
+        return tuple(number for part in value for number in whole_numbers(part, place))
     return value
+
+
+def split_values(text: str, separator: str = ",") -> tuple[str, ...]:
+    """The values that a text lists: `"0, 1"` as `("0", "1")`; empty ones are left out."""
+    return tuple(part.strip() for part in text.split(separator) if part.strip())
+
+
+_RANGE = re.compile(r"(\d{1,16})\.\.(\d{1,16})")
+
+MOST_IN_RANGE = 10_000
+"""A range of more numbers is a slip of the keyboard."""
+
+
+def whole_numbers(value: Any, place: str) -> tuple[Any, ...]:
+    """What text for whole numbers lists: `"0..2,7"` as `(0, 1, 2, "7")`; anything else as it is.
+
+    Both ends of a range are in it. Raises ConfigError, which names the place, for one that falls or
+    is too long.
+    """
+    if not isinstance(value, str):
+        return (value,)
+    found: list[Any] = []
+    for part in split_values(value):
+        match = _RANGE.fullmatch(part)
+        if match is None:
+            found.append(part)
+            continue
+        first, last = int(match[1]), int(match[2])
+        if not first <= last < first + MOST_IN_RANGE:
+            raise ConfigError(
+                f"{place}: the range {part}",
+                expected=f"FIRST..LAST, rising, of at most {MOST_IN_RANGE:,} numbers, as 0..4",
+            )
+        found += range(first, last + 1)
+    return tuple(found) or (value,)
+
+
+def _holds_whole_numbers(several: Any) -> bool:
+    """Whether the values of a setting that holds several, `tuple[int, ...]`, are whole numbers."""
+    inside = get_args(several)[0]
+    return inside is int or get_args(inside)[:1] == (int,)
 
 
 def _validated(values: Mapping[str, Any], origin: Mapping[str, str], method: str) -> Config:

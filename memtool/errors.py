@@ -13,10 +13,10 @@ TrainingInterrupted is a KeyboardInterrupt that says where the training was save
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
+from memtool.words import either, near
 from memtool_stores.errors import (
     AlreadyExistsError,
     BusyError,
@@ -84,9 +84,11 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:
-    """`"did you mean 'affine'?"` for the closest known word, else the list of known words."""
+    """`"did you mean 'affine'?"` for the nearest known words, else the list of known words.
+
+    What is near is said by `near`.
+    """
     names = list(known)
-    close = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
-    if close:
-        return f"did you mean {close[0]!r}? (known: {', '.join(names)})"
+    if close := near(given, names):
+        return f"did you mean {either(close)}? (known: {', '.join(names)})"
     return f"one of {', '.join(names)}"

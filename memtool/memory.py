@@ -78,7 +78,9 @@ class Memory:
 
         backbone = self._backbone()
         assert isinstance(backbone, Backbone)
-        return transform_of(backbone.image_size, backbone.mean, backbone.std)
+        return transform_of(
+            backbone.image_size, backbone.mean, backbone.std, self.config.stream.crop
+        )
 
     def log(self) -> list[Version]:
         """The versions up to this one, newest first."""

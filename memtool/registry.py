@@ -64,6 +64,7 @@ SHIPPED: Mapping[Kind, Mapping[str, str]] = {
         "mos": "memtool.methods.baselines.mos:Mos",
         "tuna": "memtool.methods.baselines.tuna:Tuna",
         "sd-lora": "memtool.methods.baselines.sd_lora:SdLora",
+        "treelora": "memtool.methods.baselines.tree_lora:TreeLora",
         "er": "memtool.methods.baselines.replay:Er",
         "der++": "memtool.methods.baselines.der:DerPlusPlus",
         "erm": "memtool.methods.baselines.sources:trained_sources",

@@ -53,6 +53,16 @@ def remembered(store: MemoryStore, version: str = "HEAD") -> dict[str, Any]:
     return {}
 
 
+def carried_on(store: MemoryStore, version: str = "HEAD") -> dict[str, Any]:
+    """What a version says that is made without settings: those of the newest before it that has.
+
+    So that it stays in the memory when older versions go. Raises the errors of the store.
+    """
+    said = (one.metadata for one in store.log(version) if "configuration" in one.metadata)
+    newest = next(said, {})
+    return {name: newest[name] for name in ("configuration", "seed") if name in newest}
+
+
 _OF_THE_CUT = (
     *("source", "setting", "order", "classes_per_task", "splits"),
     *("train_per_task", "shots", "validation", "seed", "test_seed"),
@@ -60,10 +70,17 @@ _OF_THE_CUT = (
 """Settings of a stream that decide what is learned from and what is held back."""
 
 
-def require_held_back(store: MemoryStore, config: Config, version: str = "HEAD") -> None:
+def require_held_back(
+    store: MemoryStore,
+    config: Config,
+    version: str = "HEAD",
+    *,
+    asked: str = "--split validation",
+) -> None:
     """Raise ConfigError where a memory may have learned from what is measured as validation.
 
-    What it held back follows from the settings of its stream: those must be in force.
+    What it held back follows from the settings of its stream: those must be in force. `asked` is
+    what is asked for, in words.
     """
     made_with = remembered(store, version)
     here = config.recorded()["stream"]
@@ -71,7 +88,7 @@ def require_held_back(store: MemoryStore, config: Config, version: str = "HEAD")
         then, now = made_with.get(f"stream.{name}", here[name]), here[name]
         if then != now:
             raise ConfigError(
-                f"--split validation with stream.{name} {now}: the memory was made with {then}, "
+                f"{asked} with stream.{name} {now}: the memory was made with {then}, "
                 "and may have learned from these samples",
                 expected=f"stream.{name} {then}",
                 remedy="the same without it, or a memory that was made with it",

@@ -77,9 +77,14 @@ def write_json(path: Path, document: Mapping[str, Any]) -> Path:
 
     MemtoolError as `write_atomic`; ValueError for numbers that JSON has not.
     """
+    return write_atomic(path, json_bytes(document))
+
+
+def json_bytes(document: Mapping[str, Any]) -> bytes:
+    """What `write_json` writes. ValueError for numbers that JSON has not."""
     seal = f"{_KIND}{_digest(document)}"
     text = json.dumps({**document, SEAL: seal}, indent=2, ensure_ascii=False, allow_nan=False)
-    return write_atomic(path, f"{text}\n")
+    return f"{text}\n".encode()
 
 
 def read_json(path: Path) -> Document:

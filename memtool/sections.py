@@ -135,7 +135,7 @@ class MemorySettings(Settings):
     )
     look_under: LookUnder = Field(
         "frozen",
-        description="for scope model, of images: what runs while the query looks: the frozen "
+        description="for scope model: what runs while the query looks: the frozen "
         "model, or the model under the adapters of the first task, which never change; or both",
     )
     clusters: Annotated[int, Field(ge=1)] = Field(

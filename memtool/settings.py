@@ -23,6 +23,7 @@ HeadKind = Literal["lda", "ridge", "rp-ridge", "ncm", "grown", "shared", "protot
 HeadFeatures = Literal[
     "own", "recalled", "own+frozen", "own+first", "recalled+frozen", "recalled+first"
 ]
+Crop = Literal["centre", "squash", "pad"]
 Augment = Literal["none", "flip-crop", "crop"]
 
 
@@ -89,6 +90,14 @@ class StreamSettings(Settings):
     )
     held_out: str | None = Field(
         None, description="for dg: the domain that nothing is learned from; none: each in turn"
+    )
+    crop: Crop = Field(
+        "centre",
+        description="how a picture becomes square: centre, its largest middle square; squash, all "
+        "of it, its sides stretched; pad, all of it between bars of black",
+    )
+    skip_broken: bool = Field(
+        False, description="leave pictures out that cannot be read, and say which; else an error"
     )
     metric: TextMetric = Field(
         "exact-match", description="for a file of lines: how answers are scored"

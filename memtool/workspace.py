@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from memtool.progress import Progress
 
 Item = TypeVar("Item")
+
+_log = logging.getLogger(__name__)
 
 
 class Workspace:
@@ -154,8 +157,17 @@ class Workspace:
     @cached_property
     def layout(self) -> Layout:
         """Where each number of this configuration's adapters lies."""
-        sites = self.backbone.sites(self.config.backbone.targets)
-        return Layout(sites, self.config.adapter.rank)
+        rank = self.config.adapter.rank
+        layout = Layout(self.backbone.sites(self.config.backbone.targets), rank)
+        narrow = [site for site in layout.sites if rank > min(site.in_features, site.out_features)]
+        if narrow:
+            width = min(min(site.in_features, site.out_features) for site in narrow)
+            _log.warning(
+                "adapter.rank %d is above the width of %d of %d adapted maps (%d of %s): a rank of "
+                "%d can be any change of it, and more is only slower",
+                *(rank, len(narrow), len(layout.sites), width, narrow[0].name, width),
+            )
+        return layout
 
     @cached_property
     def space(self) -> memtool_stores.Space:
@@ -206,15 +218,29 @@ class Workspace:
         store.space.check(self.space)
         return store
 
-    def store_or_new(self) -> memtool_stores.MemoryStore:
-        """The memory; an empty one is made when there is none."""
+    def commit(
+        self,
+        function: Callable[[memtool_stores.Transaction], None],
+        message: str,
+        metadata: Mapping[str, Any],
+    ) -> str:
+        """Commit to the memory, as `MemoryStore.run`; the newest version.
+
+        Where there is no memory one is made, which appears with what is committed, or not at all.
+        """
         if not self.has_store:
             try:
-                memtool_stores.MemoryStore.create(self.store_path, self.space)
+                return memtool_stores.MemoryStore.create(
+                    self.store_path,
+                    self.space,
+                    lock_timeout=self.config.lock_timeout,
+                    first=lambda made: made.run(function, message, metadata),
+                ).head()
             except MemtoolError:
                 if not self.has_store:  # else another process was first: go on in its memory
                     raise
-        return self.store
+        self.store.run(function, message, metadata)
+        return self.store.head()
 
     def once(self, name: str, make: Callable[[], Item]) -> Item:
         """What `make` gives, which is made once for this workspace."""

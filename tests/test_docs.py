@@ -17,6 +17,7 @@ import pytest
 import typer
 
 from memtool.config import parse_assignment, resolve
+from memtool.experiments.sweep import axes_of
 from memtool.settings import keys
 from memtool_cli.main import VERBS
 from tests.cli.conftest import inside
@@ -168,7 +169,13 @@ def test_settings_exist_and_take_their_values(page, tmp_path):
     write_shown(tmp_path)
     sections = {key.partition(".")[0] for key in keys() if "." in key}
     for text in shell(page):
-        assignments = SETTING.findall(text)
+        assignments = []
+        for line in text.splitlines():
+            found = SETTING.findall(line)
+            if "memtool sweep" in line:  # each of several values
+                plain, axes = axes_of("mira", found)
+                found = plain + [f"{key}={value}" for key in axes for value in axes[key]]
+            assignments += found
         named = re.fullmatch(r"([a-z_]+)\.[a-z_]+(=\S+)?", text)
         if named and named[1] in sections and not text.endswith((".py", ".yaml", ".safetensors")):
             if named[2]:

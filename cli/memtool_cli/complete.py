@@ -10,7 +10,7 @@ from pathlib import Path
 
 import typer
 
-from memtool.config import presets, resolve
+from memtool.config import parse_assignment, presets, resolve
 from memtool.errors import MemtoolError
 from memtool.paths import split_store
 from memtool.settings import Config, choices, keys
@@ -36,7 +36,7 @@ def settings(ctx: typer.Context, incomplete: str) -> list[str]:
 
 
 def tasks(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Names of the tasks that the configuration or the embedded data set lists."""
+    """Names of the tasks that are known without reading a sample: domains, or as configured."""
     try:
         names = _task_names(_config(ctx))
     except MemtoolError:
@@ -93,7 +93,7 @@ def fixed_set_metrics(incomplete: str) -> list[str]:
 
 
 def versions(ctx: typer.Context, incomplete: str) -> list[str]:
-    """HEAD and the version ids of the store."""
+    """HEAD, tags, branches and the version ids of the store."""
     try:
         store = split_store(_config(ctx, of_store=True).store)[0]
         return [ref for ref in _versions(store) if ref.startswith(incomplete)]
@@ -117,21 +117,21 @@ def stores(incomplete: str) -> list[str]:
 def _config(ctx: typer.Context, *, of_store: bool = False) -> Config:
     given = ctx.params
     overrides = {key: given[key] for key in ("store", "method") if given.get(key)}
+    overrides |= dict(parse_assignment(text) for text in given.get("set") or () if "=" in text)
     preset, file = given.get("preset"), given.get("config")
     return resolve(preset=preset, file=file, overrides=overrides, of_store=of_store).config
 
 
 def _task_names(config: Config) -> tuple[str, ...]:
-    if config.stream.order is not None:
-        return config.stream.order
-    if config.stream.source == "digits" and config.stream.setting == "dil":
-        from memtool.streams.digits import DOMAINS
+    from memtool.streams.sources import task_names  # it needs numpy
 
-        return tuple(DOMAINS)
-    return ()
+    return tuple(task_names(config.stream))
 
 
 def _versions(store: str) -> list[str]:
+    """HEAD, the names that versions were given, and their ids, the newest first."""
     from memtool_stores import MemoryStore
 
-    return ["HEAD", *(version.id for version in MemoryStore.open(store).log())]
+    found = MemoryStore.open(store)
+    names = (*found.tags(), *found.branches(), *(version.id for version in found.log()))
+    return ["HEAD", *dict.fromkeys(names)]

@@ -13,7 +13,7 @@ from types import TracebackType
 import typer
 
 from memtool.errors import MemtoolError, TrainingInterrupted
-from memtool_stores.printable import one_line, printable
+from memtool_stores.printable import one_line, printable, without_addresses
 from memtool_stores.redacted import redacted
 
 NO, USAGE, NOT_FOUND = 1, 2, 3
@@ -143,7 +143,7 @@ def _report_system(error: OSError) -> int:
 
 
 def _say(message: str, *, expected: str | None = None, remedy: str | None = None) -> None:
-    lines = [message]
+    lines = [without_addresses(message)]
     if expected:
         lines.append(f"  expected: {one_line(expected)}")
     if remedy:

@@ -13,11 +13,12 @@ from importlib import import_module
 from typing import Annotated, Any, NamedTuple, NoReturn
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperCommand
 
 from memtool import __version__
 from memtool.errors import ConfigError
 from memtool_cli import failure
+from memtool_cli.commands import VerbGroup
 from memtool_cli.terminal import prepare
 from memtool_stores import limits
 from memtool_stores.printable import shown
@@ -34,12 +35,17 @@ class Verb(NamedTuple):
 FLOW, HISTORY, FILES, SETUP = "The flow", "History", "Files", "Setup"
 
 VERBS = {
+    "tour": Verb("tour", FLOW, "Show the five steps, one after the other, in a folder of its own."),
     "demo": Verb("experiments", FLOW, "Run everything on the embedded data, in about a minute."),
     "run": Verb("experiments", FLOW, "Run a whole experiment, tasks by seeds; goes on where left."),
+    "sweep": Verb("sweep", FLOW, "Run a grid of settings by seeds, on any number of machines."),
+    "runs": Verb("runs", FLOW, "List runs, and compare their settings and what they came to."),
     "train-adapter": Verb("flow", FLOW, "Train the adapter of one task, as a PEFT directory."),
     "write": Verb("flow", FLOW, "Put trained adapters into the memory, as one version."),
     "consolidate": Verb("flow", FLOW, "Let the memory learn the keys of its adapters."),
     "retrieve": Verb("flow", FLOW, "Show the mixture that a task, an image or a query recalls."),
+    "predict": Verb("predict", FLOW, "Say what pictures show, or answer prompts; a row each."),
+    "calibrate": Verb("predict", FLOW, "Measure when the memory is sure, for predict --reject."),
     "generate": Verb("generate", FLOW, "Answer prompts by the adapters that each recalls."),
     "serve": Verb("serve", FLOW, "Serve the memory over HTTP, with a page to try it."),
     "eval": Verb("flow", FLOW, "Measure the memory on the test images of all its tasks."),
@@ -61,6 +67,8 @@ VERBS = {
     "export": Verb("exchange", FILES, "Write adapters as PEFT directories, or all as one file."),
     "merge": Verb("exchange", FILES, "Take the adapters of another memory in."),
     "clone": Verb("exchange", FILES, "Copy a whole memory to another folder or bucket."),
+    "push": Verb("publish", FILES, "Publish a whole memory on the Hugging Face Hub."),
+    "pull": Verb("publish", FILES, "Fetch a whole memory from the Hugging Face Hub."),
     "init": Verb("setup", SETUP, "Write memtool.yaml, with a comment on every setting."),
     "config": Verb("setup", SETUP, "Show the settings, where they come from, and the presets."),
     "doctor": Verb("setup", SETUP, "Check versions, device, data, cache and memory."),
@@ -68,7 +76,7 @@ VERBS = {
 }
 
 
-class Verbs(TyperGroup):
+class Verbs(VerbGroup):
     """Lists verbs from the table; imports a verb's module when it is called or completed."""
 
     def __init__(self, **settings: Any) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import os
 import shlex
 import sys
@@ -161,7 +162,12 @@ TEXTS = setting(
     implies={"stream.setting": "trace", "text.epochs": None},
 )
 SEED = setting(
-    "--seed", "seed", "Training", "Seed; `run` takes several.", metavar="N", type=list[str] | None
+    "--seed",
+    "seed",
+    "Training",
+    "Seed; `run` takes several: 0,1,2 or 0..4.",
+    metavar="N",
+    type=list[str] | None,
 )
 ORDERS = (
     setting("--vary", "vary", "Training", "What each seed changes."),
@@ -485,6 +491,11 @@ class Call:
             return None
         return f"--store PATH, as there is no memory at {self.store_path!r}"
 
+    @property
+    def asks(self) -> bool:
+        """Whether somebody is there to ask."""
+        return sys.stdin.isatty() and sys.stderr.isatty()
+
     def confirm(self, deed: str) -> None:
         """Ask before something that cannot be taken back, unless --yes was given.
 
@@ -492,7 +503,7 @@ class Call:
         """
         if self.given["yes"]:
             return
-        if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        if not self.asks:
             raise ConfigError(f"{deed}: nobody is there to ask", remedy="the same with --yes")
         typer.confirm(printable(f"{deed}?"), err=True, abort=True)
 
@@ -597,3 +608,19 @@ def one_of(option: str, value: str, words: tuple[str, ...]) -> str:
     if value not in words:
         raise ConfigError(f"{option} {shown(value)}", expected=did_you_mean(value, words))
     return value
+
+
+def share(option: str, text: str) -> float:
+    """A share of the whole: `0.85` or `85%`. Raises ConfigError; 85 alone may mean either."""
+    written = text.strip()
+    number = written.removesuffix("%").strip()
+    try:
+        value = float(number) / (100 if number != written else 1)
+    except ValueError:
+        value = math.nan
+    if 0 <= value <= 1:
+        return value
+    may = f"{option} {number}%" if 1 < value <= 100 else None
+    raise ConfigError(
+        f"{option} {shown(text)}", expected="a share from 0 to 1, or per cent as 85%", remedy=may
+    )

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from memtool.progress import Progress, ProgressEvent
 from memtool_stores.files import is_stdout
-from memtool_stores.printable import as_cell, printable, printable_json
+from memtool_stores.printable import as_cell, printable, printable_json, without_addresses
 from memtool_stores.redacted import redacted
 
 if TYPE_CHECKING:
@@ -39,16 +39,52 @@ if TYPE_CHECKING:
 
 PLAIN_LINE_EVERY_SECONDS = 5.0
 
+_GAP = 3
+"""Blanks between two columns."""
+
 _NUMBER = re.compile(r"-|[-+]?[\d.,]+( (%|s|[kMGT]?B))?")
 
 
 @dataclass(frozen=True)
 class Table:
-    """Header and rows of cells; without a header every row is a name and its value."""
+    """Header and rows of cells; without a header every row is a name and its value.
+
+    Columns of `spared` are left out, the first one first, of a terminal that is too narrow for all.
+    """
 
     header: tuple[str, ...]
     rows: Sequence[Sequence[object]]
     title: str = ""
+    spared: tuple[str, ...] = ()
+
+    def within(self, width: int) -> Table:
+        """The table in so many columns of a terminal, as far as leaving out helps."""
+        from rich.cells import cell_len
+
+        left = list(self.header)
+        longest = [
+            max(
+                cell_len(_cell(cell))
+                for cell in (self.header[place], *(r[place] for r in self.rows))
+            )
+            for place in range(len(left))
+        ]
+        widths = dict(zip(left, longest, strict=True))
+        gone = []
+        for name in self.spared:
+            if sum(widths[one] for one in left) + _GAP * (len(left) - 1) + 2 <= width:
+                break
+            left.remove(name)
+            gone.append(name)
+        if not gone:
+            return self
+        places = [self.header.index(name) for name in left]
+        rows = [[row[place] for place in places] for row in self.rows]
+        said = f"{', '.join(gone)}: in a wider terminal, or by --json"
+        return Table(tuple(left), rows, self.title, notes=(said,))
+
+    notes: tuple[str, ...] = ()
+    """Lines below it."""
 
 
 class Out:
@@ -82,7 +118,7 @@ class Out:
             for id in ids:
                 self.line(str(id))
         elif stream.isatty():
-            _print_tables(tables, stream)
+            self._print(tables, stream)
         else:
             for place, table in enumerate(tables):
                 if table.title:
@@ -96,6 +132,21 @@ class Out:
                 for note in getattr(table, "notes", ()):
                     self.note(note)
         stream.flush()
+
+    def _print(self, tables: Iterable[Table | Grid], stream: TextIO) -> None:
+        from rich.console import Console
+
+        console = Console(file=stream)
+        for table in tables:
+            if isinstance(table, Table):
+                narrow = table.within(console.width)
+                console.print(_grid(narrow))
+                for note in narrow.notes:
+                    self.note(note)
+            else:
+                from memtool.reports.table import show
+
+                show(table, console)
 
     @property
     def machine(self) -> bool:
@@ -120,7 +171,7 @@ class Out:
     def note(self, text: str) -> None:
         """One line for the reader, on stderr; not with -q."""
         if not self.quiet:
-            sys.stderr.write(printable(redacted(text)) + "\n")
+            sys.stderr.write(printable(redacted(without_addresses(text))) + "\n")
             sys.stderr.flush()
 
     @contextmanager
@@ -135,6 +186,19 @@ class Out:
         finally:
             for logger in loggers:
                 logger.removeHandler(hearer)
+
+    @contextmanager
+    def silent_hearing(self) -> Iterator[None]:
+        """While the block runs, what the library warns of is for another one to say."""
+        loggers = [logging.getLogger(name) for name in ("memtool", "memtool_stores")]
+        hearers = [(one, h) for one in loggers for h in one.handlers if isinstance(h, _Hearer)]
+        for logger, hearer in hearers:
+            logger.removeHandler(hearer)
+        try:
+            yield
+        finally:
+            for logger, hearer in hearers:
+                logger.addHandler(hearer)
 
     def next(self, command: str) -> None:
         """The command that comes next."""
@@ -221,6 +285,11 @@ def percent(fraction: float | None) -> str:
     return "-" if fraction is None else f"{100 * fraction:.1f} %"
 
 
+def brief(text: str) -> str:
+    """The beginning of what may be a long prompt, for the title of a table."""
+    return text if len(text) <= 100 else text[:99] + "…"
+
+
 def _silence(_: ProgressEvent) -> None:
     """Progress for -q."""
 
@@ -269,19 +338,6 @@ def _document(record: BaseModel, indent: int | None) -> str:
     except PydanticSerializationError:  # a path that is not UTF-8: JSON has escapes for its bytes
         text = json.dumps(record.model_dump(mode="json", by_alias=True))
         return json.dumps(json.loads(text, parse_constant=lambda _: None), indent=indent)
-
-
-def _print_tables(tables: Iterable[Table | Grid], stream: TextIO) -> None:
-    from rich.console import Console
-
-    console = Console(file=stream)
-    for table in tables:
-        if isinstance(table, Table):
-            console.print(_grid(table))
-        else:
-            from memtool.reports.table import show
-
-            show(table, console)
 
 
 def _grid(table: Table) -> RichTable:

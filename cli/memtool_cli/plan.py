@@ -14,15 +14,21 @@ if TYPE_CHECKING:
 
 
 def show_plan(
-    call: Call, verb: str, cells: Sequence[Cell] = (), tuning_seed: int | None = None
+    call: Call,
+    verb: str,
+    cells: Sequence[Cell] = (),
+    tuning_seed: int | None = None,
+    *,
+    task: str | None = None,
 ) -> None:
     """Print the plan of a verb: what is learned and measured, where it goes, and the tasks.
 
-    With the cells that `run` chooses from, also what choosing costs.
+    With `task`, by number or name, of that one alone. With the cells that `run` chooses from, also
+    what choosing costs.
     """
     from memtool.experiments.plan import plan, plan_of_selection
 
-    facts = plan(call.config, seed=call.config.seed[0], verb=verb)
+    facts = plan(call.config, seed=call.config.seed[0], verb=verb, task=task)
     if cells and tuning_seed is not None:
         others = len(facts["baselines"] or ())
         facts["select"] = plan_of_selection(call.config, cells, seed=tuning_seed, baselines=others)
@@ -33,16 +39,14 @@ def show_plan(
         ("task", "name", "training", "test", "epochs", "steps"),
         [
             (number, name, *(count or "-" for count in counts))
-            for number, (name, *counts) in enumerate(
-                zip(
-                    facts["tasks"],
-                    facts["train_samples"],
-                    facts["test_samples"],
-                    facts["epochs"],
-                    facts["steps"],
-                    strict=True,
-                ),
-                start=1,
+            for number, name, *counts in zip(
+                facts["numbers"],
+                facts["tasks"],
+                facts["train_samples"],
+                facts["test_samples"],
+                facts["epochs"],
+                facts["steps"],
+                strict=True,
             )
         ],
     )
@@ -50,6 +54,13 @@ def show_plan(
 
 
 _SCOPES = {"shared": ", one for all tasks", "task": ", one a task", None: ""}
+
+
+_CROPS = {
+    "centre": "the largest square in the middle of each",
+    "squash": "all of each, its sides stretched",
+    "pad": "all of each, between bars of black",
+}
 
 
 def _facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
@@ -67,6 +78,8 @@ def _facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
         takes = plan["head_bytes"]
         said = "" if takes is None else f"; {size(takes)} for its moments and to solve it"
         rows.append(("head", plan["head"] + _SCOPES[plan["head_scope"]] + said))
+    if plan["crop"] is not None:
+        rows.append(("pictures", f"made square: {_CROPS[plan['crop']]} (stream.crop)"))
     rows.append(("batch size", str(plan["batch_size"])))
     if plan["consolidation_epochs"] is not None:
         epochs = plan["consolidation_epochs"]
@@ -141,7 +154,9 @@ def _image_cost(cost: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _cost(cost: dict[str, Any]) -> list[tuple[str, str]]:
     """What the weights of a memory of prompts cost."""
-    passes = f"{cost['passes']} pass of the frozen model over it" if cost["passes"] else "no pass"
+    under = ((cost["passes"], "the frozen model"), (cost["first_adapter"], "the first adapter"))
+    each = [f"{count} pass of {name} over it" for count, name in under if count]
+    passes = " and ".join(each) or "no pass"
     added = cost["mixing"] + cost["asking"]
     return [
         (

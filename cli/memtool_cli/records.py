@@ -34,6 +34,42 @@ class Plan(CliRecord):
     plan: dict[str, Any]
 
 
+class SweepPlan(CliRecord):
+    """What a sweep would run, and which of its runs are done."""
+
+    schema_: Literal["memtool.sweep-plan"] = Field("memtool.sweep-plan", alias="schema")
+    folder: Path
+    cells: tuple[str, ...]
+    seeds: tuple[int, ...]
+    runs: tuple[str, ...]
+    done: tuple[str, ...]
+
+
+class RunLine(Part):
+    """One run; `differs` has its values of the settings in which the listed runs differ."""
+
+    place: str
+    name: str | None
+    note: str | None
+    tags: tuple[str, ...]
+    method: str
+    setting: str
+    data: str
+    seed: int
+    order: str | None
+    created: datetime
+    final_average: float | None
+    loss: float | None
+    differs: dict[str, Any]
+
+
+class RunList(CliRecord):
+    """Runs, the oldest first."""
+
+    schema_: Literal["memtool.runs"] = Field("memtool.runs", alias="schema")
+    runs: tuple[RunLine, ...]
+
+
 class Version(Part):
     """One version of the memory."""
 
@@ -278,6 +314,34 @@ class Exported(CliRecord):
     directories: tuple[Path, ...]
 
 
+class ExportedModel(CliRecord):
+    """The attached model written as a file of torch.export."""
+
+    schema_: Literal["memtool.export-model"] = Field("memtool.export-model", alias="schema")
+    path: Path
+    version: str
+    nbytes: int
+    input: tuple[str | int, ...]
+    outputs: dict[str, tuple[str | int, ...]]
+    classes: int
+
+
+class Pushed(CliRecord):
+    """A memory that was published."""
+
+    schema_: Literal["memtool.push"] = Field("memtool.push", alias="schema")
+    repository: str
+    url: str
+    commit: str
+    version: str
+    adapters: tuple[str, ...]
+    files: int
+    nbytes: int
+    results: int
+    private: bool
+    unchanged: bool
+
+
 class Written(CliRecord):
     """A file that was written."""
 
@@ -343,3 +407,35 @@ class Pretrained(CliRecord):
     steps: int
     seed: int
     seconds: float
+
+
+class Predicted(CliRecord):
+    """What came of the pictures that were predicted; the rows are in `out`, or were printed.
+
+    `predicted` have a label, `abstained` none, `broken` could not be read. `coverage` is the share
+    of those that could be read which has a label: whose best class is at least `odds` times as
+    probable as the next.
+    """
+
+    schema_: Literal["memtool.predict"] = Field("memtool.predict", alias="schema")
+    version: str
+    files: int
+    predicted: int
+    abstained: int
+    unlike: int
+    broken: int
+    coverage: float | None = None
+    odds: float | None = None
+    seconds: float
+    out: Path | None = None
+
+
+class PredictedPrompts(CliRecord):
+    """What came of the prompts that were answered; the rows are in `out`, or were printed."""
+
+    schema_: Literal["memtool.predict-prompts"] = Field("memtool.predict-prompts", alias="schema")
+    version: str
+    prompts: int
+    unlike: int
+    seconds: float
+    out: Path | None = None

@@ -9,7 +9,7 @@ import warnings
 from typing import TextIO
 
 from memtool_cli import failure
-from memtool_stores.printable import printable
+from memtool_stores.printable import printable, without_addresses
 from memtool_stores.redacted import redacted
 
 
@@ -30,7 +30,7 @@ class Plain(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """The line."""
-        return printable(redacted(super().format(record)))
+        return printable(redacted(without_addresses(super().format(record))))
 
 
 def _open_closed_streams() -> None:
@@ -53,4 +53,4 @@ def _warn(
     line: str | None = None,
 ) -> None:
     del category, filename, lineno, line
-    (file or sys.stderr).write(f"warning: {printable(redacted(str(message)))}\n")
+    (file or sys.stderr).write(f"warning: {printable(redacted(without_addresses(str(message))))}\n")

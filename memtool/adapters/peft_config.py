@@ -156,8 +156,12 @@ def _positive(value: object, where: str) -> float:
     return float(value)
 
 
-def config_text(ranks: Mapping[str, int], scaling: float, base_model: str) -> str:
+def config_text(
+    ranks: Mapping[str, int], scaling: float, base_model: str, *, transposed: bool = False
+) -> str:
     """The file for modules of these ranks and one scaling, sorted and indented as peft writes it.
+
+    `transposed` says that the weights of these modules are (in, out): `fan_in_fan_out`.
 
     The patterns in it are regular expressions to peft, and names to us.
     """
@@ -170,7 +174,7 @@ def config_text(ranks: Mapping[str, int], scaling: float, base_model: str) -> st
             "alpha_pattern": {module: _number(scaling * r) for module, r in others.items()},
             "base_model_name_or_path": base_model,
             "bias": "none",
-            "fan_in_fan_out": False,
+            "fan_in_fan_out": transposed,
             "inference_mode": True,
             "init_lora_weights": True,
             "lora_alpha": _number(scaling * usual),

@@ -116,15 +116,17 @@ def write_peft(
     *,
     alpha: float,
     base_model: str,
+    transposed: bool = False,
     extra: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write a value (numel,) as a directory that `peft` loads; returns the directory.
 
     The value is a tensor of 16 to 64 bits, or such an array of numpy. `alpha` belongs to the
-    layout's rank: the scaling is alpha / rank. `extra` (JSON) goes into the metadata of the
-    safetensors file, which peft ignores. `read_peft` gives back the same value, bit for bit. Raises
-    MismatchError for a value that does not fit, DataError for one that is not finite,
+    layout's rank: the scaling is alpha / rank. `transposed` is that of the model. `extra`
+    (JSON) goes into the metadata of the safetensors file, which peft ignores. `read_peft` gives
+    back the same value, bit for bit. Raises MismatchError for a value that does not fit, DataError
+    for one that is not finite,
     AlreadyExistsError, and MemtoolError when the file system refuses.
     """
     code, bits = _bits(value)
@@ -143,7 +145,7 @@ def write_peft(
     names = [site.name for site in layout.sites]
     note = {"alpha": alpha, "extra": dict(extra or {}), "rank": layout.rank, "sites": names}
     metadata = {"format": "pt", "memtool": json.dumps(note, sort_keys=True)}
-    config = config_text(ranks, alpha / layout.rank, base_model)
+    config = config_text(ranks, alpha / layout.rank, base_model, transposed=transposed)
     file = _file(header_bytes(arrays, code, metadata), arrays)
     return _write(directory, file, config.encode(), overwrite=overwrite)
 
@@ -157,10 +159,8 @@ def read_peft(directory: Path, layout_sites: Sequence[Site]) -> PeftAdapter:
     a plain LoRA (DoRA, biases, saved modules, convolutions, other methods), DataError for numbers
     that are not finite and for what is no file, SchemaError for a file above the limits.
     """
-    config = _read(directory / CONFIG_NAME, "text_bytes")
-    return parse_peft(
-        _read(directory / WEIGHTS_NAME, "array_bytes"), config, layout_sites, str(directory)
-    )
+    config = peft_file(directory, CONFIG_NAME)
+    return parse_peft(peft_file(directory, WEIGHTS_NAME), config, layout_sites, str(directory))
 
 
 def parse_peft(
@@ -342,17 +342,21 @@ def _write(directory: Path, file: bytes, config: bytes, *, overwrite: bool) -> P
 # Reading
 
 
-def _read(path: Path, limit: str) -> bytes:
+def peft_file(directory: Path, name: str) -> bytes:
+    """The bytes of one file of a PEFT directory, `WEIGHTS_NAME` or `CONFIG_NAME`.
+
+    Raises NotFoundError, which says so where the weights are a pickle; and as `read_file`.
+    """
     try:
-        return read_file(path, limit)
+        return read_file(directory / name, "text_bytes" if name == CONFIG_NAME else "array_bytes")
     except NotFoundError as error:
-        pickled = path.with_name("adapter_model.bin")
+        pickled = directory / "adapter_model.bin"
         raise NotFoundError(
             error.message,
             expected=f"a PEFT directory with {WEIGHTS_NAME} and {CONFIG_NAME}",
             remedy=(
                 f"{pickled.name} is a pickle, which is not read: save with safe_serialization=True"
-                if path.name == WEIGHTS_NAME and pickled.exists()
+                if name == WEIGHTS_NAME and pickled.exists()
                 else None
             ),
         ) from None

@@ -207,6 +207,10 @@ def note_in(entries: Mapping[str, Any], where: str) -> Note | None:
     )
 
 
+OF_ANOTHER = "--base, --preset or --set backbone.name, for the model that it was made for"
+"""What helps where layers of a backbone do not fit."""
+
+
 def adapted_modules(
     tensors: Mapping[str, StoredArray], available: Sequence[Site], note: Note | None, where: str
 ) -> list[Module]:
@@ -257,6 +261,7 @@ def adapted_modules(
             raise MismatchError(
                 f"{where} adapts {shown(name)}, and the backbone has no such layer to adapt",
                 expected=f"layers such as {', '.join(sorted({*known, *whole})[:4])}",
+                remedy=OF_ANOTHER,
             )
         slices = known.get(name, ())
         site = whole.get(name) or slices[0].whole
@@ -282,6 +287,7 @@ def _misfit(where: str, module: str, part: str, array: Array, expected: str) -> 
     return MismatchError(
         f"{where}: lora_{part} of {module} has shape {array.shape}",
         expected=f"{expected} on this backbone",
+        remedy=OF_ANOTHER,
     )
 
 

@@ -43,6 +43,14 @@ def same_for_all(values: AdapterValues, coefficients: Tensor, mix: Mix) -> Recal
     return recall
 
 
+def equally(values: AdapterValues, mix: Mix) -> Recall:
+    """Adapters in equal parts for every sample and block; a single one as it is."""
+    count = len(values)
+    if count == 1:
+        return every(values)
+    return same_for_all(values, torch.full((count,), 1 / count, device=values.scaling.device), mix)
+
+
 def chosen(values: AdapterValues, index: Tensor) -> Recall:
     """Sample i of the batch uses adapter index[i]; index (batch,) int64."""
 

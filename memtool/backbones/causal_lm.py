@@ -30,6 +30,7 @@ from memtool.backbones.tensor_hash import tensor_sha256
 from memtool.errors import ConfigError, DataError, MismatchError, NotFoundError
 from memtool.paths import expand
 from memtool.settings import BackboneSettings, TextSettings
+from memtool_stores.printable import shown
 
 ROPES = ("default", "linear", "llama3", "yarn", "longrope")
 """Rotary positions that do not depend on the length of the text, so that keys can be kept.
@@ -39,6 +40,9 @@ Those of longrope do not within the context that a model was first trained with.
 
 PROMPT_TOKENS, ANSWER_TOKENS = 1024, 512
 """The most tokens of a prompt and of an answer, where the context has room and nobody says more."""
+
+LEAST_LETTERS = 2**16
+"""A text of no more letters is cut into tokens whole, however few of them are wanted."""
 
 PAD = -1
 """The token id of padding: that of no token, while a tokenizer's own may stand for a real one."""
@@ -198,6 +202,7 @@ class CausalLM(FrozenModel):
         self.ends = _end_tokens(model, tokenizer)
         model.generation_config = type(model.generation_config)()  # how to answer is said in a call
         self.targets = tuple(family.layers)
+        self.transposed = family.transposed
         self.call = Call()
         blocks = model.get_submodule(family.blocks)
         for number, block in enumerate(blocks):
@@ -240,16 +245,18 @@ class CausalLM(FrozenModel):
         cut_prompts = cut_answers = 0
         for number, prompt in enumerate(prompts):
             require_unicode(prompt, f"prompt {number + 1}")
-            # Not verbose: what is longer than the context is cut below.
-            row = self._prompt_ids(prompt)
+            end = prompt[-self._letters(self.prompt_tokens) :]
+            row = self._prompt_ids(end)
             if not row:
-                raise DataError(f"prompt {number + 1} has no tokens: {prompt!r}")
-            if len(row) > self.prompt_tokens:
+                raise DataError(f"prompt {number + 1} has no tokens: {shown(prompt)}")
+            whole = len(end) == len(prompt)
+            if len(row) > self.prompt_tokens or not whole:
                 cut_prompts += 1
-                row = self._cut(row, number)
+                row = self._cut(row, number, whole=whole)
             lengths.append(0)
             if answers is not None:
-                said = self.tokenizer(answers[number], add_special_tokens=False, verbose=False)
+                some = answers[number][: self._letters(self.answer_tokens)]
+                said = self.tokenizer(some, add_special_tokens=False, verbose=False)
                 answer = list(said.input_ids)
                 cut_answers += len(answer) >= self.answer_tokens
                 answer = [*answer[: self.answer_tokens - 1], self.ends[0]]
@@ -260,6 +267,14 @@ class CausalLM(FrozenModel):
             place[len(place) - len(row) :] = torch.tensor(row)
         return EncodedTexts(tokens, torch.tensor(lengths), cut_prompts, cut_answers)
 
+    def _letters(self, tokens: int) -> int:
+        """How much of a text is cut into tokens, where so many of them are wanted at most."""
+        return max(LEAST_LETTERS, 2 * tokens * self._longest_token)
+
+    @cached_property
+    def _longest_token(self) -> int:
+        return max(map(len, self.tokenizer.get_vocab()))
+
     def _prompt_ids(self, prompt: str) -> list[int]:
         if self._chat:
             said = [{"role": "user", "content": prompt}]
@@ -269,18 +284,20 @@ class CausalLM(FrozenModel):
             # The template has the special tokens in it.
             found = self.tokenizer(asked, add_special_tokens=False, verbose=False)
         else:
+            # Not verbose: what is longer than the context is cut later.
             found = self.tokenizer(prompt, verbose=False)
         return list(found.input_ids)
 
-    def _cut(self, row: list[int], number: int) -> list[int]:
+    def _cut(self, row: list[int], number: int, *, whole: bool) -> list[int]:
+        """The end of a prompt; `whole` says that all of it was cut into tokens."""
         if self._refuse_long:
             raise DataError(
-                f"prompt {number + 1} has {len(row)} tokens",
+                f"prompt {number + 1} has {'' if whole else 'more than '}{len(row)} tokens",
                 expected=f"at most {self.prompt_tokens} (text.prompt_tokens)",
                 remedy="--set text.long_prompts=cut keeps the end of long prompts",
             )
         kept = 1 if row[0] == self.tokenizer.bos_token_id else 0
-        return row[:kept] + row[len(row) - self.prompt_tokens + kept :]
+        return row[:kept] + row[max(kept, len(row) - self.prompt_tokens + kept) :]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids."""

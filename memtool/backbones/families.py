@@ -18,10 +18,14 @@ from memtool.errors import ConfigError
 
 @dataclass(frozen=True)
 class Family:
-    """`blocks`: where they are in a model. `layers`: the path of each target within a block."""
+    """`blocks`: where they are in a model. `layers`: the path of each target within a block.
+
+    `transposed` says that the weights of these layers are (in, out).
+    """
 
     blocks: str
     layers: Mapping[str, str]
+    transposed: bool = False
 
 
 _LLAMA = Family(
@@ -48,6 +52,7 @@ _GPT2 = Family(
         "up": "mlp.c_fc",
         "down": "mlp.c_proj",
     },
+    transposed=True,
 )
 
 FAMILIES: Mapping[str, Family] = {

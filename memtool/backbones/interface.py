@@ -28,7 +28,8 @@ class FrozenModel(nn.Module, ABC):
     Attributes: `name` as in the configuration; `dim`, the width of every block's input (unless
     `block_dim` says otherwise); `depth`, the number of blocks; `sha256`, the hash of its tensors by
     name (before any layer is replaced); `targets`, the names of the linear layers of a block that
-    can be adapted. All parameters have requires_grad False. Always in eval mode.
+    can be adapted; `transposed`, whether these have weights (in, out), as in GPT-2. All parameters
+    have requires_grad False. Always in eval mode.
     """
 
     name: str
@@ -36,6 +37,7 @@ class FrozenModel(nn.Module, ABC):
     depth: int
     sha256: str
     targets: tuple[str, ...]
+    transposed: bool = False
 
     @property
     @abstractmethod

@@ -384,6 +384,21 @@ METRICS: dict[str, Metric] = {
             "accuracy on held-out domains, selected by training-domain validation (DomainBed)",
             of_matrix=False,
         ),
+        Metric(
+            "reject.coverage",
+            final_average,
+            "higher",
+            "share of held-back images that get a label from predict --reject, when at most 5 % of "
+            "all may get a wrong one",
+            of_matrix=False,
+        ),
+        Metric(
+            "reject.accuracy",
+            final_average,
+            "higher",
+            "share of the labels that predict --reject gives to held-back images that is right",
+            of_matrix=False,
+        ),
     )
 }
 

@@ -35,8 +35,9 @@ from memtool_stores.printable import printable, shown
 SCHEMA: Final = "memtool.evaluation"
 RECORD: Final = "record.json"
 """What the file of a record is called in the folder of a run."""
-SCHEMA_VERSION: Final = 3
-"""2: rows have `right`. 3: `run` may have `selection`, `bound`; written as 2 without both."""
+SCHEMA_VERSION: Final = 4
+"""2: rows have `right`. 3: `run` may have `selection`, `bound`. 4: and what a person said of it,
+`name`, `note`, `tags`. Written as the oldest that has all that is there."""
 
 Kind = Literal["method", "baseline", "upper bound"]
 Score = Annotated[float, Field(ge=0, le=1)]
@@ -100,7 +101,10 @@ class OrderBound(Part):
 
 
 class Run(Part):
-    """What ran; with `selection` the rows have other settings than `configuration`, as it says."""
+    """What ran; with `selection` the rows have other settings than `configuration`, as it says.
+
+    name, note, tags: what whoever started it called it, and said of it.
+    """
 
     method: str
     setting: str
@@ -119,12 +123,15 @@ class Run(Part):
     created: AwareDatetime
     selection: Selection | None = None
     bound: OrderBound | None = None
+    name: str | None = None
+    note: str | None = None
+    tags: tuple[str, ...] = ()
 
     @model_serializer(mode="wrap")
     def _without_none(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         document: dict[str, Any] = write(self)
-        for name in ("selection", "bound"):
-            if getattr(self, name) is None:
+        for name in ("selection", "bound", *_SAID):
+            if not getattr(self, name):
                 document.pop(name, None)
         return document
 
@@ -140,15 +147,17 @@ class Run(Part):
         return value
 
 
+_SAID = ("name", "note", "tags")
+
 Ratio = Annotated[float, Field(ge=0)]
 
 
 class AtomUse(Part):
     """How the atoms of a growing bank are used (MoRAM), tasks in the order learned.
 
-    norm[i][j]: length of what the atoms of task j add after task i, over that just after task j;
-    difference[i][j]: length of the change, over the same; both on test images of task j, at the
-    layer inputs of then, None for i < j and where atoms added nothing. reuse[i][j]: the gate's
+    `norm[i][j]`: length of what the atoms of task j add after task i, over that just after task j;
+    `difference[i][j]`: length of the change, over the same; both on test images of task j, at the
+    layer inputs of then, None for i < j and where atoms added nothing. `reuse[i][j]`: the gate's
     weight on the atoms of task j for test images of task i, with all tasks in the bank.
     """
 
@@ -308,7 +317,7 @@ class Record(Part):
     """One run, evaluated: the three blocks run, metrics and environment."""
 
     schema_name: Literal["memtool.evaluation"] = Field(SCHEMA, alias="schema")
-    schema_version: Literal[1, 2, 3] = SCHEMA_VERSION
+    schema_version: Literal[1, 2, 3, 4] = SCHEMA_VERSION
     run: Run
     metrics: Metrics
     environment: Environment
@@ -321,8 +330,8 @@ class Record(Part):
     @model_serializer(mode="wrap")
     def _of_the_oldest_that_has_it(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         document: dict[str, Any] = write(self)
-        if self.run.selection is None and self.run.bound is None:
-            document["schema_version"] = 2
+        if not any(getattr(self.run, name) for name in _SAID):
+            document["schema_version"] = 2 if (self.run.selection or self.run.bound) is None else 3
         return document
 
     @model_validator(mode="after")

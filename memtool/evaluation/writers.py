@@ -1,4 +1,4 @@
-"""Records in the file formats that other tools read: DomainBed, Avalanche, TensorBoard.
+"""Records in the file formats that other tools read: DomainBed and Avalanche.
 
 No text in them is a formula to a spreadsheet.
 """
@@ -13,14 +13,10 @@ from typing import Any
 
 from memtool import sealed
 from memtool.atomic import write_atomic
-from memtool.errors import ConfigError, MemtoolError
 from memtool.evaluation.csv_text import to_csv
-from memtool.evaluation.metrics import seen_accuracy
 from memtool.evaluation.paired import paired
 from memtool.evaluation.record import Record
 from memtool.evaluation.summary import summarise_rows
-from memtool.outside import way_to_write
-from memtool_stores.names import below
 from memtool_stores.printable import as_cell
 
 
@@ -115,43 +111,3 @@ def _cells(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_cells(inner) for inner in value]
     return as_cell(value) if isinstance(value, str) else value
-
-
-def write_tensorboard(record: Record, folder: Path) -> Path:
-    """TensorBoard scalars of a record, one run folder `<row id>-seed<n>` for each of its rows.
-
-    Tags: `accuracy/<task>` and `accuracy/seen` by the number of tasks learned, `metric/<id>` at
-    the last. ConfigError when the package tensorboard is missing, MemtoolError when it cannot
-    write.
-    """
-    try:
-        from tensorboard.summary import Writer  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise ConfigError(
-            "writing TensorBoard scalars needs the package tensorboard",
-            remedy="pip install tensorboard",
-        ) from error
-    wall_time = record.run.created.timestamp()
-    for row in record.metrics.rows:
-        target = below(folder, f"{row.id}-seed{record.run.seed}")
-        values = row.matrix(record.run.task_names).values
-        try:
-            target.mkdir(parents=True, exist_ok=True)
-            writer = Writer(str(target))
-            for step, scores in enumerate(row.accuracy):
-                for name, score in zip(record.run.task_names, scores, strict=True):
-                    if score is not None:
-                        writer.add_scalar(f"accuracy/{name}", score, step, wall_time=wall_time)
-            for step, mean in enumerate(seen_accuracy(values), start=1):
-                if mean == mean:  # not NaN: every seen task was measured
-                    writer.add_scalar("accuracy/seen", float(mean), step, wall_time=wall_time)
-            last = len(record.run.tasks)
-            for id, value in row.metrics.items():
-                writer.add_scalar(f"metric/{id}", value, last, wall_time=wall_time)
-            writer.close()
-        except OSError as error:
-            raise MemtoolError(
-                f"cannot write TensorBoard events in {target}: {error.strerror}",
-                remedy=way_to_write(error),
-            ) from error
-    return folder

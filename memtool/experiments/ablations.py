@@ -16,9 +16,10 @@ from memtool.config import with_values
 from memtool.errors import ConfigError, did_you_mean
 from memtool.evaluation.record import Metrics, Record, Row
 from memtool.experiments import run as experiment
+from memtool.experiments.plan import plan, seconds_a_sample
 from memtool.paths import store_beside
 from memtool.progress import Progress
-from memtool.settings import Config, sections
+from memtool.settings import Config, get, sections
 
 SEPARATIONS = ("affine", "identity", "softmax", "relu", "tanh", "topk")
 
@@ -103,6 +104,94 @@ ABLATIONS: dict[str, Ablation] = {
 """Every ablation of the paper by its word."""
 
 
+@dataclass(frozen=True)
+class Extent:
+    """What an ablation comes to before anything is trained.
+
+    `besides` are the settings that every variant has other than they were configured: dotted key to
+    (configured, in the ablation). `trainings` are those of adapters, one a task; `steps` theirs
+    together, and `seconds` a rough count of what they take.
+    """
+
+    variants: tuple[str, ...]
+    besides: Mapping[str, tuple[Any, Any]]
+    trainings: int
+    steps: int
+    seconds: float
+
+
+def besides(config: Config, name: str) -> dict[str, tuple[Any, Any]]:
+    """The settings that an ablation changes besides its choice, as `Extent.besides`.
+
+    Raises ConfigError as `ablate`.
+    """
+    variants = list(_variants(config, name).values())
+    changed = [
+        {key: get(with_values(config, one, f"ablation {name}"), key) for key in one}
+        for one in variants
+    ]
+    shared = set.intersection(*map(set, changed)) if changed else set()
+    return {
+        key: (get(config, key), changed[0][key])
+        for key in (changed[0] if changed else ())
+        if key in shared
+        and all(one[key] == changed[0][key] for one in changed)
+        and changed[0][key] != get(config, key)
+    }
+
+
+def extent(config: Config, name: str) -> Extent:
+    """How much an ablation is, at most: what is on disk already is not trained again.
+
+    Opens data and backbone. Raises ConfigError as `ablate`.
+    """
+    variants = _variants(config, name)
+    shared, each = besides(config, name), variants or {"": {}}
+    settings = [with_values(config, one, f"ablation {name}") for one in each.values()]
+    if not _of_its_own(config, name):
+        settings = settings[:1]
+    plans = [plan(one, seed=config.seed[0], verb="train-adapter") for one in settings]
+    seeds = len(config.seed)
+    steps = seeds * sum(sum(one["steps"]) for one in plans)
+    return Extent(
+        variants=tuple(variants),
+        besides=shared,
+        trainings=seeds * sum(sum(count > 0 for count in one["steps"]) for one in plans),
+        steps=steps,
+        seconds=steps * config.train.batch_size * seconds_a_sample(config),
+    )
+
+
+def _variants(config: Config, name: str) -> Mapping[str, Mapping[str, Any]]:
+    """The variants of an ablation by their words. Raises ConfigError as `ablate`."""
+    if name not in ABLATIONS:
+        raise ConfigError(f"no ablation {name!r}", expected=did_you_mean(name, ABLATIONS))
+    if name not in ("adapters", "memory") and not {"memory", "consolidate"} <= (
+        sections(config.method).keys()
+    ):
+        raise ConfigError(
+            f"ablation {name} under method {config.method}",
+            expected="a method that has the sections memory and consolidate, as mira",
+        )
+    return ABLATIONS[name].variants(config)
+
+
+def _of_its_own(config: Config, name: str) -> bool:
+    """Whether every variant trains adapters of its own.
+
+    So it is where they start from, or on top of, what a variant's memory made of those before.
+    """
+    return (
+        ABLATIONS[name].trains
+        or config.adapter.residual
+        or (
+            config.adapter.warm_start != "none"
+            and "consolidate" in sections(config.method)
+            and config.consolidate.value_lr > 0
+        )
+    )
+
+
 def ablate(
     config: Config,
     name: str,
@@ -115,26 +204,7 @@ def ablate(
 
     Raises ConfigError for an unknown ablation, and for settings that the method does not have.
     """
-    if name not in ABLATIONS:
-        raise ConfigError(f"no ablation {name!r}", expected=did_you_mean(name, ABLATIONS))
-    ablation = ABLATIONS[name]
-    here = sections(config.method)
-    if name not in ("adapters", "memory") and not {"memory", "consolidate"} <= here.keys():
-        raise ConfigError(
-            f"ablation {name} under method {config.method}",
-            expected="a method that has the sections memory and consolidate, as mira",
-        )
-    variants = ablation.variants(config)
-    # Adapters that start from, or on top of, what a variant's memory made of those before.
-    own = (
-        ablation.trains
-        or config.adapter.residual
-        or (
-            config.adapter.warm_start != "none"
-            and "consolidate" in here
-            and config.consolidate.value_lr > 0
-        )
-    )
+    variants, own = _variants(config, name), _of_its_own(config, name)
     of_variants: list[list[Record]] = []
     labels: list[str] = []
     for word, changes in (variants or {"": {}}).items():

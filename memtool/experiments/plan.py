@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from memtool.backbones.footprint import Footprint, footprint_of
 from memtool.evaluation.selection import Cell
@@ -54,10 +57,11 @@ class _Task:
     epochs: int
 
 
-def plan(config: Config, *, seed: int, verb: str) -> dict[str, Any]:
+def plan(config: Config, *, seed: int, verb: str, task: str | None = None) -> dict[str, Any]:
     """The facts of a plan, ready for JSON.
 
-    Lists have one entry a task, in the order of their numbers. Under setting dg the domain that is
+    Lists have one entry a task, in the order of their `numbers`: of `task` alone where it names one
+    that is to be learned. Under setting dg the domain that is
     held out is among them with no training samples, and it alone has test samples; where every
     domain is held out in turn (`held_out` None), all have both, and there is a memory for each.
     `bytes_in_all` is of all memories of one seed. Of a language model only the configuration is
@@ -80,9 +84,15 @@ def plan(config: Config, *, seed: int, verb: str) -> dict[str, Any]:
             for task in work.stream.tasks
         ]
     else:
+        method.require_able()
         tasks, numbers = _image_tasks(work), work.layout.numel
         cost = method.cost(numbers=numbers, parameters=0, tokens=0)
-    in_turn = config.stream.setting == "dg" and config.stream.held_out is None
+    numbered = list(enumerate(tasks, start=1))
+    if task is not None:
+        chosen = work.task(task).number
+        numbered = [(number, one) for number, one in numbered if number == chosen]
+        tasks = [one for _, one in numbered]
+    in_turn = task is None and config.stream.setting == "dg" and config.stream.held_out is None
     memories = len(tasks) if in_turn else 1
     learned = sum(task.epochs > 0 for task in tasks) - in_turn
     head = config.head if method.has_head else None
@@ -97,11 +107,13 @@ def plan(config: Config, *, seed: int, verb: str) -> dict[str, Any]:
         "head": head.kind if head else None,
         "head_bytes": _projection_bytes(work) if head else None,
         "head_scope": head.scope if head and _has_scope(head) else None,
+        "numbers": [number for number, _ in numbered],
         "tasks": [task.name for task in tasks],
         "train_samples": [task.train for task in tasks],
         "test_samples": [task.test for task in tasks],
         "epochs": [task.epochs for task in tasks],
         "steps": [task.epochs * math.ceil(task.train / config.train.batch_size) for task in tasks],
+        "crop": config.stream.crop if work.reads == "images" else None,
         "batch_size": config.train.batch_size,
         "consolidation_epochs": method.key_epochs,
         "kind": method.kind,
@@ -120,6 +132,27 @@ def plan(config: Config, *, seed: int, verb: str) -> dict[str, Any]:
         "runs": str(config.runs),
         "notes": list(work.stream.notes),
     }
+
+
+def seconds_a_sample(config: Config) -> float:
+    """What one image takes in a step of training: three passes, timed once here on eight images.
+
+    Of texts 0: how long they are is not known before they are read.
+    """
+    work = Workspace(config, seed=config.seed[0])
+    if work.reads == "texts":
+        return 0.0
+    images = np.zeros((8, work.backbone.image_size, work.backbone.image_size, 3), dtype=np.uint8)
+
+    def timed() -> float:
+        begin = time.perf_counter()
+        work.engine.predict(
+            lambda some: work.backbone.features(work.backbone.preprocess(some)), images
+        )
+        return time.perf_counter() - begin
+
+    timed()  # the first pass also allocates
+    return 3 * min(timed(), timed()) / len(images)
 
 
 def _passes(baselines: Sequence[str], tasks: int) -> dict[str, dict[str, int]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +32,7 @@ from memtool.evaluation.record import (
 from memtool.evaluation.selection import Selection
 from memtool.evaluation.writers import write_avalanche, write_domainbed, write_results
 from memtool.experiments.baselines import baseline_rows, chosen_baselines
+from memtool.experiments.follow import Follow, Followed, Said, followed
 from memtool.experiments.orders import at_bounds, of_seed
 from memtool.methods import open_method
 from memtool.methods.method import Method
@@ -40,6 +41,7 @@ from memtool.progress import Progress
 from memtool.reports.html import Cost, write_report
 from memtool.settings import Config
 from memtool.streams.task import Task
+from memtool.trackers import require_services
 from memtool.workspace import Workspace
 from memtool_stores.names import below, check_name
 
@@ -57,6 +59,11 @@ def run(
     adapters: Path | None = None,
     selection: Selection | None = None,
     of: dict[str, str] | None = None,
+    log: Sequence[str] = (),
+    said: Said | None = None,
+    bound: OrderBound | None = None,
+    say: Callable[[str], None] | None = None,
+    tables: bool = True,
 ) -> list[Record]:
     """Learn all tasks in order, one memory a seed, then evaluate; one record a seed.
 
@@ -67,26 +74,43 @@ def run(
     `resume` False begins anew: the memory is rolled back to its first version (the old one stays
     as a backup branch) and adapters are trained again. `adapters` is the `runs` of another
     experiment, to go on from the adapters that it trained. With `selection` every row has the
-    settings that were chosen for it. `of` is filled with the baseline that each row is of. Raises
-    BusyError while another process runs the same seed in the same `runs`.
+    settings that were chosen for it. `of` is filled with the baseline that each row is of.
+    `log` names services that follow the run (`memtool.trackers`; `say` is told where to look), and
+    `said` is what whoever started it says of it. `bound` is recorded of a configuration whose order
+    is at one. Without `tables` nothing is written beside the folders of the seeds. Raises
+    BusyError while another process runs the same seed in the same `runs`, ConfigError for a service
+    that is not there.
     """
+    follow = Follow(require_services(log), said or Said(), config.runs, anew=not resume)
+    if say is not None:
+        follow = dataclasses.replace(follow, say=say)
     doing = _Doing(
-        progress, resume, baselines, command, preset, selection, {} if of is None else of
+        progress,
+        resume,
+        baselines,
+        command,
+        preset,
+        selection,
+        {} if of is None else of,
+        follow,
+        bound,
     )
     if selection is not None:
         config = with_values(config, selection.memory.values, "what was selected")
     if config.orders == "bounds":
         records = []
-        for bound, one in at_bounds(config):
-            order = OrderBound(name=bound.name, similarity=bound.similarity)
+        for place, one in at_bounds(config):
+            order = OrderBound(name=place.name, similarity=place.similarity)
             changes = {
-                "runs": config.runs / bound.name,
-                "store": store_beside(config.store, f"-{bound.name}"),
+                "runs": config.runs / place.name,
+                "store": store_beside(config.store, f"-{place.name}"),
             }
             there = one.model_copy(update=changes)
             records += _every_seed(there, dataclasses.replace(doing, bound=order), adapters)
     else:
         records = _every_seed(config, doing, adapters)
+    if not tables:
+        return records
     write_domainbed(records, config.runs / "results.jsonl")
     write_avalanche(records, config.runs / "results.csv")
     if len(records) > 1 or selection is not None:
@@ -155,7 +179,8 @@ class _Doing:
     preset: str | None
     selection: Selection | None
     of: dict[str, str]
-    bound: OrderBound | None = None
+    follow: Follow
+    bound: OrderBound | None
 
 
 def _each_domain_in_turn(
@@ -247,13 +272,26 @@ def _one_memory(
     In order, one after another; or, where a domain is held out, all the others at once. `adapters`
     is the folder of the trained adapters where several memories share them.
     """
+    bound = None if doing.bound is None else doing.bound.name
+    main = not doing.follow.services or Engine(config.engine).is_main
+    with followed(doing.follow, config, seed, bound, doing.progress, main=main) as told:
+        record = _learned_and_measured(config, seed, doing, told, adapters=adapters)
+        told.measured(record)
+    return record
+
+
+def _learned_and_measured(
+    config: Config, seed: int, doing: _Doing, told: Followed, *, adapters: Path | None
+) -> Record:
+    """As `_one_memory`, told to whoever follows."""
     begin = time.perf_counter()
-    method = open_method(config, seed=seed, progress=doing.progress, adapters=adapters)
+    method = open_method(config, seed=seed, progress=told.progress, adapters=adapters)
     work = method.workspace
+    method.require_able()
     work.require_fitting(work.stream.tasks)
     learned = list(work.stream.tasks)
     names = chosen_baselines(method) if doing.baselines else ()
-    _learn(method, learned, doing, fresh=not doing.resume and adapters is None)
+    _learn(method, learned, doing, told, fresh=not doing.resume and adapters is None)
     start = time.perf_counter()
     record = method.evaluate(
         setting=config.stream.setting,
@@ -268,7 +306,7 @@ def _one_memory(
     spent = _spent(work)
     rows[0] = rows[0].model_copy(update={"seconds": spent["adapt"] + spent["consolidate"]})
     for name in names:
-        found = baseline_rows(method, name, learned, doing.selection, doing.progress)
+        found = baseline_rows(method, name, learned, doing.selection, told.progress)
         doing.of.update({row.id: name for row in found})
         rows += found
     if any(row.id == "zero-shot" for row in rows):  # which is the frozen model, of texts
@@ -276,7 +314,11 @@ def _one_memory(
     record = record.model_copy(
         update={
             "run": record.run.model_copy(
-                update={"selection": doing.selection, "bound": doing.bound}
+                update={
+                    "selection": doing.selection,
+                    "bound": doing.bound,
+                    **doing.follow.said.of_record,
+                }
             ),
             "metrics": Metrics(rows=tuple(rows)),
             "environment": Environment.here(str(work.engine.device), time.perf_counter() - begin),
@@ -301,7 +343,9 @@ def _one_memory(
     return record
 
 
-def _learn(method: Method, tasks: Sequence[Task], doing: _Doing, *, fresh: bool) -> None:
+def _learn(
+    method: Method, tasks: Sequence[Task], doing: _Doing, told: Followed, *, fresh: bool
+) -> None:
     """Learn tasks into the memory, one after another; or, where a domain is held out, at once.
 
     `fresh` trains adapters anew that are finished.
@@ -311,6 +355,7 @@ def _learn(method: Method, tasks: Sequence[Task], doing: _Doing, *, fresh: bool)
         _require_same_experiment(method)
     if not doing.resume and work.has_store:
         work.engine.on_main(lambda: _begin_anew(work.store))
+    told.begin(method)
     if work.config.stream.setting == "dg":
         for task in tasks:
             method.adapt(str(task.number), fresh=fresh)
@@ -320,7 +365,9 @@ def _learn(method: Method, tasks: Sequence[Task], doing: _Doing, *, fresh: bool)
         for task in tasks:
             method.learn(task, fresh=fresh)
             method.task_written(task)
+            told.learned(method)
     method.all_written()
+    told.learned(method)
 
 
 def _costs(method: Method, spent: Mapping[str, float], evaluated: float) -> list[Cost]:

@@ -21,6 +21,9 @@ from memtool.memory import Memory
 from memtool.methods.attached import AttachedImages
 from memtool.streams.images import decode_square
 
+MOST_MARGIN = 500.0
+"""A larger margin is not told apart: the next class is impossible, or there is none."""
+
 
 @dataclass(frozen=True)
 class Share:
@@ -37,7 +40,9 @@ class Predicted:
 
     `classes` are the most probable ones with their probabilities, best first, and `label` the first
     of them; `weights` the adapters that were recalled, greatest share first, `task` the number of
-    the task that has most of it. `novelty` is None where the memory cannot tell.
+    the task that has most of it. `novelty` is None where the memory cannot tell. `margin` is how
+    far the best class is before the next, in nats of log-probability: it tells apart what
+    probabilities round to one.
     """
 
     classes: tuple[tuple[str, float], ...]
@@ -45,6 +50,7 @@ class Predicted:
     task: int
     novelty: float | None
     unlike: bool | None
+    margin: float = 0.0
 
     @property
     def label(self) -> str:
@@ -55,6 +61,11 @@ class Predicted:
     def probability(self) -> float:
         """Its probability."""
         return self.classes[0][1]
+
+    @property
+    def sure(self) -> float:
+        """How sure the memory is: the margin, 0 for what is unlike all that was learned."""
+        return 0.0 if self.unlike else self.margin
 
 
 class Predictor:
@@ -86,7 +97,7 @@ class Predictor:
 
     def pixels(self, encoded: bytes, where: str) -> npt.NDArray[np.uint8]:
         """The bytes of one image file, decoded: uint8 (size, size, 3). Raises DataError."""
-        return decode_square(encoded, self.image_size, where)
+        return decode_square(encoded, self.image_size, where, self.memory.config.stream.crop)
 
     @torch.inference_mode()
     def predict(
@@ -100,6 +111,7 @@ class Predictor:
         out = self.model(batch)
         most = out.probabilities.float().topk(min(topk, len(self.classes)), dim=1)
         likely, which = most.values.tolist(), most.indices.tolist()
+        margins = _margins(out.logits).tolist()
         weights, far = out.weights.float().cpu(), out.novelty.tolist()
         order = weights.argsort(dim=1, descending=True, stable=True)[:, :adapters].tolist()
         rows = weights.tolist()
@@ -110,6 +122,7 @@ class Predictor:
                 self._task(rows[i]),
                 None if np.isnan(far[i]) else far[i],
                 None if np.isnan(far[i]) else far[i] > LIMIT,
+                margins[i],
             )
             for i in range(len(pixels))
         ]
@@ -124,3 +137,11 @@ class Predictor:
         for (_, task), weight in zip(self._adapters, weights, strict=True):
             totals[task] = totals.get(task, 0.0) + weight
         return max(totals, key=lambda task: totals[task])
+
+
+def _margins(logits: torch.Tensor) -> torch.Tensor:
+    """How far the best of every row of logits (n, classes) is before the next: (n,), 0 for NaN."""
+    if logits.shape[1] < 2:
+        return logits.new_full((len(logits),), MOST_MARGIN)
+    best, after = logits.float().topk(2, dim=1).values.unbind(dim=1)
+    return (best - after).nan_to_num(nan=0.0).clamp(0.0, MOST_MARGIN)

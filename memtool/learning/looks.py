@@ -1,23 +1,24 @@
 """What a model sees in an input: one vector, before any adapter is chosen.
 
 `FeatureModel` is a model that gives it under any recall: of images the pooled features, of prompts
-the mean of the last hidden states over the tokens. What the frozen model sees in prompts may be
-more, as `PromptLook` names it, side by side:
+the mean of the last hidden states over the tokens. What is seen in prompts may be more, as
+`PromptLook` names it, side by side:
 
     final      the mean of the last hidden states over the tokens
     block:N    the mean of the input of block N, layer-normalised
     blocks     that of every block
     tokens     the square root of how often each token occurs, in `TOKEN_PLACES` places at most
 
-or, in `token_looks`, the inputs of every block at single tokens, or their means so far.
+or, in `token_looks`, the inputs of every block at single tokens, or their means so far. Images and
+prompts are looked at by the frozen model, or under the adapters of the first task (`Under`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -25,11 +26,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from memtool.adapters.mixing import Mixture
+from memtool.adapters.recalls import equally
+from memtool.adapters.stock import Stock
 from memtool.adapters.values import Recall
 from memtool.backbones.answering import by_length, trimmed
 from memtool.backbones.causal_lm import PAD, CausalLM
 from memtool.backbones.interface import FrozenModel
 from memtool.errors import ConfigError, MismatchError
+from memtool.sections import MemorySettings
 from memtool.streams.task import Images, Texts
 from memtool.workspace import Workspace
 
@@ -44,6 +49,22 @@ PART_WIDE = 512
 
 _SPREAD = 2_654_435_761
 """Knuth's multiplier: neighbours in a vocabulary come to places far from each other."""
+
+
+Under = Literal["frozen", "first"]
+"""What a pass runs under: no adapter, or those of the first task."""
+
+
+def looked_under(settings: MemorySettings) -> tuple[Under, ...]:
+    """What the passes run under that keys look through; none where every block has its own."""
+    if settings.scope != "model":
+        return ()
+    named: dict[str, tuple[Under, ...]] = {
+        "frozen": ("frozen",),
+        "first-adapter": ("first",),
+        "both": ("frozen", "first"),
+    }
+    return named[settings.look_under]
 
 
 class FeatureModel(Protocol):
@@ -112,39 +133,60 @@ class PromptLook:
     """A look at prompts: at the places that are named, side by side.
 
     With `apart` every block has a memory of its own: of the place `blocks` it sees its own input,
-    the other places they all see. Each place is then narrowed alone.
+    the other places they all see. Each place is then narrowed alone. The places are looked at in
+    every one of the `passes`, but for tokens, which are the same in all; `first` are the adapters
+    of the first task, the equal mixture of which is looked under.
     """
 
     places: tuple[str, ...] = ("final",)
     apart: bool = False
+    passes: tuple[Under, ...] = ("frozen",)
+    first: Stock | None = field(default=None, compare=False)
 
     @classmethod
-    def under(cls, scope: str, places: tuple[str, ...]) -> PromptLook:
-        """The look of a memory of a scope. That of tokens sees the blocks at each of them."""
-        return cls(("blocks",) if scope == "token" else places, apart=scope != "model")
+    def of(cls, settings: MemorySettings) -> PromptLook:
+        """The look of a memory. That of tokens sees the blocks at each of them."""
+        if settings.scope != "model":
+            return cls(("blocks",) if settings.scope == "token" else settings.places, apart=True)
+        return cls(settings.places, passes=looked_under(settings))
 
     def __call__(self, lm: CausalLM, prompts: Tensor) -> Tensor:
         """What prompts (b, n), padded on the left, look like: (b, width), float32.
 
         Padding is no token, so that a prompt looks the same alone and in any batch. Raises
-        ConfigError for a block that the model does not have.
+        ConfigError for a block that the model does not have; MismatchError without a `first`.
         """
-        wanted = self.blocks(lm.depth)
-        seen: dict[str, Tensor] = {}
-
-        def keep(block: int, hidden: Tensor) -> None:
-            if block in wanted:
-                mean = over_tokens(hidden, prompts)
-                seen[f"block:{block}"] = F.layer_norm(mean, hidden.shape[-1:])
-
-        if self.runs:
-            seen["final"] = over_tokens(lm.hidden(prompts, keep), prompts)
-        if "tokens" in self.places:
-            seen["tokens"] = _token_shares(prompts, len(lm.embed.weight))
-        parts = [seen[place] for place in self._named(lm.depth)]
+        wanted, parts = self.blocks(lm.depth), list[Tensor]()
+        for under in self.passes:
+            seen = self._pass(lm, prompts, under, wanted) if self.runs else {}
+            if "tokens" in self.places and not parts:
+                seen["tokens"] = _token_shares(prompts, len(lm.embed.weight))
+            parts += [seen[place] for place in self._named(lm.depth) if place in seen]
         if self.apart:
             return torch.cat([narrowed(part, PART_WIDE) for part in parts], dim=1)
         return narrowed(torch.cat(parts, dim=1), MOST_WIDE)
+
+    def _pass(
+        self, lm: CausalLM, prompts: Tensor, under: Under, wanted: set[int]
+    ) -> dict[str, Tensor]:
+        """The places of one pass, by name, each (b, dim)."""
+        recall, seen = self._recall(under, prompts.device), dict[str, Tensor]()
+
+        def keep(block: int, hidden: Tensor) -> Mixture | None:
+            if block in wanted:
+                mean = over_tokens(hidden, prompts)
+                seen[f"block:{block}"] = F.layer_norm(mean, hidden.shape[-1:])
+            return None if recall is None else recall(block, hidden)
+
+        seen["final"] = over_tokens(lm.hidden(prompts, keep), prompts)
+        return seen
+
+    def _recall(self, under: Under, device: torch.device) -> Recall | None:
+        if under == "frozen":
+            return None
+        if self.first is None:
+            raise no_first_adapter()
+        return equally(self.first.take(range(len(self.first)), device), "delta")
 
     def width(self, lm: CausalLM) -> int:
         """Entries of what it sees under a model."""
@@ -153,7 +195,9 @@ class PromptLook:
     def width_of(self, depth: int, dim: int, words: int) -> int:
         """The same of a model of so many blocks that are `dim` wide, and so many tokens."""
         wide = {"tokens": min(words, TOKEN_PLACES)}
-        widths = [wide.get(place, dim) for place in self._named(depth)]
+        named = self._named(depth)
+        later = [place for place in named if place != "tokens"] * (len(self.passes) - 1)
+        widths = [wide.get(place, dim) for place in (*named, *later)]
         if self.apart:
             return sum(min(PART_WIDE, one) for one in widths)
         return min(MOST_WIDE, sum(widths))
@@ -178,6 +222,14 @@ class PromptLook:
         """The places one by one, each once."""
         places = sorted(self.places, key=lambda one: one != "blocks") if self.apart else self.places
         return each_place(places, depth)
+
+
+def no_first_adapter() -> MismatchError:
+    """A look under adapters that nobody gave."""
+    return MismatchError(
+        "a look under the adapters of the first task, and none is there",
+        remedy="memtool consolidate",
+    )
 
 
 def columns_of(own: tuple[int, int] | None, width: int) -> Tensor:

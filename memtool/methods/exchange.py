@@ -286,6 +286,7 @@ def write_adapter(
             work.layout,
             alpha=work.config.adapter.alpha,
             base_model=work.backbone.name,
+            transposed=work.backbone.transposed,
         )
         if head is not None:
             write_atomic(building / OWN_HEAD, head)
@@ -414,7 +415,8 @@ def _task_number(path: Path, said: int | None, given: Task | None, home: Home) -
             return task.number
     raise DataError(
         f"{path} does not say which task it was trained on, nor is it called as one",
-        remedy=f"memtool write {path} --task N",
+        expected=f"one of {', '.join(task.name for task in home.stream.tasks[:8])}",
+        remedy=f"memtool import {path}:TASK, by number or name",
     )
 
 

@@ -51,7 +51,7 @@ def export_peft(
 
 def _write_exported(directory: Path, view: MemoryView, record: AdapterRecord, home: Home) -> None:
     """Write one stored adapter with its head and what the catalog knows of it."""
-    _write_stored(directory, view, record, home)
+    write_stored(directory, view, record, home)
     if own_head_blob(record.name) in view.blobs():
         head = view.blob(own_head_blob(record.name))
         (directory / OWN_HEAD).write_bytes(head)
@@ -74,7 +74,7 @@ def _write_exported(directory: Path, view: MemoryView, record: AdapterRecord, ho
     (directory / CATALOG).write_text(text, encoding="utf-8")
 
 
-def _write_stored(directory: Path, view: MemoryView, record: AdapterRecord, home: Home) -> None:
+def write_stored(directory: Path, view: MemoryView, record: AdapterRecord, home: Home) -> None:
     """Write one stored adapter: as the files that it came from, where it came from files.
 
     The bytes are the same unless atoms of it were pruned, which are zeros then, its modules had
@@ -94,7 +94,14 @@ def _write_stored(directory: Path, view: MemoryView, record: AdapterRecord, home
         tensors[f"{site}.lora_B"][:, list(ranks)] = 0
     if blob is None or record.pruned:
         alpha = float(record.scaling) * home.layout.rank
-        write_peft(directory, value, home.layout, alpha=alpha, base_model=home.backbone.name)
+        write_peft(
+            directory,
+            value,
+            home.layout,
+            alpha=alpha,
+            base_model=home.backbone.name,
+            transposed=home.backbone.transposed,
+        )
         return
     files = read_arrays(view.blob(blob), f"blob {blob!r}", header="uint8 h", config="uint8 c")
     adapter = PeftAdapter(

@@ -22,6 +22,7 @@ from memtool.errors import (
 from memtool.methods.records import blobs_of_row, blobs_of_task, number_of
 from memtool.methods.results import ForgetResult, Purged
 from memtool.outside import parsed_json
+from memtool.remembered import carried_on
 from memtool_stores.objects import objects_at
 
 if TYPE_CHECKING:
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 PREDICTOR = "task-predictor"
 """Blob of Modulation; the module that writes it would load torch."""
 
-LOOKS = "memory"
-"""Blob of MIRA over images that names them; as above."""
+LOOKS = ("memory", "prompt-keys")
+"""Blobs of MIRA, over images and over texts, that name the adapters looked under; as above."""
 
 SOLVED_BY = {
     "recall.": "memtool.methods.modulation.recallers",
@@ -86,9 +87,10 @@ def looked_under(view: MemoryView, records: Sequence[AdapterRecord]) -> bool:
 
     Without them its keys, its head and all that was counted mean nothing, and go along.
     """
-    if LOOKS not in view.blobs():
-        return False
-    first = parsed_json(view.blob(LOOKS), f"blob {LOOKS!r}").get("first", ())
+    states = [
+        parsed_json(view.blob(blob), f"blob {blob!r}") for blob in LOOKS if blob in view.blobs()
+    ]
+    first = {id for state in states for id in state.get("first", ())}
     return any(record.id in first for record in records)
 
 
@@ -141,7 +143,12 @@ def forget(store: MemoryStore, names: Sequence[str], *, purge: bool = False) -> 
         _renormalise(txn, view, {record.id for record in records})
 
     words = ", ".join(record.name for record in records)
-    metadata = {"verb": "forget", "forgotten": [record.name for record in records], "purge": purge}
+    metadata = {
+        **carried_on(store),
+        "verb": "forget",
+        "forgotten": [record.name for record in records],
+        "purge": purge,
+    }
     store.run(change, f"forget {words}", metadata=metadata)
     after = store.view()
     # A head or memory that was solved anew: its old bytes were made of the forgotten task, too.

@@ -7,7 +7,7 @@ says of them, where it was made with the very settings at hand: nothing of torch
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +25,7 @@ from memtool_stores import MemoryStore
 if TYPE_CHECKING:
     from memtool.streams.task import Stream, Task
     from memtool.workspace import Workspace
-    from memtool_stores import MemoryView
+    from memtool_stores import MemoryView, Transaction
 
 Home: TypeAlias = "Workspace | StoredHome"
 
@@ -55,6 +55,11 @@ class StoredModel:
     def sha256(self) -> str:
         """Of its tensors."""
         return self.view.space.backbone.sha256
+
+    @property
+    def transposed(self) -> bool:
+        """As of the model: those of GPT-2 alone are, which names its blocks so."""
+        return self.view.space.layout.segments[0].name.startswith("transformer.h.")
 
     @property
     def all_sites(self) -> tuple[Site, ...]:
@@ -120,9 +125,12 @@ class StoredHome:
         """The store's address, without the version."""
         return split_store(self.config.store)[0]
 
-    def store_or_new(self) -> MemoryStore:
-        """The memory, which is there."""
-        return self.store
+    def commit(
+        self, function: Callable[[Transaction], None], message: str, metadata: Mapping[str, Any]
+    ) -> str:
+        """As of a workspace; the memory is there."""
+        self.store.run(function, message, metadata)
+        return self.store.head()
 
     def version_of(self, version: str) -> str:
         """As of a workspace."""

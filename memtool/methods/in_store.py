@@ -13,9 +13,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import save
 
 import memtool_stores
-from memtool.errors import CorruptError
+from memtool.errors import CorruptError, MismatchError
 from memtool.heads import FeatureStatistics, LinearClassifier
 from memtool.methods.records import own_head_blob
+from memtool.outside import parsed_json
 from memtool.tensor_bytes import read_tensors
 
 HEAD = "head"
@@ -35,11 +36,23 @@ class StoredState(BaseModel):
 
     @classmethod
     def load(cls, view: memtool_stores.MemoryView) -> Self | None:
-        """The state at a version; None before there is any. Raises CorruptError."""
+        """The state at a version; None before there is any.
+
+        Raises CorruptError, or MismatchError for one that a newer memtool wrote.
+        """
         if cls.blob not in view.blobs():
             return None
+        data, newest = view.blob(cls.blob), cls.model_fields["schema_version"].default
+        written = parsed_json(data, f"blob {cls.blob!r}").get("schema_version")
+        if isinstance(written, int) and written > newest:
+            raise MismatchError(
+                f"blob {cls.blob!r} at version {view.version} has schema version {written}, made "
+                "by a newer memtool",
+                expected=f"at most {newest}",
+                remedy="upgrade memtool",
+            )
         try:
-            return cls.model_validate_json(view.blob(cls.blob))
+            return cls.model_validate_json(data)
         except ValidationError as error:
             raise CorruptError(
                 f"blob {cls.blob!r} at version {view.version}: {error.errors()[0]['msg']}",

@@ -25,7 +25,7 @@ from memtool.methods.records import (
 )
 from memtool.methods.results import MergeResult, WrittenAdapter
 from memtool.paths import split_store, without_home
-from memtool.remembered import remembered
+from memtool.remembered import carried_on, remembered
 from memtool_stores import AdapterRecord, MemoryStore, MemoryView, Transaction
 from memtool_stores.redacted import redacted
 
@@ -83,18 +83,21 @@ def merge(
         )
     settings = remembered(source, view.version)
     metadata = _metadata(source, view, records)
-    target = None
-    if MemoryStore.exists(store):
-        target = MemoryStore.open(store, lock_timeout=lock_timeout)
-        _require_alike(target, view, records, remembered(target), settings)
-        if remembered(target):
-            metadata.pop("configuration", None)
     origin = {"memory": _named(place), "version": view.version}
     taken = _Taken(view, records, origin, by_name=_known_by_name(settings))
-    if target is None:
-        target = MemoryStore.create(store, view.space, lock_timeout=lock_timeout)
     words = ", ".join(record.name for record in records[:5]) + (", …" if len(records) > 5 else "")
-    target.run(taken.append, f"merge {words} of {_named(place)}", metadata=metadata)
+    message = f"merge {words} of {_named(place)}"
+    if not MemoryStore.exists(store):
+        made = MemoryStore.create(
+            store,
+            view.space,
+            lock_timeout=lock_timeout,
+            first=lambda new: new.run(taken.append, message, metadata),
+        )
+        return taken.result(made.head())
+    target = MemoryStore.open(store, lock_timeout=lock_timeout)
+    _require_alike(target, view, records, remembered(target), settings)
+    target.run(taken.append, message, {**metadata, **carried_on(target)})
     return taken.result(target.head())
 
 
@@ -107,7 +110,8 @@ def _metadata(
     source: MemoryStore, view: MemoryView, records: Sequence[AdapterRecord]
 ) -> dict[str, Any]:
     """What the version says of itself, with the configuration for a memory that has none."""
-    found: dict[str, Any] = {
+    return {
+        **carried_on(source, view.version),
         "verb": "merge",
         "merged": [record.name for record in records],
         "from": {
@@ -116,14 +120,6 @@ def _metadata(
             "version": view.version,
         },
     }
-    for one in source.log(view.version):
-        if "configuration" in one.metadata:
-            return {
-                **found,
-                "configuration": one.metadata["configuration"],
-                "seed": one.metadata.get("seed"),
-            }
-    return found
 
 
 def _known_by_name(settings: Mapping[str, Any]) -> bool:

@@ -30,6 +30,7 @@ from memtool.evaluation.record import (
     TaskIdentity,
 )
 from memtool.methods.attached import Attached
+from memtool.methods.calibration import told_of
 from memtool.methods.explanation import AnyExplanation
 from memtool.methods.results import (
     Consolidated,
@@ -185,6 +186,13 @@ class Method(AdapterTrainer, ABC):
             remedy="memtool retrieve, which says how well an adapter was recalled",
         )
 
+    def novelties(
+        self, view: memtool_stores.MemoryView, prompts: Sequence[str]
+    ) -> list[float | None]:
+        """How unlike all that a version learned from prompts are; None where nothing tells."""
+        del view
+        return [None] * len(prompts)
+
     def dead_atoms(self, below: float) -> PruneResult:
         """Which atoms add less than `below` of the average, and what taking them out does."""
         del below
@@ -291,7 +299,11 @@ class Method(AdapterTrainer, ABC):
             created=datetime.now(UTC),
         )
         environment = Environment.here(str(work.engine.device), seconds)
-        return Record(run=run, metrics=Metrics(rows=tuple(rows)), environment=environment)
+        first, *others = rows
+        if setting != "til":  # a calibration is of tasks that are not given
+            told = told_of(work.store.view(version))
+            first = first.model_copy(update={"metrics": {**first.metrics, **told}})
+        return Record(run=run, metrics=Metrics(rows=(first, *others)), environment=environment)
 
 
 def require_unmoved(txn: memtool_stores.Transaction, view: memtool_stores.MemoryView) -> None:

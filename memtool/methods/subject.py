@@ -66,7 +66,7 @@ def subject_of(
             else "--image FILE or --task",
         )
     if image is not None:
-        loaded = load_image(image, work.config.backbone.image_size)[None]
+        loaded = load_image(image, work.config.backbone.image_size, work.config.stream.crop)[None]
         return Subject(str(image), Images(loaded, np.zeros(0, dtype=np.int64)))
     assert prompt is not None
     if not prompt.strip():

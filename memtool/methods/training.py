@@ -44,6 +44,12 @@ class AdapterTrainer(AdapterWriter[Workspace]):
     A method whose adapters are trained otherwise overrides `_train` and `_fingerprint`.
     """
 
+    def require_able(self) -> None:
+        """Raise ConfigError or CapacityError for what would fail only once adapters are there.
+
+        It is asked before anything is learned; here everything can be done.
+        """
+
     def adapt(self, task: str, *, fresh: bool = False) -> list[AdaptResult]:
         """Train the adapters of a task and write each as a PEFT directory under `runs`.
 
@@ -55,6 +61,7 @@ class AdapterTrainer(AdapterWriter[Workspace]):
         work = self.workspace
         chosen = work.task(task)
         self._require_learnable(chosen)
+        self.require_able()
         fingerprint = self._fingerprint(chosen)
         folders = [AdapterFolder(work.adapter_folder / name) for name in self.adapter_names(chosen)]
         finished = self._finished(folders, fingerprint, fresh)

@@ -100,7 +100,6 @@ class AdapterWriter(Generic[Place]):
         for adapter in found:
             if adapter.name not in here:
                 require_trained_as(adapter, self.kind, self.config.method, as_atoms=as_atoms)
-        store = work.store_or_new()
         added: list[WrittenAdapter] = []
         known: list[WrittenAdapter] = []
 
@@ -134,11 +133,11 @@ class AdapterWriter(Generic[Place]):
                 self._also_commit(txn, added)
 
         names = ", ".join(adapter.name for adapter in found if adapter.name not in here)
-        store.run(append, f"write {names}", metadata=self._metadata("write"))
+        version = work.commit(append, f"write {names}", self._metadata("write"))
         new = {adapter.name for adapter in added}
         foreign = [a for a in found if a.name in new and a.trained_as != self.kind]
         return WriteResult(
-            version=store.head(),
+            version=version,
             added=tuple(added),
             skipped=tuple(adapter.name for adapter in known),
             known=tuple(known),

@@ -617,12 +617,14 @@ def losses_grid(records: Sequence[Record]) -> Grid | None:
     def shown(summary: Summary | None) -> str:
         return _cell(summary, lambda value: f"{value:.3f}")
 
+    # Adapters of a collection were not learned one after another.
+    in_time = any("loss.forgetting" in row.metrics for row in rows)
     body = [
         (
             label(row),
             *(shown(_over_seeds(last[row.id][:, place])) for place in places),
             shown(row.metrics.get("loss.final")),
-            shown(row.metrics.get("loss.forgetting")),
+            *((shown(row.metrics.get("loss.forgetting")),) if in_time else ()),
         )
         for row in rows
         if row.id in last
@@ -633,8 +635,12 @@ def losses_grid(records: Sequence[Record]) -> Grid | None:
         for name in ("prompts", "answers")
     }
     return Grid(
-        title=f"Loss after the last task, nats per answer token ({_about(records)})",
-        header=("method", *(tasks[place] for place in places), "mean ↓", "forgetting ↓"),
+        title=f"Loss{' after the last task' if in_time else ''}, nats per answer token "
+        f"({_about(records)})",
+        header=(
+            *("method", *(tasks[place] for place in places), "mean ↓"),
+            *(("forgetting ↓",) if in_time else ()),
+        ),
         rows=tuple(body),
         notes=tuple(
             f"{count} test {name} were longer than text.{name[:-1]}_tokens, and cut."

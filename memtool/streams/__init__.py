@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from memtool.settings import StreamSettings
+    from memtool.settings import Crop, StreamSettings
     from memtool.streams.table import Table
 
 __all__ = [
@@ -72,20 +72,25 @@ def _opened(settings: StreamSettings, image_size: int, *, drawn: bool = True) ->
         seed = settings.seed if settings.test_seed is None else settings.test_seed
         table = digits_table(settings.setting, seed, image_size, drawn=drawn)
         return cut(table, settings)
-    table = open_table(settings.source, image_size)
+    table = open_table(
+        settings.source, image_size, crop=settings.crop, skip_broken=settings.skip_broken
+    )
     return cut(table, settings, templates(settings.source))
 
 
-def open_table(source: str, image_size: int) -> Table:
+def open_table(
+    source: str, image_size: int, *, crop: Crop = "centre", skip_broken: bool = False
+) -> Table:
     """All images of a source (not of `digits`, which depends on the setting), before any cut.
 
-    `source` is the name or path of a description, or a folder. Errors as `create_stream`.
+    `source` is the name or path of a description, a folder, or a table; `crop` and `skip_broken` as
+    in `StreamSettings`. Errors as `create_stream`.
     """
     from memtool.streams.cache import open_cached
     from memtool.streams.sources import find_source
 
     found = find_source(source)
-    table = open_cached(found, image_size)
+    table = open_cached(found, image_size, crop=crop, skip_broken=skip_broken)
     return dataclasses.replace(table, notes=(*found.notes, *table.notes))
 
 
@@ -96,11 +101,13 @@ def list_sources() -> list[str]:
     return ["digits", *sorted(built_in_descriptions())]
 
 
-def load_image(path: str | PathLike[str], image_size: int) -> npt.NDArray[np.uint8]:
+def load_image(
+    path: str | PathLike[str], image_size: int, crop: Crop = "centre"
+) -> npt.NDArray[np.uint8]:
     """A user's photo, prepared as the data sets are: uint8 (image_size, image_size, 3).
 
     Raises NotFoundError where there is no such file, DataError where it is not a readable image.
     """
     from memtool.streams.images import load_square
 
-    return load_square(path, image_size)
+    return load_square(path, image_size, crop)

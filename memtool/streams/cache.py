@@ -10,6 +10,7 @@ was written is built again. Only its owner may read it: it holds training data.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -19,22 +20,25 @@ import re
 import shutil
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from memtool import sealed
 from memtool.atomic import write_atomic
-from memtool.errors import BusyError, CorruptError
+from memtool.errors import BusyError, CorruptError, DataError, MemtoolError, NotFoundError
 from memtool.outside import unreadable
+from memtool.settings import Crop
 from memtool.streams.images import decode_square, quiet_decoders
 from memtool.streams.listing import Listing, Source
 from memtool.streams.ordering import random_ranks
-from memtool.streams.stored import StoredImages, block_rows
+from memtool.streams.stored import Shape, StoredImages, block_rows
 from memtool.streams.table import Table, cache_error, cache_folder
 from memtool_stores.errors import SchemaError
 from memtool_stores.files import is_part, part_folder
@@ -50,15 +54,23 @@ _FETCHING_SECONDS = 3600  # before its first image it may be fetching the data
 _log = logging.getLogger(__name__)
 
 
-def open_cached(source: Source, image_size: int) -> Table:
+def open_cached(
+    source: Source, image_size: int, *, crop: Crop = "centre", skip_broken: bool = False
+) -> Table:
     """The decoded rows of `source`: from the cache, or decoded now and kept there.
 
+    Images are made square as `crop` says. With `skip_broken` those that cannot be read are left
+    out, and the table's notes say so.
+
     Rows are ordered by split, then by domain, and shuffled once within, so that a domain is one
-    contiguous view and any leading part of it a fair sample. Raises DataError for an image that
-    cannot be decoded (with its file or row) and for a cache that cannot be written.
+    contiguous view and any leading part of it a fair sample. Raises DataError for images that
+    cannot be decoded, all of them in one (with their files or rows), and for a cache that cannot be
+    written.
     """
     name = re.sub(r"[^\w.-]+", "_", source.name)
-    key = hashlib.sha256(f"{_FORMAT}/{source.key}".encode()).hexdigest()[:20]
+    how = "" if crop == "centre" else f"/{crop}"
+    how += "/whole only" if skip_broken else ""
+    key = hashlib.sha256(f"{_FORMAT}/{source.key}{how}".encode()).hexdigest()[:20]
     entry = cache_folder() / "images" / f"{name}-{image_size}px-{key}"
     table = _read(entry, source.name, image_size)
     if table is not None:
@@ -71,7 +83,7 @@ def open_cached(source: Source, image_size: int) -> Table:
             # Another process may have finished the same entry while this one waited.
             table = _read(entry, source.name, image_size)
             if table is None:
-                _build(entry, source, image_size)
+                _build(entry, source, _Decoder(source.name, image_size, crop, skip_broken))
                 table = _read(entry, source.name, image_size)
     except OSError as error:
         raise cache_error(error) from error
@@ -179,7 +191,7 @@ def _read(entry: Path, name: str, image_size: int) -> Table | None:
     return None
 
 
-def _build(entry: Path, source: Source, image_size: int) -> None:
+def _build(entry: Path, source: Source, decoder: _Decoder) -> None:
     """Decode every image of `source` into `entry`. The caller holds the lock of `entry`."""
     # Left by processes that were killed; the lock says that nobody works on them.
     for left in _in_the_making(entry):
@@ -188,7 +200,7 @@ def _build(entry: Path, source: Source, image_size: int) -> None:
     try:
         with source.open() as listing:
             _log.info("decoding %d images of %s", len(listing.labels), source.name)
-            _write(building, listing, image_size)
+            _write(building, listing, decoder)
         if entry.exists():
             # A broken entry. Whoever has its files open keeps them.
             shutil.rmtree(entry)
@@ -197,53 +209,127 @@ def _build(entry: Path, source: Source, image_size: int) -> None:
         shutil.rmtree(building, ignore_errors=True)
 
 
-def _write(folder: Path, listing: Listing, image_size: int) -> None:
-    count = len(listing.labels)
+@dataclass
+class _Decoder:
+    """How the images of a data set are decoded, and what is wrong with those that cannot be."""
+
+    name: str
+    image_size: int
+    crop: Crop
+    skip_broken: bool
+    broken: list[MemtoolError] = field(default_factory=list)
+
+    def encoded(self, listing: Listing, rows: Sequence[int]) -> list[bytes | MemtoolError]:
+        """The bytes of some rows' images, or why there are none."""
+        try:
+            return list(listing.encoded(rows))
+        except (DataError, NotFoundError):
+            return [self._one(listing, row) for row in rows]
+
+    def _one(self, listing: Listing, row: int) -> bytes | MemtoolError:
+        try:
+            return listing.encoded([row])[0]
+        except (DataError, NotFoundError) as error:
+            return error
+
+    def square(
+        self, listing: Listing, row: int, encoded: bytes | MemtoolError
+    ) -> npt.NDArray[np.uint8] | MemtoolError:
+        """The image of a row, or why there is none."""
+        if isinstance(encoded, MemtoolError):
+            return encoded
+        try:
+            return decode_square(encoded, self.image_size, listing.where(row), self.crop)
+        except DataError as error:
+            return error
+
+    def require_whole(self, count: int) -> list[str]:
+        """A sentence on the images that are left out; none for none.
+
+        Raises DataError for those that may not be, and where there are no others.
+        """
+        broken = self.broken
+        if not broken:
+            return []
+        if (not self.skip_broken and len(broken) == 1) or count == len(broken) == 1:
+            raise broken[0]
+        some = "; ".join(error.message for error in broken[:BROKEN_SHOWN])
+        more = f"; and {len(broken) - BROKEN_SHOWN} more" if len(broken) > BROKEN_SHOWN else ""
+        said = f"{self.name}: {len(broken):,} of {count:,} images cannot be read"
+        if not self.skip_broken or len(broken) == count:
+            raise DataError(
+                f"{said}: {some}{more}",
+                expected=broken[0].expected,
+                remedy="replace or remove them, or --set stream.skip_broken=true for the others",
+            )
+        return [f"{said} and are left out: {some}{more}"]
+
+
+BROKEN_SHOWN = 20
+"""Images that cannot be read which a message names."""
+
+
+def _write(folder: Path, listing: Listing, decoder: _Decoder) -> None:
+    count, image_size = len(listing.labels), decoder.image_size
     domains = listing.domains if listing.domains is not None else np.zeros(count, np.int64)
     order = np.lexsort((random_ranks(count, "table", 0), domains, listing.is_test))
-    labels, domains, is_test = listing.labels[order], domains[order], listing.is_test[order]
-    shape = (count, image_size, image_size, 3)
     fingerprint = hashlib.sha256()
-    content = np.empty(count, np.uint64)
+    content: list[int] = []
     checksums: list[int] = []
     rest = bytearray()
-    block = block_rows(shape) * image_size**2 * 3
+    block = block_rows((count, image_size, image_size, 3)) * image_size**2 * 3
+    whole: list[int] = []
 
     with (
         (folder / "images.npy").open("wb") as file,
         ThreadPoolExecutor(max_workers=os.cpu_count()) as pool,
         quiet_decoders(),
     ):
-        np.lib.format.write_array_header_1_0(
-            file, {"descr": "|u1", "fortran_order": False, "shape": shape}
-        )
+        header_bytes = _write_header(file, (count, image_size, image_size, 3))
 
-        def decode(row: int, encoded: bytes) -> npt.NDArray[np.uint8]:
-            return decode_square(encoded, image_size, listing.where(row))
+        def decode(row: int, encoded: bytes | MemtoolError) -> npt.NDArray[np.uint8] | MemtoolError:
+            return decoder.square(listing, row, encoded)
 
         for start in range(0, count, _CHUNK_ROWS):
             rows = order[start : start + _CHUNK_ROWS].tolist()
-            encoded = listing.encoded(rows)
-            for data in encoded:
+            encoded = decoder.encoded(listing, rows)
+            squares = pool.map(decode, rows, encoded)
+            for row, data, square in zip(rows, encoded, squares, strict=True):
+                if isinstance(data, MemtoolError):
+                    decoder.broken.append(data)
+                    continue
+                if isinstance(square, MemtoolError):
+                    decoder.broken.append(square)
+                    continue
                 fingerprint.update(hashlib.sha256(data).digest())
-            for place, square in enumerate(pool.map(decode, rows, encoded), start):
+                whole.append(row)
                 pixels = square.tobytes()
-                content[place] = int.from_bytes(hashlib.sha256(pixels).digest()[:8], "little")
+                content.append(int.from_bytes(hashlib.sha256(pixels).digest()[:8], "little"))
                 file.write(pixels)
                 rest += pixels
                 if len(rest) == block:
                     checksums.append(zlib.crc32(rest))
                     rest.clear()
+        left_out = decoder.require_whole(count)
         if rest:
             checksums.append(zlib.crc32(rest))
+        shape = (len(whole), image_size, image_size, 3)
+        file.seek(0)
+        if _write_header(file, shape) != header_bytes:
+            raise OSError(errno.EIO, "the header of the images grew", str(folder))
         file.flush()
         os.fsync(file.fileno())
 
+    labels, is_test = listing.labels[whole], listing.is_test[whole]
+    domains = domains[whole]
     rows_file = io.BytesIO()
-    np.savez(rows_file, labels=labels, domains=domains, is_test=is_test, content=content)
+    contents = np.array(content, dtype=np.uint64)
+    np.savez(rows_file, labels=labels, domains=domains, is_test=is_test, content=contents)
     write_atomic(folder / "rows.npz", rows_file.getvalue())
     names = json.dumps([listing.class_names, listing.domain_names])
     fingerprint.update(f"{_rows_hash(labels, domains, is_test)}/{names}".encode())
+    if decoder.crop != "centre":  # what is learned from is not what it was
+        fingerprint.update(decoder.crop.encode())
     header = {
         "format": _FORMAT,
         "shape": shape,
@@ -252,9 +338,16 @@ def _write(folder: Path, listing: Listing, image_size: int) -> None:
         "class_names": listing.class_names,
         "domain_names": listing.domain_names,
         "fingerprint": fingerprint.hexdigest(),
-        "notes": listing.notes,
+        "notes": (*listing.notes, *left_out),
     }
     sealed.write_json(folder / "header.json", header)
+
+
+def _write_header(file: BinaryIO, shape: Shape) -> int:
+    """Write what stands before the images; how many bytes that is, whatever the number of them."""
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+    return file.tell()
 
 
 def _rows_hash(

@@ -23,7 +23,9 @@ class Description(BaseModel):
 
     about: str = ""
     licence: str = ""
-    kind: Literal["parquet", "json", "csv", "imagefolder", "hub", "folder", "chain", "join"]
+    kind: Literal[
+        "parquet", "json", "csv", "imagefolder", "saved", "hub", "folder", "chain", "join"
+    ]
     path: str = ""
     config: str | None = None
     revision: str | None = None

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from memtool.errors import DataError, NotFoundError
+from memtool.settings import Crop
 from memtool_stores import limits
 from memtool_stores.errors import SchemaError
 from memtool_stores.files import read_ordinary
@@ -45,11 +46,29 @@ _DECODE_ERRORS = (
 _opening = threading.Lock()
 
 
-def decode_square(encoded: bytes, image_size: int, where: str) -> npt.NDArray[np.uint8]:
+def square_of(image: Image.Image, size: int, crop: Crop = "centre") -> Image.Image:
+    """A picture of (size, size), resized by bicubic interpolation with antialiasing.
+
+    Under `centre` its largest centred square, which is the same as resizing the shorter side and
+    cropping the centre; under `squash` all of it, stretched; under `pad` all of it, as large as
+    there is room, in the middle of black.
+    """
+    to, how = (size, size), Image.Resampling.BICUBIC
+    match crop:
+        case "centre":
+            return ImageOps.fit(image, to, how)
+        case "squash":
+            return image.resize(to, how)
+        case "pad":
+            return ImageOps.pad(image, to, how)
+
+
+def decode_square(
+    encoded: bytes, image_size: int, where: str, crop: Crop = "centre"
+) -> npt.NDArray[np.uint8]:
     """Decode one image to RGB uint8 (image_size, image_size, 3).
 
-    The largest centred square is resized by bicubic interpolation with antialiasing, which is the
-    same as resizing the shorter side and cropping the centre. The orientation in the EXIF data is
+    It is made square by `square_of`. The orientation in the EXIF data is
     applied where that can be read; of several frames the first one counts. Raises DataError,
     beginning with `where`, for bytes that are not a readable image, and for an image of more than
     limits.image_pixels, before it is decoded.
@@ -59,8 +78,7 @@ def decode_square(encoded: bytes, image_size: int, where: str) -> npt.NDArray[np
         with _opened(encoded) as image:
             width, height = image.size
             limits.require("image_pixels", width * height, f"{where}: {width} x {height}")
-            rgb = upright_rgb(image)
-            square = ImageOps.fit(rgb, (image_size, image_size), Image.Resampling.BICUBIC)
+            square = square_of(upright_rgb(image), image_size, crop)
     except SchemaError as error:
         raise _too_large(error) from error
     except MemoryError as error:
@@ -78,14 +96,16 @@ def decode_square(encoded: bytes, image_size: int, where: str) -> npt.NDArray[np
     return np.asarray(square, dtype=np.uint8)
 
 
-def load_square(path: str | PathLike[str], image_size: int) -> npt.NDArray[np.uint8]:
-    """Read and decode one file: uint8 (image_size, image_size, 3).
+def load_square(
+    path: str | PathLike[str], image_size: int, crop: Crop = "centre"
+) -> npt.NDArray[np.uint8]:
+    """Read and decode one file: uint8 (image_size, image_size, 3), made square by `square_of`.
 
     Raises NotFoundError where there is no such file, DataError where it is not a readable image,
     no ordinary file, or above limits.image_bytes or limits.image_pixels.
     """
     with quiet_decoders():
-        return decode_square(image_bytes(Path(path)), image_size, str(path))
+        return decode_square(image_bytes(Path(path)), image_size, str(path), crop)
 
 
 def image_bytes(file: Path) -> bytes:

@@ -41,12 +41,18 @@ class DatasetsSource:
     that rows only name lie below `root`.
     """
 
-    def __init__(self, name: str, description: Description, root: Path | None) -> None:
+    def __init__(
+        self,
+        name: str,
+        description: Description,
+        root: Path | None,
+        notes: tuple[str, ...] = (),
+    ) -> None:
         """Raises NotFoundError for a file that is not there, ConfigError for one elsewhere."""
         self.name = name
         self._description = description
         self._root = root
-        self.notes: tuple[str, ...] = ()
+        self.notes = notes
         test = _as_tuple(description.test)
         self._parts = [*((part, False) for part in _as_tuple(description.train))]
         self._parts += [(part, True) for part in test]
@@ -133,6 +139,7 @@ class DatasetsSource:
             OSError,
             ValueError,
             TypeError,
+            KeyError,  # no such part
             NotImplementedError,  # how pyarrow tells that a column cannot become images
         ) as error:
             raise self._unreadable(error) from error
@@ -159,6 +166,10 @@ class DatasetsSource:
                 return datasets.load_dataset(
                     "imagefolder", data_dir=str(self._root), split=part, cache_dir=str(kept)
                 )
+            case "saved":
+                found = datasets.load_from_disk(str(self._root))
+                whole = not isinstance(found, datasets.DatasetDict)
+                return found if whole else found[part]
             case kind:
                 files = {"train": [str(self._root / part)]} if self._root else {}
                 return datasets.load_dataset(

@@ -25,15 +25,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from memtool.errors import NotFoundError, did_you_mean
+from memtool.errors import DataError, NotFoundError, did_you_mean
 from memtool.paths import expand
 from memtool.settings import StreamSettings
 from memtool.streams.chain import ChainSource
 from memtool.streams.description import Description, folder_of, is_folder, read_description
 from memtool.streams.folder import FolderSource, Layout
+from memtool.streams.guess import guess
 from memtool.streams.labelled import DatasetsSource
 from memtool.streams.listing import Source
+from memtool.words import either, near
 from memtool_stores.printable import printable, shown
+
+PATHS = (
+    "a folder of images, a table (.csv, .json, .jsonl, .parquet), what `save_to_disk` wrote, or a "
+    "YAML description"
+)
 
 
 def built_in_descriptions() -> dict[str, Path]:
@@ -43,10 +50,10 @@ def built_in_descriptions() -> dict[str, Path]:
 
 
 def find_source(source: str) -> Source:
-    """The data set of a built-in name, a YAML description's path, or a folder.
+    """The data set of a built-in name, a YAML description's path, a folder, or a table.
 
-    Raises NotFoundError where there is nothing of that name, ConfigError for a description that
-    cannot be used.
+    Raises NotFoundError where there is nothing of that name or path, ConfigError for a description
+    that cannot be used, DataError for a file that is none of these.
     """
     built_in = built_in_descriptions()
     if source in built_in:
@@ -54,13 +61,45 @@ def find_source(source: str) -> Source:
     path = expand(source)
     if path.suffix in (".yaml", ".yml"):
         return _described(path)
+    if (guessed := guess(path) if _is_there(path) else None) is not None:
+        description, root, notes = guessed
+        return DatasetsSource(printable(path.resolve().stem), description, root, notes)
     if is_folder(path):
         return FolderSource(printable(path.resolve().name), path)
+    require_path(source, path)
     raise NotFoundError(
         f"there is no data source {shown(source)}",
         expected=did_you_mean(source, ["digits", *sorted(built_in)]),
-        remedy="a name of these, the path of a YAML description, or a folder of images",
+        remedy="a name of these, or the path of " + PATHS,
     )
+
+
+def require_path(source: str, path: Path, reads: str = PATHS) -> None:
+    """Raise an error for a source that is written as a path, and for a file of another kind.
+
+    NotFoundError where nothing is there, DataError for a file that is none of `reads`.
+    """
+    if _is_there(path):
+        raise DataError(f"{printable(str(path))} is none of what is read", expected=reads)
+    if "/" in source or source.startswith(("~", ".")) or path.suffix:
+        parent = next((one for one in path.parents if _is_there(one)), path.parent)
+        there = sorted(one.name for one in parent.iterdir()) if parent.is_dir() else []
+        gone = path.relative_to(parent).parts[0]
+        close = near(gone, [printable(one) for one in there])
+        raise NotFoundError(
+            f"there is no file or folder {printable(str(path))}",
+            expected=f"did you mean {either([str(parent / one) for one in close])}?"
+            if close
+            else reads,
+            remedy=f"{printable(str(parent.absolute()))} is there, {shown(gone)} in it is not",
+        )
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
 
 
 def task_names(settings: StreamSettings) -> list[str]:

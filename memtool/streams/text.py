@@ -39,6 +39,7 @@ from memtool.streams.files import files_below, left_out
 from memtool.streams.ordering import named_places, random_ranks
 from memtool.streams.parts import PartName, part_of
 from memtool.streams.rows import Written, lines_of, parse_json, text_of
+from memtool.streams.sources import require_path
 from memtool.streams.task import Stream, Task, Texts
 from memtool_stores.printable import printable, shown
 
@@ -88,6 +89,7 @@ def open_text_stream(settings: StreamSettings) -> Stream[Texts]:
     if file.suffix == ".jsonl":
         return _of_lines(file, settings)
     if file.suffix not in (".yaml", ".yml"):
+        require_path(settings.source, file, "a YAML description of texts, or lines (.jsonl)")
         raise NotFoundError(
             f"there is no text source {shown(settings.source)}",
             expected=did_you_mean(settings.source, built_in),

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from memtool.errors import DataError
-from memtool.streams.images import upright_rgb
+from memtool.settings import Crop
+from memtool.streams.images import square_of, upright_rgb
 
 
 class Square(nn.Module):
-    """A PIL image to RGB: its largest centred square, resized by antialiased bicubic."""
+    """A PIL image to RGB, made square by `memtool.streams.images.square_of`."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, crop: Crop = "centre") -> None:
         super().__init__()
-        self.size = size
+        self.size, self.crop = size, crop
 
     def forward(self, image: Image.Image) -> Image.Image:
         """A picture of (size, size). Raises DataError for what is no PIL image."""
@@ -26,15 +27,15 @@ class Square(nn.Module):
                 expected="a PIL image",
                 remedy="the model itself takes uint8 tensors (n, height, width, 3)",
             )
-        return ImageOps.fit(upright_rgb(image), (self.size, self.size), Image.Resampling.BICUBIC)
+        return square_of(upright_rgb(image), self.size, self.crop)
 
 
-def transform_of(size: int, mean: Tensor, std: Tensor) -> v2.Compose:
+def transform_of(size: int, mean: Tensor, std: Tensor, crop: Crop = "centre") -> v2.Compose:
     """PIL image to normalised float32 (3, size, size); mean and std of the channels in [0, 1]."""
     channels = [one.flatten().tolist() for one in (mean, std)]
     return v2.Compose(
         [
-            Square(size),
+            Square(size, crop),
             v2.PILToTensor(),
             v2.ToDtype(torch.float32, scale=True),
             v2.Normalize(*channels),

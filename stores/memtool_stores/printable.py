@@ -8,6 +8,7 @@ from typing import Any
 SHOWN_CHARACTERS = 80
 
 _LINE_END = re.compile(r"\s*[\n\r]\s*")
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]{4,16}\b")
 _FORMULA = re.compile(r"'*[=+\-@\t\r\n＝＋－＠]")
 _NUMBER = re.compile(r"-|[-+]?(\d[\d.,]*|\.\d+)(e[-+]?\d+)?( ?%)?", re.IGNORECASE | re.ASCII)
 
@@ -23,14 +24,26 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def without_addresses(text: str) -> str:
+    """The text without where objects lie in memory: they say nothing, and differ every time.
+
+    >>> without_addresses("no loader for <csv.reader object at 0x7f3a90c1b2d0>")
+    'no loader for <csv.reader object>'
+    """
+    return _ADDRESS.sub("", text)
+
+
 def one_line(text: str) -> str:
-    """The text as an error says it: printable, with a space for every end of a line."""
-    return printable(_LINE_END.sub(" ", text.strip()))
+    """The text as an error says it: printable, with a space for every end of a line.
+
+    Where objects lie in memory is left out.
+    """
+    return printable(without_addresses(_LINE_END.sub(" ", text.strip())))
 
 
 def shown(value: Any) -> str:
     """Any value as an error names it: quoted where it is text, printable, and not too long."""
-    text = printable(repr(value))
+    text = printable(without_addresses(repr(value)))
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 2]}…{text[-1]}"
 
 

@@ -7,6 +7,7 @@ older version is run again on the newer one, never merged blindly.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -19,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from memtool_stores import cache, clock, references, room, sums
+from memtool_stores import cache, clock, hub, references, room, sums
 from memtool_stores.arrays import CRC32C_BYTES
 from memtool_stores.bucket import (
     Pace,
@@ -82,6 +83,8 @@ Result = TypeVar("Result")
 class MemoryStore:
     """A versioned memory of adapters: a directory, or `s3://bucket/prefix`.
 
+    `hf://user/name` is one to read: a repository of the Hugging Face Hub, brought to a directory.
+
     One handle may be used by one process; a forked child must not touch it (ForkedProcessError).
     """
 
@@ -95,13 +98,27 @@ class MemoryStore:
         self._place = _place(url)
 
     def __repr__(self) -> str:
-        return f"MemoryStore.open({self.url!r})"
+        return f"MemoryStore.open({self.address!r})"
+
+    @property
+    def address(self) -> str:
+        """What it was opened as: `hf://user/name` for a copy of a repository, else the url."""
+        return hub.address_of(self.url) or self.url
 
     # Opening
 
     @classmethod
-    def create(cls, url: str | Path, space: Space, *, lock_timeout: float = 30.0) -> MemoryStore:
-        """A new, empty store; all of it appears at once.
+    def create(
+        cls,
+        url: str | Path,
+        space: Space,
+        *,
+        lock_timeout: float = 30.0,
+        first: Callable[[MemoryStore], object] | None = None,
+    ) -> MemoryStore:
+        """A new store; all of it appears at once, with what `first` commits to it.
+
+        Where `first` raises an error nothing is left; in a bucket an empty store is.
 
         Raises:
             AlreadyExistsError: there is a store, or a folder with something in it.
@@ -109,7 +126,7 @@ class MemoryStore:
         """
         from ulid import ULID
 
-        url = _plain(url)
+        url = _to_write(url)
         if cls.exists(url):
             raise AlreadyExistsError(
                 f"there is a store at {url} already", remedy="open it, or choose another path"
@@ -117,13 +134,18 @@ class MemoryStore:
         root = Root(str(ULID()), space, State())
         if not _is_local(url):
             cls._create_repository(url, root)
-        else:
-            with _appearing(Path(url)) as folder:
-                cls._create_repository(str(folder), root)
-                references.mark_all(str(folder))
-                room.try_to_keep_reserve(str(folder))
-                (folder / "lock").touch()
-                sync_to_disk(folder)
+            made = cls.open(url, lock_timeout=lock_timeout)
+            if first is not None:
+                first(made)
+            return made
+        with _appearing(Path(url)) as folder:
+            cls._create_repository(str(folder), root)
+            references.mark_all(str(folder))
+            room.try_to_keep_reserve(str(folder))
+            (folder / "lock").touch()
+            if first is not None:
+                first(cls.open(folder, lock_timeout=lock_timeout))
+            sync_to_disk(folder)
         return cls.open(url, lock_timeout=lock_timeout)
 
     @staticmethod
@@ -359,6 +381,7 @@ class MemoryStore:
         guard_fork()
         check_ref(branch, "branch")
         self._require_place()
+        self._require_writable("commit")
         with translated(f"find branch {branch!r}", self.url):
             version = str(self._repository.lookup_branch(branch))
         return Transaction(self._view(version))
@@ -436,6 +459,7 @@ class MemoryStore:
     def _lock(self) -> Iterator[None]:
         """The kernel lock of the store; free again when its holder dies. None on object stores."""
         guard_fork()
+        self._require_writable("change it")
         if not _is_local(self.url):
             yield
             return
@@ -461,6 +485,25 @@ class MemoryStore:
             yield
         finally:
             self._filelock.release()
+
+    @contextmanager
+    def _still(self) -> Iterator[None]:
+        """While all files are read nobody writes; a copy of a repository never changes."""
+        if hub.address_of(self.url) is not None:
+            yield
+            return
+        with self._lock():
+            yield
+
+    def _require_writable(self, doing: str) -> None:
+        """Raise StorageError for a copy of a repository."""
+        address = hub.address_of(self.url)
+        if address is not None:
+            name = hub.repository_of(address)
+            raise StorageError(
+                f"could not {doing}: {address} can be read, not written to",
+                remedy=f"memtool pull {name} --store DIR, and after the change memtool push {name}",
+            )
 
     def _require_place(self) -> None:
         """Nothing, while the store that was opened is where it was.
@@ -498,8 +541,9 @@ class MemoryStore:
         check_ref(name, kind)
         with self._lock():
             version = self._resolve(ref)
-            if name in self.branches() or name in self.tags():
-                raise AlreadyExistsError(f"{name!r} is a tag or branch already")
+            for taken, known in (("branch", self.branches()), ("tag", self.tags())):
+                if name in known:
+                    raise self._taken(name, taken, known[name], version, kind)
             self._make_reference(kind, name, version, f"make {kind} {name!r}")
             self._sync()
         return version
@@ -512,6 +556,23 @@ class MemoryStore:
                 references.make(self.url, self._repository, kind, name, version, doing)
         except ConflictError as error:
             raise AlreadyExistsError(f"{name!r} is a tag or branch already") from error
+
+    def _taken(
+        self, name: str, taken: str, points_to: str, version: str, kind: str
+    ) -> AlreadyExistsError:
+        """What is said where a name is a tag or a branch already: of which version, what to do."""
+        there = self.log(points_to, 1)[0]
+        when = there.time.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+        here = ", the same" if points_to == version else f", and not at {version}"
+        others = {*self.branches(), *self.tags()}
+        free = next(n for k in itertools.count(2) if (n := f"{name}-{k}") not in others)
+        tag = "a tag never moves, and a name that was one is not given again"
+        rule = tag if taken == "tag" else "a branch moves by commits alone"
+        return AlreadyExistsError(
+            f"{name!r} is a {taken} already, at {points_to} ({there.message}, {when}){here}",
+            expected=f"another name: {rule}",
+            remedy=f"memtool tag {free} {version}" if kind == "tag" else f"the name {free!r}",
+        )
 
     def tags(self) -> dict[str, str]:
         """The version id of every tag, by name."""
@@ -607,10 +668,16 @@ class MemoryStore:
             self._sync()
         return backup
 
-    def migrate(self, *, dry_run: bool = False) -> Migration:
+    def migrate(
+        self,
+        *,
+        dry_run: bool = False,
+        metadata: Callable[[str], Mapping[str, Any]] | None = None,
+    ) -> Migration:
         """Bring the tip of every branch to the schema that this code writes, by a commit on each.
 
-        Older versions stay as they were written, and are read. With `dry_run` nothing is changed.
+        Older versions stay as they were written, and are read. `metadata` gives what the commit on
+        a branch says of itself. With `dry_run` nothing is changed.
 
         Raises:
             NewerSchemaError: a branch holds what only a newer memtool reads.
@@ -626,7 +693,9 @@ class MemoryStore:
             )
             if tip.needed and not dry_run:
                 message = f"migrate from schema {tip.schema} to {SCHEMA_VERSION}"
-                self.run(lambda transaction: transaction.migrate(), message, branch=name)
+                self.run(
+                    lambda txn: txn.migrate(), message, metadata and metadata(name), branch=name
+                )
                 tip = replace(tip, committed=self.view(name).version)
             found.append(tip)
         return Migration(tuple(found), len(listed), sum(entry.nbytes for entry in listed))
@@ -734,7 +803,7 @@ class MemoryStore:
         guard_fork()
         wanted = self._stored_as(set(sha256s))
         found: dict[str, list[str]] = {}
-        with self._lock():
+        with self._still():
             objects = objects_at(self.url)
             for entry in objects.list():
                 data = objects.read(entry.path)
@@ -767,8 +836,8 @@ class MemoryStore:
             AlreadyExistsError: something is there.
             StorageError: no permission, or no room.
         """
-        target = _plain(url)
-        with self._lock():
+        target = _to_write(url)
+        with self._still():
             files = objects_at(self.url)
             with _new_place(target, begun_by=files if resume else None) as (place, there):
                 # A bucket checks its own bytes: checksums are of no use there, and commits in it
@@ -787,7 +856,7 @@ class MemoryStore:
         head = self.view()
         head.require_readable()
         about = {"store_id": head.store_id, "head": head.version, "adapters": len(head)}
-        with self._lock():
+        with self._still():
             files = objects_at(self.url)
             return write_bundle(files, Path(file), about, checksums=_is_local(self.url))
 
@@ -807,7 +876,7 @@ class MemoryStore:
             IntegrityError: the bundle is damaged; nothing is made.
             SchemaError: it is no bundle.
         """
-        target = _plain(url)
+        target = _to_write(url)
         with _new_place(target) as (place, _):
             read_bundle(Path(file), place, tell, checksums=_is_local(target))
         return cls.open(target, lock_timeout=lock_timeout)
@@ -829,8 +898,12 @@ def _plain(url: str | Path) -> str:
         if not re.fullmatch(r"s3:/(/(?!\.{1,2}(/|$))[^/]+)+/?", text):
             raise StorageError(f"cannot keep a store at {text}", expected="s3://bucket/prefix")
         return text.rstrip("/")
+    if hub.is_hub(text):
+        return hub.copy_of(text)
     if "://" in text and not text.startswith("file://"):
-        raise StorageError(f"cannot keep a store at {text}", expected="a directory or s3://…")
+        raise StorageError(
+            f"cannot keep a store at {text}", expected="a directory, s3://… or, to read, hf://…"
+        )
     try:
         folder = Path(text.removeprefix("file://")).expanduser()
     except (RuntimeError, ValueError) as error:  # ValueError: a name with NUL
@@ -842,6 +915,23 @@ def _plain(url: str | Path) -> str:
     if "\0" in text:
         raise StorageError(f"cannot keep a store at {shown(text)}", expected="a path without NUL")
     return str(folder.absolute())
+
+
+def _to_write(url: str | Path) -> str:
+    """As `_plain`, of a place that is to be written to.
+
+    Raises:
+        StorageError: it is a repository of the hub.
+    """
+    text = os.fspath(url)
+    if hub.is_hub(text):
+        name = hub.repository_of(text)
+        raise StorageError(
+            f"a store at {hub.SCHEME}{name} can be read, not written to",
+            expected="a directory or s3://…",
+            remedy=f"memtool push {name} publishes a memory there",
+        )
+    return _plain(text)
 
 
 def _is_local(url: str) -> bool:

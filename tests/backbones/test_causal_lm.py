@@ -149,6 +149,24 @@ def test_a_long_prompt_is_refused_where_asked() -> None:
         lm.encode(["a", "b" * 50])
 
 
+def test_of_megabytes_only_the_end_is_cut_into_tokens() -> None:
+    lm, asked = build(), "ab" * 2**22 + "question:"
+    seen: list[int] = []
+
+    class Watched(type(lm.tokenizer)):  # type: ignore[misc]
+        def __call__(self, text: str, **how: object) -> object:
+            seen.append(len(text))
+            return super().__call__(text, **how)
+
+    lm.tokenizer.__class__ = Watched
+    encoded = lm.encode([asked], ["yes" * 2**20])
+    assert max(seen) == 2**16
+    assert (encoded.cut_prompts, encoded.cut_answers) == (1, 1)
+    assert lm.decode(encoded.tokens[0, 1:40].tolist()) == asked[-39:]
+    with pytest.raises(DataError, match="prompt 1 has more than 65"):
+        build(text=LIMITS.model_copy(update={"long_prompts": "refuse"})).encode([asked])
+
+
 def test_limits_beyond_the_context_are_refused() -> None:
     with pytest.raises(ConfigError, match="whose context is 64"):
         build(text=TextSettings(prompt_tokens=50, answer_tokens=20))

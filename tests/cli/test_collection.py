@@ -81,6 +81,9 @@ def test_it_is_measured_on_texts_beside_peft(place: Path) -> None:
     words = ("eval", "--texts", "texts.jsonl", "--compare", "peft")
     done = memtool(place, *words, "--report", "r.html")
     assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("method\tletters\tsums\tmean ↓\n")
+    assert "Loss, nats per answer token" in done.stderr
+    assert "tasks" not in done.stderr
     lines = [line.split("\t")[0] for line in done.stdout.splitlines()]
     for label in ("memory, mira (1 of 3 adapters distract)", "frozen model", "PEFT cat (weight"):
         assert any(line.startswith(label) for line in lines), done.stdout
@@ -91,6 +94,12 @@ def test_it_is_measured_on_texts_beside_peft(place: Path) -> None:
     assert losses["peft-oracle"] == pytest.approx(losses["oracle"], abs=1e-4)
     assert losses["peft-cat"] == pytest.approx(losses["uniform"], abs=1e-4)
     assert losses["peft-ties"] is None
+
+
+def test_a_collection_is_halved_on_texts_of_ones_own(place: Path) -> None:
+    done = memtool(place, "bisect", "--texts", "texts.jsonl", "--drop", "0.2")
+    assert done.returncode == 1, done.stderr
+    assert "it never rose by 0.2 nats" in done.stderr
 
 
 def test_images_have_no_rival(tmp_path: Path) -> None:
@@ -106,7 +115,7 @@ def test_images_have_no_rival(tmp_path: Path) -> None:
         (("generate", "--prompt", " "), 2, "a prompt is empty"),
         (("generate", "--prompts", "nowhere.txt"), 3, "no file nowhere.txt"),
         (("generate", "--prompt", "x", "--task", "poems"), 3, "no adapter of task 'poems'"),
-        (("import", "adapters", "--prompts", "prompts.jsonl"), 2, "--base hf:MODEL"),
+        (("import", "adapters", "--prompts", "x", "--store", "new"), 2, "--base hf:MODEL"),
         (("import", "nowhere", "--base", "hf:model"), 3, "no adapter in nowhere"),
         (("import", "adapters/sums"), 2, "adapters/sums is a LoRA of a language model, '"),
         (("import", "adapters"), 2, "memtool import adapters --base hf:/"),
@@ -114,7 +123,8 @@ def test_images_have_no_rival(tmp_path: Path) -> None:
         (("bisect", "--drop", "1"), 2, "brings no texts to be measured on"),
         (("generate", "--prompt", "x", "--store", "none"), 3, "memtool import DIR --base MODEL"),
         (("import", "adapters", "--base", "hf:model", "--task", "1"), 2, "DIR:TASK"),
-        (("eval",), 2, "memtool eval --texts FILE.jsonl"),
+        (("eval",), 2, "of eval and bisect --texts FILE"),
+        (("import", "adapters", "--prompts", "prompts.jsonl"), 2, "try: --base hf:model"),
         (("eval", "--texts", "nowhere.jsonl"), 3, "no file nowhere.jsonl"),
         (("eval", "--texts", "prompts.jsonl"), 2, '"answer"'),
         (("eval", "--texts", "texts.jsonl", "peft"), 2, "peft without --compare"),

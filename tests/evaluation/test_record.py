@@ -21,7 +21,7 @@ from memtool.evaluation.record import (
     read_record,
     write_record,
 )
-from memtool.evaluation.writers import write_avalanche, write_domainbed, write_tensorboard
+from memtool.evaluation.writers import write_avalanche, write_domainbed
 from tests.reports.sample import TASKS, record
 
 
@@ -69,8 +69,8 @@ def test_a_row_holds_what_is_defined_and_why_the_rest_is_not() -> None:
 
 
 def test_newer_version_names_the_remedy() -> None:
-    document = json.loads(record().to_json()) | {"schema_version": 4, "something": "new"}
-    with pytest.raises(MismatchError, match=r"version 4.*\n.*\n.*upgrade memtool"):
+    document = json.loads(record().to_json()) | {"schema_version": 5, "something": "new"}
+    with pytest.raises(MismatchError, match=r"version 5.*\n.*\n.*upgrade memtool"):
         Record.from_json(json.dumps(document), "runs/r.json")
 
 
@@ -157,30 +157,3 @@ def test_avalanche_rows(tmp_path: Path) -> None:
     assert learned is not None
     assert later is not None
     assert float(by_place[4, 1]["forgetting"]) == learned - later
-
-
-def test_tensorboard_scalars(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing import (  # type: ignore[import-untyped]
-        event_accumulator,
-    )
-
-    write_tensorboard(record(3), tmp_path)
-    assert len(list(tmp_path.iterdir())) == 6
-    events = event_accumulator.EventAccumulator(str(tmp_path / "memory-seed3"))
-    events.Reload()
-    tags = events.Tags()["tensors"]
-    assert {"accuracy/upright", "accuracy/seen", "metric/faa"} <= set(tags)
-    assert [event.step for event in events.Tensors("accuracy/seen")] == [1, 2, 3, 4, 5]
-    assert [event.step for event in events.Tensors("accuracy/upright")] == [0, 1, 2, 3, 4, 5]
-
-
-def test_tensorboard_missing_or_not_writable(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "file").write_text("")
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "tensorboard.summary", None)
-        with pytest.raises(MemtoolError, match="pip install tensorboard"):
-            write_tensorboard(record(), tmp_path)
-    with pytest.raises(MemtoolError, match="cannot write"):
-        write_tensorboard(record(), tmp_path / "file")

@@ -15,10 +15,9 @@ from hypothesis import given
 from hypothesis import settings as with_settings
 from hypothesis import strategies as st
 
-from memtool.errors import MemtoolError
 from memtool.evaluation.matrix import AccuracyMatrix
 from memtool.evaluation.record import Record, read_record, write_record
-from memtool.evaluation.writers import write_avalanche, write_domainbed, write_tensorboard
+from memtool.evaluation.writers import write_avalanche, write_domainbed
 from memtool.reports.html import render, write_report
 from memtool.reports.table import methods_grid, plain_text
 from tests.fuzz.door import (
@@ -185,16 +184,6 @@ def test_pages_of_hostile_records(given):
 @given(given=hostile())
 def test_more_pages_of_hostile_records(given):
     require_harmless(render([given]))
-
-
-def test_the_name_of_a_row_is_no_path(tmp_path):
-    tree = json.loads(WHOLE)
-    tree["metrics"]["rows"][0]["id"] = "../../victim"
-    hostile = Record.model_validate_json(json.dumps(tree))
-    (tmp_path / "in").mkdir()
-    with nothing_else_changes(tmp_path), pytest.raises(MemtoolError, match="victim"):
-        write_tensorboard(hostile, tmp_path / "in" / "events")
-    assert not (tmp_path / "victim-seed0").exists()
 
 
 def test_what_is_drawn_in_files_has_no_control_characters(tmp_path: Path):

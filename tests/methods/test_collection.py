@@ -27,9 +27,12 @@ from memtool.errors import (
 )
 from memtool.methods.export import export_peft
 from memtool.methods.forget import forget
+from memtool.methods.merge import merge
 from memtool.methods.mira.moments import SHRINKAGE, PromptState
 from memtool.methods.mira.prompts import PromptMemory
 from memtool.methods.routed.attached import RoutedTexts
+from memtool.remembered import remembered
+from memtool_stores import IntegrityError, MemoryStore, Transaction
 from tests.methods.facts import FACTS, settings_of, write_facts
 
 pytestmark = pytest.mark.filterwarnings(
@@ -684,6 +687,7 @@ def test_moments_that_were_kept_before_clusters_give_the_same_keys(copy: PromptM
         ({"rows": [1, 7, 1]}, CorruptError),
         ({"apart": [2, 0]}, CorruptError),
         ({"scope": "none"}, ConfigError),
+        ({"schema_version": 2, "more": 1}, MismatchError),
     ],
 )
 def test_a_state_that_fits_no_keys_is_damage(
@@ -695,3 +699,50 @@ def test_a_state_that_fits_no_keys_is_damage(
         txn.put_blob("prompt-keys", json.dumps({**state, **said}).encode())
     with pytest.raises(error):
         copy.attach()
+
+
+def test_settings_stay_when_the_versions_that_said_them_go(
+    copy: PromptMemory, tmp_path: Path
+) -> None:
+    store = copy.workspace.store
+    before = remembered(store)
+    assert before["memory.look_at"]
+    forget(store, ["sums"], purge=True)
+    assert len(store.log()) == 1
+    assert remembered(store) == before
+    merge(str(tmp_path / "joined"), store.url, ["letters"])
+    merge(str(tmp_path / "joined"), store.url)
+    joined = MemoryStore.open(tmp_path / "joined")
+    joined.gc(keep_last=1)
+    assert remembered(joined) == before
+
+
+def test_a_memory_that_another_made_meanwhile_is_written_to(place: Path, tmp_path: Path) -> None:
+    work = opened(place, tmp_path / "made").workspace
+
+    def append(txn: Transaction) -> None:
+        if not work.has_store:
+            MemoryStore.create(work.store_path, work.space)
+        txn.put_blob("a", b"a")
+
+    head = work.commit(append, "import", {})
+    assert head == work.store.head()
+    assert [one.message for one in work.store.log()] == ["import", "create the memory"]
+
+
+def test_a_merge_that_fails_makes_no_memory(copy: PromptMemory, tmp_path: Path) -> None:
+    store = copy.workspace.store
+    for chunk in (Path(store.url) / "ice" / "chunks").iterdir():
+        chunk.write_bytes(b"0" * chunk.stat().st_size)
+    with pytest.raises(IntegrityError):
+        merge(str(tmp_path / "joined"), store.url)
+    assert not (tmp_path / "joined").exists()
+
+
+def test_pickles_are_refused_by_name(place: Path, copy: PromptMemory, tmp_path: Path) -> None:
+    shutil.copytree(place / "adapters" / "sums", tmp_path / "other")
+    torch.save({}, tmp_path / "other" / "adapter_model.bin")
+    (tmp_path / "other" / "adapter_model.safetensors").unlink()
+    with pytest.raises(NotFoundError) as caught:
+        copy.collect([str(tmp_path / "other")])
+    assert "adapter_model.bin is a pickle, which is not read" in str(caught.value)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -97,7 +98,7 @@ def test_a_mixed_batch_answers_as_models_with_the_changes_added(
         assert answer == lm.decode(said).strip()
 
 
-def test_files_come_back_byte_for_byte(place: Path, tmp_path: Path) -> None:
+def test_files_and_mixtures_come_out(place: Path, tmp_path: Path) -> None:
     method = opened(place, tmp_path / "made")
     method.collect([str(place / "adapters")], place / "prompts.jsonl")
     export_peft(method.workspace, None, out=tmp_path / "back")
@@ -105,3 +106,16 @@ def test_files_come_back_byte_for_byte(place: Path, tmp_path: Path) -> None:
         for file in ("adapter_model.safetensors", "adapter_config.json"):
             original = (place / "adapters" / name / file).read_bytes()
             assert (tmp_path / "back" / name / file).read_bytes() == original
+    method.consolidate()
+    found = method.retrieve(prompt=PROMPTS["letters"][0], out=tmp_path / "mixture")
+    base = AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float64)
+    before = {key: one.clone() for key, one in base.state_dict().items()}
+    mixture = PeftModel.from_pretrained(base, tmp_path / "mixture")  # warnings are errors
+    of_gpt2 = type(base).__name__.startswith("GPT2")
+    assert mixture.peft_config["default"].fan_in_fan_out is of_gpt2
+    (name,) = [one.name for one in found.adapters if one.coefficient > 0.99]
+    shutil.rmtree(place / "adapters")
+    shutil.copytree(place / "plain", place / "adapters")  # with the names that peft reads
+    added = products(place, name)
+    for key, one in mixture.merge_and_unload().state_dict().items():
+        torch.testing.assert_close(one - before[key], added[key], atol=1e-3, rtol=1e-2)

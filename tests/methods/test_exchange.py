@@ -55,14 +55,14 @@ def test_trained_adapters_come_out_as_they_went_in(learned, tmp_path):
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()])
 def test_an_export_that_fails_half_way_is_taken_back(learned, tmp_path, monkeypatch, failure):
     out = tmp_path / "not" / "there"
-    write, count = export._write_stored, itertools.count()
+    write, count = export.write_stored, itertools.count()
 
     def third_fails(*arguments):
         if next(count) == 2:
             raise failure
         write(*arguments)
 
-    monkeypatch.setattr(export, "_write_stored", third_fails)
+    monkeypatch.setattr(export, "write_stored", third_fails)
     with pytest.raises((MemtoolError, KeyboardInterrupt)):
         export_peft(learned.workspace, None, out=out)
     assert next(count) == 3

@@ -19,6 +19,7 @@ from memtool.adapters.values import AdapterValues
 from memtool.config import parse_assignment
 from memtool.errors import ConfigError, MismatchError
 from memtool.experiments.plan import plan
+from memtool.experiments.run import run
 from memtool.learning.looks import MOST_WIDE, directions
 from memtool.memories.closed_form import QueryStatistics
 from memtool.methods import merge as merging
@@ -429,12 +430,29 @@ def test_looks_that_cannot_be(tmp_path, changes, match) -> None:
     require(small_config(tmp_path, **{**changes, key.replace(".", "__"): value}))
 
 
-def test_a_block_that_is_not_there(folder, tmp_path) -> None:
+def test_a_block_that_is_not_there_is_refused_before_anything_is_learned(folder, tmp_path) -> None:
     mira = opened(folder, tmp_path, memory__look_at=("block:4", "final"))
     mira.write([mira.workspace.adapter_folder / "task-1-seed-0"])
-    with pytest.raises(ConfigError, match=r"(?s)block 4 of a model of 4.*look_at=final"):
-        mira.consolidate()
+    told = r"(?s)block 4 of a model of 4.*look_at=final"
+    config = mira.config.model_copy(update={"runs": tmp_path / "runs"})
+    for step in (
+        mira.consolidate,
+        lambda: plan(config, seed=0, verb="run"),
+        lambda: Mira.open(config, seed=0).adapt("1"),
+        lambda: run(config),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            step()
+    assert not (tmp_path / "runs" / "adapters").exists()
     opened(folder, tmp_path, memory__look_at=("final",)).consolidate()
+
+
+def test_keys_that_cannot_learn_are_refused_before_anything_is_learned(folder, tmp_path) -> None:
+    changes = {"memory__routing": "lda", "consolidate__epochs": 1}
+    mira = opened(folder, tmp_path, **changes)
+    for step in (lambda: plan(mira.config, seed=0, verb="run"), lambda: mira.adapt("1")):
+        with pytest.raises(ConfigError, match=r"key learning under memory\.routing lda"):
+            step()
 
 
 @pytest.mark.parametrize(

@@ -583,7 +583,7 @@ class TestBadInput:
             moram.evaluate()
         with pytest.raises(NotFoundError, match="no adapters in"):
             moram.write()
-        moram.workspace.store_or_new()
+        MemoryStore.create(moram.workspace.store_path, moram.workspace.space)
         with pytest.raises(NotFoundError, match="holds no atoms"):
             moram.retrieve(task="1")
 

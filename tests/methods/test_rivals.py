@@ -108,8 +108,10 @@ def test_a_gaussian_has_the_mean_and_covariance_of_its_features() -> None:
     assert torch.isfinite(Gaussian.of(rows[:1]).factor).all()  # one image has no covariance
 
 
-@pytest.mark.parametrize("temperature", [None, 0.1])
-def test_alignment_is_sgd_on_draws(temperature: float | None) -> None:
+@pytest.mark.parametrize(
+    ("temperature", "tasks"), [(None, None), (0.1, None), (0.1, [0] * 3 + [1] * 3)]
+)
+def test_alignment_is_sgd_on_draws(temperature: float | None, tasks: list[int] | None) -> None:
     generator = torch.Generator().manual_seed(0)
     known = [
         Gaussian.of(mean + 0.3 * torch.randn(9, 4, generator=generator))
@@ -121,7 +123,7 @@ def test_alignment_is_sgd_on_draws(temperature: float | None) -> None:
     )
     found = aligned(
         head, known, targets, epochs=2, lr=0.05, temperature=temperature,
-        generator=torch.Generator().manual_seed(3),
+        generator=torch.Generator().manual_seed(3), tasks=tasks,
     )  # fmt: skip
     again = torch.Generator().manual_seed(3)
     w, b = head.weight[[1, 4]].double(), head.bias[[1, 4]].double()
@@ -136,7 +138,8 @@ def test_alignment_is_sgd_on_draws(temperature: float | None) -> None:
             w.requires_grad_(True), b.requires_grad_(True)
             z = x @ w.t() + b
             if temperature is not None:
-                z = z / (temperature * z.norm(dim=1, keepdim=True))
+                size = z.norm(dim=1) if tasks is None else z.abs().mean(dim=1)  # one row a task
+                z = z / (temperature * size[:, None])
             loss = -(z - z.logsumexp(1, keepdim=True))[torch.arange(len(y)), y].mean()
             gw, gb = torch.autograd.grad(loss, (w, b))
             w, b = w.detach(), b.detach()
@@ -146,6 +149,27 @@ def test_alignment_is_sgd_on_draws(temperature: float | None) -> None:
     torch.testing.assert_close(found.bias[[1, 4]].double(), b, atol=1e-4, rtol=1e-4)
     untouched = [0, 2, 3, 5]
     assert torch.equal(found.weight[untouched], head.weight[untouched])
+
+
+def test_slca_aligns_from_the_second_task_on_and_trains_on_from_before(work: Workspace) -> None:
+    slca = learned(Slca, work, 1)
+    assert_equal_parameters(slca, learned(Slca, work, 1, alignment_epochs=0))
+    slca.learn(work.stream.tasks[1], "test")
+    assert slca.before is not None
+    assert not torch.equal(slca.objective.classifier().weight, slca.before.weight)
+    shorter = [one.nearer(0.95) for one in slca.known[:4]] + slca.known[4:]
+    rows = [0 if one in slca.targets[:4] else 1 for one in range(10)]
+    seed = work.engine.generator(work.training_seed(2))
+    expected = aligned(
+        slca.before, shorter, slca.targets, epochs=5, lr=0.01, temperature=0.1, generator=seed,
+        tasks=rows,
+    )  # fmt: skip
+    torch.testing.assert_close(
+        slca.objective.classifier().weight[slca.targets], expected.weight[slca.targets]
+    )
+    slca.before_task(work.stream.tasks[2])
+    known = slca.targets
+    assert torch.equal(slca.objective.classifier().weight[known], slca.before.weight[known])
 
 
 def test_alignment_makes_heads_of_tasks_comparable(work: Workspace) -> None:
@@ -240,7 +264,7 @@ def test_a_completed_prototype_is_that_of_the_class_it_is_like() -> None:
 def test_mos_without_merging_trains_every_adapter_alone(work: Workspace) -> None:
     alone, merged = learned(Mos, work, momentum=0.0), learned(Mos, work)
     assert torch.equal(alone.kept[0], merged.kept[0])  # nothing to merge with yet
-    assert torch.equal(torch.stack(alone.kept), torch.stack(learned(Tuna, work, strength=0.0).kept))
+    assert torch.equal(alone.kept[0], learned(Tuna, work, 1, strength=0.0).kept[0])
     apart = [float((one.kept[1] - one.kept[0]).norm()) for one in (alone, merged)]
     assert 0 < apart[1] < apart[0]
 
@@ -261,16 +285,40 @@ def test_retrieval_goes_to_the_task_of_the_best_class_until_it_stays() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(4, 50, 9, generator=generator)
     cell_task = torch.tensor([0, 0, 1, 1, 1, 2, 2, 3, 3])
-    found = retrieved(logits, cell_task, 4)
+    begun = torch.randint(4, (50,), generator=generator)
+    found = retrieved(logits, cell_task, begun, 4)
     for sample in range(50):
-        adapter = 0
-        for _ in range(4):
+        adapter = int(begun[sample])
+        for _ in range(3):
             told = int(cell_task[logits[adapter, sample].argmax()])
             if told == adapter:
                 break
             adapter = told
         assert int(found[sample]) == adapter
-    assert not retrieved(logits, cell_task, 0).any()  # no round: the first adapter
+    assert torch.equal(retrieved(logits, cell_task, begun, 1), begun)  # one adapter is asked
+
+
+def test_mos_begins_where_the_nearest_mean_under_the_first_adapter_is(work: Workspace) -> None:
+    mos = learned(Mos, work)
+    assert not torch.equal(mos.kept[0], mos.kept[1])
+    test = work.stream.tasks[1]
+    found = mos.scores(test)[:8]
+    first, second = (mos.features_under(value, test.test)[:8] for value in mos.kept)
+    means = []
+    for task in work.stream.tasks[:2]:
+        seen = mos.features_under(mos.kept[0], task.train)
+        labels = torch.from_numpy(task.train.labels)
+        means += [seen[labels == one].mean(dim=0) for one in sorted(task.classes)]
+    classes = [one for task in work.stream.tasks[:2] for one in sorted(task.classes)]
+    for row in range(8):
+        near = torch.stack([torch.cosine_similarity(first[row], one, dim=0) for one in means])
+        adapter = int(near.argmax() >= 4)  # four classes of the first task come first
+        for _ in range(3):
+            logits = mos.head((first, second)[adapter][row : row + 1])[0]
+            adapter = int(logits.argmax() >= 4)
+        logits = mos.head((first, second)[adapter][row : row + 1])[0]
+        expected = (2 * near).softmax(dim=0) + logits.softmax(dim=0)
+        torch.testing.assert_close(found[row, classes], expected, rtol=1e-4, atol=1e-5)
 
 
 # TUNA

@@ -34,6 +34,7 @@ from memtool.methods.moram.prune import dead_atoms, prune
 from memtool.methods.moram.state import PAST_INPUTS, past_inputs_of
 from memtool.methods.moram.watch import watched
 from memtool.reports.atom_map import LINE
+from memtool_stores import MemoryStore
 from tests.methods.facts import config_of, moram_of, write_facts
 
 
@@ -337,7 +338,7 @@ def test_an_empty_memory_has_nothing_to_measure(place: Path, tmp_path: Path) -> 
     method = moram_of(place, tmp_path)
     with pytest.raises(NotFoundError, match="no memory at"):
         method.evaluate()
-    method.workspace.store_or_new()
+    MemoryStore.create(method.workspace.store_path, method.workspace.space)
     with pytest.raises(NotFoundError, match="holds no atoms"):
         method.evaluate()
 

@@ -40,6 +40,31 @@ def test_round_trip_after_reopening(grown: MemoryStore, space: Space) -> None:
     assert MemoryStore.open(grown.url).space == space
 
 
+def test_a_store_appears_with_its_first_commit_or_not_at_all(tmp_path: Path) -> None:
+    space = small_space()
+
+    def fail(made: MemoryStore) -> None:
+        with made.transaction("half") as txn:
+            txn.put_blob("a", b"a")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        MemoryStore.create(tmp_path / "new" / "m", space, first=fail)
+    assert [*tmp_path.iterdir()] == []
+
+    def write(made: MemoryStore) -> None:
+        assert not MemoryStore.exists(tmp_path / "m")
+        with made.transaction("first") as txn:
+            txn.put_blob("a", b"a")
+
+    store = MemoryStore.create(tmp_path / "m", space, first=write)
+    assert [one.message for one in store.log()] == ["first", "create the memory"]
+    assert store.view().blob("a") == b"a"
+    assert store.verify().ok
+    with store.transaction("second") as txn:
+        txn.put_blob("b", b"b")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_every_bit_comes_back(tmp_path: Path, dtype: str) -> None:
     space = small_space(dtype)

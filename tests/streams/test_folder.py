@@ -264,10 +264,8 @@ def test_a_broken_image_is_named(image_folder: Folder, own_cache: Path) -> None:
     assert [file.suffix for file in (own_cache / "images").iterdir()] == [".lock"]
 
 
-@pytest.mark.parametrize("source", ["pacss", "no/such/folder"])
-def test_an_unknown_source_lists_what_there_is(source: str) -> None:
-    with pytest.raises(NotFoundError, match=source) as error:
-        create_stream(StreamSettings(source=source), 32)
+def test_an_unknown_source_lists_what_there_is() -> None:
+    with pytest.raises(NotFoundError, match="pacss") as error:
+        create_stream(StreamSettings(source="pacss"), 32)
     assert "digits" in str(error.value)
-    if source == "pacss":
-        assert "did you mean 'pacs'" in str(error.value)
+    assert "did you mean 'pacs'" in str(error.value)

@@ -23,10 +23,12 @@ from memtool_cli.options import (
     SEED,
     SPLITS,
     STORE,
+    TEXTS,
     YES,
     Call,
     examples,
     one_of,
+    share,
     verb,
 )
 from memtool_cli.output import Table, percent, size
@@ -68,7 +70,7 @@ def forget(
         ),
     ] = False,
     atoms_below: Annotated[
-        float | None,
+        str | None,
         typer.Option(
             "--atoms-below",
             metavar="SHARE",
@@ -86,7 +88,7 @@ def forget(
             remedy="memtool ls",
         )
     if atoms_below is not None:
-        return _prune(call, atoms_below, purge)
+        return _prune(call, share("--atoms-below", atoms_below), purge)
     assert names is not None
     from memtool.methods import forget as forgetting
 
@@ -209,10 +211,11 @@ def _say_what_else_holds_it(call: Call, result: ForgetResult) -> None:
     epilog=examples(
         "memtool bisect --drop 2",
         "memtool bisect --metric task_accuracy --drop 5 --good v1",
+        "memtool bisect --texts texts.jsonl --drop 0.2",
         "memtool rollback $(memtool bisect --drop 2 -q)~1 --yes",
     ),
 )
-@verb(STORE, METHOD, MEMORY, RANK, SPLITS, SEED, *COMPUTE, *CONFIGURATION, remembers=True)
+@verb(STORE, METHOD, MEMORY, RANK, SPLITS, TEXTS, SEED, *COMPUTE, *CONFIGURATION, remembers=True)
 def bisect(
     call: Call,
     drop: Annotated[

@@ -178,7 +178,7 @@ def import_adapters(
         raise ConfigError(
             "--prompts without a language model",
             expected="--base, the model that the adapters belong to",
-            remedy="--base hf:MODEL, a folder or an id on the hub",
+            remedy=_base_of(call.store_path) or "--base hf:MODEL, a folder or an id on the hub",
         )
     directories = [Path(place) for place in places]
     bundles = [path for path in directories if path.is_file()]
@@ -198,6 +198,14 @@ def import_adapters(
         return _import_bundle(call, bundles[0])
     written.write(call, places, task=task, as_atoms=given_as is not None)
     return None
+
+
+def _base_of(store: str) -> str | None:
+    """The option that names the language model of a memory; None where there is none."""
+    from memtool_stores import MemoryStore
+
+    name = MemoryStore.open(store).space.backbone.name if MemoryStore.exists(store) else ""
+    return f"--base {name}" if name.startswith("hf:") else None
 
 
 def _collect(
@@ -252,8 +260,8 @@ def _tell(progress: Progress, stage: str, step: int, total: int) -> None:
     epilog=examples(
         "memtool export --out adapters",
         "memtool export inverted-0 --out adapters",
-        "memtool export --store memory@v1 --out old -q",
         "memtool export --bundle memory.bundle",
+        "memtool export --store memory@v1 --model memory.pt2",
     ),
 )
 @verb(STORE, LOCK_TIMEOUT, RANK, *COMPUTE, *CONFIGURATION, remembers=True)
@@ -276,13 +284,25 @@ def export_adapters(
             rich_help_panel="Output",
         ),
     ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            "--model",
+            metavar="FILE",
+            help="Instead, the memory on its model as a program that torch.export.load reads.",
+            rich_help_panel="Output",
+        ),
+    ] = None,
 ) -> None:
     """Write adapters of the memory as PEFT directories, or all of it as one file."""
-    if (out is None) == (bundle is None):
+    if sum(place is not None for place in (out, bundle, model)) != 1:
         raise ConfigError(
             "where to?",
-            expected="--out DIR for PEFT directories, or --bundle FILE for all versions",
+            expected="one of --out DIR for PEFT directories, --bundle FILE for all versions and "
+            "--model FILE for a program of torch",
         )
+    if model is not None:
+        return _export_model(call, adapters, model)
     if bundle is not None:
         if adapters:
             raise ConfigError(
@@ -302,7 +322,7 @@ def export_adapters(
             ("size", size(nbytes)),
         ]
         call.out.data(made, Table((), rows), ids=[bundle])
-        return
+        return None
     assert out is not None
     from memtool.methods.export import export_peft
     from memtool.methods.home import stored_home
@@ -313,3 +333,31 @@ def export_adapters(
     record = records.Exported(version=view.version, directories=directories)
     table = Table(("directory",), [(directory,) for directory in directories])
     call.out.data(record, table, ids=directories)
+    return None
+
+
+def _export_model(call: Call, adapters: list[str] | None, file: Path) -> None:
+    """Write the attached model as a file of torch.export."""
+    if adapters:
+        raise ConfigError(
+            "a program holds the whole memory", expected="no adapter names beside --model"
+        )
+    from memtool.program import export_model
+
+    call.store()
+    file = call.writes_to(file)
+    program = export_model(call.config.store, file)
+    made = records.ExportedModel.model_validate(program)
+    rows = [
+        ("program", file),
+        ("version", made.version),
+        ("input", _shape(made.input)),
+        *((name, _shape(shape)) for name, shape in made.outputs.items()),
+        ("classes", made.classes),
+        ("size", size(made.nbytes)),
+    ]
+    call.out.data(made, Table((), rows), ids=[file])
+
+
+def _shape(shape: tuple[str | int, ...]) -> str:
+    return f"({', '.join(map(str, shape))})"

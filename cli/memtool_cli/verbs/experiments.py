@@ -13,6 +13,7 @@ from memtool.paths import expand
 from memtool.progress import ProgressEvent
 from memtool_cli import records
 from memtool_cli.commands import Verbs
+from memtool_cli.followed import LogTo, RunName, RunNote, RunTags, to_follow
 from memtool_cli.options import (
     ADAPTERS,
     BASELINES,
@@ -33,6 +34,7 @@ from memtool_cli.options import (
     SEP,
     SPLITS,
     STORE,
+    YES,
     Call,
     ReportFile,
     examples,
@@ -77,8 +79,8 @@ def demo(
     "run",
     epilog=examples(
         "memtool run",
-        "memtool run --preset mira-dil --seed 0 --seed 1 --seed 2",
-        "memtool run --baselines ewc,lwf --select train.lr=1e-3,3e-3,1e-2 --seed 0 --seed 1",
+        "memtool run --preset mira-dil --seed 0..2 --log csv,tensorboard --name first --tag paper",
+        "memtool run --baselines ewc,lwf --select train.lr=1e-3,3e-3,1e-2 --seed 0,1",
         "memtool run --config runs/seed-0/record.json --store again/memory --set runs=again/runs",
     ),
 )
@@ -134,6 +136,10 @@ def run(
         ),
     ] = None,
     report: ReportFile = None,
+    log: LogTo = None,
+    name: RunName = None,
+    note: RunNote = None,
+    tag: RunTags = None,
 ) -> None:
     """Run a whole experiment, tasks by seeds; goes on where an earlier run was stopped."""
     from memtool.experiments import run as experiment
@@ -141,6 +147,7 @@ def run(
     from memtool.experiments.baselines import chosen_baselines, known_baselines
     from memtool.methods import open_method
 
+    services, said = to_follow(log, name, note, tag)
     call.refuse_version()
     method = open_method(call.config, seed=call.config.seed[0])
     known, chosen = known_baselines(method), chosen_baselines(method)
@@ -168,7 +175,9 @@ def run(
         selection = call.selected
         if cells:
             selection = choosing.select(call.config, cells, seed=tuning_seed, **how)
-        found = experiment.run(call.config, selection=selection, **how)
+        found = experiment.run(
+            call.config, selection=selection, log=services, said=said, say=call.out.note, **how
+        )
     show(call.out, found, report=report)
     for seed in call.config.seed:
         for folder in experiment.folders_of(call.config, seed):
@@ -180,7 +189,7 @@ def run(
     "ablate",
     epilog=examples(
         "memtool ablate separation",
-        "memtool ablate protect --preset mira-dil --seed 0 --seed 1 --seed 2",
+        "memtool ablate protect --preset mira-dil --seed 0..2",
         "memtool ablate adapters --preset mira-dg --report adapters.html",
     ),
 )
@@ -197,6 +206,7 @@ def run(
     SEED,
     *COMPUTE,
     *CONFIGURATION,
+    YES,
 )
 def ablate(
     call: Call,
@@ -218,6 +228,7 @@ def ablate(
     report = report and call.writes_to(report)
     from memtool.experiments.ablations import ablate as run_ablation
 
+    _say_besides(call, what)
     with call.out.progress() as progress:
         found = run_ablation(
             call.config,
@@ -227,6 +238,27 @@ def ablate(
             preset=call.resolved.preset,
         )
     show(call.out, found, report=report)
+
+
+LONG_SECONDS = 600
+"""An ablation that trains longer asks first, where somebody is there."""
+
+
+def _say_besides(call: Call, what: str) -> None:
+    """Say what an ablation changes besides its choice; ask before one that takes long."""
+    from memtool.experiments.ablations import besides, extent
+
+    for key, (was, now) in besides(call.config, what).items():
+        call.out.note(f"note: besides the choice, for all variants: {key} {now} in place of {was}")
+    if call.given["yes"] or not call.asks:
+        return
+    found = extent(call.config, what)
+    if found.seconds > LONG_SECONDS:
+        call.confirm(
+            f"{len(found.variants) or 1} variants, {found.trainings} trainings of adapters, "
+            f"{found.steps:,} steps: about {duration(found.seconds)} of training alone, less what "
+            "is on disk. Begin"
+        )
 
 
 @app.command(

@@ -24,7 +24,7 @@ from memtool_cli.options import (
     examples,
     verb,
 )
-from memtool_cli.output import Table
+from memtool_cli.output import Table, brief
 from memtool_cli.predictions import predicted, say_unlike, unlike
 from memtool_cli.unread import say_decided
 
@@ -107,7 +107,7 @@ def _show_mixture(call: Call, result: Explanation) -> None:
     from memtool.reports.shown import coefficient_grid
 
     view = as_shown(result)
-    facts = Table((), view.facts, title=f"{view.title}: {view.about}")
+    facts = Table((), view.facts, title=f"{brief(view.title)}: {view.about}")
     best = sorted(result.adapters, key=lambda part: -part.contribution)
     grids = [view.parts, coefficient_grid(view)]
     if result.columns:

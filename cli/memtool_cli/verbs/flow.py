@@ -39,9 +39,10 @@ from memtool_cli.options import (
     TaskSubject,
     examples,
     one_of,
+    share,
     verb,
 )
-from memtool_cli.output import Table, duration, percent, size
+from memtool_cli.output import Table, brief, duration, percent, size
 from memtool_cli.plan import show_plan
 from memtool_cli.predictions import predicted, say_unlike, unlike
 from memtool_cli.scores import show
@@ -99,7 +100,7 @@ def train_adapter(
 ) -> None:
     """Train the adapter of one task, as a PEFT directory under runs/."""
     if call.dry_run:
-        return show_plan(call, "train-adapter")
+        return show_plan(call, "train-adapter", task=task)
     with call.out.progress() as progress:
         results = call.method(progress).adapt(task, fresh=fresh)
     rows = [
@@ -297,12 +298,17 @@ def _show_mixture(call: Call, result: RetrieveResult) -> None:
     mixture = Table(
         ("adapter", "task", "coefficient"),
         [(a.name, a.task, f"{a.coefficient:.3f}") for a in best],
-        title=f"{result.subject}: {result.separation}, {result.mix}, version {result.version}",
+        title=f"{brief(result.subject)}: {result.separation}, {result.mix}, "
+        f"version {result.version}",
     )
     blocks = Table(
         ("block", *(adapter.name for adapter in result.adapters)),
         [
-            (number, *(f"{coefficient:.3f}" for coefficient in block))
+            (
+                # One look of a language model is behind its last block, and for all of them.
+                "all" if call.reads_texts and len(result.blocks) == 1 else number,
+                *(f"{coefficient:.3f}" for coefficient in block),
+            )
             for number, block in zip(result.block_numbers, result.blocks, strict=True)
         ],
     )
@@ -324,8 +330,8 @@ def _show_atoms(call: Call, result: AtomsResult) -> None:
     shares = Table(
         ("atoms of", "task", "share"),
         [(one.name, one.task, f"{one.share:.3f}") for one in tasks],
-        title=f"{result.subject}: norm over the {result.score_norm}, {result.topk} atoms a token, "
-        f"version {result.version}",
+        title=f"{brief(result.subject)}: norm over the {result.score_norm}, {result.topk} atoms "
+        f"a token, version {result.version}",
     )
     blocks = Table(
         ("block", *(one.name for one in result.tasks)),
@@ -359,7 +365,7 @@ def _show_recall(call: Call, result: RecallResult) -> None:
         ("novelty", f"{result.novelty:.3f}"),
     ]
     tables = predicted(result.prediction, result.answer)
-    tables += [Table((), facts, title=f"{result.subject}, version {result.version}")]
+    tables += [Table((), facts, title=f"{brief(result.subject)}, version {result.version}")]
     if result.shares:
         best = sorted(result.shares, key=lambda one: -abs(one.share))[:10]
         rows = [(one.name, one.task, f"{one.share:.6f}") for one in best]
@@ -445,11 +451,11 @@ def evaluate(
     ] = False,
     report: ReportFile = None,
     at_least: Annotated[
-        float | None,
+        str | None,
         typer.Option(
             "--at-least",
-            metavar="FRACTION",
-            help="Exit with 1 when the final average accuracy is lower.",
+            metavar="SHARE",
+            help="Exit with 1 when the final average accuracy is lower: 0.85 or 85%.",
             rich_help_panel="Output",
         ),
     ] = None,
@@ -457,6 +463,7 @@ def evaluate(
     """Measure the memory on the test samples of all its tasks, or on what was held back."""
     if setting is not None:
         one_of("--setting", setting, choices("stream.setting"))
+    least = None if at_least is None else share("--at-least", at_least)
     if call.dry_run:
         return show_plan(call, "eval")
     if rivals and not compare:
@@ -465,7 +472,7 @@ def evaluate(
     say_decided(call)
     if call.config.stream.split == "validation":
         require_held_back(call.store(), call.config, call.version)
-    if at_least is not None and call.reads_texts and not call.config.text.generate:
+    if least is not None and call.reads_texts and not call.config.text.generate:
         raise ConfigError(
             "--at-least where only losses are measured",
             expected="an accuracy to compare it with",
@@ -497,8 +504,8 @@ def evaluate(
             **more,
         )
     average = show(call.out, [record], history=history, report=report)
-    if at_least is not None and average < at_least:
-        call.out.note(f"final average accuracy {average:.4f} is below {at_least:g}")
+    if least is not None and average < least:
+        call.out.note(f"final average accuracy {average:.4f} is below {least:g}")
         raise typer.Exit(1)
     if report is None:
         call.out.next(call.command("eval --history --compare --report report.html"))

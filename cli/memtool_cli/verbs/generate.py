@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from memtool.errors import ConfigError, DataError
+from memtool.errors import ConfigError
 from memtool_cli import records
 from memtool_cli.commands import Verbs
 from memtool_cli.options import COMPUTE, CONFIGURATION, METHOD, STORE, Call, examples, verb
 from memtool_cli.output import Table
-from memtool_stores.printable import shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,9 +90,10 @@ def generate(
             expected="a memory over a language model",
             remedy="memtool retrieve --image FILE",
         )
+    from memtool.inference.sources import prompts_in
     from memtool.methods.attached import AttachedTexts
 
-    asked = [prompt] if prompt is not None else _read(prompts or Path())
+    asked = [prompt] if prompt is not None else prompts_in(prompts or Path())
     if not all(one.strip() for one in asked):
         raise ConfigError("a prompt is empty", expected="text with a visible character")
     with call.out.progress() as progress:
@@ -140,21 +140,3 @@ def _named(names: tuple[str, ...], weights: Tensor) -> tuple[records.Weight, ...
     """The weights of one prompt that count, the largest first."""
     found = sorted(zip(names, weights.tolist(), strict=True), key=lambda one: -one[1])
     return tuple(records.Weight(name=n, weight=w) for n, w in found if w >= LEAST_TOLD)
-
-
-def _read(file: Path) -> list[str]:
-    """The prompts of a file. Raises NotFoundError, DataError with the number of the line."""
-    from memtool.streams.rows import lines_of, parse_json
-
-    found: list[str] = []
-    for where, line in lines_of(file):
-        if not line.lstrip().startswith("{"):
-            found.append(line)
-            continue
-        entry = parse_json(line, where)
-        if not isinstance(entry, dict) or type(entry.get("prompt")) is not str:
-            raise DataError(f"{where}: {shown(line)[:80]}", expected='{"prompt": "…"}, or text')
-        found.append(entry["prompt"])
-    if not found:
-        raise DataError(f"{file} holds no prompts", expected='lines of text, or of {"prompt": "…"}')
-    return found

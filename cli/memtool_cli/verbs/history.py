@@ -8,11 +8,13 @@ from __future__ import annotations
 import fnmatch
 import shlex
 from collections.abc import Iterable
+from functools import partial
 from typing import Annotated, Any, Literal, cast
 
 import typer
 
 from memtool.errors import NotFoundError, did_you_mean
+from memtool.remembered import carried_on
 from memtool_cli import complete, records
 from memtool_cli.commands import Verbs
 from memtool_cli.options import (
@@ -137,7 +139,7 @@ def log(
     ]
     call.out.data(
         records.Log(store=call.store_path, versions=tuple(versions)),
-        Table(("version", "time", "message", "names"), rows),
+        Table(("version", "time", "message", "names"), rows, spared=("time",)),
         ids=[version.id for version in versions],
     )
 
@@ -253,7 +255,7 @@ def tag(
         ),
     ] = False,
 ) -> None:
-    """Name a version; the name never moves."""
+    """Name a version; the name never moves: for another version, another name."""
     if delete:
         return _untag(call, name)
     id = call.store_to_change().tag(name, version)
@@ -446,7 +448,8 @@ def migrate(call: Call) -> None:
 
     Every commit does so for its branch: nobody has to migrate. -q prints the new versions.
     """
-    done = call.store_to_change().migrate(dry_run=call.dry_run)
+    store = call.store_to_change()
+    done = store.migrate(dry_run=call.dry_run, metadata=partial(carried_on, store))
     record = records.Migrated(
         store=call.store_path,
         dry_run=call.dry_run,
@@ -519,4 +522,4 @@ def _adapter_table(adapters: Iterable[records.Adapter]) -> Table:
         for a in adapters
     ]
     header = ("id", "name", "kind", "task", "task name", "domain", "classes", "scaling")
-    return Table(header, rows)
+    return Table(header, rows, spared=("scaling", "classes", "id", "domain", "kind"))

@@ -27,6 +27,7 @@ Rivals, measured where they are named (`RIVALS`):
     mos          adapters merged toward earlier ones, found again by what they predict
     tuna         the adapter of least entropy beside a universal one merged of all
     sd-lora      a LoRA per task, old directions fixed, their magnitudes learning on
+    treelora     one LoRA, each block drawn to the old task that it is most like, found in a tree
     er, der++    replay of kept samples, and of what was said of them: marked, no other keeps data
 
 Each is written once, on `Learner`, and learns images and texts alike. It sees a task's samples only
@@ -73,6 +74,7 @@ from memtool.methods.baselines.sd_lora import SdLora
 from memtool.methods.baselines.slca import Slca
 from memtool.methods.baselines.sources import OF_SOURCES, HeldOut, trained_sources
 from memtool.methods.baselines.text_keys import TextKeys
+from memtool.methods.baselines.tree_lora import TreeLora
 from memtool.methods.baselines.tuna import Tuna
 from memtool.methods.baselines.zero_shot import InContext, ZeroShot, once
 from memtool.registry import find
@@ -106,7 +108,7 @@ BASELINES: dict[str, Baseline] = {
     "joint": joint,
     **{one.id: one.in_turn for one in (RANPAC, APER, FSA)},
     **{kind.id: partial(in_turn, kind) for kind in (L2p, DualPrompt, CodaPrompt, SPrompts)},
-    **{kind.id: partial(in_turn, kind) for kind in (Slca, Ease, Mos, Tuna, SdLora)},
+    **{kind.id: partial(in_turn, kind) for kind in (Slca, Ease, Mos, Tuna, SdLora, TreeLora)},
     **{kind.id: partial(in_turn, kind) for kind in (Er, DerPlusPlus)},
     "rail": rail,
 }
@@ -122,7 +124,7 @@ FIRST_SESSION = (RANPAC.id, APER.id, FSA.id)
 
 _PROMPTS = tuple(kind.id for kind in (L2p, DualPrompt, CodaPrompt, SPrompts))
 _OWN_HEAD = ("slca", "ease", "mos", "tuna", "der++")
-RIVALS = ("text-keys", *FIRST_SESSION, *_PROMPTS, *_OWN_HEAD, "sd-lora", "er", "rail")
+RIVALS = ("text-keys", *FIRST_SESSION, *_PROMPTS, *_OWN_HEAD, "sd-lora", "treelora", "er", "rail")
 """What `all` leaves out and is measured where it is named: several take more time than all others
 together. One that a setting does not have is an error there."""
 

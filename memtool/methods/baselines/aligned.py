@@ -42,6 +42,10 @@ class Gaussian:
         covariance.diagonal().add_(EPSILON)
         return cls(mean, torch.linalg.cholesky(covariance))
 
+    def nearer(self, factor: float) -> Gaussian:
+        """The same about `factor` times its mean."""
+        return Gaussian(factor * self.mean, self.factor)
+
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """Features (count, dim), float32."""
         noise = torch.randn(count, len(self.mean), generator=generator, dtype=torch.float64)
@@ -62,13 +66,20 @@ def aligned(
     lr: float,
     temperature: float | None,
     generator: torch.Generator,
+    tasks: Sequence[int] | None = None,
 ) -> LinearClassifier:
     """The head after so many epochs of SGD on draws, on the CPU; rows of no target stay.
 
     `targets[k]` is the row of Gaussian k. `temperature` τ: cross-entropy of z / (τ |z|) instead of
-    the logits z, which leaves their size alone. SGD with momentum 0.9, decay 5e-4 and a cosine.
+    the logits z, which leaves their size alone. With `tasks`, the task that row i of the head is
+    of, |z| is the mean over the tasks of the size of their own logits, as SLCA's code has it. SGD
+    with momentum 0.9, decay 5e-4 and a cosine.
     """
     rows = torch.tensor(sorted(set(targets)))
+    owners = [0 if tasks is None else tasks[row] for row in rows.tolist()]
+    groups = [
+        torch.tensor([i for i, at in enumerate(owners) if at == t]) for t in sorted({*owners})
+    ]
     places = torch.searchsorted(rows, torch.tensor(list(targets)))
     weight = head.weight[rows].detach().cpu().clone().requires_grad_(True)
     bias = head.bias[rows].detach().cpu().clone().requires_grad_(True)
@@ -81,7 +92,8 @@ def aligned(
         for step in order.split(DRAWS):
             logits = F.linear(drawn[step], weight, bias)
             if temperature is not None:
-                size = logits.norm(dim=1, keepdim=True).clamp_min(1e-7)
+                sizes = [logits[:, own].norm(dim=1, keepdim=True) for own in groups]
+                size = torch.stack(sizes).mean(dim=0).clamp_min(1e-7)
                 logits = logits / (temperature * size)
             optimizer.zero_grad()
             F.cross_entropy(logits, wanted[step]).backward()

@@ -92,6 +92,8 @@ class ApartWithHeads(Apart, ABC):
     alignment_epochs: ClassVar[int] = 5
     alignment_lr: ClassVar[float] = 0.01
     temperature: ClassVar[float | None] = 0.1
+    first_alignment: ClassVar[int] = 1
+    """How many tasks there are when heads are first aligned."""
 
     def begin(self) -> None:
         """The first adapter, whose start is that of all."""
@@ -118,7 +120,7 @@ class ApartWithHeads(Apart, ABC):
         )
         own = self.features_under(self.kept[-1], task.train)
         self.known += gaussians(own, labels, classes.tolist())
-        if self.alignment_epochs:
+        if self.alignment_epochs and len(self.kept) >= self.first_alignment:
             self.head = aligned(
                 self.head,
                 self.known,
@@ -127,4 +129,5 @@ class ApartWithHeads(Apart, ABC):
                 lr=self.alignment_lr,
                 temperature=self.temperature,
                 generator=self.work.engine.generator(self.work.training_seed(task.number)),
+                tasks=self.cell_task.tolist(),
             )

@@ -7,7 +7,8 @@ Source: Zhou et al. 2023, "Revisiting class-incremental learning with pre-traine
 generalizability and adaptivity are all you need" (first called ADAM). As published: features raw,
 not normalised before they are joined; no temperature. Ours: LoRA with the stream's rank, epochs and
 optimiser (published: SSF, prompts, adapters or batch norm in ViT-B/16, 20 epochs of SGD at 0.01).
-Of one task without its frozen half it is EASE.
+Of one task without its frozen half it is EASE. Beside the toolbox PILOT's on the same features:
+`python -m benchmarks rivals --pilot PATH`.
 """
 
 from __future__ import annotations

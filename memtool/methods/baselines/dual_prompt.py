@@ -8,7 +8,7 @@
 q(x) is the feature of the frozen model. Source: Wang et al. 2022, DualPrompt: Complementary
 Prompting for Rehearsal-free Continual Learning: lengths, blocks, and λ = 1. As in the public code
 keys and values are learned as such, after the frozen projections, and start uniform in [0, 0.01);
-it has length 5 in all blocks for CIFAR-100.
+it has length 5 in all blocks for CIFAR-100, and so has the toolbox PILOT, with λ = 0.1.
 
 Otherwise than there: every image of a test has the task of its own key (the code, that of most of
 its batch), and the rate falls along a cosine. Of a model with fewer blocks those that it has.

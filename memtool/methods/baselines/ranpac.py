@@ -7,8 +7,9 @@ learning". As published: M = 10,000 (`head.width`); W from the standard normal; 
 in steps of ten, by the squared error on 20 % of a task's training images under a rule of the other
 80 %. Ours: LoRA with the stream's rank, epochs and optimiser (published: SSF, AdaptFormer or
 prompts in ViT-B/16, 20 epochs of SGD at 0.01); errors of all tasks are summed to choose λ, where
-the public code goes by the last task; an intercept that is not penalised. Without the projection it
-is the ridge head.
+the public code goes by the last task; an intercept that is not penalised (the toolbox PILOT has
+none, and scores by the cosine to the ridge's rows). Without the projection it is the ridge head.
+Beside PILOT's on the same features: `python -m benchmarks rivals --pilot PATH`.
 """
 
 from __future__ import annotations

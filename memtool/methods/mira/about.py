@@ -18,6 +18,7 @@ def _require(config: Config) -> None:
         return
     require_trained_head(config)
     _require_look_at_images(config)
+    _require_look_under(config)
     for name, found, known in (
         ("memory.scope", config.memory.scope, ("model", "block")),
         ("memory.clusters", config.memory.clusters, (1,)),
@@ -47,12 +48,6 @@ def _require_look_at_images(config: Config) -> None:
             expected="one look for all blocks: every block looks at its own input there",
             remedy="--set memory.scope=model",
         )
-    if memory.scope == "block" and memory.look_under != "frozen":
-        raise ConfigError(
-            f"memory.look_under {memory.look_under} under memory.scope block",
-            expected="one look for all blocks: every block looks at what runs, as it runs, there",
-            remedy="--set memory.scope=model",
-        )
     if (memory.look_under != "frozen" or beside == "first") and config.consolidate.value_lr > 0:
         named = "head.features " + config.head.features
         raise ConfigError(
@@ -77,7 +72,6 @@ def _require_closed_form(config: Config) -> None:
         ("memory.mix", memory.mix, ("delta",)),
         ("memory.query", memory.query, ("identity",)),
         ("memory.keys_of", memory.keys_of, ("task",)),
-        ("memory.look_under", memory.look_under, ("frozen",)),
         ("memory.routing", memory.routing, ("mixture", "lda")),
         ("memory.similarity", memory.similarity, ("scaled-dot", "dot")),
         ("memory.separation", memory.separation, POSTERIORS),
@@ -86,6 +80,26 @@ def _require_closed_form(config: Config) -> None:
     ):
         _require_one_of(name, found, known, "texts")
     _require_place_of_keys(memory)
+    _require_look_under(config)
+
+
+def _require_look_under(config: Config) -> None:
+    """Raise ConfigError for a look under adapters where nothing runs ahead, of images or texts."""
+    memory = config.memory
+    if memory.look_under == "frozen":
+        return
+    if memory.scope != "model":
+        raise ConfigError(
+            f"memory.look_under {memory.look_under} under memory.scope {memory.scope}",
+            expected="one look for all blocks, which runs ahead",
+            remedy="--set memory.scope=model",
+        )
+    if memory.places == ("tokens",):
+        raise ConfigError(
+            f"memory.look_under {memory.look_under} with memory.look_at tokens",
+            expected="a place that a model runs for: tokens are the same under any adapter",
+            remedy="--set memory.look_under=frozen",
+        )
 
 
 def _require_place_of_keys(memory: MemorySettings) -> None:

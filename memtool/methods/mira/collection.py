@@ -20,16 +20,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import memtool_stores
+from memtool.adapters.layout import Site
 from memtool.adapters.peft_config import CONFIG_NAME
-from memtool.adapters.peft_files import parse_peft
+from memtool.adapters.peft_files import parse_peft, peft_file
 from memtool.adapters.peft_tensors import WEIGHTS_NAME
+from memtool.adapters.stock import OneAdapter, Stock
 from memtool.errors import (
     AlreadyExistsError,
+    ChangedMeanwhileError,
     ConfigError,
     DataError,
     MemtoolError,
     MismatchError,
 )
+from memtool.learning.looks import PromptLook
 from memtool.methods.exchange import peft_blob
 from memtool.methods.folders import adapter_folders
 from memtool.methods.foreign import check_base_model
@@ -81,6 +85,12 @@ class Collected:
             "byte_identical": True,
         }
 
+    def adapter(self, sites: Sequence[Site]) -> OneAdapter:
+        """The numbers of its file, read again, for a model that offers these sites."""
+        data = read_file(self.path / WEIGHTS_NAME, "array_bytes")
+        found = parse_peft(data, self.config, sites, str(self.path))
+        return OneAdapter(found.layout, found.value.float(), found.scaling)
+
     @property
     def file(self) -> bytes:
         """Its configuration, as a blob."""
@@ -122,14 +132,13 @@ def collect(
         method.require_same_look(PromptState.load(view))
     texts = {} if prompts is None else prompts_of(prompts, {one.name for one in adapters} | here)
     with Spool() as spool:
-        moments = {name: spool.put(_moments(method, asked)) for name, asked in texts.items()}
+        look, first = _look(method, view, adapters) if texts else (method.look, ())
+        moments = {n: spool.put(_moments(method, asked, look)) for n, asked in texts.items()}
         kept = texts if keep_prompts else {}
-        given = _Given(tuple(adapters), moments, kept, method.state.without_keys())
+        given = _Given(tuple(adapters), moments, kept, method.state.without_keys(), first)
         names = few([one.name for one in adapters])
-        store = work.store_or_new()
-        before = store.head()
-        store.run(given.append, f"import {names}", metadata=metadata)
-    return given.result(store.head(), unchanged=store.head() == before)
+        version = work.commit(given.append, f"import {names}", metadata)
+    return given.result(version)
 
 
 def _require_same_model(work: Workspace) -> None:
@@ -149,27 +158,52 @@ def _require_same_model(work: Workspace) -> None:
         )
 
 
-def _moments(method: PromptMemory, asked: Sequence[str]) -> bytes:
+def _look(
+    method: PromptMemory, view: memtool_stores.MemoryView | None, adapters: Sequence[Collected]
+) -> tuple[PromptLook, tuple[str, ...]]:
+    """How prompts are looked at, and the names of the adapters that they are looked at under.
+
+    Those of a memory that holds adapters, else of the first task of what it is given.
+    """
+    if "first" not in method.look.passes:
+        return method.look, ()
+    if view is not None and view.adapters:
+        names = tuple(view.get(id).name for id in method.first_in(view))
+        return method.look_in(view), names
+    first = [one for one in adapters if (one.task or one.name) == _task_of_first(adapters)]
+    sites = method.workspace.backbone.all_sites
+    stock = Stock(len(first), sites, lambda number: first[number].adapter(sites))
+    return replace(method.look, first=stock), tuple(one.name for one in first)
+
+
+def _task_of_first(adapters: Sequence[Collected]) -> str | None:
+    return (adapters[0].task or adapters[0].name) if adapters else None
+
+
+def _moments(method: PromptMemory, asked: Sequence[str], look: PromptLook) -> bytes:
     """What is kept of how these prompts look, as a blob."""
     some = spread(Texts(tuple(asked), ("",) * len(asked)), MOST_PROMPTS)
-    return kept_bytes(method.kept_of(some), method.name)
+    return kept_bytes(method.kept_of(some, look), method.name)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Given:
     """What one import takes in, and after `append` what was new of it.
 
     `moments` are those of the prompts of adapters, by name; `texts` the prompts that are kept;
-    `state` says how prompts are looked at, in a memory that knows none.
+    `state` says how prompts are looked at, in a memory that knows none; `first` are the names of
+    the adapters that these were looked at under.
     """
 
     adapters: Sequence[Collected]
     moments: Mapping[str, Held]
     texts: Mapping[str, Sequence[str]]
     state: PromptState
+    first: tuple[str, ...] = ()
     added: list[WrittenAdapter] = field(default_factory=list)
     known: list[WrittenAdapter] = field(default_factory=list)
     asked_anew: list[str] = field(default_factory=list)
+    unchanged: bool = True
 
     def append(self, txn: memtool_stores.Transaction) -> None:
         """Put all that is not there into a transaction; it may be run again."""
@@ -198,10 +232,23 @@ class _Given:
             if _put(txn, looks_blob(rows[name]), held) and name in ids:
                 self.asked_anew.append(name)
             _put_prompts(txn, f"{PROMPTS_PREFIX}{rows[name]}", self.texts.get(name))
-        if self.moments and PromptState.load(txn.base) is None:
-            self.state.put(txn)
+        if self.moments:
+            self._put_state(txn, rows)
+        self.unchanged = not txn.changed
 
-    def result(self, version: str, *, unchanged: bool) -> WriteResult:
+    def _put_state(self, txn: memtool_stores.Transaction, rows: Mapping[str, str]) -> None:
+        """Say how prompts are looked at, where nothing says it; ChangedMeanwhileError if other."""
+        first = tuple(rows[name] for name in self.first if name in rows)
+        known = PromptState.load(txn.base)
+        if len(first) < len(self.first) or (known is not None and known.first != first):
+            raise ChangedMeanwhileError(
+                "the adapters that prompts are looked at under are others than before",
+                remedy="the same command again; nothing was imported",
+            )
+        if known is None:
+            self.state.model_copy(update={"first": first}).put(txn)
+
+    def result(self, version: str) -> WriteResult:
         """What came of it, at that version."""
         notes = [note for one in self.adapters for note in one.notes]
         if silent := [one.name for one in self.added if one.name not in self.moments]:
@@ -218,7 +265,7 @@ class _Given:
             skipped=tuple(one.name for one in self.known),
             known=tuple(self.known),
             notes=tuple(notes),
-            unchanged=unchanged,
+            unchanged=self.unchanged,
         )
 
 
@@ -253,8 +300,8 @@ def _read(
 
     Headers that are equal are one, so that a thousand files of one shape have one in memory.
     """
-    read = partial(read_file, path / WEIGHTS_NAME, "array_bytes")
-    data, config = read(), read_file(path / CONFIG_NAME, "text_bytes")
+    read = partial(peft_file, path, WEIGHTS_NAME)
+    data, config = read(), peft_file(path, CONFIG_NAME)
     found = parse_peft(data, config, method.workspace.backbone.all_sites, str(path))
     with np.errstate(over="ignore"):
         if not np.isfinite(found.numbers.astype(np.float32)).all():

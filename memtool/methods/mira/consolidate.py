@@ -95,6 +95,7 @@ def consolidate(
     process committed.
     """
     known = inventory_of(work, snapshot)
+    require_can_learn(work.config)
     work.require_fitting(())
     _count(known)
     start = _start(known)
@@ -157,7 +158,7 @@ def _start(known: Inventory) -> Start:
         known.adapter_tasks,
         Draws(work.seed, known.tasks, blocks),
     )
-    _require_can_learn(known)
+    _require_own_values(known)
     kept, past = _kept(known), _past(known)
     if before is not None and kept and config.consolidate.keys != "closed-form":
         # Closed-form keys are relative to each other: all are solved anew.
@@ -204,9 +205,8 @@ def _learns(config: Config) -> bool:
     return config.consolidate.epochs > 0 or config.consolidate.keys == "random"
 
 
-def _require_can_learn(known: Inventory) -> None:
-    """Keys learn through a mixture, and values before the head is solved on what they give."""
-    config = known.config
+def require_can_learn(config: Config) -> None:
+    """Raise ConfigError unless keys learn through a mixture, and values before a head is solved."""
     if _learns(config) and config.memory.routing != "mixture":
         raise ConfigError(
             f"key learning under memory.routing {config.memory.routing}",
@@ -214,19 +214,24 @@ def _require_can_learn(known: Inventory) -> None:
             remedy="--routing mixture, or --set consolidate.epochs=0 with keys in closed form",
         )
     refines, resolved = config.consolidate.value_lr > 0, config.head.resolved
-    own = next((record.name for record in known.view.adapters if record.ragged), None)
-    if refines and own is not None:
-        raise ConfigError(
-            f"consolidate.value_lr {config.consolidate.value_lr:g} over {own!r}, which is kept as "
-            "the file that it came from",
-            expected="adapters that were trained here, whose values may learn on",
-            remedy="--set consolidate.value_lr=0",
-        )
     if refines and config.head.kind in SOLVED and not resolved:
         raise ConfigError(
             f"consolidate.value_lr {config.consolidate.value_lr:g} with head.features own: "
             "the head would be solved on features of values that then change",
             remedy="--set head.features=recalled",
+        )
+
+
+def _require_own_values(known: Inventory) -> None:
+    """Raise ConfigError for values that would learn on, and are kept as files."""
+    rate = known.config.consolidate.value_lr
+    own = next((record.name for record in known.view.adapters if record.ragged), None)
+    if rate > 0 and own is not None:
+        raise ConfigError(
+            f"consolidate.value_lr {rate:g} over {own!r}, which is kept as the file that it came "
+            "from",
+            expected="adapters that were trained here, whose values may learn on",
+            remedy="--set consolidate.value_lr=0",
         )
 
 

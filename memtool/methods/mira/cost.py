@@ -50,6 +50,7 @@ def image_cost(config: Config, stream: Stream, backbone: Backbone, blocks: int) 
 class Cost:
     """Of a memory of prompts: `passes` of the frozen model over a prompt, before it is answered.
 
+    `first_adapter` are those under the adapters of the first task.
     `weights` of a prompt of `tokens` tokens. `keys_bytes` in the store, where every task has as
     many clusters as it may. Multiply-adds of a token: `mixing` with all adapters at once, `asking`
     where every token does, and of the `model` itself.
@@ -57,6 +58,7 @@ class Cost:
 
     scope: str
     passes: int
+    first_adapter: int
     tokens: int
     weights: int
     keys_bytes: int
@@ -69,23 +71,27 @@ def cost_of(config: Config, *, tasks: int, numbers: int, parameters: int, tokens
     """The cost of adapters of so many `numbers`, one for each of `tasks`.
 
     `parameters` are those of the model, of which only config.json is read; `tokens` those of a
-    prompt. An adapter has as many numbers as multiply-adds of a token.
+    prompt. An adapter has as many numbers as multiply-adds of a token. Raises ConfigError for a
+    look at a block that the model does not have.
     """
     from transformers import AutoConfig
 
     found = AutoConfig.from_pretrained(model_source(config.backbone), trust_remote_code=False)
     depth, dim, memory = found.num_hidden_layers, found.hidden_size, config.memory
     apart = memory.scope != "model"
-    look = PromptLook.under(memory.scope, memory.places)
+    look = PromptLook.of(memory)
+    look.blocks(depth)
     width = look.width_of(depth, dim, found.vocab_size)
     memories = depth if apart else 1
     if apart:
         width -= (depth - 1) * min(PART_WIDE, dim)  # what the other blocks see
     adapters, keys = tasks * config.adapter.per_task, tasks * memory.clusters
     by_token = memory.scope == "token"
+    runs = look.runs and not by_token
     return Cost(
         scope=memory.scope,
-        passes=int(look.runs and not by_token),
+        passes=int(runs and "frozen" in look.passes),
+        first_adapter=int(runs and "first" in look.passes),
         tokens=tokens,
         weights=memories * adapters * (tokens if by_token else 1),
         keys_bytes=4 * memories * adapters * memory.clusters * (width + 1),

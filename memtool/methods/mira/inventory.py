@@ -14,6 +14,7 @@ from memtool.errors import ConfigError, NotFoundError
 from memtool.heads import FeatureStatistics, LinearClassifier
 from memtool.memories.closed_form import QueryStatistics
 from memtool.methods.in_store import features_blob
+from memtool.methods.mira.first import first_of
 from memtool.methods.mira.look import ImageLook, needs_first
 from memtool.methods.mira.state import (
     SAME_QUERIES,
@@ -73,10 +74,7 @@ class Inventory:
         if not needs_first(self.config.memory, self.config.head):
             return ()
         counted = MemoryState.load(self.view)
-        if counted is not None and counted.first:
-            return counted.first
-        number = task_of(self.view.adapters[0])
-        return tuple(record.id for record in self.view.adapters if task_of(record) == number)
+        return first_of(self.view, counted.first if counted is not None else ())
 
     @cached_property
     def look(self) -> ImageLook:

@@ -11,35 +11,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from memtool.adapters.mixing import Mixture
-from memtool.adapters.recalls import every, same_for_all
+from memtool.adapters.recalls import equally
 from memtool.adapters.values import AdapterValues, Recall
 from memtool.backbones.interface import Backbone
-from memtool.errors import MismatchError
-from memtool.learning.looks import MOST_WIDE, blocks_in, directions, each_place
+from memtool.learning.looks import (
+    MOST_WIDE,
+    Under,
+    blocks_in,
+    directions,
+    each_place,
+    looked_under,
+    no_first_adapter,
+)
 from memtool.memories.query import pooled
 from memtool.sections import MemorySettings
 from memtool.settings import HeadSettings
-
-Under = Literal["frozen", "first"]
-"""What a pass runs under: no adapter, or those of the first task."""
-
-
-def looked_under(settings: MemorySettings) -> tuple[Under, ...]:
-    """What the passes run under that keys look through; none where every block has its own."""
-    if settings.scope != "model":
-        return ()
-    named: dict[str, tuple[Under, ...]] = {
-        "frozen": ("frozen",),
-        "first-adapter": ("first",),
-        "both": ("frozen", "first"),
-    }
-    return named[settings.look_under]
 
 
 def read_beside(head: HeadSettings) -> tuple[Under, ...]:
@@ -114,10 +106,7 @@ class ImageLook(nn.Module):
         self.token, self.norm, self.mix = settings.token, settings.query_norm, settings.mix
         self.first = first if "first" in (*self.under, *self.beside) else None
         if self.first is None and "first" in (*self.under, *self.beside):
-            raise MismatchError(
-                "a look under the adapters of the first task, and none is there",
-                remedy="memtool consolidate",
-            )
+            raise no_first_adapter()
         wide = len(self.under) * len(self.places) * backbone.dim
         self.width = width_of(settings, depth, backbone.dim)
         narrow = None
@@ -174,11 +163,7 @@ class ImageLook(nn.Module):
     def _recall(self, under: Under) -> Recall | None:
         if under == "frozen" or self.first is None:
             return None
-        count = len(self.first)
-        if count == 1:
-            return every(self.first)
-        equal = torch.full((count,), 1 / count, device=self.first.scaling.device)
-        return same_for_all(self.first, equal, self.mix)
+        return equally(self.first, self.mix)
 
     def _pooled(self, place: str, hidden: Tensor) -> Tensor:
         """A part (b, dim) of what is seen: features are pooled already."""

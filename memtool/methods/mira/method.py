@@ -30,12 +30,13 @@ from memtool.evaluation.record import (
     Record,
     Row,
 )
+from memtool.learning.looks import blocks_in, each_place
 from memtool.methods.attached import AttachedAdapters, AttachedImages
 from memtool.methods.export import require_new
 from memtool.methods.in_store import classes_of
 from memtool.methods.method import Method, newest_after_each
 from memtool.methods.mira.attached import AttachedMixture
-from memtool.methods.mira.consolidate import consolidate
+from memtool.methods.mira.consolidate import consolidate, require_can_learn
 from memtool.methods.mira.inventory import consolidated_before
 from memtool.methods.mira.maps import coefficient_maps, key_map
 from memtool.methods.mira.measure import Measure, drift, seen_by
@@ -89,6 +90,14 @@ class Mira(Method):
         del numbers, parameters, tokens
         work = self.workspace
         return asdict(image_cost(self.config, work.stream, work.backbone, len(work.layout.blocks)))
+
+    def require_able(self) -> None:
+        """As `Method.require_able`: key learning, the blocks that are looked at, and the head."""
+        memory, depth = self.config.memory, self.workspace.backbone.depth
+        require_can_learn(self.config)
+        if memory.scope == "model":
+            blocks_in(each_place(memory.places, depth), depth, remedy="final")
+        self.workspace.require_fitting(())
 
     def _beneath(self, task: Task) -> tuple[MemoryModel | None, str]:
         """The consolidated memory, where adapters are residual; none before the first task."""

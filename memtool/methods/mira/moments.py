@@ -28,6 +28,7 @@ from memtool.memories.clusters import clustered
 from memtool.memories.moments import Moments
 from memtool.memories.novelty import novelty, reach
 from memtool.methods.in_store import StoredState
+from memtool.methods.mira.first import require_same_first, taken_along
 from memtool.methods.records import task_of
 from memtool.methods.routed.memory import Kept, kept_blob, kept_bytes
 from memtool.tensor_bytes import load_tensors, read_tensors
@@ -53,12 +54,15 @@ class PromptState(StoredState):
     `rows` how many keys each of them has. `moments` is the hash of what the keys were solved from;
     where they learned from there, `epochs` and `lr` say how. `apart` is how many blocks have keys
     of their own, and how many entries of a look each sees alone: they come first, block by block.
+    `first` are the ids of the adapters that prompts were looked at under, where they were.
     """
 
     blob: ClassVar[str] = "prompt-keys"
 
     schema_version: int = 1
     look_at: tuple[str, ...]
+    look_under: str = "frozen"
+    first: tuple[str, ...] = ()
     scope: str = "model"
     clusters: int = 1
     chat: bool = False
@@ -339,9 +343,14 @@ def solve_without(
     """In a transaction that takes adapters away: the keys of the others, solved without them.
 
     In closed form, also where they had learned: those that learned did so beside the forgotten.
-    No keys where what is left of the prompts is too little to tell adapters apart.
+    No keys where what is left of the prompts is too little to tell adapters apart. Without an
+    adapter that prompts were looked at under all that was counted goes, too: training prompts are
+    counted again by consolidation, example prompts by the next import of them.
     """
     state = PromptState.load(view)
+    if state is not None and gone & {*state.first}:
+        _drop_all(txn, view)
+        return
     if state is None or view.keys() is None or not gone & {*state.adapters}:
         return
     without = state.without_keys()
@@ -359,6 +368,16 @@ def solve_without(
         txn.delete_blob(PromptState.blob)
 
 
+def _drop_all(txn: memtool_stores.Transaction, view: memtool_stores.MemoryView) -> None:
+    """Leave a memory that knows no prompts: no keys, nothing that was counted."""
+    counted = {PromptState.blob, REACH}
+    for record in txn.adapters:
+        counted |= {kept_blob(task_of(record)), looks_blob(record.id)}
+    for name in sorted({*view.blobs()} & counted):
+        txn.delete_blob(name)
+    txn.set_keys(None)
+
+
 def join(txn: memtool_stores.Transaction, view: memtool_stores.MemoryView) -> tuple[str, ...]:
     """In a transaction that took adapters of another memory in: one way to look at prompts.
 
@@ -368,9 +387,11 @@ def join(txn: memtool_stores.Transaction, view: memtool_stores.MemoryView) -> tu
     if there is None:
         return ()
     if here is None:
-        there.without_keys().put(txn)
+        first = taken_along(txn, view, there.first)
+        there.without_keys().model_copy(update={"first": first}).put(txn)
         return ()
-    for name in ("memory.look_at", "memory.scope", "memory.clusters", "text.chat"):
+    alike = ("memory.look_at", "memory.look_under", "memory.scope", "memory.clusters", "text.chat")
+    for name in alike:
         word = name.partition(".")[2]
         ours, theirs = getattr(here, word), getattr(there, word)
         if ours != theirs:
@@ -380,6 +401,7 @@ def join(txn: memtool_stores.Transaction, view: memtool_stores.MemoryView) -> tu
                 expected=f"two memories of one {name}",
                 remedy="another --store",
             )
+    require_same_first(txn.base, here.first, view, there.first)
     return ()
 
 

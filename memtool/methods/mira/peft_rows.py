@@ -360,7 +360,8 @@ def _oracle(
     for task in tasks:
         names = [record.name for record in memory.records if task_of(record) == task.number]
         with adapters.alone(*names) as lm:
-            parts.append(Answering(work, None, lm).scores([task], f"evaluate: {label}"))
+            stage = f"evaluate: {label}, {task.name}"
+            parts.append(Answering(work, None, lm).scores([task], stage))
     return answer_row(
         "peft-oracle", label, "upper bound", tasks, {len(tasks): AnswerScores.joined(parts)}
     )

@@ -1,6 +1,7 @@
 """MIRA on prompts: whole adapters of a language model, mixed by what is asked.
 
-    look         what the frozen model sees in a prompt, at the places of `memory.look_at`
+    look         what is seen in a prompt, at the places of `memory.look_at`: by the frozen model,
+                 or under the adapters of the first task (`memory.look_under`)
     keep         the moments of what the prompts of a task look like
     keys         in closed form, by linear discriminant analysis over the adapters
     weights      the separation of [look, 1] · key: under softmax the posterior of the tasks
@@ -38,6 +39,7 @@ from memtool.methods.export import new_folders, require_new
 from memtool.methods.mira.ask import added_up, asked, joined
 from memtool.methods.mira.collection import collect, few
 from memtool.methods.mira.cost import cost_of
+from memtool.methods.mira.first import first_of, first_records
 from memtool.methods.mira.moments import (
     WITNESSES,
     PromptState,
@@ -87,6 +89,10 @@ class PromptMemory(Routed):
         """How keys and prompts become weights."""
         return self.config.memory
 
+    def require_able(self) -> None:
+        """As `Method.require_able`: the blocks that are looked at."""
+        self.look.blocks(self.workspace.backbone.depth)
+
     @property
     def scope(self) -> str:
         """As `memory.scope`."""
@@ -94,8 +100,25 @@ class PromptMemory(Routed):
 
     @property
     def look(self) -> PromptLook:
-        """At the places of `memory.look_at`; every block at its own, but under scope model."""
-        return PromptLook.under(self.scope, self.settings.places)
+        """At the places of `memory.look_at`; every block at its own, but under scope model.
+
+        It says how wide that is; `look_in` has the adapters that are looked under.
+        """
+        return PromptLook.of(self.settings)
+
+    def first_in(self, view: memtool_stores.MemoryView) -> tuple[str, ...]:
+        """Ids of the adapters that a version is looked under; none where it is the frozen model."""
+        if "first" not in self.look.passes:
+            return ()
+        state = PromptState.load(view)
+        return first_of(view, state.first if state is not None else ())
+
+    def look_in(self, view: memtool_stores.MemoryView) -> PromptLook:
+        """The look of a version. Raises MismatchError where it does not hold what it needs."""
+        if "first" not in self.look.passes:
+            return self.look
+        records = first_records(view, self.first_in(view))
+        return replace(self.look, first=self.values_in(view, records))
 
     @property
     def _prefix(self) -> bool:
@@ -108,6 +131,7 @@ class PromptMemory(Routed):
         settings, learn = self.settings, self.config.consolidate
         return PromptState(
             look_at=settings.places,
+            look_under=settings.look_under,
             scope=settings.scope,
             clusters=settings.clusters,
             chat=self.config.text.chat,
@@ -131,19 +155,19 @@ class PromptMemory(Routed):
 
     # What a task leaves ---------------------------------------------------------------------
 
-    def rows_of(self, samples: Texts) -> Tensor:
+    def rows_of(self, samples: Texts, look: PromptLook) -> Tensor:
         """What keys are solved from: a row for each prompt, or for tokens of them (n, d).
 
         Bounded where every block sees something of its own, which is wide.
         """
-        work, width = self.workspace, self.look.width(self.workspace.backbone)
+        work, width = self.workspace, look.width(self.workspace.backbone)
         if self.scope == "model":
-            return looks_of(work, samples.prompts, self.look)
+            return looks_of(work, samples.prompts, look)
         most = max(LEAST_ROWS, MOST_NUMBERS // width)
         if self.scope == "token":
             some = min(MOST_TOKENS, most)
             return token_looks(work, samples.prompts, some, prefix=self._prefix)
-        return looks_of(work, spread(samples, most).prompts, self.look)
+        return looks_of(work, spread(samples, most).prompts, look)
 
     def keep(self, looks: Tensor) -> Mapping[str, Tensor]:
         """The moments of what prompts or tokens look like (n, d), in `memory.clusters` clusters."""
@@ -152,11 +176,11 @@ class PromptMemory(Routed):
         apart = own[1] if own is not None and alone else None
         return moments_of(looks, self.settings.clusters, self.workspace.seed, apart)
 
-    def kept_of(self, samples: Images | Texts) -> Mapping[str, Tensor]:
+    def kept_of(self, samples: Images | Texts, look: PromptLook) -> Mapping[str, Tensor]:
         """Those of prompts, and what tells how unlike them others are."""
         assert isinstance(samples, Texts)
-        rows = self.rows_of(samples)
-        seen = looks_of(self.workspace, spread(samples, WITNESSES).prompts, self.look)
+        rows = self.rows_of(samples, look)
+        seen = looks_of(self.workspace, spread(samples, WITNESSES).prompts, look)
         return {**self.keep(rows), **witnesses(seen)}
 
     def samples_of(self, view: memtool_stores.MemoryView, number: int) -> Images | Texts | None:
@@ -170,8 +194,9 @@ class PromptMemory(Routed):
         self, view: memtool_stores.MemoryView, new: Mapping[int, Kept]
     ) -> Callable[[memtool_stores.Transaction], None] | None:
         """Keys of all adapters of which prompts are known, solved together."""
-        found, state = PromptState.load(view), self.state
+        found = PromptState.load(view)
         self.require_same_look(found)
+        state = self.state.model_copy(update={"first": self.first_in(view)})
         known = tasks_in(view, view.adapters, new)
         keyed = tuple(r.id for r in view.adapters if task_of(r) in known)
         if not keyed:
@@ -195,6 +220,7 @@ class PromptMemory(Routed):
         for name, now, then in (
             ("memory.scope", here.scope, found.scope),
             ("memory.look_at", ",".join(here.places), ",".join(found.look_at)),
+            ("memory.look_under", here.look_under, found.look_under),
             ("memory.clusters", here.clusters, found.clusters),
             ("text.chat", self.config.text.chat, found.chat),
         ):
@@ -207,10 +233,14 @@ class PromptMemory(Routed):
     # How a memory is read -------------------------------------------------------------------
 
     def routing(
-        self, values: AdapterValues | Stock, owners: Sequence[int], kept: Sequence[Kept]
+        self,
+        values: AdapterValues | Stock,
+        owners: Sequence[int],
+        kept: Sequence[Kept],
+        look: PromptLook,
     ) -> Routing:
         """The keys over adapters; asked by prompts, or by tokens as they pass."""
-        look, own = self.look, self.look.own(self.workspace.backbone)
+        own = look.own(self.workspace.backbone)
         memories = None if own is None else own[0]
         made = Routing(values, owners, kept, self.weights, self.name, look, memories)
         if self.scope != "token":
@@ -342,9 +372,16 @@ class PromptMemory(Routed):
         stock = memory.routing.values
         assert isinstance(stock, Stock)
         one = mixed_by_block(stock.take(used.tolist()), weights[:, used])
-        base = self.workspace.backbone.name.removeprefix("hf:")
+        lm = self.workspace.backbone
         with new_folders(out) as (folder,):
-            write_peft(folder, one.value, one.layout, alpha=one.layout.rank, base_model=base)
+            write_peft(
+                folder,
+                one.value,
+                one.layout,
+                alpha=one.layout.rank,
+                base_model=lm.name.removeprefix("hf:"),
+                transposed=lm.transposed,
+            )
         return result.model_copy(update={"out": out})
 
     def _require_one_mixture(self) -> None:
@@ -358,8 +395,14 @@ class PromptMemory(Routed):
 
     def novelty(self, view: memtool_stores.MemoryView, prompt: str) -> float | None:
         """How unlike all example prompts one is: 99 of 100 of them lie within 1."""
-        found = novelty_of(view, looks_of(self.workspace, [prompt], self.look))
-        return None if found is None else float(found)
+        return self.novelties(view, [prompt])[0]
+
+    def novelties(
+        self, view: memtool_stores.MemoryView, prompts: Sequence[str]
+    ) -> list[float | None]:
+        """As `novelty`, of many prompts."""
+        found = novelty_of(view, looks_of(self.workspace, prompts, self.look_in(view)))
+        return [None] * len(prompts) if found is None else found.tolist()
 
     def by_token(
         self, memory: RoutedMemory, prompt: str, block: int | None
@@ -418,8 +461,8 @@ class PromptMemory(Routed):
             raise ConfigError(
                 "a collection of adapters brings no texts to be measured on",
                 expected="a stream of texts whose tasks are called as the adapters",
-                remedy="memtool eval --texts FILE.jsonl, lines with adapter, prompt and answer; "
-                "or --set stream.source=FILE.yaml",
+                remedy="--set stream.source=FILE, of eval and bisect --texts FILE: a stream, or "
+                "FILE.jsonl of lines with adapter, prompt and answer",
             )
 
     def shown(self, view: memtool_stores.MemoryView, tasks: Sequence[int]) -> list[Task]:

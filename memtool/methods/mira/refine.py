@@ -42,9 +42,10 @@ def refined(
     Raises DataError for a task whose prompts are not at hand, DivergedError.
     """
     work, learn = method.workspace, method.config.consolidate
-    rows = [method.rows_of(prompts_of(method, view, task)) for task in tasks]
+    look = method.look_in(view)
+    rows = [method.rows_of(prompts_of(method, view, task), look) for task in tasks]
     labels = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(one) for one in rows]))
-    own = method.look.own(work.backbone)
+    own = look.own(work.backbone)
     scored = Scored(keys, columns_of(own, rows[0].shape[1]), method.settings.beta)
     train = TrainSettings(
         epochs=learn.epochs, batch_size=learn.batch_size, lr=learn.lr, weight_decay=0.0

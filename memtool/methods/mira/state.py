@@ -30,6 +30,7 @@ from memtool.methods.in_store import (
     features_blob,
     own_head,
 )
+from memtool.methods.mira.first import first_records, require_same_first, taken_along
 from memtool.methods.mira.look import ImageLook, needs_first
 from memtool.methods.mira.protect import Protection
 from memtool.methods.mira.recall import MemoryModel, memory_blocks
@@ -212,13 +213,7 @@ def look_in(
     """
     if not needs_first(settings, head):
         return ImageLook(backbone, settings, head)
-    here = {*view.ids}
-    if not first or not here.issuperset(first):
-        raise MismatchError(
-            f"version {view.version} is looked at under adapters that it does not hold",
-            remedy="memtool rollback to a version that does, or another --store",
-        )
-    values = values_of(view, [view.get(id) for id in first], layout, backbone.all_sites)
+    values = values_of(view, first_records(view, first), layout, backbone.all_sites)
     return ImageLook(backbone, settings, head, values)
 
 
@@ -305,20 +300,7 @@ def join(txn: memtool_stores.Transaction, view: memtool_stores.MemoryView) -> tu
                 expected="two memories whose features were counted alike",
                 remedy="another --store",
             )
-        mine, other = (
-            [one.get(id).sha256 for id in ids]
-            for one, ids in (
-                (txn.base, here.first),
-                (view, there.first),
-            )
-        )
-        if mine != other:
-            raise MismatchError(
-                "the two memories were looked at under different first adapters",
-                expected="two memories that began with the same task: what was counted under "
-                "one adapter says nothing of another",
-                remedy="another --store",
-            )
+        require_same_first(txn.base, here.first, view, there.first)
         if here.class_names != there.class_names:
             raise MismatchError(
                 "the two memories tell other classes apart",
@@ -327,22 +309,6 @@ def join(txn: memtool_stores.Transaction, view: memtool_stores.MemoryView) -> tu
             )
     if here is None and there is not None:
         nothing: dict[str, tuple[int, ...]] = {"tasks": (), "adapters": (), "adapter_tasks": ()}
-        first = {"first": _taken(txn, view, there.first)}
+        first = {"first": taken_along(txn, view, there.first)}
         there.model_copy(update={**nothing, **first}).put(txn)
     return ()
-
-
-def _taken(
-    txn: memtool_stores.Transaction, view: memtool_stores.MemoryView, first: tuple[str, ...]
-) -> tuple[str, ...]:
-    """The ids here of adapters of another memory that it was looked at under, by their bytes."""
-    here = {record.sha256: record.id for record in txn.adapters}
-    for id in first:
-        record = view.get(id)
-        if record.sha256 not in here:
-            raise MismatchError(
-                f"the other memory was looked at under {record.name!r}, which is not taken along",
-                expected="the adapters of its first task among those that are merged",
-                remedy=f"memtool merge with {record.name} among the names, or without any",
-            )
-    return tuple(here[view.get(id).sha256] for id in first)

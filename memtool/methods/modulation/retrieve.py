@@ -95,6 +95,7 @@ def write_recalled(work: Workspace, own: Stored, value: Tensor, out: Path) -> No
             work.layout,
             alpha=float(own.records[0].scaling) * work.layout.rank,
             base_model=work.backbone.name.removeprefix("hf:"),
+            transposed=work.backbone.transposed,
         )
         for head in own.heads:
             (building / OWN_HEAD).write_bytes(classifier_bytes(head))

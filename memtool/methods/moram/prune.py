@@ -17,6 +17,7 @@ from memtool.methods.method import require_unmoved
 from memtool.methods.moram.measure import AtomMeasure
 from memtool.methods.moram.state import AtomSnapshot
 from memtool.methods.results import PruneResult, TaskAccuracy
+from memtool.remembered import carried_on
 from memtool.streams.task import spread
 
 if TYPE_CHECKING:
@@ -105,6 +106,11 @@ def prune(moram: Moram, found: PruneResult) -> PruneResult:
             txn.prune_atoms(name, sites)
 
     message = f"prune {found.pruned} of {found.atoms} atoms"
-    metadata = {"verb": "forget", "atoms_below": found.below, "pruned": found.pruned}
+    metadata = {
+        **carried_on(work.store),
+        "verb": "forget",
+        "atoms_below": found.below,
+        "pruned": found.pruned,
+    }
     work.engine.on_main(lambda: work.store.run(commit, message, metadata=metadata))
     return found.model_copy(update={"version": work.store.head(), "done": True})

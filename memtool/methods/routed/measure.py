@@ -94,10 +94,11 @@ def row(
 ) -> Row:
     """The row of memories after so many tasks, each with the way that every task is asked in."""
     if work.reads == "texts":
-        found = {
-            count: _answered(work, memory, tasks, ways, label)
-            for count, (memory, ways) in there.items()
-        }
+        found = {}
+        for count, (memory, ways) in there.items():
+            # Adapters of a collection have no order in time, unless its versions are measured.
+            after = f" after {len(memory.tasks)} tasks" if len(there) > 1 else ""
+            found[count] = _answered(work, memory, tasks, ways, f"evaluate: {label}{after}")
         return answer_row(id, label, kind, tasks, found)
     matrix = AccuracyMatrix.empty([task.name for task in tasks])
     for count in work.telling(f"evaluate: {label}", sorted(there)):
@@ -115,11 +116,13 @@ def _answered(
     memory: RoutedMemory,
     tasks: Sequence[Task],
     ways: Sequence[Way],
-    label: str,
+    stage: str,
 ) -> AnswerScores:
     """What answers reach, task by task."""
+    if len({*ways}) == 1:
+        return answering(work, memory, ways[0]).scores(tasks, stage)
     parts = [
-        answering(work, memory, way).scores([task], f"after {len(memory.tasks)} tasks: {label}")
+        answering(work, memory, way).scores([task], f"{stage}, {task.name}")
         for task, way in zip(tasks, ways, strict=True)
     ]
     return AnswerScores.joined(parts)

@@ -75,9 +75,16 @@ class Reader(Protocol):
     """What a method says of how its memory is read."""
 
     def routing(
-        self, values: AdapterValues | Stock, owners: Sequence[int], kept: Sequence[Kept]
+        self,
+        values: AdapterValues | Stock,
+        owners: Sequence[int],
+        kept: Sequence[Kept],
+        look: PromptLook,
     ) -> Routing:
         """Its rule over adapters, each with an owner, and what was kept of their tasks."""
+
+    def look_in(self, view: memtool_stores.MemoryView) -> PromptLook:
+        """How a version sees prompts."""
 
     def known_in(self, view: memtool_stores.MemoryView) -> tuple[int, ...]:
         """Numbers of the tasks that a version can recall, in the order written."""
@@ -227,7 +234,7 @@ class RoutedMemory:
         values, kept = reader.values_in(view, records), reader.kept_in(view, tasks)
         owners = [tasks.index(task_of(record)) for record in records]
         head = None if work.reads == "texts" else _heads(view, records).to(device)
-        routing = reader.routing(values, owners, kept).to(device)
+        routing = reader.routing(values, owners, kept, reader.look_in(view)).to(device)
         return cls(view.version, view, tasks, records, routing, head)
 
 

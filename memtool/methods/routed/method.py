@@ -106,7 +106,7 @@ class Routed(Method, ABC):
         for number in work.telling("consolidate: keep", new):
             samples = self.samples_of(view, number)
             if samples is not None:
-                kept[number] = self.kept_of(samples)
+                kept[number] = self.kept_of(samples, self.look_in(view))
         learn = self.learnt(view, kept)
         result = RoutedResult(
             version=view.version,
@@ -132,9 +132,9 @@ class Routed(Method, ABC):
         work.engine.on_main(lambda: work.store.run(commit, message, metadata=metadata))
         return result.model_copy(update={"version": work.store.head(), "seconds": seconds})
 
-    def kept_of(self, samples: Images | Texts) -> Mapping[str, Tensor]:
+    def kept_of(self, samples: Images | Texts, look: PromptLook) -> Mapping[str, Tensor]:
         """What is kept of samples."""
-        return self.keep(looks(self.workspace, samples, self.look))
+        return self.keep(looks(self.workspace, samples, look))
 
     def samples_of(self, view: memtool_stores.MemoryView, number: int) -> Images | Texts | None:
         """What is kept of a task is kept of these samples; None where there are none of it."""
@@ -340,6 +340,11 @@ class Routed(Method, ABC):
         """How prompts are seen."""
         return FINAL
 
+    def look_in(self, view: memtool_stores.MemoryView) -> PromptLook:
+        """The same in a version, with what it is looked at under."""
+        del view
+        return self.look
+
     @property
     def scope(self) -> str:
         """What has weights of its own: the model, a block or a token, as in `memory.scope`."""
@@ -379,10 +384,14 @@ class Routed(Method, ABC):
         return values_of(view, records, work.layout, work.backbone.all_sites)
 
     def routing(
-        self, values: AdapterValues | Stock, owners: Sequence[int], kept: Sequence[Kept]
+        self,
+        values: AdapterValues | Stock,
+        owners: Sequence[int],
+        kept: Sequence[Kept],
+        look: PromptLook,
     ) -> Routing:
         """The rule over adapters, each with an owner, and what was kept of their tasks."""
-        return Routing(values, owners, kept, self.weights, self.config.method, self.look)
+        return Routing(values, owners, kept, self.weights, self.config.method, look)
 
     def shown(self, view: memtool_stores.MemoryView, tasks: Sequence[int]) -> list[Task]:
         """The tasks of the stream that have these numbers in the memory."""

@@ -1,0 +1,631 @@
+"""A grid of settings by seeds and orders: each cell a run, shared by all who work in one folder.
+
+    <folder>/sweep.json                  what is asked for, and the cells that it makes
+    <folder>/cells/<cell>/seed-<n>/      the run of a cell and a seed: record, report, adapters
+    <folder>/queue/<cell>-seed-<n>/      who works on it, and what it came to (`queue`)
+    <folder>/results.json                all cells, mean and spread over the seeds
+
+Whoever starts the same sweep in the folder joins in. A run that was killed goes on where it was,
+as `memtool run` does. What it came to is published once, whoever ran it and however often.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
+
+from memtool import __version__, sealed
+from memtool.config import (
+    not_read_under,
+    parse_assignment,
+    split_values,
+    whole_numbers,
+    with_values,
+)
+from memtool.errors import AlreadyExistsError, ConfigError, CorruptError, MemtoolError
+from memtool.evaluation.record import Kind, OrderBound, Record
+from memtool.evaluation.selection import Cell
+from memtool.evaluation.summary import summarise
+from memtool.experiments import run as experiment
+from memtool.experiments.follow import Said
+from memtool.experiments.orders import at_bounds
+from memtool.experiments.queue import Fenced, Holder, Lease, Queue, publish_once
+from memtool.experiments.runs import PLAN
+from memtool.experiments.select import folder_name
+from memtool.methods.kept import fingerprint_of
+from memtool.progress import Progress, ProgressEvent
+from memtool.settings import Config, get, keys
+from memtool_stores.printable import shown
+
+LEASE_SECONDS = 120.0
+"""Longer than a network file system may show what is old."""
+
+RESULTS = "results.json"
+
+NOT_SWEPT = ("store", "runs", "lock_timeout", "limits", "seed", "orders", "method")
+"""Settings that are none of a cell: where things are, and what has an option of its own."""
+
+OF_THE_MACHINE = ("store", "runs", "lock_timeout", "limits", "seed", "orders")
+"""Settings that a worker need not share with the one who began."""
+
+POLL_SECONDS = 2.0
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class PlannedCell(_Part):
+    """Settings that are run with every seed; at an order bound, the order that it has there."""
+
+    name: str
+    values: dict[str, JsonValue]
+    bound: OrderBound | None = None
+    order: tuple[str, ...] | None = None
+
+    @property
+    def text(self) -> str:
+        """As on the command line, `"train.lr=0.001"`, and the order."""
+        words = Cell(values=self.values).text or "as configured"
+        return words if self.bound is None else f"{words}, {self.bound.name} order"
+
+
+class Asked(_Part):
+    """What makes a sweep: the configuration without what is of a machine, and what is varied."""
+
+    memtool: str
+    configuration: dict[str, JsonValue]
+    axes: dict[str, list[JsonValue]]
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)]
+    orders: Literal["given", "bounds"]
+
+    @field_validator("seeds")
+    @classmethod
+    def _once(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(seeds))
+
+
+class Plan(_Part):
+    """The file `sweep.json`."""
+
+    schema_name: Literal["memtool.sweep"] = Field("memtool.sweep", alias="schema")
+    schema_version: Literal[1] = 1
+    asked: Asked
+    preset: str | None
+    lease_seconds: Annotated[float, Field(gt=0)]
+    cells: Annotated[tuple[PlannedCell, ...], Field(min_length=1)]
+
+
+class RowResult(_Part):
+    """A row of one run: its final average, or final loss, and all metrics."""
+
+    id: str
+    label: str
+    kind: Kind
+    figure: float | None
+    metrics: dict[str, float]
+
+
+class CellResult(_Part):
+    """What a cell and a seed came to, as the queue keeps it; `failed` is the error of one that did.
+
+    record: where the whole record is, from the folder of the sweep; token: of the lease under which
+    it was published.
+    """
+
+    schema_name: Literal["memtool.sweep-cell"] = Field("memtool.sweep-cell", alias="schema")
+    schema_version: Literal[1] = 1
+    cell: str
+    seed: int
+    token: int
+    record: str | None = None
+    failed: str | None = None
+    measure: Literal["accuracy", "loss"] = "accuracy"
+    rows: tuple[RowResult, ...] = ()
+
+
+@dataclass(frozen=True)
+class Job:
+    """A cell with one seed."""
+
+    cell: PlannedCell
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its folder in the queue."""
+        return f"{self.cell.name}-seed-{self.seed}"
+
+
+class SweepRow(_Part):
+    """A row of a cell over its seeds, in their order; the spread needs two seeds."""
+
+    id: str
+    label: str
+    kind: Kind
+    values: tuple[float, ...]
+    mean: float | None
+    std: float | None
+    low: float | None
+    high: float | None
+    metrics: dict[str, float]
+
+
+class SweptCell(_Part):
+    """What a cell came to: seeds that ended well, the errors of others, and its rows."""
+
+    name: str
+    values: dict[str, JsonValue]
+    order: str | None
+    seeds: tuple[int, ...]
+    failed: dict[int, str]
+    rows: tuple[SweepRow, ...]
+
+    def row(self) -> SweepRow | None:
+        """The row of the memory: the first of a method."""
+        return next((row for row in self.rows if row.kind == "method"), None)
+
+
+class Results(_Part):
+    """The file `results.json`; the same whoever ran what. `left`: runs without a result yet."""
+
+    schema_name: Literal["memtool.sweep-results"] = Field("memtool.sweep-results", alias="schema")
+    schema_version: Literal[1] = 1
+    axes: dict[str, list[JsonValue]]
+    seeds: tuple[int, ...]
+    orders: Literal["given", "bounds"]
+    measure: Literal["accuracy", "loss"]
+    left: int
+    cells: tuple[SweptCell, ...]
+
+    @property
+    def failed(self) -> int:
+        """How many runs ended with an error."""
+        return sum(len(cell.failed) for cell in self.cells)
+
+
+# What is asked for ------------------------------------------------------------------------------
+
+
+def axes_of(method: str, assignments: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """What `--set` says: settings with one value as they are, and those with several, by key.
+
+    Values are separated by `,`, those of a setting that holds several by `;`; whole numbers may be
+    a range, 1..4. Raises ConfigError for a key that is no setting, or that no cell can have.
+    """
+    plain: list[str] = []
+    axes: dict[str, list[str]] = {}
+    known = keys(method)
+    for text in assignments:
+        key, said = parse_assignment(text)
+        about = known.get(key)
+        several = about is not None and "tuple[" in str(about.annotation)
+        values = list(split_values(said, ";" if several else ","))
+        if about is not None and not several and _is_whole(about.annotation):
+            values = [str(one) for one in whole_numbers(said, f"--set {text}")]
+        if len(values) < 2 or about is None:
+            plain.append(f"{key}={values[0]}" if values and about is not None else text)
+            continue
+        if key.partition(".")[0] in NOT_SWEPT:
+            option = {"orders": "--orders", "method": "--method"}.get(key)
+            raise ConfigError(
+                f"--set {text}: {key} cannot be what the cells of a sweep differ in",
+                expected="a setting of what is learned, and how",
+                remedy=f"{option} with one value, and a sweep for each" if option else None,
+            )
+        if key in axes:
+            raise ConfigError(f"--set {text}: {key} has several values twice", expected="once")
+        axes[key] = values
+    return plain, axes
+
+
+def _is_whole(annotation: Any) -> bool:
+    return "int" in str(annotation).replace("'", "") and "float" not in str(annotation)
+
+
+def grid(config: Config, axes: Mapping[str, Sequence[str]]) -> tuple[dict[str, JsonValue], ...]:
+    """The values of every cell: all combinations. ConfigError for a value that cannot be used."""
+    found: dict[str, dict[str, JsonValue]] = {}
+    unread = dict.fromkeys(axes, "")
+    for combination in itertools.product(*axes.values()):
+        texts = dict(zip(axes, combination, strict=True))
+        cell = with_values(config, texts, "--set")
+        under = {key: not_read_under(cell, key) for key in unread}
+        unread = {key: other for key, other in under.items() if other is not None}
+        values = {key: _plain(get(cell, key)) for key in axes}
+        if found.setdefault(fingerprint_of(values), values) is not values:
+            raise ConfigError(
+                f"--set {Cell(values=values).text} comes twice", expected="every value once"
+            )
+    for key, other in unread.items():
+        raise ConfigError(
+            f"--set {key} has no effect under {other} {_plain(get(config, other))}",
+            expected="settings that something reads in one of the cells",
+            remedy=f"the same without --set {key}",
+        )
+    return tuple(found.values())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(one) for one in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def asked_of(config: Config, axes: Mapping[str, Sequence[str]]) -> Asked:
+    """What a sweep of this configuration over these axes is."""
+    cells = grid(config, axes)
+    recorded = {k: v for k, v in config.recorded().items() if k not in OF_THE_MACHINE}
+    recorded["engine"] = {k: v for k, v in recorded["engine"].items() if k != "threads"}
+    return Asked(
+        memtool=__version__,
+        configuration=recorded,
+        axes={key: list({str(c[key]): c[key] for c in cells}.values()) for key in axes},
+        seeds=config.seed,
+        orders=config.orders,
+    )
+
+
+# The sweep --------------------------------------------------------------------------------------
+
+
+class Sweep:
+    """A sweep in its folder: planned once, worked on by whoever opens it."""
+
+    def __init__(self, folder: Path, plan: Plan, base: Config) -> None:
+        self.folder = folder
+        self.plan = plan
+        self.base = base
+        self.queue = Queue(folder / "queue", lease_seconds=plan.lease_seconds)
+        self.jobs = [Job(cell, seed) for cell in plan.cells for seed in plan.asked.seeds]
+
+    @classmethod
+    def begin(
+        cls,
+        folder: Path,
+        config: Config,
+        axes: Mapping[str, Sequence[str]],
+        *,
+        preset: str | None = None,
+        lease_seconds: float = LEASE_SECONDS,
+        write: bool = True,
+    ) -> Sweep:
+        """Plan a sweep in a folder, or join the same one that is there; nothing without `write`.
+
+        Order bounds are found here, once for all workers. Raises AlreadyExistsError for another
+        sweep in the folder, ConfigError for what cannot be swept.
+        """
+        asked = asked_of(config, axes)
+        there = _read_plan(folder)
+        if there is None:
+            cells = _planned(config, grid(config, axes))
+            plan = Plan(asked=asked, preset=preset, lease_seconds=lease_seconds, cells=cells)
+            if not write:
+                return cls(folder, plan, config)
+            publish_once(_folder(folder) / PLAN, plan.model_dump(mode="json", by_alias=True))
+            there = _read_plan(folder)
+            assert there is not None
+        _require_same(there.asked, asked, folder)
+        return cls(folder, there, config)
+
+    @classmethod
+    def join(cls, folder: Path) -> Sweep:
+        """The sweep that is in a folder, as it was asked for.
+
+        Raises ConfigError where there is none, AlreadyExistsError for one of another memtool.
+        """
+        plan = _read_plan(folder)
+        if plan is None:
+            raise ConfigError(
+                f"no sweep in {folder}, and nothing to vary",
+                expected="a setting with several values",
+                remedy="memtool sweep --set train.lr=1e-3,3e-3 --seed 0..4",
+            )
+        if plan.asked.memtool != __version__:
+            raise _of_another(folder, f"memtool {plan.asked.memtool}", f"memtool {__version__}")
+        base = Config.model_validate({**plan.asked.configuration, "orders": plan.asked.orders})
+        return cls(folder, plan, base.model_copy(update={"seed": plan.asked.seeds}))
+
+    def config_of(self, job: Job, place: str = "") -> Config:
+        """The configuration of a job: its values, order and seed; all it writes is in `place`."""
+        cell = self.folder / "cells" / job.cell.name / place
+        changed = with_values(self.base, job.cell.values, PLAN)
+        stream = changed.stream
+        if job.cell.order is not None:
+            stream = stream.model_copy(update={"order": job.cell.order})
+        return changed.model_copy(
+            update={
+                "seed": (job.seed,),
+                "orders": "given",
+                "stream": stream,
+                "runs": cell,
+                "store": str(cell / f"memory-seed-{job.seed}"),
+            }
+        )
+
+    def result(self, job: Job) -> CellResult | None:
+        """What a job came to, or None."""
+        document = self.queue.result(job.name)
+        if document is None:
+            return None
+        try:
+            return CellResult.model_validate(document)
+        except ValidationError as error:
+            raise CorruptError(
+                f"{self.folder / 'queue' / job.name} holds no result of a run: "
+                f"{error.errors()[0]['msg']}"
+            ) from error
+
+    def open_jobs(self) -> list[Job]:
+        """Jobs without a result."""
+        return [job for job in self.jobs if not self.queue.is_done(job.name)]
+
+    def retry_failed(self) -> int:
+        """Make jobs that ended with an error ones to run again; how many."""
+        failed = [job for job in self.jobs if (r := self.result(job)) and r.failed is not None]
+        for job in failed:
+            self.queue.discard_result(job.name)
+        return len(failed)
+
+    def results(self) -> Results:
+        """All cells over their seeds, as far as they are done."""
+        found = {(job.cell.name, job.seed): self.result(job) for job in self.jobs}
+        seeds = self.plan.asked.seeds
+        cells = []
+        for cell in self.plan.cells:
+            results = [r for seed in seeds if (r := found[cell.name, seed]) is not None]
+            cells.append(_swept(cell, results))
+        losses = any(r is not None and r.measure == "loss" for r in found.values())
+        return Results(
+            axes=self.plan.asked.axes,
+            seeds=seeds,
+            orders=self.plan.asked.orders,
+            measure="loss" if losses else "accuracy",
+            left=sum(result is None for result in found.values()),
+            cells=tuple(cells),
+        )
+
+    def write_results(self) -> Results:
+        """`results` as a file, `results.json` in the folder."""
+        found = self.results()
+        sealed.write_json(self.folder / RESULTS, found.model_dump(mode="json", by_alias=True))
+        return found
+
+    # Work ---------------------------------------------------------------------------------------
+
+    def work(
+        self,
+        *,
+        progress: Progress | None = None,
+        say: Callable[[str], None] = lambda _: None,
+        log: Sequence[str] = (),
+        said: Said | None = None,
+        command: str | None = None,
+    ) -> Results:
+        """Run what nobody runs until all is done, waiting for what others hold; then the results.
+
+        A cell that cannot be run is one that failed, and the others go on.
+        """
+        waited_for: set[str] = set()
+        while jobs := self.open_jobs():
+            lease = None
+            for job in jobs:
+                lease = self.queue.claim(job.name)
+                if lease is not None:
+                    break
+            if lease is None:
+                self._say_who_works(jobs, waited_for, say)
+                time.sleep(min(POLL_SECONDS, self.plan.lease_seconds / 12))
+                continue
+            with lease:
+                self._run(job, lease, progress, say, log, said or Said(), command)
+        return self.write_results()
+
+    def _run(
+        self,
+        job: Job,
+        lease: Lease,
+        progress: Progress | None,
+        say: Callable[[str], None],
+        log: Sequence[str],
+        said: Said,
+        command: str | None,
+    ) -> None:
+        """A job to its end, unless another process takes it meanwhile."""
+        config = self.config_of(job, lease.holder.place)
+        number = self.jobs.index(job) + 1
+
+        def tell(event: ProgressEvent) -> None:
+            lease.require_held()
+            if progress is not None:
+                stage = f"run {number}/{len(self.jobs)} {job.name}: {event.stage}"
+                progress(replace(event, stage=stage))
+
+        try:
+            (record,) = experiment.run(
+                config,
+                progress=tell,
+                command=command,
+                preset=self.plan.preset,
+                log=log,
+                said=replace(said, name=said.name or job.cell.name),
+                say=say,
+                bound=job.cell.bound,
+                tables=False,
+            )
+            where = config.runs.relative_to(self.folder) / f"seed-{job.seed}"
+            result = _measured(job, record, lease.token, where.as_posix())
+        except Fenced:
+            say(f"{job.name}: another process took it over; what was done here does not count")
+            self._take_away(config, job)
+            return
+        except (MemtoolError, RuntimeError) as error:  # RuntimeError: of torch, as no memory left
+            text = " ".join(str(error).split())[:500]
+            say(f"{job.name} failed: {text}")
+            result = CellResult(cell=job.cell.name, seed=job.seed, token=lease.token, failed=text)
+        if not lease.publish(result.model_dump(mode="json", by_alias=True)):
+            say(f"{job.name}: another process was first; what was done here does not count")
+            self._take_away(config, job)
+
+    @staticmethod
+    def _take_away(config: Config, job: Job) -> None:
+        """Remove what a run left that does not count: nobody else works in its place."""
+        shutil.rmtree(config.runs / f"seed-{job.seed}", ignore_errors=True)
+        shutil.rmtree(config.store, ignore_errors=True)
+
+    def _say_who_works(
+        self, jobs: Sequence[Job], waited_for: set[str], say: Callable[[str], None]
+    ) -> None:
+        for job in jobs:
+            holder: Holder | None = self.queue.holder(job.name)
+            words = "another process" if holder is None else holder.words
+            text = f"waiting for {job.name}, which {words} runs"
+            if text not in waited_for:
+                waited_for.add(text)
+                say(text)
+
+
+def _measured(job: Job, record: Record, token: int, where: str) -> CellResult:
+    rows = record.metrics.rows
+    scored = any("faa" in row.metrics for row in rows)
+    return CellResult(
+        cell=job.cell.name,
+        seed=job.seed,
+        token=token,
+        record=where,
+        measure="accuracy" if scored else "loss",
+        rows=tuple(
+            RowResult(
+                id=row.id,
+                label=row.label,
+                kind=row.kind,
+                figure=row.metrics.get("faa", row.metrics.get("loss.final")),
+                metrics=row.metrics,
+            )
+            for row in rows
+        ),
+    )
+
+
+def _swept(cell: PlannedCell, results: Sequence[CellResult]) -> SweptCell:
+    """A cell over the seeds that have a result."""
+    well = [result for result in results if result.failed is None]
+    rows = []
+    for id in dict.fromkeys(row.id for result in well for row in result.rows):
+        here = [row for result in well for row in result.rows if row.id == id]
+        figures = [row.figure for row in here if row.figure is not None]
+        over = summarise(figures) if figures else None
+        shared = [m for m in here[0].metrics if all(m in row.metrics for row in here)]
+        rows.append(
+            SweepRow(
+                id=id,
+                label=here[0].label,
+                kind=here[0].kind,
+                values=tuple(figures),
+                mean=over and over.mean,
+                std=over and over.std,
+                low=over and over.low,
+                high=over and over.high,
+                metrics={m: sum(row.metrics[m] for row in here) / len(here) for m in shared},
+            )
+        )
+    return SweptCell(
+        name=cell.name,
+        values=cell.values,
+        order=cell.bound and cell.bound.name,
+        seeds=tuple(result.seed for result in well),
+        failed={r.seed: r.failed for r in results if r.failed is not None},
+        rows=tuple(rows),
+    )
+
+
+def _planned(config: Config, cells: Sequence[Mapping[str, JsonValue]]) -> tuple[PlannedCell, ...]:
+    """The cells; under order bounds three of each, with the orders that their own stream has."""
+    found: list[PlannedCell] = []
+    bounds: dict[str, list[tuple[OrderBound, tuple[str, ...] | None]]] = {}
+    for values in cells:
+        name = folder_name(values)
+        if config.orders != "bounds":
+            found.append(PlannedCell(name=name, values=dict(values)))
+            continue
+        changed = with_values(config, values, "--set")
+        decides = fingerprint_of(
+            [changed.stream.model_dump(mode="json"), changed.backbone.model_dump(mode="json")]
+        )
+        if decides not in bounds:
+            bounds[decides] = [
+                (OrderBound(name=bound.name, similarity=bound.similarity), one.stream.order)
+                for bound, one in at_bounds(changed)
+            ]
+        found += [
+            PlannedCell(name=f"{name}-{bound.name}", values=dict(values), bound=bound, order=order)
+            for bound, order in bounds[decides]
+        ]
+    return tuple(found)
+
+
+def _folder(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MemtoolError(
+            f"cannot make the folder {folder}: {error.strerror or error}", remedy="--out DIR"
+        ) from error
+    return folder
+
+
+def _read_plan(folder: Path) -> Plan | None:
+    """The plan in a folder, None where there is none. CorruptError, ConfigError."""
+    file = folder / PLAN
+    try:
+        content = sealed.read_json(file).content
+    except FileNotFoundError:
+        return None
+    try:
+        return Plan.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise CorruptError(
+            f"{file} is no sweep of this memtool: {place}: {first['msg']}",
+            remedy="another folder with --out",
+        ) from error
+
+
+def _require_same(there: Asked, asked: Asked, folder: Path) -> None:
+    """Raise AlreadyExistsError, which names the first difference, for another sweep."""
+    if there == asked:
+        return
+    for name in ("memtool", "axes", "seeds", "orders"):
+        here, other = getattr(asked, name), getattr(there, name)
+        if here != other:
+            raise _of_another(folder, f"{name} {shown(other)}", f"{name} {shown(here)}")
+    flat = _differences(there.configuration, asked.configuration)
+    key, (other, here) = next(iter(flat.items()))
+    raise _of_another(folder, f"{key} {shown(other)}", f"{key} {shown(here)}")
+
+
+def _differences(a: Mapping[str, Any], b: Mapping[str, Any], head: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key in {**a, **b}:
+        one, other = a.get(key), b.get(key)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            found |= _differences(one, other, f"{head}{key}.")
+        elif one != other:
+            found[head + key] = (one, other)
+    return found
+
+
+def _of_another(folder: Path, there: str, here: str) -> AlreadyExistsError:
+    return AlreadyExistsError(
+        f"the sweep in {folder} has {there}, this one {here}",
+        expected="the same sweep, which this process would join",
+        remedy="--out with another folder; or memtool sweep --out DIR alone, which joins",
+    )

@@ -1,0 +1,155 @@
+"""From the run to its services: each has a thread, so that none can hold the run up or end it."""
+
+from __future__ import annotations
+
+import io
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from typing import Protocol
+
+from memtool.trackers import Axis, Card, Points, Tracker, open_tracker, require_services
+
+logger = logging.getLogger("memtool.trackers")
+
+PATIENCE_SECONDS = 30.0
+"""How long the end of a run waits for a service to take what is left."""
+
+
+class Send(Protocol):
+    """What a run calls with numbers; it returns at once."""
+
+    def __call__(self, values: Mapping[str, float], *, step: int, axis: Axis) -> None:
+        """Send numbers by the names of their curves."""
+
+
+@contextmanager
+def following(
+    names: Sequence[str],
+    card: Card,
+    *,
+    say: Callable[[str], None] = logger.info,
+    open_service: Callable[[str], Tracker] = open_tracker,
+    patience_seconds: float = PATIENCE_SECONDS,
+) -> Iterator[Send]:
+    """While the block runs, what is sent goes to all these services; `say` is told where to look.
+
+    Nothing that a service does is an error of the block: one that fails, or has not taken
+    everything `patience_seconds` after the end, is named in a warning. What the packages print goes
+    to the log. Raises ConfigError before anything else for a service that is not there.
+    """
+    senders = [_Sender(name, card, open_service, say) for name in require_services(names)]
+
+    def send(values: Mapping[str, float], *, step: int, axis: Axis) -> None:
+        points = Points(dict(values), step, axis, time.time())
+        for sender in senders:
+            sender.put(points)
+
+    with redirect_stdout(_Printed()) if senders else _nothing():
+        for sender in senders:
+            sender.start()
+        failed = True
+        try:
+            yield send
+            failed = False
+        finally:
+            for sender in senders:
+                sender.close(failed)
+            until = time.monotonic() + patience_seconds
+            for sender in senders:
+                sender.wait(max(until - time.monotonic(), 0))
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+class _Sender(threading.Thread):
+    """The thread of one service: opens it, hands points over as they come, and closes it."""
+
+    def __init__(
+        self,
+        name: str,
+        card: Card,
+        open_service: Callable[[str], Tracker],
+        say: Callable[[str], None],
+    ) -> None:
+        super().__init__(name=f"memtool-log-{name}", daemon=True)
+        self.service = name
+        self._card = card
+        self._open = open_service
+        self._say = say
+        self._waiting: queue.SimpleQueue[Points | None] = queue.SimpleQueue()
+        self._run_failed = False
+        self._broken = threading.Event()
+
+    def put(self, points: Points) -> None:
+        """Take points, unless the service failed."""
+        if not self._broken.is_set():
+            self._waiting.put(points)
+
+    def close(self, failed: bool) -> None:
+        """Nothing more will come."""
+        self._run_failed = failed
+        self._waiting.put(None)
+
+    def wait(self, seconds: float) -> None:
+        """Let it finish; say so where it does not."""
+        self.join(seconds)
+        if self.is_alive():
+            self._broken.set()
+            logger.warning(
+                "the log service %s did not answer in time; the run is whole, its curves there are "
+                "not",
+                self.service,
+            )
+
+    def run(self) -> None:
+        """Until the end, or the first error of the service."""
+        try:
+            tracker = self._open(self.service)
+            where = tracker.begin(self._card)
+            self._say(f"{self.service}: {where}")
+            while (points := self._taken()) is not None:
+                tracker.log(points)
+            tracker.end(failed=self._run_failed)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the run goes on
+            self._broken.set()
+            logger.warning(
+                "the log service %s failed (%s: %s); the run goes on without it",
+                self.service,
+                type(error).__name__,
+                " ".join(str(error).split())[:300],
+            )
+
+    def _taken(self) -> list[Points] | None:
+        """Everything that waits, at least one; None at the end."""
+        first = self._waiting.get()
+        if first is None:
+            return None
+        found = [first]
+        while not self._waiting.empty():
+            more = self._waiting.get()
+            if more is None:
+                self._waiting.put(None)
+                break
+            found.append(more)
+        return found
+
+
+class _Printed(io.TextIOBase):
+    """Takes what packages print: stdout is for data alone."""
+
+    def writable(self) -> bool:
+        """It is written to."""
+        return True
+
+    def write(self, text: str) -> int:
+        """Into the log."""
+        if text.strip():
+            logger.info("%s", text.strip())
+        return len(text)
