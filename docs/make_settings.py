@@ -30,9 +30,9 @@ Precedence, highest first: command line, `MEMTOOL_*` variables, `--config FILE`,
 the working directory, the user's file, the preset, the default. `none` means no value; several
 values are separated by commas. An unknown key or value is an error with a suggestion.
 
-Three variables are no settings: `MEMTOOL_DATA` names the folder of the data sets, `MEMTOOL_CACHE`
+Four variables are no settings: `MEMTOOL_DATA` names the folder of the data sets, `MEMTOOL_CACHE`
 the folder of decoded images and values, `MEMTOOL_VLLM_STORES` the memories that vLLM serves
-adapters of.
+adapters of, and `MEMTOOL_API_KEY` is the key of `memtool serve`.
 
 The sections of a method are there only where that method is chosen: elsewhere they are passed over
 on the command line and in variables, with a note, and are an error in a file, unless the file names

@@ -103,7 +103,9 @@ NAMES_OF_CODE: Mapping[str, registry.Kind] = {
 COMMAND_LINE = "command line"
 MEMORY = "the memory"
 """Origin of what a memory was made with."""
-NOT_SETTINGS = frozenset({"MEMTOOL_DATA", "MEMTOOL_CACHE", "MEMTOOL_VLLM_STORES"})
+NOT_SETTINGS = frozenset(
+    {"MEMTOOL_DATA", "MEMTOOL_CACHE", "MEMTOOL_VLLM_STORES", "MEMTOOL_API_KEY"}
+)
 
 
 def resolve(

@@ -47,6 +47,7 @@ VERBS = {
     "predict": Verb("predict", FLOW, "Say what pictures show, or answer prompts; a row each."),
     "calibrate": Verb("predict", FLOW, "Measure when the memory is sure, for predict --reject."),
     "generate": Verb("generate", FLOW, "Answer prompts by the adapters that each recalls."),
+    "serve": Verb("serve", FLOW, "Serve the memory over HTTP, with a page to try it."),
     "eval": Verb("flow", FLOW, "Measure the memory on the test images of all its tasks."),
     "explain": Verb("explain", FLOW, "Show which adapters fire for an image, and what each adds."),
     "ablate": Verb("experiments", FLOW, "Run one experiment with one choice changed at a time."),

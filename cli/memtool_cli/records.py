@@ -297,6 +297,15 @@ class Generated(CliRecord):
     answers: tuple[Answer, ...]
 
 
+class Serving(CliRecord):
+    """A memory that answers at an address from now on."""
+
+    schema_: Literal["memtool.serve"] = Field("memtool.serve", alias="schema")
+    version: str
+    memory: str
+    url: str
+
+
 class Exported(CliRecord):
     """Adapters written as PEFT directories."""
 

@@ -1,0 +1,60 @@
+"""Pictures of many requests in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from memtool.inference.predictor import Predicted, Predictor
+from memtool.serving.batcher import Work
+from memtool.serving.metrics import Metrics
+from memtool.serving.models import Model
+
+
+class Pictures(Work):
+    """The pictures of one request, decoded: uint8 (n, size, size, 3), for one model.
+
+    `topk` classes are wanted of each, and up to `adapters` of those that were recalled.
+    """
+
+    def __init__(
+        self, model: Model, pixels: Sequence[npt.NDArray[np.uint8]], *, topk: int, adapters: int
+    ) -> None:
+        super().__init__(len(pixels))
+        self.model, self.topk, self.adapters = model, topk, adapters
+        self.pixels = pixels
+
+
+class PictureRunner:
+    """Runs pictures: those of one model together, at most `most` in a pass."""
+
+    def __init__(self, metrics: Metrics, most: int) -> None:
+        self._metrics, self._most = metrics, most
+
+    def __call__(self, works: Sequence[Pictures]) -> list[list[Predicted]]:
+        """The predictions of every request."""
+        found: dict[Pictures, list[Predicted]] = {}
+        for model in dict.fromkeys(work.model for work in works):
+            own = [work for work in works if work.model is model]
+            predicted = self._predicted(model, own)
+            for work in own:
+                found[work], predicted = predicted[: work.size], predicted[work.size :]
+        return [found[work] for work in works]
+
+    def _predicted(self, model: Model, works: Sequence[Pictures]) -> list[Predicted]:
+        predictor = model.ready
+        assert isinstance(predictor, Predictor)
+        topk = max(work.topk for work in works)
+        adapters = max(work.adapters for work in works)
+        pixels = np.stack([one for work in works for one in work.pixels])
+        found: list[Predicted] = []
+        for first in range(0, len(pixels), self._most):
+            batch = pixels[first : first + self._most]
+            self._metrics.batch(len(batch))
+            found += predictor.predict(batch, topk=topk, adapters=adapters)
+        for one in found:
+            weights = {share.adapter: share.weight for share in one.weights}
+            self._metrics.answered(weights, unlike=one.unlike)
+        return found

@@ -1,0 +1,220 @@
+"""What answers a request: a version of the memory, with all its adapters or with one of them.
+
+A request names it: `auto`, the name of an adapter or task, `memory@VERSION`, or
+`memory@VERSION:ADAPTER`. All of them stand on one frozen model. A new version is made ready beside
+the one that answers, and takes its place between two requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+import torch
+
+from memtool.errors import ConfigError, NotFoundError, did_you_mean
+from memtool.inference.predictor import Predictor
+from memtool.memory import Memory, load
+from memtool.methods.attached import AttachedImages, AttachedTexts
+from memtool.paths import split_store
+from memtool_stores import MemoryStore
+from memtool_stores.printable import shown
+
+AUTO = "auto"
+"""The name of the model that recalls by itself."""
+
+KEPT = 8
+"""Models beside the one that answers `auto`: those that were made last."""
+
+LONGEST_NAME = 300
+"""Characters of the name of a model."""
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """One way to be answered; `adapter` is the only one that is used, where there is one."""
+
+    memory: Memory
+    adapter: str | None
+    ready: Predictor | AttachedTexts
+
+    @property
+    def version(self) -> str:
+        """The version of the memory."""
+        return self.memory.version
+
+
+class Models:
+    """The models of one store; `current` is that of the version that is served.
+
+    `opened(version)` opens a version, by its id. All that reads the store runs in one thread of its
+    own, so the event loop and the model never wait for it.
+    """
+
+    def __init__(
+        self,
+        store: str,
+        *,
+        opened: Callable[[str], Memory] | None = None,
+        precision: str = "fp32",
+        device: str = "cpu",
+    ) -> None:
+        """Load the version that `store` names, an address perhaps with @VERSION.
+
+        Raises the errors of `memtool.load` and `Memory.attach`.
+        """
+        self.address, self.ref = split_store(store)
+        self.name = PurePosixPath(self.address.rstrip("/")).name or self.address
+        self._opened = opened or (lambda version: load(f"{self.address}@{version}"))
+        self._precision, self._device = precision, device
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="memtool-store")
+        self._kept: OrderedDict[tuple[str, str | None], Model] = OrderedDict()
+        self.current = self._made(self._opened(self.newest()), None)
+        self.failed: tuple[str, str] | None = None
+
+    @property
+    def reads(self) -> str:
+        """What the memory reads: "images" or "texts"."""
+        return self.current.memory.reads
+
+    def newest(self) -> str:
+        """The id of the version that the store's address names now."""
+        return MemoryStore.open(self.address).view(self.ref).version
+
+    def names(self) -> list[str]:
+        """What a request may name: `auto`, and every adapter of the version that is served."""
+        return [AUTO, *(record.name for record in self.current.memory.adapters)]
+
+    async def named(self, word: str) -> Model:
+        """The model of a name. Raises NotFoundError, and VersionExpiredError for one collected."""
+        current = self.current
+        if word == AUTO:
+            return current
+        found = self._kept.get((current.version, word))
+        return found or await self._aside(self._find, current, word)
+
+    async def reload(self) -> tuple[str, str]:
+        """Take up the version that the address names now: the version before, and the one served.
+
+        Raises what keeps it from being served; the version before goes on then.
+        """
+        model = await self._aside(self._newer)
+        before = self.current.version
+        if model is not None:
+            self.current = model
+        return before, self.current.version
+
+    async def look(self) -> str | None:
+        """As `reload`, but tries a version that failed only once; what is wrong, where anything is.
+
+        Raises nothing that has to do with the store.
+        """
+        try:
+            newest = await self._aside(self.newest)
+            if self.failed is not None and self.failed[0] == newest:
+                return self.failed[1]
+            await self.reload()
+        except Exception as error:  # noqa: BLE001 - whatever it is, what is served goes on
+            return self.told(error)
+        return None
+
+    def told(self, error: BaseException) -> str:
+        """What an error says in one line, without the place of the store on this machine."""
+        return self.hidden(" ".join(str(error).split()) or type(error).__name__)
+
+    def hidden(self, text: str) -> str:
+        """A text with the name of the memory where its address stood."""
+        return text.replace(self.address, self.name)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def _aside(self, function: Callable[..., Any], *given: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *given)
+
+    def _newer(self) -> Model | None:
+        newest = self.newest()
+        if newest == self.current.version:
+            return None
+        try:
+            memory = self._opened(newest)
+            if memory.reads != self.reads:
+                raise ConfigError(f"version {newest} reads {memory.reads}, not {self.reads}")
+            model = self._made(memory, None)
+        except Exception as error:
+            self.failed = newest, self.told(error)
+            raise
+        self.failed = None
+        return model
+
+    def _find(self, current: Model, word: str) -> Model:
+        if len(word) > LONGEST_NAME:
+            raise NotFoundError(f"no model of a name of {len(word)} characters")
+        memory = current.memory
+        known = {record.name for record in memory.adapters}
+        known |= {str(record.meta.get("task_name")) for record in memory.adapters}
+        if word in known or "@" not in word:
+            if word not in known:
+                raise NotFoundError(
+                    f"no model {shown(word)}",
+                    expected=did_you_mean(word, [*self.names(), f"{self.name}@VERSION"]),
+                )
+            key = memory.version, word
+            return self._kept.get(key) or self._keep(key, memory, word)
+        name, _, rest = word.partition("@")
+        ref, _, adapter = rest.partition(":")
+        if name != self.name or not ref:
+            raise NotFoundError(
+                f"no model {shown(word)}", expected=f"{self.name}@VERSION, the memory served here"
+            )
+        version = MemoryStore.open(self.address).view(ref).version
+        if version == current.version and not adapter:
+            return current
+        other = version, adapter or None
+        return self._kept.get(other) or self._keep(other, self._opened(version), adapter or None)
+
+    def _keep(self, key: tuple[str, str | None], memory: Memory, adapter: str | None) -> Model:
+        model = self._kept[key] = self._made(memory, adapter)
+        while len(self._kept) > KEPT:
+            self._kept.popitem(last=False)
+        return model
+
+    def _made(self, memory: Memory, adapter: str | None) -> Model:
+        now: Model | None = getattr(self, "current", None)
+        shared = None
+        if now is not None:
+            ours, theirs = now.memory.config, memory.config
+            if (ours.backbone, ours.text) == (theirs.backbone, theirs.text):
+                ready = now.ready
+                shared = ready.model.backbone if isinstance(ready, Predictor) else ready.backbone
+        attached = memory.attach(shared, task=adapter, precision=self._precision)
+        attached.to(self._device)
+        if isinstance(attached, AttachedTexts):
+            return Model(memory, adapter, attached)
+        assert isinstance(attached, AttachedImages)
+        predictor = Predictor(memory, attached)
+        _require_whole(predictor)
+        return Model(memory, adapter, predictor)
+
+
+@torch.inference_mode()
+def _require_whole(predictor: Predictor) -> None:
+    """Ask a predictor once, so that the first request is as fast as others.
+
+    Raises ConfigError for a version with adapters that it does not know how to recall.
+    """
+    size, memory = predictor.image_size, predictor.memory
+    blank = torch.zeros(1, size, size, 3, dtype=torch.uint8)
+    known = predictor.model(blank.to(next(predictor.model.parameters()).device)).weights.shape[1]
+    if known != len(memory.adapters):
+        raise ConfigError(
+            f"version {memory.version} holds {len(memory.adapters)} adapters, and recalls {known}",
+            expected="a version that was consolidated after its last adapter was written",
+            remedy="memtool consolidate",
+        )

@@ -1,0 +1,148 @@
+"""Prompts of many requests in one pass of the language model, whatever adapters each is for.
+
+Rows of one model recall together, those of another beside them; an answer draws by its own
+generator. So a prompt is answered as it would be alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from memtool.adapters.side_by_side import side_by_side
+from memtool.backbones.answering import Growing, Wish, grow
+from memtool.backbones.causal_lm import PAD, CausalLM
+from memtool.methods.attached import AttachedByPrompt, AttachedTexts
+from memtool.serving.batcher import Work
+from memtool.serving.metrics import Metrics
+from memtool.serving.models import Model
+
+LEAST_TOLD = 0.0005
+"""A weight below this is not told."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """An answer: its text, why it ended ("stop" or "length"), tokens of prompt and answer.
+
+    `weights` are the adapters that the prompt chose, the greatest share first; empty where nobody
+    asked.
+    """
+
+    text: str
+    ended: str
+    asked_tokens: int
+    said_tokens: int
+    weights: dict[str, float] = field(default_factory=dict)
+
+
+class Prompt(Work):
+    """One prompt, as token ids (1, n); without a wish only its weights are wanted.
+
+    `told(text)` gets what becomes certain of the answer, in the event loop.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        text: str | None,
+        tokens: Tensor,
+        wish: Wish | None,
+        told: Callable[[str], None] | None = None,
+    ) -> None:
+        """`text` is the prompt where it is one text, whose weights can be told."""
+        super().__init__(1)
+        self.model, self.text, self.tokens, self.wish, self.told = model, text, tokens, wish, told
+
+
+class PromptRunner:
+    """Runs prompts: their weights, then all answers in one pass a token."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def __call__(self, works: Sequence[Prompt]) -> list[Said]:
+        """The answers, or the weights, of every prompt."""
+        self._metrics.batch(len(works))
+        weights = self._weights(works)
+        answers = self._answers([work for work in works if work.wish is not None])
+        found = []
+        for work, shares in zip(works, weights, strict=True):
+            answer = answers.get(work)
+            text, ended, tokens = (
+                ("", "", 0) if answer is None else (answer.text, answer.ended or "", answer.tokens)
+            )
+            found.append(Said(text, ended, int((work.tokens != PAD).sum()), tokens, shares))
+        return found
+
+    def _weights(self, works: Sequence[Prompt]) -> list[dict[str, float]]:
+        """The weights of every prompt, and that they were used."""
+        found: dict[Prompt, dict[str, float]] = {work: {} for work in works}
+        for model, own in _by_model(works).items():
+            attached = _attached(model)
+            if isinstance(attached, AttachedByPrompt):
+                tokens = _padded([work.tokens[0] for work in own]).to(attached.backbone.device)
+                with torch.no_grad(), attached.computing():
+                    rows = attached.weights_of(tokens).float().cpu()
+            else:
+                own = [work for work in own if work.text is not None]
+                rows = attached.weights([work.text or "" for work in own])
+            for work, row in zip(own, rows.tolist(), strict=True):
+                named = sorted(zip(attached.names, row, strict=True), key=lambda one: -one[1])
+                found[work] = {name: share for name, share in named if share >= LEAST_TOLD}
+        for shares in found.values():
+            self._metrics.answered(shares)
+        return [found[work] for work in works]
+
+    def _answers(self, works: Sequence[Prompt]) -> dict[Prompt, Growing]:
+        found: dict[Prompt, Growing] = {}
+        for lm in dict.fromkeys(_attached(work.model).backbone for work in works):
+            own = [work for work in works if _attached(work.model).backbone is lm]
+            found |= _grown(lm, _by_model(own))
+        return found
+
+
+def _grown(lm: CausalLM, groups: Mapping[Model, Sequence[Prompt]]) -> dict[Prompt, Growing]:
+    """The answers to prompts of several models on one frozen model, in one pass a token."""
+    works = [work for own in groups.values() for work in own]
+    answers = [Growing(lm, work.wish) for work in works if work.wish is not None]
+    tokens = _padded([work.tokens[0] for work in works]).to(lm.device)
+    sizes = [len(own) for own in groups.values()]
+
+    def told() -> None:
+        for work, answer in zip(works, answers, strict=True):
+            if work.dropped and answer.ended is None:
+                answer.ended = "dropped"
+            elif work.told is not None and (text := answer.certain()):
+                work.loop.call_soon_threadsafe(work.told, text)
+
+    with torch.no_grad(), _attached(works[0].model).computing():
+        asked = zip(groups, tokens.split(sizes), strict=True)
+        recalls = [_attached(model).recall(rows) for model, rows in asked]
+        recall = recalls[0] if len(recalls) == 1 else side_by_side(recalls, sizes)
+        grow(lm, tokens, recall, answers, told)
+    return dict(zip(works, answers, strict=True))
+
+
+def _by_model(works: Sequence[Prompt]) -> dict[Model, list[Prompt]]:
+    found: dict[Model, list[Prompt]] = {}
+    for work in works:
+        found.setdefault(work.model, []).append(work)
+    return found
+
+
+def _attached(model: Model) -> AttachedTexts:
+    assert isinstance(model.ready, AttachedTexts)
+    return model.ready
+
+
+def _padded(rows: Sequence[Tensor]) -> Tensor:
+    """Token ids (n,) of several prompts as one (b, longest), padded on the left."""
+    longest = max(map(len, rows))
+    found = torch.full((len(rows), longest), PAD)
+    for place, row in zip(found, rows, strict=True):
+        place[longest - len(row) :] = row
+    return found
