@@ -75,11 +75,16 @@ class Predictor:
     """
 
     def __init__(self, memory: Memory, model: AttachedImages) -> None:
+        """The model is asked once, so that the first request is as fast as others.
+
+        Raises ConfigError for a version with adapters that it does not know how to recall.
+        """
         self.memory, self.model = memory, model
         self.classes = memory.classes
         assert isinstance(model.backbone, Backbone)
         self.image_size = model.backbone.image_size
         self._adapters = [(record.name, record.task) for record in memory.adapters]
+        self._require_whole()
 
     @classmethod
     def of(cls, memory: Memory, *, precision: str = "fp32", device: str = "cpu") -> Predictor:
@@ -94,6 +99,18 @@ class Predictor:
         assert isinstance(model, AttachedImages)
         model.to(device)
         return cls(memory, model)
+
+    @torch.inference_mode()
+    def _require_whole(self) -> None:
+        blank = torch.zeros(1, self.image_size, self.image_size, 3, dtype=torch.uint8)
+        out = self.model(blank.to(next(self.model.parameters()).device))
+        if (known := out.weights.shape[1]) != len(self._adapters):
+            raise ConfigError(
+                f"version {self.memory.version} holds {len(self._adapters)} adapters, and recalls "
+                f"{known}",
+                expected="a version that was consolidated after its last adapter was written",
+                remedy="memtool consolidate",
+            )
 
     def pixels(self, encoded: bytes, where: str) -> npt.NDArray[np.uint8]:
         """The bytes of one image file, decoded: uint8 (size, size, 3). Raises DataError."""

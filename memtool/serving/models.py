@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-import torch
-
 from memtool.errors import ConfigError, NotFoundError, did_you_mean
 from memtool.inference.predictor import Predictor
 from memtool.memory import Memory, load
@@ -198,23 +196,4 @@ class Models:
         if isinstance(attached, AttachedTexts):
             return Model(memory, adapter, attached)
         assert isinstance(attached, AttachedImages)
-        predictor = Predictor(memory, attached)
-        _require_whole(predictor)
-        return Model(memory, adapter, predictor)
-
-
-@torch.inference_mode()
-def _require_whole(predictor: Predictor) -> None:
-    """Ask a predictor once, so that the first request is as fast as others.
-
-    Raises ConfigError for a version with adapters that it does not know how to recall.
-    """
-    size, memory = predictor.image_size, predictor.memory
-    blank = torch.zeros(1, size, size, 3, dtype=torch.uint8)
-    known = predictor.model(blank.to(next(predictor.model.parameters()).device)).weights.shape[1]
-    if known != len(memory.adapters):
-        raise ConfigError(
-            f"version {memory.version} holds {len(memory.adapters)} adapters, and recalls {known}",
-            expected="a version that was consolidated after its last adapter was written",
-            remedy="memtool consolidate",
-        )
+        return Model(memory, adapter, Predictor(memory, attached))

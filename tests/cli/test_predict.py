@@ -294,9 +294,11 @@ def test_what_cannot_be_done_is_said(words: list[str], code: int, said: str, pla
 def test_a_memory_without_keys_says_what_comes_first(tmp_path: Path, place: Path) -> None:
     store = MemoryStore.open(str(place / "memory"))
     written = [one.id for one in store.log() if one.metadata.get("verb") == "write"]
-    done = run(place, "predict", "mixed", "--store", f"memory@{written[-1]}")
-    assert done.returncode == 2
-    assert "memtool consolidate" in done.stderr
+    for version in (written[0], written[-1]):  # with keys of the adapters before, and without any
+        done = run(place, "predict", "mixed", "--store", f"memory@{version}")
+        assert done.returncode == 2
+        assert "memtool consolidate" in done.stderr
+        assert done.stdout == ""
 
 
 # To be sure enough ------------------------------------------------------------------------
