@@ -82,10 +82,10 @@ def push(
 ) -> Pushed:
     """Publish a memory with all its versions as one commit of `user/name` on the hub.
 
-    The repository is made where there is none; with `private` nothing goes to a public one. `records` are measurements of
-    one experiment of this memory. `dataset` is the data set of the hub that they measured on; one
-    that the stream was read from is known. Nothing of a push that fails can be seen there, but for
-    a repository that it made.
+    The repository is made where there is none; with `private` nothing goes to a public one.
+    `records` are measurements of one experiment of this memory. `dataset` is the data set of the
+    hub that they measured on; one that the stream was read from is known. Nothing of a push that
+    fails can be seen there, but for a repository that it made.
 
     Raises:
         ConfigError: no token at hand.
