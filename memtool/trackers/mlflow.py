@@ -84,8 +84,8 @@ class Mlflow:
 
 
 def _without_password(address: str) -> str:
-    """An address without what stands between `//` and `@`: who asks, and the password."""
-    return re.sub(r"//[^/]*@", "//", address)
+    """An address without what stands between `://` and `@`: who asks, and the password."""
+    return re.sub(r"(?<=://)[^/]*@", "", address)
 
 
 def _plain(name: str) -> str:
