@@ -82,14 +82,15 @@ def push(
 ) -> Pushed:
     """Publish a memory with all its versions as one commit of `user/name` on the hub.
 
-    The repository is made where there is none, `private` says how. `records` are measurements of
-    one experiment of this memory. `dataset` is the data set of the hub that they measured on; one
-    that the stream was read from is known. Nothing of a push that fails can be seen there, but for
-    a repository that it made.
+    The repository is made where there is none; with `private` nothing goes to a public one.
+    `records` are measurements of one experiment of this memory. `dataset` is the data set of the
+    hub that they measured on; one that the stream was read from is known. Nothing of a push that
+    fails can be seen there, but for a repository that it made.
 
     Raises:
         ConfigError: no token at hand.
-        MismatchError: the repository holds something else, or the records are of another memory.
+        MismatchError: the repository holds something else, or is public and `private` was asked
+            for; or the records are of another memory.
         ChangedMeanwhileError: it has versions that this memory has not, or somebody pushed
             meanwhile.
         NotFoundError, StorageError: as of the store and of the hub.
@@ -231,6 +232,12 @@ def _commit(
     with hub.answering(f"push to {repository}", repository), hub.quiet():
         api.create_repo(repository, private=private, exist_ok=True)
         info = api.model_info(repository)
+        if private and not info.private:
+            raise MismatchError(
+                f"{repository} was there before, and is public; nothing was published",
+                expected="a private repository, or a new one",
+                remedy="another name; or its settings on the hub; or without --private",
+            )
         there = {
             entry.path: entry.size
             for entry in api.list_repo_tree(repository, recursive=True, revision=info.sha)

@@ -227,6 +227,16 @@ def test_nobody_is_overwritten(server, small, tmp_path):
     assert server.repositories["ann/small"].commits[-1][1] == "between"
 
 
+def test_what_is_to_be_private_never_goes_to_a_public_repository(server, small):
+    hub.push(small.url, "ann/small")
+    with small.transaction("a secret") as txn:
+        fill(txn, small_space(), "secret", 5)
+    commits = list(server.repositories["ann/small"].commits)
+    with pytest.raises(MismatchError, match="is public; nothing was published"):
+        hub.push(small.url, "ann/small", private=True)
+    assert server.repositories["ann/small"].commits == commits
+
+
 def test_what_is_wrong_is_said_with_what_helps_and_without_secrets(
     server, small, tmp_path, monkeypatch, caplog
 ):

@@ -319,9 +319,12 @@ class CausalLM(FrozenModel):
         """
         real = tokens != PAD
         done = 0 if cache is None else cache.get_seq_length()
+        # An answer that has ended goes on beside those that have not, perhaps beyond the context,
+        # where a model with learned positions has none.
+        places = (real.cumsum(1) - 1).clamp(0, self.context - 1)
         given: dict[str, Any] = {
             "attention_mask": _attention_mask(real),
-            "position_ids": (real.cumsum(1) - 1).clamp_min(0)[:, done:],
+            "position_ids": places[:, done:],
             "use_cache": cache is not None,
         }
         if cache is not None:

@@ -213,10 +213,11 @@ class Lease:
     def _live(self) -> None:
         count = 0
         while not self._over.wait(self._every_seconds):
-            if self._is_fenced():
-                return
             count += 1
-            with suppress(OSError):  # a full disk: if it lasts, another takes the job
+            # A full disk, a server that is away: if it lasts, another takes the job.
+            with suppress(OSError):
+                if self._is_fenced():
+                    return
                 self._write(str(count))
 
     def _write(self, text: str) -> None:

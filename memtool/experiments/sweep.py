@@ -42,6 +42,7 @@ from memtool.experiments.select import folder_name
 from memtool.methods.kept import fingerprint_of
 from memtool.progress import Progress, ProgressEvent
 from memtool.settings import Config, get, keys
+from memtool_stores.names import below
 from memtool_stores.printable import shown
 
 LEASE_SECONDS = 120.0
@@ -334,8 +335,12 @@ class Sweep:
         return cls(folder, plan, base.model_copy(update={"seed": plan.asked.seeds}))
 
     def config_of(self, job: Job, place: str = "") -> Config:
-        """The configuration of a job: its values, order and seed; all it writes is in `place`."""
-        cell = self.folder / "cells" / job.cell.name / place
+        """The configuration of a job: its values, order and seed; all it writes is in `place`.
+
+        Raises SchemaError for names in the files of the folder that lead out of it.
+        """
+        cell = below(self.folder / "cells", job.cell.name)
+        cell = below(cell, place) if place else cell
         changed = with_values(self.base, job.cell.values, PLAN)
         stream = changed.stream
         if job.cell.order is not None:

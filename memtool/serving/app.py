@@ -216,14 +216,14 @@ async def _predicted(
     predictions = [
         {"file": printable(name), **of_error(one, service.models.hidden)}
         if isinstance(one, MemtoolError)
-        else _prediction(name, next(answers), topk)
+        else _prediction(name, next(answers))
         for (name, _), one in zip(named, decoded, strict=True)
     ]
     return JSONResponse({"version": model.version, "predictions": predictions})
 
 
-def _prediction(name: str, found: Predicted, topk: int) -> dict[str, Any]:
-    classes = [{"label": label, "probability": p} for label, p in found.classes[:topk]]
+def _prediction(name: str, found: Predicted) -> dict[str, Any]:
+    classes = [{"label": label, "probability": p} for label, p in found.classes]
     return {
         "file": printable(name),
         **classes[0],

@@ -55,6 +55,7 @@ class _Reader:
         self.form = Form()
         self.ended = False
         self._most = most
+        self._others = 0
         self._name = self._value = b""
         self._headers: dict[bytes, bytes] = {}
         self._parts: list[bytes] = []
@@ -98,7 +99,8 @@ class _Reader:
             told = about.get(b"filename", b"").decode(errors="replace")
             self.form.files.append((told or f"file {number}", data))
             return
-        if len(self.form.fields) >= MOST_FIELDS:
+        self._others += 1  # also of one name, of which the last counts
+        if self._others > MOST_FIELDS:
             raise HTTPException(400, f"more than {MOST_FIELDS} fields beside the files")
         self.form.fields[name.decode(errors="replace")] = data.decode(errors="replace")
 

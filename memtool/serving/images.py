@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -40,7 +41,8 @@ class PictureRunner:
             own = [work for work in works if work.model is model]
             predicted = self._predicted(model, own)
             for work in own:
-                found[work], predicted = predicted[: work.size], predicted[work.size :]
+                found[work] = [_as_asked(work, one) for one in predicted[: work.size]]
+                predicted = predicted[work.size :]
         return [found[work] for work in works]
 
     def _predicted(self, model: Model, works: Sequence[Pictures]) -> list[Predicted]:
@@ -58,3 +60,8 @@ class PictureRunner:
             weights = {share.adapter: share.weight for share in one.weights}
             self._metrics.answered(weights, unlike=one.unlike)
         return found
+
+
+def _as_asked(work: Pictures, one: Predicted) -> Predicted:
+    """Without what others of the batch asked for beyond this request."""
+    return replace(one, classes=one.classes[: work.topk], weights=one.weights[: work.adapters])

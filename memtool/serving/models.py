@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from memtool.errors import ConfigError, NotFoundError, did_you_mean
+from memtool.errors import BusyError, ConfigError, NotFoundError, did_you_mean
 from memtool.inference.predictor import Predictor
 from memtool.memory import Memory, load
 from memtool.methods.attached import AttachedImages, AttachedTexts
 from memtool.paths import split_store
-from memtool_stores import MemoryStore
+from memtool_stores import MemoryStore, StorageError
 from memtool_stores.printable import shown
 
 AUTO = "auto"
@@ -110,6 +110,8 @@ class Models:
     async def look(self) -> str | None:
         """As `reload`, but tries a version that failed only once; what is wrong, where anything is.
 
+        Where nobody answered, or another process was busy, it is tried again.
+
         Raises nothing that has to do with the store.
         """
         try:
@@ -146,7 +148,8 @@ class Models:
                 raise ConfigError(f"version {newest} reads {memory.reads}, not {self.reads}")
             model = self._made(memory, None)
         except Exception as error:
-            self.failed = newest, self.told(error)
+            if not _may_pass(error):
+                self.failed = newest, self.told(error)
             raise
         self.failed = None
         return model
@@ -197,3 +200,10 @@ class Models:
             return Model(memory, adapter, attached)
         assert isinstance(attached, AttachedImages)
         return Model(memory, adapter, Predictor(memory, attached))
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the same may go well a little later."""
+    if isinstance(error, StorageError):
+        return error.transient
+    return isinstance(error, BusyError | OSError)

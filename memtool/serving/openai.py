@@ -225,8 +225,9 @@ class _Answer:
             choices = [self._whole(index, said) for index, said in enumerate(found)]
             return JSONResponse({**self._head, "choices": choices, "usage": _usage(found)})
         parts: Parts = asyncio.Queue()
-        works = await self._works(parts)
-        service.start(works)
+        async with service.room_for(len(self._prompts)):
+            works = await self._works(parts)
+        service.start(works)  # nothing runs between: the room is still there
         return StreamingResponse(self._events(works, parts), media_type="text/event-stream")
 
     async def _works(self, parts: Parts | None) -> list[Prompt]:

@@ -140,9 +140,9 @@ class Service:
             return list(together.result())
         finally:
             away.cancel()
-            if not together.done():
-                together.cancel()
-                for work in works:
+            together.cancel()
+            for work in works:  # also those of which another one failed
+                if not work.future.done():
                     work.drop()
 
     def start(self, works: Sequence[Work]) -> None:

@@ -15,13 +15,11 @@ from torch import Tensor
 from memtool.adapters.side_by_side import side_by_side
 from memtool.backbones.answering import Growing, Wish, grow
 from memtool.backbones.causal_lm import PAD, CausalLM
+from memtool.inference.answers import LEAST
 from memtool.methods.attached import AttachedByPrompt, AttachedTexts
 from memtool.serving.batcher import Work
 from memtool.serving.metrics import Metrics
 from memtool.serving.models import Model
-
-LEAST_TOLD = 0.0005
-"""A weight below this is not told."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ class PromptRunner:
                 rows = attached.weights([work.text or "" for work in own])
             for work, row in zip(own, rows.tolist(), strict=True):
                 named = sorted(zip(attached.names, row, strict=True), key=lambda one: -one[1])
-                found[work] = {name: share for name, share in named if share >= LEAST_TOLD}
+                found[work] = {name: share for name, share in named if share >= LEAST}
         for shares in found.values():
             self._metrics.answered(shares)
         return [found[work] for work in works]

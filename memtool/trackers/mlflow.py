@@ -62,7 +62,9 @@ class Mlflow:
         parameters = [Param(_plain(key), _text(value)) for key, value in card.settings.items()]
         for low in range(0, len(parameters), 100):
             self._client.log_batch(self._id, params=parameters[low : low + 100])
-        return f"mlflow ui --backend-store-uri {address}"
+        shown = _without_password(address)
+        is_server = address.startswith(("http://", "https://"))
+        return shown if is_server else f"mlflow ui --backend-store-uri {shown}"
 
     def log(self, points: Iterable[Points]) -> None:
         """Send numbers, as many at once as a call takes."""
@@ -79,6 +81,11 @@ class Mlflow:
     def end(self, *, failed: bool) -> None:
         """Say how the run ended."""
         self._client.set_terminated(self._id, "FAILED" if failed else "FINISHED")
+
+
+def _without_password(address: str) -> str:
+    """An address without what stands between `://` and `@`: who asks, and the password."""
+    return re.sub(r"(?<=://)[^/]*@", "", address)
 
 
 def _plain(name: str) -> str:

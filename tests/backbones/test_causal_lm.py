@@ -17,6 +17,7 @@ from memtool.adapters.lora import init_lora
 from memtool.adapters.recalls import every
 from memtool.adapters.values import AdapterValues, Recall
 from memtool.backbones import create_backbone
+from memtool.backbones.answering import Growing, Wish, grow, trimmed
 from memtool.backbones.causal_lm import PAD, CausalLM, create_causal_lm
 from memtool.backbones.families import FAMILIES
 from memtool.backbones.footprint import footprint, footprint_of
@@ -108,6 +109,24 @@ def test_generation_of_a_padded_batch_equals_the_slow_loop_one_by_one(
     assert [lm.generate(lm.encode([prompt]).tokens, recall)[0] for prompt in PROMPTS] == slow
     if adapted:
         assert batch != lm.generate(lm.encode(PROMPTS).tokens)
+
+
+def test_a_long_prompt_ends_beside_an_answer_that_fills_the_context() -> None:
+    lm = build("gpt2")  # which has learned positions, and none beyond its context
+    tokens = lm.encode(["a" * 38, "b"]).tokens
+    lm.ends = (0,)  # which does not come here
+
+    def answers(rows: Tensor, mosts: tuple[int, ...]) -> list[str]:
+        found = [Growing(lm, Wish(most=most)) for most in mosts]
+        grow(lm, rows, None, found, lambda: None)
+        assert [one.tokens for one in found] == list(mosts)
+        return [one.text for one in found]
+
+    long, short = lm.context - 39, lm.context - 2
+    assert answers(tokens, (long, short)) == [
+        *answers(tokens[:1], (long,)),
+        *answers(trimmed(tokens[1:]), (short,)),
+    ]
 
 
 def test_generation_ends_at_any_end_token() -> None:

@@ -306,7 +306,7 @@ FORKING = """
 import os, signal, sys, time
 from pathlib import Path
 import torch._dynamo
-import memtool.experiments.sweep, memtool.reports.html, memtool.reports.figures
+import memtool.experiments.sweep, memtool.reports.charts, memtool.reports.html
 from memtool_cli.main import main
 from memtool_cli.verbs import sweep
 

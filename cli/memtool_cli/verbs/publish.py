@@ -36,7 +36,7 @@ def push(
         bool,
         typer.Option(
             "--private",
-            help="Where the repository is made now: only you may see it.",
+            help="Only you may see it; refused for a repository that is public already.",
             rich_help_panel="Output",
         ),
     ] = False,
@@ -98,8 +98,6 @@ def push(
         call.out.note(f"note: {note}")
     if pushed.unchanged:
         call.out.note("nothing new: the repository holds this version already")
-    if private and not made.private:
-        call.out.note(f"warning: {made.repository} was there before, and is public")
     call.out.next(f"memtool log --store hf://{made.repository}")
 
 

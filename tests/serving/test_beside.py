@@ -1,0 +1,68 @@
+"""What a request gets, whatever is asked beside it; and a version that failed for a moment."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from starlette.exceptions import HTTPException
+
+from memtool.inference.predictor import Predicted, Predictor
+from memtool.serving.forms import parsed
+from memtool.serving.images import PictureRunner, Pictures
+from memtool.serving.metrics import Metrics
+from memtool_stores import StorageError
+from tests.serving.conftest import Memory
+from tests.serving.served import FORM, LINE, form
+
+
+def test_who_asked_for_little_gets_little_beside_who_asks_for_all(memory: Memory) -> None:
+    models = memory.models()
+    assert isinstance(models.current.ready, Predictor)
+    pixels = models.current.ready.pixels(memory.pictures[0], "a.png")
+
+    async def both() -> list[list[Predicted]]:
+        works = [Pictures(models.current, [pixels], topk=n, adapters=n - 1) for n in (1, 2)]
+        return PictureRunner(Metrics(lambda: 0), 8)(works)
+
+    (little,), (all_,) = asyncio.run(both())
+    assert (len(little.classes), len(little.weights)) == (1, 0)
+    assert (len(all_.classes), len(all_.weights)) == (2, 1)
+    models.close()
+
+
+def test_fields_of_one_name_are_counted_too() -> None:
+    many = b"".join(form(topk="1").removesuffix(f"--{LINE}--\r\n".encode()) for _ in range(17))
+    with pytest.raises(HTTPException, match="16 fields"):
+        parsed(many + form(), FORM, most=1)
+
+
+@pytest.mark.parametrize("transient", [True, False])
+def test_a_version_that_nobody_could_bring_is_tried_again(
+    memory: Memory, monkeypatch: pytest.MonkeyPatch, transient: bool
+) -> None:
+    name = f"tried-{transient}"
+    models = memory.models()
+    store = models.current.memory.store
+    models.close()
+    store.branch(name, "HEAD~2")
+    models = memory.models(f"@{name}")
+    before, opened = models.current.version, models._opened
+    store.delete_branch(name)
+    store.branch(name, "HEAD")
+    calls = []
+
+    def once(version: str) -> Any:
+        calls.append(version)
+        if len(calls) == 1:
+            raise StorageError("no answer", transient=transient)
+        return opened(version)
+
+    monkeypatch.setattr(models, "_opened", once)
+    assert asyncio.run(models.look()) == "no answer"
+    assert models.current.version == before
+    assert (asyncio.run(models.look()) is None) == transient
+    assert (models.current.version != before) == transient
+    store.delete_branch(name)
+    models.close()
