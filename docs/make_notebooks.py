@@ -1,10 +1,13 @@
-"""Run the notebooks of this folder and keep what they show, small: python docs/make_notebooks.py
+"""Run the notebooks of this folder, or those named, and keep what they show, small.
+
+    python docs/make_notebooks.py [NAME ...]
 
 Live figures are left out of what is kept: who reads a notebook without running it sees static ones.
 """
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -41,14 +44,19 @@ def smaller(notebook: Any) -> Any:
     return notebook
 
 
-def main() -> None:
-    """Run and write all of them."""
+def kept(path: Path) -> str:
+    """The text of the file of a notebook, run in a folder of its own, whose name is left out."""
     import nbformat
 
-    for path in sorted(HERE.glob("*.ipynb")):
-        with tempfile.TemporaryDirectory() as folder:
-            text = nbformat.writes(smaller(executed(path, Path(folder))))
-            path.write_text(text.replace(f"{folder}/", "") + "\n", encoding="utf-8")
+    with tempfile.TemporaryDirectory() as folder:
+        text: str = nbformat.writes(smaller(executed(path, Path(folder))))
+    return text.replace(f"{folder}/", "") + "\n"
+
+
+def main() -> None:
+    """Run and write those that are named, as `adapters`, or all."""
+    for path in [HERE / f"{name}.ipynb" for name in sys.argv[1:]] or sorted(HERE.glob("*.ipynb")):
+        path.write_text(kept(path), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,14 @@ METHOD = "nearest_mean.py:NearestMean"
 SHOWN = re.compile(r"<!-- file (?P<name>\S+) -->\n```\w+\n(?P<content>.*?)^```$", re.S | re.M)
 
 
+def shown_file(name: str) -> str:
+    """What the page shows of one file."""
+    found = {
+        one["name"]: one["content"] for one in SHOWN.finditer(PAGE.read_text(encoding="utf-8"))
+    }
+    return found[name]
+
+
 def write_shown(folder: Path) -> list[Path]:
     """Write every file of the page into a folder; their paths."""
     paths = []
