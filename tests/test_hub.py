@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import ModelCard, constants, hf_api
 from safetensors.torch import load_file
 
 import memtool
@@ -92,6 +92,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         monkeypatch.setenv("HF_TOKEN", SECRET)
         monkeypatch.setenv("MEMTOOL_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "ENDPOINT", made.url)
+        monkeypatch.setattr(hf_api.api, "endpoint", made.url)  # of huggingface_hub.file_exists
         template = made.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
