@@ -198,7 +198,8 @@ def test_it_is_a_module_like_any_other(folder: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:No complete tensor found in the group")  # of views, on a GPU
 @pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=_SLOW if kind == "moram" else ()) for kind in KINDS]
+    "kind",
+    [pytest.param(kind, marks=() if kind in ("mira", "modulation") else _SLOW) for kind in KINDS],
 )
 def test_it_is_exported(made: Callable[[str], Path], kind: str) -> None:
     folder = made(kind)

@@ -69,6 +69,7 @@ class Calibration(StoredState):
 
     blob: ClassVar[str] = "calibration"
 
+    schema_version: int = 1
     measured: str
     sure: Annotated[tuple[Sure, ...], Field(min_length=1)]
     right: tuple[bool, ...]

@@ -34,6 +34,8 @@ class StoredState(BaseModel):
 
     blob: ClassVar[str]
 
+    schema_version: int
+
     @classmethod
     def load(cls, view: memtool_stores.MemoryView) -> Self | None:
         """The state at a version; None before there is any.

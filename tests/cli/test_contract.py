@@ -85,7 +85,7 @@ def test_version(process):
     [
         (["log"], 0, ""),
         (["tag", "v1"], 0, ""),
-        (["evl"], 2, "Did you mean 'eval'"),
+        (["evl"], 2, "did you mean 'eval'"),
         (["log", "--sore", "x"], 2, "--store"),
         (["train-adapter"], 2, "--task"),
         (["retrieve"], 2, "one of --task, --image and --query"),

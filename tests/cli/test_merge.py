@@ -88,7 +88,7 @@ def test_torch_is_not_loaded_where_no_state_asks_for_it(other, here, environ):
     ("words", "code", "said"),
     [
         (["nowhere"], 3, "no store at"),
-        (["other", "prose"], 3, "did you mean 'poems'?"),
+        (["other", "prose"], 3, "did you mean 'poems' or 'poems-lora'?"),
         (["other", "--store", "memory@HEAD~1"], 2, "can be read, not written to"),
         (["stranger"], 2, "the other memory is of strange (cdcdcdcdcdcd…), this one of nano"),
         (["unlike"], 4, "both memories hold an adapter named 'task-1', and they differ"),

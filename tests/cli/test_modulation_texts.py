@@ -38,7 +38,7 @@ def test_a_memory_is_made_measured_and_used(texts, here):
     rows = {row["id"]: row for row in json.loads(shown)["metrics"]["rows"]}
     assert set(rows) == {"hopfield", "bayes-pcn", "exact-predicted", "exact", "frozen"}
     assert [line[1] is None for line in rows["hopfield"]["loss"]] == [True, True, False]
-    assert "Loss on each task" in (here / "r.html").read_text()
+    assert "Loss on every task" in (here / "r.html").read_text()
     assert "--set text.generate=true" in texts("eval", "--at-least", "0.5", status=2).stderr
     texts("eval", "--set", "text.generate=true", "--at-least", "0.0", "-q")
     found = json.loads(texts("retrieve", "--prompt", "2 and 1 is", "--json").stdout)

@@ -378,8 +378,9 @@ def test_what_is_said_of_a_run_is_in_its_record_and_a_record_without_it_is_as_be
 ) -> None:
     _, first, second = two
     assert (first.run.name, first.run.note, first.run.tags) == ("first", "a note", ("paper",))
-    written = [json.loads(write_record(one, tmp_path / "r.json").read_text()) for one in two[1:]]
-    assert [one["schema_version"] for one in written] == [4, 2]
+    plain = [one.model_copy(update={"inside": None}) for one in two[1:]]
+    written = [json.loads(write_record(one, tmp_path / "r.json").read_text()) for one in plain]
+    assert written[0]["schema_version"] == 4
     assert {"name", "note", "tags"} & written[1]["run"].keys() == set()
     assert read_record(write_record(first, tmp_path / "r.json")) == first
     assert second.run.tags == ()

@@ -129,6 +129,7 @@ def test_scaling_is_that_of_the_atoms_whatever_comes_later(tmp_path):
     assert bank.bank(bank.sites[0].name).scaling.tolist() == [3.0] * 4
 
 
+@pytest.mark.slow
 def test_free_keys_hardly_answer_to_earlier_tasks(tmp_path):
     moram = grow(Moram.open(config_in(tmp_path, moram__keys="free"), seed=0), 2)
     work, view = moram.workspace, moram.workspace.store.view()

@@ -237,10 +237,10 @@ def accuracies(
     images = np.concatenate([samples.images for samples in shown])
     # A recalled adapter differs by 1e-4 or less, and bfloat16 by more: it would be measured.
     scores = engine.predict(logits, images, torch.cat(list(places)), exact=True)
-    chosen = scores.argmax(1).split([len(samples) for samples in shown])
+    said = scores.argmax(1).split([len(samples) for samples in shown])
     return [
         Share.of_classes(part.numpy(), samples.labels)
-        for part, samples in zip(chosen, shown, strict=True)
+        for part, samples in zip(said, shown, strict=True)
     ]
 
 
