@@ -52,7 +52,7 @@ def test_a_memory_is_grown_and_measured_by_hand(texts, here):
     record = json.loads(texts("eval", "--history", "--report", "r.html", "--json").stdout)
     row = record["metrics"]["rows"][0]
     assert (row["id"], len(row["loss"]), row["cut_prompts"]) == ("moram", 2, 0)
-    assert "Loss on every task" in (here / "r.html").read_text()
+    assert "Loss of every method at the end" in (here / "r.html").read_text()
     whole = texts("eval", "--unseen").stdout
     assert whole.startswith("method\tletters\tsums\tturned\tmean")
     refused = texts("eval", "--at-least", "0.5", status=2)
