@@ -280,6 +280,13 @@ def size(count: int) -> str:
     return f"{number:.1f} TB"
 
 
+def setting_text(value: object) -> str:
+    """A setting as `--set` takes it: several values between commas, and none for no value."""
+    if isinstance(value, list):
+        return ",".join(map(setting_text, value))
+    return "none" if value is None else str(value)
+
+
 def percent(fraction: float | None) -> str:
     """`"93.4 %"`; a dash for what was not measured."""
     return "-" if fraction is None else f"{100 * fraction:.1f} %"

@@ -16,7 +16,7 @@ generated only at the end.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from typing import Any
 from memtool.errors import MemtoolError
 from memtool.evaluation.metrics import seen_accuracy
 from memtool.evaluation.record import Record
+from memtool.experiments.runs import dotted
 from memtool.methods.method import Method
 from memtool.progress import Progress, ProgressEvent
 from memtool.streams.task import Task
@@ -151,7 +152,7 @@ def followed(
     card = Card(
         name=name,
         group=group,
-        settings=_flat(config.recorded()),
+        settings=dotted(config.recorded()),
         folder=config.runs,
         shared=follow.shared,
         note=follow.said.note,
@@ -192,14 +193,3 @@ def _curves(
     for step, mean in enumerate(seen_accuracy(np.array(accuracy, dtype=np.float64)), start=1):
         if mean == mean:  # not NaN: every seen task was measured
             yield "seen", step, float(mean)
-
-
-def _flat(tree: Mapping[str, Any], head: str = "") -> dict[str, Any]:
-    """Settings by dotted key."""
-    found: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            found |= _flat(value, f"{head}{name}.")
-        else:
-            found[head + name] = value
-    return found

@@ -70,7 +70,7 @@ class FoundRun:
     @property
     def settings(self) -> dict[str, Any]:
         """The configuration by dotted key."""
-        return _flat(self.record.run.configuration)
+        return dotted(self.record.run.configuration)
 
 
 class Runs(Sequence[FoundRun]):
@@ -238,11 +238,12 @@ def _drawn(curves: Sequence[tuple[FoundRun, list[tuple[int, float]]]], kind: str
     return drawn.getvalue()
 
 
-def _flat(tree: Mapping[str, Any], head: str = "") -> dict[str, Any]:
+def dotted(tree: Mapping[str, Any], head: str = "") -> dict[str, Any]:
+    """Settings by dotted key: {"train": {"lr": 0.1}} is {"train.lr": 0.1}."""
     found: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, Mapping):
-            found |= _flat(value, f"{head}{name}.")
+            found |= dotted(value, f"{head}{name}.")
         else:
             found[head + name] = value
     return found

@@ -49,7 +49,7 @@ class PictureRunner:
         predictor = model.ready
         assert isinstance(predictor, Predictor)
         topk = max(work.topk for work in works)
-        adapters = max(work.adapters for work in works)
+        adapters = len(predictor.memory.adapters)  # all are counted; a request is given its own few
         pixels = np.stack([one for work in works for one in work.pixels])
         found: list[Predicted] = []
         for first in range(0, len(pixels), self._most):

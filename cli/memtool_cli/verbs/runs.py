@@ -11,7 +11,7 @@ import typer
 from memtool_cli import records
 from memtool_cli.commands import Verbs
 from memtool_cli.options import Call, examples, verb
-from memtool_cli.output import Table, percent
+from memtool_cli.output import Table, percent, setting_text
 
 if TYPE_CHECKING:
     from memtool.experiments.runs import FoundRun, Runs
@@ -126,7 +126,9 @@ def _settings(found: Runs, differences: dict[str, list[Any]]) -> Table:
         "run": [one.place for one in found],
         "seed": [one.record.run.seed for one in found],
     }
-    columns |= {key: [_text(value) for value in values] for key, values in differences.items()}
+    columns |= {
+        key: [setting_text(value) for value in values] for key, values in differences.items()
+    }
     return _table(columns | _reached(found))
 
 
@@ -148,9 +150,3 @@ def _says(cell: object) -> bool:
 
 def _share(value: float | None) -> str | None:
     return None if value is None else percent(value)
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, list):
-        return ",".join(map(_text, value))
-    return "none" if value is None else str(value)

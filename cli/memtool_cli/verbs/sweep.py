@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -33,7 +33,7 @@ from memtool_cli.options import (
     examples,
     verb,
 )
-from memtool_cli.output import Table, percent
+from memtool_cli.output import Table, percent, setting_text
 
 if TYPE_CHECKING:
     from memtool.experiments.sweep import Results, Sweep, SweptCell
@@ -179,7 +179,7 @@ def _table(found: Results) -> Table:
     failures = ["failed"] if found.failed else []
     rows = []
     for cell in found.cells:
-        row: list[object] = [_text(cell.values[key]) for key in found.axes]
+        row: list[object] = [setting_text(cell.values[key]) for key in found.axes]
         row += [cell.order] if found.orders == "bounds" else []
         row += [len(cell.seeds), _spread(cell, loss)]
         row += [_forgetting(cell) for _ in others]
@@ -188,12 +188,6 @@ def _table(found: Results) -> Table:
     spread = "mean ± standard deviation over the seeds"
     title = f"{len(found.cells)} cells by {len(found.seeds)} seeds: {spread}"
     return Table((*header, *others, *failures), rows, title=title)
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, list):
-        return ",".join(map(_text, value))
-    return "none" if value is None else str(value)
 
 
 def _spread(cell: SweptCell, loss: bool) -> str:
