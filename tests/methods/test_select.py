@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 from pathlib import Path
@@ -51,19 +50,6 @@ def selected(config: Config) -> tuple[object, Record]:
     selection = select(config, cells, seed=tuning_seed(config))
     (record,) = experiment.run(config, selection=selection)
     return selection, record
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _drawn_once():
-    """The embedded images are drawn once for all runs, which open them again and again."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(digits, "digits_table", functools.cache(digits.digits_table))
-        yield
-
-
-@pytest.fixture
-def _no_page(monkeypatch):
-    monkeypatch.setattr(experiment, "write_report", lambda *_, **__: None)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +121,7 @@ def test_the_table_says_what_was_tried(whole):
     assert read_record(folder / "runs" / "seed-0" / "record.json") == record
 
 
-@pytest.mark.usefixtures("_no_page")
+@pytest.mark.usefixtures("no_page")
 def test_scrambled_test_samples_change_nothing_that_is_learned_or_chosen(
     whole, tmp_path, monkeypatch
 ):
@@ -166,7 +152,7 @@ def test_scrambled_test_samples_change_nothing_that_is_learned_or_chosen(
     assert scored.row("memory").metrics["faa"] < 0.3 < record.row("memory").metrics["faa"]
 
 
-@pytest.mark.usefixtures("_no_page")
+@pytest.mark.usefixtures("no_page")
 def test_a_killed_choice_goes_on_in_the_cell_where_it_was(whole, tmp_path):
     _, selection, _, _ = whole
     config = tiny(tmp_path)
@@ -191,7 +177,7 @@ def test_a_killed_choice_goes_on_in_the_cell_where_it_was(whole, tmp_path):
     assert events == []
 
 
-@pytest.mark.usefixtures("_no_page")
+@pytest.mark.usefixtures("no_page")
 def test_a_record_runs_again_from_its_file_alone(whole, tmp_path):
     folder, selection, record, _ = whole
     file = folder / "runs" / "seed-0" / "record.json"
