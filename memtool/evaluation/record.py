@@ -411,7 +411,12 @@ class Record(Part):
         return self
 
     def row(self, id: str) -> Row:
-        """The row of an id; NotFoundError when there is none."""
+        """The row of an id; NotFoundError when there is none.
+
+        >>> row = read_record(Path("runs/seed-0/record.json")).row("memory")
+        >>> row.kind, 0 <= row.metrics["faa"] <= 1
+        ('method', True)
+        """
         for row in self.metrics.rows:
             if row.id == id:
                 return row
