@@ -111,7 +111,7 @@ def _axis(config: Config, text: str) -> tuple[str, list[Any]]:
             expected="a section of " + ", ".join((*SHARED, *sections(config.method))),
             remedy=f"--set {key}=VALUE, the same for all rows",
         )
-    several = isinstance(get(config, key), tuple)
+    several = isinstance(get(config, key), tuple) or ";" in said
     words = [word.strip() for word in said.split(";" if several else ",") if word.strip()]
     values = [get(with_values(config, {key: word}, place), key) for word in words]
     for place_of, value in enumerate(values):

@@ -331,10 +331,9 @@ def test_what_fails_in_a_cell_is_left_out_for_its_rows_alone(tmp_path, monkeypat
     found = select(config, cells, seed=1000, say=said.append)
     assert [line.partition(":")[0] for line in said] == ["note"] * 5
     assert (
-        "train.lr=0.0001, memory.look_at=block:1 failed, and is left out: the loss became nan"
-        in said[0]
+        "train.lr=0.0001, memory.look_at=1 failed, and is left out: the loss became nan" in said[0]
     )
-    assert "train.lr=0.02, memory.look_at=block:1 failed for sequential" in said[2]
+    assert "train.lr=0.02, memory.look_at=1 failed for sequential" in said[2]
     memory, rival = found.rows["memory"], found.rows["sequential"]
     assert [figure is None for figure in memory.figures] == [True, True, False, True]
     assert [figure is None for figure in rival.figures] == [False, False, True, True]
@@ -371,7 +370,7 @@ def test_a_table_says_what_failed_and_why():
     assert grid.notes == (
         f"Failed with train.lr=5.0 ({one.row(second).label}): the loss became nan.",
     )
-    written = json.loads(one.model_dump_json())
+    written = json.loads(one.model_dump_json(by_alias=True))
     assert written["schema_version"] == 4  # an older release would not know the reason
     assert "failed" not in written["run"]["selection"]["rows"][first]
     assert Record.model_validate(written).run.selection == selection
