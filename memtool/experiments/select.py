@@ -237,9 +237,9 @@ def select(
         figures = tuple(one.figures.get(id) for one in measured)
         name = of.get(id, MEMORY)
         failed = {
-            number: reason
+            number: why
             for number, one in enumerate(measured)
-            if figures[number] is None and (reason := one.reason(name)) is not None
+            if figures[number] is None and (why := one.reason(name)) is not None
         }
         rows[id] = Choice(
             figures=figures, chosen=first_best(figures, lower=lower), of=of.get(id), failed=failed
