@@ -130,6 +130,9 @@ def _facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
                 f"to choose; about {choice['steps_at_most']:,} steps",
             ),
         ]
+        if choice["failed"]:
+            each = [f"{text}: {why}" for text, why in choice["failed"].items()]
+            rows.append(("left out", "; ".join(each)))
     there = "there already" if plan["store_exists"] else "new"
     rows.append(("store", f"{plan['store']} ({there})"))
     return rows
