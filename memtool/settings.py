@@ -225,6 +225,11 @@ class HeadSettings(Settings):
     later: ClassVar[tuple[str, ...]] = ("texts", "width", "penalty")
 
     @property
+    def is_fixed(self) -> bool:
+        """Whether it is known for all classes in advance, and never trained or solved."""
+        return self.kind in ("prototype", "text")
+
+    @property
     def resolved(self) -> bool:
         """Whether it is solved on the features that are recalled."""
         return self.features.startswith("recalled")
