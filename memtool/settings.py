@@ -187,7 +187,7 @@ class HeadSettings(Settings):
         description="closed form (lda, ridge, ncm; rp-ridge: ridge on a random projection), grown: "
         "trained with the adapters, class by class; shared: one that learns on through every "
         "consolidation; known for all classes in advance (xtail): prototype, of frozen features; "
-        "text, of a text tower",
+        "text, of a text tower (moram)",
     )
     scope: Literal["shared", "task"] = Field(
         "task", description="one head for all tasks, or each task's own, recalled with its adapter"

@@ -316,8 +316,17 @@ def _solved(known: Inventory, **other: str) -> RecalledHead:
     """The head from what is counted, or from trained ones; `other` settings win."""
     settings = known.config.head.model_copy(update=other)
     if settings.is_fixed:
-        return kept_head(known.work)
+        return _fixed(known)
     return solve_recalled_head(settings, known.features, known.trained, known.adapter_tasks)
+
+
+def _fixed(known: Inventory) -> RecalledHead:
+    """The head that knows all classes in advance: as it was made once, while it is the same."""
+    now, state, head = known.config.head, known.state, known.snapshot.head
+    if state is None or head is None:
+        return kept_head(known.work)
+    same = (state.head.kind, state.head.scale) == (now.kind, now.scale)
+    return head.to("cpu") if same else kept_head(known.work)
 
 
 def _resolve(known: Inventory, model: MemoryModel, head: RecalledHead) -> RecalledHead:

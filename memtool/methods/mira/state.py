@@ -303,6 +303,14 @@ def join(txn: memtool_stores.Transaction, view: memtool_stores.MemoryView) -> tu
                 expected="two memories whose features were counted alike",
                 remedy="another --store",
             )
+        if here.head.is_fixed != there.head.is_fixed:
+            raise MismatchError(
+                f"head.kind is {there.head.kind} in the other memory, and {here.head.kind} in this "
+                "one",
+                expected="two memories whose adapters learned under heads of one kind: known for "
+                "all classes in advance, or not",
+                remedy="another --store",
+            )
         require_same_first(txn.base, here.first, view, there.first)
         if here.class_names != there.class_names:
             raise MismatchError(
