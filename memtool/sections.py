@@ -144,7 +144,13 @@ class MemorySettings(Settings):
         "its own (the weights of its keys add up)",
     )
 
-    later: ClassVar[tuple[str, ...]] = ("look_under",)
+    frozen: Literal["none", "novelty"] = Field(
+        "none",
+        description="for scope model, under a head that knows all classes in advance: what leaves "
+        "an image to the frozen model: nothing, or a query that is unlike all that was learned",
+    )
+
+    later: ClassVar[tuple[str, ...]] = ("look_under", "frozen")
 
     @property
     def look_at_block(self) -> int | None:

@@ -187,7 +187,7 @@ class HeadSettings(Settings):
         description="closed form (lda, ridge, ncm; rp-ridge: ridge on a random projection), grown: "
         "trained with the adapters, class by class; shared: one that learns on through every "
         "consolidation; known for all classes in advance (xtail): prototype, of frozen features; "
-        "text, of a text tower",
+        "text, of a text tower (moram)",
     )
     scope: Literal["shared", "task"] = Field(
         "task", description="one head for all tasks, or each task's own, recalled with its adapter"
@@ -223,6 +223,11 @@ class HeadSettings(Settings):
     )
 
     later: ClassVar[tuple[str, ...]] = ("texts", "width", "penalty")
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether it is known for all classes in advance, and never trained or solved."""
+        return self.kind in ("prototype", "text")
 
     @property
     def resolved(self) -> bool:

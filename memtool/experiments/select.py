@@ -46,7 +46,7 @@ SHARED = ("adapter", "train", "head", "text")
 
 AFTERWARDS = ("memory", "consolidate", "head")
 """Sections that adapters do not learn by: cells that differ in these alone share their adapters,
-unless adapters learn on top of a memory, or under a head that knows all classes in advance."""
+unless adapters learn on top of a memory, or `head` knows all classes in advance."""
 
 NOT_CHOSEN = ("text.generate", "text.shots")
 """Of these, what is measured and what only some baselines read."""
@@ -156,8 +156,9 @@ def cell_config(config: Config, cell: Cell, seed: int) -> Config:
     )
     name = folder_name(cell.values)
     alike = cell.values
-    if not (changed.adapter.residual or is_fixed(changed)):
-        alike = {k: v for k, v in cell.values.items() if k.partition(".")[0] not in AFTERWARDS}
+    if not changed.adapter.residual:
+        after = {*AFTERWARDS} - ({"head"} if is_fixed(changed) else set())
+        alike = {k: v for k, v in cell.values.items() if k.partition(".")[0] not in after}
     return changed.model_copy(
         update={
             "stream": stream,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from safetensors.torch import save
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from memtool.errors import CorruptError, MismatchError
 from memtool.heads.linear import LinearClassifier
+from memtool.heads.prototype import CosineHead
 from memtool.heads.random_projection import Projection
 from memtool.tensor_bytes import read_tensors
 
@@ -31,13 +32,20 @@ class RecalledHead:
 
     `owners` (t,) says to which head each adapter belongs; None: one head for all (h = 1). A bias
     of −inf marks a class that the head never saw. With a `projection` all heads are linear in what
-    it makes of the features, and dim is its width.
+    it makes of the features, and dim is its width. With `of_directions` features are brought to
+    length one before.
     """
 
     weight: Tensor
     bias: Tensor
     owners: Tensor | None
     projection: Projection | None = None
+    of_directions: bool = False
+
+    @classmethod
+    def of_cosines(cls, head: CosineHead) -> RecalledHead:
+        """One head for all tasks, with the logits of a head that reads directions; on the CPU."""
+        return replace(cls.shared(head.linear()), of_directions=True)
 
     @classmethod
     def shared(cls, classifier: LinearClassifier) -> RecalledHead:
@@ -72,7 +80,8 @@ class RecalledHead:
         """The same on another device."""
         owners = None if self.owners is None else self.owners.to(device)
         projection = None if self.projection is None else self.projection.to(device)
-        return RecalledHead(self.weight.to(device), self.bias.to(device), owners, projection)
+        weight, bias = self.weight.to(device), self.bias.to(device)
+        return RecalledHead(weight, bias, owners, projection, self.of_directions)
 
     def __call__(
         self, features: Tensor, coefficients: Tensor, allowed: Sequence[int] | None = None
@@ -123,6 +132,8 @@ class RecalledHead:
 
     def _logits(self, features: Tensor, allowed: Sequence[int] | None) -> Tensor:
         """Logits (b, heads, classes)."""
+        if self.of_directions:
+            features = F.normalize(features.float(), dim=-1)
         if self.projection is not None:
             features = self.projection(features)
         if features.shape[-1] != self.weight.shape[-1]:

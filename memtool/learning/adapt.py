@@ -26,7 +26,7 @@ from memtool.adapters.recalls import every, on_top
 from memtool.adapters.values import AdapterValues, Recall
 from memtool.engine import Batch, Batches, Engine, FitResult, available_bytes
 from memtool.errors import CapacityError, DivergedError
-from memtool.heads import LinearClassifier
+from memtool.heads import CosineHead, LinearClassifier
 from memtool.learning.looks import FeatureModel, Labelled
 from memtool.progress import Progress
 from memtool.settings import AdapterSettings, TrainSettings
@@ -70,14 +70,18 @@ class AdapterTraining(nn.Module):
         head: LinearClassifier,
         classes: Sequence[int],
         beneath: Beneath | None = None,
+        known: CosineHead | None = None,
     ) -> None:
+        """`known` stands for the heads where all classes are known in advance: none learns."""
         super().__init__()
         self.backbone = backbone
         self.values = values
         self._beneath = beneath
-        count = len(values)
-        self.weight = nn.Parameter(head.weight.unsqueeze(0).repeat(count, 1, 1))
-        self.bias = nn.Parameter(head.bias.unsqueeze(0).repeat(count, 1))
+        self._known = known
+        count, learns = len(values), known is None
+        weight, bias = head.weight.unsqueeze(0).repeat(count, 1, 1), head.bias.repeat(count, 1)
+        self.weight = nn.Parameter(weight, requires_grad=learns)
+        self.bias = nn.Parameter(bias, requires_grad=learns)
         self.mask: Tensor
         self.register_buffer("mask", class_mask(classes, len(head.bias)))
 
@@ -89,6 +93,8 @@ class AdapterTraining(nn.Module):
             recall = on_top(self._beneath.recall(pixels), self.values)
         features = self.backbone.features(pixels, recall)
         grouped = features.reshape(len(self.values), -1, features.shape[-1])
+        if self._known is not None:
+            return self._known(grouped) + self.mask
         logits = torch.baddbmm(self.bias.unsqueeze(1), grouped, self.weight.transpose(1, 2))
         return logits.float() + self.mask
 
@@ -113,6 +119,7 @@ def adapt(
     seed: int,
     start: Tensor | None = None,
     beneath: Beneath | None = None,
+    known: CosineHead | None = None,
     fingerprint: str = "",
     checkpoint: Path | None = None,
     progress: Progress | None = None,
@@ -122,16 +129,19 @@ def adapt(
 
     `start` (numel,) is the value that training starts from; none: A random, B zero.
     The classifier starts at zero. `beneath` is a memory whose recalled mixture the adapters are
-    trained on top of (residual adapters).
+    trained on top of (residual adapters). With a `known` head, on the device of the engine, none
+    learns, and `classes` are those that an image is told apart from.
 
     Raises CapacityError before anything is trained where the memory of the machine cannot hold it,
     and DivergedError, which names the stage, where training ended worse than it began.
     """
     head = LinearClassifier(torch.zeros(class_count, backbone.dim), torch.zeros(class_count))
+    if known is not None:
+        head = known.linear()
     one = AdapterValues.from_flat(torch.zeros(1, layout.numel), layout, 1.0, trainable=True).to(
         engine.device
     )
-    trial = AdapterTraining(backbone, one, head, classes, beneath).to(engine.device)
+    trial = AdapterTraining(backbone, one, head, classes, beneath, known).to(engine.device)
     require_room(engine, trial, samples, layout.numel + head.weight.numel(), adapter, train, stage)
     generator = engine.generator(seed)
     values = init_lora(layout, adapter.per_task, generator=generator)
@@ -139,7 +149,7 @@ def adapt(
         values = start.unsqueeze(0).repeat(adapter.per_task, 1)
     scaling = adapter.alpha / adapter.rank
     stack = AdapterValues.from_flat(values, layout, scaling, trainable=True).to(engine.device)
-    module = AdapterTraining(backbone, stack, head, classes, beneath)
+    module = AdapterTraining(backbone, stack, head, classes, beneath, known)
     batches = Batches(
         samples.inputs,
         samples.labels,

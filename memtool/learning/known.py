@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from memtool.adapters.values import Recall
 from memtool.backbones.interface import Backbone, TwoTowers
 from memtool.errors import ConfigError, DataError
-from memtool.heads import CosineHead, prototype_head
+from memtool.heads import CosineHead, RecalledHead, prototype_head
 from memtool.settings import Config
 from memtool.streams.prompts import prompts
 from memtool.streams.task import Stream, Task
@@ -26,7 +27,7 @@ from memtool.workspace import Workspace
 
 def is_fixed(config: Config) -> bool:
     """Whether the configuration's head is known in advance."""
-    return config.head.kind in ("prototype", "text")
+    return config.head.is_fixed
 
 
 def learned_under(config: Config, stream: Stream) -> list[object]:
@@ -66,6 +67,18 @@ def _fixed_head(work: Workspace) -> CosineHead:
         features, torch.from_numpy(labels), len(stream.class_names), config.head.scale
     )
     return head.to(engine.device)
+
+
+def kept_head(work: Workspace) -> RecalledHead:
+    """The fixed head of the frozen model as a memory keeps it, on the CPU. Errors as there."""
+    return RecalledHead.of_cosines(fixed_head(work))
+
+
+def frozen_scores(
+    work: Workspace, images: npt.NDArray[np.uint8], allowed: Sequence[int] | None = None
+) -> Tensor:
+    """Logits (n, classes) of images under the fixed head, no adapter in place."""
+    return fixed_head(work).to("cpu")(work.features(images), allowed)
 
 
 class PromptTokens:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from memtool.errors import MismatchError
+from memtool.memories.novelty import LIMIT, Reaches
 from memtool.memories.query import QueryModule
 from memtool.memories.separation import SeparationFunction, largest_shares, separation
 from memtool.memories.similarity import SimilarityFunction, similarity
@@ -23,7 +24,8 @@ class BlockMemory(nn.Module):
     """The memory of one block; its `keys` and its query module are what it learns.
 
     keys (t, m · d_k): m keys of every adapter, one after another. With `topk` only so
-    many adapters keep their coefficients, shares of one, scaled to sum to one again.
+    many adapters keep their coefficients, shares of one, scaled to sum to one again. With `reaches`
+    an input whose novelty is above `LIMIT` has no coefficient: it is left to the frozen model.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class BlockMemory(nn.Module):
         similarity: SimilarityFunction,
         separation: SeparationFunction,
         topk: int | None = None,
+        reaches: Reaches | None = None,
     ) -> None:
         """Keys (t, m · d_k) are copied. Raises MismatchError when they do not fit the queries."""
         super().__init__()
@@ -47,6 +50,7 @@ class BlockMemory(nn.Module):
         self.similarity = similarity
         self.separation = separation
         self.topk = topk
+        self.reaches = reaches
 
     def scores(self, hidden: Tensor) -> Tensor:
         """Scores (batch, t · m) of hidden states (batch, tokens, dim)."""
@@ -61,7 +65,12 @@ class BlockMemory(nn.Module):
         shares = self.separation(self._similar(queries))
         if shares.shape[1] != len(self.keys):
             shares = shares.unflatten(1, (len(self.keys), -1)).sum(dim=-1)
-        return shares if self.topk is None else largest_shares(shares, self.topk)
+        if self.topk is not None:
+            shares = largest_shares(shares, self.topk)
+        if self.reaches is not None:
+            far = self.reaches(queries[None, :, : self.query.dim]) > LIMIT
+            shares = shares.masked_fill(far.unsqueeze(1), 0.0)
+        return shares
 
     def _similar(self, queries: Tensor) -> Tensor:
         return self.similarity(queries, self.keys.reshape(-1, queries.shape[-1]))

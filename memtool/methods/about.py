@@ -45,11 +45,12 @@ def said_by(method: str) -> About:
 
 def require_trained_head(config: Config) -> None:
     """Raise ConfigError for setting xtail, and for a head that is fixed in advance."""
-    ahead = config.stream.setting != "trace" and config.head.kind in ("prototype", "text")
+    ahead = config.stream.setting != "trace" and config.head.is_fixed
     if ahead or config.stream.setting == "xtail":
         raise ConfigError(
             f"method {config.method} with stream.setting {config.stream.setting} and head.kind "
             f"{config.head.kind}",
-            expected="method moram for setting xtail and for heads that know all classes ahead",
-            remedy="--set method=moram",
+            expected="method mira or moram for setting xtail and for heads that know all classes "
+            "ahead",
+            remedy="--set method=mira --set head.kind=prototype",
         )

@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -70,6 +70,7 @@ class HeadModule(nn.Module):
         self.register_buffer("owners", head.owners)
         drawn = None if head.projection is None else head.projection.weight
         self.register_buffer("projection", drawn)
+        self.of_directions = head.of_directions
 
     def forward(self, features: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and probabilities (n, classes) of features under weights (n, adapters)."""
@@ -79,6 +80,7 @@ class HeadModule(nn.Module):
             self.bias.float(),
             self.owners,
             None if drawn is None else Projection(drawn.float()),
+            self.of_directions,
         )
         scores = head(features, weights)
         probabilities = head.probabilities(scores)
@@ -307,10 +309,13 @@ class AttachedAdapters(AttachedImages):
         adapters: int,
         told: int | None = None,
         predictor: tuple[AdapterValues, LinearClassifier] | None = None,
+        of_directions: bool = False,
     ) -> None:
+        """`of_directions`: the heads read features of length one."""
         super().__init__(backbone, precision)
         self.values = values
-        self.head = HeadModule(RecalledHead.of_tasks(heads, range(len(heads))))
+        head = RecalledHead.of_tasks(heads, range(len(heads)))
+        self.head = HeadModule(replace(head, of_directions=of_directions))
         self.adapters = adapters
         self.places: Tensor
         self.register_buffer("places", torch.tensor(places))

@@ -13,6 +13,7 @@ from torch import Tensor
 from memtool.alone import alone
 from memtool.errors import AlreadyExistsError, ConfigError, DataError
 from memtool.learning.adapt import Adapted, Beneath, adapt
+from memtool.learning.known import compared, fixed_head, is_fixed
 from memtool.learning.learner import Learner
 from memtool.methods.exchange import AdapterFolder, write_adapter
 from memtool.methods.export import require_new
@@ -159,13 +160,14 @@ class AdapterTrainer(AdapterWriter[Workspace]):
             work.backbone,
             work.layout,
             task.train,
-            classes=task.classes,
+            classes=compared(self.config, work.stream, task),
             class_count=len(work.stream.class_names),
             adapter=self.config.adapter,
             train=self.config.train,
             seed=work.training_seed(task.number),
             start=start,
             beneath=beneath,
+            known=fixed_head(work) if is_fixed(self.config) else None,
             fingerprint=f"{fingerprint} {source}",
             checkpoint=checkpoint,
             progress=work.progress,

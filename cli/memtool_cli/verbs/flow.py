@@ -445,7 +445,7 @@ def evaluate(
         bool,
         typer.Option(
             "--unseen",
-            help="Also the tasks that are not in memory (MoRAM; always in setting xtail).",
+            help="Also the tasks that are not in memory (MIRA, MoRAM; always in setting xtail).",
             rich_help_panel="Memory",
         ),
     ] = False,
@@ -483,7 +483,8 @@ def evaluate(
         if unseen and not method.measures_unseen:
             raise ConfigError(
                 f"--unseen under method {call.config.method}",
-                expected="method moram: other memories have no classes of tasks they never saw",
+                expected="method mira or moram, of images: other memories have no classes of tasks "
+                "they never saw",
             )
         more: dict[str, Any] = {"unseen": True} if unseen else {}
         for rival in rivals or ():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from memtool.errors import ConfigError
-from memtool.methods.about import About, require_trained_head
+from memtool.methods.about import About
 from memtool.sections import MemorySettings
 from memtool.settings import Config
 
@@ -12,13 +12,14 @@ POSTERIORS = ("softmax", "topk", "sparsemax", "entmax", "max")
 
 
 def _require(config: Config) -> None:
-    """Images and a head that learns, no model of two towers; or texts, and keys in closed form."""
+    """Images and a model of one tower; or texts, and keys in closed form."""
     if config.stream.setting == "trace":
         _require_closed_form(config)
         return
-    require_trained_head(config)
+    _require_head_known_ahead(config)
     _require_look_at_images(config)
     _require_look_under(config)
+    _require_left_to_frozen(config)
     for name, found, known in (
         ("memory.scope", config.memory.scope, ("model", "block")),
         ("memory.clusters", config.memory.clusters, (1,)),
@@ -30,6 +31,47 @@ def _require(config: Config) -> None:
             expected="an image model: its memories look at blocks as wide as the features",
             remedy="--set method=moram, or a backbone timm:<model name>",
         )
+
+
+def _require_head_known_ahead(config: Config) -> None:
+    """Raise ConfigError for a head that no memory of mixtures can keep, or nothing can read."""
+    head, setting = config.head, config.stream.setting
+    if not head.is_fixed:
+        return
+    found, expected, remedy = f"head.kind {head.kind} under method mira", "", ""
+    if head.kind == "text":
+        expected = "head.kind prototype: a text tower would read all prompts anew for every image, "
+        expected += "under the mixture that it recalls"
+        remedy = "--set head.kind=prototype, or --set method=moram"
+    elif setting == "dg":
+        found += " with stream.setting dg"
+        expected = "a setting whose tasks come one after another: prototypes know all of them ahead"
+        remedy = "--set head.kind=lda"
+    elif head.features != "own":
+        found += f" with head.features {head.features}"
+        expected = "own: prototypes are of frozen features, and nothing is solved or put beside"
+        remedy = "--set head.features=own"
+    if expected:
+        raise ConfigError(found, expected=expected, remedy=remedy)
+
+
+def _require_left_to_frozen(config: Config) -> None:
+    """Raise ConfigError for images left to a frozen model that nothing reads."""
+    memory, learn = config.memory, config.consolidate
+    if memory.frozen == "none":
+        return
+    for name, found, known, why in (
+        ("head.kind", config.head.kind, "prototype", "a head that knows frozen features"),
+        ("memory.scope", memory.scope, "model", "one look for all blocks, which runs ahead"),
+        ("consolidate.epochs", learn.epochs, 0, "keys that do not learn through a mixture"),
+        ("consolidate.value_lr", learn.value_lr, 0, "values that stay as they are"),
+    ):
+        if found != known:
+            raise ConfigError(
+                f"memory.frozen {memory.frozen} with {name} {found}",
+                expected=why,
+                remedy=f"--set {name}={known}, or --set memory.frozen=none",
+            )
 
 
 def _require_look_at_images(config: Config) -> None:
@@ -73,6 +115,7 @@ def _require_closed_form(config: Config) -> None:
         ("memory.query", memory.query, ("identity",)),
         ("memory.keys_of", memory.keys_of, ("task",)),
         ("memory.routing", memory.routing, ("mixture", "lda")),
+        ("memory.frozen", memory.frozen, ("none",)),
         ("memory.similarity", memory.similarity, ("scaled-dot", "dot")),
         ("memory.separation", memory.separation, POSTERIORS),
         ("consolidate.keys", learn.keys, ("closed-form",)),

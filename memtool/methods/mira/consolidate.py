@@ -28,6 +28,7 @@ from memtool.engine import FitResult
 from memtool.errors import ConfigError
 from memtool.heads import FeatureStatistics, RecalledHead, solve_recalled_head
 from memtool.heads.solve import going_on
+from memtool.learning.known import kept_head
 from memtool.memories.keyed import KeyedMemory
 from memtool.methods.in_store import HEAD, features_blob
 from memtool.methods.method import require_unmoved
@@ -37,7 +38,7 @@ from memtool.methods.mira.keys import Draws, start_keys
 from memtool.methods.mira.learn import learn
 from memtool.methods.mira.measure import Measure, drift_degrees
 from memtool.methods.mira.protect import Protection
-from memtool.methods.mira.recall import MemoryModel, memory_blocks
+from memtool.methods.mira.recall import MemoryModel, memory_blocks, reaches_of
 from memtool.methods.mira.state import (
     PAST_QUERIES,
     QUERY_MODULES,
@@ -239,6 +240,8 @@ def _model(known: Inventory, keys: Tensor) -> MemoryModel:
     """The memory with these keys, on its frozen backbone."""
     work, values = known.work, known.snapshot.values_of(known.view.adapters)
     memory = _memory(known, keys)
+    if known.config.memory.frozen == "novelty":
+        memory[memory.blocks[0]].reaches = reaches_of(known.queries)
     model = MemoryModel(work.backbone, values, memory, known.config.memory, known.look)
     return model.to(work.engine.device).requires_grad_(False)
 
@@ -264,7 +267,7 @@ def _memory(known: Inventory, keys: Tensor) -> KeyedMemory:
 
 def _query_modules(parts: Mapping[str, Tensor]) -> list[str]:
     """Names of the parts of query modules among all parts of a memory."""
-    return [name for name in parts if not name.endswith(".keys")]
+    return [name for name in parts if ".query." in name]
 
 
 # Learn ------------------------------------------------------------------------------------------
@@ -312,7 +315,18 @@ def _learn(
 def _solved(known: Inventory, **other: str) -> RecalledHead:
     """The head from what is counted, or from trained ones; `other` settings win."""
     settings = known.config.head.model_copy(update=other)
+    if settings.is_fixed:
+        return _fixed(known)
     return solve_recalled_head(settings, known.features, known.trained, known.adapter_tasks)
+
+
+def _fixed(known: Inventory) -> RecalledHead:
+    """The head that knows all classes in advance: as it was made once, while it is the same."""
+    now, state, head = known.config.head, known.state, known.snapshot.head
+    if state is None or head is None:
+        return kept_head(known.work)
+    same = (state.head.kind, state.head.scale) == (now.kind, now.scale)
+    return head.to("cpu") if same else kept_head(known.work)
 
 
 def _resolve(known: Inventory, model: MemoryModel, head: RecalledHead) -> RecalledHead:

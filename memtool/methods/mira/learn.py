@@ -8,6 +8,7 @@ together.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -156,15 +157,15 @@ class _Scored(nn.Module):
         self.classes = tuple(classes)
         self.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head_learns)
         self.bias = nn.Parameter(head.bias.detach().clone(), requires_grad=head_learns)
-        self._owners = head.owners
+        self._head = head
 
     def head(self) -> RecalledHead:
         """The head as it is now, without gradients."""
         weight, bias = self.weight.detach().clone(), self.bias.detach().clone()
-        return RecalledHead(weight, bias, self._owners)
+        return replace(self._head, weight=weight, bias=bias)
 
     def forward(self, images: Tensor) -> Tensor:
         """Log-probabilities (batch, classes)."""
         features, coefficients = self.model.with_coefficients(images)
-        head = RecalledHead(self.weight, self.bias, self._owners)
+        head = replace(self._head, weight=self.weight, bias=self.bias)
         return head.log_probabilities(features, coefficients.mean(dim=1), self.classes)

@@ -135,7 +135,10 @@ class Measure:
         device = self.workspace.engine.device
         equal = torch.full((len(snapshot.records),), 1 / len(snapshot.records), device=device)
         uniform = same_for_all(model.values, equal, model.mix)
-        uniform_head = RecalledHead.shared(self._uniform_head(snapshot, sources)).to(device)
+        uniform_head, named = head, "uniform mixture"
+        if not head.of_directions:
+            solved = self._uniform_head(snapshot, sources)
+            uniform_head, named = RecalledHead.shared(solved).to(device), f"{named}, LDA head"
         hard = _with_separation(model, lambda _: separation("max"))
 
         def oracle(task: Task) -> Tensor:
@@ -155,7 +158,7 @@ class Measure:
             ),
             (
                 "uniform",
-                "uniform mixture, LDA head",
+                named,
                 "baseline",
                 lambda task: self._scored(model, uniform, uniform_head, equal, task),
             ),
@@ -280,7 +283,13 @@ def _with_separation(
 ) -> MemoryModel:
     """The same memory under another separation."""
     memories = [
-        BlockMemory(here.keys, here.query, here.similarity, changed(here.separation))
+        BlockMemory(
+            here.keys,
+            here.query,
+            here.similarity,
+            changed(here.separation),
+            reaches=here.reaches,
+        )
         for here in (model.memory[block] for block in model.memory.blocks)
     ]
     memory = KeyedMemory(model.memory.blocks, memories)

@@ -31,10 +31,12 @@ from memtool.evaluation.record import (
     Record,
     Row,
 )
+from memtool.learning.known import frozen_scores, is_fixed, learned_under
 from memtool.learning.looks import blocks_in, each_place
 from memtool.methods.attached import AttachedAdapters, AttachedImages
 from memtool.methods.export import require_new
 from memtool.methods.in_store import classes_of
+from memtool.methods.kept import fingerprint_of
 from memtool.methods.method import Method, newest_after_each
 from memtool.methods.mira.attached import AttachedMixture
 from memtool.methods.mira.consolidate import consolidate, require_can_learn
@@ -58,8 +60,9 @@ from memtool.streams.task import Task
 if TYPE_CHECKING:
     from memtool.methods.explanation import Explanation
 
-SETTINGS = ("dil", "til", "cil", "dg")
-"""Settings that `evaluate` knows: task inferred (dil, cil), given (til), or never seen (dg)."""
+SETTINGS = ("dil", "til", "cil", "dg", "xtail")
+"""Settings that `evaluate` knows: task inferred (dil, cil, xtail), given (til), or never seen (dg).
+"""
 
 
 class Mira(Method):
@@ -68,6 +71,7 @@ class Mira(Method):
     reads: ClassVar[tuple[str, ...]] = ("images", "texts")
     any_layout: ClassVar[bool] = True
     consolidates: ClassVar[str | None] = "keys and head"
+    measures_unseen: ClassVar[bool] = True
 
     @classmethod
     def open(cls, config: Config, **given: Any) -> Any:
@@ -113,6 +117,12 @@ class Mira(Method):
                 remedy="--mix delta, or --set adapter.residual=false",
             )
         return snapshot.model, snapshot.version
+
+    def _fingerprint(self, task: Task) -> str:
+        """As ever; under a head that knows all classes also of what that head is."""
+        decides = super()._fingerprint(task)
+        fixed = learned_under(self.config, self.workspace.stream)
+        return fingerprint_of({"trained": decides, "head": fixed}) if fixed else decides
 
     # Consolidate ----------------------------------------------------------------------------
 
@@ -202,15 +212,18 @@ class Mira(Method):
         version: str = "HEAD",
         history: bool = False,
         compare: bool = False,
+        unseen: bool | None = None,
         command: str | None = None,
         preset: str | None = None,
     ) -> Record:
         """Accuracy on the test images of every task that the memory has learned.
 
-        `setting` dil and cil infer the task; til is given it and recalls its adapter exactly, with
-        the head trained with it; dg measures on the domain that is held out. `history` reads the
-        version after each task and fills the whole matrix, and says how far old coefficients
-        drifted; `compare` adds hard choice, uniform mixture and the oracle adapter.
+        `setting` dil, cil and xtail infer the task; til is given it and recalls its adapter
+        exactly, with the head trained with it; dg measures on the domain that is held out.
+        `history` reads the version after each task and fills the whole matrix, and says how far old
+        coefficients drifted; `compare` adds hard choice, uniform mixture and the oracle adapter.
+        `unseen` has a column for every task of the stream, learned or not (none: in xtail). Raises
+        ConfigError for it where the task is given or no task is learned in turn.
         """
         begin = time.perf_counter()
         setting = self._setting(setting)
@@ -218,13 +231,22 @@ class Mira(Method):
         measure = Measure(self.workspace)
         learned = self._learned(snapshot, setting)
         shown = learned
+        if unseen and setting in ("til", "dg"):
+            raise ConfigError(
+                f"--unseen under setting {setting}",
+                expected="a setting that infers the task: dil, cil or xtail",
+                remedy="memtool eval without --unseen",
+            )
+        if unseen or (unseen is None and setting == "xtail"):
+            there = {task.number for task in learned}
+            shown = [*learned, *(t for t in self.workspace.stream.tasks if t.number not in there)]
         if setting == "dg":
             shown = [self._held_out()]
             rows = [self._generalised(snapshot, learned, shown)]
         elif setting == "til":
             rows = [self._told(snapshot, learned, history=history)]
         else:
-            rows = [self._in_turn(snapshot, learned, history=history)]
+            rows = [self._in_turn(snapshot, learned, shown, history=history)]
         if compare and setting != "til":
             rows += measure.other_ways(snapshot, learned, shown)
         return self.record(
@@ -237,24 +259,35 @@ class Mira(Method):
             preset=preset,
         )
 
-    def _in_turn(self, snapshot: Snapshot, learned: Sequence[Task], *, history: bool) -> Row:
-        """The memory on all tasks, after each of them or after the last."""
+    def _in_turn(
+        self, snapshot: Snapshot, learned: Sequence[Task], shown: Sequence[Task], *, history: bool
+    ) -> Row:
+        """The memory on all tasks, after each of them or after the last; `shown` begin as learned.
+
+        Under a head that knows all classes also before the first of them.
+        """
         measure = Measure(self.workspace)
         versions = {len(learned): snapshot.version}
         if history:
             versions = self._history(snapshot, learned, "dil")
-        matrix = AccuracyMatrix.empty([task.name for task in learned])
+        matrix = AccuracyMatrix.empty([task.name for task in shown])
+        if history and is_fixed(self.config) and snapshot.consolidated()[2].of_directions:
+            frozen = [
+                share_right(frozen_scores(self.workspace, task.test.images), task.test)
+                for task in shown
+            ]
+            matrix = matrix.with_row(0, frozen)
         then: dict[int, Tensor] = {}
         more: dict[str, float] = {}
         for count, at in self.workspace.telling("evaluate", sorted(versions.items())):
             there = snapshot if at == snapshot.version else self._snapshot(at)
-            scored = measure.scores(there, learned)
+            scored = measure.scores(there, shown)
             matrix = matrix.with_row(count, scored.accuracy)
             then[count] = scored.coefficients[count - 1]
             more["task_accuracy"] = scored.task_accuracy
         if len(then) == len(learned):
             before = [then[count] for count in range(1, len(learned))]
-            more |= drift(before, scored.coefficients[:-1])
+            more |= drift(before, scored.coefficients[: len(learned) - 1])
         ms = scored.ms_per_input
         return Row.measured("memory", "memory", "method", matrix, more=more, ms_per_input=ms)
 
@@ -503,6 +536,7 @@ class Mira(Method):
             places=[snapshot.view.adapters.index(record)],
             adapters=len(snapshot.view.adapters),
             told=0,
+            of_directions=(snapshot.state or self.config).head.is_fixed,
         )
 
     def class_names(self, view: memtool_stores.MemoryView) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ blocks; what it sees never depends on what it recalls.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from memtool.adapters.mixing import Mixture
 from memtool.adapters.values import AdapterValues, Recall
 from memtool.backbones.interface import Backbone
+from memtool.errors import DataError
+from memtool.memories.closed_form import QueryStatistics
 from memtool.memories.keyed import KeyedMemory
+from memtool.memories.novelty import Reaches
 from memtool.methods.mira.look import ImageLook, Seen
 from memtool.sections import MemorySettings, Mix
 
@@ -31,6 +34,22 @@ def memory_blocks(
         return tuple(blocks)
     alone = settings.look_at_block
     return (backbone.depth if alone is None else alone,)
+
+
+def reaches_of(queries: Mapping[int, QueryStatistics]) -> Reaches | None:
+    """What tells which queries are unlike those of all tasks; None where there is no task.
+
+    Raises DataError for a task whose queries do not say how far they reach.
+    """
+    for task, counted in queries.items():
+        if Reaches.of([counted.moments]) is None:
+            raise DataError(
+                f"the queries of task {task} do not say how far they reach: there are too few, or "
+                "only equal ones",
+                expected="several training images of a class",
+                remedy="--set memory.frozen=none",
+            )
+    return Reaches.of([counted.moments for counted in queries.values()])
 
 
 class MemoryRecall:

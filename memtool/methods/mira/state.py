@@ -9,7 +9,7 @@ asked, where `consolidate.protect` is dual-gpm).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -33,7 +33,7 @@ from memtool.methods.in_store import (
 from memtool.methods.mira.first import first_records, require_same_first, taken_along
 from memtool.methods.mira.look import ImageLook, needs_first
 from memtool.methods.mira.protect import Protection
-from memtool.methods.mira.recall import MemoryModel, memory_blocks
+from memtool.methods.mira.recall import MemoryModel, memory_blocks, reaches_of
 from memtool.methods.records import task_of
 from memtool.methods.stored_values import values_of
 from memtool.sections import ConsolidateSettings, MemorySettings, as_meant
@@ -141,11 +141,14 @@ class Snapshot:
         )
         if QUERY_MODULES in view.blobs():
             _load_query_modules(memory, view.blob(QUERY_MODULES))
+        if state.memory.frozen == "novelty":
+            memory[memory.blocks[0]].reaches = reaches_of(query_statistics(view, state))
         model = MemoryModel(backbone, values, memory, state.memory, look)
         model = model.to(device).requires_grad_(False)
         head = None
         if HEAD in view.blobs():
             head = RecalledHead.from_bytes(view.blob(HEAD), f"blob {HEAD!r}").to(device)
+            head = replace(head, of_directions=state.head.is_fixed)
             _check_head(head, state, len(records), view.version)
         return cls(view.version, view, layout, sites, records, state, model, head)
 
@@ -298,6 +301,14 @@ def join(txn: memtool_stores.Transaction, view: memtool_stores.MemoryView) -> tu
                 f"head.features is {there.head.features} in the other memory, and "
                 f"{here.head.features} in this one",
                 expected="two memories whose features were counted alike",
+                remedy="another --store",
+            )
+        if here.head.is_fixed != there.head.is_fixed:
+            raise MismatchError(
+                f"head.kind is {there.head.kind} in the other memory, and {here.head.kind} in this "
+                "one",
+                expected="two memories whose adapters learned under heads of one kind: known for "
+                "all classes in advance, or not",
                 remedy="another --store",
             )
         require_same_first(txn.base, here.first, view, there.first)

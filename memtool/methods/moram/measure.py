@@ -14,7 +14,7 @@ from memtool.evaluation.matrix import AccuracyMatrix
 from memtool.evaluation.metrics import reuse
 from memtool.evaluation.record import AtomUse, Row
 from memtool.learning.answers import Answering, AnswerScores, answer_row
-from memtool.learning.known import fixed_head, is_fixed
+from memtool.learning.known import frozen_scores, is_fixed
 from memtool.memories.rank1 import Rank1Memory
 from memtool.methods.in_store import feature_statistics
 from memtool.methods.inside import recalled
@@ -99,9 +99,8 @@ class AtomMeasure:
 
     def zero_shot(self, task: Task, setting: str) -> float:
         """Share of a task's test images that the frozen model has right, under a fixed head."""
-        head = fixed_head(self.work).to("cpu")
         allowed = task.classes if setting == "til" else None
-        return share_right(head(self.work.features(task.test.images), allowed), task.test)
+        return share_right(frozen_scores(self.work, task.test.images, allowed), task.test)
 
     # Of texts -------------------------------------------------------------------------------
 
