@@ -148,9 +148,12 @@ _ASKED = {
 def _image_cost(cost: dict[str, Any]) -> list[tuple[str, str]]:
     """What the weights of a memory of images cost."""
     under = ((cost["frozen"], "frozen"), (cost["first_adapter"], "first adapter"))
-    before = [f"{name} {share:.2g}" for share, name in under if share]
+    steps = cost["test_steps"]
+    # The steps look once more, and see what the last of them came to.
+    before = [f"{name} {share * (2 if steps else 1):.2g}" for share, name in under if share]
+    moving = f", to move its weights {steps + 1} more, {steps} of them also backward"
     return [
-        ("passes of an image", ", ".join([*before, "recalled 1"])),
+        ("passes of an image", ", ".join([*before, "recalled 1"]) + (moving if steps else "")),
         ("keys", f"{size(cost['keys_bytes'])}, moments of queries {size(cost['queries_bytes'])}"),
     ]
 
