@@ -19,6 +19,7 @@ from memtool.config import resolve
 from memtool.errors import ConfigError, MemtoolError, NotFoundError
 from memtool.evaluation.record import Record, read_record, write_record
 from memtool.experiments.follow import Said
+from memtool.experiments.queue import Queue
 from memtool.experiments.run import run
 from memtool.experiments.runs import Runs, find_all, runs
 from memtool.trackers import SERVICES, Card, Points, require_services
@@ -424,6 +425,9 @@ def test_folders_of_memories_and_queues_hold_no_runs(tmp_path: Path) -> None:
         (tmp_path / place / "record.json").write_text("{}")
     (tmp_path / "memory" / "record.json").unlink()
     (tmp_path / "sweep" / "sweep.json").write_text("{}")
+    queue = Queue(tmp_path / "sweep" / "queue", lease_seconds=60)
+    with queue.claim("x") or pytest.fail("free") as lease:
+        assert lease.publish({"record": "cells/x/seed-0"})
     places = [file.parent.relative_to(tmp_path).as_posix() for file in find_all(tmp_path)]
     assert places == ["a/seed-0", "sweep/cells/x/seed-0"]
     assert len(Runs([])) == 0
