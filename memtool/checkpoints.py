@@ -24,6 +24,9 @@ UNSEALED_FORMATS = ("1", "2", None)
 PARAMETER = "parameter"
 """What stands before the names of parameters; before those of moments stands which they are."""
 
+MEAN = "mean"
+"""What stands before the names of the running mean of parameters."""
+
 State = tuple[int, list[list[float]], list[list[float]]]
 """Steps done, the losses of every finished epoch and of every step of this one, by group."""
 
@@ -36,8 +39,9 @@ def save_checkpoint(
     trained: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     state: State,
+    mean: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write the state of a training, whole or not at all.
+    """Write the state of a training, whole or not at all; `mean` are running means of parameters.
 
     `fingerprint` is of all that decides what the training gives. MemtoolError where the file
     cannot be written.
@@ -47,6 +51,8 @@ def save_checkpoint(
         tensors[f"{PARAMETER}/{name}"] = parameter.detach().contiguous()
         for key, moment in optimizer.state[parameter].items():
             tensors[f"{key}/{name}"] = moment.detach().contiguous()
+    for name, tensor in (mean or {}).items():
+        tensors[f"{MEAN}/{name}"] = tensor.contiguous()
     steps, losses, running = state
     metadata = {
         "format": FORMAT,
@@ -61,8 +67,9 @@ def load_checkpoint(
     fingerprint: str,
     trained: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
+    mean: dict[str, Tensor] | None = None,
 ) -> State:
-    """The saved state, loaded into parameters and optimiser; a fresh one when none fits.
+    """The saved state, loaded into parameters, optimiser and `mean`; a fresh one when none fits.
 
     Raises CorruptError for a file that is not what was saved, MismatchError for other parameters,
     MemtoolError where the file cannot be read.
@@ -92,6 +99,9 @@ def load_checkpoint(
         parameter = trained[name]
         if kind == PARAMETER:
             parameter.data.copy_(value)
+        elif kind == MEAN:
+            if mean is not None:
+                mean[name] = value.to(parameter.device)
         else:
             where = parameter.device if value.ndim else torch.device("cpu")
             optimizer.state[parameter][kind] = value.to(where)

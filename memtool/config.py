@@ -135,6 +135,14 @@ def resolve(
     Raises ConfigError for those, for an unknown key and for a value that cannot be used, with its
     place; NotFoundError for a preset or a file that is not there, and for a memory whose method or
     backbone is not here.
+
+    >>> found = resolve(preset="digits-dil", overrides={"adapter.rank": "2"}, ambient=False)
+    >>> found.config.adapter.rank, found.origin["adapter.rank"], found.origin["train.lr"]
+    (2, 'command line', 'default')
+    >>> resolve(overrides={"adapter.rnk": 2}, ambient=False)
+    Traceback (most recent call last):
+    ...
+    memtool_stores.errors.ConfigError: ...
     """
     cwd = Path.cwd() if cwd is None else cwd
     environ = (os.environ if environ is None else environ) if ambient else {}

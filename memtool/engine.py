@@ -186,9 +186,53 @@ class _Best:
             self._kept = {name: p.detach().clone() for name, p in trained.items()}
 
     def restore(self, trained: Mapping[str, nn.Parameter]) -> None:
-        with torch.no_grad():
-            for name, kept in self._kept.items():
-                trained[name].copy_(kept)
+        _copy(self._kept, trained)
+
+
+class _Mean:
+    """A running mean of parameters over the steps of a training, as `train.average` says.
+
+    half   their arithmetic mean after every step of the second half (stochastic weight averaging,
+           Izmailov et al. 2018, densely as in Cha et al. 2021)
+    ema    m ← m + (1 − d)(θ − m) from the first step on, with d = exp(−10 / steps)
+
+    What never moves is its own mean, bit for bit.
+    """
+
+    def __init__(self, kind: str, total: int) -> None:
+        self._first = 1 if kind == "ema" else total // 2 + 1
+        self._rate = 1 - math.exp(-10 / total) if kind == "ema" else None
+        self.parts: dict[str, Tensor] = {}
+
+    def add(self, step: int, trained: Mapping[str, nn.Parameter]) -> None:
+        """Count the parameters after `step` (from 1)."""
+        if step < self._first:
+            return
+        if not self.parts:
+            self.parts.update({name: p.detach().clone() for name, p in trained.items()})
+        rate = self._rate or 1 / (step - self._first + 1)
+        for name, mean in self.parts.items():
+            mean.add_(trained[name].detach() - mean, alpha=rate)
+
+    @contextmanager
+    def in_place(self, trained: Mapping[str, nn.Parameter]) -> Iterator[None]:
+        """For as long as it lasts the parameters are their mean, where there is one yet."""
+        last = {name: trained[name].detach().clone() for name in self.parts}
+        _copy(self.parts, trained)
+        try:
+            yield
+        finally:
+            _copy(last, trained)
+
+    def put(self, trained: Mapping[str, nn.Parameter]) -> None:
+        """Let the parameters be their mean."""
+        _copy(self.parts, trained)
+
+
+@torch.no_grad()
+def _copy(tensors: Mapping[str, Tensor], trained: Mapping[str, nn.Parameter]) -> None:
+    for name, tensor in tensors.items():
+        trained[name].copy_(tensor)
 
 
 class Engine:
@@ -261,7 +305,8 @@ class Engine:
         `after_step` runs after every optimiser step (projections). `rate_of` gives the factor on
         the learning rate of a parameter by its name. `select` scores the module after every epoch,
         higher is better: the parameters end as they were after the best one, which `FitResult`
-        names; such a training has no checkpoint. With `checkpoint` the state is
+        names; such a training has no checkpoint. With `settings.average` the parameters end as
+        their mean over steps, and are scored as what it is so far. With `checkpoint` the state is
         saved every half minute, on Ctrl-C and at the end, and a file of the same `fingerprint` is
         resumed; who stores the result removes the file.
 
@@ -283,8 +328,12 @@ class Engine:
         losses: list[list[float]] = []
         running: list[list[float]] = []
         begin: tuple[float, ...] = ()
+        mean = None if settings.average == "none" else _Mean(settings.average, total)
+        averaged = None if mean is None else mean.parts
         if checkpoint is not None:
-            done, losses, running = load_checkpoint(checkpoint, fingerprint, trained, optimizer)
+            done, losses, running = load_checkpoint(
+                checkpoint, fingerprint, trained, optimizer, averaged
+            )
         resumed_at = done
         best = _Best()
         model: nn.Module = self._accelerator.prepare_model(module)
@@ -318,13 +367,16 @@ class Engine:
                 if after_step is not None:
                     after_step()
                 done += 1
+                if mean is not None:
+                    mean.add(done, trained)
                 running.append(step_losses.tolist())
                 begin = begin or tuple(running[-1])
                 if done % batches.steps_per_epoch == 0:
                     losses.append(np.mean(running, axis=0).tolist())
                     running = []
                     if select is not None:
-                        best.offer(select(), len(losses), trained)
+                        with nullcontext() if mean is None else mean.in_place(trained):
+                            best.offer(select(), len(losses), trained)
                 if progress is not None and self.is_main:
                     progress(
                         ProgressEvent(
@@ -334,7 +386,7 @@ class Engine:
                 late = time.monotonic() - saved_at > CHECKPOINT_EVERY_SECONDS
                 if checkpoint is not None and self.is_main and (late or interrupted.is_set()):
                     state = (done, losses, running)
-                    save_checkpoint(checkpoint, fingerprint, trained, optimizer, state)
+                    save_checkpoint(checkpoint, fingerprint, trained, optimizer, state, averaged)
                     saved_at = time.monotonic()
                 if interrupted.is_set():
                     if checkpoint is None:
@@ -349,7 +401,9 @@ class Engine:
             )
         if checkpoint is not None and self.is_main:
             final = (done, losses, running)
-            save_checkpoint(checkpoint, fingerprint, trained, optimizer, final)
+            save_checkpoint(checkpoint, fingerprint, trained, optimizer, final, averaged)
+        if mean is not None:
+            mean.put(trained)
         best.restore(trained)
         self._accelerator._models.clear()  # accelerate would keep every model alive
         return FitResult(

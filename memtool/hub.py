@@ -158,13 +158,14 @@ def pull(
     lock_timeout: float = 30.0,
     progress: Progress | None = None,
 ) -> MemoryStore:
-    """The memory of `user/name` with all its versions in a new place: a directory or a bucket.
+    """The memory of `user/name` with all its versions: a directory or a bucket.
 
-    Every byte of it is checked first, as `memtool verify` does.
+    Every byte of it is checked first, as `memtool verify` does. An older copy in a directory is
+    brought up to date.
 
     Raises:
         NotFoundError: no such repository, or no memory in it.
-        AlreadyExistsError: something is at `target`.
+        AlreadyExistsError: something else is at `target`, or a copy with versions of its own.
         IntegrityError: it is damaged; nothing is made.
         StorageError: no answer, no permission, no room.
     """
@@ -182,7 +183,12 @@ def pull(
         )
     for unread in report.unchecked:
         raise StorageError(f"{address} could not be checked: {unread.why}; nothing was kept")
-    return opened.clone(target, _Tell(progress).of("pull"))
+    tell = _Tell(progress).of("pull")
+    if not MemoryStore.exists(target):
+        return opened.clone(target, tell)
+    there = MemoryStore.open(target, lock_timeout=lock_timeout)
+    there.forward_to(opened, tell)
+    return MemoryStore.open(target, lock_timeout=lock_timeout)
 
 
 def token_of_user(repository: str) -> str:

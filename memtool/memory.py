@@ -110,7 +110,12 @@ class Memory:
         )
 
     def log(self) -> Log:
-        """The versions up to this one, newest first."""
+        """The versions up to this one, newest first.
+
+        >>> log = load("memory").log()
+        >>> log[0].id == load("memory").version, len(log) > 3
+        (True, True)
+        """
         return Log(self.store.log(self.version))
 
     def attach(
@@ -128,6 +133,14 @@ class Memory:
 
         Raises NotFoundError for weights that are not there, the store's SpaceMismatchError for
         another model than the memory's, ConfigError for a memory without keys.
+
+        >>> import torch
+        >>> model = load("memory").attach()
+        >>> out = model(torch.zeros(3, 32, 32, 3, dtype=torch.uint8))
+        >>> tuple(out.logits.shape), tuple(out.weights.shape)  # by class, by adapter
+        ((3, 10), (3, 2))
+        >>> load("memory").attach(task=1)(torch.zeros(1, 32, 32, 3, dtype=torch.uint8)).weights
+        tensor([[1., 0.]])
         """
         if precision not in ("fp32", "bf16"):
             raise ConfigError(f"precision {precision!r}", expected="fp32 or bf16")
@@ -170,6 +183,18 @@ def load(
     are settings by dotted key that count before what the memory remembers; a method of a file of
     one's own is named here. Raises NotFoundError for a memory that is not there, does not say what
     it was made with, or was made with a method that is not installed.
+
+    >>> memory = load("memory@good")
+    >>> memory
+    <Memory ...memory@...: mira on nano, 2 adapters>
+    >>> [record.name for record in memory.adapters]
+    ['task-1-seed-0', 'task-2-seed-0']
+    >>> memory.classes[:3], memory.reads
+    (('0', '1', '2'), 'images')
+    >>> load("memory@better")
+    Traceback (most recent call last):
+    ...
+    memtool_stores.errors.NotFoundError: ...
     """
     address, version = split_store(str(store))
     opened = MemoryStore.open(address)

@@ -94,6 +94,8 @@ def _written(memory: Memory, model: AttachedImages, path: Path) -> Program:
                 said = {NOTE: json.dumps(_note(memory, model), ensure_ascii=False)}
                 torch.export.save(program, file, extra_files=said)
                 again = torch.export.load(file).module()
+        except ConfigError:
+            raise
         except Exception as error:
             raise MismatchError(
                 f"torch {torch.__version__} cannot write this memory of method "

@@ -47,6 +47,9 @@ Similarity = Annotated[
     BeforeValidator(lambda name: next((k for k, v in _WRITTEN.items() if v == name), name)),
     PlainSerializer(lambda name: _WRITTEN.get(name, name), return_type=str, when_used="json"),
 ]
+SHARES = ("softmax", "topk", "sparsemax", "entmax", "max")
+"""Separations whose weights are shares of one."""
+
 Mix = Literal["delta", "params"]
 Routing = Literal["mixture", "lda", "prototype"]
 Protect = Literal["freeze", "dual-gpm", "none"]
@@ -150,7 +153,27 @@ class MemorySettings(Settings):
         "an image to the frozen model: nothing, or a query that is unlike all that was learned",
     )
 
-    later: ClassVar[tuple[str, ...]] = ("look_under", "frozen")
+    test_time: Literal["none", "entropy"] = Field(
+        "none",
+        description="of images: what moves the weights of each image when it is read: nothing, or "
+        "steps down the entropy of what the head then says, no label needed",
+    )
+    test_steps: Annotated[int, Field(ge=1, le=100)] = Field(
+        3, description="test_time entropy: steps; each runs the model forward and backward"
+    )
+    test_lr: Annotated[float, Field(gt=0)] = Field(
+        0.5,
+        description="test_time entropy: length of a step, in the logarithms of weights that are "
+        "shares of one, else in the weights",
+    )
+
+    later: ClassVar[tuple[str, ...]] = (
+        "look_under",
+        "frozen",
+        "test_time",
+        "test_steps",
+        "test_lr",
+    )
 
     @property
     def look_at_block(self) -> int | None:

@@ -163,14 +163,35 @@ class TrainSettings(Settings):
         description="of the training images: flip-crop, mirrored by chance and shifted by an "
         "eighth at most; crop, a piece of 90 to 100 % of the area",
     )
+    steps: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="at least so many steps a task: where it has few samples there are more epochs "
+        "than train.epochs",
+    )
+    mixup: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="of images: every one is mixed with another of its batch, and the loss with "
+        "it, in a share drawn from Beta(mixup, mixup); 0: none",
+    )
+    average: Literal["none", "half", "ema"] = Field(
+        "none",
+        description="what training ends with: the parameters of its last step; their mean over the "
+        "steps of its second half; or their exponential mean over a tenth of it",
+    )
 
-    later: ClassVar[tuple[str, ...]] = ("schedule",)
+    later: ClassVar[tuple[str, ...]] = ("schedule", "steps", "mixup", "average")
 
-    def epochs_for(self, samples: int, tasks: int = 1) -> int:
-        """Epochs over so many samples of `tasks` tasks: by `iterations` where that is set."""
-        if self.iterations is None:
-            return self.epochs
-        return math.ceil(tasks * self.iterations / math.ceil(samples / self.batch_size))
+    def epochs_for(self, samples: int, tasks: int = 1, epochs: int | None = None) -> int:
+        """Epochs over so many samples of `tasks` tasks: `epochs` or more, or by `iterations`.
+
+        `epochs`: none for those that are set. `iterations` are as many steps as they say, `steps`
+        the fewest.
+        """
+        steps_an_epoch = max(1, math.ceil(samples / self.batch_size))
+        if self.iterations is not None and epochs is None:
+            return math.ceil(tasks * self.iterations / steps_an_epoch)
+        fewest = math.ceil(tasks * self.steps / steps_an_epoch) if self.steps else 0
+        return max(self.epochs if epochs is None else epochs, fewest)
 
 
 class HeadSettings(Settings):
@@ -476,6 +497,7 @@ READ_UNDER: tuple[tuple[str, str, tuple[str | None, ...]], ...] = (
     ("text", "stream.setting", ("trace",)),
     ("backbone.image_size", "stream.setting", _OF_IMAGES),
     ("train.augment", "stream.setting", _OF_IMAGES),
+    ("train.steps", "train.iterations", (None,)),
     ("stream.shots", "stream.setting", _OF_IMAGES),
     ("stream.held_out", "stream.setting", _OF_IMAGES),  # without dg it is an error
     ("stream.splits", "stream.setting", _OF_CLASSES),
@@ -484,6 +506,8 @@ READ_UNDER: tuple[tuple[str, str, tuple[str | None, ...]], ...] = (
     ("train.epochs", "train.iterations", (None,)),
     ("train.epochs", "text.epochs", (None,)),
     ("memory.topk", "memory.separation", ("topk",)),
+    ("memory.test_steps", "memory.test_time", ("entropy",)),
+    ("memory.test_lr", "memory.test_time", ("entropy",)),
     ("consolidate.key_std", "consolidate.keys", ("random",)),
     ("consolidate.energy", "consolidate.protect", ("dual-gpm",)),
     ("head", "stream.setting", _OF_IMAGES),

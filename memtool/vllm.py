@@ -11,15 +11,19 @@ version, and a whole adapter by name or id. vLLM loads this module by its plugin
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import hashlib
 import logging
 import os
 import shutil
-import tempfile
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memtool.errors import ConfigError, MemtoolError, MismatchError, NotFoundError, did_you_mean
+from memtool_stores import caches
+from memtool_stores.files import part_folder
 
 if TYPE_CHECKING:
     from memtool_stores import AdapterRecord, MemoryStore, MemoryView
@@ -27,6 +31,9 @@ if TYPE_CHECKING:
 STORES = "MEMTOOL_VLLM_STORES"
 """The variable that names the stores, separated by commas."""
 RESOLVER = "memtool"
+
+KEEP_BYTES = 8_000_000_000
+"""What the cache of adapters holds at most, beside those that a process uses."""
 
 _log = logging.getLogger(__name__)
 
@@ -81,6 +88,8 @@ class Adapters:
         Raises ConfigError for two of one name.
         """
         self._stores: dict[str, str] = {}
+        self._held: dict[Path, int] = {}
+        weakref.finalize(self, _let_go, self._held)
         self._numbers: dict[int, str] = {}
         for address in addresses:
             name = address.rstrip("/").rpartition("/")[2]
@@ -115,7 +124,15 @@ class Adapters:
         view = store.view(version or "HEAD")
         _require_base(view, base)
         record = _record(view, adapter)
-        return _materialised(store, view, record)
+        return _materialised(store, view, record, self._use)
+
+    def _use(self, folder: Path) -> None:
+        """Keep others from taking a directory of the cache away while this process lives.
+
+        vLLM reads it again whenever it has dropped an adapter from its own memory.
+        """
+        if folder not in self._held:
+            self._held[folder] = _locked(folder, fcntl.LOCK_SH)
 
     def number_of(self, name: str, folder: Path) -> int:
         """A number from 1 that only this name of these bytes has, the same in every process."""
@@ -159,8 +176,13 @@ def _record(view: MemoryView, adapter: str) -> AdapterRecord:
         ) from error
 
 
-def _materialised(store: MemoryStore, view: MemoryView, record: AdapterRecord) -> Path:
-    """The adapter as a PEFT directory that is named by the hash of what is in it."""
+def _materialised(
+    store: MemoryStore, view: MemoryView, record: AdapterRecord, use: Callable[[Path], None]
+) -> Path:
+    """The adapter as a PEFT directory that is named by the hash of what is in it.
+
+    `use` holds the directory from before it is there.
+    """
     from memtool.memory import load
     from memtool.methods.export import write_stored
     from memtool.methods.home import StoredHome
@@ -168,10 +190,11 @@ def _materialised(store: MemoryStore, view: MemoryView, record: AdapterRecord) -
     config = load(f"{store.url}@{view.version}").config
     home = StoredHome(config, config.seed[0], store, view)
     cache = _cache()
-    building = Path(tempfile.mkdtemp(prefix=".part-", dir=cache))  # 0700
+    building = part_folder(cache / "adapter")  # 0700
     try:
         write_stored(building, view, record, home)
         folder = cache / _digest(building)
+        use(folder)
         if folder.is_dir() and _digest(folder) != folder.name:
             shutil.rmtree(folder)
         if not folder.is_dir():
@@ -180,6 +203,8 @@ def _materialised(store: MemoryStore, view: MemoryView, record: AdapterRecord) -
             except OSError:
                 if not folder.is_dir():  # else another process was first, with the same bytes
                     raise
+            _make_room(cache)
+        os.utime(folder)
     except OSError as error:
         raise MemtoolError(
             f"cannot write {record.name!r} in {cache}: {error.strerror or error}",
@@ -191,11 +216,7 @@ def _materialised(store: MemoryStore, view: MemoryView, record: AdapterRecord) -
 
 
 def _cache() -> Path:
-    import platformdirs
-
-    given = os.environ.get("MEMTOOL_CACHE")
-    folder = Path(given) if given else platformdirs.user_cache_path("memtool")
-    folder = folder / "vllm"
+    folder = caches.root() / "vllm"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.chmod(0o700)
@@ -204,7 +225,53 @@ def _cache() -> Path:
             f"cannot make the private folder {folder}: {error.strerror or error}",
             remedy="export MEMTOOL_CACHE=FOLDER, one that is yours",
         ) from error
-    return folder.absolute()
+    return folder
+
+
+def _make_room(cache: Path) -> None:
+    """Take directories out of the cache that nobody uses, the oldest first, until it is small."""
+    caches.remove_parts(cache)
+    folders = [path for path in cache.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in folders}
+    over = sum(sizes.values()) - KEEP_BYTES
+    for folder in sorted(folders, key=lambda path: path.stat().st_mtime):
+        if over <= 0:
+            return
+        try:
+            lock = _locked(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # a process uses it
+            continue
+        shutil.rmtree(folder, ignore_errors=True)
+        _lock_file(folder).unlink(missing_ok=True)
+        os.close(lock)
+        over -= sizes[folder]
+
+
+def _lock_file(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")
+
+
+def _let_go(held: dict[Path, int]) -> None:
+    for handle in held.values():
+        os.close(handle)
+
+
+def _locked(folder: Path, how: int) -> int:
+    """The lock of a directory of the cache, a descriptor that holds it until it is closed.
+
+    Raises BlockingIOError where it cannot be had and nobody is to wait.
+    """
+    path = _lock_file(folder)
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(handle, how)
+            if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+                return handle
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)  # it was taken away while this waited
 
 
 def _digest(folder: Path) -> str:

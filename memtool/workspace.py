@@ -117,11 +117,12 @@ class Workspace:
 
     def epochs(self, task: Task) -> int:
         """Passes over the training samples of a task; over all tasks at once, number 0, as many."""
-        named = self.config.text.epochs if self.reads == "texts" else None
+        train, named = self.config.train, self.config.text.epochs if self.reads == "texts" else None
+        at_once = 1 if task.number else len(self.stream.tasks)
         if named is None:
-            at_once = 1 if task.number else len(self.stream.tasks)
-            return self.config.train.epochs_for(len(task.train), at_once)
-        return named[task.number - 1] if task.number else round(sum(named) / len(named))
+            return train.epochs_for(len(task.train), at_once)
+        epochs = named[task.number - 1] if task.number else round(sum(named) / len(named))
+        return train.epochs_for(len(task.train), at_once, epochs)
 
     def tell(self, stage: str, step: int, total: int) -> None:
         """Say how far a step is, to whoever listens."""

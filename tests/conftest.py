@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ import hypothesis
 import pytest
 
 from memtool.reports.script import script_file
+from memtool.streams import digits
 from memtool_stores import limits
 
 hypothesis.settings.register_profile("memtool", deadline=None, print_blob=True)
@@ -27,6 +29,17 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     if made.is_file():
         script_file().parent.mkdir()
         shutil.copy(made, script_file())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _drawn_once() -> Iterator[None]:
+    """The embedded images, which take a second to draw, are drawn once for all that open them.
+
+    Nothing writes to them. tests/streams/test_digits.py draws them itself.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digits, "digits_table", functools.lru_cache(8)(digits.digits_table))
+        yield
 
 
 @pytest.fixture(autouse=True)

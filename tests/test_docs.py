@@ -12,6 +12,7 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import typer
@@ -205,11 +206,45 @@ def test_links_lead_somewhere(page):
             assert fragment in slugs, target
 
 
-def test_the_page_of_settings_is_up_to_date():
-    spec = importlib.util.spec_from_file_location("make_settings", ROOT / "docs/make_settings.py")
+def script(name: str) -> ModuleType:
+    """A script of docs/, as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"docs/{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def test_the_readme_shows_what_its_commands_print(here):
+    transcripts = script("make_transcripts")
+    blocks = transcripts.shown(README)
+    assert README.read_text(encoding="utf-8").count("<!-- transcript -->") == len(blocks) > 0
+    run = transcripts.run_in(here)
+    for lines, text in blocks:
+        found = transcripts.printed(lines, run)
+        assert transcripts.same(text, found), f"run: python docs/make_transcripts.py\n{found}"
+
+
+@pytest.mark.parametrize(
+    ("line", "other", "same"),
+    [
+        ("a\t99.7 %\t1.9 s", "a\t98.9 %\t12 ms", True),
+        ("a\t99.7 %\t1.9 s\tx", "a\t99.5 %\t1 min 16 s\tx", True),
+        ("a\t99.7 %\t1.9 s", "a\t91.7 %\t1.9 s", False),
+        ("loss 0.0246", "loss 0.0261", True),
+        ("loss 0.0246", "loss 0.5", False),
+        ("tasks 3", "tasks 4", False),
+        ("version\tEH5JDYKHX8S6WZ4E1FQ0", "version\tH8Y9KFHMNEJ17JYC8X70", True),
+        ("id\t01M7Y6HTFKXBCAZZXH7S168NVV", "id\ttask-3", False),
+        ("separation\taffine", "separation\taffine\ndrift\t0.00", False),
+    ],
+)
+def test_transcripts_are_compared_but_for_what_changes(line, other, same):
+    assert script("make_transcripts").same(line, other) == same
+
+
+def test_the_page_of_settings_is_up_to_date():
+    module = script("make_settings")
     found = module.PAGE.read_text(encoding="utf-8")
     assert found == module.page(), "run: python docs/make_settings.py"

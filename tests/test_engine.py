@@ -446,3 +446,77 @@ def test_two_processes_train_as_one(tmp_path):
         lines = [line for line in done.stdout.splitlines() if line.startswith("[")]
         found.append(torch.tensor(json.loads(lines[0]), dtype=torch.float64))
     assert torch.allclose(*found, rtol=0, atol=1e-9)
+
+
+def means_of(steps, kind):
+    """The slow twin: what `train.average` makes of the parameters after every step, in float64."""
+    if kind == "half":
+        return [sum(parts) / len(parts) for parts in zip(*steps[len(steps) // 2 :], strict=True)]
+    decay, mean = np.exp(-10 / len(steps)), steps[0]
+    for step in steps:
+        mean = [decay * m + (1 - decay) * new for m, new in zip(mean, step, strict=True)]
+    return mean
+
+
+@pytest.mark.parametrize("kind", ["half", "ema"])
+def test_training_ends_with_the_mean_of_its_steps(kind):
+    plain, module, steps, scored = model(), model(), [], []
+    Engine(CPU).fit(plain, batches(), loss, TRAIN, stage="t")
+
+    def parameters():
+        return [p.detach().double().clone() for p in module.parameters()]
+
+    settings = TRAIN.model_copy(update={"average": kind})
+    keep = {"after_step": lambda: steps.append(parameters())}
+    Engine(CPU).fit(module, batches(), loss, settings, stage="t", **keep)
+    for last, without in zip(steps[-1], plain.parameters(), strict=True):
+        assert torch.equal(last.float(), without)  # the steps themselves are the same
+    for mean, twin in zip(parameters(), means_of(steps, kind), strict=True):
+        assert torch.allclose(mean, twin, rtol=0, atol=1e-6)
+
+    assert not torch.allclose(parameters()[0], steps[-1][0], rtol=0, atol=1e-4)
+
+    def score():
+        scored.append(parameters())
+        return float(len(scored))
+
+    module, steps[:] = model(), []
+    Engine(CPU).fit(module, batches(), loss, settings, stage="t", select=score, **keep)
+    for scored_last, end in zip(scored[-1], parameters(), strict=True):
+        assert torch.equal(scored_last, end)  # what is scored is the mean, and the last is kept
+    for scored_last, twin in zip(scored[-1], means_of(steps, kind), strict=True):
+        assert torch.allclose(scored_last, twin, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["half", "ema"])
+def test_a_running_mean_goes_on_where_it_was_and_what_is_put_back_is_its_own(kind, tmp_path):
+    settings = TRAIN.model_copy(update={"average": kind})
+    straight, frozen = model(), []
+
+    def put_back(module):
+        kept = module[0].weight.detach()[:2].clone()
+        frozen.append(kept)
+
+        @torch.no_grad()
+        def call():
+            module[0].weight[:2] = kept
+
+        return {"after_step": call}
+
+    Engine(CPU).fit(straight, batches(), loss, settings, stage="t", **put_back(straight))
+    assert torch.equal(straight[0].weight[:2], frozen[0])
+
+    def interrupt(event):
+        if event.step == 11:
+            signal.raise_signal(signal.SIGINT)
+
+    file = {"checkpoint": tmp_path / "c", "fingerprint": "f", "stage": "t"}
+    first, second = model(), model()
+    with pytest.raises(TrainingInterrupted):
+        Engine(CPU).fit(
+            first, batches(), loss, settings, progress=interrupt, **file, **put_back(first)
+        )
+    again = Engine(CPU).fit(second, batches(), loss, settings, **file, **put_back(second))
+    assert again.resumed_at == 11
+    for one, other in zip(straight.parameters(), second.parameters(), strict=True):
+        assert torch.equal(one, other)

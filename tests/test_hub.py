@@ -34,6 +34,7 @@ from memtool_stores import (
     StorageError,
 )
 from memtool_stores import hub as store_hub
+from memtool_stores.files import part_folder
 from memtool_stores.testing import fill, small_space
 from tests.cli.conftest import inside
 from tests.hub_server import Hub, serving
@@ -135,6 +136,60 @@ def test_what_is_pushed_is_pulled_byte_for_byte_with_its_history(server, small, 
     with pulled.transaction("goes on") as txn:
         fill(txn, small_space(), "more", 9)
     assert len(pulled.view()) == 3
+
+
+def test_an_older_copy_is_brought_up_to_date_and_one_that_went_its_own_way_is_not(
+    server, small, tmp_path
+):
+    hub.push(small.url, "ann/small")
+    copy, apart, tagged = (
+        hub.pull("ann/small", tmp_path / name) for name in ("copy", "apart", "tagged")
+    )
+    before = copy.head()
+    with small.transaction("more") as txn:
+        fill(txn, small_space(), "t2", 2)
+    small.tag("good")
+    small.branch("aside", "HEAD~1")
+    hub.push(small.url, "ann/small")
+    reader = MemoryStore.open(tmp_path / "copy")
+    new = hub.pull("ann/small", tmp_path / "copy")
+    assert new.head() == small.head() != before
+    assert (new.tags(), new.branches()) == (small.tags(), small.branches())
+    assert files_of(tmp_path / "copy") == files_of(Path(small.url))
+    assert new.verify("full").ok
+    assert len(reader.view(before).adapters) == 2  # who has it open goes on
+    assert hub.pull("ann/small", tmp_path / "copy").head() == small.head()
+
+    with apart.transaction("its own") as txn:
+        fill(txn, small_space(), "own", 7)
+    own = files_of(tmp_path / "apart")
+    with pytest.raises(AlreadyExistsError, match="its HEAD"):
+        hub.pull("ann/small", tmp_path / "apart")
+    assert files_of(tmp_path / "apart") == own
+    other = MemoryStore.create(tmp_path / "other", small_space())
+    with pytest.raises(AlreadyExistsError, match="another memory"):
+        hub.pull("ann/small", other.url)
+    with new.transaction("ahead") as txn:
+        fill(txn, small_space(), "t3", 3)
+    with pytest.raises(AlreadyExistsError, match="its HEAD"):
+        hub.pull("ann/small", new.url)
+    tagged.tag("good", "HEAD~1")
+    with pytest.raises(AlreadyExistsError, match="its tag good"):
+        hub.pull("ann/small", tagged.url)
+
+
+def test_part_folders_of_copies_that_died_are_taken_away(server, small, tmp_path):
+    hub.push(small.url, "ann/small")
+    folder = Path(store_hub.copy_of("hf://ann/small"))
+    old, new = part_folder(folder), part_folder(folder)
+    (old / "ice").mkdir()
+    os.utime(old, (0, 0))
+    with small.transaction("more") as txn:
+        fill(txn, small_space(), "t2", 2)
+    hub.push(small.url, "ann/small")
+    assert Path(store_hub.copy_of("hf://ann/small")) != folder
+    assert not old.exists()
+    assert new.exists()
 
 
 def test_a_repository_is_read_as_a_store_and_never_written_to(server, small, tmp_path):

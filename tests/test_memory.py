@@ -48,7 +48,7 @@ KINDS: dict[str, tuple[str, dict[str, object]]] = {
     ),
     "mira, hard": ("digits-dil", {"memory.routing": "lda"}),
     "moram": ("moram-digits", {"stream.splits": 5}),
-    "modulation": ("modulation-digits", {}),
+    "modulation": ("modulation-digits", {"modulation.memory": "hopfield"}),
     "nearest-mean": ("digits-dil", {"method": METHOD}),
 }
 """By name: a preset, and what is changed in it."""

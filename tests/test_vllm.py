@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import importlib.util
 import inspect
 import json
 import logging
+import os
 import shutil
 import stat
 import sys
@@ -27,6 +29,7 @@ from memtool.methods.mira.prompts import PromptMemory
 from memtool.program import export_model
 from memtool.vllm import Adapters
 from memtool_stores import Backbone, MemoryStore, Space
+from memtool_stores.files import part_folder
 from memtool_stores.testing import fill, small_space, some_values
 from tests.methods.facts import settings_of
 from tests.methods.test_collection import write_collection
@@ -245,3 +248,28 @@ def test_vllm_itself_takes_the_resolver(place, base, monkeypatch):
     request = asyncio.run(resolver.resolve_lora(base, "memory@good:sums"))
     assert isinstance(request, LoRARequest)
     assert Path(request.lora_path, "adapter_config.json").is_file()
+
+
+def test_the_cache_is_bounded_and_what_a_process_uses_stays(place, base, cache, monkeypatch):
+    adapters = Adapters([str(place / "memory")])
+    one, two, *_ = (record.name for record in MemoryStore.open(place / "memory").view().live)
+    first = adapters.folder_of(f"memory@good:{one}", base)
+    size = sum(file.stat().st_size for file in first.iterdir())
+    folders = [cache / "vllm" / f"{number:064d}" for number in range(3)]
+    for number, folder in enumerate(folders):
+        folder.mkdir()
+        (folder / "adapter_model.safetensors").write_bytes(bytes(100 * size))
+        os.utime(folder, (number + 1, number + 1))
+    dead = part_folder(cache / "vllm" / "adapter")
+    os.utime(dead, (0, 0))
+    monkeypatch.setattr(memtool.vllm, "KEEP_BYTES", 250 * size)
+    other = memtool.vllm._locked(folders[0], fcntl.LOCK_SH)  # as of another process
+    second = adapters.folder_of(f"memory@good:{two}", base)
+    there = [folder.is_dir() for folder in (first, second, *folders)]
+    assert there == [True, True, True, False, True]
+    assert not dead.exists()
+    os.close(other)
+    monkeypatch.setattr(memtool.vllm, "KEEP_BYTES", 0)
+    memtool.vllm._make_room(cache / "vllm")
+    there = [folder.is_dir() for folder in (first, second, *folders)]
+    assert there == [True, True, False, False, False]  # in use, as long as this process lives

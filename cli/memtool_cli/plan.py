@@ -130,6 +130,9 @@ def _facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
                 f"to choose; about {choice['steps_at_most']:,} steps",
             ),
         ]
+        if choice["failed"]:
+            each = [f"{text}: {why}" for text, why in choice["failed"].items()]
+            rows.append(("left out", "; ".join(each)))
     there = "there already" if plan["store_exists"] else "new"
     rows.append(("store", f"{plan['store']} ({there})"))
     return rows
@@ -145,9 +148,12 @@ _ASKED = {
 def _image_cost(cost: dict[str, Any]) -> list[tuple[str, str]]:
     """What the weights of a memory of images cost."""
     under = ((cost["frozen"], "frozen"), (cost["first_adapter"], "first adapter"))
-    before = [f"{name} {share:.2g}" for share, name in under if share]
+    steps = cost["test_steps"]
+    # The steps look once more, and see what the last of them came to.
+    before = [f"{name} {share * (2 if steps else 1):.2g}" for share, name in under if share]
+    moving = f", to move its weights {steps + 1} more, {steps} of them also backward"
     return [
-        ("passes of an image", ", ".join([*before, "recalled 1"])),
+        ("passes of an image", ", ".join([*before, "recalled 1"]) + (moving if steps else "")),
         ("keys", f"{size(cost['keys_bytes'])}, moments of queries {size(cost['queries_bytes'])}"),
     ]
 

@@ -22,6 +22,11 @@ def create_backbone(settings: BackboneSettings) -> Backbone:
 
     Raises ConfigError for a name that is not known or a model that cannot be adapted,
     NotFoundError for weights that are not there, MismatchError for weights that do not fit.
+
+    >>> from memtool import Config
+    >>> backbone = create_backbone(Config().backbone)
+    >>> backbone.name, backbone.image_size
+    ('nano', 32)
     """
     family, colon, model = settings.name.partition(":")
     ships = family in registry.SHIPPED["backbones"]

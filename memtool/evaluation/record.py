@@ -41,8 +41,8 @@ RECORD: Final = "record.json"
 """What the file of a record is called in the folder of a run."""
 SCHEMA_VERSION: Final = 4
 """2: rows have `right`. 3: `run` may have `selection`, `bound`. 4: the record may have `inside`,
-`run` what a person said of it (`_SAID`), rows what `_NEW_OF_ROWS` names. Written as the oldest that
-has all that is in it."""
+`run` what a person said of it (`_SAID`), rows what `_NEW_OF_ROWS` names, a selection cells that
+failed. Written as the oldest that has all that is in it."""
 
 Kind = Literal["method", "baseline", "upper bound"]
 Score = Annotated[float, Field(ge=0, le=1)]
@@ -384,8 +384,14 @@ class Record(Part):
         if self.inside is None:
             document.pop("inside", None)
         said = any(getattr(self.run, name) for name in _SAID)
-        if self.inside is None and not said and not any(r.needs_newest for r in self.metrics.rows):
-            chosen = self.run.selection is not None or self.run.bound is not None
+        selection = self.run.selection
+        newest = said or (selection is not None and selection.has_failed)
+        if (
+            self.inside is None
+            and not newest
+            and not any(r.needs_newest for r in self.metrics.rows)
+        ):
+            chosen = selection is not None or self.run.bound is not None
             document["schema_version"] = 3 if chosen else 2
         return document
 
@@ -411,7 +417,12 @@ class Record(Part):
         return self
 
     def row(self, id: str) -> Row:
-        """The row of an id; NotFoundError when there is none."""
+        """The row of an id; NotFoundError when there is none.
+
+        >>> row = read_record(Path("runs/seed-0/record.json")).row("memory")
+        >>> row.kind, 0 <= row.metrics["faa"] <= 1
+        ('method', True)
+        """
         for row in self.metrics.rows:
             if row.id == id:
                 return row

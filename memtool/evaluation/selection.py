@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 
 class _Part(BaseModel):
@@ -35,13 +43,22 @@ class Choice(_Part):
     """What a row reached in every cell on validation samples, and the number of the chosen cell.
 
     figures: in the order of the cells, None where it was not measured; chosen: the first of the
-    best, from 0; of: the baseline that the row is of, None of the memory. Rows that read the memory
-    in other ways have its choice.
+    best, from 0; of: the baseline that the row is of, None of the memory; failed: why there is no
+    figure, by the number of the cell, where it could not be run to its end. Rows that read the
+    memory in other ways have its choice.
     """
 
     figures: tuple[float | None, ...]
     chosen: Annotated[int, Field(ge=0)]
     of: str | None = None
+    failed: dict[Annotated[int, Field(ge=0)], str] = {}
+
+    @model_serializer(mode="wrap")
+    def _without_none_failed(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        document: dict[str, Any] = write(self)
+        if not self.failed:
+            document.pop("failed", None)
+        return document
 
 
 class Selection(_Part):
@@ -64,7 +81,15 @@ class Selection(_Part):
         for id, choice in self.rows.items():
             if len(choice.figures) != len(self.cells) or choice.chosen >= len(self.cells):
                 raise ValueError(f"row {id!r}: another number of cells than {len(self.cells)}")
+            for number in choice.failed:
+                if number >= len(self.cells) or choice.figures[number] is not None:
+                    raise ValueError(f"row {id!r}: no such cell, or not failed: {number}")
         return self
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a cell could not be run to its end for some row."""
+        return any(choice.failed for choice in self.rows.values())
 
     @property
     def memory(self) -> Cell:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Annotated
@@ -174,9 +175,13 @@ def _decides_of_texts(work: Workspace) -> list[object]:
 
 def _with_the_whole_budget(method: Method) -> Workspace:
     """The workspace with as many epochs of training as the memory has in both of its stages."""
-    config = method.config
-    epochs = config.train.epochs + (method.key_epochs or 0)
-    train = config.train.model_copy(update={"epochs": epochs})
+    config, more = method.config, method.key_epochs or 0
+    train = config.train.model_copy(update={"epochs": config.train.epochs + more})
+    if train.steps and more:
+        tasks = method.workspace.stream.tasks
+        of_keys = more * math.ceil(sum(len(task.train) for task in tasks) / train.batch_size)
+        steps = train.steps + math.ceil(of_keys / len(tasks))
+        train = train.model_copy(update={"steps": steps})
     other = copy.copy(method.workspace)  # what is open already stays open
     other.config = config.model_copy(update={"train": train})
     return other

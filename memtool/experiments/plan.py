@@ -13,6 +13,7 @@ import numpy as np
 from memtool.backbones.footprint import Footprint, footprint_of
 from memtool.evaluation.selection import Cell
 from memtool.experiments.baselines import chosen_baselines
+from memtool.experiments.run import FAILURES
 from memtool.experiments.select import SHARE, cell_config
 from memtool.methods import open_method
 from memtool.methods.baselines import passes
@@ -29,17 +30,27 @@ def plan_of_selection(
     """What `--select` adds to a plan: the cells and how much is trained at most.
 
     A training is that of a memory or of a baseline; steps are those of the memories, and a baseline
-    takes about as many as one.
+    takes about as many as one. `failed` says of which cells it is clear now that a memory cannot
+    have them, and why. Raises the error of the first where it is all of them.
     """
-    steps = [
-        sum(plan(cell_config(config, cell, seed), seed=seed, verb="run")["steps"]) for cell in cells
-    ]
+    steps, failed = list[int](), dict[str, str]()
+    for cell in cells:
+        try:
+            found = plan(cell_config(config, cell, seed), seed=seed, verb="run")
+        except FAILURES as error:
+            failed[cell.text] = error.message
+            steps.append(0)
+            if len(failed) == len(cells):
+                raise
+        else:
+            steps.append(sum(found["steps"]))
     reported = len(config.seed)
     return {
         "seed": seed,
         "validation": config.stream.validation or SHARE,
         "cells": [cell.text for cell in cells],
         "steps": steps,
+        "failed": failed,
         "trainings_to_choose": len(cells) * (1 + baselines),
         "trainings_at_most": len(cells) * (1 + baselines) + reported * (1 + len(cells) * baselines),
         "steps_at_most": (sum(steps) + reported * max(steps))

@@ -6,6 +6,8 @@ higher one takes the job from the one before. The holder counts up in `beat-<n>`
 sees the same count for `lease_seconds` of its own monotonic clock may claim n + 1, so that no
 clocks are compared. Of a holder on the same machine that is dead a lock tells at once. What a job
 came to is `result.json`, again by a link: published once, by whoever is first and was not fenced.
+Nothing that was published is ever taken away: a job is opened again by a file `again-<n>` beside
+its n-th result, and the next is `result-<n>.json`.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -33,7 +36,7 @@ from memtool_stores.printable import printable
 BEATS_IN_LEASE = 6
 """How often a holder shows that it lives in the time after which it counts as gone."""
 
-RESULT = "result.json"
+AGAIN = "again-"
 RELEASED = "released"
 
 
@@ -72,13 +75,15 @@ class Queue:
     def result(self, job: str) -> dict[str, Any] | None:
         """What a job came to, or None. CorruptError for what is not as it was published."""
         try:
-            return sealed.read_json(self._job(job) / RESULT).content
+            folder = self._job(job)
+            return sealed.read_json(folder / _result(_opened(folder))).content
         except FileNotFoundError:
             return None
 
     def is_done(self, job: str) -> bool:
         """Whether a job has its result."""
-        return (self._job(job) / RESULT).exists()
+        folder = self._job(job)
+        return (folder / _result(_opened(folder))).exists()
 
     def holder(self, job: str) -> Holder | None:
         """Who took a job last; None where nobody did, or who did is not readable yet."""
@@ -93,7 +98,8 @@ class Queue:
         span the time of a lease. MemtoolError where the file system refuses.
         """
         folder = self._job(job)
-        if self.is_done(job):
+        opened = _opened(folder)
+        if (folder / _result(opened)).exists():
             return None
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -121,16 +127,25 @@ class Queue:
         if not _appears_once(folder / _lease(holder.token), json.dumps(vars(holder)).encode()):
             lock.release()
             return None
-        lease = Lease(folder, holder, lock, self.lease_seconds / BEATS_IN_LEASE)
-        if self.is_done(job):  # the one before was just in time
+        every_seconds = self.lease_seconds / BEATS_IN_LEASE
+        lease = Lease(folder, holder, lock, every_seconds, folder / _result(opened))
+        if lease.result.exists():  # the one before was just in time
             lease.release()
             return None
         return lease
 
-    def discard_result(self, job: str) -> None:
-        """Make a job one that is not done."""
-        with suppress(FileNotFoundError):
-            (self._job(job) / RESULT).unlink()
+    def open_again(self, job: str, fits: Callable[[dict[str, Any]], bool]) -> bool:
+        """Make a job that came to something that fits one that is not done; whether this did it.
+
+        Of two processes at once one alone does, and what the job came to since is left alone.
+        """
+        folder = self._job(job)
+        opened = _opened(folder)
+        try:
+            found = sealed.read_json(folder / _result(opened)).content
+        except FileNotFoundError:
+            return False
+        return fits(found) and _appears_once(folder / f"{AGAIN}{opened + 1}", b"")
 
     def _job(self, job: str) -> Path:
         return below(self.folder, job)
@@ -155,8 +170,12 @@ class Queue:
 class Lease:
     """A job that is held, with a thread that shows it; as a context it is given back at the end."""
 
-    def __init__(self, folder: Path, holder: Holder, lock: _Lock, every_seconds: float) -> None:
+    def __init__(
+        self, folder: Path, holder: Holder, lock: _Lock, every_seconds: float, result: Path
+    ) -> None:
+        """`result` is the file that may be published."""
         self.holder = holder
+        self.result = result
         self._folder = folder
         self._lock = lock
         self._every_seconds = every_seconds
@@ -184,7 +203,7 @@ class Lease:
         """Say what the job came to; False where it does not count, as another took it."""
         if self._is_fenced():
             return False
-        return publish_once(self._folder / RESULT, result)
+        return publish_once(self.result, result)
 
     def release(self) -> None:
         """Give it back: another process may take it at once."""
@@ -272,9 +291,23 @@ def _lease(token: int) -> str:
     return f"lease-{token}"
 
 
+def _result(opened: int) -> str:
+    """The file of what a job came to after it was opened again so many times."""
+    return f"result-{opened}.json" if opened else "result.json"
+
+
+def _opened(folder: Path) -> int:
+    """How many times a job was opened again."""
+    return _highest(folder, AGAIN)
+
+
 def _newest(folder: Path) -> int:
     """The highest token of a job; 0 where it was never taken."""
-    words = [path.name.removeprefix("lease-") for path in folder.glob("lease-*")]
+    return _highest(folder, "lease-")
+
+
+def _highest(folder: Path, head: str) -> int:
+    words = [path.name.removeprefix(head) for path in folder.glob(f"{head}*")]
     return max((int(word) for word in words if word.isdigit()), default=0)
 
 

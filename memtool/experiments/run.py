@@ -18,7 +18,7 @@ import memtool_stores
 from memtool.alone import alone
 from memtool.config import resolve, with_values
 from memtool.engine import Engine
-from memtool.errors import ConfigError
+from memtool.errors import CapacityError, ConfigError, DivergedError, MemtoolError
 from memtool.evaluation.inside import Cost
 from memtool.evaluation.matrix import AccuracyMatrix
 from memtool.evaluation.record import (
@@ -48,6 +48,9 @@ from memtool_stores.names import below, check_name
 
 REPORT = "report.html"
 
+FAILURES = (ConfigError, CapacityError, DivergedError)
+"""What settings are to blame for: a value that a model does not have, no room, or divergence."""
+
 
 def run(
     config: Config,
@@ -60,6 +63,7 @@ def run(
     adapters: Path | None = None,
     selection: Selection | None = None,
     of: dict[str, str] | None = None,
+    failed: dict[str, MemtoolError] | None = None,
     log: Sequence[str] = (),
     said: Said | None = None,
     bound: OrderBound | None = None,
@@ -75,7 +79,8 @@ def run(
     `resume` False begins anew: the memory is rolled back to its first version (the old one stays
     as a backup branch) and adapters are trained again. `adapters` is the `runs` of another
     experiment, to go on from the adapters that it trained. With `selection` every row has the
-    settings that were chosen for it. `of` is filled with the baseline that each row is of.
+    settings that were chosen for it. `of` is filled with the baseline that each row is of, `failed`
+    with why a baseline of `FAILURES` has none; without it such an error is raised.
     `log` names services that follow the run (`memtool.trackers`; `say` is told where to look), and
     `said` is what whoever started it says of it. `bound` is recorded of a configuration whose order
     is at one. Without `tables` nothing is written beside the folders of the seeds. Raises
@@ -93,6 +98,7 @@ def run(
         preset,
         selection,
         {} if of is None else of,
+        failed,
         follow,
         bound,
     )
@@ -180,6 +186,7 @@ class _Doing:
     preset: str | None
     selection: Selection | None
     of: dict[str, str]
+    failed: dict[str, MemtoolError] | None
     follow: Follow
     bound: OrderBound | None
 
@@ -201,17 +208,7 @@ def _each_domain_in_turn(
     if alone and adapters is None and not doing.resume:
         for task in whole.workspace.stream.tasks:
             whole.adapt(str(task.number), fresh=True)
-    found = []
-    for name in domains:
-        stream = config.stream.model_copy(update={"held_out": name})
-        fold = config.model_copy(
-            update={
-                "stream": stream,
-                "store": store_beside(config.store, f"-without-{name}"),
-                "runs": below(config.runs, f"without-{name}"),
-            }
-        )
-        found.append(_one_memory(fold, seed, doing, adapters=shared))
+    found = [_one_memory(_without(config, name), seed, doing, adapters=shared) for name in domains]
     record = found[-1].model_copy(
         update={
             "run": found[-1].run.model_copy(
@@ -221,7 +218,9 @@ def _each_domain_in_turn(
                     "store": without_home(config.store),
                 }
             ),
-            "metrics": Metrics(rows=tuple(_over_domains(found, domains))),
+            "metrics": Metrics(
+                rows=tuple(_over_domains([one.metrics.rows for one in found], domains))
+            ),
             "environment": Environment.here(
                 str(whole.workspace.engine.device), time.perf_counter() - begin
             ),
@@ -236,11 +235,22 @@ def _each_domain_in_turn(
     return record
 
 
-def _over_domains(records: Sequence[Record], domains: Sequence[str]) -> list[Row]:
-    """Every row with its score on each held-out domain, from one record a domain."""
+def _without(config: Config, name: str) -> Config:
+    """The configuration of the memory that a domain is held out of."""
+    return config.model_copy(
+        update={
+            "stream": config.stream.model_copy(update={"held_out": name}),
+            "store": store_beside(config.store, f"-without-{name}"),
+            "runs": below(config.runs, f"without-{name}"),
+        }
+    )
+
+
+def _over_domains(found: Sequence[Sequence[Row]], domains: Sequence[str]) -> list[Row]:
+    """Every row with its score on each held-out domain, from the rows of each domain."""
     rows = []
-    for model_row in records[0].metrics.rows:
-        parts = [row for one in records for row in one.metrics.rows if row.id == model_row.id]
+    for model_row in found[0]:
+        parts = [row for one in found for row in one if row.id == model_row.id]
         if len(parts) != len(domains):
             continue
         scores = [score for row in parts for score in row.last if score is not None]
@@ -308,10 +318,7 @@ def _learned_and_measured(
     rows = list(record.metrics.rows)
     spent = _spent(work)
     rows[0] = rows[0].model_copy(update=_kept_by(method, spent))
-    for name in names:
-        found = baseline_rows(method, name, learned, doing.selection, told.progress)
-        doing.of.update({row.id: name for row in found})
-        rows += found
+    rows += _baselines(method, learned, doing, told.progress, names)
     if any(row.id == "zero-shot" for row in rows):  # which is the frozen model, of texts
         rows = [row for row in rows if row.id != "frozen" or work.reads == "images"]
     record = record.model_copy(
@@ -338,6 +345,59 @@ def _learned_and_measured(
 
     work.engine.on_main(write)
     return record
+
+
+def _baselines(
+    method: Method,
+    tasks: Sequence[Task],
+    doing: _Doing,
+    progress: Progress | None,
+    names: Sequence[str],
+) -> list[Row]:
+    """The rows of baselines; of one that fails there is none, where failures are noted."""
+    rows: list[Row] = []
+    for name in names:
+        try:
+            found = baseline_rows(method, name, tasks, doing.selection, progress)
+        except FAILURES as error:
+            if doing.failed is None:
+                raise
+            doing.failed[name] = error
+            continue
+        doing.of.update({row.id: name for row in found})
+        rows += found
+    return rows
+
+
+def baselines_alone(
+    config: Config,
+    *,
+    of: dict[str, str],
+    failed: dict[str, MemtoolError],
+    progress: Progress | None = None,
+) -> list[Row]:
+    """The rows of the baselines of one seed, as `run` measures them beside a memory, without one.
+
+    `of` and `failed` are filled as by `run`.
+    """
+    (seed,) = config.seed
+    place = of_seed(config, seed).model_copy(update={"runs": folder_of(config, seed)})
+    doing = _Doing(
+        None, True, True, None, None, None, of, failed, Follow((), Said(), place.runs), None
+    )
+
+    def rows(one: Config) -> list[Row]:
+        method = open_method(one, seed=seed, progress=progress)
+        tasks = list(method.workspace.stream.tasks)
+        method.workspace.require_fitting(tasks)
+        return _baselines(method, tasks, doing, progress, chosen_baselines(method))
+
+    if config.stream.setting != "dg" or config.stream.held_out is not None:
+        return rows(place)
+    whole = open_method(place, seed=seed, progress=progress)
+    domains = [check_name(t.name, "a held-out domain") for t in whole.workspace.stream.tasks]
+    found = [rows(_without(place, name)) for name in domains]
+    return _over_domains(found, domains)
 
 
 def _learn(

@@ -1,20 +1,18 @@
-"""The runs that lie in a folder, from their records: listed, compared, drawn, and as a data frame.
-
->>> import memtool                                                          # doctest: +SKIP
->>> memtool.runs("runs").to_pandas().sort_values("final_average")           # doctest: +SKIP
-"""
+"""The runs that lie in a folder, from their records: listed, compared, drawn, a data frame."""
 
 from __future__ import annotations
 
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from memtool.errors import ConfigError, MemtoolError, NotFoundError
 from memtool.evaluation.record import RECORD, Record, Row, read_record
+from memtool.experiments.queue import Queue
 from memtool_stores.printable import printable
 
 if TYPE_CHECKING:
@@ -94,7 +92,11 @@ class Runs(Sequence[FoundRun]):
         return iter(self._found)
 
     def where(self, fits: Callable[[FoundRun], bool]) -> Runs:
-        """Those that fit."""
+        """Those that fit.
+
+        >>> len(runs("runs").where(lambda one: one.record.run.seed == 1))
+        0
+        """
         return Runs([one for one in self if fits(one)])
 
     def differences(self) -> dict[str, list[Any]]:
@@ -115,6 +117,12 @@ class Runs(Sequence[FoundRun]):
         """A line for every run: what it is, settings by dotted key, `metric.<id>` of its memory.
 
         final_average is a fraction; created is in UTC.
+
+        >>> frame = runs("runs").to_pandas().sort_values("final_average")
+        >>> frame[["seed", "tasks", "adapter.rank"]].to_dict("records")
+        [{'seed': 0, 'tasks': 2, 'adapter.rank': 4}]
+        >>> float(frame["metric.faa"].iloc[-1]) == float(frame["final_average"].iloc[-1])
+        True
         """
         import pandas as pd
 
@@ -165,6 +173,9 @@ def runs(folder: Path | str = "runs") -> Runs:
     """The runs in a folder and below it; one that cannot be read is left out, with a warning.
 
     Raises NotFoundError where there is none.
+
+    >>> [one.place for one in runs("runs")]
+    ['runs/seed-0']
     """
     top = Path(folder)
     found = []
@@ -185,13 +196,37 @@ def runs(folder: Path | str = "runs") -> Runs:
 
 
 def find_all(folder: Path) -> Iterator[Path]:
-    """The records below a folder; below a run there are no others, and memories are not entered."""
+    """The records below a folder; below a run there are no others, and memories are not entered.
+
+    Of a sweep those that count: a worker that was killed may have left one that does not.
+    """
+    counted = {one: _counted(one) for one in folder.absolute().parents if (one / PLAN).is_file()}
     for place, inside, files in os.walk(folder):
-        if RECORD in files:
-            yield Path(place) / RECORD
+        here = Path(place)
+        if PLAN in files:
+            counted[here.absolute()] = _counted(here)
+        if RECORD in files and _counts(here.absolute(), counted):
+            yield here / RECORD
         leaf = RECORD in files or "ice" in inside  # a run, or a memory
         skipped = {"queue"} if PLAN in files else set()
         inside[:] = [] if leaf else sorted({*inside} - skipped)
+
+
+def _counted(sweep: Path) -> set[Path]:
+    """The folders of the runs of a sweep that are among its results, absolute."""
+    queue = Queue(sweep / "queue", lease_seconds=1)
+    found: set[Path] = set()
+    for job in sorted((sweep / "queue").glob("*/")):
+        with suppress(MemtoolError, OSError):  # a result that is damaged counts nothing
+            record = (queue.result(job.name) or {}).get("record")
+            if isinstance(record, str):
+                found.add(sweep.absolute() / record)
+    return found
+
+
+def _counts(run: Path, counted: Mapping[Path, set[Path]]) -> bool:
+    """Whether a run is in no sweep, or among the results of the one that it is in."""
+    return all(run in own for sweep, own in counted.items() if sweep in run.parents)
 
 
 def _seen(one: FoundRun) -> list[tuple[int, float]]:

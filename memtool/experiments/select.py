@@ -7,15 +7,15 @@ memory in other ways take the memory's. Then the seeds that are reported run wit
 and the test samples are read for the first time.
 
 A cell that is finished is one file below `select/`; a run that was killed goes on in the cell where
-it was.
+it was. Values that the memory or a baseline cannot have, or diverges with, are left out for its
+rows alone, with the reason; what has none left is an error.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
@@ -23,8 +23,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from memtool import __version__
 from memtool.config import not_read_under, parse_assignment, with_values
 from memtool.engine import Engine
-from memtool.errors import ConfigError
-from memtool.evaluation.record import Record, Row
+from memtool.errors import ConfigError, DivergedError, MemtoolError
+from memtool.evaluation.record import Row
 from memtool.evaluation.selection import Cell, Choice, Selection, first_best
 from memtool.experiments import run as experiment
 from memtool.learning.known import is_fixed
@@ -111,7 +111,7 @@ def _axis(config: Config, text: str) -> tuple[str, list[Any]]:
             expected="a section of " + ", ".join((*SHARED, *sections(config.method))),
             remedy=f"--set {key}=VALUE, the same for all rows",
         )
-    several = isinstance(get(config, key), tuple)
+    several = isinstance(get(config, key), tuple) or ";" in said
     words = [word.strip() for word in said.split(";" if several else ",") if word.strip()]
     values = [get(with_values(config, {key: word}, place), key) for word in words]
     for place_of, value in enumerate(values):
@@ -177,8 +177,15 @@ def folder_name(values: Mapping[str, Any]) -> str:
     return f"{readable}-{fingerprint_of(dict(values))[:8]}"
 
 
+MEMORY, EVERY = "memory", "*"
+"""What else can fail in a cell beside a baseline: the memory, or all that is in it."""
+
+
 class _Measured(BaseModel):
-    """What a cell gave: figures by row, in their order, and the baselines that rows are of."""
+    """What a cell gave: figures by row, in their order, and the baselines that rows are of.
+
+    failed: why there are none, by baseline, MEMORY or EVERY.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -186,6 +193,11 @@ class _Measured(BaseModel):
     of: dict[str, str]
     samples: Annotated[int, Field(ge=0)]
     loss: bool
+    failed: dict[str, str] = {}
+
+    def reason(self, name: str) -> str | None:
+        """Why a baseline or the memory has no figure; None where it did not fail."""
+        return self.failed.get(name, self.failed.get(EVERY))
 
 
 def select(
@@ -197,30 +209,47 @@ def select(
     resume: bool = True,
     command: str | None = None,
     preset: str | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Selection:
     """What every row of the table is to have, by the validation samples of one seed.
 
-    Raises what `run` does, and ConfigError or DataError where nothing can be held back.
+    `say` is told what failed in a cell. Raises ConfigError where the memory or a baseline failed in
+    all of them, and where nothing can be held back, and what `run` raises that no value of a
+    setting is to blame for.
     """
-    measured = []
+    measured: list[_Measured] = []
+    errors: list[MemtoolError] = []
     for cell in cells:
         other = cell_config(config, cell, seed)
-        file = other.runs / f"measured-{_decides(other, seed)[:16]}.json"
-        if not resume:
-            file.unlink(missing_ok=True)
-        measured.append(_measured(other, file, progress, resume, command, preset))
+        measured.append(_measured(other, seed, errors, progress, resume, command, preset))
+        if say is not None:
+            for name, reason in measured[-1].failed.items():
+                what = "" if name in (MEMORY, EVERY) else f" for {name}"
+                say(f"note: {cell.text} failed{what}, and is left out: {reason}")
+    of = {id: name for one in measured for id, name in one.of.items()}
+    for name in (MEMORY, *dict.fromkeys(key for one in measured for key in one.failed)):
+        _require_one_left(name, cells, measured, errors)
     rows = {}
-    ids = dict.fromkeys(id for one in measured for id in one.figures)
+    # Rows in the order of a cell that has them all, or the most.
+    ordered = sorted(measured, key=lambda one: -len(one.figures))
+    ids = dict.fromkeys(id for one in ordered for id in one.figures)
     lower = any(one.loss for one in measured)
     for id in ids:
         figures = tuple(one.figures.get(id) for one in measured)
-        of = next((one.of[id] for one in measured if id in one.of), None)
-        rows[id] = Choice(figures=figures, chosen=first_best(figures, lower=lower), of=of)
+        name = of.get(id, MEMORY)
+        failed = {
+            number: why
+            for number, one in enumerate(measured)
+            if figures[number] is None and (why := one.reason(name)) is not None
+        }
+        rows[id] = Choice(
+            figures=figures, chosen=first_best(figures, lower=lower), of=of.get(id), failed=failed
+        )
     memory = next((choice.chosen for choice in rows.values() if choice.of is None), 0)
     return Selection(
         seed=seed,
         validation=config.stream.validation or SHARE,
-        samples=measured[0].samples,
+        samples=max(one.samples for one in measured),
         measure="loss" if lower else "accuracy",
         cells=tuple(cells),
         rows={
@@ -230,38 +259,93 @@ def select(
     )
 
 
+def _require_one_left(
+    name: str,
+    cells: Sequence[Cell],
+    measured: Sequence[_Measured],
+    errors: Sequence[MemtoolError],
+) -> None:
+    """Raise where a baseline, or the memory, failed in every cell: the error, if it is but one."""
+    reasons = [one.reason(name) for one in measured]
+    if None in reasons:
+        return
+    if len({*reasons}) == 1 and (known := [e for e in errors if e.message == reasons[0]]):
+        raise known[0]
+    said = "; ".join(f"{c.text}: {why}" for c, why in zip(cells, reasons, strict=True))
+    what = "the memory" if name in (MEMORY, EVERY) else f"baseline {name}"
+    raise ConfigError(
+        f"--select: {what} failed with all {len(cells)} settings: {said}",
+        expected="values of which one can be learned with",
+        remedy=None if name in (MEMORY, EVERY) else f"the same without {name} in --baselines",
+    )
+
+
 def _measured(
     config: Config,
-    file: Path,
+    seed: int,
+    errors: list[MemtoolError],
     progress: Progress | None,
     resume: bool,
     command: str | None,
     preset: str | None,
 ) -> _Measured:
-    """A cell from its file, or run to its end."""
+    """A cell from its file, or run to its end; `errors` is added to by what failed now.
+
+    Only a training that diverged is kept as a failure: what else a cell lacks may be there later.
+    """
+    found: list[MemtoolError] = []
 
     def find() -> _Measured:
         of: dict[str, str] = {}
-        (record,) = experiment.run(
-            config, progress=progress, resume=resume, command=command, preset=preset, of=of
-        )
+        failed: dict[str, MemtoolError] = {}
+        rows: Sequence[Row] = ()
+        samples = 0
+        try:
+            (record,) = experiment.run(
+                config,
+                progress=progress,
+                resume=resume,
+                command=command,
+                preset=preset,
+                of=of,
+                failed=failed,
+            )
+            rows = record.metrics.rows
+            samples = sum(task.test_samples or 0 for task in record.run.tasks)
+        except experiment.FAILURES as error:
+            failed[MEMORY] = error
+            rows = experiment.baselines_alone(config, of=of, failed=failed, progress=progress)
+        found.extend(failed.values())
+        figures = {row.id: _figure(row) for row in rows}
         return _Measured(
-            figures={row.id: _figure(row) for row in record.metrics.rows},
+            figures=figures,
             of=of,
-            samples=sum(task.test_samples or 0 for task in record.run.tasks),
-            loss=_only_losses(record),
+            samples=samples,
+            loss=bool(rows) and not any("faa" in row.metrics for row in rows),
+            failed={name: error.message for name, error in failed.items()},
         )
 
-    return kept(file, TypeAdapter(_Measured), Engine(config.engine), find)
+    try:
+        file = config.runs / f"measured-{_decides(config, seed)[:16]}.json"
+        if not resume:
+            file.unlink(missing_ok=True)
+        return kept(
+            file,
+            TypeAdapter(_Measured),
+            Engine(config.engine),
+            find,
+            worth=lambda: all(isinstance(error, DivergedError) for error in found),
+        )
+    except experiment.FAILURES as error:
+        found.append(error)
+        return _Measured(figures={}, of={}, samples=0, loss=False, failed={EVERY: error.message})
+    finally:
+        errors.extend(found)
 
 
 def _figure(row: Row) -> float | None:
     """The final average, or the final loss where no answer was scored."""
     return row.metrics.get("faa", row.metrics.get("loss.final"))
-
-
-def _only_losses(record: Record) -> bool:
-    return not any("faa" in row.metrics for row in record.metrics.rows)
 
 
 def _decides(config: Config, seed: int) -> str:

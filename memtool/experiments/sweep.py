@@ -105,13 +105,27 @@ class Plan(_Part):
 
 
 class RowResult(_Part):
-    """A row of one run: its final average, or final loss, and all metrics."""
+    """A row of one run: its final average, None where only losses were measured, and all metrics.
+
+    Files that have the final loss as the `figure` of such a row are read, too.
+    """
 
     id: str
     label: str
     kind: Kind
     figure: float | None
     metrics: dict[str, float]
+
+    @property
+    def final_average(self) -> float | None:
+        """Mean accuracy after the last task."""
+        only_loss = "loss.final" in self.metrics and "faa" not in self.metrics
+        return None if only_loss else self.figure
+
+    @property
+    def loss(self) -> float | None:
+        """The final loss of texts, in nats per answer token."""
+        return self.metrics.get("loss.final")
 
 
 class CellResult(_Part):
@@ -145,8 +159,19 @@ class Job:
         return f"{self.cell.name}-seed-{self.seed}"
 
 
+class Spread(_Part):
+    """Numbers of several seeds, in their order."""
+
+    values: tuple[float, ...]
+    mean: float
+    std: float | None
+
+
 class SweepRow(_Part):
-    """A row of a cell over its seeds, in their order; the spread needs two seeds."""
+    """A row of a cell over its seeds, in their order; the spread needs two seeds.
+
+    Of final averages, and apart from them of final losses, where either was measured.
+    """
 
     id: str
     label: str
@@ -156,6 +181,7 @@ class SweepRow(_Part):
     std: float | None
     low: float | None
     high: float | None
+    loss: Spread | None = None
     metrics: dict[str, float]
 
 
@@ -175,7 +201,10 @@ class SweptCell(_Part):
 
 
 class Results(_Part):
-    """The file `results.json`; the same whoever ran what. `left`: runs without a result yet."""
+    """The file `results.json`; the same whoever ran what. `left`: runs without a result yet.
+
+    `measure` is what the best cell is chosen by.
+    """
 
     schema_name: Literal["memtool.sweep-results"] = Field("memtool.sweep-results", alias="schema")
     schema_version: Literal[1] = 1
@@ -351,7 +380,7 @@ class Sweep:
                 "orders": "given",
                 "stream": stream,
                 "runs": cell,
-                "store": str(cell / f"memory-seed-{job.seed}"),
+                "store": str(cell / _store(job)),
             }
         )
 
@@ -374,10 +403,10 @@ class Sweep:
 
     def retry_failed(self) -> int:
         """Make jobs that ended with an error ones to run again; how many."""
-        failed = [job for job in self.jobs if (r := self.result(job)) and r.failed is not None]
-        for job in failed:
-            self.queue.discard_result(job.name)
-        return len(failed)
+        return sum(
+            self.queue.open_again(job.name, lambda found: found.get("failed") is not None)
+            for job in self.jobs
+        )
 
     def results(self) -> Results:
         """All cells over their seeds, as far as they are done."""
@@ -387,12 +416,13 @@ class Sweep:
         for cell in self.plan.cells:
             results = [r for seed in seeds if (r := found[cell.name, seed]) is not None]
             cells.append(_swept(cell, results))
-        losses = any(r is not None and r.measure == "loss" for r in found.values())
+        scored = any(row.final_average is not None for r in found.values() if r for row in r.rows)
+        measured = any(row.loss is not None for r in found.values() if r for row in r.rows)
         return Results(
             axes=self.plan.asked.axes,
             seeds=seeds,
             orders=self.plan.asked.orders,
-            measure="loss" if losses else "accuracy",
+            measure="loss" if measured and not scored else "accuracy",
             left=sum(result is None for result in found.values()),
             cells=tuple(cells),
         )
@@ -418,8 +448,37 @@ class Sweep:
 
         A cell that cannot be run is one that failed, and the others go on.
         """
+        self.work_on(self.jobs, progress=progress, say=say, log=log, said=said, command=command)
+        self.clear()
+        return self.write_results()
+
+    def clear(self) -> None:
+        """Take away what workers left that were killed after another had taken their job.
+
+        Of jobs that ended well alone: nobody works on these any more.
+        """
+        for job in self.jobs:
+            result = self.result(job)
+            if result is None or result.record is None:
+                continue
+            cell = below(self.folder / "cells", job.cell.name)
+            for place in (cell, *cell.glob("attempt-*")):
+                if place / f"seed-{job.seed}" != self.folder / result.record:
+                    _take_away(place, job)
+
+    def work_on(
+        self,
+        wanted: Sequence[Job],
+        *,
+        progress: Progress | None = None,
+        say: Callable[[str], None] = lambda _: None,
+        log: Sequence[str] = (),
+        said: Said | None = None,
+        command: str | None = None,
+    ) -> None:
+        """As `work`, of some jobs alone: return when all of them are done, by whomever."""
         waited_for: set[str] = set()
-        while jobs := self.open_jobs():
+        while jobs := [job for job in wanted if not self.queue.is_done(job.name)]:
             lease = None
             for job in jobs:
                 lease = self.queue.claim(job.name)
@@ -431,7 +490,6 @@ class Sweep:
                 continue
             with lease:
                 self._run(job, lease, progress, say, log, said or Said(), command)
-        return self.write_results()
 
     def _run(
         self,
@@ -469,7 +527,7 @@ class Sweep:
             result = _measured(job, record, lease.token, where.as_posix())
         except Fenced:
             say(f"{job.name}: another process took it over; what was done here does not count")
-            self._take_away(config, job)
+            _take_away(config.runs, job)
             return
         except (MemtoolError, RuntimeError) as error:  # RuntimeError: of torch, as no memory left
             text = " ".join(str(error).split())[:500]
@@ -477,13 +535,7 @@ class Sweep:
             result = CellResult(cell=job.cell.name, seed=job.seed, token=lease.token, failed=text)
         if not lease.publish(result.model_dump(mode="json", by_alias=True)):
             say(f"{job.name}: another process was first; what was done here does not count")
-            self._take_away(config, job)
-
-    @staticmethod
-    def _take_away(config: Config, job: Job) -> None:
-        """Remove what a run left that does not count: nobody else works in its place."""
-        shutil.rmtree(config.runs / f"seed-{job.seed}", ignore_errors=True)
-        shutil.rmtree(config.store, ignore_errors=True)
+            _take_away(config.runs, job)
 
     def _say_who_works(
         self, jobs: Sequence[Job], waited_for: set[str], say: Callable[[str], None]
@@ -497,21 +549,30 @@ class Sweep:
                 say(text)
 
 
+def _store(job: Job) -> str:
+    return f"memory-seed-{job.seed}"
+
+
+def _take_away(place: Path, job: Job) -> None:
+    """Remove what a run left that does not count: nobody else works in its place."""
+    for name in (f"seed-{job.seed}", _store(job)):
+        shutil.rmtree(place / name, ignore_errors=True)
+
+
 def _measured(job: Job, record: Record, token: int, where: str) -> CellResult:
     rows = record.metrics.rows
-    scored = any("faa" in row.metrics for row in rows)
     return CellResult(
         cell=job.cell.name,
         seed=job.seed,
         token=token,
         record=where,
-        measure="accuracy" if scored else "loss",
+        measure="accuracy" if any("faa" in row.metrics for row in rows) else "loss",
         rows=tuple(
             RowResult(
                 id=row.id,
                 label=row.label,
                 kind=row.kind,
-                figure=row.metrics.get("faa", row.metrics.get("loss.final")),
+                figure=row.metrics.get("faa"),
                 metrics=row.metrics,
             )
             for row in rows
@@ -525,7 +586,8 @@ def _swept(cell: PlannedCell, results: Sequence[CellResult]) -> SweptCell:
     rows = []
     for id in dict.fromkeys(row.id for result in well for row in result.rows):
         here = [row for result in well for row in result.rows if row.id == id]
-        figures = [row.figure for row in here if row.figure is not None]
+        figures = [row.final_average for row in here if row.final_average is not None]
+        losses = [row.loss for row in here if row.loss is not None]
         over = summarise(figures) if figures else None
         shared = [m for m in here[0].metrics if all(m in row.metrics for row in here)]
         rows.append(
@@ -538,6 +600,7 @@ def _swept(cell: PlannedCell, results: Sequence[CellResult]) -> SweptCell:
                 std=over and over.std,
                 low=over and over.low,
                 high=over and over.high,
+                loss=_spread(losses),
                 metrics={m: sum(row.metrics[m] for row in here) / len(here) for m in shared},
             )
         )
@@ -549,6 +612,13 @@ def _swept(cell: PlannedCell, results: Sequence[CellResult]) -> SweptCell:
         failed={r.seed: r.failed for r in results if r.failed is not None},
         rows=tuple(rows),
     )
+
+
+def _spread(values: Sequence[float]) -> Spread | None:
+    if not values:
+        return None
+    over = summarise(values)
+    return Spread(values=tuple(values), mean=over.mean, std=over.std)
 
 
 def _planned(config: Config, cells: Sequence[Mapping[str, JsonValue]]) -> tuple[PlannedCell, ...]:

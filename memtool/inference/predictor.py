@@ -123,6 +123,15 @@ class Predictor:
         """The predictions for pictures, uint8 (n, size, size, 3), in their order.
 
         With the `topk` most probable classes, and up to `adapters` of those that were recalled.
+
+        >>> import memtool
+        >>> predictor = Predictor.of(memtool.load("memory"))
+        >>> blank = np.zeros((1, 32, 32, 3), dtype=np.uint8)
+        >>> (found,) = predictor.predict(blank, topk=2)
+        >>> len(found.classes), found.label in predictor.classes
+        (2, True)
+        >>> {share.adapter for share in found.weights} <= {"task-1-seed-0", "task-2-seed-0"}
+        True
         """
         batch = torch.from_numpy(pixels).to(next(self.model.parameters()).device)
         out = self.model(batch)

@@ -28,6 +28,7 @@ from memtool.engine import Batch, Batches, Engine, FitResult, available_bytes
 from memtool.errors import CapacityError, DivergedError
 from memtool.heads import CosineHead, LinearClassifier
 from memtool.learning.looks import FeatureModel, Labelled
+from memtool.learning.mixup import mixing
 from memtool.progress import Progress
 from memtool.settings import AdapterSettings, TrainSettings
 from memtool.streams.task import Images
@@ -158,10 +159,16 @@ def adapt(
         seed,
         groups=adapter.per_task,
     )
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        mixed = mixing(batch, train.mixup, adapter.per_task)
+        logits = model(mixed.inputs(augmented(batch, train)))
+        return mixed.loss(lambda labels: losses(logits, labels, batch.weights), batch.labels)
+
     fit = engine.fit(
         module,
         batches,
-        lambda model, batch: losses(model(augmented(batch, train)), batch),
+        loss,
         train,
         stage=stage,
         fingerprint=fingerprint,
@@ -261,10 +268,13 @@ def require_learned(
         )
 
 
-def losses(logits: Tensor, batch: Batch) -> Tensor:
-    """The mean cross-entropy (J,) of every group of a batch, of logits (J, b, classes)."""
-    each = F.cross_entropy(logits.flatten(0, 1), batch.labels, reduction="none")
-    return (each * batch.weights).view(len(logits), -1).mean(dim=1)
+def losses(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """The mean cross-entropy (J,) of every group of a batch, of logits (J, b, classes).
+
+    Labels and weights (J · b,), group by group.
+    """
+    each = F.cross_entropy(logits.flatten(0, 1), labels, reduction="none")
+    return (each * weights).view(len(logits), -1).mean(dim=1)
 
 
 def augmented(batch: Batch, settings: TrainSettings) -> Tensor:

@@ -19,6 +19,7 @@ from memtool.adapters.recalls import dropping, every
 from memtool.adapters.values import AdapterValues, Recall
 from memtool.engine import Batch, Batches, FitResult
 from memtool.evaluation.record import Kind
+from memtool.learning.mixup import mixing
 from memtool.learning.objective import Objective, objective_of
 from memtool.streams.task import Task
 from memtool.workspace import Workspace
@@ -109,9 +110,12 @@ class Learner(nn.Module):
         inputs, targets = self.objective.arrays(task.train)
 
         def loss(model: nn.Module, batch: Batch) -> Tensor:
-            prepared = self.objective.prepared(batch)
+            mixed = mixing(batch, settings.mixup)
+            prepared = mixed.inputs(self.objective.prepared(batch))
             logits = model(prepared, batch.labels, batch.seed)
-            found: Tensor = self.objective.loss(logits, prepared, batch.labels)
+            found = mixed.loss(
+                lambda labels: self.objective.loss(logits, prepared, labels), batch.labels
+            )
             return found + self.penalty(prepared, batch.labels, logits)
 
         self.train()

@@ -22,7 +22,11 @@ SeparationFunction = Callable[[Tensor], Tensor]
 
 
 def softmax(scores: Tensor, beta: float = 1.0) -> Tensor:
-    """exp(β s) / Σ exp(β s): positive, sums to one. `beta` is the inverse temperature."""
+    """exp(β s) / Σ exp(β s): positive, sums to one. `beta` is the inverse temperature.
+
+    >>> softmax(torch.tensor([0.0, 0.0]))
+    tensor([0.5000, 0.5000])
+    """
     # The largest score goes before β does: a large β times a large score may overflow first.
     scores = _in_score_precision(scores)
     shifted = scores - scores.amax(dim=-1, keepdim=True).detach()
@@ -30,7 +34,13 @@ def softmax(scores: Tensor, beta: float = 1.0) -> Tensor:
 
 
 def affine(scores: Tensor) -> Tensor:
-    """1/t + (s − mean s): sums to one, may be negative, linear in the scores."""
+    """1/t + (s − mean s): sums to one, may be negative, linear in the scores.
+
+    >>> affine(torch.tensor([1.0, 0.0]))
+    tensor([1., 0.])
+    >>> affine(torch.tensor([2.0, 0.0]))
+    tensor([ 1.5000, -0.5000])
+    """
     scores = _in_score_precision(scores)
     return 1.0 / scores.shape[-1] + (scores - scores.mean(dim=-1, keepdim=True))
 
@@ -54,6 +64,9 @@ def topk(scores: Tensor, topk: int = 2, beta: float = 1.0) -> Tensor:
     """Softmax over the so many largest scores, zero elsewhere.
 
     With fewer scores all are kept: a memory has one adapter before it has several.
+
+    >>> topk(torch.tensor([3.0, 3.0, 1.0]), topk=2)
+    tensor([0.5000, 0.5000, 0.0000])
     """
     scores = _in_score_precision(scores)
     kept, places = scores.topk(min(topk, scores.shape[-1]), dim=-1)
@@ -84,7 +97,11 @@ def power(scores: Tensor, exponent: int = 2) -> Tensor:
 
 
 def sparsemax(scores: Tensor, beta: float = 1.0) -> Tensor:
-    """The point of the simplex nearest to β s (Martins & Astudillo, 2016): sums to one, sparse."""
+    """The point of the simplex nearest to β s (Martins & Astudillo, 2016): sums to one, sparse.
+
+    >>> sparsemax(torch.tensor([1.0, 0.5, -1.0]))
+    tensor([0.7500, 0.2500, 0.0000])
+    """
     scores = _in_score_precision(scores)
     scaled = beta * (scores - scores.amax(dim=-1, keepdim=True).detach())
     ordered = scaled.sort(dim=-1, descending=True).values

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from memtool import registry
 from memtool.errors import ConfigError
-from memtool.methods.about import said_by
+from memtool.methods.about import require_mixup, said_by
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,6 +24,7 @@ def open_method(
     `adapters` as in `Workspace`. A class says in `reads` what it reads: images, where it says
     nothing. Raises ConfigError for a configuration that the method cannot work under.
     """
+    require_mixup(config)
     said_by(config.method).require(config)
     method: type[Method] = registry.find("methods", config.method)
     samples = "texts" if config.stream.setting == "trace" else "images"

@@ -54,3 +54,19 @@ def require_trained_head(config: Config) -> None:
             "ahead",
             remedy="--set method=mira --set head.kind=prototype",
         )
+
+
+def require_mixup(config: Config) -> None:
+    """Raise ConfigError where `train.mixup` would mix what cannot be mixed."""
+    if config.train.mixup == 0:
+        return
+    texts, towers = config.stream.setting == "trace", config.head.kind == "text"
+    if not texts and not towers:
+        return
+    raise ConfigError(
+        f"train.mixup {config.train.mixup:g} "
+        + ("on a stream of texts" if texts else "with head.kind text"),
+        expected="images under a head whose loss is linear in the labels: tokens, and matches of "
+        "images to texts, have no mean",
+        remedy="--set train.mixup=0",
+    )

@@ -10,7 +10,7 @@ for each kind of memory; `attach` chooses.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Self
@@ -219,6 +219,13 @@ class AttachedByPrompt(AttachedTexts):
     @abstractmethod
     def weights_of(self, prompts: Tensor) -> Tensor:
         """The weights (n, adapters) that prompts choose, token ids (n, length)."""
+
+    @abstractmethod
+    def asked(self, prompts: Tensor) -> tuple[Recall, Callable[[], Tensor]]:
+        """What prompts recall; and what tells their weights, as `weights_of`, once they ran.
+
+        The prompts are looked at once for both.
+        """
 
     @torch.no_grad()
     def weights(self, prompts: Sequence[str]) -> Tensor:

@@ -51,17 +51,24 @@ def _read(file: Path, kind: TypeAdapter[Result]) -> Result | None:
 
 
 def kept(
-    file: Path, kind: TypeAdapter[Result], engine: Engine, find: Callable[[], Result]
+    file: Path,
+    kind: TypeAdapter[Result],
+    engine: Engine,
+    find: Callable[[], Result],
+    worth: Callable[[], bool] = lambda: True,
 ) -> Result:
     """What a file holds when an earlier run wrote it whole, else what `find` gives, written there.
 
-    The name of the file says what the result depends on, as by `fingerprint_of`. CorruptError for
-    a file that is not what was written, MemtoolError for one that cannot be read or written.
+    `worth` says, once it was found, whether it is to be written. The name of the file says what the
+    result depends on, as by `fingerprint_of`. CorruptError for a file that is not what was written,
+    MemtoolError for one that cannot be read or written.
     """
     known = engine.on_main(lambda: _read(file, kind))
     if known is not None:
         return known
     found = find()
+    if not worth():
+        return found
     document = {"schema": SCHEMA, "result": json.loads(kind.dump_json(found))}
     engine.on_main(lambda: sealed.write_json(file, document))
     return found

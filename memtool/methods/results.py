@@ -417,7 +417,6 @@ def _shown(found: Retrieved, header: tuple[str, ...], rows: Sequence[tuple[str, 
         said.append(f"loss {found.loss:.3f}")
     if found.answer is not None:
         said.append(found.answer)
-    words = (
-        f"{found.subject}, {found.samples} samples" if hasattr(found, "samples") else found.subject
-    )
+    count = getattr(found, "samples", 1)
+    words = found.subject if count == 1 else f"{found.subject}, {count:,} samples"
     return table_html(Grid(": ".join([words, *said]), header, tuple(rows)))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from memtool.evaluation.record import Record
+from memtool.evaluation.selection import Choice, Selection
 from memtool.reports.table import MISSING, Grid, percent
 
 
@@ -15,9 +16,10 @@ def selection_grid(records: Sequence[Record]) -> Grid | None:
     if selection is None:
         return None
 
-    def text(figure: float | None) -> str:
+    def text(choice: Choice, number: int) -> str:
+        figure = choice.figures[number]
         if figure is None:
-            return MISSING
+            return "failed" if number in choice.failed else MISSING
         return percent(figure) if selection.measure == "accuracy" else f"{figure:.3f}"
 
     rows = [
@@ -30,10 +32,25 @@ def selection_grid(records: Sequence[Record]) -> Grid | None:
         title=f"What was tried: {unit} on {selection.on}",
         header=("", *(cell.text for cell in selection.cells), "chosen"),
         rows=tuple(
-            (label, *map(text, choice.figures), selection.cells[choice.chosen].text)
+            (
+                label,
+                *(text(choice, number) for number in range(len(selection.cells))),
+                selection.cells[choice.chosen].text,
+            )
             for label, choice in rows
         ),
+        notes=tuple(_failures(selection, rows)),
     )
+
+
+def _failures(selection: Selection, rows: Sequence[tuple[str, Choice]]) -> Iterator[str]:
+    """A sentence for every cell and reason, with the rows that it failed for."""
+    failed: dict[tuple[int, str], list[str]] = {}
+    for label, choice in rows:
+        for number, reason in choice.failed.items():
+            failed.setdefault((number, reason), []).append(label)
+    for (number, reason), labels in sorted(failed.items()):
+        yield f"Failed with {selection.cells[number].text} ({'; '.join(labels)}): {reason}."
 
 
 def bounds_grid(records: Sequence[Record]) -> Grid | None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+from collections.abc import Callable, Coroutine
 from functools import cache
 from importlib.resources import files
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -103,15 +105,10 @@ def create_app(service: Service) -> FastAPI:
         assert isinstance(error, RequestValidationError | ValidationError)
         return invalid(error.errors())
 
-    async def unforeseen(_: Request, error: Exception) -> Response:
-        del error  # starlette logs it
-        return refusal(HTTPException(500, "an error that nobody foresaw; the log has it"))
-
     app.add_exception_handler(MemtoolError, of_library)
     app.add_exception_handler(HTTPException, of_http)
     app.add_exception_handler(RequestValidationError, of_values)
     app.add_exception_handler(ValidationError, of_values)
-    app.add_exception_handler(Exception, unforeseen)
     app.add_middleware(Guard, limits=service.limits, measured=service.metrics.request)
     if service.limits.origins:
         app.add_middleware(
@@ -154,7 +151,9 @@ def _add_images(app: FastAPI, service: Service) -> None:
         }
     }
 
-    @app.post("/v1/predict", openapi_extra=body)
+    router = APIRouter(route_class=Bare)
+
+    @router.post("/v1/predict", openapi_extra=body)
     async def predict(request: Request) -> Response:
         """Predictions for pictures: files of a form (field `file`), or base64 in JSON.
 
@@ -166,6 +165,17 @@ def _add_images(app: FastAPI, service: Service) -> None:
         model = await service.models.named(asked.model)
         return await _predicted(request, service, model, asked.topk, named)
 
+    app.include_router(router)
+
+
+class Bare(APIRoute):
+    """A route whose endpoint takes the request and nothing else, and is asked without a detour."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The endpoint itself."""
+        endpoint: Callable[[Request], Coroutine[Any, Any, Response]] = self.endpoint
+        return endpoint
+
 
 async def _pictures(
     request: Request, service: Service
@@ -173,12 +183,20 @@ async def _pictures(
     """What is wanted, and the name and bytes of every picture."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
-        asked = Images.model_validate_json(await request.body())
-        return asked, [_decoded(number, one) for number, one in enumerate(asked.images, start=1)]
+        return await service.parsed(_of_json, await request.body())
     if kind != "multipart/form-data":
         raise HTTPException(415, "expected multipart/form-data with files, or application/json")
-    body = await request.body()
-    form = parsed(body, request.headers["content-type"], most=service.limits.queue)
+    line, most = request.headers["content-type"], service.limits.queue
+    return await service.parsed(lambda body: _of_form(body, line, most), await request.body())
+
+
+def _of_json(body: bytes) -> tuple[Images, list[tuple[str, bytes]]]:
+    asked = Images.model_validate_json(body)
+    return asked, [_decoded(number, one) for number, one in enumerate(asked.images, start=1)]
+
+
+def _of_form(body: bytes, content_type: str, most: int) -> tuple[_Form, list[tuple[str, bytes]]]:
+    form = parsed(body, content_type, most=most)
     if not form.files:
         raise HTTPException(400, "no file in the form: pictures go in the field `file`")
     return _Form.model_validate(form.fields), form.files
@@ -204,8 +222,7 @@ async def _predicted(
     adapters: int = ADAPTERS_TOLD,
 ) -> Response:
     async with service.room_for(len(named)):
-        tasks = [service.decode(model, data, name) for name, data in named]
-        decoded = await asyncio.gather(*tasks, return_exceptions=True)
+        decoded = await _decoded_all(service, model, named)
         pixels = [one for one in decoded if not isinstance(one, BaseException)]
         for one in decoded:
             if isinstance(one, BaseException) and (not pixels or not isinstance(one, DataError)):
@@ -220,6 +237,18 @@ async def _predicted(
         for (name, _), one in zip(named, decoded, strict=True)
     ]
     return JSONResponse({"version": model.version, "predictions": predictions})
+
+
+async def _decoded_all(service: Service, model: Model, named: list[tuple[str, bytes]]) -> list[Any]:
+    """The pixels of every picture, or the error of one that has none."""
+    if len(named) > 1:
+        tasks = [service.decode(model, data, name) for name, data in named]
+        return await asyncio.gather(*tasks, return_exceptions=True)
+    ((name, data),) = named
+    try:
+        return [await service.decode(model, data, name)]
+    except DataError as error:
+        return [error]
 
 
 def _prediction(name: str, found: Predicted) -> dict[str, Any]:

@@ -22,13 +22,15 @@ logger = logging.getLogger(__name__)
 class Work:
     """One request that waits to be run; `size` is how many inputs of a batch it is.
 
-    Made in the event loop, to which `future` belongs.
+    Made in the event loop, to which `future` belongs. `begun` says that a part of its result was
+    told, so that it cannot be run again.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.since = time.monotonic()
         self.dropped = False
+        self.begun = False
         self.loop = asyncio.get_running_loop()
         self.future: asyncio.Future[Any] = self.loop.create_future()
 
@@ -44,8 +46,9 @@ W = TypeVar("W", bound=Work)
 class Batcher(Generic[W]):
     """Runs works in a thread of its own, several at once.
 
-    `run(works)` gives the result of each, in their order; what it raises is the result of all of
-    them. A batch holds up to `most` inputs, or one work that is larger.
+    `run(works)` gives the result of each, in their order. Where it raises, every one of them is run
+    again alone, so that only that whose fault it is fails. A batch holds up to `most` inputs, or
+    one work that is larger.
     """
 
     def __init__(
@@ -84,19 +87,24 @@ class Batcher(Generic[W]):
             wanted = [work for work in works if not work.dropped]
             if not wanted:
                 continue
-            results: Sequence[Any]
-            try:
-                results = list(self._run(wanted))
-            except MemtoolError as error:
-                results = [error] * len(wanted)
-            except Exception as error:  # a bug: no reason to stop serving
-                logger.exception("a batch of %d requests failed: %r", len(wanted), error)
-                results = [MemtoolError("the model failed; the log of the service says how")] * len(
-                    wanted
-                )
-            pairs = list(zip(wanted, results, strict=True))
+            pairs = list(zip(wanted, self._results(wanted), strict=True))
             for loop in {work.loop for work in wanted}:
                 _tell(loop, [pair for pair in pairs if pair[0].loop is loop])
+
+    def _results(self, works: Sequence[W]) -> list[Any]:
+        """The result of every work, or the error of that one."""
+        try:
+            return list(self._run(works))
+        except MemtoolError as error:
+            failed = error
+        except Exception as error:  # a bug: no reason to stop serving
+            logger.exception("a batch of %d requests failed: %r", len(works), error)
+            failed = MemtoolError("the model failed; the log of the service says how")
+        if len(works) == 1:
+            return [failed]
+        return [
+            failed if work.begun or work.dropped else self._results([work])[0] for work in works
+        ]
 
     def _next(self) -> list[W]:
         """The next batch; an empty one at the end."""

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import logging
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from memtool.serving.errors import refusal
 from memtool.serving.limits import BODIES, Limits
+
+logger = logging.getLogger(__name__)
 
 OPEN = ("/", "/healthz")
 """Paths that need no key, and those below /page/: they tell nothing of what was learned."""
@@ -35,6 +38,9 @@ HEADERS = {
     "cache-control": "no-store",
 }
 """Of every answer."""
+
+_HEADERS = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
+_NAMES = frozenset(name for name, _ in _HEADERS)
 
 
 class Guard:
@@ -55,15 +61,14 @@ class Guard:
             return await self._app(scope, receive, send)
         if scope["type"] != "http":  # nothing here speaks over websockets
             return await send({"type": "websocket.close", "code": 1000})
-        began, status = time.monotonic(), 500
+        began, status, started = time.monotonic(), 500, False
 
         async def answer(message: Message) -> None:
-            nonlocal status
+            nonlocal status, started
             if message["type"] == "http.response.start":
-                status = message["status"]
-                headers = MutableHeaders(scope=message)
-                for name, value in HEADERS.items():
-                    headers[name] = value
+                status, started = message["status"], True
+                own = [one for one in message.get("headers", ()) if one[0] not in _NAMES]
+                message["headers"] = own + _HEADERS
             await send(message)
 
         body = _Body(self, receive)
@@ -72,6 +77,12 @@ class Guard:
             await self._app(scope, body.receive, answer)
         except HTTPException as error:
             await refusal(error)(scope, receive, answer)
+        except Exception as error:
+            logger.exception("%s failed: %r", scope["path"], error)
+            if started:  # nothing else can be said in the middle of an answer
+                raise
+            unforeseen = HTTPException(500, "an error that nobody foresaw; the log has it")
+            await refusal(unforeseen)(scope, receive, answer)
         finally:
             self._held -= body.size
             route = scope.get("route")

@@ -8,6 +8,7 @@ the one that answers, and takes its place between two requests.
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,7 @@ AUTO = "auto"
 """The name of the model that recalls by itself."""
 
 KEPT = 8
-"""Models beside the one that answers `auto`: those that were made last."""
+"""Models beside the one that answers `auto`: those that were asked for last."""
 
 LONGEST_NAME = 300
 """Characters of the name of a model."""
@@ -67,11 +68,12 @@ class Models:
         Raises the errors of `memtool.load` and `Memory.attach`.
         """
         self.address, self.ref = split_store(store)
-        self.name = PurePosixPath(self.address.rstrip("/")).name or self.address
+        self.name = name_of(self.address)
         self._opened = opened or (lambda version: load(f"{self.address}@{version}"))
         self._precision, self._device = precision, device
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="memtool-store")
         self._kept: OrderedDict[tuple[str, str | None], Model] = OrderedDict()
+        self._keeping = threading.Lock()
         self.current = self._made(self._opened(self.newest()), None)
         self.failed: tuple[str, str] | None = None
 
@@ -93,7 +95,7 @@ class Models:
         current = self.current
         if word == AUTO:
             return current
-        found = self._kept.get((current.version, word))
+        found = self._used((current.version, word))
         return found or await self._aside(self._find, current, word)
 
     async def reload(self) -> tuple[str, str]:
@@ -167,7 +169,7 @@ class Models:
                     expected=did_you_mean(word, [*self.names(), f"{self.name}@VERSION"]),
                 )
             key = memory.version, word
-            return self._kept.get(key) or self._keep(key, memory, word)
+            return self._used(key) or self._keep(key, memory, word)
         name, _, rest = word.partition("@")
         ref, _, adapter = rest.partition(":")
         if name != self.name or not ref:
@@ -178,12 +180,24 @@ class Models:
         if version == current.version and not adapter:
             return current
         other = version, adapter or None
-        return self._kept.get(other) or self._keep(other, self._opened(version), adapter or None)
+        return self._used(other) or self._keep(other, self._opened(version), adapter or None)
+
+    def _used(self, key: tuple[str, str | None]) -> Model | None:
+        """A model that is kept, which is from now on the one used last; None where it is not.
+
+        Of the event loop and of the thread of the store.
+        """
+        with self._keeping:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+            return self._kept.get(key)
 
     def _keep(self, key: tuple[str, str | None], memory: Memory, adapter: str | None) -> Model:
-        model = self._kept[key] = self._made(memory, adapter)
-        while len(self._kept) > KEPT:
-            self._kept.popitem(last=False)
+        model = self._made(memory, adapter)
+        with self._keeping:
+            self._kept[key] = model
+            while len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
         return model
 
     def _made(self, memory: Memory, adapter: str | None) -> Model:
@@ -200,6 +214,11 @@ class Models:
             return Model(memory, adapter, attached)
         assert isinstance(attached, AttachedImages)
         return Model(memory, adapter, Predictor(memory, attached))
+
+
+def name_of(address: str) -> str:
+    """What a memory at an address is called: the last part of it."""
+    return PurePosixPath(address.rstrip("/")).name or address
 
 
 def _may_pass(error: Exception) -> bool:

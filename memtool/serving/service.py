@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -30,6 +30,11 @@ logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 2.0
 """How often --watch looks for a new version."""
+
+LARGE_BYTES = 256 * 1024
+"""A body from which on parsing takes longer than to hand it to another thread."""
+
+T = TypeVar("T")
 
 GONE = 499
 """The status, in the metrics, of a request whose client hung up."""
@@ -85,6 +90,12 @@ class Service:
                 remedy="/v1/predict" if other == "images" else "/v1/generate or /v1/completions",
             )
 
+    async def parsed(self, parse: Callable[[bytes], T], body: bytes) -> T:
+        """What a body holds: a large one is parsed aside, so that it holds nobody up."""
+        if len(body) < LARGE_BYTES:
+            return parse(body)
+        return await asyncio.get_running_loop().run_in_executor(self._decoders, parse, body)
+
     async def decode(self, model: Model, encoded: bytes, where: str) -> Any:
         """The pixels of one image file. Raises DataError."""
         assert isinstance(model.ready, Predictor)
@@ -131,19 +142,20 @@ class Service:
         """
         self.batcher.put(works)
         away = asyncio.ensure_future(gone(request.receive))
-        together = asyncio.gather(*(work.future for work in works))
+        futures = [work.future for work in works]
+        together = asyncio.gather(*futures) if len(works) > 1 else futures[0]
         together.add_done_callback(_seen)  # also where nobody waits for it any more
         try:
             await asyncio.wait((together, away), return_when=asyncio.FIRST_COMPLETED)
             if not together.done():
                 raise HTTPException(GONE, "the client has gone")
-            return list(together.result())
+            return list(together.result()) if len(works) > 1 else [together.result()]
         finally:
             away.cancel()
-            together.cancel()
             for work in works:  # also those of which another one failed
                 if not work.future.done():
                     work.drop()
+            together.cancel()
 
     def start(self, works: Sequence[Work]) -> None:
         """Let works be run whose results are streamed; each is counted until it has ended.

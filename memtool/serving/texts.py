@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from memtool.adapters.side_by_side import side_by_side
+from memtool.adapters.values import Recall
 from memtool.backbones.answering import Growing, Wish, grow
 from memtool.backbones.causal_lm import PAD, CausalLM
 from memtool.inference.answers import LEAST
@@ -56,6 +57,10 @@ class Prompt(Work):
         self.model, self.text, self.tokens, self.wish, self.told = model, text, tokens, wish, told
 
 
+Shares = dict[Prompt, dict[str, float]]
+"""The weights of prompts, by the names of adapters."""
+
+
 class PromptRunner:
     """Runs prompts: their weights, then all answers in one pass a token."""
 
@@ -65,20 +70,21 @@ class PromptRunner:
     def __call__(self, works: Sequence[Prompt]) -> list[Said]:
         """The answers, or the weights, of every prompt."""
         self._metrics.batch(len(works))
-        weights = self._weights(works)
-        answers = self._answers([work for work in works if work.wish is not None])
+        answers, weights = self._answers([work for work in works if work.wish is not None])
+        weights |= self._weights([work for work in works if work not in weights])
         found = []
-        for work, shares in zip(works, weights, strict=True):
-            answer = answers.get(work)
+        for work in works:
+            answer, shares = answers.get(work), weights.get(work, {})
             text, ended, tokens = (
                 ("", "", 0) if answer is None else (answer.text, answer.ended or "", answer.tokens)
             )
             found.append(Said(text, ended, int((work.tokens != PAD).sum()), tokens, shares))
+            self._metrics.answered(shares)
         return found
 
-    def _weights(self, works: Sequence[Prompt]) -> list[dict[str, float]]:
-        """The weights of every prompt, and that they were used."""
-        found: dict[Prompt, dict[str, float]] = {work: {} for work in works}
+    def _weights(self, works: Sequence[Prompt]) -> Shares:
+        """The weights of prompts of which no answer told them."""
+        found: Shares = {}
         for model, own in _by_model(works).items():
             attached = _attached(model)
             if isinstance(attached, AttachedByPrompt):
@@ -88,23 +94,36 @@ class PromptRunner:
             else:
                 own = [work for work in own if work.text is not None]
                 rows = attached.weights([work.text or "" for work in own])
-            for work, row in zip(own, rows.tolist(), strict=True):
-                named = sorted(zip(attached.names, row, strict=True), key=lambda one: -one[1])
-                found[work] = {name: share for name, share in named if share >= LEAST}
-        for shares in found.values():
-            self._metrics.answered(shares)
-        return [found[work] for work in works]
-
-    def _answers(self, works: Sequence[Prompt]) -> dict[Prompt, Growing]:
-        found: dict[Prompt, Growing] = {}
-        for lm in dict.fromkeys(_attached(work.model).backbone for work in works):
-            own = [work for work in works if _attached(work.model).backbone is lm]
-            found |= _grown(lm, _by_model(own))
+            found |= _shares(attached, own, rows)
         return found
 
+    def _answers(self, works: Sequence[Prompt]) -> tuple[dict[Prompt, Growing], Shares]:
+        answers: dict[Prompt, Growing] = {}
+        weights: Shares = {}
+        for lm in dict.fromkeys(_attached(work.model).backbone for work in works):
+            own = [work for work in works if _attached(work.model).backbone is lm]
+            grown, told = _grown(lm, _by_model(own))
+            answers |= grown
+            weights |= told
+        return answers, weights
 
-def _grown(lm: CausalLM, groups: Mapping[Model, Sequence[Prompt]]) -> dict[Prompt, Growing]:
-    """The answers to prompts of several models on one frozen model, in one pass a token."""
+
+def _shares(attached: AttachedTexts, works: Sequence[Prompt], rows: Tensor) -> Shares:
+    """Rows of weights (n, adapters) by the names of the adapters, the greatest first."""
+    found: Shares = {}
+    for work, row in zip(works, rows.tolist(), strict=True):
+        named = sorted(zip(attached.names, row, strict=True), key=lambda one: -one[1])
+        found[work] = {name: share for name, share in named if share >= LEAST}
+    return found
+
+
+def _grown(
+    lm: CausalLM, groups: Mapping[Model, Sequence[Prompt]]
+) -> tuple[dict[Prompt, Growing], Shares]:
+    """The answers to prompts of several models on one frozen model, in one pass a token.
+
+    And the weights of those that a prompt chooses for its whole answer.
+    """
     works = [work for own in groups.values() for work in own]
     answers = [Growing(lm, work.wish) for work in works if work.wish is not None]
     tokens = _padded([work.tokens[0] for work in works]).to(lm.device)
@@ -115,14 +134,25 @@ def _grown(lm: CausalLM, groups: Mapping[Model, Sequence[Prompt]]) -> dict[Promp
             if work.dropped and answer.ended is None:
                 answer.ended = "dropped"
             elif work.told is not None and (text := answer.certain()):
+                work.begun = True
                 work.loop.call_soon_threadsafe(work.told, text)
 
     with torch.no_grad(), _attached(works[0].model).computing():
-        asked = zip(groups, tokens.split(sizes), strict=True)
-        recalls = [_attached(model).recall(rows) for model, rows in asked]
-        recall = recalls[0] if len(recalls) == 1 else side_by_side(recalls, sizes)
-        grow(lm, tokens, recall, answers, told)
-    return dict(zip(works, answers, strict=True))
+        recalls: list[Recall | None] = []
+        tells: dict[Model, Callable[[], Tensor]] = {}
+        for model, rows in zip(groups, tokens.split(sizes), strict=True):
+            attached = _attached(model)
+            if isinstance(attached, AttachedByPrompt):
+                own, tells[model] = attached.asked(rows)
+                recalls.append(own)
+            else:
+                recalls.append(attached.recall(rows))
+        together = recalls[0] if len(recalls) == 1 else side_by_side(recalls, sizes)
+        grow(lm, tokens, together, answers, told)
+        weights: Shares = {}
+        for model, tell in tells.items():
+            weights |= _shares(_attached(model), groups[model], tell().float().cpu())
+    return dict(zip(works, answers, strict=True)), weights
 
 
 def _by_model(works: Sequence[Prompt]) -> dict[Model, list[Prompt]]:

@@ -7,6 +7,7 @@ met: each needs a skill of its own, and none of them helps with another.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Callable
@@ -158,8 +159,8 @@ def _enlarged(small: Greys) -> Greys:
 def _thickened(ink: Greys) -> Greys:
     """The maximum over 5x5 pixels."""
     padded = np.pad(ink, ((0, 0), (2, 2), (2, 2)))
-    shifts = [padded[:, y : y + _SIDE, x : x + _SIDE] for y in range(5) for x in range(5)]
-    return np.maximum.reduce(shifts)
+    rows = functools.reduce(np.maximum, (padded[:, y : y + _SIDE] for y in range(5)))
+    return functools.reduce(np.maximum, (rows[:, :, x : x + _SIDE] for x in range(5)))
 
 
 def _blurred(ink: Greys) -> Greys:

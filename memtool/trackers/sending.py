@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
-from typing import Protocol
+from contextlib import contextmanager
+from typing import Any, Protocol, TextIO, cast
 
 from memtool.trackers import Axis, Card, Points, Tracker, open_tracker, require_services
 
@@ -48,7 +48,7 @@ def following(
         for sender in senders:
             sender.put(points)
 
-    with redirect_stdout(_Printed()) if senders else _nothing():
+    with _apart(senders):
         for sender in senders:
             sender.start()
         failed = True
@@ -63,9 +63,31 @@ def following(
                 sender.wait(max(until - time.monotonic(), 0))
 
 
+_following = 0
+_installing = threading.Lock()
+
+
 @contextmanager
-def _nothing() -> Iterator[None]:
-    yield
+def _apart(senders: Sequence[object]) -> Iterator[None]:
+    """While it lasts, what the threads of services print goes to the log: stdout is for data alone.
+
+    Other threads print as before, and what they put in the place of stdout stays.
+    """
+    global _following
+    if not senders:
+        yield
+        return
+    with _installing:
+        _following += 1
+        if not isinstance(sys.stdout, _Printed):
+            sys.stdout = cast("TextIO", _Printed(sys.stdout))
+    try:
+        yield
+    finally:
+        with _installing:
+            _following -= 1
+            if not _following and isinstance(sys.stdout, _Printed):
+                sys.stdout = sys.stdout.before
 
 
 class _Sender(threading.Thread):
@@ -141,15 +163,22 @@ class _Sender(threading.Thread):
         return found
 
 
-class _Printed(io.TextIOBase):
-    """Takes what packages print: stdout is for data alone."""
+class _Printed:
+    """In the place of stdout: takes what the threads of services print, and all else is as it was.
 
-    def writable(self) -> bool:
-        """It is written to."""
-        return True
+    `before` is the stream in whose place it is.
+    """
+
+    def __init__(self, before: TextIO) -> None:
+        self.before = before
 
     def write(self, text: str) -> int:
-        """Into the log."""
+        """To stdout, or into the log."""
+        if not isinstance(threading.current_thread(), _Sender):
+            return self.before.write(text)
         if text.strip():
             logger.info("%s", text.strip())
         return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.before, name)

@@ -28,6 +28,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from memtool_stores import caches
 from memtool_stores.catalog import AdapterRecord
 from memtool_stores.errors import IntegrityError
 from memtool_stores.files import PART, is_part, part
@@ -62,12 +63,7 @@ def folder(store_id: str) -> Path:
         SchemaError: that is no id of a store, or its folder is a link to elsewhere.
     """
     check_id(store_id, "a store")
-    given = os.environ.get("MEMTOOL_CACHE")
-    if given:
-        return below(Path(given) / "stores", store_id)
-    import platformdirs
-
-    return below(Path(platformdirs.user_cache_dir("memtool")) / "stores", store_id)
+    return below(caches.root() / "stores", store_id)
 
 
 def drop(store_id: str) -> None:

@@ -21,6 +21,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from memtool_stores import caches
 from memtool_stores.errors import MemtoolError, NotFoundError, SchemaError, StorageError
 from memtool_stores.files import is_part, part_folder
 from memtool_stores.ice import of_os_error
@@ -134,6 +135,7 @@ def _folder_of_files(repository: str, snapshot: Path) -> Path:
                 building.rename(folder)
         finally:
             shutil.rmtree(building, ignore_errors=True)
+        caches.remove_parts(folder.parent)
         others = [one for one in folder.parent.iterdir() if one != folder and not is_part(one.name)]
         for old in sorted(others, key=lambda one: one.stat().st_mtime)[:-KEEP_COMMITS]:
             shutil.rmtree(old, ignore_errors=True)
@@ -151,15 +153,8 @@ def _same_bytes(source: Path, file: Path) -> None:
 
 def _cache(repository: str) -> Path:
     """Where the commits of a repository lie, a folder each."""
-    given = os.environ.get("MEMTOOL_CACHE")
-    if given:
-        folder = Path(given)
-    else:
-        import platformdirs
-
-        folder = Path(platformdirs.user_cache_dir("memtool"))
     host = hashlib.sha256(endpoint().encode()).hexdigest()[:8]
-    return folder.absolute() / "hub" / host / repository.replace("/", "--")
+    return caches.root() / "hub" / host / repository.replace("/", "--")
 
 
 @contextmanager

@@ -846,6 +846,57 @@ class MemoryStore:
                 copy(files, place, tell, checksums=checksums, there=there)
         return MemoryStore.open(target, lock_timeout=self._lock_timeout)
 
+    def forward_to(self, newer: MemoryStore, tell: Tell | None = None) -> bool:
+        """Take up what another copy of this store has beyond it; False where it has nothing.
+
+        The history here is a beginning of that there, branch by branch, and tags of one name are
+        the same. Files come first and references last, so that a process that is killed, and one
+        that reads meanwhile, has the versions from before.
+
+        Raises:
+            AlreadyExistsError: this is another store, or has versions or tags that are not there;
+                nothing has changed.
+            StorageError: no permission, or no room; or this store is in a bucket, of which nobody
+                can hold the lock.
+        """
+        if not _is_local(self.url):
+            raise StorageError(
+                f"{self.url} is there, and a store in a bucket is not brought up to date",
+                expected="a directory, or a bucket with nothing in it",
+                remedy="another place",
+            )
+        with self._lock():
+            self._require_beginning_of(newer)
+            theirs, ours = objects_at(newer.url), objects_at(self.url)
+            moved = (self.branches(), self.tags()) != (
+                self.branches() | newer.branches(),
+                self.tags() | newer.tags(),
+            )
+            there = {entry.path for entry in ours.list() if not entry.path.startswith(REFERENCES)}
+            if moved:
+                copy(theirs, ours, tell, checksums=True, there=frozenset(there))
+            return moved
+
+    def _require_beginning_of(self, newer: MemoryStore) -> None:
+        """Raise AlreadyExistsError unless `newer` has all the versions and tags that are here."""
+        other = f"{self.url} is there, and {{}}; nothing has changed"
+        ways = {
+            "expected": "the same memory, with nothing that the newer copy has not",
+            "remedy": "another place, and `memtool merge` of what is new in one of the two",
+        }
+        if self.view().store_id != newer.view().store_id:
+            raise AlreadyExistsError(other.format("is another memory"), **ways)
+        tips = newer.branches()
+        for name, version in self.branches().items():
+            if name in tips and version not in {one.id for one in newer.log(tips[name])}:
+                words = f"its {'HEAD' if name == MAIN else f'branch {name}'} is not in the history"
+                raise AlreadyExistsError(other.format(f"{words} of {newer.address}"), **ways)
+        tags = newer.tags()
+        for name, version in self.tags().items():
+            if tags.get(name, version) != version:
+                words = f"its tag {name} names another version than in {newer.address}"
+                raise AlreadyExistsError(other.format(words), **ways)
+
     def bundle(self, file: str | Path) -> int:
         """Write the whole store as one file; its size in bytes. `from_bundle` reads it.
 

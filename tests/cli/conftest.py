@@ -18,6 +18,18 @@ from memtool_cli.main import main
 from memtool_stores import Backbone, Layout, MemoryStore, Segment, Space
 
 ROOT = Path(__file__).parents[2]
+PROBE = """
+import os, shlex, sys
+from memtool_cli.main import main
+for line in sys.argv[1:]:
+    code = main(shlex.split(line))
+    loaded = [name for name in ("torch", "timm", "datasets", "sklearn") if name in sys.modules]
+    if code or loaded:
+        print(f"{line}: {code}: {loaded}", file=sys.stderr, flush=True)
+        os._exit(1)
+os._exit(0)
+"""
+"""It ends as `run` does: threads of icechunk may abort an interpreter that is torn down."""
 Memtool = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -33,7 +45,10 @@ def inside(
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(said),
     ):
-        code = main(list(arguments))
+        try:
+            code = main(list(arguments))
+        except SystemExit as stop:
+            code = int(stop.code or 0)
     return subprocess.CompletedProcess(arguments, code, out.getvalue(), said.getvalue())
 
 
@@ -89,6 +104,25 @@ def process(here: Path, environ: dict[str, str], start: list[str]) -> Memtool:
             timeout=120,
             check=False,
         )
+
+    return run
+
+
+@pytest.fixture
+def torchless(here: Path, environ: dict[str, str]) -> Callable[..., None]:
+    """Command lines in one process of their own: each ends with 0, and none has torch loaded."""
+
+    def run(*lines: str, **variables: str) -> None:
+        done = subprocess.run(
+            [sys.executable, "-c", PROBE, *lines],
+            cwd=here,
+            env=environ | variables,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
 
     return run
 

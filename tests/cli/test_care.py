@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pty
+import shutil
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -14,7 +14,6 @@ import pytest
 from memtool.config import resolve
 from memtool.methods.mira.method import Mira
 from memtool_stores import MemoryStore
-from tests.cli.test_contract import PROBE
 from tests.cli.test_history import document
 from tests.methods.conftest import learn
 
@@ -116,18 +115,8 @@ def test_tags_and_backups_are_deleted_by_name(memory, memtool):
         assert name in done.stderr
 
 
-def test_forget_without_a_consolidated_memory_needs_no_torch(memory, here, environ):
-    for arguments in (["--dry-run", "task-2"], ["2"], ["1", "--purge", "--yes"]):
-        done = subprocess.run(
-            [sys.executable, "-c", PROBE, "forget", *arguments],
-            cwd=here,
-            env=environ,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
+def test_forget_without_a_consolidated_memory_needs_no_torch(memory, torchless):
+    torchless("forget --dry-run task-2", "forget 2", "forget 1 --purge --yes")
     assert [record.name for record in memory.view().adapters] == ["task-3"]
 
 
@@ -187,12 +176,20 @@ def test_purge_exits_with_1_when_bytes_are_left(memory, memtool, here):
     assert "memtool forget 2 --purge" in done.stderr
 
 
-@pytest.fixture
-def spoiled(here):
-    """Three tasks in memory; then keys turned over, and a harmless commit."""
-    places = {"store": str(here / "memory"), "runs": str(here / "runs")}
-    config = resolve(preset="digits-dil", overrides=places, environ=SMALL, cwd=here).config
+@pytest.fixture(scope="module")
+def _three(tmp_path_factory):
+    """A folder with three tasks in memory, which are learned once."""
+    folder = tmp_path_factory.mktemp("three")
+    places = {"store": str(folder / "memory"), "runs": str(folder / "runs")}
+    config = resolve(preset="digits-dil", overrides=places, environ=SMALL, cwd=folder).config
     learn(Mira.open(config, seed=0))
+    return folder
+
+
+@pytest.fixture
+def spoiled(_three, here):
+    """Three tasks in memory; then keys turned over, and a harmless commit."""
+    shutil.copytree(_three, here, dirs_exist_ok=True)
     store = MemoryStore.open(here / "memory")
     with store.transaction("keys turned over") as txn:
         txn.set_keys(np.ascontiguousarray(store.view().keys()[:, ::-1]))

@@ -1,6 +1,6 @@
 """The five verbs in an empty folder, as a script would call them: real training, very short.
 
-The first task goes through bash and processes, as does what is about signals; the rest runs the
+The first adapter goes through bash and processes, as does what is about signals; the rest runs the
 same command lines in this process.
 """
 
@@ -27,9 +27,10 @@ directory=$(memtool train-adapter --task 1 -q)
 test -f "$directory/adapter_model.safetensors"
 test -f "$directory/adapter_config.json"
 memtool write "$directory" -q > ids-1
-memtool consolidate --sep affine -q > version-1
 """
 THEN = {
+    "version-1": "consolidate --sep affine -q",
+    "adapter-2": "train-adapter --task 2 -q",
     "ids-2": "write -q",
     "version-2": "consolidate --sep affine -q",
     "retrieve.json": "retrieve --task 2 --json",
@@ -57,7 +58,6 @@ def flow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
-    assert memtool(folder, "train-adapter", "--task", "2", "-q").returncode == 0
     for file, line in THEN.items():
         done = memtool(folder, *line.split())
         assert done.returncode == 0, done.stderr
@@ -164,7 +164,7 @@ def test_a_dry_run_writes_nothing(flow):
 
 
 def test_ctrl_c_while_training_is_safe_and_the_same_command_goes_on(flow):
-    command = ["memtool", "train-adapter", "--task", "4", "--set", "train.epochs=80", "--json"]
+    command = ["memtool", "train-adapter", "--task", "4", "--set", "train.epochs=30", "--json"]
     with subprocess.Popen(
         command,
         cwd=flow,

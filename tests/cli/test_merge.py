@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 from memtool_stores import Backbone, MemoryStore, Space
-from tests.cli.test_contract import PROBE
 
 
 @pytest.fixture
@@ -25,7 +22,7 @@ def other(memory, here):
     return store
 
 
-def test_all_of_another_memory_in_a_process_of_its_own(memory, other, process):
+def test_all_of_another_memory_in_a_process_of_its_own(memory, other, process, memtool):
     done = process("merge", "other")
     assert done.returncode == 0, done.stderr
     assert [line.split("\t")[0] for line in done.stdout.splitlines()] == [
@@ -45,13 +42,13 @@ def test_all_of_another_memory_in_a_process_of_its_own(memory, other, process):
     assert (view.blob("routing.4"), view.blob("routing.9")) == (b"poems", b"letters")
     assert view.value("poems-lora").tolist() == [2.0] * 32
     head = memory.head()
-    again = process("merge", "other")
+    again = memtool("merge", "other")
     assert again.returncode == 0
     assert "nothing new; in memory already: poems-lora, letters-lora" in again.stderr
     assert "next:" not in again.stderr
     assert memory.head() == head
     for verb in ("verify", "gc"):
-        assert process(verb).returncode == 0
+        assert memtool(verb).returncode == 0
 
 
 def test_one_task_as_json_and_by_id_into_a_new_memory(other, memtool, here):
@@ -71,17 +68,8 @@ def test_one_task_as_json_and_by_id_into_a_new_memory(other, memtool, here):
     assert memtool("ls", "--store", "new", "-q").stdout.split() == quiet.stdout.split()
 
 
-def test_torch_is_not_loaded_where_no_state_asks_for_it(other, here, environ):
-    done = subprocess.run(
-        [sys.executable, "-c", PROBE, "merge", "other"],
-        cwd=here,
-        env=environ,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+def test_torch_is_not_loaded_where_no_state_asks_for_it(other, torchless):
+    torchless("merge other")
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import subprocess
-import sys
 import zipfile
 
 import pytest
 
 from memtool_stores import MemoryStore
-from tests.cli.test_contract import PROBE
 
 QUICK = {
     "MEMTOOL_STREAM__TRAIN_PER_TASK": "60",
@@ -55,7 +52,7 @@ def said(done):
     return json.loads(done.stdout)
 
 
-def test_adapters_go_in_and_out_without_torch(memtool, here, environ):
+def test_adapters_go_in_and_out_without_torch(memtool, here, torchless):
     """Of a memory that is there; the probe fails where torch was loaded."""
     for arguments in (
         ["train-adapter", "--task", "1"],
@@ -67,26 +64,17 @@ def test_adapters_go_in_and_out_without_torch(memtool, here, environ):
     shutil.copytree(trained / "task-2-seed-0", here / "theirs")
     for own in ("memtool.json", "head.safetensors"):
         (here / "theirs" / own).unlink()
-    for arguments in (
-        ["write"],
-        ["write"],
-        ["import", "theirs", "--task", "3"],
-        ["export", "--out", "out"],
-        ["export", "theirs", "--out", "one", "--store", "memory@HEAD"],
-        ["export", "--bundle", "all.bundle"],
-        ["import", "all.bundle", "--store", "copy"],
-        ["import", "out/task-1-seed-0", "one/theirs", "--store", "copy"],
-    ):
-        done = subprocess.run(
-            [sys.executable, "-c", PROBE, *arguments],
-            cwd=here,
-            env=environ | QUICK,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-        assert done.returncode == 0, (arguments, done.stderr)
+    torchless(
+        "write",
+        "write",
+        "import theirs --task 3",
+        "export --out out",
+        "export theirs --out one --store memory@HEAD",
+        "export --bundle all.bundle",
+        "import all.bundle --store copy",
+        "import out/task-1-seed-0 one/theirs --store copy",
+        **QUICK,
+    )
     names = ["task-1-seed-0", "task-2-seed-0", "theirs"]
     for place in ("memory", "copy"):
         store = MemoryStore.open(here / place)

@@ -42,7 +42,7 @@ KINDS = {
         {"stream.validation": 0.4, "stream.train_per_task": 250},
     ),
     "moram": ("moram-digits", {"stream.splits": 5}),
-    "modulation": ("modulation-digits", {}),
+    "modulation": ("modulation-digits", {"modulation.memory": "hopfield"}),
 }
 
 

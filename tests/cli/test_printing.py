@@ -129,17 +129,9 @@ def test_errors_hold_no_secret_and_nothing_that_steers(monkeypatch, capsys):
     assert "Traceback" in said
 
 
-def test_a_traceback_holds_no_secret(here, environ, start):
+def test_a_traceback_holds_no_secret(memtool):
     variables = {"MEMTOOL_STREAM__SOURCE": f"/nowhere/{SECRET}", "AWS_SESSION_TOKEN": SECRET}
-    done = subprocess.run(
-        [*start, "train-adapter", "--task", "1", "--debug", "--dry-run"],
-        cwd=here,
-        env=environ | variables,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = memtool("train-adapter", "--task", "1", "--debug", "--dry-run", **variables)
     assert done.returncode != 0
     assert "Traceback" in done.stderr
     assert SECRET not in done.stderr + done.stdout

@@ -15,10 +15,10 @@ NOTE = "note: moram.topk has no effect under method mira: it is of method moram"
 TABLE_OF_COMPLETION = {"_MEMTOOL_COMPLETE": "complete_bash"}
 
 
-def complete(process, line: str) -> list[str]:
+def complete(memtool, line: str) -> list[str]:
     """What bash would offer at the end of the line."""
     words = line.split(" ")
-    done = process(**TABLE_OF_COMPLETION, COMP_WORDS=line, COMP_CWORD=str(len(words) - 1))
+    done = memtool(**TABLE_OF_COMPLETION, COMP_WORDS=line, COMP_CWORD=str(len(words) - 1))
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
 
@@ -132,28 +132,28 @@ def test_config_as_json(memtool):
     assert names == [preset.name for preset in presets()]
 
 
-def test_completion_of_verbs_presets_settings_tasks_and_versions(memory, process):
-    assert "train-adapter" in complete(process, "memtool tr")
-    assert complete(process, "memtool run --preset mira-di") == ["mira-dil-paper", "mira-dil"]
-    assert complete(process, "memtool consolidate --sep af") == ["affine"]
-    assert "adapter.rank=" in complete(process, "memtool run --set adapter.r")
-    assert "inverted" in complete(process, "memtool train-adapter --task in")
-    assert "HEAD" in complete(process, "memtool show H")
-    assert memory.head() in complete(process, f"memtool show {memory.head()[:3]}")
+def test_completion_of_verbs_presets_settings_tasks_and_versions(memory, memtool):
+    assert "train-adapter" in complete(memtool, "memtool tr")
+    assert complete(memtool, "memtool run --preset mira-di") == ["mira-dil-paper", "mira-dil"]
+    assert complete(memtool, "memtool consolidate --sep af") == ["affine"]
+    assert "adapter.rank=" in complete(memtool, "memtool run --set adapter.r")
+    assert "inverted" in complete(memtool, "memtool train-adapter --task in")
+    assert "HEAD" in complete(memtool, "memtool show H")
+    assert memory.head() in complete(memtool, f"memtool show {memory.head()[:3]}")
     assert f"memory@{memory.head()}" in complete(
-        process, f"memtool ls --store memory@{memory.head()[:3]}"
+        memtool, f"memtool ls --store memory@{memory.head()[:3]}"
     )
 
 
-def test_completion_of_folders_with_an_at_sign(here, process):
+def test_completion_of_folders_with_an_at_sign(here, memtool):
     (here / "a@b" / "memory").mkdir(parents=True)
-    assert complete(process, "memtool ls --store a@b/me") == ["a@b/memory"]
+    assert complete(memtool, "memtool ls --store a@b/me") == ["a@b/memory"]
 
 
-def test_completion_is_silent_where_it_cannot_know(here, process):
+def test_completion_is_silent_where_it_cannot_know(here, memtool):
     (here / "memtool.yaml").write_text("adapter: [\n")
-    assert complete(process, "memtool show H") == []
-    assert complete(process, "memtool train-adapter --task x") == []
+    assert complete(memtool, "memtool show H") == []
+    assert complete(memtool, "memtool train-adapter --task x") == []
 
 
 def test_what_the_data_are_taken_for_is_said_once_and_on_stderr(here, memtool):

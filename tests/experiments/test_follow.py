@@ -482,3 +482,36 @@ def test_seeds_are_lists_and_ranges(given: object, seeds: tuple[int, ...]) -> No
 def test_a_range_that_falls_or_is_a_slip_is_refused(given: str) -> None:
     with pytest.raises(ConfigError, match=r"command line: the range .*\.\."):
         resolve(overrides={"seed": given}, ambient=False)
+
+
+def test_only_what_services_print_is_kept_from_stdout(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    class Talks:
+        def begin(self, card: Card) -> str:
+            print("a service began")
+            return "nowhere"
+
+        def log(self, points: Iterable[Points]) -> None:
+            print("a service took points")
+
+        def end(self, *, failed: bool) -> None:
+            print("a service ended")
+
+    caplog.set_level("INFO", "memtool.trackers")
+    before = sys.stdout
+    with (
+        following(("csv",), card(tmp_path), open_service=lambda _: Talks()) as send,
+        following(("csv",), card(tmp_path), open_service=lambda _: Talks()),
+    ):
+        print("the program")
+        other = threading.Thread(target=print, args=("another thread",))
+        other.start()
+        other.join()
+        assert sys.stdout.isatty() == before.isatty()
+        send({"loss": 1.0}, step=1, axis="step")
+    assert sys.stdout is before
+    assert capsys.readouterr().out.splitlines() == ["the program", "another thread"]
+    said = [record.message for record in caplog.records]
+    assert said.count("a service began") == 2
+    assert "a service took points" in said

@@ -18,6 +18,7 @@ from memtool.config import resolve
 from memtool.errors import AlreadyExistsError, ConfigError, CorruptError
 from memtool.experiments import queue as queues
 from memtool.experiments.queue import Fenced, Queue
+from memtool.experiments.runs import find_all
 from memtool.experiments.sweep import CellResult, RowResult, Sweep, axes_of
 from tests.cli.conftest import inside
 
@@ -252,6 +253,78 @@ def test_results_are_mean_and_spread_over_seeds_and_failures_go_again(tmp_path: 
     assert sweep.retry_failed() == 1
     assert sweep.results().left == 1
     assert [job.name for job in sweep.open_jobs()] == [sweep.jobs[-1].name]
+
+
+def test_two_who_retry_at_once_never_undo_what_one_of_them_made(tmp_path: Path) -> None:
+    queue, other = (Queue(tmp_path, lease_seconds=600) for _ in range(2))
+    failed = {"failed": "no memory left"}
+    with queue.claim("job") or pytest.fail("free") as lease:
+        assert lease.publish(failed)
+
+    def fits(found: dict[str, object]) -> bool:
+        return found.get("failed") is not None
+
+    def late(found: dict[str, object]) -> bool:
+        """Of one who read the result, and was then overtaken by another's whole retry."""
+        assert queue.open_again("job", fits)
+        assert not queue.is_done("job")
+        with queue.claim("job") or pytest.fail("free") as lease:
+            assert lease.publish({"failed": None, "figure": 1})
+        return fits(found)
+
+    assert not other.open_again("job", late)
+    for one in (queue, other):
+        assert one.result("job") == {"failed": None, "figure": 1}
+        assert not one.open_again("job", fits)
+        assert one.claim("job") is None
+    assert not Queue(tmp_path, lease_seconds=600).open_again("another", fits)
+
+
+PLACES = ("", "attempt-2/", "attempt-3/")
+
+
+def test_what_a_killed_worker_left_is_not_listed_and_is_taken_away(tmp_path: Path) -> None:
+    sweep = planned(tmp_path / "sweep", "train.lr=1e-3,2e-3")
+    first, second, *_ = sweep.jobs
+    cell = tmp_path / "sweep" / "cells" / first.cell.name
+    counted = f"cells/{first.cell.name}/attempt-2/seed-{first.seed}"
+    for place in PLACES:
+        for seed in (first.seed, second.seed):
+            (cell / place / f"seed-{seed}").mkdir(parents=True)
+            (cell / place / f"seed-{seed}" / "record.json").write_text("{}")
+            (cell / place / f"memory-seed-{seed}").mkdir()
+    result = CellResult(cell=first.cell.name, seed=first.seed, token=2, record=counted)
+    with sweep.queue.claim(first.name) or pytest.fail("free") as lease:
+        assert lease.publish(result.model_dump(mode="json", by_alias=True))
+    record = tmp_path / "sweep" / counted / "record.json"
+    for folder in (tmp_path, tmp_path / "sweep", cell, cell / "attempt-2"):
+        assert list(find_all(folder)) == [record]
+    assert not list(find_all(cell / "attempt-3"))
+    sweep.clear()
+    left = {path.relative_to(cell).as_posix() for path in cell.glob("**/*seed-*")}
+    own = {f"{place}{kind}seed-{second.seed}" for place in PLACES for kind in ("", "memory-")}
+    assert left == own | {f"attempt-2/{kind}seed-{first.seed}" for kind in ("", "memory-")}
+
+
+def test_accuracy_and_loss_have_a_column_each(tmp_path: Path) -> None:
+    sweep = planned(tmp_path / "sweep", "train.lr=1e-3,2e-3", seed="0")
+    for job, metrics in zip(
+        sweep.jobs, ({"loss.final": 0.25}, {"loss.final": 0.5, "faa": 0.75}), strict=True
+    ):
+        row = RowResult(
+            id="memory", label="memory", kind="method", figure=metrics.get("faa"), metrics=metrics
+        )
+        result = CellResult(cell=job.cell.name, seed=0, token=1, rows=(row,))
+        with sweep.queue.claim(job.name) or pytest.fail("free") as lease:
+            assert lease.publish(result.model_dump(mode="json", by_alias=True))
+    assert sweep.results().measure == "accuracy"
+    environment = {**os.environ, "XDG_CONFIG_HOME": str(tmp_path / "user")}
+    shown = inside(tmp_path, environment, "sweep")
+    assert shown.stdout.splitlines() == [
+        "train.lr\tseeds\tfinal average\tforgetting\tloss",
+        "0.001\t1\t-\t-\t0.2500",
+        "0.002\t1\t75.0 %\t-\t0.5000",
+    ]
 
 
 def test_the_verb_plans_joins_and_shows_a_table(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from memtool.errors import MemtoolError
 
-CASES = int(os.environ.get("MEMTOOL_FUZZ_CASES", "200"))
+CASES = int(os.environ.get("MEMTOOL_FUZZ_CASES", "100"))
 HANG_SECONDS = 5
 WAIT_SECONDS = 60
 

@@ -49,7 +49,7 @@ def test_recall_is_the_sum_over_values(
         torch.testing.assert_close(result[row], expected, atol=1e-12, rtol=1e-9)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(count=st.integers(2, 8), numel=st.integers(200, 400), seed=st.integers(0, 2**31))
 def test_auto_beta_recalls_every_pattern_within_its_bound(
     count: int, numel: int, seed: int

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from memtool.config import resolve
+from memtool.experiments import run as experiment
 from memtool.methods.mira.method import Mira
 from memtool.settings import Config
 
@@ -32,9 +33,9 @@ def small_config(folder: Path, **overrides: object) -> Config:
 def learn(mira: Mira, tasks: int = 3, *, each: bool = True) -> Mira:
     """Adapt, write and consolidate the first tasks, one by one or all at once."""
     for task in range(1, tasks + 1):
-        mira.adapt(str(task))
+        adapters = [one.path for one in mira.adapt(str(task))]
         if each:
-            mira.write()
+            mira.write(adapters)
             mira.consolidate()
     if not each:
         mira.write()
@@ -47,6 +48,19 @@ def _learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("learned")
     learn(Mira.open(small_config(folder), seed=0))
     return folder
+
+
+@pytest.fixture
+def adapted(_learned: Path, tmp_path: Path) -> Path:
+    """A folder with the adapters of the three tasks and no memory: to adapt finds them there."""
+    shutil.copytree(_learned / "runs", tmp_path / "runs")
+    return tmp_path
+
+
+@pytest.fixture
+def no_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs write no report: drawing its figures takes seconds."""
+    monkeypatch.setattr(experiment, "write_report", lambda *_, **__: None)
 
 
 @pytest.fixture

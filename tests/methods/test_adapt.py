@@ -66,7 +66,7 @@ def alone(engine, backbone, layout, samples, train, seed):
         fit = engine.fit(
             module,
             batches,
-            lambda model, batch: losses(model(batch.inputs), batch),
+            lambda model, batch: losses(model(batch.inputs), batch.labels, batch.weights),
             train,
             stage="alone",
         )

@@ -45,9 +45,9 @@ def test_the_rest_is_as_if_it_had_been_learned_alone(learned_copy, tmp_path):
     assert mira.consolidate().unchanged
 
 
-def test_learned_keys_of_the_others_stay_bit_for_bit(tmp_path):
+def test_learned_keys_of_the_others_stay_bit_for_bit(adapted):
     config = small_config(
-        tmp_path, consolidate__keys="random", consolidate__epochs=1, head__scope="shared"
+        adapted, consolidate__keys="random", consolidate__epochs=1, head__scope="shared"
     )
     mira = learn(Mira.open(config, seed=0))
     before = mira.snapshot().view.keys()

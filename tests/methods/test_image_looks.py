@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +30,7 @@ from memtool.methods.mira.state import MEMORY, MemoryState
 from memtool.sections import MemorySettings
 from memtool.settings import HeadSettings
 from memtool_cli.plan import _image_cost
+from tests.cli.conftest import inside
 from tests.methods.conftest import small_config
 
 FIRST = {
@@ -299,15 +298,12 @@ def test_every_verb_reads_it(first, tmp_path) -> None:
     weights = [adapter.coefficient for adapter in result.adapters]
     assert out.weights[0].tolist() == pytest.approx(weights, abs=1e-5)
     assert float(out.novelty[0]) == pytest.approx(result.prediction.novelty, rel=1e-4)
-    # As another process reads it.
+    # As the command line reads it.
     read = (
         *("retrieve", "--image", str(picture), "--store", first.workspace.store_path),
         *("--json", "--device", "cpu", "--precision", "fp32"),
     )
-    code = "from memtool_cli.main import run; run()"
-    done = subprocess.run(
-        [sys.executable, "-c", code, *read], capture_output=True, text=True, cwd=tmp_path
-    )
+    done = inside(tmp_path, {"XDG_CONFIG_HOME": str(tmp_path)}, *read)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     assert said["blocks"][0] == pytest.approx(list(result.blocks[0]), abs=1e-6)

@@ -167,17 +167,16 @@ def test_every_head(learned_copy, kind, scope):
     assert faa > (0.2 if kind in ("ncm", "grown") else 0.5)
 
 
-def test_learned_keys_leave_older_keys_where_they_were(tmp_path):
+def test_learned_keys_leave_older_keys_where_they_were(adapted):
     learning = {
         "consolidate__keys": "random",
         "consolidate__epochs": 2,
         "memory__separation": "affine",
     }
-    mira = Mira.open(small_config(tmp_path, **learning), seed=0)
+    mira = Mira.open(small_config(adapted, **learning), seed=0)
     learn(mira, 1)
     first = mira.workspace.store.view("HEAD").keys().copy()
-    mira.adapt("2")
-    mira.write()
+    mira.write([one.path for one in mira.adapt("2")])
     result = mira.consolidate()
     second = mira.workspace.store.view("HEAD").keys()
     assert np.array_equal(second[:, :1], first)
@@ -186,23 +185,22 @@ def test_learned_keys_leave_older_keys_where_they_were(tmp_path):
     assert not np.allclose(second[:, 1], drawn[:, 1].numpy())
 
 
-def test_a_memory_in_every_block(tmp_path):
-    mira = Mira.open(small_config(tmp_path, memory__scope="block"), seed=0)
+def test_a_memory_in_every_block(adapted):
+    mira = Mira.open(small_config(adapted, memory__scope="block"), seed=0)
     learn(mira, 2)
     result = mira.retrieve(task="2")
     assert result.block_numbers == (0, 1, 2, 3)
     assert mira.evaluate().row("memory").metrics["faa"] > 0.5
 
 
-def test_linear_query_modules_are_kept_in_the_store(tmp_path):
+def test_linear_query_modules_are_kept_in_the_store(adapted):
     settings = {"memory__query": "linear", "memory__separation": "identity"}
-    mira = Mira.open(small_config(tmp_path, consolidate__epochs=1, **settings), seed=0)
+    mira = Mira.open(small_config(adapted, consolidate__epochs=1, **settings), seed=0)
     learn(mira, 1)
     weight = mira.snapshot().model.memory[2].query.g.weight
     assert not torch.equal(weight, torch.eye(len(weight)))
-    later = Mira.open(small_config(tmp_path, **settings), seed=0)
-    later.adapt("2")
-    later.write()
+    later = Mira.open(small_config(adapted, **settings), seed=0)
+    later.write([one.path for one in later.adapt("2")])
     later.consolidate()
     assert torch.equal(later.snapshot().model.memory[2].query.g.weight, weight)
 
@@ -403,12 +401,12 @@ def test_folders_of_others_are_never_replaced(learned_copy):
     assert (place / "notes.txt").read_text() == "mine"
 
 
-def test_learning_at_rate_zero_leaves_closed_form_keys(tmp_path):
+def test_learning_at_rate_zero_leaves_closed_form_keys(adapted):
     learning = {"consolidate__epochs": 1, "consolidate__lr": 1e-12}
-    mira = Mira.open(small_config(tmp_path, **learning), seed=0)
+    mira = Mira.open(small_config(adapted, **learning), seed=0)
     learn(mira, 3)
     learned_keys = mira.workspace.store.view("HEAD").keys().copy()
-    plain = Mira.open(small_config(tmp_path), seed=0)
+    plain = Mira.open(small_config(adapted), seed=0)
     plain.consolidate()
     assert np.allclose(plain.workspace.store.view("HEAD").keys(), learned_keys, atol=1e-4)
 
@@ -480,9 +478,9 @@ def test_hard_routing_gives_all_to_the_adapters_of_one_task(tmp_path, routing, l
         Mira.open(learning, seed=0).consolidate()
 
 
-def test_a_shared_head_learns_on(tmp_path):
+def test_a_shared_head_learns_on(adapted):
     config = small_config(
-        tmp_path,
+        adapted,
         head__kind="shared",
         head__scope="shared",
         consolidate__epochs=2,

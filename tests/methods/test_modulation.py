@@ -209,7 +209,7 @@ def test_what_cannot_be_done_is_said(learned, learned_copy, tmp_path):
         learned_copy.evaluate(setting="mts")
 
 
-def test_a_run_goes_on_where_it_was_and_several_seeds_are_summed_up(tmp_path):
+def test_a_run_goes_on_where_it_was_and_several_seeds_are_summed_up(tmp_path, request):
     chosen = config(tmp_path, seed=(0, 1), modulation__memory="bayes-pcn")
     first = run(chosen)
     assert [record.run.seed for record in first] == [0, 1]
@@ -219,6 +219,7 @@ def test_a_run_goes_on_where_it_was_and_several_seeds_are_summed_up(tmp_path):
             config(tmp_path, store=str(tmp_path / "memory-seed-0")), seed=0
         ).workspace.store.log()
     )
+    request.getfixturevalue("no_page")
     again = run(chosen)
     assert again[0].row("bayes-pcn").metrics == first[0].row("bayes-pcn").metrics
     assert (

@@ -82,6 +82,21 @@ def grown(_grown):
     return Moram.open(config_in(_grown), seed=0)
 
 
+@pytest.fixture(scope="module")
+def _free(tmp_path_factory):
+    """Two tasks whose keys are free of those before them."""
+    folder = tmp_path_factory.mktemp("free")
+    grow(Moram.open(config_in(folder, moram__keys="free"), seed=0), 2)
+    return folder
+
+
+@pytest.fixture
+def free_copy(_free, tmp_path):
+    """The two tasks of free keys; a copy that a test may change."""
+    shutil.copytree(_free, tmp_path / "free")
+    return Moram.open(config_in(tmp_path / "free", moram__keys="free"), seed=0)
+
+
 @pytest.fixture
 def grown_copy(_grown, tmp_path):
     """Three tasks in memory; a copy that a test may change."""
@@ -130,8 +145,8 @@ def test_scaling_is_that_of_the_atoms_whatever_comes_later(tmp_path):
 
 
 @pytest.mark.slow
-def test_free_keys_hardly_answer_to_earlier_tasks(tmp_path):
-    moram = grow(Moram.open(config_in(tmp_path, moram__keys="free"), seed=0), 2)
+def test_free_keys_hardly_answer_to_earlier_tasks(free_copy):
+    moram = free_copy
     work, view = moram.workspace, moram.workspace.store.view()
     assert "past-inputs" in view.blobs()
     one, two = (bank_of(view, work.layout, rows) for rows in (1, 2))
@@ -166,10 +181,10 @@ def test_a_task_of_one_atom_is_learned(tmp_path):
         ).adapt("1")
 
 
-def test_free_keys_are_of_the_whole_memory(grown, tmp_path):
+def test_free_keys_are_of_the_whole_memory(grown, free_copy):
     with pytest.raises(ConfigError, match="another gate: keys random, here free"):
         reopened(grown, moram__keys="free").adapt("3", fresh=True)
-    moram = grow(Moram.open(config_in(tmp_path, moram__keys="free"), seed=0), 2)
+    moram = free_copy
     assert moram.adapt("2")[0].skipped
     # Trained anew, a task sees the inputs of those before it only: the same atoms again.
     moram.adapt("1", fresh=True)

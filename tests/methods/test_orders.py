@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 import pytest
 
@@ -13,15 +11,8 @@ from memtool.experiments import run as experiment
 from memtool.experiments.orders import at_bounds, of_seed
 from memtool.reports.chosen import bounds_grid
 from memtool.reports.table import methods_grid
-from memtool.streams import create_stream, digits
+from memtool.streams import create_stream
 from tests.methods.conftest import small_config
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _drawn_once():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(digits, "digits_table", functools.cache(digits.digits_table))
-        yield
 
 
 def images(part):
@@ -83,8 +74,7 @@ def test_groups_of_classes_have_bounds(tmp_path):
     assert at_bounds(config)[0] == (hardest, first)
 
 
-def test_a_run_at_the_bounds_has_three_records_that_run_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment, "write_report", lambda *_, **__: None)
+def test_a_run_at_the_bounds_has_three_records_that_run_again(tmp_path, no_page):
     config = small_config(
         tmp_path, orders="bounds", stream__train_per_task=40, stream__test_per_task=30
     )

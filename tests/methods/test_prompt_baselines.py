@@ -152,9 +152,14 @@ def test_dual_prompt_with_one_task_is_prefix_tuning(work, tasks):
 def test_dual_prompt_keeps_old_tasks_and_finds_one_by_its_key(work, tasks):
     learner = learned(DualPrompt, work, tasks)
     old = [learner.keys[0].detach().clone(), learner.experts[0].detach().clone()]
+    learner.before_task(tasks[1])
+    assert torch.equal(learner.experts[1], old[1])  # goes on from there, and finds a key of its own
+    assert not torch.equal(learner.keys[1], old[0])
+    learner = learned(DualPrompt, work, tasks)
     learner.learn(tasks[1], "test")
     assert torch.equal(learner.keys[0], old[0])
     assert torch.equal(learner.experts[0], old[1])
+    assert not torch.equal(learner.experts[1], old[1])
     images = torch.cat([images_of(task) for task in tasks[:2]])
     query = frozen(work, images)
     near = [[cosine(q, key) for key in learner.keys] for q in query]

@@ -434,6 +434,7 @@ def test_a_strange_prompt_is_called_unlike(
     assert not method.retrieve(prompt=PROMPTS["sums"][0]).unlike
 
 
+@pytest.mark.usefixtures("no_page")
 def test_a_stream_is_learned_and_measured_under_every_scope(place: Path, tmp_path: Path) -> None:
     from memtool.experiments.run import run
 

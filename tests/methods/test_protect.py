@@ -158,15 +158,13 @@ def learned_in_turn(folder, protect, **more):
         "consolidate__energy": 0.99,
         **more,
     }
-    mira = Mira.open(small_config(folder, **settings), seed=0)
-    learn(mira, 3)
-    return mira
+    return learn(Mira.open(small_config(folder, **settings), seed=0))
 
 
-def test_drift_of_old_coefficients_with_and_without_protection(tmp_path):
+def test_drift_of_old_coefficients_with_and_without_protection(adapted):
     drift = {}
     for protect in ("none", "freeze", "dual-gpm"):
-        mira = learned_in_turn(tmp_path / protect, protect)
+        mira = learned_in_turn(adapted, protect, store=str(adapted / protect))
         metrics = mira.evaluate(history=True).row("memory").metrics
         drift[protect] = (metrics["coefficient_drift"], metrics["new_coefficients"])
     assert drift["dual-gpm"][0] < 0.2 * drift["none"][0]
@@ -175,8 +173,8 @@ def test_drift_of_old_coefficients_with_and_without_protection(tmp_path):
 
 
 @pytest.mark.parametrize("query", ["linear", "mlp"])
-def test_frozen_keys_and_query_modules_stay_bit_for_bit(tmp_path, query):
-    mira = learned_in_turn(tmp_path, "freeze", memory__query=query)
+def test_frozen_keys_and_query_modules_stay_bit_for_bit(adapted, query):
+    mira = learned_in_turn(adapted, "freeze", memory__query=query)
     store = mira.workspace.store
     consolidated = [v for v in store.log() if v.message.startswith("consolidate")]
     first, last = store.view(consolidated[-1].id), store.view(consolidated[0].id)
@@ -184,9 +182,9 @@ def test_frozen_keys_and_query_modules_stay_bit_for_bit(tmp_path, query):
     assert last.blob("query-modules") == first.blob("query-modules")
 
 
-def test_mean_queries_start_in_the_free_space_under_protection(tmp_path):
+def test_mean_queries_start_in_the_free_space_under_protection(adapted):
     mira = learned_in_turn(
-        tmp_path, "dual-gpm", consolidate__keys="mean-query", consolidate__epochs=0
+        adapted, "dual-gpm", consolidate__keys="mean-query", consolidate__epochs=0
     )
     store = mira.workspace.store
     versions = [v.id for v in store.log() if v.message.startswith("consolidate")]

@@ -26,6 +26,7 @@ from memtool.methods.baselines.ease import Ease, completion
 from memtool.methods.baselines.fine_tune import FineTune
 from memtool.methods.baselines.in_turn import in_turn
 from memtool.methods.baselines.mos import Mos, retrieved
+from memtool.methods.baselines.mos import apart as told_apart
 from memtool.methods.baselines.replay import Er, Reservoir
 from memtool.methods.baselines.sd_lora import SdLora, product_norm, sites_of
 from memtool.methods.baselines.slca import Slca
@@ -242,10 +243,11 @@ def test_ease_scores_are_those_of_the_obvious_loop(
                     prototype = mean(adapter, task, label)
                 else:
                     there = mean(task, task, label)
-                    like = [np.exp(cos(there, mean(task, adapter, k))) for k in own[adapter]]
-                    here = [mean(adapter, adapter, k) for k in own[adapter]]
+                    seen = [(later, k) for later in range(adapter, 3) for k in own[later]]
+                    like = [np.exp(cos(there, mean(task, *cell))) for cell in seen]
+                    here = [mean(adapter, *cell) for cell in seen]
                     prototype = sum(w * p for w, p in zip(like, here, strict=True)) / sum(like)
-                weight = 1.0 if adapter == task else 0.1
+                weight = 1.0 if adapter == task else 0.1 / 2
                 total += [weight * cos(x, prototype) for x in features[adapter]]
             expected[:, label] = np.maximum(expected[:, label], total)
     np.testing.assert_allclose(ease.scores(test)[:4].numpy(), expected, atol=1e-5)
@@ -262,7 +264,8 @@ def test_a_completed_prototype_is_that_of_the_class_it_is_like() -> None:
 
 
 def test_mos_without_merging_trains_every_adapter_alone(work: Workspace) -> None:
-    alone, merged = learned(Mos, work, momentum=0.0), learned(Mos, work)
+    alone = learned(Mos, work, momentum=0.0, contrast=0.0)
+    merged = learned(Mos, work, contrast=0.0)
     assert torch.equal(alone.kept[0], merged.kept[0])  # nothing to merge with yet
     assert torch.equal(alone.kept[0], learned(Tuna, work, 1, strength=0.0).kept[0])
     apart = [float((one.kept[1] - one.kept[0]).norm()) for one in (alone, merged)]
@@ -321,6 +324,43 @@ def test_mos_begins_where_the_nearest_mean_under_the_first_adapter_is(work: Work
         torch.testing.assert_close(found[row, classes], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_mos_with_one_task_is_sequential_scored_by_its_head_and_its_means(work: Workspace) -> None:
+    mos, plain = learned(Mos, work, 1, contrast=0.0), learned(Learner, work, 1)
+    assert torch.equal(mos.kept[0], plain.values.flat()[0])
+    task = work.stream.tasks[0]
+    classes = sorted(task.classes)
+    features, test = plain.features_of(task.train), plain.features_of(task.test)
+    labels = torch.from_numpy(task.train.labels)
+    means = torch.stack([features[labels == one].mean(dim=0) for one in classes])
+    near = F.cosine_similarity(test[:, None], means[None], dim=2).softmax(dim=1)
+    logits = plain.objective.classifier()(test)[:, classes]
+    found = mos.scores(task)
+    torch.testing.assert_close(found[:, classes], near + logits.softmax(dim=1))
+    assert (found[:, [one for one in range(10) if one not in classes]] == -torch.inf).all()
+
+
+def test_the_contrastive_term_of_mos_tells_every_row_from_all_others(work: Workspace) -> None:
+    mos = learned(Mos, work, 1)
+    task = work.stream.tasks[1]
+    mos.before_task(task)
+    mos.objective.begin(task)
+    logits = mos(images_of(task, 5))
+    found = mos.penalty(torch.empty(0), torch.empty(0), logits)
+    rows = [one.mean for one in mos.known] + [*mos.features.detach().double()]
+    assert len(rows) == 4 + 5
+    total = 0.0
+    for i, row in enumerate(rows):
+        products = np.array([float(row @ other) / 0.8 for other in rows])
+        top = products.max()
+        total += top + np.log(np.exp(products - top).sum()) - products[i]
+    assert float(found.detach()) == pytest.approx(0.1 * total / len(rows), rel=1e-4)
+    assert total > 0
+    (gradient,) = torch.autograd.grad(found, mos.features)
+    assert gradient.any()
+    apart = torch.stack([*torch.eye(4, dtype=torch.float64) * 20])
+    assert float(told_apart(apart, 0.8)) < 1e-6  # far apart and long: nothing is left to tell
+
+
 # TUNA
 
 
@@ -346,12 +386,35 @@ def test_the_surest_adapter_has_the_least_entropy() -> None:
 
 
 def test_tuna_with_one_task_is_its_one_adapter_and_head(work: Workspace) -> None:
-    tuna = learned(Tuna, work, 1, alignment_epochs=0)
+    tuna = learned(Tuna, work, 1)  # one task has nothing to be aligned with
     plain = learned(Learner, work, 1)
     task = work.stream.tasks[0]
     logits = plain.objective.classifier()(plain.features_of(task.test))
     expected = torch.full_like(logits, -torch.inf)
-    expected[:, list(task.classes)] = 2 * logits[:, list(task.classes)]
+    own = list(task.classes)
+    expected[:, own] = 2 * logits[:, own].softmax(dim=1)
+    torch.testing.assert_close(tuna.scores(task), expected)
+
+
+def test_an_adapter_of_tuna_goes_on_from_the_one_before(work: Workspace) -> None:
+    tuna = learned(Tuna, work, 1)
+    tuna.before_task(work.stream.tasks[1])
+    assert torch.equal(tuna.values.flat()[0], tuna.kept[0])
+
+
+def test_tuna_adds_the_probabilities_of_the_surest_and_the_universal_adapter(
+    work: Workspace,
+) -> None:
+    tuna = learned(Tuna, work)
+    task = work.stream.tasks[1]
+    universal = tuna.head(tuna.features_under(elected(torch.stack(tuna.kept)), task.test))
+    each = [tuna.head(tuna.features_under(value, task.test)) for value in tuna.kept]
+    expected = torch.full((len(task.test), 10), -torch.inf)
+    cells = tuna.cell_class.tolist()
+    for row in range(len(task.test)):
+        chances = [one[row].softmax(dim=0) for one in each]
+        least = min(chances, key=lambda p: -float((p * p.log()).sum()))
+        expected[row, cells] = least + universal[row].softmax(dim=0)
     torch.testing.assert_close(tuna.scores(task), expected)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 from pathlib import Path
@@ -12,12 +11,13 @@ import numpy as np
 import pytest
 
 from memtool.config import resolve
-from memtool.errors import ConfigError
+from memtool.errors import ConfigError, DivergedError
 from memtool.evaluation.record import Record, read_record
-from memtool.evaluation.selection import first_best
+from memtool.evaluation.selection import Cell, Choice, Selection, first_best
 from memtool.experiments import run as experiment
 from memtool.experiments.select import cell_config, cells_of, select, tuning_seed
 from memtool.learning.learner import Learner
+from memtool.methods.mira.method import Mira
 from memtool.remembered import require_held_back
 from memtool.reports.chosen import selection_grid
 from memtool.reports.table import methods_grid
@@ -25,6 +25,7 @@ from memtool.settings import Config
 from memtool.streams import create_stream, digits
 from memtool_stores import MemoryStore
 from tests.methods.conftest import small_config
+from tests.reports import sample
 
 GRID = ("train.lr=1e-4,2e-2",)
 
@@ -51,19 +52,6 @@ def selected(config: Config) -> tuple[object, Record]:
     selection = select(config, cells, seed=tuning_seed(config))
     (record,) = experiment.run(config, selection=selection)
     return selection, record
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _drawn_once():
-    """The embedded images are drawn once for all runs, which open them again and again."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(digits, "digits_table", functools.cache(digits.digits_table))
-        yield
-
-
-@pytest.fixture
-def _no_page(monkeypatch):
-    monkeypatch.setattr(experiment, "write_report", lambda *_, **__: None)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +123,7 @@ def test_the_table_says_what_was_tried(whole):
     assert read_record(folder / "runs" / "seed-0" / "record.json") == record
 
 
-@pytest.mark.usefixtures("_no_page")
+@pytest.mark.usefixtures("no_page")
 def test_scrambled_test_samples_change_nothing_that_is_learned_or_chosen(
     whole, tmp_path, monkeypatch
 ):
@@ -166,7 +154,7 @@ def test_scrambled_test_samples_change_nothing_that_is_learned_or_chosen(
     assert scored.row("memory").metrics["faa"] < 0.3 < record.row("memory").metrics["faa"]
 
 
-@pytest.mark.usefixtures("_no_page")
+@pytest.mark.usefixtures("no_page")
 def test_a_killed_choice_goes_on_in_the_cell_where_it_was(whole, tmp_path):
     _, selection, _, _ = whole
     config = tiny(tmp_path)
@@ -191,7 +179,7 @@ def test_a_killed_choice_goes_on_in_the_cell_where_it_was(whole, tmp_path):
     assert events == []
 
 
-@pytest.mark.usefixtures("_no_page")
+@pytest.mark.usefixtures("no_page")
 def test_a_record_runs_again_from_its_file_alone(whole, tmp_path):
     folder, selection, record, _ = whole
     file = folder / "runs" / "seed-0" / "record.json"
@@ -297,3 +285,83 @@ def test_the_first_of_the_best():
     assert first_best((0.1, 0.3, 0.3), lower=False) == 1
     assert first_best((0.4, None, 0.3), lower=True) == 2
     assert first_best((None, None), lower=False) == 0
+
+
+# What fails
+
+
+def gone(patch: pytest.MonkeyPatch, *, memory: tuple[float, ...], rival: tuple[float, ...]) -> None:
+    """Learning rates with which a memory, or the baselines, diverge."""
+    adapt, learn = Mira.adapt, Learner.learn
+
+    def adapted(self: Mira, *given: object, **more: object) -> object:
+        if self.config.train.lr in memory:
+            raise DivergedError("the loss became nan")
+        return adapt(self, *given, **more)
+
+    def learned(self: Learner, *given: object, **more: object) -> object:
+        if self.work.config.train.lr in rival:
+            raise DivergedError("the loss of a rival became nan")
+        return learn(self, *given, **more)
+
+    patch.setattr(Mira, "adapt", adapted)
+    patch.setattr(Learner, "learn", learned)
+
+
+@pytest.mark.usefixtures("_no_page")
+def test_what_fails_in_a_cell_is_left_out_for_its_rows_alone(tmp_path, monkeypatch):
+    gone(monkeypatch, memory=(1e-4,), rival=(2e-2,))
+    config, said = tiny(tmp_path), []
+    grid = ["train.lr=1e-4,2e-2", "memory.look_at=block:1;block:99"]
+    cells = cells_of(config, grid)
+    found = select(config, cells, seed=1000, say=said.append)
+    assert [line.partition(":")[0] for line in said] == ["note"] * 5
+    assert (
+        "train.lr=0.0001, memory.look_at=1 failed, and is left out: the loss became nan" in said[0]
+    )
+    assert "train.lr=0.02, memory.look_at=1 failed for sequential" in said[2]
+    memory, rival = found.rows["memory"], found.rows["sequential"]
+    assert [figure is None for figure in memory.figures] == [True, True, False, True]
+    assert [figure is None for figure in rival.figures] == [False, False, True, True]
+    assert (memory.chosen, rival.chosen) == (2, 0)
+    assert memory.failed[0] == "the loss became nan"
+    assert rival.failed[2] == "the loss of a rival became nan"
+    assert memory.failed[3] == "a look at block 99 of a model of 4 blocks"
+    assert rival.failed.keys() == {2, 3}
+    assert Selection.model_validate_json(found.model_dump_json()) == found
+    # Of a killed choice the cells that ended go on as they ended, those that diverged, too.
+    events: list[str] = []
+    again = select(config, cells, seed=1000, progress=lambda one: events.append(one.stage))
+    assert again == found
+    assert {*events} == {"baseline: sequential"}  # beside a block that is not there: from its file
+
+
+def test_a_table_says_what_failed_and_why():
+    whole = sample.record()
+    cells = (Cell(values={"train.lr": 1e-4}), Cell(values={"train.lr": 5.0}))
+    failed = {1: "the loss became nan"}
+    rows = {row.id: Choice(figures=(0.5, 0.4), chosen=0) for row in whole.metrics.rows}
+    first, second, *_ = rows
+    rows[second] = Choice(figures=(0.5, None), chosen=0, of="ewc", failed=failed)
+    selection = Selection(
+        seed=1000, validation=0.2, samples=20, measure="accuracy", cells=cells, rows=rows
+    )
+    assert selection.has_failed
+    run = whole.run.model_copy(update={"selection": selection})
+    one = whole.model_copy(update={"run": run, "inside": None})
+    grid = selection_grid([one])
+    cells_of_rows = {row[0]: row[1:3] for row in grid.rows}
+    assert cells_of_rows[one.row(first).label] == ("50.0", "40.0")
+    assert cells_of_rows[one.row(second).label] == ("50.0", "failed")
+    assert grid.notes == (
+        f"Failed with train.lr=5.0 ({one.row(second).label}): the loss became nan.",
+    )
+    written = json.loads(one.model_dump_json(by_alias=True))
+    assert written["schema_version"] == 4  # an older release would not know the reason
+    assert "failed" not in written["run"]["selection"]["rows"][first]
+    assert Record.model_validate(written).run.selection == selection
+    with pytest.raises(ValueError, match="no such cell, or not failed: 0"):
+        Selection(
+            seed=1, validation=0.2, samples=1, measure="loss", cells=cells,
+            rows={"memory": Choice(figures=(0.5, None), chosen=0, failed={0: "why"})},
+        )  # fmt: skip

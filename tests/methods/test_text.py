@@ -195,7 +195,9 @@ def test_mira_says_what_it_does_not_do_on_texts(
     assert f"--set {key}=" in (caught.value.remedy or "")
 
 
-def test_a_whole_run_generates_scores_and_writes_the_record(place: Path, tmp_path: Path) -> None:
+def test_a_whole_run_generates_scores_and_writes_the_record(
+    place: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     config = config_of(
         place,
         tmp_path,
@@ -213,6 +215,7 @@ def test_a_whole_run_generates_scores_and_writes_the_record(place: Path, tmp_pat
     folder = tmp_path / "runs" / "seed-0"
     assert read_record(folder / "record.json") == record
     assert "Loss after the last task" in (folder / "report.html").read_text(encoding="utf-8")
+    request.getfixturevalue("no_page")
     (again,) = run(config, preset="moram-trace")
     assert again.metrics == record.metrics
     (fresh,) = run(config, preset="moram-trace", resume=False)

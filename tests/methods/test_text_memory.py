@@ -93,6 +93,7 @@ def test_a_task_is_trained_into_a_folder_and_written_as_one_version(
     assert not list((tmp_path / "runs" / "adapters").glob(".*.checkpoint"))
 
 
+@pytest.mark.usefixtures("no_page")
 def test_growing_by_hand_makes_the_rows_of_a_run(place: Path, grown: Moram, tmp_path: Path) -> None:
     (record,) = run(config_of(place, tmp_path), baselines=False)
     there = moram_of(place, tmp_path).workspace.store.view()
@@ -108,6 +109,7 @@ def test_growing_by_hand_makes_the_rows_of_a_run(place: Path, grown: Moram, tmp_
         assert by_hand.loss[task + 1][task] < by_hand.loss[task][task] - 0.1  # type: ignore[operator]
 
 
+@pytest.mark.usefixtures("no_page")
 def test_a_run_goes_on_after_what_was_grown_by_hand_and_the_other_way_round(
     place: Path, grown: Moram, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -491,6 +493,7 @@ def test_a_long_prompt_of_a_later_task_is_refused_before_anything_is_learned(
 # Keys free of earlier texts ---------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("no_page")
 def test_free_keys_do_not_answer_to_earlier_texts(place: Path, tmp_path: Path) -> None:
     free = {"moram.keys": "free", "moram.temperature": 0.2, "moram.threshold": -1.0}
     method = grow(moram_of(place, tmp_path, **free), 1, 2)

@@ -110,6 +110,25 @@ def test_unlike_models_answer_in_one_pass_as_alone(at: Served, models: Models) -
     assert len({one["text"] for one in alone}) > 1
 
 
+def test_a_prompt_is_looked_at_once_and_its_answer_told_with_the_weights(
+    at: Served, model: AttachedTexts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[int] = []
+    routing: Any = model.routing
+    weighed = routing.weighed
+
+    def counted(lm: Any, prompts: Any) -> Any:
+        looks.append(len(prompts))
+        return weighed(lm, prompts)
+
+    monkeypatch.setattr(routing, "weighed", counted)
+    before = at.metric("memtool_inputs_total")
+    reply = at.ask("/v1/generate", {"prompts": ASKED, "max_tokens": 2})
+    assert [one["weights"][0]["adapter"] for one in reply.json["answers"]] == list(SHAPES)
+    assert looks == [len(ASKED)]
+    assert at.metric("memtool_inputs_total") - before == len(ASKED)
+
+
 def test_draws_follow_the_seed_and_the_temperature(at: Served) -> None:
     def said(**how: Any) -> str:
         body = {"prompt": ASKED[0], "max_tokens": 6, **how}

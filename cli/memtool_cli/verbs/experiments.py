@@ -174,7 +174,9 @@ def run(
         how["progress"] = progress
         selection = call.selected
         if cells:
-            selection = choosing.select(call.config, cells, seed=tuning_seed, **how)
+            selection = choosing.select(
+                call.config, cells, seed=tuning_seed, say=call.out.note, **how
+            )
         found = experiment.run(
             call.config, selection=selection, log=services, said=said, say=call.out.note, **how
         )

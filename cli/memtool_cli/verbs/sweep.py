@@ -171,18 +171,22 @@ def _show_plan(call: Call, opened: Sweep) -> None:
 
 
 def _table(found: Results) -> Table:
-    """A line for every cell: its values, and the memory's mean and spread over the seeds."""
-    loss = found.measure == "loss"
-    last = "loss" if loss else "final average"
-    header = [*found.axes, *(["order"] if found.orders == "bounds" else []), "seeds", last]
-    others = [] if loss else ["forgetting"]
+    """A line for every cell: its values, and the memory's mean and spread over the seeds.
+
+    Accuracy and loss have a column each, where any cell has them.
+    """
+    rows_of = [one for cell in found.cells if (one := cell.row()) is not None]
+    scored = found.measure == "accuracy"
+    lossy = any(one.loss is not None for one in rows_of)
+    header = [*found.axes, *(["order"] if found.orders == "bounds" else []), "seeds"]
+    others = ["final average", "forgetting"] * scored + ["loss"] * lossy
     failures = ["failed"] if found.failed else []
     rows = []
     for cell in found.cells:
         row: list[object] = [setting_text(cell.values[key]) for key in found.axes]
         row += [cell.order] if found.orders == "bounds" else []
-        row += [len(cell.seeds), _spread(cell, loss)]
-        row += [_forgetting(cell) for _ in others]
+        row += [len(cell.seeds)]
+        row += [_average(cell), _forgetting(cell)] * scored + [_loss(cell)] * lossy
         row += ["; ".join(f"seed {s}: {text}" for s, text in cell.failed.items())] * len(failures)
         rows.append(row)
     spread = "mean ± standard deviation over the seeds"
@@ -190,12 +194,17 @@ def _table(found: Results) -> Table:
     return Table((*header, *others, *failures), rows, title=title)
 
 
-def _spread(cell: SweptCell, loss: bool) -> str:
+def _loss(cell: SweptCell) -> str:
+    row = cell.row()
+    if row is None or row.loss is None:
+        return "-"
+    return f"{row.loss.mean:.4f}" + ("" if row.loss.std is None else f" ± {row.loss.std:.4f}")
+
+
+def _average(cell: SweptCell) -> str:
     row = cell.row()
     if row is None or row.mean is None:
         return "-"
-    if loss:
-        return f"{row.mean:.4f}" + ("" if row.std is None else f" ± {row.std:.4f}")
     return f"{percent(row.mean)}" + ("" if row.std is None else f" ± {100 * row.std:.1f}")
 
 
@@ -206,10 +215,13 @@ def _forgetting(cell: SweptCell) -> str:
 
 def _best(found: Results) -> str:
     """The name of the cell whose memory is best in the mean, the first of equal ones."""
-    sign = 1 if found.measure == "loss" else -1
-    known = [
-        (sign * row.mean, number, cell.name)
-        for number, cell in enumerate(found.cells)
-        if (row := cell.row()) is not None and row.mean is not None
-    ]
+    known: list[tuple[float, int, str]] = []
+    for number, cell in enumerate(found.cells):
+        row = cell.row()
+        if row is None:
+            continue
+        if found.measure == "loss" and row.loss is not None:
+            known.append((row.loss.mean, number, cell.name))
+        elif found.measure == "accuracy" and row.mean is not None:
+            known.append((-row.mean, number, cell.name))
     return min(known)[2] if known else "-"

@@ -8,7 +8,7 @@ components every task learns an equal share, which starts orthogonal to all befo
 the task was learned; an image has those of all tasks so far. Source: Smith et al. 2023, CODA-Prompt
 (COntinual Decomposed Attention-based Prompting): M, length, blocks, λ = 0.1. As in the public code
 keys and values are learned as such, after the frozen projections; there λ is 1e-7 of such means,
-or none, as in the toolbox PILOT (100 components, length 8, λ = 0).
+or none, as in the toolbox PILOT (100 components, length 8, λ = 0; Adam at 0.001, 20 epochs).
 
 Otherwise than there: no more components than the model is wide, as more are not orthogonal. Of a
 model with fewer blocks those that it has.

@@ -7,8 +7,9 @@
 
 q(x) is the feature of the frozen model. Source: Wang et al. 2022, DualPrompt: Complementary
 Prompting for Rehearsal-free Continual Learning: lengths, blocks, and λ = 1. As in the public code
-keys and values are learned as such, after the frozen projections, and start uniform in [0, 0.01);
-it has length 5 in all blocks for CIFAR-100, and so has the toolbox PILOT, with λ = 0.1.
+keys and values are learned as such, after the frozen projections, and start uniform in [0, 0.01),
+those of a later task as the task before left its own; it has length 5 in all blocks for CIFAR-100,
+and so has the toolbox PILOT, with λ = 0.1, a start in ±1 and Adam at 0.001 for 5 epochs.
 
 Otherwise than there: every image of a test has the task of its own key (the code, that of most of
 its batch), and the rate falls along a cosine. Of a model with fewer blocks those that it has.
@@ -52,7 +53,7 @@ class DualPrompt(Prompted):
         self.experts, self.keys = nn.ParameterList(), nn.ParameterList()
 
     def before_task(self, task: Task) -> None:
-        """Freeze what belongs to other tasks; a key and prompts for this one."""
+        """Freeze what belongs to other tasks; a key, and prompts that go on from the last ones."""
         del task
         self.experts.requires_grad_(False)
         self.keys.requires_grad_(False)
@@ -60,7 +61,9 @@ class DualPrompt(Prompted):
         start = self.drawn(1 + size, self.dim, low=0.0, high=0.01)
         self.keys.append(nn.Parameter(start[0].clone()))
         shape = (len(self.expert_blocks), 2, EXPERT_LENGTH)
-        self.experts.append(nn.Parameter(start[1:].clone().unflatten(0, shape)))
+        first = start[1:].unflatten(0, shape)
+        before = self.experts[-1].detach() if len(self.experts) else first
+        self.experts.append(nn.Parameter(before.clone()))
 
     def task_of(self, query: Tensor) -> Tensor:
         """The task (b,) of images: the one that learns, or in a test that of the nearest key."""

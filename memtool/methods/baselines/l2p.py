@@ -6,8 +6,8 @@
 q(x) is the feature of the frozen model. Prompts, keys and head learn; the pool is one for all
 tasks. Source: Wang et al. 2022, Learning to Prompt for Continual Learning: M = 10 prompts of length
 5, N = 5, λ = 0.5 (the public code for CIFAR-100: length 10, N = 4, λ = 1; the toolbox PILOT as the
-paper, but λ = 0.1 and Adam at 0.001875 for 5 epochs). Of that code: prompts and keys start uniform
-in [0, 0.01).
+paper, but λ = 0.1, a start in ±1 and Adam at 0.001875 for 5 epochs). Of the authors' code: prompts
+and keys start uniform in [0, 0.01).
 
 Otherwise than there: features are the model's own, as Smith et al. 2023 have them in their L2P, and
 not the mean of what comes out where the prompts went in. On ViT-Tiny, CIFAR-100 in five tasks of

@@ -8,7 +8,9 @@ Source: Wu et al. 2025 (ICLR). With one task it is sequential LoRA.
 The newest component learns as LoRA does: its B begins at zero, where it has no direction. When its
 task ends, it is divided into magnitude and direction, which leaves the model as it was. Ours: rank,
 epochs and optimiser of the stream (published: rank 10 in ViT-B/16, 8e-3, 20 epochs); magnitudes go
-on from where the task before left them; neither of the paper's two savings of rank.
+on from where the task before left them; neither of the paper's two savings of rank. A public copy
+of the code divides by |B| |A|, which is no less than |B A|, and has one magnitude a task for all
+sites, that starts at 0.8 in every task anew, of the newest component too (there SGD at 0.01).
 """
 
 from __future__ import annotations

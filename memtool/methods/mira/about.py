@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from memtool.errors import ConfigError
 from memtool.methods.about import About
-from memtool.sections import MemorySettings
+from memtool.sections import SHARES, MemorySettings
 from memtool.settings import Config
 
-POSTERIORS = ("softmax", "topk", "sparsemax", "entmax", "max")
+POSTERIORS = SHARES
 """Separations that give shares of one: what keys in closed form are made for."""
 
 
@@ -20,6 +20,7 @@ def _require(config: Config) -> None:
     _require_look_at_images(config)
     _require_look_under(config)
     _require_left_to_frozen(config)
+    _require_soft_choice(config.memory)
     for name, found, known in (
         ("memory.scope", config.memory.scope, ("model", "block")),
         ("memory.clusters", config.memory.clusters, (1,)),
@@ -74,6 +75,23 @@ def _require_left_to_frozen(config: Config) -> None:
             )
 
 
+def _require_soft_choice(memory: MemorySettings) -> None:
+    """Raise ConfigError for weights that steps at test time cannot move."""
+    if memory.test_time == "none":
+        return
+    if memory.routing != "mixture":
+        hard, soft = f"memory.routing {memory.routing}", "memory.routing=mixture"
+    elif memory.separation == "max":
+        hard, soft = "memory.separation max", "memory.separation=softmax"
+    else:
+        return
+    raise ConfigError(
+        f"memory.test_time {memory.test_time} under {hard}",
+        expected="weights between none and all: of a hard choice nothing can be moved",
+        remedy=f"--set memory.test_time=none, or --set {soft}",
+    )
+
+
 def _require_look_at_images(config: Config) -> None:
     """Raise ConfigError for a look that images do not have, or that could move."""
     memory, beside = config.memory, config.head.beside
@@ -119,6 +137,7 @@ def _require_closed_form(config: Config) -> None:
         ("memory.similarity", memory.similarity, ("scaled-dot", "dot")),
         ("memory.separation", memory.separation, POSTERIORS),
         ("consolidate.keys", learn.keys, ("closed-form",)),
+        ("memory.test_time", memory.test_time, ("none",)),
         ("consolidate.value_lr", learn.value_lr, (0,)),
     ):
         _require_one_of(name, found, known, "texts")

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from memtool.memories.novelty import Reaches
 from memtool.methods.attached import AttachedImages, HeadModule, Output, finite, unknown
 from memtool.methods.mira.recall import MemoryModel
+from memtool.methods.mira.settle import settled
 from memtool.methods.mira.state import Snapshot
 
 
@@ -26,7 +27,8 @@ class AttachedMixture(AttachedImages):
 
     def seen(self, pixels: Tensor) -> Output:
         """As `AttachedImages.seen`, in one pass."""
-        features, coefficients, queries = self.model.seen(pixels)
+        offset = settled(self.model, lambda *seen: self.head(*seen)[1], pixels)
+        features, coefficients, queries = self.model.seen(pixels, offset)
         weights = coefficients.mean(dim=1)
         logits, probabilities = self.head(features, weights)
         novelty = unknown(features)

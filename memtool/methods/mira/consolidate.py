@@ -305,7 +305,7 @@ def _learn(
         head_learns=config.head.kind == "shared" or resolved,
         past=start.past,
         validation=Images.joined([task.validation for task in shown]),
-        augment=config.train.augment,
+        stage_1=config.train,
         progress=work.progress,
         stage=f"task {' '.join(str(task.number) for task in shown)}: consolidate",
     )

@@ -18,6 +18,7 @@ class ImageCost:
 
     `frozen` without any adapter, `first_adapter` under that of the first task. `keys_bytes` and
     `queries_bytes`, the moments that keys are solved from, are those of all tasks in the store.
+    `test_steps` are steps at test time, each a pass forward and back under what it recalls.
     """
 
     scope: str
@@ -25,6 +26,7 @@ class ImageCost:
     first_adapter: float
     keys_bytes: int
     queries_bytes: int
+    test_steps: int
 
 
 def image_cost(config: Config, stream: Stream, backbone: Backbone, blocks: int) -> ImageCost:
@@ -43,6 +45,7 @@ def image_cost(config: Config, stream: Stream, backbone: Backbone, blocks: int) 
         first_adapter=passes.get("first", 0.0),
         keys_bytes=4 * memories * rows * (width + 1),
         queries_bytes=8 * memories * moments,
+        test_steps=0 if memory.test_time == "none" else memory.test_steps,
     )
 
 

@@ -33,6 +33,7 @@ from memtool.methods.explanation import (
 from memtool.methods.mira.measure import seen_by
 from memtool.methods.mira.method import Mira
 from memtool.methods.mira.recall import MemoryModel
+from memtool.methods.mira.settle import says, settled
 from memtool.methods.records import task_of
 from memtool.methods.subject import subject_of
 from memtool.reports.shown import format_of
@@ -197,7 +198,8 @@ def _see(
     memories, adapters = len(model.memory.blocks), len(model.values)
 
     def run(batch: Tensor) -> Tensor:
-        features, coefficients, queries = model.seen(model.backbone.preprocess(batch))
+        pixels = model.backbone.preprocess(batch)
+        features, coefficients, queries = model.seen(pixels, settled(model, says(head), pixels))
         scores = head(features, coefficients.mean(dim=1))
         parts = (head.probabilities(scores), coefficients.flatten(1), queries.flatten(1))
         return torch.cat([part.float() for part in parts], dim=1)

@@ -18,12 +18,13 @@ from torch.nn import functional as F
 from memtool.engine import Batch, Batches, Engine, FitResult
 from memtool.heads import RecalledHead
 from memtool.learning.adapt import augmented, require_learned
+from memtool.learning.mixup import mixing
 from memtool.methods.mira.protect import Protection
 from memtool.methods.mira.recall import MemoryModel
 from memtool.methods.outcome import share_right
 from memtool.progress import Progress
 from memtool.sections import ConsolidateSettings
-from memtool.settings import Augment, TrainSettings
+from memtool.settings import TrainSettings
 from memtool.streams.task import Images
 
 
@@ -40,7 +41,7 @@ def learn(
     head_learns: bool = False,
     past: Protection | None = None,
     validation: Images | None = None,
-    augment: Augment = "none",
+    stage_1: TrainSettings | None = None,
     progress: Progress | None = None,
     stage: str = "consolidate",
 ) -> tuple[RecalledHead, FitResult]:
@@ -50,23 +51,28 @@ def learn(
     `settings.protect`: under "freeze" these keys and the query modules stay, under "dual-gpm"
     nothing moves in the span of `past`, under "none" all learn. With a `settings.value_lr` the
     values of the other adapters learn, too. With `validation` samples the parameters are those of
-    the epoch that was right about most of them. Returns the head. Raises DivergedError as
-    `require_learned`.
+    the epoch that was right about most of them. Images are augmented and mixed, and parameters
+    averaged, as in `stage_1`. Returns the head. Raises DivergedError as `require_learned`.
     """
     module = _Scored(model, head, classes, head_learns=head_learns)
     model.memory.requires_grad_(True)
     model.values.requires_grad_(settings.value_lr > 0)
     put_back = _protected(model, settings, kept, past)
+    like = stage_1 or TrainSettings()
     train = TrainSettings(
         epochs=settings.epochs,
         batch_size=settings.batch_size,
         lr=settings.lr,
         weight_decay=0.0,
-        augment=augment,
+        augment=like.augment,
+        mixup=like.mixup,
+        average=like.average,
     )
 
     def loss(scored: nn.Module, batch: Batch) -> Tensor:
-        return F.nll_loss(scored(augmented(batch, train)), batch.labels)
+        mixed = mixing(batch, train.mixup)
+        said = scored(mixed.inputs(augmented(batch, train)))
+        return mixed.loss(lambda labels: F.nll_loss(said, labels), batch.labels)
 
     select = None
     if validation is not None and len(validation):

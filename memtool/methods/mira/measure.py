@@ -25,6 +25,7 @@ from memtool.heads import LinearClassifier, RecalledHead, solve_head
 from memtool.memories.keyed import BlockMemory, KeyedMemory
 from memtool.memories.separation import SeparationFunction, separation
 from memtool.methods.mira.recall import MemoryModel
+from memtool.methods.mira.settle import says, settled
 from memtool.methods.mira.state import Snapshot
 from memtool.methods.outcome import seen_before, share_right
 from memtool.methods.records import task_of
@@ -62,7 +63,8 @@ class Measure:
         """Scores (n, classes) and coefficients (n, memories, t) of images."""
 
         def run(batch: Tensor) -> Tensor:
-            features, coefficients = model.with_coefficients(batch)
+            offset = settled(model, says(head), model.backbone.preprocess(batch))
+            features, coefficients = model.with_coefficients(batch, offset)
             scores = head(features, coefficients.mean(dim=1))
             return torch.cat([scores, coefficients.flatten(1).float()], dim=1)
 
@@ -262,10 +264,11 @@ def drift_degrees(before: Tensor, after: Tensor) -> float:
 
 def seen_by(engine: Engine, snapshot: Snapshot, image: npt.NDArray[np.uint8]) -> float | None:
     """The novelty of an image (h, w, 3) to a memory of whole adapters that is consolidated."""
-    _, model, _ = snapshot.consolidated()
+    _, model, head = snapshot.consolidated()
 
     def run(batch: Tensor) -> Tensor:
-        features, _, queries = model.seen(model.backbone.preprocess(batch))
+        pixels = model.backbone.preprocess(batch)
+        features, _, queries = model.seen(pixels, settled(model, says(head), pixels))
         return torch.cat([features.float(), queries.flatten(1)], dim=1)
 
     found = engine.predict(run, image[None])
@@ -281,7 +284,7 @@ def seen_by(engine: Engine, snapshot: Snapshot, image: npt.NDArray[np.uint8]) ->
 def _with_separation(
     model: MemoryModel, changed: Callable[[SeparationFunction], SeparationFunction]
 ) -> MemoryModel:
-    """The same memory under another separation."""
+    """The same memory under another separation, whose weights do not move at test time."""
     memories = [
         BlockMemory(
             here.keys,
@@ -293,7 +296,8 @@ def _with_separation(
         for here in (model.memory[block] for block in model.memory.blocks)
     ]
     memory = KeyedMemory(model.memory.blocks, memories)
-    return MemoryModel(model.backbone, model.values, memory, model.settings, model.look)
+    settings = model.settings.model_copy(update={"test_time": "none"})
+    return MemoryModel(model.backbone, model.values, memory, settings, model.look)
 
 
 def _without_negative(separate: SeparationFunction) -> SeparationFunction:

@@ -20,7 +20,7 @@ from memtool.memories.closed_form import QueryStatistics
 from memtool.memories.keyed import KeyedMemory
 from memtool.memories.novelty import Reaches
 from memtool.methods.mira.look import ImageLook, Seen
-from memtool.sections import MemorySettings, Mix
+from memtool.sections import SHARES, MemorySettings, Mix
 
 
 def memory_blocks(
@@ -52,19 +52,47 @@ def reaches_of(queries: Mapping[int, QueryStatistics]) -> Reaches | None:
     return Reaches.of([counted.moments for counted in queries.values()])
 
 
-class MemoryRecall:
-    """The recall of one forward pass; `coefficients` holds (batch, t) by the memory's block."""
+def moved(coefficients: Tensor, offset: Tensor, *, shares: bool) -> Tensor:
+    """Coefficients (batch, t) moved by an offset (batch, t): added to them.
 
-    def __init__(self, model: MemoryModel, shared: Tensor | None) -> None:
+    Of shares of one it is added to their logarithms: a · exp(offset), scaled to sum to one again.
+    """
+    if not shares:
+        return coefficients + offset
+    grown = coefficients * (offset - offset.amax(dim=-1, keepdim=True).detach()).exp()
+    return grown / grown.sum(dim=-1, keepdim=True)
+
+
+class MemoryRecall:
+    """The recall of one forward pass; `coefficients` holds (batch, t) by the memory's block.
+
+    With an `offset` (batch, memories, t) they are `moved` by it.
+    """
+
+    def __init__(
+        self, model: MemoryModel, shared: Tensor | None, offset: Tensor | None = None
+    ) -> None:
         self._model = model
-        self._shared = shared
+        self._offset = offset
         self.coefficients: dict[int, Tensor] = {}
+        self._shared: Tensor | None = None
+        if shared is not None:
+            (block,) = model.memory.blocks
+            self._shared = self.coefficients[block] = self.coefficients_of(block, shared)
+
+    def coefficients_of(self, block: int, found: Tensor) -> Tensor:
+        """What the memory of a block found, moved where there is an offset."""
+        if self._offset is None:
+            return found
+        offset = self._offset[:, self._model.memory.blocks.index(block)]
+        return moved(found, offset, shares=self._model.settings.separation in SHARES)
 
     def __call__(self, block: int, hidden: Tensor) -> Mixture | None:
         """The mixture of a block for its input (batch, tokens, dim)."""
         values, coefficients = self._model.values.block(block), self._shared
         if coefficients is None and (values is not None or block in self._model.memory.blocks):
             coefficients = self._model.memory.coefficients(block, hidden)
+            coefficients = self.coefficients_of(block, coefficients)
             self.coefficients[block] = coefficients
         if values is None or coefficients is None:
             return None  # no adapter acts here, though each block is looked at
@@ -99,14 +127,11 @@ class MemoryModel(nn.Module):
         """A fresh recall for one forward pass over `pixels`."""
         return self._recall(self.look(self.backbone, pixels, beside=False))
 
-    def _recall(self, seen: Seen) -> MemoryRecall:
+    def _recall(self, seen: Seen, offset: Tensor | None = None) -> MemoryRecall:
         if seen.query is None:
-            return MemoryRecall(self, None)
+            return MemoryRecall(self, None, offset)
         (block,) = self.memory.blocks
-        shared = self.memory.coefficients(block, seen.query)
-        recall = MemoryRecall(self, shared)
-        recall.coefficients[block] = shared
-        return recall
+        return MemoryRecall(self, self.memory.coefficients(block, seen.query), offset)
 
     def forward(self, images: Tensor) -> Tensor:
         """Features (batch, f) as the head reads them: recalled ones, perhaps others beside."""
@@ -122,22 +147,33 @@ class MemoryModel(nn.Module):
             return features
         return self.look(self.backbone, pixels, query=False).widened(features)
 
-    def with_coefficients(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (batch, f) as the head reads them, and coefficients (batch, memories, t)."""
+    def with_coefficients(
+        self, images: Tensor, offset: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Features (batch, f) as the head reads them, and coefficients (batch, memories, t).
+
+        `offset` as in `MemoryRecall`.
+        """
         pixels = self.backbone.preprocess(images)
-        seen = self.look(self.backbone, pixels)
-        recall = self._recall(seen)
+        return self.mixed(pixels, self.look(self.backbone, pixels), offset)
+
+    def mixed(
+        self, pixels: Tensor, seen: Seen, offset: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As `with_coefficients`, of preprocessed pixels and what was seen of them."""
+        recall = self._recall(seen, offset)
         features = seen.widened(self.backbone.features(pixels, recall))
         found = [recall.coefficients[block] for block in self.memory.blocks]
         return features, torch.stack(found, dim=1)
 
-    def seen(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def seen(self, pixels: Tensor, offset: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Of preprocessed pixels features (batch, f), coefficients and queries, in one go.
 
         Coefficients (batch, memories, t); queries (batch, memories, d), without the constant.
+        `offset` as in `MemoryRecall`.
         """
         seen = self.look(self.backbone, pixels)
-        recall = self._recall(seen)
+        recall = self._recall(seen, offset)
         probe = QueryProbe(self.memory, recall, seen)
         features = seen.widened(self.backbone.features(pixels, probe))
         coefficients = [recall.coefficients[block] for block in self.memory.blocks]

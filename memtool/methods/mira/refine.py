@@ -48,7 +48,11 @@ def refined(
     own = look.own(work.backbone)
     scored = Scored(keys, columns_of(own, rows[0].shape[1]), method.settings.beta)
     train = TrainSettings(
-        epochs=learn.epochs, batch_size=learn.batch_size, lr=learn.lr, weight_decay=0.0
+        epochs=learn.epochs,
+        batch_size=learn.batch_size,
+        lr=learn.lr,
+        weight_decay=0.0,
+        average=method.config.train.average,
     )
 
     def loss(module: nn.Module, batch: Batch) -> Tensor:

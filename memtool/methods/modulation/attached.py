@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -39,4 +41,13 @@ class RecalledTexts(AttachedByPrompt):
 
     def weights_of(self, prompts: Tensor) -> Tensor:
         """1 for the adapter that a prompt is answered through."""
-        return F.one_hot(self.places(prompts), len(self.names)).float()
+        return self._whole(self.places(prompts))
+
+    @torch.no_grad()
+    def asked(self, prompts: Tensor) -> tuple[Recall, Callable[[], Tensor]]:
+        """As `AttachedByPrompt.asked`."""
+        places = self.places(prompts)
+        return chosen(self.values, places), lambda: self._whole(places)
+
+    def _whole(self, places: Tensor) -> Tensor:
+        return F.one_hot(places, len(self.names)).float()

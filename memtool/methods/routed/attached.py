@@ -55,6 +55,11 @@ class RoutedTexts(AttachedByPrompt):
         """What the rule gives for what prompts look like; means where blocks have their own."""
         return of_prompts(self.routing.weighed(self.backbone, prompts))
 
+    def asked(self, prompts: Tensor) -> tuple[Recall, Callable[[], Tensor]]:
+        """As `AttachedByPrompt.asked`."""
+        recall, weights = self.routing.asked(self.backbone, prompts)
+        return recall, lambda: of_prompts(weights())
+
     @torch.no_grad()
     def answered(
         self,
@@ -70,7 +75,7 @@ class RoutedTexts(AttachedByPrompt):
         told: list[Callable[[], Tensor]] = []
 
         def choose(tokens: Tensor) -> Recall:
-            recall, weights = self.routing.asked(self.backbone, tokens)
+            recall, weights = self.asked(tokens)
             told.append(weights)
             return recall
 
@@ -80,7 +85,7 @@ class RoutedTexts(AttachedByPrompt):
         found = torch.zeros(len(prompts), len(self.routing.values))
         if told:
             rows = torch.cat([*by_length(self.backbone.encode(prompts).tokens, batch)])
-            found[rows] = torch.cat([of_prompts(weights())[::beams] for weights in told]).cpu()
+            found[rows] = torch.cat([weights()[::beams] for weights in told]).cpu()
         return texts, found
 
     def require_beams(self, beams: int) -> None:
