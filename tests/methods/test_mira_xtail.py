@@ -238,6 +238,10 @@ def test_a_head_of_cosines_has_their_logits() -> None:
             "memory.frozen(.|\n)*scope=model",
         ),
         ({"memory__frozen": "novelty", "consolidate__epochs": 1}, "memory.frozen(.|\n)*epochs=0"),
+        (
+            {"memory__frozen": "novelty", "memory__test_time": "entropy"},
+            "memory.frozen(.|\n)*test_time=none",
+        ),
     ],
 )
 def test_what_it_cannot_is_refused(
