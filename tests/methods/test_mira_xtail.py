@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from memtool.heads import CosineHead, RecalledHead
 from memtool.learning.known import fixed_head, frozen_scores
 from memtool.learning.learner import Learner
 from memtool.memories.novelty import LIMIT, novelty
+from memtool.memories.separation import separation
 from memtool.methods import open_method
 from memtool.methods.forget import forget
 from memtool.methods.in_store import HEAD
@@ -34,7 +36,6 @@ SETTINGS = {
     "head__rivals": "seen",
     "memory__keys_of": "class",
     "memory__look_at": "final",
-    "memory__beta": 0.1,
     "baselines": ("zero-shot",),
 }
 
@@ -60,7 +61,8 @@ def learned(chain: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Mira
     """Both tasks in memory, and the record of the run; for reading only."""
     folder = tmp_path_factory.mktemp("learned")
     (record,) = run(config(chain, folder))
-    return Mira.open(config(chain, folder), seed=0), record
+    adapters = folder / "runs" / "seed-0" / "adapters"
+    return Mira.open(config(chain, folder), seed=0, adapters=adapters), record
 
 
 def reopened(mira: Mira, **overrides: object) -> Mira:
@@ -87,7 +89,6 @@ def test_scores_are_those_computed_sample_by_sample(learned) -> None:
     work, snapshot = mira.workspace, mira.snapshot()
     _, model, head = snapshot.consolidated()
     images = np.concatenate([task.test.images for task in work.stream.tasks])
-    scores, coefficients = Measure(work).recall(model, head, images)
 
     def features(image: np.ndarray, recall=None) -> torch.Tensor:
         pixels = work.backbone.preprocess(torch.from_numpy(image[None].copy()))
@@ -101,12 +102,23 @@ def test_scores_are_those_computed_sample_by_sample(learned) -> None:
             sums[label] += seen / seen.norm()
     prototypes = sums / sums.norm(dim=1, keepdim=True)
     keys = torch.from_numpy(snapshot.view.keys()[0]).double().reshape(2, 3, -1)
-    for row, image in enumerate(images):
+
+    def asked(image: np.ndarray) -> list[list[float]]:
         query = F.layer_norm(features(image), (work.backbone.dim,))
         query = torch.cat([query, query.new_ones(1)])
-        exponents = [[float(key @ query) / len(query) ** 0.5 for key in own] for own in keys]
-        shares = torch.tensor(exponents, dtype=torch.float64).mul(0.1).exp()
-        weights = shares.sum(dim=1) / shares.sum()
+        return [[float(key @ query) / len(query) ** 0.5 for key in own] for own in keys]
+
+    found = [asked(image) for image in images]
+    # Colours are told apart at once: as soft as makes a mixture of it.
+    beta = 1 / float(np.median([abs(max(one) - max(other)) for one, other in found]))
+    (block,) = model.memory.blocks
+    model.memory[block].separation = separation("softmax", beta=beta)
+    scores, coefficients = Measure(work).recall(model, head, images)
+    for row, image in enumerate(images):
+        largest = max(max(own) for own in found[row])
+        each = [sum(math.exp(beta * (one - largest)) for one in own) for own in found[row]]
+        weights = torch.tensor([one / sum(each) for one in each], dtype=torch.float64)
+        assert weights.min() > 0.01
         torch.testing.assert_close(coefficients[row, 0].double(), weights, atol=1e-4, rtol=1e-4)
         mixed = features(image, same_for_all(model.values, weights.float(), "delta"))
         expected = 30.0 * prototypes @ (mixed / mixed.norm())
@@ -222,10 +234,14 @@ def test_a_head_of_cosines_has_their_logits() -> None:
         ({"head__features": "own+first"}, r"head.features own\+first(.|\n)*head.features=own"),
         ({"memory__frozen": "novelty", "head__kind": "lda"}, "memory.frozen novelty with head"),
         (
-            {"memory__frozen": "novelty", "memory__scope": "block"},
+            {"memory__frozen": "novelty", "memory__scope": "block", "memory__look_at": 2},
             "memory.frozen(.|\n)*scope=model",
         ),
         ({"memory__frozen": "novelty", "consolidate__epochs": 1}, "memory.frozen(.|\n)*epochs=0"),
+        (
+            {"memory__frozen": "novelty", "memory__test_time": "entropy"},
+            "memory.frozen(.|\n)*test_time=none",
+        ),
     ],
 )
 def test_what_it_cannot_is_refused(

@@ -64,6 +64,7 @@ def _require_left_to_frozen(config: Config) -> None:
     for name, found, known, why in (
         ("head.kind", config.head.kind, "prototype", "a head that knows frozen features"),
         ("memory.scope", memory.scope, "model", "one look for all blocks, which runs ahead"),
+        ("memory.test_time", memory.test_time, "none", "no weights where there are none to move"),
         ("consolidate.epochs", learn.epochs, 0, "keys that do not learn through a mixture"),
         ("consolidate.value_lr", learn.value_lr, 0, "values that stay as they are"),
     ):
