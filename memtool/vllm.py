@@ -18,6 +18,7 @@ import os
 import shutil
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -232,9 +233,13 @@ def _make_room(cache: Path) -> None:
     """Take directories out of the cache that nobody uses, the oldest first, until it is small."""
     caches.remove_parts(cache)
     folders = [path for path in cache.iterdir() if path.is_dir() and not path.name.startswith(".")]
-    sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in folders}
+    sizes, ages = dict[Path, int](), dict[Path, float]()
+    for folder in folders:
+        with suppress(FileNotFoundError):  # another process makes room, too
+            ages[folder] = folder.stat().st_mtime
+            sizes[folder] = sum(file.stat().st_size for file in folder.iterdir())
     over = sum(sizes.values()) - KEEP_BYTES
-    for folder in sorted(folders, key=lambda path: path.stat().st_mtime):
+    for folder in sorted(sizes, key=lambda path: ages[path]):
         if over <= 0:
             return
         try:
@@ -266,8 +271,9 @@ def _locked(folder: Path, how: int) -> int:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(handle, how)
-            if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
-                return handle
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(handle), path.stat()):
+                    return handle
         except BaseException:
             os.close(handle)
             raise

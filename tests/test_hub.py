@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard, constants, hf_api
 from safetensors.torch import load_file
 
 import memtool
+import memtool_stores.store
 from memtool import hub
 from memtool.backbones.nano import build_nano
 from memtool.config import resolve
@@ -35,6 +36,8 @@ from memtool_stores import (
 )
 from memtool_stores import hub as store_hub
 from memtool_stores.files import part_folder
+from memtool_stores.ice import sync_to_disk
+from memtool_stores.references import MARKS
 from memtool_stores.testing import fill, small_space
 from tests.cli.conftest import inside
 from tests.hub_server import Hub, serving
@@ -139,20 +142,32 @@ def test_what_is_pushed_is_pulled_byte_for_byte_with_its_history(server, small, 
 
 
 def test_an_older_copy_is_brought_up_to_date_and_one_that_went_its_own_way_is_not(
-    server, small, tmp_path
+    server, small, tmp_path, monkeypatch
 ):
     hub.push(small.url, "ann/small")
     copy, apart, tagged = (
         hub.pull("ann/small", tmp_path / name) for name in ("copy", "apart", "tagged")
     )
     before = copy.head()
+    head = tmp_path / "copy" / "ice" / "refs" / "branch.main" / "ref.json"
+    old, at_sync = head.read_bytes(), []
+
+    def sync(place):
+        at_sync.append(head.read_bytes() == old)
+        sync_to_disk(place)
+
     with small.transaction("more") as txn:
         fill(txn, small_space(), "t2", 2)
     small.tag("good")
     small.branch("aside", "HEAD~1")
     hub.push(small.url, "ann/small")
     reader = MemoryStore.open(tmp_path / "copy")
-    new = hub.pull("ann/small", tmp_path / "copy")
+    with monkeypatch.context() as patch:
+        patch.setattr(memtool_stores.store, "sync_to_disk", sync)
+        new = hub.pull("ann/small", tmp_path / "copy")
+    assert at_sync == [True, False]  # what references lead to is on the disk before them
+    marked = (sorted(p.name for p in (Path(one.url) / MARKS).iterdir()) for one in (new, small))
+    assert next(marked) == next(marked)
     assert new.head() == small.head() != before
     assert (new.tags(), new.branches()) == (small.tags(), small.branches())
     assert files_of(tmp_path / "copy") == files_of(Path(small.url))

@@ -273,3 +273,22 @@ def test_the_cache_is_bounded_and_what_a_process_uses_stays(place, base, cache, 
     memtool.vllm._make_room(cache / "vllm")
     there = [folder.is_dir() for folder in (first, second, *folders)]
     assert there == [True, True, False, False, False]  # in use, as long as this process lives
+
+
+def test_room_is_made_by_two_processes_at_once(tmp_path, monkeypatch):
+    folders = [tmp_path / f"{number:064d}" for number in range(3)]
+    for number, folder in enumerate(folders):
+        folder.mkdir()
+        (folder / "adapter_model.safetensors").write_bytes(bytes(100))
+        os.utime(folder, (number + 1, number + 1))
+    listed = Path.iterdir
+
+    def iterdir(path):  # the other one was faster
+        if path == folders[0]:
+            shutil.rmtree(path)
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    monkeypatch.setattr(memtool.vllm, "KEEP_BYTES", 100)
+    memtool.vllm._make_room(tmp_path)
+    assert [folder.is_dir() for folder in folders] == [False, False, True]

@@ -24,10 +24,10 @@ from memtool.inference.predictor import Predicted
 from memtool.serving import openai
 from memtool.serving.errors import invalid, of_error, refusal, status_of
 from memtool.serving.forms import parsed
-from memtool.serving.guard import Guard, busy
+from memtool.serving.guard import GONE, Guard, busy
 from memtool.serving.images import Pictures
 from memtool.serving.models import AUTO, Model
-from memtool.serving.service import GONE, Service
+from memtool.serving.service import Service
 from memtool.serving.texts import Prompt
 from memtool_stores.printable import printable
 

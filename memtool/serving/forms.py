@@ -24,6 +24,9 @@ MOST_HEADER_BYTES = 16 * 1024
 _USUAL = re.compile(rb'form-data; name="([^"\\]*)"(?:; filename="([^"\\]*)")?')
 """What clients write; all else is read by the rules of its grammar."""
 
+_BROKEN = re.compile(rb"[\0\r\n]")
+"""What no line of headers holds."""
+
 
 @dataclass
 class Form:
@@ -51,6 +54,8 @@ def parsed(body: bytes, content_type: str, *, most: int) -> Form:
         if end < 0:
             raise HTTPException(400, "the form ends in the middle")
         name, told = _named(head)
+        if not name:
+            raise HTTPException(400, "a part of the form has no name in its Content-Disposition")
         if name == FILE:
             number = len(form.files) + 1
             if number > most:
@@ -91,7 +96,10 @@ def _headers(body: bytes, at: int) -> tuple[int, bytes]:
 
 def _named(head: bytes) -> tuple[bytes, bytes]:
     """The names of a field and of its file, empty where there is none."""
-    for one in head.split(b"\r\n"):
+    lines = head.split(b"\r\n")
+    if any(_BROKEN.search(one) for one in lines):
+        raise HTTPException(400, "the form cannot be read: a line break or NUL within a header")
+    for one in lines:
         name, _, value = one.partition(b":")
         if name.strip().lower() == b"content-disposition":
             usual = _USUAL.fullmatch(value.strip())

@@ -17,6 +17,7 @@ from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from memtool.serving.errors import refusal
@@ -28,6 +29,9 @@ OPEN = ("/", "/healthz")
 """Paths that need no key, and those below /page/: they tell nothing of what was learned."""
 
 RETRY_SECONDS = 1
+
+GONE = 499
+"""The status, in the metrics, of a request whose client hung up."""
 
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
@@ -77,6 +81,8 @@ class Guard:
             await self._app(scope, body.receive, answer)
         except HTTPException as error:
             await refusal(error)(scope, receive, answer)
+        except ClientDisconnect:  # in the middle of its body: nobody is there to be told
+            status = GONE
         except Exception as error:
             logger.exception("%s failed: %r", scope["path"], error)
             if started:  # nothing else can be said in the middle of an answer

@@ -19,7 +19,7 @@ from memtool.errors import ConfigError, MemtoolError
 from memtool.inference.predictor import Predictor
 from memtool.methods.attached import AttachedTexts
 from memtool.serving.batcher import Batcher, Work
-from memtool.serving.guard import busy, gone
+from memtool.serving.guard import GONE, busy, gone
 from memtool.serving.images import PictureRunner
 from memtool.serving.limits import Limits
 from memtool.serving.metrics import Metrics
@@ -35,9 +35,6 @@ LARGE_BYTES = 256 * 1024
 """A body from which on parsing takes longer than to hand it to another thread."""
 
 T = TypeVar("T")
-
-GONE = 499
-"""The status, in the metrics, of a request whose client hung up."""
 
 
 class Service:

@@ -33,13 +33,18 @@ def copy(
     *,
     checksums: bool = True,
     there: frozenset[str] = frozenset(),
+    settle: Callable[[], None] = lambda: None,
 ) -> int:
     """Copy every file of a store but those that are `there`; the number of files.
 
-    Beside those the target must be empty.
+    Beside those the target must be empty, or a store that `settle` brings to the disk: it is called
+    when all but the references is copied.
     """
-    files = list(files_of(source, checksums))
+    files, settled = list(files_of(source, checksums)), False
     for number, (path, pieces) in enumerate(in_order(source, files, checksums), start=1):
+        if path.startswith(REFERENCES) and not settled:
+            settle()
+            settled = True
         # Pieces that nobody asks for are not read.
         if path not in there:
             target.write_pieces(path, pieces)

@@ -206,6 +206,19 @@ def mark_all(url: str) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def mark_new(url: str) -> None:
+    """Give branches and tags that came as files, and are on the disk, their marks.
+
+    A store without any marks is whole without them.
+    """
+    marks, half = Path(url) / MARKS, unfinished(url)
+    if marks.is_dir():
+        for place in (Path(url) / "ice" / "refs").iterdir():
+            kind, _, name = place.name.partition(".")
+            if (kind, name) not in half:
+                (marks / place.name).touch()
+
+
 def unmark(url: str, kind: str, name: str) -> None:
     """Before a branch or a tag is deleted: what then says nothing is not damaged."""
     if not url.startswith("s3://"):

@@ -64,7 +64,7 @@ from memtool_stores.ice import (
 )
 from memtool_stores.leftovers import Leftover, find, find_in_store, take_away
 from memtool_stores.migrate import SCHEMA_VERSION, BranchMigration, Migration
-from memtool_stores.move import REFERENCES, Tell, begun_copy, copy, require_empty
+from memtool_stores.move import CONTENT, REFERENCES, Tell, begun_copy, copy, require_empty
 from memtool_stores.names import below, check_ref
 from memtool_stores.objects import Objects, Retractable, bucket_holds, objects_at
 from memtool_stores.printable import shown
@@ -872,9 +872,12 @@ class MemoryStore:
                 self.branches() | newer.branches(),
                 self.tags() | newer.tags(),
             )
-            there = {entry.path for entry in ours.list() if not entry.path.startswith(REFERENCES)}
             if moved:
-                copy(theirs, ours, tell, checksums=True, there=frozenset(there))
+                place = Path(self.url)
+                there = _whole_files(theirs, ours)
+                copy(theirs, ours, tell, there=there, settle=lambda: sync_to_disk(place))
+                sync_to_disk(place)
+                references.mark_new(self.url)
             return moved
 
     def _require_beginning_of(self, newer: MemoryStore) -> None:
@@ -1033,6 +1036,17 @@ def _new_place(
         except BaseException:
             place.take_back("" if begun_by is None else REFERENCES)
             raise
+
+
+def _whole_files(theirs: Objects, ours: Objects) -> frozenset[str]:
+    """Files that need not be copied from another copy: none of another length, and no reference."""
+    sizes = {entry.path: entry.nbytes for entry in theirs.list(CONTENT.rstrip("/"))}
+    return frozenset(
+        entry.path
+        for entry in ours.list()
+        if not entry.path.startswith(REFERENCES)
+        and entry.nbytes == sizes.get(entry.path, entry.nbytes)
+    )
 
 
 def _require_heads(url: str) -> None:

@@ -196,6 +196,8 @@ def test_images_unlike_all_that_was_learned_are_left_to_the_frozen_model(learned
         frozen_scores(work, images)[15:].argmax(1).numpy() == work.stream.tasks[1].test.labels
     )
     assert row.matrix([task.name for task in work.stream.tasks]).values[1, 1] == expected.mean()
+    # Such an image chose no task, not the first one.
+    assert row.metrics["task_accuracy"] == pytest.approx(1 - far[:15].float().mean().item())
 
 
 def test_forgetting_the_last_task_leaves_the_memory_of_before(learned, tmp_path: Path) -> None:

@@ -98,6 +98,10 @@ WHOLE = one(b'Content-Disposition: form-data; name="file"; filename="a"', b"data
         (b"--xy", "cannot be read"),
         (b"--xyz and more\r\nA: b\r\n\r\n1\r\n--xyz--", "something behind it"),
         (b"--xyz\r\nA: " + b"b" * 20_000 + b"\r\n\r\n1\r\n--xyz--", "without an end"),
+        (one(b"Content-Disposition: form-data"), "no name"),
+        (one(b'Content-Disposition: form-data;\r\n name="file"'), "no name"),
+        (one(b'Content-Disposition: form-data; name="file"; filename="a\nb"'), "within a header"),
+        (one(b'Content-Disposition: form-data; name="file"; filename="a\0b"'), "within a header"),
         *((WHOLE[:end], "in the middle") for end in range(6, len(WHOLE) - 3, 7)),
     ],
 )

@@ -91,8 +91,9 @@ class Measure:
             accuracy.append(share_right(logits, task.test))
             coefficients.append(recalled)
             if task.number in state.tasks:
-                chosen = (recalled.mean(dim=1) @ by_task).argmax(dim=1)
-                right += int((chosen == state.tasks.index(task.number)).sum())
+                shares = recalled.mean(dim=1) @ by_task
+                chosen = shares.argmax(dim=1) == state.tasks.index(task.number)
+                right += int((chosen & shares.any(dim=1)).sum())  # left to the frozen model: none
                 total += len(task.test)
         inputs = sum(len(task.test) for task in tasks)
         return Scores(
