@@ -308,7 +308,7 @@ def gone(patch: pytest.MonkeyPatch, *, memory: tuple[float, ...], rival: tuple[f
     patch.setattr(Learner, "learn", learned)
 
 
-@pytest.mark.usefixtures("_no_page")
+@pytest.mark.usefixtures("no_page")
 def test_what_fails_in_a_cell_is_left_out_for_its_rows_alone(tmp_path, monkeypatch):
     gone(monkeypatch, memory=(1e-4,), rival=(2e-2,))
     config, said = tiny(tmp_path), []
