@@ -191,6 +191,20 @@ def test_an_older_copy_is_brought_up_to_date_and_one_that_went_its_own_way_is_no
     tagged.tag("good", "HEAD~1")
     with pytest.raises(AlreadyExistsError, match="its tag good"):
         hub.pull("ann/small", tagged.url)
+    small.branch("gone", "HEAD~1")
+    small.tag("old")
+    hub.push(small.url, "ann/small")
+    known = hub.pull("ann/small", tmp_path / "known")
+    small.delete_branch("gone")
+    hub.push(small.url, "ann/small")
+    with pytest.raises(AlreadyExistsError, match="its branch gone is not in"):
+        hub.pull("ann/small", known.url)
+    known.delete_branch("gone")
+    small.delete_tag("old")
+    hub.push(small.url, "ann/small")
+    with pytest.raises(AlreadyExistsError, match=r"its tag old is not in .*, or was taken"):
+        hub.pull("ann/small", known.url)
+    assert known.tags()["old"] == known.head()
 
 
 def test_part_folders_of_copies_that_died_are_taken_away(server, small, tmp_path):

@@ -1,28 +1,24 @@
-"""Forms with files, read in memory: a request is no larger than is allowed, and whole.
-
-RFC 7578 and 2046: parts between lines of `--boundary`, each with headers, an empty line and its
-bytes. As a body is at hand whole, a part ends where the next line is found, whatever is in it.
-"""
+"""Forms with files, parsed in memory: a request is no larger than is allowed, and whole."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
+from python_multipart import MultipartParser
+from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 from starlette.exceptions import HTTPException
+
+if TYPE_CHECKING:
+    from python_multipart.multipart import MultipartCallbacks
 
 FILE = b"file"
 """The field of pictures."""
 
 MOST_FIELDS = 16
 """Fields beside the files."""
-
-MOST_HEADER_BYTES = 16 * 1024
-"""The headers of one part."""
-
-_USUAL = re.compile(rb'form-data; name="([^"\\]*)"(?:; filename="([^"\\]*)")?')
-"""What clients write; all else is read by the rules of its grammar."""
 
 _BROKEN = re.compile(rb"[\0\r\n]")
 """What no line of headers holds."""
@@ -42,69 +38,80 @@ def parsed(body: bytes, content_type: str, *, most: int) -> Form:
     It may have `most` files.
     """
     _, options = parse_options_header(content_type)
-    boundary = options.get(b"boundary")
-    if not boundary:
+    line = options.get(b"boundary")
+    if not line:
         raise HTTPException(400, "the form has no boundary in its Content-Type")
-    line = b"\r\n--" + boundary
-    form, others = Form(), 0
-    at = _first(body, line)
-    while body[at : at + 2] != b"--":
-        begin, head = _headers(body, at)
-        end = body.find(line, begin)
-        if end < 0:
-            raise HTTPException(400, "the form ends in the middle")
-        name, told = _named(head)
+    reader = _Reader(most)
+    try:
+        parser = MultipartParser(line, reader.callbacks)
+        parser.write(body)
+    except FormParserError as error:
+        raise HTTPException(400, f"the form cannot be read: {error}") from error
+    if not reader.ended:
+        raise HTTPException(400, "the form ends in the middle")
+    return reader.form
+
+
+class _Reader:
+    """Takes the parts of a form as the parser finds them."""
+
+    def __init__(self, most: int) -> None:
+        self.form = Form()
+        self.ended = False
+        self._most = most
+        self._others = 0
+        self._name = self._value = b""
+        self._headers: dict[bytes, bytes] = {}
+        self._parts: list[bytes] = []
+
+    @property
+    def callbacks(self) -> MultipartCallbacks:
+        """What the parser calls."""
+        return {
+            "on_part_begin": self._begin,
+            "on_header_field": self._header_name,
+            "on_header_value": self._header_value,
+            "on_header_end": self._header_end,
+            "on_part_data": self._data,
+            "on_part_end": self._end,
+            "on_end": self._whole,
+        }
+
+    def _begin(self) -> None:
+        self._headers, self._parts = {}, []
+
+    def _header_name(self, data: bytes, start: int, end: int) -> None:
+        self._name += data[start:end]
+
+    def _header_value(self, data: bytes, start: int, end: int) -> None:
+        self._value += data[start:end]
+
+    def _header_end(self) -> None:
+        self._headers[self._name.lower()] = self._value
+        self._name = self._value = b""
+
+    def _data(self, data: bytes, start: int, end: int) -> None:
+        self._parts.append(data[start:end])
+
+    def _end(self) -> None:
+        line = self._headers.get(b"content-disposition", b"")
+        if _BROKEN.search(line):
+            raise HTTPException(400, "the form cannot be read: a line break or NUL in a header")
+        _, about = parse_options_header(line)
+        name, data = about.get(b"name", b""), b"".join(self._parts)
         if not name:
             raise HTTPException(400, "a part of the form has no name in its Content-Disposition")
         if name == FILE:
-            number = len(form.files) + 1
-            if number > most:
-                raise HTTPException(413, f"more than {most} files: a request has no more")
-            form.files.append((told.decode(errors="replace") or f"file {number}", body[begin:end]))
-        else:
-            others += 1  # also of one name, of which the last counts
-            if others > MOST_FIELDS:
-                raise HTTPException(400, f"more than {MOST_FIELDS} fields beside the files")
-            text = body[begin:end].decode(errors="replace")
-            form.fields[name.decode(errors="replace")] = text
-        at = end + len(line)
-    return form
+            if len(self.form.files) >= self._most:
+                raise HTTPException(413, f"more than {self._most} files: a request has no more")
+            number = len(self.form.files) + 1
+            told = about.get(b"filename", b"").decode(errors="replace")
+            self.form.files.append((told or f"file {number}", data))
+            return
+        self._others += 1  # also of one name, of which the last counts
+        if self._others > MOST_FIELDS:
+            raise HTTPException(400, f"more than {MOST_FIELDS} fields beside the files")
+        self.form.fields[name.decode(errors="replace")] = data.decode(errors="replace")
 
-
-def _first(body: bytes, line: bytes) -> int:
-    """Where the first line of the boundary ends."""
-    if body.startswith(line[2:]):
-        return len(line) - 2
-    before = body.find(line)  # what stands before it counts for nothing
-    if before < 0:
-        raise HTTPException(400, "the form cannot be read: no line of its boundary")
-    return before + len(line)
-
-
-def _headers(body: bytes, at: int) -> tuple[int, bytes]:
-    """Where the bytes of a part begin, and its headers; `at` is behind its boundary."""
-    end = body.find(b"\r\n\r\n", at, at + MOST_HEADER_BYTES)
-    if end < 0:
-        if len(body) - at < MOST_HEADER_BYTES:
-            raise HTTPException(400, "the form ends in the middle")
-        raise HTTPException(400, "the form cannot be read: headers without an end")
-    rest, _, head = body[at : end + 2].partition(b"\r\n")
-    if rest.strip(b" \t"):
-        raise HTTPException(400, "the form cannot be read: a boundary and something behind it")
-    return end + 4, head
-
-
-def _named(head: bytes) -> tuple[bytes, bytes]:
-    """The names of a field and of its file, empty where there is none."""
-    lines = head.split(b"\r\n")
-    if any(_BROKEN.search(one) for one in lines):
-        raise HTTPException(400, "the form cannot be read: a line break or NUL within a header")
-    for one in lines:
-        name, _, value = one.partition(b":")
-        if name.strip().lower() == b"content-disposition":
-            usual = _USUAL.fullmatch(value.strip())
-            if usual is not None:
-                return usual[1], usual[2] or b""
-            _, about = parse_options_header(value.strip())
-            return about.get(b"name", b""), about.get(b"filename", b"")
-    return b"", b""
+    def _whole(self) -> None:
+        self.ended = True

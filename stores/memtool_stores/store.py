@@ -891,12 +891,18 @@ class MemoryStore:
             raise AlreadyExistsError(other.format("is another memory"), **ways)
         tips = newer.branches()
         for name, version in self.branches().items():
-            if name in tips and version not in {one.id for one in newer.log(tips[name])}:
+            if name not in tips:
+                words = f"its branch {name} is not in {newer.address}"
+                raise AlreadyExistsError(other.format(words), **ways)
+            if version not in {one.id for one in newer.log(tips[name])}:
                 words = f"its {'HEAD' if name == MAIN else f'branch {name}'} is not in the history"
                 raise AlreadyExistsError(other.format(f"{words} of {newer.address}"), **ways)
         tags = newer.tags()
         for name, version in self.tags().items():
-            if tags.get(name, version) != version:
+            if name not in tags:
+                words = f"its tag {name} is not in {newer.address}, or was taken away there"
+                raise AlreadyExistsError(other.format(words), **ways)
+            if tags[name] != version:
                 words = f"its tag {name} names another version than in {newer.address}"
                 raise AlreadyExistsError(other.format(words), **ways)
 

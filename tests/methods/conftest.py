@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from memtool.config import resolve
 from memtool.experiments import run as experiment
 from memtool.methods.mira.method import Mira
 from memtool.settings import Config
+from tests.methods.colours import write_chain
 
 SMALL = {
     "stream.train_per_task": 100,
@@ -75,3 +77,17 @@ def learned_copy(_learned: Path, tmp_path: Path) -> Mira:
     folder = tmp_path / "copy"
     shutil.copytree(_learned, folder)
     return Mira.open(small_config(folder), seed=0)
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of a chain of two data sets of colours."""
+    return write_chain(tmp_path_factory.mktemp("chain"))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache of its own, empty at first."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEMTOOL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield

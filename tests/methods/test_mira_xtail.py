@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 import memtool
-from memtool.adapters.recalls import same_for_all
+from memtool.adapters.recalls import every, same_for_all
 from memtool.errors import AlreadyExistsError, ConfigError, MismatchError
 from memtool.evaluation.record import Record
 from memtool.experiments.run import run
@@ -28,7 +28,9 @@ from memtool.methods.mira.measure import Measure
 from memtool.methods.mira.method import Mira
 from memtool.settings import Config
 from memtool.streams import load_image
-from tests.methods.colours import chain_config, write_chain
+from tests.methods.colours import chain_config
+
+pytestmark = pytest.mark.usefixtures("cache")
 
 SETTINGS = {
     "adapter__rank": 2,
@@ -38,18 +40,6 @@ SETTINGS = {
     "memory__look_at": "final",
     "baselines": ("zero-shot",),
 }
-
-
-@pytest.fixture(scope="module")
-def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_chain(tmp_path_factory.mktemp("chain"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MEMTOOL_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 def config(chain: Path, folder: Path, **overrides: object) -> Config:
@@ -251,3 +241,27 @@ def test_what_it_cannot_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=words):
         open_method(config(chain, tmp_path, **changes), seed=0)
+
+
+def test_adapters_that_learned_under_one_kind_of_head_have_no_other(learned) -> None:
+    mira, _ = learned
+    other = reopened(mira, head__kind="lda")
+    with pytest.raises(ConfigError, match=r"learned under head\.kind prototype") as refused:
+        other.consolidate()
+    assert "--set head.kind=prototype" in str(refused.value.remedy)
+
+
+def test_adapters_of_a_task_that_is_told_answer_with_their_cosines(learned) -> None:
+    mira, _ = learned
+    work, snapshot = mira.workspace, mira.snapshot()
+    task = work.stream.tasks[0]
+    (record,) = snapshot.adapters_of(task.number)
+    recall = every(snapshot.values_of([record]))
+    head = snapshot.own_head(record.name)
+    assert head is not None
+    found = Measure(work)._logits(recall, head, task)
+    features = work.backbone.features(
+        work.backbone.preprocess(torch.from_numpy(np.array(task.test.images))), recall
+    )
+    expected = fixed_head(work)(features, task.classes)
+    torch.testing.assert_close(found[:, list(task.classes)], expected[:, list(task.classes)])

@@ -44,7 +44,8 @@ from memtool.streams.prompts import prompts
 from memtool.streams.task import Images
 from memtool.workspace import Workspace
 from tests.methods.colours import chain_config as config
-from tests.methods.colours import write_chain
+
+pytestmark = pytest.mark.usefixtures("cache")
 
 CLIP = {
     "embed_dim": 16,
@@ -53,18 +54,6 @@ CLIP = {
         "context_length": 20, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2,
     },
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_chain(tmp_path_factory.mktemp("chain"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MEMTOOL_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,10 @@
-"""Forms, beside the parser of python-multipart: what is found in whole ones, and refused."""
+"""Forms: what is found in whole ones, and what is refused."""
 
 from __future__ import annotations
 
 import random
 
 import pytest
-from python_multipart import MultipartParser
 from starlette.exceptions import HTTPException
 
 from memtool.serving.forms import parsed
@@ -26,27 +25,6 @@ PIECES = (
 )
 
 
-def oracle(body: bytes) -> list[tuple[bytes, bytes]]:
-    """The headers and bytes of every part."""
-    found: list[tuple[bytes, bytes]] = []
-    state = {"head": b"", "data": b""}
-
-    def add(name: str) -> object:
-        return lambda data, start, end: state.update({name: state[name] + data[start:end]})
-
-    def begin() -> None:
-        state.update(head=b"", data=b"")
-
-    callbacks = {
-        "on_part_begin": begin,
-        "on_header_value": add("head"),
-        "on_part_data": add("data"),
-        "on_part_end": lambda: found.append((state["head"], state["data"])),
-    }
-    MultipartParser("xyz", callbacks).write(body)  # type: ignore[arg-type]
-    return found
-
-
 def test_whatever_is_in_the_parts_of_a_form_is_found() -> None:
     chance = random.Random(0)
     for _ in range(300):
@@ -64,7 +42,6 @@ def test_whatever_is_in_the_parts_of_a_form_is_found() -> None:
         )
         body = b"\r\n" * chance.randrange(2) + body + b"--xyz--" + b"\r\n" * chance.randrange(2)
         found = parsed(body, KIND, most=8)
-        assert [data for _, data in oracle(body)] == parts
         assert found.files == [(str(number), one) for number, one in enumerate(parts)]
 
 
@@ -85,7 +62,6 @@ def one(head: bytes, data: bytes = b"1") -> bytes:
 )
 def test_names_are_read_as_their_grammar_says(head: bytes, name: str) -> None:
     assert parsed(one(head), KIND, most=1).files == [(name, b"1")]
-    assert parsed(b"preamble\r\n" + one(head), KIND, most=1).files == [(name, b"1")]
 
 
 WHOLE = one(b'Content-Disposition: form-data; name="file"; filename="a"', b"data")
@@ -94,14 +70,14 @@ WHOLE = one(b'Content-Disposition: form-data; name="file"; filename="a"', b"data
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        (b"", "cannot be read"),
-        (b"--xy", "cannot be read"),
-        (b"--xyz and more\r\nA: b\r\n\r\n1\r\n--xyz--", "something behind it"),
-        (b"--xyz\r\nA: " + b"b" * 20_000 + b"\r\n\r\n1\r\n--xyz--", "without an end"),
+        (b"", "in the middle"),
+        (b"--xy", "in the middle"),
+        (b"--xyz and more\r\nA: b\r\n\r\n1\r\n--xyz--", "cannot be read"),
+        (b"--xyz\r\nA: " + b"b" * 20_000 + b"\r\n\r\n1\r\n--xyz--", "cannot be read"),
         (one(b"Content-Disposition: form-data"), "no name"),
-        (one(b'Content-Disposition: form-data;\r\n name="file"'), "no name"),
-        (one(b'Content-Disposition: form-data; name="file"; filename="a\nb"'), "within a header"),
-        (one(b'Content-Disposition: form-data; name="file"; filename="a\0b"'), "within a header"),
+        (one(b'Content-Disposition: form-data;\r\n name="file"'), "cannot be read"),
+        (one(b'Content-Disposition: form-data; name="file"; filename="a\nb"'), "cannot be read"),
+        (one(b'Content-Disposition: form-data; name="file"; filename="a\0b"'), "cannot be read"),
         *((WHOLE[:end], "in the middle") for end in range(6, len(WHOLE) - 3, 7)),
     ],
 )

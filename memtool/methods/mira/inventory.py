@@ -184,6 +184,13 @@ def _require_same_queries(config: Config, state: MemoryState | None) -> None:
                 f"{list(state.tasks)} were counted with {getattr(then, name)!r}",
                 remedy=f"--set memory.{name}={_written(getattr(then, name))}, or a new --store",
             )
+    if config.head.is_fixed != state.head.is_fixed:
+        raise ConfigError(
+            f"head.kind is {config.head.kind}, but the adapters of tasks {list(state.tasks)} "
+            f"learned under head.kind {state.head.kind}",
+            expected="heads of one kind: known for all classes in advance, or not",
+            remedy=f"--set head.kind={state.head.kind}, or a new --store",
+        )
     here, there = config.head.beside, state.head.beside
     if here != there:
         raise ConfigError(

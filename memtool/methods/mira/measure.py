@@ -191,8 +191,13 @@ class Measure:
     def _logits(self, recall: Recall, head: LinearClassifier, task: Task) -> Tensor:
         backbone = self.workspace.backbone
 
+        cosines = self.workspace.config.head.is_fixed
+
         def run(images: Tensor) -> Tensor:
-            return head(backbone.features(backbone.preprocess(images), recall), task.classes)
+            features = backbone.features(backbone.preprocess(images), recall)
+            return head(
+                F.normalize(features.float(), dim=-1) if cosines else features, task.classes
+            )
 
         return self.workspace.engine.predict(run, task.test.images)
 

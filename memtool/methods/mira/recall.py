@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from memtool.adapters.mixing import Mixture
 from memtool.adapters.values import AdapterValues, Recall
 from memtool.backbones.interface import Backbone
-from memtool.errors import DataError
+from memtool.errors import ConfigError
 from memtool.memories.closed_form import QueryStatistics
 from memtool.memories.keyed import KeyedMemory
 from memtool.memories.novelty import Reaches
@@ -39,13 +39,13 @@ def memory_blocks(
 def reaches_of(queries: Mapping[int, QueryStatistics]) -> Reaches | None:
     """What tells which queries are unlike those of all tasks; None where there is no task.
 
-    Raises DataError for a task whose queries do not say how far they reach.
+    Raises ConfigError for a task whose queries do not say how far they reach.
     """
     for task, counted in queries.items():
         if Reaches.of([counted.moments]) is None:
-            raise DataError(
-                f"the queries of task {task} do not say how far they reach: there are too few, or "
-                "only equal ones",
+            raise ConfigError(
+                f"memory.frozen novelty: the queries of task {task} do not say how far they reach: "
+                "there are too few, or only equal ones",
                 expected="several training images of a class",
                 remedy="--set memory.frozen=none",
             )
