@@ -180,8 +180,8 @@ def _require_same_queries(config: Config, state: MemoryState | None) -> None:
     for name in SAME_QUERIES:
         if getattr(now, name) != getattr(then, name):
             raise ConfigError(
-                f"memory.{name} is {getattr(now, name)!r}, but the queries of tasks "
-                f"{list(state.tasks)} were counted with {getattr(then, name)!r}",
+                f"memory.{name} is {_written(getattr(now, name))}, but the queries of tasks "
+                f"{list(state.tasks)} were counted with {_written(getattr(then, name))}",
                 remedy=f"--set memory.{name}={_written(getattr(then, name))}, or a new --store",
             )
     if config.head.is_fixed != state.head.is_fixed:
