@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from copy import copy
 from typing import Any
 
 import pytest
 from starlette.exceptions import HTTPException
 
+from memtool.errors import DataError
 from memtool.inference.predictor import Predicted, Predictor
+from memtool.serving.batcher import Batcher
 from memtool.serving.forms import parsed
 from memtool.serving.images import PictureRunner, Pictures
 from memtool.serving.metrics import Metrics
+from memtool.serving.models import Model
 from memtool_stores import StorageError
 from tests.serving.conftest import Memory
 from tests.serving.served import FORM, LINE, form
@@ -29,6 +33,43 @@ def test_who_asked_for_little_gets_little_beside_who_asks_for_all(memory: Memory
     (little,), (all_,) = asyncio.run(both())
     assert (len(little.classes), len(little.weights)) == (1, 0)
     assert (len(all_.classes), len(all_.weights)) == (2, 1)
+    models.close()
+
+
+def test_what_a_failed_batch_answered_in_part_is_counted_once(memory: Memory) -> None:
+    models, metrics = memory.models(), Metrics(lambda: 0)
+    good, broken = models.current.ready, copy(models.current.ready)
+    assert isinstance(good, Predictor)
+    assert isinstance(broken, Predictor)
+    pixels = good.pixels(memory.pictures[0], "a.png")
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise DataError("broken")
+
+    broken.predict = fail  # type: ignore[method-assign]
+
+    async def answered() -> list[Any]:
+        runner = PictureRunner(metrics, 8)
+        batcher = Batcher(runner, window=0.0, most=8, batched=metrics.batch)
+        at_fault = Model(models.current.memory, None, broken)
+        works = [
+            Pictures(model, [pixels], topk=1, adapters=1)
+            for model in (models.current, models.current, at_fault, models.current)
+        ]
+        batcher.put(works)
+        batcher.start()
+        found = await asyncio.gather(*(one.future for one in works), return_exceptions=True)
+        await asyncio.to_thread(batcher.stop)
+        return found
+
+    found = asyncio.run(answered())
+    assert [isinstance(one, DataError) for one in found] == [False, False, True, False]
+    counted = dict(line.rsplit(" ", 1) for line in metrics.text().decode().splitlines())
+    assert float(counted["memtool_inputs_total"]) == 3
+    assert float(counted["memtool_batch_size_count"]) == 1
+    assert float(counted["memtool_batch_size_sum"]) == 4
+    used = [float(one) for name, one in counted.items() if "memtool_adapter_use_total{" in name]
+    assert sum(used) == pytest.approx(3, rel=1e-3)
     models.close()
 
 
