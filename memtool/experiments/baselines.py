@@ -57,7 +57,7 @@ def chosen_baselines(method: Method) -> tuple[str, ...]:
     absent = [name for name in wanted if name in RIVALS and name not in known]
     if absent:
         raise ConfigError(
-            f"no baseline {absent[0]} {_where(method)}",
+            f"no baseline {absent[0]} {where_known(method)}",
             expected=f"one of {', '.join(known)}" if known else "--baselines none",
             remedy=f"leave {absent[0]} out of --baselines",
         )
@@ -68,7 +68,7 @@ def chosen_baselines(method: Method) -> tuple[str, ...]:
     return (*(name for name in known if name in (*every, *wanted)), *others)
 
 
-def _where(method: Method) -> str:
+def where_known(method: Method) -> str:
     """What decides which baselines there are, as it is here."""
     config = method.config
     if method.workspace.reads == "images" and is_fixed(config):
