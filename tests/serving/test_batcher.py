@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from memtool.errors import DataError, MemtoolError
+from memtool.errors import DataError, MemtoolError, NotFoundError
 from memtool.serving import app as apps
 from memtool.serving import models as kept
 from memtool.serving.batcher import Batcher, Work
@@ -109,6 +109,16 @@ def test_models_that_are_asked_for_stay(memory: Memory, monkeypatch: pytest.Monk
     assert made == ["task-1-seed-0", "task-2-seed-0", "upright"]
     asyncio.run(models.named("task-2-seed-0"))
     assert made[3:] == ["task-2-seed-0"]
+    models.close()
+
+
+def test_a_task_is_a_model_and_a_slip_in_its_name_is_told(memory: Memory) -> None:
+    models = memory.models()
+    assert asyncio.run(models.named("upright")).adapter == "upright"
+    for word, meant in (("uprigth", "upright"), ("task-1-seed0", "task-1-seed-0")):
+        with pytest.raises(NotFoundError, match=f"no model '{word}'") as raised:
+            asyncio.run(models.named(word))
+        assert f"did you mean '{meant}'" in str(raised.value.expected)
     models.close()
 
 

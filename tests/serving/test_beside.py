@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from copy import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 from starlette.exceptions import HTTPException
 
-from memtool.errors import DataError
+from memtool.errors import DataError, NotFoundError
 from memtool.inference.predictor import Predicted, Predictor
 from memtool.serving.batcher import Batcher
+from memtool.serving.errors import status_of
 from memtool.serving.forms import parsed
 from memtool.serving.images import PictureRunner, Pictures
 from memtool.serving.metrics import Metrics
-from memtool.serving.models import Model
+from memtool.serving.models import Model, Models
 from memtool_stores import StorageError
 from tests.serving.conftest import Memory
 from tests.serving.served import FORM, LINE, form
@@ -77,6 +79,27 @@ def test_fields_of_one_name_are_counted_too() -> None:
     many = b"".join(form(topk="1").removesuffix(f"--{LINE}--\r\n".encode()) for _ in range(17))
     with pytest.raises(HTTPException, match="16 fields"):
         parsed(many + form(), FORM, most=1)
+
+
+def test_a_store_that_is_gone_for_a_while_is_said_as_that_and_not_where_it_was(
+    memory: Memory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory.copy(tmp_path / "served")
+    monkeypatch.chdir(tmp_path / "served")
+    models = Models("memory")
+    Path("memory").rename("away")
+    for word in ("memory@HEAD~1", "task-1-seed-0"):
+        with pytest.raises(StorageError, match="the memory memory is not where it was") as raised:
+            asyncio.run(models.named(word))
+        assert (raised.value.transient, status_of(raised.value)) == (True, 503)
+    assert asyncio.run(models.named("auto")) is models.current
+    with pytest.raises(StorageError, match="is not where it was"):
+        asyncio.run(models.reload())
+    told = models.told(NotFoundError(f"no store at {Path('memory').resolve()}: no such folder"))
+    assert told == "no store at memory: no such folder"
+    Path("away").rename("memory")
+    assert asyncio.run(models.named("task-1-seed-0")).adapter == "task-1-seed-0"
+    models.close()
 
 
 @pytest.mark.parametrize("transient", [True, False])
