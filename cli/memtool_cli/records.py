@@ -187,6 +187,22 @@ class Cloned(CliRecord):
     adapters: int
 
 
+class Pulled(CliRecord):
+    """A memory of the hub in another place, and which branches and tags came with this pull.
+
+    `deleted` are tags that the hub has and that were deleted here; they stay so.
+    """
+
+    schema_: Literal["memtool.pull"] = Field("memtool.pull", alias="schema")
+    source: str
+    target: str
+    version: str
+    adapters: int
+    branches: tuple[str, ...]
+    tags: tuple[str, ...]
+    deleted: tuple[str, ...]
+
+
 class Bundled(CliRecord):
     """A whole memory as one file."""
 

@@ -6,6 +6,7 @@ import copy
 import math
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import BeforeValidator, TypeAdapter
@@ -21,6 +22,7 @@ from memtool.methods import open_method
 from memtool.methods.baselines import (
     DG_BASELINES,
     FIRST_SESSION,
+    REVISIONS,
     RIVALS,
     HeldOut,
     baseline,
@@ -55,7 +57,7 @@ def chosen_baselines(method: Method) -> tuple[str, ...]:
     absent = [name for name in wanted if name in RIVALS and name not in known]
     if absent:
         raise ConfigError(
-            f"no baseline {absent[0]} {_where(method)}",
+            f"no baseline {absent[0]} {where_known(method)}",
             expected=f"one of {', '.join(known)}" if known else "--baselines none",
             remedy=f"leave {absent[0]} out of --baselines",
         )
@@ -66,7 +68,7 @@ def chosen_baselines(method: Method) -> tuple[str, ...]:
     return (*(name for name in known if name in (*every, *wanted)), *others)
 
 
-def _where(method: Method) -> str:
+def where_known(method: Method) -> str:
     """What decides which baselines there are, as it is here."""
     config = method.config
     if method.workspace.reads == "images" and is_fixed(config):
@@ -119,17 +121,24 @@ def _baseline(method: Method, name: str, tasks: Sequence[Task]) -> list[Row]:
             return _on_held_out(held_out, held_out_baseline(name), work, tasks)
         return baseline(name)(work, tasks)
 
-    decides = _decides_of_texts(work) if work.reads == "texts" else _decides_of_images(work)
-    decides += _decides_alone(work.config, name)
-    if (source := source_of(name)) is not None:
-        decides.append(source)
-    word = re.sub(r"[^\w.-]+", "-", name)  # a name as path/to/file.py:Class is no file name
-    file = work.config.runs / "baselines" / f"{word}-{fingerprint_of(decides)[:16]}.json"
+    file = kept_file(work, name)
     stage = f"baseline: {name}"
     work.tell(stage, 0, 1)
     rows = kept(file, _ROWS, work.engine, measure)
     work.tell(stage, 1, 1)
     return rows
+
+
+def kept_file(work: Workspace, name: str) -> Path:
+    """Where the rows of a baseline lie once they are finished, by all that decides them."""
+    decides = _decides_of_texts(work) if work.reads == "texts" else _decides_of_images(work)
+    decides += _decides_alone(work.config, name)
+    if (source := source_of(name)) is not None:
+        decides.append(source)
+    if (revision := REVISIONS.get(name, 1)) != 1:  # what was kept before there were any is found
+        decides.append({"revision": revision})
+    word = re.sub(r"[^\w.-]+", "-", name)  # a name as path/to/file.py:Class is no file name
+    return work.config.runs / "baselines" / f"{word}-{fingerprint_of(decides)[:16]}.json"
 
 
 def _decides_alone(config: Config, name: str) -> list[object]:

@@ -455,16 +455,18 @@ class Sweep:
     def clear(self) -> None:
         """Take away what workers left that were killed after another had taken their job.
 
-        Of jobs that ended well alone: nobody works on these any more.
+        Of jobs that ended well alone, and not where one may go on who was only stopped, or of whom
+        nobody knows: he takes his away himself when he finds that he lost the job.
         """
         for job in self.jobs:
             result = self.result(job)
             if result is None or result.record is None:
                 continue
             cell = below(self.folder / "cells", job.cell.name)
-            for place in (cell, *cell.glob("attempt-*")):
-                if place / f"seed-{job.seed}" != self.folder / result.record:
-                    _take_away(place, job)
+            for place in ("", *(folder.name for folder in cell.glob("attempt-*"))):
+                counts = cell / place / f"seed-{job.seed}" == self.folder / result.record
+                if not counts and not self.queue.may_be_written(job.name, place):
+                    _take_away(cell / place, job)
 
     def work_on(
         self,

@@ -85,6 +85,7 @@ __all__ = [
     "BASELINES",
     "DG_BASELINES",
     "FIRST_SESSION",
+    "REVISIONS",
     "RIVALS",
     "Baseline",
     "HeldOut",
@@ -118,6 +119,12 @@ DG_BASELINES = {**OF_SOURCES, **{one.id: one.on_sources for one in (RANPAC, APER
 """Those of domain generalisation: workspace, source tasks and held-out samples to what is reached.
 
 FSA is `erm` there, under its LDA head."""
+
+REVISIONS = {"slca": 2, "ease": 2, "mos": 2, "tuna": 2, "dual-prompt": 2}
+"""How often what a baseline computes was changed, counted from 1, which the others are at.
+
+Rows that an earlier run kept are found by it: raise it with every change after which one reaches
+other numbers, of all that share what was changed."""
 
 FIRST_SESSION = (RANPAC.id, APER.id, FSA.id)
 """Those that learn on the first task alone."""
