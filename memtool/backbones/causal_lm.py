@@ -84,7 +84,9 @@ def create_causal_lm(
     pictured = reads_pictures(source)
     kind: Any = AutoModelForCausalLM
     if pictured:
-        from transformers import AutoModelForImageTextToText as kind
+        from transformers import AutoModelForImageTextToText
+
+        kind = AutoModelForImageTextToText
     had_bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -55,9 +55,9 @@ def reads_pictures(source: str) -> bool:
 
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError):
+        return config.model_type in KNOWN and config.get_text_config() is not config
+    except (OSError, ValueError):  # none, or one of several towers of text
         return False
-    return config.model_type in KNOWN and config.get_text_config() is not config
 
 
 def open_processor(source: str) -> Any:
@@ -109,6 +109,8 @@ class PicturedLM(CausalLM):
         made_of: Callable[[nn.Module], nn.Module] | None = None,
     ) -> None:
         tokenizer = processor.tokenizer
+        if not getattr(tokenizer, "chat_template", None):  # that of pictures is the processor's
+            tokenizer.chat_template = getattr(processor, "chat_template", None)
         context = context_of(model.config.get_text_config())
         if text.prompt_tokens is None:  # a picture alone may have more tokens than texts do
             most = max(1, context - (text.answer_tokens or context // 4))
@@ -213,15 +215,17 @@ class PicturedLM(CausalLM):
 
     def _prompt_ids(self, prompt: str) -> list[int]:
         album = album_of(prompt)
-        if album is None:
-            return super()._prompt_ids(prompt)
         if not self._chat:
+            if album is None:
+                return super()._prompt_ids(prompt)
             return self._row(str(prompt), album, special=True)
         asked = self.processor.apply_chat_template(
             [{"role": "user", "content": _parts(str(prompt), self.mark)}],
             add_generation_prompt=True,
             tokenize=False,
         )
+        if album is None:
+            return list(self.tokenizer(asked, add_special_tokens=False, verbose=False).input_ids)
         return self._row(asked, album, special=False)
 
     def _row(self, text: str, album: Album, *, special: bool) -> list[int]:

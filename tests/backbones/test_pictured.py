@@ -152,6 +152,29 @@ def _double(processor: Any) -> Any:
     return made
 
 
+def test_a_chat_has_its_pictures_where_the_marks_were() -> None:
+    processor = tiny_processor()
+    processor.chat_template = (
+        "u:{% for one in messages[0].content %}{% if one.type == 'image' %}<image>{% else %}"
+        "{{ one.text }}{% endif %}{% endfor %}."
+    )
+    chat = LIMITS.model_copy(update={"chat": True})
+    lm = PicturedLM(tiny_llava(), processor, "hf:tiny", chat)
+    prompts = with_pictures(["is <image> it:", "abc"], [picture(1), None])
+    said = lm.encode(prompts).tokens
+    plain = tiny_processor()
+    beside = plain(
+        text=["u:is <image> it:."],
+        images=[[picture(1)]],
+        add_special_tokens=False,
+        return_tensors="pt",
+    )
+    assert torch.equal(lm.ids(said[:1]), beside["input_ids"])
+    assert lm.decode(said[1][said[1] != PAD].tolist()) == "u:abc."
+    with pytest.raises(ConfigError, match="no chat template"):
+        PicturedLM(tiny_llava(), tiny_processor(), "hf:tiny", chat)
+
+
 def test_a_long_prompt_loses_text_and_never_a_picture() -> None:
     lm = build(TextSettings(prompt_tokens=PLACES + 8, answer_tokens=16))
     (prompt,) = with_pictures([f"a{MARK}bcdefghijkl"], [picture(1)])
