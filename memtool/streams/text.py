@@ -123,24 +123,34 @@ READS = "a YAML description of texts, a folder of tasks with train.json, or line
 def _undescribed(path: Path, metric: TextMetric) -> tuple[TaskFolders, Path] | None:
     """What a folder of tasks, one of them, or its train.json would be described as, and where.
 
-    None for a path that is none of these.
+    None for a path that is none of these. Raises DataError for a folder that cannot be listed.
     """
     folder = path.parent if _is_training(path) else path
     if not folder.is_dir():
         return None
-    if any(map(_is_training, folder.iterdir())):
-        root, names = folder.resolve().parent, [folder.resolve().name]
-    else:
-        root = folder
-        names = sorted(
-            one.name
-            for one in folder.iterdir()
-            if one.is_dir() and one.name.isprintable() and any(map(_is_training, one.iterdir()))
-        )
+    try:
+        root, names = _task_folders(folder)
+    except OSError as error:
+        raise DataError(
+            f"{printable(str(error.filename))}: cannot be listed ({error.strerror})",
+            remedy="check its permissions, or take it out",
+        ) from error
     if not names:
         return None
     tasks = tuple(TaskDescription(name=name, metric=metric) for name in names)
     return TaskFolders(path=str(root), tasks=tasks), root
+
+
+def _task_folders(folder: Path) -> tuple[Path, list[str]]:
+    """The folder that tasks lie in, and their names: those in `folder`, or itself alone."""
+    if any(map(_is_training, folder.iterdir())):
+        return folder.resolve().parent, [folder.resolve().name]
+    names = [
+        one.name
+        for one in folder.iterdir()
+        if one.is_dir() and one.name.isprintable() and any(map(_is_training, one.iterdir()))
+    ]
+    return folder, sorted(names)
 
 
 def _is_training(path: Path) -> bool:
