@@ -266,7 +266,8 @@ class TextSettings(Settings):
 
     prompt_tokens: Annotated[int, Field(ge=1)] | None = Field(
         None,
-        description="most tokens of a prompt; none: 1024, or three quarters of a shorter context",
+        description="most tokens of a prompt; none: 1024 (4096 of a model that sees pictures), or "
+        "three quarters of a shorter context",
     )
     answer_tokens: Annotated[int, Field(ge=1)] | None = Field(
         None,

@@ -32,6 +32,7 @@ from memtool.heads import FeatureStatistics, ProjectedMoments
 from memtool.heads.random_projection import ProjectionBytes
 from memtool.outside import is_file
 from memtool.paths import expand, split_store
+from memtool.pictured import album_of
 from memtool.progress import ProgressEvent
 from memtool.settings import Config
 from memtool.streams import create_stream
@@ -309,17 +310,20 @@ class Workspace:
         return {**limits, **said}
 
     def require_fitting(self, tasks: Sequence[Task]) -> None:
-        """Raise DataError for a prompt that is too long, where these are refused, before any work.
+        """Raise DataError for a prompt that is refused, before any work: too long, or its pictures.
 
         It names the task and whether the text is for training or testing. Of images CapacityError
         for a random projection that is wider than the memory of the machine allows.
         """
         if self.reads == "images" and self.config.head.kind == "rp-ridge":
             self.require_room_for_projection()
-        if self.reads != "texts" or self.config.text.long_prompts != "refuse":
+        if self.reads != "texts":
             return
+        refused = self.config.text.long_prompts == "refuse"
         for task in tasks:
             for part, samples in (("train", task.train), ("test", task.test)):
+                if not refused and not any(album_of(one) for one in samples.prompts):
+                    continue  # of pictures one may be broken, or have no place in its prompt
                 try:
                     self.backbone.encode(samples.prompts)
                 except DataError as error:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from os import PathLike
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from memtool.streams.task import Images, Stream, Task, Texts
 
@@ -31,6 +32,7 @@ __all__ = [
     "load_image",
     "open_table",
     "outline",
+    "with_pictures",
 ]
 
 _log = logging.getLogger(__name__)
@@ -117,3 +119,15 @@ def load_image(
     from memtool.streams.images import load_square
 
     return load_square(path, image_size, crop)
+
+
+def with_pictures(prompts: Sequence[str], images: Sequence[Any] | None) -> list[str]:
+    """Prompts with the pictures of each, for a model of images and text.
+
+    Of each a path, a PIL image, uint8 (height, width, 3), a list of several, or None; they belong
+    where the prompt has the model's mark for a picture. Raises DataError for another number of
+    images than of prompts, and for what is no image.
+    """
+    from memtool.streams.pictures import with_pictures as made
+
+    return made(prompts, images)
