@@ -243,6 +243,9 @@ def _data() -> Check:
 def _weights(config: Config) -> Check:
     if config.backbone.weights is None:
         return Check(name="backbone", ok=True, found=config.backbone.name)
+    if config.backbone.weights == "random":
+        found = f"{config.backbone.name}, with random weights"
+        return Check(name="backbone", ok=True, found=found)
     try:
         path = expand(config.backbone.weights)
     except MemtoolError as error:
