@@ -56,7 +56,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], int]] = {
     ),
     "resnext": (
         "resnext50_32x4d",
-        {"layers": (1, 1), "channels": (8, 16), "cardinality": 2, "base_width": 64},
+        {"layers": (1, 1, 1, 1), "channels": (4, 4, 4, 4), "cardinality": 2, "base_width": 64},
         32,
     ),
 }
