@@ -57,9 +57,7 @@ class Patches:
     def tokens(self) -> Tensor:
         """The patches themselves (b, n, d), copied out."""
         window = self.window
-        columns = F.unfold(
-            self.images, window.kernel, padding=window.padding, stride=window.stride
-        )
+        columns = F.unfold(self.images, window.kernel, padding=window.padding, stride=window.stride)
         return columns.transpose(1, 2)
 
     def project(self, a: Tensor) -> Tensor:

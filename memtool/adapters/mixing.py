@@ -150,17 +150,13 @@ def _shared(values: ModuleValues) -> tuple[Tensor, tuple[Tensor, ...]]:
     )
 
 
-def add_whole(
-    y: Tensor, x: Tensor | Patches, values: ModuleValues, scaling: Tensor
-) -> Tensor:
+def add_whole(y: Tensor, x: Tensor | Patches, values: ModuleValues, scaling: Tensor) -> Tensor:
     """Add s B A x to y, with one adapter for all samples; scaling (1,)."""
     a, b = _shared(values)
     return lift(y, project(x, a) * scaling.to(y.dtype), b, values.sites)
 
 
-def add_grouped(
-    y: Tensor, x: Tensor | Patches, values: ModuleValues, scaling: Tensor
-) -> Tensor:
+def add_grouped(y: Tensor, x: Tensor | Patches, values: ModuleValues, scaling: Tensor) -> Tensor:
     """Add s_i B_i A_i x to group i of t equal contiguous groups of the batch; scaling (t,)."""
     groups = (len(scaling), x.shape[0] // len(scaling) * x.shape[1])
     if isinstance(x, Patches):
@@ -196,17 +192,13 @@ def add_delta(
     return _add_dense(y, x, values, scaled)
 
 
-def _add_dense(
-    y: Tensor, x: Tensor | Patches, values: ModuleValues, scaled: Tensor
-) -> Tensor:
+def _add_dense(y: Tensor, x: Tensor | Patches, values: ModuleValues, scaled: Tensor) -> Tensor:
     a, b = _shared(values)
     gate = spread(scaled.to(y.dtype), values.a.shape[2])
     return lift(y, project(x, a) * gate.unsqueeze(2), b, values.sites)
 
 
-def _add_formed(
-    y: Tensor, x: Tensor | Patches, values: ModuleValues, scaled: Tensor
-) -> Tensor:
+def _add_formed(y: Tensor, x: Tensor | Patches, values: ModuleValues, scaled: Tensor) -> Tensor:
     a, b = _shared(values)
     gate = spread(scaled.to(y.dtype), values.a.shape[2]).transpose(1, 2)
     # ΔW transposed of every sample takes the place of B, and x that of z.
@@ -386,7 +378,9 @@ class Mixture:
         """
         return self if self.gate is None else replace(self, gate=_over(self.gate, rows, module))
 
-    def _add_adapters(self, y: Tensor, x: Tensor | Patches, values: ModuleValues, scaling: Tensor) -> Tensor:
+    def _add_adapters(
+        self, y: Tensor, x: Tensor | Patches, values: ModuleValues, scaling: Tensor
+    ) -> Tensor:
         gate, dtype = self.gate, y.dtype
         values = ModuleValues(
             values.sites, values.a.to(dtype), tuple(factor.to(dtype) for factor in values.b)

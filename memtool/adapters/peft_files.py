@@ -239,9 +239,7 @@ def restored_file(adapter: PeftAdapter) -> bytes:
         own = ranks[module] // len(sites)
         ratio = 1.0 / _ratio(found[module], adapter.scaling)
         rank, groups = adapter.layout.rank, sites[0].groups
-        a = np.concatenate(
-            [parts[f"{site.name}.lora_A"][site.ranks(own, rank)] for site in sites]
-        )
+        a = np.concatenate([parts[f"{site.name}.lora_A"][site.ranks(own, rank)] for site in sites])
         b = [_scaled(parts[f"{site.name}.lora_B"][:, : own // groups], ratio) for site in sites]
         made = (a, block_structured(sites, b))
         due = sites[0].whole.shapes(ranks[module])

@@ -177,9 +177,7 @@ def mixed(values: AdapterValues, weights: Tensor) -> OneAdapter:
     return OneAdapter(layout, layout.flatten(parts), 1.0)
 
 
-def side_by_side(
-    a: Tensor, b: Tensor, factors: Tensor, groups: int = 1
-) -> tuple[Tensor, Tensor]:
+def side_by_side(a: Tensor, b: Tensor, factors: Tensor, groups: int = 1) -> tuple[Tensor, Tensor]:
     """A (t · r, d) and B (rows, t · r) whose product is the sum of t products times factors (t,).
 
     Of A (t, r, d) and B (t, rows, r); of a convolution in groups each group's ranks stay together,

@@ -45,7 +45,9 @@ def create_backbone(settings: BackboneSettings) -> Backbone:
     if ships or not registry.known("backbones", settings.name):
         raise ConfigError(
             f"backbone name {settings.name!r} is not known",
-            expected=did_you_mean(settings.name, ["nano", "timm:<model name>", "open_clip:<name>", "hf:<id>"]),
+            expected=did_you_mean(
+                settings.name, ["nano", "timm:<model name>", "open_clip:<name>", "hf:<id>"]
+            ),
         )
     return _of_others(settings, family, model)
 

@@ -57,9 +57,7 @@ class Call:
         self.__init__()  # type: ignore[misc]
         self.checkpoints = state["checkpoints"]
 
-    def under(
-        self, recall: Recall | None, run: Callable[[], Any], until: int | None = None
-    ) -> Any:
+    def under(self, recall: Recall | None, run: Callable[[], Any], until: int | None = None) -> Any:
         """What `run` gives while its blocks recall this. Raises RuntimeError within a pass."""
         with self._alone():
             if self.running:

@@ -47,8 +47,12 @@ _FUSED = frozenset(
 """Attention whose layer `qkv` has q, k and v in this order, each a third of its rows."""
 
 _OTHER_NAMES = {
-    **{"q_proj": "q", "k_proj": "k", "v_proj": "v"},
-    **{"query": "q", "key": "k", "value": "v"},
+    "q_proj": "q",
+    "k_proj": "k",
+    "v_proj": "v",
+    "query": "q",
+    "key": "k",
+    "value": "v",
 }
 """How others call the projections of attention."""
 
@@ -322,7 +326,8 @@ def _window(conv: nn.Conv2d) -> tuple[Window, bool]:
 
 def _path(name: str, block: str, module: nn.Module) -> tuple[str, ...]:
     """The names on the way to a layer in its block, without numbers; of a block that is one, its
-    kind."""
+    kind.
+    """
     parts = [part for part in name[len(block) + 1 :].split(".") if part and not part.isdigit()]
     parts = parts or ["conv" if isinstance(module, nn.Conv2d) else "linear"]
     return (*parts[:-1], _OTHER_NAMES.get(parts[-1], parts[-1]))

@@ -63,7 +63,7 @@ def create_timm(settings: BackboneSettings, model: str) -> Backbone:
 
 
 def build_timm(model: str, size: int | None, *, fetch: bool = False) -> Any:
-    """timm's model without its classifier, for images of a size where it asks for one.
+    """A model without its classifier, for images of a size where it asks for one.
 
     Raises ConfigError for a size that it cannot be built for, NotFoundError for weights that cannot
     be fetched.
@@ -112,6 +112,6 @@ def blocks_of(model: nn.Module) -> list[str]:
 
 
 def on_meta(model: str, size: int) -> Any:
-    """timm's model in eval mode with shapes and no numbers."""
+    """A model in eval mode with shapes and no numbers."""
     with torch.device("meta"):
         return build_timm(model, size).eval()

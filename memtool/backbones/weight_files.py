@@ -26,8 +26,8 @@ def read_weights(
     """The tensors of a file for a model with the state_dict `own`, in the model's own precision.
 
     `names` says whose names they have. Tensors whose name begins with one of `left_out`, or ends
-    with one of `made`, count in neither. `resample` changes position embeddings of another size, in place; nothing else may be
-    missing, extra or of another shape.
+    with one of `made`, count in neither. `resample` changes position embeddings of another size, in
+    place; nothing else may be missing, extra or of another shape.
 
     Raises NotFoundError, CorruptError (not a safetensors file, or a checksum in it that does not
     hold), MismatchError, or MemtoolError where the file cannot be read.
