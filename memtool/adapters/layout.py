@@ -83,10 +83,8 @@ class Site:
             return a, b
         return (rank, self.channels, *self.kernel), (*b, 1, 1)
 
-    def ranks(self, own: int, rank: int) -> slice | list[int]:
+    def ranks(self, own: int, rank: int) -> list[int]:
         """Where `own` ranks lie among `rank` ones: the first of each group."""
-        if self.groups == 1:
-            return slice(own)
         each, room = own // self.groups, rank // self.groups
         return [group * room + one for group in range(self.groups) for one in range(each)]
 

@@ -343,10 +343,10 @@ class Mixture:
         A coefficient for every token is one for every place of the output. Raises MismatchError
         when the shapes do not fit, and for atoms.
         """
-        found = self.values.modules.get(module)
-        if found is None:
+        block = self.values
+        if module not in block.modules:
             return y
-        if isinstance(self.values, BlockAtoms):
+        if isinstance(block, BlockAtoms):
             raise MismatchError(
                 f"atoms at {module}, which is a convolution",
                 expected="atoms at linear layers",
@@ -357,6 +357,7 @@ class Mixture:
             places = x[:, :, ::rows, ::columns].movedim(1, -1)
             return self.add_to(y.movedim(1, -1), places, module).movedim(-1, 1)
         patches = Patches(x, window).to(y)
+        found = block.modules[module]
         site = found.sites[0]
         if (patches.shape, y.ndim) != ((y.shape[0], math.prod(y.shape[2:]), site.in_features), 4):
             raise MismatchError(
@@ -368,7 +369,7 @@ class Mixture:
         self._check(outputs, patches, site, module)
         exact = nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
         with exact:
-            added = self._add_adapters(outputs, patches, found, self.values.scaling)
+            added = self._add_adapters(outputs, patches, found, block.scaling)
         return added.view(last.shape).movedim(-1, 1)
 
     def over(self, rows: int, module: str) -> Mixture:

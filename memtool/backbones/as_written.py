@@ -164,7 +164,7 @@ def own_bias_apart(model: nn.Module) -> None:
     """
     for module in model.modules():
         if hasattr(module, "qkv_bias_separate"):
-            module.qkv_bias_separate = True
+            setattr(module, "qkv_bias_separate", True)  # noqa: B010
 
 
 def _replace(model: nn.Module, name: str, by: nn.Module) -> None:

@@ -111,7 +111,7 @@ def blocks_of(model: nn.Module) -> list[str]:
     return block_names(model, patterns)
 
 
-def on_meta(model: str, size: int) -> Any:
+def on_meta(model: str, size: int | None) -> Any:
     """A model in eval mode with shapes and no numbers."""
     with torch.device("meta"):
         return build_timm(model, size).eval()
