@@ -71,9 +71,9 @@ SHIPPED: Mapping[Kind, Mapping[str, str]] = {
     },
     "backbones": {
         "nano": "memtool.backbones.nano:create_nano",
-        "timm": "memtool.backbones.vit:create_timm_vit",
+        "timm": "memtool.backbones.timm_models:create_timm",
         "open_clip": "memtool.backbones.open_clip:create_open_clip",
-        "hf": "memtool.backbones.causal_lm:create_causal_lm",
+        "hf": "memtool.backbones.hf_images:create_hf_images",
     },
     "separations": {
         "softmax": "memtool.memories.separation:softmax",

@@ -49,8 +49,14 @@ TextMetric = Literal[
 class BackboneSettings(Settings):
     """The frozen model."""
 
-    name: str = Field("nano", description="nano, or timm:<model name>")
-    weights: Path | None = Field(None, description="a local safetensors file; none: by name")
+    name: str = Field(
+        "nano", description="nano, timm:<model name>, open_clip:<model name> or hf:<id or path>"
+    )
+    weights: Path | Literal["random"] | None = Field(
+        None,
+        description="a local safetensors file; random: drawn, always alike, for trials without "
+        "any file; none: by name",
+    )
     image_size: Annotated[int, Field(ge=8, le=8192)] = Field(
         32, description="pixels a side of the input"
     )

@@ -344,7 +344,7 @@ def open_backbone(config: Config, *, dtype: torch.dtype = torch.float32) -> Froz
         from memtool.backbones.causal_lm import create_causal_lm
 
         return create_causal_lm(settings, config.text, dtype=dtype)
-    if settings.weights is not None:
+    if settings.weights is not None and settings.weights != "random":
         weights = expand(settings.weights)
         if not is_file(weights):  # named as written: a variable may hold a secret
             raise NotFoundError(

@@ -71,6 +71,7 @@ VERBS = {
     "pull": Verb("publish", FILES, "Fetch a whole memory from the Hugging Face Hub."),
     "init": Verb("setup", SETUP, "Write memtool.yaml, with a comment on every setting."),
     "config": Verb("setup", SETUP, "Show the settings, where they come from, and the presets."),
+    "backbones": Verb("setup", SETUP, "List timm's models as backbones, with their targets."),
     "doctor": Verb("setup", SETUP, "Check versions, device, data, cache and memory."),
     "pretrain": Verb("experiments", SETUP, "Train the embedded backbone from its data."),
 }

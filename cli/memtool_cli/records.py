@@ -396,6 +396,29 @@ class Presets(CliRecord):
     presets: tuple[Preset, ...]
 
 
+class BackboneRow(Part):
+    """A model of timm as a backbone; of what was not built, only the name.
+
+    `widths` are those of the inputs of its blocks, `dim` that of its features.
+    """
+
+    name: str
+    parameters: int | None = None
+    image_size: int | None = None
+    blocks: int | None = None
+    widths: tuple[int, ...] = ()
+    dim: int | None = None
+    targets: tuple[str, ...] = ()
+    problem: str | None = None
+
+
+class Backbones(CliRecord):
+    """Models that can be backbones."""
+
+    schema_: Literal["memtool.backbones"] = Field("memtool.backbones", alias="schema")
+    backbones: tuple[BackboneRow, ...]
+
+
 class Check(Part):
     """One thing that doctor looked at."""
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memtool.adapters.atoms import AtomGate, BlockAtoms, ModuleAtoms, add_atoms
+from memtool.adapters.convolution import Patches, Window
 from memtool.adapters.layout import Site
 from memtool.adapters.values import BlockValues, ModuleValues
 from memtool.errors import MismatchError, did_you_mean
@@ -40,12 +41,14 @@ from memtool.errors import MismatchError, did_you_mean
 Mix = Literal["delta", "params"]
 
 
-def project(x: Tensor, a: Tensor) -> Tensor:
+def project(x: Tensor | Patches, a: Tensor) -> Tensor:
     """The rank products z = A x (b, n, sites, R) of x (b, n, d), for all sites at once.
 
     `a` is (sites, R, d), shared by the batch, or (b, sites, R, d), one for every sample.
     """
     rows = a.flatten(-3, -2)
+    if isinstance(x, Patches):
+        return x.project(rows).unflatten(-1, a.shape[-3:-1])
     # With few rows of its own, a sample's product runs up to twice as fast transposed.
     z = F.linear(x, rows) if rows.ndim == 2 else torch.bmm(rows, x.transpose(1, 2)).transpose(1, 2)
     return z.unflatten(-1, a.shape[-3:-1])
@@ -111,7 +114,7 @@ class Costs(NamedTuple):
     gathered: float
 
 
-def costs(x: Tensor, values: ModuleValues) -> Costs:
+def costs(x: Tensor | Patches, values: ModuleValues) -> Costs:
     """Arithmetic plus memory traffic of each kernel for x (b, n, d), with N = b n tokens.
 
     dense     project to all R ranks, gate, lift: N R (d_in + d_out)
@@ -147,22 +150,25 @@ def _shared(values: ModuleValues) -> tuple[Tensor, tuple[Tensor, ...]]:
     )
 
 
-def add_whole(y: Tensor, x: Tensor, values: ModuleValues, scaling: Tensor) -> Tensor:
+def add_whole(y: Tensor, x: Tensor | Patches, values: ModuleValues, scaling: Tensor) -> Tensor:
     """Add s B A x to y, with one adapter for all samples; scaling (1,)."""
     a, b = _shared(values)
     return lift(y, project(x, a) * scaling.to(y.dtype), b, values.sites)
 
 
-def add_grouped(y: Tensor, x: Tensor, values: ModuleValues, scaling: Tensor) -> Tensor:
+def add_grouped(y: Tensor, x: Tensor | Patches, values: ModuleValues, scaling: Tensor) -> Tensor:
     """Add s_i B_i A_i x to group i of t equal contiguous groups of the batch; scaling (t,)."""
     groups = (len(scaling), x.shape[0] // len(scaling) * x.shape[1])
-    z = project(x.reshape(*groups, x.shape[-1]), values.a)
+    if isinstance(x, Patches):
+        z = project(x, values.a).reshape(*groups, *values.a.shape[1:3])
+    else:
+        z = project(x.reshape(*groups, x.shape[-1]), values.a)
     z = z * scaling.to(y.dtype).view(-1, 1, 1, 1)
     return lift(y.view(*groups, y.shape[-1]), z, values.b, values.sites).view(y.shape)
 
 
 def add_chosen(
-    y: Tensor, x: Tensor, values: ModuleValues, scaling: Tensor, index: Tensor
+    y: Tensor, x: Tensor | Patches, values: ModuleValues, scaling: Tensor, index: Tensor
 ) -> Tensor:
     """Add s_i B_i A_i x to y, with i = index[sample]; index (b,), scaling (t,)."""
     cost = costs(x, values)
@@ -176,7 +182,7 @@ def add_chosen(
 
 
 def add_delta(
-    y: Tensor, x: Tensor, values: ModuleValues, scaling: Tensor, coefficients: Tensor
+    y: Tensor, x: Tensor | Patches, values: ModuleValues, scaling: Tensor, coefficients: Tensor
 ) -> Tensor:
     """Add Σ_t a_t s_t B_t A_t x to y; coefficients (b, 1, t), or (b, n, t) for every token."""
     scaled = coefficients * scaling
@@ -186,16 +192,17 @@ def add_delta(
     return _add_dense(y, x, values, scaled)
 
 
-def _add_dense(y: Tensor, x: Tensor, values: ModuleValues, scaled: Tensor) -> Tensor:
+def _add_dense(y: Tensor, x: Tensor | Patches, values: ModuleValues, scaled: Tensor) -> Tensor:
     a, b = _shared(values)
     gate = spread(scaled.to(y.dtype), values.a.shape[2])
     return lift(y, project(x, a) * gate.unsqueeze(2), b, values.sites)
 
 
-def _add_formed(y: Tensor, x: Tensor, values: ModuleValues, scaled: Tensor) -> Tensor:
+def _add_formed(y: Tensor, x: Tensor | Patches, values: ModuleValues, scaled: Tensor) -> Tensor:
     a, b = _shared(values)
     gate = spread(scaled.to(y.dtype), values.a.shape[2]).transpose(1, 2)
     # ΔW transposed of every sample takes the place of B, and x that of z.
+    x = x.tokens() if isinstance(x, Patches) else x
     delta = tuple(a[i].t() @ (gate * factor) for i, factor in enumerate(b))
     z = x.unsqueeze(2).expand(-1, -1, len(b), -1)
     return lift(y, z, delta, values.sites)
@@ -207,7 +214,7 @@ def _mix(coefficients: Tensor, factors: Tensor) -> Tensor:
 
 
 def add_params(
-    y: Tensor, x: Tensor, values: ModuleValues, scaling: Tensor, coefficients: Tensor
+    y: Tensor, x: Tensor | Patches, values: ModuleValues, scaling: Tensor, coefficients: Tensor
 ) -> Tensor:
     """Add (Σ_t a_t s_t B_t)(Σ_t a_t A_t) x to y; coefficients as in `add_delta`."""
     adapters, _, rank, _ = values.a.shape
@@ -223,6 +230,17 @@ def add_params(
     z = project(x, a) * spread(plain, rank).unsqueeze(2)
     z = (z @ fold) @ fold.t() * spread(scaled, rank).unsqueeze(2)
     return lift(y, z, b, values.sites)
+
+
+def _over(gate: Tensor, rows: int, module: str) -> Tensor:
+    """A gate (b, ...) for a batch of whole samples folded into windows (rows)."""
+    windows, rest = divmod(rows, len(gate))
+    if rest:
+        raise MismatchError(
+            f"{module}: a batch of {rows} for coefficients of {len(gate)} samples",
+            expected="equally many windows of every sample",
+        )
+    return gate if windows == 1 else gate.repeat_interleave(windows, dim=0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -319,7 +337,51 @@ class Mixture:
                 added = self._add_adapters(outputs, inputs, block.modules[module], block.scaling)
         return added.view(y.shape)
 
-    def _add_adapters(self, y: Tensor, x: Tensor, values: ModuleValues, scaling: Tensor) -> Tensor:
+    def add_to_map(self, y: Tensor, x: Tensor, module: str, window: Window) -> Tensor:
+        """As `add_to`, of a convolution: y (b, rows, h', w') for its input x (b, channels, h, w).
+
+        A coefficient for every token is one for every place of the output. Raises MismatchError
+        when the shapes do not fit, and for atoms.
+        """
+        block = self.values
+        if module not in block.modules:
+            return y
+        if isinstance(block, BlockAtoms):
+            raise MismatchError(
+                f"atoms at {module}, which is a convolution",
+                expected="atoms at linear layers",
+                remedy="method mira or modulation, whose adapters a convolution takes",
+            )
+        if window.is_a_place:
+            rows, columns = window.stride
+            places = x[:, :, ::rows, ::columns].movedim(1, -1)
+            return self.add_to(y.movedim(1, -1), places, module).movedim(-1, 1)
+        patches = Patches(x, window).to(y)
+        found = block.modules[module]
+        site = found.sites[0]
+        if (patches.shape, y.ndim) != ((y.shape[0], math.prod(y.shape[2:]), site.in_features), 4):
+            raise MismatchError(
+                f"{module}: input {tuple(x.shape)} and output {tuple(y.shape)}",
+                expected=f"(batch, {site.channels}, ...) and (batch, {site.module_rows}, ...)",
+            )
+        last = y.movedim(1, -1)
+        outputs = last.contiguous().view(*patches.shape[:2], y.shape[1])
+        self._check(outputs, patches, site, module)
+        exact = nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+        with exact:
+            added = self._add_adapters(outputs, patches, found, block.scaling)
+        return added.view(last.shape).movedim(-1, 1)
+
+    def over(self, rows: int, module: str) -> Mixture:
+        """The mixture of a layer whose batch has `rows`: windows of samples, one after another.
+
+        Raises MismatchError for rows that are not equally many of every sample.
+        """
+        return self if self.gate is None else replace(self, gate=_over(self.gate, rows, module))
+
+    def _add_adapters(
+        self, y: Tensor, x: Tensor | Patches, values: ModuleValues, scaling: Tensor
+    ) -> Tensor:
         gate, dtype = self.gate, y.dtype
         values = ModuleValues(
             values.sites, values.a.to(dtype), tuple(factor.to(dtype) for factor in values.b)
@@ -332,9 +394,9 @@ class Mixture:
         mix = add_delta if self.kind == "delta" else add_params
         return mix(y, x, values, scaling, gate.unsqueeze(1) if gate.ndim == 2 else gate)
 
-    def _check(self, y: Tensor, x: Tensor, site: Site, module: str) -> int:
+    def _check(self, y: Tensor, x: Tensor | Patches, site: Site, module: str) -> int:
         # Returns the number of tokens of each sample.
-        if x.ndim < 2 or (*x.shape[:-1], site.module_rows) != y.shape:
+        if len(x.shape) < 2 or (*x.shape[:-1], site.module_rows) != y.shape:
             raise MismatchError(
                 f"{module}: input {tuple(x.shape)} and output {tuple(y.shape)}",
                 expected=f"(batch, ..., {site.in_features}) and (batch, ..., {site.module_rows})",

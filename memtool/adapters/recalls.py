@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from memtool.adapters.convolution import Window
 from memtool.adapters.mixing import Mixture
 from memtool.adapters.values import AdapterValues, BlockValues, ModuleValues, Recall
 from memtool.errors import MismatchError
@@ -138,8 +139,19 @@ class Dropped(Mixture):
         """As `Mixture.add_to`."""
         if module not in self.values.modules:
             return y
+        return super().add_to(y, self._dropped(x), module)
+
+    def add_to_map(self, y: Tensor, x: Tensor, module: str, window: Window) -> Tensor:
+        """As `Mixture.add_to_map`; a place of a channel is dropped from all patches."""
+        if module not in self.values.modules:
+            return y
+        if window.is_a_place:  # which is added as a linear layer's, and dropped there
+            return super().add_to_map(y, x, module, window)
+        return super().add_to_map(y, self._dropped(x), module, window)
+
+    def _dropped(self, x: Tensor) -> Tensor:
         kept = torch.rand(x.shape, generator=self.generator, device=x.device) >= self.share
-        return super().add_to(y, x * (kept / (1 - self.share)).to(x.dtype), module)
+        return x * (kept / (1 - self.share)).to(x.dtype)
 
 
 def dropping(recall: Recall | None, share: float, seed: int, device: torch.device) -> Recall | None:

@@ -55,15 +55,21 @@ class FrozenModel(nn.Module, ABC):
                 raise ConfigError(
                     f"backbone {self.name} has no target {target!r}",
                     expected=did_you_mean(target, self.targets),
+                    remedy=f"--set backbone.targets={','.join(self.targets[:2])}",
                 )
         if not targets:
             raise ConfigError("no targets to adapt", expected=f"some of {', '.join(self.targets)}")
         return tuple(
-            block.site(number, target)
-            for number, block in enumerate(self.blocks)
+            site
+            for number in range(self.depth)
             for target in self.targets
             if target in targets
+            for site in self.sites_in(number, target)
         )
+
+    def sites_in(self, block: int, target: str) -> tuple[Site, ...]:
+        """The sites of a target in a block; several where it has several such layers, or none."""
+        return (self.blocks[block].site(block, target),)
 
     @property
     def all_sites(self) -> tuple[Site, ...]:

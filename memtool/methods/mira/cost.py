@@ -33,7 +33,7 @@ def image_cost(config: Config, stream: Stream, backbone: Backbone, blocks: int) 
     """The cost of a memory of all tasks of a stream; `blocks` of the backbone are adapted."""
     memory = config.memory
     passes = passes_of(memory, config.head, backbone.depth)
-    width = width_of(memory, backbone.depth, backbone.dim)
+    width = width_of(memory, backbone)
     memories = 1 if memory.scope == "model" else blocks
     by_class = memory.keys_of == "class"
     counted = [len(task.classes) if by_class else 1 for task in stream.tasks]

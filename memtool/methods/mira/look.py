@@ -20,6 +20,7 @@ from memtool.adapters.mixing import Mixture
 from memtool.adapters.recalls import equally
 from memtool.adapters.values import AdapterValues, Recall
 from memtool.backbones.interface import Backbone
+from memtool.errors import ConfigError
 from memtool.learning.looks import (
     MOST_WIDE,
     Under,
@@ -56,13 +57,34 @@ def passes_of(settings: MemorySettings, head: HeadSettings, depth: int) -> dict[
     return {**shares, **dict.fromkeys(read, 1.0)}
 
 
-def width_of(settings: MemorySettings, depth: int, dim: int) -> int:
-    """Entries of a query, without the constant, over a model of so many blocks, `dim` wide."""
-    if settings.scope != "model":
-        return dim
-    return min(
-        MOST_WIDE, len(looked_under(settings)) * len(each_place(settings.places, depth)) * dim
+def width_of(settings: MemorySettings, backbone: Backbone) -> int:
+    """Entries of a query, without the constant, over a model.
+
+    Raises ConfigError for a block that is not there, and where every block has a memory and they
+    differ in width.
+    """
+    if settings.scope == "model":
+        return min(MOST_WIDE, _wide(settings, backbone))
+    widths = {backbone.block_dim(block) for block in range(backbone.depth)}
+    if len(widths) > 1:
+        raise ConfigError(
+            f"memory.scope {settings.scope} over {backbone.name}, whose blocks are "
+            f"{', '.join(map(str, sorted(widths)))} wide",
+            expected="blocks of one width, or one memory for all",
+            remedy="--set memory.scope=model",
+        )
+    return widths.pop()
+
+
+def _wide(settings: MemorySettings, backbone: Backbone) -> int:
+    """Entries of all that is looked at, side by side."""
+    places = each_place(settings.places, backbone.depth)
+    blocks_in(places, backbone.depth, remedy="final")
+    wide = sum(
+        backbone.block_dim(int(place[6:])) if place.startswith("block:") else backbone.dim
+        for place in places
     )
+    return len(looked_under(settings)) * wide
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,8 +129,8 @@ class ImageLook(nn.Module):
         self.first = first if "first" in (*self.under, *self.beside) else None
         if self.first is None and "first" in (*self.under, *self.beside):
             raise no_first_adapter()
-        wide = len(self.under) * len(self.places) * backbone.dim
-        self.width = width_of(settings, depth, backbone.dim)
+        wide = _wide(settings, backbone) if self.under else 0
+        self.width = width_of(settings, backbone)
         narrow = None
         if wide > MOST_WIDE:
             narrow = directions(wide, MOST_WIDE, torch.device("cpu")).clone()

@@ -38,7 +38,7 @@ def recalled_adapter(
         of_a, of_b = f"{site.name}.lora_A", f"{site.name}.lora_B"
         a, b = tensors[of_a], tensors[of_b]
         if stacked:
-            mixed[of_a], mixed[of_b] = side_by_side(a, b, weights * scaling)
+            mixed[of_a], mixed[of_b] = side_by_side(a, b, weights * scaling, site.groups)
         else:
             mixed[of_a] = torch.einsum("t,trd->rd", weights, a)
             mixed[of_b] = torch.einsum("t,tor->or", weights * scaling, b)
