@@ -230,7 +230,9 @@ class _Mixed:
         model = self.model
 
         def run(batch: Tensor, given: Tensor) -> Tensor:
-            features = model.under(batch, given_for_each(model.values, given, model.mix))
+            blocks = None if model.settings.blocks is None else model.memory.blocks
+            recall = given_for_each(model.values, given, model.mix, blocks)
+            features = model.under(batch, recall)
             return self.head.probabilities(self.head(features, given.mean(dim=1)))
 
         engine = self.mira.workspace.engine
