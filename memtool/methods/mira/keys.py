@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 from memtool.errors import ConfigError
-from memtool.memories.closed_form import SHRINKAGE, QueryStatistics, for_similarity
+from memtool.memories.closed_form import (
+    SHRINKAGE,
+    QueryStatistics,
+    for_similarity,
+    same_for_every_input,
+)
 from memtool.sections import ConsolidateSettings, MemorySettings
 
 LINEAR = ("identity", "affine", "normalised", "relu", "tanh", "sigmoid", "power")
@@ -137,8 +142,9 @@ def _require_told_apart(
     found = same_for_every_input(statistics)
     if not found or memory.scope != "block":
         return
-    named = ", ".join(str(blocks[place]) for place in found) if blocks else "0"
-    others = [str(block) for place, block in enumerate(blocks) if place not in found]
+    numbers = blocks or range(statistics[0].blocks)
+    named = ", ".join(str(numbers[place]) for place in found)
+    others = [str(block) for place, block in enumerate(numbers) if place not in found]
     raise ConfigError(
         f"keys in closed form: the memory of block {named} is asked the same by every image, as a "
         "class token is that no attention has passed: nothing there tells tasks apart",
@@ -146,25 +152,6 @@ def _require_told_apart(
         remedy=(f"--set memory.blocks={','.join(others)}, or " if others else "")
         + "--set memory.token=mean",
     )
-
-
-def same_for_every_input(statistics: Sequence[QueryStatistics]) -> tuple[int, ...]:
-    """The places of memories whose queries are the same whatever the input, of all tasks counted.
-
-    A single input tells nothing: then there is none.
-    """
-    if not statistics or sum(int(part.counts.sum()) for part in statistics) < 2:
-        return ()
-    whole = QueryStatistics.joined([part.pooled() for part in statistics]).pooled()
-    mean = whole.sums / whole.counts.sum()
-    scatter = whole.second - whole.counts.sum() * mean.mT @ mean
-    size = scatter.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
-    energy = whole.second.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
-    return tuple(torch.nonzero(size <= ROUNDING * energy).flatten().tolist())
-
-
-ROUNDING = 1e-9
-"""Share of the queries' energy below which their differences are roundings of float32."""
 
 
 def _solved(settings: ConsolidateSettings, memory: MemorySettings) -> bool:
