@@ -6,6 +6,8 @@ other. The text tower is read and checked with the file, and then left out.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from torch import Tensor
 
 from memtool.adapters.values import Recall
@@ -34,17 +36,17 @@ def create_clip_image(settings: BackboneSettings, model: str) -> ClipImageBackbo
         repository = model.removeprefix(HUB)
         weights = settings.weights or _fetched(repository, "open_clip_model.safetensors")
         settings = settings.model_copy(update={"weights": weights})
-        model = _fetched(repository, "open_clip_config.json")
+        model = str(_fetched(repository, "open_clip_config.json"))
     return ClipImageBackbone(create_open_clip(settings, model))
 
 
-def _fetched(repository: str, file: str) -> str:
+def _fetched(repository: str, file: str) -> Path:
     """The path of a file of a repository of the hub, fetched unless it is in the cache."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return str(hf_hub_download(repository, file))
+        return Path(hf_hub_download(repository, file))
     except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise NotFoundError(
