@@ -34,9 +34,9 @@ def create_clip_image(settings: BackboneSettings, model: str) -> ClipImageBackbo
     """
     if model.startswith(HUB):
         repository = model.removeprefix(HUB)
+        model = str(_fetched(repository, "open_clip_config.json"))
         weights = settings.weights or _fetched(repository, "open_clip_model.safetensors")
         settings = settings.model_copy(update={"weights": weights})
-        model = str(_fetched(repository, "open_clip_config.json"))
     return ClipImageBackbone(create_open_clip(settings, model))
 
 

@@ -67,8 +67,7 @@ def test_a_model_of_the_hub_is_found_in_its_cache(files, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     settings = BackboneSettings(name="open_clip_image:hf-hub:somebody/tiny", image_size=32)
     found, local = create_backbone(settings), create_backbone(of_file(files))
-    assert found.sha256 == local.sha256
-    assert found.name == settings.name
+    assert (found.sha256, found.name) == (local.sha256, settings.name)
     missing = settings.model_copy(update={"name": "open_clip_image:hf-hub:somebody/other"})
     with pytest.raises(NotFoundError, match=r"open_clip_config\.json of somebody/other"):
         create_backbone(missing)
