@@ -24,7 +24,7 @@ HeadFeatures = Literal[
     "own", "recalled", "own+frozen", "own+first", "recalled+frozen", "recalled+first"
 ]
 Crop = Literal["centre", "squash", "pad"]
-Augment = Literal["none", "flip-crop", "crop"]
+Augment = Literal["none", "flip", "flip-crop", "crop"]
 
 
 Seed = Annotated[int, Field(ge=0, le=10**15)]
@@ -141,6 +141,18 @@ class AdapterSettings(Settings):
     residual: bool = Field(
         False, description="train on top of the mixture that the memory recalls, not alone"
     )
+    differ_by: Literal["start", "bootstrap"] = Field(
+        "bootstrap",
+        description="how the adapters of a task differ (J above 1): by their random start and the "
+        "order of images alone, or also by a bootstrap sample",
+    )
+    draw: Literal["normal", "kaiming"] = Field(
+        "normal",
+        description="how A starts: N(0, 1 / inputs), or uniform within 1 / sqrt(inputs) (Kaiming, "
+        "a = sqrt 5)",
+    )
+
+    later: ClassVar[tuple[str, ...]] = ("differ_by", "draw")
 
 
 class TrainSettings(Settings):
@@ -166,8 +178,8 @@ class TrainSettings(Settings):
     )
     augment: Augment = Field(
         "none",
-        description="of the training images: flip-crop, mirrored by chance and shifted by an "
-        "eighth at most; crop, a piece of 90 to 100 % of the area",
+        description="of the training images: flip, mirrored by chance; flip-crop, and shifted by "
+        "an eighth at most; crop, a piece of 90 to 100 % of the area",
     )
     steps: Annotated[int, Field(ge=0)] = Field(
         0,
@@ -179,13 +191,28 @@ class TrainSettings(Settings):
         description="of images: every one is mixed with another of its batch, and the loss with "
         "it, in a share drawn from Beta(mixup, mixup); 0: none",
     )
+    mixup_of: Literal["any", "class"] = Field(
+        "any", description="mixup: with any other image of the batch, or with one of its class"
+    )
+    stop_at: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None,
+        description="of a task's adapters: no further epoch once the training accuracy of the last "
+        "one was above this share; none: train.epochs",
+    )
     average: Literal["none", "half", "ema"] = Field(
         "none",
         description="what training ends with: the parameters of its last step; their mean over the "
         "steps of its second half; or their exponential mean over a tenth of it",
     )
 
-    later: ClassVar[tuple[str, ...]] = ("schedule", "steps", "mixup", "average")
+    later: ClassVar[tuple[str, ...]] = (
+        "schedule",
+        "steps",
+        "mixup",
+        "average",
+        "mixup_of",
+        "stop_at",
+    )
 
     def epochs_for(self, samples: int, tasks: int = 1, epochs: int | None = None) -> int:
         """Epochs over so many samples of `tasks` tasks: `epochs` or more, or by `iterations`.
@@ -249,7 +276,11 @@ class HeadSettings(Settings):
         "published for MoRAM, images the classes of the task, and all texts so far the images",
     )
 
-    later: ClassVar[tuple[str, ...]] = ("texts", "width", "penalty")
+    bias: bool = Field(
+        True, description="heads that are trained with the adapters, or learn on, have a bias"
+    )
+
+    later: ClassVar[tuple[str, ...]] = ("texts", "width", "penalty", "bias")
 
     @property
     def is_fixed(self) -> bool:
@@ -515,7 +546,19 @@ READ_UNDER: tuple[tuple[str, str, tuple[str | None, ...]], ...] = (
     ("memory.topk", "memory.separation", ("topk",)),
     ("memory.test_steps", "memory.test_time", ("entropy",)),
     ("memory.test_lr", "memory.test_time", ("entropy",)),
+    ("memory.blocks", "memory.scope", ("block",)),
+    ("adapter.draw", "stream.setting", _OF_IMAGES),
+    ("train.mixup_of", "stream.setting", _OF_IMAGES),
+    ("train.stop_at", "stream.setting", _OF_IMAGES),
+    ("memory.centre", "stream.setting", _OF_IMAGES),
+    ("memory.key_bias", "stream.setting", _OF_IMAGES),
+    ("memory.key_norm", "stream.setting", _OF_IMAGES),
+    ("memory.blocks", "stream.setting", _OF_IMAGES),
     ("consolidate.key_std", "consolidate.keys", ("random",)),
+    ("consolidate.guard", "consolidate.protect", ("dual-gpm",)),
+    ("head.bias", "head.kind", ("grown", "shared")),
+    ("consolidate.fresh_head", "head.kind", ("shared",)),
+    ("consolidate.head_lr", "head.kind", ("shared",)),
     ("consolidate.energy", "consolidate.protect", ("dual-gpm",)),
     ("head", "stream.setting", _OF_IMAGES),
     ("head.kind", "method", ("mira", "moram")),

@@ -154,7 +154,9 @@ class Workspace:
     def fresh(self, count: int, number: int) -> AdapterValues:
         """New adapters that learn task `number`: A random, the first as the memory's; B zero."""
         generator = self.engine.generator(self.training_seed(number))
-        return self.stacked(init_lora(self.layout, count, generator=generator), trainable=True)
+        draw = self.config.adapter.draw
+        flat = init_lora(self.layout, count, generator=generator, draw=draw)
+        return self.stacked(flat, trainable=True)
 
     @cached_property
     def layout(self) -> Layout:

@@ -6,6 +6,7 @@ its input, or None. What every input chooses for itself is in `memtool.memories`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -94,18 +95,30 @@ def on_top(base: Recall, values: AdapterValues, shares: Tensor | None = None) ->
     return recall
 
 
-def given_for_each(values: AdapterValues, coefficients: Tensor, mix: Mix) -> Recall:
-    """Coefficients (batch, memories, t): one memory for all adapted blocks, or one for each."""
-    blocks = values.layout.blocks
-    places = {block: place for place, block in enumerate(blocks)}
+def equal_shares(count: int, values: BlockValues) -> Tensor:
+    """Coefficients (count, t) of adapters in equal parts."""
+    return torch.full((count, len(values)), 1 / len(values), device=values.scaling.device)
+
+
+def given_for_each(
+    values: AdapterValues, coefficients: Tensor, mix: Mix, blocks: Sequence[int] | None = None
+) -> Recall:
+    """Coefficients (batch, memories, t): one memory for all adapted blocks, or one for each.
+
+    `blocks` are those that have a memory, where not all have: in the others adapters mix in equal
+    parts.
+    """
+    alone = coefficients.shape[1] == 1 and blocks is None
+    places = {block: place for place, block in enumerate(blocks or values.layout.blocks)}
 
     def recall(block: int, hidden: Tensor) -> Mixture | None:
         del hidden
         here = values.block(block)
         if here is None:
             return None
-        place = 0 if coefficients.shape[1] == 1 else places[block]
-        return Mixture.weighted(here, coefficients[:, place], mix)
+        if blocks is not None and block not in places:
+            return Mixture.weighted(here, equal_shares(len(coefficients), here), mix)
+        return Mixture.weighted(here, coefficients[:, 0 if alone else places[block]], mix)
 
     return recall
 

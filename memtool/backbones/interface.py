@@ -81,6 +81,21 @@ class FrozenModel(nn.Module, ABC):
         del block
         return self.dim
 
+    def first_norm(self, block: int) -> nn.LayerNorm:
+        """The norm that the input of a block goes through before attention, with gain and bias.
+
+        Raises ConfigError for a block whose first norm is no layer norm over its whole width.
+        """
+        norm = getattr(self.blocks[block], "first_norm", None)
+        if not isinstance(norm, nn.LayerNorm) or norm.normalized_shape != (self.block_dim(block),):
+            raise ConfigError(
+                f"memory.query_norm block on backbone {self.name}: block {block} does not begin "
+                "with a layer norm",
+                expected="blocks that normalise their input by a layer norm, as those of a ViT",
+                remedy="--set memory.query_norm=layer",
+            )
+        return norm
+
     @property
     def device(self) -> torch.device:
         """Where its tensors live."""

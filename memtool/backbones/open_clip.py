@@ -323,6 +323,12 @@ class AdaptedClipBlock(nn.Module):
         hidden = self.act(self.c_fc(self.ln_2(x), mixture))
         return x + self.ls_2(self.c_proj(hidden, mixture))
 
+    @property
+    def first_norm(self) -> nn.Module:
+        """What its input goes through first."""
+        norm: nn.Module = self.ln_1
+        return norm
+
     def _attention(self, x: Tensor, mixture: Mixture | None, mask: Tensor | None) -> Tensor:
         batch, tokens, dim = x.shape
         qkv = self.in_proj(x, mixture).reshape(batch, tokens, 3, self.heads, dim // self.heads)

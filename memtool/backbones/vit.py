@@ -151,6 +151,12 @@ class AdaptedBlock(nn.Module):
         x = x + self.ls1(self.attn(self.norm1(x), mixture, attended))
         return x + self.ls2(self.mlp(self.norm2(x), mixture))
 
+    @property
+    def first_norm(self) -> nn.Module:
+        """What its input goes through first."""
+        norm: nn.Module = self.norm1
+        return norm
+
     def site(self, number: int, target: str) -> Site:
         """Where one of `VIT_TARGETS` lies in this block, which is block `number`."""
         match target:

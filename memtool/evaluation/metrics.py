@@ -168,6 +168,14 @@ def coefficient_drift(now: npt.ArrayLike, then: npt.ArrayLike) -> float:
     return float(np.linalg.norm(after - before)) / norm
 
 
+def floor_met(met: npt.ArrayLike) -> float:
+    """Number of samples with one True or more: (samples, memories), whether a floor was met."""
+    found = np.asarray(met, dtype=bool)
+    if found.ndim != 2:
+        raise MismatchError(f"floors of shape {found.shape}", expected="(samples, memories)")
+    return float(found.any(axis=1).sum())
+
+
 def length_ratio(now: npt.ArrayLike, then: npt.ArrayLike) -> float:
     """‖now‖ / ‖then‖ of the same inputs; both (samples, ...)."""
     norm = float(np.linalg.norm(np.asarray(then, dtype=np.float64)))
@@ -228,7 +236,8 @@ class Metric:
     """A metric under its id.
 
     `direction` says which way is better; `of_matrix` whether `function` takes the accuracy matrix
-    alone; `unit` is "fraction" or "points" (shown times 100), "ratio" or "nats" (shown as is).
+    alone; `unit` is "fraction" or "points" (shown times 100), "ratio", "nats" or "samples" (shown
+    as is).
     """
 
     id: str
@@ -236,7 +245,7 @@ class Metric:
     direction: Direction
     description: str
     of_matrix: bool = True
-    unit: Literal["fraction", "points", "ratio", "nats"] = "fraction"
+    unit: Literal["fraction", "points", "ratio", "nats", "samples"] = "fraction"
 
 
 METRICS: dict[str, Metric] = {
@@ -329,6 +338,14 @@ METRICS: dict[str, Metric] = {
             "coefficients that later adapters get on earlier tasks' inputs, relative to their own",
             of_matrix=False,
             unit="ratio",
+        ),
+        Metric(
+            "floored",
+            floor_met,
+            "lower",
+            "samples whose scores nearly cancelled, so that s / Σ s was held back by its floor",
+            of_matrix=False,
+            unit="samples",
         ),
         Metric(
             "atom_norm",

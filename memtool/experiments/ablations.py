@@ -8,6 +8,7 @@ own, so that it can be looked at afterwards.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from memtool.experiments import run as experiment
 from memtool.experiments.plan import plan, seconds_a_sample
 from memtool.paths import store_beside
 from memtool.progress import Progress
-from memtool.settings import Config, get, sections
+from memtool.settings import BackboneSettings, Config, get, sections
 
 SEPARATIONS = ("affine", "identity", "softmax", "relu", "tanh", "topk")
 
@@ -86,6 +87,57 @@ def _protections(config: Config) -> dict[str, dict[str, Any]]:
     }
 
 
+@functools.cache
+def _depth(backbone: BackboneSettings) -> int:
+    """Blocks of a backbone, which is made for it once."""
+    from memtool.backbones import create_backbone
+
+    return create_backbone(backbone).depth
+
+
+def _authors(config: Config) -> dict[str, dict[str, Any]]:
+    """The keys of MIRA's authors, frozen, as configured or in closed form; and cures beside them.
+
+    Closed-form keys do not learn, nor does anything but a shared head then.
+    """
+    if config.memory.scope != "block":
+        raise ConfigError(
+            f"ablation authors with memory.scope {config.memory.scope}",
+            expected="a memory in every block, as the presets mira-dg-authors, mira-dil-authors",
+            remedy="--preset mira-dil-authors",
+        )
+    later = {"memory.blocks": tuple(range(1, _depth(config.backbone)))}
+    fitting = {"memory.key_bias": True, "memory.key_norm": "none"}
+    closed = {
+        **ONE_KEY,
+        **later,
+        **fitting,
+        "memory.similarity": "scaled-dot",
+        "memory.query": "identity",
+        "consolidate.keys": "closed-form",
+        "consolidate.protect": "freeze",
+        "consolidate.lr": 0.0,
+    }
+    variants: dict[str, dict[str, Any]] = {
+        "keys-frozen": {"consolidate.lr": 0.0},
+        "as-configured": {},
+        "closed-form": closed,
+        "closed-form-softmax": {**closed, "memory.separation": "softmax"},
+        "without-block-0": later,
+        "softmax": {"memory.separation": "softmax", "memory.beta": 10.0},
+    }
+    if config.consolidate.protect == "dual-gpm":
+        step = {"consolidate.guard": "step"}
+        variants |= {
+            "unprotected": {"consolidate.protect": "none"},
+            "keys-of-their-own": {"memory.key_norm": "none"},
+            "step-projected": step,
+            "centred": {**step, "memory.centre": "first-task"},
+            "centred-without-block-0": {**step, **later, "memory.centre": "first-task"},
+        }
+    return variants
+
+
 ABLATIONS: dict[str, Ablation] = {
     "separation": Ablation(
         "how similarities become coefficients",
@@ -98,6 +150,7 @@ ABLATIONS: dict[str, Ablation] = {
         trains=True,
     ),
     "keys": Ablation("keys learned, random, or in closed form", _keys),
+    "authors": Ablation("the keys of MIRA's authors, and what cures them", _authors),
     "protect": Ablation("what key learning may not change", _protections),
     "memory": Ablation("the memory, a hard choice, or the same mixture for all", lambda _: {}),
 }

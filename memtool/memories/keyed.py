@@ -16,7 +16,7 @@ from memtool.errors import MismatchError
 from memtool.memories.novelty import LIMIT, Reaches
 from memtool.memories.query import QueryModule
 from memtool.memories.separation import SeparationFunction, largest_shares, separation
-from memtool.memories.similarity import SimilarityFunction, similarity
+from memtool.memories.similarity import SimilarityFunction, over_memories, similarity
 from memtool.sections import MemorySettings
 
 
@@ -26,6 +26,7 @@ class BlockMemory(nn.Module):
     keys (t, m · d_k): m keys of every adapter, one after another. With `topk` only so
     many adapters keep their coefficients, shares of one, scaled to sum to one again. With `reaches`
     an input whose novelty is above `LIMIT` has no coefficient: it is left to the frozen model.
+    `normed` divides every entry of the keys by its norm over all of them, at every look.
     """
 
     def __init__(
@@ -36,6 +37,8 @@ class BlockMemory(nn.Module):
         separation: SeparationFunction,
         topk: int | None = None,
         reaches: Reaches | None = None,
+        *,
+        normed: bool = False,
     ) -> None:
         """Keys (t, m · d_k) are copied. Raises MismatchError when they do not fit the queries."""
         super().__init__()
@@ -51,6 +54,7 @@ class BlockMemory(nn.Module):
         self.separation = separation
         self.topk = topk
         self.reaches = reaches
+        self.normed = normed
 
     def scores(self, hidden: Tensor) -> Tensor:
         """Scores (batch, t · m) of hidden states (batch, tokens, dim)."""
@@ -73,7 +77,8 @@ class BlockMemory(nn.Module):
         return shares
 
     def _similar(self, queries: Tensor) -> Tensor:
-        return self.similarity(queries, self.keys.reshape(-1, queries.shape[-1]))
+        keys = self.keys.reshape(-1, queries.shape[-1])
+        return self.similarity(queries, over_memories(keys) if self.normed else keys)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """As `coefficients`."""
@@ -104,19 +109,30 @@ class KeyedMemory(nn.Module):
         keys: Tensor,
         *,
         prefix_tokens: int = 1,
+        norms: Sequence[nn.LayerNorm] = (),
         generator: torch.Generator | None = None,
     ) -> KeyedMemory:
         """A memory over keys (len(blocks), t, m · (dim + 1)) of blocks that are `dim` wide.
 
-        `generator` draws the first weights of mlp query modules. Routing "lda" and "prototype"
-        have a similarity and a separation of their own: the highest key takes all. Where adapters
-        have several keys, separation "topk" keeps adapters, after their keys were added up.
+        Without `memory.key_bias` keys are `dim` wide. `norms` are the first norms of the blocks,
+        for `memory.query_norm` block. `generator` draws the first weights of mlp query modules.
+        Routing "lda" and "prototype" have a similarity and a separation of their own: the highest
+        key takes all. Where adapters have several keys, separation "topk" keeps adapters, after
+        their keys were added up. Raises MismatchError for keys or norms of other blocks.
         """
+        if settings.query_norm == "block" and len(norms) != len(blocks):
+            raise MismatchError(
+                f"{len(norms)} first norms of {len(blocks)} blocks",
+                expected="one for each, under memory.query_norm block",
+            )
         if keys.ndim != 3 or len(keys) != len(blocks):
             raise MismatchError(
                 f"keys of shape {tuple(keys.shape)} for {len(blocks)} blocks",
                 expected=f"({len(blocks)}, adapters, {dim + 1})",
             )
+        each: list[bool | nn.LayerNorm] = [settings.query_norm == "layer"] * len(blocks)
+        if settings.query_norm == "block":
+            each = [*norms]
         cut = None
         match settings.routing:
             case "mixture":
@@ -137,15 +153,18 @@ class KeyedMemory(nn.Module):
                         settings.query,
                         dim,
                         settings.token,
-                        norm=settings.query_norm,
+                        norm=norm,
                         prefix_tokens=prefix_tokens,
+                        bias=settings.key_bias,
+                        centred=settings.centre != "none",
                         generator=generator,
                     ),
                     score,
                     separate,
                     cut,
+                    normed=settings.key_norm == "memories",
                 )
-                for block_keys in keys
+                for block_keys, norm in zip(keys, each, strict=True)
             ],
         )
 
@@ -176,3 +195,22 @@ class KeyedMemory(nn.Module):
         with torch.no_grad():
             for block, here in zip(self.blocks, keys, strict=True):
                 self[block].keys.copy_(here)
+
+
+def centre_of(memory: KeyedMemory) -> Tensor | None:
+    """What is taken from the queries of every block (len(blocks), dim), or None."""
+    found = [memory[block].query.centre for block in memory.blocks]
+    parts = [one for one in found if one is not None]
+    return torch.stack(parts) if parts else None
+
+
+def set_centre(memory: KeyedMemory, centre: Tensor) -> None:
+    """Take `centre` (len(blocks), dim) from queries; of memories that were made for it."""
+    for block, here in zip(memory.blocks, centre, strict=True):
+        kept = memory[block].query.centre
+        if kept is None:
+            raise MismatchError(
+                f"a centre for block {block}, whose queries are not centred",
+                expected="memory.centre first-task",
+            )
+        kept.copy_(here)

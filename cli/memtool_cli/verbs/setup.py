@@ -219,6 +219,7 @@ def doctor(call: Call) -> None:
         _weights(call.config),
         _cache(),
         _store(call),
+        *_queries(call),
         _leftovers(call),
     )
     record = Diagnosis(ok=all(check.ok for check in checks), checks=checks)
@@ -357,6 +358,28 @@ def _store(call: Call) -> Check:
     if view.schema < SCHEMA_VERSION:
         found += f", schema {view.schema}: the next commit brings it to {SCHEMA_VERSION}"
     return Check(name="memory", ok=True, found=found)
+
+
+def _queries(call: Call) -> tuple[Check, ...]:
+    """Blocks of a memory of images whose coefficients do not depend on the input, if any."""
+    from memtool_stores import MemoryStore
+
+    try:
+        if not MemoryStore.exists(call.store_path):
+            return ()
+        view = call.view()
+        if "memory" not in view.blobs():  # no memory of MIRA over images
+            return ()
+        from memtool.methods.mira.doctor import asked_the_same
+
+        same = asked_the_same(view)
+    except MemtoolError as error:
+        return (Check(name="queries", ok=False, found=error.message, remedy=error.remedy),)
+    if not same.blocks:
+        return ()
+    named = ", ".join(map(str, same.blocks))
+    found = f"block {named} is asked the same by every input: its coefficients depend on none"
+    return (Check(name="queries", ok=True, found=found, remedy=same.remedy),)
 
 
 def _leftovers(call: Call) -> Check:

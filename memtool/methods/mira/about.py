@@ -21,6 +21,8 @@ def _require(config: Config) -> None:
     _require_look_under(config)
     _require_left_to_frozen(config)
     _require_soft_choice(config.memory)
+    _require_of_blocks(config.memory)
+    _require_guard(config)
     for name, found, known in (
         ("memory.scope", config.memory.scope, ("model", "block")),
         ("memory.clusters", config.memory.clusters, (1,)),
@@ -29,8 +31,38 @@ def _require(config: Config) -> None:
     if config.backbone.name.startswith("open_clip:"):
         raise ConfigError(
             f"method mira on backbone {config.backbone.name}",
-            expected="an image model: its memories look at blocks as wide as the features",
-            remedy="--set method=moram, or a backbone timm:<model name>",
+            expected="an image model: its memories look at images alone",
+            remedy="--set backbone.name=open_clip_image:"
+            f"{config.backbone.name.removeprefix('open_clip:')}, its image tower",
+        )
+
+
+def _require_of_blocks(memory: MemorySettings) -> None:
+    """Raise ConfigError for what only a memory in every block has."""
+    if memory.scope == "block":
+        return
+    for name, found, plain, why in (
+        ("memory.query_norm", memory.query_norm, "layer", "the norm of the block that is asked"),
+        ("memory.blocks", memory.blocks, "all", "a memory in every block, some of them left out"),
+    ):
+        if found == "block" or (name == "memory.blocks" and found is not None):
+            written = found if isinstance(found, str) else ",".join(map(str, found or ()))
+            raise ConfigError(
+                f"{name} {written} under memory.scope {memory.scope}",
+                expected=f"memory.scope block: {why}",
+                remedy=f"--set memory.scope=block, or --set {name}={plain}",
+            )
+
+
+def _require_guard(config: Config) -> None:
+    """Raise ConfigError for a gradient that would be projected for some of what learns alone."""
+    memory, learn = config.memory, config.consolidate
+    published = learn.protect == "dual-gpm" and learn.guard == "gradient"
+    if published and memory.query != "identity":
+        raise ConfigError(
+            f"consolidate.guard gradient with memory.query {memory.query}",
+            expected="identity: only gradients of keys and head are projected",
+            remedy="--set memory.query=identity, or --set consolidate.guard=step",
         )
 
 
@@ -140,8 +172,21 @@ def _require_closed_form(config: Config) -> None:
         ("consolidate.keys", learn.keys, ("closed-form",)),
         ("memory.test_time", memory.test_time, ("none",)),
         ("consolidate.value_lr", learn.value_lr, (0,)),
+        ("memory.key_bias", memory.key_bias, (True,)),
+        ("memory.key_norm", memory.key_norm, ("none",)),
+        ("memory.centre", memory.centre, ("none",)),
+        ("memory.blocks", memory.blocks, (None,)),
+        ("memory.query_norm", memory.query_norm, ("layer", "none")),
+        ("consolidate.first_epochs", learn.first_epochs, (None,)),
+        ("consolidate.weight_decay", learn.weight_decay, (0,)),
     ):
         _require_one_of(name, found, known, "texts")
+    if learn.epochs and not learn.lr:
+        raise ConfigError(
+            f"consolidate.epochs {learn.epochs} with consolidate.lr 0 on a stream of texts",
+            expected="a learning rate: keys are all that learns",
+            remedy="--set consolidate.epochs=0",
+        )
     _require_place_of_keys(memory)
     _require_look_under(config)
 

@@ -34,7 +34,7 @@ def image_cost(config: Config, stream: Stream, backbone: Backbone, blocks: int) 
     memory = config.memory
     passes = passes_of(memory, config.head, backbone.depth)
     width = width_of(memory, backbone)
-    memories = 1 if memory.scope == "model" else blocks
+    memories = 1 if memory.scope == "model" else len(memory.blocks or range(blocks))
     by_class = memory.keys_of == "class"
     counted = [len(task.classes) if by_class else 1 for task in stream.tasks]
     rows = len(stream.tasks) * config.adapter.per_task * max(counted)
@@ -43,7 +43,7 @@ def image_cost(config: Config, stream: Stream, backbone: Backbone, blocks: int) 
         scope=memory.scope,
         frozen=passes.get("frozen", 0.0),
         first_adapter=passes.get("first", 0.0),
-        keys_bytes=4 * memories * rows * (width + 1),
+        keys_bytes=4 * memories * rows * (width + memory.key_bias),
         queries_bytes=8 * memories * moments,
         test_steps=0 if memory.test_time == "none" else memory.test_steps,
     )

@@ -60,12 +60,12 @@ def passes_of(settings: MemorySettings, head: HeadSettings, depth: int) -> dict[
 def width_of(settings: MemorySettings, backbone: Backbone) -> int:
     """Entries of a query, without the constant, over a model.
 
-    Raises ConfigError for a block that is not there, and where every block has a memory and they
-    differ in width.
+    Raises ConfigError for a block that is not there, and where memories in blocks differ in width.
     """
     if settings.scope == "model":
-        return min(MOST_WIDE, _wide(settings, backbone))
-    widths = {backbone.block_dim(block) for block in range(backbone.depth)}
+        return min(MOST_WIDE, len(looked_under(settings)) * _wide(settings, backbone))
+    asked = settings.blocks or range(backbone.depth)
+    widths = {backbone.block_dim(block) for block in asked}
     if len(widths) > 1:
         raise ConfigError(
             f"memory.scope {settings.scope} over {backbone.name}, whose blocks are "
@@ -77,14 +77,10 @@ def width_of(settings: MemorySettings, backbone: Backbone) -> int:
 
 
 def _wide(settings: MemorySettings, backbone: Backbone) -> int:
-    """Entries of all that is looked at, side by side."""
+    """Entries of all that one pass shows: features, and inputs of blocks."""
     places = each_place(settings.places, backbone.depth)
-    blocks_in(places, backbone.depth, remedy="final")
-    wide = sum(
-        backbone.block_dim(int(place[6:])) if place.startswith("block:") else backbone.dim
-        for place in places
-    )
-    return len(looked_under(settings)) * wide
+    blocks = blocks_in(places, backbone.depth, remedy="final")
+    return sum(map(backbone.block_dim, blocks)) + backbone.dim * ("final" in places)
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,11 +121,12 @@ class ImageLook(nn.Module):
         self.places = tuple(each_place(settings.places, depth)) if self.under else ()
         self.blocks = blocks_in(self.places, depth, remedy="final")
         self.prefix_tokens = backbone.prefix_tokens
-        self.token, self.norm, self.mix = settings.token, settings.query_norm, settings.mix
+        self.token, self.mix = settings.token, settings.mix
+        self.norm = settings.query_norm == "layer"
         self.first = first if "first" in (*self.under, *self.beside) else None
         if self.first is None and "first" in (*self.under, *self.beside):
             raise no_first_adapter()
-        wide = _wide(settings, backbone) if self.under else 0
+        wide = len(self.under) * _wide(settings, backbone) if self.places else 0
         self.width = width_of(settings, backbone)
         narrow = None
         if wide > MOST_WIDE:

@@ -19,11 +19,11 @@ from memtool.adapters.values import Recall
 from memtool.engine import Engine
 from memtool.errors import ConfigError, NotFoundError
 from memtool.evaluation.matrix import AccuracyMatrix
-from memtool.evaluation.metrics import coefficient_drift
+from memtool.evaluation.metrics import coefficient_drift, floor_met
 from memtool.evaluation.record import Kind, Row
 from memtool.heads import LinearClassifier, RecalledHead, solve_head
 from memtool.memories.keyed import BlockMemory, KeyedMemory
-from memtool.memories.separation import SeparationFunction, separation
+from memtool.memories.separation import SeparationFunction, floored, separation
 from memtool.methods.mira.recall import MemoryModel
 from memtool.methods.mira.settle import says, settled
 from memtool.methods.mira.state import Snapshot
@@ -32,7 +32,7 @@ from memtool.methods.records import task_of
 from memtool.streams.task import Images, Task
 from memtool.workspace import Workspace
 
-SIGNED = ("identity", "affine", "tanh")
+SIGNED = ("identity", "affine", "tanh", "normalised")
 """Separations that can give negative coefficients."""
 
 
@@ -42,13 +42,20 @@ class Scores:
 
     accuracy: one a task; task_accuracy: share of samples whose task was inferred right;
     coefficients: (samples, memories, t) of every task, float32 on the CPU; ms_per_input: of
-    inference, in the batches of the engine.
+    inference, in the batches of the engine; floored: samples that met the floor of separation
+    normalised in a block or more, None under another.
     """
 
     accuracy: tuple[float, ...]
     task_accuracy: float
     coefficients: tuple[Tensor, ...]
     ms_per_input: float
+    floored: int | None = None
+
+    @property
+    def more(self) -> dict[str, float]:
+        """What a record has of them beside the accuracy, where it is known."""
+        return {} if self.floored is None else {"floored": float(self.floored)}
 
 
 class Measure:
@@ -84,12 +91,16 @@ class Measure:
         ).float()
         accuracy, coefficients = [], []
         right, total, spent = 0, 0, 0.0
+        divides = model.settings.separation == "normalised"
+        met = 0 if divides and model.settings.routing == "mixture" else None
         for task in tasks:
             begin = time.perf_counter()
             logits, recalled = self.recall(model, head, task.test.images)
             spent += time.perf_counter() - begin
             accuracy.append(share_right(logits, task.test))
             coefficients.append(recalled)
+            if met is not None:
+                met += int(floor_met(floored(recalled).numpy()))
             if task.number in state.tasks:
                 shares = recalled.mean(dim=1) @ by_task
                 chosen = shares.argmax(dim=1) == state.tasks.index(task.number)
@@ -101,6 +112,7 @@ class Measure:
             task_accuracy=right / max(total, 1),
             coefficients=tuple(coefficients),
             ms_per_input=1000 * spent / max(inputs, 1),
+            floored=met,
         )
 
     def own_accuracy(self, snapshot: Snapshot, task: Task) -> float:
@@ -298,6 +310,7 @@ def _with_separation(
             here.similarity,
             changed(here.separation),
             reaches=here.reaches,
+            normed=here.normed,
         )
         for here in (model.memory[block] for block in model.memory.blocks)
     ]

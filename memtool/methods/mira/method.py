@@ -288,6 +288,7 @@ class Mira(Method):
         if len(then) == len(learned):
             before = [then[count] for count in range(1, len(learned))]
             more |= drift(before, scored.coefficients[: len(learned) - 1])
+        more |= scored.more
         ms = scored.ms_per_input
         return Row.measured("memory", "memory", "method", matrix, more=more, ms_per_input=ms)
 
@@ -310,10 +311,11 @@ class Mira(Method):
         """The memory on a domain that it never saw, and on the sources' validation images."""
         measure = Measure(self.workspace)
         _, model, head = snapshot.consolidated()
-        scores = measure.scores(snapshot, shown).accuracy
-        matrix = AccuracyMatrix.empty([task.name for task in shown]).with_row(len(shown), scores)
+        scores = measure.scores(snapshot, shown)
+        names = [task.name for task in shown]
+        matrix = AccuracyMatrix.empty(names).with_row(len(shown), scores.accuracy)
         held = [task.validation for task in sources if len(task.validation)]
-        more = {}
+        more = scores.more
         if held:
             known = [measure.accuracy(model, head, samples) for samples in held]
             more["dg.validation"] = sum(known) / len(known)

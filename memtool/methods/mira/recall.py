@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from memtool.adapters.mixing import Mixture
+from memtool.adapters.recalls import equal_shares
 from memtool.adapters.values import AdapterValues, Recall
 from memtool.backbones.interface import Backbone
 from memtool.errors import ConfigError
@@ -28,12 +29,35 @@ def memory_blocks(
 ) -> tuple[int, ...]:
     """The blocks that have a memory, of those that are adapted.
 
-    One that serves all has the number of the block that it looks at, or one behind all.
+    One that serves all has the number of the block that it looks at, or one behind all. Raises
+    ConfigError for `memory.blocks` that are not adapted.
     """
     if settings.scope != "model":
-        return tuple(blocks)
+        return _chosen(settings, blocks)
     alone = settings.look_at_block
     return (backbone.depth if alone is None else alone,)
+
+
+def _chosen(settings: MemorySettings, blocks: Sequence[int]) -> tuple[int, ...]:
+    """The adapted blocks, or those of them that `memory.blocks` names."""
+    if settings.blocks is None:
+        return tuple(blocks)
+    missing = [str(block) for block in settings.blocks if block not in blocks]
+    if missing:
+        raise ConfigError(
+            f"memory.blocks names {', '.join(missing)}, which no adapter changes",
+            expected=f"some of {', '.join(map(str, blocks))}",
+        )
+    return tuple(block for block in blocks if block in settings.blocks)
+
+
+def first_norms(
+    settings: MemorySettings, backbone: Backbone, blocks: Sequence[int]
+) -> tuple[nn.LayerNorm, ...]:
+    """The first norms of blocks, where queries go through them. Errors as `Backbone.first_norm`."""
+    if settings.query_norm != "block":
+        return ()
+    return tuple(backbone.first_norm(block) for block in blocks)
 
 
 def reaches_of(queries: Mapping[int, QueryStatistics]) -> Reaches | None:
@@ -90,7 +114,15 @@ class MemoryRecall:
     def __call__(self, block: int, hidden: Tensor) -> Mixture | None:
         """The mixture of a block for its input (batch, tokens, dim)."""
         values, coefficients = self._model.values.block(block), self._shared
-        if coefficients is None and (values is not None or block in self._model.memory.blocks):
+        asked = block in self._model.memory.blocks
+        if coefficients is None and not asked and self._model.settings.blocks is not None:
+            # A block that was left out.
+            return (
+                None
+                if values is None
+                else Mixture.weighted(values, equal_shares(len(hidden), values), self._model.mix)
+            )
+        if coefficients is None and (values is not None or asked):
             coefficients = self._model.memory.coefficients(block, hidden)
             coefficients = self.coefficients_of(block, coefficients)
             self.coefficients[block] = coefficients

@@ -33,8 +33,7 @@ def recalled_adapter(
     layout = Layout(values.layout.sites, rank * count if stacked else rank)
     mixed: dict[str, Tensor] = {}
     for site in layout.sites:
-        place = model.memory.blocks.index(site.block) if len(coefficients) > 1 else 0
-        weights = coefficients[place].cpu().float()
+        weights = _weights(model, coefficients, site.block).cpu().float()
         of_a, of_b = f"{site.name}.lora_A", f"{site.name}.lora_B"
         a, b = tensors[of_a], tensors[of_b]
         if stacked:
@@ -54,6 +53,15 @@ def recalled_adapter(
     return directory
 
 
+def _weights(model: MemoryModel, coefficients: Tensor, block: int) -> Tensor:
+    """The coefficients (t,) of a block: of its memory, of the one for all, or equal parts."""
+    if model.settings.blocks is not None and block not in model.memory.blocks:
+        count = coefficients.shape[1]
+        return torch.full((count,), 1 / count)
+    alone = model.settings.scope == "model"
+    return coefficients[0 if alone else model.memory.blocks.index(block)]
+
+
 def coefficients_for(model: MemoryModel, asked: Tensor, where: Path) -> Tensor:
     """Coefficients (memories, t) for a query (d,) of all memories, or (memories, d).
 
@@ -70,6 +78,8 @@ def coefficients_for(model: MemoryModel, asked: Tensor, where: Path) -> Tensor:
     rows = []
     for block, one in zip(model.memory.blocks, asked, strict=True):
         memory = model.memory[block]
-        full = torch.cat([one.to(memory.keys), one.new_ones(1).to(memory.keys)])
+        full = one.to(memory.keys)
+        if memory.query.bias:
+            full = torch.cat([full, full.new_ones(1)])
         rows.append(memory.answer(full.unsqueeze(0))[0])
     return torch.stack(rows).detach().cpu()
