@@ -298,6 +298,8 @@ def _with_separation(
             here.similarity,
             changed(here.separation),
             reaches=here.reaches,
+            steps=here.steps,
+            rate=here.rate,
         )
         for here in (model.memory[block] for block in model.memory.blocks)
     ]

@@ -44,7 +44,7 @@ from memtool.methods.mira.inventory import consolidated_before
 from memtool.methods.mira.maps import key_map, weight_map
 from memtool.methods.mira.measure import Measure, drift, seen_by
 from memtool.methods.mira.recall import MemoryModel
-from memtool.methods.mira.recalled import coefficients_for, recalled_adapter
+from memtool.methods.mira.recalled import coefficients_for, recalled_adapter, require_whole
 from memtool.methods.mira.state import MemoryState, Snapshot
 from memtool.methods.outcome import predicted, share_right
 from memtool.methods.records import recorded, task_of
@@ -93,7 +93,7 @@ class Mira(Method):
 
         del numbers, parameters, tokens
         work = self.workspace
-        return asdict(image_cost(self.config, work.stream, work.backbone, len(work.layout.blocks)))
+        return asdict(image_cost(self.config, work.stream, work.backbone, work.layout))
 
     def require_able(self) -> None:
         """As `Method.require_able`: key learning, the blocks that are looked at, and the head."""
@@ -168,6 +168,8 @@ class Mira(Method):
         work = self.workspace
         snapshot = self.read(version) if task is None else self._snapshot(version)
         state, model, head = snapshot.consolidated()
+        if out is not None:
+            require_whole(state)
         accuracy, prediction = None, None
         if query is not None:
             words, samples = str(query), 1
