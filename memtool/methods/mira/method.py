@@ -43,9 +43,10 @@ from memtool.methods.mira.consolidate import consolidate, require_can_learn
 from memtool.methods.mira.inventory import consolidated_before
 from memtool.methods.mira.maps import key_map, weight_map
 from memtool.methods.mira.measure import Measure, drift, seen_by
+from memtool.methods.mira.read import DECODERS
 from memtool.methods.mira.recall import MemoryModel
 from memtool.methods.mira.recalled import coefficients_for, recalled_adapter, require_whole
-from memtool.methods.mira.state import MemoryState, Snapshot
+from memtool.methods.mira.state import QUERY_MODULES, MemoryState, Snapshot
 from memtool.methods.outcome import predicted, share_right
 from memtool.methods.records import recorded, task_of
 from memtool.methods.results import (
@@ -56,6 +57,7 @@ from memtool.methods.results import (
 from memtool.methods.subject import read_query, subject_of
 from memtool.settings import Config
 from memtool.streams.task import Task
+from memtool.tensor_bytes import load_arrays
 
 if TYPE_CHECKING:
     from memtool.methods.explanation import Explanation
@@ -86,6 +88,14 @@ class Mira(Method):
     def key_epochs(self) -> int:
         """Epochs of key learning."""
         return self.config.consolidate.epochs
+
+    def reading_numbers(self, view: memtool_stores.MemoryView) -> int:
+        """As `Method.reading_numbers`: keys, query modules and decoders."""
+        found = {
+            name: view.blob(name) for name in (QUERY_MODULES, DECODERS) if name in view.blobs()
+        }
+        arrays = [a for n, data in found.items() for a in load_arrays(data, f"blob {n!r}").values()]
+        return super().reading_numbers(view) + sum(int(array.bits.size) for array in arrays)
 
     def cost(self, *, numbers: int, parameters: int, tokens: int) -> Mapping[str, Any]:
         """What an image costs beside the pass under what it recalls: see `ImageCost`."""
