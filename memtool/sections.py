@@ -215,6 +215,24 @@ class MemorySettings(Settings):
         "shares of one, else in the weights",
     )
 
+    read: Literal["mixture", "energy", "decoder"] = Field(
+        "mixture",
+        description="of images: how weights are read: mixture, by the query as it is; energy, by "
+        "one that first settles among the keys; decoder, a small network from the query adds to "
+        "the weight of every rank of every adapter, and learns with the keys",
+    )
+    read_steps: Annotated[int, Field(ge=0, le=100)] = Field(
+        3, description="read energy: steps toward the softmax-weighted mean of the keys"
+    )
+    read_rate: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="read energy: how far a step goes, of the way to that mean"
+    )
+    read_width: Annotated[int, Field(ge=1, le=65536)] | Literal["linear", "mlp"] = Field(
+        "linear",
+        description="read decoder: its hidden width; or as wide as leaves it no more learned "
+        "numbers than a query module of this kind has, over the adapters of all tasks",
+    )
+
     later: ClassVar[tuple[str, ...]] = (
         "look_under",
         "frozen",
@@ -225,6 +243,10 @@ class MemorySettings(Settings):
         "key_norm",
         "centre",
         "blocks",
+        "read",
+        "read_steps",
+        "read_rate",
+        "read_width",
     )
 
     @property

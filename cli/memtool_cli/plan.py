@@ -155,7 +155,15 @@ def _image_cost(cost: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("passes of an image", ", ".join([*before, "recalled 1"]) + (moving if steps else "")),
         ("keys", f"{size(cost['keys_bytes'])}, moments of queries {size(cost['queries_bytes'])}"),
+        ("read by", _read_by(cost)),
     ]
+
+
+def _read_by(cost: dict[str, Any]) -> str:
+    """How the weights are read, and what learns of it beside the adapters."""
+    wide, reading, adapters = cost["read_width"], cost["read_numbers"], cost["adapter_numbers"]
+    what = cost["read"] + ("" if wide is None else f", {wide} hidden units")
+    return f"{what}: {reading:,} numbers, {reading / adapters:.3g} of those of the adapters"
 
 
 def _cost(cost: dict[str, Any]) -> list[tuple[str, str]]:

@@ -7,6 +7,7 @@ rank-1 pieces; the gate says how much each counts for each sample or token:
     grouped    group i of the batch uses adapter i      g = s_i
     chosen     sample i uses adapter index_i            g = s · one-hot
     delta      ΔW = Σ_t a_t s_t B_t A_t                 g = a_t s_t
+    ranks      ΔW = Σ_t s_t B_t diag(a_t) A_t           g = a_tk s_t: every rank has its own
     params     ΔW = (Σ_t a_t s_t B_t)(Σ_t a_t A_t)      rank r again after mixing
     atoms      every token chooses rank-1 atoms         g = w s, k-sparse; see `atoms.py`
 
@@ -174,7 +175,8 @@ def add_chosen(
     cost = costs(x, values)
     if cost.dense < cost.gathered:
         one_hot = index.unsqueeze(1) == torch.arange(len(scaling), device=index.device)
-        return _add_dense(y, x, values, (one_hot * scaling).unsqueeze(1))
+        gate = _spread_over(values, (one_hot * scaling).unsqueeze(1), y.dtype)
+        return _add_dense(y, x, values, gate)
     a = values.a.index_select(0, index)
     b = tuple(factor.index_select(0, index) for factor in values.b)
     z = project(x, a) * scaling.index_select(0, index).to(y.dtype).view(-1, 1, 1, 1)
@@ -185,22 +187,38 @@ def add_delta(
     y: Tensor, x: Tensor | Patches, values: ModuleValues, scaling: Tensor, coefficients: Tensor
 ) -> Tensor:
     """Add Σ_t a_t s_t B_t A_t x to y; coefficients (b, 1, t), or (b, n, t) for every token."""
-    scaled = coefficients * scaling
+    return _add_gated(y, x, values, _spread_over(values, coefficients * scaling, y.dtype))
+
+
+def add_ranks(
+    y: Tensor, x: Tensor | Patches, values: ModuleValues, scaling: Tensor, each: Tensor
+) -> Tensor:
+    """Add Σ_t s_t B_t diag(a_t) A_t x to y; `each` (b, t, r) is a: one for every rank."""
+    gate = (each * scaling.unsqueeze(-1)).flatten(1).unsqueeze(1)
+    return _add_gated(y, x, values, gate.to(y.dtype))
+
+
+def _spread_over(values: ModuleValues, scaled: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gate (b, 1 or n, R) of scaled coefficients (b, 1 or n, t)."""
+    return spread(scaled.to(dtype), values.a.shape[2])
+
+
+def _add_gated(y: Tensor, x: Tensor | Patches, values: ModuleValues, gate: Tensor) -> Tensor:
+    """Add B (g ⊙ A x) of all ranks to y by the cheaper kernel; gate (b, 1, R) or (b, n, R)."""
     cost = costs(x, values)
-    if scaled.shape[1] < x.shape[1] and cost.formed < cost.dense:
-        return _add_formed(y, x, values, scaled)
-    return _add_dense(y, x, values, scaled)
+    if gate.shape[1] < x.shape[1] and cost.formed < cost.dense:
+        return _add_formed(y, x, values, gate)
+    return _add_dense(y, x, values, gate)
 
 
-def _add_dense(y: Tensor, x: Tensor | Patches, values: ModuleValues, scaled: Tensor) -> Tensor:
+def _add_dense(y: Tensor, x: Tensor | Patches, values: ModuleValues, gate: Tensor) -> Tensor:
     a, b = _shared(values)
-    gate = spread(scaled.to(y.dtype), values.a.shape[2])
     return lift(y, project(x, a) * gate.unsqueeze(2), b, values.sites)
 
 
-def _add_formed(y: Tensor, x: Tensor | Patches, values: ModuleValues, scaled: Tensor) -> Tensor:
+def _add_formed(y: Tensor, x: Tensor | Patches, values: ModuleValues, gate: Tensor) -> Tensor:
     a, b = _shared(values)
-    gate = spread(scaled.to(y.dtype), values.a.shape[2]).transpose(1, 2)
+    gate = gate.transpose(1, 2)
     # ΔW transposed of every sample takes the place of B, and x that of z.
     x = x.tokens() if isinstance(x, Patches) else x
     delta = tuple(a[i].t() @ (gate * factor) for i, factor in enumerate(b))
@@ -247,15 +265,15 @@ def _over(gate: Tensor, rows: int, module: str) -> Tensor:
 class Mixture:
     """How one block's adapters act on one batch: made per forward pass and block.
 
-    Use the constructors `whole`, `grouped`, `weighted`, `chosen` and `atoms`, which check the
-    shapes. An adapted layer calls `add_to`.
+    Use the constructors `whole`, `grouped`, `weighted`, `ranked`, `chosen` and `atoms`, which check
+    the shapes. An adapted layer calls `add_to`.
 
         mixture = Mixture.weighted(values.block(3), coefficients, mix="params")
         y = mixture.add_to(F.linear(x, weight, bias), x, "blocks.3.attn.qkv")
     """
 
     values: BlockValues | BlockAtoms
-    kind: Literal["whole", "grouped", "chosen", "delta", "params", "atoms"]
+    kind: Literal["whole", "grouped", "chosen", "delta", "params", "ranks", "atoms"]
     gate: Tensor | None = None
 
     @classmethod
@@ -305,6 +323,17 @@ class Mixture:
                 expected=f"(batch, {len(values)}) or (batch, tokens, {len(values)})",
             )
         return cls(values, mix, coefficients)
+
+    @classmethod
+    def ranked(cls, values: BlockValues, each: Tensor) -> Mixture:
+        """Every rank of every adapter weighted by its own number: `each` (b, t, r), mix delta."""
+        shape = (len(values), next(iter(values.modules.values())).a.shape[2])
+        if each.ndim != 3 or tuple(each.shape[1:]) != shape:
+            raise MismatchError(
+                f"weights of ranks of shape {tuple(each.shape)}",
+                expected=f"(batch, {shape[0]}, {shape[1]})",
+            )
+        return cls(values, "ranks", each)
 
     @classmethod
     def atoms(
@@ -391,6 +420,8 @@ class Mixture:
             return add(y, x, values, scaling)
         if self.kind == "chosen":
             return add_chosen(y, x, values, scaling, gate)
+        if self.kind == "ranks":
+            return add_ranks(y, x, values, scaling, gate)
         mix = add_delta if self.kind == "delta" else add_params
         return mix(y, x, values, scaling, gate.unsqueeze(1) if gate.ndim == 2 else gate)
 
@@ -415,7 +446,8 @@ class Mixture:
             )
         gate = self.gate
         if gate is not None and (
-            gate.shape[0] != batch or (gate.ndim == 3 and gate.shape[1] != tokens)
+            gate.shape[0] != batch
+            or (gate.ndim == 3 and self.kind != "ranks" and gate.shape[1] != tokens)
         ):
             raise MismatchError(
                 f"{module}: {tuple(gate.shape)} coefficients or choices for a batch of "

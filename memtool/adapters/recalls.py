@@ -78,7 +78,8 @@ def on_top(base: Recall, values: AdapterValues, shares: Tensor | None = None) ->
         if under is None or own is None:
             return under or alone(block, hidden)
         stored = under.values
-        if under.kind != "delta" or under.gate is None or not isinstance(stored, BlockValues):
+        sums = under.kind in ("delta", "ranks")
+        if not sums or under.gate is None or not isinstance(stored, BlockValues):
             raise MismatchError(
                 f"an adapter on top of a mixture of kind {under.kind!r}",
                 expected="a sum of adapters, memory.mix delta",
@@ -89,8 +90,12 @@ def on_top(base: Recall, values: AdapterValues, shares: Tensor | None = None) ->
             mine = F.one_hot(each, len(own)).to(under.gate.dtype)
         else:
             mine = shares.to(under.gate).expand(len(hidden), -1)
+        joined = _stacked(stored, own)
+        if under.kind == "ranks":
+            each = mine.unsqueeze(-1).expand(-1, -1, under.gate.shape[-1])
+            return Mixture.ranked(joined, torch.cat([under.gate, each], dim=1))
         both = torch.cat([under.gate, mine], dim=-1)
-        return Mixture.weighted(_stacked(stored, own), both, "delta")
+        return Mixture.weighted(joined, both, "delta")
 
     return recall
 

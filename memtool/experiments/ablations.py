@@ -1,7 +1,8 @@
 """Ablations: one experiment again and again, with one choice changed.
 
 Where not all variants can have what is configured, none has it: all but "adapters" and "memory"
-have one key a task and mix; "query" and "protect" learn random keys. The adapters are trained once
+have one key a task and mix; "query" and "protect" learn random keys, "read" the configured ones,
+under softmax and delta. The adapters are trained once
 and shared by all variants, unless they depend on the variant. Every variant has a memory of its
 own, so that it can be looked at afterwards.
 """
@@ -9,7 +10,7 @@ own, so that it can be looked at afterwards.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,6 +139,33 @@ def _authors(config: Config) -> dict[str, dict[str, Any]]:
     return variants
 
 
+SETTLES = ("dot", "scaled-dot", "euclidean")
+"""Similarities that every reading can have."""
+
+
+def _reads(config: Config) -> dict[str, dict[str, Any]]:
+    """Three readings with as many learned numbers as a query module takes, and one without it."""
+    epochs = config.consolidate.epochs or DEFAULT_EPOCHS
+    module = "mlp" if config.memory.query == "mlp" else "linear"
+    similarity = config.memory.similarity
+    shared = {
+        **ONE_KEY,
+        "memory.separation": "softmax",
+        "memory.similarity": similarity if similarity in SETTLES else "scaled-dot",
+        "memory.mix": "delta",
+        "memory.frozen": "none",
+        "consolidate.epochs": epochs,
+    }
+    plain = {**shared, "memory.read": "mixture", "memory.query": "identity"}
+    learned = {**shared, "memory.query": module}
+    return {
+        "mixture": plain,
+        f"mixture-{module}": {**learned, "memory.read": "mixture"},
+        f"energy-{module}": {**learned, "memory.read": "energy"},
+        f"decoder-{module}": {**plain, "memory.read": "decoder", "memory.read_width": module},
+    }
+
+
 ABLATIONS: dict[str, Ablation] = {
     "separation": Ablation(
         "how similarities become coefficients",
@@ -152,9 +180,10 @@ ABLATIONS: dict[str, Ablation] = {
     "keys": Ablation("keys learned, random, or in closed form", _keys),
     "authors": Ablation("the keys of MIRA's authors, and what cures them", _authors),
     "protect": Ablation("what key learning may not change", _protections),
+    "read": Ablation("a mixture, a query that settles, or a decoder, of equal size", _reads),
     "memory": Ablation("the memory, a hard choice, or the same mixture for all", lambda _: {}),
 }
-"""Every ablation of the paper by its word."""
+"""Every ablation by its word."""
 
 
 @dataclass(frozen=True)
@@ -263,8 +292,10 @@ def ablate(
     for word, changes in (variants or {"": {}}).items():
         place = config.runs / f"ablate-{name}" / word
         store = store_beside(config.store, "".join(f"-{part}" for part in (name, word) if part))
+        values = {**changes, "runs": place, "store": store}
+        changed = with_values(config, values, f"ablation {name}")
         found = experiment.run(
-            with_values(config, {**changes, "runs": place, "store": store}, f"ablation {name}"),
+            changed,
             progress=progress,
             baselines=False,
             command=command,
@@ -272,16 +303,28 @@ def ablate(
             adapters=None if own else config.runs,
         )
         of_variants.append(found)
-        labels.append(word)
-    return [_side_by_side(name, labels, records) for records in zip(*of_variants, strict=True)]
+        labels.append(word + (_sizes(changed, config.seed[0]) if name == "read" else ""))
+    words = [*(variants or {"": {}})]
+    return [
+        _side_by_side(name, words, labels, records) for records in zip(*of_variants, strict=True)
+    ]
 
 
-def _side_by_side(name: str, words: list[str], records: tuple[Record, ...]) -> Record:
+def _sizes(config: Config, seed: int) -> str:
+    """How many numbers a reading has, and how many of those of the adapters that is."""
+    cost = plan(config, seed=seed, verb="consolidate")["cost"]
+    reading = cost["read_numbers"]
+    return f", {reading:,} numbers ({reading / cost['adapter_numbers']:.2g} of the adapters')"
+
+
+def _side_by_side(
+    name: str, words: Sequence[str], labels: Sequence[str], records: tuple[Record, ...]
+) -> Record:
     """The records of one seed as one: the memory of every variant, or all rows of the only one."""
     if len(records) == 1:
         return records[0]
     rows: list[Row] = []
-    for word, record in zip(words, records, strict=True):
+    for word, label, record in zip(words, labels, records, strict=True):
         memory = record.row("memory")
-        rows.append(memory.model_copy(update={"id": f"{name}-{word}", "label": f"{name} {word}"}))
+        rows.append(memory.model_copy(update={"id": f"{name}-{word}", "label": f"{name} {label}"}))
     return records[0].model_copy(update={"metrics": Metrics(rows=tuple(rows))})

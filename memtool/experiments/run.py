@@ -428,10 +428,9 @@ def _learn(
 
 
 def _kept_by(method: Method, spent: Mapping[str, float]) -> dict[str, float]:
-    """What the memory took to learn, and what it keeps: its adapters and keys, as float32."""
+    """What the memory took to learn, and what it keeps: adapters and their readers, as float32."""
     view = method.workspace.store.view()
-    keys = view.keys()
-    numbers = method.workspace.layout.numel * len(view.live) + (0 if keys is None else keys.size)
+    numbers = method.workspace.layout.numel * len(view.live) + method.reading_numbers(view)
     seconds = spent["adapt"] + spent["consolidate"]
     return {"seconds": seconds, "parameters": int(numbers), "bytes": 4 * int(numbers)}
 
@@ -439,8 +438,7 @@ def _kept_by(method: Method, spent: Mapping[str, float]) -> dict[str, float]:
 def _costs(method: Method, spent: Mapping[str, float], evaluated: float) -> list[Cost]:
     """What learning and evaluating took: seconds, numbers and bytes."""
     work, view = method.workspace, method.workspace.store.view()
-    keys = view.keys()
-    key_count = 0 if keys is None else int(keys.size)
+    key_count = method.reading_numbers(view)
     numbers = work.layout.numel * len(view.live)
     what = "atoms" if method.kind == "atoms" else "adapters"
     costs = [

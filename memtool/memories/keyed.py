@@ -2,7 +2,9 @@
 
 The memory of MIRA. A block's query q meets the block's keys K (t, d_k); the scores are their
 similarity, the coefficients their separation: a = separation(similarity(g(h), K)). An adapter may
-have several keys, one for every kind of input that needs it; their coefficients add up.
+have several keys, one for every kind of input that needs it; their coefficients add up. A
+memory may be read otherwise: by a query that settles first (`hopfield.settled`), or with a decoder
+that tells the ranks of an adapter apart (`decoder`).
 """
 
 from __future__ import annotations
@@ -11,8 +13,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from memtool.errors import MismatchError
+from memtool.memories.decoder import RankDecoder
+from memtool.memories.hopfield import settled
 from memtool.memories.novelty import LIMIT, Reaches
 from memtool.memories.query import QueryModule
 from memtool.memories.separation import SeparationFunction, largest_shares, separation
@@ -27,7 +32,11 @@ class BlockMemory(nn.Module):
     many adapters keep their coefficients, shares of one, scaled to sum to one again. With `reaches`
     an input whose novelty is above `LIMIT` has no coefficient: it is left to the frozen model.
     `normed` divides every entry of the keys by its norm over all of them, at every look.
+    Before its coefficients are read a query takes so many `steps` toward the mixture of the keys,
+    by `rate`; its constant stays. A `decoder` may be put beside the keys.
     """
+
+    decoder: RankDecoder | None
 
     def __init__(
         self,
@@ -39,6 +48,8 @@ class BlockMemory(nn.Module):
         reaches: Reaches | None = None,
         *,
         normed: bool = False,
+        steps: int = 0,
+        rate: float = 1.0,
     ) -> None:
         """Keys (t, m · d_k) are copied. Raises MismatchError when they do not fit the queries."""
         super().__init__()
@@ -55,6 +66,9 @@ class BlockMemory(nn.Module):
         self.topk = topk
         self.reaches = reaches
         self.normed = normed
+        self.steps = steps
+        self.rate = rate
+        self.decoder = None
 
     def scores(self, hidden: Tensor) -> Tensor:
         """Scores (batch, t · m) of hidden states (batch, tokens, dim)."""
@@ -64,9 +78,18 @@ class BlockMemory(nn.Module):
         """Coefficients (batch, t) of hidden states (batch, tokens, dim)."""
         return self.answer(self.query(hidden))
 
+    def read(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Coefficients (batch, t) of hidden states, and what the decoder adds to every rank of it.
+
+        (batch, places, t, rank); None without a decoder.
+        """
+        queries = self.query(hidden)
+        added = None if self.decoder is None else self.decoder(queries[:, : self.query.dim])
+        return self.answer(queries), added
+
     def answer(self, queries: Tensor) -> Tensor:
         """Coefficients (batch, t) of queries (batch, d_k)."""
-        shares = self.separation(self._similar(queries))
+        shares = self.separation(self._similar(self.settled(queries)))
         if shares.shape[1] != len(self.keys):
             shares = shares.unflatten(1, (len(self.keys), -1)).sum(dim=-1)
         if self.topk is not None:
@@ -76,9 +99,26 @@ class BlockMemory(nn.Module):
             shares = shares.masked_fill(far.unsqueeze(1), 0.0)
         return shares
 
+    def settled(self, queries: Tensor) -> Tensor:
+        """Queries (batch, d_k) after the steps of this memory; without any as they are."""
+        if not self.steps:
+            return queries
+        dim, bias = self.query.dim, self.query.width - self.query.dim
+        keys = self._each_key(self.query.width)[:, :dim]
+
+        def score(bare: Tensor) -> Tensor:
+            return self._similar(F.pad(bare, (0, bias), value=1.0))
+
+        bare = settled(queries[:, :dim], keys, score, self.separation, self.steps, self.rate)
+        return F.pad(bare, (0, bias), value=1.0)
+
     def _similar(self, queries: Tensor) -> Tensor:
-        keys = self.keys.reshape(-1, queries.shape[-1])
-        return self.similarity(queries, over_memories(keys) if self.normed else keys)
+        return self.similarity(queries, self._each_key(queries.shape[-1]))
+
+    def _each_key(self, width: int) -> Tensor:
+        """Keys (t · m, width) as they are asked."""
+        keys = self.keys.reshape(-1, width)
+        return over_memories(keys) if self.normed else keys
 
     def forward(self, hidden: Tensor) -> Tensor:
         """As `coefficients`."""
@@ -163,6 +203,8 @@ class KeyedMemory(nn.Module):
                     separate,
                     cut,
                     normed=settings.key_norm == "memories",
+                    steps=settings.read_steps if settings.read == "energy" else 0,
+                    rate=settings.read_rate,
                 )
                 for block_keys, norm in zip(keys, each, strict=True)
             ],
@@ -181,6 +223,10 @@ class KeyedMemory(nn.Module):
     def coefficients(self, block: int, hidden: Tensor) -> Tensor:
         """Coefficients (batch, t) of a block for its input (batch, tokens, dim)."""
         return self[block].coefficients(hidden)
+
+    def read(self, block: int, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As `BlockMemory.read`, of a block for its input (batch, tokens, dim)."""
+        return self[block].read(hidden)
 
     def scores(self, block: int, hidden: Tensor) -> Tensor:
         """Scores (batch, t · m) of a block for its input (batch, tokens, dim)."""

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 app = Verbs()
 
-WORDS = ("separation", "query", "adapters", "keys", "protect", "memory")
+WORDS = ("separation", "query", "adapters", "keys", "protect", "read", "memory")
 """The ablations of `memtool.experiments.ablations`, here so that help needs no torch."""
 
 
@@ -195,6 +195,7 @@ def run(
     epilog=examples(
         "memtool ablate separation",
         "memtool ablate protect --preset mira-dil --seed 0..2",
+        "memtool ablate read --preset mira-dil --set stream.train_per_task=200",
         "memtool ablate adapters --preset mira-dg --report adapters.html",
     ),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from memtool.errors import ConfigError
 from memtool.methods.about import About
-from memtool.sections import SHARES, MemorySettings
+from memtool.sections import SHARES, ConsolidateSettings, MemorySettings
 from memtool.settings import Config
 
 POSTERIORS = SHARES
@@ -23,6 +23,7 @@ def _require(config: Config) -> None:
     _require_soft_choice(config.memory)
     _require_of_blocks(config.memory)
     _require_guard(config)
+    _require_read(config.memory, config.consolidate)
     for name, found, known in (
         ("memory.scope", config.memory.scope, ("model", "block")),
         ("memory.clusters", config.memory.clusters, (1,)),
@@ -125,6 +126,48 @@ def _require_soft_choice(memory: MemorySettings) -> None:
     )
 
 
+def _require_read(memory: MemorySettings, learn: ConsolidateSettings) -> None:
+    """Raise ConfigError for a reading that does not go with what it reads."""
+    if memory.read == "mixture":
+        return
+    needs: list[tuple[str, object, tuple[object, ...], str]] = [
+        ("memory.routing", memory.routing, ("mixture",), "a mixture: a hard choice has one answer")
+    ]
+    if memory.read == "energy":
+        needs += [
+            (
+                "memory.separation",
+                memory.separation,
+                ("softmax",),
+                "softmax, whose mixture of the keys lowers an energy",
+            ),
+            (
+                "memory.similarity",
+                memory.similarity,
+                ("scaled-dot", "dot", "euclidean"),
+                "inner products or squared distances, whose steps lower an energy",
+            ),
+        ]
+    else:
+        needs += [
+            ("memory.mix", memory.mix, ("delta",), "a sum of rank-1 pieces, each with its weight"),
+            ("memory.frozen", memory.frozen, ("none",), "weights that learn"),
+        ]
+    for name, found, known, why in needs:
+        if found not in known:
+            raise ConfigError(
+                f"memory.read {memory.read} with {name} {found}",
+                expected=why,
+                remedy=f"--set {name}={known[0]}, or --set memory.read=mixture",
+            )
+    if memory.read == "decoder" and not learn.epochs:
+        raise ConfigError(
+            "memory.read decoder with consolidate.epochs 0",
+            expected="epochs in which it learns: until then it adds nothing to the mixture",
+            remedy="--set consolidate.epochs=4, or --set memory.read=mixture",
+        )
+
+
 def _require_look_at_images(config: Config) -> None:
     """Raise ConfigError for a look that images do not have, or that could move."""
     memory, beside = config.memory, config.head.beside
@@ -167,6 +210,7 @@ def _require_closed_form(config: Config) -> None:
         ("memory.keys_of", memory.keys_of, ("task",)),
         ("memory.routing", memory.routing, ("mixture", "lda")),
         ("memory.frozen", memory.frozen, ("none",)),
+        ("memory.read", memory.read, ("mixture",)),
         ("memory.similarity", memory.similarity, ("scaled-dot", "dot")),
         ("memory.separation", memory.separation, POSTERIORS),
         ("consolidate.keys", learn.keys, ("closed-form",)),

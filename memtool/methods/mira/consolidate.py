@@ -38,6 +38,7 @@ from memtool.methods.mira.keys import Draws, start_keys
 from memtool.methods.mira.learn import learn
 from memtool.methods.mira.measure import Measure, drift_degrees
 from memtool.methods.mira.protect import Protection
+from memtool.methods.mira.read import DECODERS, add_decoders, decoders_bytes
 from memtool.methods.mira.recall import MemoryModel, first_norms, memory_blocks, reaches_of
 from memtool.methods.mira.state import (
     PAST_QUERIES,
@@ -212,6 +213,12 @@ def _kept(known: Inventory) -> int:
             remedy="--sep and memory.similarity as before, consolidate.epochs 0 with keys "
             "in closed form, or another --store",
         )
+    if then.read != now.read:
+        raise ConfigError(
+            f"memory.read {now.read}, and the keys in memory learned under memory.read {then.read}",
+            expected="one reading: learning them again would need the images of all tasks",
+            remedy=f"--set memory.read={then.read}, or another --store",
+        )
     return before.shape[1]
 
 
@@ -270,6 +277,16 @@ def _model(known: Inventory, keys: Tensor) -> MemoryModel:
     memory = _memory(known, keys)
     if known.config.memory.frozen == "novelty":
         memory[memory.blocks[0]].reaches = reaches_of(known.queries)
+    if known.config.memory.read == "decoder":
+        before = known.snapshot.model
+        add_decoders(
+            memory,
+            known.config.memory,
+            values,
+            before=None if before is None else before.memory,
+            adapters=len(work.stream.tasks) * known.config.adapter.per_task,
+            generator=work.engine.generator(work.seed),
+        )
     model = MemoryModel(work.backbone, values, memory, known.config.memory, known.look)
     return model.to(work.engine.device).requires_grad_(False)
 
@@ -467,8 +484,8 @@ def _commit(
         ).put(txn)
         for name, data in blobs.items():
             txn.put_blob(name, data)
-        if QUERY_MODULES not in blobs and QUERY_MODULES in txn.base.blobs():
-            txn.delete_blob(QUERY_MODULES)
+        for name in {QUERY_MODULES, DECODERS} & {*txn.base.blobs()} - {*blobs}:
+            txn.delete_blob(name)
 
     about = {
         **metadata,
@@ -496,4 +513,7 @@ def _blobs(known: Inventory, made: Made) -> dict[str, bytes]:
     learned = {name: parts[name].detach().cpu().contiguous() for name in _query_modules(parts)}
     if learned:
         blobs[QUERY_MODULES] = save(learned)
+    decoders = decoders_bytes(made.model.memory)
+    if decoders is not None:
+        blobs[DECODERS] = decoders
     return blobs

@@ -1,9 +1,9 @@
 """Why an input is recognised as what it is: which adapters fire, with which sign, and what for.
 
-Taking something out sets its coefficients to zero and leaves all others as they were, so that the
-difference is what it contributed to this mixture. (`memtool forget` takes an adapter out for good,
-and the memory then mixes the others anew.) How known an input is comes from the moments of the
-queries that consolidation counted; no image is read for it.
+Taking something out sets its coefficients to zero, and what a decoder adds to them, and leaves all
+others as they were, so that the difference is what it contributed to this mixture. (`memtool
+forget` takes an adapter out for good, and the memory then mixes the others anew.) How known an
+input is comes from the moments of the queries that consolidation counted; no image is read for it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from memtool.methods.explanation import (
 )
 from memtool.methods.mira.measure import seen_by
 from memtool.methods.mira.method import Mira
-from memtool.methods.mira.recall import MemoryModel
+from memtool.methods.mira.recall import Given, MemoryModel
 from memtool.methods.mira.settle import says, settled
 from memtool.methods.mira.state import Snapshot
 from memtool.methods.records import task_of
@@ -118,6 +118,8 @@ def _taken_out(
     tell, below = mixed.mira.workspace.tell, seen.coefficients < 0
     # One pass for every adapter that takes part: all others would change nothing.
     taking_part = seen.coefficients.abs().amax(dim=(0, 1)) > 0
+    if mixed.model.settings.read == "decoder":  # which also adds to a weight of zero
+        taking_part = torch.ones_like(taking_part)
     total = int(taking_part.sum()) + 1
     tell("explain", 0, total)
     clamped = seen.coefficients.clamp_min(0)
@@ -129,7 +131,7 @@ def _taken_out(
         without = whole
         if bool(taking_part[place]):
             others = torch.arange(len(records)) != place
-            without = judge(mixed(seen.coefficients * others))
+            without = judge(mixed(seen.coefficients * others, place))
             tell("explain", 1 + int(taking_part[: place + 1].sum()), total)
         parts.append(
             AdapterPart(
@@ -236,20 +238,26 @@ def _see(
 
 @dataclass(frozen=True, eq=False)
 class _Mixed:
-    """The probabilities (n, classes) of images under given coefficients (n, memories, t)."""
+    """The probabilities (n, classes) of images under given coefficients (n, memories, t).
+
+    A decoder is asked again, and says nothing of the adapter that is gone.
+    """
 
     mira: Mira
     model: MemoryModel
     head: RecalledHead
     images: npt.NDArray[np.uint8]
 
-    def __call__(self, coefficients: Tensor) -> Tensor:
+    def __call__(self, coefficients: Tensor, gone: int | None = None) -> Tensor:
         model = self.model
 
         def run(batch: Tensor, given: Tensor) -> Tensor:
-            blocks = None if model.settings.blocks is None else model.memory.blocks
-            recall = given_for_each(model.values, given, model.mix, blocks)
-            features = model.under(batch, recall)
+            if model.settings.read == "decoder":
+                features = model.given(batch, Given(given, gone))
+            else:
+                blocks = None if model.settings.blocks is None else model.memory.blocks
+                recall = given_for_each(model.values, given, model.mix, blocks)
+                features = model.under(batch, recall)
             return self.head.probabilities(self.head(features, given.mean(dim=1)))
 
         engine = self.mira.workspace.engine

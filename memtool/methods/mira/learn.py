@@ -47,10 +47,11 @@ def learn(
     progress: Progress | None = None,
     stage: str = "consolidate",
 ) -> tuple[RecalledHead, FitResult]:
-    """Learn keys, query modules and perhaps the head by cross-entropy of the recalled mixture.
+    """Learn keys, query modules, decoders, perhaps the head by cross-entropy of what is recalled.
 
     The first `kept` keys were learned before. What of the past may not change says
-    `settings.protect`: under "freeze" these keys and the query modules stay, under "dual-gpm"
+    `settings.protect`: under "freeze" these keys and the query modules stay, and of a decoder its
+    hidden layer and the rows of these adapters, under "dual-gpm"
     nothing moves in the span of `past`, under "none" all learn. With a `settings.value_lr` the
     values of the other adapters learn, too. With `validation` samples the parameters are those of
     the epoch that was right about most of them. Images are augmented and mixed, and parameters
@@ -136,6 +137,9 @@ def _protected(
         for here in memories:
             here.query.requires_grad_(False)
         calls.append(_keeping([here.keys for here in memories], kept))
+        for decoder in [here.decoder for here in memories if here.decoder is not None]:
+            decoder.inner.requires_grad_(False)
+            calls.append(_keeping([*decoder.outer.parameters()], kept * decoder.rows_each))
     elif settings.protect == "dual-gpm" and past is not None and settings.guard == "step":
         calls.append(past.guard(model.memory))
     if kept and settings.value_lr > 0:

@@ -311,6 +311,8 @@ def _with_separation(
             changed(here.separation),
             reaches=here.reaches,
             normed=here.normed,
+            steps=here.steps,
+            rate=here.rate,
         )
         for here in (model.memory[block] for block in model.memory.blocks)
     ]

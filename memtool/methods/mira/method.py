@@ -43,9 +43,10 @@ from memtool.methods.mira.consolidate import consolidate, require_can_learn
 from memtool.methods.mira.inventory import consolidated_before
 from memtool.methods.mira.maps import key_map, weight_map
 from memtool.methods.mira.measure import Measure, drift, seen_by
+from memtool.methods.mira.read import DECODERS
 from memtool.methods.mira.recall import MemoryModel
-from memtool.methods.mira.recalled import coefficients_for, recalled_adapter
-from memtool.methods.mira.state import MemoryState, Snapshot
+from memtool.methods.mira.recalled import coefficients_for, recalled_adapter, require_whole
+from memtool.methods.mira.state import QUERY_MODULES, MemoryState, Snapshot
 from memtool.methods.outcome import predicted, share_right
 from memtool.methods.records import recorded, task_of
 from memtool.methods.results import (
@@ -56,6 +57,7 @@ from memtool.methods.results import (
 from memtool.methods.subject import read_query, subject_of
 from memtool.settings import Config
 from memtool.streams.task import Task
+from memtool.tensor_bytes import load_arrays
 
 if TYPE_CHECKING:
     from memtool.methods.explanation import Explanation
@@ -87,13 +89,21 @@ class Mira(Method):
         """Epochs of key learning."""
         return self.config.consolidate.epochs
 
+    def reading_numbers(self, view: memtool_stores.MemoryView) -> int:
+        """As `Method.reading_numbers`: keys, query modules and decoders."""
+        found = {
+            name: view.blob(name) for name in (QUERY_MODULES, DECODERS) if name in view.blobs()
+        }
+        arrays = [a for n, data in found.items() for a in load_arrays(data, f"blob {n!r}").values()]
+        return super().reading_numbers(view) + sum(int(array.bits.size) for array in arrays)
+
     def cost(self, *, numbers: int, parameters: int, tokens: int) -> Mapping[str, Any]:
         """What an image costs beside the pass under what it recalls: see `ImageCost`."""
         from memtool.methods.mira.cost import image_cost
 
         del numbers, parameters, tokens
         work = self.workspace
-        return asdict(image_cost(self.config, work.stream, work.backbone, len(work.layout.blocks)))
+        return asdict(image_cost(self.config, work.stream, work.backbone, work.layout))
 
     def require_able(self) -> None:
         """As `Method.require_able`: key learning, the blocks that are looked at, and the head."""
@@ -168,6 +178,8 @@ class Mira(Method):
         work = self.workspace
         snapshot = self.read(version) if task is None else self._snapshot(version)
         state, model, head = snapshot.consolidated()
+        if out is not None:
+            require_whole(state)
         accuracy, prediction = None, None
         if query is not None:
             words, samples = str(query), 1

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from memtool.engine import Engine
 from memtool.memories.dual_gpm import DualGPM, spaces_from_bytes, spaces_to_bytes
-from memtool.memories.keyed import KeyedMemory
+from memtool.memories.keyed import BlockMemory, KeyedMemory
 from memtool.memories.query import QueryModule
 from memtool.methods.mira.recall import MemoryModel
 
@@ -35,6 +35,8 @@ HEAD = "head"
 
 class Protection:
     """The past of every linear map of a keyed memory, by name: `<block>.keys`, `<block>.g…`.
+
+    Of a decoder these are `<block>.decoder.inner` and `<block>.decoder.outer`.
 
     Inputs are homogeneous: a query ends in the constant that meets the key's bias, and an input of
     a linear map is followed by a 1 that meets its bias.
@@ -156,16 +158,20 @@ class _Map:
 
 
 def _maps(memory: KeyedMemory) -> Iterator[_Map]:
-    """The keys of every block, which have their bias inside, and the maps of its query module."""
+    """The keys of every block, which have their bias inside, and its maps as in `_layers`."""
     for block in memory.blocks:
         here = memory[block]
         yield _Map(f"{block}.{KEYS}", here.keys, None)
-        for name, layer in _layers(here.query):
+        for name, layer in _layers(here):
             yield _Map(f"{block}.{name}", layer.weight, layer.bias)
 
 
-def _layers(query: nn.Module) -> list[tuple[str, nn.Linear]]:
-    return [(n, module) for n, module in query.named_modules() if isinstance(module, nn.Linear)]
+def _layers(here: BlockMemory) -> list[tuple[str, nn.Linear]]:
+    """The linear maps of a query module, by their names in it, and of a decoder."""
+    named = [*here.query.named_modules()]
+    if here.decoder is not None:
+        named += here.decoder.named_modules(prefix="decoder")
+    return [(name, module) for name, module in named if isinstance(module, nn.Linear)]
 
 
 @contextmanager
@@ -208,7 +214,7 @@ def _watched(memory: KeyedMemory, moments: dict[str, Tensor]) -> Iterator[None]:
     for block in memory.blocks:
         query = memory[block].query
         hooks.append(query.register_forward_hook(queries(f"{block}.{KEYS}")))
-        for name, layer in _layers(query):
+        for name, layer in _layers(memory[block]):
             hooks.append(layer.register_forward_pre_hook(inputs(f"{block}.{name}")))
     try:
         yield

@@ -10,11 +10,21 @@ from torch import Tensor
 from memtool.adapters.layout import Layout
 from memtool.adapters.peft_files import write_peft
 from memtool.adapters.stock import side_by_side
-from memtool.errors import MismatchError
+from memtool.errors import ConfigError, MismatchError
 from memtool.methods.export import new_folders
 from memtool.methods.mira.recall import MemoryModel
-from memtool.methods.mira.state import Snapshot
+from memtool.methods.mira.state import MemoryState, Snapshot
 from memtool.workspace import Workspace
+
+
+def require_whole(state: MemoryState) -> None:
+    """Raise ConfigError for a memory that does not recall adapters whole."""
+    if state.memory.read == "decoder":
+        raise ConfigError(
+            "--out under memory.read decoder: what is recalled is no mixture of whole adapters",
+            expected="one weight for all ranks of an adapter",
+            remedy="memtool export --model FILE, which writes the whole memory as a program",
+        )
 
 
 def recalled_adapter(
@@ -23,9 +33,11 @@ def recalled_adapter(
     """Write the mixture of fixed coefficients (memories, t) as one PEFT adapter.
 
     Under delta it is the stack of all ranks, B scaled by its coefficient: rank t · r and equal to
-    the mixture. Under params A and B are mixed, and the rank stays r.
+    the mixture. Under params A and B are mixed, and the rank stays r. Raises ConfigError where a
+    decoder weighs every rank of an adapter for each sample.
     """
-    _, model, _ = snapshot.consolidated()
+    state, model, _ = snapshot.consolidated()
+    require_whole(state)
     values = snapshot.values_of(snapshot.records)
     scaling, rank, count = values.scaling, values.layout.rank, len(values)
     tensors = values.layout.unflatten(values.flat())

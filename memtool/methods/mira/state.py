@@ -2,8 +2,8 @@
 
 Blobs, beside those of every method: `memory` (JSON: settings, and which task and adapter each key
 belongs to), `queries.<task>` (moments of each task alone, that keys are solved from),
-`query-modules` (learned g, when there are any) and `past-queries` (bases of what the memory was
-asked, where `consolidate.protect` is dual-gpm).
+`query-modules` (learned g, when there are any), `decoders` (where `memory.read` is decoder) and
+`past-queries` (bases of what the memory was asked, where `consolidate.protect` is dual-gpm).
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from memtool.methods.in_store import (
 from memtool.methods.mira.first import first_records, require_same_first, taken_along
 from memtool.methods.mira.look import ImageLook, needs_first
 from memtool.methods.mira.protect import Protection
+from memtool.methods.mira.read import DECODERS, load_decoders
 from memtool.methods.mira.recall import MemoryModel, first_norms, memory_blocks, reaches_of
 from memtool.methods.records import task_of
 from memtool.methods.stored_values import values_of
@@ -143,6 +144,8 @@ class Snapshot:
         )
         if QUERY_MODULES in view.blobs():
             _load_query_modules(memory, view.blob(QUERY_MODULES))
+        if state.memory.read == "decoder":
+            load_decoders(memory, state.memory, values, view.blob(DECODERS))
         if state.memory.frozen == "novelty":
             memory[memory.blocks[0]].reaches = reaches_of(query_statistics(view, state))
         model = MemoryModel(backbone, values, memory, state.memory, look)
