@@ -28,6 +28,7 @@ from memtool.evaluation.record import (
     OrderBound,
     Record,
     Row,
+    TaskIdentity,
     write_record,
 )
 from memtool.evaluation.selection import Selection
@@ -214,7 +215,10 @@ def _each_domain_in_turn(
         update={
             "run": found[-1].run.model_copy(
                 update={
-                    "tasks": tuple(one.run.tasks[0] for one in found),
+                    "tasks": tuple(
+                        _held_out(one, task)
+                        for one, task in zip(found, whole.workspace.stream.tasks, strict=True)
+                    ),
                     "configuration": config.recorded(),
                     "store": without_home(config.store),
                 }
@@ -234,6 +238,16 @@ def _each_domain_in_turn(
 
     whole.workspace.engine.on_main(write)
     return record
+
+
+def _held_out(record: Record, task: Task) -> TaskIdentity:
+    """The domain that the memory of a record never learned; of dg it is its only task."""
+    if record.run.setting == "dg":
+        return record.run.tasks[0]
+    right = record.metrics.rows[0].unseen_right
+    classes = tuple(record.run.class_order[one] for one in task.classes)
+    samples = None if right is None else right.samples
+    return TaskIdentity(name=task.name, domain=task.domain, classes=classes, test_samples=samples)
 
 
 def holds_out_in_turn(config: Config) -> bool:
