@@ -171,7 +171,7 @@ def test_what_dgcl_trains_does_not_depend_on_the_domain_held_out(tmp_path):
 
 def test_dgcl_holds_every_domain_out_in_turn_and_goes_on(tmp_path):
     options = sets(setting="dgcl", order="rot0,rot30,rot60")
-    done = run(tmp_path, "all", *options, "--baselines", "frozen", "--json")
+    done = run(tmp_path, "all", *options, "--json")
     record = record_of(done)
     assert record.run.task_names == ("rot0", "rot30", "rot60")
     assert [task.test_samples for task in record.run.tasks] == [20] * 3
@@ -190,7 +190,7 @@ def test_dgcl_holds_every_domain_out_in_turn_and_goes_on(tmp_path):
     assert len(list((tmp_path / "all/runs/seed-0/adapters").glob("[!.]*"))) == 3
     # Whatever is gone is made again, and nothing else: the same numbers.
     (tmp_path / "all/runs/seed-0/record.json").unlink()
-    again = run(tmp_path, "all", *options, "--baselines", "frozen", "--json")
+    again = run(tmp_path, "all", *options, "--json")
     same_numbers(record_of(again), record)
     assert ": adapt" not in again.stderr
 
