@@ -499,9 +499,8 @@ def _results(
             "--dataset user/name names one"
         ]
     rows = [row for row in summarise_rows(records) if row.kind == "method"]
-    metric = (
-        "dg.heldout" if run.setting == "dg" else "op.trace" if run.setting == "trace" else "faa"
-    )
+    of_setting = {"dg": "dg.heldout", "dgcl": "dgcl.heldout", "trace": "op.trace"}
+    metric = of_setting.get(run.setting, "faa")
     date = max(record.run.created for record in records).isoformat(timespec="seconds")
     about = {"id": dataset, "task_id": run.setting}
     if revision is not None:

@@ -18,7 +18,11 @@ from memtool.sections import SECTIONS, Settings, model_of, sections_of
 from memtool_stores import limits
 from memtool_stores.limits import Limits
 
-Setting = Literal["dil", "til", "cil", "dg", "mts", "xtail", "trace"]
+Setting = Literal["dil", "til", "cil", "vil", "dg", "dgcl", "mtl", "mts", "xtail", "trace"]
+AT_ONCE: tuple[Setting, ...] = ("dg", "mtl")
+"""Settings whose tasks are learned together, in no order."""
+HOLDS_OUT: tuple[Setting, ...] = ("dg", "dgcl")
+"""Settings that are tested on a domain that nothing is learned from."""
 HeadKind = Literal["lda", "ridge", "rp-ridge", "ncm", "grown", "shared", "prototype", "text"]
 HeadFeatures = Literal[
     "own", "recalled", "own+frozen", "own+first", "recalled+frozen", "recalled+first"
@@ -73,9 +77,18 @@ class StreamSettings(Settings):
     source: str = Field("digits", description="a description's name or path, or a folder")
     setting: Setting = Field("dil", description="how the data is cut into tasks")
     order: tuple[str, ...] | None = Field(None, description="order of domains or classes")
-    classes_per_task: Annotated[int, Field(ge=1)] = Field(2, description="for cil, til and mts")
+    classes_per_task: Annotated[int, Field(ge=1)] = Field(
+        2, description="for cil, til, mts and vil; and for mtl where nothing has domains"
+    )
     splits: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="number of tasks, instead of classes_per_task"
+        None,
+        description="number of tasks, instead of classes_per_task; for vil in every domain, for "
+        "mtl instead of a task a domain",
+    )
+    class_order: Literal["drawn", "given"] = Field(
+        "drawn",
+        description="where tasks are groups of classes and no order names these: grouped as the "
+        "seed draws them, or as the data names them",
     )
     train_per_task: Annotated[int, Field(ge=1)] | None = Field(
         None, description="at most so many training images a task"
@@ -95,7 +108,8 @@ class StreamSettings(Settings):
         "test", description="what is measured: test samples, or those held back for validation"
     )
     held_out: str | None = Field(
-        None, description="for dg: the domain that nothing is learned from; none: each in turn"
+        None,
+        description="for dg and dgcl: the domain that nothing is learned from; none: each in turn",
     )
     crop: Crop = Field(
         "centre",
@@ -527,8 +541,8 @@ def _walk(model: type[BaseModel], prefix: str) -> dict[str, FieldInfo]:
     return found
 
 
-_OF_CLASSES = ("cil", "til", "mts")
-_OF_IMAGES = ("dil", "dg", "xtail", *_OF_CLASSES)
+_OF_CLASSES = ("cil", "til", "mts", "vil", "mtl")
+_OF_IMAGES = ("dil", "dg", "dgcl", "xtail", *_OF_CLASSES)
 
 READ_UNDER: tuple[tuple[str, str, tuple[str | None, ...]], ...] = (
     ("baselines", "stream.setting", tuple(s for s in get_args(Setting) if s not in ("til", "mts"))),
@@ -540,6 +554,8 @@ READ_UNDER: tuple[tuple[str, str, tuple[str | None, ...]], ...] = (
     ("stream.held_out", "stream.setting", _OF_IMAGES),  # without dg it is an error
     ("stream.splits", "stream.setting", _OF_CLASSES),
     ("stream.classes_per_task", "stream.setting", _OF_CLASSES),
+    ("stream.class_order", "stream.setting", _OF_CLASSES),
+    ("stream.class_order", "stream.order", (None,)),
     ("stream.classes_per_task", "stream.splits", (None,)),
     ("train.epochs", "train.iterations", (None,)),
     ("train.epochs", "text.epochs", (None,)),
@@ -570,7 +586,7 @@ READ_UNDER: tuple[tuple[str, str, tuple[str | None, ...]], ...] = (
     ("head.texts", "head.kind", ("text",)),
     ("train.final_lr", "train.schedule", ("cosine",)),
     ("moram.scaled_threshold", "moram.score_norm", ("bank",)),
-    ("first_session", "stream.setting", ("dil", "cil", "dg")),
+    ("first_session", "stream.setting", ("dil", "cil", "vil", "dg", "dgcl")),
     ("modulation.predictor_epochs", "stream.setting", ("mts", "trace")),
     ("modulation.predictor_lr", "stream.setting", ("mts", "trace")),
 )

@@ -116,6 +116,11 @@ class Workspace:
             )
         return task_named(name, tasks, self.stream.name)
 
+    @property
+    def unseen(self) -> Task | None:
+        """The domain that is tested after every task and never learned from (setting dgcl)."""
+        return self.stream.held_out if self.config.stream.setting == "dgcl" else None
+
     def epochs(self, task: Task) -> int:
         """Passes over the training samples of a task; over all tasks at once, number 0, as many."""
         train, named = self.config.train, self.config.text.epochs if self.reads == "texts" else None

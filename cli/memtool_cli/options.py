@@ -101,7 +101,7 @@ HELD_OUT = setting(
     "--held-out",
     "stream.held_out",
     "Training",
-    "Setting dg: the domain that nothing is learned from.",
+    "Settings dg and dgcl: the domain that nothing is learned from.",
     metavar="DOMAIN",
     autocompletion=complete.tasks,
 )

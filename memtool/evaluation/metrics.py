@@ -10,7 +10,7 @@ metric that is not defined for a matrix (one task only, a cell that was not meas
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -231,6 +231,19 @@ def dg_heldout(validation: npt.ArrayLike, target: npt.ArrayLike) -> float:
     return float(_measured(chosen, "every selected candidate on its target").mean())
 
 
+def of_unseen(scores: Sequence[float | None]) -> dict[str, float]:
+    """What follows from the scores on a domain that nothing is learned from, by metric id.
+
+    `scores` are before any task and after each of them, None where not measured.
+    """
+    after = [score for score in scores[1:] if score is not None]
+    last = scores[-1] if len(scores) > 1 else None
+    found = {} if last is None else {"dgcl.heldout": float(last)}
+    if after and len(after) == len(scores) - 1:
+        found["dgcl.average"] = float(sum(after) / len(after))
+    return found
+
+
 @dataclass(frozen=True)
 class Metric:
     """A metric under its id.
@@ -399,6 +412,27 @@ METRICS: dict[str, Metric] = {
             dg_heldout,
             "higher",
             "accuracy on held-out domains, selected by training-domain validation (DomainBed)",
+            of_matrix=False,
+        ),
+        Metric(
+            "dgcl.heldout",
+            final_average,
+            "higher",
+            "accuracy on the domain never learned from, after the last of the others",
+            of_matrix=False,
+        ),
+        Metric(
+            "dgcl.average",
+            final_average,
+            "higher",
+            "mean over steps of the accuracy on the domain never learned from",
+            of_matrix=False,
+        ),
+        Metric(
+            "dgcl.seen",
+            final_average,
+            "higher",
+            "mean over held-out domains of the final average accuracy on the others",
             of_matrix=False,
         ),
         Metric(

@@ -21,7 +21,7 @@ from memtool.experiments import run as experiment
 from memtool.experiments.plan import plan, seconds_a_sample
 from memtool.paths import store_beside
 from memtool.progress import Progress
-from memtool.settings import BackboneSettings, Config, get, sections
+from memtool.settings import AT_ONCE, BackboneSettings, Config, get, sections
 
 SEPARATIONS = ("affine", "identity", "softmax", "relu", "tanh", "topk")
 
@@ -78,10 +78,12 @@ def _keys(config: Config) -> dict[str, dict[str, Any]]:
 
 def _protections(config: Config) -> dict[str, dict[str, Any]]:
     learning = _learning(config)
-    if config.stream.setting == "dg":
+    if (setting := config.stream.setting) in AT_ONCE:
         raise ConfigError(
-            "an ablation of protection under setting dg",
-            expected="tasks in an order, dil or cil: all sources of dg are learned at once",
+            f"an ablation of protection under setting {setting}",
+            expected=f"tasks in an order, dil or cil: all sources of {setting} are learned at once"
+            if setting == "dg"
+            else f"tasks in an order, dil, cil or vil: all of {setting} are learned at once",
         )
     return {
         word: {**learning, "consolidate.protect": word} for word in ("dual-gpm", "freeze", "none")

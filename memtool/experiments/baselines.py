@@ -22,9 +22,11 @@ from memtool.methods import open_method
 from memtool.methods.baselines import (
     DG_BASELINES,
     FIRST_SESSION,
+    MTL_BASELINES,
     REVISIONS,
     RIVALS,
     HeldOut,
+    at_once_baseline,
     baseline,
     baselines_of,
     held_out_baseline,
@@ -87,8 +89,12 @@ def known_baselines(method: Method) -> tuple[str, ...]:
         return ()
     if config.stream.setting == "dg":
         return tuple(DG_BASELINES)
+    if config.stream.setting == "mtl":
+        fixed = reads == "images" and is_fixed(config)
+        return tuple(name for name in MTL_BASELINES if not (fixed and name == "frozen"))
     known = baselines_of(reads, fixed_head=reads == "images" and is_fixed(config))
-    return tuple(name for name in known if name != "s-prompts" or config.stream.setting == "dil")
+    of_domains = config.stream.setting in ("dil", "dgcl")
+    return tuple(name for name in known if name != "s-prompts" or of_domains)
 
 
 def baseline_rows(
@@ -113,12 +119,14 @@ def baseline_rows(
 
 def _baseline(method: Method, name: str, tasks: Sequence[Task]) -> list[Row]:
     """The rows of a baseline: from its file when an earlier run finished it, else measured."""
-    work = _with_the_whole_budget(method)
+    work, config = _with_the_whole_budget(method), method.config
 
     def measure() -> list[Row]:
         held_out = work.stream.held_out
-        if held_out is not None:
+        if held_out is not None and work.unseen is None:
             return _on_held_out(held_out, held_out_baseline(name), work, tasks)
+        if config.stream.setting == "mtl":
+            return at_once_baseline(name)(work, tasks)
         return baseline(name)(work, tasks)
 
     file = kept_file(work, name)

@@ -49,6 +49,7 @@ from memtool.reports.table import (
     percent,
     recall_grid,
     seconds_text,
+    unseen_grid,
 )
 
 THIN_SPACE = "\u2009"
@@ -325,6 +326,9 @@ def _sections(rows: Sequence[RowSummary], records: Sequence[Record], prefix: str
                 charts.curves_figure(ordered, records, measure),
                 charts.matrix_figure(ordered, records, measure),
             ),
+            tables=tables(
+                (unseen := unseen_grid(records), f"{unseen.title if unseen else ''}."),
+            ),
         ),
         Section(
             "What was forgotten",
@@ -440,7 +444,11 @@ def _three_digits(value: float) -> str:
 
 def _with_intervals(grid: Grid, rows: Sequence[RowSummary], records: Sequence[Record]) -> Grid:
     """The table of methods with the interval of the average beside it."""
-    names = [name for name in grid.header if name.startswith(("final average", "dg.heldout"))]
+    names = [
+        name
+        for name in grid.header
+        if name.startswith(("final average", "dg.heldout", "dgcl.heldout"))
+    ]
     if not names:
         return grid
     at = grid.header.index(names[0]) + 1

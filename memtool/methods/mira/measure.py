@@ -18,7 +18,7 @@ from memtool.adapters.recalls import every, same_for_all
 from memtool.adapters.values import Recall
 from memtool.engine import Engine
 from memtool.errors import ConfigError, NotFoundError
-from memtool.evaluation.matrix import AccuracyMatrix
+from memtool.evaluation.course import Course
 from memtool.evaluation.metrics import coefficient_drift, floor_met
 from memtool.evaluation.record import Kind, Row
 from memtool.heads import LinearClassifier, RecalledHead, solve_head
@@ -29,6 +29,7 @@ from memtool.methods.mira.settle import says, settled
 from memtool.methods.mira.state import Snapshot
 from memtool.methods.outcome import seen_before, share_right
 from memtool.methods.records import task_of
+from memtool.settings import AT_ONCE
 from memtool.streams.task import Images, Task
 from memtool.workspace import Workspace
 
@@ -191,13 +192,13 @@ class Measure:
         learned = {task.number for task in sources}
         if all(task.number in learned for task in shown):
             ways.append(("oracle", "oracle adapter (task known)", "upper bound", oracle))
-        names = [task.name for task in shown]
         rows = []
         for id, words, kind, logits in ways:
-            scores = [share_right(logits(task), task.test) for task in shown]
-            matrix = AccuracyMatrix.empty(names).with_row(len(names), scores)
             reading = kind != "upper bound"
-            rows.append(Row.measured(id, words, kind, matrix, reading=reading))
+            course = Course(shown, self.workspace.unseen if reading else None)
+            scores = [share_right(logits(task), task.test) for task in course.tested]
+            course.add(len(shown), scores)
+            rows.append(course.row(id, words, kind, reading=reading))
         return rows
 
     def _logits(self, recall: Recall, head: LinearClassifier, task: Task) -> Tensor:
@@ -232,11 +233,11 @@ class Measure:
         """The discriminant head of a uniform mixture, without replay, as the memory's heads are.
 
         The features of a task are those under the mixture of all adapters that were there when it
-        was learned: all of them in dg, whose tasks are learned at once, else those up to its own.
+        was learned: all of them where tasks are learned at once, else those up to its own.
         """
         work = self.workspace
         state, model, _ = snapshot.consolidated()
-        at_once = work.stream.setting == "dg"
+        at_once = work.stream.setting in AT_ONCE
         statistics = work.statistics(model.look.features_width)
         for task in tasks:
             last = len(state.tasks) if at_once else state.tasks.index(task.number) + 1

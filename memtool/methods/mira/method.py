@@ -25,6 +25,7 @@ from memtool.errors import (
     MismatchError,
     NotFoundError,
 )
+from memtool.evaluation.course import Course
 from memtool.evaluation.inside import Inside
 from memtool.evaluation.matrix import AccuracyMatrix
 from memtool.evaluation.record import (
@@ -55,16 +56,16 @@ from memtool.methods.results import (
     RetrieveResult,
 )
 from memtool.methods.subject import read_query, subject_of
-from memtool.settings import Config
+from memtool.settings import AT_ONCE, Config
 from memtool.streams.task import Task
 from memtool.tensor_bytes import load_arrays
 
 if TYPE_CHECKING:
     from memtool.methods.explanation import Explanation
 
-SETTINGS = ("dil", "til", "cil", "dg", "xtail")
-"""Settings that `evaluate` knows: task inferred (dil, cil, xtail), given (til), or never seen (dg).
-"""
+SETTINGS = ("dil", "til", "cil", "vil", "dg", "dgcl", "mtl", "xtail")
+"""Settings that `evaluate` knows: task inferred (dil, cil, vil, mtl, xtail), given (til), or never
+seen (dg; dgcl beside the tasks)."""
 
 
 class Mira(Method):
@@ -230,8 +231,9 @@ class Mira(Method):
     ) -> Record:
         """Accuracy on the test images of every task that the memory has learned.
 
-        `setting` dil, cil and xtail infer the task; til is given it and recalls its adapter
-        exactly, with the head trained with it; dg measures on the domain that is held out.
+        `setting` dil, cil, vil, mtl and xtail infer the task; til is given it and recalls its
+        adapter exactly, with the head trained with it; dg measures on the domain that is held out,
+        dgcl on it and on the others.
         `history` reads the version after each task and fills the whole matrix, and says how far old
         coefficients drifted; `compare` adds hard choice, uniform mixture and the oracle adapter.
         `unseen` has a column for every task of the stream, learned or not (none: in xtail). Raises
@@ -243,10 +245,10 @@ class Mira(Method):
         measure = Measure(self.workspace)
         learned = self._learned(snapshot, setting)
         shown = learned
-        if unseen and setting in ("til", "dg"):
+        if unseen and setting in ("til", *AT_ONCE):
             raise ConfigError(
                 f"--unseen under setting {setting}",
-                expected="a setting that infers the task: dil, cil or xtail",
+                expected="a setting that infers the task: dil, cil, vil, dgcl or xtail",
                 remedy="memtool eval without --unseen",
             )
         if unseen or (unseen is None and setting == "xtail"):
@@ -282,19 +284,19 @@ class Mira(Method):
         versions = {len(learned): snapshot.version}
         if history:
             versions = self._history(snapshot, learned, "dil")
-        matrix = AccuracyMatrix.empty([task.name for task in shown])
+        course = Course(shown, self.workspace.unseen)
         if history and is_fixed(self.config) and snapshot.consolidated()[2].of_directions:
             frozen = [
                 share_right(frozen_scores(self.workspace, task.test.images), task.test)
-                for task in shown
+                for task in course.tested
             ]
-            matrix = matrix.with_row(0, frozen)
+            course.add(0, frozen)
         then: dict[int, Tensor] = {}
         more: dict[str, float] = {}
         for count, at in self.workspace.telling("evaluate", sorted(versions.items())):
             there = snapshot if at == snapshot.version else self._snapshot(at)
-            scored = measure.scores(there, shown)
-            matrix = matrix.with_row(count, scored.accuracy)
+            scored = measure.scores(there, course.tested)
+            course.add(count, scored.accuracy)
             then[count] = scored.coefficients[count - 1]
             more["task_accuracy"] = scored.task_accuracy
         if len(then) == len(learned):
@@ -302,7 +304,7 @@ class Mira(Method):
             more |= drift(before, scored.coefficients[: len(learned) - 1])
         more |= scored.more
         ms = scored.ms_per_input
-        return Row.measured("memory", "memory", "method", matrix, more=more, ms_per_input=ms)
+        return course.row("memory", "memory", "method", more=more, ms_per_input=ms)
 
     def _told(self, snapshot: Snapshot, learned: Sequence[Task], *, history: bool) -> Row:
         """Exact recall of every task's own adapters."""
@@ -463,17 +465,17 @@ class Mira(Method):
     def task_written(self, task: Task) -> None:
         """Consolidate what was written of a task, unless its keys are there already.
 
-        The sources of setting dg are consolidated together: see `all_written`.
+        Tasks that are learned at once are consolidated together: see `all_written`.
         """
-        if self.config.stream.setting == "dg":
+        if self.config.stream.setting in AT_ONCE:
             return
         state = self._snapshot("HEAD").state
         if state is None or task.number not in state.tasks:
             self.consolidate()
 
     def all_written(self) -> None:
-        """Consolidate the sources of setting dg, at once, unless that is done already."""
-        if self.config.stream.setting == "dg" and self._snapshot("HEAD").state is None:
+        """Consolidate tasks that are learned at once, together, unless that is done already."""
+        if self.config.stream.setting in AT_ONCE and self._snapshot("HEAD").state is None:
             self.consolidate()
 
     def inside(self, tasks: Sequence[Task], version: str = "HEAD") -> Inside:
