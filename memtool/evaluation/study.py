@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import Field, JsonValue, ValidationError, model_validator
 
@@ -12,8 +12,8 @@ from memtool.errors import CorruptError, DataError, NotFoundError
 from memtool.evaluation.record import Environment, Part
 from memtool.evaluation.summary import Summary, summarise
 
-SCHEMA = "memtool.study"
-SCHEMA_VERSION = 1
+SCHEMA: Final = "memtool.study"
+SCHEMA_VERSION: Final = 1
 
 Unit = Literal["share", "points", "ms", "bytes", "degrees", "ratio", "s"]
 
@@ -76,9 +76,9 @@ class StudyRecord(Part):
             here = {*point.values, *point.by_task}
             if unknown := here - known:
                 raise ValueError(f"point {point.label!r} has {sorted(unknown)}, no measures")
-            for found in (*point.values.values(), *point.by_task.values(), point.failed):
-                if others := set(found) - seeds:
-                    raise ValueError(f"point {point.label!r} has seeds {sorted(others)}")
+            of = [*map(set, point.values.values()), *map(set, point.by_task.values())]
+            if others := set(point.failed).union(*of) - seeds:
+                raise ValueError(f"point {point.label!r} has seeds {sorted(others)}")
         return self
 
     def measure(self, id: str) -> Measure:

@@ -117,7 +117,9 @@ def _figure(record: StudyRecord, measure: Measure) -> Figure:
         found = point.summary(measure.id)
         if found is None:
             continue
-        place = {"at": printable(point.label), "x": point.x, "memory": point.group or record.study}
+        aside = 0.06 * (groups.index(point.group) - (len(groups) - 1) / 2)  # bars stand apart
+        x_at = None if point.x is None else point.x + aside
+        place = {"at": printable(point.label), "x": x_at, "memory": point.group or record.study}
         bounds = found.interval(least / scale, most / scale)
         low, high = bounds if bounds is not None else (None, None)
         means.append(

@@ -46,11 +46,16 @@ def made_alike(stream: Stream, settings: StreamSettings) -> Stream:
     if settings.alike_by == "others":
         first, again = _halved(first, settings.seed)
     how = _blended if settings.alike_by == "looks" else _exchanged
-    parts = {
-        part: how(getattr(last, part), getattr(again, part), settings.alike, settings.seed)
-        for part in ("train", "validation", "test")
-    }
-    changed = dataclasses.replace(last, **parts)
+
+    def mixed(own: Images, other: Images) -> Images:
+        return how(own, other, settings.alike, settings.seed)
+
+    changed = dataclasses.replace(
+        last,
+        train=mixed(last.train, again.train),
+        validation=mixed(last.validation, again.validation),
+        test=mixed(last.test, again.test),
+    )
     if settings.alike_by != "looks":
         changed = dataclasses.replace(changed, classes=_classes(changed, last, first))
     words = f"{stream.fingerprint} alike {settings.alike!r} by {settings.alike_by}"

@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -121,7 +122,7 @@ def _bytes(work: Workspace) -> int:
     classes, dim = len(work.stream.class_names), work.backbone.dim
     head = 4 * (dim + 1) * max(len(task.classes) for task in tasks)
     of_adapters = adapters * (2 * (4 * numbers + head) + FOLDER_BYTES)
-    wide = 3 * dim + 1  # features, and those of two other looks beside them
+    wide = dim * (1 + bool(config.head.beside)) + 1
     moments = len(tasks) * 8 * (wide + classes) * wide
     if config.head.kind == "rp-ridge":
         moments += work.projection_bytes(config.head.width).kept
@@ -182,7 +183,7 @@ class _Clock:
 
         def timed_steps() -> float:
             steps(1)  # the first also allocates
-            one, several = (self._timed(work, lambda n=n: steps(n)) for n in (1, 3))
+            one, several = (self._timed(work, partial(steps, n)) for n in (1, 3))
             return max(several - one, several / 6) / 2
 
         return self._once("step", timed, work, timed_steps) * count / timed

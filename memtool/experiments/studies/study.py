@@ -154,7 +154,9 @@ class OpenStudy:
                 )
         axes = {key: [str(values[key]) for values in cells] for key in keys}
         sweep = Sweep.begin(folder, config, axes, cells=cells, preset=preset, write=write)
-        return cls(study, sweep, variants)
+        # Who began it may have said the points in another order.
+        in_order = [variants[cells.index(dict(cell.values))] for cell in sweep.plan.cells]
+        return cls(study, sweep, in_order)
 
     @property
     def folder(self) -> Path:
@@ -188,7 +190,7 @@ class OpenStudy:
             failed = self.sweep.result(self.sweep.jobs[0])
             raise MemtoolError(
                 f"study {self.study.name}: every run failed: {failed and failed.failed}",
-                remedy="memtool study … --retry-failed after a cure",
+                remedy=f"memtool study {self.study.name} --retry-failed, else as before",
             )
         first = next(iter(records.values()))
         record = StudyRecord(
