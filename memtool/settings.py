@@ -122,6 +122,15 @@ class StreamSettings(Settings):
     metric: TextMetric = Field(
         "exact-match", description="for a file of lines: how answers are scored"
     )
+    alike: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="how like the first task the last one is made; 1: the first once more"
+    )
+    alike_by: Literal["copies", "others", "looks"] = Field(
+        "copies",
+        description="how: copies, that share of its images gives way to the first task's; others, "
+        "to images that the first task leaves for it; looks, every image is blended with one of "
+        "its class",
+    )
     seed: Seed = Field(0, description="fixes splits, subsets and transformations")
     test_seed: Seed | None = Field(
         None, description="fixes which samples are for testing; none: as stream.seed"

@@ -45,6 +45,33 @@ class SweepPlan(CliRecord):
     done: tuple[str, ...]
 
 
+class StudyPoint(Part):
+    """What the runs of one point of a study take that are not done."""
+
+    label: str
+    runs: int
+    left: int
+    steps: int
+    seconds: float
+    bytes: int
+
+
+class StudyPlan(CliRecord):
+    """What a study would take, with --dry-run: of all points, and of each."""
+
+    schema_: Literal["memtool.study-plan"] = Field("memtool.study-plan", alias="schema")
+    study: str
+    folder: Path
+    seeds: tuple[int, ...]
+    train_per_task: int | None
+    test_per_task: int | None
+    points: tuple[StudyPoint, ...]
+    steps: int
+    seconds: float
+    bytes: int
+    free_bytes: int
+
+
 class RunLine(Part):
     """One run; `differs` has its values of the settings in which the listed runs differ."""
 

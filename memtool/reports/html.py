@@ -127,20 +127,43 @@ def render(records: Sequence[Record]) -> str:
 
 def page_of(figure: Figure) -> str:
     """A page with one live figure."""
-    section = Section("", figures=[_shown(figure)])
-    run = {"title": figure.name, "about": "", "summary": "", "tiles": [], "sections": [section]}
+    return page(figure.name, [Section("", figures=[live(figure)])])
+
+
+def page(
+    title: str,
+    sections: Sequence[Section],
+    *,
+    about: str = "",
+    summary: str = "",
+    command: str | None = None,
+    facts: Sequence[tuple[str, str]] = (),
+    configuration: Sequence[tuple[str, str]] = (),
+    version: str = "",
+) -> str:
+    """A page of sections that needs nothing else, as a report."""
+    run = {
+        "title": title,
+        "about": about,
+        "summary": summary,
+        "tiles": [],
+        "sections": sections,
+        "command": command,
+        "facts": facts,
+        "configuration": configuration,
+    }
     return (
         templates()
         .get_template("report.html.j2")
         .render(
-            title=figure.name,
-            names=[figure.name],
-            runs=[{**run, "command": None, "facts": [], "configuration": []}],
+            title=title,
+            names=[title],
+            runs=[run],
             beside=[],
             downloads=[],
             script=_in_script(script()),
             config=_as_json(CONFIG),
-            version="",
+            version=version,
         )
     )
 
@@ -249,7 +272,7 @@ def _side_by_side(groups: Sequence[Sequence[Record]], names: Sequence[str]) -> S
                 "Settings that differ.",
             )
         )
-    return Section("Side by side", figures=[_shown(figure)], tables=tables)
+    return Section("Side by side", figures=[live(figure)], tables=tables)
 
 
 # One run ----------------------------------------------------------------------------------------
@@ -294,7 +317,7 @@ def _sections(rows: Sequence[RowSummary], records: Sequence[Record], prefix: str
     is_accuracy = measure == "accuracy"
 
     def figures(*made: Figure | None) -> list[Shown]:
-        return [_shown(one, prefix) for one in made if one is not None]
+        return [live(one, prefix) for one in made if one is not None]
 
     def tables(*made: tuple[Grid | None, str]) -> list[Captioned]:
         return [Captioned(grid, caption) for grid, caption in made if grid is not None]
@@ -595,7 +618,8 @@ def _machine(records: Sequence[Record]) -> str:
 # For the script ---------------------------------------------------------------------------------
 
 
-def _shown(figure: Figure, prefix: str = "") -> Shown:
+def live(figure: Figure, prefix: str = "") -> Shown:
+    """A figure as a page shows it: static where its script does not run."""
     name = f"{prefix}-{figure.name}" if prefix else figure.name
     named = Figure(name, figure.caption, figure.spec, figure.cells)
     return Shown(name, figure.caption, Markup(named.inline()), _as_json(figure.spec))

@@ -67,9 +67,12 @@ def _told(stream: Stream) -> Stream:
 
 
 def _opened(settings: StreamSettings, image_size: int, *, drawn: bool = True) -> Stream:
+    from memtool.streams.likeness import made_alike, require_able
+
     if settings.setting == "trace":
         from memtool.streams.text import open_text_stream
 
+        require_able(settings)
         return open_text_stream(settings)
     from memtool.streams.cuts import cut
     from memtool.streams.sources import templates
@@ -79,11 +82,11 @@ def _opened(settings: StreamSettings, image_size: int, *, drawn: bool = True) ->
 
         seed = settings.seed if settings.test_seed is None else settings.test_seed
         table = digits_table(settings.setting, seed, image_size, drawn=drawn)
-        return cut(table, settings)
+        return made_alike(cut(table, settings), settings)
     table = open_table(
         settings.source, image_size, crop=settings.crop, skip_broken=settings.skip_broken
     )
-    return cut(table, settings, templates(settings.source))
+    return made_alike(cut(table, settings, templates(settings.source)), settings)
 
 
 def open_table(

@@ -420,6 +420,21 @@ class Mira(Method):
         history = ((version.id, known(version)) for version in store.log(snapshot.version))
         return newest_after_each(history, [task.number for task in learned])
 
+    def after_each(self, tasks: Sequence[Task], version: str = "HEAD") -> list[str]:
+        """The newest versions before `version` after each of `tasks`, learned in this order.
+
+        Raises NotFoundError for a task that no version was consolidated after.
+        """
+        found = self._history(self._snapshot(version), tasks, "dil")
+        for count, task in enumerate(tasks, start=1):
+            if count not in found:
+                raise NotFoundError(
+                    f"no version of {self.workspace.store_path!r} after task {task.number} "
+                    f"{task.name} alone was consolidated",
+                    remedy="memtool run, in another --store",
+                )
+        return [found[count] for count in range(1, len(tasks) + 1)]
+
     def known_tasks(self, version: str) -> tuple[int, ...]:
         """Numbers of the tasks that a version can be measured on; none before consolidation."""
         view = self.workspace.store.view(version)
