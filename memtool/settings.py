@@ -564,7 +564,6 @@ READ_UNDER: tuple[tuple[str, str, tuple[str | None, ...]], ...] = (
     ("stream.splits", "stream.setting", _OF_CLASSES),
     ("stream.classes_per_task", "stream.setting", _OF_CLASSES),
     ("stream.class_order", "stream.setting", _OF_CLASSES),
-    ("stream.class_order", "stream.order", (None,)),
     ("stream.classes_per_task", "stream.splits", (None,)),
     ("train.epochs", "train.iterations", (None,)),
     ("train.epochs", "text.epochs", (None,)),

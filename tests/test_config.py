@@ -352,6 +352,7 @@ def test_a_method_that_nobody_has(name):
         ("digits-dil", {"memory.topk": "3", "memory.separation": "topk"}, []),
         ("modulation-digits", {"baselines": "frozen", "seed": "1"}, ["under stream.setting mts"]),
         ("moram-digits", {"head.scope": "task", "train.epochs": "1"}, []),
+        ("mira-vil", {"stream.class_order": "given", "stream.order": "a@b"}, []),
     ],
 )
 def test_what_is_asked_for_in_vain(preset, overrides, sentences):

@@ -98,6 +98,15 @@ class AsWritten(Backbone):
         """Width of the input of a block."""
         return self.survey.blocks[block].dim
 
+    def first_norm(self, block: int) -> nn.LayerNorm:
+        """None is known of a block as written: raises ConfigError."""
+        raise ConfigError(
+            f"memory.query_norm block on backbone {self.name}, whose block {block} is called as it "
+            "is: what it does first is not known",
+            expected="timm's plain Vision Transformers, or open_clip_image:<name>",
+            remedy="--set memory.query_norm=layer",
+        )
+
     def preprocess(self, images: Tensor) -> Tensor:
         """uint8 (batch, height, width, 3) to normalised float32 (batch, 3, size, size).
 

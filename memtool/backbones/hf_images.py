@@ -1,9 +1,11 @@
 """Image models of transformers as backbones, by a local folder or an id on the hub.
 
-They run as transformers wrote them. A model's features are what its pooler says, or its first
-token where it has none: of ViT the class token behind the last norm (the pooler, which was trained
-with another head, is left out), of DINOv2 and CLIP's image tower the same, of Swin and ConvNets the
-mean of the last map.
+They run as transformers wrote them. A model's features are what its pooler says, or where it has
+none its first token, or the mean of its last map.
+
+Of ViT that is the class token behind the last norm (the pooler, which was trained with another
+head, is left out), of DINOv2 and CLIP's image tower the same, of Swin and ConvNets the mean of the
+last map.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from memtool.backbones.as_written import AsWritten
@@ -85,7 +88,8 @@ def create_hf_images(settings: BackboneSettings, model: str) -> AsWritten:
         if had_bars:
             logging.enable_progress_bar()
     mean, std = _normalisation(source, config.model_type)
-    native = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
+    size = getattr(config, "image_size", None)  # none of a ConvNet, which takes any
+    native = size if size is None or isinstance(size, int) else size[0]
     return AsWritten(
         built,
         settings.name,
@@ -94,20 +98,27 @@ def create_hf_images(settings: BackboneSettings, model: str) -> AsWritten:
         image_size=settings.image_size,
         mean=mean,
         std=std,
-        prefix_tokens=1 + (getattr(config, "num_register_tokens", 0) or 0),
+        prefix_tokens=_prefix_tokens(config),
         native=native,
     )
 
 
 def read_hf(model: nn.Module, pixels: Tensor) -> Tensor:
-    """The pooled features (b, dim): what the pooler says, or the first token."""
+    """The pooled features (b, dim): what the pooler says, else the first token or a map's mean."""
     given: dict[str, Any] = {}
     if "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
         given["interpolate_pos_encoding"] = True
     found = model(pixel_values=pixels, **given)
     pooled = getattr(found, "pooler_output", None)
-    features: Tensor = found.last_hidden_state[:, 0] if pooled is None else pooled.flatten(1)
-    return features
+    if pooled is not None:
+        return torch.flatten(pooled, 1)
+    last: Tensor = found.last_hidden_state
+    return last.mean(dim=(2, 3)) if last.ndim == 4 else last[:, 0]
+
+
+def _prefix_tokens(config: Any) -> int:
+    """The class token, with that of DeiT's distillation and registers, of a model that has them."""
+    return 1 + (config.model_type == "deit") + (getattr(config, "num_register_tokens", 0) or 0)
 
 
 def _source(settings: BackboneSettings) -> str:

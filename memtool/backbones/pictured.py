@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -121,7 +122,7 @@ class PicturedLM(CausalLM):
         self._numbers: WeakKeyDictionary[Album, int] = WeakKeyDictionary()
         self._next = itertools.count(1)
         self._recent: deque[Album] = deque(maxlen=KEPT_ALBUMS)
-        self._rows: OrderedDict[tuple[Any, ...], list[int]] = OrderedDict()
+        self._rows: OrderedDict[tuple[Any, ...], array[int]] = OrderedDict()
         self._ready: OrderedDict[tuple[str, ...], dict[str, Tensor]] = OrderedDict()
         self.mark, self.picture_id = _mark_of(processor, model.config, name)
         self._require_expressible()
@@ -234,7 +235,7 @@ class PicturedLM(CausalLM):
         if key not in self._rows:
             ids, seen = self._processed(text, album, special=special)
             self._keep(album.content, seen)
-            self._rows[key] = ids
+            self._rows[key] = array("q", ids)  # a list is several times as large
             if len(self._rows) > KEPT_ROWS:
                 self._rows.popitem(last=False)
         number = self._numbers.get(album)

@@ -144,7 +144,7 @@ def surveyed(
             features = read(model, pixels)
     if features.ndim != 2 or len(features) != 2:
         raise ValueError(f"its features are of shape {tuple(features.shape)}")
-    able = [name for name in two.order if name in within and _is_a_block(name, two)]
+    able = [name for name in two.order if name in within and _is_a_block(name, one, two)]
     chosen = [name for name in able if name in names] or able
     blocks = [_block(name, two.inputs[name], last=last) for name in _outermost(chosen)]
     left_out: dict[str, str] = {}
@@ -241,9 +241,9 @@ def _compare(kept: Mapping[str, Tensor], run: _Run, name: str, x: Tensor) -> Non
         run.mixed.add(name)
 
 
-def _is_a_block(name: str, run: _Run) -> bool:
-    shape = run.inputs[name]
-    return run.calls[name] == 1 and shape[0] == 2 and len(shape) in (3, 4)
+def _is_a_block(name: str, one: _Run, two: _Run) -> bool:
+    alone, shape = one.inputs[name], two.inputs[name]
+    return two.calls[name] == 1 and (alone[0], shape[0]) == (1, 2) and len(shape) in (3, 4)
 
 
 def _block(name: str, shape: tuple[int, ...], *, last: bool) -> Block:

@@ -18,6 +18,9 @@ from memtool.backbones.weight_files import drawn_alike, opened
 from memtool.errors import ConfigError, NotFoundError, did_you_mean
 from memtool.settings import BackboneSettings
 
+_REFUSALS = (RuntimeError, TypeError, ValueError, AssertionError, ArithmeticError)
+"""What models of timm raise when they are built for a size that they cannot have."""
+
 
 def create_timm(settings: BackboneSettings, model: str) -> Backbone:
     """The timm model `model` with the weights of `settings.weights`, or with timm's own.
@@ -78,14 +81,14 @@ def build_timm(model: str, size: int | None, *, fetch: bool = False) -> Any:
                 return timm.create_model(model, pretrained=fetch, num_classes=0, **sized)
             except TypeError:  # a ConvNet takes images of any size
                 return timm.create_model(model, pretrained=fetch, num_classes=0)
-        except (OSError, RuntimeError) as error:
-            if not fetch:
-                raise
-            raise NotFoundError(
-                f"no pre-trained weights for timm:{model}: {error}",
-                remedy="name a local safetensors file as backbone.weights, or random",
-            ) from error
-        except (TypeError, ValueError, AssertionError, ZeroDivisionError) as error:
+        except NotImplementedError:  # a RuntimeError: what looks at numbers on the meta device
+            raise
+        except (OSError, *_REFUSALS) as error:
+            if fetch and isinstance(error, OSError | RuntimeError):
+                raise NotFoundError(
+                    f"no pre-trained weights for timm:{model}: {error}",
+                    remedy="name a local safetensors file as backbone.weights, or random",
+                ) from error
             native = timm.models.get_pretrained_cfg(model)
             made_for = 224 if native is None else native.input_size[-1]
             raise ConfigError(

@@ -84,12 +84,13 @@ def cut(
         class_names=table.class_names,
         fingerprint=_fingerprint(table, settings, groups),
         held_out=held_out,
-        notes=_notes(table, is_test, groups, held_out),
+        notes=_notes(table, settings, is_test, groups, held_out),
     )
 
 
 def _notes(
     table: Table,
+    settings: StreamSettings,
     is_test: npt.NDArray[np.bool_],
     groups: Sequence[Group],
     held_out: Task | None,
@@ -103,6 +104,7 @@ def _notes(
     if table.content is None:
         return tuple(notes)
     used = np.any([group.rows(table) for group in groups], axis=0)
+    used |= np.isin(np.asarray(table.domains), common_tests(table, settings.setting))
     if held_out is not None:
         is_test = np.asarray(table.domains) == table.domain_names.index(held_out.name)
     test, train = table.content[used & is_test], table.content[used & ~is_test]
@@ -238,7 +240,7 @@ def _check(
         return
     if settings.train_per_task == 1:
         remedy = "a larger stream.train_per_task"
-    elif settings.setting in ("cil", "til", "mts", "vil"):
+    elif settings.setting in ("cil", "til", "mts", "vil") and settings.splits is None:
         named = settings.order if settings.setting != "vil" else None
         count = len(named or table.class_names)
         widths = [width for width in range(2, count + 1) if count % width != 1]

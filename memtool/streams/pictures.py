@@ -20,7 +20,13 @@ from PIL import Image
 
 from memtool.errors import DataError, MemtoolError
 from memtool.pictured import Picture, Prompt
-from memtool.streams.images import decode_rgb, image_bytes, quiet_decoders, require_image
+from memtool.streams.images import (
+    decode_rgb,
+    image_bytes,
+    quiet_decoders,
+    require_image,
+    upright_rgb,
+)
 from memtool_stores.printable import printable, shown
 
 COLUMN = "image"
@@ -76,12 +82,16 @@ class PictureInMemory:
 def picture_of(image: Any) -> Picture:
     """A picture: a path, a PIL image, or pixels uint8 (height, width, 3), as an array or a tensor.
 
-    Raises DataError for anything else.
+    A PIL image is read as its file is, turned as its EXIF data say. Raises DataError for anything
+    else.
     """
     if isinstance(image, str | PathLike):
         return PictureFile(Path(image))
     if isinstance(image, Image.Image):
-        return PictureInMemory(np.asarray(image.convert("RGB")))
+        try:
+            return PictureInMemory(np.asarray(upright_rgb(image)))
+        except ValueError as error:
+            raise DataError(f"an image of mode {image.mode}: {error}") from error
     pixels = np.asarray(image)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
         raise DataError(
@@ -98,8 +108,9 @@ def with_pictures(prompts: Sequence[str], images: Sequence[Any] | None) -> list[
     """
     if images is None:
         return list(prompts)
-    if isinstance(images, str | PathLike) or len(images) != len(prompts):
-        count = 1 if isinstance(images, str | PathLike) else len(images)
+    alone = isinstance(images, str | PathLike | Image.Image)
+    if alone or len(images) != len(prompts):
+        count = 1 if alone else len(images)
         raise DataError(
             f"images for {count} prompts, and {len(prompts)} prompts",
             expected="an image for each prompt, a list of several, or None",

@@ -61,6 +61,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], int]] = {
     ),
 }
 
+QUICK = ("eva-02", "swin", "convnext", "padding as tensorflow", "mobilevit", "resnext")
+"""One of every way to be adapted: fused layers, windows, channels last, padding, groups."""
+
+of_families = pytest.mark.parametrize(
+    "family",
+    [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in FAMILIES],
+)
+
 
 @functools.cache
 def built(family: str) -> nn.Module:
@@ -165,7 +173,7 @@ def close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@of_families
 def test_it_runs_as_timm_wrote_it_and_adds_what_is_recalled(family: str) -> None:
     backbone, given = wrapped(family), pixels(family)
     frozen = built(family)(given)
@@ -188,7 +196,7 @@ def test_it_runs_as_timm_wrote_it_and_adds_what_is_recalled(family: str) -> None
     assert all(parameter.grad is None for parameter in backbone.parameters())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@of_families
 @torch.no_grad()
 def test_every_sample_has_its_own_mixture(family: str) -> None:
     backbone, given = wrapped(family), pixels(family)
@@ -217,7 +225,7 @@ def test_every_sample_has_its_own_mixture(family: str) -> None:
     close(backbone.features(given[:2], beside), torch.cat(expected))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@of_families
 @torch.no_grad()
 def test_a_recall_sees_the_input_of_every_block_in_order(family: str) -> None:
     backbone, given = wrapped(family), pixels(family, 2)

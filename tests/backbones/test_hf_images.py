@@ -16,6 +16,9 @@ from transformers import (
     ConvNextModel,
     Dinov2Config,
     Dinov2Model,
+    ResNetConfig,
+    SegformerConfig,
+    SegformerModel,
     ViTConfig,
     ViTModel,
 )
@@ -121,6 +124,22 @@ def test_random_weights_need_a_configuration_only_and_other_sizes_are_read(tmp_p
     assert backbone.features(torch.randn(1, 3, 48, 48)).shape == (1, 16)
     with pytest.raises(NotFoundError, match=r"hf:FOLDER"):
         opened(tmp_path)
+
+
+def test_models_that_say_no_size_are_read_and_a_map_without_pooler_is_its_mean(
+    tmp_path: Path,
+) -> None:
+    sizes: dict[str, Any] = {"hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1]}
+    ResNetConfig(embedding_size=8, layer_type="basic", **sizes).save_pretrained(tmp_path / "resnet")
+    resnet = opened(tmp_path / "resnet", weights="random")
+    assert (resnet.dim, resnet.prefix_tokens) == (8, 0)
+    heads: dict[str, Any] = {"num_attention_heads": [1, 1, 2, 2], "decoder_hidden_size": 8}
+    torch.manual_seed(0)
+    model = SegformerModel(SegformerConfig(**sizes, **heads)).eval()
+    model.save_pretrained(tmp_path / "map")
+    pixels = torch.randn(2, 3, 32, 32)
+    expected = model(pixel_values=pixels).last_hidden_state.mean(dim=(2, 3))
+    torch.testing.assert_close(opened(tmp_path / "map").features(pixels), expected)
 
 
 def test_a_language_model_is_refused(tmp_path: Path) -> None:

@@ -67,6 +67,7 @@ def of_rows(rows: Sequence, id: str):
     return next(row for row in rows if row.id == id)
 
 
+@pytest.mark.slow
 def test_vil_with_one_domain_is_cil(tmp_path):
     cil = record_of(run(tmp_path, "cil", *sets(setting="cil", splits="2"), "--json"))
     pairs = ",".join(f"{name}@upright" for name in cil.run.task_names)
@@ -147,6 +148,7 @@ def write_domains(folder: Path, noise: int) -> None:
                 Image.fromarray(pixels).save(there / f"{number:02}.png")
 
 
+@pytest.mark.slow
 def test_what_dgcl_trains_does_not_depend_on_the_domain_held_out(tmp_path):
     records, stores = [], []
     for noise in (0, 99):

@@ -13,6 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from memtool.adapters.layout import Layout, Site
+from memtool.adapters.values import AdapterValues
 from memtool.errors import ConfigError
 from memtool.experiments.baselines import chosen_baselines
 from memtool.experiments.plan import plan
@@ -28,7 +30,7 @@ from memtool.methods.baselines.in_turn import in_turn
 from memtool.methods.baselines.mos import Mos, retrieved
 from memtool.methods.baselines.mos import apart as told_apart
 from memtool.methods.baselines.replay import Er, Reservoir
-from memtool.methods.baselines.sd_lora import SdLora, product_norm, sites_of
+from memtool.methods.baselines.sd_lora import SdLora, divided, product_norm, sites_of
 from memtool.methods.baselines.slca import Slca
 from memtool.methods.baselines.tuna import Tuna, elected, surest
 from memtool.streams.task import Task
@@ -454,6 +456,28 @@ def test_dividing_into_magnitude_and_direction_changes_nothing(work: Workspace) 
             assert float(length) == pytest.approx(1.0, abs=1e-5)
     assert sd.magnitudes.requires_grad
     assert sd.magnitudes.shape == (2 * len(work.layout.sites),)
+
+
+def test_convolutions_in_groups_are_divided_too() -> None:
+    sites = (
+        Site(0, "a", "", 2 * 9, 6, 0, 6, (3, 3), 2),
+        Site(0, "b", "", 6, 4, 0, 4),
+    )
+    layout = Layout(sites, 2)
+    flat = torch.randn(2, layout.numel, generator=torch.Generator().manual_seed(0))
+    values = AdapterValues.from_flat(flat, layout, 1.0)
+    before = [b @ a for a, b in _maps(values)]
+    lengths = divided(values)
+    for length, whole, (a, b) in zip(lengths, before, _maps(values), strict=True):
+        after = b @ a
+        assert float(after[1].norm()) == pytest.approx(1.0, abs=1e-5)
+        torch.testing.assert_close(after[1] * length, whole[1])
+        assert torch.equal(after[0], whole[0])
+
+
+def _maps(values: AdapterValues) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """A (t, r, in) and B (t, out, r) of every site."""
+    return [(a.detach(), b.detach().mT) for _, _, a, b in sites_of(values)]
 
 
 def test_sd_lora_adds_its_directions_as_their_magnitudes_say(work: Workspace) -> None:

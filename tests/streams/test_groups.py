@@ -95,6 +95,17 @@ def test_domains_of_test_images_alone_test_those_of_training_images_alone(shop: 
         assert _rows(task.test) == wanted
     with pytest.raises(DataError, match="no test images"):
         cut(apart, StreamSettings(setting="dgcl"))
+    same = replace(apart, content=np.arange(60, dtype=np.uint64) % 50)
+    assert any("10 of 30 test images" in note for note in cut(same, StreamSettings()).notes)
+
+
+def test_a_domain_with_one_class_of_a_group_is_refused_with_what_helps(shop: Table) -> None:
+    one = np.where(shop.labels < 2, 0, 2)  # sketches of ants and cats alone
+    bare = replace(shop, labels=np.where(shop.domains == 1, one, shop.labels))
+    for changes, remedy in (({}, "classes_per_task"), ({"splits": 2}, "leave it out")):
+        with pytest.raises(DataError, match="only one class") as error:
+            cut(bare, StreamSettings(setting="vil", class_order="given", **changes))
+        assert remedy in str(error.value.remedy)
 
 
 def test_mtl_has_a_task_a_domain_or_a_group_of_classes(shop: Table) -> None:

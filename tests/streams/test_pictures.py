@@ -15,7 +15,7 @@ from memtool.errors import ConfigError, DataError, NotFoundError
 from memtool.inference.sources import prompts_in
 from memtool.pictured import Prompt, album_of, as_json, require_text_alone, together
 from memtool.settings import StreamSettings
-from memtool.streams import create_stream
+from memtool.streams import create_stream, with_pictures
 from memtool.streams.task import Stream
 
 ENTRY = {"prompt": "<image> hue:", "answer": "red", "image": "pictures/1.png"}
@@ -117,3 +117,22 @@ def test_texts_are_put_together_with_their_pictures(tmp_path: Path) -> None:
     assert as_json(["a", one]) == ["a", ["<image> hue:", album_of(one).content[0]]]
     with pytest.raises(ConfigError, match="--keep-prompts with prompts that come with pictures"):
         require_text_alone([one], "--keep-prompts")
+
+
+def test_an_open_image_is_read_as_its_file_is(tmp_path: Path) -> None:
+    pixels = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # a camera held upright
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=turned)
+    deep = (np.arange(24, dtype=np.uint16) * 2700).reshape(4, 6)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    for name, size in (("turned.png", (4, 6)), ("deep.png", (6, 4))):
+        with Image.open(tmp_path / name) as image:
+            prompts = with_pictures(["a", "a"], [tmp_path / name, image])
+        file, brought = (one.album.pictures[0].rgb() for one in prompts if isinstance(one, Prompt))
+        assert file.size == brought.size == size
+        assert np.array_equal(np.asarray(file), np.asarray(brought))
+    with pytest.raises(DataError, match="images for 1 prompts, and 2 prompts"):
+        with_pictures(["a", "a"], Image.fromarray(pixels))  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="mode F"):
+        with_pictures(["a"], [Image.new("F", (2, 2))])

@@ -47,14 +47,8 @@ class SdLora(Branches):
         had = [] if self.magnitudes is None else [self.magnitudes.detach()]
         super().before_task(task)
         assert self.past is not None
-        with torch.no_grad():
-            lengths = []
-            for _, _, a, b in sites_of(self.past):
-                length = product_norm(a[-1], b[-1])
-                b[-1] /= length.clamp_min(torch.finfo(b.dtype).tiny)
-                lengths.append(length)
-            self.past.scaling.fill_(1.0)
-            new = scaling * torch.stack(lengths)
+        new = scaling * divided(self.past)
+        self.past.scaling.fill_(1.0)
         self.magnitudes = nn.Parameter(torch.cat([*had, new]))
 
     def recall(self) -> Recall | None:
@@ -81,6 +75,17 @@ class SdLora(Branches):
             return Mixture.weighted(joined, hidden.new_ones(len(hidden), len(joined)))
 
         return recall
+
+
+@torch.no_grad()
+def divided(values: AdapterValues) -> Tensor:
+    """Give the last adapter a map of length one at every site; the lengths (sites,) it had."""
+    lengths = []
+    # The B of a convolution in groups is spread over them as it is read: what is kept is divided.
+    for (_, _, a, b), kept in zip(sites_of(values), values.b, strict=True):
+        lengths.append(product_norm(a[-1], b[-1]))
+        kept[-1] /= lengths[-1].clamp_min(torch.finfo(b.dtype).tiny)
+    return torch.stack(lengths)
 
 
 def sites_of(values: AdapterValues) -> Iterator[tuple[int, str, Tensor, Tensor]]:
