@@ -226,9 +226,20 @@ def presets() -> tuple[Preset, ...]:
     return tuple(found)
 
 
+RENAMED = {f"mira-{setting}-paper": f"mira-{setting}-authors" for setting in ("dg", "cil", "dil")}
+"""What presets of earlier versions became."""
+
+
 def find_preset(name: str) -> Preset:
-    """A preset by name. Raises NotFoundError."""
+    """A preset by name. Raises NotFoundError; for a name of an earlier version it says the new."""
     known = {preset.name: preset for preset in presets()}
+    if name in RENAMED:
+        raise NotFoundError(
+            f"preset {name} is no more: it was our reading of the paper, and the code of its "
+            "authors says otherwise",
+            expected=f"{RENAMED[name]}, as that code has it",
+            remedy=f"--preset {RENAMED[name]}",
+        )
     if name not in known:
         raise NotFoundError(
             f"no preset {name!r}",

@@ -75,7 +75,8 @@ class Batches:
 
     All groups have as many distinct samples, so that batches are rectangles: they share one draw of
     how often samples come up, each with an assignment to samples of its own. A group alone is a
-    plain bootstrap sample, as all assignments of a multinomial draw are equally likely.
+    plain bootstrap sample, as all assignments of a multinomial draw are equally likely. Without
+    `bootstrap` every group sees every sample once an epoch, in an order of its own.
     """
 
     inputs: npt.NDArray[Any]
@@ -84,12 +85,13 @@ class Batches:
     epochs: int
     seed: int
     groups: int = 1
+    bootstrap: bool = True
 
     @cached_property
     def _counts(self) -> npt.NDArray[np.int64]:
         """How often each distinct sample of a group was drawn, in every group."""
         total = len(self.labels)
-        if self.groups == 1:
+        if not self._drawn:
             return np.ones(total, dtype=np.int64)
         draws = np.random.default_rng([self.seed, 1]).integers(total, size=total)
         counts = np.bincount(draws, minlength=total)
@@ -99,11 +101,16 @@ class Batches:
     def _members(self) -> npt.NDArray[np.int64]:
         """The distinct samples of every group, (groups, distinct), in the order of `_counts`."""
         total, distinct = len(self.labels), len(self._counts)
-        if self.groups == 1:
-            return np.arange(total)[None]
+        if not self._drawn:
+            return np.tile(np.arange(total), (self.groups, 1))
         seeds = ([self.seed, 1, group] for group in range(self.groups))
         orders = (np.random.default_rng(seed).permutation(total) for seed in seeds)
         return np.stack([order[:distinct] for order in orders])
+
+    @property
+    def _drawn(self) -> bool:
+        """Whether groups have samples of their own."""
+        return self.bootstrap and self.groups > 1
 
     @property
     def _size(self) -> int:
@@ -293,6 +300,7 @@ class Engine:
         checkpoint: Path | None = None,
         after_step: Callable[[], None] | None = None,
         select: Callable[[], float] | None = None,
+        enough: Callable[[], bool] | None = None,
         rate_of: Callable[[str], float] | None = None,
         progress: Progress | None = None,
     ) -> FitResult:
@@ -305,7 +313,8 @@ class Engine:
         `after_step` runs after every optimiser step (projections). `rate_of` gives the factor on
         the learning rate of a parameter by its name. `select` scores the module after every epoch,
         higher is better: the parameters end as they were after the best one, which `FitResult`
-        names; such a training has no checkpoint. With `settings.average` the parameters end as
+        names; such a training has no checkpoint. `enough` is asked after every epoch whether it
+        was the last one. With `settings.average` the parameters end as
         their mean over steps, and are scored as what it is so far. With `checkpoint` the state is
         saved every half minute, on Ctrl-C and at the end, and a file of the same `fingerprint` is
         resumed; who stores the result removes the file.
@@ -324,6 +333,7 @@ class Engine:
             groups, settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
         )
         total = len(batches)
+        planned = total
         done = 0
         losses: list[list[float]] = []
         running: list[list[float]] = []
@@ -342,7 +352,7 @@ class Engine:
         saved_at = time.monotonic()
         with _interruptible() as interrupted:
             while done < total:
-                factor = rate_factor(done / total, settings)
+                factor = rate_factor(done / planned, settings)
                 rate = settings.final_lr + factor * (settings.lr - settings.final_lr)
                 for group in optimizer.param_groups:
                     group["lr"] = rate * group["factor"]
@@ -377,6 +387,8 @@ class Engine:
                     if select is not None:
                         with nullcontext() if mean is None else mean.in_place(trained):
                             best.offer(select(), len(losses), trained)
+                    if enough is not None and enough():
+                        total = done
                 if progress is not None and self.is_main:
                     progress(
                         ProgressEvent(

@@ -29,7 +29,7 @@ from memtool.errors import (
 from memtool.outside import is_folder, parsed_json
 from memtool.progress import Progress, ProgressEvent
 from memtool_stores import IntegrityError, MemoryStore, StorageError, hub
-from memtool_stores.move import files_of
+from memtool_stores.move import Forwarded, files_of
 from memtool_stores.objects import objects_at
 
 if TYPE_CHECKING:
@@ -67,6 +67,14 @@ class Pushed:
     private: bool
     unchanged: bool
     notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """What a pull brought to `store`. `came` is None for a copy that was made anew."""
+
+    store: MemoryStore
+    came: Forwarded | None
 
 
 def push(
@@ -157,11 +165,11 @@ def pull(
     *,
     lock_timeout: float = 30.0,
     progress: Progress | None = None,
-) -> MemoryStore:
-    """The memory of `user/name` with all its versions: a directory or a bucket.
+) -> Pulled:
+    """Bring the memory of `user/name` with all its versions to a directory or a bucket.
 
     Every byte of it is checked first, as `memtool verify` does. An older copy in a directory is
-    brought up to date.
+    brought up to date; a tag that was deleted in it stays so.
 
     Raises:
         NotFoundError: no such repository, or no memory in it.
@@ -185,10 +193,10 @@ def pull(
         raise StorageError(f"{address} could not be checked: {unread.why}; nothing was kept")
     tell = _Tell(progress).of("pull")
     if not MemoryStore.exists(target):
-        return opened.clone(target, tell)
+        return Pulled(opened.clone(target, tell), None)
     there = MemoryStore.open(target, lock_timeout=lock_timeout)
-    there.forward_to(opened, tell)
-    return MemoryStore.open(target, lock_timeout=lock_timeout)
+    came = there.forward_to(opened, tell)
+    return Pulled(MemoryStore.open(target, lock_timeout=lock_timeout), came)
 
 
 def token_of_user(repository: str) -> str:
@@ -491,9 +499,8 @@ def _results(
             "--dataset user/name names one"
         ]
     rows = [row for row in summarise_rows(records) if row.kind == "method"]
-    metric = (
-        "dg.heldout" if run.setting == "dg" else "op.trace" if run.setting == "trace" else "faa"
-    )
+    of_setting = {"dg": "dg.heldout", "dgcl": "dgcl.heldout", "trace": "op.trace"}
+    metric = of_setting.get(run.setting, "faa")
     date = max(record.run.created for record in records).isoformat(timespec="seconds")
     about = {"id": dataset, "task_id": run.setting}
     if revision is not None:

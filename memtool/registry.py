@@ -71,9 +71,10 @@ SHIPPED: Mapping[Kind, Mapping[str, str]] = {
     },
     "backbones": {
         "nano": "memtool.backbones.nano:create_nano",
-        "timm": "memtool.backbones.vit:create_timm_vit",
+        "timm": "memtool.backbones.timm_models:create_timm",
         "open_clip": "memtool.backbones.open_clip:create_open_clip",
-        "hf": "memtool.backbones.causal_lm:create_causal_lm",
+        "hf": "memtool.backbones.hf_images:create_hf_images",
+        "open_clip_image": "memtool.backbones.clip_image:create_clip_image",
     },
     "separations": {
         "softmax": "memtool.memories.separation:softmax",
@@ -81,6 +82,8 @@ SHIPPED: Mapping[Kind, Mapping[str, str]] = {
         "identity": "memtool.memories.separation:identity",
         "relu": "memtool.memories.separation:relu",
         "tanh": "memtool.memories.separation:tanh",
+        "normalised": "memtool.memories.separation:normalised",
+        "sigmoid": "memtool.memories.separation:sigmoid",
         "topk": "memtool.memories.separation:topk",
         "max": "memtool.memories.separation:largest",
         "power": "memtool.memories.separation:power",

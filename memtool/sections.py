@@ -82,6 +82,28 @@ def _number_or_places(value: Any) -> Any:
 LookAt = Annotated[int | tuple[str, ...], BeforeValidator(_number_or_places)]
 
 
+def _norm_as_named(value: Any) -> Any:
+    """The norm that a switch meant, which this was before there were three."""
+    switched = {"true": "layer", "false": "none"}
+    return switched.get(str(value).lower(), value) if isinstance(value, bool | str) else value
+
+
+QueryNorm = Annotated[Literal["none", "layer", "block"], BeforeValidator(_norm_as_named)]
+
+
+def _all_or_blocks(value: Any) -> Any:
+    """None for "all"; else the numbers of blocks, ascending, each once."""
+    if value is None or value in ("all", ("all",), ["all"]):
+        return None
+    many = value if isinstance(value, list | tuple) else [value]
+    if not many or not all(re.fullmatch(r"0|[1-9][0-9]{0,3}", str(one)) for one in many):
+        raise ValueError("all, or numbers of blocks, as 1,2,3")
+    return tuple(sorted({int(one) for one in many}))
+
+
+MemoryBlocks = Annotated[tuple[int, ...] | None, BeforeValidator(_all_or_blocks)]
+
+
 class Settings(BaseModel):
     """Frozen; an unknown key is an error, and so are numbers that are not finite."""
 
@@ -121,8 +143,34 @@ class MemorySettings(Settings):
     )
     mix: Mix = Field("delta", description="sum of the products BA, or product of the sums")
     token: Literal["class", "mean"] = Field("mean", description="token that the query looks at")
-    query: Literal["identity", "linear", "mlp"] = Field("identity", description="query module")
-    query_norm: bool = Field(True, description="layer-normalise the query")
+    query: Literal["identity", "linear", "mlp", "plain-mlp"] = Field(
+        "identity",
+        description="query module; all but plain-mlp, which is drawn at random, start as the "
+        "identity",
+    )
+    query_norm: QueryNorm = Field(
+        "layer",
+        description="what the query is normalised by: nothing; a layer norm without gain; or the "
+        "block's own first norm, with its gain and bias (for scope block, of images)",
+    )
+    key_bias: bool = Field(
+        True, description="of images: a key has one more entry, which meets a constant 1"
+    )
+    key_norm: Literal["none", "memories"] = Field(
+        "none",
+        description="of images: what keys are divided by at every look: nothing, or each entry by "
+        "its norm over all keys of the block",
+    )
+    centre: Literal["none", "first-task"] = Field(
+        "none",
+        description="of images: what is taken from every query before the query module, keys and "
+        "the bases of dual-gpm: nothing, or the mean query of what was learned first",
+    )
+    blocks: MemoryBlocks = Field(
+        None,
+        description="for scope block, of images: the blocks that have a memory, as 1,2,3; all: "
+        "every adapted one. In the others all adapters mix in equal parts",
+    )
     scope: Literal["block", "model", "token"] = Field(
         "model",
         description="a memory in every block, or one look at the frozen model for all; of texts "
@@ -167,12 +215,38 @@ class MemorySettings(Settings):
         "shares of one, else in the weights",
     )
 
+    read: Literal["mixture", "energy", "decoder"] = Field(
+        "mixture",
+        description="of images: how weights are read: mixture, by the query as it is; energy, by "
+        "one that first settles among the keys; decoder, a small network from the query adds to "
+        "the weight of every rank of every adapter, and learns with the keys",
+    )
+    read_steps: Annotated[int, Field(ge=0, le=100)] = Field(
+        3, description="read energy: steps toward the softmax-weighted mean of the keys"
+    )
+    read_rate: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="read energy: how far a step goes, of the way to that mean"
+    )
+    read_width: Annotated[int, Field(ge=1, le=65536)] | Literal["linear", "mlp"] = Field(
+        "linear",
+        description="read decoder: its hidden width; or as wide as leaves it no more learned "
+        "numbers than a query module of this kind has, over the adapters of all tasks",
+    )
+
     later: ClassVar[tuple[str, ...]] = (
         "look_under",
         "frozen",
         "test_time",
         "test_steps",
         "test_lr",
+        "key_bias",
+        "key_norm",
+        "centre",
+        "blocks",
+        "read",
+        "read_steps",
+        "read_rate",
+        "read_width",
     )
 
     @property
@@ -190,8 +264,9 @@ class MemorySettings(Settings):
 class ConsolidateSettings(Settings):
     """Stage 2: the memory learns its keys."""
 
-    keys: Literal["closed-form", "mean-query", "random"] = Field(
-        "closed-form", description="where the keys start"
+    keys: Literal["closed-form", "mean-query", "random", "uniform"] = Field(
+        "closed-form",
+        description="where the keys start; random: normal, uniform: between -1 and 1",
     )
     key_std: Annotated[float, Field(gt=0)] = Field(1.0, description="of random keys")
     protect: Protect = Field(
@@ -202,15 +277,51 @@ class ConsolidateSettings(Settings):
     energy: Annotated[float, Field(gt=0, le=1)] = Field(
         0.97, description="share of the past queries' energy that dual-gpm protects at first"
     )
+    guard: Literal["step", "gradient"] = Field(
+        "step",
+        description="dual-gpm: step, what an optimiser's step moved inside the past is taken back; "
+        "gradient, as in the code of MIRA's authors: gradients of keys and a shared head lose "
+        "their part inside before AdamW, and the past is that of all tokens of one batch",
+    )
     epochs: Annotated[int, Field(ge=0)] = Field(0, description="of key learning; 0: none")
-    lr: Annotated[float, Field(gt=0)] = Field(0.05, description="learning rate of the keys")
+    first_epochs: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="of the first consolidation; none: as many as of the others"
+    )
+    lr: Annotated[float, Field(ge=0)] = Field(
+        0.05, description="learning rate of the keys; 0: they stay as they start"
+    )
     module_lr: Annotated[float, Field(gt=0)] = Field(
         1e-3, description="learning rate of query modules and of a shared head"
+    )
+    head_lr: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="learning rate of a shared head; none: as module_lr"
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="of AdamW")
+    fresh_head: bool = Field(
+        False,
+        description="a shared head begins the first consolidation at zero, not as it was trained "
+        "with the adapters",
+    )
+    mixup: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="as train.mixup, of key learning; none: that of train"
     )
     value_lr: Annotated[float, Field(ge=0)] = Field(
         0.0, description="learning rate of the new adapters' values; 0: they stay as they are"
     )
     batch_size: Annotated[int, Field(ge=1)] = Field(50, description="images a step")
+
+    later: ClassVar[tuple[str, ...]] = (
+        "guard",
+        "first_epochs",
+        "head_lr",
+        "weight_decay",
+        "fresh_head",
+        "mixup",
+    )
+
+    def epochs_of(self, *, first: bool) -> int:
+        """Epochs of key learning in the first consolidation, or in another."""
+        return self.epochs if not first or self.first_epochs is None else self.first_epochs
 
 
 class ModulationSettings(Settings):

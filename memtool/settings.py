@@ -18,13 +18,17 @@ from memtool.sections import SECTIONS, Settings, model_of, sections_of
 from memtool_stores import limits
 from memtool_stores.limits import Limits
 
-Setting = Literal["dil", "til", "cil", "dg", "mts", "xtail", "trace"]
+Setting = Literal["dil", "til", "cil", "vil", "dg", "dgcl", "mtl", "mts", "xtail", "trace"]
+AT_ONCE: tuple[Setting, ...] = ("dg", "mtl")
+"""Settings whose tasks are learned together, in no order."""
+HOLDS_OUT: tuple[Setting, ...] = ("dg", "dgcl")
+"""Settings that are tested on a domain that nothing is learned from."""
 HeadKind = Literal["lda", "ridge", "rp-ridge", "ncm", "grown", "shared", "prototype", "text"]
 HeadFeatures = Literal[
     "own", "recalled", "own+frozen", "own+first", "recalled+frozen", "recalled+first"
 ]
 Crop = Literal["centre", "squash", "pad"]
-Augment = Literal["none", "flip-crop", "crop"]
+Augment = Literal["none", "flip", "flip-crop", "crop"]
 
 
 Seed = Annotated[int, Field(ge=0, le=10**15)]
@@ -49,8 +53,14 @@ TextMetric = Literal[
 class BackboneSettings(Settings):
     """The frozen model."""
 
-    name: str = Field("nano", description="nano, or timm:<model name>")
-    weights: Path | None = Field(None, description="a local safetensors file; none: by name")
+    name: str = Field(
+        "nano", description="nano, timm:<model name>, open_clip:<model name> or hf:<id or path>"
+    )
+    weights: Path | Literal["random"] | None = Field(
+        None,
+        description="a local safetensors file; random: drawn, always alike, for trials without "
+        "any file; none: by name",
+    )
     image_size: Annotated[int, Field(ge=8, le=8192)] = Field(
         32, description="pixels a side of the input"
     )
@@ -67,9 +77,18 @@ class StreamSettings(Settings):
     source: str = Field("digits", description="a description's name or path, or a folder")
     setting: Setting = Field("dil", description="how the data is cut into tasks")
     order: tuple[str, ...] | None = Field(None, description="order of domains or classes")
-    classes_per_task: Annotated[int, Field(ge=1)] = Field(2, description="for cil, til and mts")
+    classes_per_task: Annotated[int, Field(ge=1)] = Field(
+        2, description="for cil, til, mts and vil; and for mtl where nothing has domains"
+    )
     splits: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="number of tasks, instead of classes_per_task"
+        None,
+        description="number of tasks, instead of classes_per_task; for vil in every domain, for "
+        "mtl instead of a task a domain",
+    )
+    class_order: Literal["drawn", "given"] = Field(
+        "drawn",
+        description="where tasks are groups of classes and no order names these: grouped as the "
+        "seed draws them, or as the data names them",
     )
     train_per_task: Annotated[int, Field(ge=1)] | None = Field(
         None, description="at most so many training images a task"
@@ -89,7 +108,8 @@ class StreamSettings(Settings):
         "test", description="what is measured: test samples, or those held back for validation"
     )
     held_out: str | None = Field(
-        None, description="for dg: the domain that nothing is learned from; none: each in turn"
+        None,
+        description="for dg and dgcl: the domain that nothing is learned from; none: each in turn",
     )
     crop: Crop = Field(
         "centre",
@@ -101,6 +121,15 @@ class StreamSettings(Settings):
     )
     metric: TextMetric = Field(
         "exact-match", description="for a file of lines: how answers are scored"
+    )
+    alike: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="how like the first task the last one is made; 1: the first once more"
+    )
+    alike_by: Literal["copies", "others", "looks"] = Field(
+        "copies",
+        description="how: copies, that share of its images gives way to the first task's; others, "
+        "to images that the first task leaves for it; looks, every image is blended with one of "
+        "its class",
     )
     seed: Seed = Field(0, description="fixes splits, subsets and transformations")
     test_seed: Seed | None = Field(
@@ -135,6 +164,18 @@ class AdapterSettings(Settings):
     residual: bool = Field(
         False, description="train on top of the mixture that the memory recalls, not alone"
     )
+    differ_by: Literal["start", "bootstrap"] = Field(
+        "bootstrap",
+        description="how the adapters of a task differ (J above 1): by their random start and the "
+        "order of images alone, or also by a bootstrap sample",
+    )
+    draw: Literal["normal", "kaiming"] = Field(
+        "normal",
+        description="how A starts: N(0, 1 / inputs), or uniform within 1 / sqrt(inputs) (Kaiming, "
+        "a = sqrt 5)",
+    )
+
+    later: ClassVar[tuple[str, ...]] = ("differ_by", "draw")
 
 
 class TrainSettings(Settings):
@@ -160,8 +201,8 @@ class TrainSettings(Settings):
     )
     augment: Augment = Field(
         "none",
-        description="of the training images: flip-crop, mirrored by chance and shifted by an "
-        "eighth at most; crop, a piece of 90 to 100 % of the area",
+        description="of the training images: flip, mirrored by chance; flip-crop, and shifted by "
+        "an eighth at most; crop, a piece of 90 to 100 % of the area",
     )
     steps: Annotated[int, Field(ge=0)] = Field(
         0,
@@ -173,13 +214,28 @@ class TrainSettings(Settings):
         description="of images: every one is mixed with another of its batch, and the loss with "
         "it, in a share drawn from Beta(mixup, mixup); 0: none",
     )
+    mixup_of: Literal["any", "class"] = Field(
+        "any", description="mixup: with any other image of the batch, or with one of its class"
+    )
+    stop_at: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None,
+        description="of a task's adapters: no further epoch once the training accuracy of the last "
+        "one was above this share; none: train.epochs",
+    )
     average: Literal["none", "half", "ema"] = Field(
         "none",
         description="what training ends with: the parameters of its last step; their mean over the "
         "steps of its second half; or their exponential mean over a tenth of it",
     )
 
-    later: ClassVar[tuple[str, ...]] = ("schedule", "steps", "mixup", "average")
+    later: ClassVar[tuple[str, ...]] = (
+        "schedule",
+        "steps",
+        "mixup",
+        "average",
+        "mixup_of",
+        "stop_at",
+    )
 
     def epochs_for(self, samples: int, tasks: int = 1, epochs: int | None = None) -> int:
         """Epochs over so many samples of `tasks` tasks: `epochs` or more, or by `iterations`.
@@ -243,7 +299,11 @@ class HeadSettings(Settings):
         "published for MoRAM, images the classes of the task, and all texts so far the images",
     )
 
-    later: ClassVar[tuple[str, ...]] = ("texts", "width", "penalty")
+    bias: bool = Field(
+        True, description="heads that are trained with the adapters, or learn on, have a bias"
+    )
+
+    later: ClassVar[tuple[str, ...]] = ("texts", "width", "penalty", "bias")
 
     @property
     def is_fixed(self) -> bool:
@@ -266,7 +326,8 @@ class TextSettings(Settings):
 
     prompt_tokens: Annotated[int, Field(ge=1)] | None = Field(
         None,
-        description="most tokens of a prompt; none: 1024, or three quarters of a shorter context",
+        description="most tokens of a prompt; none: 1024 (4096 of a model that sees pictures), or "
+        "three quarters of a shorter context",
     )
     answer_tokens: Annotated[int, Field(ge=1)] | None = Field(
         None,
@@ -489,8 +550,8 @@ def _walk(model: type[BaseModel], prefix: str) -> dict[str, FieldInfo]:
     return found
 
 
-_OF_CLASSES = ("cil", "til", "mts")
-_OF_IMAGES = ("dil", "dg", "xtail", *_OF_CLASSES)
+_OF_CLASSES = ("cil", "til", "mts", "vil", "mtl")
+_OF_IMAGES = ("dil", "dg", "dgcl", "xtail", *_OF_CLASSES)
 
 READ_UNDER: tuple[tuple[str, str, tuple[str | None, ...]], ...] = (
     ("baselines", "stream.setting", tuple(s for s in get_args(Setting) if s not in ("til", "mts"))),
@@ -502,13 +563,27 @@ READ_UNDER: tuple[tuple[str, str, tuple[str | None, ...]], ...] = (
     ("stream.held_out", "stream.setting", _OF_IMAGES),  # without dg it is an error
     ("stream.splits", "stream.setting", _OF_CLASSES),
     ("stream.classes_per_task", "stream.setting", _OF_CLASSES),
+    ("stream.class_order", "stream.setting", _OF_CLASSES),
+    ("stream.class_order", "stream.order", (None,)),
     ("stream.classes_per_task", "stream.splits", (None,)),
     ("train.epochs", "train.iterations", (None,)),
     ("train.epochs", "text.epochs", (None,)),
     ("memory.topk", "memory.separation", ("topk",)),
     ("memory.test_steps", "memory.test_time", ("entropy",)),
     ("memory.test_lr", "memory.test_time", ("entropy",)),
+    ("memory.blocks", "memory.scope", ("block",)),
+    ("adapter.draw", "stream.setting", _OF_IMAGES),
+    ("train.mixup_of", "stream.setting", _OF_IMAGES),
+    ("train.stop_at", "stream.setting", _OF_IMAGES),
+    ("memory.centre", "stream.setting", _OF_IMAGES),
+    ("memory.key_bias", "stream.setting", _OF_IMAGES),
+    ("memory.key_norm", "stream.setting", _OF_IMAGES),
+    ("memory.blocks", "stream.setting", _OF_IMAGES),
     ("consolidate.key_std", "consolidate.keys", ("random",)),
+    ("consolidate.guard", "consolidate.protect", ("dual-gpm",)),
+    ("head.bias", "head.kind", ("grown", "shared")),
+    ("consolidate.fresh_head", "head.kind", ("shared",)),
+    ("consolidate.head_lr", "head.kind", ("shared",)),
     ("consolidate.energy", "consolidate.protect", ("dual-gpm",)),
     ("head", "stream.setting", _OF_IMAGES),
     ("head.kind", "method", ("mira", "moram")),
@@ -520,7 +595,7 @@ READ_UNDER: tuple[tuple[str, str, tuple[str | None, ...]], ...] = (
     ("head.texts", "head.kind", ("text",)),
     ("train.final_lr", "train.schedule", ("cosine",)),
     ("moram.scaled_threshold", "moram.score_norm", ("bank",)),
-    ("first_session", "stream.setting", ("dil", "cil", "dg")),
+    ("first_session", "stream.setting", ("dil", "cil", "vil", "dg", "dgcl")),
     ("modulation.predictor_epochs", "stream.setting", ("mts", "trace")),
     ("modulation.predictor_lr", "stream.setting", ("mts", "trace")),
 )

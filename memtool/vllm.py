@@ -16,9 +16,10 @@ import hashlib
 import logging
 import os
 import shutil
+import uuid
 import weakref
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,8 @@ RESOLVER = "memtool"
 
 KEEP_BYTES = 8_000_000_000
 """What the cache of adapters holds at most, beside those that a process uses."""
+
+_USED = ".used-"
 
 _log = logging.getLogger(__name__)
 
@@ -89,8 +92,7 @@ class Adapters:
         Raises ConfigError for two of one name.
         """
         self._stores: dict[str, str] = {}
-        self._held: dict[Path, int] = {}
-        weakref.finalize(self, _let_go, self._held)
+        self._used = _Used()
         self._numbers: dict[int, str] = {}
         for address in addresses:
             name = address.rstrip("/").rpartition("/")[2]
@@ -125,15 +127,7 @@ class Adapters:
         view = store.view(version or "HEAD")
         _require_base(view, base)
         record = _record(view, adapter)
-        return _materialised(store, view, record, self._use)
-
-    def _use(self, folder: Path) -> None:
-        """Keep others from taking a directory of the cache away while this process lives.
-
-        vLLM reads it again whenever it has dropped an adapter from its own memory.
-        """
-        if folder not in self._held:
-            self._held[folder] = _locked(folder, fcntl.LOCK_SH)
+        return _materialised(store, view, record, self._used.add)
 
     def number_of(self, name: str, folder: Path) -> int:
         """A number from 1 that only this name of these bytes has, the same in every process."""
@@ -239,45 +233,72 @@ def _make_room(cache: Path) -> None:
             ages[folder] = folder.stat().st_mtime
             sizes[folder] = sum(file.stat().st_size for file in folder.iterdir())
     over = sum(sizes.values()) - KEEP_BYTES
-    for folder in sorted(sizes, key=lambda path: ages[path]):
-        if over <= 0:
+    if over <= 0:
+        return
+    with _alone(cache):
+        used = _in_use(cache)
+        for folder in sorted(sizes, key=lambda path: ages[path]):
+            if over > 0 and folder.name not in used:
+                shutil.rmtree(folder, ignore_errors=True)
+                over -= sizes[folder]
+
+
+class _Used:
+    """The directories of caches that a process uses: nobody takes them away while it lives.
+
+    vLLM reads one again whenever it has dropped an adapter from its own memory. Their names are in
+    a file of each cache that stays locked: one descriptor, however many they are.
+    """
+
+    def __init__(self) -> None:
+        self._files: dict[Path, int] = {}
+        self._folders: set[Path] = set()
+        weakref.finalize(self, _let_go, self._files)
+
+    def add(self, folder: Path) -> None:
+        """Keep a directory, which need not be there yet."""
+        if folder in self._folders:
             return
-        try:
-            lock = _locked(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # a process uses it
-            continue
-        shutil.rmtree(folder, ignore_errors=True)
-        _lock_file(folder).unlink(missing_ok=True)
-        os.close(lock)
-        over -= sizes[folder]
+        cache = folder.parent
+        with _alone(cache):
+            if cache not in self._files:
+                path = cache / f"{_USED}{uuid.uuid4().hex}"
+                self._files[cache] = os.open(
+                    path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600
+                )
+                fcntl.flock(self._files[cache], fcntl.LOCK_EX)
+            os.write(self._files[cache], f"{folder.name}\n".encode())
+        self._folders.add(folder)
 
 
-def _lock_file(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.lock")
-
-
-def _let_go(held: dict[Path, int]) -> None:
-    for handle in held.values():
+def _let_go(files: dict[Path, int]) -> None:
+    for handle in files.values():
         os.close(handle)
 
 
-def _locked(folder: Path, how: int) -> int:
-    """The lock of a directory of the cache, a descriptor that holds it until it is closed.
+def _in_use(cache: Path) -> set[str]:
+    """Names of the directories that processes use; what dead ones wrote goes. Needs `_alone`."""
+    names = set[str]()
+    for path in cache.glob(f"{_USED}*"):
+        with path.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                names.update(file.read().decode().split())
+            else:
+                path.unlink()
+    return names
 
-    Raises BlockingIOError where it cannot be had and nobody is to wait.
-    """
-    path = _lock_file(folder)
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(handle, how)
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(handle), path.stat()):
-                    return handle
-        except BaseException:
-            os.close(handle)
-            raise
-        os.close(handle)  # it was taken away while this waited
+
+@contextmanager
+def _alone(cache: Path) -> Iterator[None]:
+    """While the block runs, no other says what it uses or makes room."""
+    handle = os.open(cache / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _digest(folder: Path) -> str:

@@ -32,6 +32,7 @@ from memtool.heads import FeatureStatistics, ProjectedMoments
 from memtool.heads.random_projection import ProjectionBytes
 from memtool.outside import is_file
 from memtool.paths import expand, split_store
+from memtool.pictured import album_of
 from memtool.progress import ProgressEvent
 from memtool.settings import Config
 from memtool.streams import create_stream
@@ -115,6 +116,11 @@ class Workspace:
             )
         return task_named(name, tasks, self.stream.name)
 
+    @property
+    def unseen(self) -> Task | None:
+        """The domain that is tested after every task and never learned from (setting dgcl)."""
+        return self.stream.held_out if self.config.stream.setting == "dgcl" else None
+
     def epochs(self, task: Task) -> int:
         """Passes over the training samples of a task; over all tasks at once, number 0, as many."""
         train, named = self.config.train, self.config.text.epochs if self.reads == "texts" else None
@@ -153,7 +159,9 @@ class Workspace:
     def fresh(self, count: int, number: int) -> AdapterValues:
         """New adapters that learn task `number`: A random, the first as the memory's; B zero."""
         generator = self.engine.generator(self.training_seed(number))
-        return self.stacked(init_lora(self.layout, count, generator=generator), trainable=True)
+        draw = self.config.adapter.draw
+        flat = init_lora(self.layout, count, generator=generator, draw=draw)
+        return self.stacked(flat, trainable=True)
 
     @cached_property
     def layout(self) -> Layout:
@@ -309,17 +317,20 @@ class Workspace:
         return {**limits, **said}
 
     def require_fitting(self, tasks: Sequence[Task]) -> None:
-        """Raise DataError for a prompt that is too long, where these are refused, before any work.
+        """Raise DataError for a prompt that is refused, before any work: too long, or its pictures.
 
         It names the task and whether the text is for training or testing. Of images CapacityError
         for a random projection that is wider than the memory of the machine allows.
         """
         if self.reads == "images" and self.config.head.kind == "rp-ridge":
             self.require_room_for_projection()
-        if self.reads != "texts" or self.config.text.long_prompts != "refuse":
+        if self.reads != "texts":
             return
+        refused = self.config.text.long_prompts == "refuse"
         for task in tasks:
             for part, samples in (("train", task.train), ("test", task.test)):
+                if not refused and not any(album_of(one) for one in samples.prompts):
+                    continue  # of pictures one may be broken, or have no place in its prompt
                 try:
                     self.backbone.encode(samples.prompts)
                 except DataError as error:
@@ -340,7 +351,7 @@ def open_backbone(config: Config, *, dtype: torch.dtype = torch.float32) -> Froz
         from memtool.backbones.causal_lm import create_causal_lm
 
         return create_causal_lm(settings, config.text, dtype=dtype)
-    if settings.weights is not None:
+    if settings.weights is not None and settings.weights != "random":
         weights = expand(settings.weights)
         if not is_file(weights):  # named as written: a variable may hold a secret
             raise NotFoundError(

@@ -60,6 +60,12 @@ def shell(page: Path) -> list[str]:
     return [block.replace("\\\n", " ") for block in blocks] + INLINE.findall(FENCED.sub("", text))
 
 
+def below_of(verb: str) -> list[str]:
+    """The verbs below one that is a group, as `show` of `config`; else none."""
+    module = import_module(f"memtool_cli.verbs.{VERBS[verb].module}")
+    return [*getattr(typer.main.get_group(module.app).commands[verb], "commands", {})]
+
+
 @functools.cache
 def options(verb: str) -> set[str]:
     """The options of a verb, `config show` included, as its help names them."""
@@ -156,12 +162,13 @@ def test_verbs_and_options_exist(page):
         for found in COMMAND.finditer(text):
             verb, rest = found["verb"], found["rest"]
             assert verb in VERBS, found[0]
-            below = re.match(r" (show|presets)\b", rest) if verb == "config" else None
-            known = options(verb + below[0] if below else verb)
+            below = next((one for one in below_of(verb) if re.match(rf" {one}\b", rest)), None)
+            known = options(f"{verb} {below}" if below else verb)
             for option in OPTION.findall(rest):
                 assert option in known, f"{found[0]}: {option}"
         if text.startswith("-") and text != "-":
-            anywhere = set().union(*(options(verb) for verb in VERBS))
+            everything = [f"{verb} {one}" for verb in VERBS for one in below_of(verb)]
+            anywhere = set().union(*map(options, [*VERBS, *everything]))
             assert text.split()[0] in anywhere, text
 
 

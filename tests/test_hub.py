@@ -37,6 +37,7 @@ from memtool_stores import (
 from memtool_stores import hub as store_hub
 from memtool_stores.files import part_folder
 from memtool_stores.ice import sync_to_disk
+from memtool_stores.move import Forwarded
 from memtool_stores.references import MARKS
 from memtool_stores.testing import fill, small_space
 from tests.cli.conftest import inside
@@ -131,7 +132,7 @@ def test_what_is_pushed_is_pulled_byte_for_byte_with_its_history(server, small, 
     pushed = hub.push(small.url, "ann/small")
     assert pushed.version == small.head()
     assert pushed.commit == server.repositories["ann/small"].commits[-1][0]
-    pulled = hub.pull("ann/small", tmp_path / "copy")
+    pulled = hub.pull("ann/small", tmp_path / "copy").store
     assert files_of(Path(pulled.url)) == files_of(Path(small.url))
     assert [one.id for one in pulled.log()] == [one.id for one in small.log()]
     assert pulled.tags() == small.tags()
@@ -146,7 +147,7 @@ def test_an_older_copy_is_brought_up_to_date_and_one_that_went_its_own_way_is_no
 ):
     hub.push(small.url, "ann/small")
     copy, apart, tagged = (
-        hub.pull("ann/small", tmp_path / name) for name in ("copy", "apart", "tagged")
+        hub.pull("ann/small", tmp_path / name).store for name in ("copy", "apart", "tagged")
     )
     before = copy.head()
     head = tmp_path / "copy" / "ice" / "refs" / "branch.main" / "ref.json"
@@ -164,7 +165,9 @@ def test_an_older_copy_is_brought_up_to_date_and_one_that_went_its_own_way_is_no
     reader = MemoryStore.open(tmp_path / "copy")
     with monkeypatch.context() as patch:
         patch.setattr(memtool_stores.store, "sync_to_disk", sync)
-        new = hub.pull("ann/small", tmp_path / "copy")
+        pulled = hub.pull("ann/small", tmp_path / "copy")
+    assert pulled.came == Forwarded(branches=("aside", "main"), tags=("good",))
+    new = pulled.store
     assert at_sync == [True, False]  # what references lead to is on the disk before them
     marked = (sorted(p.name for p in (Path(one.url) / MARKS).iterdir()) for one in (new, small))
     assert next(marked) == next(marked)
@@ -173,7 +176,8 @@ def test_an_older_copy_is_brought_up_to_date_and_one_that_went_its_own_way_is_no
     assert files_of(tmp_path / "copy") == files_of(Path(small.url))
     assert new.verify("full").ok
     assert len(reader.view(before).adapters) == 2  # who has it open goes on
-    assert hub.pull("ann/small", tmp_path / "copy").head() == small.head()
+    again = hub.pull("ann/small", tmp_path / "copy")
+    assert (again.store.head(), again.came) == (small.head(), Forwarded())
 
     with apart.transaction("its own") as txn:
         fill(txn, small_space(), "own", 7)
@@ -194,7 +198,7 @@ def test_an_older_copy_is_brought_up_to_date_and_one_that_went_its_own_way_is_no
     small.branch("gone", "HEAD~1")
     small.tag("old")
     hub.push(small.url, "ann/small")
-    known = hub.pull("ann/small", tmp_path / "known")
+    known = hub.pull("ann/small", tmp_path / "known").store
     small.delete_branch("gone")
     hub.push(small.url, "ann/small")
     with pytest.raises(AlreadyExistsError, match="its branch gone is not in"):
@@ -205,6 +209,36 @@ def test_an_older_copy_is_brought_up_to_date_and_one_that_went_its_own_way_is_no
     with pytest.raises(AlreadyExistsError, match=r"its tag old is not in .*, or was taken"):
         hub.pull("ann/small", known.url)
     assert known.tags()["old"] == known.head()
+
+
+def test_a_tag_that_was_deleted_in_the_copy_stays_so_and_is_said_once_a_pull(
+    server, small, tmp_path
+):
+    small.tag("good")
+    hub.push(small.url, "ann/small")
+    made = hub.pull("ann/small", tmp_path / "copy")
+    assert made.came is None
+    made.store.delete_tag("good")
+    before = files_of(tmp_path / "copy")
+    again = hub.pull("ann/small", tmp_path / "copy")
+    assert (again.came, again.store.tags()) == (Forwarded(deleted=("good",)), {})
+    assert files_of(tmp_path / "copy") == before
+    with small.transaction("more") as txn:
+        fill(txn, small_space(), "t2", 2)
+    small.tag("better")
+    hub.push(small.url, "ann/small")
+
+    def pulled():
+        done = inside(tmp_path, dict(os.environ), "pull", "ann/small", "--store", "copy", "--json")
+        assert done.returncode == 0, done.stderr
+        told = json.loads(done.stdout)
+        assert done.stderr.count("tag good was deleted in") == 1
+        return told["branches"], told["tags"], told["deleted"], "nothing new" in done.stderr
+
+    assert pulled() == (["main"], ["better"], ["good"], False)
+    assert pulled() == ([], [], ["good"], True)
+    copy = MemoryStore.open(tmp_path / "copy")
+    assert (copy.tags(), copy.verify("full").ok) == ({"better": small.head()}, True)
 
 
 def test_part_folders_of_copies_that_died_are_taken_away(server, small, tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import importlib.util
 import inspect
 import json
@@ -264,16 +263,36 @@ def test_the_cache_is_bounded_and_what_a_process_uses_stays(place, base, cache, 
     dead = part_folder(cache / "vllm" / "adapter")
     os.utime(dead, (0, 0))
     monkeypatch.setattr(memtool.vllm, "KEEP_BYTES", 250 * size)
-    other = memtool.vllm._locked(folders[0], fcntl.LOCK_SH)  # as of another process
+    other = Adapters([])  # as of another process
+    other._used.add(folders[0])
     second = adapters.folder_of(f"memory@good:{two}", base)
     there = [folder.is_dir() for folder in (first, second, *folders)]
     assert there == [True, True, True, False, True]
     assert not dead.exists()
-    os.close(other)
+    del other
     monkeypatch.setattr(memtool.vllm, "KEEP_BYTES", 0)
     memtool.vllm._make_room(cache / "vllm")
     there = [folder.is_dir() for folder in (first, second, *folders)]
     assert there == [True, True, False, False, False]  # in use, as long as this process lives
+
+
+def test_one_descriptor_keeps_all_that_a_process_uses(tmp_path, monkeypatch):
+    monkeypatch.setattr(memtool.vllm, "KEEP_BYTES", 0)
+    folders = [tmp_path / f"{number:064d}" for number in range(40)]
+    adapters, before = Adapters([]), len([*Path("/dev/fd").iterdir()])
+    for folder in folders:
+        folder.mkdir()
+        adapters._used.add(folder)
+        adapters._used.add(folder)
+    assert len([*Path("/dev/fd").iterdir()]) == before + 1
+    memtool.vllm._make_room(tmp_path)
+    (folders[0] / "adapter_model.safetensors").write_bytes(bytes(100))
+    memtool.vllm._make_room(tmp_path)
+    assert all(folder.is_dir() for folder in folders)
+    del adapters
+    memtool.vllm._make_room(tmp_path)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".used")] == []
+    assert not folders[0].exists()
 
 
 def test_room_is_made_by_two_processes_at_once(tmp_path, monkeypatch):

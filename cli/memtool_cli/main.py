@@ -51,6 +51,7 @@ VERBS = {
     "eval": Verb("flow", FLOW, "Measure the memory on the test images of all its tasks."),
     "explain": Verb("explain", FLOW, "Show which adapters fire for an image, and what each adds."),
     "ablate": Verb("experiments", FLOW, "Run one experiment with one choice changed at a time."),
+    "study": Verb("study", FLOW, "Ask what capacity, similar tasks and interference do."),
     "report": Verb("experiments", FLOW, "Make an HTML page from evaluation records."),
     "ls": Verb("history", HISTORY, "List the adapters in the memory."),
     "log": Verb("history", HISTORY, "List the versions of the memory, newest first."),
@@ -71,6 +72,7 @@ VERBS = {
     "pull": Verb("publish", FILES, "Fetch a whole memory from the Hugging Face Hub."),
     "init": Verb("setup", SETUP, "Write memtool.yaml, with a comment on every setting."),
     "config": Verb("setup", SETUP, "Show the settings, where they come from, and the presets."),
+    "backbones": Verb("setup", SETUP, "List timm's models as backbones, with their targets."),
     "doctor": Verb("setup", SETUP, "Check versions, device, data, cache and memory."),
     "pretrain": Verb("experiments", SETUP, "Train the embedded backbone from its data."),
 }

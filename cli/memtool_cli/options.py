@@ -101,7 +101,7 @@ HELD_OUT = setting(
     "--held-out",
     "stream.held_out",
     "Training",
-    "Setting dg: the domain that nothing is learned from.",
+    "Settings dg and dgcl: the domain that nothing is learned from.",
     metavar="DOMAIN",
     autocompletion=complete.tasks,
 )
@@ -257,7 +257,9 @@ TaskSubject = Annotated[
 ]
 ImageSubject = Annotated[
     Path | None,
-    typer.Option("--image", metavar="FILE", help="A picture.", rich_help_panel="Memory"),
+    typer.Option(
+        "--image", metavar="FILE", help="A picture, or that of --prompt.", rich_help_panel="Memory"
+    ),
 ]
 PromptSubject = Annotated[
     str | None,
@@ -464,6 +466,8 @@ class Call:
     ) -> None:
         """Raise ConfigError unless there is one thing to look at, and of the stream's kind."""
         texts = self.reads_texts
+        if texts and prompt is not None:  # its picture, for a model of images and text
+            image = None
         wrong = "--image" if texts and image is not None else None
         wrong = "--prompt" if not texts and prompt is not None else wrong
         if wrong is not None:

@@ -176,7 +176,10 @@ class Out:
 
     @contextmanager
     def hearing(self) -> Iterator[None]:
-        """While the block runs, what the library warns of is a note, each once; not with --json."""
+        """While the block runs, what the library warns of is a note, each once.
+
+        With --json only that a log service failed, which no record says.
+        """
         hearer = _Hearer(self)
         loggers = [logging.getLogger(name) for name in ("memtool", "memtool_stores")]
         for logger in loggers:
@@ -227,7 +230,7 @@ class _Hearer(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Say it, unless it was said."""
         text = record.getMessage()
-        if text not in self._said and not self._out.json:
+        if text not in self._said and (not self._out.json or record.name == "memtool.trackers"):
             self._out.note(f"note: {text}")
         self._said.add(text)
 

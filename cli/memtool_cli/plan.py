@@ -66,7 +66,7 @@ _CROPS = {
 def _facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
     """The lines of a plan above its tasks; what a method does not have has none."""
     setting = plan["setting"]
-    if setting == "dg":
+    if setting in ("dg", "dgcl"):
         setting += f", held out: {plan['held_out'] or 'every domain in turn'}"
     several = f" in {plan['memories']} memories" if plan["memories"] > 1 else " in all"
     rows = [
@@ -92,6 +92,9 @@ def _facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
             f"{size(plan['bytes_per_adapter'])}; {size(plan['bytes_in_all'])}{several}",
         )
     )
+    if plan["joint_rank"] not in (None, plan["rank"]):
+        count = plan["joint_rank"] // plan["rank"]
+        rows.append(("joint LoRA", f"rank {plan['joint_rank']}: {count} times that of an adapter"))
     if (memory := plan["memory"]) is not None:
         tokens = memory["step_tokens"]
         rows += [
@@ -155,7 +158,15 @@ def _image_cost(cost: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("passes of an image", ", ".join([*before, "recalled 1"]) + (moving if steps else "")),
         ("keys", f"{size(cost['keys_bytes'])}, moments of queries {size(cost['queries_bytes'])}"),
+        ("read by", _read_by(cost)),
     ]
+
+
+def _read_by(cost: dict[str, Any]) -> str:
+    """How the weights are read, and what learns of it beside the adapters."""
+    wide, reading, adapters = cost["read_width"], cost["read_numbers"], cost["adapter_numbers"]
+    what = cost["read"] + ("" if wide is None else f", {wide} hidden units")
+    return f"{what}: {reading:,} numbers, {reading / adapters:.3g} of those of the adapters"
 
 
 def _cost(cost: dict[str, Any]) -> list[tuple[str, str]]:

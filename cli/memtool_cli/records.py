@@ -45,6 +45,33 @@ class SweepPlan(CliRecord):
     done: tuple[str, ...]
 
 
+class StudyPoint(Part):
+    """What the runs of one point of a study take that are not done."""
+
+    label: str
+    runs: int
+    left: int
+    steps: int
+    seconds: float
+    bytes: int
+
+
+class StudyPlan(CliRecord):
+    """What a study would take, with --dry-run: of all points, and of each."""
+
+    schema_: Literal["memtool.study-plan"] = Field("memtool.study-plan", alias="schema")
+    study: str
+    folder: Path
+    seeds: tuple[int, ...]
+    train_per_task: int | None
+    test_per_task: int | None
+    points: tuple[StudyPoint, ...]
+    steps: int
+    seconds: float
+    bytes: int
+    free_bytes: int
+
+
 class RunLine(Part):
     """One run; `differs` has its values of the settings in which the listed runs differ."""
 
@@ -185,6 +212,22 @@ class Cloned(CliRecord):
     target: str
     version: str
     adapters: int
+
+
+class Pulled(CliRecord):
+    """A memory of the hub in another place, and which branches and tags came with this pull.
+
+    `deleted` are tags that the hub has and that were deleted here; they stay so.
+    """
+
+    schema_: Literal["memtool.pull"] = Field("memtool.pull", alias="schema")
+    source: str
+    target: str
+    version: str
+    adapters: int
+    branches: tuple[str, ...]
+    tags: tuple[str, ...]
+    deleted: tuple[str, ...]
 
 
 class Bundled(CliRecord):
@@ -378,6 +421,29 @@ class Presets(CliRecord):
 
     schema_: Literal["memtool.presets"] = Field("memtool.presets", alias="schema")
     presets: tuple[Preset, ...]
+
+
+class BackboneRow(Part):
+    """A model of timm as a backbone; of what was not built, only the name.
+
+    `widths` are those of the inputs of its blocks, `dim` that of its features.
+    """
+
+    name: str
+    parameters: int | None = None
+    image_size: int | None = None
+    blocks: int | None = None
+    widths: tuple[int, ...] = ()
+    dim: int | None = None
+    targets: tuple[str, ...] = ()
+    problem: str | None = None
+
+
+class Backbones(CliRecord):
+    """Models that can be backbones."""
+
+    schema_: Literal["memtool.backbones"] = Field("memtool.backbones", alias="schema")
+    backbones: tuple[BackboneRow, ...]
 
 
 class Check(Part):

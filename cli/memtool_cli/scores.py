@@ -47,6 +47,7 @@ def grids(records: Sequence[Record], *, history: bool = False) -> list[Grid]:
         recall_grid,
         steps_grid,
         tasks_grid,
+        unseen_grid,
     )
 
     losses, atoms = losses_grid(records), atoms_grid(records)
@@ -57,6 +58,9 @@ def grids(records: Sequence[Record], *, history: bool = False) -> list[Grid]:
     if len(records) > 1:
         shown.append(tasks_grid(records))
     shown += [grid for grid in (bounds_grid(records), tried) if grid is not None]
+    unseen = unseen_grid(records)
+    if unseen is not None:
+        shown.append(unseen)
     pairs = paired_grid(records)
     if pairs is not None:
         shown.append(pairs)

@@ -2,13 +2,18 @@
 
 A value is one adapter as a vector: for every site in block order its A (rank, d_in), then its
 B (d_out, rank), row-major. This is θ = w¹ ⊕ w² ⊕ … of the modulation paper.
+
+Of a convolution d_in is channels · height · width of its kernel, and A, B are those of PEFT: A a
+convolution to `rank` channels, (rank, channels, height, width), B one of 1 × 1 with the groups of
+the layer, (d_out, rank / groups, 1, 1). Group g of the output is made of group g of the ranks.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -35,7 +40,8 @@ class Site:
     """One adapted linear map: a whole linear layer, or a slice of the output rows of a fused one.
 
     `slice` is "" for a whole layer, else its name ("q", "k", "v", "gate", "up"); `first_row` is
-    where the slice begins among the `module_rows` output rows of the module.
+    where the slice begins among the `module_rows` output rows of the module. A convolution has a
+    `kernel` (height, width), which `in_features` counts, and perhaps several `groups`.
     """
 
     block: int
@@ -45,6 +51,13 @@ class Site:
     out_features: int
     first_row: int
     module_rows: int
+    kernel: tuple[int, int] | None = None
+    groups: int = 1
+
+    @property
+    def channels(self) -> int:
+        """What comes in at each place of a kernel."""
+        return self.in_features // math.prod(self.kernel or (1,))
 
     @property
     def name(self) -> str:
@@ -55,7 +68,25 @@ class Site:
     def whole(self) -> Site:
         """The site of the whole module that this is a slice of."""
         rows = self.module_rows
-        return Site(self.block, self.module, "", self.in_features, rows, 0, rows)
+        return replace(self, slice="", out_features=rows, first_row=0)
+
+    def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of A and B as PEFT has them. Raises MismatchError for a rank in no groups."""
+        if rank % self.groups:
+            raise MismatchError(
+                f"{self.name} is a convolution of {self.groups} groups, and the rank is {rank}",
+                expected=f"a multiple of {self.groups}, as PEFT has it",
+                remedy="another adapter.rank, or backbone.targets without this layer",
+            )
+        a, b = (rank, self.in_features), (self.out_features, rank // self.groups)
+        if self.kernel is None:
+            return a, b
+        return (rank, self.channels, *self.kernel), (*b, 1, 1)
+
+    def ranks(self, own: int, rank: int) -> list[int]:
+        """Where `own` ranks lie among `rank` ones: the first of each group."""
+        each, room = own // self.groups, rank // self.groups
+        return [group * room + one for group in range(self.groups) for one in range(each)]
 
 
 @dataclass(frozen=True)
@@ -63,13 +94,18 @@ class Segment:
     """One tensor of the flat value: name, shape, and offset in elements."""
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     offset: int
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """The shape as a matrix: a row for each of the first axis."""
+        return self.shape[0], self.numel // self.shape[0]
 
     @property
     def numel(self) -> int:
         """Number of elements."""
-        return self.shape[0] * self.shape[1]
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -91,12 +127,9 @@ class Layout:
         segments: list[Segment] = []
         offset = 0
         for site in self.sites:
-            for suffix, shape in (
-                ("lora_A", (self.rank, site.in_features)),
-                ("lora_B", (site.out_features, self.rank)),
-            ):
+            for suffix, shape in zip(("lora_A", "lora_B"), site.shapes(self.rank), strict=True):
                 segments.append(Segment(f"{site.name}.{suffix}", shape, offset))
-                offset += shape[0] * shape[1]
+                offset += segments[-1].numel
         return tuple(segments)
 
     @property
@@ -111,7 +144,7 @@ class Layout:
         return tuple(sorted({site.block for site in self.sites}))
 
     def flatten(self, tensors: Mapping[str, Numbers]) -> Numbers:
-        """The flat value (numel,) of tensors named as `segments`; bit-exact."""
+        """The flat value (numel,) of matrices named as `segments`; bit-exact."""
         names = {segment.name for segment in self.segments}
         if names != set(tensors):
             missing, extra = sorted(names - set(tensors)), sorted(set(tensors) - names)
@@ -122,9 +155,9 @@ class Layout:
         parts: list[Numbers] = []
         for segment in self.segments:
             tensor = tensors[segment.name]
-            if tuple(tensor.shape) != segment.shape:
+            if tuple(tensor.shape) != segment.matrix:
                 raise MismatchError(
-                    f"{segment.name} has shape {tuple(tensor.shape)}", expected=str(segment.shape)
+                    f"{segment.name} has shape {tuple(tensor.shape)}", expected=str(segment.matrix)
                 )
             parts.append(tensor.reshape(-1))
         if isinstance(parts[0], np.ndarray):
@@ -134,7 +167,7 @@ class Layout:
         return torch.cat(parts)
 
     def unflatten(self, value: Numbers) -> dict[str, Numbers]:
-        """Views of a flat value (..., numel), each of shape (..., *segment.shape)."""
+        """Views of a flat value (..., numel), each of shape (..., *segment.matrix)."""
         if value.shape[-1] != self.numel:
             raise MismatchError(
                 f"a value of {value.shape[-1]} numbers",
@@ -142,7 +175,7 @@ class Layout:
             )
         lead = value.shape[:-1]
         return {
-            s.name: value[..., s.offset : s.offset + s.numel].reshape(*lead, *s.shape)
+            s.name: value[..., s.offset : s.offset + s.numel].reshape(*lead, *s.matrix)
             for s in self.segments
         }
 
@@ -152,7 +185,7 @@ def sites_in_block_order(sites: Sequence[Site]) -> tuple[Site, ...]:
     return tuple(sorted(sites, key=lambda site: site.block))
 
 
-_IN_BLOCK = re.compile(r"(?P<block>.*?\.\d+)\.")
+_IN_BLOCK = re.compile(r"(?P<block>.*?\.\d+)(\.|$)")
 _SLICE = re.compile(r"(?P<module>.+)\[(?P<slice>[a-z]+)\]")
 _THIRDS = ("attn.qkv", "attn.in_proj", "attn.c_attn")
 """How the fused layers are called whose slices are thirds, in any model."""
@@ -162,7 +195,8 @@ def sites_of(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> tuple[Site, ...]:
     """The sites whose A and B are these segments: (name, shape) in the order of a layout.
 
     The inverse of `Layout.segments` for whole layers and for slices that are thirds, in blocks that
-    are numbered in their names. Raises MismatchError for other segments.
+    are numbered in their names; of a model with stages of blocks, the stages are counted. Raises
+    MismatchError for other segments.
     """
     given = list(shapes)
     sites: list[Site] = []
@@ -175,7 +209,9 @@ def sites_of(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> tuple[Site, ...]:
         number = blocks.setdefault(block["block"], len(blocks))
         rows, part = b[0], _SLICE.fullmatch(site)
         if part is None:
-            sites.append(Site(number, site, "", a[1], rows, 0, rows))
+            kernel = (a[2], a[3]) if len(a) == 4 else None
+            wide, groups = math.prod(a[1:]), a[0] // b[1]
+            sites.append(Site(number, site, "", wide, rows, 0, rows, kernel, groups))
         elif part["slice"] not in SLICES or not part["module"].endswith(_THIRDS):
             raise MismatchError(f"segments of {site!r}, whose place in its layer is not told")
         else:

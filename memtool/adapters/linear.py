@@ -23,6 +23,10 @@ class Adapted(nn.Module):
 
     name: str
 
+    def tokens(self, x: Tensor) -> Tensor:
+        """An input of the layer as tokens (b, *tokens, in_features)."""
+        return x
+
 
 class AdaptedLinear(Adapted):
     """Stands where a frozen `nn.Linear` stood: y = W x + b, plus what a mixture adds.

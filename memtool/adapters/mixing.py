@@ -7,6 +7,7 @@ rank-1 pieces; the gate says how much each counts for each sample or token:
     grouped    group i of the batch uses adapter i      g = s_i
     chosen     sample i uses adapter index_i            g = s · one-hot
     delta      ΔW = Σ_t a_t s_t B_t A_t                 g = a_t s_t
+    ranks      ΔW = Σ_t s_t B_t diag(a_t) A_t           g = a_tk s_t: every rank has its own
     params     ΔW = (Σ_t a_t s_t B_t)(Σ_t a_t A_t)      rank r again after mixing
     atoms      every token chooses rank-1 atoms         g = w s, k-sparse; see `atoms.py`
 
@@ -25,7 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -33,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memtool.adapters.atoms import AtomGate, BlockAtoms, ModuleAtoms, add_atoms
+from memtool.adapters.convolution import Patches, Window
 from memtool.adapters.layout import Site
 from memtool.adapters.values import BlockValues, ModuleValues
 from memtool.errors import MismatchError, did_you_mean
@@ -40,12 +42,14 @@ from memtool.errors import MismatchError, did_you_mean
 Mix = Literal["delta", "params"]
 
 
-def project(x: Tensor, a: Tensor) -> Tensor:
+def project(x: Tensor | Patches, a: Tensor) -> Tensor:
     """The rank products z = A x (b, n, sites, R) of x (b, n, d), for all sites at once.
 
     `a` is (sites, R, d), shared by the batch, or (b, sites, R, d), one for every sample.
     """
     rows = a.flatten(-3, -2)
+    if isinstance(x, Patches):
+        return x.project(rows).unflatten(-1, a.shape[-3:-1])
     # With few rows of its own, a sample's product runs up to twice as fast transposed.
     z = F.linear(x, rows) if rows.ndim == 2 else torch.bmm(rows, x.transpose(1, 2)).transpose(1, 2)
     return z.unflatten(-1, a.shape[-3:-1])
@@ -111,7 +115,7 @@ class Costs(NamedTuple):
     gathered: float
 
 
-def costs(x: Tensor, values: ModuleValues) -> Costs:
+def costs(x: Tensor | Patches, values: ModuleValues) -> Costs:
     """Arithmetic plus memory traffic of each kernel for x (b, n, d), with N = b n tokens.
 
     dense     project to all R ranks, gate, lift: N R (d_in + d_out)
@@ -147,28 +151,32 @@ def _shared(values: ModuleValues) -> tuple[Tensor, tuple[Tensor, ...]]:
     )
 
 
-def add_whole(y: Tensor, x: Tensor, values: ModuleValues, scaling: Tensor) -> Tensor:
+def add_whole(y: Tensor, x: Tensor | Patches, values: ModuleValues, scaling: Tensor) -> Tensor:
     """Add s B A x to y, with one adapter for all samples; scaling (1,)."""
     a, b = _shared(values)
     return lift(y, project(x, a) * scaling.to(y.dtype), b, values.sites)
 
 
-def add_grouped(y: Tensor, x: Tensor, values: ModuleValues, scaling: Tensor) -> Tensor:
+def add_grouped(y: Tensor, x: Tensor | Patches, values: ModuleValues, scaling: Tensor) -> Tensor:
     """Add s_i B_i A_i x to group i of t equal contiguous groups of the batch; scaling (t,)."""
     groups = (len(scaling), x.shape[0] // len(scaling) * x.shape[1])
-    z = project(x.reshape(*groups, x.shape[-1]), values.a)
+    if isinstance(x, Patches):
+        z = project(x, values.a).reshape(*groups, *values.a.shape[1:3])
+    else:
+        z = project(x.reshape(*groups, x.shape[-1]), values.a)
     z = z * scaling.to(y.dtype).view(-1, 1, 1, 1)
     return lift(y.view(*groups, y.shape[-1]), z, values.b, values.sites).view(y.shape)
 
 
 def add_chosen(
-    y: Tensor, x: Tensor, values: ModuleValues, scaling: Tensor, index: Tensor
+    y: Tensor, x: Tensor | Patches, values: ModuleValues, scaling: Tensor, index: Tensor
 ) -> Tensor:
     """Add s_i B_i A_i x to y, with i = index[sample]; index (b,), scaling (t,)."""
     cost = costs(x, values)
     if cost.dense < cost.gathered:
         one_hot = index.unsqueeze(1) == torch.arange(len(scaling), device=index.device)
-        return _add_dense(y, x, values, (one_hot * scaling).unsqueeze(1))
+        gate = _spread_over(values, (one_hot * scaling).unsqueeze(1), y.dtype)
+        return _add_dense(y, x, values, gate)
     a = values.a.index_select(0, index)
     b = tuple(factor.index_select(0, index) for factor in values.b)
     z = project(x, a) * scaling.index_select(0, index).to(y.dtype).view(-1, 1, 1, 1)
@@ -176,26 +184,43 @@ def add_chosen(
 
 
 def add_delta(
-    y: Tensor, x: Tensor, values: ModuleValues, scaling: Tensor, coefficients: Tensor
+    y: Tensor, x: Tensor | Patches, values: ModuleValues, scaling: Tensor, coefficients: Tensor
 ) -> Tensor:
     """Add Σ_t a_t s_t B_t A_t x to y; coefficients (b, 1, t), or (b, n, t) for every token."""
-    scaled = coefficients * scaling
+    return _add_gated(y, x, values, _spread_over(values, coefficients * scaling, y.dtype))
+
+
+def add_ranks(
+    y: Tensor, x: Tensor | Patches, values: ModuleValues, scaling: Tensor, each: Tensor
+) -> Tensor:
+    """Add Σ_t s_t B_t diag(a_t) A_t x to y; `each` (b, t, r) is a: one for every rank."""
+    gate = (each * scaling.unsqueeze(-1)).flatten(1).unsqueeze(1)
+    return _add_gated(y, x, values, gate.to(y.dtype))
+
+
+def _spread_over(values: ModuleValues, scaled: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gate (b, 1 or n, R) of scaled coefficients (b, 1 or n, t)."""
+    return spread(scaled.to(dtype), values.a.shape[2])
+
+
+def _add_gated(y: Tensor, x: Tensor | Patches, values: ModuleValues, gate: Tensor) -> Tensor:
+    """Add B (g ⊙ A x) of all ranks to y by the cheaper kernel; gate (b, 1, R) or (b, n, R)."""
     cost = costs(x, values)
-    if scaled.shape[1] < x.shape[1] and cost.formed < cost.dense:
-        return _add_formed(y, x, values, scaled)
-    return _add_dense(y, x, values, scaled)
+    if gate.shape[1] < x.shape[1] and cost.formed < cost.dense:
+        return _add_formed(y, x, values, gate)
+    return _add_dense(y, x, values, gate)
 
 
-def _add_dense(y: Tensor, x: Tensor, values: ModuleValues, scaled: Tensor) -> Tensor:
+def _add_dense(y: Tensor, x: Tensor | Patches, values: ModuleValues, gate: Tensor) -> Tensor:
     a, b = _shared(values)
-    gate = spread(scaled.to(y.dtype), values.a.shape[2])
     return lift(y, project(x, a) * gate.unsqueeze(2), b, values.sites)
 
 
-def _add_formed(y: Tensor, x: Tensor, values: ModuleValues, scaled: Tensor) -> Tensor:
+def _add_formed(y: Tensor, x: Tensor | Patches, values: ModuleValues, gate: Tensor) -> Tensor:
     a, b = _shared(values)
-    gate = spread(scaled.to(y.dtype), values.a.shape[2]).transpose(1, 2)
+    gate = gate.transpose(1, 2)
     # ΔW transposed of every sample takes the place of B, and x that of z.
+    x = x.tokens() if isinstance(x, Patches) else x
     delta = tuple(a[i].t() @ (gate * factor) for i, factor in enumerate(b))
     z = x.unsqueeze(2).expand(-1, -1, len(b), -1)
     return lift(y, z, delta, values.sites)
@@ -207,7 +232,7 @@ def _mix(coefficients: Tensor, factors: Tensor) -> Tensor:
 
 
 def add_params(
-    y: Tensor, x: Tensor, values: ModuleValues, scaling: Tensor, coefficients: Tensor
+    y: Tensor, x: Tensor | Patches, values: ModuleValues, scaling: Tensor, coefficients: Tensor
 ) -> Tensor:
     """Add (Σ_t a_t s_t B_t)(Σ_t a_t A_t) x to y; coefficients as in `add_delta`."""
     adapters, _, rank, _ = values.a.shape
@@ -225,19 +250,30 @@ def add_params(
     return lift(y, z, b, values.sites)
 
 
+def _over(gate: Tensor, rows: int, module: str) -> Tensor:
+    """A gate (b, ...) for a batch of whole samples folded into windows (rows)."""
+    windows, rest = divmod(rows, len(gate))
+    if rest:
+        raise MismatchError(
+            f"{module}: a batch of {rows} for coefficients of {len(gate)} samples",
+            expected="equally many windows of every sample",
+        )
+    return gate if windows == 1 else gate.repeat_interleave(windows, dim=0)
+
+
 @dataclass(frozen=True, eq=False)
 class Mixture:
     """How one block's adapters act on one batch: made per forward pass and block.
 
-    Use the constructors `whole`, `grouped`, `weighted`, `chosen` and `atoms`, which check the
-    shapes. An adapted layer calls `add_to`.
+    Use the constructors `whole`, `grouped`, `weighted`, `ranked`, `chosen` and `atoms`, which check
+    the shapes. An adapted layer calls `add_to`.
 
         mixture = Mixture.weighted(values.block(3), coefficients, mix="params")
         y = mixture.add_to(F.linear(x, weight, bias), x, "blocks.3.attn.qkv")
     """
 
     values: BlockValues | BlockAtoms
-    kind: Literal["whole", "grouped", "chosen", "delta", "params", "atoms"]
+    kind: Literal["whole", "grouped", "chosen", "delta", "params", "ranks", "atoms"]
     gate: Tensor | None = None
 
     @classmethod
@@ -289,6 +325,17 @@ class Mixture:
         return cls(values, mix, coefficients)
 
     @classmethod
+    def ranked(cls, values: BlockValues, each: Tensor) -> Mixture:
+        """Every rank of every adapter weighted by its own number: `each` (b, t, r), mix delta."""
+        shape = (len(values), next(iter(values.modules.values())).a.shape[2])
+        if each.ndim != 3 or tuple(each.shape[1:]) != shape:
+            raise MismatchError(
+                f"weights of ranks of shape {tuple(each.shape)}",
+                expected=f"(batch, {shape[0]}, {shape[1]})",
+            )
+        return cls(values, "ranks", each)
+
+    @classmethod
     def atoms(
         cls, modules: Mapping[str, ModuleAtoms], gate: AtomGate, *, training: bool = False
     ) -> Mixture:
@@ -319,7 +366,51 @@ class Mixture:
                 added = self._add_adapters(outputs, inputs, block.modules[module], block.scaling)
         return added.view(y.shape)
 
-    def _add_adapters(self, y: Tensor, x: Tensor, values: ModuleValues, scaling: Tensor) -> Tensor:
+    def add_to_map(self, y: Tensor, x: Tensor, module: str, window: Window) -> Tensor:
+        """As `add_to`, of a convolution: y (b, rows, h', w') for its input x (b, channels, h, w).
+
+        A coefficient for every token is one for every place of the output. Raises MismatchError
+        when the shapes do not fit, and for atoms.
+        """
+        block = self.values
+        if module not in block.modules:
+            return y
+        if isinstance(block, BlockAtoms):
+            raise MismatchError(
+                f"atoms at {module}, which is a convolution",
+                expected="atoms at linear layers",
+                remedy="method mira or modulation, whose adapters a convolution takes",
+            )
+        if window.is_a_place:
+            rows, columns = window.stride
+            places = x[:, :, ::rows, ::columns].movedim(1, -1)
+            return self.add_to(y.movedim(1, -1), places, module).movedim(-1, 1)
+        patches = Patches(x, window).to(y)
+        found = block.modules[module]
+        site = found.sites[0]
+        if (patches.shape, y.ndim) != ((y.shape[0], math.prod(y.shape[2:]), site.in_features), 4):
+            raise MismatchError(
+                f"{module}: input {tuple(x.shape)} and output {tuple(y.shape)}",
+                expected=f"(batch, {site.channels}, ...) and (batch, {site.module_rows}, ...)",
+            )
+        last = y.movedim(1, -1)
+        outputs = last.contiguous().view(*patches.shape[:2], y.shape[1])
+        self._check(outputs, patches, site, module)
+        exact = nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+        with exact:
+            added = self._add_adapters(outputs, patches, found, block.scaling)
+        return added.view(last.shape).movedim(-1, 1)
+
+    def over(self, rows: int, module: str) -> Mixture:
+        """The mixture of a layer whose batch has `rows`: windows of samples, one after another.
+
+        Raises MismatchError for rows that are not equally many of every sample.
+        """
+        return self if self.gate is None else replace(self, gate=_over(self.gate, rows, module))
+
+    def _add_adapters(
+        self, y: Tensor, x: Tensor | Patches, values: ModuleValues, scaling: Tensor
+    ) -> Tensor:
         gate, dtype = self.gate, y.dtype
         values = ModuleValues(
             values.sites, values.a.to(dtype), tuple(factor.to(dtype) for factor in values.b)
@@ -329,12 +420,14 @@ class Mixture:
             return add(y, x, values, scaling)
         if self.kind == "chosen":
             return add_chosen(y, x, values, scaling, gate)
+        if self.kind == "ranks":
+            return add_ranks(y, x, values, scaling, gate)
         mix = add_delta if self.kind == "delta" else add_params
         return mix(y, x, values, scaling, gate.unsqueeze(1) if gate.ndim == 2 else gate)
 
-    def _check(self, y: Tensor, x: Tensor, site: Site, module: str) -> int:
+    def _check(self, y: Tensor, x: Tensor | Patches, site: Site, module: str) -> int:
         # Returns the number of tokens of each sample.
-        if x.ndim < 2 or (*x.shape[:-1], site.module_rows) != y.shape:
+        if len(x.shape) < 2 or (*x.shape[:-1], site.module_rows) != y.shape:
             raise MismatchError(
                 f"{module}: input {tuple(x.shape)} and output {tuple(y.shape)}",
                 expected=f"(batch, ..., {site.in_features}) and (batch, ..., {site.module_rows})",
@@ -353,7 +446,8 @@ class Mixture:
             )
         gate = self.gate
         if gate is not None and (
-            gate.shape[0] != batch or (gate.ndim == 3 and gate.shape[1] != tokens)
+            gate.shape[0] != batch
+            or (gate.ndim == 3 and self.kind != "ranks" and gate.shape[1] != tokens)
         ):
             raise MismatchError(
                 f"{module}: {tuple(gate.shape)} coefficients or choices for a batch of "

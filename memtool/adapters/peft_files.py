@@ -9,6 +9,9 @@ module of rank R = 2 r: A stacked, B block-structured, alpha doubled so that alp
 r. That loses nothing, and reading finds the blocks again. A LoRA that peft trained on the whole
 fused layer has no such blocks: it is read as one site, the whole module.
 
+Of a convolution A is (R, channels, height, width) and B (d_out, R / groups, 1, 1): the matrices of
+a value in another shape.
+
 A value has one rank and one scaling. Modules of smaller rank are padded with zeros, which is exact.
 Where modules differ in alpha / R, the scaling of most of them is taken and the ratio multiplied
 into B of the others, which rounds.
@@ -141,7 +144,9 @@ def write_peft(
         ranks[module] = layout.rank * len(sites)
         a = np.concatenate([parts[f"{site.name}.lora_A"] for site in sites])
         b = block_structured(sites, [parts[f"{site.name}.lora_B"] for site in sites])
-        arrays[tensor_name(module, "A")], arrays[tensor_name(module, "B")] = a, b
+        shapes = sites[0].whole.shapes(ranks[module])
+        for part, array, shape in zip("AB", (a, b), shapes, strict=True):
+            arrays[tensor_name(module, part)] = array.reshape(shape)
     names = [site.name for site in layout.sites]
     note = {"alpha": alpha, "extra": dict(extra or {}), "rank": layout.rank, "sites": names}
     metadata = {"format": "pt", "memtool": json.dumps(note, sort_keys=True)}
@@ -156,7 +161,7 @@ def read_peft(directory: Path, layout_sites: Sequence[Site]) -> PeftAdapter:
     `layout_sites` are all sites that the backbone offers; those that the file adapts, in the same
     order, make the layout. Raises NotFoundError for a missing file, CorruptError for one that is
     not what peft writes, MismatchError for an adapter of another backbone or one that is more than
-    a plain LoRA (DoRA, biases, saved modules, convolutions, other methods), DataError for numbers
+    a plain LoRA (DoRA, biases, saved modules, other methods), DataError for numbers
     that are not finite and for what is no file, SchemaError for a file above the limits.
     """
     config = peft_file(directory, CONFIG_NAME)
@@ -187,9 +192,9 @@ def parse_peft(
             ranks = slice(group * own, (group + 1) * own)
             rows = slice(site.first_row, site.first_row + site.out_features)
             a = np.zeros((layout.rank, site.in_features), dtype)
-            b = np.zeros((site.out_features, layout.rank), dtype)
-            a[:own] = module.a[ranks]
-            b[:, :own] = _scaled(module.b[rows, ranks].astype(dtype), ratio)
+            b = np.zeros((site.out_features, layout.rank // site.groups), dtype)
+            a[site.ranks(own, layout.rank)] = module.a[ranks]
+            b[:, : own // site.groups] = _scaled(module.b[rows, ranks].astype(dtype), ratio)
             if not np.isfinite(b).all():
                 raise DataError(
                     f"{config_path}: the scaling of {module.name} is {ratio:g} times that of the "
@@ -233,14 +238,16 @@ def restored_file(adapter: PeftAdapter) -> bytes:
     for module, sites in grouped.items():
         own = ranks[module] // len(sites)
         ratio = 1.0 / _ratio(found[module], adapter.scaling)
-        a = np.concatenate([parts[f"{site.name}.lora_A"][:own] for site in sites])
-        b = [_scaled(parts[f"{site.name}.lora_B"][:, :own], ratio) for site in sites]
+        rank, groups = adapter.layout.rank, sites[0].groups
+        a = np.concatenate([parts[f"{site.name}.lora_A"][site.ranks(own, rank)] for site in sites])
+        b = [_scaled(parts[f"{site.name}.lora_B"][:, : own // groups], ratio) for site in sites]
         made = (a, block_structured(sites, b))
-        for part, array, shape in zip("AB", made, shapes[module], strict=True):
+        due = sites[0].whole.shapes(ranks[module])
+        for part, array, shape, own_shape in zip("AB", made, shapes[module], due, strict=True):
             name = names[module, part]
-            if array.shape != shape:
+            if own_shape != shape:
                 raise MismatchError(
-                    f"{name} has shape {array.shape}",
+                    f"{name} has shape {own_shape}",
                     expected=f"{shape} as the header says",
                 )
             arrays[name] = _rounded(array, entries[name]["dtype"])

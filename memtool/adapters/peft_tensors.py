@@ -7,6 +7,7 @@ they are stacked, and found again.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -155,7 +156,8 @@ def header_bytes(arrays: Mapping[str, Array], code: str, metadata: Mapping[str, 
 def parsed_header(header: bytes, where: str) -> dict[str, Any]:
     """The entries of a header, by tensor; `__metadata__` is one of them where it is there.
 
-    Raises CorruptError for what is no header of matrices that lie one after another.
+    Raises CorruptError for what is no header of matrices, or of kernels with four axes, that lie
+    one after another.
     """
     entries = parsed_json(header, where)
     places = []
@@ -167,10 +169,14 @@ def parsed_header(header: bytes, where: str) -> dict[str, Any]:
         match entry:
             case {
                 "dtype": str(dtype),
-                "shape": [int(rows), int(columns)],
+                "shape": [*axes],
                 "data_offsets": [int(begin), int(end)],
-            } if dtype in DTYPES and rows >= 0 and columns >= 0:
-                places.append((begin, end, rows * columns * ITEM_BYTES[dtype], name))
+            } if (
+                dtype in DTYPES
+                and len(axes) in (2, 4)
+                and all(isinstance(axis, int) and axis >= 0 for axis in axes)
+            ):
+                places.append((begin, end, math.prod(axes) * ITEM_BYTES[dtype], name))
             case _:
                 raise CorruptError(f"{where}: {shown(name)} is {shown(entry)}")
     reached = 0
@@ -229,10 +235,10 @@ def adapted_modules(
                 f"{where} holds {shown(name)}, which is no part of a plain LoRA",
                 expected="names base_model.model.<module>.lora_A.weight and .lora_B.weight",
             )
-        if tensor.ndim != 2:
+        if tensor.ndim not in (2, 4):
             raise MismatchError(
                 f"{where}: {shown(name)} has shape {tuple(tensor.shape)}",
-                expected="two axes: LoRA of linear layers, not of convolutions",
+                expected="two axes, as LoRA of linear layers, or four, as of convolutions",
             )
         if tensor.dtype not in DTYPES.values():
             raise MismatchError(
@@ -266,10 +272,16 @@ def adapted_modules(
         slices = known.get(name, ())
         site = whole.get(name) or slices[0].whole
         rank = pair["A"].shape[0]
-        if rank < 1 or pair["A"].shape[1] != site.in_features:
-            raise _misfit(where, name, "A", pair["A"], f"(rank, {site.in_features})")
-        if pair["B"].shape != (site.module_rows, rank):
-            raise _misfit(where, name, "B", pair["B"], str((site.module_rows, rank)))
+        if rank < 1 or rank % site.groups:
+            some = "rank" if site.groups == 1 else f"a rank in {site.groups} groups"
+            raise _misfit(where, name, "A", pair["A"], f"({some}, {site.in_features})")
+        a, b = site.shapes(rank)
+        if pair["A"].shape != a:
+            inside = ", ".join(map(str, ("rank", *a[1:])))
+            raise _misfit(where, name, "A", pair["A"], f"({inside})")
+        if pair["B"].shape != b:
+            raise _misfit(where, name, "B", pair["B"], str(b))
+        pair = {part: array.reshape(len(array), -1) for part, array in pair.items()}
         sites = _sites_held(name, pair["B"], slices, note, where) or (site,)
         modules.append(Module(name, names[name], pair["A"], pair["B"], sites))
     if note is not None:

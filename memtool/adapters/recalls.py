@@ -6,12 +6,14 @@ its input, or None. What every input chooses for itself is in `memtool.memories`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from memtool.adapters.convolution import Window
 from memtool.adapters.mixing import Mixture
 from memtool.adapters.values import AdapterValues, BlockValues, ModuleValues, Recall
 from memtool.errors import MismatchError
@@ -76,7 +78,8 @@ def on_top(base: Recall, values: AdapterValues, shares: Tensor | None = None) ->
         if under is None or own is None:
             return under or alone(block, hidden)
         stored = under.values
-        if under.kind != "delta" or under.gate is None or not isinstance(stored, BlockValues):
+        sums = under.kind in ("delta", "ranks")
+        if not sums or under.gate is None or not isinstance(stored, BlockValues):
             raise MismatchError(
                 f"an adapter on top of a mixture of kind {under.kind!r}",
                 expected="a sum of adapters, memory.mix delta",
@@ -87,24 +90,40 @@ def on_top(base: Recall, values: AdapterValues, shares: Tensor | None = None) ->
             mine = F.one_hot(each, len(own)).to(under.gate.dtype)
         else:
             mine = shares.to(under.gate).expand(len(hidden), -1)
+        joined = _stacked(stored, own)
+        if under.kind == "ranks":
+            each = mine.unsqueeze(-1).expand(-1, -1, under.gate.shape[-1])
+            return Mixture.ranked(joined, torch.cat([under.gate, each], dim=1))
         both = torch.cat([under.gate, mine], dim=-1)
-        return Mixture.weighted(_stacked(stored, own), both, "delta")
+        return Mixture.weighted(joined, both, "delta")
 
     return recall
 
 
-def given_for_each(values: AdapterValues, coefficients: Tensor, mix: Mix) -> Recall:
-    """Coefficients (batch, memories, t): one memory for all adapted blocks, or one for each."""
-    blocks = values.layout.blocks
-    places = {block: place for place, block in enumerate(blocks)}
+def equal_shares(count: int, values: BlockValues) -> Tensor:
+    """Coefficients (count, t) of adapters in equal parts."""
+    return torch.full((count, len(values)), 1 / len(values), device=values.scaling.device)
+
+
+def given_for_each(
+    values: AdapterValues, coefficients: Tensor, mix: Mix, blocks: Sequence[int] | None = None
+) -> Recall:
+    """Coefficients (batch, memories, t): one memory for all adapted blocks, or one for each.
+
+    `blocks` are those that have a memory, where not all have: in the others adapters mix in equal
+    parts.
+    """
+    alone = coefficients.shape[1] == 1 and blocks is None
+    places = {block: place for place, block in enumerate(blocks or values.layout.blocks)}
 
     def recall(block: int, hidden: Tensor) -> Mixture | None:
         del hidden
         here = values.block(block)
         if here is None:
             return None
-        place = 0 if coefficients.shape[1] == 1 else places[block]
-        return Mixture.weighted(here, coefficients[:, place], mix)
+        if blocks is not None and block not in places:
+            return Mixture.weighted(here, equal_shares(len(coefficients), here), mix)
+        return Mixture.weighted(here, coefficients[:, 0 if alone else places[block]], mix)
 
     return recall
 
@@ -138,8 +157,19 @@ class Dropped(Mixture):
         """As `Mixture.add_to`."""
         if module not in self.values.modules:
             return y
+        return super().add_to(y, self._dropped(x), module)
+
+    def add_to_map(self, y: Tensor, x: Tensor, module: str, window: Window) -> Tensor:
+        """As `Mixture.add_to_map`; a place of a channel is dropped from all patches."""
+        if module not in self.values.modules:
+            return y
+        if window.is_a_place:  # which is added as a linear layer's, and dropped there
+            return super().add_to_map(y, x, module, window)
+        return super().add_to_map(y, self._dropped(x), module, window)
+
+    def _dropped(self, x: Tensor) -> Tensor:
         kept = torch.rand(x.shape, generator=self.generator, device=x.device) >= self.share
-        return super().add_to(y, x * (kept / (1 - self.share)).to(x.dtype), module)
+        return x * (kept / (1 - self.share)).to(x.dtype)
 
 
 def dropping(recall: Recall | None, share: float, seed: int, device: torch.device) -> Recall | None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from memtool.adapters.convolution import Window
 from memtool.adapters.mixing import Mixture
 from memtool.adapters.values import Recall
 
@@ -36,6 +37,26 @@ class SideBySide(Mixture):
                 for part, own, given in groups
             ]
         )
+
+    def add_to_map(self, y: Tensor, x: Tensor, module: str, window: Window) -> Tensor:
+        """As `Mixture.add_to_map`, group by group."""
+        groups = zip(self.parts, y.split(self.sizes), x.split(self.sizes), strict=True)
+        return torch.cat(
+            [
+                own if part is None else part.add_to_map(own, given, module, window)
+                for part, own, given in groups
+            ]
+        )
+
+    def over(self, rows: int, module: str) -> SideBySide:
+        """As `Mixture.over`, every group by itself."""
+        windows = rows // sum(self.sizes)
+        sizes = tuple(size * windows for size in self.sizes)
+        parts = tuple(
+            None if part is None else part.over(size, module)
+            for part, size in zip(self.parts, sizes, strict=True)
+        )
+        return replace(self, parts=parts, sizes=sizes)
 
 
 def side_by_side(recalls: Sequence[Recall | None], sizes: Sequence[int]) -> Recall:

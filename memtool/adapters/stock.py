@@ -110,10 +110,11 @@ def united(adapters: Sequence[OneAdapter], sites: Sequence[Site]) -> AdapterValu
     values = torch.zeros(len(adapters), layout.numel, dtype=dtype)
     room = layout.unflatten(values)  # views
     for row, one in enumerate(adapters):
-        rank = one.layout.rank
-        for name, tensor in one.layout.unflatten(one.value).items():
-            place = room[name][row]
-            (place[:rank] if name.endswith(".lora_A") else place[:, :rank]).copy_(tensor)
+        held = one.layout.unflatten(one.value)
+        for site in one.layout.sites:
+            a, b = f"{site.name}.lora_A", f"{site.name}.lora_B"
+            room[a][row][site.ranks(one.layout.rank, layout.rank)] = held[a]
+            room[b][row][:, : held[b].shape[1]] = held[b]
     return AdapterValues.from_flat(values, layout, scaling)
 
 
@@ -147,13 +148,15 @@ def _with_whole(one: OneAdapter, modules: set[str]) -> OneAdapter:
     value = one.value.new_zeros(layout.numel)
     room, held = layout.unflatten(value), one.layout.unflatten(one.value)
     for site in one.layout.sites:
-        place = slices.get(site.module, [site]).index(site) * rank
-        name = site.module if site.module in slices else site.name
-        rows = slice(site.first_row, site.first_row + site.out_features)
+        a, b = held[f"{site.name}.lora_A"], held[f"{site.name}.lora_B"]
         if site.module not in slices:
-            rows = slice(None)
-        room[f"{name}.lora_A"][place : place + rank] = held[f"{site.name}.lora_A"]
-        room[f"{name}.lora_B"][rows, place : place + rank] = held[f"{site.name}.lora_B"]
+            room[f"{site.name}.lora_A"][site.ranks(rank, layout.rank)] = a
+            room[f"{site.name}.lora_B"][:, : b.shape[1]] = b
+            continue
+        place = slices[site.module].index(site) * rank
+        rows = slice(site.first_row, site.first_row + site.out_features)
+        room[f"{site.module}.lora_A"][place : place + rank] = a
+        room[f"{site.module}.lora_B"][rows, place : place + rank] = b
     return OneAdapter(layout, value, one.scaling)
 
 
@@ -170,14 +173,16 @@ def mixed(values: AdapterValues, weights: Tensor) -> OneAdapter:
     parts: dict[str, Tensor] = {}
     for site in layout.sites:
         a, b = f"{site.name}.lora_A", f"{site.name}.lora_B"
-        parts[a], parts[b] = side_by_side(tensors[a], tensors[b], factors)
+        parts[a], parts[b] = side_by_side(tensors[a], tensors[b], factors, site.groups)
     return OneAdapter(layout, layout.flatten(parts), 1.0)
 
 
-def side_by_side(a: Tensor, b: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
+def side_by_side(a: Tensor, b: Tensor, factors: Tensor, groups: int = 1) -> tuple[Tensor, Tensor]:
     """A (t · r, d) and B (rows, t · r) whose product is the sum of t products times factors (t,).
 
-    Of A (t, r, d) and B (t, rows, r).
+    Of A (t, r, d) and B (t, rows, r); of a convolution in groups each group's ranks stay together,
+    and B has those of one group.
     """
     scaled = b * factors[:, None, None]
-    return a.flatten(0, 1), scaled.permute(1, 0, 2).flatten(1)
+    grouped = a.unflatten(1, (groups, -1)).transpose(0, 1)
+    return grouped.flatten(0, 2), scaled.permute(1, 0, 2).flatten(1)

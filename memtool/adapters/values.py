@@ -30,7 +30,8 @@ class ModuleValues:
     """The adapters of one linear module: all its sites, which share the module's input.
 
     `sites` ascend by `first_row`; `a` is (t, sites, r, d_in); `b` holds for every site
-    (t, r, out_features of the site): B transposed.
+    (t, r, out_features of the site): B transposed, of a convolution in groups with zeros where a
+    group is not made of a rank.
     """
 
     sites: tuple[Site, ...]
@@ -92,12 +93,22 @@ def _check_sites(name: str, sites: tuple[Site, ...]) -> None:
         end = site.first_row + site.out_features
 
 
+def over_groups(b: Tensor, groups: int) -> Tensor:
+    """B (t, r / groups, rows) of a convolution in groups as (t, r, rows), zero between them."""
+    if groups == 1:
+        return b
+    ranks, rows = b.shape[1] * groups, b.shape[2]
+    of_rank = torch.arange(ranks, device=b.device) // b.shape[1]
+    of_row = torch.arange(rows, device=b.device) // (rows // groups)
+    return b.repeat(1, groups, 1) * (of_rank[:, None] == of_row).to(b.dtype)
+
+
 class AdapterValues(nn.Module):
     """A and B of t adapters, stacked per module and shared by all layers that use them.
 
     Made by `from_flat`. `a` has one parameter a module, `b` one a site, shaped as in
-    `ModuleValues`; they learn if `trainable`, else they are frozen. `scaling` is a buffer (t,):
-    the effective alpha / r of every adapter.
+    `ModuleValues` but for the zeros between groups; they learn if `trainable`, else they are
+    frozen. `scaling` is a buffer (t,): the effective alpha / r of every adapter.
     """
 
     layout: Layout
@@ -185,7 +196,10 @@ class AdapterValues(nn.Module):
             module.name: ModuleValues(
                 module.sites,
                 self.a[i],
-                tuple(self.b[first + site] for site in range(len(module.sites))),
+                tuple(
+                    over_groups(self.b[first + place], site.groups)
+                    for place, site in enumerate(module.sites)
+                ),
             )
             for module, i, first in found
         }

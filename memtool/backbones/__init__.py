@@ -15,7 +15,9 @@ __all__ = ["create_backbone"]
 
 
 def create_backbone(settings: BackboneSettings) -> Backbone:
-    """The frozen model that the settings name: "nano", "timm:<model name>" or "open_clip:<name>".
+    """The frozen model of images that the settings name.
+
+    "nano", "timm:<model name>", "open_clip:<name>" or "hf:<id or path>".
 
     A name that another package gives, with or without ":<model name>", and "module:Class" are
     called with the settings, and the model's name where there is one.
@@ -30,12 +32,6 @@ def create_backbone(settings: BackboneSettings) -> Backbone:
     """
     family, colon, model = settings.name.partition(":")
     ships = family in registry.SHIPPED["backbones"]
-    if family == "hf" and model:
-        raise ConfigError(
-            f"backbone {settings.name} is a language model, and this reads images",
-            expected="an image model: nano, timm:<model name>",
-            remedy="memtool run --preset moram-trace, which reads texts",
-        )
     if settings.quantise is not None:
         raise ConfigError(
             f"backbone.quantise with {settings.name}, which reads images",
@@ -49,7 +45,9 @@ def create_backbone(settings: BackboneSettings) -> Backbone:
     if ships or not registry.known("backbones", settings.name):
         raise ConfigError(
             f"backbone name {settings.name!r} is not known",
-            expected=did_you_mean(settings.name, ["nano", "timm:<model name>", "open_clip:<name>"]),
+            expected=did_you_mean(
+                settings.name, ["nano", "timm:<model name>", "open_clip:<name>", "hf:<id>"]
+            ),
         )
     return _of_others(settings, family, model)
 

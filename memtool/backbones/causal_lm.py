@@ -23,12 +23,13 @@ from torch import Tensor, nn
 
 from memtool.adapters.values import Recall
 from memtool.backbones.called import Call, CalledBlock, CalledLinear
-from memtool.backbones.families import family_of, sites_of_block
+from memtool.backbones.families import Family, family_of, sites_of_block
 from memtool.backbones.interface import FrozenModel
 from memtool.backbones.quantised import four_bits, require_bitsandbytes
 from memtool.backbones.tensor_hash import tensor_sha256
 from memtool.errors import ConfigError, DataError, MismatchError, NotFoundError
 from memtool.paths import expand
+from memtool.pictured import album_of
 from memtool.settings import BackboneSettings, TextSettings
 from memtool_stores.printable import shown
 
@@ -68,24 +69,36 @@ def create_causal_lm(
 ) -> CausalLM:
     """The model of `hf:<id or path>`, a folder as `save_pretrained` makes it or an id on the hub.
 
-    Its weights are safetensors and are kept in `dtype`; code that comes with it is not run. Raises
-    ConfigError for a name or a model that cannot be used, NotFoundError where there are no such
-    files.
+    One of images and text is a `PicturedLM`. Its weights are safetensors and are kept in `dtype`;
+    code that comes with it is not run. Raises ConfigError for a name or a model that cannot be
+    used, NotFoundError where there are no such files.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    from memtool.backbones.pictured import PicturedLM, open_processor, reads_pictures
+
     source = model_source(settings)
     if settings.quantise is not None:
         require_bitsandbytes()
+    pictured = reads_pictures(source)
+    kind: Any = AutoModelForCausalLM
+    if pictured:
+        from transformers import AutoModelForImageTextToText
+
+        kind = AutoModelForImageTextToText
     had_bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         # Code that comes with a model is never run, nor asked about on the terminal.
-        model = AutoModelForCausalLM.from_pretrained(
+        model = kind.from_pretrained(
             source, dtype="auto", use_safetensors=True, trust_remote_code=False
         )
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        reader = (
+            open_processor(source)
+            if pictured
+            else AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        )
     except OSError as error:
         raise NotFoundError(
             f"no model {source!r} that can be read: {error}",
@@ -105,7 +118,9 @@ def create_causal_lm(
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
     made_of = None if settings.quantise is None else partial(four_bits, dtype=dtype)
-    return CausalLM(model, tokenizer, settings.name, text, sha256=sha256, made_of=made_of)
+    made: Any = PicturedLM if pictured else CausalLM
+    found: CausalLM = made(model, reader, settings.name, text, sha256=sha256, made_of=made_of)
+    return found
 
 
 def model_source(settings: BackboneSettings) -> str:
@@ -187,10 +202,11 @@ class CausalLM(FrozenModel):
     ) -> None:
         """`made_of` makes another layer of every linear one that can be adapted, as of few bits."""
         super().__init__()
-        family = family_of(model, name)
-        _check_positions(model.config, name)
+        family = self._family_of(model, name)
+        config = model.config.get_text_config()
+        _check_positions(config, name)
         model.eval().requires_grad_(False)
-        config = model.config
+        self.config = config
         self.name = name
         self.dim = config.hidden_size
         self.context = context_of(config)
@@ -245,7 +261,8 @@ class CausalLM(FrozenModel):
         cut_prompts = cut_answers = 0
         for number, prompt in enumerate(prompts):
             require_unicode(prompt, f"prompt {number + 1}")
-            end = prompt[-self._letters(self.prompt_tokens) :]
+            self._require_readable(prompt, number)
+            end = self._end_of(prompt)
             row = self._prompt_ids(end)
             if not row:
                 raise DataError(f"prompt {number + 1} has no tokens: {shown(prompt)}")
@@ -266,6 +283,25 @@ class CausalLM(FrozenModel):
         for place, row in zip(tokens, rows, strict=True):
             place[len(place) - len(row) :] = torch.tensor(row)
         return EncodedTexts(tokens, torch.tensor(lengths), cut_prompts, cut_answers)
+
+    def _require_readable(self, prompt: str, number: int) -> None:
+        """Raise DataError for pictures, which this model does not see."""
+        album = album_of(prompt)
+        if album is not None:
+            raise DataError(
+                f"prompt {number + 1} comes with {album.pictures[0].name}, and {self.name} is a "
+                "model of text alone",
+                expected="a model of images and text, as LLaVA or SmolVLM",
+                remedy="--set backbone.name=hf:FOLDER of one, or prompts without images",
+            )
+
+    def _end_of(self, prompt: str) -> str:
+        """As much of a prompt as is cut into tokens."""
+        return prompt[-self._letters(self.prompt_tokens) :]
+
+    def length_of(self, prompt: str) -> int:
+        """Tokens of a prompt that is read as it is."""
+        return len(self.tokenizer(prompt, verbose=False).input_ids)
 
     def _letters(self, tokens: int) -> int:
         """How much of a text is cut into tokens, where so many of them are wanted at most."""
@@ -307,6 +343,10 @@ class CausalLM(FrozenModel):
         """The text of every token id alone, special tokens by their names."""
         return [str(self.tokenizer.decode([one])) for one in ids]
 
+    def ids(self, tokens: Tensor) -> Tensor:
+        """Token ids as the model takes them, those of padding any."""
+        return tokens.clamp_min(0)
+
     # Forward --------------------------------------------------------------------------------
 
     def hidden(self, tokens: Tensor, recall: Recall | None = None, cache: Any = None) -> Tensor:
@@ -329,9 +369,18 @@ class CausalLM(FrozenModel):
         }
         if cache is not None:
             given[self._cache_word] = cache
-        ids, decoder = tokens[:, done:].clamp_min(0), self._decoder
+        given |= self._seen_in(tokens[:, done:])
+        ids, decoder = self.ids(tokens[:, done:]), self._decoder
         found: Tensor = self.call.under(recall, lambda: decoder(ids, **given).last_hidden_state)
         return found
+
+    def _family_of(self, model: Any, name: str) -> Family:
+        return family_of(model, name)
+
+    def _seen_in(self, tokens: Tensor) -> dict[str, Any]:
+        """What the model is given of tokens (b, n) beside their ids."""
+        del tokens
+        return {}
 
     @property
     def _decoder(self) -> nn.Module:
@@ -354,7 +403,7 @@ class CausalLM(FrozenModel):
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (..., vocabulary) of what `hidden` gave (..., dim)."""
         scores: Tensor = self.model.lm_head(hidden)
-        most = getattr(self.model.config, "final_logit_softcapping", None)
+        most = getattr(self.config, "final_logit_softcapping", None)
         return scores if most is None else torch.tanh(scores / most) * most
 
     def logits(self, tokens: Tensor, recall: Recall | None = None) -> Tensor:
@@ -442,7 +491,8 @@ class CausalLM(FrozenModel):
             pad_token_id=self.ends[0],
         )
         given = {"attention_mask": (tokens != PAD).long(), "generation_config": how}
-        ids = tokens.clamp_min(0)
+        given |= self._seen_in(tokens)
+        ids = self.ids(tokens)
         found = self.call.under(recall, lambda: self.model.generate(ids, **given))
         answers: list[list[int]] = found[:, tokens.shape[1] :].tolist()
         return [self.ended(answer) for answer in answers]
@@ -518,7 +568,8 @@ def _end_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:
     for said in (
         getattr(tokenizer, "eos_token_id", None),
         getattr(settings, "eos_token_id", None),
-        model.config.eos_token_id,
+        getattr(model.config, "eos_token_id", None),
+        getattr(model.config.get_text_config(), "eos_token_id", None),
     ):
         many = said if isinstance(said, list | tuple) else [said]
         found += [one for one in many if one is not None and one not in found]

@@ -135,9 +135,10 @@ def footprint_of(
         ) from error
     except ValueError as error:
         raise ConfigError(f"{source!r} is no causal language model: {error}") from error
-    limits = limits_of(settings.name, context_of(config), text)
+    tower = config.get_text_config()  # of a model of images and text; else the model
+    limits = limits_of(settings.name, context_of(tower), text)
     found = footprint(
-        config,
+        tower,
         targets=settings.targets,
         rank=rank,
         tasks=tasks,
@@ -145,7 +146,24 @@ def footprint_of(
         dtype=dtype,
         packed=settings.quantise is not None,
     )
+    if tower is not config:
+        found = _with_rest(found, config, dtype)
     return replace(found, limits=limits)
+
+
+def _with_rest(found: Footprint, config: Any, dtype: torch.dtype) -> Footprint:
+    """A footprint of a language tower, with all that a model of images and text has beside it."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        whole = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+        tower = AutoModelForCausalLM.from_config(config.get_text_config(), dtype=dtype)
+    more = whole.num_parameters() - tower.num_parameters()
+    return replace(
+        found,
+        parameters=found.parameters + more,
+        weights=found.weights + more * torch.empty(0, dtype=dtype).element_size(),
+    )
 
 
 def _saved_by_packing(lm: CausalLM, size: int) -> int:

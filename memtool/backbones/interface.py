@@ -55,15 +55,21 @@ class FrozenModel(nn.Module, ABC):
                 raise ConfigError(
                     f"backbone {self.name} has no target {target!r}",
                     expected=did_you_mean(target, self.targets),
+                    remedy=f"--set backbone.targets={','.join(self.targets[:2])}",
                 )
         if not targets:
             raise ConfigError("no targets to adapt", expected=f"some of {', '.join(self.targets)}")
         return tuple(
-            block.site(number, target)
-            for number, block in enumerate(self.blocks)
+            site
+            for number in range(self.depth)
             for target in self.targets
             if target in targets
+            for site in self.sites_in(number, target)
         )
+
+    def sites_in(self, block: int, target: str) -> tuple[Site, ...]:
+        """The sites of a target in a block; several where it has several such layers, or none."""
+        return (self.blocks[block].site(block, target),)
 
     @property
     def all_sites(self) -> tuple[Site, ...]:
@@ -74,6 +80,21 @@ class FrozenModel(nn.Module, ABC):
         """Width of the input of a block, where it is not that of the features."""
         del block
         return self.dim
+
+    def first_norm(self, block: int) -> nn.LayerNorm:
+        """The norm that the input of a block goes through before attention, with gain and bias.
+
+        Raises ConfigError for a block whose first norm is no layer norm over its whole width.
+        """
+        norm = getattr(self.blocks[block], "first_norm", None)
+        if not isinstance(norm, nn.LayerNorm) or norm.normalized_shape != (self.block_dim(block),):
+            raise ConfigError(
+                f"memory.query_norm block on backbone {self.name}: block {block} does not begin "
+                "with a layer norm",
+                expected="blocks that normalise their input by a layer norm, as those of a ViT",
+                remedy="--set memory.query_norm=layer",
+            )
+        return norm
 
     @property
     def device(self) -> torch.device:

@@ -11,6 +11,7 @@ from importlib import resources
 from memtool.backbones.plain_vit import PlainViT
 from memtool.backbones.vit import VitBackbone, check_image_size
 from memtool.backbones.vit_weights import load_vit_weights
+from memtool.backbones.weight_files import drawn_alike
 from memtool.settings import BackboneSettings
 
 NANO_IMAGE_SIZE = 32
@@ -34,8 +35,11 @@ def build_nano(image_size: int = NANO_IMAGE_SIZE) -> PlainViT:
 def create_nano(settings: BackboneSettings) -> VitBackbone:
     """The embedded model, with the weights of the package or those of `settings.weights`."""
     check_image_size(settings.image_size, NANO_PATCH_SIZE, settings.name)
-    vit = build_nano(settings.image_size)
-    if settings.weights is not None:
+    with drawn_alike():
+        vit = build_nano(settings.image_size)
+    if settings.weights == "random":
+        pass
+    elif settings.weights is not None:
         load_vit_weights(vit, settings.weights)
     else:
         packaged = resources.files("memtool.backbones") / "weights" / "nano.safetensors"

@@ -23,7 +23,7 @@ from memtool.adapters.values import Recall
 from memtool.backbones.interface import TwoTowers
 from memtool.backbones.tensor_hash import tensor_sha256
 from memtool.backbones.vit import attend, check_image_size, check_pixels, to_pixels
-from memtool.backbones.weight_files import read_weights
+from memtool.backbones.weight_files import drawn_alike, read_weights
 from memtool.errors import (
     ConfigError,
     CorruptError,
@@ -46,8 +46,8 @@ _STD = (0.26862954, 0.26130258, 0.27577711)
 def create_open_clip(settings: BackboneSettings, model: str) -> ClipBackbone:
     """The CLIP `model`: a name that open_clip knows, or the path of a configuration (.json).
 
-    Weights come from the local safetensors file `settings.weights`; nothing is downloaded. A
-    position embedding for another image size is resampled to `settings.image_size`.
+    Weights come from the local safetensors file `settings.weights`, or are random; nothing is
+    downloaded. A position embedding for another image size is resampled to `settings.image_size`.
 
     Raises ConfigError for a model that is not known or of another build and where open_clip is not
     installed, NotFoundError without weights, CorruptError and MismatchError for weights that cannot
@@ -55,14 +55,16 @@ def create_open_clip(settings: BackboneSettings, model: str) -> ClipBackbone:
     """
     configuration, preprocessing = read_configuration(model)
     path = settings.weights
-    if path is None or not path.is_file():
+    if path != "random" and (path is None or not path.is_file()):
         raise NotFoundError(
             f"no weights for {settings.name}" + (f" at {path}" if path else ""),
             expected="a local safetensors file with open_clip's tensor names",
             remedy="name it as backbone.weights; memtool downloads no CLIP",
         )
-    clip = build_clip(configuration, settings.image_size, settings.name)
-    _load(clip, path)
+    with drawn_alike():
+        clip = build_clip(configuration, settings.image_size, settings.name)
+    if path != "random":
+        _load(clip, path)
     return ClipBackbone(
         clip,
         settings.name,
@@ -320,6 +322,12 @@ class AdaptedClipBlock(nn.Module):
         x = x + self.ls_1(self._attention(self.ln_1(x), mixture, mask))
         hidden = self.act(self.c_fc(self.ln_2(x), mixture))
         return x + self.ls_2(self.c_proj(hidden, mixture))
+
+    @property
+    def first_norm(self) -> nn.Module:
+        """What its input goes through first."""
+        norm: nn.Module = self.ln_1
+        return norm
 
     def _attention(self, x: Tensor, mixture: Mixture | None, mask: Tensor | None) -> Tensor:
         batch, tokens, dim = x.shape

@@ -2,12 +2,12 @@
 
 The forward pass of timm's `Block`, `Attention` and `Mlp` is written out here once more (without
 dropout and stochastic depth, for a frozen model), because the mixture of a block has to reach its
-linear layers as an argument. Blocks of another kind are refused by name.
+linear layers as an argument. Blocks of another kind are refused by name; `as_written.py` takes
+them as they are.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,55 +23,28 @@ from memtool.adapters.values import Recall
 from memtool.backbones.interface import WithPrefix
 from memtool.backbones.plain_vit import PlainAttention, PlainBlock, PlainMlp
 from memtool.backbones.tensor_hash import tensor_sha256
-from memtool.backbones.vit_weights import load_vit_weights
-from memtool.errors import ConfigError, DataError, MismatchError, NotFoundError, did_you_mean
-from memtool.settings import BackboneSettings
+from memtool.errors import ConfigError, DataError, MismatchError
 
 VIT_TARGETS = ("q", "k", "v", "proj", "fc1", "fc2")
 
 
-def create_timm_vit(settings: BackboneSettings, model: str) -> VitBackbone:
-    """The timm model `model` with the local weights of `settings.weights`, or with timm's own.
+def is_plain(model: Any) -> bool:
+    """Whether it is a Vision Transformer whose blocks are written out here.
 
-    Raises ConfigError for a model that timm does not know or that is no Vision Transformer of a
-    kind that can be adapted, NotFoundError for weights that cannot be fetched.
+    A subclass (DeiT's distilled model, say) has a forward pass of its own.
     """
-    import timm
-    from timm.models.vision_transformer import VisionTransformer
-
-    if not timm.is_model(model):
-        near = difflib.get_close_matches(model, timm.list_models("*vit*"), n=5, cutoff=0.3)
-        raise ConfigError(
-            f"timm has no model {model!r}",
-            expected=did_you_mean(model, near or ["vit_tiny_patch16_224"]),
-        )
-    fetch = settings.weights is None
-    try:
-        vit = timm.create_model(
-            model, pretrained=fetch, num_classes=0, img_size=settings.image_size
-        )
-    except TypeError as error:
-        raise ConfigError(
-            f"timm's {model} cannot be built for images of {settings.image_size} pixels: {error}",
-            expected="a Vision Transformer",
-        ) from error
-    except (OSError, RuntimeError) as error:
-        if not fetch:
-            raise
-        raise NotFoundError(
-            f"no pre-trained weights for timm:{model}: {error}",
-            remedy="name a local safetensors file as backbone.weights",
-        ) from error
-    # A subclass (DeiT's distilled model, say) has a forward pass of its own.
-    if type(vit) is not VisionTransformer:
-        raise ConfigError(
-            f"timm's {model} is a {type(vit).__name__}", expected="a VisionTransformer"
-        )
-    check_image_size(settings.image_size, vit.patch_embed.patch_size[0], settings.name)
-    if settings.weights is not None:
-        load_vit_weights(vit, settings.weights)
-    cfg = timm.data.resolve_model_data_config(vit)
-    return VitBackbone(vit, settings.name, mean=cfg["mean"], std=cfg["std"])
+    kind = type(model)
+    if (kind.__module__, kind.__name__) != ("timm.models.vision_transformer", "VisionTransformer"):
+        return False
+    if model.global_pool == "":
+        return False
+    return all(
+        _is_kind(block, PlainBlock, "Block")
+        and _is_kind(block.attn, PlainAttention, "Attention")
+        and getattr(block.attn, "gate", None) is None
+        and _is_kind(block.mlp, PlainMlp, "Mlp")
+        for block in model.blocks
+    )
 
 
 def check_image_size(image_size: int, patch_size: int, name: str) -> None:
@@ -177,6 +150,12 @@ class AdaptedBlock(nn.Module):
         """(batch, tokens, dim) to the same shape; `attended` as in `Prefix`."""
         x = x + self.ls1(self.attn(self.norm1(x), mixture, attended))
         return x + self.ls2(self.mlp(self.norm2(x), mixture))
+
+    @property
+    def first_norm(self) -> nn.Module:
+        """What its input goes through first."""
+        norm: nn.Module = self.norm1
+        return norm
 
     def site(self, number: int, target: str) -> Site:
         """Where one of `VIT_TARGETS` lies in this block, which is block `number`."""
@@ -289,11 +268,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
 
 def _check_kind(module: nn.Module, ours: type[nn.Module], timms: str, name: str) -> None:
     """A subclass may compute something else: only the very classes are known to be equal."""
+    if not _is_kind(module, ours, timms):
+        raise ConfigError(
+            f"{name} is a {type(module).__name__}, which is not written out here",
+            expected=f"timm's {timms}",
+            remedy="backbone.name timm:<model name>, which takes any model",
+        )
+
+
+def _is_kind(module: nn.Module, ours: type[nn.Module], timms: str) -> bool:
     kind = type(module)
     known = ("timm.models.vision_transformer", "timm.layers.attention", "timm.layers.mlp")
-    if kind is not ours and not (kind.__name__ == timms and kind.__module__ in known):
-        raise ConfigError(
-            f"{name} is a {kind.__name__}, which memtool cannot adapt",
-            expected=f"timm's {timms}",
-            remedy="choose a plain Vision Transformer, as vit_tiny_patch16_224",
-        )
+    return kind is ours or (kind.__name__ == timms and kind.__module__ in known)

@@ -1,8 +1,9 @@
-"""Local weights of a Vision Transformer: a safetensors file with timm's tensor names."""
+"""Local weights of a model of timm: a safetensors file with timm's tensor names."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from memtool.errors import MismatchError
 # Classification heads of a pre-trained file: features do not need them.
 _HEAD_PREFIXES = ("head.", "head_dist.")
 
+# Counts and tables that a model makes itself, and files may lack.
+_MADE = ("num_batches_tracked", "relative_position_index", "attn_mask", "relative_coords_table")
+
 
 def load_vit_weights(vit: Any, path: Path) -> None:
     """Load every tensor of `path` into `vit`, in the model's own precision (fp16 becomes fp32).
@@ -23,13 +27,26 @@ def load_vit_weights(vit: Any, path: Path) -> None:
     """
 
     def resample(given: dict[str, Tensor]) -> None:
-        if "pos_embed" in given:
+        if "pos_embed" in given and hasattr(vit, "no_embed_class"):
             given["pos_embed"] = _resampled(given["pos_embed"], vit, path)
 
+    own = vit.state_dict()
     given = read_weights(
-        path, vit.state_dict(), "timm's", left_out=_HEAD_PREFIXES, resample=resample
+        path,
+        own,
+        "timm's",
+        left_out=(*_HEAD_PREFIXES, *_classifiers(vit, own)),
+        made=_MADE,
+        resample=resample,
     )
     vit.load_state_dict(given, strict=False)
+
+
+def _classifiers(model: Any, own: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Beginnings of the names of a model's classifier, which it was made without."""
+    said = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    names = (said,) if isinstance(said, str) else tuple(said)
+    return tuple(f"{name}." for name in names if not any(n.startswith(f"{name}.") for n in own))
 
 
 def _resampled(embedding: Tensor, vit: Any, path: Path) -> Tensor:

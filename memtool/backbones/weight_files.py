@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from memtool import sealed
 from memtool.errors import MismatchError, NotFoundError
@@ -19,13 +20,14 @@ def read_weights(
     names: str,
     *,
     left_out: tuple[str, ...] = (),
+    made: tuple[str, ...] = (),
     resample: Callable[[dict[str, Tensor]], None],
 ) -> dict[str, Tensor]:
     """The tensors of a file for a model with the state_dict `own`, in the model's own precision.
 
-    `names` says whose names they have. Tensors whose name begins with one of `left_out` count in
-    neither. `resample` changes position embeddings of another size, in place; nothing else may be
-    missing, extra or of another shape.
+    `names` says whose names they have. Tensors whose name begins with one of `left_out`, or ends
+    with one of `made`, count in neither. `resample` changes position embeddings of another size, in
+    place; nothing else may be missing, extra or of another shape.
 
     Raises NotFoundError, CorruptError (not a safetensors file, or a checksum in it that does not
     hold), MismatchError, or MemtoolError where the file cannot be read.
@@ -33,8 +35,12 @@ def read_weights(
     if not is_file(path):
         raise NotFoundError(f"no weights at {path}", expected="a safetensors file")
     loaded = sealed.read_tensors(path, remedy="fetch or convert the file again").tensors
-    given = {name: tensor for name, tensor in loaded.items() if not name.startswith(left_out)}
-    own = {name: tensor for name, tensor in own.items() if not name.startswith(left_out)}
+
+    def counts(name: str) -> bool:
+        return not name.startswith(left_out) and not name.endswith(made)
+
+    given = {name: tensor for name, tensor in loaded.items() if counts(name)}
+    own = {name: tensor for name, tensor in own.items() if counts(name)}
     missing, extra = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
     if missing or extra:
         raise MismatchError(
@@ -58,6 +64,26 @@ def read_weights(
                 remedy="name the model that the file was made for",
             )
     return given
+
+
+@contextmanager
+def drawn_alike() -> Iterator[None]:
+    """Within, torch's global generator draws the same numbers every time; then as before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+@torch.no_grad()
+def opened(model: nn.Module) -> None:
+    """Set scales and gains to one that begin at zero, or nearly: those at the end of a branch.
+
+    With them a branch of a model with random weights is as good as absent, and an adapter in it.
+    """
+    for name, parameter in model.named_parameters():
+        gain = name.rpartition(".")[2].startswith(("weight", "gamma"))
+        if gain and parameter.ndim == 1 and bool((parameter.abs() < 1e-3).all()):
+            parameter.fill_(1.0)
 
 
 def _some(word: str, names: list[str]) -> str:

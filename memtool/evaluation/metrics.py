@@ -10,7 +10,7 @@ metric that is not defined for a matrix (one task only, a cell that was not meas
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -168,6 +168,14 @@ def coefficient_drift(now: npt.ArrayLike, then: npt.ArrayLike) -> float:
     return float(np.linalg.norm(after - before)) / norm
 
 
+def floor_met(met: npt.ArrayLike) -> float:
+    """Number of samples with one True or more: (samples, memories), whether a floor was met."""
+    found = np.asarray(met, dtype=bool)
+    if found.ndim != 2:
+        raise MismatchError(f"floors of shape {found.shape}", expected="(samples, memories)")
+    return float(found.any(axis=1).sum())
+
+
 def length_ratio(now: npt.ArrayLike, then: npt.ArrayLike) -> float:
     """‖now‖ / ‖then‖ of the same inputs; both (samples, ...)."""
     norm = float(np.linalg.norm(np.asarray(then, dtype=np.float64)))
@@ -223,12 +231,26 @@ def dg_heldout(validation: npt.ArrayLike, target: npt.ArrayLike) -> float:
     return float(_measured(chosen, "every selected candidate on its target").mean())
 
 
+def of_unseen(scores: Sequence[float | None]) -> dict[str, float]:
+    """What follows from the scores on a domain that nothing is learned from, by metric id.
+
+    `scores` are before any task and after each of them, None where not measured.
+    """
+    after = [score for score in scores[1:] if score is not None]
+    last = scores[-1] if len(scores) > 1 else None
+    found = {} if last is None else {"dgcl.heldout": float(last)}
+    if after and len(after) == len(scores) - 1:
+        found["dgcl.average"] = float(sum(after) / len(after))
+    return found
+
+
 @dataclass(frozen=True)
 class Metric:
     """A metric under its id.
 
     `direction` says which way is better; `of_matrix` whether `function` takes the accuracy matrix
-    alone; `unit` is "fraction" or "points" (shown times 100), "ratio" or "nats" (shown as is).
+    alone; `unit` is "fraction" or "points" (shown times 100), "ratio", "nats" or "samples" (shown
+    as is).
     """
 
     id: str
@@ -236,7 +258,7 @@ class Metric:
     direction: Direction
     description: str
     of_matrix: bool = True
-    unit: Literal["fraction", "points", "ratio", "nats"] = "fraction"
+    unit: Literal["fraction", "points", "ratio", "nats", "samples"] = "fraction"
 
 
 METRICS: dict[str, Metric] = {
@@ -331,6 +353,14 @@ METRICS: dict[str, Metric] = {
             unit="ratio",
         ),
         Metric(
+            "floored",
+            floor_met,
+            "lower",
+            "samples whose scores nearly cancelled, so that s / Σ s was held back by its floor",
+            of_matrix=False,
+            unit="samples",
+        ),
+        Metric(
             "atom_norm",
             length_ratio,
             "higher",
@@ -382,6 +412,27 @@ METRICS: dict[str, Metric] = {
             dg_heldout,
             "higher",
             "accuracy on held-out domains, selected by training-domain validation (DomainBed)",
+            of_matrix=False,
+        ),
+        Metric(
+            "dgcl.heldout",
+            final_average,
+            "higher",
+            "accuracy on the domain never learned from, after the last of the others",
+            of_matrix=False,
+        ),
+        Metric(
+            "dgcl.average",
+            final_average,
+            "higher",
+            "mean over steps of the accuracy on the domain never learned from",
+            of_matrix=False,
+        ),
+        Metric(
+            "dgcl.seen",
+            final_average,
+            "higher",
+            "mean over held-out domains of the final average accuracy on the others",
             of_matrix=False,
         ),
         Metric(

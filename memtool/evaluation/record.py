@@ -172,7 +172,16 @@ class AtomUse(Part):
     reuse: tuple[tuple[Ratio, ...], ...]
 
 
-_NEW_OF_ROWS = ("replay", "reading", "confused", "ms_per_input", "parameters", "bytes")
+_NEW_OF_ROWS = (
+    "replay",
+    "reading",
+    "confused",
+    "ms_per_input",
+    "parameters",
+    "bytes",
+    "unseen",
+    "unseen_right",
+)
 _REPLAY = re.compile(r"(er|der\+\+)(-[a-z-]+)?")
 _READINGS = frozenset({"routed", "uniform", "hard", "memory-nonnegative"})
 
@@ -187,8 +196,10 @@ class Row(Part):
     atom_use: of a bank of atoms, where it was measured; loss: shaped as accuracy, of streams of
     texts, nats per answer token; cut_prompts, cut_answers: how many of their tests were longer than
     the limits and lost tokens;
-    metrics: by metric id; undefined: the reason for every metric that the matrix does not define;
-    seconds: wall time.
+    unseen: accuracy on the domain that nothing is learned from, before any task and after each,
+    where tasks come one after another (setting dgcl; where each is held out in turn, the means);
+    unseen_right: which of its samples were right at the end; metrics: by metric id; undefined: the
+    reason for every metric that the matrix does not define; seconds: wall time.
     """
 
     id: str
@@ -210,6 +221,8 @@ class Row(Part):
     ms_per_input: Ratio | None = None
     parameters: Count | None = None
     bytes: Count | None = None
+    unseen: tuple[Score | None, ...] = ()
+    unseen_right: Right | None = None
 
     @model_serializer(mode="wrap")
     def _without_what_older_ones_lack(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -256,12 +269,15 @@ class Row(Part):
         more: Mapping[str, float] | None = None,
         recall_error: Sequence[Sequence[float | None]] = (),
         seconds: float | None = None,
+        unseen: Sequence[float | None] = (),
         **about: Any,
     ) -> Row:
         """A row with all metrics of its matrix, and `more` that have inputs of their own.
 
-        `about` are `replay`, `reading` and what it costs.
+        `unseen` is as in a row, with what follows from it; `about` are `replay`, `reading` and what
+        it costs.
         """
+        values = metric_functions.compute(matrix.values)
         return cls(
             id=id,
             label=label,
@@ -269,10 +285,16 @@ class Row(Part):
             accuracy=matrix.cells,
             recall_error=tuple(tuple(row) for row in recall_error),
             right=rights(matrix),
-            metrics={**metric_functions.compute(matrix.values), **(more or {})},
-            undefined=metric_functions.undefined(matrix.values),
+            metrics={**values, **metric_functions.of_unseen(unseen), **(more or {})},
+            undefined={
+                id: reason
+                for id, reason in metric_functions.undefined(matrix.values).items()
+                if id not in (more or {})
+            },
             seconds=seconds,
             confused=confused(matrix.last),
+            unseen=tuple(unseen),
+            unseen_right=right_of(unseen[-1]) if unseen else None,
             **about,
         )
 
@@ -290,6 +312,13 @@ class Row(Part):
         )
 
     @property
+    def last_unseen(self) -> float | None:
+        """The accuracy on the domain never seen at the end, a `Share` where that is known."""
+        if self.unseen_right is not None:
+            return self.unseen_right.share
+        return self.unseen[-1] if self.unseen else None
+
+    @property
     def _last_scores(self) -> tuple[float | None, ...]:
         measured = [line for line in self.accuracy if any(score is not None for score in line)]
         return measured[-1] if measured else ()
@@ -300,6 +329,8 @@ class Row(Part):
             len(self.right) != len(self._last_scores) or self.last != self._last_scores
         ):
             raise ValueError(f"row {self.id!r}: what was right does not make up its accuracy")
+        if self.unseen_right is not None and self.unseen[-1:] != (self.unseen_right.share,):
+            raise ValueError(f"row {self.id!r}: what was right does not make up what was unseen")
         return self
 
 
@@ -410,6 +441,8 @@ class Record(Part):
                     f"row {row.id!r}: an accuracy matrix with rows of {shape} scores, "
                     f"expected {len(names) + 1} rows of {len(names)}"
                 )
+            if len(row.unseen) > len(shape):
+                raise ValueError(f"row {row.id!r}: {len(row.unseen)} scores on what was never seen")
             if row.loss and [len(losses) for losses in row.loss] != shape:
                 raise ValueError(f"row {row.id!r}: losses of another shape than accuracies")
             if row.recall_error and [len(errors) for errors in row.recall_error] != shape:

@@ -59,7 +59,8 @@ def summarise(values: Sequence[float]) -> Summary:
 class RowSummary:
     """One row of an experiment over its seeds.
 
-    accuracy: float64 (seeds, T+1, T), NaN where not measured; recall_error: likewise, or None for a
+    accuracy: float64 (seeds, T+1, T), NaN where not measured; unseen: (seeds, T+1 or less), the
+    scores on the domain never learned from, or None; recall_error: likewise, or None for a
     row without recalled adapters; metrics: by id, each over the seeds
     that have it; undefined: reasons by id; seconds: over the seeds that were timed, or None;
     replay, reading: as of a `Row`; below: whether its final average is below that of the method.
@@ -73,6 +74,7 @@ class RowSummary:
     metrics: dict[str, Summary]
     undefined: dict[str, str]
     seconds: Summary | None
+    unseen: npt.NDArray[np.float64] | None = None
     replay: bool = False
     reading: bool = False
     below: bool = False
@@ -171,6 +173,9 @@ def _summarise_row(rows: Sequence[Row], records: Sequence[Record]) -> RowSummary
         },
         undefined=dict(first.undefined),
         seconds=summarise(seconds) if seconds else None,
+        unseen=np.stack([np.array(row.unseen, dtype=np.float64) for row in rows])
+        if all(row.unseen for row in rows)
+        else None,
         replay=first.keeps_samples,
         reading=first.reads_memory,
     )

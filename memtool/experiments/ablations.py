@@ -1,14 +1,16 @@
 """Ablations: one experiment again and again, with one choice changed.
 
 Where not all variants can have what is configured, none has it: all but "adapters" and "memory"
-have one key a task and mix; "query" and "protect" learn random keys. The adapters are trained once
+have one key a task and mix; "query" and "protect" learn random keys, "read" the configured ones,
+under softmax and delta. The adapters are trained once
 and shared by all variants, unless they depend on the variant. Every variant has a memory of its
 own, so that it can be looked at afterwards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +21,7 @@ from memtool.experiments import run as experiment
 from memtool.experiments.plan import plan, seconds_a_sample
 from memtool.paths import store_beside
 from memtool.progress import Progress
-from memtool.settings import Config, get, sections
+from memtool.settings import AT_ONCE, BackboneSettings, Config, get, sections
 
 SEPARATIONS = ("affine", "identity", "softmax", "relu", "tanh", "topk")
 
@@ -76,13 +78,93 @@ def _keys(config: Config) -> dict[str, dict[str, Any]]:
 
 def _protections(config: Config) -> dict[str, dict[str, Any]]:
     learning = _learning(config)
-    if config.stream.setting == "dg":
+    if (setting := config.stream.setting) in AT_ONCE:
         raise ConfigError(
-            "an ablation of protection under setting dg",
-            expected="tasks in an order, dil or cil: all sources of dg are learned at once",
+            f"an ablation of protection under setting {setting}",
+            expected=f"tasks in an order, dil or cil: all sources of {setting} are learned at once"
+            if setting == "dg"
+            else f"tasks in an order, dil, cil or vil: all of {setting} are learned at once",
         )
     return {
         word: {**learning, "consolidate.protect": word} for word in ("dual-gpm", "freeze", "none")
+    }
+
+
+@functools.cache
+def _depth(backbone: BackboneSettings) -> int:
+    """Blocks of a backbone, which is made for it once."""
+    from memtool.backbones import create_backbone
+
+    return create_backbone(backbone).depth
+
+
+def _authors(config: Config) -> dict[str, dict[str, Any]]:
+    """The keys of MIRA's authors, frozen, as configured or in closed form; and cures beside them.
+
+    Closed-form keys do not learn, nor does anything but a shared head then.
+    """
+    if config.memory.scope != "block":
+        raise ConfigError(
+            f"ablation authors with memory.scope {config.memory.scope}",
+            expected="a memory in every block, as the presets mira-dg-authors, mira-dil-authors",
+            remedy="--preset mira-dil-authors",
+        )
+    later = {"memory.blocks": tuple(range(1, _depth(config.backbone)))}
+    fitting = {"memory.key_bias": True, "memory.key_norm": "none"}
+    closed = {
+        **ONE_KEY,
+        **later,
+        **fitting,
+        "memory.similarity": "scaled-dot",
+        "memory.query": "identity",
+        "consolidate.keys": "closed-form",
+        "consolidate.protect": "freeze",
+        "consolidate.lr": 0.0,
+    }
+    variants: dict[str, dict[str, Any]] = {
+        "keys-frozen": {"consolidate.lr": 0.0},
+        "as-configured": {},
+        "closed-form": closed,
+        "closed-form-softmax": {**closed, "memory.separation": "softmax"},
+        "without-block-0": later,
+        "softmax": {"memory.separation": "softmax", "memory.beta": 10.0},
+    }
+    if config.consolidate.protect == "dual-gpm":
+        step = {"consolidate.guard": "step"}
+        variants |= {
+            "unprotected": {"consolidate.protect": "none"},
+            "keys-of-their-own": {"memory.key_norm": "none"},
+            "step-projected": step,
+            "centred": {**step, "memory.centre": "first-task"},
+            "centred-without-block-0": {**step, **later, "memory.centre": "first-task"},
+        }
+    return variants
+
+
+SETTLES = ("dot", "scaled-dot", "euclidean")
+"""Similarities that every reading can have."""
+
+
+def _reads(config: Config) -> dict[str, dict[str, Any]]:
+    """Three readings with as many learned numbers as a query module takes, and one without it."""
+    epochs = config.consolidate.epochs or DEFAULT_EPOCHS
+    module = "mlp" if config.memory.query == "mlp" else "linear"
+    similarity = config.memory.similarity
+    shared = {
+        **ONE_KEY,
+        "memory.separation": "softmax",
+        "memory.similarity": similarity if similarity in SETTLES else "scaled-dot",
+        "memory.mix": "delta",
+        "memory.frozen": "none",
+        "consolidate.epochs": epochs,
+    }
+    plain = {**shared, "memory.read": "mixture", "memory.query": "identity"}
+    learned = {**shared, "memory.query": module}
+    return {
+        "mixture": plain,
+        f"mixture-{module}": {**learned, "memory.read": "mixture"},
+        f"energy-{module}": {**learned, "memory.read": "energy"},
+        f"decoder-{module}": {**plain, "memory.read": "decoder", "memory.read_width": module},
     }
 
 
@@ -98,10 +180,12 @@ ABLATIONS: dict[str, Ablation] = {
         trains=True,
     ),
     "keys": Ablation("keys learned, random, or in closed form", _keys),
+    "authors": Ablation("the keys of MIRA's authors, and what cures them", _authors),
     "protect": Ablation("what key learning may not change", _protections),
+    "read": Ablation("a mixture, a query that settles, or a decoder, of equal size", _reads),
     "memory": Ablation("the memory, a hard choice, or the same mixture for all", lambda _: {}),
 }
-"""Every ablation of the paper by its word."""
+"""Every ablation by its word."""
 
 
 @dataclass(frozen=True)
@@ -210,8 +294,10 @@ def ablate(
     for word, changes in (variants or {"": {}}).items():
         place = config.runs / f"ablate-{name}" / word
         store = store_beside(config.store, "".join(f"-{part}" for part in (name, word) if part))
+        values = {**changes, "runs": place, "store": store}
+        changed = with_values(config, values, f"ablation {name}")
         found = experiment.run(
-            with_values(config, {**changes, "runs": place, "store": store}, f"ablation {name}"),
+            changed,
             progress=progress,
             baselines=False,
             command=command,
@@ -219,16 +305,28 @@ def ablate(
             adapters=None if own else config.runs,
         )
         of_variants.append(found)
-        labels.append(word)
-    return [_side_by_side(name, labels, records) for records in zip(*of_variants, strict=True)]
+        labels.append(word + (_sizes(changed, config.seed[0]) if name == "read" else ""))
+    words = [*(variants or {"": {}})]
+    return [
+        _side_by_side(name, words, labels, records) for records in zip(*of_variants, strict=True)
+    ]
 
 
-def _side_by_side(name: str, words: list[str], records: tuple[Record, ...]) -> Record:
+def _sizes(config: Config, seed: int) -> str:
+    """How many numbers a reading has, and how many of those of the adapters that is."""
+    cost = plan(config, seed=seed, verb="consolidate")["cost"]
+    reading = cost["read_numbers"]
+    return f", {reading:,} numbers ({reading / cost['adapter_numbers']:.2g} of the adapters')"
+
+
+def _side_by_side(
+    name: str, words: Sequence[str], labels: Sequence[str], records: tuple[Record, ...]
+) -> Record:
     """The records of one seed as one: the memory of every variant, or all rows of the only one."""
     if len(records) == 1:
         return records[0]
     rows: list[Row] = []
-    for word, record in zip(words, records, strict=True):
+    for word, label, record in zip(words, labels, records, strict=True):
         memory = record.row("memory")
-        rows.append(memory.model_copy(update={"id": f"{name}-{word}", "label": f"{name} {word}"}))
+        rows.append(memory.model_copy(update={"id": f"{name}-{word}", "label": f"{name} {label}"}))
     return records[0].model_copy(update={"metrics": Metrics(rows=tuple(rows))})

@@ -6,6 +6,7 @@ import copy
 import math
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import BeforeValidator, TypeAdapter
@@ -21,8 +22,11 @@ from memtool.methods import open_method
 from memtool.methods.baselines import (
     DG_BASELINES,
     FIRST_SESSION,
+    MTL_BASELINES,
+    REVISIONS,
     RIVALS,
     HeldOut,
+    at_once_baseline,
     baseline,
     baselines_of,
     held_out_baseline,
@@ -55,7 +59,7 @@ def chosen_baselines(method: Method) -> tuple[str, ...]:
     absent = [name for name in wanted if name in RIVALS and name not in known]
     if absent:
         raise ConfigError(
-            f"no baseline {absent[0]} {_where(method)}",
+            f"no baseline {absent[0]} {where_known(method)}",
             expected=f"one of {', '.join(known)}" if known else "--baselines none",
             remedy=f"leave {absent[0]} out of --baselines",
         )
@@ -66,7 +70,7 @@ def chosen_baselines(method: Method) -> tuple[str, ...]:
     return (*(name for name in known if name in (*every, *wanted)), *others)
 
 
-def _where(method: Method) -> str:
+def where_known(method: Method) -> str:
     """What decides which baselines there are, as it is here."""
     config = method.config
     if method.workspace.reads == "images" and is_fixed(config):
@@ -85,8 +89,12 @@ def known_baselines(method: Method) -> tuple[str, ...]:
         return ()
     if config.stream.setting == "dg":
         return tuple(DG_BASELINES)
+    if config.stream.setting == "mtl":
+        fixed = reads == "images" and is_fixed(config)
+        return tuple(name for name in MTL_BASELINES if not (fixed and name == "frozen"))
     known = baselines_of(reads, fixed_head=reads == "images" and is_fixed(config))
-    return tuple(name for name in known if name != "s-prompts" or config.stream.setting == "dil")
+    of_domains = config.stream.setting in ("dil", "dgcl")
+    return tuple(name for name in known if name != "s-prompts" or of_domains)
 
 
 def baseline_rows(
@@ -111,25 +119,34 @@ def baseline_rows(
 
 def _baseline(method: Method, name: str, tasks: Sequence[Task]) -> list[Row]:
     """The rows of a baseline: from its file when an earlier run finished it, else measured."""
-    work = _with_the_whole_budget(method)
+    work, config = _with_the_whole_budget(method), method.config
 
     def measure() -> list[Row]:
         held_out = work.stream.held_out
-        if held_out is not None:
+        if held_out is not None and work.unseen is None:
             return _on_held_out(held_out, held_out_baseline(name), work, tasks)
+        if config.stream.setting == "mtl":
+            return at_once_baseline(name)(work, tasks)
         return baseline(name)(work, tasks)
 
-    decides = _decides_of_texts(work) if work.reads == "texts" else _decides_of_images(work)
-    decides += _decides_alone(work.config, name)
-    if (source := source_of(name)) is not None:
-        decides.append(source)
-    word = re.sub(r"[^\w.-]+", "-", name)  # a name as path/to/file.py:Class is no file name
-    file = work.config.runs / "baselines" / f"{word}-{fingerprint_of(decides)[:16]}.json"
+    file = kept_file(work, name)
     stage = f"baseline: {name}"
     work.tell(stage, 0, 1)
     rows = kept(file, _ROWS, work.engine, measure)
     work.tell(stage, 1, 1)
     return rows
+
+
+def kept_file(work: Workspace, name: str) -> Path:
+    """Where the rows of a baseline lie once they are finished, by all that decides them."""
+    decides = _decides_of_texts(work) if work.reads == "texts" else _decides_of_images(work)
+    decides += _decides_alone(work.config, name)
+    if (source := source_of(name)) is not None:
+        decides.append(source)
+    if (revision := REVISIONS.get(name, 1)) != 1:  # what was kept before there were any is found
+        decides.append({"revision": revision})
+    word = re.sub(r"[^\w.-]+", "-", name)  # a name as path/to/file.py:Class is no file name
+    return work.config.runs / "baselines" / f"{word}-{fingerprint_of(decides)[:16]}.json"
 
 
 def _decides_alone(config: Config, name: str) -> list[object]:

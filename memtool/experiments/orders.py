@@ -6,7 +6,7 @@ import numpy as np
 
 from memtool.errors import ConfigError
 from memtool.methods import open_method
-from memtool.settings import Config
+from memtool.settings import AT_ONCE, Config
 from memtool.streams.bounds import (
     BoundedOrder,
     bounds,
@@ -23,8 +23,9 @@ _OF_CLASSES = ("cil", "til", "mts")
 def of_seed(config: Config, seed: int) -> Config:
     """The configuration of one seed, with the order and the cut that `vary` gives it written out.
 
-    Under "order" the names of the order are shuffled by the seed; under "all" the seed also draws
-    which images are learned from and held back. The test images stay those of `stream.test_seed`,
+    Under "order" the names of the order are shuffled by the seed (of vil the tasks, whose groups of
+    classes stay); under "all" the seed also draws which images are learned from and held back, and
+    of vil the groups. The test images stay those of `stream.test_seed`,
     else of `stream.seed`. Raises ConfigError for an order of a setting that has none.
     """
     one = config.model_copy(update={"seed": (seed,), "vary": "start"})
@@ -32,15 +33,15 @@ def of_seed(config: Config, seed: int) -> Config:
         return one
     stream = config.stream
     changes: dict[str, object] = {}
-    if stream.setting != "dg":
-        names = _names(open_method(config, seed=seed).workspace.stream)
-        ranks = random_ranks(len(names), "vary order", seed)
-        changes["order"] = tuple(names[place] for place in np.argsort(ranks).tolist())
-    elif config.vary == "order":
-        raise _no_order("--vary order")
     if config.vary == "all":
         tested = stream.seed if stream.test_seed is None else stream.test_seed
         changes |= {"seed": seed, "test_seed": tested}
+    if stream.setting not in AT_ONCE:
+        names = _names(config, seed, changes if stream.setting == "vil" else {})
+        ranks = random_ranks(len(names), "vary order", seed)
+        changes["order"] = tuple(names[place] for place in np.argsort(ranks).tolist())
+    elif config.vary == "order":
+        raise _no_order("--vary order", stream.setting)
     return one.model_copy(update={"stream": stream.model_copy(update=changes)})
 
 
@@ -50,8 +51,15 @@ def at_bounds(config: Config) -> tuple[tuple[BoundedOrder, Config], ...]:
     Raises ConfigError for texts, and for a setting that learns all at once.
     """
     stream = config.stream
-    if stream.setting == "dg":
-        raise _no_order("--orders bounds")
+    if stream.setting in AT_ONCE:
+        raise _no_order("--orders bounds", stream.setting)
+    if stream.setting == "dgcl":
+        raise ConfigError(
+            "--orders bounds under stream.setting dgcl: an order by what images look like would "
+            "look at those of the domain that is never seen",
+            expected="orders that no image decides",
+            remedy="--vary order, or --set stream.order=DOMAIN,DOMAIN,DOMAIN",
+        )
     if stream.setting == "trace":
         raise ConfigError(
             "--orders bounds on a stream of texts",
@@ -59,7 +67,7 @@ def at_bounds(config: Config) -> tuple[tuple[BoundedOrder, Config], ...]:
             remedy="--set stream.order=TASK,TASK,TASK, or --vary order",
         )
     work = open_method(config, seed=config.seed[0]).workspace
-    names = _names(work.stream)
+    names = _named(work.stream)
     found = []
     for bound in _bounds(work):
         order = tuple(names[place] for place in bound.order)
@@ -84,16 +92,24 @@ def _bounds(work: Workspace) -> tuple[BoundedOrder, ...]:
     return bounds(similarity_of_classes(of_classes), widths, seed=seed)
 
 
-def _names(stream: Stream) -> list[str]:
+def _names(config: Config, seed: int, changes: dict[str, object]) -> list[str]:
+    """As `_named`; of vil with the groups of classes that `changes` draw, of dgcl all domains."""
+    stream = config.stream.model_copy(update={**changes, "held_out": None})
+    changed = config.model_copy(update={"stream": stream})
+    return _named(open_method(changed, seed=seed).workspace.stream)
+
+
+def _named(stream: Stream) -> list[str]:
     """What `stream.order` names, in the order in force: classes, domains or tasks."""
     if stream.setting in _OF_CLASSES:
         return [stream.class_names[label] for task in stream.tasks for label in task.classes]
     return [task.name for task in stream.tasks]
 
 
-def _no_order(option: str) -> ConfigError:
+def _no_order(option: str, setting: str) -> ConfigError:
+    what = "sources" if setting == "dg" else "tasks"
     return ConfigError(
-        f"{option} under stream.setting dg: all sources are learned at once, in no order",
+        f"{option} under stream.setting {setting}: all {what} are learned at once, in no order",
         expected="a setting whose tasks come one after another",
         remedy="--vary all, which draws other images for every seed",
     )

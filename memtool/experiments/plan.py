@@ -13,10 +13,10 @@ import numpy as np
 from memtool.backbones.footprint import Footprint, footprint_of
 from memtool.evaluation.selection import Cell
 from memtool.experiments.baselines import chosen_baselines
-from memtool.experiments.run import FAILURES
+from memtool.experiments.run import FAILURES, holds_out_in_turn
 from memtool.experiments.select import SHARE, cell_config
 from memtool.methods import open_method
-from memtool.methods.baselines import passes
+from memtool.methods.baselines import joint_rank, passes
 from memtool.methods.moram.state import gate_of
 from memtool.sections import MoramSettings
 from memtool.settings import Config, HeadSettings
@@ -72,9 +72,9 @@ def plan(config: Config, *, seed: int, verb: str, task: str | None = None) -> di
     """The facts of a plan, ready for JSON.
 
     Lists have one entry a task, in the order of their `numbers`: of `task` alone where it names one
-    that is to be learned. Under setting dg the domain that is
-    held out is among them with no training samples, and it alone has test samples; where every
-    domain is held out in turn (`held_out` None), all have both, and there is a memory for each.
+    that is to be learned. A domain that is held out is among them with no training samples; under
+    setting dg it alone has test samples. Where every domain is held out in turn (`held_out` None),
+    all have both, and there is a memory for each. `joint_rank` is that of joint training.
     `bytes_in_all` is of all memories of one seed. Of a language model only the configuration is
     read, and `memory` says in bytes where its memory goes with atoms; None without. `cost` is what
     a memory of mixtures adds, `head_bytes` what a random projection takes, solving included.
@@ -103,7 +103,7 @@ def plan(config: Config, *, seed: int, verb: str, task: str | None = None) -> di
         chosen = work.task(task).number
         numbered = [(number, one) for number, one in numbered if number == chosen]
         tasks = [one for _, one in numbered]
-    in_turn = task is None and config.stream.setting == "dg" and config.stream.held_out is None
+    in_turn = task is None and holds_out_in_turn(config)
     memories = len(tasks) if in_turn else 1
     learned = sum(task.epochs > 0 for task in tasks) - in_turn
     head = config.head if method.has_head else None
@@ -130,6 +130,7 @@ def plan(config: Config, *, seed: int, verb: str, task: str | None = None) -> di
         "kind": method.kind,
         "adapters_per_task": config.adapter.per_task,
         "rank": config.adapter.rank,
+        "joint_rank": joint_rank(work) if "joint" in (baselines or ()) else None,
         "parameters_per_adapter": numbers,
         "bytes_per_adapter": numbers * 4,
         "memories": memories,

@@ -91,6 +91,20 @@ class Queue:
         token = _newest(folder)
         return _read(folder, token) if token else None
 
+    def may_be_written(self, job: str, place: str) -> bool:
+        """Whether somebody may write in a place of a job, now or later, also one who lost it.
+
+        Who neither gave the job back nor is known to be dead may be stopped, and go on.
+        """
+        folder = self._job(job)
+        for token in range(1, _newest(folder) + 1):
+            holder = _read(folder, token)
+            if (holder is None or holder.place == place) and not self._is_over(
+                folder, token, holder
+            ):
+                return True
+        return False
+
     def claim(self, job: str) -> Lease | None:
         """Take a job that is not done and that nobody holds, or its holder is gone; else None.
 

@@ -28,6 +28,7 @@ from memtool.evaluation.record import (
     OrderBound,
     Record,
     Row,
+    TaskIdentity,
     write_record,
 )
 from memtool.evaluation.selection import Selection
@@ -40,7 +41,7 @@ from memtool.methods.method import Method
 from memtool.paths import store_beside, without_home
 from memtool.progress import Progress
 from memtool.reports.html import write_report
-from memtool.settings import Config
+from memtool.settings import AT_ONCE, HOLDS_OUT, Config
 from memtool.streams.task import Task
 from memtool.trackers import require_services
 from memtool.workspace import Workspace
@@ -73,7 +74,7 @@ def run(
     """Learn all tasks in order, one memory a seed, then evaluate; one record a seed.
 
     With several seeds, seed s uses the store `<store>-seed-<s>`; adapters, records and baselines
-    lie in `<runs>/seed-<s>`. Domain generalisation holds every domain out in turn, each time with
+    lie in `<runs>/seed-<s>`. Settings dg and dgcl hold every domain out in turn, each time with
     a memory `<store>-without-<domain>` of its own and results in `without-<domain>`. With
     `orders` bounds, all of it three times, in the folders `hardest`, `median` and `easiest`.
     `resume` False begins anew: the memory is rolled back to its first version (the old one stays
@@ -136,7 +137,7 @@ def _every_seed(config: Config, doing: _Doing, adapters: Path | None) -> list[Re
                 "store": store_beside(config.store, f"-seed-{seed}") if several else config.store,
             }
         )
-        every_domain = config.stream.setting == "dg" and config.stream.held_out is None
+        every_domain = holds_out_in_turn(config)
         one = _each_domain_in_turn if every_domain else _one_memory
         shared = adapters / f"seed-{seed}" / "adapters" if adapters else None
         with ExitStack() as held:
@@ -204,6 +205,7 @@ def _each_domain_in_turn(
     # The folder and the memory of each are named after it.
     domains = [check_name(t.name, "a held-out domain") for t in whole.workspace.stream.tasks]
     alone = config.adapter.warm_start == "none" and not config.adapter.residual
+    alone = alone and whole.kind == "adapter"  # atoms learn on top of those before
     shared = (adapters or whole.workspace.adapter_folder) if alone else None
     if alone and adapters is None and not doing.resume:
         for task in whole.workspace.stream.tasks:
@@ -213,7 +215,10 @@ def _each_domain_in_turn(
         update={
             "run": found[-1].run.model_copy(
                 update={
-                    "tasks": tuple(one.run.tasks[0] for one in found),
+                    "tasks": tuple(
+                        _held_out(one, task)
+                        for one, task in zip(found, whole.workspace.stream.tasks, strict=True)
+                    ),
                     "configuration": config.recorded(),
                     "store": without_home(config.store),
                 }
@@ -235,6 +240,21 @@ def _each_domain_in_turn(
     return record
 
 
+def _held_out(record: Record, task: Task) -> TaskIdentity:
+    """The domain that the memory of a record never learned; of dg it is its only task."""
+    if record.run.setting == "dg":
+        return record.run.tasks[0]
+    right = record.metrics.rows[0].unseen_right
+    classes = tuple(record.run.class_order[one] for one in task.classes)
+    samples = None if right is None else right.samples
+    return TaskIdentity(name=task.name, domain=task.domain, classes=classes, test_samples=samples)
+
+
+def holds_out_in_turn(config: Config) -> bool:
+    """Whether every domain is held out in turn, each with a memory of its own."""
+    return config.stream.setting in HOLDS_OUT and config.stream.held_out is None
+
+
 def _without(config: Config, name: str) -> Config:
     """The configuration of the memory that a domain is held out of."""
     return config.model_copy(
@@ -253,14 +273,21 @@ def _over_domains(found: Sequence[Sequence[Row]], domains: Sequence[str]) -> lis
         parts = [row for one in found for row in one if row.id == model_row.id]
         if len(parts) != len(domains):
             continue
-        scores = [score for row in parts for score in row.last if score is not None]
+        in_turn = any(row.unseen for row in parts)
+        last = [[row.last_unseen] if in_turn else row.last for row in parts]
+        scores = [score for each in last for score in each if score is not None]
+        if len(scores) != len(domains):
+            continue
         matrix = AccuracyMatrix.empty(domains).with_row(len(domains), scores)
         known = [row.metrics.get("dg.validation") for row in parts]
         validation = [value for value in known if value is not None]
         more = {}
         if len(validation) == len(domains):
             more["dg.validation"] = sum(validation) / len(validation)
-        more["dg.heldout"] = sum(scores) / len(scores)
+        if in_turn:
+            more |= _after_all(parts)
+        else:
+            more["dg.heldout"] = sum(scores) / len(scores)
         seconds = [row.seconds for row in parts if row.seconds is not None]
         rows.append(
             Row.measured(
@@ -272,9 +299,34 @@ def _over_domains(found: Sequence[Sequence[Row]], domains: Sequence[str]) -> lis
                 seconds=sum(seconds) if len(seconds) == len(domains) else None,
                 replay=model_row.replay,
                 reading=model_row.reading,
+                unseen=_curve(parts),
             )
         )
     return rows
+
+
+def _curve(parts: Sequence[Row]) -> tuple[float | None, ...]:
+    """The mean over the held-out domains of what is unseen, before any task and after each."""
+    each = zip(*(row.unseen for row in parts), strict=True)
+    return tuple(
+        None if None in scores else sum(score or 0.0 for score in scores) / len(parts)
+        for scores in each
+    )
+
+
+_OF_SEEN = ("forgetting.max", "forgetting.first", "forgetting.step", "bwt.gem")
+
+
+def _after_all(parts: Sequence[Row]) -> dict[str, float]:
+    """Means over the held-out domains of what each memory is worth on it and on what it learned."""
+    found = {"dgcl.seen": [row.metrics.get("faa") for row in parts]}
+    for id in ("dgcl.heldout", "dgcl.average", *_OF_SEEN):
+        found[id] = [row.metrics.get(id) for row in parts]
+    return {
+        id: sum(known) / len(parts)
+        for id, values in found.items()
+        if len(known := [value for value in values if value is not None]) == len(parts)
+    }
 
 
 def _one_memory(
@@ -282,8 +334,8 @@ def _one_memory(
 ) -> Record:
     """Learn the tasks of one memory, then evaluate it beside the baselines.
 
-    In order, one after another; or, where a domain is held out, all the others at once. `adapters`
-    is the folder of the trained adapters where several memories share them.
+    In order, one after another; or all at once, where the setting has no order. `adapters` is the
+    folder of the trained adapters where several memories share them.
     """
     bound = None if doing.bound is None else doing.bound.name
     main = not doing.follow.services or Engine(config.engine).is_main
@@ -392,7 +444,7 @@ def baselines_alone(
         method.workspace.require_fitting(tasks)
         return _baselines(method, tasks, doing, progress, chosen_baselines(method))
 
-    if config.stream.setting != "dg" or config.stream.held_out is not None:
+    if not holds_out_in_turn(config):
         return rows(place)
     whole = open_method(place, seed=seed, progress=progress)
     domains = [check_name(t.name, "a held-out domain") for t in whole.workspace.stream.tasks]
@@ -403,7 +455,7 @@ def baselines_alone(
 def _learn(
     method: Method, tasks: Sequence[Task], doing: _Doing, told: Followed, *, fresh: bool
 ) -> None:
-    """Learn tasks into the memory, one after another; or, where a domain is held out, at once.
+    """Learn tasks into the memory, one after another; or at once, where they have no order.
 
     `fresh` trains adapters anew that are finished.
     """
@@ -413,7 +465,7 @@ def _learn(
     if not doing.resume and work.has_store:
         work.engine.on_main(lambda: _begin_anew(work.store))
     told.begin(method)
-    if work.config.stream.setting == "dg":
+    if work.config.stream.setting in AT_ONCE:
         for task in tasks:
             method.adapt(str(task.number), fresh=fresh)
         names = [name for task in tasks for name in method.adapter_names(task)]
@@ -428,10 +480,9 @@ def _learn(
 
 
 def _kept_by(method: Method, spent: Mapping[str, float]) -> dict[str, float]:
-    """What the memory took to learn, and what it keeps: its adapters and keys, as float32."""
+    """What the memory took to learn, and what it keeps: adapters and their readers, as float32."""
     view = method.workspace.store.view()
-    keys = view.keys()
-    numbers = method.workspace.layout.numel * len(view.live) + (0 if keys is None else keys.size)
+    numbers = method.workspace.layout.numel * len(view.live) + method.reading_numbers(view)
     seconds = spent["adapt"] + spent["consolidate"]
     return {"seconds": seconds, "parameters": int(numbers), "bytes": 4 * int(numbers)}
 
@@ -439,8 +490,7 @@ def _kept_by(method: Method, spent: Mapping[str, float]) -> dict[str, float]:
 def _costs(method: Method, spent: Mapping[str, float], evaluated: float) -> list[Cost]:
     """What learning and evaluating took: seconds, numbers and bytes."""
     work, view = method.workspace, method.workspace.store.view()
-    keys = view.keys()
-    key_count = 0 if keys is None else int(keys.size)
+    key_count = method.reading_numbers(view)
     numbers = work.layout.numel * len(view.live)
     what = "atoms" if method.kind == "atoms" else "adapters"
     costs = [

@@ -29,9 +29,13 @@ from memtool.evaluation.selection import Cell, Choice, Selection, first_best
 from memtool.experiments import run as experiment
 from memtool.learning.known import is_fixed
 from memtool.methods import open_method
+from memtool.methods.baselines import FIRST_SESSION
+from memtool.methods.baselines.der import DerPlusPlus
+from memtool.methods.baselines.replay import Er
 from memtool.methods.kept import fingerprint_of, kept
 from memtool.paths import store_beside
 from memtool.progress import Progress
+from memtool.registry import SHIPPED
 from memtool.sections import owners_of
 from memtool.settings import Config, get, keys, sections
 
@@ -72,19 +76,43 @@ def cells_of(config: Config, selections: Sequence[str]) -> tuple[Cell, ...]:
     read: set[str] = set()
     for combination in itertools.product(*axes.values()):
         cell = with_values(config, dict(zip(axes, combination, strict=True)), "--select")
-        under = {key: not_read_under(cell, key) for key in axes}
+        under = {key: not_read_under(cell, key) or _without_its_rows(cell, key) for key in axes}
         unread |= {key: other for key, other in under.items() if other is not None}
         plain = {key: _plain(get(cell, key)) for key, other in under.items() if other is None}
         read |= plain.keys()
         found.setdefault(fingerprint_of(plain), Cell(values=plain))
     for key, other in unread.items():
         if key not in read:
+            rows = _rows_that_read(key) if other == "baselines" else ()
+            value = get(config, other)
+            said = ",".join(value) if isinstance(value, tuple) else _plain(value)
             raise ConfigError(
-                f"--select {key} has no effect under {other} {_plain(get(config, other))}",
-                expected="a setting that something reads",
+                f"--select {key} has no effect under {other} {said}",
+                expected=f"--baselines with {' or '.join(rows)}, which read it"
+                if rows
+                else "a setting that something reads",
                 remedy=f"the same without --select {key}",
             )
     return tuple(found.values())
+
+
+def _rows_that_read(key: str) -> tuple[str, ...]:
+    """The baselines that alone read a setting; none of one that others read, too."""
+    if key == "replay.buffer":
+        return Er.id, DerPlusPlus.id
+    if key == "head.width" or key.startswith("first_session."):
+        return FIRST_SESSION
+    return ()
+
+
+def _without_its_rows(config: Config, key: str) -> str | None:
+    """As `not_read_under`, of a setting that only baselines read which nobody named."""
+    rows = _rows_that_read(key)
+    of_the_head = key == "head.width" and config.head.kind == "rp-ridge"
+    own = ("all", "none", *SHIPPED["baselines"])
+    of_others = [name for name in config.baselines if name not in own]
+    named = {*rows} & {*config.baselines} or of_the_head or of_others
+    return "baselines" if rows and not named else None
 
 
 def _axis(config: Config, text: str) -> tuple[str, list[Any]]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -289,9 +289,10 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def asked_of(config: Config, axes: Mapping[str, Sequence[str]]) -> Asked:
-    """What a sweep of this configuration over these axes is."""
-    cells = grid(config, axes)
+def asked_of(
+    config: Config, axes: Iterable[str], cells: Sequence[Mapping[str, JsonValue]]
+) -> Asked:
+    """What a sweep of this configuration is, whose cells have values of these axes."""
     recorded = {k: v for k, v in config.recorded().items() if k not in OF_THE_MACHINE}
     recorded["engine"] = {k: v for k, v in recorded["engine"].items() if k != "threads"}
     return Asked(
@@ -323,26 +324,33 @@ class Sweep:
         config: Config,
         axes: Mapping[str, Sequence[str]],
         *,
+        cells: Sequence[Mapping[str, JsonValue]] | None = None,
         preset: str | None = None,
         lease_seconds: float = LEASE_SECONDS,
         write: bool = True,
     ) -> Sweep:
         """Plan a sweep in a folder, or join the same one that is there; nothing without `write`.
 
-        Order bounds are found here, once for all workers. Raises AlreadyExistsError for another
-        sweep in the folder, ConfigError for what cannot be swept.
+        `cells` with a value of every axis each are run in place of the whole grid. Order bounds are
+        found here, once for all workers. Raises AlreadyExistsError for another sweep in the folder,
+        ConfigError for what cannot be swept.
         """
-        asked = asked_of(config, axes)
+        cells = grid(config, axes) if cells is None else cells
+        asked = asked_of(config, axes, cells)
         there = _read_plan(folder)
         if there is None:
-            cells = _planned(config, grid(config, axes))
-            plan = Plan(asked=asked, preset=preset, lease_seconds=lease_seconds, cells=cells)
+            planned = _planned(config, cells)
+            plan = Plan(asked=asked, preset=preset, lease_seconds=lease_seconds, cells=planned)
             if not write:
                 return cls(folder, plan, config)
             publish_once(_folder(folder) / PLAN, plan.model_dump(mode="json", by_alias=True))
             there = _read_plan(folder)
             assert there is not None
         _require_same(there.asked, asked, folder)
+        if {fingerprint_of(cell.values) for cell in there.cells} != {
+            fingerprint_of(dict(values)) for values in cells
+        }:
+            raise _of_another(folder, f"{len(there.cells)} cells", "others")
         return cls(folder, there, config)
 
     @classmethod
@@ -455,16 +463,18 @@ class Sweep:
     def clear(self) -> None:
         """Take away what workers left that were killed after another had taken their job.
 
-        Of jobs that ended well alone: nobody works on these any more.
+        Of jobs that ended well alone, and not where one may go on who was only stopped, or of whom
+        nobody knows: he takes his away himself when he finds that he lost the job.
         """
         for job in self.jobs:
             result = self.result(job)
             if result is None or result.record is None:
                 continue
             cell = below(self.folder / "cells", job.cell.name)
-            for place in (cell, *cell.glob("attempt-*")):
-                if place / f"seed-{job.seed}" != self.folder / result.record:
-                    _take_away(place, job)
+            for place in ("", *(folder.name for folder in cell.glob("attempt-*"))):
+                counts = cell / place / f"seed-{job.seed}" == self.folder / result.record
+                if not counts and not self.queue.may_be_written(job.name, place):
+                    _take_away(cell / place, job)
 
     def work_on(
         self,

@@ -21,6 +21,7 @@ from typing import BinaryIO
 
 from memtool.errors import DataError, NotFoundError
 from memtool.streams.files import IMAGE_SUFFIXES, Found, files_below, left_out
+from memtool.streams.pictures import COLUMN, with_files
 from memtool.streams.rows import lines_of, parse_json
 from memtool_stores import limits
 from memtool_stores.errors import SchemaError
@@ -71,7 +72,7 @@ def files_named(words: Sequence[str], listed: BinaryIO) -> Named:
 
 
 def prompts_in(file: Path) -> list[str]:
-    """The prompts of a file: a line of text each, or of JSON with a `prompt`.
+    """The prompts of a file: a line of text each, or of JSON with a `prompt`, perhaps an `image`.
 
     Raises NotFoundError, DataError with the number of the line.
     """
@@ -83,7 +84,7 @@ def prompts_in(file: Path) -> list[str]:
         entry = parse_json(line, where)
         if not isinstance(entry, dict) or type(entry.get("prompt")) is not str:
             raise DataError(f"{where}: {shown(line)[:80]}", expected='{"prompt": "…"}, or text')
-        found.append(entry["prompt"])
+        found.append(with_files(entry["prompt"], entry.get(COLUMN), file.parent, where))
     if not found:
         raise DataError(f"{file} holds no prompts", expected='lines of text, or of {"prompt": "…"}')
     return found

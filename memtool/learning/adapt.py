@@ -1,9 +1,10 @@
 """Stage 1, adaptation: train the adapters of one task, with a head, on a frozen backbone.
 
-The J adapters of a task differ by seed and bootstrap sample and are trained in one pass: every
-batch holds J groups, group j runs through adapter j and head j. Each ends as if it had been trained
-alone: loss, clipping and optimiser of an adapter know nothing of the others. Heads start at zero: a
-head that starts as a good probe of the frozen features leaves the adapters little to learn.
+The J adapters of a task differ by seed, and perhaps by bootstrap sample (`adapter.differ_by`), and
+are trained in one pass: every batch holds J groups, group j runs through adapter j and head j. Each
+ends as if it had been trained alone: loss, clipping and optimiser of an adapter know nothing of the
+others. Heads start at zero: a head that starts as a good probe of the frozen features leaves the
+adapters little to learn.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -72,8 +74,13 @@ class AdapterTraining(nn.Module):
         classes: Sequence[int],
         beneath: Beneath | None = None,
         known: CosineHead | None = None,
+        *,
+        biased: bool = True,
     ) -> None:
-        """`known` stands for the heads where all classes are known in advance: none learns."""
+        """`known` stands for the heads where all classes are known in advance: none learns.
+
+        Heads that are not `biased` keep their bias of zero.
+        """
         super().__init__()
         self.backbone = backbone
         self.values = values
@@ -82,7 +89,7 @@ class AdapterTraining(nn.Module):
         count, learns = len(values), known is None
         weight, bias = head.weight.unsqueeze(0).repeat(count, 1, 1), head.bias.repeat(count, 1)
         self.weight = nn.Parameter(weight, requires_grad=learns)
-        self.bias = nn.Parameter(bias, requires_grad=learns)
+        self.bias = nn.Parameter(bias, requires_grad=learns and biased)
         self.mask: Tensor
         self.register_buffer("mask", class_mask(classes, len(head.bias)))
 
@@ -121,6 +128,7 @@ def adapt(
     start: Tensor | None = None,
     beneath: Beneath | None = None,
     known: CosineHead | None = None,
+    biased: bool = True,
     fingerprint: str = "",
     checkpoint: Path | None = None,
     progress: Progress | None = None,
@@ -129,9 +137,10 @@ def adapt(
     """Train `adapter.per_task` adapters on `samples`.
 
     `start` (numel,) is the value that training starts from; none: A random, B zero.
-    The classifier starts at zero. `beneath` is a memory whose recalled mixture the adapters are
-    trained on top of (residual adapters). With a `known` head, on the device of the engine, none
-    learns, and `classes` are those that an image is told apart from.
+    The classifier starts at zero; not `biased`, it is linear without a bias. `beneath` is a memory
+    whose recalled mixture the adapters are trained on top of (residual adapters). With a `known`
+    head, on the device of the engine, none learns, and `classes` are those that an image is told
+    apart from.
 
     Raises CapacityError before anything is trained where the memory of the machine cannot hold it,
     and DivergedError, which names the stage, where training ended worse than it began.
@@ -145,12 +154,12 @@ def adapt(
     trial = AdapterTraining(backbone, one, head, classes, beneath, known).to(engine.device)
     require_room(engine, trial, samples, layout.numel + head.weight.numel(), adapter, train, stage)
     generator = engine.generator(seed)
-    values = init_lora(layout, adapter.per_task, generator=generator)
+    values = init_lora(layout, adapter.per_task, generator=generator, draw=adapter.draw)
     if start is not None:
         values = start.unsqueeze(0).repeat(adapter.per_task, 1)
     scaling = adapter.alpha / adapter.rank
     stack = AdapterValues.from_flat(values, layout, scaling, trainable=True).to(engine.device)
-    module = AdapterTraining(backbone, stack, head, classes, beneath, known)
+    module = AdapterTraining(backbone, stack, head, classes, beneath, known, biased=biased)
     batches = Batches(
         samples.inputs,
         samples.labels,
@@ -158,11 +167,16 @@ def adapt(
         train.epochs_for(len(samples)),
         seed,
         groups=adapter.per_task,
+        bootstrap=adapter.differ_by == "bootstrap",
     )
+    right = _Right(adapter.per_task)
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
-        mixed = mixing(batch, train.mixup, adapter.per_task)
+        of_class = train.mixup_of == "class"
+        mixed = mixing(batch, train.mixup, adapter.per_task, of_class=of_class)
         logits = model(mixed.inputs(augmented(batch, train)))
+        if train.stop_at is not None:
+            right.count(logits.detach(), batch)
         return mixed.loss(lambda labels: losses(logits, labels, batch.weights), batch.labels)
 
     fit = engine.fit(
@@ -173,6 +187,7 @@ def adapt(
         stage=stage,
         fingerprint=fingerprint,
         checkpoint=checkpoint,
+        enough=None if train.stop_at is None else partial(right.all_above, train.stop_at),
         progress=progress,
     )
     trained = stack.flat().cpu()
@@ -182,6 +197,26 @@ def adapt(
         for w, b in zip(module.weight, module.bias, strict=True)
     )
     return Adapted(trained, heads, _accuracies(engine, module, samples), fit)
+
+
+class _Right:
+    """How many training samples of an epoch every adapter was right about, as it learned."""
+
+    def __init__(self, groups: int) -> None:
+        self._right, self._seen = torch.zeros(groups), 0.0
+
+    def count(self, logits: Tensor, batch: Batch) -> None:
+        """Logits (J, b, classes) of a batch, before its step."""
+        hit = logits.argmax(dim=-1).flatten() == batch.labels
+        each = (hit * batch.weights).view(len(logits), -1).cpu()
+        self._right += each.sum(dim=1)
+        self._seen += each.shape[1]
+
+    def all_above(self, share: float) -> bool:
+        """Whether all adapters were right about more than this share; what was counted is gone."""
+        enough = bool((self._right > share * self._seen).all())
+        self._right, self._seen = torch.zeros_like(self._right), 0.0
+        return enough
 
 
 def require_room(
@@ -280,8 +315,8 @@ def losses(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
 def augmented(batch: Batch, settings: TrainSettings) -> Tensor:
     """The images as they are, or every one mirrored by chance and cropped from a padded frame.
 
-    `crop` takes a piece of every one, see `cropped`. The copies of a bootstrap sample, which are
-    one image of the batch, share a draw.
+    `flip` mirrors alone; `crop` takes a piece of every one, see `cropped`. The copies of a
+    bootstrap sample, which are one image of the batch, share a draw.
     """
     images = batch.inputs
     if settings.augment == "none":
@@ -292,6 +327,9 @@ def augmented(batch: Batch, settings: TrainSettings) -> Tensor:
     count, height, width, _ = images.shape
     pad = max(1, height // 8)
     mirrored = torch.rand(count, generator=generator) < 0.5
+    if settings.augment == "flip":
+        turned = mirrored.to(images.device).view(-1, 1, 1, 1)
+        return torch.where(turned, images.flip(2), images)
     offset = torch.randint(0, 2 * pad + 1, (count, 2), generator=generator).to(images.device)
     mirrored = mirrored.to(images.device)
     images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(2), images)

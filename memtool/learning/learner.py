@@ -110,7 +110,7 @@ class Learner(nn.Module):
         inputs, targets = self.objective.arrays(task.train)
 
         def loss(model: nn.Module, batch: Batch) -> Tensor:
-            mixed = mixing(batch, settings.mixup)
+            mixed = mixing(batch, settings.mixup, of_class=settings.mixup_of == "class")
             prepared = mixed.inputs(self.objective.prepared(batch))
             logits = model(prepared, batch.labels, batch.seed)
             found = mixed.loss(

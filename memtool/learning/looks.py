@@ -160,7 +160,7 @@ class PromptLook:
         for under in self.passes:
             seen = self._pass(lm, prompts, under, wanted) if self.runs else {}
             if "tokens" in self.places and not parts:
-                seen["tokens"] = _token_shares(prompts, len(lm.embed.weight))
+                seen["tokens"] = _token_shares(prompts, lm.ids(prompts), len(lm.embed.weight))
             parts += [seen[place] for place in self._named(lm.depth) if place in seen]
         if self.apart:
             return torch.cat([narrowed(part, PART_WIDE) for part in parts], dim=1)
@@ -384,10 +384,9 @@ def batches(work: Workspace, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         yield rows, trimmed(tokens[rows]).to(work.engine.device)
 
 
-def _token_shares(prompts: Tensor, words: int) -> Tensor:
+def _token_shares(prompts: Tensor, ids: Tensor, words: int) -> Tensor:
     """Square roots of the shares of tokens (b, places), as long as a layer-normalised vector."""
     places = min(words, TOKEN_PLACES)
-    ids = prompts.clamp_min(0)
     if words > places:
         ids = (ids * _SPREAD) % 2**32 * places // 2**32
     real = (prompts != PAD).float()

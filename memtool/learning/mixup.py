@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -40,15 +41,29 @@ class Mixing:
         return self.share * found + (1 - self.share) * of(labels[self.partners])
 
 
-def mixing(batch: Batch, alpha: float, groups: int = 1) -> Mixing:
+def mixing(batch: Batch, alpha: float, groups: int = 1, *, of_class: bool = False) -> Mixing:
     """How the samples of a batch are mixed, drawn from its seed: one share for all of them.
 
-    Partners are of the same group. Nothing is mixed with `alpha` 0.
+    Partners are of the same group, and with `of_class` of the same class. Nothing is mixed with
+    `alpha` 0.
     """
     if alpha == 0:
         return Mixing()
     draws = np.random.default_rng([batch.seed, _DRAW])
     size = len(batch.labels) // groups
-    rows = [group * size + draws.permutation(size) for group in range(groups)]
+    if of_class:
+        labels = batch.labels.cpu().numpy().reshape(groups, size)
+        rows = [group * size + _within(one, draws) for group, one in enumerate(labels)]
+    else:
+        rows = [group * size + draws.permutation(size) for group in range(groups)]
     partners = torch.from_numpy(np.concatenate(rows)).to(batch.labels.device)
     return Mixing(float(draws.beta(alpha, alpha)), partners)
+
+
+def _within(labels: npt.NDArray[np.int64], draws: np.random.Generator) -> npt.NDArray[np.intp]:
+    """A permutation (n,) that moves samples only within their class."""
+    order = np.arange(len(labels))
+    for label in np.unique(labels):
+        places = np.flatnonzero(labels == label)
+        order[places] = draws.permutation(places)
+    return order

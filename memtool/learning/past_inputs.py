@@ -52,7 +52,7 @@ class PastInputs:
 
         def count(module: nn.Module, arguments: tuple[Any, ...]) -> None:
             assert isinstance(module, Adapted)
-            x = rows(arguments[0].detach()).float()
+            x = rows(module.tokens(arguments[0].detach())).float()
             with torch.autocast(x.device.type, enabled=False):
                 second = (x.mT @ x).cpu().double()
             moments[module.name] = moments.get(module.name, 0) + second

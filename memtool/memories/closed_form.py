@@ -22,6 +22,10 @@ SHRINKAGE = 1e-3
 """Of the covariance of what tells tasks apart toward a multiple of the identity; ridge as well."""
 
 
+ROUNDING = 1e-9
+"""Share of the queries' energy below which their differences are roundings of float32."""
+
+
 class QueryStatistics:
     """Moments of the queries of every task, for each of `blocks` memories; float64 on the CPU.
 
@@ -167,6 +171,21 @@ class QueryStatistics:
                 f"no queries of task indices {missing}" if missing else "no queries of any task",
                 remedy="add the queries of every task before asking for keys",
             )
+
+
+def same_for_every_input(statistics: Sequence[QueryStatistics]) -> tuple[int, ...]:
+    """The places of memories whose queries are the same whatever the input, of all tasks counted.
+
+    A single input tells nothing: then there is none.
+    """
+    if not statistics or sum(int(part.counts.sum()) for part in statistics) < 2:
+        return ()
+    whole = QueryStatistics.joined([part.pooled() for part in statistics]).pooled()
+    mean = whole.sums / whole.counts.sum()
+    scatter = whole.second - whole.counts.sum() * mean.mT @ mean
+    size = scatter.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+    energy = whole.second.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+    return tuple(torch.nonzero(size <= ROUNDING * energy).flatten().tolist())
 
 
 def for_similarity(keys: Tensor, name: str) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -49,6 +49,28 @@ def recall(
     coefficients = separation(similarity(query, keys))
     with torch.autocast(values.device.type, enabled=False):
         return (coefficients.to(values.dtype) @ values).to(values.dtype)
+
+
+def settled(
+    query: Tensor,
+    keys: Tensor,
+    score: Callable[[Tensor], Tensor],
+    separation: SeparationFunction,
+    steps: int,
+    rate: float = 1.0,
+) -> Tensor:
+    """A query (..., d) after steps of ξ ← (1 − η) ξ + η Σ_t a_t k_t, a = separation(score(ξ)).
+
+    η is the `rate`, above 0 and at most 1; keys k (t, d), `score` (..., d) → (..., t). With the
+    softmax of β times inner products it is the update of Ramsauer et al. (2021, eq. 3), under which
+    ½ |ξ|² − log Σ_t exp(β k_t·ξ) / β never rises, for any such rate: the mean of the keys is where
+    an upper bound of this energy, touching it at ξ, is least, and the bound is convex. With minus
+    squared distances in place of inner products it is mean shift, and − log Σ_t exp(−β |ξ − k_t|²)
+    / β never rises.
+    """
+    for _ in range(steps):
+        query = torch.lerp(query, separation(score(query)) @ keys, rate)
+    return query
 
 
 class HopfieldMemory:
@@ -219,10 +241,10 @@ class HopfieldMemory:
         score = similarity(self.similarity)
         separate = self._function_of_beta(self.beta)
         scores = score(query, keys)
-        coefficients = separate(scores)
-        for _ in range(self.steps - 1):
-            coefficients = separate(score(coefficients @ keys, keys))
-        return scores, coefficients
+        if self.steps == 1:
+            return scores, separate(scores)
+        query = settled(query, keys, lambda one: score(one, keys), separate, self.steps - 1)
+        return scores, separate(score(query, keys))
 
     def _scored_keys(self) -> Tensor:
         """The keys in float64, kept: they are scored at every recall."""

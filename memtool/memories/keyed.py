@@ -2,7 +2,9 @@
 
 The memory of MIRA. A block's query q meets the block's keys K (t, d_k); the scores are their
 similarity, the coefficients their separation: a = separation(similarity(g(h), K)). An adapter may
-have several keys, one for every kind of input that needs it; their coefficients add up.
+have several keys, one for every kind of input that needs it; their coefficients add up. A
+memory may be read otherwise: by a query that settles first (`hopfield.settled`), or with a decoder
+that tells the ranks of an adapter apart (`decoder`).
 """
 
 from __future__ import annotations
@@ -11,12 +13,15 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from memtool.errors import MismatchError
+from memtool.memories.decoder import RankDecoder
+from memtool.memories.hopfield import settled
 from memtool.memories.novelty import LIMIT, Reaches
 from memtool.memories.query import QueryModule
 from memtool.memories.separation import SeparationFunction, largest_shares, separation
-from memtool.memories.similarity import SimilarityFunction, similarity
+from memtool.memories.similarity import SimilarityFunction, over_memories, similarity
 from memtool.sections import MemorySettings
 
 
@@ -26,7 +31,12 @@ class BlockMemory(nn.Module):
     keys (t, m · d_k): m keys of every adapter, one after another. With `topk` only so
     many adapters keep their coefficients, shares of one, scaled to sum to one again. With `reaches`
     an input whose novelty is above `LIMIT` has no coefficient: it is left to the frozen model.
+    `normed` divides every entry of the keys by its norm over all of them, at every look.
+    Before its coefficients are read a query takes so many `steps` toward the mixture of the keys,
+    by `rate`; its constant stays. A `decoder` may be put beside the keys.
     """
+
+    decoder: RankDecoder | None
 
     def __init__(
         self,
@@ -36,6 +46,10 @@ class BlockMemory(nn.Module):
         separation: SeparationFunction,
         topk: int | None = None,
         reaches: Reaches | None = None,
+        *,
+        normed: bool = False,
+        steps: int = 0,
+        rate: float = 1.0,
     ) -> None:
         """Keys (t, m · d_k) are copied. Raises MismatchError when they do not fit the queries."""
         super().__init__()
@@ -51,6 +65,10 @@ class BlockMemory(nn.Module):
         self.separation = separation
         self.topk = topk
         self.reaches = reaches
+        self.normed = normed
+        self.steps = steps
+        self.rate = rate
+        self.decoder = None
 
     def scores(self, hidden: Tensor) -> Tensor:
         """Scores (batch, t · m) of hidden states (batch, tokens, dim)."""
@@ -60,9 +78,18 @@ class BlockMemory(nn.Module):
         """Coefficients (batch, t) of hidden states (batch, tokens, dim)."""
         return self.answer(self.query(hidden))
 
+    def read(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Coefficients (batch, t) of hidden states, and what the decoder adds to every rank of it.
+
+        (batch, places, t, rank); None without a decoder.
+        """
+        queries = self.query(hidden)
+        added = None if self.decoder is None else self.decoder(queries[:, : self.query.dim])
+        return self.answer(queries), added
+
     def answer(self, queries: Tensor) -> Tensor:
         """Coefficients (batch, t) of queries (batch, d_k)."""
-        shares = self.separation(self._similar(queries))
+        shares = self.separation(self._similar(self.settled(queries)))
         if shares.shape[1] != len(self.keys):
             shares = shares.unflatten(1, (len(self.keys), -1)).sum(dim=-1)
         if self.topk is not None:
@@ -72,8 +99,26 @@ class BlockMemory(nn.Module):
             shares = shares.masked_fill(far.unsqueeze(1), 0.0)
         return shares
 
+    def settled(self, queries: Tensor) -> Tensor:
+        """Queries (batch, d_k) after the steps of this memory; without any as they are."""
+        if not self.steps:
+            return queries
+        dim, bias = self.query.dim, self.query.width - self.query.dim
+        keys = self._each_key(self.query.width)[:, :dim]
+
+        def score(bare: Tensor) -> Tensor:
+            return self._similar(F.pad(bare, (0, bias), value=1.0))
+
+        bare = settled(queries[:, :dim], keys, score, self.separation, self.steps, self.rate)
+        return F.pad(bare, (0, bias), value=1.0)
+
     def _similar(self, queries: Tensor) -> Tensor:
-        return self.similarity(queries, self.keys.reshape(-1, queries.shape[-1]))
+        return self.similarity(queries, self._each_key(queries.shape[-1]))
+
+    def _each_key(self, width: int) -> Tensor:
+        """Keys (t · m, width) as they are asked."""
+        keys = self.keys.reshape(-1, width)
+        return over_memories(keys) if self.normed else keys
 
     def forward(self, hidden: Tensor) -> Tensor:
         """As `coefficients`."""
@@ -104,19 +149,30 @@ class KeyedMemory(nn.Module):
         keys: Tensor,
         *,
         prefix_tokens: int = 1,
+        norms: Sequence[nn.LayerNorm] = (),
         generator: torch.Generator | None = None,
     ) -> KeyedMemory:
         """A memory over keys (len(blocks), t, m · (dim + 1)) of blocks that are `dim` wide.
 
-        `generator` draws the first weights of mlp query modules. Routing "lda" and "prototype"
-        have a similarity and a separation of their own: the highest key takes all. Where adapters
-        have several keys, separation "topk" keeps adapters, after their keys were added up.
+        Without `memory.key_bias` keys are `dim` wide. `norms` are the first norms of the blocks,
+        for `memory.query_norm` block. `generator` draws the first weights of mlp query modules.
+        Routing "lda" and "prototype" have a similarity and a separation of their own: the highest
+        key takes all. Where adapters have several keys, separation "topk" keeps adapters, after
+        their keys were added up. Raises MismatchError for keys or norms of other blocks.
         """
+        if settings.query_norm == "block" and len(norms) != len(blocks):
+            raise MismatchError(
+                f"{len(norms)} first norms of {len(blocks)} blocks",
+                expected="one for each, under memory.query_norm block",
+            )
         if keys.ndim != 3 or len(keys) != len(blocks):
             raise MismatchError(
                 f"keys of shape {tuple(keys.shape)} for {len(blocks)} blocks",
                 expected=f"({len(blocks)}, adapters, {dim + 1})",
             )
+        each: list[bool | nn.LayerNorm] = [settings.query_norm == "layer"] * len(blocks)
+        if settings.query_norm == "block":
+            each = [*norms]
         cut = None
         match settings.routing:
             case "mixture":
@@ -137,15 +193,20 @@ class KeyedMemory(nn.Module):
                         settings.query,
                         dim,
                         settings.token,
-                        norm=settings.query_norm,
+                        norm=norm,
                         prefix_tokens=prefix_tokens,
+                        bias=settings.key_bias,
+                        centred=settings.centre != "none",
                         generator=generator,
                     ),
                     score,
                     separate,
                     cut,
+                    normed=settings.key_norm == "memories",
+                    steps=settings.read_steps if settings.read == "energy" else 0,
+                    rate=settings.read_rate,
                 )
-                for block_keys in keys
+                for block_keys, norm in zip(keys, each, strict=True)
             ],
         )
 
@@ -163,6 +224,10 @@ class KeyedMemory(nn.Module):
         """Coefficients (batch, t) of a block for its input (batch, tokens, dim)."""
         return self[block].coefficients(hidden)
 
+    def read(self, block: int, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As `BlockMemory.read`, of a block for its input (batch, tokens, dim)."""
+        return self[block].read(hidden)
+
     def scores(self, block: int, hidden: Tensor) -> Tensor:
         """Scores (batch, t · m) of a block for its input (batch, tokens, dim)."""
         return self[block].scores(hidden)
@@ -176,3 +241,22 @@ class KeyedMemory(nn.Module):
         with torch.no_grad():
             for block, here in zip(self.blocks, keys, strict=True):
                 self[block].keys.copy_(here)
+
+
+def centre_of(memory: KeyedMemory) -> Tensor | None:
+    """What is taken from the queries of every block (len(blocks), dim), or None."""
+    found = [memory[block].query.centre for block in memory.blocks]
+    parts = [one for one in found if one is not None]
+    return torch.stack(parts) if parts else None
+
+
+def set_centre(memory: KeyedMemory, centre: Tensor) -> None:
+    """Take `centre` (len(blocks), dim) from queries; of memories that were made for it."""
+    for block, here in zip(memory.blocks, centre, strict=True):
+        kept = memory[block].query.centre
+        if kept is None:
+            raise MismatchError(
+                f"a centre for block {block}, whose queries are not centred",
+                expected="memory.centre first-task",
+            )
+        kept.copy_(here)

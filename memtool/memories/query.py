@@ -1,7 +1,7 @@
 """Query modules: what a block looks at to decide which adapters it recalls.
 
-The g of MIRA: the block's input, pooled over tokens, layer-normalised, through the identity, a
-linear map or a small network, both of which start as the identity.
+The g of MIRA: the block's input, pooled over tokens, normalised, through the identity, a linear
+map or a small network.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn.utils import skip_init
 
 from memtool.errors import ConfigError, MismatchError, did_you_mean
 
-QueryKind = Literal["identity", "linear", "mlp"]
+QueryKind = Literal["identity", "linear", "mlp", "plain-mlp"]
 QueryToken = Literal["class", "mean"]
 
 
@@ -37,13 +37,16 @@ class QueryModule(nn.Module):
     What was pooled and normalised elsewhere, (batch, dim), is taken as it is.
 
     kind    "identity"; "linear", q ← W q + b from W = I, b = 0; "mlp", q ← q + V gelu(U q + c) + e
-            from V = 0, e = 0. All three are the same function at the start.
+            from V = 0, e = 0: these three are the same function at the start. "plain-mlp",
+            q ← V gelu(U q + c) + e, all drawn as linear layers are (the DG form of MIRA's authors).
     token   "class", the first token, or "mean", the mean of the tokens after the first
             `prefix_tokens` (class and register tokens).
-    norm    layer-normalise the pooled token, without learned gain.
+    norm    layer-normalise the pooled token, without learned gain; or a layer norm, whose gain and
+            bias are copied: every token goes through it before they are pooled.
     bias    append the constant 1, so that the last entry of a key is its bias.
+    centred take `centre` (dim,), a buffer that begins at zero, from what g is given.
 
-    Queries are float32 or better, also under autocast. `generator` draws U; nothing else is random.
+    Queries are float32 or better, also under autocast. `generator` draws what is random of g.
     """
 
     def __init__(
@@ -52,9 +55,10 @@ class QueryModule(nn.Module):
         dim: int,
         token: str = "class",
         *,
-        norm: bool = True,
+        norm: bool | nn.LayerNorm = True,
         prefix_tokens: int = 1,
         bias: bool = True,
+        centred: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
         """Raises ConfigError for an unknown kind or token, or a class token that is not there."""
@@ -71,9 +75,21 @@ class QueryModule(nn.Module):
         self.kind = kind
         self.dim = dim
         self.token = token
-        self.norm = norm
+        self.norm = norm is True
         self.prefix_tokens = prefix_tokens
         self.bias = bias
+        self.centre: Tensor | None
+        self.register_buffer("centre", torch.zeros(dim) if centred else None)
+        # Of the backbone and no state of the memory: copies that move with it and are not saved.
+        self.first_gain: Tensor | None
+        self.first_bias: Tensor | None
+        self.first_eps = 0.0
+        gain, shift = None, None
+        if isinstance(norm, nn.LayerNorm):
+            gain, shift, self.first_eps = norm.weight, norm.bias, norm.eps
+        self.register_buffer("first_gain", _copied(gain), persistent=False)
+        self.register_buffer("first_bias", _copied(shift), persistent=False)
+        self._first = isinstance(norm, nn.LayerNorm)
         self.g: nn.Module
         match kind:
             case "identity":
@@ -86,6 +102,8 @@ class QueryModule(nn.Module):
                 self.g = _Residual(
                     nn.Sequential(_linear(hidden), nn.GELU(), _linear(torch.zeros(dim, dim)))
                 )
+            case "plain-mlp":
+                self.g = nn.Sequential(_drawn(dim, generator), nn.GELU(), _drawn(dim, generator))
             case _:
                 raise ConfigError(
                     f"unknown query module {kind!r}",
@@ -108,10 +126,32 @@ class QueryModule(nn.Module):
                 expected=f"(batch, tokens, {self.dim}), or (batch, {self.dim}) pooled before",
             )
         with torch.autocast(hidden.device.type, enabled=False):
-            if hidden.ndim == 3:
-                hidden = pooled(hidden, self.token, self.prefix_tokens, norm=self.norm)
-            query: Tensor = self.g(hidden.to(torch.promote_types(hidden.dtype, torch.float32)))
+            seen = self.before(hidden)
+            if self.centre is not None:
+                seen = seen - self.centre.to(seen.dtype)
+            query: Tensor = self.g(seen)
             return query
+
+    def before(self, hidden: Tensor) -> Tensor:
+        """What g is given (batch, dim) before it is centred; arguments as of `bare`."""
+        hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        if hidden.ndim == 2:
+            return hidden
+        if self._first:
+            gain, shift = (None if part is None else part.to(hidden.dtype) for part in self._affine)
+            hidden = F.layer_norm(hidden, hidden.shape[-1:], gain, shift, self.first_eps)
+        return pooled(hidden, self.token, self.prefix_tokens, norm=self.norm)
+
+    def of_every_token(self, hidden: Tensor) -> Tensor:
+        """Queries (batch · tokens, width) as if every token of (batch, tokens, dim) were asked."""
+        alone = hidden.flatten(0, 1).unsqueeze(1)
+        if self.token == "mean":  # the mean of one token behind as many prefix tokens as there are
+            alone = alone.expand(-1, self.prefix_tokens + 1, -1)
+        return self.forward(alone)
+
+    @property
+    def _affine(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.first_gain, self.first_bias
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Queries (batch, width) of hidden states (batch, tokens, dim), or of pooled ones."""
@@ -129,6 +169,20 @@ class _Residual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = x + self.inner(x)
         return result
+
+
+def _copied(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().clone()
+
+
+def _drawn(dim: int, generator: torch.Generator | None) -> nn.Linear:
+    """A square linear layer as torch draws one: weight and bias uniform within 1 / √dim."""
+    layer = skip_init(nn.Linear, dim, dim)
+    bound = 1 / math.sqrt(dim)
+    with torch.no_grad():
+        layer.weight.uniform_(-bound, bound, generator=generator)
+        layer.bias.uniform_(-bound, bound, generator=generator)
+    return layer
 
 
 def _linear(weight: Tensor) -> nn.Linear:

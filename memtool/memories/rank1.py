@@ -76,6 +76,12 @@ class Rank1Memory(nn.Module):
                 f"{len(self.sites)} sites, {len(self._places)} of them different",
                 expected="at least one, each of its own name",
             )
+        if kernels := [site.name for site in self.sites if site.kernel is not None]:
+            raise MismatchError(
+                f"atoms at {kernels[0]}, which is a convolution",
+                expected="atoms at linear layers",
+                remedy="--set backbone.targets= those that are linear; or --method mira",
+            )
         for place, site in enumerate(self.sites):
             self._keep(
                 place,

@@ -1,8 +1,9 @@
 """Separations: how scores become coefficients.
 
 The second half of the universal Hopfield form (Millidge et al., 2022). Every function maps scores
-(..., t) to coefficients (..., t) over the last axis, in float32 or better. None divides by the sum
-of the scores: that sum may be negative, and the largest score would become the smallest.
+(..., t) to coefficients (..., t) over the last axis, in float32 or better. Only `normalised`, which
+is here because MIRA's authors have it, divides by the sum of the scores: that sum may be negative,
+and then the largest score becomes the smallest.
 """
 
 from __future__ import annotations
@@ -45,6 +46,44 @@ def affine(scores: Tensor) -> Tensor:
     return 1.0 / scores.shape[-1] + (scores - scores.mean(dim=-1, keepdim=True))
 
 
+FLOOR = 1e-3
+"""The least size of the sum of scores that `normalised` divides by."""
+
+
+def normalised(scores: Tensor) -> Tensor:
+    """Scores over their sum, s / Σ s: sums to one, may be negative, and is singular at Σ s = 0.
+
+    A single score stays as it is. What the code of MIRA's authors calls affine. The divisor has at
+    least the size `FLOOR`, with the sign of Σ s; where it met that floor, the coefficients do not
+    sum to one (see `floored`).
+
+    >>> normalised(torch.tensor([0.75, 0.25]))
+    tensor([0.7500, 0.2500])
+    >>> normalised(torch.tensor([0.5, -0.25]))
+    tensor([ 2., -1.])
+    >>> normalised(torch.tensor([0.3]))
+    tensor([0.3000])
+    """
+    scores = _in_score_precision(scores)
+    if scores.shape[-1] == 1:
+        return scores
+    whole = scores.sum(dim=-1, keepdim=True)
+    least = torch.where(whole < 0, -FLOOR, FLOOR)
+    return scores / torch.where(whole.abs() < FLOOR, least.to(whole.dtype), whole)
+
+
+def floored(coefficients: Tensor) -> Tensor:
+    """Which of coefficients (..., t) of `normalised` met its floor: bool (...).
+
+    They are those that do not sum to one: within the floor the sum is Σ s / FLOOR, below one.
+    """
+    if coefficients.shape[-1] == 1:
+        return torch.zeros(coefficients.shape[:-1], dtype=torch.bool, device=coefficients.device)
+    sums, sizes = coefficients.double().sum(dim=-1), coefficients.double().abs().sum(dim=-1)
+    rounding = 8 * torch.finfo(torch.float32).eps * sizes.clamp_min(1)
+    return (sums - 1).abs() > rounding
+
+
 def identity(scores: Tensor) -> Tensor:
     """The scores themselves."""
     return _in_score_precision(scores)
@@ -58,6 +97,11 @@ def relu(scores: Tensor) -> Tensor:
 def tanh(scores: Tensor) -> Tensor:
     """The hyperbolic tangent of the scores: signed, within (−1, 1)."""
     return torch.tanh(_in_score_precision(scores))
+
+
+def sigmoid(scores: Tensor) -> Tensor:
+    """1 / (1 + exp(−s)): each within (0, 1), whatever the others are."""
+    return torch.sigmoid(_in_score_precision(scores))
 
 
 def topk(scores: Tensor, topk: int = 2, beta: float = 1.0) -> Tensor:

@@ -107,6 +107,19 @@ def negative_js(queries: Tensor, keys: Tensor) -> Tensor:
     return _summed(queries, keys, half)
 
 
+def over_memories(keys: Tensor) -> Tensor:
+    """Keys (t, d), each entry divided by its norm over all t: Σ_t k_ti² = 1, or 0 where all are 0.
+
+    As in the code of MIRA's authors, before a cosine. What is found for one key depends on all.
+
+    >>> over_memories(torch.tensor([[3.0, 0.0], [4.0, 2.0]]))
+    tensor([[0.6000, 0.0000],
+            [0.8000, 1.0000]])
+    """
+    keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
+    return F.normalize(keys, dim=0)
+
+
 SIMILARITIES: Mapping[str, SimilarityFunction] = MappingProxyType(
     {
         "dot": dot,

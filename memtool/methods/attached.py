@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from memtool.errors import DataError
 from memtool.heads import LinearClassifier, Projection, RecalledHead
 from memtool.learning.looks import FeatureModel
 from memtool.memories.novelty import LIMIT
+from memtool.streams.pictures import with_pictures
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,15 +170,19 @@ class AttachedTexts(Attached, ABC):
         self,
         prompts: Sequence[str],
         *,
+        images: Sequence[Any] | None = None,
         batch: int = 16,
         most: int | None = None,
         beams: int = 1,
     ) -> list[str]:
         """The answers to prompts, without white space around them: greedy, or the best of beams.
 
+        `images` are those of each prompt, as `memtool.streams.with_pictures` takes them: a path, a
+        PIL image, uint8 (height, width, 3), a list of several, or None.
         An answer has at most `most` tokens; none: as the memory was made (`text.answer_tokens`).
         """
         require_texts(prompts)
+        prompts = with_pictures(prompts, images)
         self.require_beams(beams)
         recall = RecallOf(self.recall)
         with self.computing():
@@ -199,9 +204,9 @@ class AttachedTexts(Attached, ABC):
         """Raise ConfigError where what is recalled does not allow a search with so many beams."""
         del beams
 
-    def answer(self, prompt: str) -> str:
-        """The greedy answer to one prompt."""
-        return self.generate([prompt])[0]
+    def answer(self, prompt: str, image: Any = None) -> str:
+        """The greedy answer to one prompt, perhaps with an image or a list of them."""
+        return self.generate([prompt], images=[image])[0]
 
 
 class AttachedByPrompt(AttachedTexts):

@@ -69,9 +69,10 @@ class Explanation(Result):
     of `adapters`; `block_numbers` says at which block each memory looks. `without_negative` is None
     when no coefficient is negative. `familiar` has the nearest task first; it is empty when the
     memory counted no queries. `novelty` and `unlike` are those of a `Prediction`, for an image or a
-    prompt. Where every token of a prompt has weights of its own, `columns` are its tokens, and
-    `tokens[n]` the weights of the adapters at token n: means over the blocks, or of one that was
-    asked for.
+    prompt. `same_for_every_input` are blocks whose memory was asked the same by all training
+    images: their coefficients do not depend on the input. Where every token of a prompt has weights
+    of its own, `columns` are its tokens, and `tokens[n]` the weights of the adapters at token n:
+    means over the blocks, or of one that was asked for.
     """
 
     schema_: Literal["memtool.explain"] = Field("memtool.explain", alias="schema")
@@ -93,6 +94,7 @@ class Explanation(Result):
     unlike: bool | None = None
     columns: tuple[str, ...] = ()
     tokens: tuple[tuple[float, ...], ...] = ()
+    same_for_every_input: tuple[int, ...] = ()
     out: Path | None = None
 
 
@@ -162,6 +164,8 @@ def as_shown(result: Explanation) -> Explained:
     else:
         share = f"{100 * result.negative:.1f} % of the coefficients"
         facts += [("negative coefficients", share), ("with those at zero", _words(rest))]
+    if result.same_for_every_input:
+        facts.append(("the same for every input", "block " + _listed(result.same_for_every_input)))
     if result.unlike:
         facts.append(("unlike all that was learned", f"novelty {result.novelty:.2f}"))
     for place, near in enumerate(result.familiar[:NEAREST]):
@@ -232,6 +236,10 @@ def _parts(result: Explanation) -> Grid:
             "comes out.",
         ),
     )
+
+
+def _listed(blocks: tuple[int, ...]) -> str:
+    return ", ".join(map(str, blocks))
 
 
 def _short(outcome: Outcome) -> str:

@@ -93,6 +93,11 @@ class Method(AdapterTrainer, ABC):
         """Epochs of key learning; None of a method without keys to learn."""
         return None
 
+    def reading_numbers(self, view: memtool_stores.MemoryView) -> int:
+        """How many numbers of a version say how its adapters are read: keys, and what learns so."""
+        keys = view.keys()
+        return 0 if keys is None else int(keys.size)
+
     def cost(self, *, numbers: int, parameters: int, tokens: int) -> Mapping[str, Any] | None:
         """What recalling adds to a model; None where it is not counted.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from memtool.backbones.interface import FrozenModel
 from memtool.errors import ConfigError, CorruptError, DataError, MismatchError
 from memtool.outside import parsed_json, read_file
-from memtool.streams import load_image
+from memtool.streams import load_image, with_pictures
 from memtool.streams.task import Images, Task, Texts, spread
 from memtool.tensor_bytes import load_tensors
 from memtool.workspace import Workspace
@@ -47,31 +47,33 @@ def subject_of(
     image: Path | None = None,
     prompt: str | None = None,
 ) -> Subject:
-    """Some test samples of a task, or an image, or a prompt alone.
+    """Some test samples of a task, or an image, or a prompt, which may come with an image.
 
     Raises ConfigError for anything but one subject, and for one of the other kind of samples.
     """
-    if sum(one is not None for one in (task, image, prompt)) != 1:
+    asked = prompt is not None and task is None and work.reads == "texts"
+    if not asked and sum(one is not None for one in (task, image, prompt)) != 1:
         brought = "--prompt" if work.reads == "texts" else "--image"
         raise ConfigError("what should be looked at?", expected=f"one of --task and {brought}")
     if task is not None:
         chosen = work.task(task, held_out=True)
         samples = spread(chosen.test, SUBJECT_SAMPLES[work.reads])
         return Subject(f"task {chosen.number} {chosen.name}", samples, chosen)
-    if (image is None) != (work.reads == "texts"):
+    if not asked and (image is None) != (work.reads == "texts"):
         raise ConfigError(
             f"{'an image' if prompt is None else 'a prompt'} for a memory of {work.reads}",
             expected="--prompt TEXT or --task"
             if work.reads == "texts"
             else "--image FILE or --task",
         )
-    if image is not None:
+    if image is not None and not asked:
         loaded = load_image(image, work.config.backbone.image_size, work.config.stream.crop)[None]
         return Subject(str(image), Images(loaded, np.zeros(0, dtype=np.int64)))
     assert prompt is not None
     if not prompt.strip():
         raise ConfigError("--prompt is empty", expected="text with a visible character")
-    return Subject(prompt, Texts((prompt,), ()))
+    (brought,) = with_pictures([prompt], None if image is None else [image])
+    return Subject(prompt, Texts((brought,), ()))
 
 
 def read_query(path: Path, backbone: FrozenModel) -> Tensor:

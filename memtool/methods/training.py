@@ -168,6 +168,7 @@ class AdapterTrainer(AdapterWriter[Workspace]):
             start=start,
             beneath=beneath,
             known=fixed_head(work) if is_fixed(self.config) else None,
+            biased=self.config.head.bias,
             fingerprint=f"{fingerprint} {source}",
             checkpoint=checkpoint,
             progress=work.progress,
@@ -206,6 +207,8 @@ class AdapterTrainer(AdapterWriter[Workspace]):
             "train": self.config.train.decides(),
             "seed": self.seed,
         }
+        if not self.config.head.bias:
+            decides["bias"] = False
         if work.reads == "texts":
             decides |= {"text": work.text_settings(), "epochs": work.epochs(task)}
         return fingerprint_of(decides)

@@ -49,6 +49,7 @@ from memtool.reports.table import (
     percent,
     recall_grid,
     seconds_text,
+    unseen_grid,
 )
 
 THIN_SPACE = "\u2009"
@@ -126,20 +127,43 @@ def render(records: Sequence[Record]) -> str:
 
 def page_of(figure: Figure) -> str:
     """A page with one live figure."""
-    section = Section("", figures=[_shown(figure)])
-    run = {"title": figure.name, "about": "", "summary": "", "tiles": [], "sections": [section]}
+    return page(figure.name, [Section("", figures=[live(figure)])])
+
+
+def page(
+    title: str,
+    sections: Sequence[Section],
+    *,
+    about: str = "",
+    summary: str = "",
+    command: str | None = None,
+    facts: Sequence[tuple[str, str]] = (),
+    configuration: Sequence[tuple[str, str]] = (),
+    version: str = "",
+) -> str:
+    """A page of sections that needs nothing else, as a report."""
+    run = {
+        "title": title,
+        "about": about,
+        "summary": summary,
+        "tiles": [],
+        "sections": sections,
+        "command": command,
+        "facts": facts,
+        "configuration": configuration,
+    }
     return (
         templates()
         .get_template("report.html.j2")
         .render(
-            title=figure.name,
-            names=[figure.name],
-            runs=[{**run, "command": None, "facts": [], "configuration": []}],
+            title=title,
+            names=[title],
+            runs=[run],
             beside=[],
             downloads=[],
             script=_in_script(script()),
             config=_as_json(CONFIG),
-            version="",
+            version=version,
         )
     )
 
@@ -248,7 +272,7 @@ def _side_by_side(groups: Sequence[Sequence[Record]], names: Sequence[str]) -> S
                 "Settings that differ.",
             )
         )
-    return Section("Side by side", figures=[_shown(figure)], tables=tables)
+    return Section("Side by side", figures=[live(figure)], tables=tables)
 
 
 # One run ----------------------------------------------------------------------------------------
@@ -293,7 +317,7 @@ def _sections(rows: Sequence[RowSummary], records: Sequence[Record], prefix: str
     is_accuracy = measure == "accuracy"
 
     def figures(*made: Figure | None) -> list[Shown]:
-        return [_shown(one, prefix) for one in made if one is not None]
+        return [live(one, prefix) for one in made if one is not None]
 
     def tables(*made: tuple[Grid | None, str]) -> list[Captioned]:
         return [Captioned(grid, caption) for grid, caption in made if grid is not None]
@@ -324,6 +348,9 @@ def _sections(rows: Sequence[RowSummary], records: Sequence[Record], prefix: str
             figures=figures(
                 charts.curves_figure(ordered, records, measure),
                 charts.matrix_figure(ordered, records, measure),
+            ),
+            tables=tables(
+                (unseen := unseen_grid(records), f"{unseen.title if unseen else ''}."),
             ),
         ),
         Section(
@@ -440,7 +467,11 @@ def _three_digits(value: float) -> str:
 
 def _with_intervals(grid: Grid, rows: Sequence[RowSummary], records: Sequence[Record]) -> Grid:
     """The table of methods with the interval of the average beside it."""
-    names = [name for name in grid.header if name.startswith(("final average", "dg.heldout"))]
+    names = [
+        name
+        for name in grid.header
+        if name.startswith(("final average", "dg.heldout", "dgcl.heldout"))
+    ]
     if not names:
         return grid
     at = grid.header.index(names[0]) + 1
@@ -587,7 +618,8 @@ def _machine(records: Sequence[Record]) -> str:
 # For the script ---------------------------------------------------------------------------------
 
 
-def _shown(figure: Figure, prefix: str = "") -> Shown:
+def live(figure: Figure, prefix: str = "") -> Shown:
+    """A figure as a page shows it: static where its script does not run."""
     name = f"{prefix}-{figure.name}" if prefix else figure.name
     named = Figure(name, figure.caption, figure.spec, figure.cells)
     return Shown(name, figure.caption, Markup(named.inline()), _as_json(figure.spec))

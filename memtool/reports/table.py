@@ -47,6 +47,8 @@ _SHOWN: dict[str, tuple[str, ...]] = {
     "dg": ("dg.heldout",),
     "til": ("faa", "average_incremental", "forgetting.max"),
     "mts": ("faa",),
+    "mtl": ("faa",),
+    "dgcl": ("forgetting.max", "forgetting.first", "bwt.gem"),
     "xtail": ("transfer.xtail", "average.xtail", "last.xtail", "forgetting.max"),
     "trace": ("op.trace", "bwt.gem", "bwt.trace"),
 }
@@ -171,19 +173,24 @@ def samples_text(records: Sequence[Record]) -> str:
 
 
 def held_out(records: Sequence[Record]) -> bool:
-    """Whether the tasks are domains that nothing was learned from (setting dg)."""
-    return records[0].run.setting == "dg"
+    """Whether the tasks are domains that nothing was learned from (settings dg and dgcl).
+
+    Of dgcl only where every domain was held out in turn: else they are those that were learned.
+    """
+    run = records[0].run
+    stream = run.configuration.get("stream")
+    one = isinstance(stream, dict) and stream.get("held_out") is not None
+    return run.setting == "dg" or (run.setting == "dgcl" and not one)
 
 
 def _average(row: RowSummary, records: Sequence[Record]) -> Summary | None:
-    """Mean over the tasks after the last one; over the held-out domains in setting dg."""
-    if held_out(records) and "dg.heldout" in row.metrics:
-        return row.metrics["dg.heldout"]
-    return row.metrics.get("faa")
+    """Mean over the tasks after the last one, or over the held-out domains."""
+    id = f"{records[0].run.setting}.heldout"
+    return row.metrics[id] if held_out(records) and id in row.metrics else row.metrics.get("faa")
 
 
 def _average_name(records: Sequence[Record]) -> str:
-    return "dg.heldout" if held_out(records) else "final average"
+    return f"{records[0].run.setting}.heldout" if held_out(records) else "final average"
 
 
 def _measured_at(records: Sequence[Record]) -> str:
@@ -232,7 +239,8 @@ def footnotes(rows: Sequence[RowSummary]) -> tuple[str, ...]:
 def methods_grid(records: Sequence[Record]) -> Grid:
     """Methods × tasks after the last task, final average, forgetting and time.
 
-    In setting dg the tasks are the held-out domains, and their mean is dg.heldout.
+    In setting dg the tasks are the held-out domains, and their mean is dg.heldout; in dgcl too,
+    where every domain was held out, beside what the memories have of the domains that they learned.
     """
     rows = by_kind(summarise_rows(records))
     tasks = task_labels(records)
@@ -248,7 +256,10 @@ def methods_grid(records: Sequence[Record]) -> Grid:
         for place, (_, column) in enumerate(columns)
         for i in best(records, rows, column, task=place if place < len(shown) else None)
     }
-    if not held_out(records) and any("forgetting.max" in row.metrics for row in rows):
+    other = "dgcl.seen" if held_out(records) else "dgcl.heldout"
+    if any(other in row.metrics for row in rows):
+        columns.append((f"{other} %", [row.metrics.get(other) for row in rows]))
+    if any("forgetting.max" in row.metrics for row in rows):
         forgetting = [row.metrics.get("forgetting.max") for row in rows]
         columns.append(("forgetting (max) %", forgetting))
     cells = [[_cell(summary) for summary in column] for _, column in columns]
@@ -546,6 +557,32 @@ def steps_grid(records: Sequence[Record], id: str | None = None) -> Grid:
         title=f"{row.label}: accuracy after each task ({_about(records)})",
         header=("after task", *(f"{task} %" for task in tasks), "mean of seen %"),
         rows=tuple(body),
+    )
+
+
+def unseen_grid(records: Sequence[Record]) -> Grid | None:
+    """Accuracy on the domain never learned from after each task: methods × steps, or None."""
+    rows = [row for row in by_kind(summarise_rows(records)) if row.unseen is not None]
+    curves = [(row, row.unseen) for row in rows if row.unseen is not None]
+    curves = [(row, c) for row, c in curves if not np.isnan(c[:, 1:]).any()]
+    if not curves:
+        return None
+    shown = [i for i in range(curves[0][1].shape[1]) if not np.isnan(curves[0][1][:, i]).any()]
+    run = records[0].run
+    named = held_out(records) or len({record.run.task_names for record in records}) > 1
+    return Grid(
+        title=f"Accuracy on the domain never learned from, after each task ({_about(records)})",
+        header=(
+            "",
+            *(
+                f"{'before any' if i == 0 else i if named else f'{i} {run.task_names[i - 1]}'} %"
+                for i in shown
+            ),
+        ),
+        rows=tuple(
+            (label(row), *(_cell(_over_seeds(c[:, i])) for i in shown)) for row, c in curves
+        ),
+        rules=_rules([row for row, _ in curves]),
     )
 
 

@@ -46,17 +46,22 @@ W = TypeVar("W", bound=Work)
 class Batcher(Generic[W]):
     """Runs works in a thread of its own, several at once.
 
-    `run(works)` gives the result of each, in their order. Where it raises, every one of them is run
-    again alone, so that only that whose fault it is fails. A batch holds up to `most` inputs, or
-    one work that is larger.
+    `run(works)` gives the result of each, in their order. Where it raises, they are run again in
+    halves until only that whose fault it is fails, alone: for one of n, 2 log n runs at most. A
+    batch holds up to `most` inputs, or one work that is larger.
     """
 
     def __init__(
-        self, run: Callable[[Sequence[W]], Sequence[Any]], *, window: float, most: int
+        self,
+        run: Callable[[Sequence[W]], Sequence[Any]],
+        *,
+        window: float,
+        most: int,
+        batched: Callable[[int], None] = lambda _: None,
     ) -> None:
-        """`window` is in seconds."""
+        """`window` is in seconds; `batched(size)` hears of every batch once, before it is run."""
         self.window, self.most = window, most
-        self._run = run
+        self._run, self._batched = run, batched
         self._waiting: deque[W] = deque()
         self._size = 0
         self._changed = threading.Condition()
@@ -87,24 +92,36 @@ class Batcher(Generic[W]):
             wanted = [work for work in works if not work.dropped]
             if not wanted:
                 continue
-            pairs = list(zip(wanted, self._results(wanted), strict=True))
+            self._batched(sum(work.size for work in wanted))
+            found = self._results(wanted)
+            pairs = [(work, found[work]) for work in wanted]
             for loop in {work.loop for work in wanted}:
                 _tell(loop, [pair for pair in pairs if pair[0].loop is loop])
 
-    def _results(self, works: Sequence[W]) -> list[Any]:
+    def _results(self, works: Sequence[W]) -> dict[W, Any]:
         """The result of every work, or the error of that one."""
         try:
-            return list(self._run(works))
+            return dict(zip(works, self._run(works), strict=True))
         except MemtoolError as error:
             failed = error
         except Exception as error:  # a bug: no reason to stop serving
             logger.exception("a batch of %d requests failed: %r", len(works), error)
             failed = MemtoolError("the model failed; the log of the service says how")
         if len(works) == 1:
-            return [failed]
-        return [
-            failed if work.begun or work.dropped else self._results([work])[0] for work in works
-        ]
+            return {works[0]: failed}
+        again = [work for work in works if not (work.begun or work.dropped)]
+        found: dict[W, Any] = dict.fromkeys(works, failed)
+        return found | self._halves(again, at_fault=len(again) == len(works))
+
+    def _halves(self, works: Sequence[W], *, at_fault: bool) -> dict[W, Any]:
+        """The results of works of a batch that failed; `at_fault`: one of these is why."""
+        if len(works) < 2:
+            return self._results(works) if works else {}
+        left, right = works[: len(works) // 2], works[len(works) // 2 :]
+        found = self._results(left)
+        if at_fault and not any(isinstance(one, Exception) for one in found.values()):
+            return found | self._halves(right, at_fault=True)  # together they would fail again
+        return found | self._results(right)
 
     def _next(self) -> list[W]:
         """The next batch; an empty one at the end."""

@@ -36,14 +36,18 @@ class PictureRunner:
 
     def __call__(self, works: Sequence[Pictures]) -> list[list[Predicted]]:
         """The predictions of every request."""
-        found: dict[Pictures, list[Predicted]] = {}
+        every: dict[Pictures, list[Predicted]] = {}
         for model in dict.fromkeys(work.model for work in works):
             own = [work for work in works if work.model is model]
             predicted = self._predicted(model, own)
             for work in own:
-                found[work] = [_as_asked(work, one) for one in predicted[: work.size]]
+                every[work] = predicted[: work.size]
                 predicted = predicted[work.size :]
-        return [found[work] for work in works]
+        # Not before all went well: else what is run again would count twice.
+        for one in (one for work in works for one in every[work]):
+            weights = {share.adapter: share.weight for share in one.weights}
+            self._metrics.answered(weights, unlike=one.unlike)
+        return [[_as_asked(work, one) for one in every[work]] for work in works]
 
     def _predicted(self, model: Model, works: Sequence[Pictures]) -> list[Predicted]:
         predictor = model.ready
@@ -54,11 +58,7 @@ class PictureRunner:
         found: list[Predicted] = []
         for first in range(0, len(pixels), self._most):
             batch = pixels[first : first + self._most]
-            self._metrics.batch(len(batch))
             found += predictor.predict(batch, topk=topk, adapters=adapters)
-        for one in found:
-            weights = {share.adapter: share.weight for share in one.weights}
-            self._metrics.answered(weights, unlike=one.unlike)
         return found
 
 

@@ -28,7 +28,7 @@ class Metrics:
         )
         self._sizes = Histogram(
             "memtool_batch_size",
-            "Inputs of one pass of the model.",
+            "Inputs that were run together.",
             buckets=SIZES,
             registry=self.registry,
         )
@@ -73,7 +73,7 @@ class Metrics:
         self._seconds.labels(path, str(status)).observe(seconds)
 
     def batch(self, size: int) -> None:
-        """The model ran once."""
+        """So many inputs came together, however often the model runs for them."""
         self._sizes.observe(size)
 
     def answered(self, weights: Mapping[str, float], *, unlike: bool | None = None) -> None:

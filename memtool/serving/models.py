@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from memtool.errors import BusyError, ConfigError, NotFoundError, did_you_mean
@@ -70,6 +70,9 @@ class Models:
         """
         self.address, self.ref = split_store(store)
         self.name = name_of(self.address)
+        path = Path(self.address)
+        local = () if "://" in self.address else (str(path.resolve()), str(path.absolute()))
+        self._places = sorted({*local, self.address}, key=len, reverse=True)
         self._opened = opened or (lambda version: load(f"{self.address}@{version}"))
         self._precision, self._device = precision, device
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="memtool-store")
@@ -131,15 +134,32 @@ class Models:
         return self.hidden(" ".join(str(error).split()) or type(error).__name__)
 
     def hidden(self, text: str) -> str:
-        """A text with the name of the memory where its address stood."""
-        return text.replace(self.address, self.name)
+        """A text with the name of the memory where its address stood, or where that leads to."""
+        for place in self._places:
+            text = text.replace(place, self.name)
+        return text
 
     def close(self) -> None:
         """End the thread."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def _aside(self, function: Callable[..., Any], *given: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *given)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, self._while_there, function, *given)
+
+    def _while_there(self, function: Callable[..., Any], *given: Any) -> Any:
+        """What a function gives. Raises StorageError, one that passes, where the store is gone."""
+        try:
+            return function(*given)
+        except NotFoundError as error:
+            if MemoryStore.exists(self.address):
+                raise
+            raise StorageError(
+                f"the memory {self.name} is not where it was; what is loaded goes on",
+                expected=AUTO,
+                remedy="the same again once it is back",
+                transient=True,
+            ) from error
 
     def _newer(self, version: str | None) -> Model | None:
         newest = version or self.newest()
@@ -161,13 +181,16 @@ class Models:
         if len(word) > LONGEST_NAME:
             raise NotFoundError(f"no model of a name of {len(word)} characters")
         memory = current.memory
-        known = {record.name for record in memory.adapters}
-        known |= {str(record.meta.get("task_name")) for record in memory.adapters}
+        tasks = [record.meta.get("task_name") for record in memory.adapters]
+        known = [
+            *(record.name for record in memory.adapters),
+            *dict.fromkeys(str(task) for task in tasks if task is not None),
+        ]
         if word in known or "@" not in word:
             if word not in known:
                 raise NotFoundError(
                     f"no model {shown(word)}",
-                    expected=did_you_mean(word, [*self.names(), f"{self.name}@VERSION"]),
+                    expected=did_you_mean(word, [AUTO, *known, f"{self.name}@VERSION"]),
                 )
             key = memory.version, word
             return self._used(key) or self._keep(key, memory, word)

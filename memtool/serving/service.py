@@ -51,7 +51,9 @@ class Service:
             if models.reads == "texts"
             else PictureRunner(self.metrics, limits.batch)
         )
-        self.batcher: Batcher[Any] = Batcher(runner, window=limits.window, most=limits.batch)
+        self.batcher: Batcher[Any] = Batcher(
+            runner, window=limits.window, most=limits.batch, batched=self.metrics.batch
+        )
         self._decoders = ThreadPoolExecutor(
             min(4, os.cpu_count() or 1), thread_name_prefix="memtool-decode"
         )

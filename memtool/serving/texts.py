@@ -69,7 +69,6 @@ class PromptRunner:
 
     def __call__(self, works: Sequence[Prompt]) -> list[Said]:
         """The answers, or the weights, of every prompt."""
-        self._metrics.batch(len(works))
         answers, weights = self._answers([work for work in works if work.wish is not None])
         weights |= self._weights([work for work in works if work not in weights])
         found = []
@@ -79,7 +78,8 @@ class PromptRunner:
                 ("", "", 0) if answer is None else (answer.text, answer.ended or "", answer.tokens)
             )
             found.append(Said(text, ended, int((work.tokens != PAD).sum()), tokens, shares))
-            self._metrics.answered(shares)
+        for one in found:  # not before all went well: else what is run again would count twice
+            self._metrics.answered(one.weights)
         return found
 
     def _weights(self, works: Sequence[Prompt]) -> Shares:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from os import PathLike
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from memtool.streams.task import Images, Stream, Task, Texts
 
@@ -31,6 +32,7 @@ __all__ = [
     "load_image",
     "open_table",
     "outline",
+    "with_pictures",
 ]
 
 _log = logging.getLogger(__name__)
@@ -65,9 +67,12 @@ def _told(stream: Stream) -> Stream:
 
 
 def _opened(settings: StreamSettings, image_size: int, *, drawn: bool = True) -> Stream:
+    from memtool.streams.likeness import made_alike, require_able
+
     if settings.setting == "trace":
         from memtool.streams.text import open_text_stream
 
+        require_able(settings)
         return open_text_stream(settings)
     from memtool.streams.cuts import cut
     from memtool.streams.sources import templates
@@ -77,11 +82,11 @@ def _opened(settings: StreamSettings, image_size: int, *, drawn: bool = True) ->
 
         seed = settings.seed if settings.test_seed is None else settings.test_seed
         table = digits_table(settings.setting, seed, image_size, drawn=drawn)
-        return cut(table, settings)
+        return made_alike(cut(table, settings), settings)
     table = open_table(
         settings.source, image_size, crop=settings.crop, skip_broken=settings.skip_broken
     )
-    return cut(table, settings, templates(settings.source))
+    return made_alike(cut(table, settings, templates(settings.source)), settings)
 
 
 def open_table(
@@ -117,3 +122,15 @@ def load_image(
     from memtool.streams.images import load_square
 
     return load_square(path, image_size, crop)
+
+
+def with_pictures(prompts: Sequence[str], images: Sequence[Any] | None) -> list[str]:
+    """Prompts with the pictures of each, for a model of images and text.
+
+    Of each a path, a PIL image, uint8 (height, width, 3), a list of several, or None; they belong
+    where the prompt has the model's mark for a picture. Raises DataError for another number of
+    images than of prompts, and for what is no image.
+    """
+    from memtool.streams.pictures import with_pictures as made
+
+    return made(prompts, images)

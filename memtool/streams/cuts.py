@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from memtool.errors import ConfigError, DataError, did_you_mean
-from memtool.settings import StreamSettings
+from memtool.settings import HOLDS_OUT, StreamSettings
+from memtool.streams.groups import Group, common_tests, groups_of
 from memtool.streams.ordering import (
     balanced,
     held_back,
-    named_places,
     position_in_group,
     random_ranks,
     stratified,
@@ -27,27 +27,28 @@ from memtool.streams.task import Images, Stream, Task
 _TEST_SHARE = 0.2
 
 
-_BY_DOMAIN = ("dil", "dg", "xtail")
-
-
 def cut(
     table: Table, settings: StreamSettings, templates: Mapping[str, str] | None = None
 ) -> Stream:
     """The stream that `settings` cut from `table`; `templates` are those of prompts, by domain.
 
-    "dil", "dg" and "xtail" make one task of every domain (of a chain: of every data set), in the
-    table's order or in `settings.order`; "cil", "til" and "mts" make one task of every
+    "dil", "dg", "dgcl" and "xtail" make one task of every domain (of a chain: of every data set),
+    in the table's order or in `settings.order`; "cil", "til" and "mts" make one task of every
     `classes_per_task` classes, or `splits` tasks of as equal a number of classes as they can, in an
-    order drawn from the seed or in `settings.order`. An order may leave domains or classes out. A
-    table without a test split gives a fifth of every class (of every domain) to testing, by the
-    seed; under "xtail" each data set does that for itself. `shots` keeps so many training images of
-    every class, `train_per_task` and `test_per_task` choose as equally from the classes as they
-    can, and a larger number keeps what a smaller one chose; `validation` is then taken from the
-    training images, class by class. `held_out` takes a domain of "dg" out of the tasks, which keep
-    their numbers, and gives all of its images to testing.
+    order drawn from the seed or in `settings.order`. "vil" makes one of every such group of classes
+    in every domain, "mtl" of every domain, or of groups of classes where there are none or `splits`
+    is set (`memtool.streams.groups`). An order may leave domains, classes or tasks out. Under
+    "dil", "vil" and "mtl" a domain of training images alone is tested on the domains that have test
+    images alone, where there are any, and these make no task. A table without a test split gives a
+    fifth of every class (of every domain) to testing, by the seed; under "xtail" each data set does
+    that for itself. `shots` keeps so many training images of every class, `train_per_task` and
+    `test_per_task` choose as equally from the classes as they can, and a larger number keeps what a
+    smaller one chose; `validation` is then taken from the training images, class by class.
+    `held_out` takes a domain of "dg" or "dgcl" out of the tasks, which keep their numbers, and
+    gives all of its images to testing.
     Under `split` "validation" the images to test on are those held back for validation, and no test
-    image is in the stream; of "dg" those of the domains that are learned from (Gulrajani and
-    Lopez-Paz 2021: training-domain validation).
+    image is in the stream; of the held-out domain those of the domains that are learned from
+    (Gulrajani and Lopez-Paz 2021: training-domain validation).
 
     Raises ConfigError for settings that do not fit the table, and DataError for a table without
     domains where tasks are domains, for a task with no image or with one class only, for a
@@ -60,15 +61,17 @@ def cut(
             expected="a share of the training images, or a number of them a task",
             remedy="--set stream.validation=0.2, for the training, too",
         )
-    by_domain = settings.setting in _BY_DOMAIN
-    groups = _domain_groups(table, settings) if by_domain else _class_groups(table, settings)
+    groups = groups_of(table, settings)
     is_test = _test_rows(table, settings)
     tasks = tuple(
-        _task(table, settings, is_test, number, name, members, by_domain=by_domain)
-        for number, (name, members) in enumerate(groups, start=1)
+        _task(table, settings, is_test, number, group)
+        for number, group in enumerate(groups, start=1)
     )
-    if templates and by_domain:
-        tasks = tuple(dataclasses.replace(task, prompt=templates.get(task.name)) for task in tasks)
+    if templates:
+        tasks = tuple(
+            dataclasses.replace(task, prompt=templates.get(task.domain) if task.domain else None)
+            for task in tasks
+        )
     held_out = None
     if settings.held_out is not None:
         held_out = _held_out(table, settings, tasks)
@@ -81,17 +84,15 @@ def cut(
         class_names=table.class_names,
         fingerprint=_fingerprint(table, settings, groups),
         held_out=held_out,
-        notes=_notes(table, is_test, groups, held_out, by_domain=by_domain),
+        notes=_notes(table, is_test, groups, held_out),
     )
 
 
 def _notes(
     table: Table,
     is_test: npt.NDArray[np.bool_],
-    groups: Sequence[tuple[str, list[int]]],
+    groups: Sequence[Group],
     held_out: Task | None,
-    *,
-    by_domain: bool,
 ) -> tuple[str, ...]:
     """What is worth knowing of the data: the table's own notes, names alike, images in both parts.
 
@@ -101,10 +102,9 @@ def _notes(
     notes += alike(table.domain_names, f"{table.name}: domains")
     if table.content is None:
         return tuple(notes)
-    column = table.domains if by_domain and table.domains is not None else table.labels
-    used = np.isin(column, [one for _, members in groups for one in members])
+    used = np.any([group.rows(table) for group in groups], axis=0)
     if held_out is not None:
-        is_test = column == table.domain_names.index(held_out.name)
+        is_test = np.asarray(table.domains) == table.domain_names.index(held_out.name)
     test, train = table.content[used & is_test], table.content[used & ~is_test]
     both = int(np.isin(test, train).sum())
     if both:
@@ -119,10 +119,10 @@ def _held_out(table: Table, settings: StreamSettings, tasks: Sequence[Task]) -> 
     """The task of the domain that is held out, with all of its images for testing."""
     name = settings.held_out
     names = [task.name for task in tasks]
-    if settings.setting != "dg":
+    if settings.setting not in HOLDS_OUT:
         raise ConfigError(
             f"stream.held_out is {name!r} under stream.setting {settings.setting}",
-            expected="stream.setting dg: only domain generalisation holds a domain out",
+            expected="stream.setting dg, or dgcl: only domain generalisation holds a domain out",
         )
     if name not in names:
         raise ConfigError(
@@ -147,51 +147,6 @@ def _held_out(table: Table, settings: StreamSettings, tasks: Sequence[Task]) -> 
     return dataclasses.replace(task, train=nothing, validation=nothing, test=test)
 
 
-def _domain_groups(table: Table, settings: StreamSettings) -> list[tuple[str, list[int]]]:
-    """(task name, [domain id]) of every task."""
-    if table.domains is None:
-        raise DataError(
-            f"{table.name} has no domains, so it cannot be cut as {settings.setting}",
-            expected="a source with a domain column, or a folder domain/class/image",
-            remedy="stream.setting cil or til",
-        )
-    names = settings.order or table.domain_names
-    ids = named_places(names, table.domain_names, table.name, "domain")
-    return [(name, [one]) for name, one in zip(names, ids, strict=True)]
-
-
-def _class_groups(table: Table, settings: StreamSettings) -> list[tuple[str, list[int]]]:
-    """(task name, class ids in order) of every task."""
-    count = len(table.class_names)
-    if settings.order:
-        order = named_places(settings.order, table.class_names, table.name, "class")
-    else:
-        order = np.argsort(random_ranks(count, "class order", settings.seed)).tolist()
-    if settings.splits is not None:
-        if 2 * settings.splits > len(order):
-            raise ConfigError(
-                f"stream.splits is {settings.splits}, but there are {len(order)} classes"
-                f" of {table.name}",
-                expected=f"a number from 1 to {len(order) // 2}: a task has two classes or more",
-            )
-        parts = np.array_split(np.array(order), settings.splits)
-        return [(_class_task_name(table, part.tolist()), part.tolist()) for part in parts]
-    width = settings.classes_per_task
-    if width > len(order):
-        raise ConfigError(
-            f"stream.classes_per_task is {width}, but there are {len(order)} classes"
-            f" of {table.name}",
-            expected=f"a number from 2 to {len(order)}",
-        )
-    chunks = [order[start : start + width] for start in range(0, len(order), width)]
-    return [(_class_task_name(table, chunk), chunk) for chunk in chunks]
-
-
-def _class_task_name(table: Table, classes: Sequence[int]) -> str:
-    names = [table.class_names[one] for one in classes]
-    return "+".join(names) if len(names) <= 3 else f"{names[0]}..{names[-1]}"
-
-
 def _test_rows(table: Table, settings: StreamSettings) -> npt.NDArray[np.bool_]:
     has_test = np.full(len(table), table.is_test.any())
     if settings.setting == "xtail" and table.domains is not None:
@@ -214,15 +169,14 @@ def _task(
     settings: StreamSettings,
     is_test: npt.NDArray[np.bool_],
     number: int,
-    name: str,
-    members: list[int],
-    *,
-    by_domain: bool,
+    group: Group,
 ) -> Task:
-    column = table.domains if by_domain and table.domains is not None else table.labels
-    inside = np.isin(column, members)
+    inside = group.rows(table)
     train = np.flatnonzero(inside & ~is_test)
     test = np.flatnonzero(inside & is_test)
+    common = common_tests(table, settings.setting)
+    if common and not len(test):
+        test = np.flatnonzero(group.of_classes(table) & np.isin(np.asarray(table.domains), common))
     ranks = random_ranks(len(table), "subset", settings.seed)
     test_ranks = random_ranks(len(table), "subset", _test_seed(settings))
 
@@ -243,21 +197,20 @@ def _task(
         held = held_back(table.labels[train], ranks[train], settings.validation)
         train, validation = train[~held], train[held]
 
-    where = f"task {number} ({name}) of {table.name}"
+    where = f"task {number} ({group.name}) of {table.name}"
     _check(table, settings, train, test, where)
     if settings.validation > 0:
         _check_validation(table, settings.validation, train, validation, where)
     if settings.split == "validation":
         test = validation
-    if by_domain:
-        present = np.union1d(table.labels[train], table.labels[test])
-        classes = tuple(int(one) for one in present)
-    else:
-        classes = tuple(members)
+    present = np.union1d(table.labels[train], table.labels[test]).tolist()
+    classes = group.classes if group.domain is None else None
+    if classes is None:
+        classes = tuple(one for one in group.classes or present if one in present)
     return Task(
         number=number,
-        name=name,
-        domain=name if by_domain else None,
+        name=group.name,
+        domain=None if group.domain is None else table.domain_names[group.domain],
         classes=classes,
         train=table.samples(train),
         validation=table.samples(validation),
@@ -285,8 +238,9 @@ def _check(
         return
     if settings.train_per_task == 1:
         remedy = "a larger stream.train_per_task"
-    elif settings.setting in ("cil", "til", "mts"):
-        count = len(settings.order or table.class_names)
+    elif settings.setting in ("cil", "til", "mts", "vil"):
+        named = settings.order if settings.setting != "vil" else None
+        count = len(named or table.class_names)
         widths = [width for width in range(2, count + 1) if count % width != 1]
         nearest = min(widths, key=lambda width: abs(width - settings.classes_per_task), default=2)
         remedy = f"stream.classes_per_task {nearest}"
@@ -350,13 +304,11 @@ def _check_classes(table: Table, tasks: Sequence[Task], held_out: Task | None) -
         )
 
 
-def _fingerprint(
-    table: Table, settings: StreamSettings, groups: list[tuple[str, list[int]]]
-) -> str:
+def _fingerprint(table: Table, settings: StreamSettings, groups: Sequence[Group]) -> str:
     identity = {
         "source": table.fingerprint,
         "setting": settings.setting,
-        "groups": groups,
+        "groups": [group.identity for group in groups],
         "train_per_task": settings.train_per_task,
         "test_per_task": settings.test_per_task,
         "validation": settings.validation,

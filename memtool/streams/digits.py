@@ -31,11 +31,12 @@ Colours = npt.NDArray[np.float32]  # (n, 32, 32, 3), 0 to 1
 def digits_table(setting: str, seed: int, image_size: int, *, drawn: bool = True) -> Table:
     """The digits as a table for `setting`.
 
-    "dil": the five domains of `DOMAINS`. "dg": the digits turned by the angles of `ANGLES`.
-    "cil", "til", "mts": upright digits without domains. The seed draws the 600 digits for training
-    (60 a class; the other 1,197 are for testing, the same digits in every domain), the noise and
-    the colours. Images uint8 (n, image_size, image_size, 3), resized bicubically where image_size
-    is not 32; unless they are `drawn` they have no pixels, (n, 0, 0, 3).
+    "dil", "vil", "mtl": the five domains of `DOMAINS`. "dg", "dgcl": the digits turned by the
+    angles of `ANGLES`. "cil", "til", "mts": upright digits without domains. The seed draws the 600
+    digits for training (60 a class; the other 1,197 are for testing, the same digits in every
+    domain), the noise and the colours. Images uint8 (n, image_size, image_size, 3), resized
+    bicubically where image_size is not 32; unless they are `drawn` they have no pixels,
+    (n, 0, 0, 3).
     """
     pixels, digits = packaged()
     labels = digits.astype(np.int64)
@@ -120,8 +121,9 @@ ANGLES = (0, 30, 60, 90, 120)  # degrees, counter-clockwise
 
 
 def digits_domains(setting: str) -> tuple[str, ...]:
-    """The names of the domains under `setting`; none under "cil", "til" and "mts"."""
-    return tuple(_views(setting)) if setting in ("dil", "dg") else ()
+    """The names of the domains under `setting`; none where tasks are classes of all images."""
+    of_domains = ("dil", "vil", "mtl", "dg", "dgcl")
+    return tuple(_views(setting)) if setting in of_domains else ()
 
 
 def packaged() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.uint8]]:
@@ -133,9 +135,9 @@ def packaged() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.uint8]]:
 
 def _views(setting: str) -> dict[str, View]:
     match setting:
-        case "dil":
+        case "dil" | "vil" | "mtl":
             return DOMAINS
-        case "dg":
+        case "dg" | "dgcl":
             return {f"rot{angle}": _turned(angle) for angle in ANGLES}
         case _:
             return {"upright": upright}

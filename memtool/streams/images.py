@@ -7,7 +7,7 @@ import struct
 import threading
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -73,12 +73,27 @@ def decode_square(
     beginning with `where`, for bytes that are not a readable image, and for an image of more than
     limits.image_pixels, before it is decoded.
     """
+    square = _decoded(encoded, where, lambda image: square_of(upright_rgb(image), image_size, crop))
+    return np.asarray(square, dtype=np.uint8)
+
+
+def decode_rgb(encoded: bytes, where: str) -> Image.Image:
+    """Decode one image to RGB in its own size; the rest as `decode_square`."""
+    return _decoded(encoded, where, upright_rgb)
+
+
+def require_image(encoded: bytes, where: str) -> None:
+    """Raise DataError, as `decode_square`, for what does not begin as an image; decode nothing."""
+    _decoded(encoded, where, lambda image: image)
+
+
+def _decoded(encoded: bytes, where: str, made: Callable[[Image.Image], Image.Image]) -> Image.Image:
     where = printable(where)
     try:
         with _opened(encoded) as image:
             width, height = image.size
             limits.require("image_pixels", width * height, f"{where}: {width} x {height}")
-            square = square_of(upright_rgb(image), image_size, crop)
+            return made(image)
     except SchemaError as error:
         raise _too_large(error) from error
     except MemoryError as error:
@@ -93,7 +108,6 @@ def decode_square(
             expected=_KINDS,
             remedy="replace or remove it",
         ) from error
-    return np.asarray(square, dtype=np.uint8)
 
 
 def load_square(

@@ -14,10 +14,18 @@ import numpy.typing as npt
 from memtool.errors import ConfigError, did_you_mean
 
 
-def named_places(order: Sequence[str], known: Sequence[str], source: str, what: str) -> list[int]:
+def named_places(
+    order: Sequence[str],
+    known: Sequence[str],
+    source: str,
+    what: str,
+    *,
+    again: str | None = None,
+) -> list[int]:
     """The place in `known` of every name of `stream.order`.
 
-    Raises ConfigError for a name that is no `what` of `source`, and for one that comes twice.
+    Raises ConfigError for a name that is no `what` of `source`, and for one that comes twice;
+    `again` says then where it may.
     """
     index = {name: number for number, name in enumerate(known)}
     for place, name in enumerate(order):
@@ -27,7 +35,11 @@ def named_places(order: Sequence[str], known: Sequence[str], source: str, what: 
                 expected=did_you_mean(name, known),
             )
         if name in order[:place]:
-            raise ConfigError(f"stream.order names {name!r} twice")
+            raise ConfigError(
+                f"stream.order names {name!r} twice",
+                expected=f"every {what} once" if again else None,
+                remedy=again,
+            )
     return [index[name] for name in order]
 
 

@@ -108,7 +108,8 @@ def task_names(settings: StreamSettings) -> list[str]:
     Empty for a stream of class groups and for a description that does not name its domains.
     Errors as `find_source`.
     """
-    if settings.setting not in ("dil", "dg", "xtail"):
+    of_domains = settings.setting in ("dil", "dg", "dgcl", "xtail")
+    if not of_domains and (settings.setting != "mtl" or settings.splits is not None):
         return []
     if settings.order:
         return list(settings.order)

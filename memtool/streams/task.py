@@ -119,11 +119,12 @@ class Task(Generic[S]):
 class Stream(Generic[S]):
     """A data set cut into tasks in a fixed order.
 
-    `setting` is the cut: "dil", "dg" (tasks are domains over the same classes), "xtail" (tasks are
-    data sets with classes of their own), "cil", "til" and "mts" (tasks are groups of classes),
-    "trace" (tasks are folders of texts). `held_out` is the domain of "dg" that nothing is learned
-    from: it is not among the tasks, and all of its images are for testing. `fingerprint` is a
-    sha256 of the source, the cut and the order, the same whatever is held out. `notes` are
+    `setting` is the cut: "dil", "dg", "dgcl" (tasks are domains over the same classes), "xtail"
+    (tasks are data sets with classes of their own), "cil", "til" and "mts" (tasks are groups of
+    classes), "vil" (groups of classes in a domain), "mtl" (domains or groups of classes, at once),
+    "trace" (tasks are folders of texts). `held_out` is the domain of "dg" and "dgcl" that nothing
+    is learned from: it is not among the tasks, and all of its images are for testing. `fingerprint`
+    is a sha256 of the source, the cut and the order, the same whatever is held out. `notes` are
     sentences on what was taken for what, what was left out, and what is in training and test alike.
     """
 

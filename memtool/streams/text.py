@@ -5,7 +5,10 @@
                                      `stream.validation` holds some of train.json back
     <path>/<task>/test.json
 
-The case of these names does not matter.
+The case of these names does not matter. An entry may name the pictures of its prompt, as
+`memtool.streams.pictures` says. A folder of such folders is a stream without a description: its
+tasks are in the order of their names, and `stream.metric` scores them all; and so is one folder
+alone, or its train.json.
 
 A description in YAML names the folder, the tasks in their order, and how an answer of each task is
 scored (`memtool.evaluation.text`):
@@ -33,11 +36,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from memtool.errors import ConfigError, DataError, NotFoundError, did_you_mean
 from memtool.paths import expand
+from memtool.pictured import album_of, as_json
 from memtool.settings import StreamSettings, TextMetric
 from memtool.streams.description import folder_of, read_model
-from memtool.streams.files import files_below, left_out
+from memtool.streams.files import Found, files_below, left_out
 from memtool.streams.ordering import named_places, random_ranks
 from memtool.streams.parts import PartName, part_of
+from memtool.streams.pictures import COLUMN, PictureFile, with_files
 from memtool.streams.rows import Written, lines_of, parse_json, text_of
 from memtool.streams.sources import require_path
 from memtool.streams.task import Stream, Task, Texts
@@ -88,17 +93,20 @@ def open_text_stream(settings: StreamSettings) -> Stream[Texts]:
     file = built_in.get(settings.source) or expand(settings.source)
     if file.suffix == ".jsonl":
         return _of_lines(file, settings)
-    if file.suffix not in (".yaml", ".yml"):
-        require_path(settings.source, file, "a YAML description of texts, or lines (.jsonl)")
+    if file.suffix in (".yaml", ".yml"):
+        description = read_task_folders(file)
+        root, name = folder_of(description.path, file), printable(file.stem)
+    elif (found := _undescribed(file, settings.metric)) is not None:
+        description, root = found
+        name = printable(file.resolve().name)
+    else:
+        require_path(settings.source, file, READS)
         raise NotFoundError(
             f"there is no text source {shown(settings.source)}",
             expected=did_you_mean(settings.source, built_in),
-            remedy="a name of these, or the path of a YAML description of prompts and answers, or "
-            "of a file of lines (.jsonl)",
+            remedy="a name of these, or the path of a YAML description of prompts and answers, of "
+            "a folder of tasks, or of a file of lines (.jsonl)",
         )
-    description = read_task_folders(file)
-    root = folder_of(description.path, file)
-    name = printable(file.stem)
     names = [task.name for task in description.tasks]
     places = named_places(settings.order or names, names, name, "task")
     notes: list[str] = []
@@ -107,6 +115,46 @@ def open_text_stream(settings: StreamSettings) -> Stream[Texts]:
         for number, place in enumerate(places, start=1)
     )
     return Stream(name, "trace", tasks, (), _fingerprint(tasks), notes=tuple(notes))
+
+
+READS = "a YAML description of texts, a folder of tasks with train.json, or lines (.jsonl)"
+
+
+def _undescribed(path: Path, metric: TextMetric) -> tuple[TaskFolders, Path] | None:
+    """What a folder of tasks, one of them, or its train.json would be described as, and where.
+
+    None for a path that is none of these. Raises DataError for a folder that cannot be listed.
+    """
+    folder = path.parent if _is_training(path) else path
+    if not folder.is_dir():
+        return None
+    try:
+        root, names = _task_folders(folder)
+    except OSError as error:
+        raise DataError(
+            f"{printable(str(error.filename))}: cannot be listed ({error.strerror})",
+            remedy="check its permissions, or take it out",
+        ) from error
+    if not names:
+        return None
+    tasks = tuple(TaskDescription(name=name, metric=metric) for name in names)
+    return TaskFolders(path=str(root), tasks=tasks), root
+
+
+def _task_folders(folder: Path) -> tuple[Path, list[str]]:
+    """The folder that tasks lie in, and their names: those in `folder`, or itself alone."""
+    if any(map(_is_training, folder.iterdir())):
+        return folder.resolve().parent, [folder.resolve().name]
+    names = [
+        one.name
+        for one in folder.iterdir()
+        if one.is_dir() and one.name.isprintable() and any(map(_is_training, one.iterdir()))
+    ]
+    return folder, sorted(names)
+
+
+def _is_training(path: Path) -> bool:
+    return path.suffix.lower() == ".json" and part_of(path.stem) == "training" and path.is_file()
 
 
 def _of_lines(file: Path, settings: StreamSettings) -> Stream[Texts]:
@@ -163,6 +211,7 @@ def adapter_lines(file: Path, *, answered: bool) -> Iterator[AdapterLine]:
                 raise DataError(f"{where}: the {key}{whose} is empty", expected=expected)
         for key, text in zip(keys, texts, strict=True):
             _require_whole(text, key, where)
+        texts[1] = with_files(texts[1], entry.get(COLUMN), file.parent, where)
         yield AdapterLine(where, *texts, *("",) * (3 - len(texts)))
 
 
@@ -206,16 +255,23 @@ def read_samples(file: Path) -> Texts:
     answers = tuple(entry["answer"] for entry in content)
     _refuse_empty(file, "prompt", prompts)
     _refuse_empty(file, "answer", answers)
-    return Texts(prompts, answers)
+    seen = tuple(
+        with_files(prompt, entry.get(COLUMN), file.parent, f"{name}, entry {number}")
+        for number, (prompt, entry) in enumerate(zip(prompts, content, strict=True), start=1)
+    )
+    return Texts(seen, answers)
 
 
-_SHAPE = 'a list of {"prompt": text, "answer": text}'
+_SHAPE = 'a list of {"prompt": text, "answer": text}, perhaps with "image": path'
 
 
 def _check(entry: Any, where: str) -> None:
-    if not isinstance(entry, dict) or set(entry) != {"prompt", "answer"}:
+    if not isinstance(entry, dict) or set(entry) - {COLUMN} != {"prompt", "answer"}:
         found = shown(sorted(entry)) if isinstance(entry, dict) else type(entry).__name__
-        raise DataError(f"{where}: {found}", expected='the keys "prompt" and "answer", no others')
+        raise DataError(
+            f"{where}: {found}",
+            expected=f'the keys "prompt" and "answer", perhaps "{COLUMN}", no others',
+        )
     for key in ("prompt", "answer"):
         value = entry[key]
         if not isinstance(value, str) or isinstance(value, Written):
@@ -257,13 +313,16 @@ def _task(
     notes: list[str],
 ) -> Task[Texts]:
     folder = root / description.name
-    files = _parts(folder, description.name, notes)
+    files, below = _parts(folder)
     train = read_samples(files.get("training", folder / "train.json"))
     test = read_samples(files.get("testing", folder / "test.json"))
+    held = [read_samples(files["validation"])] if "validation" in files else []
+    pictures = _files_of([train, test, *held])
+    notes += left_out(description.name, below, [*files.values(), *pictures])
     notes += _repeated(description.name, train, test)
     train = _limited(train, settings.train_per_task, settings.seed)
-    if "validation" in files:
-        validation = read_samples(files["validation"])
+    if held:
+        (validation,) = held
     else:
         train, validation = _held_back(train, settings, f"task {number} ({description.name})")
     return Task(
@@ -306,8 +365,15 @@ def _held_back(train: Texts, settings: StreamSettings, where: str) -> tuple[Text
     return train.chosen(kept), train.chosen(held)
 
 
-def _parts(folder: Path, name: str, notes: list[str]) -> dict[PartName, Path]:
-    """The files of a task by the part that they hold, as their names say.
+def _files_of(parts: Sequence[Texts]) -> list[Path]:
+    """The files of the pictures of prompts."""
+    albums = [album_of(prompt) for part in parts for prompt in part.prompts]
+    pictures = [one for album in albums if album is not None for one in album.pictures]
+    return [one.path for one in pictures if isinstance(one, PictureFile)]
+
+
+def _parts(folder: Path) -> tuple[dict[PartName, Path], Found]:
+    """The files of a task by the part that they hold, as their names say, and all that is there.
 
     Raises NotFoundError where there is no folder, DataError where two files hold the same part.
     """
@@ -331,8 +397,7 @@ def _parts(folder: Path, name: str, notes: list[str]) -> dict[PartName, Path]:
                 remedy="put their entries into one, or take one out",
             )
         parts[part] = file
-    notes += left_out(name, found, list(parts.values()))
-    return parts
+    return parts, found
 
 
 def _repeated(name: str, train: Texts, test: Texts) -> list[str]:
@@ -360,6 +425,6 @@ def _fingerprint(tasks: Sequence[Task[Texts]]) -> str:
     digest = hashlib.sha256()
     for task in tasks:
         parts = (task.train, task.validation, task.test)
-        texts = [[list(part.prompts), list(part.answers)] for part in parts]
+        texts = [[as_json(part.prompts), list(part.answers)] for part in parts]
         digest.update(json.dumps([task.name, task.metric, texts]).encode())
     return digest.hexdigest()

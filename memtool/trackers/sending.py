@@ -7,8 +7,10 @@ import queue
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol, TextIO, cast
 
 from memtool.trackers import Axis, Card, Points, Tracker, open_tracker, require_services
@@ -65,13 +67,21 @@ def following(
 
 _following = 0
 _installing = threading.Lock()
+_started: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+"""Threads that services started, and those that these started."""
+
+
+def _is_of_service(thread: threading.Thread) -> bool:
+    return isinstance(thread, _Sender) or thread in _started
 
 
 @contextmanager
-def _apart(senders: Sequence[object]) -> Iterator[None]:
+def _apart(senders: Sequence[threading.Thread]) -> Iterator[None]:
     """While it lasts, what the threads of services print goes to the log: stdout is for data alone.
 
-    Other threads print as before, and what they put in the place of stdout stays.
+    Threads that a service starts are its own; Python does not say whose a thread is, so that its
+    start is watched. Others print as before, and what they put in the place of stdout stays. A
+    thread of a service that goes on after the end is kept from stdout all the same.
     """
     global _following
     if not senders:
@@ -81,13 +91,36 @@ def _apart(senders: Sequence[object]) -> Iterator[None]:
         _following += 1
         if not isinstance(sys.stdout, _Printed):
             sys.stdout = cast("TextIO", _Printed(sys.stdout))
+        start: Any = threading.Thread.start
+        if not isinstance(start, _Watched):
+            setattr(threading.Thread, "start", _Watched(start))  # noqa: B010 - mypy
     try:
         yield
     finally:
         with _installing:
             _following -= 1
-            if not _following and isinstance(sys.stdout, _Printed):
-                sys.stdout = sys.stdout.before
+            if not _following and not any(_is_of_service(one) for one in threading.enumerate()):
+                if isinstance(sys.stdout, _Printed):
+                    sys.stdout = sys.stdout.before
+                start = threading.Thread.start
+                if isinstance(start, _Watched):
+                    setattr(threading.Thread, "start", start.before)  # noqa: B010
+
+
+class _Watched:
+    """In the place of `Thread.start`: remembers what the threads of services start."""
+
+    def __init__(self, before: Callable[[threading.Thread], None]) -> None:
+        self.before = before
+
+    def __get__(self, thread: threading.Thread | None, owner: type) -> Any:
+        return self if thread is None else partial(self, thread)
+
+    def __call__(self, thread: threading.Thread) -> None:
+        """Start a thread."""
+        if _is_of_service(threading.current_thread()):
+            _started.add(thread)
+        self.before(thread)
 
 
 class _Sender(threading.Thread):
@@ -174,7 +207,7 @@ class _Printed:
 
     def write(self, text: str) -> int:
         """To stdout, or into the log."""
-        if not isinstance(threading.current_thread(), _Sender):
+        if not _is_of_service(threading.current_thread()):
             return self.before.write(text)
         if text.strip():
             logger.info("%s", text.strip())

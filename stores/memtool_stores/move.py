@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 from memtool_stores.errors import AlreadyExistsError
 from memtool_stores.files import is_part, is_staged
@@ -24,6 +25,21 @@ _FOLDERS = tuple(
 
 Tell = Callable[[int, int], None]
 """Called with the files copied so far, and how many there are."""
+
+
+@dataclass(frozen=True)
+class Forwarded:
+    """What a copy took up of a newer one: names of branches that moved or are new, and of tags.
+
+    `deleted` are tags of the newer copy that were deleted in this one, and stay so.
+    """
+
+    branches: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+    deleted: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.branches or self.tags)
 
 
 def copy(

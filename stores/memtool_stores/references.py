@@ -65,6 +65,23 @@ def unreadable(url: str) -> References:
         raise of_os_error(error, "read the branches and tags", url) from error
 
 
+def file_of(kind: str, name: str) -> str:
+    """The path of the file of a branch or tag in its store."""
+    return f"ice/refs/{kind}.{name}/ref.json"
+
+
+def deleted_tags(url: str) -> frozenset[str]:
+    """The names that were tags of a store in a directory; icechunk never gives one again.
+
+    Raises StorageError where they could not be read.
+    """
+    try:
+        marks = list((Path(url) / "ice" / "refs").glob("tag.*/ref.json.deleted"))
+    except OSError as error:
+        raise of_os_error(error, "read the branches and tags", url) from error
+    return frozenset(mark.parent.name.removeprefix("tag.") for mark in marks)
+
+
 def unfinished(url: str) -> frozenset[tuple[str, str]]:
     """Kind and name of what was never finished; in a bucket nothing is half."""
     return frozenset() if url.startswith("s3://") else frozenset(unreadable(url).unfinished)

@@ -64,7 +64,15 @@ from memtool_stores.ice import (
 )
 from memtool_stores.leftovers import Leftover, find, find_in_store, take_away
 from memtool_stores.migrate import SCHEMA_VERSION, BranchMigration, Migration
-from memtool_stores.move import CONTENT, REFERENCES, Tell, begun_copy, copy, require_empty
+from memtool_stores.move import (
+    CONTENT,
+    REFERENCES,
+    Forwarded,
+    Tell,
+    begun_copy,
+    copy,
+    require_empty,
+)
 from memtool_stores.names import below, check_ref
 from memtool_stores.objects import Objects, Retractable, bucket_holds, objects_at
 from memtool_stores.printable import shown
@@ -846,12 +854,12 @@ class MemoryStore:
                 copy(files, place, tell, checksums=checksums, there=there)
         return MemoryStore.open(target, lock_timeout=self._lock_timeout)
 
-    def forward_to(self, newer: MemoryStore, tell: Tell | None = None) -> bool:
-        """Take up what another copy of this store has beyond it; False where it has nothing.
+    def forward_to(self, newer: MemoryStore, tell: Tell | None = None) -> Forwarded:
+        """Take up what another copy of this store has beyond it, and say what that was.
 
         The history here is a beginning of that there, branch by branch, and tags of one name are
         the same. Files come first and references last, so that a process that is killed, and one
-        that reads meanwhile, has the versions from before.
+        that reads meanwhile, has the versions from before. A tag that was deleted here stays so.
 
         Raises:
             AlreadyExistsError: this is another store, or has versions or tags that are not there;
@@ -868,17 +876,19 @@ class MemoryStore:
         with self._lock():
             self._require_beginning_of(newer)
             theirs, ours = objects_at(newer.url), objects_at(self.url)
-            moved = (self.branches(), self.tags()) != (
-                self.branches() | newer.branches(),
-                self.tags() | newer.tags(),
-            )
-            if moved:
+            gone, branches = references.deleted_tags(self.url), self.branches()
+            moved = [name for name, tip in newer.branches().items() if branches.get(name) != tip]
+            tags = newer.tags().keys() - self.tags().keys()
+            named = sorted(tags - gone)
+            if moved or named:
                 place = Path(self.url)
-                there = _whole_files(theirs, ours)
+                there = _whole_files(theirs, ours) | {
+                    references.file_of("tag", tag) for tag in gone
+                }
                 copy(theirs, ours, tell, there=there, settle=lambda: sync_to_disk(place))
                 sync_to_disk(place)
                 references.mark_new(self.url)
-            return moved
+            return Forwarded(tuple(sorted(moved)), tuple(named), tuple(sorted(tags & gone)))
 
     def _require_beginning_of(self, newer: MemoryStore) -> None:
         """Raise AlreadyExistsError unless `newer` has all the versions and tags that are here."""

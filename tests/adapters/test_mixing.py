@@ -20,8 +20,8 @@ from memtool.adapters.values import AdapterValues, BlockValues
 from memtool.errors import MismatchError
 
 MODULE = "blocks.0.attn.qkv"
-Kind = Literal["whole", "grouped", "chosen", "weighted", "per token"]
-KINDS: tuple[Kind, ...] = ("whole", "grouped", "chosen", "weighted", "per token")
+Kind = Literal["whole", "grouped", "chosen", "weighted", "ranked", "per token"]
+KINDS: tuple[Kind, ...] = ("whole", "grouped", "chosen", "weighted", "ranked", "per token")
 MIXES: tuple[Mix, ...] = ("delta", "params")
 Kernel = Literal["dense", "formed", "mixed", "folded", "gathered"]
 
@@ -51,6 +51,8 @@ class Case:
                 return Mixture.grouped(block)
             case "chosen":
                 return Mixture.chosen(block, self.index)
+            case "ranked":
+                return Mixture.ranked(block, coefficients)
             case _:
                 return Mixture.weighted(block, coefficients, self.mix)
 
@@ -85,6 +87,7 @@ def make(
     layout = Layout(sites_of(slices, width, rows), rank)
     lead = (batch,) if tokens is None else (batch, tokens)
     own = lead if kind == "per token" else (batch,)
+    each = (adapters, rank) if kind == "ranked" else (adapters,)
     return Case(
         layout,
         randn(adapters, layout.numel),
@@ -92,8 +95,8 @@ def make(
         randn(*lead, width),
         randn(*lead, layout.sites[0].module_rows),
         kind,
-        mix,
-        randn(*own, adapters),
+        "delta" if kind == "ranked" else mix,
+        randn(*own, *each),
         torch.randint(adapters, (batch,), generator=generator),
     )
 
@@ -114,7 +117,7 @@ def oracle(case: Case, flat: Tensor, x: Tensor, y: Tensor, coefficients: Tensor)
                     weights = F.one_hot(torch.tensor(sample // (len(x) // count)), count)
                 case "chosen":
                     weights = F.one_hot(case.index[sample], count)
-                case "weighted":
+                case "weighted" | "ranked":
                     weights = coefficients[sample]
                 case "per token":
                     weights = coefficients[at]
@@ -122,7 +125,12 @@ def oracle(case: Case, flat: Tensor, x: Tensor, y: Tensor, coefficients: Tensor)
             for site in case.layout.sites:
                 a, b = named[f"{site.name}.lora_A"], named[f"{site.name}.lora_B"]
                 scaled = [w * s for w, s in zip(weights, case.scaling, strict=True)]
-                if case.mix == "delta":
+                if case.kind == "ranked":
+                    diagonal = [
+                        torch.diag(s * w) for s, w in zip(case.scaling, weights, strict=True)
+                    ]
+                    delta = sum(b[t] @ diagonal[t] @ a[t] for t in range(count))
+                elif case.mix == "delta":
                     delta = sum(scaled[t] * (b[t] @ a[t]) for t in range(count))
                 else:
                     left = sum(scaled[t] * b[t] for t in range(count))
@@ -231,6 +239,8 @@ def force(monkeypatch: pytest.MonkeyPatch) -> Callable[[Kernel], None]:
         ("chosen", "delta", "gathered"),
         ("weighted", "delta", "dense"),
         ("weighted", "delta", "formed"),
+        ("ranked", "delta", "dense"),
+        ("ranked", "delta", "formed"),
         ("weighted", "params", "mixed"),
         ("weighted", "params", "folded"),
     ],
@@ -297,6 +307,21 @@ def test_delta_is_linear_in_the_coefficients() -> None:
     together = add(case, 2 * one - 3 * two, "delta")
     apart = 2 * add(case, one, "delta") - 3 * add(case, two, "delta")
     torch.testing.assert_close(together, apart)
+
+
+@pytest.mark.parametrize("kernel", ["dense", "formed"])
+def test_one_weight_for_all_ranks_of_an_adapter_is_the_mixture_bit_for_bit(
+    force: Callable[[Kernel], None], kernel: Kernel
+) -> None:
+    force(kernel)
+    case = make("weighted", rank=3, tokens=4)
+    block = case.values().block(0)
+    assert block is not None
+    each = case.coefficients.unsqueeze(-1).expand(-1, -1, 3)
+    got = Mixture.ranked(block, each).add_to(case.y, case.x, MODULE)
+    assert torch.equal(
+        got, Mixture.weighted(block, case.coefficients).add_to(case.y, case.x, MODULE)
+    )
 
 
 def test_a_negative_coefficient_subtracts_under_delta_and_squares_under_params() -> None:
@@ -434,6 +459,9 @@ def test_wrong_shapes_are_refused() -> None:
         Mixture.weighted(block, case.coefficients[:, :2])
     with pytest.raises(MismatchError, match="coefficients of shape"):
         Mixture.weighted(block, case.coefficients[0])
+    for each in (case.coefficients, torch.zeros(4, 3, 1), torch.zeros(4, 2, 2)):
+        with pytest.raises(MismatchError, match=r"(?s)weights of ranks .* \(batch, 3, 2\)"):
+            Mixture.ranked(block, each)
     with pytest.raises(MismatchError, match="delta"):
         Mixture.weighted(block, case.coefficients, "detla")  # type: ignore[arg-type]
     with pytest.raises(MismatchError, match="int64"):

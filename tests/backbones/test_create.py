@@ -27,14 +27,39 @@ def test_a_close_name_is_offered() -> None:
         create_backbone(BackboneSettings(name="timm:vit_tiny_patch_224"))
 
 
-def test_timm_models_of_another_kind_are_refused_by_name(tmp_path: Path) -> None:
-    weights = tmp_path / "any.safetensors"
-    with pytest.raises(ConfigError, match="resnet18"):
-        create_backbone(BackboneSettings(name="timm:resnet18", weights=weights))
-    with pytest.raises(ConfigError, match="VisionTransformerDistilled"):
-        create_backbone(
-            BackboneSettings(name="timm:deit_tiny_distilled_patch16_224", weights=weights)
-        )
+def test_a_model_whose_blocks_take_several_tensors_is_refused_by_name() -> None:
+    settings = BackboneSettings(
+        name="timm:tnt_s_legacy_patch16_224", weights="random", image_size=224
+    )
+    with pytest.raises(ConfigError, match=r"no layer that can be adapted: no part of it runs once"):
+        create_backbone(settings)
+
+
+@pytest.mark.parametrize("name", ["nano", "timm:test_vit", "timm:test_resnet"])
+def test_random_weights_are_the_same_every_time(name: str) -> None:
+    settings = BackboneSettings(name=name, weights="random")
+    before = torch.get_rng_state()
+    one, other = create_backbone(settings), create_backbone(settings)
+    assert one.sha256 == other.sha256
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_target_that_a_convnet_has_not_is_refused_with_those_that_it_has() -> None:
+    backbone = create_backbone(BackboneSettings(name="timm:test_resnet", weights="random"))
+    with pytest.raises(ConfigError, match=r"no target 'q'(.|\n)*backbone.targets=conv1,conv2"):
+        backbone.sites(("q", "v"))
+
+
+def test_weights_of_a_convnet_come_from_a_file_with_timms_names(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(3)
+    whole = timm.create_model("test_resnet", pretrained=False, num_classes=10).eval()
+    path = tmp_path / "mine.safetensors"
+    save_file({k: v for k, v in whole.state_dict().items() if v.is_floating_point()}, path)
+    backbone = create_backbone(BackboneSettings(name="timm:test_resnet", weights=path))
+    pixels = torch.randn(2, 3, 32, 32)
+    expected = whole.forward_head(whole.forward_features(pixels), pre_logits=True)
+    torch.testing.assert_close(backbone.features(pixels), expected)
 
 
 @pytest.mark.parametrize(("name", "size"), [("nano", 36), ("timm:vit_tiny_patch16_224", 40)])

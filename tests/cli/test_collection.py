@@ -117,14 +117,18 @@ def test_images_have_no_rival(tmp_path: Path) -> None:
         (("generate", "--prompt", "x", "--task", "poems"), 3, "no adapter of task 'poems'"),
         (("import", "adapters", "--prompts", "x", "--store", "new"), 2, "--base hf:MODEL"),
         (("import", "nowhere", "--base", "hf:model"), 3, "no adapter in nowhere"),
-        (("import", "adapters/sums"), 2, "adapters/sums is a LoRA of a language model, '"),
-        (("import", "adapters"), 2, "memtool import adapters --base hf:/"),
+        (
+            ("import", "adapters/sums", "--store", "new"),
+            2,
+            "adapters/sums is a LoRA of a language model, '",
+        ),
+        (("import", "adapters", "--store", "new"), 2, "memtool import adapters --base hf:/"),
         (("write", "adapters/sums"), 2, "'base_model.model.model.layers.0."),
         (("bisect", "--drop", "1"), 2, "brings no texts to be measured on"),
         (("generate", "--prompt", "x", "--store", "none"), 3, "memtool import DIR --base MODEL"),
         (("import", "adapters", "--base", "hf:model", "--task", "1"), 2, "DIR:TASK"),
         (("eval",), 2, "of eval and bisect --texts FILE"),
-        (("import", "adapters", "--prompts", "prompts.jsonl"), 2, "try: --base hf:model"),
+        (("import", "adapters", "--task", "1", "--prompts", "x"), 2, "try: --base hf:model"),
         (("eval", "--texts", "nowhere.jsonl"), 3, "no file nowhere.jsonl"),
         (("eval", "--texts", "prompts.jsonl"), 2, '"answer"'),
         (("eval", "--texts", "texts.jsonl", "peft"), 2, "peft without --compare"),
@@ -190,6 +194,15 @@ def test_a_memory_of_another_model_is_said_by_names(place: Path, tmp_path: Path)
     tensors["model.norm.weight"] = tensors["model.norm.weight"] + 1
     save_file(tensors, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
     assert memtool(tmp_path, "import", "sums", "--base", "hf:model").returncode == 0
+    # The memory knows its model: the next need not say it.
+    shutil.copytree(place / "adapters" / "letters", tmp_path / "letters")
+    write_prompts(tmp_path / "prompts.jsonl", {name: PROMPTS[name] for name in ("letters", "sums")})
+    done = memtool(tmp_path, "import", "letters:words", "--prompts", "prompts.jsonl", "-q")
+    assert done.returncode == 0, done.stderr
+    done = memtool(tmp_path, "import", "letters:words")
+    assert (done.returncode, "note: --base hf:model, the model of" in done.stderr) == (0, True)
+    listed = json.loads(memtool(tmp_path, "ls", "--json").stdout)["adapters"]
+    assert sorted(adapter["name"] for adapter in listed) == ["letters", "sums"]
     done = memtool(tmp_path, "import", "sums", "--base", "hf:other")
     assert done.returncode == 2
     assert "the memory 'memory' is of hf:model (" in done.stderr

@@ -30,7 +30,8 @@ def test_help_lists_every_verb_and_the_exit_codes(memtool):
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_explains_itself_with_examples(verb, memtool):
-    done = memtool(*([verb, "show"] if verb == "config" else [verb]), "--help")
+    below = {"config": ["show"], "study": ["capacity"]}.get(verb, [])
+    done = memtool(verb, *below, "--help")
     assert done.returncode == 0, done.stderr
     assert "Examples" in done.stdout
     assert 2 <= done.stdout.count("$ memtool") + done.stdout.count("$ dir=$(memtool") <= 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import re
 
 import pytest
@@ -117,3 +118,20 @@ def test_a_wide_table_is_cut_between_columns_in_a_terminal(monkeypatch):
     assert all(f"{80 + number}.5" in text for number in range(12))
     assert text.count("task 1") > 1
     assert text.count("Accuracy") == text.count("A note.") == 1
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({}, ["note: a doubt", "note: mlflow failed"]),
+        ({"json": True}, ["note: mlflow failed"]),  # which is in no record
+        ({"quiet": True}, []),
+    ],
+)
+def test_that_a_log_service_failed_is_said_beside_json(how, said, capsys):
+    with Out(**how).hearing():
+        for _ in range(2):
+            logging.getLogger("memtool.methods").warning("a doubt")
+            logging.getLogger("memtool.trackers").warning("mlflow failed")
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err.splitlines()) == ("", said)

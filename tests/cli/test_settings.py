@@ -134,7 +134,7 @@ def test_config_as_json(memtool):
 
 def test_completion_of_verbs_presets_settings_tasks_and_versions(memory, memtool):
     assert "train-adapter" in complete(memtool, "memtool tr")
-    assert complete(memtool, "memtool run --preset mira-di") == ["mira-dil-paper", "mira-dil"]
+    assert complete(memtool, "memtool run --preset mira-di") == ["mira-dil-authors", "mira-dil"]
     assert complete(memtool, "memtool consolidate --sep af") == ["affine"]
     assert "adapter.rank=" in complete(memtool, "memtool run --set adapter.r")
     assert "inverted" in complete(memtool, "memtool train-adapter --task in")

@@ -179,7 +179,8 @@ def test_a_run_goes_on_and_says_before_where_its_memory_goes(texts, grown, here)
     stored = json.loads(texts("show", "--store", str(here / "memory"), "--json").stdout)
     assert plan["parameters_per_adapter"] == stored["numbers_per_adapter"]
     done = texts("run", "--baselines", "zero-shot,frozen", "--json")
-    assert "no baseline frozen here; there are zero-shot, in-context" in done.stderr
+    missing = "no baseline frozen under stream.setting trace, so that there will be no row"
+    assert f"{missing}; there are zero-shot, in-context" in done.stderr
     record = json.loads(done.stdout)
     assert [row["id"] for row in record["metrics"]["rows"]] == ["moram", "moram-all", "zero-shot"]
     assert len(record["metrics"]["rows"][0]["loss"]) == 4

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -519,3 +520,44 @@ def test_only_what_services_print_is_kept_from_stdout(
     said = [record.message for record in caplog.records]
     assert said.count("a service began") == 2
     assert "a service took points" in said
+
+
+def test_what_threads_of_a_service_print_is_kept_from_stdout_even_after_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    over = threading.Event()
+    threads = []
+
+    def late() -> None:
+        over.wait(20)
+        print("a service, late")
+
+    def nested() -> None:
+        print("a thread of a service")
+        threads.append(threading.Thread(target=late))
+        threads[-1].start()
+
+    class Threads(CsvFile):
+        def begin(self, card: Card) -> str:
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(print, "a pool of a service").result()
+            threads.append(threading.Thread(target=nested))
+            threads[-1].start()
+            threads[-1].join()
+            return "nowhere"
+
+    caplog.set_level("INFO", "memtool.trackers")
+    before, start = sys.stdout, threading.Thread.start
+    with following(("csv",), card(tmp_path), open_service=lambda _: Threads()):
+        print("the program")
+    print("data")
+    over.set()
+    for thread in threads:
+        thread.join(20)
+    with following(("csv",), card(tmp_path)):
+        pass
+    assert (sys.stdout, threading.Thread.start) == (before, start)
+    assert capsys.readouterr().out.splitlines() == ["the program", "data"]
+    said = [record.message for record in caplog.records]
+    for text in ("a pool of a service", "a thread of a service", "a service, late"):
+        assert said.count(text) == 1

@@ -306,6 +306,41 @@ def test_what_a_killed_worker_left_is_not_listed_and_is_taken_away(tmp_path: Pat
     assert left == own | {f"attempt-2/{kind}seed-{first.seed}" for kind in ("", "memory-")}
 
 
+def test_a_worker_that_lost_its_job_and_may_write_still_keeps_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = planned(tmp_path / "sweep", "train.lr=1e-3,2e-3")
+    job = sweep.jobs[0]
+    cell = tmp_path / "sweep" / "cells" / job.cell.name
+    stopped = sweep.queue.claim(job.name)
+    assert stopped is not None
+    monkeypatch.setattr(sweep.queue, "lease_seconds", 0.0)  # as silent as one on another machine
+    assert sweep.queue.claim(job.name) is None
+    taken = sweep.queue.claim(job.name)
+    assert taken is not None
+    assert (stopped.holder.place, taken.holder.place) == ("", "attempt-2")
+    for place in PLACES:
+        (cell / place / f"seed-{job.seed}").mkdir(parents=True)
+        (cell / place / f"memory-seed-{job.seed}").mkdir()
+    where = f"cells/{job.cell.name}/attempt-2/seed-{job.seed}"
+    result = CellResult(cell=job.cell.name, seed=job.seed, token=2, record=where)
+    with taken:
+        assert taken.publish(result.model_dump(mode="json", by_alias=True))
+
+    def cleared() -> list[bool]:
+        sweep.clear()
+        return [(cell / place / f"memory-seed-{job.seed}").exists() for place in PLACES]
+
+    assert cleared() == [True, True, False]  # nobody ever had the third
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(queues, "machine", lambda: "another machine")
+        stopped._lock.release()  # its machine is away: whether it is dead nobody here can tell
+        assert cleared() == [True, True, False]
+    assert not stopped.publish({})
+    stopped.release()
+    assert cleared() == [False, True, False]
+
+
 def test_accuracy_and_loss_have_a_column_each(tmp_path: Path) -> None:
     sweep = planned(tmp_path / "sweep", "train.lr=1e-3,2e-3", seed="0")
     for job, metrics in zip(

@@ -44,7 +44,7 @@ ROOT = Path(__file__).parents[2]
 CODES = {int(line.split()[0]) for line in EXIT_CODES.splitlines()}
 DRY = ("train-adapter", "write", "consolidate", "run", "eval")
 """Verbs that only say what they would do here: the rest of them takes minutes."""
-TAKES_LONG = ("demo", "pretrain", "ablate", "bisect", "explain")
+TAKES_LONG = ("demo", "pretrain", "ablate", "study", "bisect", "explain")
 
 FILES = [
     "memory",

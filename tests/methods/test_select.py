@@ -261,6 +261,9 @@ def test_all_combinations_and_equal_ones_once(tmp_path):
         (["moram.topk=1,2"], "has no effect under method mira: it is of method moram"),
         (["memory.topk=1,2"], r"memory\.topk has no effect under memory\.separation softmax"),
         (["text.dropout=0,0.1"], r"text\.dropout has no effect under stream\.setting dil"),
+        (["replay.buffer=10,20"], r"replay\.buffer has no effect under baselines sequential"),
+        (["head.width=100,200"], r"head\.width has no effect under baselines sequential"),
+        (["first_session.epochs=1,2"], "has no effect under baselines sequential"),
         (["stream.shots=1,2"], "says what is measured"),
         (["engine.threads=1,2"], "says what is measured"),
         (["train.lr=1e-3"], "has 1 value to choose from"),
@@ -273,6 +276,20 @@ def test_all_combinations_and_equal_ones_once(tmp_path):
 def test_what_cannot_be_chosen(tmp_path, selections, match):
     with pytest.raises(ConfigError, match=match):
         cells_of(tiny(tmp_path), selections)
+
+
+@pytest.mark.parametrize(
+    ("text", "more"),
+    [
+        ("replay.buffer=10,20", {"baselines": ("er",)}),
+        ("head.width=100,200", {"baselines": ("all", "ranpac")}),
+        ("head.width=100,200", {"head__kind": "rp-ridge"}),
+        ("first_session.epochs=1,2", {"baselines": ("fsa",)}),
+        ("replay.buffer=10,20", {"baselines": ("mine.py:Learner",)}),  # who knows what it reads
+    ],
+)
+def test_what_rows_that_are_named_read_can_be_chosen(tmp_path, text, more):
+    assert len(cells_of(tiny(tmp_path, **more), [text])) == 2
 
 
 def test_a_reported_seed_is_not_tuned_on(tmp_path):

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from memtool.errors import DataError, MemtoolError
+from memtool.errors import DataError, MemtoolError, NotFoundError
 from memtool.serving import app as apps
 from memtool.serving import models as kept
 from memtool.serving.batcher import Batcher, Work
@@ -27,11 +27,15 @@ class Number(Work):
         self.begun = begun
 
 
-def answers(run: Callable[[Sequence[Number]], list[int]], works: Callable[[], list[Number]]) -> Any:
+def answers(
+    run: Callable[[Sequence[Number]], list[int]],
+    works: Callable[[], list[Number]],
+    batched: Callable[[int], None] = lambda _: None,
+) -> Any:
     """What a batch of works came to."""
 
     async def together() -> list[Any]:
-        batcher = Batcher(run, window=0.0, most=8)
+        batcher = Batcher(run, window=0.0, most=64, batched=batched)
         asked = works()
         batcher.put(asked)
         batcher.start()
@@ -54,10 +58,30 @@ def test_the_one_at_fault_fails_alone(kind: type[Exception]) -> None:
         return [one.number**2 for one in works]
 
     found = answers(run, lambda: [Number(n) for n in range(4)])
-    assert sizes == [4, 1, 1, 1, 1]
+    assert sizes == [4, 2, 1, 1]  # two of the half that must fail are not run together again
     assert [found[0], found[1], found[3]] == [0, 1, 9]
     assert isinstance(found[2], DataError if kind is DataError else MemtoolError)
     assert ("two" in str(found[2])) == (kind is DataError)  # what a bug says is for the log
+
+
+@pytest.mark.parametrize("bad", [{0}, {31}, {63}, {7, 40}, set(range(64)), {-1}])
+def test_a_bad_request_is_isolated_in_few_runs_and_its_batch_counts_once(bad: set[int]) -> None:
+    runs, well, counted = [], [], []
+
+    def run(works: Sequence[Number]) -> list[int]:
+        numbers = [one.number for one in works]
+        runs.append(numbers)
+        if bad & {*numbers} or (bad == {-1} and len(runs) == 1):  # once: nobody's fault
+            raise DataError("bad")
+        well.extend(numbers)
+        return numbers
+
+    found = answers(run, lambda: [Number(n) for n in range(64)], counted.append)
+    for number, one in enumerate(found):
+        assert isinstance(one, DataError) if number in bad else one == number
+    assert counted == [64]
+    assert sorted(well) == sorted({*range(64)} - bad)  # none twice
+    assert len(runs) <= (1 + 2 * 6 * len(bad) if len(bad) < 64 else 2 * 64)
 
 
 def test_what_was_told_in_part_is_not_told_again() -> None:
@@ -85,6 +109,16 @@ def test_models_that_are_asked_for_stay(memory: Memory, monkeypatch: pytest.Monk
     assert made == ["task-1-seed-0", "task-2-seed-0", "upright"]
     asyncio.run(models.named("task-2-seed-0"))
     assert made[3:] == ["task-2-seed-0"]
+    models.close()
+
+
+def test_a_task_is_a_model_and_a_slip_in_its_name_is_told(memory: Memory) -> None:
+    models = memory.models()
+    assert asyncio.run(models.named("upright")).adapter == "upright"
+    for word, meant in (("uprigth", "upright"), ("task-1-seed0", "task-1-seed-0")):
+        with pytest.raises(NotFoundError, match=f"no model '{word}'") as raised:
+            asyncio.run(models.named(word))
+        assert f"did you mean '{meant}'" in str(raised.value.expected)
     models.close()
 
 

@@ -1,9 +1,12 @@
 """A process that does one thing to a store and kills itself on the way, with SIGKILL.
 
 python dying.py URL WHAT STEP
+python dying.py URL WHAT each      each line of stdin is a STEP, for a process of its own
 
 WHAT is add, consolidate, rollback or gc. A step is the moment before, or after, something that the
 store does to the disk. STEP counts them from 0; with -1 the thing is done, and the steps printed.
+With `each` the exit code of every process is printed; they are forked, before anything is opened,
+from one that has imported all that they need.
 """
 
 from __future__ import annotations
@@ -14,13 +17,15 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import icechunk  # noqa: F401 - for those that are forked
 import numpy as np
+import zarr  # noqa: F401
 
 from memtool_stores import MemoryStore, collect, ice, store, sums
 from memtool_stores.testing import some_values
 
 steps: list[str] = []
-die_at = int(sys.argv[3])
+die_at = -1
 
 
 def _step(name: str) -> None:
@@ -66,7 +71,22 @@ class _Stepping:
 
 
 def main() -> None:
-    url, what = sys.argv[1:3]
+    global die_at
+    url, what, step = sys.argv[1:]
+    if step != "each":
+        die_at = int(step)
+        die(url, what)
+        return
+    for line in sys.stdin:
+        child = os.fork()
+        if not child:
+            die_at = int(line)
+            die(url, what)
+            os._exit(0)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+def die(url: str, what: str) -> None:
     for module, name in (
         (store, "sync_to_disk"),
         (sums, "write"),

@@ -92,14 +92,26 @@ def test_a_kill_before_and_after_each_step_to_the_disk(
     old, new = _told(rich.url), _told(done)
     assert (old == new) == (what == "gc")
     switch = steps.index("after reset_branch") if what != "gc" else 0
+    dying = subprocess.Popen(
+        _python("dying.py", tmp_path / "killed", what, "each"),
+        env=_environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert dying.stdin is not None
+    assert dying.stdout is not None
     for number, step in enumerate(steps):
         url = _copy(rich, tmp_path / "killed")
-        killed = subprocess.run(_python("dying.py", url, what, number), env=_environment())
-        assert killed.returncode == -signal.SIGKILL, step
+        dying.stdin.write(f"{number}\n")
+        dying.stdin.flush()
+        assert dying.stdout.readline() == f"{-signal.SIGKILL}\n", step
         assert _told(url) == (old if number < switch else new), step
         report = MemoryStore.open(url).verify()
         assert report.ok, (step, report.damages)
         _goes_on(url, space)
+    dying.communicate()
+    assert dying.returncode == 0
     assert len(steps) >= (8 if what != "gc" else 6)
 
 

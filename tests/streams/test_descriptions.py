@@ -151,7 +151,7 @@ def test_idigits_are_four_domains_of_ten_digits(real_data: Path) -> None:
     assert len(np.unique(mnist.test.labels)) == 10
 
 
-@pytest.mark.parametrize("preset", ["mira-dil", "mira-dil-paper", "mira-dg", "mira-dg-paper"])
+@pytest.mark.parametrize("preset", ["mira-dil", "mira-dg", "mira-dg-authors"])
 def test_presets_of_domains_take_another_source(preset: str, real_data: Path) -> None:
     changed = {"stream.source": "idigits"}
     config = resolve(preset=preset, overrides=changed, environ={}).config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from memtool.errors import ConfigError
+from memtool.paths import split_store
 from memtool.progress import ProgressEvent
 from memtool_cli import complete, records, written
 from memtool_cli.commands import Verbs
@@ -172,6 +174,8 @@ def import_adapters(
     call.refuse_version()
     if given_as is not None:
         one_of("--as", given_as, ("atoms",))
+    if call.given["base"] is None and task is None and given_as is None:
+        call = _with_base_of_memory(call, places)
     if call.given["base"] is not None:
         return _collect(call, places, task, prompts, keep_prompts)
     if prompts is not None or keep_prompts:
@@ -206,6 +210,19 @@ def _base_of(store: str) -> str | None:
 
     name = MemoryStore.open(store).space.backbone.name if MemoryStore.exists(store) else ""
     return f"--base {name}" if name.startswith("hf:") else None
+
+
+def _with_base_of_memory(call: Call, places: list[str]) -> Call:
+    """The call with the language model of the collection that is there, where it has no other."""
+    config = call.resolve().config
+    texts_already = config.stream.setting == "trace" or config.method != "mira"
+    if texts_already or any(Path(place).is_file() for place in places):
+        return call
+    option = _base_of(split_store(config.store)[0])
+    if option is None:
+        return call
+    call.out.note(f"note: {option}, the model of the memory")
+    return replace(call, given={**call.given, "base": option.removeprefix("--base ")})
 
 
 def _collect(

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 app = Verbs()
 
-WORDS = ("separation", "query", "adapters", "keys", "protect", "memory")
+WORDS = ("separation", "query", "adapters", "keys", "protect", "read", "memory")
 """The ablations of `memtool.experiments.ablations`, here so that help needs no torch."""
 
 
@@ -144,7 +144,7 @@ def run(
     """Run a whole experiment, tasks by seeds; goes on where an earlier run was stopped."""
     from memtool.experiments import run as experiment
     from memtool.experiments import select as choosing
-    from memtool.experiments.baselines import chosen_baselines, known_baselines
+    from memtool.experiments.baselines import chosen_baselines, known_baselines, where_known
     from memtool.methods import open_method
 
     services, said = to_follow(log, name, note, tag)
@@ -153,7 +153,10 @@ def run(
     known, chosen = known_baselines(method), chosen_baselines(method)
     absent = [name for name in call.config.baselines if name not in ("all", "none", *chosen)]
     if absent and known:
-        call.out.note(f"no baseline {', '.join(absent)} here; there are {', '.join(known)}")
+        call.out.note(
+            f"note: no baseline {', '.join(absent)} {where_known(method)}, so that there will be "
+            f"no row; there are {', '.join(known)}"
+        )
     if call.resolved.origin["replay.buffer"] == COMMAND_LINE and not {"er", "der++"} & {*chosen}:
         call.out.note("note: replay.buffer has no effect without the baselines er and der++")
     if select_seed is not None and not select:
@@ -192,6 +195,7 @@ def run(
     epilog=examples(
         "memtool ablate separation",
         "memtool ablate protect --preset mira-dil --seed 0..2",
+        "memtool ablate read --preset mira-dil --set stream.train_per_task=200",
         "memtool ablate adapters --preset mira-dg --report adapters.html",
     ),
 )

@@ -34,6 +34,7 @@ LEAST_TOLD = 0.0005
         "memtool generate --prompt 'Once upon a time'",
         "memtool generate --prompts prompts.jsonl --json",
         "memtool generate --prompt 'Once upon a time' --task poems",
+        "memtool generate --prompt '<image> What colour is it?' --image photo.png",
     ),
 )
 @verb(STORE, METHOD, *COMPUTE, *CONFIGURATION, remembers=True)
@@ -48,7 +49,16 @@ def generate(
         typer.Option(
             "--prompts",
             metavar="FILE",
-            help='Many: one a line, as text or as {"prompt": "…"}.',
+            help='Many: one a line, as text or as {"prompt": "…"}, perhaps with "image".',
+            rich_help_panel="Memory",
+        ),
+    ] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--image",
+            metavar="FILE",
+            help="A picture of --prompt, for a model of images and text; repeatable.",
             rich_help_panel="Memory",
         ),
     ] = None,
@@ -83,6 +93,11 @@ def generate(
     if (prompt is None) == (prompts is None):
         said = "what should be answered?" if prompt is None else "--prompt and --prompts together"
         raise ConfigError(said, expected="one of --prompt and --prompts")
+    if image and prompts is not None:
+        raise ConfigError(
+            "--image with --prompts, a file that names its pictures itself",
+            expected='lines of {"prompt": "…", "image": "photo.png"}',
+        )
     view = call.view()
     if not call.reads_texts:
         raise ConfigError(
@@ -92,8 +107,13 @@ def generate(
         )
     from memtool.inference.sources import prompts_in
     from memtool.methods.attached import AttachedTexts
+    from memtool.streams import with_pictures
 
-    asked = [prompt] if prompt is not None else prompts_in(prompts or Path())
+    asked = (
+        with_pictures([prompt], [image] if image else None)
+        if prompt is not None
+        else prompts_in(prompts or Path())
+    )
     if not all(one.strip() for one in asked):
         raise ConfigError("a prompt is empty", expected="text with a visible character")
     with call.out.progress() as progress:

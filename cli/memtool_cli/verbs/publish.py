@@ -117,24 +117,37 @@ def pull(call: Call, repository: Repository) -> None:
 
     call.refuse_version()
     with call.out.progress() as progress:
-        store = fetch(
+        pulled = fetch(
             repository,
             call.store_path,
             lock_timeout=call.config.lock_timeout,
             progress=progress,
         )
+    store, came = pulled.store, pulled.came
     view = store.view()
-    record = records.Cloned(
+    record = records.Pulled(
         source=hub.SCHEME + hub.repository_of(repository),
         target=store.url,
         version=view.version,
         adapters=len(view.live),
+        branches=tuple(sorted(store.branches())) if came is None else came.branches,
+        tags=tuple(sorted(store.tags())) if came is None else came.tags,
+        deleted=() if came is None else came.deleted,
     )
+    new = [
+        *(f"branch {name}" for name in record.branches),
+        *(f"tag {name}" for name in record.tags),
+    ]
     rows = [
         ("from", record.source),
         ("to", record.target),
         ("version", record.version),
         ("adapters", record.adapters),
+        ("new", ", ".join(new) or "-"),
     ]
     call.out.data(record, Table((), rows), ids=[record.target])
+    if not new:
+        call.out.note(f"nothing new: {record.target} holds all that {record.source} has")
+    for name in record.deleted:
+        call.out.note(f"note: tag {name} was deleted in {record.target} and stays so")
     call.out.next(f"memtool eval --store {store.url}")

@@ -19,7 +19,17 @@ from memtool.settings import DEFAULT_METHOD, Config, choices, get, keys
 from memtool_cli.commands import Verbs
 from memtool_cli.options import COMPUTE, CONFIGURATION, METHOD, STORE, YES, Call, examples, verb
 from memtool_cli.output import Table, size
-from memtool_cli.records import Check, Diagnosis, Preset, Presets, Setting, Settings, Written
+from memtool_cli.records import (
+    BackboneRow,
+    Backbones,
+    Check,
+    Diagnosis,
+    Preset,
+    Presets,
+    Setting,
+    Settings,
+    Written,
+)
 from memtool_stores.files import is_special
 from memtool_stores.migrate import SCHEMA_VERSION
 
@@ -140,6 +150,64 @@ def list_presets(call: Call) -> None:
     )
 
 
+@app.command(
+    "backbones",
+    epilog=examples(
+        "memtool backbones",
+        "memtool backbones resnet18",
+        "memtool backbones 'convnext_*o'",
+        "memtool backbones swin_tiny --json",
+    ),
+)
+@verb()
+def backbones(
+    call: Call,
+    wanted: Annotated[
+        str | None,
+        typer.Argument(metavar="[FILTER]", help="A word in their names, or a pattern with * or ?."),
+    ] = None,
+) -> None:
+    """List timm's models: their targets, widths, blocks and parameters, or their names alone."""
+    from memtool.backbones.listing import MOST, described, names_of
+
+    names = names_of(wanted)
+    if wanted is None or len(names) > MOST:
+        rows = [BackboneRow(name=f"timm:{name}") for name in names]
+        table = Table(("backbone.name",), [(row.name,) for row in rows])
+        call.out.data(Backbones(backbones=tuple(rows)), table, ids=[row.name for row in rows])
+        told = f"{len(names)} models: their targets are told of {MOST} at most"
+        call.out.note(f"{told}, memtool backbones FILTER")
+        return
+    rows = [
+        BackboneRow(
+            name=f"timm:{one.name}",
+            parameters=one.parameters,
+            image_size=one.size,
+            blocks=one.blocks,
+            widths=one.widths,
+            dim=one.dim,
+            targets=one.targets,
+            problem=one.problem,
+        )
+        for one in described(names)
+    ]
+    table = Table(
+        ("backbone.name", "parameters", "image size", "blocks", "widths", "targets"),
+        [
+            (
+                row.name,
+                f"{row.parameters:,}",
+                str(row.image_size),
+                str(row.blocks),
+                ",".join(map(str, row.widths)),
+                row.problem or ",".join(row.targets),
+            )
+            for row in rows
+        ],
+    )
+    call.out.data(Backbones(backbones=tuple(rows)), table, ids=[row.name for row in rows])
+
+
 @app.command("doctor", epilog=examples("memtool doctor", "memtool doctor --device cuda --json"))
 @verb(STORE, *COMPUTE, *CONFIGURATION)
 def doctor(call: Call) -> None:
@@ -151,6 +219,7 @@ def doctor(call: Call) -> None:
         _weights(call.config),
         _cache(),
         _store(call),
+        *_queries(call),
         _leftovers(call),
     )
     record = Diagnosis(ok=all(check.ok for check in checks), checks=checks)
@@ -243,6 +312,9 @@ def _data() -> Check:
 def _weights(config: Config) -> Check:
     if config.backbone.weights is None:
         return Check(name="backbone", ok=True, found=config.backbone.name)
+    if config.backbone.weights == "random":
+        found = f"{config.backbone.name}, with random weights"
+        return Check(name="backbone", ok=True, found=found)
     try:
         path = expand(config.backbone.weights)
     except MemtoolError as error:
@@ -286,6 +358,28 @@ def _store(call: Call) -> Check:
     if view.schema < SCHEMA_VERSION:
         found += f", schema {view.schema}: the next commit brings it to {SCHEMA_VERSION}"
     return Check(name="memory", ok=True, found=found)
+
+
+def _queries(call: Call) -> tuple[Check, ...]:
+    """Blocks of a memory of images whose coefficients do not depend on the input, if any."""
+    from memtool_stores import MemoryStore
+
+    try:
+        if not MemoryStore.exists(call.store_path):
+            return ()
+        view = call.view()
+        if "memory" not in view.blobs():  # no memory of MIRA over images
+            return ()
+        from memtool.methods.mira.doctor import asked_the_same
+
+        same = asked_the_same(view)
+    except MemtoolError as error:
+        return (Check(name="queries", ok=False, found=error.message, remedy=error.remedy),)
+    if not same.blocks:
+        return ()
+    named = ", ".join(map(str, same.blocks))
+    found = f"block {named} is asked the same by every input: its coefficients depend on none"
+    return (Check(name="queries", ok=True, found=found, remedy=same.remedy),)
 
 
 def _leftovers(call: Call) -> Check:

@@ -10,7 +10,8 @@
     inf-lora     a LoRA per task, summed, its A fixed where old tasks do not see it
     moe-lora     as many LoRA as tasks, mixed by a learned router
     text-keys    a LoRA per task, mixed by keys that are its class names (xtail); where it is named
-    joint        one LoRA on all tasks at once: an upper bound
+    joint        one LoRA on all tasks at once: an upper bound; under setting mtl a rival, with as
+                 many parameters as all adapters of the memory
 
 Rivals, measured where they are named (`RIVALS`):
 
@@ -55,11 +56,11 @@ from memtool.methods.baselines.dual_prompt import DualPrompt
 from memtool.methods.baselines.ease import Ease
 from memtool.methods.baselines.ewc import Ewc
 from memtool.methods.baselines.fine_tune import FineTune
-from memtool.methods.baselines.frozen import frozen
+from memtool.methods.baselines.frozen import frozen, frozen_at_once
 from memtool.methods.baselines.fsa import FSA
 from memtool.methods.baselines.in_turn import in_turn
 from memtool.methods.baselines.inf_lora import InfLora
-from memtool.methods.baselines.joint import joint
+from memtool.methods.baselines.joint import Wide, at_once, joint, joint_rank
 from memtool.methods.baselines.l2p import L2p
 from memtool.methods.baselines.lwf import Lwf
 from memtool.methods.baselines.moe_lora import MoeLora
@@ -85,12 +86,16 @@ __all__ = [
     "BASELINES",
     "DG_BASELINES",
     "FIRST_SESSION",
+    "MTL_BASELINES",
+    "REVISIONS",
     "RIVALS",
     "Baseline",
     "HeldOut",
+    "at_once_baseline",
     "baseline",
     "baselines_of",
     "held_out_baseline",
+    "joint_rank",
     "passes",
     "require",
     "source_of",
@@ -118,6 +123,19 @@ DG_BASELINES = {**OF_SOURCES, **{one.id: one.on_sources for one in (RANPAC, APER
 """Those of domain generalisation: workspace, source tasks and held-out samples to what is reached.
 
 FSA is `erm` there, under its LDA head."""
+
+REVISIONS = {"slca": 2, "ease": 2, "mos": 2, "tuna": 2, "dual-prompt": 2}
+"""How often what a baseline computes was changed, counted from 1, which the others are at.
+
+Rows that an earlier run kept are found by it: raise it with every change after which one reaches
+other numbers, of all that share what was changed."""
+
+MTL_BASELINES: dict[str, Baseline] = {
+    "frozen": frozen_at_once,
+    "joint": lambda work, tasks: at_once(Wide, 1, work, tasks),
+    MoeLora.id: lambda work, tasks: at_once(MoeLora, len(tasks), work, tasks),
+}
+"""Those of tasks that are learned at once and all tested: their last line."""
 
 FIRST_SESSION = (RANPAC.id, APER.id, FSA.id)
 """Those that learn on the first task alone."""
@@ -180,6 +198,18 @@ def held_out_baseline(name: str) -> Callable[[Workspace, Sequence[Task], Images]
         return trained_sources(kind, kind.id, kind.title, *given)
 
     return _of_others(name, at_once)
+
+
+def at_once_baseline(name: str) -> Baseline:
+    """As `baseline`, of tasks that are learned at once: a class learns all of them as one."""
+    if name in MTL_BASELINES:
+        return MTL_BASELINES[name]
+
+    def learned(kind: type[Learner], work: Workspace, tasks: Sequence[Task]) -> list[Row]:
+        return at_once(kind, 1, work, tasks)
+
+    found: Baseline = _of_others(name, learned)
+    return found
 
 
 def source_of(name: str) -> str | None:

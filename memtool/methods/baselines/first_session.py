@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memtool.evaluation.matrix import AccuracyMatrix
+from memtool.evaluation.course import Course
 from memtool.evaluation.record import Row
 from memtool.heads import FeatureStatistics, ProjectedMoments
 from memtool.learning.learner import Learner
@@ -57,16 +57,16 @@ class FirstSession:
         learner = self._adapted(work, tasks[0], f"task 1/{len(tasks)} {tasks[0].name}")
         counted = self._nothing(work)
         seconds = time.perf_counter() - begin
-        samples = [task.test for task in tasks]
+        course = Course(tasks, work.unseen)
+        samples = [task.test for task in course.tested]
         test = [self._features(learner, each) for each in samples]
-        matrix = AccuracyMatrix.empty([task.name for task in tasks])
         for number, task in enumerate(tasks, start=1):
             begin = time.perf_counter()
             self._count(counted, learner, task.train)
             predict = self.head(counted, work.config.head)
             seconds += time.perf_counter() - begin
-            matrix = matrix.with_row(number, accuracies(predict, test, samples))
-        return [Row.measured(self.id, self.title, "baseline", matrix, seconds=seconds)]
+            course.add(number, accuracies(predict, test, samples))
+        return [course.row(self.id, self.title, "baseline", seconds=seconds)]
 
     def on_sources(
         self, work: Workspace, sources: Sequence[Task], held_out: Images

@@ -6,11 +6,12 @@ import time
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memtool.engine import Batch, Batches
-from memtool.evaluation.matrix import AccuracyMatrix
+from memtool.evaluation.course import Course
 from memtool.evaluation.record import Row
 from memtool.heads import LinearHead
 from memtool.methods.baselines.reading import (
@@ -31,13 +32,12 @@ def frozen(work: Workspace, tasks: Sequence[Task]) -> list[Row]:
     begin = time.perf_counter()
     train = [frozen_features(work, task.train) for task in tasks]
     spent = time.perf_counter() - begin
-    samples = [task.test for task in tasks]
+    readings = (*_READINGS, *random_reading(work))
+    courses = {reading: Course(tasks, work.unseen) for reading in readings}
+    samples = [task.test for task in courses[readings[0]].tested]
     test = [frozen_features(work, each) for each in samples]
     closed = ClosedForms(work, len(tasks))
     head = LinearHead(work.backbone.dim, len(work.stream.class_names))
-    names = [task.name for task in tasks]
-    readings = (*_READINGS, *random_reading(work))
-    matrices = {reading: AccuracyMatrix.empty(names) for reading in readings}
     trained = 0.0
     for number, (task, features) in enumerate(zip(tasks, train, strict=True), start=1):
         closed.count(features, task)
@@ -47,18 +47,40 @@ def frozen(work: Workspace, tasks: Sequence[Task]) -> list[Row]:
         for reading in readings:
             linear = reading == "linear"
             predict = head.classifier().to("cpu") if linear else closed.solve(reading)
-            row = accuracies(predict, test, samples)
-            matrices[reading] = matrices[reading].with_row(number, row)
+            courses[reading].add(number, accuracies(predict, test, samples))
     return [
-        Row.measured(
+        course.row(
             f"frozen-{reading}",
             f"frozen + {TITLES[reading]}",
             "baseline",
-            matrix,
             seconds=spent + trained if reading == "linear" else spent,
         )
-        for reading, matrix in matrices.items()
+        for reading, course in courses.items()
     ]
+
+
+def frozen_at_once(work: Workspace, tasks: Sequence[Task]) -> list[Row]:
+    """As `frozen`, the linear head trained on all tasks as one: the last line only."""
+    begin = time.perf_counter()
+    train = [frozen_features(work, task.train) for task in tasks]
+    spent = time.perf_counter() - begin
+    closed = ClosedForms(work, len(tasks))
+    for task, features in zip(tasks, train, strict=True):
+        closed.count(features, task)
+    head = LinearHead(work.backbone.dim, len(work.stream.class_names))
+    train_head(work, head, torch.cat(train), Task.pooled(tasks))
+    trained = time.perf_counter() - begin
+    test = [frozen_features(work, task.test) for task in tasks]
+    rows = []
+    for reading in (*_READINGS, *random_reading(work)):
+        linear = reading == "linear"
+        predict = head.classifier().to("cpu") if linear else closed.solve(reading)
+        course = Course(tasks, None)
+        course.add(len(tasks), accuracies(predict, test, [task.test for task in tasks]))
+        seconds = trained if linear else spent
+        label = f"frozen + {TITLES[reading]}"
+        rows.append(course.row(f"frozen-{reading}", label, "baseline", seconds=seconds))
+    return rows
 
 
 def frozen_features(work: Workspace, samples: Images) -> Tensor:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from memtool.evaluation.matrix import AccuracyMatrix
+from memtool.evaluation.course import Course
 from memtool.evaluation.record import Row
 from memtool.heads import CosineHead
 from memtool.learning.known import fixed_head
@@ -90,9 +90,9 @@ def rail(work: Workspace, tasks: Sequence[Task]) -> list[Row]:
     zero_shot = fixed_head(work).to("cpu")
     generator = work.engine.generator(work.seed)
     model = Rail(work.backbone.dim, len(work.stream.class_names), generator)
-    samples = [task.test for task in tasks]
+    course = Course(tasks, work.unseen)
+    samples = [task.test for task in course.tested]
     test = [frozen_features(work, each) for each in samples]
-    matrix = AccuracyMatrix.empty([task.name for task in tasks])
     seconds = 0.0
     for number in range(len(tasks) + 1):
         if number:
@@ -105,6 +105,6 @@ def rail(work: Workspace, tasks: Sequence[Task]) -> list[Row]:
             share_right(model.scores(features, zero_shot), each)
             for features, each in zip(test, samples, strict=True)
         ]
-        matrix = matrix.with_row(number, found)
+        course.add(number, found)
     label = "RAIL, ridge on projections, fused with zero-shot"
-    return [Row.measured("rail", label, "baseline", matrix, seconds=seconds)]
+    return [course.row("rail", label, "baseline", seconds=seconds)]

@@ -99,9 +99,9 @@ class SPrompts(Prompted):
 
 def require_domains(work: Workspace) -> None:
     """Raise ConfigError where tasks are not domains of the same classes."""
-    if work.config.stream.setting != "dil":
+    if work.config.stream.setting not in ("dil", "dgcl"):
         raise ConfigError(
             f"{SPrompts.title} under stream.setting {work.config.stream.setting}",
-            expected="stream.setting dil, where tasks are domains of the same classes",
+            expected="stream.setting dil or dgcl, where tasks are domains of the same classes",
             remedy="--baselines l2p,dual-prompt,coda-prompt",
         )

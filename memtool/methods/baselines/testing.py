@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from memtool.evaluation.matrix import AccuracyMatrix
+from memtool.evaluation.course import Course
 from memtool.evaluation.record import Row
 from memtool.learning.answers import Answering, AnswerScores, answer_row
 from memtool.learning.learner import Learner
@@ -71,12 +71,11 @@ class OfHeads(Testing):
     ) -> None:
         super().__init__(learner, tasks)
         self.closed = ClosedForms(learner.work, len(tasks))
-        names = [task.name for task in tasks]
-        self.matrices = {reading: AccuracyMatrix.empty(names) for reading in readings}
+        self.courses = {reading: Course(tasks, learner.work.unseen) for reading in readings}
 
     def before(self) -> None:
         """A head that is fixed in advance can be read before anything is learned."""
-        if "fixed" in self.matrices:
+        if "fixed" in self.courses:
             self._read(0, ["fixed"])
 
     def count(self, task: Task) -> None:
@@ -85,19 +84,17 @@ class OfHeads(Testing):
 
     def after(self, number: int) -> None:
         """Every reading."""
-        self._read(number, [*self.matrices])
+        self._read(number, [*self.courses])
 
     def at_all_times(self) -> None:
         """One line, repeated."""
-        self._read(0, ["fixed"])
-        once = self.matrices["fixed"]
-        line = once.last
-        for number in range(1, len(self.tasks) + 1):
-            once = once.with_row(number, line)
-        self.matrices["fixed"] = once
+        for number, scores in enumerate([self._read(0, ["fixed"])] * len(self.tasks), start=1):
+            self.courses["fixed"].add(number, scores)
 
-    def _read(self, number: int, readings: Sequence[Reading]) -> None:
-        samples = [task.test for task in self.tasks]
+    def _read(self, number: int, readings: Sequence[Reading]) -> list[float]:
+        """Every reading after so many tasks; the scores of the last."""
+        row: list[float] = []
+        samples = [task.test for task in self.courses[readings[0]].tested]
         test = [self.learner.features_of(each) for each in samples]
         for reading in readings:
             if reading in ("linear", "fixed"):
@@ -105,21 +102,21 @@ class OfHeads(Testing):
             else:
                 predict = self.closed.solve(reading)
             row = accuracies(predict, test, samples)
-            self.matrices[reading] = self.matrices[reading].with_row(number, row)
+            self.courses[reading].add(number, row)
+        return row
 
     def rows(self, seconds: float) -> list[Row]:
         """A row a reading; that of the learner's own head has its name."""
         learner = self.learner
         return [
-            Row.measured(
+            course.row(
                 learner.id if reading in ("linear", "fixed") else f"{learner.id}-{reading}",
                 f"{learner.label}, {TITLES[reading]}",
                 learner.kind,
-                matrix,
                 seconds=seconds,
                 **self.about(),
             )
-            for reading, matrix in self.matrices.items()
+            for reading, course in self.courses.items()
         ]
 
 
@@ -138,28 +135,28 @@ class OfScores(Testing):
         super().__init__(learner, tasks)
         assert isinstance(learner, HasScores)
         self.scores = learner.scores
-        self.matrix = AccuracyMatrix.empty([task.name for task in tasks])
+        self.course = Course(tasks, learner.work.unseen)
 
     def before(self) -> None:
         """There is no classifier yet."""
 
     def after(self, number: int) -> None:
         """Its own scores."""
-        row = [share_right(self.scores(task), task.test) for task in self.tasks]
-        self.matrix = self.matrix.with_row(number, row)
+        tested = self.course.tested
+        self.course.add(number, [share_right(self.scores(task), task.test) for task in tested])
 
     def at_all_times(self) -> None:
         """One line, repeated."""
-        self.after(len(self.tasks))
-        line = self.matrix.last
-        for number in range(1, len(self.tasks)):
-            self.matrix = self.matrix.with_row(number, line)
+        tested = self.course.tested
+        line = [share_right(self.scores(task), task.test) for task in tested]
+        for number in range(1, len(self.tasks) + 1):
+            self.course.add(number, line)
 
     def rows(self, seconds: float) -> list[Row]:
         """One row."""
         one = self.learner
         about = self.about()
-        return [Row.measured(one.id, one.label, one.kind, self.matrix, seconds=seconds, **about)]
+        return [self.course.row(one.id, one.label, one.kind, seconds=seconds, **about)]
 
 
 class OfAnswers(Testing):

@@ -8,9 +8,11 @@ from typing import ClassVar
 import numpy as np
 
 from memtool.adapters.values import Recall
+from memtool.backbones.causal_lm import CausalLM
 from memtool.evaluation.record import Row
 from memtool.learning.learner import Learner
 from memtool.methods.baselines.testing import measured_by
+from memtool.pictured import together
 from memtool.streams.ordering import random_ranks
 from memtool.streams.task import Task
 from memtool.workspace import Workspace
@@ -44,14 +46,15 @@ class InContext(ZeroShot):
         """The prompts with their examples."""
         ranks = random_ranks(len(task.train), "examples", self.work.seed)
         chosen = task.train.chosen(np.argsort(ranks)[: self.work.config.text.shots].tolist())
-        shots = [f"{p} {a}\n\n" for p, a in zip(chosen.prompts, chosen.answers, strict=True)]
+        pairs = zip(chosen.prompts, chosen.answers, strict=True)
+        shots = [together((prompt, f" {answer}\n\n")) for prompt, answer in pairs]
         return [self._with_examples(shots, prompt) for prompt in task.test.prompts]
 
     def _with_examples(self, shots: Sequence[str], prompt: str) -> str:
-        lm = self.work.backbone
+        lm: CausalLM = self.work.backbone
         for count in range(len(shots), 0, -1):
-            text = "".join(shots[:count]) + prompt
-            if len(lm.tokenizer(text, verbose=False).input_ids) <= lm.prompt_tokens:
+            text = together((*shots[:count], prompt))
+            if lm.length_of(text) <= lm.prompt_tokens:
                 return text
         return prompt
 

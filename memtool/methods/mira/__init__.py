@@ -4,6 +4,7 @@ In the order of the paper:
 
     look         what is seen of an input beforehand, and what a head reads beside
     recall       how an input recalls its mixture: query, key, coefficients
+    read         other readings: a query that settles first, a decoder over the ranks
     count        what consolidation counts of a task's images
     keys         keys in closed form, as mean queries, or at random
     learn        keys that learn by gradient (stage 2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from memtool.errors import ConfigError
 from memtool.methods.about import About
-from memtool.sections import SHARES, MemorySettings
+from memtool.sections import SHARES, ConsolidateSettings, MemorySettings
 from memtool.settings import Config
 
 POSTERIORS = SHARES
@@ -21,6 +21,9 @@ def _require(config: Config) -> None:
     _require_look_under(config)
     _require_left_to_frozen(config)
     _require_soft_choice(config.memory)
+    _require_of_blocks(config.memory)
+    _require_guard(config)
+    _require_read(config.memory, config.consolidate)
     for name, found, known in (
         ("memory.scope", config.memory.scope, ("model", "block")),
         ("memory.clusters", config.memory.clusters, (1,)),
@@ -29,8 +32,38 @@ def _require(config: Config) -> None:
     if config.backbone.name.startswith("open_clip:"):
         raise ConfigError(
             f"method mira on backbone {config.backbone.name}",
-            expected="an image model: its memories look at blocks as wide as the features",
-            remedy="--set method=moram, or a backbone timm:<model name>",
+            expected="an image model: its memories look at images alone",
+            remedy="--set backbone.name=open_clip_image:"
+            f"{config.backbone.name.removeprefix('open_clip:')}, its image tower",
+        )
+
+
+def _require_of_blocks(memory: MemorySettings) -> None:
+    """Raise ConfigError for what only a memory in every block has."""
+    if memory.scope == "block":
+        return
+    for name, found, plain, why in (
+        ("memory.query_norm", memory.query_norm, "layer", "the norm of the block that is asked"),
+        ("memory.blocks", memory.blocks, "all", "a memory in every block, some of them left out"),
+    ):
+        if found == "block" or (name == "memory.blocks" and found is not None):
+            written = found if isinstance(found, str) else ",".join(map(str, found or ()))
+            raise ConfigError(
+                f"{name} {written} under memory.scope {memory.scope}",
+                expected=f"memory.scope block: {why}",
+                remedy=f"--set memory.scope=block, or --set {name}={plain}",
+            )
+
+
+def _require_guard(config: Config) -> None:
+    """Raise ConfigError for a gradient that would be projected for some of what learns alone."""
+    memory, learn = config.memory, config.consolidate
+    published = learn.protect == "dual-gpm" and learn.guard == "gradient"
+    if published and memory.query != "identity":
+        raise ConfigError(
+            f"consolidate.guard gradient with memory.query {memory.query}",
+            expected="identity: only gradients of keys and head are projected",
+            remedy="--set memory.query=identity, or --set consolidate.guard=step",
         )
 
 
@@ -93,6 +126,48 @@ def _require_soft_choice(memory: MemorySettings) -> None:
     )
 
 
+def _require_read(memory: MemorySettings, learn: ConsolidateSettings) -> None:
+    """Raise ConfigError for a reading that does not go with what it reads."""
+    if memory.read == "mixture":
+        return
+    needs: list[tuple[str, object, tuple[object, ...], str]] = [
+        ("memory.routing", memory.routing, ("mixture",), "a mixture: a hard choice has one answer")
+    ]
+    if memory.read == "energy":
+        needs += [
+            (
+                "memory.separation",
+                memory.separation,
+                ("softmax",),
+                "softmax, whose mixture of the keys lowers an energy",
+            ),
+            (
+                "memory.similarity",
+                memory.similarity,
+                ("scaled-dot", "dot", "euclidean"),
+                "inner products or squared distances, whose steps lower an energy",
+            ),
+        ]
+    else:
+        needs += [
+            ("memory.mix", memory.mix, ("delta",), "a sum of rank-1 pieces, each with its weight"),
+            ("memory.frozen", memory.frozen, ("none",), "weights that learn"),
+        ]
+    for name, found, known, why in needs:
+        if found not in known:
+            raise ConfigError(
+                f"memory.read {memory.read} with {name} {found}",
+                expected=why,
+                remedy=f"--set {name}={known[0]}, or --set memory.read=mixture",
+            )
+    if memory.read == "decoder" and not learn.epochs:
+        raise ConfigError(
+            "memory.read decoder with consolidate.epochs 0",
+            expected="epochs in which it learns: until then it adds nothing to the mixture",
+            remedy="--set consolidate.epochs=4, or --set memory.read=mixture",
+        )
+
+
 def _require_look_at_images(config: Config) -> None:
     """Raise ConfigError for a look that images do not have, or that could move."""
     memory, beside = config.memory, config.head.beside
@@ -135,13 +210,27 @@ def _require_closed_form(config: Config) -> None:
         ("memory.keys_of", memory.keys_of, ("task",)),
         ("memory.routing", memory.routing, ("mixture", "lda")),
         ("memory.frozen", memory.frozen, ("none",)),
+        ("memory.read", memory.read, ("mixture",)),
         ("memory.similarity", memory.similarity, ("scaled-dot", "dot")),
         ("memory.separation", memory.separation, POSTERIORS),
         ("consolidate.keys", learn.keys, ("closed-form",)),
         ("memory.test_time", memory.test_time, ("none",)),
         ("consolidate.value_lr", learn.value_lr, (0,)),
+        ("memory.key_bias", memory.key_bias, (True,)),
+        ("memory.key_norm", memory.key_norm, ("none",)),
+        ("memory.centre", memory.centre, ("none",)),
+        ("memory.blocks", memory.blocks, (None,)),
+        ("memory.query_norm", memory.query_norm, ("layer", "none")),
+        ("consolidate.first_epochs", learn.first_epochs, (None,)),
+        ("consolidate.weight_decay", learn.weight_decay, (0,)),
     ):
         _require_one_of(name, found, known, "texts")
+    if learn.epochs and not learn.lr:
+        raise ConfigError(
+            f"consolidate.epochs {learn.epochs} with consolidate.lr 0 on a stream of texts",
+            expected="a learning rate: keys are all that learns",
+            remedy="--set consolidate.epochs=0",
+        )
     _require_place_of_keys(memory)
     _require_look_under(config)
 

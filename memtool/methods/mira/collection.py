@@ -42,6 +42,7 @@ from memtool.methods.records import number_of, task_numbers
 from memtool.methods.results import WriteResult, WrittenAdapter
 from memtool.methods.routed.memory import kept_bytes
 from memtool.outside import read_file
+from memtool.pictured import require_text_alone
 from memtool.streams.task import Texts, spread
 from memtool.streams.text import LINE, adapter_lines, text_sources
 from memtool_stores.held import Held, Spool, TensorFile
@@ -280,6 +281,7 @@ def _put(txn: memtool_stores.Transaction, name: str, data: Held) -> bool:
 def _put_prompts(txn: memtool_stores.Transaction, name: str, asked: Sequence[str] | None) -> None:
     """Keep prompts; where they are not to be kept, none of before stay either."""
     if asked is not None:
+        require_text_alone(asked, "--keep-prompts")
         _put(txn, name, Held.of(json.dumps(asked).encode()))
     elif name in txn.base.state.blobs:
         txn.delete_blob(name)

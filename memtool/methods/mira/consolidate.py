@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ from memtool.errors import ConfigError
 from memtool.heads import FeatureStatistics, RecalledHead, solve_recalled_head
 from memtool.heads.solve import going_on
 from memtool.learning.known import kept_head
-from memtool.memories.keyed import KeyedMemory
+from memtool.memories.keyed import KeyedMemory, set_centre
 from memtool.methods.in_store import HEAD, features_blob
 from memtool.methods.method import require_unmoved
 from memtool.methods.mira.count import count_queries, count_task
@@ -38,7 +38,8 @@ from memtool.methods.mira.keys import Draws, start_keys
 from memtool.methods.mira.learn import learn
 from memtool.methods.mira.measure import Measure, drift_degrees
 from memtool.methods.mira.protect import Protection
-from memtool.methods.mira.recall import MemoryModel, memory_blocks, reaches_of
+from memtool.methods.mira.read import DECODERS, add_decoders, decoders_bytes
+from memtool.methods.mira.recall import MemoryModel, first_norms, memory_blocks, reaches_of
 from memtool.methods.mira.state import (
     PAST_QUERIES,
     QUERY_MODULES,
@@ -48,6 +49,7 @@ from memtool.methods.mira.state import (
 )
 from memtool.methods.results import ConsolidateResult
 from memtool.methods.subject import SUBJECT_SAMPLES
+from memtool.sections import MemorySettings
 from memtool.settings import Config
 from memtool.streams.task import Images, Task, spread
 from memtool.workspace import Workspace, require_learnable
@@ -121,7 +123,7 @@ def _count(known: Inventory) -> None:
     # A memory without content, for its query modules: what would each block be asked?
     blocks = memory_blocks(settings, work.backbone, work.layout.blocks)
     look = known.look
-    probe = _memory(known, torch.zeros(len(blocks), 1, look.width + 1))
+    probe = _memory(known, torch.zeros(len(blocks), 1, look.width + settings.key_bias))
     probe = probe.to(work.engine.device).requires_grad_(False)
     beneath = known.snapshot.model if known.config.adapter.residual else None
     queries, features = known.queries, known.features
@@ -133,6 +135,10 @@ def _count(known: Inventory) -> None:
         )
         return work.counted(found, task.train), asked
 
+    if settings.centre == "first-task" and known.centre is None:
+        known.centre = _centre(known, probe, beneath)
+    if known.centre is not None:
+        set_centre(probe, known.centre)
     for number in known.grown:
         features[number], _ = seen(work.task(str(number)), None)
     for number in work.telling("consolidate: count", known.new):
@@ -142,6 +148,29 @@ def _count(known: Inventory) -> None:
         by_class = settings.keys_of == "class"
         queries[number] = count_queries(asked, task.train.labels, by_class=by_class)
     known.features = {number: features[number] for number in known.tasks}
+
+
+def _centre(known: Inventory, probe: KeyedMemory, beneath: MemoryModel | None) -> Tensor:
+    """The mean (memories, d) of what query modules are given by the tasks that are learned first.
+
+    Those are all that are new to a memory without any.
+    """
+    work, total, count = known.work, torch.zeros(0), 0
+    plain = known.config.memory.model_copy(update={"query": "identity"})
+    asked = _memory(
+        known, torch.zeros(len(probe.blocks), 1, probe[probe.blocks[0]].query.width), plain
+    )
+    asked = asked.to(work.engine.device).requires_grad_(False)
+    for number in known.new:
+        task = work.task(str(number))
+        own = known.snapshot.own_values(number, work.engine.device)
+        _, queries = count_task(
+            work.engine, work.backbone, asked, known.look, plain, own, task.train, beneath
+        )
+        sums = queries.double().sum(dim=1)
+        total = sums if not count else total + sums
+        count += queries.shape[1]
+    return (total / count).float()
 
 
 # Start ------------------------------------------------------------------------------------------
@@ -164,7 +193,7 @@ def _start(known: Inventory) -> Start:
     if before is not None and kept and config.consolidate.keys != "closed-form":
         # Closed-form keys are relative to each other: all are solved anew.
         keys[:, :kept] = before
-    if past is not None:
+    if past is not None and config.consolidate.guard == "step":
         keys[:, kept:] = past.free_keys(blocks, keys[:, kept:])
     return Start(keys, kept, past)
 
@@ -183,6 +212,12 @@ def _kept(known: Inventory) -> int:
             "them again would need the images of all tasks",
             remedy="--sep and memory.similarity as before, consolidate.epochs 0 with keys "
             "in closed form, or another --store",
+        )
+    if then.read != now.read:
+        raise ConfigError(
+            f"memory.read {now.read}, and the keys in memory learned under memory.read {then.read}",
+            expected="one reading: learning them again would need the images of all tasks",
+            remedy=f"--set memory.read={then.read}, or another --store",
         )
     return before.shape[1]
 
@@ -203,7 +238,7 @@ def _past(known: Inventory) -> Protection | None:
 
 def _learns(config: Config) -> bool:
     """Whether keys are learned, or random: not solved from moments that are there for all tasks."""
-    return config.consolidate.epochs > 0 or config.consolidate.keys == "random"
+    return config.consolidate.epochs > 0 or config.consolidate.keys in ("random", "uniform")
 
 
 def require_can_learn(config: Config) -> None:
@@ -242,21 +277,35 @@ def _model(known: Inventory, keys: Tensor) -> MemoryModel:
     memory = _memory(known, keys)
     if known.config.memory.frozen == "novelty":
         memory[memory.blocks[0]].reaches = reaches_of(known.queries)
+    if known.config.memory.read == "decoder":
+        before = known.snapshot.model
+        add_decoders(
+            memory,
+            known.config.memory,
+            values,
+            before=None if before is None else before.memory,
+            adapters=len(work.stream.tasks) * known.config.adapter.per_task,
+            generator=work.engine.generator(work.seed),
+        )
     model = MemoryModel(work.backbone, values, memory, known.config.memory, known.look)
     return model.to(work.engine.device).requires_grad_(False)
 
 
-def _memory(known: Inventory, keys: Tensor) -> KeyedMemory:
+def _memory(known: Inventory, keys: Tensor, settings: MemorySettings | None = None) -> KeyedMemory:
     """A memory over keys (memories, t, m · (dim + 1)); query modules that learned go on."""
-    work, settings = known.work, known.config.memory
+    work, settings = known.work, settings or known.config.memory
+    blocks = memory_blocks(settings, work.backbone, work.layout.blocks)
     memory = KeyedMemory.from_settings(
         settings,
-        memory_blocks(settings, work.backbone, work.layout.blocks),
+        blocks,
         known.look.width,
         keys,
         prefix_tokens=work.backbone.prefix_tokens,
+        norms=first_norms(settings, work.backbone, blocks),
         generator=work.engine.generator(work.seed),
     )
+    if known.centre is not None:
+        set_centre(memory, known.centre)
     if known.snapshot.model is not None:
         learned, fresh = known.snapshot.model.memory.state_dict(), memory.state_dict()
         names = _query_modules(fresh)
@@ -281,7 +330,10 @@ def _learn(
     head = _solved(known)
     if config.head.kind == "shared" and known.snapshot.head is not None:
         head = going_on(known.snapshot.head, head)
-    if not config.consolidate.epochs or start.kept >= len(known.view.adapters):
+    elif config.head.kind == "shared" and config.consolidate.fresh_head:
+        head = _fresh(head)
+    epochs = config.consolidate.epochs_of(first=known.state is None)
+    if not epochs or start.kept >= len(known.view.adapters):
         return head, None
     resolved = config.head.resolved
     teacher, shown = head, known.opened(known.fresh)
@@ -302,6 +354,8 @@ def _learn(
         kept=start.kept,
         classes=sorted({label for task in shown for label in task.classes}),
         seed=work.seed,
+        epochs=epochs,
+        biased=config.head.bias,
         head_learns=config.head.kind == "shared" or resolved,
         past=start.past,
         validation=Images.joined([task.validation for task in shown]),
@@ -310,6 +364,12 @@ def _learn(
         stage=f"task {' '.join(str(task.number) for task in shown)}: consolidate",
     )
     return learned.to("cpu") if config.head.kind == "shared" else head, fit
+
+
+def _fresh(head: RecalledHead) -> RecalledHead:
+    """The same head at zero; classes that it does not know stay unknown."""
+    bias = head.bias.masked_fill(torch.isfinite(head.bias), 0.0)
+    return replace(head, weight=torch.zeros_like(head.weight), bias=bias)
 
 
 def _solved(known: Inventory, **other: str) -> RecalledHead:
@@ -345,13 +405,17 @@ def _observe(known: Inventory, start: Start, model: MemoryModel) -> None:
     if start.past is None:
         return
     work = known.work
+    settings = known.config.consolidate
     for task in known.opened(known.new):
+        one_batch = settings.guard == "gradient"
+        shown = spread(task.train, settings.batch_size) if one_batch else task.train
         start.past.observe(
             work.engine,
             model,
-            task.train.images,
-            start=known.config.consolidate.energy,
+            shown.images,
+            start=settings.energy,
             progress=(known.tasks.index(task.number) + 1) / len(work.stream.tasks),
+            every_token=one_batch,
         )
 
 
@@ -420,8 +484,8 @@ def _commit(
         ).put(txn)
         for name, data in blobs.items():
             txn.put_blob(name, data)
-        if QUERY_MODULES not in blobs and QUERY_MODULES in txn.base.blobs():
-            txn.delete_blob(QUERY_MODULES)
+        for name in {QUERY_MODULES, DECODERS} & {*txn.base.blobs()} - {*blobs}:
+            txn.delete_blob(name)
 
     about = {
         **metadata,
@@ -449,4 +513,7 @@ def _blobs(known: Inventory, made: Made) -> dict[str, bytes]:
     learned = {name: parts[name].detach().cpu().contiguous() for name in _query_modules(parts)}
     if learned:
         blobs[QUERY_MODULES] = save(learned)
+    decoders = decoders_bytes(made.model.memory)
+    if decoders is not None:
+        blobs[DECODERS] = decoders
     return blobs

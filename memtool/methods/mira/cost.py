@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from memtool.adapters.layout import Layout
 from memtool.backbones.causal_lm import model_source
 from memtool.backbones.interface import Backbone
 from memtool.learning.looks import PART_WIDE, PromptLook
 from memtool.methods.mira.look import passes_of, width_of
+from memtool.methods.mira.read import decoder_width, read_numbers
 from memtool.settings import Config
 from memtool.streams.task import Stream
 
@@ -19,6 +21,8 @@ class ImageCost:
     `frozen` without any adapter, `first_adapter` under that of the first task. `keys_bytes` and
     `queries_bytes`, the moments that keys are solved from, are those of all tasks in the store.
     `test_steps` are steps at test time, each a pass forward and back under what it recalls.
+    `read_numbers` learn beside values: keys, query modules and decoders, of the adapters of all
+    tasks, which have `adapter_numbers`; a decoder has a hidden layer `read_width` wide, else None.
     """
 
     scope: str
@@ -27,25 +31,37 @@ class ImageCost:
     keys_bytes: int
     queries_bytes: int
     test_steps: int
+    read: str
+    read_width: int | None
+    read_numbers: int
+    adapter_numbers: int
 
 
-def image_cost(config: Config, stream: Stream, backbone: Backbone, blocks: int) -> ImageCost:
-    """The cost of a memory of all tasks of a stream; `blocks` of the backbone are adapted."""
-    memory = config.memory
+def image_cost(config: Config, stream: Stream, backbone: Backbone, layout: Layout) -> ImageCost:
+    """The cost of a memory of all tasks of a stream, of adapters of a layout."""
+    memory, blocks = config.memory, len(layout.blocks)
     passes = passes_of(memory, config.head, backbone.depth)
-    width = width_of(memory, backbone.depth, backbone.dim)
-    memories = 1 if memory.scope == "model" else blocks
+    width = width_of(memory, backbone)
+    memories = 1 if memory.scope == "model" else len(memory.blocks or range(blocks))
     by_class = memory.keys_of == "class"
     counted = [len(task.classes) if by_class else 1 for task in stream.tasks]
     rows = len(stream.tasks) * config.adapter.per_task * max(counted)
+    in_turn = config.stream.setting == "dg" and config.stream.held_out is None
+    adapters = (len(stream.tasks) - in_turn) * config.adapter.per_task  # of one memory
+    ranks = adapters * layout.rank * (1 if memory.scope == "block" else blocks)
+    beside = read_numbers(memory, width, memories=memories, rows=ranks)
     moments = sum(count * width for count in counted) + len(counted) * width**2
     return ImageCost(
         scope=memory.scope,
         frozen=passes.get("frozen", 0.0),
         first_adapter=passes.get("first", 0.0),
-        keys_bytes=4 * memories * rows * (width + 1),
+        keys_bytes=4 * memories * rows * (width + memory.key_bias),
         queries_bytes=8 * memories * moments,
         test_steps=0 if memory.test_time == "none" else memory.test_steps,
+        read=memory.read,
+        read_width=decoder_width(memory, width, ranks) if memory.read == "decoder" else None,
+        read_numbers=memories * adapters * max(counted) * (width + 1) + beside,
+        adapter_numbers=adapters * layout.numel,
     )
 
 

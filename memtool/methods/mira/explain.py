@@ -1,9 +1,9 @@
 """Why an input is recognised as what it is: which adapters fire, with which sign, and what for.
 
-Taking something out sets its coefficients to zero and leaves all others as they were, so that the
-difference is what it contributed to this mixture. (`memtool forget` takes an adapter out for good,
-and the memory then mixes the others anew.) How known an input is comes from the moments of the
-queries that consolidation counted; no image is read for it.
+Taking something out sets its coefficients to zero, and what a decoder adds to them, and leaves all
+others as they were, so that the difference is what it contributed to this mixture. (`memtool
+forget` takes an adapter out for good, and the memory then mixes the others anew.) How known an
+input is comes from the moments of the queries that consolidation counted; no image is read for it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from memtool.adapters.recalls import given_for_each
 from memtool.heads import RecalledHead
-from memtool.memories.closed_form import QueryStatistics
+from memtool.memories.closed_form import QueryStatistics, same_for_every_input
 from memtool.memories.novelty import LIMIT
 from memtool.methods.explanation import (
     AdapterPart,
@@ -32,8 +32,9 @@ from memtool.methods.explanation import (
 )
 from memtool.methods.mira.measure import seen_by
 from memtool.methods.mira.method import Mira
-from memtool.methods.mira.recall import MemoryModel
+from memtool.methods.mira.recall import Given, MemoryModel
 from memtool.methods.mira.settle import says, settled
+from memtool.methods.mira.state import Snapshot
 from memtool.methods.records import task_of
 from memtool.methods.subject import subject_of
 from memtool.reports.shown import format_of
@@ -90,11 +91,21 @@ def explain(
         familiar=_familiar(seen.queries, snapshot.query_statistics(), names),
         novelty=far,
         unlike=None if far is None else far > LIMIT,
+        same_for_every_input=blocks_asked_the_same(snapshot),
         out=out,
     )
     if out is not None:
         work.engine.on_main(lambda: draw(result, out))
     return result
+
+
+def blocks_asked_the_same(snapshot: Snapshot) -> tuple[int, ...]:
+    """The blocks whose memory was asked the same by every training image of every task."""
+    _, model, _ = snapshot.consolidated()
+    if model.settings.scope != "block":
+        return ()
+    found = same_for_every_input(list(snapshot.query_statistics().values()))
+    return tuple(model.memory.blocks[place] for place in found)
 
 
 def _taken_out(
@@ -107,6 +118,8 @@ def _taken_out(
     tell, below = mixed.mira.workspace.tell, seen.coefficients < 0
     # One pass for every adapter that takes part: all others would change nothing.
     taking_part = seen.coefficients.abs().amax(dim=(0, 1)) > 0
+    if mixed.model.settings.read == "decoder":  # which also adds to a weight of zero
+        taking_part = torch.ones_like(taking_part)
     total = int(taking_part.sum()) + 1
     tell("explain", 0, total)
     clamped = seen.coefficients.clamp_min(0)
@@ -118,7 +131,7 @@ def _taken_out(
         without = whole
         if bool(taking_part[place]):
             others = torch.arange(len(records)) != place
-            without = judge(mixed(seen.coefficients * others))
+            without = judge(mixed(seen.coefficients * others, place))
             tell("explain", 1 + int(taking_part[: place + 1].sum()), total)
         parts.append(
             AdapterPart(
@@ -140,15 +153,21 @@ def distances(
     """Squared Mahalanobis distances (tasks,) of queries (n, memories, d), and the typical ones.
 
     From the mean query of every task, by the covariance within tasks, averaged over samples and
-    memories; typical (tasks,) is the same average over the task's own training queries. None where
-    no queries were counted, or only equal ones.
+    memories; typical (tasks,) is the same average over the task's own training queries. Memories
+    that every input asks the same are left out. None where no queries were counted, or only equal
+    ones.
     """
     if not statistics:
         return None
     parts = [part.pooled() for part in statistics.values()]
+    same = same_for_every_input(parts)
+    told_apart = [place for place in range(queries.shape[1]) if place not in same]
+    if not told_apart:
+        return None
+    queries = queries[:, told_apart]
     counts = torch.stack([part.counts[0] for part in parts])
-    means = torch.stack([part.sums[:, 0] / part.counts[0] for part in parts], dim=1)
-    scatters = torch.stack([part.second / part.counts[0] for part in parts], dim=1)
+    means = torch.stack([part.sums[told_apart, 0] / part.counts[0] for part in parts], dim=1)
+    scatters = torch.stack([part.second[told_apart] / part.counts[0] for part in parts], dim=1)
     scatters = scatters - means.unsqueeze(-1) * means.unsqueeze(-2)
     within = torch.einsum("t,ltij->lij", counts / counts.sum(), scatters)
     size = within.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
@@ -219,18 +238,26 @@ def _see(
 
 @dataclass(frozen=True, eq=False)
 class _Mixed:
-    """The probabilities (n, classes) of images under given coefficients (n, memories, t)."""
+    """The probabilities (n, classes) of images under given coefficients (n, memories, t).
+
+    A decoder is asked again, and says nothing of the adapter that is gone.
+    """
 
     mira: Mira
     model: MemoryModel
     head: RecalledHead
     images: npt.NDArray[np.uint8]
 
-    def __call__(self, coefficients: Tensor) -> Tensor:
+    def __call__(self, coefficients: Tensor, gone: int | None = None) -> Tensor:
         model = self.model
 
         def run(batch: Tensor, given: Tensor) -> Tensor:
-            features = model.under(batch, given_for_each(model.values, given, model.mix))
+            if model.settings.read == "decoder":
+                features = model.given(batch, Given(given, gone))
+            else:
+                blocks = None if model.settings.blocks is None else model.memory.blocks
+                recall = given_for_each(model.values, given, model.mix, blocks)
+                features = model.under(batch, recall)
             return self.head.probabilities(self.head(features, given.mean(dim=1)))
 
         engine = self.mira.workspace.engine

@@ -11,6 +11,7 @@ from memtool.errors import ConfigError
 from memtool.heads import RecalledHead, solve_recalled_head
 from memtool.methods.in_store import HEAD, feature_statistics, own_head
 from memtool.methods.mira.keys import Draws, start_keys
+from memtool.methods.mira.read import DECODERS, decoders_without
 from memtool.methods.mira.state import (
     MEMORY,
     PAST_QUERIES,
@@ -25,7 +26,8 @@ from memtool_stores import MemoryView, Transaction
 def solve_without(txn: Transaction, view: MemoryView, gone: set[str]) -> None:
     """In a transaction that takes adapters away: keys and head from what is left of the moments.
 
-    Keys in closed form and the head are solved anew; learned and random keys stay bit for bit.
+    Keys in closed form and the head are solved anew; learned and random keys stay bit for bit,
+    and what a decoder says of the adapters that are left.
     Without an adapter that the memory looked under all of them go, and the moments: they were
     counted through it, and consolidation counts the other tasks again. Raises ConfigError where
     consolidation has not caught up.
@@ -41,7 +43,7 @@ def solve_without(txn: Transaction, view: MemoryView, gone: set[str]) -> None:
     places = [place for place, id in enumerate(keyed) if id not in gone]
     adapters = tuple(keyed[place] for place in places)
     if not adapters:
-        for name in (MEMORY, HEAD, QUERY_MODULES):
+        for name in (MEMORY, HEAD, QUERY_MODULES, DECODERS):
             if name in view.blobs():
                 txn.delete_blob(name)
         txn.set_keys(None)
@@ -72,13 +74,15 @@ def solve_without(txn: Transaction, view: MemoryView, gone: set[str]) -> None:
     head = _solved_head(txn, view, state, tasks, adapter_tasks)
     changes = {"tasks": tasks, "adapters": adapters, "adapter_tasks": adapter_tasks}
     txn.set_keys(keys)
+    if state.memory.read == "decoder":
+        txn.put_blob(DECODERS, decoders_without(view.blob(DECODERS), places))
     state.model_copy(update=changes).put(txn)
     txn.put_blob(HEAD, head.to_bytes())
 
 
 def _drop_all(txn: Transaction, view: MemoryView) -> None:
     """Leave a memory that was never consolidated: no keys, no head, nothing that was counted."""
-    made = {MEMORY, HEAD, QUERY_MODULES, PAST_QUERIES}
+    made = {MEMORY, HEAD, QUERY_MODULES, DECODERS, PAST_QUERIES}
     counted = {name for record in txn.adapters for name in blobs_of_task(task_of(record))}
     for name in sorted({*view.blobs()} & (made | counted)):
         txn.delete_blob(name)

@@ -13,6 +13,7 @@ import memtool_stores
 from memtool.errors import ConfigError, NotFoundError
 from memtool.heads import FeatureStatistics, LinearClassifier
 from memtool.memories.closed_form import QueryStatistics
+from memtool.memories.keyed import KeyedMemory, centre_of
 from memtool.methods.in_store import features_blob
 from memtool.methods.mira.first import first_of
 from memtool.methods.mira.look import ImageLook, needs_first
@@ -36,7 +37,8 @@ class Inventory:
     """What is known of the memory that is consolidated.
 
     Of `tasks`, in the order in which they came, `new` ones have no keys yet, and `grown` ones got
-    more adapters since they had theirs. `queries` and `features` are moments, by task.
+    more adapters since they had theirs. `queries` and `features` are moments, by task. `centre`
+    (memories, d) is what is taken from queries, where anything is.
     """
 
     work: Workspace
@@ -47,6 +49,7 @@ class Inventory:
     queries: dict[int, QueryStatistics]
     features: dict[int, FeatureStatistics]
     unchanged: bool
+    centre: Tensor | None = None
 
     @property
     def config(self) -> Config:
@@ -152,6 +155,13 @@ def inventory_of(work: Workspace, snapshot: Snapshot) -> Inventory:
     counted = MemoryState.load(view)
     _require_same_queries(work.config, counted)
     queries, features = statistics_known(view, counted, merged=_solved(work.config))
+    centre = None if snapshot.model is None else _centre_of(snapshot.model.memory)
+    if queries and centre is None and work.config.memory.centre != "none":
+        raise ConfigError(
+            f"memory.centre {work.config.memory.centre}, but what the queries of tasks "
+            f"{list(queries)} were centred by did not come along",
+            remedy="--set memory.centre=none, or a new --store",
+        )
     numbers = dict.fromkeys(task_of(record) for record in view.adapters)
     new = tuple(number for number in numbers if number not in queries)
     return Inventory(
@@ -163,7 +173,13 @@ def inventory_of(work: Workspace, snapshot: Snapshot) -> Inventory:
         queries=queries,
         features=features,
         unchanged=not new and state is not None and _same(state, view, work.config),
+        centre=centre,
     )
+
+
+def _centre_of(memory: KeyedMemory) -> Tensor | None:
+    found = centre_of(memory)
+    return None if found is None else found.cpu()
 
 
 def _solved(config: Config) -> bool:

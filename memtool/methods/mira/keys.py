@@ -10,10 +10,15 @@ import torch
 from torch import Tensor
 
 from memtool.errors import ConfigError
-from memtool.memories.closed_form import SHRINKAGE, QueryStatistics, for_similarity
+from memtool.memories.closed_form import (
+    SHRINKAGE,
+    QueryStatistics,
+    for_similarity,
+    same_for_every_input,
+)
 from memtool.sections import ConsolidateSettings, MemorySettings
 
-LINEAR = ("identity", "affine", "relu", "tanh", "power")
+LINEAR = ("identity", "affine", "normalised", "relu", "tanh", "sigmoid", "power")
 """Separations that pass a score on: their closed-form scores are one-hot, not log posteriors."""
 
 
@@ -29,13 +34,21 @@ class Draws:
     tasks: Sequence[int]
     blocks: Sequence[int]
 
-    def keys(self, adapter_tasks: Sequence[int], width: int) -> Tensor:
-        """Standard normal keys (memories, t, width) of adapters of the tasks at these places."""
+    def keys(self, adapter_tasks: Sequence[int], width: int, *, uniform: bool = False) -> Tensor:
+        """Keys (memories, t, width) of adapters of the tasks at these places.
+
+        Standard normal, or uniform between -1 and 1.
+        """
         drawn = np.empty((len(self.blocks), len(adapter_tasks), width), dtype=np.float32)
         for memory, block in enumerate(self.blocks):
             streams = [np.random.default_rng([self.seed, task, block]) for task in self.tasks]
             for adapter, place in enumerate(adapter_tasks):
-                drawn[memory, adapter] = streams[place].standard_normal(width, dtype=np.float32)
+                stream = streams[place]
+                drawn[memory, adapter] = (
+                    2 * stream.random(width, dtype=np.float32) - 1
+                    if uniform
+                    else stream.standard_normal(width, dtype=np.float32)
+                )
         return torch.from_numpy(drawn)
 
 
@@ -48,6 +61,8 @@ def start_keys(
 ) -> Tensor:
     """Keys (memories, t, m · (dim + 1)) of all adapters before any learning by gradient.
 
+    Without `memory.key_bias` they are `dim` wide.
+
     `statistics` has the queries of every task, counted class by class where adapters have a key
     for every class (`memory.keys_of`); m is then the largest number of classes of a task, else 1.
 
@@ -55,15 +70,20 @@ def start_keys(
                   the log posterior of the task. The others get ridge keys: the score is close to
                   1 for the task of the query and to 0 for the rest.
     mean-query    the mean query of the task
-    random        N(0, key_std²), from `draws`; the others draw nothing
+    random        N(0, key_std²), from `draws`
+    uniform       between -1 and 1, from `draws`; the others draw nothing
 
     A hard routing has keys of its own, whatever the settings say: discriminant ones for "lda", the
     mean query for "prototype". The adapters of one task share its key, and its weight.
 
     Raises ConfigError for a choice of keys that does not go with the separation, the similarity or
-    the protection.
+    the protection; and for a memory that all images ask the same, where keys are solved from what
+    tells them apart.
     """
     tasks = torch.tensor(adapter_tasks)
+    if _solved(settings, memory):
+        _require_biased(settings, memory)
+        _require_told_apart(memory, statistics, draws.blocks)
     if settings.protect == "dual-gpm" and _solved(settings, memory):
         raise ConfigError(
             "keys in closed form under --protect dual-gpm",
@@ -79,10 +99,13 @@ def start_keys(
         return whole.mean_keys()[:, tasks]
     if memory.routing == "lda":
         return for_similarity(whole.lda_keys(SHRINKAGE)[:, tasks], "scaled-dot")
+    width = whole.dim + memory.key_bias
     if settings.keys == "random":
-        return draws.keys(adapter_tasks, whole.dim + 1) * settings.key_std
+        return draws.keys(adapter_tasks, width) * settings.key_std
+    if settings.keys == "uniform":
+        return draws.keys(adapter_tasks, width, uniform=True)
     if settings.keys == "mean-query":
-        return whole.mean_keys()[:, tasks]
+        return whole.mean_keys()[:, tasks, :width]
     if memory.separation in LINEAR and memory.similarity == "euclidean":
         raise ConfigError(
             f"closed-form keys for similarity euclidean and separation {memory.separation}",
@@ -95,6 +118,40 @@ def start_keys(
     else:
         keys = whole.ridge_keys(SHRINKAGE)[:, tasks] / shares[:, None]
     return for_similarity(keys, memory.similarity)
+
+
+def _require_biased(settings: ConsolidateSettings, memory: MemorySettings) -> None:
+    """Raise ConfigError for keys that are solved with a bias, and have no room for one."""
+    for name, found, fits in (
+        ("memory.key_bias", "false", memory.key_bias),
+        ("memory.key_norm", memory.key_norm, memory.key_norm == "none"),
+    ):
+        if not fits and (settings.keys == "closed-form" or memory.routing != "mixture"):
+            value = "true" if name == "memory.key_bias" else "none"
+            raise ConfigError(
+                f"keys in closed form with {name} {found}",
+                expected="keys whose length and bias count as they are solved",
+                remedy=f"--set {name}={value}, or --set consolidate.keys=random",
+            )
+
+
+def _require_told_apart(
+    memory: MemorySettings, statistics: Sequence[QueryStatistics], blocks: Sequence[int]
+) -> None:
+    """Raise ConfigError for memories that are asked the same by every image."""
+    found = same_for_every_input(statistics)
+    if not found or memory.scope != "block":
+        return
+    numbers = blocks or range(statistics[0].blocks)
+    named = ", ".join(str(numbers[place]) for place in found)
+    others = [str(block) for place, block in enumerate(numbers) if place not in found]
+    raise ConfigError(
+        f"keys in closed form: the memory of block {named} is asked the same by every image, as a "
+        "class token is that no attention has passed: nothing there tells tasks apart",
+        expected="queries that depend on the image",
+        remedy=(f"--set memory.blocks={','.join(others)}, or " if others else "")
+        + "--set memory.token=mean",
+    )
 
 
 def _solved(settings: ConsolidateSettings, memory: MemorySettings) -> bool:

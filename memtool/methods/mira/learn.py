@@ -38,49 +38,59 @@ def learn(
     kept: int,
     classes: Sequence[int],
     seed: int,
+    epochs: int | None = None,
     head_learns: bool = False,
+    biased: bool = True,
     past: Protection | None = None,
     validation: Images | None = None,
     stage_1: TrainSettings | None = None,
     progress: Progress | None = None,
     stage: str = "consolidate",
 ) -> tuple[RecalledHead, FitResult]:
-    """Learn keys, query modules and perhaps the head by cross-entropy of the recalled mixture.
+    """Learn keys, query modules, decoders, perhaps the head by cross-entropy of what is recalled.
 
     The first `kept` keys were learned before. What of the past may not change says
-    `settings.protect`: under "freeze" these keys and the query modules stay, under "dual-gpm"
+    `settings.protect`: under "freeze" these keys and the query modules stay, and of a decoder its
+    hidden layer and the rows of these adapters, under "dual-gpm"
     nothing moves in the span of `past`, under "none" all learn. With a `settings.value_lr` the
     values of the other adapters learn, too. With `validation` samples the parameters are those of
     the epoch that was right about most of them. Images are augmented and mixed, and parameters
-    averaged, as in `stage_1`. Returns the head. Raises DivergedError as `require_learned`.
+    averaged, as in `stage_1`, for so many `epochs`, none: those of the settings; a head that is not
+    `biased` keeps its bias. Returns the head. Raises DivergedError as `require_learned`.
     """
-    module = _Scored(model, head, classes, head_learns=head_learns)
+    module = _Scored(model, head, classes, head_learns=head_learns, biased=biased)
     model.memory.requires_grad_(True)
+    for block in model.memory.blocks:
+        model.memory[block].keys.requires_grad_(settings.lr > 0)
     model.values.requires_grad_(settings.value_lr > 0)
     put_back = _protected(model, settings, kept, past)
     like = stage_1 or TrainSettings()
     train = TrainSettings(
-        epochs=settings.epochs,
+        epochs=settings.epochs if epochs is None else epochs,
         batch_size=settings.batch_size,
-        lr=settings.lr,
-        weight_decay=0.0,
+        lr=_fastest(settings),
+        weight_decay=settings.weight_decay,
         augment=like.augment,
-        mixup=like.mixup,
+        mixup=like.mixup if settings.mixup is None else settings.mixup,
+        mixup_of=like.mixup_of,
         average=like.average,
     )
 
     def loss(scored: nn.Module, batch: Batch) -> Tensor:
-        mixed = mixing(batch, train.mixup)
+        mixed = mixing(batch, train.mixup, of_class=train.mixup_of == "class")
         said = scored(mixed.inputs(augmented(batch, train)))
         return mixed.loss(lambda labels: F.nll_loss(said, labels), batch.labels)
 
     select = None
     if validation is not None and len(validation):
         select = partial(_accuracy, engine, module, validation)
+    free = None
+    if settings.guard == "gradient" and settings.protect == "dual-gpm" and past is not None:
+        free = past.project_gradients(model.memory, module.weight)
     try:
         fit = engine.fit(
             module,
-            Batches(samples.images, samples.labels, settings.batch_size, settings.epochs, seed),
+            Batches(samples.images, samples.labels, settings.batch_size, train.epochs, seed),
             loss,
             train,
             stage=stage,
@@ -90,19 +100,31 @@ def learn(
             progress=progress,
         )
     finally:
+        if free is not None:
+            free()
         model.memory.requires_grad_(False)
         model.values.requires_grad_(False)
     parts = [*model.memory.state_dict().values(), *model.values.state_dict().values()]
-    require_learned(fit, len(classes), parts, max(settings.lr, settings.value_lr), stage)
+    require_learned(fit, len(classes), parts, max(train.lr, settings.value_lr), stage)
     return module.head(), fit
 
 
+def _fastest(settings: ConsolidateSettings) -> float:
+    """The learning rate that the others are multiples of: that of the keys, where they learn."""
+    return settings.lr or settings.head_lr or settings.module_lr
+
+
 def _rate_of(settings: ConsolidateSettings, name: str) -> float:
-    """The learning rate of a parameter, as a multiple of that of the keys."""
+    """The learning rate of a parameter, as a multiple of `_fastest`."""
     if name.endswith(".keys"):
-        return 1.0
-    wanted = settings.value_lr if name.startswith("model.values.") else settings.module_lr
-    return wanted / settings.lr
+        wanted = settings.lr
+    elif name.startswith("model.values."):
+        wanted = settings.value_lr
+    elif name.startswith("model."):
+        wanted = settings.module_lr
+    else:
+        wanted = settings.head_lr or settings.module_lr
+    return wanted / _fastest(settings)
 
 
 def _protected(
@@ -115,7 +137,10 @@ def _protected(
         for here in memories:
             here.query.requires_grad_(False)
         calls.append(_keeping([here.keys for here in memories], kept))
-    elif settings.protect == "dual-gpm" and past is not None:
+        for decoder in [here.decoder for here in memories if here.decoder is not None]:
+            decoder.inner.requires_grad_(False)
+            calls.append(_keeping([*decoder.outer.parameters()], kept * decoder.rows_each))
+    elif settings.protect == "dual-gpm" and past is not None and settings.guard == "step":
         calls.append(past.guard(model.memory))
     if kept and settings.value_lr > 0:
         calls.append(_keeping(list(model.values.parameters()), kept))
@@ -157,12 +182,14 @@ class _Scored(nn.Module):
         classes: Sequence[int],
         *,
         head_learns: bool,
+        biased: bool,
     ) -> None:
         super().__init__()
         self.model = model
         self.classes = tuple(classes)
         self.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head_learns)
-        self.bias = nn.Parameter(head.bias.detach().clone(), requires_grad=head_learns)
+        bias = head.bias.detach().clone()
+        self.bias = nn.Parameter(bias, requires_grad=head_learns and biased)
         self._head = head
 
     def head(self) -> RecalledHead:

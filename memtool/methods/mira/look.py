@@ -20,6 +20,7 @@ from memtool.adapters.mixing import Mixture
 from memtool.adapters.recalls import equally
 from memtool.adapters.values import AdapterValues, Recall
 from memtool.backbones.interface import Backbone
+from memtool.errors import ConfigError
 from memtool.learning.looks import (
     MOST_WIDE,
     Under,
@@ -56,13 +57,30 @@ def passes_of(settings: MemorySettings, head: HeadSettings, depth: int) -> dict[
     return {**shares, **dict.fromkeys(read, 1.0)}
 
 
-def width_of(settings: MemorySettings, depth: int, dim: int) -> int:
-    """Entries of a query, without the constant, over a model of so many blocks, `dim` wide."""
-    if settings.scope != "model":
-        return dim
-    return min(
-        MOST_WIDE, len(looked_under(settings)) * len(each_place(settings.places, depth)) * dim
-    )
+def width_of(settings: MemorySettings, backbone: Backbone) -> int:
+    """Entries of a query, without the constant, over a model.
+
+    Raises ConfigError for a block that is not there, and where memories in blocks differ in width.
+    """
+    if settings.scope == "model":
+        return min(MOST_WIDE, len(looked_under(settings)) * _wide(settings, backbone))
+    asked = settings.blocks or range(backbone.depth)
+    widths = {backbone.block_dim(block) for block in asked}
+    if len(widths) > 1:
+        raise ConfigError(
+            f"memory.scope {settings.scope} over {backbone.name}, whose blocks are "
+            f"{', '.join(map(str, sorted(widths)))} wide",
+            expected="blocks of one width, or one memory for all",
+            remedy="--set memory.scope=model",
+        )
+    return widths.pop()
+
+
+def _wide(settings: MemorySettings, backbone: Backbone) -> int:
+    """Entries of all that one pass shows: features, and inputs of blocks."""
+    places = each_place(settings.places, backbone.depth)
+    blocks = blocks_in(places, backbone.depth, remedy="final")
+    return sum(map(backbone.block_dim, blocks)) + backbone.dim * ("final" in places)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,12 +121,13 @@ class ImageLook(nn.Module):
         self.places = tuple(each_place(settings.places, depth)) if self.under else ()
         self.blocks = blocks_in(self.places, depth, remedy="final")
         self.prefix_tokens = backbone.prefix_tokens
-        self.token, self.norm, self.mix = settings.token, settings.query_norm, settings.mix
+        self.token, self.mix = settings.token, settings.mix
+        self.norm = settings.query_norm == "layer"
         self.first = first if "first" in (*self.under, *self.beside) else None
         if self.first is None and "first" in (*self.under, *self.beside):
             raise no_first_adapter()
-        wide = len(self.under) * len(self.places) * backbone.dim
-        self.width = width_of(settings, depth, backbone.dim)
+        wide = len(self.under) * _wide(settings, backbone) if self.places else 0
+        self.width = width_of(settings, backbone)
         narrow = None
         if wide > MOST_WIDE:
             narrow = directions(wide, MOST_WIDE, torch.device("cpu")).clone()

@@ -18,21 +18,22 @@ from memtool.adapters.recalls import every, same_for_all
 from memtool.adapters.values import Recall
 from memtool.engine import Engine
 from memtool.errors import ConfigError, NotFoundError
-from memtool.evaluation.matrix import AccuracyMatrix
-from memtool.evaluation.metrics import coefficient_drift
+from memtool.evaluation.course import Course
+from memtool.evaluation.metrics import coefficient_drift, floor_met
 from memtool.evaluation.record import Kind, Row
 from memtool.heads import LinearClassifier, RecalledHead, solve_head
 from memtool.memories.keyed import BlockMemory, KeyedMemory
-from memtool.memories.separation import SeparationFunction, separation
+from memtool.memories.separation import SeparationFunction, floored, separation
 from memtool.methods.mira.recall import MemoryModel
 from memtool.methods.mira.settle import says, settled
 from memtool.methods.mira.state import Snapshot
 from memtool.methods.outcome import seen_before, share_right
 from memtool.methods.records import task_of
+from memtool.settings import AT_ONCE
 from memtool.streams.task import Images, Task
 from memtool.workspace import Workspace
 
-SIGNED = ("identity", "affine", "tanh")
+SIGNED = ("identity", "affine", "tanh", "normalised")
 """Separations that can give negative coefficients."""
 
 
@@ -42,13 +43,20 @@ class Scores:
 
     accuracy: one a task; task_accuracy: share of samples whose task was inferred right;
     coefficients: (samples, memories, t) of every task, float32 on the CPU; ms_per_input: of
-    inference, in the batches of the engine.
+    inference, in the batches of the engine; floored: samples that met the floor of separation
+    normalised in a block or more, None under another.
     """
 
     accuracy: tuple[float, ...]
     task_accuracy: float
     coefficients: tuple[Tensor, ...]
     ms_per_input: float
+    floored: int | None = None
+
+    @property
+    def more(self) -> dict[str, float]:
+        """What a record has of them beside the accuracy, where it is known."""
+        return {} if self.floored is None else {"floored": float(self.floored)}
 
 
 class Measure:
@@ -84,12 +92,16 @@ class Measure:
         ).float()
         accuracy, coefficients = [], []
         right, total, spent = 0, 0, 0.0
+        divides = model.settings.separation == "normalised"
+        met = 0 if divides and model.settings.routing == "mixture" else None
         for task in tasks:
             begin = time.perf_counter()
             logits, recalled = self.recall(model, head, task.test.images)
             spent += time.perf_counter() - begin
             accuracy.append(share_right(logits, task.test))
             coefficients.append(recalled)
+            if met is not None:
+                met += int(floor_met(floored(recalled).numpy()))
             if task.number in state.tasks:
                 shares = recalled.mean(dim=1) @ by_task
                 chosen = shares.argmax(dim=1) == state.tasks.index(task.number)
@@ -101,6 +113,7 @@ class Measure:
             task_accuracy=right / max(total, 1),
             coefficients=tuple(coefficients),
             ms_per_input=1000 * spent / max(inputs, 1),
+            floored=met,
         )
 
     def own_accuracy(self, snapshot: Snapshot, task: Task) -> float:
@@ -179,13 +192,13 @@ class Measure:
         learned = {task.number for task in sources}
         if all(task.number in learned for task in shown):
             ways.append(("oracle", "oracle adapter (task known)", "upper bound", oracle))
-        names = [task.name for task in shown]
         rows = []
         for id, words, kind, logits in ways:
-            scores = [share_right(logits(task), task.test) for task in shown]
-            matrix = AccuracyMatrix.empty(names).with_row(len(names), scores)
             reading = kind != "upper bound"
-            rows.append(Row.measured(id, words, kind, matrix, reading=reading))
+            course = Course(shown, self.workspace.unseen if reading else None)
+            scores = [share_right(logits(task), task.test) for task in course.tested]
+            course.add(len(shown), scores)
+            rows.append(course.row(id, words, kind, reading=reading))
         return rows
 
     def _logits(self, recall: Recall, head: LinearClassifier, task: Task) -> Tensor:
@@ -220,11 +233,11 @@ class Measure:
         """The discriminant head of a uniform mixture, without replay, as the memory's heads are.
 
         The features of a task are those under the mixture of all adapters that were there when it
-        was learned: all of them in dg, whose tasks are learned at once, else those up to its own.
+        was learned: all of them where tasks are learned at once, else those up to its own.
         """
         work = self.workspace
         state, model, _ = snapshot.consolidated()
-        at_once = work.stream.setting == "dg"
+        at_once = work.stream.setting in AT_ONCE
         statistics = work.statistics(model.look.features_width)
         for task in tasks:
             last = len(state.tasks) if at_once else state.tasks.index(task.number) + 1
@@ -298,6 +311,9 @@ def _with_separation(
             here.similarity,
             changed(here.separation),
             reaches=here.reaches,
+            normed=here.normed,
+            steps=here.steps,
+            rate=here.rate,
         )
         for here in (model.memory[block] for block in model.memory.blocks)
     ]

@@ -25,6 +25,7 @@ from memtool.errors import (
     MismatchError,
     NotFoundError,
 )
+from memtool.evaluation.course import Course
 from memtool.evaluation.inside import Inside
 from memtool.evaluation.matrix import AccuracyMatrix
 from memtool.evaluation.record import (
@@ -43,9 +44,10 @@ from memtool.methods.mira.consolidate import consolidate, require_can_learn
 from memtool.methods.mira.inventory import consolidated_before
 from memtool.methods.mira.maps import key_map, weight_map
 from memtool.methods.mira.measure import Measure, drift, seen_by
+from memtool.methods.mira.read import DECODERS
 from memtool.methods.mira.recall import MemoryModel
-from memtool.methods.mira.recalled import coefficients_for, recalled_adapter
-from memtool.methods.mira.state import MemoryState, Snapshot
+from memtool.methods.mira.recalled import coefficients_for, recalled_adapter, require_whole
+from memtool.methods.mira.state import QUERY_MODULES, MemoryState, Snapshot
 from memtool.methods.outcome import predicted, share_right
 from memtool.methods.records import recorded, task_of
 from memtool.methods.results import (
@@ -54,15 +56,16 @@ from memtool.methods.results import (
     RetrieveResult,
 )
 from memtool.methods.subject import read_query, subject_of
-from memtool.settings import Config
+from memtool.settings import AT_ONCE, Config
 from memtool.streams.task import Task
+from memtool.tensor_bytes import load_arrays
 
 if TYPE_CHECKING:
     from memtool.methods.explanation import Explanation
 
-SETTINGS = ("dil", "til", "cil", "dg", "xtail")
-"""Settings that `evaluate` knows: task inferred (dil, cil, xtail), given (til), or never seen (dg).
-"""
+SETTINGS = ("dil", "til", "cil", "vil", "dg", "dgcl", "mtl", "xtail")
+"""Settings that `evaluate` knows: task inferred (dil, cil, vil, mtl, xtail), given (til), or never
+seen (dg; dgcl beside the tasks)."""
 
 
 class Mira(Method):
@@ -87,13 +90,21 @@ class Mira(Method):
         """Epochs of key learning."""
         return self.config.consolidate.epochs
 
+    def reading_numbers(self, view: memtool_stores.MemoryView) -> int:
+        """As `Method.reading_numbers`: keys, query modules and decoders."""
+        found = {
+            name: view.blob(name) for name in (QUERY_MODULES, DECODERS) if name in view.blobs()
+        }
+        arrays = [a for n, data in found.items() for a in load_arrays(data, f"blob {n!r}").values()]
+        return super().reading_numbers(view) + sum(int(array.bits.size) for array in arrays)
+
     def cost(self, *, numbers: int, parameters: int, tokens: int) -> Mapping[str, Any]:
         """What an image costs beside the pass under what it recalls: see `ImageCost`."""
         from memtool.methods.mira.cost import image_cost
 
         del numbers, parameters, tokens
         work = self.workspace
-        return asdict(image_cost(self.config, work.stream, work.backbone, len(work.layout.blocks)))
+        return asdict(image_cost(self.config, work.stream, work.backbone, work.layout))
 
     def require_able(self) -> None:
         """As `Method.require_able`: key learning, the blocks that are looked at, and the head."""
@@ -168,6 +179,8 @@ class Mira(Method):
         work = self.workspace
         snapshot = self.read(version) if task is None else self._snapshot(version)
         state, model, head = snapshot.consolidated()
+        if out is not None:
+            require_whole(state)
         accuracy, prediction = None, None
         if query is not None:
             words, samples = str(query), 1
@@ -218,8 +231,9 @@ class Mira(Method):
     ) -> Record:
         """Accuracy on the test images of every task that the memory has learned.
 
-        `setting` dil, cil and xtail infer the task; til is given it and recalls its adapter
-        exactly, with the head trained with it; dg measures on the domain that is held out.
+        `setting` dil, cil, vil, mtl and xtail infer the task; til is given it and recalls its
+        adapter exactly, with the head trained with it; dg measures on the domain that is held out,
+        dgcl on it and on the others.
         `history` reads the version after each task and fills the whole matrix, and says how far old
         coefficients drifted; `compare` adds hard choice, uniform mixture and the oracle adapter.
         `unseen` has a column for every task of the stream, learned or not (none: in xtail). Raises
@@ -231,10 +245,10 @@ class Mira(Method):
         measure = Measure(self.workspace)
         learned = self._learned(snapshot, setting)
         shown = learned
-        if unseen and setting in ("til", "dg"):
+        if unseen and setting in ("til", *AT_ONCE):
             raise ConfigError(
                 f"--unseen under setting {setting}",
-                expected="a setting that infers the task: dil, cil or xtail",
+                expected="a setting that infers the task: dil, cil, vil, dgcl or xtail",
                 remedy="memtool eval without --unseen",
             )
         if unseen or (unseen is None and setting == "xtail"):
@@ -270,26 +284,27 @@ class Mira(Method):
         versions = {len(learned): snapshot.version}
         if history:
             versions = self._history(snapshot, learned, "dil")
-        matrix = AccuracyMatrix.empty([task.name for task in shown])
+        course = Course(shown, self.workspace.unseen)
         if history and is_fixed(self.config) and snapshot.consolidated()[2].of_directions:
             frozen = [
                 share_right(frozen_scores(self.workspace, task.test.images), task.test)
-                for task in shown
+                for task in course.tested
             ]
-            matrix = matrix.with_row(0, frozen)
+            course.add(0, frozen)
         then: dict[int, Tensor] = {}
         more: dict[str, float] = {}
         for count, at in self.workspace.telling("evaluate", sorted(versions.items())):
             there = snapshot if at == snapshot.version else self._snapshot(at)
-            scored = measure.scores(there, shown)
-            matrix = matrix.with_row(count, scored.accuracy)
+            scored = measure.scores(there, course.tested)
+            course.add(count, scored.accuracy)
             then[count] = scored.coefficients[count - 1]
             more["task_accuracy"] = scored.task_accuracy
         if len(then) == len(learned):
             before = [then[count] for count in range(1, len(learned))]
             more |= drift(before, scored.coefficients[: len(learned) - 1])
+        more |= scored.more
         ms = scored.ms_per_input
-        return Row.measured("memory", "memory", "method", matrix, more=more, ms_per_input=ms)
+        return course.row("memory", "memory", "method", more=more, ms_per_input=ms)
 
     def _told(self, snapshot: Snapshot, learned: Sequence[Task], *, history: bool) -> Row:
         """Exact recall of every task's own adapters."""
@@ -310,10 +325,11 @@ class Mira(Method):
         """The memory on a domain that it never saw, and on the sources' validation images."""
         measure = Measure(self.workspace)
         _, model, head = snapshot.consolidated()
-        scores = measure.scores(snapshot, shown).accuracy
-        matrix = AccuracyMatrix.empty([task.name for task in shown]).with_row(len(shown), scores)
+        scores = measure.scores(snapshot, shown)
+        names = [task.name for task in shown]
+        matrix = AccuracyMatrix.empty(names).with_row(len(shown), scores.accuracy)
         held = [task.validation for task in sources if len(task.validation)]
-        more = {}
+        more = scores.more
         if held:
             known = [measure.accuracy(model, head, samples) for samples in held]
             more["dg.validation"] = sum(known) / len(known)
@@ -404,6 +420,21 @@ class Mira(Method):
         history = ((version.id, known(version)) for version in store.log(snapshot.version))
         return newest_after_each(history, [task.number for task in learned])
 
+    def after_each(self, tasks: Sequence[Task], version: str = "HEAD") -> list[str]:
+        """The newest versions before `version` after each of `tasks`, learned in this order.
+
+        Raises NotFoundError for a task that no version was consolidated after.
+        """
+        found = self._history(self._snapshot(version), tasks, "dil")
+        for count, task in enumerate(tasks, start=1):
+            if count not in found:
+                raise NotFoundError(
+                    f"no version of {self.workspace.store_path!r} after task {task.number} "
+                    f"{task.name} alone was consolidated",
+                    remedy="memtool run, in another --store",
+                )
+        return [found[count] for count in range(1, len(tasks) + 1)]
+
     def known_tasks(self, version: str) -> tuple[int, ...]:
         """Numbers of the tasks that a version can be measured on; none before consolidation."""
         view = self.workspace.store.view(version)
@@ -449,17 +480,17 @@ class Mira(Method):
     def task_written(self, task: Task) -> None:
         """Consolidate what was written of a task, unless its keys are there already.
 
-        The sources of setting dg are consolidated together: see `all_written`.
+        Tasks that are learned at once are consolidated together: see `all_written`.
         """
-        if self.config.stream.setting == "dg":
+        if self.config.stream.setting in AT_ONCE:
             return
         state = self._snapshot("HEAD").state
         if state is None or task.number not in state.tasks:
             self.consolidate()
 
     def all_written(self) -> None:
-        """Consolidate the sources of setting dg, at once, unless that is done already."""
-        if self.config.stream.setting == "dg" and self._snapshot("HEAD").state is None:
+        """Consolidate tasks that are learned at once, together, unless that is done already."""
+        if self.config.stream.setting in AT_ONCE and self._snapshot("HEAD").state is None:
             self.consolidate()
 
     def inside(self, tasks: Sequence[Task], version: str = "HEAD") -> Inside:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from memtool.adapters.peft_tensors import WEIGHTS_NAME, place_of, tensor_name
 from memtool.backbones.answering import without_answers
 from memtool.backbones.causal_lm import PAD, CausalLM, EncodedTexts, model_source
+from memtool.backbones.pictured import reads_pictures
 from memtool.errors import ConfigError
 from memtool.evaluation.matrix import AccuracyMatrix
 from memtool.evaluation.record import Row
@@ -54,6 +55,12 @@ def require_peft(settings: BackboneSettings) -> None:
             f"--compare peft with backbone.quantise {settings.quantise}, which PEFT's model is not",
             expected="the weights as they are",
             remedy="--set backbone.quantise=none",
+        )
+    if reads_pictures(model_source(settings)):
+        raise ConfigError(
+            f"--compare peft with {settings.name}, a model of images and text",
+            expected="a model of text alone",
+            remedy="leave --compare peft out",
         )
     try:
         import peft  # noqa: F401

@@ -4,6 +4,9 @@ Keys, and the linear maps of query modules, are linear in what they are given. F
 `DualGPM` basis holds what past tasks gave it; what an optimiser's step moves inside that span is
 taken back. The applied step is projected, not the gradient: Adam would turn a projected gradient
 out of the free space again.
+
+The code of MIRA's authors projects the gradient all the same, of keys and head, by the tokens of
+one batch; that is `consolidate.guard` gradient (`project_gradients`, and `observe` of every token).
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -20,14 +24,19 @@ from torch.nn import functional as F
 
 from memtool.engine import Engine
 from memtool.memories.dual_gpm import DualGPM, spaces_from_bytes, spaces_to_bytes
-from memtool.memories.keyed import KeyedMemory
+from memtool.memories.keyed import BlockMemory, KeyedMemory
+from memtool.memories.query import QueryModule
 from memtool.methods.mira.recall import MemoryModel
 
 KEYS = "keys"
+HEAD = "head"
+"""The past of a shared head, by what it reads; under `consolidate.guard` gradient alone."""
 
 
 class Protection:
     """The past of every linear map of a keyed memory, by name: `<block>.keys`, `<block>.g…`.
+
+    Of a decoder these are `<block>.decoder.inner` and `<block>.decoder.outer`.
 
     Inputs are homogeneous: a query ends in the constant that meets the key's bias, and an input of
     a linear map is followed by a 1 that meets its bias.
@@ -63,9 +72,32 @@ class Protection:
 
     def _free(self, each: _Map) -> Tensor:
         """The projector (d, d) onto what is free, on the device of the map."""
-        rows = each.rows()
-        past = self.pasts.get(each.name, DualGPM(rows.shape[1]))
-        return past.project(torch.eye(rows.shape[1], dtype=torch.float64)).to(rows)
+        return self._projector(each.name, each.rows())
+
+    def _projector(self, name: str, rows: Tensor) -> Tensor:
+        """The projector (d, d) onto what the map of a name may move in, like its rows (..., d)."""
+        width = rows.shape[-1]
+        past = self.pasts.get(name, DualGPM(width))
+        return past.project(torch.eye(width, dtype=torch.float64)).to(rows)
+
+    def project_gradients(self, memory: KeyedMemory, head: nn.Parameter) -> Callable[[], None]:
+        """From now on gradients of keys, and of a head (..., d) that learns, lose their past part.
+
+        The call that is given back ends it. What AdamW makes of such a gradient leaves the free
+        space again, entry by entry: it is the published form, not protection.
+        """
+        learning = [(f"{block}.{KEYS}", memory[block].keys) for block in memory.blocks]
+        handles = []
+        for name, parameter in [*learning, (HEAD, head)]:
+            if parameter.requires_grad:
+                free = self._projector(name, parameter.detach())
+                handles.append(parameter.register_hook(partial(torch.matmul, other=free)))
+
+        def end() -> None:
+            for handle in handles:
+                handle.remove()
+
+        return end
 
     def observe(
         self,
@@ -75,14 +107,19 @@ class Protection:
         *,
         start: float,
         progress: float,
+        every_token: bool = False,
     ) -> None:
         """Add what the memory is asked about a task's images, as it recalls now, to the past.
 
-        `start` and `progress` as in `DualGPM`.
+        `start` and `progress` as in `DualGPM`. With `every_token` keys count as asked by every
+        token of a block's input, each query at length one, and what the head reads is kept, too.
         """
         moments: dict[str, Tensor] = {}
-        with _watched(model.memory, moments):
-            engine.predict(model, images)
+        watching = _watched_tokens if every_token else _watched
+        with watching(model.memory, moments):
+            features = engine.predict(model, images).double()
+        if every_token:
+            moments[HEAD] = features.mT @ features
         for name, moment in moments.items():
             past = self.pasts.setdefault(name, DualGPM(len(moment), start))
             past.update_moment(moment, progress)
@@ -121,16 +158,42 @@ class _Map:
 
 
 def _maps(memory: KeyedMemory) -> Iterator[_Map]:
-    """The keys of every block, which have their bias inside, and the maps of its query module."""
+    """The keys of every block, which have their bias inside, and its maps as in `_layers`."""
     for block in memory.blocks:
         here = memory[block]
         yield _Map(f"{block}.{KEYS}", here.keys, None)
-        for name, layer in _layers(here.query):
+        for name, layer in _layers(here):
             yield _Map(f"{block}.{name}", layer.weight, layer.bias)
 
 
-def _layers(query: nn.Module) -> list[tuple[str, nn.Linear]]:
-    return [(n, module) for n, module in query.named_modules() if isinstance(module, nn.Linear)]
+def _layers(here: BlockMemory) -> list[tuple[str, nn.Linear]]:
+    """The linear maps of a query module, by their names in it, and of a decoder."""
+    named = [*here.query.named_modules()]
+    if here.decoder is not None:
+        named += here.decoder.named_modules(prefix="decoder")
+    return [(name, module) for name, module in named if isinstance(module, nn.Linear)]
+
+
+@contextmanager
+def _watched_tokens(memory: KeyedMemory, moments: dict[str, Tensor]) -> Iterator[None]:
+    """Inside, the second moment (d, d) of the queries that all tokens of a block would be."""
+
+    def count(name: str) -> Callable[[QueryModule, tuple[Tensor]], None]:
+        def hook(query: QueryModule, given: tuple[Tensor]) -> None:
+            asked = F.normalize(query.of_every_token(given[0]).detach().double(), dim=-1).cpu()
+            moments[name] = moments.get(name, 0) + asked.mT @ asked
+
+        return hook
+
+    hooks = []
+    for block in memory.blocks:
+        query = memory[block].query
+        hooks.append(query.register_forward_pre_hook(count(f"{block}.{KEYS}")))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager
@@ -151,7 +214,7 @@ def _watched(memory: KeyedMemory, moments: dict[str, Tensor]) -> Iterator[None]:
     for block in memory.blocks:
         query = memory[block].query
         hooks.append(query.register_forward_hook(queries(f"{block}.{KEYS}")))
-        for name, layer in _layers(query):
+        for name, layer in _layers(memory[block]):
             hooks.append(layer.register_forward_pre_hook(inputs(f"{block}.{name}")))
     try:
         yield

@@ -8,11 +8,13 @@ blocks; what it sees never depends on what it recalls.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from memtool.adapters.mixing import Mixture
+from memtool.adapters.recalls import equal_shares
 from memtool.adapters.values import AdapterValues, Recall
 from memtool.backbones.interface import Backbone
 from memtool.errors import ConfigError
@@ -28,12 +30,35 @@ def memory_blocks(
 ) -> tuple[int, ...]:
     """The blocks that have a memory, of those that are adapted.
 
-    One that serves all has the number of the block that it looks at, or one behind all.
+    One that serves all has the number of the block that it looks at, or one behind all. Raises
+    ConfigError for `memory.blocks` that are not adapted.
     """
     if settings.scope != "model":
-        return tuple(blocks)
+        return _chosen(settings, blocks)
     alone = settings.look_at_block
     return (backbone.depth if alone is None else alone,)
+
+
+def _chosen(settings: MemorySettings, blocks: Sequence[int]) -> tuple[int, ...]:
+    """The adapted blocks, or those of them that `memory.blocks` names."""
+    if settings.blocks is None:
+        return tuple(blocks)
+    missing = [str(block) for block in settings.blocks if block not in blocks]
+    if missing:
+        raise ConfigError(
+            f"memory.blocks names {', '.join(missing)}, which no adapter changes",
+            expected=f"some of {', '.join(map(str, blocks))}",
+        )
+    return tuple(block for block in blocks if block in settings.blocks)
+
+
+def first_norms(
+    settings: MemorySettings, backbone: Backbone, blocks: Sequence[int]
+) -> tuple[nn.LayerNorm, ...]:
+    """The first norms of blocks, where queries go through them. Errors as `Backbone.first_norm`."""
+    if settings.query_norm != "block":
+        return ()
+    return tuple(backbone.first_norm(block) for block in blocks)
 
 
 def reaches_of(queries: Mapping[int, QueryStatistics]) -> Reaches | None:
@@ -63,22 +88,56 @@ def moved(coefficients: Tensor, offset: Tensor, *, shares: bool) -> Tensor:
     return grown / grown.sum(dim=-1, keepdim=True)
 
 
+@dataclass(frozen=True, eq=False)
+class Given:
+    """Weights (batch, memories, t) of a recall; of the adapter `gone` a decoder adds nothing."""
+
+    weights: Tensor
+    gone: int | None = None
+
+    def without(self, added: Tensor) -> Tensor:
+        """What a decoder adds (batch, places, t, rank), less the part of the adapter gone."""
+        if self.gone is None:
+            return added
+        others = torch.arange(added.shape[2], device=added.device) != self.gone
+        return added * others[:, None]
+
+
 class MemoryRecall:
     """The recall of one forward pass; `coefficients` holds (batch, t) by the memory's block.
 
-    With an `offset` (batch, memories, t) they are `moved` by it.
+    With an `offset` (batch, memories, t) they are `moved` by it. A decoder beside the keys tells
+    the ranks of an adapter apart.
     """
 
     def __init__(
-        self, model: MemoryModel, shared: Tensor | None, offset: Tensor | None = None
+        self,
+        model: MemoryModel,
+        query: Tensor | None,
+        offset: Tensor | None = None,
+        given: Given | None = None,
     ) -> None:
+        """`query` is what one memory for all blocks looks at; None where each block has its own.
+
+        With `given` weights nothing is read but what a decoder adds to them.
+        """
         self._model = model
         self._offset = offset
+        self._given = given
         self.coefficients: dict[int, Tensor] = {}
         self._shared: Tensor | None = None
-        if shared is not None:
+        self._added: Tensor | None = None
+        if query is not None:
             (block,) = model.memory.blocks
-            self._shared = self.coefficients[block] = self.coefficients_of(block, shared)
+            self._shared, self._added = self._read(block, query)
+
+    def _read(self, block: int, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        found, added = self._model.memory.read(block, hidden)
+        if self._given is not None:
+            found = self._given.weights[:, self._model.memory.blocks.index(block)]
+            added = added if added is None else self._given.without(added)
+        self.coefficients[block] = self.coefficients_of(block, found)
+        return self.coefficients[block], added
 
     def coefficients_of(self, block: int, found: Tensor) -> Tensor:
         """What the memory of a block found, moved where there is an offset."""
@@ -89,14 +148,23 @@ class MemoryRecall:
 
     def __call__(self, block: int, hidden: Tensor) -> Mixture | None:
         """The mixture of a block for its input (batch, tokens, dim)."""
-        values, coefficients = self._model.values.block(block), self._shared
-        if coefficients is None and (values is not None or block in self._model.memory.blocks):
-            coefficients = self._model.memory.coefficients(block, hidden)
-            coefficients = self.coefficients_of(block, coefficients)
-            self.coefficients[block] = coefficients
+        values, coefficients, added = self._model.values.block(block), self._shared, self._added
+        asked = block in self._model.memory.blocks
+        if coefficients is None and not asked and self._model.settings.blocks is not None:
+            # A block that was left out.
+            return (
+                None
+                if values is None
+                else Mixture.weighted(values, equal_shares(len(hidden), values), self._model.mix)
+            )
+        if coefficients is None and (values is not None or asked):
+            coefficients, added = self._read(block, hidden)
         if values is None or coefficients is None:
             return None  # no adapter acts here, though each block is looked at
-        return Mixture.weighted(values, coefficients, self._model.mix)
+        if added is None:
+            return Mixture.weighted(values, coefficients, self._model.mix)
+        place = 0 if added.shape[1] == 1 else self._model.values.layout.blocks.index(block)
+        return Mixture.ranked(values, coefficients.unsqueeze(-1) + added[:, place])
 
 
 class MemoryModel(nn.Module):
@@ -128,10 +196,7 @@ class MemoryModel(nn.Module):
         return self._recall(self.look(self.backbone, pixels, beside=False))
 
     def _recall(self, seen: Seen, offset: Tensor | None = None) -> MemoryRecall:
-        if seen.query is None:
-            return MemoryRecall(self, None, offset)
-        (block,) = self.memory.blocks
-        return MemoryRecall(self, self.memory.coefficients(block, seen.query), offset)
+        return MemoryRecall(self, seen.query, offset)
 
     def forward(self, images: Tensor) -> Tensor:
         """Features (batch, f) as the head reads them: recalled ones, perhaps others beside."""
@@ -146,6 +211,13 @@ class MemoryModel(nn.Module):
         if not self.look.beside:
             return features
         return self.look(self.backbone, pixels, query=False).widened(features)
+
+    def given(self, images: Tensor, given: Given) -> Tensor:
+        """Features (batch, f) as the head reads them, under weights that are given."""
+        pixels = self.backbone.preprocess(images)
+        seen = self.look(self.backbone, pixels)
+        recall = MemoryRecall(self, seen.query, given=given)
+        return seen.widened(self.backbone.features(pixels, recall))
 
     def with_coefficients(
         self, images: Tensor, offset: Tensor | None = None

@@ -2,8 +2,8 @@
 
 Blobs, beside those of every method: `memory` (JSON: settings, and which task and adapter each key
 belongs to), `queries.<task>` (moments of each task alone, that keys are solved from),
-`query-modules` (learned g, when there are any) and `past-queries` (bases of what the memory was
-asked, where `consolidate.protect` is dual-gpm).
+`query-modules` (learned g, when there are any), `decoders` (where `memory.read` is decoder) and
+`past-queries` (bases of what the memory was asked, where `consolidate.protect` is dual-gpm).
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from memtool.methods.in_store import (
 from memtool.methods.mira.first import first_records, require_same_first, taken_along
 from memtool.methods.mira.look import ImageLook, needs_first
 from memtool.methods.mira.protect import Protection
-from memtool.methods.mira.recall import MemoryModel, memory_blocks, reaches_of
+from memtool.methods.mira.read import DECODERS, load_decoders
+from memtool.methods.mira.recall import MemoryModel, first_norms, memory_blocks, reaches_of
 from memtool.methods.records import task_of
 from memtool.methods.stored_values import values_of
 from memtool.sections import ConsolidateSettings, MemorySettings, as_meant
@@ -132,15 +133,19 @@ class Snapshot:
             )
         values = values_of(view, records, layout, sites)
         look = look_in(view, state.first, state.memory, state.head, backbone, layout)
+        blocks = memory_blocks(state.memory, backbone, layout.blocks)
         memory = KeyedMemory.from_settings(
             state.memory,
-            memory_blocks(state.memory, backbone, layout.blocks),
+            blocks,
             look.width,
             torch.from_numpy(keys.copy()),
             prefix_tokens=backbone.prefix_tokens,
+            norms=first_norms(state.memory, backbone, blocks),
         )
         if QUERY_MODULES in view.blobs():
             _load_query_modules(memory, view.blob(QUERY_MODULES))
+        if state.memory.read == "decoder":
+            load_decoders(memory, state.memory, values, view.blob(DECODERS))
         if state.memory.frozen == "novelty":
             memory[memory.blocks[0]].reaches = reaches_of(query_statistics(view, state))
         model = MemoryModel(backbone, values, memory, state.memory, look)
@@ -277,7 +282,18 @@ def _queries(view: memtool_stores.MemoryView, tasks: tuple[int, ...]) -> dict[in
     return {t: QueryStatistics.from_bytes(view.blob(b), f"blob {b!r}") for t, b in blobs.items()}
 
 
-SAME_QUERIES = ("token", "query", "query_norm", "scope", "look_at", "look_under", "keys_of")
+SAME_QUERIES = (
+    "token",
+    "query",
+    "query_norm",
+    "scope",
+    "look_at",
+    "look_under",
+    "keys_of",
+    "key_bias",
+    "centre",
+    "blocks",
+)
 """Settings of a memory that decide how its queries are counted."""
 
 
@@ -311,6 +327,7 @@ def join(txn: memtool_stores.Transaction, view: memtool_stores.MemoryView) -> tu
                 "all classes in advance, or not",
                 remedy="another --store",
             )
+        _require_same_centre(txn.base, view, here)
         require_same_first(txn.base, here.first, view, there.first)
         if here.class_names != there.class_names:
             raise MismatchError(
@@ -323,3 +340,23 @@ def join(txn: memtool_stores.Transaction, view: memtool_stores.MemoryView) -> tu
         first = {"first": taken_along(txn, view, there.first)}
         there.model_copy(update={**nothing, **first}).put(txn)
     return ()
+
+
+def _require_same_centre(
+    here: memtool_stores.MemoryView, there: memtool_stores.MemoryView, state: MemoryState
+) -> None:
+    """Raise MismatchError where the queries of two memories were centred by other means."""
+    if state.memory.centre == "none":
+        return
+    centres = []
+    for view in (here, there):
+        data = view.blob(QUERY_MODULES) if QUERY_MODULES in view.blobs() else b""
+        parts = load_tensors(data, f"blob {QUERY_MODULES!r}") if data else {}
+        centres.append({name: part for name, part in parts.items() if name.endswith(".centre")})
+    mine, other = centres
+    if mine.keys() != other.keys() or not all(torch.equal(mine[n], other[n]) for n in mine):
+        raise MismatchError(
+            "the queries of the two memories were centred by the means of other tasks",
+            expected="two memories that began with the same task",
+            remedy="another --store",
+        )

@@ -168,7 +168,8 @@ class Modulation(Method):
         the tensor `query` of a safetensors file: (d_k,), or a whole adapter (numel,) of which the
         first d_k numbers count. `out` is a folder that the recalled adapter is written to.
         """
-        if sum(one is not None for one in (task, image, prompt, query)) != 1:
+        shown = image if prompt is None else None  # an image may come with a prompt
+        if sum(one is not None for one in (task, shown, prompt, query)) != 1:
             brought = "--prompt" if self.workspace.reads == "texts" else "--image"
             raise ConfigError(
                 "what should recall?", expected=f"exactly one of --task, {brought} and --query"

@@ -17,6 +17,7 @@ from memtool.learning.objective import Objective
 from memtool.learning.past_inputs import PastInputs
 from memtool.memories.rank1 import Rank1Memory, init_atoms
 from memtool.methods.in_store import HEAD
+from memtool.pictured import as_json
 from memtool.streams.task import Task
 from memtool.workspace import Workspace
 
@@ -91,7 +92,7 @@ def decides_of_texts(work: Workspace, task: Task, beneath: str) -> dict[str, Any
     config = work.config
     return {
         "backbone": work.backbone.sha256,
-        "task": [task.number, task.name, task.train.prompts, task.train.answers],
+        "task": [task.number, task.name, as_json(task.train.prompts), task.train.answers],
         "epochs": work.epochs(task),
         "targets": config.backbone.targets,
         "settings": {

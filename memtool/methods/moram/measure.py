@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memtool import __version__
+from memtool.evaluation.course import Course
 from memtool.evaluation.inside import Inside
-from memtool.evaluation.matrix import AccuracyMatrix
 from memtool.evaluation.metrics import reuse
 from memtool.evaluation.record import AtomUse, Row
 from memtool.learning.answers import Answering, AnswerScores, answer_row
@@ -154,13 +154,12 @@ class AtomMeasure:
         if self.work.reads == "texts":
             found = {count: self.answer_scores(there[count], shown) for count in sorted(there)}
             return answer_row(id, label, "method", shown, found)
-        matrix = AccuracyMatrix.empty([task.name for task in shown])
+        course = Course(shown, self.work.unseen)
         if before and is_fixed(self.work.config):
-            matrix = matrix.with_row(0, [self.zero_shot(task, setting) for task in shown])
+            course.add(0, [self.zero_shot(task, setting) for task in course.tested])
         for count in self.work.telling("evaluate", sorted(there)):
-            scores = [self.accuracy(there[count], task, setting) for task in shown]
-            matrix = matrix.with_row(count, scores)
-        return Row.measured(id, label, "method", matrix)
+            course.add(count, [self.accuracy(there[count], one, setting) for one in course.tested])
+        return course.row(id, label, "method")
 
     def figures(
         self, snapshot: AtomSnapshot, tasks: Sequence[Task], setting: str

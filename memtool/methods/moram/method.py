@@ -68,7 +68,7 @@ from memtool.streams.task import Task
 if TYPE_CHECKING:
     from memtool.methods.explanation import AtomMap
 
-SETTINGS = ("til", "cil", "dil", "xtail", "trace")
+SETTINGS = ("til", "cil", "dil", "vil", "dgcl", "xtail", "trace")
 """Settings that one bank of atoms can be measured in."""
 
 

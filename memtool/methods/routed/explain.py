@@ -78,8 +78,9 @@ def explain(
         )
     told: dict[str, Any] = {}
     if prompt is not None:
-        told = told_of(method.novelty(memory.view, prompt))
-        told["columns"], told["tokens"] = method.by_token(memory, prompt, block)
+        brought = subject.samples.prompts[0]  # type: ignore[union-attr]
+        told = told_of(method.novelty(memory.view, brought))
+        told["columns"], told["tokens"] = method.by_token(memory, brought, block)
     result = Explanation(
         version=memory.version,
         subject=subject.words,

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from memtool.adapters.values import Recall
 from memtool.backbones.answering import RecallOf
+from memtool.evaluation.course import Course
 from memtool.evaluation.inside import Inside
-from memtool.evaluation.matrix import AccuracyMatrix
 from memtool.evaluation.record import Kind, Row
 from memtool.learning.answers import Answering, AnswerScores, answer_row
 from memtool.learning.looks import batches
@@ -94,8 +94,13 @@ def row(
     kind: Kind,
     tasks: Sequence[Task],
     there: Mapping[int, tuple[RoutedMemory, Sequence[Way]]],
+    *,
+    told: bool = False,
 ) -> Row:
-    """The row of memories after so many tasks, each with the way that every task is asked in."""
+    """The row of memories after so many tasks, each with the way that every task is asked in.
+
+    A domain that is never learned from is asked as the last of them, unless they are `told`.
+    """
     if work.reads == "texts":
         found = {}
         for count, (memory, ways) in there.items():
@@ -103,15 +108,15 @@ def row(
             after = f" after {len(memory.tasks)} tasks" if len(there) > 1 else ""
             found[count] = _answered(work, memory, tasks, ways, f"evaluate: {label}{after}")
         return answer_row(id, label, kind, tasks, found)
-    matrix = AccuracyMatrix.empty([task.name for task in tasks])
+    course = Course(tasks, None if told else work.unseen)
     for count in work.telling(f"evaluate: {label}", sorted(there)):
         memory, ways = there[count]
         right = [
             share_right(scores(work, memory, task.test, way)[0], task.test)
-            for task, way in zip(tasks, ways, strict=True)
+            for task, way in zip(course.tested, [*ways, ways[-1]], strict=False)
         ]
-        matrix = matrix.with_row(count, right)
-    return Row.measured(id, label, kind, matrix)
+        course.add(count, right)
+    return course.row(id, label, kind)
 
 
 def inside(work: Workspace, memory: RoutedMemory, tasks: Sequence[Task]) -> Inside:
@@ -167,7 +172,13 @@ def other_rows(work: Workspace, memory: RoutedMemory, tasks: Sequence[Task]) -> 
         rows.append(answer_row("frozen", label, "baseline", tasks, found))
     told = [only(memory.tasks.index(task.number), memory.routing.owners) for task in tasks]
     oracle = row(
-        work, "oracle", "oracle adapter, task given", "upper bound", tasks, {count: (memory, told)}
+        work,
+        "oracle",
+        "oracle adapter, task given",
+        "upper bound",
+        tasks,
+        {count: (memory, told)},
+        told=True,
     )
     return [*rows, oracle]
 

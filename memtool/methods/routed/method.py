@@ -52,7 +52,7 @@ from memtool.methods.routed.memory import (
 from memtool.methods.stored_values import values_of
 from memtool.methods.subject import subject_of
 from memtool.sections import Settings
-from memtool.settings import Config
+from memtool.settings import AT_ONCE, Config
 from memtool.streams.task import Images, Task, Texts
 
 
@@ -153,11 +153,11 @@ class Routed(Method, ABC):
     def task_written(self, task: Task) -> None:
         """Consolidate it."""
         del task
-        if self.config.stream.setting != "dg":
+        if self.config.stream.setting not in AT_ONCE:
             self.consolidate()
 
     def all_written(self) -> None:
-        """Consolidate the sources of setting dg, together."""
+        """Consolidate tasks that are learned at once, together."""
         self.consolidate()
 
     # Retrieve -------------------------------------------------------------------------------
@@ -258,10 +258,11 @@ class Routed(Method, ABC):
         cut = self._setting(setting)
         memory = self.snapshot(version)
         shown = self.shown(memory.view, memory.tasks)
-        if work.stream.held_out is not None:
-            shown = [work.stream.held_out]
+        held_out = None if work.unseen is not None else work.stream.held_out
+        if held_out is not None:
+            shown = [held_out]
         there = {len(shown): memory}
-        if history and work.stream.held_out is None:
+        if history and held_out is None:
             log = work.store.log(memory.version)
             known = ((one.id, self.known_in(work.store.view(one.id))) for one in log)
             for learned, at in sorted(newest_after_each(known, memory.tasks).items()):

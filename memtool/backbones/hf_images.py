@@ -1,0 +1,140 @@
+"""Image models of transformers as backbones, by a local folder or an id on the hub.
+
+They run as transformers wrote them. A model's features are what its pooler says, or its first
+token where it has none: of ViT the class token behind the last norm (the pooler, which was trained
+with another head, is left out), of DINOv2 and CLIP's image tower the same, of Swin and ConvNets the
+mean of the last map.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+
+from memtool.backbones.as_written import AsWritten
+from memtool.backbones.causal_lm import model_source
+from memtool.backbones.weight_files import drawn_alike, opened
+from memtool.errors import ConfigError, NotFoundError
+from memtool.settings import BackboneSettings
+
+_TOWERS = {
+    "clip": "CLIPVisionModel",
+    "clip_vision_model": "CLIPVisionModel",
+    "siglip": "SiglipVisionModel",
+    "siglip_vision_model": "SiglipVisionModel",
+}
+"""Image towers that are classes of their own, by the `model_type` of a configuration."""
+
+_NORMS: dict[str, tuple[list[float], list[float]]] = {
+    "clip": ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),
+    "dinov2": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+    "": ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5]),
+}
+"""Means and deviations of channels where a folder says none; by the beginning of `model_type`."""
+
+
+def create_hf_images(settings: BackboneSettings, model: str) -> AsWritten:
+    """The image model of `hf:<id or path>`, a folder as `save_pretrained` makes it or a hub id.
+
+    Weights are safetensors; code that comes with it is not run. With `settings.weights` random,
+    only its config.json is read. Raises ConfigError for a model that reads no images or cannot be
+    adapted, NotFoundError where there are no such files.
+    """
+    from transformers import AutoConfig, AutoModel
+    from transformers.utils import logging
+
+    del model
+    source = _source(settings)
+    had_bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        given: dict[str, Any] = {}
+        create: Any = AutoModel
+        if config.model_type in _TOWERS:
+            create = _tower(_TOWERS[config.model_type])
+            config = getattr(config, "vision_config", config)
+        elif not hasattr(config, "num_channels"):
+            raise ConfigError(
+                f"backbone {settings.name} is a {config.model_type}, and this reads images",
+                expected="an image model, as ViT, DINOv2 or CLIP; nano, timm:<model name>",
+                remedy="memtool run --preset moram-trace, which reads texts",
+            )
+        if config.model_type in ("vit", "deit"):
+            given["add_pooling_layer"] = False
+        if settings.weights == "random":
+            with drawn_alike():
+                make = create.from_config if create is AutoModel else create
+                built = make(config, **given)
+            opened(built)
+        else:
+            built = create.from_pretrained(
+                source, config=config, dtype="auto", use_safetensors=True, **given
+            ).float()
+    except OSError as error:
+        raise NotFoundError(
+            f"no model {source!r} that can be read: {error}",
+            expected="a folder with config.json and model.safetensors",
+            remedy="name a local folder: hf:FOLDER",
+        ) from error
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"{source!r} is no image model: {error}") from error
+    finally:
+        if had_bars:
+            logging.enable_progress_bar()
+    mean, std = _normalisation(source, config.model_type)
+    native = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
+    return AsWritten(
+        built,
+        settings.name,
+        read=read_hf,
+        names=(),
+        image_size=settings.image_size,
+        mean=mean,
+        std=std,
+        prefix_tokens=1 + (getattr(config, "num_register_tokens", 0) or 0),
+        native=native,
+    )
+
+
+def read_hf(model: nn.Module, pixels: Tensor) -> Tensor:
+    """The pooled features (b, dim): what the pooler says, or the first token."""
+    given: dict[str, Any] = {}
+    if "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
+        given["interpolate_pos_encoding"] = True
+    found = model(pixel_values=pixels, **given)
+    pooled = getattr(found, "pooler_output", None)
+    features: Tensor = found.last_hidden_state[:, 0] if pooled is None else pooled.flatten(1)
+    return features
+
+
+def _source(settings: BackboneSettings) -> str:
+    if settings.weights not in (None, "random"):
+        raise ConfigError(
+            f"backbone.weights with {settings.name}",
+            expected="no weights, or random: such a model is a folder",
+            remedy="--set backbone.name=hf:FOLDER",
+        )
+    return model_source(settings.model_copy(update={"weights": None}))
+
+
+def _tower(name: str) -> Any:
+    import transformers
+
+    return getattr(transformers, name)
+
+
+def _normalisation(source: str, kind: str) -> tuple[list[float], list[float]]:
+    """What a folder's preprocessor_config.json says, or what is usual for a kind of model."""
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    try:
+        said, _ = ImageProcessingMixin.get_image_processor_dict(source)
+    except (OSError, ValueError):
+        said = {}
+    mean, std = said.get("image_mean"), said.get("image_std")
+    if mean is not None and std is not None:
+        return mean, std
+    return next(found for start, found in _NORMS.items() if kind.startswith(start))

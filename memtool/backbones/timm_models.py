@@ -1,0 +1,117 @@
+"""Any model of timm as a backbone: plain Vision Transformers written out, all others as written."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memtool.backbones.as_written import AsWritten
+from memtool.backbones.interface import Backbone
+from memtool.backbones.survey import block_names
+from memtool.backbones.vit import VitBackbone, check_image_size, is_plain
+from memtool.backbones.vit_weights import load_vit_weights
+from memtool.backbones.weight_files import drawn_alike, opened
+from memtool.errors import ConfigError, NotFoundError, did_you_mean
+from memtool.settings import BackboneSettings
+
+
+def create_timm(settings: BackboneSettings, model: str) -> Backbone:
+    """The timm model `model` with the weights of `settings.weights`, or with timm's own.
+
+    Raises ConfigError for a model that timm does not know or that cannot be adapted, NotFoundError
+    for weights that cannot be fetched, and as `load_vit_weights`.
+    """
+    import timm
+
+    if not timm.is_model(model):
+        name = model.partition(".")[0]
+        near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.3)
+        raise ConfigError(
+            f"timm has no model {model!r}",
+            expected=did_you_mean(model, near or ["vit_tiny_patch16_224"]),
+            remedy="memtool backbones FILTER lists them",
+        )
+    with drawn_alike():
+        built = build_timm(model, settings.image_size, fetch=settings.weights is None)
+    plain = is_plain(built)
+    if plain:
+        check_image_size(settings.image_size, built.patch_embed.patch_size[0], settings.name)
+    if settings.weights == "random":
+        opened(built)
+    elif settings.weights is not None:
+        load_vit_weights(built, settings.weights)
+    cfg = timm.data.resolve_model_data_config(built)
+    mean, std = cfg["mean"], cfg["std"]
+    if plain:
+        return VitBackbone(built, settings.name, mean=mean, std=std)
+    return AsWritten(
+        built,
+        settings.name,
+        read=read_timm,
+        names=blocks_of(built),
+        image_size=settings.image_size,
+        mean=mean,
+        std=std,
+        prefix_tokens=getattr(built, "num_prefix_tokens", 0),
+        last=getattr(built, "output_fmt", "NCHW") == "NHWC",
+        native=cfg["input_size"][-1],
+    )
+
+
+def build_timm(model: str, size: int | None, *, fetch: bool = False) -> Any:
+    """A model without its classifier, for images of a size where it asks for one.
+
+    Raises ConfigError for a size that it cannot be built for, NotFoundError for weights that cannot
+    be fetched.
+    """
+    import timm
+
+    sized = {} if size is None else {"img_size": size}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of names that timm has moved
+        try:
+            try:
+                return timm.create_model(model, pretrained=fetch, num_classes=0, **sized)
+            except TypeError:  # a ConvNet takes images of any size
+                return timm.create_model(model, pretrained=fetch, num_classes=0)
+        except (OSError, RuntimeError) as error:
+            if not fetch:
+                raise
+            raise NotFoundError(
+                f"no pre-trained weights for timm:{model}: {error}",
+                remedy="name a local safetensors file as backbone.weights, or random",
+            ) from error
+        except (TypeError, ValueError, AssertionError, ZeroDivisionError) as error:
+            native = timm.models.get_pretrained_cfg(model)
+            made_for = 224 if native is None else native.input_size[-1]
+            raise ConfigError(
+                f"timm's {model} cannot be built for images of {size} pixels: {error}",
+                expected=f"images of {made_for} pixels, for which it was made",
+                remedy=f"--set backbone.image_size={made_for}",
+            ) from error
+
+
+def read_timm(model: nn.Module, pixels: Tensor) -> Tensor:
+    """The pooled features (b, dim) of a model without its classifier."""
+    features: Tensor = model(pixels)
+    return features
+
+
+def blocks_of(model: nn.Module) -> list[str]:
+    """Names of the modules that may be blocks, by the groups that timm itself has of its layers."""
+    try:
+        found = model.group_matcher(coarse=False)["blocks"]  # type: ignore[operator]
+    except (AttributeError, TypeError, KeyError):  # timm has none, or a broken one
+        return []
+    patterns = [found] if isinstance(found, str) else [pattern for pattern, _ in found]
+    return block_names(model, patterns)
+
+
+def on_meta(model: str, size: int | None) -> Any:
+    """A model in eval mode with shapes and no numbers."""
+    with torch.device("meta"):
+        return build_timm(model, size).eval()

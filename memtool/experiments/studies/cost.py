@@ -1,0 +1,232 @@
+"""What a study will cost, before it begins: steps, time from a measured step, bytes on the disk."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memtool.adapters.mixing import Mixture
+from memtool.adapters.recalls import given_for_each
+from memtool.adapters.values import AdapterValues, Recall
+from memtool.errors import CapacityError
+from memtool.experiments.plan import plan
+from memtool.experiments.studies.study import OpenStudy, Variant
+from memtool.learning.adapt import adapt
+from memtool.methods import open_method
+from memtool.workspace import Workspace
+
+MOST_SECONDS = 12 * 3600
+"""A study that takes longer on this machine is told so."""
+
+MOST_TIMED = 4
+"""Adapters in a step that is timed; one of more takes as much longer as it has more."""
+
+OTHER_WAYS = 4
+"""Passes over the test images that an evaluation makes beside the memory's own: hard choice, a
+uniform mixture, no negative weights, the true task's adapters."""
+
+FOLDER_BYTES = 24_000
+"""Of an adapter beside its numbers: three small files of whole blocks, here and in the store."""
+
+RUN_BYTES = 2_000_000
+"""Of a run beside its adapters: record, report, results, and the manifests of its versions."""
+
+
+@dataclass(frozen=True)
+class PointCost:
+    """What the runs of a point take that are not done: `left` of `runs`, and steps of training."""
+
+    label: str
+    runs: int
+    left: int
+    steps: int
+    seconds: float
+    bytes: int
+
+
+@dataclass(frozen=True)
+class StudyCost:
+    """What is left of a study: its points, and the bytes that are free where it lies."""
+
+    points: tuple[PointCost, ...]
+    free: int
+
+    @property
+    def steps(self) -> int:
+        """Steps of training adapters."""
+        return sum(point.steps for point in self.points)
+
+    @property
+    def seconds(self) -> float:
+        """Of the processor, for training, consolidation and evaluation on this machine; about."""
+        return sum(point.seconds for point in self.points)
+
+    @property
+    def bytes(self) -> int:
+        """On the disk, about, at most."""
+        return sum(point.bytes for point in self.points)
+
+
+def require_room(study: OpenStudy) -> None:
+    """Raise CapacityError where what is left of a study has no room on the disk."""
+    points = [_of_point(study, one, None) for one in study.variants]
+    needed, free = sum(point.bytes for point in points), _free(study.folder)
+    if needed <= free:
+        return
+    largest = max(points, key=lambda point: point.bytes)
+    raise CapacityError(
+        f"study {study.study.name} takes about {needed:,} bytes in {study.folder}, "
+        f"{largest.bytes:,} of them at point {largest.label}",
+        expected=f"at most the {free:,} bytes that are free there",
+        remedy="--out on a larger disk, or fewer --points or seeds",
+    )
+
+
+def cost_of(study: OpenStudy) -> StudyCost:
+    """The cost of what is left of a study; a step of training and a pass are timed for it.
+
+    Opens data and backbone. Raises CapacityError as `require_room`.
+    """
+    require_room(study)
+    clock = _Clock()
+    points = tuple(_of_point(study, one, clock) for one in study.variants)
+    return StudyCost(points, _free(study.folder))
+
+
+def _of_point(study: OpenStudy, variant: Variant, clock: _Clock | None) -> PointCost:
+    jobs = [job for job in study.sweep.jobs if study.variant_of(job) is variant]
+    left = [job for job in study.sweep.open_jobs() if job in jobs]
+    if not left:
+        return PointCost(variant.label, len(jobs), 0, 0, 0.0, 0)
+    config, count = study.sweep.config_of(left[0]), len(left)
+    steps = sum(plan(config, seed=left[0].seed, verb="train-adapter")["steps"])
+    work = open_method(config, seed=left[0].seed).workspace
+    seconds = 0.0 if clock is None else _seconds(study, work, steps, clock)
+    return PointCost(
+        variant.label, len(jobs), count, count * steps, count * seconds, count * _bytes(work)
+    )
+
+
+def _bytes(work: Workspace) -> int:
+    """Of one run, at most: adapters as folders and in the store, moments, heads and keys."""
+    config, tasks = work.config, work.stream.tasks
+    adapters, numbers = config.adapter.per_task * len(tasks), work.layout.numel
+    classes, dim = len(work.stream.class_names), work.backbone.dim
+    head = 4 * (dim + 1) * max(len(task.classes) for task in tasks)
+    of_adapters = adapters * (2 * (4 * numbers + head) + FOLDER_BYTES)
+    wide = dim * (1 + bool(config.head.beside)) + 1
+    moments = len(tasks) * 8 * (wide + classes) * wide
+    if config.head.kind == "rp-ridge":
+        moments += work.projection_bytes(config.head.width).kept
+    blocks = len(work.layout.blocks) if config.memory.scope == "block" else 1
+    keyed = max(len(task.classes) for task in tasks) if config.memory.keys_of == "class" else 1
+    queries = len(tasks) * blocks * 4 * (dim + 1) * (dim + 1 + classes)
+    keys = sum(range(1, len(tasks) + 1)) * config.adapter.per_task * blocks * keyed * 4 * (dim + 1)
+    return of_adapters + moments + queries + keys + RUN_BYTES
+
+
+def _seconds(study: OpenStudy, work: Workspace, steps: int, clock: _Clock) -> float:
+    """Of one run, from a step of training and passes of test images that are timed here."""
+    config, tasks = work.config, work.stream.tasks
+    count = config.adapter.per_task
+    train = sum(len(task.train) for task in tasks)
+    tests = [len(task.test) for task in tasks]
+    frozen = clock.a_pass(work, 0)
+    mixed = clock.a_pass(work, max(1, count * (len(tasks) + 1) // 2))
+    cost = open_method(config, seed=work.seed).cost(numbers=0, parameters=0, tokens=0) or {}
+    look = (cost.get("frozen", 0.0) + cost.get("first_adapter", 0.0)) * frozen
+    learned = steps * clock.a_step(work) + train * count * frozen  # and its training accuracy
+    keys = train * (2 * mixed + look + 3 * config.consolidate.epochs * mixed)
+    read = sum(tests) * (len(tasks) + OTHER_WAYS) + study.study.passes(tests)
+    return learned + keys + read * (mixed + look)
+
+
+class _Clock:
+    """Times a step of training and a pass of a test image, each once for all points.
+
+    In seconds of the processor, all threads together, so that others on the machine do not count;
+    on another device in seconds.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, int, str], float] = {}
+
+    def a_step(self, work: Workspace) -> float:
+        """A step that trains all adapters of a task; nothing of it is kept."""
+        count = work.config.adapter.per_task
+        timed = min(count, MOST_TIMED)
+        adapter = work.config.adapter.model_copy(update={"per_task": timed})
+        task, size = work.stream.tasks[0], work.config.train.batch_size
+        short = {"epochs": 1, "iterations": None, "steps": 0, "lr": 1e-6}
+
+        def steps(count: int) -> None:
+            adapt(
+                work.engine,
+                work.backbone,
+                work.layout,
+                task.train.chosen(np.arange(count * size) % len(task.train)),
+                classes=task.classes,
+                class_count=len(work.stream.class_names),
+                adapter=adapter,
+                train=work.config.train.model_copy(update=short),
+                seed=work.seed,
+                stage="a step that is timed",
+            )
+
+        def timed_steps() -> float:
+            steps(1)  # the first also allocates
+            one, several = (self._timed(work, partial(steps, n)) for n in (1, 3))
+            return max(several - one, several / 6) / 2
+
+        return self._once("step", timed, work, timed_steps) * count / timed
+
+    def a_pass(self, work: Workspace, adapters: int) -> float:
+        """A pass of one image under a mixture of so many adapters; 0: of the frozen model."""
+        task = work.stream.tasks[0]
+        images = task.test.images[np.arange(32) % len(task.test)]
+
+        def one_pass() -> float:
+            recall = _mixture(work, adapters) if adapters else None
+            work.features(images[:8], recall)
+            return self._timed(work, lambda: work.features(images, recall)) / len(images)
+
+        return self._once("pass", adapters, work, one_pass)
+
+    def _once(self, what: str, count: int, work: Workspace, timed: Callable[[], float]) -> float:
+        key = (what, count, work.config.memory.mix)
+        if key not in self._known:
+            self._known[key] = timed()
+        return self._known[key]
+
+    def _timed(self, work: Workspace, deed: Callable[[], object]) -> float:
+        clock = time.process_time if work.engine.device.type == "cpu" else time.perf_counter
+        begin = clock()
+        deed()
+        return clock() - begin
+
+
+def _mixture(work: Workspace, adapters: int) -> Recall:
+    """So many adapters, whose parts may differ from sample to sample."""
+    flat = torch.zeros(adapters, work.layout.numel)
+    values = AdapterValues.from_flat(flat, work.layout, work.scaling).to(work.engine.device)
+    mix = work.config.memory.mix
+
+    def recall(block: int, hidden: Tensor) -> Mixture | None:
+        shares = torch.full((len(hidden), 1, adapters), 1 / adapters, device=hidden.device)
+        return given_for_each(values, shares, mix)(block, hidden)
+
+    return recall
+
+
+def _free(folder: Path) -> int:
+    """Bytes that are free where a folder is, or will be."""
+    there: Sequence[Path] = (folder.absolute(), *folder.absolute().parents)
+    return shutil.disk_usage(next(one for one in there if one.exists())).free

@@ -1,0 +1,142 @@
+"""What later tasks do to earlier ones inside a memory: keys and weights of old inputs, in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memtool.evaluation.metrics import coefficient_drift
+from memtool.methods.mira.measure import Measure, drift_degrees
+from memtool.methods.mira.state import Snapshot
+from memtool.methods.outcome import share_right
+from memtool.streams.task import Task
+
+if TYPE_CHECKING:
+    from memtool.methods.mira.method import Mira
+
+
+@dataclass(frozen=True)
+class OldTask:
+    """An earlier task at a later moment, against the moment when it was learned.
+
+    coefficient_drift: relative change of the weights that its test images give the adapters that
+    were there; new_coefficients: length of the weights on adapters that came later, over that of
+    its own then; new_share: their part of the weight; key_degrees: mean angle that its keys turned,
+    None where none had a direction then; accuracy: of its test images.
+    """
+
+    coefficient_drift: float
+    new_coefficients: float
+    new_share: float
+    key_degrees: float | None
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Moment:
+    """After `learned` tasks: the `old` ones in order, and the accuracy of the newest."""
+
+    learned: int
+    old: tuple[OldTask, ...]
+    newest: float
+
+
+def moments(mira: Mira, tasks: Sequence[Task], versions: Sequence[str]) -> list[Moment]:
+    """The memory after each of `tasks`, `versions[i]` after the first i + 1 of them.
+
+    Reads the test images of every task at every version that knows it.
+    """
+    measure = Measure(mira.workspace)
+    found: list[Moment] = []
+    then: list[tuple[Tensor, Tensor]] = []
+    for count, version in enumerate(
+        mira.workspace.telling("keys and weights of old inputs", versions), start=1
+    ):
+        snapshot = mira.snapshot(version)
+        _, model, head = snapshot.consolidated()
+        keys = _keys(snapshot)
+        old = []
+        for place, task in enumerate(tasks[:count]):
+            logits, now = measure.recall(model, head, task.test.images)
+            accuracy = share_right(logits, task.test)
+            if place == count - 1:
+                then.append((now, keys))
+                newest = accuracy
+                continue
+            old.append(_old(then[place], now, keys, _first_of(tasks[place], snapshot), accuracy))
+        found.append(Moment(count, tuple(old), newest))
+    return found
+
+
+def _first_of(task: Task, snapshot: Snapshot) -> list[int]:
+    """The places of a task's adapters among the keys."""
+    state, *_ = snapshot.consolidated()
+    own = state.tasks.index(task.number)
+    return [place for place, one in enumerate(state.adapter_tasks) if one == own]
+
+
+def _old(
+    then: tuple[Tensor, Tensor], now: Tensor, keys: Tensor, places: Sequence[int], accuracy: float
+) -> OldTask:
+    before, keys_before = then
+    known = before.shape[-1]
+    whole = float(now.abs().sum())
+    return OldTask(
+        coefficient_drift=coefficient_drift(now[..., :known].numpy(), before.numpy()),
+        new_coefficients=float(now[..., known:].norm() / before.norm()),
+        new_share=float(now[..., known:].abs().sum()) / whole if whole else 0.0,
+        key_degrees=_turned(keys_before[:, places], keys[:, places]),
+        accuracy=accuracy,
+    )
+
+
+def _turned(before: Tensor, after: Tensor) -> float | None:
+    """As `drift_degrees`, of keys (memories, adapters, m, width); None where none has a direction.
+
+    Of an adapter whose keys grew in number the mean of them.
+    """
+    if before.shape != after.shape:
+        before, after = before.mean(dim=2), after.mean(dim=2)
+    if not ((before.norm(dim=-1) > 0) & (after.norm(dim=-1) > 0)).any():
+        return None
+    return drift_degrees(before, after)
+
+
+def _keys(snapshot: Snapshot) -> Tensor:
+    """Keys (memories, adapters, m, width), m of every adapter."""
+    keys, memory = snapshot.view.keys(), snapshot.consolidated()[1].memory
+    assert keys is not None
+    width = memory[memory.blocks[0]].query.width
+    return torch.from_numpy(np.asarray(keys, dtype=np.float32)).unflatten(-1, (-1, width))
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Between two tasks: test images of either that chose their `own`, and one of the two."""
+
+    own: float
+    either: float
+
+
+def choices(mira: Mira, pair: tuple[Task, Task]) -> Choices:
+    """Which of two tasks the test images of both choose, as shares of all of them."""
+    measure, snapshot = Measure(mira.workspace), mira.snapshot()
+    state, model, head = snapshot.consolidated()
+    by_task = torch.nn.functional.one_hot(
+        torch.tensor(state.adapter_tasks), len(state.tasks)
+    ).float()
+    numbers = [state.tasks.index(task.number) for task in pair]
+    own = either = total = 0
+    for task, number in zip(pair, numbers, strict=True):
+        _, weights = measure.recall(model, head, task.test.images)
+        shares = weights.mean(dim=1) @ by_task
+        chosen = shares.argmax(dim=1).masked_fill(~shares.any(dim=1), -1)
+        own += int((chosen == number).sum())
+        either += int(torch.isin(chosen, torch.tensor(numbers)).sum())
+        total += len(task.test)
+    return Choices(own / total, either / total)

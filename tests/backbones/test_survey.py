@@ -1,0 +1,148 @@
+"""What can be adapted is found by running a model, and what cannot is named with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from memtool.adapters.layout import Layout
+from memtool.backbones.as_written import AsWritten
+from memtool.backbones.listing import described, names_of
+from memtool.backbones.survey import surveyed
+from memtool.errors import ConfigError, MismatchError, NotFoundError
+from memtool.memories.rank1 import Rank1Memory
+
+
+class Folding(nn.Module):
+    """Two blocks that fold a map's rows into the batch, as windows, and multiply."""
+
+    def __init__(self, fold: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Folded(fold), Folded(fold)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x.mean(dim=(2, 3))
+
+
+class Folded(nn.Module):
+    def __init__(self, fold: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.fold = fold
+        self.fc = nn.Linear(3, 3)
+        self.table = nn.Linear(2, 3)
+        self.hidden = nn.Linear(3, 3)
+        self.wide = nn.Conv2d(3, 3, 3, padding=2, dilation=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, _, height, _ = x.shape
+        bias = self.table(torch.ones(5, 2, dtype=x.dtype)).mean(dim=0)
+        tokens = self.fc(self.fold(x.movedim(1, -1))) + bias
+        tokens = nn.functional.linear(tokens, self.hidden.weight)
+        if self.fold is stacked_last:
+            tokens = tokens.unflatten(0, (height, batch)).transpose(0, 1).flatten(0, 1)
+        return self.wide(tokens.unflatten(0, (batch, height)).movedim(-1, 1))
+
+
+def sample_after_sample(x: Tensor) -> Tensor:
+    return x.flatten(0, 1)
+
+
+def stacked_last(x: Tensor) -> Tensor:
+    """Windows before samples: row 0 of all images, then row 1."""
+    return x.transpose(0, 1).flatten(0, 1)
+
+
+def read(model: nn.Module, pixels: Tensor) -> Tensor:
+    features: Tensor = model(pixels)
+    return features
+
+
+def test_layers_that_take_no_mixture_are_left_out_with_the_reason() -> None:
+    found = surveyed(Folding(sample_after_sample), read, (), 8)
+    assert [block.name for block in found.blocks] == ["blocks.0", "blocks.1"]
+    assert found.targets == ("fc",)
+    said = {name.rpartition(".")[2]: why for name, why in found.left_out.items()}
+    assert said["table"] == "called with something that is of no image"
+    assert said["hidden"].startswith("never called")
+    assert "dilation" in said["wide"]
+
+
+def test_windows_before_samples_are_noticed() -> None:
+    found = surveyed(Folding(stacked_last), read, (), 8)
+    assert found.layers == ()
+    assert "not stacked image after image" in found.left_out["blocks.0.fc"]
+    half = [0.5] * 3
+    with pytest.raises(ConfigError, match=r"blocks.0.fc is called with windows that are not"):
+        AsWritten(
+            Folding(stacked_last), "f", read=read, names=(), image_size=8, mean=half, std=half
+        )
+
+
+def test_quantised_layers_are_named_with_what_can_be_adapted() -> None:
+    model = nn.Module()
+    model.blocks = nn.ModuleList([nn.Sequential(nn.Linear(8, 8)) for _ in range(2)])
+    for block in model.blocks:
+        block[0] = Packed()
+
+    def run(model: nn.Module, pixels: Tensor) -> Tensor:
+        x = pixels.mean(dim=1)
+        for block in model.blocks:  # type: ignore[union-attr]
+            x = block(x)
+        return x.mean(dim=1)
+
+    model.register_parameter("scale", nn.Parameter(torch.ones(1)))
+    half = [0.5] * 3
+    with pytest.raises(ConfigError, match=r"Packed, which may be more(.|\n)*Linear and Conv2d"):
+        AsWritten(model, "p", read=run, names=(), image_size=8, mean=half, std=half)
+
+
+class Packed(nn.Linear):
+    """Weights in eight bits."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, (self.weight * 127).round() / 127)
+
+
+def test_a_size_that_a_model_does_not_read_is_refused_with_its_own() -> None:
+    model, half = timm.create_model("levit_128s", pretrained=False, num_classes=0), [0.5] * 3
+    with pytest.raises(ConfigError, match=r"images of 64 pixels(.|\n)*backbone.image_size=224"):
+        AsWritten(model, "l", read=read, names=(), image_size=64, mean=half, std=half, native=224)
+
+
+def test_models_are_told_without_their_numbers_as_they_are_opened() -> None:
+    (found,) = described(["resnet18"])
+    assert found.targets == ("conv1", "conv2", "downsample")
+    assert (found.blocks, found.widths, found.dim) == (8, (64, 128, 256, 512), 512)
+    assert (found.parameters, found.size) == (11_176_512, 224)
+    (refused,) = described(["tnt_s_legacy_patch16_224"])
+    assert refused.problem is not None
+    assert refused.targets == ()
+
+
+def test_names_are_found_by_word_and_pattern() -> None:
+    assert len(names_of(None)) > 1000
+    assert names_of("timm:resnet18") == ["resnet18"]
+    assert {"convnext_atto", "convnext_pico"} <= {*names_of("convnext_*o")}
+    with pytest.raises(NotFoundError, match=r"did you mean 'resnet"):
+        names_of("resnet81")
+
+
+def test_atoms_at_a_convolution_and_ranks_in_no_groups_are_refused() -> None:
+    from memtool.backbones import create_backbone
+    from memtool.settings import BackboneSettings
+
+    settings = BackboneSettings(name="timm:test_efficientnet", weights="random")
+    backbone = create_backbone(settings)
+    with pytest.raises(MismatchError, match=r"convolution of \d+ groups(.|\n)*adapter.rank"):
+        Layout(backbone.sites(("conv_dw",)), 4).segments  # noqa: B018
+    with pytest.raises(MismatchError, match=r"atoms at .*, which is a convolution"):
+        Rank1Memory(backbone.sites(("conv_pw",)))
