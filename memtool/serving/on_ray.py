@@ -93,6 +93,26 @@ class Replicas:
         }
 
 
+class Memtool:
+    """A process that serves; the version that the others serve, where there are any."""
+
+    async def __init__(self, served: Served, limits: Limits, agreement: Any) -> None:  # type: ignore[misc]  # Ray awaits it
+        from ray.serve import get_replica_context
+
+        async def ask(method: str, *given: Any) -> Any:
+            return await getattr(agreement, method).remote(*given)
+
+        models = served.models(await ask("agreed"))
+        own = get_replica_context().replica_id.unique_id
+        self._quiet = ExitStack()
+        self._quiet.enter_context(quiet_decoders())
+        self._made = create_app(Replica(models, limits, name=own, ask=ask))
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Ray asks for it once, after the above."""
+        return self._made
+
+
 def serve(
     served: Served,
     limits: Limits,
@@ -150,31 +170,10 @@ def _deploy(
     ray_serve: Any, name: str, served: Served, limits: Limits, replicas: Replicas, memory: Memory
 ) -> None:
     cpus, gpus = clusters.resources(memory.config.engine)
-    app: FastAPI | None = None  # of a replica, between the two below
-
-    def made() -> FastAPI:
-        assert app is not None
-        return app
-
-    class Memtool:
-        """A replica; it serves the version that the others serve, where there are any."""
-
-        async def __init__(self, agreement: Any) -> None:  # type: ignore[misc]  # Serve awaits it
-            nonlocal app
-
-            async def ask(method: str, *given: Any) -> Any:
-                return await getattr(agreement, method).remote(*given)
-
-            models = served.models(await ask("agreed"))
-            own = ray_serve.get_replica_context().replica_id.unique_id
-            self._quiet = ExitStack()
-            self._quiet.enter_context(quiet_decoders())
-            app = create_app(Replica(models, limits, name=own, ask=ask))
-
     agreement = ray_serve.deployment(Agreement).options(
         num_replicas=1, max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0}
     )
-    deployment = ray_serve.deployment(ray_serve.ingress(made)(Memtool)).options(
+    deployment = ray_serve.deployment(ray_serve.ingress()(Memtool)).options(
         max_ongoing_requests=limits.queue + SPARE_REQUESTS,
         graceful_shutdown_timeout_s=limits.timeout + GRACE_SECONDS,
         graceful_shutdown_wait_loop_s=0.5,
@@ -182,20 +181,27 @@ def _deploy(
         **replicas.options(limits),
     )
     try:
-        ray_serve.run(deployment.bind(agreement.bind()), name=name, route_prefix="/")
+        ray_serve.run(deployment.bind(served, limits, agreement.bind()), name=name, route_prefix="/")
     except ray_serve.exceptions.RayServeException as error:
         raise ConfigError(
             f"the cluster cannot serve {printable(name)}: {' '.join(str(error).split())[:500]}"
         ) from error
     except RuntimeError as error:
         raise MemtoolError(
-            f"no replica could serve the memory: {_last_line(str(error))}",
+            f"no replica could serve the memory: {_reason(ray_serve, name) or _end(str(error))}",
             remedy="memtool of this version, the store and the model on every machine "
             "of the cluster; ray logs has more",
         ) from error
 
 
-def _last_line(text: str) -> str:
+def _reason(ray_serve: Any, name: str) -> str:
+    """What the replicas of an application say that did not start, "" for nothing."""
+    found = ray_serve.status().applications.get(name)
+    said = [one.message for one in found.deployments.values()] if found is not None else []
+    return next((_end(text) for text in said if text.strip()), "")
+
+
+def _end(text: str) -> str:
     """What an error of another machine ends with."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return printable(lines[-1][:500]) if lines else "no reason was given"

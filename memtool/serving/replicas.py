@@ -16,7 +16,6 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 
-from memtool.errors import MemtoolError
 from memtool.serving.limits import Limits
 from memtool.serving.metrics import by_replica
 from memtool.serving.models import Models
@@ -81,6 +80,8 @@ class Replica(Service):
         super().__init__(models, limits)
         self.name = name
         self._ask = ask
+        self._agreeing = asyncio.Lock()
+        """Held from when this replica asks what is agreed until it serves it, or says another."""
 
     def always(self) -> list[Coroutine[Any, Any, None]]:
         """As the base, and the talk with the others."""
@@ -92,11 +93,12 @@ class Replica(Service):
         Raises HTTPException where some do not in the time of a request; they go on trying.
         """
         first = self.models.current.version
-        while True:
-            known = await self._ask("agreed")
-            _, now = await super().reload()
-            if await self._ask("settle", known, now):
-                break
+        async with self._agreeing:
+            while True:
+                known = await self._ask("agreed")
+                _, now = await super().reload()
+                if await self._ask("settle", known, now):
+                    break
         try:
             async with asyncio.timeout(self.limits.timeout):
                 while (await self._ask("behind"))[0]:
@@ -111,10 +113,11 @@ class Replica(Service):
     async def look(self) -> None:
         """As the base; a version that was found is for all."""
         try:
-            known, before = await self._ask("agreed"), self.models.current.version
-            await super().look()
-            if self.models.current.version != before:
-                await self._ask("settle", known, self.models.current.version)
+            async with self._agreeing:
+                known, before = await self._ask("agreed"), self.models.current.version
+                await super().look()
+                if self.models.current.version != before:
+                    await self._ask("settle", known, self.models.current.version)
         except Exception as error:  # noqa: BLE001 - whatever is wrong there, this replica goes on
             logger.warning("the agreement of the replicas does not answer: %r", error)
 
@@ -134,21 +137,22 @@ class Replica(Service):
                     logger.warning("the agreement of the replicas does not answer: %r", error)
                     wanted = here
                 if wanted != here and (taking is None or taking.done()):
-                    taking = asyncio.create_task(self._take_up(wanted))
+                    taking = asyncio.create_task(self._take_up())
                 await asyncio.sleep(TELL_SECONDS)
         finally:
             if taking is not None:
                 taking.cancel()
 
-    async def _take_up(self, wanted: str) -> None:
+    async def _take_up(self) -> None:
         """Serve the version agreed on; where that fails, a while until it is tried again."""
-        async with self._reloading:
+        async with self._agreeing, self._reloading:
             try:
+                wanted = await self._ask("agreed")
                 before, now = await self.models.reload(wanted)
-            except (MemtoolError, OSError) as error:
+            except Exception as error:  # noqa: BLE001 - what is served goes on, and it is tried again
                 self.watching = self.models.told(error)
                 self.metrics.reloaded("failed")
-                logger.warning("version %s is not taken up: %s", wanted, self.watching)
+                logger.warning("the version agreed on is not taken up: %s", self.watching)
             else:
                 self.watching = None
                 if before != now:
