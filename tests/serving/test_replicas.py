@@ -15,8 +15,7 @@ from memtool.serving.limits import Limits
 from memtool.serving.metrics import Metrics, by_replica
 from memtool.serving.models import Models
 from memtool.serving.replicas import Agreement, Replica
-from memtool_stores.errors import StorageError
-from memtool_stores.store import MemoryStore
+from memtool_stores import MemoryStore, StorageError
 from tests.serving.conftest import Memory
 
 
