@@ -5,7 +5,7 @@ The parser below Typer takes the last of several values without a word.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import typer
@@ -15,16 +15,12 @@ from memtool.errors import ConfigError
 from memtool.words import either, near
 from memtool_stores.printable import shown
 
-ALONE = {"--ray": "local"}
-"""Options whose value may be left out, and what it is then."""
-
 
 class VerbCommand(TyperCommand):
     """A command that refuses an option given twice, unless it takes several or is a switch."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """As the base. Raises ConfigError that names the option."""
-        args = [*_said_alone(args)]
         if not ctx.resilient_parsing:
             try:
                 *_, order = self.make_parser(ctx).parse_args(args=list(args))
@@ -89,14 +85,6 @@ class Verbs(typer.Typer):
     ) -> Callable[[Callable[..., None]], Callable[..., None]]:
         """As the base, of `VerbCommand`s."""
         return super().command(name, cls=VerbCommand, **settings)
-
-
-def _said_alone(args: list[str]) -> Iterator[str]:
-    """The words of a command line, with the value of an option that was left out of it."""
-    for place, word in enumerate(args):
-        yield word
-        if word in ALONE and all(after.startswith("-") for after in args[place + 1 : place + 2]):
-            yield ALONE[word]
 
 
 def _takes_one(parameter: Any) -> bool:

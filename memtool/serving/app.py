@@ -335,7 +335,7 @@ def _add_care(app: FastAPI, service: Service) -> None:
     @app.get("/metrics")
     async def metrics() -> Response:
         """What Prometheus reads."""
-        return Response(await service.measured(), media_type="text/plain; version=0.0.4")
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
     @app.post("/reload")
     async def reload() -> Response:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.metrics_core import Metric
-from prometheus_client.parser import text_string_to_metric_families
-from prometheus_client.registry import Collector
 
 SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -100,26 +97,3 @@ class Metrics:
     def text(self) -> bytes:
         """All of them, as Prometheus reads them."""
         return generate_latest(self.registry)
-
-
-class _Whole(Collector):
-    """Metrics that are there already."""
-
-    def __init__(self, metrics: Iterable[Metric]) -> None:
-        self._metrics = metrics
-
-    def collect(self) -> Iterable[Metric]:
-        return self._metrics
-
-
-def by_replica(texts: Mapping[str, bytes]) -> bytes:
-    """The metrics of several services as one text, each sample with the label `replica`."""
-    found: dict[str, Metric] = {}
-    for replica, text in sorted(texts.items()):
-        for one in text_string_to_metric_families(text.decode()):
-            whole = found.setdefault(one.name, Metric(one.name, one.documentation, one.type))
-            whole.samples += [
-                sample._replace(labels={**sample.labels, "replica": replica})
-                for sample in one.samples
-            ]
-    return generate_latest(_Whole(found.values()))

@@ -60,11 +60,10 @@ class Models:
         store: str,
         *,
         opened: Callable[[str], Memory] | None = None,
-        version: str | None = None,
         precision: str = "fp32",
         device: str = "cpu",
     ) -> None:
-        """Load the version that `store` names, an address perhaps with @VERSION; or `version`.
+        """Load the version that `store` names, an address perhaps with @VERSION.
 
         Raises the errors of `memtool.load` and `Memory.attach`.
         """
@@ -78,7 +77,7 @@ class Models:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="memtool-store")
         self._kept: OrderedDict[tuple[str, str | None], Model] = OrderedDict()
         self._keeping = threading.Lock()
-        self.current = self._made(self._opened(version or self.newest()), None)
+        self.current = self._made(self._opened(self.newest()), None)
         self.failed: tuple[str, str] | None = None
 
     @property
@@ -102,12 +101,12 @@ class Models:
         found = self._used((current.version, word))
         return found or await self._aside(self._find, current, word)
 
-    async def reload(self, version: str | None = None) -> tuple[str, str]:
-        """Take up `version`, else what the address names now: the one before, and the one served.
+    async def reload(self) -> tuple[str, str]:
+        """Take up the version that the address names now: the version before, and the one served.
 
         Raises what keeps it from being served; the version before goes on then.
         """
-        model = await self._aside(self._newer, version)
+        model = await self._aside(self._newer)
         before = self.current.version
         if model is not None:
             self.current = model
@@ -161,8 +160,8 @@ class Models:
                 transient=True,
             ) from error
 
-    def _newer(self, version: str | None) -> Model | None:
-        newest = version or self.newest()
+    def _newer(self) -> Model | None:
+        newest = self.newest()
         if newest == self.current.version:
             return None
         try:

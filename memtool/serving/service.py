@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
@@ -67,26 +67,18 @@ class Service:
         """While the app runs. What waits at the end is answered."""
         del app
         self.batcher.start()
-        tasks = [asyncio.create_task(one) for one in self.always()]
+        watch = asyncio.create_task(self._watch()) if self.limits.watch else None
         try:
             yield
         finally:
-            for task in tasks:
-                task.cancel()
+            if watch is not None:
+                watch.cancel()
                 with suppress(asyncio.CancelledError):
-                    await task
+                    await watch
             await asyncio.to_thread(self.batcher.stop)
             for pool in (self._decoders, self._encoder):
                 pool.shutdown(wait=False, cancel_futures=True)
             self.models.close()
-
-    def always(self) -> list[Coroutine[Any, Any, None]]:
-        """What goes on beside the requests while the app runs."""
-        return [self._watch()] if self.limits.watch else []
-
-    async def measured(self) -> bytes:
-        """What Prometheus reads."""
-        return self.metrics.text()
 
     def require(self, reads: str) -> None:
         """Raise ConfigError where the memory reads the other kind."""
@@ -196,18 +188,14 @@ class Service:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(LOOK_SECONDS)
-            await self.look()
-
-    async def look(self) -> None:
-        """Take up the newest version if it can be served, and remember in `watching` why not."""
-        async with self._reloading:
-            before, known = self.models.current.version, self.watching
-            self.watching = await self.models.look()
-            if self.watching is not None and self.watching != known:
-                self.metrics.reloaded("failed")
-                logger.warning("version %s goes on being served: %s", before, self.watching)
-            if self.models.current.version != before:
-                self._taken_up(before, self.models.current.version)
+            async with self._reloading:
+                before, known = self.models.current.version, self.watching
+                self.watching = await self.models.look()
+                if self.watching is not None and self.watching != known:
+                    self.metrics.reloaded("failed")
+                    logger.warning("version %s goes on being served: %s", before, self.watching)
+                if self.models.current.version != before:
+                    self._taken_up(before, self.models.current.version)
 
     def _taken_up(self, before: str, now: str) -> None:
         self.metrics.reloaded("ok")

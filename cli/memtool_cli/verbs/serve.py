@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,13 +15,12 @@ from memtool_cli.output import Table
 
 if TYPE_CHECKING:
     from memtool.serving.models import Models
-    from memtool.serving.on_ray import Served
 
 app = Verbs()
 
 MS, MB = 1e-3, 1_000_000
 
-SERVICE, ALLOWED, ON_RAY = "Service", "What is allowed", "On a Ray cluster"
+SERVICE, ALLOWED = "Service", "What is allowed"
 
 
 @app.command(
@@ -31,7 +29,6 @@ SERVICE, ALLOWED, ON_RAY = "Service", "What is allowed", "On a Ray cluster"
         "memtool serve",
         "memtool serve --store memory@good --port 8080",
         "MEMTOOL_API_KEY=… memtool serve --host 0.0.0.0 --watch",
-        "memtool serve --ray auto --replicas 2 --max-replicas 8",
     ),
 )
 @verb(STORE, METHOD, *COMPUTE, *CONFIGURATION, remembers=True)
@@ -132,43 +129,9 @@ def serve_memory(
             rich_help_panel=ALLOWED,
         ),
     ] = 60.0,
-    ray: Annotated[
-        str | None,
-        typer.Option(
-            "--ray",
-            metavar="[ADDRESS]",
-            help="Serve by replicas on a Ray cluster: auto or HOST:PORT; alone, of this machine.",
-            rich_help_panel=ON_RAY,
-        ),
-    ] = None,
-    replicas: Annotated[
-        int | None,
-        typer.Option(
-            "--replicas",
-            metavar="N",
-            min=1,
-            max=10_000,
-            help="Processes that each hold the model; else 1.",
-            rich_help_panel=ON_RAY,
-            show_default=False,
-        ),
-    ] = None,
-    max_replicas: Annotated[
-        int | None,
-        typer.Option(
-            "--max-replicas",
-            metavar="N",
-            min=1,
-            max=10_000,
-            help="As many while more requests come in than --batch for each.",
-            rich_help_panel=ON_RAY,
-            show_default=False,
-        ),
-    ] = None,
 ) -> None:
     """Serve the memory over HTTP: predictions, answers of a language model, metrics and a page."""
     try:
-        from memtool.clusters import require_ray
         from memtool.serving.limits import Limits
         from memtool.serving.run import address_of, bound, hosts_of, serve
     except ModuleNotFoundError as error:
@@ -176,19 +139,6 @@ def serve_memory(
             f"memtool serve needs a package that is not here: {error.name}",
             remedy="pip install 'memtool[serve]'",
         ) from error
-    least = replicas or 1
-    most = least if max_replicas is None else max_replicas
-    if most < least:
-        raise ConfigError(
-            f"--max-replicas {most} is below --replicas {least}", expected=f"{least} or more"
-        )
-    if ray is None and (replicas or max_replicas):
-        raise ConfigError(
-            f"{'--replicas' if replicas else '--max-replicas'} without --ray: one process serves",
-            remedy="the same with --ray",
-        )
-    if ray is not None:
-        require_ray("serve")
     view = call.view()
     with bound(host, port) as listening:
         url = address_of(listening)
@@ -206,32 +156,16 @@ def serve_memory(
         if limits.hosts is None and api_key is None:
             call.out.note(f"note: whoever reaches {url} is answered; --api-key asks for a key")
         call.out.note(f"loading {call.config.store}, version {view.version}")
+        models = _models(call)
 
-        def ready(version: str, memory: str) -> None:
-            record = records.Serving(version=version, memory=memory, url=url)
+        def ready() -> None:
+            record = records.Serving(version=models.current.version, memory=models.name, url=url)
             rows = [(record.url, record.memory, record.version)]
             call.out.data(record, Table(("url", "memory", "version"), rows), ids=[url])
             call.out.note("Ctrl-C stops it")
 
-        if ray is None:
-            models = _models(call)
-            serve(models, limits, listening, lambda: ready(models.current.version, models.name))
-        else:
-            port = listening.getsockname()[1]
-    if ray is not None:  # the port is free again, for the cluster
-        from memtool.serving import on_ray
-
-        served = _served(call)
-        on_ray.serve(
-            served,
-            limits,
-            on_ray.Replicas(least, most),
-            cluster=ray,
-            host=host,
-            port=port,
-            ready=lambda version: ready(version, served.name),
-        )
-    call.out.note("stopped: what was asked is answered")
+        serve(models, limits, listening, ready)
+        call.out.note("stopped: what was asked is answered")
 
 
 def _models(call: Call) -> Models:
@@ -250,19 +184,3 @@ def _models(call: Call) -> Models:
     return Models(
         call.config.store, opened=opened, precision=engine.precision, device=str(engine.device)
     )
-
-
-def _served(call: Call) -> Served:
-    """The memory as this command line opens it, for machines that know nothing of it."""
-    from memtool.config import MEMORY
-    from memtool.serving.on_ray import Served
-    from memtool.settings import get
-
-    resolved = call.resolved
-    said = {
-        key: value.absolute() if isinstance(value := get(call.config, key), Path) else value
-        for key, place in resolved.origin.items()
-        if resolved.preset is not None or place not in ("default", MEMORY)
-    }
-    store = call.config.store
-    return Served(store if "://" in store else str(Path(store).absolute()), said)

@@ -47,7 +47,7 @@ app = Verbs()
         "memtool sweep --set train.lr=1e-3,3e-3,1e-2 --seed 0..4",
         "memtool sweep --set adapter.rank=2,4,8 --seed 0..2 --orders bounds --out orders",
         "memtool sweep --out orders",
-        "memtool sweep --set train.lr=1e-3,3e-3 --ray auto",
+        "for i in 1 2 3; do memtool sweep --set train.lr=1e-3,3e-3 -q & done; wait",
     ),
 )
 @verb(
@@ -101,26 +101,12 @@ def sweep(
             rich_help_panel="Training",
         ),
     ] = False,
-    ray: Annotated[
-        str | None,
-        typer.Option(
-            "--ray",
-            metavar="[ADDRESS]",
-            help="Run the cells on a Ray cluster that sees the folder: auto or HOST:PORT, alone "
-            "one of this machine.",
-            rich_help_panel="Training",
-        ),
-    ] = None,
     log: LogTo = None,
     note: RunNote = None,
     tag: RunTags = None,
 ) -> None:
     """Run a grid of settings by seeds; with `--set KEY=V,V`, shared by all who start it there."""
     services, said = to_follow(log, None, note, tag)
-    if ray is not None:
-        from memtool.clusters import require_ray
-
-        require_ray("tune")
     opened = _opened(call, out, lease)
     if call.dry_run:
         return _show_plan(call, opened)
@@ -129,14 +115,9 @@ def sweep(
     done = len(opened.jobs) - len(opened.open_jobs())
     call.out.note(f"{len(opened.jobs)} runs in {out}, {done} of them done")
     with call.out.progress() as progress:
-        if ray is None:
-            found = opened.work(
-                progress=progress, say=call.out.note, log=services, said=said, command=call.line
-            )
-        else:
-            from memtool.experiments.on_ray import work
-
-            found = work(opened, ray, progress=progress, log=services, said=said, command=call.line)
+        found = opened.work(
+            progress=progress, say=call.out.note, log=services, said=said, command=call.line
+        )
     call.out.data(found, _table(found), ids=[_best(found)])
     call.out.note(f"results: {out / 'results.json'}")
     if found.failed:
