@@ -43,5 +43,5 @@ def test_a_client_that_hangs_up_in_the_middle_of_its_body_is_no_error(
 
 
 def test_a_key_is_not_shown_where_limits_are() -> None:
-    assert "secret" not in repr(Limits(key="secret"))
-    assert Limits(key="secret") != Limits(key="other")
+    assert "secret" not in repr(Limits(key="secret-of-one"))
+    assert Limits(key="secret-of-one") != Limits(key="secret-of-two")
