@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
@@ -104,14 +104,19 @@ def _lost(before: object, after: object, place: str = "") -> list[str]:
     return [] if before == after else [place]
 
 
+MEANT = {("memory.query_norm", True): "layer", ("memory.query_norm", False): "none"}
+"""What a value of an earlier release is called today."""
+
+
 @pytest.mark.parametrize("file", SETTINGS, ids=lambda file: file.stem)
 def test_settings_of_every_release_are_read(file: Path) -> None:
     config = resolve(file=file, ambient=False).config
     for key, value in _flat(yaml.safe_load(file.read_text(encoding="utf-8"))).items():
         if key in keys(config.method):
             read = get(config, key)
+            meant = MEANT.get((key, value), value) if isinstance(value, Hashable) else value
             assert (list(read) if isinstance(read, tuple) else read) == (
-                Path(value) if isinstance(read, Path) else value
+                Path(meant) if isinstance(read, Path) else meant
             ), key
 
 

@@ -241,8 +241,9 @@ def test_what_is_no_language_model_is_refused(tmp_path: Path) -> None:
     weights = tmp_path / "w.safetensors"
     with pytest.raises(ConfigError, match=r"backbone\.weights"):
         create_causal_lm(BackboneSettings(name="hf:x/y", weights=weights), LIMITS)
-    with pytest.raises(ConfigError, match="is a language model"):
-        create_backbone(BackboneSettings(name="hf:x/y"))
+    folder = write_tiny(tmp_path / "model")
+    with pytest.raises(ConfigError, match="is a llama, and this reads images"):
+        create_backbone(BackboneSettings(name=f"hf:{folder}"))
 
 
 def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path) -> None:

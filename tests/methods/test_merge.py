@@ -361,10 +361,10 @@ def test_images_that_were_cut_or_counted_otherwise_are_refused(
     learned: Mira, tmp_path: Path
 ) -> None:
     a = written(copied(learned, tmp_path / "a"), 1, 2)
-    other = written(copied(learned, tmp_path / "b", memory__query_norm=False), 3)
+    other = written(copied(learned, tmp_path / "b", memory__query_norm="none"), 3)
     a.consolidate()
     other.consolidate()
-    with pytest.raises(MismatchError, match=r"memory\.query_norm is False in the other"):
+    with pytest.raises(MismatchError, match=r"memory\.query_norm is 'none' in the other"):
         merge(a.workspace.store.url, other.workspace.store.url)
     order = ("rot90", "upright", "inverted")
     reordered = Mira.open(small_config(tmp_path / "c", stream__order=order), seed=0)
