@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from memtool.errors import ConfigError
 from memtool_stores.printable import shown
@@ -38,7 +38,7 @@ class Limits:
     body: int = 32 * MB
     queue: int = 512
     timeout: float = 60.0
-    key: str | None = None
+    key: str | None = field(default=None, repr=False)
     origins: tuple[str, ...] = ()
     hosts: frozenset[str] | None = frozenset({"localhost", "127.0.0.1", "[::1]"})
     watch: bool = False

@@ -40,3 +40,8 @@ def test_a_client_that_hangs_up_in_the_middle_of_its_body_is_no_error(
     assert statuses == [GONE]
     assert not sent
     assert not caplog.records
+
+
+def test_a_key_is_not_shown_where_limits_are() -> None:
+    assert "secret" not in repr(Limits(key="secret-of-one"))
+    assert Limits(key="secret-of-one") != Limits(key="secret-of-two")
