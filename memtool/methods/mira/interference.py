@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from memtool.evaluation.metrics import coefficient_drift
-from memtool.methods.mira.measure import Measure, drift_degrees
+from memtool.methods.mira.measure import Measure, drift, drift_degrees
 from memtool.methods.mira.state import Snapshot
 from memtool.methods.outcome import share_right
 from memtool.streams.task import Task
@@ -85,12 +84,10 @@ def _old(
 ) -> OldTask:
     before, keys_before = then
     known = before.shape[-1]
-    whole, length = float(now.abs().sum()), float(before.norm())
+    whole, moved = float(now.abs().sum()), drift([before], [now])
     return OldTask(
-        coefficient_drift=coefficient_drift(now[..., :known].numpy(), before.numpy())
-        if length
-        else None,
-        new_coefficients=float(now[..., known:].norm()) / length if length else None,
+        coefficient_drift=moved.get("coefficient_drift"),
+        new_coefficients=moved.get("new_coefficients"),
         new_share=float(now[..., known:].abs().sum()) / whole if whole else 0.0,
         key_degrees=_turned(keys_before[:, places], keys[:, places]),
         accuracy=accuracy,
