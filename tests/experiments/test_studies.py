@@ -234,6 +234,7 @@ def test_a_record_that_is_none_is_named(capacity: tuple[Path, StudyRecord], tmp_
         read_study(tmp_path / "study.json")
 
 
+@pytest.mark.slow
 def test_the_disk_that_is_asked_for_is_no_less_than_what_is_taken(
     capacity: tuple[Path, StudyRecord], tmp_path: Path
 ) -> None:

@@ -158,6 +158,7 @@ def test_it_learns_grows_and_older_rows_stay_bit_for_bit(decoded):
     assert bool(last["outer"].flatten(2).any(dim=2).all())  # every adapter's rows have learned
 
 
+@pytest.mark.slow
 def test_without_protection_all_of_it_learns(adapted):
     mira = learn(Mira.open(decoding(adapted, consolidate__protect="none"), seed=0), 2)
     first, last = (load(mira.workspace.store.view(v).blob(DECODERS)) for v in versions(mira))
@@ -204,6 +205,7 @@ def test_under_dual_gpm_past_inputs_have_the_answers_that_they_had():
     assert (reading(new_inputs) - 1).square().mean() < 0.5 * (new - 1).square().mean()
 
 
+@pytest.mark.slow
 def test_a_loaded_memory_says_the_same_and_so_does_its_program(decoded):
     images = torch.from_numpy(np.array(images_of(decoded)))
     _, model, head = decoded.snapshot().consolidated()
