@@ -298,7 +298,7 @@ class Workspace:
         if needed.total <= available:
             return
         fits = width
-        while fits > 1 and self.projection_bytes(fits).total > available:
+        while fits > 1 and self.projection_bytes(fits).total > available // 2:  # others need some
             fits //= 2
         raise CapacityError(
             f"head.width {width:,} takes about {needed.total:,} bytes: {needed.kept:,} for the "

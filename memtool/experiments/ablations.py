@@ -2,7 +2,8 @@
 
 Where not all variants can have what is configured, none has it: all but "adapters" and "memory"
 have one key a task and mix; "query" and "protect" learn random keys, "read" the configured ones,
-under softmax and delta. The adapters are trained once
+under softmax and delta, both of these unfrozen where freeze would keep query modules from learning
+(`Extent.besides` says so). The adapters are trained once
 and shared by all variants, unless they depend on the variant. Every variant has a memory of its
 own, so that it can be looked at afterwards.
 """
@@ -53,9 +54,20 @@ def _learning(config: Config) -> dict[str, Any]:
 
 
 def _query_modules(config: Config) -> dict[str, dict[str, Any]]:
-    return {
-        word: {**_learning(config), "memory.query": word} for word in ("identity", "linear", "mlp")
-    }
+    learning = {**_learning(config), **_unfrozen(config, "random")}
+    return {word: {**learning, "memory.query": word} for word in ("identity", "linear", "mlp")}
+
+
+def _unfrozen(config: Config, keys: str) -> dict[str, Any]:
+    """What lets query modules learn where freeze would leave them as they began.
+
+    They learn at the first consolidation alone then, and of one adapter nothing: a softmax over one
+    key has no gradient. Keys in closed form cannot have dual-gpm.
+    """
+    at_once = config.stream.setting in AT_ONCE
+    if config.consolidate.protect != "freeze" or config.adapter.per_task > 1 or at_once:
+        return {}
+    return {"consolidate.protect": "none" if keys == "closed-form" else "dual-gpm"}
 
 
 def _keys(config: Config) -> dict[str, dict[str, Any]]:
@@ -157,6 +169,7 @@ def _reads(config: Config) -> dict[str, dict[str, Any]]:
         "memory.mix": "delta",
         "memory.frozen": "none",
         "consolidate.epochs": epochs,
+        **_unfrozen(config, config.consolidate.keys),
     }
     plain = {**shared, "memory.read": "mixture", "memory.query": "identity"}
     learned = {**shared, "memory.query": module}

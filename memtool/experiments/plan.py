@@ -14,7 +14,7 @@ from memtool.backbones.footprint import Footprint, footprint_of
 from memtool.evaluation.selection import Cell
 from memtool.experiments.baselines import chosen_baselines
 from memtool.experiments.run import FAILURES, holds_out_in_turn
-from memtool.experiments.select import SHARE, cell_config
+from memtool.experiments.select import SHARE, cell_config, held_back
 from memtool.methods import open_method
 from memtool.methods.baselines import joint_rank, passes
 from memtool.methods.moram.state import gate_of
@@ -36,7 +36,8 @@ def plan_of_selection(
     steps, failed = list[int](), dict[str, str]()
     for cell in cells:
         try:
-            found = plan(cell_config(config, cell, seed), seed=seed, verb="run")
+            with held_back(config):
+                found = plan(cell_config(config, cell, seed), seed=seed, verb="run")
         except FAILURES as error:
             failed[cell.text] = error.message
             steps.append(0)

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
@@ -23,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from memtool import __version__
 from memtool.config import not_read_under, parse_assignment, with_values
 from memtool.engine import Engine
-from memtool.errors import ConfigError, DivergedError, MemtoolError
+from memtool.errors import ConfigError, DataError, DivergedError, MemtoolError
 from memtool.evaluation.record import Row
 from memtool.evaluation.selection import Cell, Choice, Selection, first_best
 from memtool.experiments import run as experiment
@@ -198,6 +199,23 @@ def cell_config(config: Config, cell: Cell, seed: int) -> Config:
     )
 
 
+@contextmanager
+def held_back(config: Config) -> Iterator[None]:
+    """Inside, an error about the share that is held back says who asked for it, if nobody did."""
+    set_here = f"stream.validation {SHARE:g} "
+    try:
+        yield
+    except (ConfigError, DataError) as error:
+        if config.stream.validation or not error.message.startswith(set_here):
+            raise
+        raise type(error)(
+            f"--select holds back {SHARE:.0%} of the training samples to choose by, which "
+            f"{error.message.removeprefix(set_here)}",
+            expected=error.expected,
+            remedy=error.remedy,
+        ) from error
+
+
 def folder_name(values: Mapping[str, Any]) -> str:
     """What the folder of a cell is called: readable, and another one for other values."""
     words = "-".join(f"{key.rpartition('.')[2]}-{value}" for key, value in values.items())
@@ -247,16 +265,17 @@ def select(
     """
     measured: list[_Measured] = []
     errors: list[MemtoolError] = []
-    for cell in cells:
-        other = cell_config(config, cell, seed)
-        measured.append(_measured(other, seed, errors, progress, resume, command, preset))
-        if say is not None:
-            for name, reason in measured[-1].failed.items():
-                what = "" if name in (MEMORY, EVERY) else f" for {name}"
-                say(f"note: {cell.text} failed{what}, and is left out: {reason}")
+    with held_back(config):
+        for cell in cells:
+            other = cell_config(config, cell, seed)
+            measured.append(_measured(other, seed, errors, progress, resume, command, preset))
+            if say is not None:
+                for name, reason in measured[-1].failed.items():
+                    what = "" if name in (MEMORY, EVERY) else f" for {name}"
+                    say(f"note: {cell.text} failed{what}, and is left out: {reason}")
+        for name in (MEMORY, *dict.fromkeys(key for one in measured for key in one.failed)):
+            _require_one_left(name, cells, measured, errors)
     of = {id: name for one in measured for id, name in one.of.items()}
-    for name in (MEMORY, *dict.fromkeys(key for one in measured for key in one.failed)):
-        _require_one_left(name, cells, measured, errors)
     rows = {}
     # Rows in the order of a cell that has them all, or the most.
     ordered = sorted(measured, key=lambda one: -len(one.figures))

@@ -685,7 +685,11 @@ def _read_plan(folder: Path) -> Plan | None:
 
 
 def _require_same(there: Asked, asked: Asked, folder: Path) -> None:
-    """Raise AlreadyExistsError, which names the first difference, for another sweep."""
+    """Raise AlreadyExistsError, which names the first difference, for another sweep.
+
+    In which order the values of an axis were said makes no other one.
+    """
+    there, asked = _in_order(there), _in_order(asked)
     if there == asked:
         return
     for name in ("memtool", "axes", "seeds", "orders"):
@@ -695,6 +699,11 @@ def _require_same(there: Asked, asked: Asked, folder: Path) -> None:
     flat = _differences(there.configuration, asked.configuration)
     key, (other, here) = next(iter(flat.items()))
     raise _of_another(folder, f"{key} {shown(other)}", f"{key} {shown(here)}")
+
+
+def _in_order(asked: Asked) -> Asked:
+    axes = {key: sorted(values, key=str) for key, values in asked.axes.items()}
+    return asked.model_copy(update={"axes": axes})
 
 
 def _differences(a: Mapping[str, Any], b: Mapping[str, Any], head: str = "") -> dict[str, Any]:

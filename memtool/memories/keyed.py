@@ -104,7 +104,7 @@ class BlockMemory(nn.Module):
         if not self.steps:
             return queries
         dim, bias = self.query.dim, self.query.width - self.query.dim
-        keys = self._each_key(self.query.width)[:, :dim]
+        keys = self.asked_keys[:, :dim]
 
         def score(bare: Tensor) -> Tensor:
             return self._similar(F.pad(bare, (0, bias), value=1.0))
@@ -113,11 +113,12 @@ class BlockMemory(nn.Module):
         return F.pad(bare, (0, bias), value=1.0)
 
     def _similar(self, queries: Tensor) -> Tensor:
-        return self.similarity(queries, self._each_key(queries.shape[-1]))
+        return self.similarity(queries, self.asked_keys)
 
-    def _each_key(self, width: int) -> Tensor:
-        """Keys (t · m, width) as they are asked."""
-        keys = self.keys.reshape(-1, width)
+    @property
+    def asked_keys(self) -> Tensor:
+        """Keys (t · m, width) as they are asked: those of one adapter after another."""
+        keys = self.keys.reshape(-1, self.query.width)
         return over_memories(keys) if self.normed else keys
 
     def forward(self, hidden: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -70,20 +70,32 @@ def capacity(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StudyRecor
 
 
 @pytest.fixture(scope="module")
-def similarity(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StudyRecord]:
+def no_page() -> Iterator[None]:
+    """Runs write no report: drawing its figures takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "write_report", lambda *_, **__: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def similarity(
+    capacity: object, no_page: None, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, StudyRecord]:
     folder = tmp_path_factory.mktemp("similarity")
     points, order = ["0", "duplicate", "revisited"], {"stream.order": "upright,inverted"}
     return folder, begin("similarity", folder, points, **order).work()
 
 
 @pytest.fixture(scope="module")
-def interference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StudyRecord]:
+def interference(
+    capacity: object, no_page: None, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, StudyRecord]:
     folder = tmp_path_factory.mktemp("interference")
     return folder, begin("interference", folder, ["configured", "random"]).work()
 
 
 def test_one_adapter_a_task_is_the_plain_run_bit_for_bit_though_it_was_killed(
-    capacity: tuple[Path, StudyRecord], tmp_path: Path
+    capacity: tuple[Path, StudyRecord], no_page: None, tmp_path: Path
 ) -> None:
     folder, found = capacity
     plain = config(runs=str(tmp_path / "runs"), store=str(tmp_path / "memory"))
@@ -222,6 +234,7 @@ def test_a_record_that_is_none_is_named(capacity: tuple[Path, StudyRecord], tmp_
         read_study(tmp_path / "study.json")
 
 
+@pytest.mark.slow
 def test_the_disk_that_is_asked_for_is_no_less_than_what_is_taken(
     capacity: tuple[Path, StudyRecord], tmp_path: Path
 ) -> None:

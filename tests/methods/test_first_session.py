@@ -135,7 +135,7 @@ def test_too_wide_a_projection_is_refused_before_any_work(remembered, tmp_path, 
             verb()
         assert "1,000,000 bytes" in error.value.expected
         fits = int(error.value.remedy.rpartition("=")[2])
-        assert Mira.open(config, seed=0).workspace.projection_bytes(fits).total <= 10**6
+        assert Mira.open(config, seed=0).workspace.projection_bytes(fits).total <= 10**6 / 2
     assert not list(tmp_path.rglob("*.safetensors"))
 
 

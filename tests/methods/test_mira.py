@@ -356,9 +356,11 @@ class TestBadInput:
         with pytest.raises(ConfigError, match=r"memory\.query is linear"):
             mira.consolidate()
 
-    def test_learning_keys_of_another_separation(self, learned_copy):
+    @pytest.mark.parametrize("other", [{"separation": "identity"}, {"key_norm": "memories"}])
+    def test_learning_keys_of_another_separation(self, learned_copy, other):
         folder = learned_copy.config.runs.parent
-        learning = {"memory__separation": "identity", "consolidate__epochs": 1}
+        learning = {"consolidate__keys": "random", "consolidate__epochs": 1}
+        learning |= {f"memory__{key}": value for key, value in other.items()}
         with pytest.raises(ConfigError, match="another separation"):
             Mira.open(small_config(folder, **learning), seed=0).consolidate()
 

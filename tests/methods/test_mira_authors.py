@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -19,7 +21,10 @@ from memtool.memories.dual_gpm import DualGPM
 from memtool.memories.keyed import KeyedMemory, set_centre
 from memtool.memories.query import QueryModule
 from memtool.memories.separation import FLOOR, floored, normalised
+from memtool.memories.similarity import over_memories
+from memtool.methods.mira.interference import _keys, _old, _turned
 from memtool.methods.mira.keys import Draws, start_keys
+from memtool.methods.mira.measure import drift
 from memtool.methods.mira.protect import HEAD, Protection
 from memtool.sections import ConsolidateSettings, MemorySettings
 from memtool.settings import BackboneSettings
@@ -160,3 +165,26 @@ def test_the_variants_of_the_ablation_can_be_had(preset):
     assert ("centred" in variants) == (preset != "mira-dg-authors")
     with pytest.raises(ConfigError, match=r"memory\.scope model"):
         ABLATIONS["authors"].variants(resolve(preset="mira-dil", environ={}).config)
+
+
+def test_keys_turn_as_they_are_asked_when_a_new_one_comes():
+    settings = MemorySettings(key_norm="memories", key_bias=False)
+    all_keys = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+
+    def seen(count: int) -> torch.Tensor:
+        memory = KeyedMemory.from_settings(settings, (1, 2), 4, all_keys[:, :count])
+        whole = (None, SimpleNamespace(memory=memory), None)
+        return _keys(SimpleNamespace(consolidated=lambda: whole, records=range(count)))
+
+    assert torch.equal(seen(3)[1, :, 0], over_memories(all_keys[1]))
+    assert _turned(seen(2), seen(3)[:, :2]) > 1  # though none of them learned
+
+
+def test_inputs_without_any_weight_have_no_drift():
+    before, after = torch.zeros(2, 1, 1), torch.ones(2, 1, 2)
+    keys = torch.ones(1, 2, 1, 3)
+    found = _old((before, keys[:, :1]), after, keys, [0], 0.5)
+    assert (found.coefficient_drift, found.new_coefficients, found.new_share) == (None, None, 0.5)
+    assert drift([before], [after]) == {}
+    there = torch.full((2, 1, 1), 0.5)
+    assert drift([before, there], [after, after]) == drift([there], [after])

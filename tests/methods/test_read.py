@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -17,14 +18,21 @@ from memtool.errors import ConfigError, CorruptError
 from memtool.experiments.ablations import ABLATIONS, _sizes, besides
 from memtool.memories.decoder import RankDecoder, numbers_of
 from memtool.memories.keyed import KeyedMemory
+from memtool.memories.query import QueryKind, QueryModule
 from memtool.methods import open_method
 from memtool.methods.forget import forget
 from memtool.methods.merge import merge
 from memtool.methods.mira.explain import explain
-from memtool.methods.mira.measure import Measure
+from memtool.methods.mira.measure import Measure, _with_separation
 from memtool.methods.mira.method import Mira
 from memtool.methods.mira.protect import Protection
-from memtool.methods.mira.read import DECODERS, decoder_width, load_decoders, read_numbers
+from memtool.methods.mira.read import (
+    DECODERS,
+    decoder_width,
+    load_decoders,
+    module_numbers,
+    read_numbers,
+)
 from memtool.methods.mira.recall import MemoryRecall
 from memtool.methods.mira.state import MemoryState
 from memtool.methods.subject import subject_of
@@ -126,6 +134,19 @@ def test_a_block_has_its_own_rows_of_the_decoder(decoded):
                 torch.testing.assert_close(mixture.gate[:, adapter, k], expected)
 
 
+def test_another_separation_keeps_the_decoder_where_that_is_asked(decoded):
+    _, model, _ = decoded.snapshot().consolidated()
+    images = torch.from_numpy(np.array(images_of(decoded)))
+    with torch.no_grad():
+        model.memory[model.memory.blocks[0]].decoder.outer.bias += 0.2
+        as_read = model(images)
+        assert torch.equal(
+            _with_separation(model, lambda same: same, decoded=True)(images), as_read
+        )
+        whole = _with_separation(model, lambda same: same)(images)
+    assert not torch.allclose(whole, as_read, atol=1e-2)
+
+
 def test_it_learns_grows_and_older_rows_stay_bit_for_bit(decoded):
     store = decoded.workspace.store
     first, second, last = (load(store.view(v).blob(DECODERS)) for v in versions(decoded))
@@ -137,6 +158,7 @@ def test_it_learns_grows_and_older_rows_stay_bit_for_bit(decoded):
     assert bool(last["outer"].flatten(2).any(dim=2).all())  # every adapter's rows have learned
 
 
+@pytest.mark.slow
 def test_without_protection_all_of_it_learns(adapted):
     mira = learn(Mira.open(decoding(adapted, consolidate__protect="none"), seed=0), 2)
     first, last = (load(mira.workspace.store.view(v).blob(DECODERS)) for v in versions(mira))
@@ -183,6 +205,7 @@ def test_under_dual_gpm_past_inputs_have_the_answers_that_they_had():
     assert (reading(new_inputs) - 1).square().mean() < 0.5 * (new - 1).square().mean()
 
 
+@pytest.mark.slow
 def test_a_loaded_memory_says_the_same_and_so_does_its_program(decoded):
     images = torch.from_numpy(np.array(images_of(decoded)))
     _, model, head = decoded.snapshot().consolidated()
@@ -363,6 +386,22 @@ def test_settings_out_of_range_are_refused(name, value, tmp_path):
 # Sizes ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", get_args(QueryKind))
+def test_a_query_module_learns_as_many_numbers_as_are_counted(kind):
+    parameters = QueryModule(kind, 12).parameters()
+    assert module_numbers(kind, 12) == sum(one.numel() for one in parameters)
+
+
+def test_keys_without_a_bias_are_counted_without_it(tmp_path):
+    found = {}
+    for bias in (True, False):
+        more = {**LEARNING, "memory__key_bias": bias, "memory__query": "plain-mlp"}
+        mira = Mira.open(small_config(tmp_path, **more), seed=0)
+        found[bias] = mira.cost(numbers=1, parameters=0, tokens=0)
+    assert found[True]["read_numbers"] - found[False]["read_numbers"] == 3
+    assert found[True]["keys_bytes"] - found[False]["keys_bytes"] == 3 * 4
+
+
 @pytest.mark.parametrize("module", ["linear", "mlp"])
 def test_a_decoder_is_as_large_as_a_query_module(module):
     plain = MemorySettings(query=module)
@@ -401,6 +440,13 @@ def test_an_ablation_compares_readings_of_one_size(tmp_path):
         values = {key.replace(".", "__"): value for key, value in one.items()}
         said = _sizes(small_config(tmp_path, **values), 0)
         numbers.append(int(said.split()[1].replace(",", "")))
+    for name in ("read", "query"):  # under freeze a query module of one adapter never learns
+        assert besides(small_config(tmp_path), name)["consolidate.protect"] == (
+            "freeze",
+            "none" if name == "read" else "dual-gpm",
+        )
+        several = small_config(tmp_path, adapter__per_task=2)
+        assert "consolidate.protect" not in besides(several, name)
     plain, linear, energy, decoder = numbers
     assert plain < decoder <= linear == energy
     assert linear - decoder < 400

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from memtool.config import resolve
-from memtool.errors import ConfigError, DivergedError
+from memtool.errors import ConfigError, DataError, DivergedError
 from memtool.evaluation.record import Record, read_record
 from memtool.evaluation.selection import Cell, Choice, Selection, first_best
 from memtool.experiments import run as experiment
+from memtool.experiments.plan import plan_of_selection
 from memtool.experiments.select import cell_config, cells_of, select, tuning_seed
 from memtool.learning.learner import Learner
 from memtool.methods.mira.method import Mira
@@ -382,3 +383,16 @@ def test_a_table_says_what_failed_and_why():
             seed=1, validation=0.2, samples=1, measure="loss", cells=cells,
             rows={"memory": Choice(figures=(0.5, None), chosen=0, failed={0: "why"})},
         )  # fmt: skip
+
+
+def test_too_few_samples_to_choose_by_are_told_of_the_choice(tmp_path):
+    config = tiny(tmp_path, stream__validation=0, stream__train_per_task=10)
+    chosen = "--select holds back 20% of the training samples to choose by, which leaves"
+    with pytest.raises(DataError, match=chosen) as told:
+        select(config, cells_of(config, GRID), seed=1000)
+    assert "stream.validation" not in told.value.message
+    with pytest.raises(DataError, match=chosen):
+        plan_of_selection(config, cells_of(config, GRID), seed=1000, baselines=1)
+    asked = tiny(tmp_path, stream__validation=0.2, stream__train_per_task=10)
+    with pytest.raises(DataError, match=r"^stream\.validation 0\.2 leaves"):
+        select(asked, cells_of(asked, GRID), seed=1000)

@@ -31,7 +31,7 @@ STUDY: Final = "study.json"
 """What the record of a study is called in its folder."""
 
 SIZES: Mapping[str, int] = {"stream.train_per_task": 200, "stream.test_per_task": 100}
-"""Images a task where nobody says how many: what lets every study end within hours on two cores."""
+"""Images a task where nobody says how many; how long that takes says the dry run."""
 
 
 @dataclass(frozen=True)

@@ -206,12 +206,12 @@ def _kept(known: Inventory) -> int:
     then = None if known.state is None else known.state.memory
     now = config.memory
     # Learned keys stay only where they mean the same as before.
-    if then is None or (then.separation, then.similarity) != (now.separation, now.similarity):
+    if then is None or _meaning(then) != _meaning(now):
         raise ConfigError(
-            "the keys in memory were made for another separation or similarity; learning "
-            "them again would need the images of all tasks",
-            remedy="--sep and memory.similarity as before, consolidate.epochs 0 with keys "
-            "in closed form, or another --store",
+            "the keys in memory were made for another separation, similarity or key_norm; "
+            "learning them again would need the images of all tasks",
+            remedy="--sep, memory.similarity and memory.key_norm as before, consolidate.epochs 0 "
+            "with keys in closed form, or another --store",
         )
     if then.read != now.read:
         raise ConfigError(
@@ -220,6 +220,11 @@ def _kept(known: Inventory) -> int:
             remedy=f"--set memory.read={then.read}, or another --store",
         )
     return before.shape[1]
+
+
+def _meaning(memory: MemorySettings) -> tuple[str, str, str]:
+    """What learned keys mean something under."""
+    return memory.separation, memory.similarity, memory.key_norm
 
 
 def _past(known: Inventory) -> Protection | None:

@@ -51,16 +51,17 @@ def image_cost(config: Config, stream: Stream, backbone: Backbone, layout: Layou
     ranks = adapters * layout.rank * (1 if memory.scope == "block" else blocks)
     beside = read_numbers(memory, width, memories=memories, rows=ranks)
     moments = sum(count * width for count in counted) + len(counted) * width**2
+    keyed = width + memory.key_bias
     return ImageCost(
         scope=memory.scope,
         frozen=passes.get("frozen", 0.0),
         first_adapter=passes.get("first", 0.0),
-        keys_bytes=4 * memories * rows * (width + memory.key_bias),
+        keys_bytes=4 * memories * rows * keyed,
         queries_bytes=8 * memories * moments,
         test_steps=0 if memory.test_time == "none" else memory.test_steps,
         read=memory.read,
         read_width=decoder_width(memory, width, ranks) if memory.read == "decoder" else None,
-        read_numbers=memories * adapters * max(counted) * (width + 1) + beside,
+        read_numbers=memories * adapters * max(counted) * keyed + beside,
         adapter_numbers=adapters * layout.numel,
     )
 

@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from memtool.evaluation.metrics import coefficient_drift
-from memtool.methods.mira.measure import Measure, drift_degrees
+from memtool.methods.mira.measure import Measure, drift, drift_degrees
 from memtool.methods.mira.state import Snapshot
 from memtool.methods.outcome import share_right
 from memtool.streams.task import Task
@@ -26,12 +24,13 @@ class OldTask:
 
     coefficient_drift: relative change of the weights that its test images give the adapters that
     were there; new_coefficients: length of the weights on adapters that came later, over that of
-    its own then; new_share: their part of the weight; key_degrees: mean angle that its keys turned,
-    None where none had a direction then; accuracy: of its test images.
+    its own then, both None where its images had no weight then; new_share: their part of the
+    weight; key_degrees: mean angle that its keys turned as they are asked, None where none had a
+    direction then; accuracy: of its test images.
     """
 
-    coefficient_drift: float
-    new_coefficients: float
+    coefficient_drift: float | None
+    new_coefficients: float | None
     new_share: float
     key_degrees: float | None
     accuracy: float
@@ -85,10 +84,10 @@ def _old(
 ) -> OldTask:
     before, keys_before = then
     known = before.shape[-1]
-    whole = float(now.abs().sum())
+    whole, moved = float(now.abs().sum()), drift([before], [now])
     return OldTask(
-        coefficient_drift=coefficient_drift(now[..., :known].numpy(), before.numpy()),
-        new_coefficients=float(now[..., known:].norm() / before.norm()),
+        coefficient_drift=moved.get("coefficient_drift"),
+        new_coefficients=moved.get("new_coefficients"),
         new_share=float(now[..., known:].abs().sum()) / whole if whole else 0.0,
         key_degrees=_turned(keys_before[:, places], keys[:, places]),
         accuracy=accuracy,
@@ -108,11 +107,10 @@ def _turned(before: Tensor, after: Tensor) -> float | None:
 
 
 def _keys(snapshot: Snapshot) -> Tensor:
-    """Keys (memories, adapters, m, width), m of every adapter."""
-    keys, memory = snapshot.view.keys(), snapshot.consolidated()[1].memory
-    assert keys is not None
-    width = memory[memory.blocks[0]].query.width
-    return torch.from_numpy(np.asarray(keys, dtype=np.float32)).unflatten(-1, (-1, width))
+    """Keys (memories, adapters, m, width) as they are asked, m of every adapter."""
+    memory = snapshot.consolidated()[1].memory
+    each = [memory[block].asked_keys.detach().cpu() for block in memory.blocks]
+    return torch.stack(each).unflatten(1, (len(snapshot.records), -1))
 
 
 @dataclass(frozen=True)

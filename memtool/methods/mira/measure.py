@@ -180,7 +180,7 @@ class Measure:
             ),
         ]
         if model.settings.routing == "mixture" and model.settings.separation in SIGNED:
-            positive = _with_separation(model, _without_negative)
+            positive = _with_separation(model, _without_negative, decoded=True)
             ways.append(
                 (
                     "memory-nonnegative",
@@ -254,10 +254,12 @@ def drift(then: Sequence[Tensor], now: Sequence[Tensor]) -> dict[str, float]:
 
     then[j] (samples, memories, t_j) just after task j, now[j] (samples, memories, t) at the end,
     all tasks but the last: the metrics coefficient_drift, of the adapters that were there, and
-    new_coefficients, of those that came later.
+    new_coefficients, of those that came later. A task whose inputs had no weight is left out.
     """
     moved, new = [], []
     for before, after in zip(then, now, strict=True):
+        if not before.any():
+            continue
         known = before.shape[-1]
         moved.append(coefficient_drift(after[..., :known].numpy(), before.numpy()))
         new.append(float(after[..., known:].norm() / before.norm()))
@@ -301,9 +303,15 @@ def seen_by(engine: Engine, snapshot: Snapshot, image: npt.NDArray[np.uint8]) ->
 
 
 def _with_separation(
-    model: MemoryModel, changed: Callable[[SeparationFunction], SeparationFunction]
+    model: MemoryModel,
+    changed: Callable[[SeparationFunction], SeparationFunction],
+    *,
+    decoded: bool = False,
 ) -> MemoryModel:
-    """The same memory under another separation, whose weights do not move at test time."""
+    """The same memory under another separation, whose weights do not move at test time.
+
+    Only where it is `decoded` a decoder adds to them; else adapters are recalled whole.
+    """
     memories = [
         BlockMemory(
             here.keys,
@@ -318,6 +326,8 @@ def _with_separation(
         for here in (model.memory[block] for block in model.memory.blocks)
     ]
     memory = KeyedMemory(model.memory.blocks, memories)
+    for block in memory.blocks if decoded else ():
+        memory[block].decoder = model.memory[block].decoder
     settings = model.settings.model_copy(update={"test_time": "none"})
     return MemoryModel(model.backbone, model.values, memory, settings, model.look)
 

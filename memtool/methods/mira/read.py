@@ -37,7 +37,8 @@ _WHERE = f"blob {DECODERS!r}"
 
 def module_numbers(kind: str, dim: int) -> int:
     """How many numbers a query module of queries (dim,) learns."""
-    return {"identity": 0, "linear": dim * (dim + 1), "mlp": 2 * dim * (dim + 1)}[kind]
+    layers = {"identity": 0, "linear": 1, "mlp": 2, "plain-mlp": 2}[kind]
+    return layers * dim * (dim + 1)
 
 
 def decoder_width(settings: MemorySettings, dim: int, rows: int) -> int:
