@@ -14,8 +14,10 @@ import time
 import filelock
 import pytest
 
+from memtool.experiments.ablations import ABLATIONS
 from memtool_cli import failure
 from memtool_cli.main import VERBS
+from memtool_cli.verbs.experiments import WORDS
 
 
 def test_help_lists_every_verb_and_the_exit_codes(memtool):
@@ -268,3 +270,7 @@ def test_a_terminal_gets_a_table_and_no_colour_when_told(memory, here, environ, 
     assert "─" in shown
     assert "\x1b[1m" in shown
     assert "\x1b[3" not in seen(NO_COLOR="1")
+
+
+def test_every_ablation_has_its_word() -> None:
+    assert tuple(ABLATIONS) == WORDS

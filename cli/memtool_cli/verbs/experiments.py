@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 app = Verbs()
 
-WORDS = ("separation", "query", "adapters", "keys", "protect", "read", "memory")
+WORDS = ("separation", "query", "adapters", "keys", "authors", "protect", "read", "memory")
 """The ablations of `memtool.experiments.ablations`, here so that help needs no torch."""
 
 
