@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -49,6 +50,7 @@ from memtool_cli.scores import show
 from memtool_cli.unread import say_decided, say_unread_stream
 
 if TYPE_CHECKING:
+    from memtool.methods.method import Method
     from memtool.methods.results import AtomsResult, RecallResult, RetrieveResult
 
 app = Verbs()
@@ -480,21 +482,7 @@ def evaluate(
         )
     with call.out.progress() as progress:
         method = call.method(progress)
-        if unseen and not method.measures_unseen:
-            raise ConfigError(
-                f"--unseen under method {call.config.method}",
-                expected="method mira or moram, of images: other memories have no classes of tasks "
-                "they never saw",
-            )
-        more: dict[str, Any] = {"unseen": True} if unseen else {}
-        for rival in rivals or ():
-            if not method.rivals:
-                raise ConfigError(
-                    f"--compare {rival} under method {call.config.method}",
-                    expected="method mira over texts: a memory of whole LoRA of a language model",
-                )
-            one_of("--compare", rival, method.rivals)
-        more |= {"rivals": tuple(dict.fromkeys(rivals))} if rivals else {}
+        more = _also_measured(method, unseen=unseen, rivals=rivals or ())
         record = method.evaluate(
             setting=setting,
             version=call.version,
@@ -517,3 +505,23 @@ def evaluate(
     if report is None:
         call.out.next(call.command("eval --history --compare --report report.html"))
     return None
+
+
+def _also_measured(method: Method, *, unseen: bool, rivals: Sequence[str]) -> dict[str, Any]:
+    """What only some methods measure. Raises ConfigError for what this one does not."""
+    name = method.workspace.config.method
+    if unseen and not method.measures_unseen:
+        raise ConfigError(
+            f"--unseen under method {name}",
+            expected="method mira or moram, of images: other memories have no classes of tasks "
+            "they never saw",
+        )
+    for rival in rivals:
+        if not method.rivals:
+            raise ConfigError(
+                f"--compare {rival} under method {name}",
+                expected="method mira over texts: a memory of whole LoRA of a language model",
+            )
+        one_of("--compare", rival, method.rivals)
+    more: dict[str, Any] = {"unseen": True} if unseen else {}
+    return more | ({"rivals": tuple(dict.fromkeys(rivals))} if rivals else {})

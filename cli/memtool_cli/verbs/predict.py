@@ -60,6 +60,33 @@ Wrong = Annotated[
 ]
 
 
+Pictures = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[PATH ...]",
+        help="Pictures: files, folders, patterns between quotes; - for a list of paths on stdin.",
+    ),
+]
+Prompts = Annotated[
+    Path | None,
+    typer.Option(
+        "--prompts",
+        metavar="FILE",
+        help='For a language model: one a line, as text or as {"prompt": "…"}.',
+        rich_help_panel="Memory",
+    ),
+]
+RowsFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        metavar="FILE",
+        help="Write the rows to FILE.csv or FILE.jsonl; - is CSV on stdout.",
+        rich_help_panel="Output",
+    ),
+]
+
+
 @app.command(
     "predict",
     epilog=examples(
@@ -72,23 +99,8 @@ Wrong = Annotated[
 @verb(STORE, METHOD, *COMPUTE, *CONFIGURATION, remembers=True)
 def predict(
     call: Call,
-    paths: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[PATH ...]",
-            help="Pictures: files, folders, patterns between quotes; - for a list of paths on "
-            "stdin.",
-        ),
-    ] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            "--prompts",
-            metavar="FILE",
-            help='For a language model: one a line, as text or as {"prompt": "…"}.',
-            rich_help_panel="Memory",
-        ),
-    ] = None,
+    paths: Pictures = None,
+    prompts: Prompts = None,
     task: Annotated[
         str | None,
         typer.Option(
@@ -108,15 +120,7 @@ def predict(
         ),
     ] = False,
     wrong: Wrong = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out",
-            metavar="FILE",
-            help="Write the rows to FILE.csv or FILE.jsonl; - is CSV on stdout.",
-            rich_help_panel="Output",
-        ),
-    ] = None,
+    out: RowsFile = None,
     topk: Annotated[
         int,
         typer.Option(

@@ -23,6 +23,103 @@ MS, MB = 1e-3, 1_000_000
 SERVICE, ALLOWED = "Service", "What is allowed"
 
 
+Host = Annotated[
+    str,
+    typer.Option("--host", metavar="HOST", help="Where to listen.", rich_help_panel=SERVICE),
+]
+Port = Annotated[
+    int,
+    typer.Option(
+        "--port",
+        metavar="PORT",
+        min=0,
+        max=65535,
+        help="0 takes a free one.",
+        rich_help_panel=SERVICE,
+    ),
+]
+Watch = Annotated[
+    bool,
+    typer.Option(
+        "--watch",
+        help="Take new versions up by itself, of HEAD or of the branch that --store names.",
+        rich_help_panel=SERVICE,
+    ),
+]
+Window = Annotated[
+    float,
+    typer.Option(
+        "--window",
+        metavar="MS",
+        min=0,
+        max=10_000,
+        help="How long the first of a batch waits for others.",
+        rich_help_panel=SERVICE,
+    ),
+]
+Batch = Annotated[
+    int,
+    typer.Option(
+        "--batch",
+        metavar="N",
+        min=1,
+        help="Images or prompts of one pass at most.",
+        rich_help_panel=SERVICE,
+    ),
+]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(
+        "--api-key",
+        metavar="KEY",
+        envvar="MEMTOOL_API_KEY",
+        help="What clients must know, and what POST /reload needs.",
+        rich_help_panel=ALLOWED,
+    ),
+]
+Origins = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--cors",
+        metavar="ORIGIN",
+        help="A web page of another host that may ask; may be repeated.",
+        rich_help_panel=ALLOWED,
+    ),
+]
+Body = Annotated[
+    float,
+    typer.Option(
+        "--max-body",
+        metavar="MB",
+        min=0.001,
+        max=10_000,
+        help="Size of a request.",
+        rich_help_panel=ALLOWED,
+    ),
+]
+Waiting = Annotated[
+    int,
+    typer.Option(
+        "--queue",
+        metavar="N",
+        min=1,
+        help="Images or prompts that may wait; beyond, the answer is 503.",
+        rich_help_panel=ALLOWED,
+    ),
+]
+Timeout = Annotated[
+    float,
+    typer.Option(
+        "--timeout",
+        metavar="SECONDS",
+        min=0.1,
+        max=86_400,
+        help="Until a request is given up.",
+        rich_help_panel=ALLOWED,
+    ),
+]
+
+
 @app.command(
     "serve",
     epilog=examples(
@@ -34,101 +131,16 @@ SERVICE, ALLOWED = "Service", "What is allowed"
 @verb(STORE, METHOD, *COMPUTE, *CONFIGURATION, remembers=True)
 def serve_memory(
     call: Call,
-    host: Annotated[
-        str,
-        typer.Option("--host", metavar="HOST", help="Where to listen.", rich_help_panel=SERVICE),
-    ] = "127.0.0.1",
-    port: Annotated[
-        int,
-        typer.Option(
-            "--port",
-            metavar="PORT",
-            min=0,
-            max=65535,
-            help="0 takes a free one.",
-            rich_help_panel=SERVICE,
-        ),
-    ] = 8000,
-    watch: Annotated[
-        bool,
-        typer.Option(
-            "--watch",
-            help="Take new versions up by itself, of HEAD or of the branch that --store names.",
-            rich_help_panel=SERVICE,
-        ),
-    ] = False,
-    window: Annotated[
-        float,
-        typer.Option(
-            "--window",
-            metavar="MS",
-            min=0,
-            max=10_000,
-            help="How long the first of a batch waits for others.",
-            rich_help_panel=SERVICE,
-        ),
-    ] = 5.0,
-    batch: Annotated[
-        int,
-        typer.Option(
-            "--batch",
-            metavar="N",
-            min=1,
-            help="Images or prompts of one pass at most.",
-            rich_help_panel=SERVICE,
-        ),
-    ] = 64,
-    api_key: Annotated[
-        str | None,
-        typer.Option(
-            "--api-key",
-            metavar="KEY",
-            envvar="MEMTOOL_API_KEY",
-            help="What clients must know, and what POST /reload needs.",
-            rich_help_panel=ALLOWED,
-        ),
-    ] = None,
-    cors: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--cors",
-            metavar="ORIGIN",
-            help="A web page of another host that may ask; may be repeated.",
-            rich_help_panel=ALLOWED,
-        ),
-    ] = None,
-    max_body: Annotated[
-        float,
-        typer.Option(
-            "--max-body",
-            metavar="MB",
-            min=0.001,
-            max=10_000,
-            help="Size of a request.",
-            rich_help_panel=ALLOWED,
-        ),
-    ] = 32.0,
-    queue: Annotated[
-        int,
-        typer.Option(
-            "--queue",
-            metavar="N",
-            min=1,
-            help="Images or prompts that may wait; beyond, the answer is 503.",
-            rich_help_panel=ALLOWED,
-        ),
-    ] = 512,
-    timeout: Annotated[
-        float,
-        typer.Option(
-            "--timeout",
-            metavar="SECONDS",
-            min=0.1,
-            max=86_400,
-            help="Until a request is given up.",
-            rich_help_panel=ALLOWED,
-        ),
-    ] = 60.0,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    watch: Watch = False,
+    window: Window = 5.0,
+    batch: Batch = 64,
+    api_key: ApiKey = None,
+    cors: Origins = None,
+    max_body: Body = 32.0,
+    queue: Waiting = 512,
+    timeout: Timeout = 60.0,
 ) -> None:
     """Serve the memory over HTTP: predictions, answers of a language model, metrics and a page."""
     try:
