@@ -269,6 +269,7 @@ def test_a_study_larger_than_the_disk_is_refused_with_the_bytes(
         ("capacity", ["0"], {}, "'0' adapters"),
         ("capacity", ["2", "2"], {}, "2 is 2 once more"),
         ("capacity", [], {"method": "moram"}, "method moram"),
+        ("interference", [], {"method": "modulation"}, "method modulation"),
         ("similarity", ["1.5"], {}, "'1.5'"),
         ("similarity", ["1", "duplicate"], {}, "duplicate is 1 once more"),
         ("similarity", [], {"stream.setting": "til"}, "stream.setting til"),
