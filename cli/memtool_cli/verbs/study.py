@@ -180,7 +180,8 @@ def _show_cost(call: Call, opened: OpenStudy) -> None:
         ("steps of training", f"{cost.steps:,}"),
         (
             "time",
-            f"about {duration(cost.seconds)} of the processor, by a step and passes timed now",
+            f"about {duration(cost.seconds)} of the processor, scaled from steps and passes with "
+            "few adapters that were timed now",
         ),
         ("disk", f"at most about {size(cost.bytes)}; {size(cost.free)} free"),
         ("folder", opened.folder),
