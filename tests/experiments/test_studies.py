@@ -161,8 +161,9 @@ def test_a_finished_study_only_reads(capacity: tuple[Path, StudyRecord], tmp_pat
     opened = begin("capacity", folder, ["3", "1"])  # in another order
     again = opened.work(progress=lambda event: pytest.fail(event.stage))
     assert again.points == found.points
-    with pytest.raises(AlreadyExistsError, match="the sweep in"):
+    with pytest.raises(AlreadyExistsError, match="study capacity: the sweep in") as refused:
         begin("capacity", folder, ["1", "2"])
+    assert "memtool sweep" not in (refused.value.remedy or "")
 
 
 def test_a_point_that_fails_is_told_and_the_others_stand(

@@ -18,7 +18,7 @@ from pydantic import JsonValue
 
 from memtool import registry, sealed
 from memtool.config import with_values
-from memtool.errors import ConfigError, MemtoolError
+from memtool.errors import AlreadyExistsError, ConfigError, MemtoolError
 from memtool.evaluation.record import RECORD, Environment, Record, read_record
 from memtool.evaluation.study import Measure, Point, StudyRecord, write_study
 from memtool.experiments.orders import of_seed
@@ -163,7 +163,15 @@ class OpenStudy:
                     expected="every point once",
                 )
         axes = {key: [str(values[key]) for values in cells] for key in keys}
-        sweep = Sweep.begin(folder, config, axes, cells=cells, preset=preset, write=write)
+        try:
+            sweep = Sweep.begin(folder, config, axes, cells=cells, preset=preset, write=write)
+        except AlreadyExistsError as error:
+            raise AlreadyExistsError(
+                f"study {study.name}: {error.message}",
+                expected="the same study, which this process would join",
+                remedy="--out with another folder, or points, seeds and settings as it was begun "
+                "with",
+            ) from error
         # Who began it may have said the points in another order.
         in_order = [variants[cells.index(dict(cell.values))] for cell in sweep.plan.cells]
         return cls(study, sweep, in_order)

@@ -316,7 +316,8 @@ def _with_separation(
 ) -> MemoryModel:
     """The same memory under another separation, whose weights do not move at test time.
 
-    Only where it is `decoded` a decoder adds to them; else adapters are recalled whole.
+    Queries that settle do so as before, and are then read under the other one. Only where it is
+    `decoded` a decoder adds to them; else adapters are recalled whole.
     """
     memories = [
         BlockMemory(
@@ -328,6 +329,7 @@ def _with_separation(
             normed=here.normed,
             steps=here.steps,
             rate=here.rate,
+            settles=here.settles,
         )
         for here in (model.memory[block] for block in model.memory.blocks)
     ]
