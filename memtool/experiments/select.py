@@ -265,16 +265,14 @@ def select(
     """
     measured: list[_Measured] = []
     errors: list[MemtoolError] = []
-    with held_back(config):
-        for cell in cells:
-            other = cell_config(config, cell, seed)
-            measured.append(_measured(other, seed, errors, progress, resume, command, preset))
-            if say is not None:
-                for name, reason in measured[-1].failed.items():
-                    what = "" if name in (MEMORY, EVERY) else f" for {name}"
-                    say(f"note: {cell.text} failed{what}, and is left out: {reason}")
-        for name in (MEMORY, *dict.fromkeys(key for one in measured for key in one.failed)):
-            _require_one_left(name, cells, measured, errors)
+    for cell in cells:
+        measured.append(_measured(config, cell, seed, errors, progress, resume, command, preset))
+        if say is not None:
+            for name, reason in measured[-1].failed.items():
+                what = "" if name in (MEMORY, EVERY) else f" for {name}"
+                say(f"note: {cell.text} failed{what}, and is left out: {reason}")
+    for name in (MEMORY, *dict.fromkeys(key for one in measured for key in one.failed)):
+        _require_one_left(name, cells, measured, errors)
     of = {id: name for one in measured for id, name in one.of.items()}
     rows = {}
     # Rows in the order of a cell that has them all, or the most.
@@ -328,7 +326,8 @@ def _require_one_left(
 
 
 def _measured(
-    config: Config,
+    asked: Config,
+    cell: Cell,
     seed: int,
     errors: list[MemtoolError],
     progress: Progress | None,
@@ -340,6 +339,7 @@ def _measured(
 
     Only a training that diverged is kept as a failure: what else a cell lacks may be there later.
     """
+    config = cell_config(asked, cell, seed)
     found: list[MemtoolError] = []
 
     def find() -> _Measured:
@@ -373,16 +373,17 @@ def _measured(
         )
 
     try:
-        file = config.runs / f"measured-{_decides(config, seed)[:16]}.json"
-        if not resume:
-            file.unlink(missing_ok=True)
-        return kept(
-            file,
-            TypeAdapter(_Measured),
-            Engine(config.engine),
-            find,
-            worth=lambda: all(isinstance(error, DivergedError) for error in found),
-        )
+        with held_back(asked):
+            file = config.runs / f"measured-{_decides(config, seed)[:16]}.json"
+            if not resume:
+                file.unlink(missing_ok=True)
+            return kept(
+                file,
+                TypeAdapter(_Measured),
+                Engine(config.engine),
+                find,
+                worth=lambda: all(isinstance(error, DivergedError) for error in found),
+            )
     except experiment.FAILURES as error:
         found.append(error)
         return _Measured(figures={}, of={}, samples=0, loss=False, failed={EVERY: error.message})
