@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from memtool.experiments.plan import training_steps
 from memtool.experiments.studies.study import OpenStudy, Variant
 from memtool.learning.adapt import adapt
 from memtool.methods import open_method
+from memtool.methods.method import Method
 from memtool.workspace import Workspace
 
 MOST_SECONDS = 12 * 3600
@@ -83,17 +85,17 @@ class _Left:
     variant: Variant
     runs: int
     left: int
-    work: Workspace | None
+    method: Method | None
 
     @property
     def steps(self) -> int:
         """Steps of training adapters, of one run."""
-        return 0 if self.work is None else sum(training_steps(self.work))
+        return 0 if self.method is None else sum(training_steps(self.method.workspace))
 
     @property
     def bytes(self) -> int:
         """Of all of these runs, at most."""
-        return 0 if self.work is None else self.left * _bytes(self.work)
+        return 0 if self.method is None else self.left * _bytes(self.method)
 
 
 def require_room(study: OpenStudy) -> None:
@@ -112,7 +114,7 @@ def cost_of(study: OpenStudy) -> StudyCost:
     clock = _Clock()
     points = []
     for one in every:
-        seconds = 0.0 if one.work is None else _seconds(study, one.work, one.steps, clock)
+        seconds = 0.0 if one.method is None else _seconds(study, one.method, one.steps, clock)
         points.append(
             PointCost(
                 label=one.variant.label,
@@ -144,17 +146,17 @@ def _all_left(study: OpenStudy) -> list[_Left]:
     for variant in study.variants:
         jobs = [job for job in study.sweep.jobs if study.variant_of(job) is variant]
         left = [job for job in still if job in jobs]
-        work = None
+        method = None
         if left:
             method = open_method(study.sweep.config_of(left[0]), seed=left[0].seed)
             method.require_able()
-            work = method.workspace
-        found.append(_Left(variant, len(jobs), len(left), work))
+        found.append(_Left(variant, len(jobs), len(left), method))
     return found
 
 
-def _bytes(work: Workspace) -> int:
+def _bytes(method: Method) -> int:
     """Of one run, at most: adapters as folders and in the store, moments, heads and keys."""
+    work = method.workspace
     config, tasks = work.config, work.stream.tasks
     adapters, numbers = config.adapter.per_task * len(tasks), work.layout.numel
     classes, dim = len(work.stream.class_names), work.backbone.dim
@@ -164,22 +166,26 @@ def _bytes(work: Workspace) -> int:
     moments = len(tasks) * 8 * (wide + classes) * wide
     if config.head.kind == "rp-ridge":
         moments += work.projection_bytes(config.head.width).kept
-    blocks = len(work.layout.blocks) if config.memory.scope == "block" else 1
-    keyed = max(len(task.classes) for task in tasks) if config.memory.keys_of == "class" else 1
-    queries = len(tasks) * blocks * 4 * (dim + 1) * (dim + 1 + classes)
-    keys = sum(range(1, len(tasks) + 1)) * config.adapter.per_task * blocks * keyed * 4 * (dim + 1)
-    return of_adapters + moments + queries + keys + RUN_BYTES
+    cost = _cost(method)
+    read = 4 * cost.get("read_numbers", 0) * len(tasks)  # keys and their like, at every version
+    return of_adapters + moments + cost.get("queries_bytes", 0) + read + RUN_BYTES
 
 
-def _seconds(study: OpenStudy, work: Workspace, steps: int, clock: _Clock) -> float:
+def _cost(method: Method) -> Mapping[str, Any]:
+    numbers = method.workspace.layout.numel
+    return method.cost(numbers=numbers, parameters=0, tokens=0) or {}
+
+
+def _seconds(study: OpenStudy, method: Method, steps: int, clock: _Clock) -> float:
     """Of one run, from a step of training and passes of test images that are timed here."""
+    work = method.workspace
     config, tasks = work.config, work.stream.tasks
     count = config.adapter.per_task
     train = sum(len(task.train) for task in tasks)
     tests = [len(task.test) for task in tasks]
     frozen = clock.a_pass(work, 0)
     mixed = clock.a_pass(work, max(1, count * (len(tasks) + 1) // 2))
-    cost = open_method(config, seed=work.seed).cost(numbers=0, parameters=0, tokens=0) or {}
+    cost = _cost(method)
     look = (cost.get("frozen", 0.0) + cost.get("first_adapter", 0.0)) * frozen
     learned = steps * clock.a_step(work) + train * count * frozen  # and its training accuracy
     keys = train * (2 * mixed + look + 3 * config.consolidate.epochs * mixed)
