@@ -28,11 +28,9 @@ from memtool.errors import ConfigError, DataError, DivergedError, MemtoolError
 from memtool.evaluation.record import Row
 from memtool.evaluation.selection import Cell, Choice, Selection, first_best
 from memtool.experiments import run as experiment
+from memtool.experiments.baselines import readers_of
 from memtool.learning.known import is_fixed
 from memtool.methods import open_method
-from memtool.methods.baselines import FIRST_SESSION
-from memtool.methods.baselines.der import DerPlusPlus
-from memtool.methods.baselines.replay import Er
 from memtool.methods.kept import fingerprint_of, kept
 from memtool.paths import store_beside
 from memtool.progress import Progress
@@ -84,7 +82,7 @@ def cells_of(config: Config, selections: Sequence[str]) -> tuple[Cell, ...]:
         found.setdefault(fingerprint_of(plain), Cell(values=plain))
     for key, other in unread.items():
         if key not in read:
-            rows = _rows_that_read(key) if other == "baselines" else ()
+            rows = readers_of(key) if other == "baselines" else ()
             value = get(config, other)
             said = ",".join(value) if isinstance(value, tuple) else _plain(value)
             raise ConfigError(
@@ -97,18 +95,9 @@ def cells_of(config: Config, selections: Sequence[str]) -> tuple[Cell, ...]:
     return tuple(found.values())
 
 
-def _rows_that_read(key: str) -> tuple[str, ...]:
-    """The baselines that alone read a setting; none of one that others read, too."""
-    if key == "replay.buffer":
-        return Er.id, DerPlusPlus.id
-    if key == "head.width" or key.startswith("first_session."):
-        return FIRST_SESSION
-    return ()
-
-
 def _without_its_rows(config: Config, key: str) -> str | None:
     """As `not_read_under`, of a setting that only baselines read which nobody named."""
-    rows = _rows_that_read(key)
+    rows = readers_of(key)
     of_the_head = key == "head.width" and config.head.kind == "rp-ridge"
     own = ("all", "none", *SHIPPED["baselines"])
     of_others = [name for name in config.baselines if name not in own]
