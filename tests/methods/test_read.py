@@ -16,6 +16,7 @@ import memtool
 from memtool.adapters.mixing import Mixture
 from memtool.errors import ConfigError, CorruptError
 from memtool.experiments.ablations import ABLATIONS, _sizes, besides
+from memtool.memories import query
 from memtool.memories.decoder import RankDecoder, numbers_of
 from memtool.memories.keyed import KeyedMemory
 from memtool.memories.query import QueryKind, QueryModule
@@ -31,7 +32,6 @@ from memtool.methods.mira.read import (
     DECODERS,
     decoder_width,
     load_decoders,
-    module_numbers,
     read_numbers,
 )
 from memtool.methods.mira.recall import MemoryModel, MemoryRecall
@@ -411,7 +411,7 @@ def test_settings_out_of_range_are_refused(name, value, tmp_path):
 @pytest.mark.parametrize("kind", get_args(QueryKind))
 def test_a_query_module_learns_as_many_numbers_as_are_counted(kind):
     parameters = QueryModule(kind, 12).parameters()
-    assert module_numbers(kind, 12) == sum(one.numel() for one in parameters)
+    assert query.numbers_of(kind, 12) == sum(one.numel() for one in parameters)
 
 
 def test_keys_without_a_bias_are_counted_without_it(tmp_path):
