@@ -172,7 +172,7 @@ class KeyedMemory(nn.Module):
         if keys.ndim != 3 or len(keys) != len(blocks):
             raise MismatchError(
                 f"keys of shape {tuple(keys.shape)} for {len(blocks)} blocks",
-                expected=f"({len(blocks)}, adapters, {dim + 1})",
+                expected=f"({len(blocks)}, adapters, {dim + settings.key_bias})",
             )
         each: list[bool | nn.LayerNorm] = [settings.query_norm == "layer"] * len(blocks)
         if settings.query_norm == "block":

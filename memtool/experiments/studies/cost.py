@@ -188,7 +188,7 @@ def _seconds(study: OpenStudy, method: Method, steps: int, clock: _Clock) -> flo
     cost = _cost(method)
     look = (cost.get("frozen", 0.0) + cost.get("first_adapter", 0.0)) * frozen
     learned = steps * clock.a_step(work) + train * count * frozen  # and its training accuracy
-    keys = train * (2 * mixed + look + 3 * config.consolidate.epochs * mixed)
+    keys = train * (2 * mixed + look + 3 * (method.key_epochs or 0) * mixed)
     read = sum(tests) * (len(tasks) + OTHER_WAYS) + study.study.passes(tests)
     return learned + keys + read * (mixed + look)
 
