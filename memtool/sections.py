@@ -49,6 +49,8 @@ Similarity = Annotated[
 ]
 SHARES = ("softmax", "topk", "sparsemax", "entmax", "max")
 """Separations whose weights are shares of one."""
+SETTLES = ("scaled-dot", "dot", "euclidean")
+"""Similarities under which `memory.read` energy lowers an energy."""
 
 Mix = Literal["delta", "params"]
 Routing = Literal["mixture", "lda", "prototype"]

@@ -45,6 +45,9 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 
+PROJECTION_SHARE = 0.75
+"""The part of the memory that is left which a random projection may take."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -294,16 +297,17 @@ class Workspace:
     def require_room_for_projection(self) -> None:
         """Raise CapacityError where a random projection is wider than the memory allows."""
         width, available = self.config.head.width, available_bytes(torch.device("cpu"))
-        needed = self.projection_bytes(width)
-        if needed.total <= available:
+        needed, most = self.projection_bytes(width), int(available * PROJECTION_SHARE)
+        if needed.total <= most:
             return
         fits = width
-        while fits > 1 and self.projection_bytes(fits).total > available // 2:  # others need some
+        while fits > 1 and self.projection_bytes(fits).total > available // 2:  # safe by far
             fits //= 2
         raise CapacityError(
             f"head.width {width:,} takes about {needed.total:,} bytes: {needed.kept:,} for the "
             f"moments of all tasks and {needed.solving:,} to solve the head",
-            expected=f"at most the {available:,} bytes that the machine has left",
+            expected=f"at most {most:,}: model and images need some of the {available:,} bytes "
+            "that the machine has left",
             remedy=f"--set head.width={fits}",
         )
 

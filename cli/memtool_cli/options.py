@@ -245,6 +245,13 @@ ReportFile = Annotated[
     typer.Option("--report", metavar="FILE", help="Write an HTML page.", rich_help_panel="Output"),
 ]
 
+RetryFailed = Annotated[
+    bool,
+    typer.Option(
+        "--retry-failed", help="Run again what ended with an error.", rich_help_panel="Training"
+    ),
+]
+
 TaskSubject = Annotated[
     str | None,
     typer.Option(

@@ -22,6 +22,7 @@ from memtool.experiments import run as experiment
 from memtool.experiments.plan import plan, seconds_a_sample
 from memtool.paths import store_beside
 from memtool.progress import Progress
+from memtool.sections import SETTLES
 from memtool.settings import AT_ONCE, BackboneSettings, Config, get, sections
 
 SEPARATIONS = ("affine", "identity", "softmax", "relu", "tanh", "topk")
@@ -153,10 +154,6 @@ def _authors(config: Config) -> dict[str, dict[str, Any]]:
     return variants
 
 
-SETTLES = ("dot", "scaled-dot", "euclidean")
-"""Similarities that every reading can have."""
-
-
 def _reads(config: Config) -> dict[str, dict[str, Any]]:
     """Three readings with as many learned numbers as a query module takes, and one without it."""
     epochs = config.consolidate.epochs or DEFAULT_EPOCHS
@@ -165,7 +162,7 @@ def _reads(config: Config) -> dict[str, dict[str, Any]]:
     shared = {
         **ONE_KEY,
         "memory.separation": "softmax",
-        "memory.similarity": similarity if similarity in SETTLES else "scaled-dot",
+        "memory.similarity": similarity if similarity in SETTLES else SETTLES[0],
         "memory.mix": "delta",
         "memory.frozen": "none",
         "consolidate.epochs": epochs,

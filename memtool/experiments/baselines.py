@@ -149,13 +149,29 @@ def kept_file(work: Workspace, name: str) -> Path:
     return work.config.runs / "baselines" / f"{word}-{fingerprint_of(decides)[:16]}.json"
 
 
+BUFFERED = ("er", "der++")
+"""Baselines that keep samples of earlier tasks: `replay.buffer` of them."""
+
+
+def readers_of(key: str) -> tuple[str, ...]:
+    """The baselines that alone read a setting; none of one that others read, too.
+
+    The memory reads `head.width` where its own head is a random projection.
+    """
+    if key == "replay.buffer":
+        return BUFFERED
+    if key == "head.width" or key.startswith("first_session."):
+        return FIRST_SESSION
+    return ()
+
+
 def _decides_alone(config: Config, name: str) -> list[object]:
     """Settings that decide what one baseline reaches, and no other."""
     if name == "inf-lora":
         return [config.past.decides()]
     if name in FIRST_SESSION:
         return [None, config.first_session.epochs, config.head.width]
-    return [config.replay.buffer] if name in ("er", "der++") else [None]
+    return [config.replay.buffer] if name in BUFFERED else [None]
 
 
 _OF_IMAGES = ("adapter", "train", "head", "backbone")

@@ -124,7 +124,7 @@ def plan(config: Config, *, seed: int, verb: str, task: str | None = None) -> di
         "train_samples": [task.train for task in tasks],
         "test_samples": [task.test for task in tasks],
         "epochs": [task.epochs for task in tasks],
-        "steps": [task.epochs * math.ceil(task.train / config.train.batch_size) for task in tasks],
+        "steps": [_steps(task, config) for task in tasks],
         "crop": config.stream.crop if work.reads == "images" else None,
         "batch_size": config.train.batch_size,
         "consolidation_epochs": method.key_epochs,
@@ -145,6 +145,15 @@ def plan(config: Config, *, seed: int, verb: str, task: str | None = None) -> di
         "runs": str(config.runs),
         "notes": list(work.stream.notes),
     }
+
+
+def training_steps(work: Workspace) -> list[int]:
+    """Steps that train the adapters of each task of a stream of images."""
+    return [_steps(task, work.config) for task in _image_tasks(work)]
+
+
+def _steps(task: _Task, config: Config) -> int:
+    return task.epochs * math.ceil(task.train / config.train.batch_size)
 
 
 def seconds_a_sample(config: Config) -> float:

@@ -28,11 +28,9 @@ from memtool.errors import ConfigError, DataError, DivergedError, MemtoolError
 from memtool.evaluation.record import Row
 from memtool.evaluation.selection import Cell, Choice, Selection, first_best
 from memtool.experiments import run as experiment
+from memtool.experiments.baselines import readers_of
 from memtool.learning.known import is_fixed
 from memtool.methods import open_method
-from memtool.methods.baselines import FIRST_SESSION
-from memtool.methods.baselines.der import DerPlusPlus
-from memtool.methods.baselines.replay import Er
 from memtool.methods.kept import fingerprint_of, kept
 from memtool.paths import store_beside
 from memtool.progress import Progress
@@ -84,7 +82,7 @@ def cells_of(config: Config, selections: Sequence[str]) -> tuple[Cell, ...]:
         found.setdefault(fingerprint_of(plain), Cell(values=plain))
     for key, other in unread.items():
         if key not in read:
-            rows = _rows_that_read(key) if other == "baselines" else ()
+            rows = readers_of(key) if other == "baselines" else ()
             value = get(config, other)
             said = ",".join(value) if isinstance(value, tuple) else _plain(value)
             raise ConfigError(
@@ -97,18 +95,9 @@ def cells_of(config: Config, selections: Sequence[str]) -> tuple[Cell, ...]:
     return tuple(found.values())
 
 
-def _rows_that_read(key: str) -> tuple[str, ...]:
-    """The baselines that alone read a setting; none of one that others read, too."""
-    if key == "replay.buffer":
-        return Er.id, DerPlusPlus.id
-    if key == "head.width" or key.startswith("first_session."):
-        return FIRST_SESSION
-    return ()
-
-
 def _without_its_rows(config: Config, key: str) -> str | None:
     """As `not_read_under`, of a setting that only baselines read which nobody named."""
-    rows = _rows_that_read(key)
+    rows = readers_of(key)
     of_the_head = key == "head.width" and config.head.kind == "rp-ridge"
     own = ("all", "none", *SHIPPED["baselines"])
     of_others = [name for name in config.baselines if name not in own]
@@ -265,16 +254,14 @@ def select(
     """
     measured: list[_Measured] = []
     errors: list[MemtoolError] = []
-    with held_back(config):
-        for cell in cells:
-            other = cell_config(config, cell, seed)
-            measured.append(_measured(other, seed, errors, progress, resume, command, preset))
-            if say is not None:
-                for name, reason in measured[-1].failed.items():
-                    what = "" if name in (MEMORY, EVERY) else f" for {name}"
-                    say(f"note: {cell.text} failed{what}, and is left out: {reason}")
-        for name in (MEMORY, *dict.fromkeys(key for one in measured for key in one.failed)):
-            _require_one_left(name, cells, measured, errors)
+    for cell in cells:
+        measured.append(_measured(config, cell, seed, errors, progress, resume, command, preset))
+        if say is not None:
+            for name, reason in measured[-1].failed.items():
+                what = "" if name in (MEMORY, EVERY) else f" for {name}"
+                say(f"note: {cell.text} failed{what}, and is left out: {reason}")
+    for name in (MEMORY, *dict.fromkeys(key for one in measured for key in one.failed)):
+        _require_one_left(name, cells, measured, errors)
     of = {id: name for one in measured for id, name in one.of.items()}
     rows = {}
     # Rows in the order of a cell that has them all, or the most.
@@ -328,7 +315,8 @@ def _require_one_left(
 
 
 def _measured(
-    config: Config,
+    asked: Config,
+    cell: Cell,
     seed: int,
     errors: list[MemtoolError],
     progress: Progress | None,
@@ -340,6 +328,7 @@ def _measured(
 
     Only a training that diverged is kept as a failure: what else a cell lacks may be there later.
     """
+    config = cell_config(asked, cell, seed)
     found: list[MemtoolError] = []
 
     def find() -> _Measured:
@@ -373,16 +362,17 @@ def _measured(
         )
 
     try:
-        file = config.runs / f"measured-{_decides(config, seed)[:16]}.json"
-        if not resume:
-            file.unlink(missing_ok=True)
-        return kept(
-            file,
-            TypeAdapter(_Measured),
-            Engine(config.engine),
-            find,
-            worth=lambda: all(isinstance(error, DivergedError) for error in found),
-        )
+        with held_back(asked):
+            file = config.runs / f"measured-{_decides(config, seed)[:16]}.json"
+            if not resume:
+                file.unlink(missing_ok=True)
+            return kept(
+                file,
+                TypeAdapter(_Measured),
+                Engine(config.engine),
+                find,
+                worth=lambda: all(isinstance(error, DivergedError) for error in found),
+            )
     except experiment.FAILURES as error:
         found.append(error)
         return _Measured(figures={}, of={}, samples=0, loss=False, failed={EVERY: error.message})

@@ -13,7 +13,6 @@ it is the mixture. The gain is diagonal in rank space: pieces are weighed, not r
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -102,21 +101,12 @@ class RankDecoder(nn.Module):
                 expected=f"at least {self.adapters}",
             )
         new = (adapters - self.adapters) * self.rows_each
-        return self._with_rows(
+        inner = layer_of(self.inner.weight.detach(), self.inner.bias.detach())
+        outer = layer_of(
             F.pad(self.outer.weight.detach(), (0, 0, 0, new)),
             F.pad(self.outer.bias.detach(), (0, new)),
         )
-
-    def of_adapters(self, indices: Sequence[int]) -> RankDecoder:
-        """A copy for the adapters at these indices alone, in this order, bit for bit."""
-        picked = torch.tensor(list(indices), device=self.outer.weight.device)
-        weight = self.outer.weight.detach().unflatten(0, (self.adapters, self.rows_each))
-        bias = self.outer.bias.detach().unflatten(0, (self.adapters, self.rows_each))
-        return self._with_rows(weight[picked].flatten(0, 1), bias[picked].flatten())
-
-    def _with_rows(self, weight: Tensor, bias: Tensor) -> RankDecoder:
-        inner = layer_of(self.inner.weight.detach(), self.inner.bias.detach())
-        return RankDecoder(inner, layer_of(weight, bias), places=self.places, rank=self.rank)
+        return RankDecoder(inner, outer, places=self.places, rank=self.rank)
 
 
 def width_for(numbers: int, dim: int, rows: int) -> int:

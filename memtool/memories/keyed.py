@@ -33,7 +33,8 @@ class BlockMemory(nn.Module):
     an input whose novelty is above `LIMIT` has no coefficient: it is left to the frozen model.
     `normed` divides every entry of the keys by its norm over all of them, at every look.
     Before its coefficients are read a query takes so many `steps` toward the mixture of the keys,
-    by `rate`; its constant stays. A `decoder` may be put beside the keys.
+    by `rate`; its constant stays. That mixture is by `settles`, which is its separation where none
+    is given. A `decoder` may be put beside the keys.
     """
 
     decoder: RankDecoder | None
@@ -50,6 +51,7 @@ class BlockMemory(nn.Module):
         normed: bool = False,
         steps: int = 0,
         rate: float = 1.0,
+        settles: SeparationFunction | None = None,
     ) -> None:
         """Keys (t, m · d_k) are copied. Raises MismatchError when they do not fit the queries."""
         super().__init__()
@@ -68,6 +70,7 @@ class BlockMemory(nn.Module):
         self.normed = normed
         self.steps = steps
         self.rate = rate
+        self.settles = separation if settles is None else settles
         self.decoder = None
 
     def scores(self, hidden: Tensor) -> Tensor:
@@ -109,7 +112,7 @@ class BlockMemory(nn.Module):
         def score(bare: Tensor) -> Tensor:
             return self._similar(F.pad(bare, (0, bias), value=1.0))
 
-        bare = settled(queries[:, :dim], keys, score, self.separation, self.steps, self.rate)
+        bare = settled(queries[:, :dim], keys, score, self.settles, self.steps, self.rate)
         return F.pad(bare, (0, bias), value=1.0)
 
     def _similar(self, queries: Tensor) -> Tensor:
@@ -169,7 +172,7 @@ class KeyedMemory(nn.Module):
         if keys.ndim != 3 or len(keys) != len(blocks):
             raise MismatchError(
                 f"keys of shape {tuple(keys.shape)} for {len(blocks)} blocks",
-                expected=f"({len(blocks)}, adapters, {dim + 1})",
+                expected=f"({len(blocks)}, adapters, {dim + settings.key_bias})",
             )
         each: list[bool | nn.LayerNorm] = [settings.query_norm == "layer"] * len(blocks)
         if settings.query_norm == "block":

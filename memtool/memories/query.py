@@ -31,6 +31,12 @@ def pooled(hidden: Tensor, token: str, prefix_tokens: int, *, norm: bool) -> Ten
         return F.layer_norm(one, one.shape[-1:]) if norm else one
 
 
+def numbers_of(kind: QueryKind, dim: int) -> int:
+    """How many numbers a query module of queries (dim,) learns."""
+    layers = {"identity": 0, "linear": 1, "mlp": 2, "plain-mlp": 2}[kind]
+    return layers * dim * (dim + 1)
+
+
 class QueryModule(nn.Module):
     """Hidden states (batch, tokens, dim) → queries (batch, dim + 1), or (batch, dim) without bias.
 
@@ -138,7 +144,8 @@ class QueryModule(nn.Module):
         if hidden.ndim == 2:
             return hidden
         if self._first:
-            gain, shift = (None if part is None else part.to(hidden.dtype) for part in self._affine)
+            affine = (self.first_gain, self.first_bias)
+            gain, shift = (None if part is None else part.to(hidden.dtype) for part in affine)
             hidden = F.layer_norm(hidden, hidden.shape[-1:], gain, shift, self.first_eps)
         return pooled(hidden, self.token, self.prefix_tokens, norm=self.norm)
 
@@ -148,10 +155,6 @@ class QueryModule(nn.Module):
         if self.token == "mean":  # the mean of one token behind as many prefix tokens as there are
             alone = alone.expand(-1, self.prefix_tokens + 1, -1)
         return self.forward(alone)
-
-    @property
-    def _affine(self) -> tuple[Tensor | None, Tensor | None]:
-        return self.first_gain, self.first_bias
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Queries (batch, width) of hidden states (batch, tokens, dim), or of pooled ones."""

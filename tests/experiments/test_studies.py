@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -161,8 +161,9 @@ def test_a_finished_study_only_reads(capacity: tuple[Path, StudyRecord], tmp_pat
     opened = begin("capacity", folder, ["3", "1"])  # in another order
     again = opened.work(progress=lambda event: pytest.fail(event.stage))
     assert again.points == found.points
-    with pytest.raises(AlreadyExistsError, match="the sweep in"):
+    with pytest.raises(AlreadyExistsError, match="study capacity: the sweep in") as refused:
         begin("capacity", folder, ["1", "2"])
+    assert "memtool sweep" not in (refused.value.remedy or "")
 
 
 def test_a_point_that_fails_is_told_and_the_others_stand(
@@ -251,6 +252,32 @@ def test_the_disk_that_is_asked_for_is_no_less_than_what_is_taken(
     assert cost.cost_of(done).seconds == cost.cost_of(done).bytes == 0
 
 
+def test_many_adapters_are_timed_with_few_and_scaled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: list[tuple[str, int]] = []
+
+    def takes(what: str, seconds: float) -> Callable[[Any, Any, int], float]:
+        def timer(clock: Any, work: Any, adapters: int) -> float:
+            timed.append((what, adapters))
+            return seconds * (1 + adapters / 10)
+
+        return timer
+
+    monkeypatch.setattr(cost._Clock, "_a_step", takes("step", 8.0))
+    monkeypatch.setattr(cost._Clock, "_a_pass", takes("pass", 2.0))
+    opened = begin("capacity", tmp_path, ["1", "2", "50"])
+    seconds = [point.seconds for point in cost.cost_of(opened).points]
+    assert sorted(timed) == [("pass", 0), ("pass", 1), ("pass", 16), ("step", 1), ("step", 2)]
+    config = opened.sweep.config_of(opened.sweep.jobs[-1])
+    work, clock = open_method(config, seed=0).workspace, cost._Clock()
+    assert work.config.adapter.per_task == 50
+    assert clock.a_step(work) == pytest.approx(8 * 6)
+    assert clock.a_pass(work, 275) == pytest.approx(2 * 28.5)
+    assert clock.a_pass(work, 0) == pytest.approx(2)
+    assert seconds == sorted(seconds)
+
+
 def test_a_study_larger_than_the_disk_is_refused_with_the_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -269,6 +296,7 @@ def test_a_study_larger_than_the_disk_is_refused_with_the_bytes(
         ("capacity", ["0"], {}, "'0' adapters"),
         ("capacity", ["2", "2"], {}, "2 is 2 once more"),
         ("capacity", [], {"method": "moram"}, "method moram"),
+        ("interference", [], {"method": "modulation"}, "method modulation"),
         ("similarity", ["1.5"], {}, "'1.5'"),
         ("similarity", ["1", "duplicate"], {}, "duplicate is 1 once more"),
         ("similarity", [], {"stream.setting": "til"}, "stream.setting til"),

@@ -83,15 +83,6 @@ def test_more_adapters_change_nothing_of_the_others_and_begin_at_zero() -> None:
         decoder.grown(1)
 
 
-def test_fewer_adapters_are_what_they_were() -> None:
-    decoder, asked = made(adapters=4), queries()
-    with torch.no_grad():
-        kept = decoder.of_adapters([3, 1])(asked)
-        torch.testing.assert_close(kept, decoder(asked)[:, :, [3, 1]], rtol=1e-12, atol=1e-12)
-    again = decoder.of_adapters([0, 1, 2, 3]).state_dict()
-    assert all(torch.equal(again[name], part) for name, part in decoder.state_dict().items())
-
-
 @given(numbers=st.integers(0, 5000), dim=st.integers(1, 40), rows=st.integers(1, 60))
 def test_the_width_is_the_largest_that_fits(numbers: int, dim: int, rows: int) -> None:
     width = width_for(numbers, dim, rows)

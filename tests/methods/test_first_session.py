@@ -251,6 +251,15 @@ def test_texts_and_heads_that_know_all_classes_have_none_of_them(name):
     assert name not in baselines_of("images", fixed_head=True)
 
 
+def test_a_projection_leaves_some_memory_to_model_and_images(work, monkeypatch):
+    total = work.projection_bytes(work.config.head.width).total
+    monkeypatch.setattr(workspace, "available_bytes", lambda device: round(total / 0.7))
+    work.require_room_for_projection()
+    monkeypatch.setattr(workspace, "available_bytes", lambda device: round(total / 0.8))
+    with pytest.raises(CapacityError, match="width"):
+        work.require_room_for_projection()
+
+
 def test_ranpac_that_is_too_wide_is_refused_before_the_memory_learns(tmp_path, monkeypatch):
     monkeypatch.setattr(workspace, "available_bytes", lambda device: 10**6)
     config = small_config(tmp_path, baselines=("ranpac",))

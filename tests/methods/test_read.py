@@ -16,9 +16,11 @@ import memtool
 from memtool.adapters.mixing import Mixture
 from memtool.errors import ConfigError, CorruptError
 from memtool.experiments.ablations import ABLATIONS, _sizes, besides
+from memtool.memories import query
 from memtool.memories.decoder import RankDecoder, numbers_of
 from memtool.memories.keyed import KeyedMemory
 from memtool.memories.query import QueryKind, QueryModule
+from memtool.memories.separation import separation
 from memtool.methods import open_method
 from memtool.methods.forget import forget
 from memtool.methods.merge import merge
@@ -30,10 +32,9 @@ from memtool.methods.mira.read import (
     DECODERS,
     decoder_width,
     load_decoders,
-    module_numbers,
     read_numbers,
 )
-from memtool.methods.mira.recall import MemoryRecall
+from memtool.methods.mira.recall import MemoryModel, MemoryRecall
 from memtool.methods.mira.state import MemoryState
 from memtool.methods.subject import subject_of
 from memtool.sections import MemorySettings
@@ -336,6 +337,27 @@ def test_no_step_of_energy_is_the_mixture_and_needs_no_new_learning(learned_copy
     torch.testing.assert_close(out.weights, found[3][1].mean(dim=1), rtol=0, atol=1e-5)
 
 
+def test_a_hard_choice_is_what_the_settled_query_weighs_most(learned_copy):
+    _, model, _ = learned_copy.snapshot().consolidated()
+    energy = {"read": "energy", "read_steps": 3, "read_rate": 0.7, "scope": "model", "beta": 0.5}
+    settings = MemorySettings.model_validate(energy)
+    drawn = torch.Generator().manual_seed(0)
+    dim, (block,) = model.look.width, model.memory.blocks
+    keys = torch.randn(1, 5, dim + 1, generator=drawn)
+    memory = KeyedMemory.from_settings(settings, (block,), dim, keys)
+    read = MemoryModel(model.backbone, model.values, memory, settings, model.look)
+    hard = _with_separation(read, lambda _: separation("max"))
+    queries = torch.randn(200, dim, generator=drawn)
+    with torch.no_grad():
+        weights = read.memory.coefficients(block, queries)
+        chosen = hard.memory.coefficients(block, queries)
+    assert torch.equal(chosen, torch.nn.functional.one_hot(weights.argmax(dim=1), 5).float())
+    moved = KeyedMemory.from_settings(
+        settings.model_copy(update={"read": "mixture"}), (block,), dim, keys
+    )
+    assert not torch.equal(moved.coefficients(block, queries).argmax(dim=1), weights.argmax(dim=1))
+
+
 def test_learned_keys_are_not_read_in_another_way(decoded_copy):
     memory = decoded_copy.config.memory.model_copy(update={"read": "mixture"})
     mira = Mira.open(decoded_copy.config.model_copy(update={"memory": memory}), seed=0)
@@ -389,7 +411,7 @@ def test_settings_out_of_range_are_refused(name, value, tmp_path):
 @pytest.mark.parametrize("kind", get_args(QueryKind))
 def test_a_query_module_learns_as_many_numbers_as_are_counted(kind):
     parameters = QueryModule(kind, 12).parameters()
-    assert module_numbers(kind, 12) == sum(one.numel() for one in parameters)
+    assert query.numbers_of(kind, 12) == sum(one.numel() for one in parameters)
 
 
 def test_keys_without_a_bias_are_counted_without_it(tmp_path):

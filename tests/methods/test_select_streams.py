@@ -11,6 +11,7 @@ import pytest
 
 from memtool import workspace
 from memtool.config import resolve
+from memtool.errors import ConfigError
 from memtool.evaluation.record import Record, read_record
 from memtool.evaluation.selection import Selection
 from memtool.experiments import run as experiment
@@ -130,3 +131,15 @@ def test_a_record_runs_again_from_its_file_alone(
         found = again.row(row.id)
         assert (found.accuracy, found.loss, found.right) == (row.accuracy, row.loss, row.right)
     assert learned(config.store) == learned(first.config.store)
+
+
+def test_texts_too_few_to_hold_back_are_told_of_the_choice_in_every_cell(tmp_path: Path) -> None:
+    plain = config_of("mira on texts", tmp_path, tmp_path)
+    one = {"validation": 0, "train_per_task": 1}
+    config = plain.model_copy(update={"stream": plain.stream.model_copy(update=one)})
+    notes: list[str] = []
+    with pytest.raises(ConfigError, match="--select holds back 20% of the training samples"):
+        select(config, cells_of(config, GRID), seed=1000, say=notes.append)
+    assert len(notes) == len(cells_of(config, GRID))
+    assert all("left out: --select holds back 20%" in note for note in notes)
+    assert not any("stream.validation" in note for note in notes)

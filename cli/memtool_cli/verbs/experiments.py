@@ -144,7 +144,12 @@ def run(
     """Run a whole experiment, tasks by seeds; goes on where an earlier run was stopped."""
     from memtool.experiments import run as experiment
     from memtool.experiments import select as choosing
-    from memtool.experiments.baselines import chosen_baselines, known_baselines, where_known
+    from memtool.experiments.baselines import (
+        chosen_baselines,
+        known_baselines,
+        readers_of,
+        where_known,
+    )
     from memtool.methods import open_method
 
     services, said = to_follow(log, name, note, tag)
@@ -157,8 +162,10 @@ def run(
             f"note: no baseline {', '.join(absent)} {where_known(method)}, so that there will be "
             f"no row; there are {', '.join(known)}"
         )
-    if call.resolved.origin["replay.buffer"] == COMMAND_LINE and not {"er", "der++"} & {*chosen}:
-        call.out.note("note: replay.buffer has no effect without the baselines er and der++")
+    readers = readers_of("replay.buffer")
+    if call.resolved.origin["replay.buffer"] == COMMAND_LINE and not {*readers} & {*chosen}:
+        named = " and ".join(readers)
+        call.out.note(f"note: replay.buffer has no effect without the baselines {named}")
     if select_seed is not None and not select:
         raise ConfigError(
             f"--select-seed {select_seed} without --select", remedy="--select train.lr=1e-3,3e-3"

@@ -375,10 +375,11 @@ def _queries(call: Call) -> tuple[Check, ...]:
         same = asked_the_same(view)
     except MemtoolError as error:
         return (Check(name="queries", ok=False, found=error.message, remedy=error.remedy),)
-    if not same.blocks:
+    if not same.memories:
         return ()
-    named = ", ".join(map(str, same.blocks))
-    found = f"block {named} is asked the same by every input: its coefficients depend on none"
+    named = ", ".join(map(str, same.memories if same.blocks is None else same.blocks))
+    what = f"memory {named} (from 0)" if same.blocks is None else f"block {named}"
+    found = f"{what} is asked the same by every input: its coefficients depend on none"
     return (Check(name="queries", ok=True, found=found, remedy=same.remedy),)
 
 

@@ -23,6 +23,7 @@ from memtool_cli.options import (
     SEP,
     SPLITS,
     Call,
+    RetryFailed,
     examples,
     verb,
 )
@@ -55,12 +56,6 @@ Points = Annotated[
         rich_help_panel="Training",
     ),
 ]
-Retry = Annotated[
-    bool,
-    typer.Option(
-        "--retry-failed", help="Run again what ended with an error.", rich_help_panel="Training"
-    ),
-]
 
 
 @study.command(
@@ -73,7 +68,7 @@ Retry = Annotated[
 )
 @verb(*SHARED)
 def capacity(
-    call: Call, out: Out = None, points: Points = None, retry_failed: Retry = False
+    call: Call, out: Out = None, points: Points = None, retry_failed: RetryFailed = False
 ) -> None:
     """Ask what more adapters a task bring, and what they cost: 1, 2, 5, 10, 25 and 50."""
     _do(call, "capacity", out, points, retry_failed)
@@ -89,7 +84,7 @@ def capacity(
 )
 @verb(*SHARED)
 def similarity(
-    call: Call, out: Out = None, points: Points = None, retry_failed: Retry = False
+    call: Call, out: Out = None, points: Points = None, retry_failed: RetryFailed = False
 ) -> None:
     """Ask what tasks that become alike do: shares, duplicate, revisited."""
     _do(call, "similarity", out, points, retry_failed)
@@ -105,7 +100,7 @@ def similarity(
 )
 @verb(*SHARED)
 def interference(
-    call: Call, out: Out = None, points: Points = None, retry_failed: Retry = False
+    call: Call, out: Out = None, points: Points = None, retry_failed: RetryFailed = False
 ) -> None:
     """Ask what later tasks do to the keys and weights of earlier inputs, after every task."""
     _do(call, "interference", out, points, retry_failed)
@@ -180,7 +175,8 @@ def _show_cost(call: Call, opened: OpenStudy) -> None:
         ("steps of training", f"{cost.steps:,}"),
         (
             "time",
-            f"about {duration(cost.seconds)} of the processor, by a step and passes timed now",
+            f"about {duration(cost.seconds)} of the processor, scaled from steps and passes with "
+            "few adapters that were timed now",
         ),
         ("disk", f"at most about {size(cost.bytes)}; {size(cost.free)} free"),
         ("folder", opened.folder),

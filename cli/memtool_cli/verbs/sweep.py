@@ -30,6 +30,7 @@ from memtool_cli.options import (
     SEP,
     SPLITS,
     Call,
+    RetryFailed,
     examples,
     verb,
 )
@@ -93,14 +94,7 @@ def sweep(
             show_default=False,
         ),
     ] = None,
-    retry_failed: Annotated[
-        bool,
-        typer.Option(
-            "--retry-failed",
-            help="Run again what ended with an error.",
-            rich_help_panel="Training",
-        ),
-    ] = False,
+    retry_failed: RetryFailed = False,
     log: LogTo = None,
     note: RunNote = None,
     tag: RunTags = None,

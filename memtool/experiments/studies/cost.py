@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,17 +18,19 @@ from memtool.adapters.mixing import Mixture
 from memtool.adapters.recalls import given_for_each
 from memtool.adapters.values import AdapterValues, Recall
 from memtool.errors import CapacityError
-from memtool.experiments.plan import plan
+from memtool.experiments.plan import training_steps
 from memtool.experiments.studies.study import OpenStudy, Variant
 from memtool.learning.adapt import adapt
 from memtool.methods import open_method
+from memtool.methods.method import Method
 from memtool.workspace import Workspace
 
 MOST_SECONDS = 12 * 3600
 """A study that takes longer on this machine is told so."""
 
-MOST_TIMED = 4
-"""Adapters in a step that is timed; one of more takes as much longer as it has more."""
+TIMED = {"step": (1, 2), "pass": (1, 16)}
+"""Adapters of the two steps, and of the two passes, that are timed; of another number time is on
+the line through both."""
 
 OTHER_WAYS = 4
 """Passes over the test images that an evaluation makes beside the memory's own: hard choice, a
@@ -75,48 +78,85 @@ class StudyCost:
         return sum(point.bytes for point in self.points)
 
 
+@dataclass(frozen=True, eq=False)
+class _Left:
+    """The runs of a point that are not done, one of them opened."""
+
+    variant: Variant
+    runs: int
+    left: int
+    method: Method | None
+
+    @property
+    def steps(self) -> int:
+        """Steps of training adapters, of one run."""
+        return 0 if self.method is None else sum(training_steps(self.method.workspace))
+
+    @property
+    def bytes(self) -> int:
+        """Of all of these runs, at most."""
+        return 0 if self.method is None else self.left * _bytes(self.method)
+
+
 def require_room(study: OpenStudy) -> None:
     """Raise CapacityError where what is left of a study has no room on the disk."""
-    points = [_of_point(study, one, None) for one in study.variants]
-    needed, free = sum(point.bytes for point in points), _free(study.folder)
+    _require_room(study, _all_left(study))
+
+
+def cost_of(study: OpenStudy) -> StudyCost:
+    """The cost of what is left of a study, from a step of training and passes that are timed now.
+
+    They are timed with few adapters, and scaled. Opens data and backbone. Raises CapacityError as
+    `require_room`.
+    """
+    every = _all_left(study)
+    _require_room(study, every)
+    clock = _Clock()
+    points = []
+    for one in every:
+        seconds = 0.0 if one.method is None else _seconds(study, one.method, one.steps, clock)
+        points.append(
+            PointCost(
+                label=one.variant.label,
+                runs=one.runs,
+                left=one.left,
+                steps=one.left * one.steps,
+                seconds=one.left * seconds,
+                bytes=one.bytes,
+            )
+        )
+    return StudyCost(tuple(points), _free(study.folder))
+
+
+def _require_room(study: OpenStudy, every: Sequence[_Left]) -> None:
+    needed, free = sum(one.bytes for one in every), _free(study.folder)
     if needed <= free:
         return
-    largest = max(points, key=lambda point: point.bytes)
+    largest = max(every, key=lambda one: one.bytes)
     raise CapacityError(
         f"study {study.study.name} takes about {needed:,} bytes in {study.folder}, "
-        f"{largest.bytes:,} of them at point {largest.label}",
+        f"{largest.bytes:,} of them at point {largest.variant.label}",
         expected=f"at most the {free:,} bytes that are free there",
         remedy="--out on a larger disk, or fewer --points or seeds",
     )
 
 
-def cost_of(study: OpenStudy) -> StudyCost:
-    """The cost of what is left of a study; a step of training and a pass are timed for it.
-
-    Opens data and backbone. Raises CapacityError as `require_room`.
-    """
-    require_room(study)
-    clock = _Clock()
-    points = tuple(_of_point(study, one, clock) for one in study.variants)
-    return StudyCost(points, _free(study.folder))
-
-
-def _of_point(study: OpenStudy, variant: Variant, clock: _Clock | None) -> PointCost:
-    jobs = [job for job in study.sweep.jobs if study.variant_of(job) is variant]
-    left = [job for job in study.sweep.open_jobs() if job in jobs]
-    if not left:
-        return PointCost(variant.label, len(jobs), 0, 0, 0.0, 0)
-    config, count = study.sweep.config_of(left[0]), len(left)
-    steps = sum(plan(config, seed=left[0].seed, verb="train-adapter")["steps"])
-    work = open_method(config, seed=left[0].seed).workspace
-    seconds = 0.0 if clock is None else _seconds(study, work, steps, clock)
-    return PointCost(
-        variant.label, len(jobs), count, count * steps, count * seconds, count * _bytes(work)
-    )
+def _all_left(study: OpenStudy) -> list[_Left]:
+    still, found = study.sweep.open_jobs(), []
+    for variant in study.variants:
+        jobs = [job for job in study.sweep.jobs if study.variant_of(job) is variant]
+        left = [job for job in still if job in jobs]
+        method = None
+        if left:
+            method = open_method(study.sweep.config_of(left[0]), seed=left[0].seed)
+            method.require_able()
+        found.append(_Left(variant, len(jobs), len(left), method))
+    return found
 
 
-def _bytes(work: Workspace) -> int:
+def _bytes(method: Method) -> int:
     """Of one run, at most: adapters as folders and in the store, moments, heads and keys."""
+    work = method.workspace
     config, tasks = work.config, work.stream.tasks
     adapters, numbers = config.adapter.per_task * len(tasks), work.layout.numel
     classes, dim = len(work.stream.class_names), work.backbone.dim
@@ -126,27 +166,35 @@ def _bytes(work: Workspace) -> int:
     moments = len(tasks) * 8 * (wide + classes) * wide
     if config.head.kind == "rp-ridge":
         moments += work.projection_bytes(config.head.width).kept
-    blocks = len(work.layout.blocks) if config.memory.scope == "block" else 1
-    keyed = max(len(task.classes) for task in tasks) if config.memory.keys_of == "class" else 1
-    queries = len(tasks) * blocks * 4 * (dim + 1) * (dim + 1 + classes)
-    keys = sum(range(1, len(tasks) + 1)) * config.adapter.per_task * blocks * keyed * 4 * (dim + 1)
-    return of_adapters + moments + queries + keys + RUN_BYTES
+    cost = _cost(method)
+    read = 4 * cost.get("read_numbers", 0) * len(tasks)  # keys and their like, at every version
+    return of_adapters + moments + cost.get("queries_bytes", 0) + read + RUN_BYTES
 
 
-def _seconds(study: OpenStudy, work: Workspace, steps: int, clock: _Clock) -> float:
+def _cost(method: Method) -> Mapping[str, Any]:
+    numbers = method.workspace.layout.numel
+    return method.cost(numbers=numbers, parameters=0, tokens=0) or {}
+
+
+def _seconds(study: OpenStudy, method: Method, steps: int, clock: _Clock) -> float:
     """Of one run, from a step of training and passes of test images that are timed here."""
+    work = method.workspace
     config, tasks = work.config, work.stream.tasks
     count = config.adapter.per_task
     train = sum(len(task.train) for task in tasks)
     tests = [len(task.test) for task in tasks]
     frozen = clock.a_pass(work, 0)
     mixed = clock.a_pass(work, max(1, count * (len(tasks) + 1) // 2))
-    cost = open_method(config, seed=work.seed).cost(numbers=0, parameters=0, tokens=0) or {}
+    cost = _cost(method)
     look = (cost.get("frozen", 0.0) + cost.get("first_adapter", 0.0)) * frozen
     learned = steps * clock.a_step(work) + train * count * frozen  # and its training accuracy
-    keys = train * (2 * mixed + look + 3 * config.consolidate.epochs * mixed)
+    keys = train * (2 * mixed + look + 3 * (method.key_epochs or 0) * mixed)
     read = sum(tests) * (len(tasks) + OTHER_WAYS) + study.study.passes(tests)
     return learned + keys + read * (mixed + look)
+
+
+_Timed = Callable[[Workspace, int], float]
+"""Seconds of something with so many adapters."""
 
 
 class _Clock:
@@ -161,9 +209,16 @@ class _Clock:
 
     def a_step(self, work: Workspace) -> float:
         """A step that trains all adapters of a task; nothing of it is kept."""
-        count = work.config.adapter.per_task
-        timed = min(count, MOST_TIMED)
-        adapter = work.config.adapter.model_copy(update={"per_task": timed})
+        return self._on_the_line("step", work.config.adapter.per_task, work, self._a_step)
+
+    def a_pass(self, work: Workspace, adapters: int) -> float:
+        """A pass of one image under a mixture of so many adapters; 0: of the frozen model."""
+        if not adapters:
+            return self._once("pass", 0, work, self._a_pass)
+        return self._on_the_line("pass", adapters, work, self._a_pass)
+
+    def _a_step(self, work: Workspace, adapters: int) -> float:
+        adapter = work.config.adapter.model_copy(update={"per_task": adapters})
         task, size = work.stream.tasks[0], work.config.train.batch_size
         short = {"epochs": 1, "iterations": None, "steps": 0, "lr": 1e-6}
 
@@ -181,29 +236,30 @@ class _Clock:
                 stage="a step that is timed",
             )
 
-        def timed_steps() -> float:
-            steps(1)  # the first also allocates
-            one, several = (self._timed(work, partial(steps, n)) for n in (1, 3))
-            return max(several - one, several / 6) / 2
+        steps(1)  # the first also allocates
+        one, several = (self._timed(work, partial(steps, n)) for n in (1, 3))
+        return max(several - one, several / 6) / 2
 
-        return self._once("step", timed, work, timed_steps) * count / timed
-
-    def a_pass(self, work: Workspace, adapters: int) -> float:
-        """A pass of one image under a mixture of so many adapters; 0: of the frozen model."""
+    def _a_pass(self, work: Workspace, adapters: int) -> float:
         task = work.stream.tasks[0]
         images = task.test.images[np.arange(32) % len(task.test)]
+        recall = _mixture(work, adapters) if adapters else None
+        work.features(images[:8], recall)
+        return self._timed(work, lambda: work.features(images, recall)) / len(images)
 
-        def one_pass() -> float:
-            recall = _mixture(work, adapters) if adapters else None
-            work.features(images[:8], recall)
-            return self._timed(work, lambda: work.features(images, recall)) / len(images)
+    def _on_the_line(self, what: str, adapters: int, work: Workspace, timed: _Timed) -> float:
+        """For so many adapters, on the line through two numbers of them, never below the first."""
+        few, more = TIMED[what]
+        first = self._once(what, few, work, timed)
+        if adapters == few:
+            return first
+        each = (self._once(what, more, work, timed) - first) / (more - few)
+        return first + max(each, 0.0) * (adapters - few)
 
-        return self._once("pass", adapters, work, one_pass)
-
-    def _once(self, what: str, count: int, work: Workspace, timed: Callable[[], float]) -> float:
-        key = (what, count, work.config.memory.mix)
+    def _once(self, what: str, adapters: int, work: Workspace, timed: _Timed) -> float:
+        key = (what, adapters, work.config.memory.mix)
         if key not in self._known:
-            self._known[key] = timed()
+            self._known[key] = timed(work, adapters)
         return self._known[key]
 
     def _timed(self, work: Workspace, deed: Callable[[], object]) -> float:

@@ -14,9 +14,9 @@ from memtool.evaluation.record import Record
 from memtool.evaluation.study import Measure
 from memtool.experiments.ablations import ABLATIONS
 from memtool.experiments.studies.study import Found, Study, Variant
-from memtool.methods.mira.interference import moments
-from memtool.methods.mira.method import Mira
+from memtool.methods.retrospect import LooksBack
 from memtool.settings import Config
+from memtool.streams.task import Task
 
 CONFIGURED = "configured"
 
@@ -94,11 +94,9 @@ class Interference(Study):
                 )
         return [Variant(word, known[word]) for word in words]
 
-    def look(self, mira: Mira) -> dict[str, JsonValue]:
+    def look(self, method: LooksBack, tasks: Sequence[Task]) -> dict[str, JsonValue]:
         """All moments of a memory."""
-        tasks = mira.workspace.stream.tasks
-        versions = mira.after_each(tasks)
-        return {"moments": [asdict(one) for one in moments(mira, tasks, versions)]}
+        return {"moments": [asdict(one) for one in method.look_back(tasks)]}
 
     def passes(self, tests: Sequence[int]) -> int:
         """Those of every task, after it and after each later one."""

@@ -15,9 +15,9 @@ from memtool.errors import ConfigError
 from memtool.evaluation.record import Record
 from memtool.evaluation.study import Measure
 from memtool.experiments.studies.study import Found, Study, Variant
-from memtool.methods.mira.interference import choices
-from memtool.methods.mira.method import Mira
+from memtool.methods.retrospect import LooksBack
 from memtool.settings import Config
+from memtool.streams.task import Task
 
 WORDS: Mapping[str, Mapping[str, Any]] = {
     "duplicate": {"stream.alike": 1.0, "stream.alike_by": "copies"},
@@ -106,10 +106,9 @@ class Similarity(Study):
             found.append(Variant(f"{share:g}", settings, share))
         return found
 
-    def look(self, mira: Mira) -> dict[str, JsonValue]:
+    def look(self, method: LooksBack, tasks: Sequence[Task]) -> dict[str, JsonValue]:
         """The choice between the first and the last task."""
-        tasks = mira.workspace.stream.tasks
-        return dict(asdict(choices(mira, (tasks[0], tasks[-1]))))
+        return dict(asdict(method.choices((tasks[0], tasks[-1]))))
 
     def passes(self, tests: Sequence[int]) -> int:
         """Those of the two tasks."""

@@ -16,16 +16,18 @@ from typing import Any, ClassVar, Final
 
 from pydantic import JsonValue
 
-from memtool import sealed
+from memtool import registry, sealed
 from memtool.config import with_values
-from memtool.errors import ConfigError, MemtoolError
+from memtool.errors import AlreadyExistsError, ConfigError, MemtoolError
 from memtool.evaluation.record import RECORD, Environment, Record, read_record
 from memtool.evaluation.study import Measure, Point, StudyRecord, write_study
+from memtool.experiments.orders import of_seed
 from memtool.experiments.sweep import Job, Sweep
 from memtool.methods import open_method
-from memtool.methods.mira.method import Mira
+from memtool.methods.retrospect import LooksBack
 from memtool.progress import Progress
 from memtool.settings import Config, get
+from memtool.streams.task import Task
 
 STUDY: Final = "study.json"
 """What the record of a study is called in its folder."""
@@ -75,9 +77,12 @@ class Study(ABC):
     def found(self, record: Record, looked: Mapping[str, Any]) -> list[Found]:
         """What a run came to, from its record and from what `look` saw."""
 
-    def look(self, mira: Mira) -> dict[str, JsonValue]:
-        """What is to be measured on the memory of a run beside its record; here nothing."""
-        del mira
+    def look(self, method: LooksBack, tasks: Sequence[Task]) -> dict[str, JsonValue]:
+        """What is to be measured on the memory of a run beside its record; here nothing.
+
+        `tasks` are those that it learned, in their order.
+        """
+        del method, tasks
         return {}
 
     def passes(self, tests: Sequence[int]) -> int:
@@ -98,13 +103,10 @@ def studied(config: Config, given: frozenset[str] = frozenset()) -> Config:
 def require_able(study: Study, config: Config) -> None:
     """Raise ConfigError for a configuration that the study cannot be asked of."""
     setting = config.stream.setting
-    if config.method != "mira" or setting == "trace":
-        what = "texts" if setting == "trace" else f"method {config.method}"
-        raise ConfigError(
-            f"study {study.name} of {what}",
-            expected="method mira on images: a memory of keys and mixtures",
-            remedy=f"memtool study {study.name} --preset mira-cil",
-        )
+    if setting == "trace":
+        raise _cannot_look_back(study, "texts")
+    if not issubclass(registry.find("methods", config.method), LooksBack):
+        raise _cannot_look_back(study, f"method {config.method}")
     if setting not in study.settings:
         raise ConfigError(
             f"study {study.name} under stream.setting {setting}",
@@ -117,6 +119,14 @@ def require_able(study: Study, config: Config) -> None:
             expected="orders given",
             remedy="--set orders=given, or --set vary=order, which draws one for every seed",
         )
+
+
+def _cannot_look_back(study: Study, what: str) -> ConfigError:
+    return ConfigError(
+        f"study {study.name} of {what}",
+        expected="a method that looks back on its tasks, as mira does on images",
+        remedy=f"memtool study {study.name} --preset mira-cil",
+    )
 
 
 class OpenStudy:
@@ -153,7 +163,15 @@ class OpenStudy:
                     expected="every point once",
                 )
         axes = {key: [str(values[key]) for values in cells] for key in keys}
-        sweep = Sweep.begin(folder, config, axes, cells=cells, preset=preset, write=write)
+        try:
+            sweep = Sweep.begin(folder, config, axes, cells=cells, preset=preset, write=write)
+        except AlreadyExistsError as error:
+            raise AlreadyExistsError(
+                f"study {study.name}: {error.message}",
+                expected="the same study, which this process would join",
+                remedy="--out with another folder, or points, seeds and settings as it was begun "
+                "with",
+            ) from error
         # Who began it may have said the points in another order.
         in_order = [variants[cells.index(dict(cell.values))] for cell in sweep.plan.cells]
         return cls(study, sweep, in_order)
@@ -223,11 +241,10 @@ class OpenStudy:
             pass
         place = folder.parent.relative_to(self.folder / "cells" / job.cell.name).as_posix()
         config = self.sweep.config_of(job, "" if place == "." else place)
-        from memtool.experiments.orders import of_seed
-
-        mira = open_method(of_seed(config, job.seed), seed=job.seed, progress=progress)
-        assert isinstance(mira, Mira)
-        seen = self.study.look(mira)
+        method = open_method(of_seed(config, job.seed), seed=job.seed, progress=progress)
+        if not isinstance(method, LooksBack):
+            raise _cannot_look_back(self.study, f"method {config.method}")
+        seen = self.study.look(method, method.workspace.stream.tasks)
         file.parent.mkdir(parents=True, exist_ok=True)
         sealed.write_json(file, seen)
         return seen

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from memtool.errors import ConfigError
 from memtool.methods.about import About
-from memtool.sections import SHARES, ConsolidateSettings, MemorySettings
+from memtool.sections import SETTLES, SHARES, ConsolidateSettings, MemorySettings
 from memtool.settings import Config
 
 POSTERIORS = SHARES
@@ -144,7 +144,7 @@ def _require_read(memory: MemorySettings, learn: ConsolidateSettings) -> None:
             (
                 "memory.similarity",
                 memory.similarity,
-                ("scaled-dot", "dot", "euclidean"),
+                SETTLES,
                 "inner products or squared distances, whose steps lower an energy",
             ),
         ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import memtool_stores
@@ -11,9 +13,14 @@ from memtool.methods.mira.state import MemoryState, query_statistics
 
 @dataclass(frozen=True)
 class AskedTheSame:
-    """The blocks whose memory was asked the same by every training image, and what may help."""
+    """The memories that were asked the same by every training image, and what may help.
 
-    blocks: tuple[int, ...] = ()
+    `blocks` are the numbers of their blocks, None where the store does not tell them; `memories`
+    are their places among all, from 0.
+    """
+
+    memories: tuple[int, ...] = ()
+    blocks: tuple[int, ...] | None = ()
     remedy: str | None = None
 
 
@@ -26,13 +33,27 @@ def asked_the_same(view: memtool_stores.MemoryView) -> AskedTheSame:
     if state is None or state.memory.scope != "block":
         return AskedTheSame()
     statistics = list(query_statistics(view, state).values())
-    if not statistics:
-        return AskedTheSame()
-    # Every block of a Vision Transformer has what is adapted: memory l is that of block l.
-    blocks = state.memory.blocks or tuple(range(statistics[0].blocks))
-    found = tuple(blocks[place] for place in same_for_every_input(statistics))
+    found = same_for_every_input(statistics)
     if not found:
         return AskedTheSame()
-    others = ",".join(str(block) for block in blocks if block not in found)
+    names = [segment.name for segment in view.space.layout.segments]
+    blocks = state.memory.blocks or blocks_in_names(names)
+    if blocks is None or len(blocks) != statistics[0].blocks:
+        return AskedTheSame(found, None, "--set memory.token=mean, with a new --store")
+    named = tuple(blocks[place] for place in found)
+    others = ",".join(str(block) for block in blocks if block not in named)
     left_out = f"--set memory.blocks={others}, or " if others else ""
-    return AskedTheSame(found, f"{left_out}--set memory.token=mean, with a new --store")
+    remedy = f"{left_out}--set memory.token=mean, with a new --store"
+    return AskedTheSame(found, named, remedy)
+
+
+def blocks_in_names(names: Iterable[str]) -> tuple[int, ...] | None:
+    """The numbers of the blocks that layers of these names are in, ascending.
+
+    None where the blocks are not one numbered list, as in a network of several stages.
+    """
+    parts = [re.match(r"(.*?)\.(\d+)\.", name) for name in names]
+    known = [part for part in parts if part is not None]
+    if len(known) != len(parts) or len({part[1] for part in known}) != 1:
+        return None
+    return tuple(sorted({int(part[2]) for part in known}))

@@ -3,53 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from memtool.methods.mira.measure import Measure, drift, drift_degrees
+from memtool.methods.mira.measure import Measure, chosen_tasks, drift, drift_degrees
 from memtool.methods.mira.state import Snapshot
 from memtool.methods.outcome import share_right
+from memtool.methods.retrospect import Choices, Moment, OldTask
 from memtool.streams.task import Task
 
 if TYPE_CHECKING:
     from memtool.methods.mira.method import Mira
 
 
-@dataclass(frozen=True)
-class OldTask:
-    """An earlier task at a later moment, against the moment when it was learned.
-
-    coefficient_drift: relative change of the weights that its test images give the adapters that
-    were there; new_coefficients: length of the weights on adapters that came later, over that of
-    its own then, both None where its images had no weight then; new_share: their part of the
-    weight; key_degrees: mean angle that its keys turned as they are asked, None where none had a
-    direction then; accuracy: of its test images.
-    """
-
-    coefficient_drift: float | None
-    new_coefficients: float | None
-    new_share: float
-    key_degrees: float | None
-    accuracy: float
-
-
-@dataclass(frozen=True)
-class Moment:
-    """After `learned` tasks: the `old` ones in order, and the accuracy of the newest."""
-
-    learned: int
-    old: tuple[OldTask, ...]
-    newest: float
-
-
-def moments(mira: Mira, tasks: Sequence[Task], versions: Sequence[str]) -> list[Moment]:
-    """The memory after each of `tasks`, `versions[i]` after the first i + 1 of them.
+def look_back(mira: Mira, tasks: Sequence[Task]) -> list[Moment]:
+    """As `LooksBack.look_back`.
 
     Reads the test images of every task at every version that knows it.
     """
+    versions = mira.after_each(tasks)
     measure = Measure(mira.workspace)
     found: list[Moment] = []
     then: list[tuple[Tensor, Tensor]] = []
@@ -113,27 +87,15 @@ def _keys(snapshot: Snapshot) -> Tensor:
     return torch.stack(each).unflatten(1, (len(snapshot.records), -1))
 
 
-@dataclass(frozen=True)
-class Choices:
-    """Between two tasks: test images of either that chose their `own`, and one of the two."""
-
-    own: float
-    either: float
-
-
 def choices(mira: Mira, pair: tuple[Task, Task]) -> Choices:
-    """Which of two tasks the test images of both choose, as shares of all of them."""
+    """As `LooksBack.choices`."""
     measure, snapshot = Measure(mira.workspace), mira.snapshot()
     state, model, head = snapshot.consolidated()
-    by_task = torch.nn.functional.one_hot(
-        torch.tensor(state.adapter_tasks), len(state.tasks)
-    ).float()
     numbers = [state.tasks.index(task.number) for task in pair]
     own = either = total = 0
     for task, number in zip(pair, numbers, strict=True):
         _, weights = measure.recall(model, head, task.test.images)
-        shares = weights.mean(dim=1) @ by_task
-        chosen = shares.argmax(dim=1).masked_fill(~shares.any(dim=1), -1)
+        chosen = chosen_tasks(state, weights)
         own += int((chosen == number).sum())
         either += int(torch.isin(chosen, torch.tensor(numbers)).sum())
         total += len(task.test)

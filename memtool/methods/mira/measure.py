@@ -26,7 +26,7 @@ from memtool.memories.keyed import BlockMemory, KeyedMemory
 from memtool.memories.separation import SeparationFunction, floored, separation
 from memtool.methods.mira.recall import MemoryModel
 from memtool.methods.mira.settle import says, settled
-from memtool.methods.mira.state import Snapshot
+from memtool.methods.mira.state import MemoryState, Snapshot
 from memtool.methods.outcome import seen_before, share_right
 from memtool.methods.records import task_of
 from memtool.settings import AT_ONCE
@@ -87,9 +87,6 @@ class Measure:
     def scores(self, snapshot: Snapshot, tasks: Sequence[Task]) -> Scores:
         """The memory on the test images of tasks, the task inferred."""
         state, model, head = snapshot.consolidated()
-        by_task = torch.nn.functional.one_hot(
-            torch.tensor(state.adapter_tasks), len(state.tasks)
-        ).float()
         accuracy, coefficients = [], []
         right, total, spent = 0, 0, 0.0
         divides = model.settings.separation == "normalised"
@@ -103,9 +100,8 @@ class Measure:
             if met is not None:
                 met += int(floor_met(floored(recalled).numpy()))
             if task.number in state.tasks:
-                shares = recalled.mean(dim=1) @ by_task
-                chosen = shares.argmax(dim=1) == state.tasks.index(task.number)
-                right += int((chosen & shares.any(dim=1)).sum())  # left to the frozen model: none
+                own = state.tasks.index(task.number)
+                right += int((chosen_tasks(state, recalled) == own).sum())
                 total += len(task.test)
         inputs = sum(len(task.test) for task in tasks)
         return Scores(
@@ -249,6 +245,16 @@ class Measure:
         return solve_head("lda", statistics, work.config.head)
 
 
+def chosen_tasks(state: MemoryState, coefficients: Tensor) -> Tensor:
+    """Of coefficients (samples, memories, t): the place (samples,) in `state.tasks` with the most.
+
+    -1 where no adapter has a weight: what is left to the frozen model.
+    """
+    by_task = F.one_hot(torch.tensor(state.adapter_tasks), len(state.tasks)).float()
+    shares = coefficients.mean(dim=1) @ by_task
+    return shares.argmax(dim=1).masked_fill(~shares.any(dim=1), -1)
+
+
 def drift(then: Sequence[Tensor], now: Sequence[Tensor]) -> dict[str, float]:
     """How the coefficients of earlier tasks' inputs changed since the tasks were learned.
 
@@ -310,7 +316,8 @@ def _with_separation(
 ) -> MemoryModel:
     """The same memory under another separation, whose weights do not move at test time.
 
-    Only where it is `decoded` a decoder adds to them; else adapters are recalled whole.
+    Queries that settle do so as before, and are then read under the other one. Only where it is
+    `decoded` a decoder adds to them; else adapters are recalled whole.
     """
     memories = [
         BlockMemory(
@@ -322,6 +329,7 @@ def _with_separation(
             normed=here.normed,
             steps=here.steps,
             rate=here.rate,
+            settles=here.settles,
         )
         for here in (model.memory[block] for block in model.memory.blocks)
     ]

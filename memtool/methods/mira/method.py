@@ -62,6 +62,7 @@ from memtool.tensor_bytes import load_arrays
 
 if TYPE_CHECKING:
     from memtool.methods.explanation import Explanation
+    from memtool.methods.retrospect import Choices, Moment
 
 SETTINGS = ("dil", "til", "cil", "vil", "dg", "dgcl", "mtl", "xtail")
 """Settings that `evaluate` knows: task inferred (dil, cil, vil, mtl, xtail), given (til), or never
@@ -434,6 +435,18 @@ class Mira(Method):
                     remedy="memtool run, in another --store",
                 )
         return [found[count] for count in range(1, len(tasks) + 1)]
+
+    def look_back(self, tasks: Sequence[Task]) -> list[Moment]:
+        """As `LooksBack.look_back`: keys and weights of old inputs after each task."""
+        from memtool.methods.mira.interference import look_back
+
+        return look_back(self, tasks)
+
+    def choices(self, pair: tuple[Task, Task]) -> Choices:
+        """As `LooksBack.choices`."""
+        from memtool.methods.mira.interference import choices
+
+        return choices(self, pair)
 
     def known_tasks(self, version: str) -> tuple[int, ...]:
         """Numbers of the tasks that a version can be measured on; none before consolidation."""

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from memtool.adapters.values import AdapterValues
 from memtool.errors import ConfigError, CorruptError
+from memtool.memories import query
 from memtool.memories.decoder import RankDecoder, layer_of, numbers_of, width_for
 from memtool.memories.keyed import KeyedMemory
 from memtool.sections import MemorySettings
@@ -35,12 +36,6 @@ _WHERE = f"blob {DECODERS!r}"
 # Sizes -------------------------------------------------------------------------------------------
 
 
-def module_numbers(kind: str, dim: int) -> int:
-    """How many numbers a query module of queries (dim,) learns."""
-    layers = {"identity": 0, "linear": 1, "mlp": 2, "plain-mlp": 2}[kind]
-    return layers * dim * (dim + 1)
-
-
 def decoder_width(settings: MemorySettings, dim: int, rows: int) -> int:
     """The hidden width of a decoder of queries (dim,) with so many rows, as the settings say.
 
@@ -49,7 +44,7 @@ def decoder_width(settings: MemorySettings, dim: int, rows: int) -> int:
     """
     if isinstance(settings.read_width, int):
         return settings.read_width
-    most = module_numbers(settings.read_width, dim)
+    most = query.numbers_of(settings.read_width, dim)
     width = width_for(most, dim, rows)
     if not width:
         raise ConfigError(
@@ -63,7 +58,7 @@ def decoder_width(settings: MemorySettings, dim: int, rows: int) -> int:
 
 def read_numbers(settings: MemorySettings, dim: int, *, memories: int, rows: int) -> int:
     """How many numbers learn beside the keys: of query modules, and of decoders of so many rows."""
-    each = module_numbers(settings.query, dim)
+    each = query.numbers_of(settings.query, dim)
     if settings.read == "decoder":
         each += numbers_of(decoder_width(settings, dim, rows), dim, rows)
     return memories * each
