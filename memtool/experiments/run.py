@@ -20,7 +20,6 @@ from memtool.config import resolve, with_values
 from memtool.engine import Engine
 from memtool.errors import CapacityError, ConfigError, DivergedError, MemtoolError
 from memtool.evaluation.inside import Cost
-from memtool.evaluation.matrix import AccuracyMatrix
 from memtool.evaluation.record import (
     RECORD,
     Environment,
@@ -28,13 +27,13 @@ from memtool.evaluation.record import (
     OrderBound,
     Record,
     Row,
-    TaskIdentity,
     write_record,
 )
 from memtool.evaluation.selection import Selection
 from memtool.evaluation.writers import write_avalanche, write_domainbed, write_results
 from memtool.experiments.baselines import baseline_rows, chosen_baselines
 from memtool.experiments.follow import Follow, Followed, Said, followed
+from memtool.experiments.in_turn import held_out, over_domains
 from memtool.experiments.orders import at_bounds, of_seed
 from memtool.methods import open_method
 from memtool.methods.method import Method
@@ -216,7 +215,7 @@ def _each_domain_in_turn(
             "run": found[-1].run.model_copy(
                 update={
                     "tasks": tuple(
-                        _held_out(one, task)
+                        held_out(one, task)
                         for one, task in zip(found, whole.workspace.stream.tasks, strict=True)
                     ),
                     "configuration": config.recorded(),
@@ -224,7 +223,7 @@ def _each_domain_in_turn(
                 }
             ),
             "metrics": Metrics(
-                rows=tuple(_over_domains([one.metrics.rows for one in found], domains))
+                rows=tuple(over_domains([one.metrics.rows for one in found], domains))
             ),
             "environment": Environment.here(
                 str(whole.workspace.engine.device), time.perf_counter() - begin
@@ -238,16 +237,6 @@ def _each_domain_in_turn(
 
     whole.workspace.engine.on_main(write)
     return record
-
-
-def _held_out(record: Record, task: Task) -> TaskIdentity:
-    """The domain that the memory of a record never learned; of dg it is its only task."""
-    if record.run.setting == "dg":
-        return record.run.tasks[0]
-    right = record.metrics.rows[0].unseen_right
-    classes = tuple(record.run.class_order[one] for one in task.classes)
-    samples = None if right is None else right.samples
-    return TaskIdentity(name=task.name, domain=task.domain, classes=classes, test_samples=samples)
 
 
 def holds_out_in_turn(config: Config) -> bool:
@@ -264,69 +253,6 @@ def _without(config: Config, name: str) -> Config:
             "runs": below(config.runs, f"without-{name}"),
         }
     )
-
-
-def _over_domains(found: Sequence[Sequence[Row]], domains: Sequence[str]) -> list[Row]:
-    """Every row with its score on each held-out domain, from the rows of each domain."""
-    rows = []
-    for model_row in found[0]:
-        parts = [row for one in found for row in one if row.id == model_row.id]
-        if len(parts) != len(domains):
-            continue
-        in_turn = any(row.unseen for row in parts)
-        last = [[row.last_unseen] if in_turn else row.last for row in parts]
-        scores = [score for each in last for score in each if score is not None]
-        if len(scores) != len(domains):
-            continue
-        matrix = AccuracyMatrix.empty(domains).with_row(len(domains), scores)
-        known = [row.metrics.get("dg.validation") for row in parts]
-        validation = [value for value in known if value is not None]
-        more = {}
-        if len(validation) == len(domains):
-            more["dg.validation"] = sum(validation) / len(validation)
-        if in_turn:
-            more |= _after_all(parts)
-        else:
-            more["dg.heldout"] = sum(scores) / len(scores)
-        seconds = [row.seconds for row in parts if row.seconds is not None]
-        rows.append(
-            Row.measured(
-                model_row.id,
-                model_row.label,
-                model_row.kind,
-                matrix,
-                more=more,
-                seconds=sum(seconds) if len(seconds) == len(domains) else None,
-                replay=model_row.replay,
-                reading=model_row.reading,
-                unseen=_curve(parts),
-            )
-        )
-    return rows
-
-
-def _curve(parts: Sequence[Row]) -> tuple[float | None, ...]:
-    """The mean over the held-out domains of what is unseen, before any task and after each."""
-    each = zip(*(row.unseen for row in parts), strict=True)
-    return tuple(
-        None if None in scores else sum(score or 0.0 for score in scores) / len(parts)
-        for scores in each
-    )
-
-
-_OF_SEEN = ("forgetting.max", "forgetting.first", "forgetting.step", "bwt.gem")
-
-
-def _after_all(parts: Sequence[Row]) -> dict[str, float]:
-    """Means over the held-out domains of what each memory is worth on it and on what it learned."""
-    found = {"dgcl.seen": [row.metrics.get("faa") for row in parts]}
-    for id in ("dgcl.heldout", "dgcl.average", *_OF_SEEN):
-        found[id] = [row.metrics.get(id) for row in parts]
-    return {
-        id: sum(known) / len(parts)
-        for id, values in found.items()
-        if len(known := [value for value in values if value is not None]) == len(parts)
-    }
 
 
 def _one_memory(
@@ -449,7 +375,7 @@ def baselines_alone(
     whole = open_method(place, seed=seed, progress=progress)
     domains = [check_name(t.name, "a held-out domain") for t in whole.workspace.stream.tasks]
     found = [rows(_without(place, name)) for name in domains]
-    return _over_domains(found, domains)
+    return over_domains(found, domains)
 
 
 def _learn(

@@ -11,6 +11,7 @@ import base64
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -311,30 +312,56 @@ def measure_of(records: Sequence[Record], rows: Sequence[RowSummary]) -> Measure
     return "accuracy" if known or not any(r.loss for r in records[0].metrics.rows) else "loss"
 
 
+OF_ONE_SEED = ("What each task recalls", "How it learned")
+"""Sections whose figures are of the first record alone."""
+
+
 def _sections(rows: Sequence[RowSummary], records: Sequence[Record], prefix: str) -> list[Section]:
-    first, measure = records[0], measure_of(records, rows)
+    sections = [
+        *_how_it_went(rows, records, prefix),
+        *_inside(rows, records, prefix),
+        *_in_numbers(rows, records),
+    ]
+    if len(records) > 1:
+        for section in sections:
+            if section.heading in OF_ONE_SEED:
+                section.figures = [
+                    Shown(
+                        one.name,
+                        f"{one.caption} Of seed {records[0].run.seed}.",
+                        one.picture,
+                        one.spec,
+                    )
+                    for one in section.figures
+                ]
+    return sections
+
+
+def _figures(prefix: str, *made: Figure | None) -> list[Shown]:
+    return [live(one, prefix) for one in made if one is not None]
+
+
+def _tables(*made: tuple[Grid | None, str]) -> list[Captioned]:
+    return [Captioned(grid, caption) for grid, caption in made if grid is not None]
+
+
+def _how_it_went(
+    rows: Sequence[RowSummary], records: Sequence[Record], prefix: str
+) -> list[Section]:
+    """What came out, by method, task and test sample."""
+    measure = measure_of(records, rows)
     ordered = leading_first(rows, records)
-    is_accuracy = measure == "accuracy"
-
-    def figures(*made: Figure | None) -> list[Shown]:
-        return [live(one, prefix) for one in made if one is not None]
-
-    def tables(*made: tuple[Grid | None, str]) -> list[Captioned]:
-        return [Captioned(grid, caption) for grid, caption in made if grid is not None]
-
-    inside = first.inside
+    figures = partial(_figures, prefix)
+    first, is_accuracy = records[0], measure == "accuracy"
     methods = _with_intervals(methods_grid(records), rows, records) if is_accuracy else None
     bold = f" Bold: {HOW}." if methods is not None and methods.bold else ""
     losses = losses_grid(records)
-    metrics = metrics_grid(records)
-    recall_error = recall_grid(records)
-    of_one = f" Of seed {first.run.seed}." if len(records) > 1 else ""
-    sections = [
+    return [
         Section("What each task recalls", figures=figures(charts.recall_map(first))),
         Section(
             "Methods",
             figures=figures(charts.methods_figure(ordered, records, measure)),
-            tables=tables(
+            tables=_tables(
                 (methods, f"{methods.title if methods else ''}.{bold}"),
                 (
                     None if losses is None else losses,
@@ -349,7 +376,7 @@ def _sections(rows: Sequence[RowSummary], records: Sequence[Record], prefix: str
                 charts.curves_figure(ordered, records, measure),
                 charts.matrix_figure(ordered, records, measure),
             ),
-            tables=tables(
+            tables=_tables(
                 (unseen := unseen_grid(records), f"{unseen.title if unseen else ''}."),
             ),
         ),
@@ -360,7 +387,7 @@ def _sections(rows: Sequence[RowSummary], records: Sequence[Record], prefix: str
         Section(
             "Differences on the same test samples",
             figures=figures(charts.paired_figure(rows, records)),
-            tables=tables((pairs := paired_grid(records), f"{pairs.title if pairs else ''}.")),
+            tables=_tables((pairs := paired_grid(records), f"{pairs.title if pairs else ''}.")),
         ),
         Section(
             "What is taken for what",
@@ -368,11 +395,19 @@ def _sections(rows: Sequence[RowSummary], records: Sequence[Record], prefix: str
                 charts.confusion_figure(ordered, records), charts.classes_figure(ordered, records)
             ),
         ),
+    ]
+
+
+def _inside(rows: Sequence[RowSummary], records: Sequence[Record], prefix: str) -> list[Section]:
+    """What the memory does: examples, how it learned, what it recalls."""
+    first, figures = records[0], partial(_figures, prefix)
+    inside, recall_error = first.inside, recall_grid(records)
+    return [
         Section("Examples", examples=() if inside is None else inside.examples),
         Section(
             "How it learned",
             figures=figures(charts.learning_figure(first), charts.keys_figure(first)),
-            tables=tables(
+            tables=_tables(
                 (
                     drift := drift_grid(records),
                     f"{drift.title if drift else ''}. The same test samples, just after their task "
@@ -383,7 +418,7 @@ def _sections(rows: Sequence[RowSummary], records: Sequence[Record], prefix: str
         Section(
             "How exactly adapters are recalled",
             figures=figures(charts.recall_error_figure(rows)),
-            tables=tables(
+            tables=_tables(
                 (
                     recall_error,
                     f"{recall_error.title if recall_error else ''}: |recalled − stored| / "
@@ -393,7 +428,7 @@ def _sections(rows: Sequence[RowSummary], records: Sequence[Record], prefix: str
         ),
         Section(
             "Negative weights",
-            tables=tables(
+            tables=_tables(
                 (
                     negative := negative_grid(records),
                     f"{negative.title if negative else ''}. The same memory and head, with every "
@@ -403,19 +438,27 @@ def _sections(rows: Sequence[RowSummary], records: Sequence[Record], prefix: str
         ),
         Section(
             "Atoms as the bank grows",
-            tables=tables((atoms := atoms_grid(records), f"{atoms.title if atoms else ''}.")),
+            tables=_tables((atoms := atoms_grid(records), f"{atoms.title if atoms else ''}.")),
         ),
+    ]
+
+
+def _in_numbers(rows: Sequence[RowSummary], records: Sequence[Record]) -> list[Section]:
+    """What the order does, what was tried, all metrics, and costs."""
+    metrics = metrics_grid(records)
+    of_one = f" Of seed {records[0].run.seed}." if len(records) > 1 else ""
+    return [
         Section(
             "What the order does",
-            tables=tables((order := bounds_grid(records), f"{order.title if order else ''}.")),
+            tables=_tables((order := bounds_grid(records), f"{order.title if order else ''}.")),
         ),
         Section(
             "How settings were chosen",
-            tables=tables((tried := selection_grid(records), f"{tried.title if tried else ''}.")),
+            tables=_tables((tried := selection_grid(records), f"{tried.title if tried else ''}.")),
         ),
         Section(
             "Metrics",
-            tables=tables(
+            tables=_tables(
                 (
                     metrics if len(metrics.header) > 1 else None,
                     f"{metrics.title}. Differences are percentage points; an arrow points to the "
@@ -426,23 +469,16 @@ def _sections(rows: Sequence[RowSummary], records: Sequence[Record], prefix: str
         ),
         Section(
             "Cost",
-            tables=tables(
+            tables=_tables(
                 (
                     cost_grid(rows, records),
                     f"Cost by method{_machine(records)}: learning, inference in batches, and what "
                     "is kept beside the frozen model; – was not measured.",
                 ),
-                (parts_grid(first), f"Cost of the parts of the run.{of_one}"),
+                (parts_grid(records[0]), f"Cost of the parts of the run.{of_one}"),
             ),
         ),
     ]
-    if of_one:
-        for section in (sections[0], sections[7]):
-            section.figures = [
-                Shown(one.name, one.caption + of_one, one.picture, one.spec)
-                for one in section.figures
-            ]
-    return sections
 
 
 def leading_first(rows: Sequence[RowSummary], records: Sequence[Record]) -> list[RowSummary]:

@@ -107,10 +107,32 @@ def _title(measure: Measure) -> str:
 
 
 def _figure(record: StudyRecord, measure: Measure) -> Figure:
+    groups = list(dict.fromkeys(point.group for point in record.points))
+    means, seeds = _drawn(record, measure, groups)
+    bars = ""
+    if len(record.seeds) > 1:
+        bars = f" Bars: 95 % t-interval over {len(record.seeds)} seeds; small points: the seeds."
+    name = f"{record.study}-{measure.id.replace('_', '-')}"
+    caption = f"{measure.label[0].upper()}{measure.label[1:]}: {measure.about}{bars}"
+    names = [group or record.study for group in groups]
+    spec = {
+        "height": 240,
+        "data": {"values": means},
+        "encoding": {
+            "x": _axis(record, list(dict.fromkeys(printable(p.label) for p in record.points))),
+            "color": _of_memories(names, (OWN, *COLOURS)),
+        },
+        "layer": _layers(record, measure, names, seeds),
+    }
+    return Figure(name, caption, spec, len(means) + len(seeds))
+
+
+def _drawn(
+    record: StudyRecord, measure: Measure, groups: Sequence[str]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What a plot is of: the mean of every point with its interval, and every seed."""
     scale = _SCALE.get(measure.unit, 1.0)
     least, most = _LIMITS.get(measure.unit, (0.0, float("inf")))
-    groups = list(dict.fromkeys(point.group for point in record.points))
-    labels = list(dict.fromkeys(printable(point.label) for point in record.points))
     means: list[dict[str, Any]] = []
     seeds: list[dict[str, Any]] = []
     for point in record.points:
@@ -135,8 +157,23 @@ def _figure(record: StudyRecord, measure: Measure) -> Figure:
             place | {"seed": seed, "value": scale * value}
             for seed, value in point.values[measure.id].items()
         ]
-    names = [group or record.study for group in groups]
-    x = _axis(record, labels)
+    return means, seeds
+
+
+def _of_memories(names: Sequence[str], looks: Sequence[Any]) -> dict[str, Any]:
+    """A channel that tells the memories apart, with a legend where there are several."""
+    return {
+        "field": "memory",
+        "title": None,
+        "scale": {"domain": [*names], "range": _some(looks, len(names))},
+        "legend": {} if len(names) > 1 else None,
+    }
+
+
+def _layers(
+    record: StudyRecord, measure: Measure, names: Sequence[str], seeds: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """A line through the means, their intervals, every seed, and the means themselves."""
     unit = UNITS[measure.unit]
     y = {
         "type": "quantitative",
@@ -147,13 +184,7 @@ def _figure(record: StudyRecord, measure: Measure) -> Figure:
             "padding": 8,
         },
     }
-    colour = {
-        "field": "memory",
-        "title": None,
-        "scale": {"domain": names, "range": _some((OWN, *COLOURS), len(names))},
-        "legend": {} if len(names) > 1 else None,
-    }
-    tip = [
+    of_point = [
         {"field": "memory", "title": "of", "type": "nominal"},
         {"field": "at", "title": record.axis, "type": "nominal"},
         {"field": "mean", "title": measure.label, "type": "quantitative", "format": ".4~g"},
@@ -161,65 +192,39 @@ def _figure(record: StudyRecord, measure: Measure) -> Figure:
         {"field": "high", "title": "to", "type": "quantitative", "format": ".4~g"},
         {"field": "seeds", "title": "seeds", "type": "nominal"},
     ]
-    spec = {
-        "height": 240,
-        "data": {"values": means},
-        "encoding": {"x": x, "color": colour},
-        "layer": [
-            {
-                "transform": [{"filter": "isValid(datum.x)"}],
-                "mark": {"type": "line", "strokeWidth": 2},
-                "encoding": {
-                    "y": {**y, "field": "mean"},
-                    "strokeDash": {
-                        "field": "memory",
-                        "title": None,
-                        "legend": colour["legend"],
-                        "scale": {
-                            "domain": names,
-                            "range": [list(one) for one in _some(DASHES, len(names))],
-                        },
-                    },
-                },
+    of_seed = [
+        {"field": "memory", "title": "of", "type": "nominal"},
+        {"field": "seed", "title": "seed", "type": "nominal"},
+        {"field": "value", "type": "quantitative", "format": ".4~g"},
+    ]
+    return [
+        {
+            "transform": [{"filter": "isValid(datum.x)"}],
+            "mark": {"type": "line", "strokeWidth": 2},
+            "encoding": {
+                "y": {**y, "field": "mean"},
+                "strokeDash": _of_memories(names, [list(one) for one in DASHES]),
             },
-            {
-                "transform": [{"filter": "isValid(datum.low)"}],
-                "mark": {"type": "errorbar", "ticks": {"size": 8}, "thickness": 1.6},
-                "encoding": {"y": {**y, "field": "low"}, "y2": {"field": "high"}},
+        },
+        {
+            "transform": [{"filter": "isValid(datum.low)"}],
+            "mark": {"type": "errorbar", "ticks": {"size": 8}, "thickness": 1.6},
+            "encoding": {"y": {**y, "field": "low"}, "y2": {"field": "high"}},
+        },
+        {
+            "data": {"values": seeds},
+            "mark": {"type": "point", "size": 18, "filled": False, "opacity": 0.6},
+            "encoding": {"y": {**y, "field": "value"}, "tooltip": of_seed},
+        },
+        {
+            "mark": {"type": "point", "filled": True, "size": 75, "opacity": 1},
+            "encoding": {
+                "y": {**y, "field": "mean"},
+                "shape": _of_memories(names, SHAPES),
+                "tooltip": of_point,
             },
-            {
-                "data": {"values": seeds},
-                "mark": {"type": "point", "size": 18, "filled": False, "opacity": 0.6},
-                "encoding": {
-                    "y": {**y, "field": "value"},
-                    "tooltip": [
-                        {"field": "memory", "title": "of", "type": "nominal"},
-                        {"field": "seed", "title": "seed", "type": "nominal"},
-                        {"field": "value", "type": "quantitative", "format": ".4~g"},
-                    ],
-                },
-            },
-            {
-                "mark": {"type": "point", "filled": True, "size": 75, "opacity": 1},
-                "encoding": {
-                    "y": {**y, "field": "mean"},
-                    "shape": {
-                        "field": "memory",
-                        "title": None,
-                        "legend": colour["legend"],
-                        "scale": {"domain": names, "range": _some(SHAPES, len(names))},
-                    },
-                    "tooltip": tip,
-                },
-            },
-        ],
-    }
-    bars = ""
-    if len(record.seeds) > 1:
-        bars = f" Bars: 95 % t-interval over {len(record.seeds)} seeds; small points: the seeds."
-    name = f"{record.study}-{measure.id.replace('_', '-')}"
-    caption = f"{measure.label[0].upper()}{measure.label[1:]}: {measure.about}{bars}"
-    return Figure(name, caption, spec, len(means) + len(seeds))
+        },
+    ]
 
 
 def _axis(record: StudyRecord, labels: Sequence[str]) -> dict[str, Any]:

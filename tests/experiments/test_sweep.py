@@ -19,7 +19,8 @@ from memtool.errors import AlreadyExistsError, ConfigError, CorruptError
 from memtool.experiments import queue as queues
 from memtool.experiments.queue import Fenced, Queue
 from memtool.experiments.runs import find_all
-from memtool.experiments.sweep import CellResult, RowResult, Sweep, axes_of
+from memtool.experiments.sweep import Sweep, axes_of
+from memtool.experiments.swept import CellResult, RowResult
 from tests.cli.conftest import inside
 
 ROOT = Path(__file__).parents[2]

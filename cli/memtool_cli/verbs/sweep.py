@@ -37,7 +37,8 @@ from memtool_cli.options import (
 from memtool_cli.output import Table, percent, setting_text
 
 if TYPE_CHECKING:
-    from memtool.experiments.sweep import Results, Sweep, SweptCell
+    from memtool.experiments.sweep import Sweep
+    from memtool.experiments.swept import Results, SweptCell
 
 app = Verbs()
 
