@@ -177,6 +177,18 @@ def mixed(values: AdapterValues, weights: Tensor) -> OneAdapter:
     return OneAdapter(layout, layout.flatten(parts), 1.0)
 
 
+def mixed_by_block(values: AdapterValues, weights: Tensor) -> OneAdapter:
+    """As `mixed`, of weights (1, t), or (blocks, t) where every block has its own."""
+    if len(weights) == 1:
+        return mixed(values, weights[0])
+    whole = mixed(values, torch.ones(len(values)))
+    tensors = whole.layout.unflatten(whole.value)
+    for site in whole.layout.sites:
+        each = weights[site.block].repeat_interleave(values.layout.rank)
+        tensors[f"{site.name}.lora_B"].mul_(each.to(whole.value.dtype))  # views
+    return whole
+
+
 def side_by_side(a: Tensor, b: Tensor, factors: Tensor, groups: int = 1) -> tuple[Tensor, Tensor]:
     """A (t · r, d) and B (rows, t · r) whose product is the sum of t products times factors (t,).
 

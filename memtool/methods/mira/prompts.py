@@ -27,7 +27,7 @@ from torch import Tensor
 
 import memtool_stores
 from memtool.adapters.peft_files import write_peft
-from memtool.adapters.stock import OneAdapter, Stock, mixed
+from memtool.adapters.stock import OneAdapter, Stock, mixed_by_block
 from memtool.adapters.values import AdapterValues
 from memtool.errors import ConfigError, CorruptError, DataError
 from memtool.evaluation.record import Record, Row
@@ -498,15 +498,3 @@ def _say_unmeasured(stream: Stream, found: Sequence[Task]) -> None:
     others = [task.name for task in stream.tasks if task.name not in measured]
     if others:
         _log.warning("not measured, as no adapter with a key is called so: %s", few(others))
-
-
-def mixed_by_block(values: AdapterValues, weights: Tensor) -> OneAdapter:
-    """As `mixed`, of weights (1, t), or (blocks, t) where every block has its own."""
-    if len(weights) == 1:
-        return mixed(values, weights[0])
-    whole = mixed(values, torch.ones(len(values)))
-    tensors = whole.layout.unflatten(whole.value)
-    for site in whole.layout.sites:
-        each = weights[site.block].repeat_interleave(values.layout.rank)
-        tensors[f"{site.name}.lora_B"].mul_(each.to(whole.value.dtype))  # views
-    return whole

@@ -40,7 +40,7 @@ from memtool.methods.in_store import HEAD, feature_statistics
 from memtool.methods.kept import fingerprint_of
 from memtool.methods.method import Method, require_unmoved
 from memtool.methods.moram import beneath
-from memtool.methods.moram.about import ABOUT
+from memtool.methods.moram.about import ABOUT, SETTINGS, require_learnable
 from memtool.methods.moram.as_atoms import as_atoms
 from memtool.methods.moram.attached import AttachedAnswers, AttachedAtoms
 from memtool.methods.moram.learn import AtomLearner, decides_of_texts, head_to_go_on_from
@@ -67,9 +67,6 @@ from memtool.streams.task import Task
 
 if TYPE_CHECKING:
     from memtool.methods.explanation import AtomMap
-
-SETTINGS = ("til", "cil", "dil", "vil", "dgcl", "xtail", "trace")
-"""Settings that one bank of atoms can be measured in."""
 
 
 class Moram(Method):
@@ -100,7 +97,7 @@ class Moram(Method):
 
     def _train(self, task: Task, fingerprint: str, checkpoint: Path) -> Trained:
         work = self.workspace
-        self._require_settings()
+        require_learnable(self.config)
         work.require_fitting([task])
         bank, source = Rank1Memory(work.layout.sites), "zero"
         past = None
@@ -464,27 +461,6 @@ class Moram(Method):
         settings = gate_settings(view, self.workspace.layout.rank)
         assert settings is not None
         return settings
-
-    def _require_settings(self) -> None:
-        """Settings that atoms cannot follow are errors, not ignored."""
-        adapter, setting = self.config.adapter, self.config.stream.setting
-        if setting not in SETTINGS:
-            raise ConfigError(
-                f"stream.setting {setting} under method moram",
-                expected=f"one of {', '.join(SETTINGS)}",
-            )
-        if adapter.per_task > 1:
-            raise ConfigError(
-                f"adapter.per_task {adapter.per_task} under method moram",
-                expected="1: a task adds its atoms once",
-                remedy="--rank N for more atoms a task",
-            )
-        if adapter.warm_start != "none" or adapter.residual:
-            raise ConfigError(
-                "adapter.residual and adapter.warm_start under method moram",
-                expected="none of them: new atoms start at zero on top of all that are in memory",
-                remedy="--warm-start none, --set adapter.residual=false",
-            )
 
     def test_setting(self, setting: str | None = None) -> str:
         """What is known at test time, checked; without a word, as the tasks were cut."""
