@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from memtool.backbones.as_written import AsWritten
 from memtool.backbones.causal_lm import model_source
+from memtool.backbones.survey import Reading
 from memtool.backbones.weight_files import drawn_alike, opened
 from memtool.errors import ConfigError, NotFoundError
 from memtool.settings import BackboneSettings
@@ -89,17 +90,14 @@ def create_hf_images(settings: BackboneSettings, model: str) -> AsWritten:
             logging.enable_progress_bar()
     mean, std = _normalisation(source, config.model_type)
     size = getattr(config, "image_size", None)  # none of a ConvNet, which takes any
-    native = size if size is None or isinstance(size, int) else size[0]
+    made_for = size if size is None or isinstance(size, int) else size[0]
     return AsWritten(
         built,
         settings.name,
-        read=read_hf,
-        names=(),
+        Reading(read_hf, made_for=made_for, prefix_tokens=_prefix_tokens(config)),
         image_size=settings.image_size,
         mean=mean,
         std=std,
-        prefix_tokens=_prefix_tokens(config),
-        native=native,
     )
 
 
