@@ -214,6 +214,20 @@ def test_names_are_found_by_word_and_pattern() -> None:
         names_of("resnet81")
 
 
+def test_where_no_target_is_so_called_those_are_named_that_take_any_rank() -> None:
+    from memtool.backbones import create_backbone
+    from memtool.settings import BackboneSettings
+
+    backbone = create_backbone(BackboneSettings(name="timm:test_convnext", weights="random"))
+    with pytest.raises(ConfigError, match="no target 'q'") as refused:
+        backbone.sites(("q", "v"))
+    assert refused.value.remedy is not None
+    named = refused.value.remedy.removeprefix("--set backbone.targets=").split(",")
+    assert Layout(backbone.sites(named), 3).numel > 0
+    with pytest.raises(MismatchError, match="groups"):
+        Layout(backbone.sites(backbone.targets), 3).segments  # noqa: B018
+
+
 def test_atoms_at_a_convolution_and_ranks_in_no_groups_are_refused() -> None:
     from memtool.backbones import create_backbone
     from memtool.settings import BackboneSettings
