@@ -23,6 +23,8 @@ AT_ONCE: tuple[Setting, ...] = ("dg", "mtl")
 """Settings whose tasks are learned together, in no order."""
 HOLDS_OUT: tuple[Setting, ...] = ("dg", "dgcl")
 """Settings that are tested on a domain that nothing is learned from."""
+BY_DOMAIN: tuple[Setting, ...] = ("dil", "dg", "dgcl", "xtail")
+"""Settings of which every task is a domain."""
 HeadKind = Literal["lda", "ridge", "rp-ridge", "ncm", "grown", "shared", "prototype", "text"]
 HeadFeatures = Literal[
     "own", "recalled", "own+frozen", "own+first", "recalled+frozen", "recalled+first"
@@ -551,7 +553,7 @@ def _walk(model: type[BaseModel], prefix: str) -> dict[str, FieldInfo]:
 
 
 _OF_CLASSES = ("cil", "til", "mts", "vil", "mtl")
-_OF_IMAGES = ("dil", "dg", "dgcl", "xtail", *_OF_CLASSES)
+_OF_IMAGES = (*BY_DOMAIN, *_OF_CLASSES)
 
 READ_UNDER: tuple[tuple[str, str, tuple[str | None, ...]], ...] = (
     ("baselines", "stream.setting", tuple(s for s in get_args(Setting) if s not in ("til", "mts"))),
