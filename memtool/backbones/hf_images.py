@@ -31,13 +31,6 @@ _TOWERS = {
 }
 """Image towers that are classes of their own, by the `model_type` of a configuration."""
 
-_NORMS: dict[str, tuple[list[float], list[float]]] = {
-    "clip": ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),
-    "dinov2": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-    "": ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5]),
-}
-"""Means and deviations of channels where a folder says none; by the beginning of `model_type`."""
-
 
 def create_hf_images(settings: BackboneSettings, model: str) -> AsWritten:
     """The image model of `hf:<id or path>`, a folder as `save_pretrained` makes it or a hub id.
@@ -137,6 +130,7 @@ def _tower(name: str) -> Any:
 
 def _normalisation(source: str, kind: str) -> tuple[list[float], list[float]]:
     """What a folder's preprocessor_config.json says, or what is usual for a kind of model."""
+    from transformers import image_utils as usual
     from transformers.image_processing_base import ImageProcessingMixin
 
     try:
@@ -146,4 +140,8 @@ def _normalisation(source: str, kind: str) -> tuple[list[float], list[float]]:
     mean, std = said.get("image_mean"), said.get("image_std")
     if mean is not None and std is not None:
         return mean, std
-    return next(found for start, found in _NORMS.items() if kind.startswith(start))
+    if kind.startswith("clip"):
+        return usual.OPENAI_CLIP_MEAN, usual.OPENAI_CLIP_STD
+    if kind.startswith("dinov2"):
+        return usual.IMAGENET_DEFAULT_MEAN, usual.IMAGENET_DEFAULT_STD
+    return usual.IMAGENET_STANDARD_MEAN, usual.IMAGENET_STANDARD_STD
