@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from memtool.backbones.as_written import AsWritten
-from memtool.backbones.causal_lm import model_source
+from memtool.backbones.causal_lm import model_source, without_bars
 from memtool.backbones.survey import Reading
 from memtool.backbones.weight_files import drawn_alike, opened
 from memtool.errors import ConfigError, NotFoundError
@@ -32,6 +32,7 @@ _TOWERS = {
 """Image towers that are classes of their own, by the `model_type` of a configuration."""
 
 
+@without_bars()
 def create_hf_images(settings: BackboneSettings, model: str) -> AsWritten:
     """The image model of `hf:<id or path>`, a folder as `save_pretrained` makes it or a hub id.
 
@@ -40,12 +41,9 @@ def create_hf_images(settings: BackboneSettings, model: str) -> AsWritten:
     adapted, NotFoundError where there are no such files.
     """
     from transformers import AutoConfig, AutoModel
-    from transformers.utils import logging
 
     del model
     source = _source(settings)
-    had_bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         given: dict[str, Any] = {}
@@ -78,9 +76,6 @@ def create_hf_images(settings: BackboneSettings, model: str) -> AsWritten:
         ) from error
     except (ValueError, ImportError) as error:
         raise ConfigError(f"{source!r} is no image model: {error}") from error
-    finally:
-        if had_bars:
-            logging.enable_progress_bar()
     mean, std = _normalisation(source, config.model_type)
     size = getattr(config, "image_size", None)  # none of a ConvNet, which takes any
     made_for = size if size is None or isinstance(size, int) else size[0]

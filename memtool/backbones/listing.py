@@ -50,13 +50,21 @@ def names_of(wanted: str | None) -> list[str]:
     found = [name for name in every if fnmatch.fnmatchcase(name, wanted)]
     found = found or [name for name in every if fnmatch.fnmatchcase(name, f"*{wanted}*")]
     if not found:
-        near = difflib.get_close_matches(wanted, every, n=5, cutoff=0.3)
         raise NotFoundError(
             f"timm has no model {wanted!r}",
-            expected=did_you_mean(wanted, near or ["resnet18"]),
+            expected=did_you_mean(wanted, near(wanted)),
             remedy="memtool backbones lists all names",
         )
     return found
+
+
+def near(wanted: str) -> list[str]:
+    """Some names of timm that are like one that it does not know, whatever weights this names."""
+    import timm
+
+    name = wanted.partition(".")[0]
+    close = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.3)
+    return close or ["resnet18", "vit_tiny_patch16_224"]
 
 
 def described(names: list[str]) -> Iterator[Listed]:

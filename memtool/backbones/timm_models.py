@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import nn
 
 from memtool.backbones.as_written import AsWritten
 from memtool.backbones.interface import Backbone
+from memtool.backbones.listing import near
 from memtool.backbones.survey import Reading, block_names
 from memtool.backbones.vit import VitBackbone, check_image_size, is_plain
 from memtool.backbones.vit_weights import load_vit_weights
@@ -31,11 +31,9 @@ def create_timm(settings: BackboneSettings, model: str) -> Backbone:
     import timm
 
     if not timm.is_model(model):
-        name = model.partition(".")[0]
-        near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.3)
         raise ConfigError(
             f"timm has no model {model!r}",
-            expected=did_you_mean(model, near or ["vit_tiny_patch16_224"]),
+            expected=did_you_mean(model, near(model)),
             remedy="memtool backbones FILTER lists them",
         )
     with drawn_alike():
