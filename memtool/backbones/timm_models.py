@@ -83,8 +83,9 @@ def build_timm(model: str, size: int | None, *, fetch: bool = False) -> Any:
                 ) from error
             native = timm.models.get_pretrained_cfg(model)
             made_for = 224 if native is None else native.input_size[-1]
+            of_size = "" if size is None else f" for images of {size} pixels"
             raise ConfigError(
-                f"timm's {model} cannot be built for images of {size} pixels: {error}",
+                f"timm's {model} cannot be built{of_size}: {error}",
                 expected=f"images of {made_for} pixels, for which it was made",
                 remedy=f"--set backbone.image_size={made_for}",
             ) from error
