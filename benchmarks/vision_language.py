@@ -20,16 +20,15 @@ from typing import Any
 
 import torch
 
+from benchmarks.small_llava import MARK, SIDE, small_config, small_processor
 from benchmarks.timing import environment, progress
 from memtool.config import resolve
 from memtool.methods.mira.prompts import PromptMemory
 from memtool.methods.routed.measure import answering
 from memtool.pictured import Prompt
 
-SIDE, PATCH = 24, 8
 TRAINED, TESTED = 240, 60
 WITHIN = 0.1
-MARK = "<image>"
 COLOURS = {"red": (220, 30, 30), "green": (30, 170, 40), "blue": (40, 60, 220)}
 FIGURES = {"disc": "cercle", "box": "carré", "rise": "triangle"}
 COUNTS = {1: "eins", 2: "zwei", 4: "vier"}
@@ -42,16 +41,8 @@ ASKED = {
 
 def write_model(folder: Path) -> None:
     """The random model and its processor, as `save_pretrained` writes them."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import (
-        CLIPImageProcessor,
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaProcessor,
-        PreTrainedTokenizerFast,
-    )
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
     letters = sorted(set("".join([*ASKED.values(), *COLOURS, *FIGURES.values(), *COUNTS.values()])))
     words = ["<unk>", "<s>", "</s>", MARK, *letters]
@@ -61,17 +52,7 @@ def write_model(folder: Path) -> None:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=cut, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     )
-    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken(MARK)]})
-    images = CLIPImageProcessor(
-        size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}
-    )
-    LlavaProcessor(
-        images,
-        tokenizer,
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    ).save_pretrained(folder)
+    small_processor(tokenizer).save_pretrained(folder)
     torch.manual_seed(0)
     text = LlamaConfig(
         vocab_size=len(words),
@@ -84,22 +65,7 @@ def write_model(folder: Path) -> None:
         eos_token_id=2,
         initializer_range=0.1,
     )
-    vision = CLIPVisionConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=SIDE,
-        patch_size=PATCH,
-        projection_dim=64,
-    )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=words.index(MARK),
-        image_seq_length=(SIDE // PATCH) ** 2,
-        vision_feature_layer=-1,
-    )
+    config = small_config(text, mark=words.index(MARK), width=64, num_attention_heads=4)
     LlavaForConditionalGeneration(config).save_pretrained(folder)
 
 

@@ -23,6 +23,8 @@ AT_ONCE: tuple[Setting, ...] = ("dg", "mtl")
 """Settings whose tasks are learned together, in no order."""
 HOLDS_OUT: tuple[Setting, ...] = ("dg", "dgcl")
 """Settings that are tested on a domain that nothing is learned from."""
+BY_DOMAIN: tuple[Setting, ...] = ("dil", "dg", "dgcl", "xtail")
+"""Settings of which every task is a domain."""
 HeadKind = Literal["lda", "ridge", "rp-ridge", "ncm", "grown", "shared", "prototype", "text"]
 HeadFeatures = Literal[
     "own", "recalled", "own+frozen", "own+first", "recalled+frozen", "recalled+first"
@@ -54,7 +56,9 @@ class BackboneSettings(Settings):
     """The frozen model."""
 
     name: str = Field(
-        "nano", description="nano, timm:<model name>, open_clip:<model name> or hf:<id or path>"
+        "nano",
+        description="nano, timm:<model name>, open_clip:<model name>, open_clip_image:<model name> "
+        "or hf:<id or path>",
     )
     weights: Path | Literal["random"] | None = Field(
         None,
@@ -551,7 +555,7 @@ def _walk(model: type[BaseModel], prefix: str) -> dict[str, FieldInfo]:
 
 
 _OF_CLASSES = ("cil", "til", "mts", "vil", "mtl")
-_OF_IMAGES = ("dil", "dg", "dgcl", "xtail", *_OF_CLASSES)
+_OF_IMAGES = (*BY_DOMAIN, *_OF_CLASSES)
 
 READ_UNDER: tuple[tuple[str, str, tuple[str | None, ...]], ...] = (
     ("baselines", "stream.setting", tuple(s for s in get_args(Setting) if s not in ("til", "mts"))),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from memtool.settings import HOLDS_OUT
 from memtool_cli.options import Call
 from memtool_cli.output import Table, size
 from memtool_cli.records import Plan
@@ -66,7 +67,7 @@ _CROPS = {
 def _facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
     """The lines of a plan above its tasks; what a method does not have has none."""
     setting = plan["setting"]
-    if setting in ("dg", "dgcl"):
+    if setting in HOLDS_OUT:
         setting += f", held out: {plan['held_out'] or 'every domain in turn'}"
     several = f" in {plan['memories']} memories" if plan["memories"] > 1 else " in all"
     rows = [

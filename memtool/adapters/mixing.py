@@ -25,9 +25,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -261,6 +261,11 @@ def _over(gate: Tensor, rows: int, module: str) -> Tensor:
     return gate if windows == 1 else gate.repeat_interleave(windows, dim=0)
 
 
+def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    # The meta device, where only shapes are computed, knows none.
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
 @dataclass(frozen=True, eq=False)
 class Mixture:
     """How one block's adapters act on one batch: made per forward pass and block.
@@ -356,9 +361,7 @@ class Mixture:
         tokens = self._check(y, x, found.sites[0], module)
         inputs = x.to(y.dtype).reshape(x.shape[0], tokens, x.shape[-1])
         outputs = y.contiguous().view(x.shape[0], tokens, y.shape[-1])
-        # The meta device, where only shapes are computed, knows no autocast.
-        exact = nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
-        with exact:
+        with _without_autocast(x):
             if isinstance(block, BlockAtoms):
                 atoms = block.modules[module].to(y.dtype)
                 added = add_atoms(outputs, inputs, atoms, block.gate, training=block.training)
@@ -396,8 +399,7 @@ class Mixture:
         last = y.movedim(1, -1)
         outputs = last.contiguous().view(*patches.shape[:2], y.shape[1])
         self._check(outputs, patches, site, module)
-        exact = nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
-        with exact:
+        with _without_autocast(x):
             added = self._add_adapters(outputs, patches, found, block.scaling)
         return added.view(last.shape).movedim(-1, 1)
 

@@ -13,11 +13,13 @@ if TYPE_CHECKING:
 
 __all__ = ["create_backbone"]
 
+_FORMS = ("nano", "timm:<model name>", "open_clip:<name>", "open_clip_image:<name>", "hf:<id>")
+
 
 def create_backbone(settings: BackboneSettings) -> Backbone:
     """The frozen model of images that the settings name.
 
-    "nano", "timm:<model name>", "open_clip:<name>" or "hf:<id or path>".
+    "nano", "timm:<model name>", "open_clip:<name>", "open_clip_image:<name>" or "hf:<id or path>".
 
     A name that another package gives, with or without ":<model name>", and "module:Class" are
     called with the settings, and the model's name where there is one.
@@ -45,9 +47,7 @@ def create_backbone(settings: BackboneSettings) -> Backbone:
     if ships or not registry.known("backbones", settings.name):
         raise ConfigError(
             f"backbone name {settings.name!r} is not known",
-            expected=did_you_mean(
-                settings.name, ["nano", "timm:<model name>", "open_clip:<name>", "hf:<id>"]
-            ),
+            expected=did_you_mean(settings.name, _FORMS),
         )
     return _of_others(settings, family, model)
 

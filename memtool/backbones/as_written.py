@@ -21,7 +21,7 @@ from memtool.adapters.layout import Site
 from memtool.adapters.values import Recall
 from memtool.backbones.called import Call, CalledBlock, CalledConv, CalledLinear, Reached
 from memtool.backbones.interface import Backbone
-from memtool.backbones.survey import Block, Read, Survey, surveyed
+from memtool.backbones.survey import Block, Reading, Survey, surveyed
 from memtool.backbones.tensor_hash import tensor_sha256
 from memtool.backbones.vit import check_pixels, to_pixels
 from memtool.errors import ConfigError, MismatchError
@@ -32,26 +32,20 @@ CAN_BE_ADAPTED = "torch's Linear and Conv2d in blocks that run once a pass, call
 class AsWritten(Backbone):
     """A frozen model of images; takes it over and replaces its blocks, and layers in them.
 
-    `read` gives its pooled features, `names` are modules that may be blocks. `dim` is the width of
-    the features. Raises ConfigError for a model without a layer that can be adapted, and for images
-    of a size that it does not read.
+    `dim` is the width of the features. Raises ConfigError for a model without a layer that can be
+    adapted, and for images of a size that it does not read.
     """
 
     def __init__(
         self,
         model: nn.Module,
         name: str,
+        reading: Reading,
         *,
-        read: Read,
-        names: Sequence[str],
         image_size: int,
         mean: Sequence[float],
         std: Sequence[float],
-        prefix_tokens: int = 0,
-        last: bool = False,
-        native: int | None = None,
     ) -> None:
-        """`prefix_tokens` come before patches; `native` is the size that it was made for."""
         super().__init__()
         if len(mean) != 3 or len(std) != 3:
             raise ConfigError(f"backbone {name} takes {len(mean)} channels", expected="3 channels")
@@ -59,27 +53,26 @@ class AsWritten(Backbone):
         self.name = name
         self.image_size = image_size
         self.sha256 = tensor_sha256(model.state_dict())
-        own_bias_apart(model)
-        self.survey = survey_of(
-            model, name, read=read, names=names, size=image_size, last=last, native=native
-        )
+        self.survey = survey_of(model, name, reading, image_size)
         self.targets = self.survey.targets
         self.dim = self.survey.dim
         self.depth = len(self.survey.blocks)
-        self.prefix_tokens = _prefix(prefix_tokens, self.survey.blocks)
+        self.prefix_tokens = _prefix(reading.prefix_tokens, self.survey.blocks)
         self.call = Call()
-        self._read = read
+        self._features = reading.features
         for layer in self.survey.layers:
             inner = model.get_submodule(layer.name)
             if layer.window is None:
                 called: nn.Module = CalledLinear(inner, layer.name, self.call)
             else:
                 called = CalledConv(inner, layer.name, self.call, layer.window, pads=layer.pads)
-            _replace(model, layer.name, called)
+            # Other blocks may have the same layer, and then an adapter of their own at it.
+            root = self.survey.blocks[layer.block].name
+            _replace(model if layer.name == root else model.get_submodule(root), inner, called)
         for number, block in enumerate(self.survey.blocks):
             seen = _places if block.channels == "first" else _tokens
             inner = model.get_submodule(block.name)
-            _replace(model, block.name, CalledBlock(inner, number, self.call, {}, seen))
+            _replace(model, inner, CalledBlock(inner, number, self.call, {}, seen))
         self.model = model
         self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
@@ -117,7 +110,7 @@ class AsWritten(Backbone):
     def features(self, pixels: Tensor, recall: Recall | None = None) -> Tensor:
         """Pooled features (batch, dim) of preprocessed pixels (batch, 3, size, size)."""
         check_pixels(pixels, self.image_size)
-        found: Tensor = self.call.under(recall, lambda: self._read(self.model, pixels))
+        found: Tensor = self.call.under(recall, lambda: self._features(self.model, pixels))
         return found
 
     def hidden(self, pixels: Tensor, block: int, recall: Recall | None = None) -> Tensor:
@@ -128,30 +121,26 @@ class AsWritten(Backbone):
             )
         check_pixels(pixels, self.image_size)
         try:
-            self.call.under(recall, lambda: self._read(self.model, pixels), until=block)
+            self.call.under(recall, lambda: self._features(self.model, pixels), until=block)
         except Reached as reached:
             return reached.hidden
         raise MismatchError(f"block {block} of {self.name} did not run")
 
 
-def survey_of(
-    model: nn.Module,
-    name: str,
-    *,
-    read: Read,
-    names: Sequence[str],
-    size: int,
-    last: bool = False,
-    native: int | None = None,
-) -> Survey:
-    """As `surveyed`. Raises ConfigError where the model cannot read such images, or be adapted."""
+def survey_of(model: nn.Module, name: str, reading: Reading, size: int) -> Survey:
+    """As `surveyed`. Raises ConfigError where the model cannot read such images, or be adapted.
+
+    Attention that has a switch for it is left calling its fused layer.
+    """
+    _own_bias_apart(model)
+    made_for = reading.made_for or 224
     try:
-        survey = surveyed(model, read, names, size, last=last)
+        survey = surveyed(model, reading, size)
     except (RuntimeError, AssertionError, ValueError, IndexError, ZeroDivisionError) as error:
         raise ConfigError(
             f"backbone {name} cannot read images of {size} pixels: {error}",
-            expected=f"images of {native or 224} pixels, for which it was made",
-            remedy=f"--set backbone.image_size={native or 224}",
+            expected=f"images of {made_for} pixels, for which it was made",
+            remedy=f"--set backbone.image_size={made_for}",
         ) from error
     if not survey.layers:
         reasons = [f"{layer} is {why}" for layer, why in islice(survey.left_out.items(), 3)]
@@ -166,7 +155,7 @@ def survey_of(
     return survey
 
 
-def own_bias_apart(model: nn.Module) -> None:
+def _own_bias_apart(model: nn.Module) -> None:
     """Let attention whose bias is put together from parts call its fused layer, and then add it.
 
     So it is in BEiT, EVA-02 and Swin V2 of timm, which have a switch for it.
@@ -176,9 +165,16 @@ def own_bias_apart(model: nn.Module) -> None:
             setattr(module, "qkv_bias_separate", True)  # noqa: B010
 
 
-def _replace(model: nn.Module, name: str, by: nn.Module) -> None:
-    parent, _, own = name.rpartition(".")
-    setattr(model.get_submodule(parent), own, by)
+def _replace(root: nn.Module, module: nn.Module, by: nn.Module) -> None:
+    """Put another module in the place of one, under every name that it has in `root`."""
+    places = [
+        (parent, own)
+        for parent in root.modules()
+        for own, child in parent._modules.items()
+        if child is module
+    ]
+    for parent, own in places:
+        setattr(parent, own, by)
 
 
 def _tokens(hidden: Tensor) -> Tensor:

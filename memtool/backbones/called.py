@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -192,16 +191,10 @@ class CalledConv(Adapted):
     def _padded(self, x: Tensor) -> Tensor:
         if not self._pads:
             return x
-        sides: list[int] = []
-        for side, kernel, stride in zip(
-            reversed(x.shape[2:]),
-            reversed(self.window.kernel),
-            reversed(self.window.stride),
-            strict=True,
-        ):
-            missing = max((-(-side // stride) - 1) * stride + kernel - side, 0)
-            sides += [missing // 2, missing - missing // 2]
-        return F.pad(x, sides)
+        from timm.layers import pad_same  # as timm's own convolution, which this one stands for
+
+        padded: Tensor = pad_same(x, self.window.kernel, self.window.stride)
+        return padded
 
 
 def _of_inner(module: nn.Module, name: str, inner: str) -> Any:

@@ -11,7 +11,8 @@ sample gets the same answer alone and in any batch.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -64,6 +65,21 @@ class EncodedTexts:
     cut_answers: int = 0
 
 
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Inside, transformers shows no bars of its own."""
+    from transformers.utils import logging
+
+    had_bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if had_bars:
+            logging.enable_progress_bar()
+
+
+@without_bars()
 def create_causal_lm(
     settings: BackboneSettings, text: TextSettings, *, dtype: torch.dtype = torch.float32
 ) -> CausalLM:
@@ -74,7 +90,6 @@ def create_causal_lm(
     used, NotFoundError where there are no such files.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
     from memtool.backbones.pictured import PicturedLM, open_processor, reads_pictures
 
@@ -87,8 +102,6 @@ def create_causal_lm(
         from transformers import AutoModelForImageTextToText
 
         kind = AutoModelForImageTextToText
-    had_bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
     try:
         # Code that comes with a model is never run, nor asked about on the terminal.
         model = kind.from_pretrained(
@@ -109,9 +122,6 @@ def create_causal_lm(
         raise ConfigError(f"{source!r} is no causal language model: {error}") from error
     except ImportError as error:  # weights that were quantised by a package that is not here
         raise ConfigError(f"{source!r} needs another package: {error}") from error
-    finally:
-        if had_bars:
-            logging.enable_progress_bar()
     # One model, whatever its numbers are kept in on disk and here: float32 holds them all.
     sha256 = tensor_sha256(model.state_dict(), torch.float32)
     for parameter in model.parameters():  # not buffers: those of the rotary embedding stay float32

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from memtool.backbones.as_written import AsWritten
-from memtool.backbones.causal_lm import model_source
+from memtool.backbones.causal_lm import model_source, without_bars
+from memtool.backbones.survey import Reading
 from memtool.backbones.weight_files import drawn_alike, opened
 from memtool.errors import ConfigError, NotFoundError
 from memtool.settings import BackboneSettings
@@ -30,14 +31,8 @@ _TOWERS = {
 }
 """Image towers that are classes of their own, by the `model_type` of a configuration."""
 
-_NORMS: dict[str, tuple[list[float], list[float]]] = {
-    "clip": ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),
-    "dinov2": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-    "": ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5]),
-}
-"""Means and deviations of channels where a folder says none; by the beginning of `model_type`."""
 
-
+@without_bars()
 def create_hf_images(settings: BackboneSettings, model: str) -> AsWritten:
     """The image model of `hf:<id or path>`, a folder as `save_pretrained` makes it or a hub id.
 
@@ -46,12 +41,9 @@ def create_hf_images(settings: BackboneSettings, model: str) -> AsWritten:
     adapted, NotFoundError where there are no such files.
     """
     from transformers import AutoConfig, AutoModel
-    from transformers.utils import logging
 
     del model
     source = _source(settings)
-    had_bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         given: dict[str, Any] = {}
@@ -84,22 +76,16 @@ def create_hf_images(settings: BackboneSettings, model: str) -> AsWritten:
         ) from error
     except (ValueError, ImportError) as error:
         raise ConfigError(f"{source!r} is no image model: {error}") from error
-    finally:
-        if had_bars:
-            logging.enable_progress_bar()
     mean, std = _normalisation(source, config.model_type)
     size = getattr(config, "image_size", None)  # none of a ConvNet, which takes any
-    native = size if size is None or isinstance(size, int) else size[0]
+    made_for = size if size is None or isinstance(size, int) else size[0]
     return AsWritten(
         built,
         settings.name,
-        read=read_hf,
-        names=(),
+        Reading(read_hf, made_for=made_for, prefix_tokens=_prefix_tokens(config)),
         image_size=settings.image_size,
         mean=mean,
         std=std,
-        prefix_tokens=_prefix_tokens(config),
-        native=native,
     )
 
 
@@ -139,6 +125,7 @@ def _tower(name: str) -> Any:
 
 def _normalisation(source: str, kind: str) -> tuple[list[float], list[float]]:
     """What a folder's preprocessor_config.json says, or what is usual for a kind of model."""
+    from transformers import image_utils as usual
     from transformers.image_processing_base import ImageProcessingMixin
 
     try:
@@ -148,4 +135,8 @@ def _normalisation(source: str, kind: str) -> tuple[list[float], list[float]]:
     mean, std = said.get("image_mean"), said.get("image_std")
     if mean is not None and std is not None:
         return mean, std
-    return next(found for start, found in _NORMS.items() if kind.startswith(start))
+    if kind.startswith("clip"):
+        return usual.OPENAI_CLIP_MEAN, usual.OPENAI_CLIP_STD
+    if kind.startswith("dinov2"):
+        return usual.IMAGENET_DEFAULT_MEAN, usual.IMAGENET_DEFAULT_STD
+    return usual.IMAGENET_STANDARD_MEAN, usual.IMAGENET_STANDARD_STD

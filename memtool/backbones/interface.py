@@ -55,7 +55,7 @@ class FrozenModel(nn.Module, ABC):
                 raise ConfigError(
                     f"backbone {self.name} has no target {target!r}",
                     expected=did_you_mean(target, self.targets),
-                    remedy=f"--set backbone.targets={','.join(self.targets[:2])}",
+                    remedy=f"--set backbone.targets={','.join(self._of_any_rank()[:2])}",
                 )
         if not targets:
             raise ConfigError("no targets to adapt", expected=f"some of {', '.join(self.targets)}")
@@ -66,6 +66,16 @@ class FrozenModel(nn.Module, ABC):
             if target in targets
             for site in self.sites_in(number, target)
         )
+
+    def _of_any_rank(self) -> Sequence[str]:
+        """Targets that take an adapter of any rank, as a convolution in groups does not; or all."""
+        blocks = range(self.depth)
+        plain = [
+            target
+            for target in self.targets
+            if all(site.groups == 1 for block in blocks for site in self.sites_in(block, target))
+        ]
+        return plain or self.targets
 
     def sites_in(self, block: int, target: str) -> tuple[Site, ...]:
         """The sites of a target in a block; several where it has several such layers, or none."""
@@ -108,7 +118,7 @@ class FrozenModel(nn.Module, ABC):
 
 
 class Backbone(FrozenModel):
-    """A frozen image model; its targets are "q", "k", "v", "proj", "fc1" and "fc2".
+    """A frozen image model; a Vision Transformer's targets are "q", "k", "v", "proj", "fc1", "fc2".
 
     Attributes beside those of `FrozenModel`: `image_size`, pixels a side of its input;
     `prefix_tokens`, class and register tokens before the patches; `mean` and `std` (3, 1, 1), the

@@ -19,15 +19,16 @@ MOST = 40
 
 @dataclass(frozen=True)
 class Listed:
-    """A model of timm as a backbone.
+    """A model of timm as a backbone, by the name that it has in settings.
 
-    `widths` are those of the inputs of its blocks, each once, `dim` that of its features; `size`,
-    pixels a side, is what it was made for. `problem` says why it is none, with no targets.
+    `widths` are those of the inputs of its blocks, each once, `dim` that of its features;
+    `image_size`, pixels a side, is what it was made for. `problem` says why it is none, with no
+    targets.
     """
 
     name: str
     parameters: int
-    size: int
+    image_size: int
     blocks: int = 0
     widths: tuple[int, ...] = ()
     dim: int = 0
@@ -49,13 +50,21 @@ def names_of(wanted: str | None) -> list[str]:
     found = [name for name in every if fnmatch.fnmatchcase(name, wanted)]
     found = found or [name for name in every if fnmatch.fnmatchcase(name, f"*{wanted}*")]
     if not found:
-        near = difflib.get_close_matches(wanted, every, n=5, cutoff=0.3)
         raise NotFoundError(
             f"timm has no model {wanted!r}",
-            expected=did_you_mean(wanted, near or ["resnet18"]),
+            expected=did_you_mean(wanted, near(wanted)),
             remedy="memtool backbones lists all names",
         )
     return found
+
+
+def near(wanted: str) -> list[str]:
+    """Some names of timm that are like one that it does not know, whatever weights this names."""
+    import timm
+
+    name = wanted.partition(".")[0]
+    close = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.3)
+    return close or ["resnet18", "vit_tiny_patch16_224"]
 
 
 def described(names: list[str]) -> Iterator[Listed]:
@@ -64,30 +73,20 @@ def described(names: list[str]) -> Iterator[Listed]:
         yield _described(name)
 
 
-def _described(name: str) -> Listed:
-    from timm.data import resolve_model_data_config
+def _described(model: str) -> Listed:
+    from memtool.backbones.as_written import survey_of
+    from memtool.backbones.timm_models import on_meta, reading_of
 
-    from memtool.backbones.as_written import own_bias_apart, survey_of
-    from memtool.backbones.timm_models import blocks_of, on_meta, read_timm
-
-    size, numbers = 0, 0
+    name, size, numbers = f"timm:{model}", 0, 0
     try:
-        model = on_meta(name, None)
-        numbers = sum(parameter.numel() for parameter in model.parameters())
-        size = resolve_model_data_config(model)["input_size"][-1]
-        own_bias_apart(model)
-        found = survey_of(
-            model,
-            f"timm:{name}",
-            read=read_timm,
-            names=blocks_of(model),
-            size=size,
-            last=getattr(model, "output_fmt", "") == "NHWC",
-            native=size,
-        )
+        built = on_meta(model, None)
+        numbers = sum(parameter.numel() for parameter in built.parameters())
+        reading = reading_of(built)
+        size = reading.made_for or 0
+        found = survey_of(built, name, reading, size)
     except MemtoolError as error:
-        return Listed(name, numbers, size, problem=error.message)
-    except NotImplementedError:  # what looks at numbers, which are not there
-        return Listed(name, numbers, size, problem="not told without its weights: try it")
+        blind = "meta" in str(error.__cause__).lower()  # torch, of what looks at numbers
+        problem = "not told without its weights: try it" if blind else error.message
+        return Listed(name, numbers, size, problem=problem)
     widths = tuple(dict.fromkeys(block.dim for block in found.blocks))
     return Listed(name, numbers, size, len(found.blocks), widths, found.dim, found.targets)

@@ -124,6 +124,7 @@ class PicturedLM(CausalLM):
         self._recent: deque[Album] = deque(maxlen=KEPT_ALBUMS)
         self._rows: OrderedDict[tuple[Any, ...], array[int]] = OrderedDict()
         self._ready: OrderedDict[tuple[str, ...], dict[str, Tensor]] = OrderedDict()
+        self._ready_bytes = 0
         self.mark, self.picture_id = _mark_of(processor, model.config, name)
         self._require_expressible()
 
@@ -267,11 +268,10 @@ class PicturedLM(CausalLM):
 
     def _keep(self, content: tuple[str, ...], seen: dict[str, Tensor]) -> None:
         """Keep what the model is given of pictures, and no more than there is room for."""
+        self._ready_bytes += _bytes(seen) - _bytes(self._ready.pop(content, {}))
         self._ready[content] = seen
-        self._ready.move_to_end(content)
-        size = sum(_bytes(one) for one in self._ready.values())
-        while size > KEPT_BYTES and len(self._ready) > 1:
-            size -= _bytes(self._ready.popitem(last=False)[1])
+        while self._ready_bytes > KEPT_BYTES and len(self._ready) > 1:
+            self._ready_bytes -= _bytes(self._ready.popitem(last=False)[1])
 
     def _cut(self, row: list[int], number: int, *, whole: bool) -> list[int]:
         last = max((place for place, one in enumerate(row) if one < PAD), default=-1)

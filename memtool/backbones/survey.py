@@ -28,9 +28,6 @@ from torch import Tensor, nn
 from memtool.adapters.convolution import Window
 from memtool.adapters.layout import SLICES, Site
 
-Read = Callable[[nn.Module, Tensor], Tensor]
-"""The pooled features (b, dim) that a model sees in pixels (b, 3, size, size)."""
-
 Channels = Literal["first", "last"]
 
 _FUSED = frozenset(
@@ -62,6 +59,23 @@ _SAME_CONV = ("timm.layers.conv2d_same.Conv2dSame",)
 
 
 @dataclass(frozen=True)
+class Reading:
+    """How a model reads images, which its library knows and no pass shows.
+
+    `features` gives the pooled features (b, dim) that a model sees in pixels (b, 3, size, size).
+    `candidates` are names of modules that may be blocks. A map whose axes do not tell has its
+    channels first, or last where `channels_last`. `made_for` is the size, pixels a side, that it
+    was made for, and so many `prefix_tokens` come before patches.
+    """
+
+    features: Callable[[nn.Module, Tensor], Tensor]
+    candidates: Sequence[str] = ()
+    channels_last: bool = False
+    made_for: int | None = None
+    prefix_tokens: int = 0
+
+
+@dataclass(frozen=True)
 class Block:
     """A block of a model: its name there, the width of its input, and how that lies."""
 
@@ -74,9 +88,10 @@ class Block:
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer that can be adapted: its name, its sites by target, and the window of a kernel."""
+    """A layer that can be adapted: its name, its block, its sites by target, a kernel's window."""
 
     name: str
+    block: int
     sites: Mapping[str, Site]
     window: Window | None
     pads: bool
@@ -100,7 +115,7 @@ class Survey:
         return tuple(
             layer.sites[target]
             for layer in self.layers
-            if target in layer.sites and layer.sites[target].block == block
+            if layer.block == block and target in layer.sites
         )
 
 
@@ -114,19 +129,16 @@ class _Run:
     mixed: set[str] = field(default_factory=set)
 
 
-def surveyed(
-    model: nn.Module, read: Read, names: Sequence[str], size: int, *, last: bool = False
-) -> Survey:
-    """Survey a model that reads images of `size` pixels a side; `names` are blocks it may have.
+def surveyed(model: nn.Module, reading: Reading, size: int) -> Survey:
+    """Survey a model that reads images of `size` pixels a side.
 
-    Where none of them is one, the outermost members of lists of like modules that are.
-
-    Channels of a map whose axes do not tell are first, or `last`. On the meta device nothing shows
+    Where none of the candidates is a block, the outermost members of lists of like modules that
+    are. A module with several names goes by the first of them. On the meta device nothing shows
     whether windows lie sample after sample: they are taken to. Raises what the model raises, and
     ValueError for one whose features are no vectors.
     """
     one, two = _Run(), _Run()
-    within = {name: model.get_submodule(name) for name in dict.fromkeys((*names, *_listed(model)))}
+    within = _by_first_name(model, (*reading.candidates, *_listed(model)))
     inner = {
         f"{block}.{path}" if path else block: module
         for block, root in within.items()
@@ -139,14 +151,15 @@ def surveyed(
     kept: dict[str, Tensor] = {}
     with torch.no_grad():
         with _watched(within, inner, one, partial(_keep, kept)):
-            read(model, pixels[:1])
+            reading.features(model, pixels[:1])
         with _watched(within, inner, two, partial(_compare, kept, two)):
-            features = read(model, pixels)
+            features = reading.features(model, pixels)
     if features.ndim != 2 or len(features) != 2:
         raise ValueError(f"its features are of shape {tuple(features.shape)}")
     able = [name for name in two.order if name in within and _is_a_block(name, one, two)]
-    chosen = [name for name in able if name in names] or able
-    blocks = [_block(name, two.inputs[name], last=last) for name in _outermost(chosen)]
+    chosen = [name for name in able if name in reading.candidates] or able
+    outermost = _outermost({name: within[name] for name in chosen})
+    blocks = [_block(name, two.inputs[name], last=reading.channels_last) for name in outermost]
     left_out: dict[str, str] = {}
     found: list[tuple[int, str, nn.Module]] = []
     for number, block in enumerate(blocks):
@@ -174,8 +187,16 @@ def block_names(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     return [*found]
 
 
-def _outermost(names: Sequence[str]) -> list[str]:
-    return [name for name in names if not any(name.startswith(f"{one}.") for one in names)]
+def _by_first_name(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
+    found: dict[nn.Module, str] = {}
+    for name in names:
+        found.setdefault(model.get_submodule(name), name)
+    return {name: module for module, name in found.items()}
+
+
+def _outermost(modules: Mapping[str, nn.Module]) -> list[str]:
+    inside = {part for one in modules.values() for part in one.modules() if part is not one}
+    return [name for name, module in modules.items() if module not in inside]
 
 
 def _listed(model: nn.Module) -> list[str]:
@@ -305,7 +326,7 @@ def _named(
                     sites[part] = Site(number, name, part, wide, each, place * each, rows)
             else:
                 sites[target] = Site(number, name, "", wide, rows, 0, rows)
-        layers.append(Layer(name, sites, window, pads))
+        layers.append(Layer(name, number, sites, window, pads))
         targets |= dict.fromkeys(sites)
     return tuple(layers), tuple(targets)
 

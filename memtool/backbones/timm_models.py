@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from memtool.backbones.as_written import AsWritten
 from memtool.backbones.interface import Backbone
-from memtool.backbones.survey import block_names
+from memtool.backbones.listing import near
+from memtool.backbones.survey import Reading, block_names
 from memtool.backbones.vit import VitBackbone, check_image_size, is_plain
 from memtool.backbones.vit_weights import load_vit_weights
 from memtool.backbones.weight_files import drawn_alike, opened
@@ -31,11 +31,9 @@ def create_timm(settings: BackboneSettings, model: str) -> Backbone:
     import timm
 
     if not timm.is_model(model):
-        name = model.partition(".")[0]
-        near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.3)
         raise ConfigError(
             f"timm has no model {model!r}",
-            expected=did_you_mean(model, near or ["vit_tiny_patch16_224"]),
+            expected=did_you_mean(model, near(model)),
             remedy="memtool backbones FILTER lists them",
         )
     with drawn_alike():
@@ -54,14 +52,10 @@ def create_timm(settings: BackboneSettings, model: str) -> Backbone:
     return AsWritten(
         built,
         settings.name,
-        read=read_timm,
-        names=blocks_of(built),
+        reading_of(built),
         image_size=settings.image_size,
         mean=mean,
         std=std,
-        prefix_tokens=getattr(built, "num_prefix_tokens", 0),
-        last=getattr(built, "output_fmt", "NCHW") == "NHWC",
-        native=cfg["input_size"][-1],
     )
 
 
@@ -81,8 +75,6 @@ def build_timm(model: str, size: int | None, *, fetch: bool = False) -> Any:
                 return timm.create_model(model, pretrained=fetch, num_classes=0, **sized)
             except TypeError:  # a ConvNet takes images of any size
                 return timm.create_model(model, pretrained=fetch, num_classes=0)
-        except NotImplementedError:  # a RuntimeError: what looks at numbers on the meta device
-            raise
         except (OSError, *_REFUSALS) as error:
             if fetch and isinstance(error, OSError | RuntimeError):
                 raise NotFoundError(
@@ -91,17 +83,25 @@ def build_timm(model: str, size: int | None, *, fetch: bool = False) -> Any:
                 ) from error
             native = timm.models.get_pretrained_cfg(model)
             made_for = 224 if native is None else native.input_size[-1]
+            of_size = "" if size is None else f" for images of {size} pixels"
             raise ConfigError(
-                f"timm's {model} cannot be built for images of {size} pixels: {error}",
+                f"timm's {model} cannot be built{of_size}: {error}",
                 expected=f"images of {made_for} pixels, for which it was made",
                 remedy=f"--set backbone.image_size={made_for}",
             ) from error
 
 
-def read_timm(model: nn.Module, pixels: Tensor) -> Tensor:
-    """The pooled features (b, dim) of a model without its classifier."""
-    features: Tensor = model(pixels)
-    return features
+def reading_of(model: nn.Module) -> Reading:
+    """How a model of timm without its classifier reads images."""
+    from timm.data import resolve_model_data_config
+
+    return Reading(
+        lambda model, pixels: model(pixels),
+        blocks_of(model),
+        channels_last=getattr(model, "output_fmt", "NCHW") == "NHWC",
+        made_for=resolve_model_data_config(model)["input_size"][-1],
+        prefix_tokens=getattr(model, "num_prefix_tokens", 0),
+    )
 
 
 def blocks_of(model: nn.Module) -> list[str]:

@@ -69,10 +69,10 @@ def _told(stream: Stream) -> Stream:
 def _opened(settings: StreamSettings, image_size: int, *, drawn: bool = True) -> Stream:
     from memtool.streams.likeness import made_alike, require_able
 
+    require_able(settings)
     if settings.setting == "trace":
         from memtool.streams.text import open_text_stream
 
-        require_able(settings)
         return open_text_stream(settings)
     from memtool.streams.cuts import cut
     from memtool.streams.sources import templates

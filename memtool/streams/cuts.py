@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from memtool.errors import ConfigError, DataError, did_you_mean
 from memtool.settings import HOLDS_OUT, StreamSettings
-from memtool.streams.groups import Group, common_tests, groups_of
+from memtool.streams.groups import Group, groups_of, rows_in_common
 from memtool.streams.ordering import (
     balanced,
     held_back,
@@ -63,8 +63,9 @@ def cut(
         )
     groups = groups_of(table, settings)
     is_test = _test_rows(table, settings)
+    in_common = rows_in_common(table, settings.setting)
     tasks = tuple(
-        _task(table, settings, is_test, number, group)
+        _task(table, settings, is_test, in_common, number, group)
         for number, group in enumerate(groups, start=1)
     )
     if templates:
@@ -84,14 +85,14 @@ def cut(
         class_names=table.class_names,
         fingerprint=_fingerprint(table, settings, groups),
         held_out=held_out,
-        notes=_notes(table, settings, is_test, groups, held_out),
+        notes=_notes(table, is_test, in_common, groups, held_out),
     )
 
 
 def _notes(
     table: Table,
-    settings: StreamSettings,
     is_test: npt.NDArray[np.bool_],
+    in_common: npt.NDArray[np.bool_],
     groups: Sequence[Group],
     held_out: Task | None,
 ) -> tuple[str, ...]:
@@ -104,7 +105,7 @@ def _notes(
     if table.content is None:
         return tuple(notes)
     used = np.any([group.rows(table) for group in groups], axis=0)
-    used |= np.isin(np.asarray(table.domains), common_tests(table, settings.setting))
+    used |= in_common
     if held_out is not None:
         is_test = np.asarray(table.domains) == table.domain_names.index(held_out.name)
     test, train = table.content[used & is_test], table.content[used & ~is_test]
@@ -170,15 +171,15 @@ def _task(
     table: Table,
     settings: StreamSettings,
     is_test: npt.NDArray[np.bool_],
+    in_common: npt.NDArray[np.bool_],
     number: int,
     group: Group,
 ) -> Task:
     inside = group.rows(table)
     train = np.flatnonzero(inside & ~is_test)
     test = np.flatnonzero(inside & is_test)
-    common = common_tests(table, settings.setting)
-    if common and not len(test):
-        test = np.flatnonzero(group.of_classes(table) & np.isin(np.asarray(table.domains), common))
+    if not len(test):
+        test = np.flatnonzero(group.of_classes(table) & in_common)
     ranks = random_ranks(len(table), "subset", settings.seed)
     test_ranks = random_ranks(len(table), "subset", _test_seed(settings))
 
@@ -206,9 +207,9 @@ def _task(
     if settings.split == "validation":
         test = validation
     present = np.union1d(table.labels[train], table.labels[test]).tolist()
-    classes = group.classes if group.domain is None else None
-    if classes is None:
-        classes = tuple(one for one in group.classes or present if one in present)
+    classes = group.classes or tuple(present)
+    if group.domain is not None:
+        classes = tuple(one for one in classes if one in present)
     return Task(
         number=number,
         name=group.name,

@@ -16,11 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from memtool.errors import ConfigError, DataError
-from memtool.settings import StreamSettings
+from memtool.settings import BY_DOMAIN, StreamSettings
 from memtool.streams.ordering import named_places, random_ranks
 from memtool.streams.table import Table
 
-_OF_DOMAINS = ("dil", "dg", "dgcl", "xtail")
 _TESTED_IN_COMMON = ("dil", "vil", "mtl")
 _AGAIN = (
     "--set stream.setting=vil --set stream.order=none, where labels come again with another domain"
@@ -65,10 +64,17 @@ def groups_of(table: Table, settings: StreamSettings) -> list[Group]:
         case "mtl":
             with_domains = table.domains is not None and settings.splits is None
             return _domains(table, settings) if with_domains else _classes(table, settings)
-        case setting if setting in _OF_DOMAINS:
+        case setting if setting in BY_DOMAIN:
             return _domains(table, settings)
         case _:
             return _classes(table, settings)
+
+
+def rows_in_common(table: Table, setting: str) -> npt.NDArray[np.bool_]:
+    """Mask (n,) of the rows of the domains of `common_tests`."""
+    if table.domains is None:
+        return np.zeros(len(table), dtype=np.bool_)
+    return np.isin(table.domains, common_tests(table, setting))
 
 
 def common_tests(table: Table, setting: str) -> tuple[int, ...]:

@@ -28,12 +28,11 @@ def made_alike(stream: Stream, settings: StreamSettings) -> Stream:
     image. By "others" the same, but the first task learns from one half of its training images, and
     the other half comes again: at 1 a task is revisited. By "looks" every image of the last task is
     a blend, pixel by pixel, with an image of its class of the first, whose share it is; labels and
-    numbers of images stay. Raises ConfigError for a stream that has no first and last task, and by
-    looks for one whose tasks do not share their classes.
+    numbers of images stay. `require_able` has said that it can be so. Raises ConfigError for a
+    stream that has no first and last task.
     """
     if settings.alike == 0:
         return stream
-    require_able(settings)
     tasks = stream.tasks
     if len(tasks) < 2:
         raise ConfigError(

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from memtool.errors import DataError, NotFoundError, did_you_mean
 from memtool.paths import expand
-from memtool.settings import StreamSettings
+from memtool.settings import BY_DOMAIN, StreamSettings
 from memtool.streams.chain import ChainSource
 from memtool.streams.description import Description, folder_of, is_folder, read_description
 from memtool.streams.folder import FolderSource, Layout
@@ -108,7 +108,7 @@ def task_names(settings: StreamSettings) -> list[str]:
     Empty for a stream of class groups and for a description that does not name its domains.
     Errors as `find_source`.
     """
-    of_domains = settings.setting in ("dil", "dg", "dgcl", "xtail")
+    of_domains = settings.setting in BY_DOMAIN
     if not of_domains and (settings.setting != "mtl" or settings.splits is not None):
         return []
     if settings.order:

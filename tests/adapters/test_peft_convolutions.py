@@ -24,6 +24,7 @@ from memtool.adapters.recalls import every
 from memtool.adapters.stock import OneAdapter, mixed, united
 from memtool.adapters.values import AdapterValues
 from memtool.backbones.as_written import AsWritten
+from memtool.backbones.survey import Reading
 from memtool.errors import CorruptError, MismatchError
 
 ALPHA = 6.0
@@ -67,7 +68,7 @@ def read(model: nn.Module, pixels: Tensor) -> Tensor:
 
 def wrapped() -> AsWritten:
     half = [0.5] * 3
-    return AsWritten(small(), "small", read=read, names=(), image_size=16, mean=half, std=half)
+    return AsWritten(small(), "small", Reading(read), image_size=16, mean=half, std=half)
 
 
 def pixels() -> Tensor:
@@ -182,7 +183,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     for block in other.blocks:
         block.point = nn.Conv2d(8, 12, 3, padding=1).double()
     half = [0.5] * 3
-    wide = AsWritten(other, "other", read=read, names=(), image_size=16, mean=half, std=half)
+    wide = AsWritten(other, "other", Reading(read), image_size=16, mean=half, std=half)
     with pytest.raises(MismatchError, match=r"lora_A of blocks.\d.point .*\n.*\(rank, 8, 3, 3\)"):
         read_peft(folder, wide.all_sites)
     data = (folder / WEIGHTS_NAME).read_bytes().replace(b"[12,4,1,1]", b"[12,4,1,2]")

@@ -18,7 +18,7 @@ from memtool.adapters.recalls import chosen, every
 from memtool.adapters.side_by_side import side_by_side
 from memtool.adapters.values import AdapterValues, Recall
 from memtool.backbones.as_written import AsWritten
-from memtool.backbones.timm_models import blocks_of, read_timm
+from memtool.backbones.timm_models import reading_of
 from memtool.errors import MismatchError
 
 VIT: dict[str, Any] = {"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 2}
@@ -87,17 +87,7 @@ def built(family: str) -> nn.Module:
 def wrapped(family: str) -> AsWritten:
     model = copy.deepcopy(built(family))
     half, size = [0.5] * 3, FAMILIES[family][2]
-    return AsWritten(
-        model,
-        family,
-        read=read_timm,
-        names=blocks_of(model),
-        image_size=size,
-        mean=half,
-        std=half,
-        prefix_tokens=getattr(model, "num_prefix_tokens", 0),
-        last=getattr(model, "output_fmt", "") == "NHWC",
-    )
+    return AsWritten(model, family, reading_of(model), image_size=size, mean=half, std=half)
 
 
 def pixels(family: str, count: int = 3) -> Tensor:

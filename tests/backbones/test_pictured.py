@@ -16,6 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from memtool.adapters.layout import Layout
 from memtool.adapters.recalls import every
 from memtool.adapters.values import AdapterValues
+from memtool.backbones import pictured
 from memtool.backbones.causal_lm import PAD, create_causal_lm
 from memtool.backbones.footprint import footprint_of
 from memtool.backbones.pictured import KEPT_ALBUMS, PicturedLM
@@ -29,6 +30,7 @@ from tests.backbones.tiny_lm import write_tiny
 from tests.backbones.tiny_vlm import (
     MARK,
     PLACES,
+    SIDE,
     picture,
     tiny_idefics3,
     tiny_llava,
@@ -270,6 +272,39 @@ def test_what_cannot_be_seen_is_refused(tmp_path: Path) -> None:
     several = with_pictures([MARK * 2], [[picture(1), picture(2)]])
     with pytest.raises(ConfigError, match="beams"):
         lm.generate(lm.encode(several).tokens, most=2, beams=2)
+
+
+class Counted:
+    """A picture that tells `read` when it is decoded."""
+
+    def __init__(self, seed: int, read: list[int]) -> None:
+        self.name = self.sha256 = f"picture {seed}"
+        self.seed, self.read = seed, read
+
+    def rgb(self) -> Image.Image:
+        self.read.append(self.seed)
+        return picture(self.seed)
+
+
+@pytest.mark.parametrize(("room", "ready"), [(0, [4]), (2, [1, 4]), (3, [3, 1, 4])])
+def test_pictures_that_there_is_no_room_for_are_made_ready_again(
+    room: int, ready: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    texts = [MARK, MARK, MARK, f"{MARK}a", MARK]
+    pictures = [Counted(seed, read) for seed in (1, 2, 3, 1, 4)]
+    prompts = [Prompt(text, [one]) for text, one in zip(texts, pictures, strict=True)]
+    whole = build()
+    plain = whole.logits(whole.encode(prompts).tokens)
+    monkeypatch.setattr(pictured, "KEPT_BYTES", room * SIDE * SIDE * 3 * 4)
+    lm = build()
+    tokens = lm.encode(prompts).tokens
+    assert torch.equal(lm.logits(tokens), plain)
+    read.clear()
+    lm.logits(tokens[-len(ready) :])
+    assert not read
+    lm.logits(tokens[1:2])
+    assert read == [2]
 
 
 def test_a_model_of_text_alone_refuses_pictures(tmp_path: Path) -> None:

@@ -10,38 +10,23 @@ import torch
 from PIL import Image
 from tokenizers import AddedToken
 from transformers import (
-    CLIPImageProcessor,
-    CLIPVisionConfig,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     Idefics3ImageProcessor,
     Idefics3Processor,
-    LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
 )
 
+from benchmarks.small_llava import MARK, PATCH, SIDE, small_config, small_processor
 from tests.backbones.tiny_lm import tiny_config, tiny_tokenizer
 
-SIDE, PATCH = 24, 8
 PLACES = (SIDE // PATCH) ** 2
-MARK = "<image>"
 
 
 def tiny_processor(side: int = SIDE, patch: int = PATCH) -> LlavaProcessor:
     """Pictures of `side` pixels; one token a character, and one for the places of a picture."""
-    tokenizer = tiny_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken(MARK)]})
-    images = CLIPImageProcessor(
-        size={"shortest_edge": side}, crop_size={"height": side, "width": side}
-    )
-    return LlavaProcessor(
-        images,
-        tokenizer,
-        patch_size=patch,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    )
+    return small_processor(tiny_tokenizer(), side=side, patch=patch)
 
 
 def tiny_llava(*, seed: int = 0, **changes: object) -> LlavaForConditionalGeneration:
@@ -49,21 +34,7 @@ def tiny_llava(*, seed: int = 0, **changes: object) -> LlavaForConditionalGenera
     text = tiny_config("llama", **{"max_position_embeddings": 128, **changes})
     token = text.vocab_size
     text.vocab_size += 1
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=SIDE,
-            patch_size=PATCH,
-            projection_dim=16,
-        ),
-        text_config=text,
-        image_token_index=token,
-        image_seq_length=PLACES,
-        vision_feature_layer=-1,
-    )
+    config = small_config(text, mark=token, width=16, intermediate_size=24)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = LlavaForConditionalGeneration(config)

@@ -24,14 +24,14 @@ from memtool.methods import merge as merging
 from memtool.methods.about import said_by
 from memtool.methods.forget import chosen, forget, looked_under
 from memtool.methods.in_store import HEAD
-from memtool.methods.mira.look import ImageLook, passes_of
+from memtool.methods.mira.look import ImageLook, passes_of, width_of
 from memtool.methods.mira.method import Mira
 from memtool.methods.mira.state import MEMORY, MemoryState
 from memtool.sections import MemorySettings
 from memtool.settings import HeadSettings
 from memtool_cli.plan import _image_cost
 from tests.cli.conftest import inside
-from tests.methods.conftest import small_config
+from tests.methods.conftest import learn, small_config
 
 FIRST = {
     "memory__look_at": ("final",),
@@ -208,10 +208,10 @@ def test_what_is_too_wide_is_projected_as_texts_are(learned) -> None:
     settings = MemorySettings(look_at=("blocks", "final"), look_under="both")
     own = learned.snapshot().own_values(1, work.engine.device)
     look = ImageLook(backbone, settings, None, own)
-    assert (look.width, look.narrow) == (10 * backbone.dim, None)
+    assert (width_of(settings, backbone, ()), look.narrow) == (10 * backbone.dim, None)
     backbone.dim = 300  # as wide as a larger model
     wide = ImageLook(backbone, settings, None, own)
-    assert wide.width == MOST_WIDE
+    assert width_of(settings, backbone, ()) == MOST_WIDE
     torch.testing.assert_close(wide.narrow, directions(3000, MOST_WIDE, torch.device("cpu")))
     part = torch.randn(3, 3000)
     torch.testing.assert_close(wide._joined([part]), part @ wide.narrow)
@@ -465,3 +465,24 @@ def test_what_was_counted_one_way_is_not_asked_another_way(
     mira = opened(folder, tmp_path, **{**FIRST, **changes})
     with pytest.raises(ConfigError, match=match):
         mira.consolidate()
+
+
+def test_memories_in_blocks_of_several_widths_are_refused_before_anything_is_trained(
+    tmp_path: Path,
+) -> None:
+    convnet = {
+        "backbone__name": "timm:test_convnext",
+        "backbone__weights": "random",
+        "backbone__targets": ("fc1",),
+        "memory__scope": "block",
+    }
+    with pytest.raises(ConfigError, match="adapted blocks are 24, 32, 48, 64 wide") as refused:
+        Mira.open(small_config(tmp_path, **convnet), seed=0).adapt("1")
+    assert refused.value.remedy is not None
+    (key, named) = refused.value.remedy.rpartition("--set ")[2].split("=")
+    assert key == "memory.blocks"
+    blocks = tuple(map(int, named.split(",")))
+    config = small_config(tmp_path, **convnet, memory__blocks=blocks)
+    memory = learn(Mira.open(config, seed=0), tasks=1).snapshot().model.memory
+    assert memory.blocks == blocks
+    assert len({memory[block].query.width for block in blocks}) == 1

@@ -1,7 +1,8 @@
-"""Settings and surroundings: init, config, doctor."""
+"""Settings and surroundings: init, config, backbones, doctor."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import os
 import sys
@@ -178,19 +179,7 @@ def backbones(
         told = f"{len(names)} models: their targets are told of {MOST} at most"
         call.out.note(f"{told}, memtool backbones FILTER")
         return
-    rows = [
-        BackboneRow(
-            name=f"timm:{one.name}",
-            parameters=one.parameters,
-            image_size=one.size,
-            blocks=one.blocks,
-            widths=one.widths,
-            dim=one.dim,
-            targets=one.targets,
-            problem=one.problem,
-        )
-        for one in described(names)
-    ]
+    rows = [BackboneRow(**dataclasses.asdict(one)) for one in described(names)]
     table = Table(
         ("backbone.name", "parameters", "image size", "blocks", "widths", "targets"),
         [

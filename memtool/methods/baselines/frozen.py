@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from memtool.heads import LinearHead
 from memtool.methods.baselines.reading import (
     TITLES,
     ClosedForms,
+    Predict,
     Reading,
     accuracies,
     random_reading,
@@ -45,18 +46,9 @@ def frozen(work: Workspace, tasks: Sequence[Task]) -> list[Row]:
         train_head(work, head, features, task)
         trained += time.perf_counter() - begin
         for reading in readings:
-            linear = reading == "linear"
-            predict = head.classifier().to("cpu") if linear else closed.solve(reading)
+            predict = _predictor(reading, closed, head)
             courses[reading].add(number, accuracies(predict, test, samples))
-    return [
-        course.row(
-            f"frozen-{reading}",
-            f"frozen + {TITLES[reading]}",
-            "baseline",
-            seconds=spent + trained if reading == "linear" else spent,
-        )
-        for reading, course in courses.items()
-    ]
+    return _rows(courses, spent, trained)
 
 
 def frozen_at_once(work: Workspace, tasks: Sequence[Task]) -> list[Row]:
@@ -67,20 +59,34 @@ def frozen_at_once(work: Workspace, tasks: Sequence[Task]) -> list[Row]:
     closed = ClosedForms(work, len(tasks))
     for task, features in zip(tasks, train, strict=True):
         closed.count(features, task)
+    begin = time.perf_counter()
     head = LinearHead(work.backbone.dim, len(work.stream.class_names))
     train_head(work, head, torch.cat(train), Task.pooled(tasks))
     trained = time.perf_counter() - begin
-    test = [frozen_features(work, task.test) for task in tasks]
-    rows = []
-    for reading in (*_READINGS, *random_reading(work)):
-        linear = reading == "linear"
-        predict = head.classifier().to("cpu") if linear else closed.solve(reading)
-        course = Course(tasks, None)
-        course.add(len(tasks), accuracies(predict, test, [task.test for task in tasks]))
-        seconds = trained if linear else spent
-        label = f"frozen + {TITLES[reading]}"
-        rows.append(course.row(f"frozen-{reading}", label, "baseline", seconds=seconds))
-    return rows
+    samples = [task.test for task in tasks]
+    test = [frozen_features(work, each) for each in samples]
+    courses = {reading: Course(tasks, None) for reading in (*_READINGS, *random_reading(work))}
+    for reading, course in courses.items():
+        predict = _predictor(reading, closed, head)
+        course.add(len(tasks), accuracies(predict, test, samples))
+    return _rows(courses, spent, trained)
+
+
+def _predictor(reading: Reading, closed: ClosedForms, head: LinearHead) -> Predict:
+    return head.classifier().to("cpu") if reading == "linear" else closed.solve(reading)
+
+
+def _rows(courses: Mapping[Reading, Course], spent: float, trained: float) -> list[Row]:
+    """A row a reading, of features that took so long and a linear head that took so long."""
+    return [
+        course.row(
+            f"frozen-{reading}",
+            f"frozen + {TITLES[reading]}",
+            "baseline",
+            seconds=spent + trained if reading == "linear" else spent,
+        )
+        for reading, course in courses.items()
+    ]
 
 
 def frozen_features(work: Workspace, samples: Images) -> Tensor:

@@ -88,12 +88,13 @@ class OfHeads(Testing):
 
     def at_all_times(self) -> None:
         """One line, repeated."""
-        for number, scores in enumerate([self._read(0, ["fixed"])] * len(self.tasks), start=1):
+        scores = self._read(0, ["fixed"])["fixed"]
+        for number in range(1, len(self.tasks) + 1):
             self.courses["fixed"].add(number, scores)
 
-    def _read(self, number: int, readings: Sequence[Reading]) -> list[float]:
-        """Every reading after so many tasks; the scores of the last."""
-        row: list[float] = []
+    def _read(self, number: int, readings: Sequence[Reading]) -> dict[Reading, list[float]]:
+        """The scores after so many tasks, by reading."""
+        found: dict[Reading, list[float]] = {}
         samples = [task.test for task in self.courses[readings[0]].tested]
         test = [self.learner.features_of(each) for each in samples]
         for reading in readings:
@@ -101,9 +102,9 @@ class OfHeads(Testing):
                 predict = self.learner.objective.classifier().to("cpu")
             else:
                 predict = self.closed.solve(reading)
-            row = accuracies(predict, test, samples)
-            self.courses[reading].add(number, row)
-        return row
+            found[reading] = accuracies(predict, test, samples)
+            self.courses[reading].add(number, found[reading])
+        return found
 
     def rows(self, seconds: float) -> list[Row]:
         """A row a reading; that of the learner's own head has its name."""

@@ -36,6 +36,7 @@ from memtool.methods.mira.count import count_queries, count_task
 from memtool.methods.mira.inventory import Inventory, inventory_of
 from memtool.methods.mira.keys import Draws, start_keys
 from memtool.methods.mira.learn import learn
+from memtool.methods.mira.look import width_of
 from memtool.methods.mira.measure import Measure, drift_degrees
 from memtool.methods.mira.protect import Protection
 from memtool.methods.mira.read import DECODERS, add_decoders, decoders_bytes
@@ -122,8 +123,8 @@ def _count(known: Inventory) -> None:
     work, settings = known.work, known.config.memory
     # A memory without content, for its query modules: what would each block be asked?
     blocks = memory_blocks(settings, work.backbone, work.layout.blocks)
-    look = known.look
-    probe = _memory(known, torch.zeros(len(blocks), 1, look.width + settings.key_bias))
+    width = width_of(settings, work.backbone, blocks)
+    probe = _memory(known, torch.zeros(len(blocks), 1, width + settings.key_bias))
     probe = probe.to(work.engine.device).requires_grad_(False)
     beneath = known.snapshot.model if known.config.adapter.residual else None
     queries, features = known.queries, known.features
@@ -131,7 +132,7 @@ def _count(known: Inventory) -> None:
     def seen(task: Task, on: MemoryModel | None) -> tuple[FeatureStatistics, Tensor]:
         own = known.snapshot.own_values(task.number, work.engine.device)
         found, asked = count_task(
-            work.engine, work.backbone, probe, look, settings, own, task.train, on
+            work.engine, work.backbone, probe, known.look, settings, own, task.train, on
         )
         return work.counted(found, task.train), asked
 
@@ -303,7 +304,7 @@ def _memory(known: Inventory, keys: Tensor, settings: MemorySettings | None = No
     memory = KeyedMemory.from_settings(
         settings,
         blocks,
-        known.look.width,
+        width_of(settings, work.backbone, blocks),
         keys,
         prefix_tokens=work.backbone.prefix_tokens,
         norms=first_norms(settings, work.backbone, blocks),

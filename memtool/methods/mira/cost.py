@@ -10,6 +10,7 @@ from memtool.backbones.interface import Backbone
 from memtool.learning.looks import PART_WIDE, PromptLook
 from memtool.methods.mira.look import passes_of, width_of
 from memtool.methods.mira.read import decoder_width, read_numbers
+from memtool.methods.mira.recall import memory_blocks
 from memtool.settings import Config
 from memtool.streams.task import Stream
 
@@ -41,8 +42,8 @@ def image_cost(config: Config, stream: Stream, backbone: Backbone, layout: Layou
     """The cost of a memory of all tasks of a stream, of adapters of a layout."""
     memory, blocks = config.memory, len(layout.blocks)
     passes = passes_of(memory, config.head, backbone.depth)
-    width = width_of(memory, backbone)
-    memories = 1 if memory.scope == "model" else len(memory.blocks or range(blocks))
+    asked = memory_blocks(memory, backbone, layout.blocks)
+    width, memories = width_of(memory, backbone, asked), len(asked)
     by_class = memory.keys_of == "class"
     counted = [len(task.classes) if by_class else 1 for task in stream.tasks]
     rows = len(stream.tasks) * config.adapter.per_task * max(counted)

@@ -57,23 +57,25 @@ def passes_of(settings: MemorySettings, head: HeadSettings, depth: int) -> dict[
     return {**shares, **dict.fromkeys(read, 1.0)}
 
 
-def width_of(settings: MemorySettings, backbone: Backbone) -> int:
-    """Entries of a query, without the constant, over a model.
+def width_of(settings: MemorySettings, backbone: Backbone, blocks: Sequence[int]) -> int:
+    """Entries of a query, without the constant, of a memory in each of `blocks`, or of one for all.
 
     Raises ConfigError for a block that is not there, and where memories in blocks differ in width.
     """
     if settings.scope == "model":
         return min(MOST_WIDE, len(looked_under(settings)) * _wide(settings, backbone))
-    asked = settings.blocks or range(backbone.depth)
-    widths = {backbone.block_dim(block) for block in asked}
-    if len(widths) > 1:
+    of_width: dict[int, list[int]] = {}
+    for block in blocks:
+        of_width.setdefault(backbone.block_dim(block), []).append(block)
+    if len(of_width) > 1:
+        (alike, *_) = sorted(of_width.values(), key=len, reverse=True)
         raise ConfigError(
-            f"memory.scope {settings.scope} over {backbone.name}, whose blocks are "
-            f"{', '.join(map(str, sorted(widths)))} wide",
+            f"memory.scope {settings.scope} over {backbone.name}, whose adapted blocks are "
+            f"{', '.join(map(str, sorted(of_width)))} wide",
             expected="blocks of one width, or one memory for all",
-            remedy="--set memory.scope=model",
+            remedy=f"--set memory.scope=model, or --set memory.blocks={','.join(map(str, alike))}",
         )
-    return widths.pop()
+    return next(iter(of_width))
 
 
 def _wide(settings: MemorySettings, backbone: Backbone) -> int:
@@ -127,7 +129,6 @@ class ImageLook(nn.Module):
         if self.first is None and "first" in (*self.under, *self.beside):
             raise no_first_adapter()
         wide = len(self.under) * _wide(settings, backbone) if self.places else 0
-        self.width = width_of(settings, backbone)
         narrow = None
         if wide > MOST_WIDE:
             narrow = directions(wide, MOST_WIDE, torch.device("cpu")).clone()

@@ -33,7 +33,6 @@ from memtool.evaluation.record import (
     Row,
 )
 from memtool.learning.known import frozen_scores, is_fixed, learned_under
-from memtool.learning.looks import blocks_in, each_place
 from memtool.methods.attached import AttachedAdapters, AttachedImages
 from memtool.methods.export import require_new
 from memtool.methods.in_store import classes_of
@@ -42,10 +41,11 @@ from memtool.methods.method import Method, newest_after_each
 from memtool.methods.mira.attached import AttachedMixture
 from memtool.methods.mira.consolidate import consolidate, require_can_learn
 from memtool.methods.mira.inventory import consolidated_before
+from memtool.methods.mira.look import width_of
 from memtool.methods.mira.maps import key_map, weight_map
 from memtool.methods.mira.measure import Measure, drift, seen_by
 from memtool.methods.mira.read import DECODERS
-from memtool.methods.mira.recall import MemoryModel
+from memtool.methods.mira.recall import MemoryModel, memory_blocks
 from memtool.methods.mira.recalled import coefficients_for, recalled_adapter, require_whole
 from memtool.methods.mira.state import QUERY_MODULES, MemoryState, Snapshot
 from memtool.methods.outcome import predicted, share_right
@@ -109,10 +109,9 @@ class Mira(Method):
 
     def require_able(self) -> None:
         """As `Method.require_able`: key learning, the blocks that are looked at, and the head."""
-        memory, depth = self.config.memory, self.workspace.backbone.depth
+        memory, backbone = self.config.memory, self.workspace.backbone
         require_can_learn(self.config)
-        if memory.scope == "model":
-            blocks_in(each_place(memory.places, depth), depth, remedy="final")
+        width_of(memory, backbone, memory_blocks(memory, backbone, self.workspace.layout.blocks))
         self.workspace.require_fitting(())
 
     def _beneath(self, task: Task) -> tuple[MemoryModel | None, str]:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from memtool.adapters.peft_tensors import WEIGHTS_NAME, place_of, tensor_name
 from memtool.backbones.answering import without_answers
-from memtool.backbones.causal_lm import PAD, CausalLM, EncodedTexts, model_source
+from memtool.backbones.causal_lm import PAD, CausalLM, EncodedTexts, model_source, without_bars
 from memtool.backbones.pictured import reads_pictures
 from memtool.errors import ConfigError
 from memtool.evaluation.matrix import AccuracyMatrix
@@ -226,23 +226,17 @@ def _name_as_peft(folder: Path) -> None:
         save_file({names[name]: tensor for name, tensor in tensors.items()}, file)
 
 
+@without_bars()
 def load_base(work: Workspace) -> Any:
     """The model of a workspace as `transformers` has it, on the device."""
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    had_bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            model_source(work.config.backbone),
-            dtype=work.dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
-    finally:
-        if had_bars:
-            logging.enable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(
+        model_source(work.config.backbone),
+        dtype=work.dtype,
+        use_safetensors=True,
+        trust_remote_code=False,
+    )
     return model.eval().to(work.engine.device)
 
 

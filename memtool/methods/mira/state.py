@@ -31,7 +31,7 @@ from memtool.methods.in_store import (
     own_head,
 )
 from memtool.methods.mira.first import first_records, require_same_first, taken_along
-from memtool.methods.mira.look import ImageLook, needs_first
+from memtool.methods.mira.look import ImageLook, needs_first, width_of
 from memtool.methods.mira.protect import Protection
 from memtool.methods.mira.read import DECODERS, load_decoders
 from memtool.methods.mira.recall import MemoryModel, first_norms, memory_blocks, reaches_of
@@ -137,7 +137,7 @@ class Snapshot:
         memory = KeyedMemory.from_settings(
             state.memory,
             blocks,
-            look.width,
+            width_of(state.memory, backbone, blocks),
             torch.from_numpy(keys.copy()),
             prefix_tokens=backbone.prefix_tokens,
             norms=first_norms(state.memory, backbone, blocks),
