@@ -45,7 +45,7 @@ from memtool.methods.mira.inventory import consolidated_before
 from memtool.methods.mira.maps import key_map, weight_map
 from memtool.methods.mira.measure import Measure, drift, seen_by
 from memtool.methods.mira.read import DECODERS
-from memtool.methods.mira.recall import MemoryModel
+from memtool.methods.mira.recall import MemoryModel, memory_blocks
 from memtool.methods.mira.recalled import coefficients_for, recalled_adapter, require_whole
 from memtool.methods.mira.state import QUERY_MODULES, MemoryState, Snapshot
 from memtool.methods.outcome import predicted, share_right
@@ -107,12 +107,16 @@ class Mira(Method):
         return asdict(image_cost(self.config, work.stream, work.backbone, work.layout))
 
     def require_able(self) -> None:
-        """As `Method.require_able`: key learning, the blocks that are looked at, and the head."""
-        memory, depth = self.config.memory, self.workspace.backbone.depth
+        """As `Method.require_able`: key learning, the blocks that are looked at or have a memory,
+        and the head.
+        """
+        work, memory = self.workspace, self.config.memory
+        depth = work.backbone.depth
         require_can_learn(self.config)
         if memory.scope == "model":
             blocks_in(each_place(memory.places, depth), depth, remedy="final")
-        self.workspace.require_fitting(())
+        memory_blocks(memory, work.backbone, work.layout.blocks)
+        work.require_fitting(())
 
     def _beneath(self, task: Task) -> tuple[MemoryModel | None, str]:
         """The consolidated memory, where adapters are residual; none before the first task."""
