@@ -52,8 +52,8 @@ def names_of(wanted: str | None) -> list[str]:
         near = difflib.get_close_matches(wanted, every, n=5, cutoff=0.3)
         raise NotFoundError(
             f"timm has no model {wanted!r}",
-            expected=did_you_mean(wanted, near or ["resnet18"]),
-            remedy="memtool backbones lists all names",
+            expected=did_you_mean(wanted, near) if near else "a name, a part of one, or a pattern",
+            remedy="memtool backbones, which lists all names; or memtool backbones 'resnet1*'",
         )
     return found
 
