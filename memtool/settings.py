@@ -54,7 +54,9 @@ class BackboneSettings(Settings):
     """The frozen model."""
 
     name: str = Field(
-        "nano", description="nano, timm:<model name>, open_clip:<model name> or hf:<id or path>"
+        "nano",
+        description="nano, timm:<model name>, open_clip:<model name>, open_clip_image:<model name> "
+        "or hf:<id or path>",
     )
     weights: Path | Literal["random"] | None = Field(
         None,
