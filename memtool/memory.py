@@ -184,17 +184,17 @@ def load(
     one's own is named here. Raises NotFoundError for a memory that is not there, does not say what
     it was made with, or was made with a method that is not installed.
 
-    >>> memory = load("memory@good")
-    >>> memory
-    <Memory ...memory@...: mira on nano, 2 adapters>
-    >>> [record.name for record in memory.adapters]
-    ['task-1-seed-0', 'task-2-seed-0']
-    >>> memory.classes[:3], memory.reads
-    (('0', '1', '2'), 'images')
-    >>> load("memory@better")
-    Traceback (most recent call last):
-    ...
-    memtool_stores.errors.NotFoundError: ...
+        >>> memory = load("memory@good")
+        >>> memory
+        <Memory ...memory@...: mira on nano, 2 adapters>
+        >>> [record.name for record in memory.adapters]
+        ['task-1-seed-0', 'task-2-seed-0']
+        >>> memory.classes[:3], memory.reads
+        (('0', '1', '2'), 'images')
+        >>> load("memory@better")
+        Traceback (most recent call last):
+        ...
+        memtool_stores.errors.NotFoundError: ...
     """
     address, version = split_store(str(store))
     opened = MemoryStore.open(address)

@@ -52,19 +52,19 @@ def names_of(wanted: str | None) -> list[str]:
     if not found:
         raise NotFoundError(
             f"timm has no model {wanted!r}",
-            expected=did_you_mean(wanted, near(wanted)),
-            remedy="memtool backbones lists all names",
+            expected=like(wanted),
+            remedy="memtool backbones, which lists all names; or memtool backbones 'resnet1*'",
         )
     return found
 
 
-def near(wanted: str) -> list[str]:
-    """Some names of timm that are like one that it does not know, whatever weights this names."""
+def like(wanted: str) -> str:
+    """What to say of a name that timm does not know, whatever weights this names: those near it."""
     import timm
 
     name = wanted.partition(".")[0]
     close = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.3)
-    return close or ["resnet18", "vit_tiny_patch16_224"]
+    return did_you_mean(wanted, close) if close else "a name, a part of one, or a pattern"
 
 
 def described(names: list[str]) -> Iterator[Listed]:

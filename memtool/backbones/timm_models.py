@@ -10,12 +10,12 @@ from torch import nn
 
 from memtool.backbones.as_written import AsWritten
 from memtool.backbones.interface import Backbone
-from memtool.backbones.listing import near
+from memtool.backbones.listing import like
 from memtool.backbones.survey import Reading, block_names
 from memtool.backbones.vit import VitBackbone, check_image_size, is_plain
 from memtool.backbones.vit_weights import load_vit_weights
 from memtool.backbones.weight_files import drawn_alike, opened
-from memtool.errors import ConfigError, NotFoundError, did_you_mean
+from memtool.errors import ConfigError, NotFoundError
 from memtool.settings import BackboneSettings
 
 _REFUSALS = (RuntimeError, TypeError, ValueError, AssertionError, ArithmeticError)
@@ -33,7 +33,7 @@ def create_timm(settings: BackboneSettings, model: str) -> Backbone:
     if not timm.is_model(model):
         raise ConfigError(
             f"timm has no model {model!r}",
-            expected=did_you_mean(model, near(model)),
+            expected=like(model),
             remedy="memtool backbones FILTER lists them",
         )
     with drawn_alike():

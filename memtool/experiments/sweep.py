@@ -401,7 +401,7 @@ class Sweep:
             _take_away(config.runs, job)
             return
         except (MemtoolError, RuntimeError) as error:  # RuntimeError: of torch, as no memory left
-            text = " ".join(str(error).split())[:500]
+            text = " ".join("; ".join(str(error).splitlines()).split())[:500]
             say(f"{job.name} failed: {text}")
             result = CellResult(cell=job.cell.name, seed=job.seed, token=lease.token, failed=text)
         if not lease.publish(result.model_dump(mode="json", by_alias=True)):

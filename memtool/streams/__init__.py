@@ -46,11 +46,11 @@ def create_stream(settings: StreamSettings, image_size: int) -> Stream:
     setting or description that cannot be used) and DataError (data that cannot be read or cut).
     What is worth knowing of the data is in the stream's `notes`, and told to the log.
 
-    >>> from memtool import resolve
-    >>> settings = resolve(preset="digits-dil", ambient=False).config.stream
-    >>> stream = create_stream(settings, 32)
-    >>> [task.name for task in stream.tasks]
-    ['upright', 'inverted', 'rot90', 'rot180-noise', 'mirror-texture']
+        >>> from memtool import resolve
+        >>> settings = resolve(preset="digits-dil", ambient=False).config.stream
+        >>> stream = create_stream(settings, 32)
+        >>> [task.name for task in stream.tasks]
+        ['upright', 'inverted', 'rot90', 'rot180-noise', 'mirror-texture']
     """
     return _told(_opened(settings, image_size))
 

@@ -212,6 +212,10 @@ def test_names_are_found_by_word_and_pattern() -> None:
     assert {"convnext_atto", "convnext_pico"} <= {*names_of("convnext_*o")}
     with pytest.raises(NotFoundError, match=r"did you mean 'resnet"):
         names_of("resnet81")
+    with pytest.raises(NotFoundError, match=r"no model 'zz\*'") as refused:
+        names_of("zz*")
+    assert names_of("resnet1*")  # the pattern of the remedy
+    assert "memtool backbones 'resnet1*'" in (refused.value.remedy or "")
 
 
 def test_where_no_target_is_so_called_those_are_named_that_take_any_rank() -> None:

@@ -174,15 +174,15 @@ def test_a_point_that_fails_is_told_and_the_others_stand(
     opened.sweep.queue.open_again(opened.sweep.jobs[1].name, lambda _: True)
 
     def fails(*_: Any, **__: Any) -> None:
-        raise DataError("a picture that is none")
+        raise DataError("a picture that is none", remedy="another one")
 
     monkeypatch.setattr(experiment, "run", fails)
     found = opened.work()
     assert found.points[0] == capacity[1].points[0]
-    assert found.points[1].failed == {0: "a picture that is none"}
+    assert found.points[1].failed == {0: "a picture that is none; try: another one"}
     assert found.points[1].values == {}
     assert found.failed == 1
-    assert study_grid(found).notes == ("3, seed 0: a picture that is none",)
+    assert study_grid(found).notes == ("3, seed 0: a picture that is none; try: another one",)
 
 
 def test_the_record_comes_back_and_is_drawn(

@@ -11,10 +11,11 @@ import torch
 from memtool.adapters.layout import Layout
 from memtool.adapters.lora import init_lora
 from memtool.backbones import create_backbone
-from memtool.config import find_preset, resolve
+from memtool.config import find_preset, resolve, with_values
 from memtool.engine import Batch, Batches
 from memtool.errors import ConfigError, NotFoundError
 from memtool.experiments.ablations import ABLATIONS
+from memtool.experiments.plan import plan
 from memtool.learning.mixup import mixing
 from memtool.memories.closed_form import QueryStatistics, same_for_every_input
 from memtool.memories.dual_gpm import DualGPM
@@ -188,3 +189,16 @@ def test_inputs_without_any_weight_have_no_drift():
     assert drift([before], [after]) == {}
     there = torch.full((2, 1, 1), 0.5)
     assert drift([before, there], [after, after]) == drift([there], [after])
+
+
+def test_a_memory_in_a_block_that_is_not_there_is_refused_before_anything_learns(tmp_path):
+    values = {
+        "memory.scope": "block",
+        "memory.blocks": (1, 2, 9),
+        "store": str(tmp_path / "memory"),
+    }
+    with pytest.raises(ConfigError, match=r"memory\.blocks names 9") as refused:
+        plan(with_values(resolve().config, values, "a test"), seed=0, verb="run")
+    assert refused.value.remedy == "--set memory.blocks=1,2"
+    cured = with_values(resolve().config, values | {"memory.blocks": (1, 2)}, "a test")
+    assert plan(cured, seed=0, verb="run")["setting"] == "dil"

@@ -5,11 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from memtool.backbones.interface import Backbone
+from memtool.errors import NotFoundError
 from memtool.memories.novelty import Reaches
-from memtool.methods.attached import AttachedImages, HeadModule, Output, finite, unknown
+from memtool.methods.attached import (
+    AttachedAdapters,
+    AttachedImages,
+    HeadModule,
+    Output,
+    finite,
+    unknown,
+)
 from memtool.methods.mira.recall import MemoryModel
 from memtool.methods.mira.settle import settled
 from memtool.methods.mira.state import Snapshot
+from memtool.methods.records import task_of
+from memtool.settings import HeadSettings
+from memtool_stores import AdapterRecord
 
 
 class AttachedMixture(AttachedImages):
@@ -37,3 +49,33 @@ class AttachedMixture(AttachedImages):
             far = [reach(look) for reach, look in zip(self.reaches, looks, strict=True)]
             novelty = finite(torch.stack(far).square().mean(dim=0).sqrt(), features)
         return Output(logits, probabilities, weights, novelty)
+
+
+def attached_alone(
+    backbone: Backbone,
+    snapshot: Snapshot,
+    record: AdapterRecord,
+    settings: HeadSettings,
+    precision: str,
+) -> AttachedAdapters:
+    """The exact adapter of a record with the head that was trained with it.
+
+    `settings` are those of the head where the memory was never consolidated. Raises NotFoundError
+    for an adapter without a head, ConfigError for a task of several adapters.
+    """
+    head = snapshot.own_head(record.name)
+    if head is None:
+        raise NotFoundError(
+            f"adapter {record.name!r} came without a trained head",
+            remedy="attach without a task",
+        )
+    return AttachedAdapters(
+        backbone,
+        snapshot.own_values(task_of(record), backbone.device),
+        [head],
+        precision,
+        places=[snapshot.view.adapters.index(record)],
+        adapters=len(snapshot.view.adapters),
+        told=0,
+        of_directions=(settings if snapshot.state is None else snapshot.state.head).is_fixed,
+    )

@@ -13,43 +13,32 @@ Tasks written together are consolidated together; the images of older ones are n
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
-import memtool_stores
 from memtool.engine import FitResult
 from memtool.errors import ConfigError
 from memtool.heads import FeatureStatistics, RecalledHead, solve_recalled_head
 from memtool.heads.solve import going_on
 from memtool.learning.known import kept_head
 from memtool.memories.keyed import KeyedMemory, set_centre
-from memtool.methods.in_store import HEAD, features_blob
-from memtool.methods.method import require_unmoved
+from memtool.methods.mira.commit import Made, Start, commit, query_modules, result_of
 from memtool.methods.mira.count import count_queries, count_task
 from memtool.methods.mira.inventory import Inventory, inventory_of
 from memtool.methods.mira.keys import Draws, start_keys
 from memtool.methods.mira.learn import learn
 from memtool.methods.mira.look import width_of
-from memtool.methods.mira.measure import Measure, drift_degrees
 from memtool.methods.mira.protect import Protection
-from memtool.methods.mira.read import DECODERS, add_decoders, decoders_bytes
+from memtool.methods.mira.read import add_decoders
 from memtool.methods.mira.recall import MemoryModel, first_norms, memory_blocks, reaches_of
 from memtool.methods.mira.state import (
-    PAST_QUERIES,
-    QUERY_MODULES,
-    MemoryState,
     Snapshot,
-    queries_blob,
 )
 from memtool.methods.results import ConsolidateResult
-from memtool.methods.subject import SUBJECT_SAMPLES
 from memtool.sections import MemorySettings
 from memtool.settings import Config
 from memtool.streams.task import Images, Task, spread
@@ -57,34 +46,6 @@ from memtool.workspace import Workspace, require_learnable
 
 SOLVED = ("lda", "ridge", "rp-ridge", "ncm")
 """Heads that are solved from moments of the features."""
-
-
-@dataclass(frozen=True, eq=False)
-class Start:
-    """Keys (memories, t, m · (dim + 1)) before they learn.
-
-    The first `kept` were there before, and learning goes on from them. `past` is what it may not
-    change, under protection dual-gpm.
-    """
-
-    keys: Tensor
-    kept: int
-    past: Protection | None
-
-
-@dataclass(frozen=True, eq=False)
-class Made:
-    """What consolidation came to; `fit` where keys learned."""
-
-    start: Start
-    model: MemoryModel
-    head: RecalledHead
-    fit: FitResult | None
-
-    @property
-    def keys(self) -> Tensor:
-        """The keys (memories, t, m · (dim + 1)), on the CPU."""
-        return self.model.memory.keys().cpu()
 
 
 def consolidate(
@@ -108,10 +69,10 @@ def consolidate(
     head = _resolve(known, model, head)
     _observe(known, start, model)
     made = Made(start, model, head, fit)
-    result = _result(known, made, began)
+    result = result_of(known, made, began)
     if known.unchanged:
         return result
-    _commit(known, made, result, metadata)
+    commit(known, made, result, metadata)
     return result.model_copy(update={"version": work.store.head()})
 
 
@@ -314,15 +275,10 @@ def _memory(known: Inventory, keys: Tensor, settings: MemorySettings | None = No
         set_centre(memory, known.centre)
     if known.snapshot.model is not None:
         learned, fresh = known.snapshot.model.memory.state_dict(), memory.state_dict()
-        names = _query_modules(fresh)
-        if {*names} == {*_query_modules(learned)}:  # else they are of another kind
+        names = query_modules(fresh)
+        if {*names} == {*query_modules(learned)}:  # else they are of another kind
             memory.load_state_dict({**fresh, **{name: learned[name].cpu() for name in names}})
     return memory
-
-
-def _query_modules(parts: Mapping[str, Tensor]) -> list[str]:
-    """Names of the parts of query modules among all parts of a memory."""
-    return [name for name in parts if ".query." in name]
 
 
 # Learn ------------------------------------------------------------------------------------------
@@ -423,103 +379,3 @@ def _observe(known: Inventory, start: Start, model: MemoryModel) -> None:
             progress=(known.tasks.index(task.number) + 1) / len(work.stream.tasks),
             every_token=one_batch,
         )
-
-
-# Commit -----------------------------------------------------------------------------------------
-
-
-def _result(known: Inventory, made: Made, began: float) -> ConsolidateResult:
-    """What consolidation came to, at the version that it went on from."""
-    work, config = known.work, known.config
-    last = work.task(str((known.fresh or known.tasks)[-1]))
-    shown = spread(last.train, 4 * SUBJECT_SAMPLES["images"])
-    accuracy = Measure(work).accuracy(made.model, made.head.to(work.engine.device), shown)
-    return ConsolidateResult(
-        version=known.view.version,
-        tasks=known.tasks,
-        separation=config.memory.separation,
-        mix=config.memory.mix,
-        epochs=config.consolidate.epochs,
-        seconds=time.perf_counter() - began,
-        train_accuracy=accuracy,
-        validation_accuracy=None if made.fit is None else made.fit.score,
-        key_drift_degrees=_drift(known.before, made.keys),
-        unchanged=known.unchanged,
-    )
-
-
-def _drift(before: Tensor | None, keys: Tensor) -> float:
-    """Mean angle in degrees by which keys that were there before turned."""
-    if before is None:
-        return 0.0
-    # A task with more classes than all before has made every adapter's row of keys longer.
-    width = min(before.shape[-1], keys.shape[-1])
-    return drift_degrees(before[..., :width], keys[:, : before.shape[1], :width])
-
-
-def _commit(
-    known: Inventory, made: Made, result: ConsolidateResult, metadata: Mapping[str, Any]
-) -> None:
-    """One version with keys, head, moments and state; and values, where they learned."""
-    work, config, view = known.work, known.config, known.view
-    keys = np.ascontiguousarray(made.keys.numpy(), dtype=np.float32)
-    blobs = _blobs(known, made)
-    refined = None
-    if config.consolidate.value_lr > 0 and made.fit is not None:
-        refined = made.model.values.flat().cpu().numpy()
-    kept = made.start.kept
-
-    def commit(txn: memtool_stores.Transaction) -> None:
-        require_unmoved(txn, view)
-        if refined is not None:
-            for record, value in zip(view.adapters[kept:], refined[kept:], strict=True):
-                txn.remove(record.id)
-                about = {"byte_identical": False, "refined_from": record.sha256}
-                txn.add(record.name, value, {**record.meta, **about})
-        txn.set_keys(keys)
-        MemoryState(
-            memory=config.memory,
-            head=config.head,
-            consolidate=config.consolidate,
-            tasks=known.tasks,
-            adapters=tuple(record.id for record in txn.adapters),
-            adapter_tasks=known.adapter_tasks,
-            class_names=work.stream.class_names,
-            fingerprint=work.stream.fingerprint,
-            first=known.first,
-        ).put(txn)
-        for name, data in blobs.items():
-            txn.put_blob(name, data)
-        for name in {QUERY_MODULES, DECODERS} & {*txn.base.blobs()} - {*blobs}:
-            txn.delete_blob(name)
-
-    about = {
-        **metadata,
-        "learned": list(known.tasks),
-        "consolidate": config.consolidate.model_dump(mode="json"),
-        "seconds": result.seconds,
-        "losses": [] if made.fit is None else list(made.fit.losses),
-        "train_accuracy": result.train_accuracy,
-        "validation_accuracy": result.validation_accuracy,
-    }
-    message = "consolidate tasks " + " ".join(str(number) for number in known.tasks)
-    work.engine.on_main(lambda: work.store.run(commit, message, metadata=about))
-
-
-def _blobs(known: Inventory, made: Made) -> dict[str, bytes]:
-    """What is written beside keys and state, by the name of its blob."""
-    blobs = {
-        **{queries_blob(number): known.queries[number].to_bytes() for number in known.new},
-        HEAD: made.head.to_bytes(),
-        **{features_blob(number): known.features[number].to_bytes() for number in known.fresh},
-    }
-    if made.start.past is not None:
-        blobs[PAST_QUERIES] = made.start.past.to_bytes()
-    parts = made.model.memory.state_dict()
-    learned = {name: parts[name].detach().cpu().contiguous() for name in _query_modules(parts)}
-    if learned:
-        blobs[QUERY_MODULES] = save(learned)
-    decoders = decoders_bytes(made.model.memory)
-    if decoders is not None:
-        blobs[DECODERS] = decoders
-    return blobs

@@ -19,6 +19,7 @@ from memtool.adapters.values import Recall
 from memtool.engine import Engine
 from memtool.errors import ConfigError, NotFoundError
 from memtool.evaluation.course import Course
+from memtool.evaluation.matrix import AccuracyMatrix
 from memtool.evaluation.metrics import coefficient_drift, floor_met
 from memtool.evaluation.record import Kind, Row
 from memtool.heads import LinearClassifier, RecalledHead, solve_head
@@ -30,7 +31,7 @@ from memtool.methods.mira.state import MemoryState, Snapshot
 from memtool.methods.outcome import seen_before, share_right
 from memtool.methods.records import task_of
 from memtool.settings import AT_ONCE
-from memtool.streams.task import Images, Task
+from memtool.streams.task import Images, Stream, Task
 from memtool.workspace import Workspace
 
 SIGNED = ("identity", "affine", "tanh", "normalised")
@@ -111,6 +112,21 @@ class Measure:
             ms_per_input=1000 * spent / max(inputs, 1),
             floored=met,
         )
+
+    def generalised(
+        self, snapshot: Snapshot, sources: Sequence[Task], shown: Sequence[Task]
+    ) -> Row:
+        """The memory on a domain that it never saw, and on the sources' validation images."""
+        _, model, head = snapshot.consolidated()
+        scores = self.scores(snapshot, shown)
+        names = [task.name for task in shown]
+        matrix = AccuracyMatrix.empty(names).with_row(len(shown), scores.accuracy)
+        held = [task.validation for task in sources if len(task.validation)]
+        more = scores.more
+        if held:
+            known = [self.accuracy(model, head, samples) for samples in held]
+            more["dg.validation"] = sum(known) / len(known)
+        return Row.measured("memory", "memory", "method", matrix, more=more)
 
     def own_accuracy(self, snapshot: Snapshot, task: Task) -> float:
         """The task's own adapters, exactly recalled, with the heads trained with them."""
@@ -342,3 +358,14 @@ def _with_separation(
 
 def _without_negative(separate: SeparationFunction) -> SeparationFunction:
     return lambda scores: separate(scores).clamp_min(0)
+
+
+def held_out_of(stream: Stream) -> Task:
+    """The domain that is held out. Raises ConfigError when none is."""
+    if stream.held_out is None:
+        raise ConfigError(
+            "setting dg measures a domain that nothing was learned from; none is held out",
+            expected="one of " + ", ".join(task.name for task in stream.tasks),
+            remedy="--held-out DOMAIN for every step of one memory, or memtool run for all",
+        )
+    return stream.held_out

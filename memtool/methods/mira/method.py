@@ -28,34 +28,26 @@ from memtool.errors import (
 from memtool.evaluation.course import Course
 from memtool.evaluation.inside import Inside
 from memtool.evaluation.matrix import AccuracyMatrix
-from memtool.evaluation.record import (
-    Record,
-    Row,
-)
+from memtool.evaluation.record import Record, Row
 from memtool.learning.known import frozen_scores, is_fixed, learned_under
-from memtool.methods.attached import AttachedAdapters, AttachedImages
+from memtool.methods.attached import AttachedImages
 from memtool.methods.export import require_new
 from memtool.methods.in_store import classes_of
 from memtool.methods.kept import fingerprint_of
 from memtool.methods.method import Method, newest_after_each
-from memtool.methods.mira.attached import AttachedMixture
+from memtool.methods.mira.attached import AttachedMixture, attached_alone
 from memtool.methods.mira.consolidate import consolidate, require_can_learn
 from memtool.methods.mira.inventory import consolidated_before
 from memtool.methods.mira.look import width_of
 from memtool.methods.mira.maps import key_map, weight_map
-from memtool.methods.mira.measure import Measure, drift, seen_by
+from memtool.methods.mira.measure import Measure, drift, held_out_of
 from memtool.methods.mira.read import DECODERS
 from memtool.methods.mira.recall import MemoryModel, memory_blocks
-from memtool.methods.mira.recalled import coefficients_for, recalled_adapter, require_whole
+from memtool.methods.mira.retrieve import retrieved
 from memtool.methods.mira.state import QUERY_MODULES, MemoryState, Snapshot
-from memtool.methods.outcome import predicted, share_right
+from memtool.methods.outcome import share_right
 from memtool.methods.records import recorded, task_of
-from memtool.methods.results import (
-    AdapterCoefficient,
-    ConsolidateResult,
-    RetrieveResult,
-)
-from memtool.methods.subject import read_query, subject_of
+from memtool.methods.results import ConsolidateResult, RetrieveResult
 from memtool.settings import AT_ONCE, Config
 from memtool.streams.task import Task
 from memtool.tensor_bytes import load_arrays
@@ -108,7 +100,9 @@ class Mira(Method):
         return asdict(image_cost(self.config, work.stream, work.backbone, work.layout))
 
     def require_able(self) -> None:
-        """As `Method.require_able`: key learning, the blocks that are looked at, and the head."""
+        """As `Method.require_able`: key learning, the blocks that are looked at or have a memory,
+        and the head.
+        """
         memory, backbone = self.config.memory, self.workspace.backbone
         require_can_learn(self.config)
         width_of(memory, backbone, memory_blocks(memory, backbone, self.workspace.layout.blocks))
@@ -176,45 +170,8 @@ class Mira(Method):
             )
         if out is not None:
             require_new(out)
-        work = self.workspace
         snapshot = self.read(version) if task is None else self._snapshot(version)
-        state, model, head = snapshot.consolidated()
-        if out is not None:
-            require_whole(state)
-        accuracy, prediction = None, None
-        if query is not None:
-            words, samples = str(query), 1
-            coefficients = coefficients_for(model, read_query(query, work.backbone), query)
-        else:
-            subject = subject_of(work, task=task, image=image)
-            images = subject.images
-            words, samples = subject.words, len(subject)
-            logits, recalled = Measure(work).recall(model, head, images.images)
-            coefficients = recalled.mean(dim=0)
-            if subject.task is not None:
-                accuracy = share_right(logits, images)
-            else:
-                far = seen_by(work.engine, snapshot, images.images[0])
-                prediction = predicted(head.probabilities(logits)[0], state.class_names, far)
-        if out is not None:
-            recalled_adapter(out, work, snapshot, coefficients)
-        mean = coefficients.mean(dim=0)
-        return RetrieveResult(
-            version=snapshot.version,
-            subject=words,
-            samples=samples,
-            mix=state.memory.mix,
-            separation=state.memory.separation,
-            adapters=tuple(
-                AdapterCoefficient(name=r.name, task=task_of(r), coefficient=float(a))
-                for r, a in zip(snapshot.records, mean, strict=True)
-            ),
-            blocks=tuple(tuple(float(a) for a in row) for row in coefficients),
-            block_numbers=model.memory.blocks,
-            prediction=prediction,
-            accuracy=accuracy,
-            out=out,
-        )
+        return retrieved(self.workspace, snapshot, task=task, image=image, query=query, out=out)
 
     # Evaluate -------------------------------------------------------------------------------
 
@@ -255,8 +212,8 @@ class Mira(Method):
             there = {task.number for task in learned}
             shown = [*learned, *(t for t in self.workspace.stream.tasks if t.number not in there)]
         if setting == "dg":
-            shown = [self._held_out()]
-            rows = [self._generalised(snapshot, learned, shown)]
+            shown = [held_out_of(self.workspace.stream)]
+            rows = [measure.generalised(snapshot, learned, shown)]
         elif setting == "til":
             rows = [self._told(snapshot, learned, history=history)]
         else:
@@ -318,33 +275,6 @@ class Mira(Method):
             own = [measure.own_accuracy(there, task) for task in learned[:count]]
             matrix = matrix.with_row(count, [*own, *[None] * (len(learned) - count)])
         return Row.measured("memory", "task given, exact recall", "method", matrix)
-
-    def _generalised(
-        self, snapshot: Snapshot, sources: Sequence[Task], shown: Sequence[Task]
-    ) -> Row:
-        """The memory on a domain that it never saw, and on the sources' validation images."""
-        measure = Measure(self.workspace)
-        _, model, head = snapshot.consolidated()
-        scores = measure.scores(snapshot, shown)
-        names = [task.name for task in shown]
-        matrix = AccuracyMatrix.empty(names).with_row(len(shown), scores.accuracy)
-        held = [task.validation for task in sources if len(task.validation)]
-        more = scores.more
-        if held:
-            known = [measure.accuracy(model, head, samples) for samples in held]
-            more["dg.validation"] = sum(known) / len(known)
-        return Row.measured("memory", "memory", "method", matrix, more=more)
-
-    def _held_out(self) -> Task:
-        """The domain that is held out. Raises ConfigError when none is."""
-        stream = self.workspace.stream
-        if stream.held_out is None:
-            raise ConfigError(
-                "setting dg measures a domain that nothing was learned from; none is held out",
-                expected="one of " + ", ".join(task.name for task in stream.tasks),
-                remedy="--held-out DOMAIN for every step of one memory, or memtool run for all",
-            )
-        return stream.held_out
 
     def _setting(self, setting: str | None) -> str:
         """What is known at test time, checked; without a word, as the tasks were cut."""
@@ -563,23 +493,12 @@ class Mira(Method):
         snapshot = self.read(version)
         if task is None:
             return AttachedMixture(snapshot, precision)
-        record = recorded(snapshot.view, task)
-        head = snapshot.own_head(record.name)
-        if head is None:
-            raise NotFoundError(
-                f"adapter {record.name!r} came without a trained head",
-                remedy="attach without a task",
-            )
-        values = snapshot.own_values(task_of(record), self.workspace.backbone.device)
-        return AttachedAdapters(
+        return attached_alone(
             self.workspace.backbone,
-            values,
-            [head],
+            snapshot,
+            recorded(snapshot.view, task),
+            self.config.head,
             precision,
-            places=[snapshot.view.adapters.index(record)],
-            adapters=len(snapshot.view.adapters),
-            told=0,
-            of_directions=(snapshot.state or self.config).head.is_fixed,
         )
 
     def class_names(self, view: memtool_stores.MemoryView) -> tuple[str, ...]:

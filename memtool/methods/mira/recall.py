@@ -43,13 +43,15 @@ def _chosen(settings: MemorySettings, blocks: Sequence[int]) -> tuple[int, ...]:
     """The adapted blocks, or those of them that `memory.blocks` names."""
     if settings.blocks is None:
         return tuple(blocks)
+    kept = [block for block in settings.blocks if block in blocks]
     missing = [str(block) for block in settings.blocks if block not in blocks]
     if missing:
         raise ConfigError(
             f"memory.blocks names {', '.join(missing)}, which no adapter changes",
             expected=f"some of {', '.join(map(str, blocks))}",
+            remedy="--set memory.blocks=" + ",".join(map(str, kept or blocks)),
         )
-    return tuple(block for block in blocks if block in settings.blocks)
+    return tuple(kept)
 
 
 def first_norms(
