@@ -26,11 +26,13 @@ class About:
     """`kind` is the kind of row that it keeps in the store.
 
     `appends` says whether its memory takes a new adapter as it is; else it counts or learns when
-    one comes. `require` raises ConfigError for a configuration that it cannot work under.
+    one comes. `collects` says whether it takes a collection of adapters of one language model.
+    `require` raises ConfigError for a configuration that it cannot work under.
     """
 
     kind: Literal["adapter", "atoms"] = "adapter"
     appends: bool = False
+    collects: bool = False
     require: Callable[[Config], None] = nothing
 
 

@@ -342,7 +342,8 @@ def test_a_hard_choice_is_what_the_settled_query_weighs_most(learned_copy):
     energy = {"read": "energy", "read_steps": 3, "read_rate": 0.7, "scope": "model", "beta": 0.5}
     settings = MemorySettings.model_validate(energy)
     drawn = torch.Generator().manual_seed(0)
-    dim, (block,) = model.look.width, model.memory.blocks
+    (block,) = model.memory.blocks
+    dim = model.memory[block].query.dim
     keys = torch.randn(1, 5, dim + 1, generator=drawn)
     memory = KeyedMemory.from_settings(settings, (block,), dim, keys)
     read = MemoryModel(model.backbone, model.values, memory, settings, model.look)

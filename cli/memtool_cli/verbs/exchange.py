@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from memtool.errors import ConfigError
+from memtool.methods.about import said_by
 from memtool.paths import split_store
 from memtool.progress import ProgressEvent
 from memtool_cli import complete, records, written
@@ -215,8 +216,8 @@ def _base_of(store: str) -> str | None:
 def _with_base_of_memory(call: Call, places: list[str]) -> Call:
     """The call with the language model of the collection that is there, where it has no other."""
     config = call.resolve().config
-    texts_already = config.stream.setting == "trace" or config.method != "mira"
-    if texts_already or any(Path(place).is_file() for place in places):
+    as_it_is = config.stream.setting == "trace" or not said_by(config.method).collects
+    if as_it_is or any(Path(place).is_file() for place in places):
         return call
     option = _base_of(split_store(config.store)[0])
     if option is None:

@@ -288,4 +288,4 @@ def _require_one_of(name: str, found: object, known: tuple[object, ...], reads: 
         )
 
 
-ABOUT = About(appends=True, require=_require)
+ABOUT = About(appends=True, collects=True, require=_require)
