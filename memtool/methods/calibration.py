@@ -126,7 +126,7 @@ def told_of(view: memtool_stores.MemoryView) -> dict[str, float]:
 def digest_of(view: memtool_stores.MemoryView) -> str:
     """A sha256 of all that the predictions of a version follow from: adapters, keys and blobs."""
     state = view.state
-    blobs = {name: sha256 for name, sha256 in state.blobs.items() if name != Calibration.blob}
+    blobs = {name: sha256 for name, sha256 in view.blob_hashes.items() if name != Calibration.blob}
     keys = None if state.keys is None else asdict(state.keys)
     rows = [(record.id, record.sha256) for record in view.live]
     said = json.dumps([rows, keys, blobs], sort_keys=True)

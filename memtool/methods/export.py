@@ -52,7 +52,7 @@ def export_peft(
 def _write_exported(directory: Path, view: MemoryView, record: AdapterRecord, home: Home) -> None:
     """Write one stored adapter with its head and what the catalog knows of it."""
     write_stored(directory, view, record, home)
-    if own_head_blob(record.name) in view.blobs():
+    if view.has_blob(own_head_blob(record.name)):
         head = view.blob(own_head_blob(record.name))
         (directory / OWN_HEAD).write_bytes(head)
     known = {
@@ -129,7 +129,7 @@ def config_blob(view: MemoryView, record: AdapterRecord) -> tuple[bytes, str]:
     Raises CorruptError for a file that came without one.
     """
     name = record.meta.get("peft")
-    if not isinstance(name, str) or name not in view.blobs():
+    if not isinstance(name, str) or not view.has_blob(name):
         raise CorruptError(
             f"adapter {record.name!r} has no configuration in memory",
             expected="a blob that the catalog names as its peft",

@@ -88,7 +88,7 @@ def looked_under(view: MemoryView, records: Sequence[AdapterRecord]) -> bool:
     Without them its keys, its head and all that was counted mean nothing, and go along.
     """
     states = [
-        parsed_json(view.blob(blob), f"blob {blob!r}") for blob in LOOKS if blob in view.blobs()
+        parsed_json(view.blob(blob), f"blob {blob!r}") for blob in LOOKS if view.has_blob(blob)
     ]
     first = {id for state in states for id in state.get("first", ())}
     return any(record.id in first for record in records)
@@ -152,10 +152,9 @@ def forget(store: MemoryStore, names: Sequence[str], *, purge: bool = False) -> 
     store.run(change, f"forget {words}", metadata=metadata)
     after = store.view()
     # A head or memory that was solved anew: its old bytes were made of the forgotten task, too.
+    kept = {*after.blob_hashes.values()}
     old = {
-        sha256: f"blob {name}"
-        for name, sha256 in view.state.blobs.items()
-        if sha256 not in after.state.blobs.values()
+        sha256: f"blob {name}" for name, sha256 in view.blob_hashes.items() if sha256 not in kept
     }
     rows = {record.sha256: f"adapter {record.name}" for record in records}
     return ForgetResult(
@@ -201,7 +200,7 @@ def _blobs_of(view: MemoryView, records: Sequence[AdapterRecord]) -> tuple[str, 
     if any(record.live for record in records):
         # It was trained on the images of the forgotten task, too.
         names.append(PREDICTOR)
-    return tuple(name for name in dict.fromkeys(names) if name in view.blobs())
+    return tuple(name for name in dict.fromkeys(names) if view.has_blob(name))
 
 
 def _renormalise(txn: Transaction, view: MemoryView, gone: set[str]) -> None:

@@ -74,7 +74,7 @@ class StoredModel:
         """
         for record in self.view.live:
             name = own_head_blob(record.name)
-            if name in self.view.blobs():
+            if self.view.has_blob(name):
                 head = read_arrays(self.view.blob(name), f"blob {name!r}", weight="c d", bias="c")
                 return head["weight"].shape[1]
         raise NeedsModel

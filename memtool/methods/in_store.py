@@ -42,7 +42,7 @@ class StoredState(BaseModel):
 
         Raises CorruptError, or MismatchError for one that a newer memtool wrote.
         """
-        if cls.blob not in view.blobs():
+        if not view.has_blob(cls.blob):
             return None
         data, newest = view.blob(cls.blob), cls.model_fields["schema_version"].default
         written = parsed_json(data, f"blob {cls.blob!r}").get("schema_version")
@@ -80,7 +80,7 @@ def classifier_of(data: bytes, where: str) -> LinearClassifier:
 def own_head(view: memtool_stores.MemoryView, adapter: str) -> LinearClassifier | None:
     """The classifier that was trained with an adapter, if it came with one."""
     name = own_head_blob(adapter)
-    return classifier_of(view.blob(name), name) if name in view.blobs() else None
+    return classifier_of(view.blob(name), name) if view.has_blob(name) else None
 
 
 def classes_of(view: memtool_stores.MemoryView) -> tuple[str, ...]:

@@ -294,7 +294,7 @@ class _Taken:
         What belongs together comes whole or not at all: where one of them is here and is another,
         all stay as they are.
         """
-        theirs, ours = self.view.state.blobs, txn.base.state.blobs
+        theirs, ours = self.view.blob_hashes, txn.base.blob_hashes
         differ: list[str] = []
         taken: set[str] = set()
         for group in groups:

@@ -124,7 +124,7 @@ class AdapterWriter(Generic[Place]):
                 _require_own_number(adapter, tasks)
                 record = self._append(txn, adapter)
                 records[adapter.name] = record
-                if adapter.meta["peft"] not in txn.base.blobs():
+                if not txn.base.has_blob(adapter.meta["peft"]):
                     txn.put_blob(adapter.meta["peft"], adapter.files)
                 if adapter.head_file is not None:
                     txn.put_blob(own_head_blob(adapter.name), adapter.head_file)

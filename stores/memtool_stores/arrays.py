@@ -95,7 +95,7 @@ def read_chunks(
                 f"{nbytes + CRC32C_BYTES:,} bytes in chunk {place}",
                 f"{len(data):,} bytes in chunk {place}",
             )
-        yield _checked(name, place, data).data
+        yield unsealed(name, place, data).data
 
 
 def read_packed(group: Any, name: str, places: Sequence[object], nbytes: int) -> Iterator[bytes]:
@@ -106,7 +106,7 @@ def read_packed(group: Any, name: str, places: Sequence[object], nbytes: int) ->
     from numcodecs.zstd import decompress
 
     for place, data in _stored(group, name, places, nbytes):
-        packed = _checked(name, place, data)
+        packed = unsealed(name, place, data)
         found = _unpacked_bytes(packed[:18].tobytes())
         if found != nbytes:
             said = "no length" if found is None else f"{found:,} bytes"
@@ -121,7 +121,7 @@ def read_packed(group: Any, name: str, places: Sequence[object], nbytes: int) ->
 
 def read_row(group: Any, name: str, place: str) -> Bytes | None:
     """What one chunk holds, without its crc32c, which is not checked; None when it is not there."""
-    (data,) = _fetched(group, [f"{name}/c/{place}"])
+    (data,) = fetched(group, [f"{name}/c/{place}"])
     return None if data is None else data[:-CRC32C_BYTES]
 
 
@@ -133,7 +133,7 @@ def write_bytes(
     Each comes as its name, its bytes, and the length of its chunks; of all no more than some are
     asked for at a time. The way through zarr's arrays, one by one, takes ten times as long.
     """
-    (found,) = _fetched(group, [f"{like}/zarr.json"])
+    (found,) = fetched(group, [f"{like}/zarr.json"])
     assert found is not None
     document = json.loads(found.tobytes())
     documents: dict[str, bytes] = {}
@@ -144,23 +144,25 @@ def write_bytes(
         said = {**document, "shape": [len(data)], "chunk_grid": grid}
         documents[f"{name}/zarr.json"] = json.dumps(said).encode()
         for place, chunk in enumerate(cut(data, step)):
-            chunks[f"{name}/c/{place}"] = chunk + _crc32c(chunk)
+            chunks[f"{name}/c/{place}"] = with_crc32c(chunk)
         waiting += len(data)
         if len(documents) == WRITTEN_ARRAYS or waiting >= WRITTEN_BYTES:
-            _put(group, documents)
-            _put(group, chunks)
+            put(group, documents)
+            put(group, chunks)
             documents, chunks, waiting = {}, {}, 0
-    _put(group, documents)
-    _put(group, chunks)
+    put(group, documents)
+    put(group, chunks)
 
 
-def _crc32c(data: bytes) -> bytes:
+def with_crc32c(data: bytes) -> bytes:
+    """The bytes of a chunk as they are stored: with their crc32c after them."""
     from google_crc32c import value
 
-    return value(data).to_bytes(CRC32C_BYTES, "little")
+    return data + value(data).to_bytes(CRC32C_BYTES, "little")
 
 
-def _put(group: Any, files: Mapping[str, bytes]) -> None:
+def put(group: Any, files: Mapping[str, bytes]) -> None:
+    """Write files of the tree, all at once."""
     from zarr.core.buffer import default_buffer_prototype
     from zarr.core.sync import sync
 
@@ -214,14 +216,15 @@ def _stored(
     for first in range(0, len(places), step):
         some = places[first : first + step]
         for place, data in zip(
-            some, _fetched(group, [f"{name}/c/{place}" for place in some]), strict=True
+            some, fetched(group, [f"{name}/c/{place}" for place in some]), strict=True
         ):
             if data is None:
                 raise not_as_written(name, f"{nbytes:,} bytes in chunk {place}", "no such chunk")
             yield place, data
 
 
-def _fetched(group: Any, keys: Sequence[str]) -> list[Bytes | None]:
+def fetched(group: Any, keys: Sequence[str]) -> list[Bytes | None]:
+    """Files of the tree, read all at once; None for one that is not there."""
     from zarr.core.buffer import default_buffer_prototype
     from zarr.core.sync import sync
 
@@ -233,8 +236,8 @@ def _fetched(group: Any, keys: Sequence[str]) -> list[Bytes | None]:
     return [None if one is None else one.as_numpy_array() for one in sync(fetch())]
 
 
-def _checked(name: str, place: object, data: Bytes) -> Bytes:
-    """A chunk without the crc32c that it must end with."""
+def unsealed(name: str, place: object, data: Bytes) -> Bytes:
+    """A chunk without the crc32c that it must end with. Raises IntegrityError for another one."""
     from google_crc32c import value
 
     inner = data[:-CRC32C_BYTES]

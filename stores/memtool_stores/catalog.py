@@ -329,9 +329,7 @@ class Catalog:
         lines = data.splitlines(keepends=True)
         found = self._link(lines)
         if found != chain:
-            raise IntegrityError(
-                what="catalog", name="chain", expected=chain, found=found or "nothing"
-            )
+            raise _wrong_chain(chain, found)
         with _collector_at_rest():
             return self._with(self._parsed(lines), lines, found)
 
@@ -435,6 +433,27 @@ class Catalog:
         ids = self._lines.ids[: self.counts.rows]
         return {record.id: record for record in map(self.by_id, ids) if record is not None}
 
+    def from_row(self, row: int) -> Iterator[AdapterRecord]:
+        """The records from a row of the values on, in row order, removed and purged ones too."""
+        for id in self._lines.ids[row : self.counts.rows]:
+            record = self.by_id(id)
+            if record is not None:
+                yield record
+
+    def goes_on_from(self, known: Catalog) -> bool:
+        """Whether all lines of another catalog are the first of this one."""
+        return self._lines is known._lines and known._length <= self._length
+
+    def require_bytes(self, data: bytes) -> None:
+        """Nothing, when these bytes are the lines of this catalog. Raises IntegrityError."""
+        found = Catalog()._link(data.splitlines(keepends=True))
+        if found != self.chain:
+            raise _wrong_chain(self.chain, found)
+
+    def since(self, known: Catalog) -> Sequence[AdapterRecord]:
+        """What the lines after those of a catalog say, which is a beginning of this one."""
+        return self._lines.records[known._length : self._length]
+
     def _live(self, kind: Kind) -> tuple[AdapterRecord, ...]:
         return tuple(r for r in self.records.values() if r.kind == kind and r.state == "live")
 
@@ -466,6 +485,10 @@ class Catalog:
                 remedy=f"did you mean {close[0]!r}?" if close else "`memtool ls` lists them",
             )
         return record
+
+
+def _wrong_chain(expected: str, found: str) -> IntegrityError:
+    return IntegrityError(what="catalog", name="chain", expected=expected, found=found or "nothing")
 
 
 def _wrong_line(place: int, found: str, expected: str | None) -> IntegrityError:

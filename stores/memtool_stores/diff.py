@@ -9,7 +9,7 @@ from typing import TypeAlias
 import numpy as np
 
 from memtool_stores.catalog import AdapterRecord
-from memtool_stores.view import MemoryView
+from memtool_stores.view import HEADER_PREFIX, MemoryView
 
 Records: TypeAlias = tuple[AdapterRecord, ...]
 
@@ -48,10 +48,11 @@ def diff(a: MemoryView, b: MemoryView) -> Diff:
         record.name: _pruned_count(record) - _pruned_count(atoms_before[record.id])
         for record in changed_atoms
     }
+    old, new = a.blob_hashes, b.blob_hashes
     blobs = {
         name
-        for name in {*a.blobs(), *b.blobs()}
-        if a.state.blobs.get(name) != b.state.blobs.get(name)
+        for name in old.keys() | new.keys()
+        if old.get(name) != new.get(name) and not name.startswith(HEADER_PREFIX)
     }
     return Diff(
         a.version,

@@ -29,8 +29,11 @@ from memtool_stores.errors import (
     StorageError,
 )
 
-ROWS_PER_MANIFEST = 512
-"""Rows of `/values` listed by one manifest file: what makes an append independent of T."""
+CHUNKS_PER_MANIFEST = 512
+"""Chunks of a growing array that one manifest lists: what makes an append independent of T."""
+
+GROWING = {"values": 0, "catalog": 0, "keys": 1, "parts": 0}
+"""The arrays that grow with the memory, and along which axis."""
 
 HANDLES = 20
 """Files that must be free to be opened before a store is: zarr reads ten chunks at a time."""
@@ -88,7 +91,7 @@ def icechunk() -> Any:
 def configuration() -> Any:
     """The configuration of every repository of ours, given at every open.
 
-    No chunk lies inside a manifest, manifests of `/values` are cut every 512 rows, none is read
+    No chunk lies inside a manifest, manifests of what grows are cut every 512 chunks, none is read
     ahead: appends and opening stay independent of the number of adapters.
     """
     ice = icechunk()
@@ -97,9 +100,10 @@ def configuration() -> Any:
     config.manifest = ice.ManifestConfig(
         splitting=ice.ManifestSplittingConfig.from_dict(
             {
-                ice.ManifestSplitCondition.path_matches("^/values$"): {
-                    ice.ManifestSplitDimCondition.Axis(0): ROWS_PER_MANIFEST
+                ice.ManifestSplitCondition.path_matches(f"^/{array}$"): {
+                    ice.ManifestSplitDimCondition.Axis(axis): CHUNKS_PER_MANIFEST
                 }
+                for array, axis in GROWING.items()
             }
         ),
         preload=ice.ManifestPreloadConfig(

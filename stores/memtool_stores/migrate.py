@@ -10,6 +10,10 @@ makes such a commit where nothing else is to be committed.
      means an adapter with nothing pruned; that is why no line is written again. No group /atoms.
   3  ragged rows, which have a layout of their own and their bytes in an array /files/<row>: the
      state counts them. A line of an older schema has no `nbytes` and means a row of the layout.
+  4  blobs lie in one array /parts, and so do the pages of their index, whose first the state names
+     (index.py); keys have a hash chain over their blocks (keys.py), of which a commit writes those
+     that changed. Blobs that were there stay in arrays of their own, /blobs/<name>, which pages
+     say; keys that were there keep their one hash until they change.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from typing import Any
 
 Attributes = dict[str, Any]
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """What this code writes, and the newest `min_reader` that it understands."""
 
 
@@ -36,9 +40,16 @@ def _from_2(attributes: Attributes, _: Any | None) -> Attributes:
     return {**attributes, "state": {**attributes["state"], "ragged": 0}}
 
 
+def _from_3(attributes: Attributes, _: Any | None) -> Attributes:
+    """Blobs have no pages yet: they are listed."""
+    state = attributes["state"]
+    return {**attributes, "state": {**state, "blobs": {"parts": 0, "listed": state["blobs"]}}}
+
+
 MIGRATIONS: Mapping[int, Callable[[Attributes, Any | None], Attributes]] = {
     1: _from_1,
     2: _from_2,
+    3: _from_3,
 }
 """The step away from each older schema.
 

@@ -26,6 +26,12 @@ class Pending:
         records = {**self._base.catalog.records, **self.changed}
         return tuple(r for r in records.values() if r.kind == kind and r.live)
 
+    def live_from(self, row: int) -> tuple[AdapterRecord, ...]:
+        """The adapters that are live now from a row of the values on, in row order."""
+        records = {record.id: record for record in self._base.catalog.from_row(row)}
+        records |= {r.id: r for r in self.changed.values() if r.row >= row}
+        return tuple(r for r in records.values() if r.kind == "adapter" and r.live)
+
     def check_free(self, name: str) -> None:
         """Raise AlreadyExistsError where a live row has this name, SchemaError for no name."""
         check_name(name, "an adapter")

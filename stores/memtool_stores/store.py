@@ -75,6 +75,7 @@ from memtool_stores.move import (
 )
 from memtool_stores.names import below, check_ref
 from memtool_stores.objects import Objects, Retractable, bucket_holds, objects_at
+from memtool_stores.parts import payload
 from memtool_stores.printable import shown
 from memtool_stores.space import Space
 from memtool_stores.transaction import Transaction
@@ -697,7 +698,7 @@ class MemoryStore:
         for name in sorted(self.branches(), key=lambda name: (name != MAIN, name)):
             view = self.view(name)
             tip = BranchMigration(
-                name, view.version, view.schema, view.state.rows, len(view.state.blobs)
+                name, view.version, view.schema, view.state.rows, view.state.index.count
             )
             if tip.needed and not dry_run:
                 message = f"migrate from schema {tip.schema} to {SCHEMA_VERSION}"
@@ -799,10 +800,11 @@ class MemoryStore:
         """Where bytes of these hashes lie: hash to paths inside the store, found ones only.
 
         Every stored object is read, whatever version it belongs to or whether it belongs to any,
-        and hashed whole and without its last four bytes (the crc32c after a chunk). For the hash of
-        a row, an empty answer proves that its bytes are gone. A ragged row of several chunks lies
-        in as many objects: they are found by the pieces of its record, which the catalog of a
-        branch or tag must have, or which the caller gives instead (`AdapterRecord.pieces`).
+        and hashed whole, without its last four bytes (the crc32c after a chunk), and without what
+        frames a part (see parts.py). For the hash of a row or a blob, an empty answer proves that
+        its bytes are gone. A ragged row of several chunks lies in as many objects: they are found
+        by the pieces of its record, which the catalog of a branch or tag must have, or which the
+        caller gives instead (`AdapterRecord.pieces`).
 
         Raises:
             IntegrityError: a catalog is damaged.
@@ -815,7 +817,8 @@ class MemoryStore:
             objects = objects_at(self.url)
             for entry in objects.list():
                 data = objects.read(entry.path)
-                for digest in {sha256(data), sha256(data[:-CRC32C_BYTES])} & wanted.keys():
+                hashes = {sha256(data), sha256(data[:-CRC32C_BYTES]), sha256(payload(data))}
+                for digest in hashes & wanted.keys():
                     for asked in wanted[digest]:
                         found.setdefault(asked, []).append(entry.path)
         return {digest: sorted(found[digest]) for digest in sorted(found)}

@@ -75,7 +75,8 @@ def write(url: str, repository: Any, version: str) -> None:
     if url.startswith("s3://"):
         return
     snapshot, _ = next(snapshots(repository, version))
-    begins = snapshot.parent_id not in versions(url)
+    # One file is looked for: a list of all would grow with the history.
+    begins = not (_folder(url) / snapshot.parent_id).is_file()
     _write(url, version, _files(repository, snapshot, begins=begins))
 
 

@@ -8,7 +8,7 @@ files and blobs need not be gathered: what is `Held` is read one after the other
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -25,10 +25,12 @@ from memtool_stores.errors import (
     SpaceMismatchError,
 )
 from memtool_stores.held import Held, TensorFile
+from memtool_stores.index import IndexState
+from memtool_stores.keys import KeysState
 from memtool_stores.migrate import SCHEMA_VERSION
 from memtool_stores.names import check_ref
 from memtool_stores.pending import Pending
-from memtool_stores.tree import Array, KeysState, Root, State, Tree, numpy_dtype, sha256
+from memtool_stores.tree import Array, Root, State, Tree, numpy_dtype, sha256
 from memtool_stores.view import HEADER_PREFIX, MemoryView, tensors_of
 
 
@@ -52,19 +54,22 @@ class Transaction:
         self._erased: set[int] = set()
         self._keys: Array | None = None
         self._keys_set = False
+        # Those of rows after the ones that had keys, where keys are not set anew.
+        self._added_keys: Array | None = None
         self._blobs: dict[str, Held | None] = {}
         self._migrates = False
 
     @property
     def changed(self) -> bool:
         """Whether there is anything to commit."""
-        return bool(self._said.lines or self._keys_set or self._blobs or self._migrates)
+        keys = self._keys_set or self._added_keys is not None
+        return bool(self._said.lines or keys or self._blobs or self._migrates)
 
     @property
     def nbytes(self) -> int:
         """Bytes of payload that the commit will write."""
         blobs = sum(held.nbytes for held in self._blobs.values() if held is not None)
-        keys = 0 if self._keys is None else self._keys.nbytes
+        keys = sum(one.nbytes for one in (self._keys, self._added_keys) if one is not None)
         rows = sum(row.nbytes for row in self._rows if row is not None)
         files = sum(held.nbytes for held in self._files.values())
         return rows + files + keys + blobs + sum(map(len, self._said.lines))
@@ -359,7 +364,7 @@ class Transaction:
             SpaceMismatchError: not three axes, not float32, or T is not the number of adapters.
         """
         if keys is None:
-            self._keys, self._keys_set = None, True
+            self._keys, self._keys_set, self._added_keys = None, True, None
             return
         live = self.adapters
         if keys.ndim != 3 or keys.dtype != np.float32 or keys.shape[1] != len(live):
@@ -371,9 +376,48 @@ class Transaction:
             raise SpaceMismatchError(
                 f"keys of shape {keys.shape} hold nothing", expected="at least one adapter"
             )
-        spread = np.zeros((keys.shape[0], live[-1].row + 1, keys.shape[2]), dtype="<f4")
-        spread[:, [record.row for record in live]] = keys
-        self._keys, self._keys_set = spread, True
+        self._keys, self._keys_set = _by_row(keys, live, 0), True
+        self._added_keys = None
+
+    def add_keys(self, keys: npt.NDArray[np.float32]) -> None:
+        """Give keys, (L, n, d_k) float32, to the adapters that have none: the last n, in order.
+
+        Nothing of the other keys is read or written, but for the last of them. Without keys in
+        memory it is `set_keys`.
+
+        Raises:
+            SpaceMismatchError: they do not fit the other keys, or n is not the number of adapters
+                without one.
+        """
+        shape = self._keys_shape()
+        if shape is None:
+            self.set_keys(keys)
+            return
+        layers, covered, width = shape
+        fresh = self._said.live_from(covered)
+        wanted = (layers, len(fresh), width)
+        if keys.dtype != np.float32 or keys.shape != wanted or not fresh:
+            raise SpaceMismatchError(
+                f"keys to add are {keys.dtype} of shape {keys.shape}",
+                expected=f"float32 of shape {wanted}, one key per adapter without one",
+                remedy=None if fresh else "set_keys, which gives every adapter another key",
+            )
+        more = _by_row(keys, fresh, covered)
+        if self._keys_set:
+            self._keys = np.concatenate([self._keys, more], axis=1)
+        elif self._added_keys is not None:
+            self._added_keys = np.concatenate([self._added_keys, more], axis=1)
+        else:
+            self._added_keys = more
+
+    def _keys_shape(self) -> tuple[int, int, int] | None:
+        """Layers, rows of the values that have keys by now, and width; None without keys."""
+        if self._keys_set:
+            return None if self._keys is None else self._keys.shape
+        shape = self.base.keys_shape
+        if shape is None or self._added_keys is None:
+            return shape
+        return shape[0], shape[1] + self._added_keys.shape[1], shape[2]
 
     def put_blob(self, name: str, data: bytes | Held) -> None:
         """Store a file under a name, in the place of an older one of that name.
@@ -395,7 +439,7 @@ class Transaction:
         self._refuse_header(name)
         if not self._has_blob(name):
             raise NotFoundError(f"no blob {name!r}")
-        if name in self.base.state.blobs:
+        if self.base.has_blob(name):
             self._blobs[name] = None
         else:
             del self._blobs[name]
@@ -403,7 +447,7 @@ class Transaction:
     def _has_blob(self, name: str) -> bool:
         if name in self._blobs:
             return self._blobs[name] is not None
-        return name in self.base.state.blobs
+        return self.base.has_blob(name)
 
     def _refuse_header(self, name: str) -> None:
         if name.startswith(HEADER_PREFIX):
@@ -422,19 +466,8 @@ class Transaction:
         tree.delete_files(row for row in erased if row in ragged)
         if self._said.lines:
             tree.append_catalog(base.catalog_bytes, b"".join(self._said.lines))
-        keys = base.keys
-        spread, keys_changed = self._keys_without_erased()
-        if keys_changed:
-            tree.write_keys(spread)
-            keys = None if spread is None else KeysState(sha256(spread), spread.shape[1])
-        blobs = dict(base.blobs)
-        changed = {**self._blobs, **self._needless_headers(catalog)}
-        written = {name: held for name, held in changed.items() if held is not None}
-        for name in changed.keys() - written.keys():
-            if blobs.pop(name, None):
-                tree.delete_blob(name)
-        tree.write_blobs(written, blobs)
-        blobs |= {name: held.sha256 for name, held in written.items()}
+        keys = self._write_keys(tree)
+        index = self._write_blobs(tree, catalog)
         state = State(
             adapters=catalog.counts.adapters,
             atoms=catalog.counts.atoms,
@@ -444,7 +477,7 @@ class Transaction:
             catalog_bytes=catalog.size,
             catalog_chain=catalog.chain,
             keys=keys,
-            blobs=blobs,
+            index=index,
         )
         root = Root(self.base.store_id, self._space, state)
         tree.set_root(root)
@@ -457,15 +490,39 @@ class Transaction:
             gone -= {r.header for r in catalog.records.values() if r.state != "purged"}
         return {f"{HEADER_PREFIX}{digest}": None for digest in gone}
 
-    def _keys_without_erased(self) -> tuple[Array | None, bool]:
-        """The keys to write, with zeros at the erased rows, and whether there is a change."""
-        state = self.base.state.keys
-        keys = self._keys
+    def _write_blobs(self, tree: Tree, catalog: Catalog) -> IndexState:
+        changed = {**self._blobs, **self._needless_headers(catalog)}
+        index = self.base.index
+        changed = {name: held for name, held in changed.items() if held or name in index}
+        # What an older schema lists gets pages with the first commit.
+        return tree.write_blobs(index, changed) if changed or index.state.listed else index.state
+
+    def _write_keys(self, tree: Tree) -> KeysState | None:
+        """Write keys that were set or added, with zeros at the erased rows; their state then."""
+        state, keys, added = self.base.state.keys, self._keys, self._added_keys
         if not self._keys_set:
-            if state is None or not any(row < state.rows for row in self._erased):
-                return None, False
-            keys = self.base.row_keys()
+            covered = 0 if state is None else state.rows
+            if state is None or all(row >= covered for row in self._erased):
+                if state is None or added is None:
+                    return state
+                self._erase_keys(added, covered)
+                return tree.append_keys(added, state)
+            there = self.base.row_keys()
+            assert there is not None
+            keys = there.copy() if added is None else np.concatenate([there, added], axis=1)
         if keys is not None and self._erased:
             keys = keys.copy()
-            keys[:, [row for row in self._erased if row < keys.shape[1]]] = 0
-        return keys, True
+            self._erase_keys(keys, 0)
+        return tree.write_keys(keys, state)
+
+    def _erase_keys(self, keys: Array, first: int) -> None:
+        """Zeros at the erased rows, in keys (L, n, d_k) that begin with row `first`."""
+        rows = range(first, first + keys.shape[1])
+        keys[:, [row - first for row in self._erased if row in rows]] = 0
+
+
+def _by_row(keys: Array, records: Sequence[AdapterRecord], first: int) -> Array:
+    """Keys (L, t, d_k) of these records at their rows, from row `first` on; zeros between."""
+    spread = np.zeros((keys.shape[0], records[-1].row + 1 - first, keys.shape[2]), dtype="<f4")
+    spread[:, [record.row - first for record in records]] = keys
+    return spread

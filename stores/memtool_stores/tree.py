@@ -4,23 +4,27 @@
 /values      [T, numel]     one adapter, or the atoms of one task, a row: chunk (1, numel), crc32c
 /files/row   [bytes]        the data of a ragged row, which has no bytes in /values, crc32c
 /catalog     [bytes]        see catalog.py
-/keys        [L, R, d_k]    float32, row-aligned with /values (zeros where there is no key), crc32c
-/blobs/name  [bytes]        whole files, crc32c
+/keys        [L, R, d_k]    float32, row-aligned with /values (zeros where there is no key), chunks
+                            of some rows (keys.py), crc32c
+/parts       [P]            bytes of any length, an element a chunk: blobs, and the pages of their
+                            index (index.py), crc32c
+/blobs/name  [bytes]        blobs that an older schema wrote, crc32c
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from memtool_stores import limits
+from memtool_stores import keys, limits
 from memtool_stores.arrays import (
     CRC32C_BYTES,
     listed,
@@ -34,44 +38,18 @@ from memtool_stores.arrays import (
 from memtool_stores.catalog import AdapterRecord, Catalog, Counts
 from memtool_stores.errors import IntegrityError, NewerSchemaError, SchemaError
 from memtool_stores.held import Held
+from memtool_stores.index import Entry, Index, IndexState
 from memtool_stores.jsonvalues import digest, mapping, member, whole
+from memtool_stores.keys import KeysState
 from memtool_stores.migrate import SCHEMA_VERSION, migrated
 from memtool_stores.names import check_id, check_ref
+from memtool_stores.parts import check_parts, delete_parts, parts_of, read_parts, write_parts
 from memtool_stores.ragged import chunk_bytes, chunk_count
 from memtool_stores.space import Layout, Space
 
 CATALOG_CHUNK_BYTES = 16 * 1024
-KEYS_PER_CHUNK = 256
-BLOB_CHUNK_BYTES = 4 * 1024 * 1024
-
-KEYS_DTYPE = np.dtype("<f4")
 
 Array = npt.NDArray[Any]
-
-
-@dataclass(frozen=True)
-class KeysState:
-    """Hash of the keys array, and how many rows of the values it covers."""
-
-    sha256: str
-    rows: int
-
-    @classmethod
-    def of_json(cls, data: Any, most: int) -> KeysState | None:
-        """The state of the keys, None where there are none; they cover `most` rows at most.
-
-        Raises:
-            SchemaError: a part is missing or of the wrong kind.
-        """
-        if data is None:
-            return None
-        said = mapping(data, "keys of the state")
-        rows = whole(member(said, "rows", "keys of the state"), "the rows of the keys", least=1)
-        if rows > most:
-            raise SchemaError(f"keys of {rows:,} rows", expected=f"at most {most:,}, all there are")
-        return cls(
-            digest(member(said, "sha256", "keys of the state"), "the hash of the keys"), rows
-        )
 
 
 @dataclass(frozen=True)
@@ -90,7 +68,7 @@ class State:
     catalog_bytes: int = 0
     catalog_chain: str = ""
     keys: KeysState | None = None
-    blobs: Mapping[str, str] = field(default_factory=dict)
+    index: IndexState = field(default_factory=IndexState)
 
     @classmethod
     def of_json(cls, data: Any) -> State:
@@ -119,16 +97,18 @@ class State:
             )
         limits.require("array_bytes", counts["catalog_bytes"], "the catalog")
         chain = member(said, "catalog_chain", what)
-        blobs = mapping(member(said, "blobs", what), f"blobs of {what}")
         return cls(
             **counts,
             catalog_chain=chain if chain == "" else digest(chain, f"catalog_chain of {what}"),
             keys=KeysState.of_json(member(said, "keys", what), counts["rows"]),
-            blobs={
-                check_ref(name, "blob"): digest(sha256, f"the hash of blob {name}")
-                for name, sha256 in blobs.items()
-            },
+            index=IndexState.of_json(member(said, "blobs", what)),
         )
+
+    def to_json(self) -> dict[str, Any]:
+        """As it is stored."""
+        said = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "index"}
+        keys = None if self.keys is None else asdict(self.keys)
+        return {**said, "keys": keys, "blobs": self.index.to_json()}
 
 
 @dataclass(frozen=True)
@@ -146,7 +126,7 @@ class Root:
             "min_reader": SCHEMA_VERSION,
             "store_id": self.store_id,
             **self.space.to_json(),
-            "state": asdict(self.state),
+            "state": self.state.to_json(),
         }
 
 
@@ -198,14 +178,13 @@ class Tree:
         import zarr
 
         layout = root.space.layout
-        group = zarr.create_group(session.store, attributes=root.to_json())
+        zarr.create_group(session.store, attributes=root.to_json())
         tree = cls(session, write=True)
         bits = {"bits_of": "bfloat16"} if layout.dtype == "bfloat16" else {}
         tree._create(
             "values", (0, layout.numel), (1, layout.numel), numpy_dtype(layout), attributes=bits
         )
         tree._create("catalog", (0,), (CATALOG_CHUNK_BYTES,), np.dtype("u1"), compress=True)
-        group.create_group("blobs")
         return tree
 
     def _create(
@@ -427,12 +406,19 @@ class Tree:
         return opened(self._group, "catalog", np.dtype("u1"), (nbytes,), chunks, zstd=True)
 
     def _catalog_bytes(self, first: int, state: State) -> bytes:
+        return self.catalog_bytes(first, state.catalog_bytes, state)
+
+    def catalog_bytes(self, first: int, last: int, state: State) -> bytes:
+        """The bytes of the catalog from `first` to before `last`.
+
+        Raises:
+            IntegrityError: one of their chunks is not what was written.
+        """
         self._open_catalog(state.catalog_bytes)
-        begin = first // CATALOG_CHUNK_BYTES
-        end = math.ceil(state.catalog_bytes / CATALOG_CHUNK_BYTES)
+        begin, end = first // CATALOG_CHUNK_BYTES, math.ceil(last / CATALOG_CHUNK_BYTES)
         chunks = read_packed(self._group, "catalog", range(begin, end), CATALOG_CHUNK_BYTES)
         offset = begin * CATALOG_CHUNK_BYTES
-        return b"".join(chunks)[first - offset : state.catalog_bytes - offset]
+        return b"".join(chunks)[first - offset : last - offset]
 
     def append_catalog(self, at: int, data: bytes) -> None:
         """Write lines from byte `at` on, where the catalog must end."""
@@ -440,58 +426,58 @@ class Tree:
         catalog.resize((at + len(data),))
         catalog[at:] = np.frombuffer(data, np.uint8)
 
-    def _open_keys(self, state: KeysState) -> Any:
-        array = opened(
-            self._group, "keys", KEYS_DTYPE, (None, state.rows, None), (None, None, None)
-        )
-        (layers, _, width), chunks = array.shape, array.chunks
-        if (chunks[0], chunks[2]) != (layers, width):
-            raise not_as_written("keys", f"chunks ({layers}, any, {width})", f"chunks {chunks}")
-        # As much as is stored: the last chunk can go on beyond the last row.
-        rows = max(state.rows, math.ceil(state.rows / chunks[1]) * chunks[1])
-        limits.require("array_bytes", KEYS_DTYPE.itemsize * layers * rows * width, "the keys")
-        return array
-
-    def read_keys(self, state: KeysState) -> Array:
-        """The keys, (L, R, d_k) float32, by row of the values.
+    def read_keys(self, state: KeysState) -> tuple[str, Array]:
+        """The hash that proves the keys, and they, (L, R, d_k) float32, by row of the values.
 
         Raises:
             IntegrityError: they are not the bytes that were written, or of another shape.
             SchemaError: they are larger than `limits.array_bytes`.
         """
-        array = self._open_keys(state)
-        layers, step, width = array.chunks
-        nbytes = KEYS_DTYPE.itemsize * layers * step * width
-        self.chunk_lengths.add(nbytes + CRC32C_BYTES)
-        places = [f"0/{number}/0" for number in range(math.ceil(state.rows / step))]
-        blocks = [
-            np.frombuffer(data, KEYS_DTYPE).reshape(layers, step, width)
-            for data in read_chunks(self._group, "keys", places, nbytes)
-        ]
-        return np.ascontiguousarray(np.concatenate(blocks, axis=1)[:, : state.rows])
+        return keys.read_keys(self._group, state)
 
-    def write_keys(self, keys: Array | None) -> None:
+    def keys_shape(self, state: KeysState) -> tuple[int, int, int]:
+        """Layers, rows and width of the keys."""
+        layers, rows, width = keys.open_keys(self._group, state).shape
+        return layers, rows, width
+
+    def read_key_chains(self, state: KeysState, known: Sequence[str]) -> list[str]:
+        """The hash chain of the keys, as `keys.read_chains`."""
+        array = keys.open_keys(self._group, state)
+        self.chunk_lengths.add(keys.block_nbytes(array) + CRC32C_BYTES)
+        return keys.read_chains(self._group, state, known)
+
+    def write_keys(self, new: Array | None, old: KeysState | None) -> KeysState | None:
         """Put these keys in the place of the old ones; None takes them away."""
-        if keys is None:
-            if "keys" in self._group:
-                del self._group["keys"]
-            return
-        layers, rows, width = keys.shape
-        # Chunks are stored whole: equal ones have the least beyond the last row.
-        chunks = max(1, math.ceil(rows / KEYS_PER_CHUNK))
-        step = max(1, math.ceil(rows / chunks))
-        array = self._create("keys", keys.shape, (layers, step, width), keys.dtype)
-        # One chunk after the other stays in the processor's cache; zarr's ten at a time do not.
-        for first in range(0, rows, step):
-            array[:, first : first + step] = keys[:, first : first + step]
+        if new is not None:
+            return keys.write_keys(self._group, self._create_keys, new, old)
+        if keys.KEYS in self._group:
+            del self._group[keys.KEYS]
+        return None
 
-    def read_blob(self, name: str) -> bytes:
+    def append_keys(self, new: Array, old: KeysState) -> KeysState:
+        """Put these keys, (L, n, d_k), after the old ones."""
+        return keys.append_keys(self._group, self._create_keys, new, old)
+
+    def _create_keys(self, shape: tuple[int, ...], chunks: tuple[int, ...]) -> None:
+        self._create(keys.KEYS, shape, chunks, keys.KEYS_DTYPE)
+
+    def index(self, state: State) -> Index:
+        """The blobs of this version."""
+        return Index(state.index, lambda part, nbytes: b"".join(self._parts(part, nbytes)))
+
+    def _parts(self, first: int, nbytes: int) -> Iterator[memoryview]:
+        limits.require("array_bytes", nbytes, f"what begins in part {first}")
+        return read_parts(self._group, first, nbytes)
+
+    def read_blob(self, name: str, entry: Entry) -> bytes:
         """The bytes of a blob.
 
         Raises:
             IntegrityError: it is not there, or not the bytes that were written.
             SchemaError: it is larger than `limits.array_bytes`.
         """
+        if entry.part is not None:
+            return b"".join(self._parts(entry.part, entry.nbytes))
         array = self._open_blob(name)
         (size,), (chunk,) = array.shape, array.chunks
         limits.require("array_bytes", max(size, chunk), f"blob {name!r}")
@@ -499,25 +485,43 @@ class Tree:
         places = range(math.ceil(size / chunk))
         return b"".join(read_chunks(self._group, f"blobs/{name}", places, chunk))[:size]
 
-    def blob_nbytes(self, name: str) -> int:
+    def blob_nbytes(self, name: str, entry: Entry) -> int:
         """The length that a blob says it has. Raises IntegrityError when it is not there."""
-        return int(self._open_blob(name).shape[0])
+        return entry.nbytes if entry.part is not None else int(self._open_blob(name).shape[0])
 
     def _open_blob(self, name: str) -> Any:
         path = f"blobs/{check_ref(name, 'blob')}"
         return opened(self._group, path, np.dtype("u1"), (None,), (None,))
 
-    def write_blobs(self, blobs: Mapping[str, Held], there: Container[str]) -> None:
-        """Put these bytes in the place of the old ones, of those blobs that are `there`."""
-        for name in blobs:
-            if name in there:
-                self.delete_blob(name)
-        new = {f"blobs/{name}": held for name, held in blobs.items()}
-        self._write_bytes(new, lambda nbytes: max(1, min(nbytes, BLOB_CHUNK_BYTES)))
+    def write_blobs(self, index: Index, blobs: Mapping[str, Held | None]) -> IndexState:
+        """Put these bytes in the place of the old ones, None for a blob that goes.
 
-    def delete_blob(self, name: str) -> None:
-        """Take a blob away."""
-        del self._group[f"blobs/{name}"]
+        The old ones, and the pages of the index that named them, go from this version.
+        """
+        first = index.state.parts
+        gone = list[int]()
+        entries: dict[str, Entry | None] = {}
+        for name, held in blobs.items():
+            was = index.get(name)
+            if was is not None and was.part is not None:
+                gone += range(was.part, was.part + parts_of(was.nbytes))
+            elif was is not None:
+                del self._group[f"blobs/{name}"]
+            entries[name] = None
+            if held is not None:
+                entries[name] = Entry(held.sha256, first, held.nbytes)
+                first += parts_of(held.nbytes)
+        made = index.changed(entries, first)
+        if made.next:
+            data = (
+                (e.part, h.data())
+                for e, h in zip(entries.values(), blobs.values(), strict=True)
+                if e is not None and h is not None and e.part is not None
+            )
+            pages = ((part, page.data()) for part, page in made.written.items())
+            write_parts(self._group, made.next, itertools.chain(data, pages))
+        delete_parts(self._group, gone + made.gone)
+        return IndexState(made.next, made.page)
 
     def check_shapes(self, root: Root) -> None:
         """Nothing, when every array has the shape that the state demands.
@@ -528,14 +532,7 @@ class Tree:
         state = root.state
         self._open_values(root.space.layout, state.rows)
         self._open_catalog(state.catalog_bytes)
-        blobs = set(listed(self._group, "blobs"))
-        if blobs != set(state.blobs):
-            raise IntegrityError(
-                what="array",
-                name="blobs",
-                expected=", ".join(sorted(state.blobs)) or "no blob",
-                found=", ".join(sorted(blobs)) or "no blob",
-            )
+        check_parts(self._group, state.index.parts)
         if ("keys" in self._group) != (state.keys is not None):
             raise IntegrityError(
                 what="array",
@@ -544,4 +541,20 @@ class Tree:
                 found="no keys" if state.keys else "keys",
             )
         if state.keys is not None:
-            self._open_keys(state.keys)
+            keys.open_keys(self._group, state.keys)
+
+    def check_old_blobs(self, index: Index) -> None:
+        """Nothing, when just those blobs have an array of their own that the index says.
+
+        Raises:
+            IntegrityError: others have.
+        """
+        wanted = {name for name, entry in index.items() if entry.part is None}
+        found = set(listed(self._group, "blobs"))
+        if found != wanted:
+            raise IntegrityError(
+                what="array",
+                name="blobs",
+                expected=", ".join(sorted(wanted)) or "no blob",
+                found=", ".join(sorted(found)) or "no blob",
+            )

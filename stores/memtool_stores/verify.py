@@ -12,7 +12,7 @@ where a damaged snapshot hides the versions before it, they are found by these.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -35,16 +35,19 @@ from memtool_stores.history import (
     snapshots,
 )
 from memtool_stores.ice import looking_up, open_repository, translated
+from memtool_stores.index import Entry, Ref
 from memtool_stores.names import check_ref
 from memtool_stores.objects import objects_at
+from memtool_stores.parts import part_length
 from memtool_stores.printable import one_line
 from memtool_stores.references import References, unreadable
 from memtool_stores.space import Layout
-from memtool_stores.tree import Root, Tree, sha256
+from memtool_stores.tree import CATALOG_CHUNK_BYTES, State, Tree, sha256
 
 Level = Literal["heads", "checksums", "full"]
 
 KEYS_PATH = "/keys"
+PARTS_PATH = "/parts"
 BLOB_PATH = "/blobs/"
 FILES_PATH = "/files/"
 ROWS_PER_READ = 64
@@ -97,8 +100,15 @@ class _Seen:
     versions: dict[str, str | None] = field(default_factory=dict)
     """The parent of each, which comes before it; None for an oldest one."""
     rows: set[tuple[int, str]] = field(default_factory=set)
+    catalog: Catalog = field(default_factory=Catalog)
+    """That of the last version whose lines were all checked; the next one goes on from it."""
+    catalog_tail: bytes = b""
+    """What its last chunk, which the next one may have written again, held."""
     keys: set[str] = field(default_factory=set)
-    blobs: set[tuple[str, str]] = field(default_factory=set)
+    key_chains: tuple[str, list[str]] = ("", [])
+    """The version whose keys were read last, and their hash chain from before the first block."""
+    blobs: set[tuple[str, Entry]] = field(default_factory=set)
+    pages: set[Ref] = field(default_factory=set)
     damages: dict[Hashable, Damage] = field(default_factory=dict)
     """One for each damaged thing, however often it was read."""
     unchecked: dict[tuple[str, str], Unchecked] = field(default_factory=dict)
@@ -257,7 +267,10 @@ def _verify_chunk_files(url: str, seen: _Seen) -> None:
     with seen.looking_at("chunks", "of the store"):
         for entry in sorted(objects.list("ice/chunks"), key=lambda entry: entry.path):
             with seen.looking_at("chunk", entry.path):
-                whole = whole_chunk(objects.read(entry.path), seen.row_lengths | seen.chunk_lengths)
+                data = objects.read(entry.path)
+                whole = whole_chunk(
+                    data, {part_length(data) or 0} | seen.row_lengths | seen.chunk_lengths
+                )
                 if whole not in {None, entry.nbytes}:
                     seen.add(
                         Damage(
@@ -299,8 +312,7 @@ def _verify_version(
         _require_files(len(tree.files()), root.state.ragged)
         return
     # What this version wrote anew lies in files of its own, even if an earlier one wrote the same.
-    written: set[str] = set()
-    files_changed = True
+    written = _Written()
     parent = snapshot.parent_id
     if ("version", parent) not in seen.damages:
         with (
@@ -308,27 +320,73 @@ def _verify_version(
             looking_up(repository, parent, snapshot.id),
         ):
             diff = repository.diff(from_snapshot_id=parent, to_snapshot_id=snapshot.id)
-            written = {str(path) for path in diff.updated_chunks}
             moved = (*diff.new_arrays, *diff.deleted_arrays, *diff.updated_arrays)
-            files_changed = any(str(path).startswith(FILES_PATH) for path in moved)
-    catalog = Catalog()
+            written = _Written(
+                parent,
+                {str(path): chunks for path, chunks in diff.updated_chunks.items()},
+                frozenset(map(str, diff.new_arrays)),
+                frozenset(map(str, moved)),
+            )
+    records: list[AdapterRecord] = []
     with seen.looking_at("catalog", snapshot.id):
-        catalog = tree.read_catalog(Catalog(), root.state)
-    if (whole or files_changed) and catalog.chain == root.state.catalog_chain:
-        with seen.looking_at("version", snapshot.id):
-            _verify_owners(tree, catalog, seen)
+        catalog, new = _verify_catalog(tree, root.state, seen, whole=whole)
+        records = [*catalog.records.values()] if whole else [*new]
+        if whole or written.below(FILES_PATH):
+            with seen.looking_at("version", snapshot.id):
+                _verify_owners(tree, catalog, seen)
     rows = [
         record
-        for record in catalog.records.values()
+        for record in records
         if whole
         or (record.row, record.sha256) not in seen.rows
-        or f"{FILES_PATH}{record.row}" in written
+        or f"{FILES_PATH}{record.row}" in written.chunks
     ]
     _verify_rows(tree, rows, root.space.layout, seen, hashes=level == "full")
-    if whole:
-        written |= {KEYS_PATH, *(BLOB_PATH + name for name in root.state.blobs)}
-    _verify_keys_and_blobs(tree, root, snapshot.id, seen, hashes=level == "full", written=written)
+    hashes = level == "full"
+    _verify_keys(tree, root.state, snapshot.id, written, seen, hashes=hashes, whole=whole)
+    _verify_blobs(tree, root.state, written, seen, hashes=hashes, whole=whole)
     seen.chunk_lengths |= tree.chunk_lengths
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What a version wrote on top of its parent.
+
+    By array the places of chunks; the arrays that are new; those that came, went or have another
+    shape.
+    """
+
+    parent: str = ""
+    chunks: Mapping[str, Sequence[Sequence[int]]] = field(default_factory=dict)
+    new: frozenset[str] = frozenset()
+    moved: frozenset[str] = frozenset()
+
+    def below(self, path: str) -> bool:
+        """Whether an array below this path came, went or changed its shape."""
+        return any(array.startswith(path) for array in self.moved)
+
+
+def _verify_catalog(
+    tree: Tree, state: State, seen: _Seen, *, whole: bool
+) -> tuple[Catalog, Sequence[AdapterRecord]]:
+    """The catalog of a version, and the records of its lines that were not looked at before.
+
+    Where it goes on from the last one, all before lies in chunks that were read, but for the last
+    of them, which was written again: what both have of it is compared. `whole` reads all again.
+
+    Raises:
+        IntegrityError: it is not what was written.
+    """
+    known, tail = seen.catalog, seen.catalog_tail
+    size, step = state.catalog_bytes, CATALOG_CHUNK_BYTES
+    catalog = tree.read_catalog(known, state)
+    goes_on = catalog.goes_on_from(known)
+    if goes_on and known.size < size:
+        goes_on = tree.catalog_bytes(known.size - len(tail), known.size, state) == tail
+    if whole or not goes_on:
+        catalog.require_bytes(tree.catalog_bytes(0, size, state))
+    seen.catalog, seen.catalog_tail = catalog, tree.catalog_bytes(size // step * step, size, state)
+    return catalog, catalog.since(known if goes_on else Catalog())
 
 
 def _require_files(found: int, expected: int) -> None:
@@ -422,24 +480,66 @@ def _verify_without_values(tree: Tree, records: list[AdapterRecord], seen: _Seen
                 )
 
 
-def _verify_keys_and_blobs(
-    tree: Tree, root: Root, version: str, seen: _Seen, *, hashes: bool, written: set[str]
+def _verify_keys(
+    tree: Tree,
+    state: State,
+    version: str,
+    written: _Written,
+    seen: _Seen,
+    *,
+    hashes: bool,
+    whole: bool,
 ) -> None:
-    keys = root.state.keys
-    if keys is not None and (KEYS_PATH in written or keys.sha256 not in seen.keys):
-        seen.keys.add(keys.sha256)
-        with seen.looking_at("keys", version, keys.sha256):
-            found = sha256(tree.read_keys(keys))
-            if hashes and found != keys.sha256:
-                raise IntegrityError(
-                    what="keys", name=version, expected=f"sha256 {keys.sha256}", found=found
-                )
-    for name, expected in root.state.blobs.items():
-        if BLOB_PATH + name in written or (name, expected) not in seen.blobs:
-            seen.blobs.add((name, expected))
-            with seen.looking_at("blob", name, name, expected):
-                found = sha256(tree.read_blob(name))
-                if hashes and found != expected:
+    """The keys; without `whole` only the blocks that the version wrote and those after them."""
+    keys, places = state.keys, written.chunks.get(KEYS_PATH, ())
+    if keys is None:
+        return
+    before, known = seen.key_chains
+    anew = whole or KEYS_PATH in written.new
+    if not anew and not places and keys.sha256 in seen.keys:
+        if before == written.parent:
+            seen.key_chains = version, known
+        return
+    if anew or before != written.parent:
+        known = []
+    seen.keys.add(keys.sha256)
+    with seen.looking_at("keys", version, keys.sha256):
+        chains = tree.read_key_chains(keys, known[: min((place[1] for place in places), default=0)])
+        if hashes and chains[-1] != keys.sha256:
+            raise IntegrityError(
+                what="keys", name=version, expected=f"sha256 {keys.sha256}", found=chains[-1]
+            )
+        seen.key_chains = version, chains
+
+
+def _verify_blobs(
+    tree: Tree, state: State, written: _Written, seen: _Seen, *, hashes: bool, whole: bool
+) -> None:
+    """The blobs and the pages that list them; without `whole` those alone that are new."""
+    index = tree.index(state)
+    parts = {place[0] for place in written.chunks.get(PARTS_PATH, ())}
+    found = dict(state.index.listed)
+    waiting = [] if state.index.page is None else [(state.index.page, "")]
+    while waiting:
+        ref, path = waiting.pop()
+        # Who writes a page again writes all that lead to it, too.
+        if not whole and ref in seen.pages and ref.part not in parts:
+            continue
+        seen.pages.add(ref)
+        with seen.looking_at("index", f"part {ref.part}"):
+            page = index.page(ref, path)
+            found |= page.blobs
+            waiting += [(one, path + digit) for digit, one in page.pages.items()]
+    if whole or written.below(BLOB_PATH):
+        with seen.looking_at("array", "blobs"):
+            tree.check_old_blobs(index)
+    for name, entry in found.items():
+        again = whole or entry.part in parts or BLOB_PATH + name in written.chunks
+        if again or (name, entry) not in seen.blobs:
+            seen.blobs.add((name, entry))
+            with seen.looking_at("blob", name, name, entry):
+                digest = sha256(tree.read_blob(name, entry))
+                if hashes and digest != entry.sha256:
                     raise IntegrityError(
-                        what="blob", name=name, expected=f"sha256 {expected}", found=found
+                        what="blob", name=name, expected=f"sha256 {entry.sha256}", found=digest
                     )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -23,10 +24,14 @@ from memtool_stores.errors import (
 from memtool_stores.held import Held
 from memtool_stores.history import Version, is_expired, of_snapshot, sealed_tree, snapshots
 from memtool_stores.ice import guard_fork, icechunk, open_repository, translated
+from memtool_stores.index import Entry, Index
 from memtool_stores.space import Layout, Space
 from memtool_stores.sums import check_snapshot
 from memtool_stores.tensorfile import TensorInfo, read_header, write_header
 from memtool_stores.tree import Array, Root, State, Tree, sha256
+
+NAMED = 20
+"""Blobs that an error names at most."""
 
 HEADER_PREFIX = "header-"
 """Blobs of this name hold safetensors headers; they belong to the store."""
@@ -300,10 +305,12 @@ class MemoryView:
             NotFoundError: there is none of that name.
             IntegrityError: it should be there and is not.
         """
-        digest = self._blob_sha256(name)
+        entry = self._entry(name)
         with self._reading(f"blob {name!r}"):
-            nbytes = self._tree.blob_nbytes(name)
-        return Held(digest, nbytes, lambda: self.blob(name), f"blob {name!r} of {self._where}")
+            nbytes = self._tree.blob_nbytes(name, entry)
+        return Held(
+            entry.sha256, nbytes, lambda: self.blob(name), f"blob {name!r} of {self._where}"
+        )
 
     def segment(self, name: str, out: Array | None = None) -> Array:
         """One tensor of all live adapters, (t, *shape): a read-only copy, or in `out`.
@@ -343,6 +350,15 @@ class MemoryView:
         rows = [record.row for record in self.adapters if record.row < keys.shape[1]]
         return keys if len(rows) == keys.shape[1] else np.ascontiguousarray(keys[:, rows])
 
+    @property
+    def keys_shape(self) -> tuple[int, int, int] | None:
+        """Layers, rows of the values that the keys cover, and width; None when there are none."""
+        state = self.state.keys
+        if state is None:
+            return None
+        with self._reading("the keys"):
+            return self._tree.keys_shape(state)
+
     def row_keys(self) -> Array | None:
         """The keys by row of the values, (L, R, d_k) float32, zeros where a row had none.
 
@@ -353,16 +369,35 @@ class MemoryView:
         if state is None:
             return None
         with self._reading("the keys"):
-            keys = self._tree.read_keys(state)
-        if sha256(keys) != state.sha256:
-            raise IntegrityError(
-                what="keys", name=self._id, expected=state.sha256, found=sha256(keys)
-            )
+            found, keys = self._tree.read_keys(state)
+        if found != state.sha256:
+            raise IntegrityError(what="keys", name=self._id, expected=state.sha256, found=found)
         return keys
+
+    @cached_property
+    def index(self) -> Index:
+        """The blobs by name, those that belong to the store too, and where they lie."""
+        return self._tree.index(self.state)
+
+    @cached_property
+    def blob_hashes(self) -> Mapping[str, str]:
+        """The SHA-256 of every blob by name, those of the store too; all pages are read."""
+        with self._reading("the list of blobs"):
+            return MappingProxyType({name: one.sha256 for name, one in self.index.items()})
 
     def blobs(self) -> tuple[str, ...]:
         """Names of the blobs, sorted."""
-        return tuple(sorted(b for b in self.state.blobs if not b.startswith(HEADER_PREFIX)))
+        return tuple(sorted(b for b in self.blob_hashes if not b.startswith(HEADER_PREFIX)))
+
+    def has_blob(self, name: str) -> bool:
+        """Whether there is a blob of that name; no list of all is read for it."""
+        return self.blob_sha256(name) is not None
+
+    def blob_sha256(self, name: str) -> str | None:
+        """The SHA-256 of a blob, None when there is none of that name."""
+        with self._reading("the list of blobs"):
+            found = self.index.get(name)
+        return None if found is None else found.sha256
 
     def blob(self, name: str) -> bytes:
         """The bytes of a blob.
@@ -371,19 +406,22 @@ class MemoryView:
             NotFoundError: there is none of that name.
             IntegrityError: they are not what was written.
         """
-        expected = self._blob_sha256(name)
+        entry = self._entry(name)
+        expected = entry.sha256
         with self._reading(f"blob {name!r}"):
-            data = self._tree.read_blob(name)
+            data = self._tree.read_blob(name, entry)
         if sha256(data) != expected:
             raise IntegrityError(what="blob", name=name, expected=expected, found=sha256(data))
         return data
 
-    def _blob_sha256(self, name: str) -> str:
-        found = self.state.blobs.get(name)
+    def _entry(self, name: str) -> Entry:
+        with self._reading("the list of blobs"):
+            found = self.index.get(name)
         if found is None:
+            names = self.blobs()
+            few = f"one of {', '.join(names[:NAMED])}{', …' if len(names) > NAMED else ''}"
             raise NotFoundError(
-                f"no blob {name!r} in version {self._id}",
-                expected=f"one of {', '.join(self.blobs())}" if self.blobs() else None,
+                f"no blob {name!r} in version {self._id}", expected=few if names else None
             )
         return found
 

@@ -300,7 +300,7 @@ def _strange_catalog(data: st.DataObject, store: MemoryStore) -> Change:
 
 def _strange_blob(data: st.DataObject, store: MemoryStore) -> Change:
     """Bytes in a blob, with a right hash, also where the header of a file should be."""
-    names = sorted(store.view().state.blobs)
+    names = sorted(store.view().blob_hashes)
     name, content = data.draw(st.sampled_from(names)), data.draw(damaged(HEADER) | STRANGE)
 
     def change(session: Any, attributes: dict[str, Any]) -> None:

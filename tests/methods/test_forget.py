@@ -86,7 +86,7 @@ def test_forgetting_everything_leaves_a_memory_without_keys(learned_copy):
 def test_a_purge_takes_the_bytes_out_of_everything(learned_copy):
     store = learned_copy.workspace.store
     (record,) = chosen(store.view(), ["2"])
-    head = store.view().state.blobs["head.task-2-seed-0"]
+    head = store.view().blob_hashes["head.task-2-seed-0"]
     assert store.find_bytes([record.sha256, head])
     result = forget(learned_copy.workspace.store, ["2"], purge=True)
     assert result.purged.left == {}

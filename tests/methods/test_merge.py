@@ -69,11 +69,11 @@ def kept_of(view: MemoryView) -> dict[str, Any]:
     for record in view.live:
         number, blobs = record.meta["task"], {}
         for begin in ("looks.", "prompts."):
-            blobs[begin] = view.state.blobs.get(f"{begin}{record.id}")
+            blobs[begin] = view.blob_hashes.get(f"{begin}{record.id}")
         for begin in ("routing.", "queries.", "features."):
-            blobs[begin] = view.state.blobs.get(f"{begin}{number}")
-        blobs["head."] = view.state.blobs.get(f"head.{record.name}")
-        blobs["peft"] = view.state.blobs[str(record.meta["peft"])]
+            blobs[begin] = view.blob_hashes.get(f"{begin}{number}")
+        blobs["head."] = view.blob_hashes.get(f"head.{record.name}")
+        blobs["peft"] = view.blob_hashes[str(record.meta["peft"])]
         meta = {k: v for k, v in record.meta.items() if k not in ("task", "merged_from")}
         found[record.name] = (view.export(record.id), record.scaling, record.pruned, meta, blobs)
     return found

@@ -281,7 +281,7 @@ def test_forgetting_makes_the_memory_of_who_never_knew_it(
     shutil.copytree(memories[name], tmp_path / "copy")
     method = opened(place, tmp_path / "copy", **WAYS[name])
     store = method.workspace.store
-    gone = [sha for blob, sha in store.view().state.blobs.items() if blob == "prompt-reach"]
+    gone = [sha for blob, sha in store.view().blob_hashes.items() if blob == "prompt-reach"]
     forget(store, ["sums"], purge=True)
     assert store.find_bytes(gone) == {}
     never = filled(place, tmp_path / "never", ("letters", "turned"), **WAYS[name])

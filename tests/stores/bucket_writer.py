@@ -19,7 +19,7 @@ def main() -> None:
 
         def write(txn: Transaction, name: str = name, number: int = number) -> None:
             txn.add(name, some_values(space, number))
-            before = txn.base.blob("count") if "count" in txn.base.state.blobs else b"0"
+            before = txn.base.blob("count") if txn.base.has_blob("count") else b"0"
             txn.put_blob("count", str(int(before) + 1).encode())
 
         try:

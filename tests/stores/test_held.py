@@ -21,9 +21,10 @@ import memtool_stores
 from memtool_stores import ChangedMeanwhileError, MemoryStore, Space, arrays, ragged
 from memtool_stores.arrays import write_bytes
 from memtool_stores.held import Held, Spool, TensorFile
+from memtool_stores.parts import PART_BYTES
 from memtool_stores.testing import fill, some_values
 from memtool_stores.transaction import Transaction
-from memtool_stores.tree import BLOB_CHUNK_BYTES, Tree
+from memtool_stores.tree import Tree
 
 MIB = 1024 * 1024
 
@@ -55,7 +56,7 @@ def test_files_and_blobs_come_back_and_are_read_once_in_the_commit(
         for file in files:
             txn.add_file(file.name, TensorFile.of(file.read_bytes(), "", partial(again, file)))
             txn.put_blob(f"looks.{file.name}", spool.put(file.name.encode()))
-        txn.put_blob("large", bytes(range(256)) * (BLOB_CHUNK_BYTES // 200))
+        txn.put_blob("large", bytes(range(256)) * (PART_BYTES // 200))
         txn.put_blob("empty", b"")
         assert read == []
         assert txn.value("f3").tobytes() == files[3].read_bytes()[-400:]
@@ -65,7 +66,7 @@ def test_files_and_blobs_come_back_and_are_read_once_in_the_commit(
     for file in files:
         assert view.export(file.name) == file.read_bytes()
         assert view.blob(f"looks.{file.name}") == file.name.encode()
-    assert view.blob("large") == bytes(range(256)) * (BLOB_CHUNK_BYTES // 200)
+    assert view.blob("large") == bytes(range(256)) * (PART_BYTES // 200)
     assert view.blob("empty") == b""
     with store.transaction("shorter") as txn:
         txn.put_blob("large", b"small now")
@@ -173,13 +174,13 @@ from memtool_stores import MemoryStore, arrays
 from memtool_stores.held import TensorFile
 url, folder, die_at = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 arrays.WRITTEN_ARRAYS = 2
-real, calls = arrays._put, []
+real, calls = arrays.put, []
 def put(group, files):
     if len(calls) == die_at:
         os.kill(os.getpid(), signal.SIGKILL)
     calls.append(1)
     real(group, files)
-arrays._put = put
+arrays.put = put
 store = MemoryStore.open(url)
 with store.transaction("files") as txn:
     for file in sorted(folder.glob("f*")):

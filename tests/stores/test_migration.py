@@ -107,7 +107,7 @@ def test_the_first_commit_migrates_and_history_stays(old: MemoryStore) -> None:
         txn.prune_atoms("a", {MODULE: [1]})
     new = _attributes(old)
     assert (new["schema_version"], new["min_reader"]) == (SCHEMA_VERSION, SCHEMA_VERSION)
-    assert new["members"] == ["blobs", "catalog", "keys", "values"]
+    assert new["members"] == ["blobs", "catalog", "keys", "parts", "values"]
     assert _attributes(old, first)["schema_version"] == 1
     assert "atoms" in _attributes(old, first)["members"]  # type: ignore[operator]
     again = MemoryStore.open(old.url)
@@ -239,7 +239,13 @@ def test_migrate_adds_a_commit_to_every_branch_and_touches_nothing_else(old: Mem
         assert (new.schema, was.schema) == (SCHEMA_VERSION, 1)
         assert new.adapters == was.adapters
         assert new.values().tobytes() == was.values().tobytes()
-        assert _attributes(again, tip.branch)["members"] == ["blobs", "catalog", "keys", "values"]
+        assert _attributes(again, tip.branch)["members"] == [
+            "blobs",
+            "catalog",
+            "keys",
+            "parts",
+            "values",
+        ]
     after = _everything(again)
     assert {version: after[version] for version in before} == before
     changed = {Path(p).name for p, was in data.items() if Path(p).read_bytes() != was}

@@ -270,7 +270,7 @@ def _with(data: bytes, *folders: str | Path) -> list[Path]:
 
 
 def _headers(store: MemoryStore) -> set[str]:
-    return {name for name in store.view().state.blobs if name.startswith("header-")}
+    return {name for name in store.view().blob_hashes if name.startswith("header-")}
 
 
 @pytest.mark.parametrize("removed_before", [False, True])

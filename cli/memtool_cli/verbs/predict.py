@@ -356,7 +356,7 @@ def _threshold(call: Call, view: MemoryView, wrong: float | None, task: str | No
     found = calibration_of(view)
     if found is not None:
         return found.threshold(WRONG if wrong is None else wrong)
-    then = "has changed since it was" if Calibration.blob in view.blobs() else "was never"
+    then = "has changed since it was" if view.has_blob(Calibration.blob) else "was never"
     held = call.config.stream.validation
     remedy = call.command("calibrate")
     if not held:

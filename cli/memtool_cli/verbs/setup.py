@@ -357,7 +357,7 @@ def _queries(call: Call) -> tuple[Check, ...]:
         if not MemoryStore.exists(call.store_path):
             return ()
         view = call.view()
-        if "memory" not in view.blobs():  # no memory of MIRA over images
+        if not view.has_blob("memory"):  # no memory of MIRA over images
             return ()
         from memtool.methods.mira.doctor import asked_the_same
 

@@ -226,7 +226,7 @@ class _Given:
             meta = {**one.meta, "task": number, "task_name": task}
             id = txn.add_file(one.name, one.tensors, meta)
             self.added.append(WrittenAdapter(name=one.name, id=id))
-            if one.blob not in txn.base.state.blobs:
+            if not txn.base.has_blob(one.blob):
                 txn.put_blob(one.blob, one.file)
         rows = {record.name: record.id for record in txn.adapters}
         for name, held in self.moments.items():
@@ -272,7 +272,7 @@ class _Given:
 
 def _put(txn: memtool_stores.Transaction, name: str, data: Held) -> bool:
     """Put a blob where it is not there already; whether it was put."""
-    if txn.base.state.blobs.get(name) == data.sha256:
+    if txn.base.blob_sha256(name) == data.sha256:
         return False
     txn.put_blob(name, data)
     return True
@@ -283,7 +283,7 @@ def _put_prompts(txn: memtool_stores.Transaction, name: str, asked: Sequence[str
     if asked is not None:
         require_text_alone(asked, "--keep-prompts")
         _put(txn, name, Held.of(json.dumps(asked).encode()))
-    elif name in txn.base.state.blobs:
+    elif txn.base.has_blob(name):
         txn.delete_blob(name)
 
 

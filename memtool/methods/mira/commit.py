@@ -122,8 +122,9 @@ def commit(
         ).put(txn)
         for name, data in blobs.items():
             txn.put_blob(name, data)
-        for name in {QUERY_MODULES, DECODERS} & {*txn.base.blobs()} - {*blobs}:
-            txn.delete_blob(name)
+        for name in {QUERY_MODULES, DECODERS} - {*blobs}:
+            if txn.base.has_blob(name):
+                txn.delete_blob(name)
 
     about = {
         **metadata,

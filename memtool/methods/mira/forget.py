@@ -44,7 +44,7 @@ def solve_without(txn: Transaction, view: MemoryView, gone: set[str]) -> None:
     adapters = tuple(keyed[place] for place in places)
     if not adapters:
         for name in (MEMORY, HEAD, QUERY_MODULES, DECODERS):
-            if name in view.blobs():
+            if view.has_blob(name):
                 txn.delete_blob(name)
         txn.set_keys(None)
         return
@@ -105,7 +105,7 @@ def _solved_head(
     features = feature_statistics(view, tasks)
     trained = {task_of(record): own_head(view, record.name) for record in txn.adapters}
     head = solve_recalled_head(state.head, features, trained, adapter_tasks)
-    if state.head.kind != "shared" or HEAD not in view.blobs():
+    if state.head.kind != "shared" or not view.has_blob(HEAD):
         return head
     learned = RecalledHead.from_bytes(view.blob(HEAD), f"blob {HEAD!r}")
     unknown = ~torch.isfinite(head.bias)

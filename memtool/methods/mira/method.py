@@ -85,9 +85,7 @@ class Mira(Method):
 
     def reading_numbers(self, view: memtool_stores.MemoryView) -> int:
         """As `Method.reading_numbers`: keys, query modules and decoders."""
-        found = {
-            name: view.blob(name) for name in (QUERY_MODULES, DECODERS) if name in view.blobs()
-        }
+        found = {name: view.blob(name) for name in (QUERY_MODULES, DECODERS) if view.has_blob(name)}
         arrays = [a for n, data in found.items() for a in load_arrays(data, f"blob {n!r}").values()]
         return super().reading_numbers(view) + sum(int(array.bits.size) for array in arrays)
 

@@ -135,7 +135,7 @@ def digest_of(
 ) -> str:
     """The hash of all that the keys of these records are solved from."""
     parts = [
-        view.state.blobs[name]
+        view.blob_hashes[name]
         if name is not None
         else hashlib.sha256(kept_bytes(new[number], "mira")).hexdigest()
         for number, name in _names(view, records, new)
@@ -284,7 +284,7 @@ def novelty_of(view: memtool_stores.MemoryView, seen: Tensor) -> Tensor | None:
 
     99 of 100 of the example prompts lie within 1. None where that could not be measured.
     """
-    if REACH not in view.blobs():
+    if not view.has_blob(REACH):
         return None
     moments = Moments.from_bytes(view.blob(REACH), f"blob {REACH!r}")
     return novelty(narrowed(seen, WITNESS_WIDE).unsqueeze(0), [moments])
@@ -333,7 +333,7 @@ def _put_reach(txn: memtool_stores.Transaction, moments: Moments | None) -> None
     """Keep what novelty is measured by; nothing where it cannot be."""
     if moments is not None and moments.reach is not None:
         txn.put_blob(REACH, moments.to_bytes())
-    elif REACH in txn.base.blobs():
+    elif txn.base.has_blob(REACH):
         txn.delete_blob(REACH)
 
 

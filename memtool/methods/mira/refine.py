@@ -103,9 +103,9 @@ def prompts_of(method: PromptMemory, view: memtool_stores.MemoryView, task: int)
     found: list[str] = []
     for record in of_task:
         blob = f"{PROMPTS_PREFIX}{record.id}"
-        if blob in view.blobs():
+        if view.has_blob(blob):
             found += _texts(view.blob(blob), blob)
-        elif looks_blob(record.id) in view.blobs():
+        elif view.has_blob(looks_blob(record.id)):
             raise DataError(
                 f"keys learn from prompts, and those of {record.name!r} were not kept",
                 expected="the example prompts of every adapter that has a key",

@@ -142,7 +142,7 @@ class Snapshot:
             prefix_tokens=backbone.prefix_tokens,
             norms=first_norms(state.memory, backbone, blocks),
         )
-        if QUERY_MODULES in view.blobs():
+        if view.has_blob(QUERY_MODULES):
             _load_query_modules(memory, view.blob(QUERY_MODULES))
         if state.memory.read == "decoder":
             load_decoders(memory, state.memory, values, view.blob(DECODERS))
@@ -151,7 +151,7 @@ class Snapshot:
         model = MemoryModel(backbone, values, memory, state.memory, look)
         model = model.to(device).requires_grad_(False)
         head = None
-        if HEAD in view.blobs():
+        if view.has_blob(HEAD):
             head = RecalledHead.from_bytes(view.blob(HEAD), f"blob {HEAD!r}").to(device)
             head = replace(head, of_directions=state.head.is_fixed)
             _check_head(head, state, len(records), view.version)
@@ -194,7 +194,7 @@ class Snapshot:
 
     def past_queries(self) -> Protection:
         """What learning may not change; nothing before the first protected consolidation."""
-        if PAST_QUERIES not in self.view.blobs():
+        if not self.view.has_blob(PAST_QUERIES):
             return Protection()
         return Protection.from_bytes(self.view.blob(PAST_QUERIES), f"blob {PAST_QUERIES!r}")
 
@@ -277,7 +277,7 @@ def statistics_known(
 
 
 def _queries(view: memtool_stores.MemoryView, tasks: tuple[int, ...]) -> dict[int, QueryStatistics]:
-    known = [task for task in tasks if queries_blob(task) in view.blobs()]
+    known = [task for task in tasks if view.has_blob(queries_blob(task))]
     blobs = {task: queries_blob(task) for task in known}
     return {t: QueryStatistics.from_bytes(view.blob(b), f"blob {b!r}") for t, b in blobs.items()}
 
@@ -350,7 +350,7 @@ def _require_same_centre(
         return
     centres = []
     for view in (here, there):
-        data = view.blob(QUERY_MODULES) if QUERY_MODULES in view.blobs() else b""
+        data = view.blob(QUERY_MODULES) if view.has_blob(QUERY_MODULES) else b""
         parts = load_tensors(data, f"blob {QUERY_MODULES!r}") if data else {}
         centres.append({name: part for name, part in parts.items() if name.endswith(".centre")})
     mine, other = centres

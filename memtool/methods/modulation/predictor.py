@@ -47,7 +47,7 @@ class Predictor:
     @classmethod
     def load(cls, view: memtool_stores.MemoryView) -> Predictor | None:
         """That of a version, where it has one."""
-        if PREDICTOR not in view.blobs():
+        if not view.has_blob(PREDICTOR):
             return None
         return cls.from_bytes(view.blob(PREDICTOR), f"blob {PREDICTOR!r}")
 

@@ -66,7 +66,7 @@ def open_memory(
             steps=1 if published else settings.steps,
         )
     blob = blob_of(name)
-    names = names_in(view.blob(blob), f"blob {blob!r}") if blob in view.blobs() else ()
+    names = names_in(view.blob(blob), f"blob {blob!r}") if view.has_blob(blob) else ()
     stored = tuple(record.id for record in view.adapters)
     if set(names) != set(stored):
         raise MismatchError(
@@ -108,12 +108,12 @@ def synchronise(
     numel = base.space.numel
     length = key_length(settings.key_share, numel)
     memory = BayesPCN(numel, length, wanted, seed=seed)
-    if blob in base.blobs():
+    if base.has_blob(blob):
         # Removed adapters are still in the base version: the memory needs them to unlearn them.
         stored = _stored(base, blob)
         if (stored.settings, stored.key_length) == (wanted, length):
             memory = stored
-    if set(memory.names) == set(live) and blob in base.blobs():
+    if set(memory.names) == set(live) and base.has_blob(blob):
         return
     for id in memory.names:
         if id not in live:

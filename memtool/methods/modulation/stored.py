@@ -83,7 +83,7 @@ class Stored:
 
 def _head(view: memtool_stores.MemoryView, adapter: str) -> LinearClassifier:
     name = own_head_blob(adapter)
-    if name not in view.blobs():
+    if not view.has_blob(name):
         raise NotFoundError(
             f"adapter {adapter!r} came without a trained head",
             remedy="an adapter made by memtool train-adapter",

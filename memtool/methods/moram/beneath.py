@@ -81,7 +81,7 @@ def _digest_at(
 ) -> str:
     """The digest of rows of a version, and of the head that training goes on from."""
     going_on = work.reads == "images" and work.config.head.kind == "shared" and records
-    return digest(records, view.state.blobs.get(HEAD) if going_on else None)
+    return digest(records, view.blob_sha256(HEAD) if going_on else None)
 
 
 def about_atoms(adapter: ReadAdapter) -> About | None:

@@ -79,7 +79,7 @@ class AtomLearner(Learner):
 
 def head_to_go_on_from(work: Workspace, view: memtool_stores.MemoryView) -> LinearClassifier | None:
     """The head of the tasks before, where it learns on (head.kind shared); of images."""
-    if work.reads == "texts" or work.config.head.kind != "shared" or HEAD not in view.blobs():
+    if work.reads == "texts" or work.config.head.kind != "shared" or not view.has_blob(HEAD):
         return None
     classes = len(work.stream.class_names)
     zero = LinearClassifier(torch.zeros(classes, work.backbone.dim), torch.zeros(classes))

@@ -140,7 +140,7 @@ def past_inputs_of(
     view: memtool_stores.MemoryView, layout: Layout, past: PastSettings
 ) -> PastInputs:
     """What entered the adapted maps in the tasks of a version, where it keeps that."""
-    if PAST_INPUTS not in view.blobs():
+    if not view.has_blob(PAST_INPUTS):
         return PastInputs(layout, past.energy, rule=past.rule)
     kept, where = view.blob(PAST_INPUTS), f"blob {PAST_INPUTS!r}"
     return PastInputs.from_bytes(kept, layout, past.energy, where, rule=past.rule)
@@ -235,7 +235,7 @@ def join(txn: memtool_stores.Transaction, view: memtool_stores.MemoryView) -> tu
         statistics |= feature_statistics(source, [task_of(record)])
         trained[task_of(record)] = own_head(source, record.name)
     head = solve(state.head, statistics, trained).to_bytes()
-    if txn.base.state.blobs.get(HEAD) != hashlib.sha256(head).hexdigest():
+    if txn.base.blob_sha256(HEAD) != hashlib.sha256(head).hexdigest():
         txn.put_blob(HEAD, head)
     return _not_joined(txn, view)
 
@@ -244,7 +244,7 @@ def _not_joined(
     txn: memtool_stores.Transaction, view: memtool_stores.MemoryView
 ) -> tuple[str, ...]:
     """What atoms that learn from here on do not know of those that came in."""
-    if PAST_INPUTS not in (*txn.base.blobs(), *view.blobs()):
+    if not (txn.base.has_blob(PAST_INPUTS) or view.has_blob(PAST_INPUTS)):
         return ()
     return (
         "what entered the layers in the other memory is not joined: keys that learn from here on "

@@ -102,7 +102,7 @@ class Routed(Method, ABC):
         view = work.store.view("HEAD")
         self._require_own_kind(view)
         tasks = tuple(dict.fromkeys(task_of(record) for record in view.adapters))
-        new = [task for task in tasks if kept_blob(task) not in view.blobs()]
+        new = [task for task in tasks if not view.has_blob(kept_blob(task))]
         kept: dict[int, Kept] = {}
         for number in work.telling("consolidate: keep", new):
             samples = self.samples_of(view, number)

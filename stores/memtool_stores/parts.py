@@ -1,0 +1,134 @@
+"""Bytes of any length, each an element of the one array `/parts`.
+
+An array for each would make every later version longer, which lists its arrays. An element is a
+chunk: how many it holds (1) and its length, both uint32, the bytes, the crc32c (zarr's codec
+`vlen-bytes`). More than `PART_BYTES` are cut into several elements, one after the other. An element
+is written once; what comes in its place is another one, and its chunk is deleted.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from memtool_stores import arrays
+from memtool_stores.arrays import fetched, not_as_written, put, unsealed, with_crc32c
+from memtool_stores.held import Bytes
+from memtool_stores.printable import shown
+
+PARTS = "parts"
+PART_BYTES = 4 * 1024 * 1024
+"""Longest element."""
+
+WRITTEN_PARTS = 256
+"""Elements that are written at a time, and about `arrays.WRITTEN_BYTES` of them."""
+
+_HEAD = struct.Struct("<II")
+
+
+def parts_of(nbytes: int) -> int:
+    """How many elements so many bytes are; no bytes are one of no length."""
+    return max(1, -(-nbytes // PART_BYTES))
+
+
+def _document(count: int) -> dict[str, Any]:
+    """The metadata of the array with so many elements."""
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": [count],
+        "data_type": "variable_length_bytes",
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [1]}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "fill_value": "",
+        "codecs": [{"name": "vlen-bytes"}, {"name": "crc32c"}],
+        "attributes": {},
+    }
+
+
+def check_parts(group: Any, count: int) -> None:
+    """Nothing, when there is the array with so many elements; none for 0.
+
+    Raises:
+        IntegrityError: it is another one.
+    """
+    (found,) = fetched(group, [f"{PARTS}/zarr.json"])
+    try:
+        said = None if found is None else json.loads(found.tobytes())
+    except (ValueError, RecursionError):
+        said = "no JSON"
+    if said != (_document(count) if count else None):
+        raise not_as_written(PARTS, f"an array of {count:,} elements", shown(said))
+
+
+def write_parts(group: Any, count: int, data: Iterable[tuple[int, Bytes]]) -> None:
+    """Make it an array of so many elements, with these bytes from that element on in it.
+
+    They are asked for one by one, and some MB of them are in memory at a time.
+    """
+    # Before its chunks: those outside of it are refused.
+    put(group, {f"{PARTS}/zarr.json": json.dumps(_document(count)).encode()})
+    files: dict[str, bytes] = {}
+    waiting = 0
+    for first, one in data:
+        for number in range(parts_of(len(one))):
+            piece = bytes(one[number * PART_BYTES : (number + 1) * PART_BYTES])
+            chunk = with_crc32c(_HEAD.pack(1, len(piece)) + piece)
+            files[f"{PARTS}/c/{first + number}"] = chunk
+            waiting += len(piece)
+            if len(files) >= WRITTEN_PARTS or waiting >= arrays.WRITTEN_BYTES:
+                put(group, files)
+                files, waiting = {}, 0
+    put(group, files)
+
+
+def read_parts(group: Any, first: int, nbytes: int) -> Iterator[memoryview]:
+    """The pieces of so many bytes, from element `first` on; some MB are in memory at a time.
+
+    Raises:
+        IntegrityError: one is not there, has another length, or not the crc32c it ends with.
+    """
+    step = max(1, arrays.WRITTEN_BYTES // PART_BYTES)
+    for begin in range(0, parts_of(nbytes), step):
+        places = range(first + begin, first + min(parts_of(nbytes), begin + step))
+        chunks = fetched(group, [f"{PARTS}/c/{place}" for place in places])
+        for place, chunk in zip(places, chunks, strict=True):
+            length = min(PART_BYTES, nbytes - (place - first) * PART_BYTES)
+            yield _piece(place, chunk, length)
+
+
+def _piece(place: int, chunk: Any, length: int) -> memoryview:
+    if chunk is None:
+        raise not_as_written(PARTS, f"{length:,} bytes in element {place}", "no such element")
+    inner = unsealed(PARTS, place, chunk)
+    head = inner[: _HEAD.size].tobytes()
+    if head != _HEAD.pack(1, length) or len(inner) != _HEAD.size + length:
+        raise not_as_written(
+            PARTS,
+            f"{length:,} bytes in element {place}",
+            f"{max(0, len(inner) - _HEAD.size):,} bytes",
+        )
+    return inner[_HEAD.size :].data
+
+
+def part_length(chunk: bytes) -> int | None:
+    """How long the chunk of an element is, by what it begins with; None where it is none."""
+    if len(chunk) < _HEAD.size:
+        return None
+    count, length = _HEAD.unpack_from(chunk)
+    return _HEAD.size + length + 4 if count == 1 and length <= PART_BYTES else None
+
+
+def payload(chunk: bytes) -> bytes:
+    """The bytes of an element from its chunk; b"" where it is none."""
+    return chunk[_HEAD.size : -4] if part_length(chunk) == len(chunk) else b""
+
+
+def delete_parts(group: Any, places: Iterable[int]) -> None:
+    """Take the bytes of these elements out of this version."""
+    from zarr.core.sync import sync
+
+    for place in places:
+        sync(group.store.delete(f"{PARTS}/c/{place}"))
