@@ -61,7 +61,7 @@ Values = npt.NDArray[np.float32]
 
 def run(repeats: int, sizes: Sequence[int] = SIZES) -> dict[str, Any]:
     """All cases at every T of `sizes`; some minutes, mostly for the commits of the largest."""
-    with workplace(sizes, repeats) as folder:
+    with workplace(room(sizes, repeats)) as folder:
         peer = Files.written(folder / "files", min(FILES, max(sizes)))
         built = [Built.grown(folder / f"store-{size}", size) for size in sorted(set(sizes))]
         cases = [bytes_per_append(one) for one in built]
@@ -84,13 +84,17 @@ def run(repeats: int, sizes: Sequence[int] = SIZES) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def workplace(sizes: Sequence[int], repeats: int) -> Iterator[Path]:
-    """A temporary folder with room for everything, and the cache of the store in it."""
+def room(sizes: Sequence[int], repeats: int) -> int:
+    """Bytes that stores of these sizes and their peers take."""
     payload = sum(sizes) * space().layout.nbytes
     keys = sum(DEPTH * size * WIDTH * 4 for size in sizes if size >= KEYS_FROM)
     # The stores and their caches; a version of the keys and two files for every repeat.
-    needed = int(2.4 * payload) + 3 * (repeats + 1) * keys + (1 << 28)
+    return int(2.4 * payload) + 3 * (repeats + 1) * keys + (1 << 28)
+
+
+@contextmanager
+def workplace(needed: int) -> Iterator[Path]:
+    """A temporary folder with room for so many bytes, and the cache of the store in it."""
     before = os.environ.get("MEMTOOL_CACHE")
     with tempfile.TemporaryDirectory(prefix="memtool-bench-") as name:
         folder = Path(name)

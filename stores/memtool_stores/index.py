@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -181,13 +182,19 @@ def _path(name: str) -> str:
 class Index(Mapping[str, Entry]):
     """The blobs of one version by name; a page is read when it is needed, and then remembered.
 
-    `read` gives so many bytes from a part on.
+    `read` gives the bytes of parts, each with its length; `pages` are those that are known, and
+    get those that are read.
     """
 
-    def __init__(self, state: IndexState, read: Callable[[int, int], bytes]) -> None:
+    def __init__(
+        self,
+        state: IndexState,
+        read: Callable[[Sequence[tuple[int, int]]], Iterable[memoryview]],
+        pages: dict[Ref, Page],
+    ) -> None:
         self.state = state
         self._read = read
-        self._pages: dict[Ref, Page] = {}
+        self._pages = pages
 
     def page(self, ref: Ref, path: str) -> Page:
         """A page, whose bytes are those that its hash is of.
@@ -196,22 +203,30 @@ class Index(Mapping[str, Entry]):
             IntegrityError: they are not, or no page of ours has them.
         """
         found = self._pages.get(ref)
-        if found is not None:
-            return found
+        if found is None:
+            try:
+                (data,) = self._read([(ref.part, ref.nbytes)])
+            except IntegrityError as error:
+                raise _damaged(ref, error.expected or "what was written", error.found) from error
+            found = self._pages[ref] = self._parsed(ref, path, bytes(data))
+        return found
+
+    def _parsed(self, ref: Ref, path: str, data: bytes) -> Page:
+        found = hashlib.sha256(data).hexdigest()
+        if found != ref.sha256:
+            raise _damaged(ref, f"sha256 {ref.sha256}", found)
         try:
-            data = self._read(ref.part, ref.nbytes)
-            other = hashlib.sha256(data).hexdigest()
-            if other != ref.sha256:
-                raise _damaged(ref, f"sha256 {ref.sha256}", other)
-            found = Page.of(data, ref, path, self.state.parts)
+            return Page.of(data, ref, path, self.state.parts)
         except SchemaError as error:
             raise _damaged(ref, error.expected or "a page of blobs", error.message) from error
-        except IntegrityError as error:
-            if error.what == "index":
-                raise
-            raise _damaged(ref, error.expected or "what was written", error.found) from error
-        self._pages[ref] = found
-        return found
+
+    def ahead(self, refs: Sequence[tuple[Ref, str]]) -> None:
+        """Read pages at once that will be asked for; damage is left to who asks."""
+        wanted = [(ref, path) for ref, path in refs if ref not in self._pages]
+        with suppress(IntegrityError):
+            read = self._read([(ref.part, ref.nbytes) for ref, _ in wanted])
+            for (ref, path), data in zip(wanted, read, strict=True):
+                self._pages[ref] = self._parsed(ref, path, bytes(data))
 
     def __len__(self) -> int:
         return self.state.count
@@ -244,18 +259,20 @@ class Index(Mapping[str, Entry]):
             ref, path = waiting.pop()
             page = self.page(ref, path)
             yield page
-            waiting += ((one, path + digit) for digit, one in page.pages.items())
+            below = [(one, path + digit) for digit, one in page.pages.items()]
+            self.ahead(below)
+            waiting += below
 
     def items(self) -> Any:
         """Names and entries; each page is read once."""
         return {name: one for page in self.walk() for name, one in page.blobs.items()}.items()
 
-    def changed(self, changes: Mapping[str, Entry | None], first: int) -> Changed:
-        """The pages with these changes, None for a blob that goes; new ones from part `first` on.
+    def changed(self, changes: Mapping[str, Entry | None], parts: Allotment) -> Changed:
+        """The pages with these changes, None for a blob that goes.
 
         An index of an older schema gets pages for all that it lists.
         """
-        made = Changed(first)
+        made = Changed(parts)
         if self.state.page is None:
             there = {**self.state.listed, **changes}
             entries = {name: one for name, one in there.items() if one is not None}
@@ -270,7 +287,7 @@ class Index(Mapping[str, Entry]):
         """The page instead of `ref`, None where no blob is left."""
         page = Page() if ref is None else self.page(ref, path)
         if ref is not None:
-            made.gone.append(ref.part)
+            made.parts.give_back(ref.part)
         if not page.pages:
             there = {**page.blobs, **changes}
             entries = {name: one for name, one in there.items() if one is not None}
@@ -290,8 +307,7 @@ class Index(Mapping[str, Entry]):
     def _emptied(self, made: Changed, ref: Ref, path: str) -> dict[str, Entry]:
         """The blobs at and below a page, which goes."""
         new = made.written.pop(ref.part, None)
-        if new is None:
-            made.gone.append(ref.part)
+        made.parts.give_back(ref.part)
         page = self.page(ref, path) if new is None else new
         blobs = dict(page.blobs)
         for digit, one in page.pages.items():
@@ -312,23 +328,40 @@ class Index(Mapping[str, Entry]):
         )
 
 
-class Changed:
-    """What a change of an index writes: pages by part, and the parts of pages that go."""
+class Allotment:
+    """Which parts a commit writes: those that it frees first, so that their number stays small."""
 
-    def __init__(self, first: int) -> None:
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.free: list[int] = []
+
+    def take(self, count: int) -> int:
+        """The first of so many parts, one after the other."""
+        if count == 1 and self.free:
+            return self.free.pop()
+        self.count += count
+        return self.count - count
+
+    def give_back(self, first: int, count: int = 1) -> None:
+        """Parts that hold nothing any more."""
+        self.free += range(first, first + count)
+
+
+class Changed:
+    """What a change of an index writes: pages by part."""
+
+    def __init__(self, parts: Allotment) -> None:
         self.page: Ref | None = None
         self.written: dict[int, Page] = {}
-        self.gone: list[int] = []
-        self.next = first
+        self.parts = parts
 
     def write(self, page: Page) -> Ref:
         """Give a new page its part."""
         data = page.data()
         count = len(page.blobs) + sum(one.count for one in page.pages.values())
-        ref = Ref(self.next, len(data), count, hashlib.sha256(data).hexdigest())
-        self.written[self.next] = page
-        self.next += 1
-        return ref
+        part = self.parts.take(1)
+        self.written[part] = page
+        return Ref(part, len(data), count, hashlib.sha256(data).hexdigest())
 
 
 def _by_digit(named: Mapping[str, Any], depth: int) -> dict[str, dict[str, Any]]:

@@ -142,6 +142,7 @@ class Retractable:
 class _Directory:
     def __init__(self, root: Path) -> None:
         self._root = root
+        self._folders: dict[str, Path] = {}
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """See Objects."""
@@ -197,7 +198,13 @@ class _Directory:
             raise of_os_error(error, f"delete {path}", str(self._root)) from error
 
     def _path(self, path: str) -> Path:
-        return below(self._root, *path.split("/"))
+        """Inside the root; that a folder is, is looked at once: links are followed slowly."""
+        *folders, name = path.split("/")
+        folder = self._folders.get("/".join(folders))
+        if folder is None:
+            folder = self._folders["/".join(folders)] = below(self._root, *folders)
+        plain = name not in {"", ".", ".."} and not (folder / name).is_symlink()
+        return folder / name if plain else below(folder, name)
 
 
 class _Bucket:

@@ -2,15 +2,16 @@
 
 An array for each would make every later version longer, which lists its arrays. An element is a
 chunk: how many it holds (1) and its length, both uint32, the bytes, the crc32c (zarr's codec
-`vlen-bytes`). More than `PART_BYTES` are cut into several elements, one after the other. An element
-is written once; what comes in its place is another one, and its chunk is deleted.
+`vlen-bytes`). More than `PART_BYTES` are cut into several elements, one after the other. What a
+commit takes away leaves its elements to what it writes; those that are left over have no chunk.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from memtool_stores import arrays
@@ -23,7 +24,8 @@ PART_BYTES = 4 * 1024 * 1024
 """Longest element."""
 
 WRITTEN_PARTS = 256
-"""Elements that are written at a time, and about `arrays.WRITTEN_BYTES` of them."""
+READ_PARTS = 64
+"""Elements that are written or read at a time, and about `arrays.WRITTEN_BYTES` of them."""
 
 _HEAD = struct.Struct("<II")
 
@@ -84,19 +86,29 @@ def write_parts(group: Any, count: int, data: Iterable[tuple[int, Bytes]]) -> No
     put(group, files)
 
 
-def read_parts(group: Any, first: int, nbytes: int) -> Iterator[memoryview]:
-    """The pieces of so many bytes, from element `first` on; some MB are in memory at a time.
+def pieces_of(first: int, nbytes: int) -> list[tuple[int, int]]:
+    """The elements of so many bytes from element `first` on, each with its length."""
+    return [
+        (first + number, min(PART_BYTES, nbytes - number * PART_BYTES))
+        for number in range(parts_of(nbytes))
+    ]
+
+
+def read_parts(group: Any, pieces: Sequence[tuple[int, int]]) -> Iterator[memoryview]:
+    """What these elements of such lengths hold; some MB of them are in memory at a time.
 
     Raises:
         IntegrityError: one is not there, has another length, or not the crc32c it ends with.
     """
-    step = max(1, arrays.WRITTEN_BYTES // PART_BYTES)
-    for begin in range(0, parts_of(nbytes), step):
-        places = range(first + begin, first + min(parts_of(nbytes), begin + step))
-        chunks = fetched(group, [f"{PARTS}/c/{place}" for place in places])
-        for place, chunk in zip(places, chunks, strict=True):
-            length = min(PART_BYTES, nbytes - (place - first) * PART_BYTES)
-            yield _piece(place, chunk, length)
+    some: list[tuple[int, int]] = []
+    for number, piece in enumerate(pieces, start=1):
+        some.append(piece)
+        full = len(some) == READ_PARTS or sum(n for _, n in some) >= arrays.WRITTEN_BYTES
+        if full or number == len(pieces):
+            chunks = fetched(group, [f"{PARTS}/c/{place}" for place, _ in some])
+            for (place, length), chunk in zip(some, chunks, strict=True):
+                yield _piece(place, chunk, length)
+            some = []
 
 
 def _piece(place: int, chunk: Any, length: int) -> memoryview:
@@ -130,5 +142,7 @@ def delete_parts(group: Any, places: Iterable[int]) -> None:
     """Take the bytes of these elements out of this version."""
     from zarr.core.sync import sync
 
-    for place in places:
-        sync(group.store.delete(f"{PARTS}/c/{place}"))
+    async def delete() -> None:
+        await asyncio.gather(*(group.store.delete(f"{PARTS}/c/{place}") for place in places))
+
+    sync(delete())

@@ -62,6 +62,7 @@ from memtool_stores.ice import (
     sync_to_disk,
     translated,
 )
+from memtool_stores.index import Page, Ref
 from memtool_stores.leftovers import Leftover, find, find_in_store, take_away
 from memtool_stores.migrate import SCHEMA_VERSION, BranchMigration, Migration
 from memtool_stores.move import (
@@ -83,6 +84,9 @@ from memtool_stores.tree import Root, State, Tree, seal, sha256
 from memtool_stores.verify import Level, VerifyReport, verify
 from memtool_stores.view import MemoryView
 
+PAGES = 1_000
+"""Pages of the index of blobs that a store remembers for the next view, about 20 KB each."""
+
 TRIES = 10
 """How often `run` runs a function at most; the last time with the lock held, so that it wins."""
 
@@ -103,6 +107,7 @@ class MemoryStore:
         self._repository = repository
         self._lock_timeout = lock_timeout
         self._catalog = Catalog()
+        self._pages: dict[Ref, Page] = {}
         self._filelock: Any = None
         self._place = _place(url)
 
@@ -248,8 +253,15 @@ class MemoryStore:
         return resolve(self._repository, self.url, ref, as_of)
 
     def _view(self, version: str) -> MemoryView:
+        if len(self._pages) > PAGES:
+            self._pages = {}  # views have theirs
         return MemoryView(
-            self._repository, self.url, version, self._newest_catalog, self._lock_timeout
+            self._repository,
+            self.url,
+            version,
+            self._newest_catalog,
+            self._lock_timeout,
+            self._pages,
         )
 
     def _newest_catalog(self, catalog: Catalog | None) -> Catalog:

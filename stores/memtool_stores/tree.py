@@ -38,12 +38,19 @@ from memtool_stores.arrays import (
 from memtool_stores.catalog import AdapterRecord, Catalog, Counts
 from memtool_stores.errors import IntegrityError, NewerSchemaError, SchemaError
 from memtool_stores.held import Held
-from memtool_stores.index import Entry, Index, IndexState
+from memtool_stores.index import Allotment, Entry, Index, IndexState, Page, Ref
 from memtool_stores.jsonvalues import digest, mapping, member, whole
 from memtool_stores.keys import KeysState
 from memtool_stores.migrate import SCHEMA_VERSION, migrated
 from memtool_stores.names import check_id, check_ref
-from memtool_stores.parts import check_parts, delete_parts, parts_of, read_parts, write_parts
+from memtool_stores.parts import (
+    check_parts,
+    delete_parts,
+    parts_of,
+    pieces_of,
+    read_parts,
+    write_parts,
+)
 from memtool_stores.ragged import chunk_bytes, chunk_count
 from memtool_stores.space import Layout, Space
 
@@ -461,13 +468,10 @@ class Tree:
     def _create_keys(self, shape: tuple[int, ...], chunks: tuple[int, ...]) -> None:
         self._create(keys.KEYS, shape, chunks, keys.KEYS_DTYPE)
 
-    def index(self, state: State) -> Index:
-        """The blobs of this version."""
-        return Index(state.index, lambda part, nbytes: b"".join(self._parts(part, nbytes)))
-
-    def _parts(self, first: int, nbytes: int) -> Iterator[memoryview]:
-        limits.require("array_bytes", nbytes, f"what begins in part {first}")
-        return read_parts(self._group, first, nbytes)
+    def index(self, state: State, pages: dict[Ref, Page] | None = None) -> Index:
+        """The blobs of this version; `pages` of their index are known."""
+        known = {} if pages is None else pages
+        return Index(state.index, lambda pieces: read_parts(self._group, pieces), known)
 
     def read_blob(self, name: str, entry: Entry) -> bytes:
         """The bytes of a blob.
@@ -477,13 +481,23 @@ class Tree:
             SchemaError: it is larger than `limits.array_bytes`.
         """
         if entry.part is not None:
-            return b"".join(self._parts(entry.part, entry.nbytes))
+            limits.require("array_bytes", entry.nbytes, f"blob {name!r}")
+            return b"".join(read_parts(self._group, pieces_of(entry.part, entry.nbytes)))
         array = self._open_blob(name)
         (size,), (chunk,) = array.shape, array.chunks
         limits.require("array_bytes", max(size, chunk), f"blob {name!r}")
         self.chunk_lengths.add(chunk + CRC32C_BYTES)
         places = range(math.ceil(size / chunk))
         return b"".join(read_chunks(self._group, f"blobs/{name}", places, chunk))[:size]
+
+    def read_small_blobs(self, entries: Sequence[Entry]) -> Iterator[bytes]:
+        """The bytes of blobs of one part each, read together.
+
+        Raises:
+            IntegrityError: as `read_blob`; it does not say of which.
+        """
+        pieces = [(entry.part, entry.nbytes) for entry in entries if entry.part is not None]
+        return map(bytes, read_parts(self._group, pieces))
 
     def blob_nbytes(self, name: str, entry: Entry) -> int:
         """The length that a blob says it has. Raises IntegrityError when it is not there."""
@@ -498,30 +512,27 @@ class Tree:
 
         The old ones, and the pages of the index that named them, go from this version.
         """
-        first = index.state.parts
-        gone = list[int]()
+        parts = Allotment(index.state.parts)
         entries: dict[str, Entry | None] = {}
+        data: list[tuple[int, Held]] = []
         for name, held in blobs.items():
             was = index.get(name)
             if was is not None and was.part is not None:
-                gone += range(was.part, was.part + parts_of(was.nbytes))
+                parts.give_back(was.part, parts_of(was.nbytes))
             elif was is not None:
                 del self._group[f"blobs/{name}"]
             entries[name] = None
             if held is not None:
-                entries[name] = Entry(held.sha256, first, held.nbytes)
-                first += parts_of(held.nbytes)
-        made = index.changed(entries, first)
-        if made.next:
-            data = (
-                (e.part, h.data())
-                for e, h in zip(entries.values(), blobs.values(), strict=True)
-                if e is not None and h is not None and e.part is not None
-            )
+                part = parts.take(parts_of(held.nbytes))
+                entries[name] = Entry(held.sha256, part, held.nbytes)
+                data.append((part, held))
+        made = index.changed(entries, parts)
+        if parts.count:
+            held_data = ((part, held.data()) for part, held in data)
             pages = ((part, page.data()) for part, page in made.written.items())
-            write_parts(self._group, made.next, itertools.chain(data, pages))
-        delete_parts(self._group, gone + made.gone)
-        return IndexState(made.next, made.page)
+            write_parts(self._group, parts.count, itertools.chain(held_data, pages))
+        delete_parts(self._group, parts.free)
+        return IndexState(parts.count, made.page)
 
     def check_shapes(self, root: Root) -> None:
         """Nothing, when every array has the shape that the state demands.

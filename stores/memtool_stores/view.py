@@ -24,7 +24,7 @@ from memtool_stores.errors import (
 from memtool_stores.held import Held
 from memtool_stores.history import Version, is_expired, of_snapshot, sealed_tree, snapshots
 from memtool_stores.ice import guard_fork, icechunk, open_repository, translated
-from memtool_stores.index import Entry, Index
+from memtool_stores.index import Entry, Index, Page, Ref
 from memtool_stores.space import Layout, Space
 from memtool_stores.sums import check_snapshot
 from memtool_stores.tensorfile import TensorInfo, read_header, write_header
@@ -55,12 +55,15 @@ class MemoryView:
         version: str,
         known: Callable[[Catalog | None], Catalog],
         lock_timeout: float = LOCK_SECONDS,
+        pages: dict[Ref, Page] | None = None,
     ) -> None:
         self._repository = repository
         self._where = where
         self._id = version
         # Gives the newest catalog that the store has parsed, and takes ours in exchange.
         self._known = known
+        # Pages of the index of blobs that the store has read, which gets ours, too.
+        self._pages = {} if pages is None else pages
         # Of the cache.
         self._lock_timeout = lock_timeout
 
@@ -377,7 +380,7 @@ class MemoryView:
     @cached_property
     def index(self) -> Index:
         """The blobs by name, those that belong to the store too, and where they lie."""
-        return self._tree.index(self.state)
+        return self._tree.index(self.state, self._pages)
 
     @cached_property
     def blob_hashes(self) -> Mapping[str, str]:

@@ -24,10 +24,11 @@ from zarr.core.sync import sync
 
 from memtool_stores import MemoryStore, MemoryView, MemtoolError, sums
 from memtool_stores.catalog import Catalog
+from memtool_stores.held import Held
 from memtool_stores.store import _sealed
 from memtool_stores.tensorfile import write_header
 from memtool_stores.testing import MODULE, fill, ragged_file, small_space, some_values
-from memtool_stores.tree import Tree, sha256
+from memtool_stores.tree import Tree
 from tests.fuzz.door import (
     STRANGE,
     VALUES,
@@ -252,7 +253,7 @@ def _strange_attributes(data: st.DataObject, store: MemoryStore) -> Change:
     return change
 
 
-NODES = ["", "values", "catalog", "keys", "blobs", "blobs/memory", "files", "files/4"]
+NODES = ["", "values", "catalog", "keys", "parts", "files", "files/4"]
 
 
 def _strange_array(data: st.DataObject, store: MemoryStore) -> Change:
@@ -264,7 +265,9 @@ def _strange_array(data: st.DataObject, store: MemoryStore) -> Change:
     said = json.loads(sync(session.store.get(path, prototype)).to_bytes())
     strange = data.draw(altered(said) | st.just(said))
     chunk = data.draw(STRANGE | st.binary(min_size=88, max_size=92))
-    place = {"values": "1/0", "keys": "0/0/0"}.get(file, "0")
+    place = {"values": "1/0", "keys": "0/0/0", "parts": data.draw(st.sampled_from("0123"))}.get(
+        file, "0"
+    )
 
     def change(session: Any, attributes: dict[str, Any]) -> None:
         buffer = prototype.buffer.from_bytes
@@ -304,8 +307,9 @@ def _strange_blob(data: st.DataObject, store: MemoryStore) -> Change:
     name, content = data.draw(st.sampled_from(names)), data.draw(damaged(HEADER) | STRANGE)
 
     def change(session: Any, attributes: dict[str, Any]) -> None:
-        Tree(session, write=True).write_blob(name, content)
-        attributes["state"]["blobs"][name] = sha256(content)
+        tree = Tree(session, write=True)
+        index = tree.index(tree.root().state)
+        attributes["state"]["blobs"] = tree.write_blobs(index, {name: Held.of(content)}).to_json()
 
     return change
 

@@ -48,6 +48,7 @@ KINDS = {
     "catalog": "catalog",
     "keys": "keys",
     "blobs": "blob",
+    "pages": "index",
     "snapshots": "version",
     "manifests": "manifest",
     "transactions": "transaction log",
@@ -95,7 +96,11 @@ def rich(store: MemoryStore, space: Space) -> Rich:
     note_version()
     with store.transaction("blob") as txn:
         txn.put_blob("query-modules", bytes(range(200)))
-    made.note("blobs", new("chunks"), "query-modules")
+    chunks = new("chunks")
+    blobs = {path for path in chunks if bytes(range(200)) in path.read_bytes()}
+    assert (len(blobs), len(chunks)) == (1, 2)
+    made.note("blobs", blobs, "query-modules")
+    made.note("pages", chunks - blobs, "part 1")
     note_version()
     store.tag("v2")
     store.branch("side", "HEAD~1")

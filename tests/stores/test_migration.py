@@ -4,7 +4,8 @@ fixtures/schema-1.zip is a store that the code of schema 1 wrote: adapters photo
 sketch (`some_values` of seeds 0 to 3), keys, a blob, tag v1, branch side; art was removed.
 schema-2.zip: photo, art and cartoon, tag v1 and branch side; then art was purged, and atoms were
 written and pruned. schema-3.zip: likewise, and between them sketch and clipart, files with layouts
-of their own (`ragged_file` of seeds 0 and 1); clipart was purged, too.
+of their own (`ragged_file` of seeds 0 and 1); clipart was purged, too. schema-4.zip: likewise, with
+a key and a blob of each adapter, and blobs for two levels of pages.
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ from memtool_stores import (
     sums,
 )
 from memtool_stores.catalog import AdapterRecord
+from memtool_stores.migrate import SCHEMA_VERSION
 from memtool_stores.store import _sealed
 from memtool_stores.tensorfile import write_header
 from memtool_stores.testing import (
@@ -659,7 +660,7 @@ def test_a_store_of_an_older_schema_takes_ragged_rows(tmp_path: Path, schema: in
     with store.transaction("ragged") as txn:
         txn.add_file("ragged", ragged_file(0))
     again = MemoryStore.open(store.url)
-    assert (again.view().schema, again.view(before).schema) == (3, schema)
+    assert (again.view().schema, again.view(before).schema) == (SCHEMA_VERSION, schema)
     assert again.view().adapters[:-1] == again.view(before).adapters == adapters
     assert again.export("ragged") == ragged_file(0)
     assert again.verify().ok
