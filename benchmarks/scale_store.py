@@ -10,7 +10,7 @@ every number T of adapters in the same rounds:
  * bytes: what such a commit leaves in files of its own.
  * open: of a store by a process that has imported everything.
  * ls, verify, gc: all records of a version by a store that was just opened; everything read and
-   checked; all versions but the newest deleted. These are linear in T: seconds by thousand adapters,
+   checked; all versions but the newest deleted. Linear in T: seconds by thousand adapters,
    against those of the T before it. The memory is the peak of a process that does only that, over
    one that only opens the store.
 """
