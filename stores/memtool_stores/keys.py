@@ -117,9 +117,11 @@ def read_blocks(group: Any, array: Any, first: int = 0) -> Iterator[Array]:
     rows = array.shape[1]
     numbers = range(first, math.ceil(rows / step))
     chunks = read_chunks(group, KEYS, [f"0/{number}/0" for number in numbers], block_nbytes(array))
-    for number, data in zip(numbers, chunks, strict=True):
-        block = np.frombuffer(data, KEYS_DTYPE).reshape(layers, step, width)
-        yield block[:, : rows - number * step]
+    # Of the rows that there are now, whatever becomes of the array while they are read.
+    return (
+        np.frombuffer(data, KEYS_DTYPE).reshape(layers, step, width)[:, : rows - number * step]
+        for number, data in zip(numbers, chunks, strict=True)
+    )
 
 
 def read_keys(group: Any, state: KeysState) -> tuple[str, Array]:

@@ -146,6 +146,12 @@ def test_keys_that_stay_are_not_written_again(store: MemoryStore, space: Space) 
             txn.add_keys(keys[:, -1:])
         assert np.array_equal(MemoryStore.open(store.url).view().keys(), keys)  # type: ignore[arg-type]
         assert len(_chunks(store) - before) == 3  # the row, the catalog, the last block
+    keys = np.concatenate([keys, keys], axis=1)
+    with store.transaction("twice as many") as txn:
+        for number in range(keys.shape[1] // 2, keys.shape[1]):
+            fill(txn, space, f"t{number}", number)
+        txn.set_keys(keys)
+    assert np.array_equal(store.view().keys(), keys)  # type: ignore[arg-type]
     with store.transaction("fewer") as txn:
         for number in range(150, keys.shape[1]):
             txn.remove(f"t{number}")
