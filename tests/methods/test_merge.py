@@ -433,7 +433,11 @@ def test_atoms_of_images_get_the_head_of_all(learned: Mira, tmp_path: Path) -> N
     memories = []
     for name, tasks in (("a", (1, 2)), ("b", (3,))):
         config = small_config(
-            tmp_path / name, method="moram", adapter__warm_start="none", adapter__rank=2
+            tmp_path / name,
+            method="moram",
+            stream__train_per_task=100,
+            adapter__warm_start="none",
+            adapter__rank=2,
         )
         method = Moram.open(config, seed=0)
         for task in tasks:
