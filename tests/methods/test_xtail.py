@@ -366,7 +366,6 @@ def test_every_baseline_runs_on_a_clip(clip_work: Workspace) -> None:
 # Whole experiments
 
 
-@pytest.mark.usefixtures("no_page")
 @pytest.mark.parametrize("kind", ["prototype", "text"])
 def test_a_run_of_moram_with_its_baselines(
     chain: Path, tmp_path: Path, clip_settings: dict[str, object], kind: str
