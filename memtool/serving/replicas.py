@@ -177,11 +177,12 @@ class Replica(Service):
     async def look(self, version: str | None = None) -> None:
         """As the base; what is taken up is what all agree on from now on."""
         before = self.models.current.version
-        agreed = await self.agreement.agree(before)
-        await super().look(version)
-        now = self.models.current.version
-        if now != before:
-            await self.agreement.move(agreed, now)
+        with suppress(BusyError):
+            agreed = await self.agreement.agree(before)
+            await super().look(version)
+            now = self.models.current.version
+            if now != before:
+                await self.agreement.move(agreed, now)
 
     async def reload(self) -> tuple[str, str]:
         """Take up the newest version, here and then everywhere; the one before, and that now.
