@@ -131,3 +131,13 @@ def reserved(
     """
     gpu = device == "cuda" or (device == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
     return {"cpu": float(threads or 1), "gpu": float(gpu), **asked}
+
+
+def lacks(each: Mapping[str, float], ray: Any) -> list[str]:
+    """In words, what a piece of work reserves and a joined cluster has too little of now."""
+    there = {name.lower(): count for name, count in ray.cluster_resources().items()}
+    return [
+        f"the cluster has {has:g} {name} now, and {count:g} are needed: it is waited for more"
+        for name, count in each.items()
+        if (has := there.get(name.lower(), 0.0)) < count
+    ]

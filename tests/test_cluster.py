@@ -78,3 +78,10 @@ def test_where_nobody_listens_is_said_before_ray_waits(monkeypatch: pytest.Monke
         for one in (address, f"ray://{address}"):
             with pytest.raises(ConfigError, match="nobody answers there"), cluster.joined(one):
                 pass
+
+
+def test_what_a_cluster_has_too_little_of_is_said() -> None:
+    ray = SimpleNamespace(cluster_resources=lambda: {"CPU": 2.0, "big": 1.0})
+    assert cluster.lacks({"cpu": 2, "gpu": 0, "big": 1}, ray) == []
+    (said,) = cluster.lacks({"cpu": 1, "gpu": 0.5}, ray)
+    assert said.startswith("the cluster has 0 gpu now, and 0.5 are needed")

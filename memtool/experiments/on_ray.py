@@ -105,7 +105,8 @@ def work_on_ray(
         if jobs:
             engine = sweep.base.engine
             each = cluster.reserved(resources, ray, device=engine.device, threads=engine.threads)
-            _say_what_is_missing(ray, each, say)
+            for sentence in cluster.lacks(each, ray):
+                say(sentence)
             work = Work(sweep, str(Path.cwd()), tuple(log), said, command)
             with _told(sweep, progress):
                 errors = _fit(jobs, work, each)
@@ -153,14 +154,6 @@ def _name(trial: Any) -> str:
 
 def _is_alone(place: Path) -> bool:
     return {place} >= set(place.parent.glob("*"))
-
-
-def _say_what_is_missing(ray: Any, each: Mapping[str, float], say: Callable[[str], None]) -> None:
-    there = {name.lower(): count for name, count in ray.cluster_resources().items()}
-    for name, count in each.items():
-        if there.get(name.lower(), 0) < count:
-            has = f"{there.get(name.lower(), 0):g} {name}"
-            say(f"the cluster has {has}, and a run takes {count:g}: it waits for more")
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import signal
 import socket
 import time
@@ -300,6 +301,8 @@ def serve_on_ray(
     version: str,
     host: str,
     port: int,
+    *,
+    say: Callable[[str], None],
     ready: Callable[[Limits, str], None],
 ) -> None:
     """Serve until SIGTERM or SIGINT; requests in flight are answered, in the time that they have.
@@ -327,7 +330,7 @@ def serve_on_ray(
                 ray.get(actor.agree.remote(version))
                 if mine:
                     serve.start(http_options={"host": http[0], "port": http[1]})
-                _deploy(ray, serve, replace(fleet, limits=limits), own)
+                _deploy(ray, serve, replace(fleet, limits=limits), own, say)
                 began = True
                 ready(limits, url_of(*http))
                 while APP in serve.status().applications:
@@ -337,10 +340,11 @@ def serve_on_ray(
                 if not began:
                     raise
             finally:
-                _stop(ray, serve, actor, everything=mine)
+                patience = limits.timeout + 2 * GRACE_SECONDS if began else 0.0
+                _stop(ray, serve, actor, everything=mine, patience_seconds=patience)
 
 
-def _deploy(ray: Any, serve: Any, fleet: Fleet, actor: str) -> None:
+def _deploy(ray: Any, serve: Any, fleet: Fleet, actor: str, say: Callable[[str], None]) -> None:
     """Begin the replicas, and return when they answer. Raises MemtoolError where they cannot."""
     home, limits, opened = str(Path.cwd()), fleet.limits, fleet.opened
 
@@ -349,6 +353,9 @@ def _deploy(ray: Any, serve: Any, fleet: Fleet, actor: str) -> None:
 
     engine = fleet.config.engine
     each = cluster.reserved(fleet.resources, ray, device=engine.device, threads=engine.threads)
+    all_of_them = {name: count * fleet.count.least for name, count in each.items()}
+    for sentence in cluster.lacks(all_of_them, ray):
+        say(sentence)
     others = {name: count for name, count in each.items() if name not in ("cpu", "gpu")}
     deployment = serve.deployment(
         serve.ingress(app)(MemoryReplica),
@@ -367,12 +374,20 @@ def _deploy(ray: Any, serve: Any, fleet: Fleet, actor: str) -> None:
     try:
         serve.run(deployment.bind(), name=APP, route_prefix="/")
     except (RuntimeError, ValueError) as error:
-        why = " ".join(str(error).strip().splitlines()[-1:])
         raise MemtoolError(
-            f"no replica can begin: {why}",
+            f"no replica can begin: {_why(serve, error)}",
             expected="a cluster whose machines see the store, and have this memtool",
-            remedy="`ray logs` has the whole error",
+            remedy="the logs of the replicas, in /tmp/ray/session_latest/logs/serve, say more",
         ) from error
+
+
+def _why(serve: Any, error: Exception) -> str:
+    """The last line of what a replica failed of; else of the error itself."""
+    app = serve.status().applications.get(APP)
+    said = [one.message for one in app.deployments.values()] if app is not None else []
+    lines = [line.strip() for text in said for line in text.splitlines()]
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    return (named or str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 class MemoryReplica:
@@ -422,10 +437,13 @@ def _place(serve: Any, host: str, port: int) -> tuple[bool, tuple[str, int], fro
     return False, (host, port), hosts_of(host, str(address))
 
 
-def _stop(ray: Any, serve: Any, actor: Any, *, everything: bool) -> None:
+def _stop(ray: Any, serve: Any, actor: Any, *, everything: bool, patience_seconds: float) -> None:
     """End the replicas when what they were asked is answered; Serve too, where it was begun."""
+    until = time.monotonic() + patience_seconds
     with suppress(Exception):  # the cluster may be gone, or the app never have begun
-        serve.delete(APP)
+        serve.delete(APP, _blocking=False)
+        while time.monotonic() < until and APP in serve.status().applications:
+            time.sleep(BEAT_SECONDS / 4)
     with suppress(Exception):
         ray.kill(actor)
     if everything:
@@ -435,15 +453,15 @@ def _stop(ray: Any, serve: Any, actor: Any, *, everything: bool) -> None:
 
 @contextmanager
 def _until_told() -> Iterator[None]:
-    """SIGTERM and SIGINT are a KeyboardInterrupt in the block, the first of them."""
-    signals = (signal.SIGINT, signal.SIGTERM)
+    """The first SIGTERM or SIGINT is a KeyboardInterrupt in the block; a second one does not wait."""
+    before: dict[int, Any] = {}
 
     def told(*_: object) -> None:
-        for one in signals:
-            signal.signal(one, signal.SIG_IGN)  # what is asked is being answered
+        for one, handler in before.items():
+            signal.signal(one, handler)
         raise KeyboardInterrupt
 
-    before = {one: signal.signal(one, told) for one in signals}
+    before |= {one: signal.signal(one, told) for one in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:

@@ -261,7 +261,7 @@ def _serve_on_ray(
             _say_ready(call, version, name, url)
 
     call.out.note(f"{count.text} of {call.config.store}, version {version}, begin at {address}")
-    serve_on_ray(fleet, address, version, host, port, ready)
+    serve_on_ray(fleet, address, version, host, port, say=call.out.note, ready=ready)
 
 
 def _say_who_may_ask(call: Call, limits: Limits, url: str) -> None:
