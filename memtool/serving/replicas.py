@@ -453,7 +453,7 @@ def _stop(ray: Any, serve: Any, actor: Any, *, everything: bool, patience_second
 
 @contextmanager
 def _until_told() -> Iterator[None]:
-    """The first SIGTERM or SIGINT is a KeyboardInterrupt in the block; a second one does not wait."""
+    """The first SIGTERM or SIGINT interrupts the block; a second one does not wait."""
     before: dict[int, Any] = {}
 
     def told(*_: object) -> None:
