@@ -44,9 +44,6 @@ GONE_SECONDS = 10.0
 APP = "memtool"
 """The name of the application in Ray Serve, and of the namespace of the actor."""
 
-TRIES = 3
-"""How often a replica that cannot begin is started."""
-
 
 # What is agreed ---------------------------------------------------------------------------------
 
@@ -362,7 +359,6 @@ def _deploy(ray: Any, serve: Any, fleet: Fleet, actor: str, say: Callable[[str],
         **fleet.count.options(limits.batch),
         max_ongoing_requests=limits.queue,
         max_queued_requests=limits.queue,
-        max_constructor_retry_count=TRIES,
         graceful_shutdown_timeout_s=limits.timeout + GRACE_SECONDS,
         ray_actor_options={
             "num_cpus": each["cpu"],
@@ -373,7 +369,7 @@ def _deploy(ray: Any, serve: Any, fleet: Fleet, actor: str, say: Callable[[str],
     )
     try:
         serve.run(deployment.bind(), name=APP, route_prefix="/")
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise MemtoolError(
             f"no replica can begin: {_why(serve, error)}",
             expected="a cluster whose machines see the store, and have this memtool",
