@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import shutil
@@ -48,6 +49,21 @@ def _own_limits() -> Iterator[None]:
     before = limits.current()
     yield
     limits.use(before)
+
+
+@contextlib.contextmanager
+def no_pages() -> Iterator[None]:
+    """Runs write no report inside the block: drawing its figures takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("memtool.experiments.run.write_report", lambda *_, **__: None)
+        yield
+
+
+@pytest.fixture
+def no_page() -> Iterator[None]:
+    """The runs of a test write no report; those of fixtures of its module do."""
+    with no_pages():
+        yield
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

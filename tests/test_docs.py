@@ -7,12 +7,12 @@ import importlib.util
 import os
 import re
 import runpy
-import shlex
 import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import typer
@@ -21,7 +21,6 @@ from memtool.config import parse_assignment, resolve
 from memtool.experiments.sweep import axes_of
 from memtool.settings import keys
 from memtool_cli.main import VERBS
-from tests.cli.conftest import inside
 from tests.shown import METHOD, write_shown
 
 ROOT = Path(__file__).parents[1]
@@ -60,22 +59,34 @@ def shell(page: Path) -> list[str]:
     return [block.replace("\\\n", " ") for block in blocks] + INLINE.findall(FENCED.sub("", text))
 
 
+@functools.cache
+def commands_of(module: str) -> dict[str, Any]:
+    """The commands that a module of verbs gives, by name."""
+    group = typer.main.get_group(import_module(f"memtool_cli.verbs.{module}").app)
+    return group.commands
+
+
 def below_of(verb: str) -> list[str]:
     """The verbs below one that is a group, as `show` of `config`; else none."""
-    module = import_module(f"memtool_cli.verbs.{VERBS[verb].module}")
-    return [*getattr(typer.main.get_group(module.app).commands[verb], "commands", {})]
+    return [*getattr(commands_of(VERBS[verb].module)[verb], "commands", {})]
 
 
 @functools.cache
 def options(verb: str) -> set[str]:
     """The options of a verb, `config show` included, as its help names them."""
     name, _, below = verb.partition(" ")
-    module = import_module(f"memtool_cli.verbs.{VERBS[name].module}")
-    command = typer.main.get_group(module.app).commands[name]
+    command = commands_of(VERBS[name].module)[name]
     if below:
         command = command.commands[below]
     named = [name for one in command.params for name in (*one.opts, *one.secondary_opts)]
     return {"--help", "-h", *(name for name in named if name.startswith("-"))}
+
+
+@functools.cache
+def options_of_all() -> set[str]:
+    """The options of every verb."""
+    below = [f"{verb} {one}" for verb in VERBS for one in below_of(verb)]
+    return set().union(*map(options, [*VERBS, *below]))
 
 
 @pytest.fixture
@@ -102,17 +113,6 @@ def here(tmp_path: Path) -> Path:
     folder = tmp_path / "here"
     folder.mkdir()
     return folder
-
-
-def test_the_commands_of_the_readme_run_one_after_the_other(here, environment):
-    """In this process, which has imported torch already; the slow test has bash run them."""
-    for code in marked(README, "bash"):
-        for line in code.replace("\\\n", " ").splitlines():
-            name, *arguments = shlex.split(line, comments=True)
-            assert name == "memtool", line
-            done = inside(here, environment, *arguments)
-            assert done.returncode == 0, f"{line}\n{done.stderr}"
-            assert done.stdout, line
 
 
 @pytest.mark.slow
@@ -167,9 +167,7 @@ def test_verbs_and_options_exist(page):
             for option in OPTION.findall(rest):
                 assert option in known, f"{found[0]}: {option}"
         if text.startswith("-") and text != "-":
-            everything = [f"{verb} {one}" for verb in VERBS for one in below_of(verb)]
-            anywhere = set().union(*map(options, [*VERBS, *everything]))
-            assert text.split()[0] in anywhere, text
+            assert text.split()[0] in options_of_all(), text
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -223,14 +221,21 @@ def script(name: str) -> ModuleType:
     return module
 
 
-def test_the_readme_shows_what_its_commands_print(here):
+def test_the_commands_of_the_readme_run_and_print_what_it_shows(here):
+    """In this process, which has imported torch already; the slow test has bash run them."""
     transcripts = script("make_transcripts")
-    blocks = transcripts.shown(README)
+    blocks = {tuple(lines): text for lines, text in transcripts.shown(README)}
     assert README.read_text(encoding="utf-8").count("<!-- transcript -->") == len(blocks) > 0
     run = transcripts.run_in(here)
-    for lines, text in blocks:
-        found = transcripts.printed(lines, run)
-        assert transcripts.same(text, found), f"run: python docs/make_transcripts.py\n{found}"
+    for code in marked(README, "bash"):
+        lines = transcripts.commands(code)
+        outputs = [transcripts.printed([line], run) for line in lines]
+        assert all(outputs), lines
+        text = blocks.pop(tuple(lines), None)
+        if text is not None:
+            found = "\n".join(outputs)
+            assert transcripts.same(text, found), f"run: python docs/make_transcripts.py\n{found}"
+    assert not blocks
 
 
 @pytest.mark.parametrize(

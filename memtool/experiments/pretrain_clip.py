@@ -12,10 +12,8 @@ on test images that were never trained on: the share whose own caption is the ne
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,30 +25,23 @@ from memtool import sealed
 from memtool.backbones.open_clip import ClipBackbone, build_clip, read_configuration
 from memtool.backbones.tensor_hash import tensor_sha256
 from memtool.engine import Batch, Batches, Engine
-from memtool.errors import AlreadyExistsError
+from memtool.experiments.pretrained import (
+    Pretrained,
+    add_options,
+    report,
+    require_free,
+    stream_of,
+    told,
+)
 from memtool.heads import CosineHead, both_ways
 from memtool.learning.known import PromptTokens
-from memtool.progress import Progress, ProgressEvent
+from memtool.progress import Progress
 from memtool.settings import EngineSettings, StreamSettings, TrainSettings
 from memtool.streams import create_stream
 from memtool.streams.task import Stream, Task
 
 MOST_SCALE = 100.0
 """The factor on cosines learns, up to this (Radford et al. 2021)."""
-
-
-@dataclass(frozen=True)
-class PretrainedClip:
-    """What was made: accuracies on held-out images by data set, and the chance to be right."""
-
-    path: Path
-    sha256: str
-    parameters: int
-    steps: int
-    seconds: float
-    loss: float
-    accuracy: dict[str, float]
-    chance: float
 
 
 def pretrain_clip(
@@ -65,17 +56,14 @@ def pretrain_clip(
     seed: int = 0,
     threads: int = 1,
     progress: Progress | None = None,
-) -> PretrainedClip:
+) -> Pretrained:
     """Train a CLIP of `configuration` on all tasks of a stream at once and write it to `out`.
 
     At least so many steps, to the end of an epoch. `out` is a safetensors file with open_clip's
     tensor names, for `backbone.weights` beside `backbone.name: open_clip:<configuration>`. Raises
     AlreadyExistsError when `out` exists; further errors as `create_open_clip`, `create_stream`.
     """
-    if out.exists():
-        raise AlreadyExistsError(
-            f"{out} is already there", remedy="name another file, or remove it"
-        )
+    require_free(out)
     engine = Engine(EngineSettings(), threads=threads)
     tasks = create_stream(stream, image_size)
     model_cfg, preprocessing = read_configuration(configuration)
@@ -103,7 +91,7 @@ def pretrain_clip(
     )
     tensors = open_clip_tensors(backbone)
     sealed.write_tensors(out, tensors, {"steps": str(fit.steps), "seed": str(seed)})
-    return PretrainedClip(
+    return Pretrained(
         path=out,
         sha256=tensor_sha256(tensors),
         parameters=sum(tensor.numel() for tensor in tensors.values()),
@@ -167,43 +155,26 @@ def open_clip_tensors(backbone: ClipBackbone) -> dict[str, Tensor]:
     return tensors
 
 
-def _told(event: ProgressEvent) -> None:
-    """Every hundredth step on stderr."""
-    if event.step % 100 == 0 or event.step == event.total:
-        numbers = ", ".join(f"{name} {value:.3g}" for name, value in event.metrics.items())
-        sys.stderr.write(f"{event.stage}: {event.step}/{event.total} {numbers}\n")
-
-
 def main(arguments: list[str]) -> int:
     """The command of the module's first lines."""
     parser = argparse.ArgumentParser(description="A small CLIP from nothing.")
     parser.add_argument("--config", required=True, help="open_clip name, or a .json")
-    parser.add_argument("--source", required=True, help="a chain or another data set")
-    parser.add_argument("--order", help="only these data sets of the chain: a,b,c")
-    parser.add_argument("--image-size", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, required=True, help="the safetensors file to write")
+    add_options(parser)
     given = parser.parse_args(arguments)
-    order = tuple(given.order.split(",")) if given.order else None
-    made = pretrain_clip(
-        given.config,
-        StreamSettings(source=given.source, setting="xtail", order=order, seed=given.seed),
-        given.image_size,
-        given.out,
-        steps=given.steps,
-        batch_size=given.batch_size,
-        lr=given.lr,
-        seed=given.seed,
-        threads=given.threads,
-        progress=_told,
+    return report(
+        lambda: pretrain_clip(
+            given.config,
+            stream_of(given),
+            given.image_size,
+            given.out,
+            steps=given.steps,
+            batch_size=given.batch_size,
+            lr=given.lr,
+            seed=given.seed,
+            threads=given.threads,
+            progress=told,
+        )
     )
-    told = {**made.__dict__, "path": str(made.path)}
-    sys.stdout.write(json.dumps(told, indent=2) + "\n")
-    return 0
 
 
 if __name__ == "__main__":

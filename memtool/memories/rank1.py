@@ -80,7 +80,7 @@ class Rank1Memory(nn.Module):
             raise MismatchError(
                 f"atoms at {kernels[0]}, which is a convolution",
                 expected="atoms at linear layers",
-                remedy="--set backbone.targets= those that are linear; or --method mira",
+                remedy="--method mira, or backbone.targets without this layer",
             )
         for place, site in enumerate(self.sites):
             self._keep(

@@ -329,13 +329,13 @@ def _add_care(app: FastAPI, service: Service) -> None:
             "reads": models.reads,
             "key": limits.key is not None,
             "queue": service.admitted,
-            "watch": service.watching if limits.watch else None,
+            "watch": service.watching,
         }
 
     @app.get("/metrics")
     async def metrics() -> Response:
         """What Prometheus reads."""
-        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+        return Response(await service.measured(), media_type="text/plain; version=0.0.4")
 
     @app.post("/reload")
     async def reload() -> Response:

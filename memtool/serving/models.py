@@ -60,10 +60,11 @@ class Models:
         store: str,
         *,
         opened: Callable[[str], Memory] | None = None,
+        version: str | None = None,
         precision: str = "fp32",
         device: str = "cpu",
     ) -> None:
-        """Load the version that `store` names, an address perhaps with @VERSION.
+        """Load the version that `store` names, an address perhaps with @VERSION; else `version`.
 
         Raises the errors of `memtool.load` and `Memory.attach`.
         """
@@ -77,7 +78,7 @@ class Models:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="memtool-store")
         self._kept: OrderedDict[tuple[str, str | None], Model] = OrderedDict()
         self._keeping = threading.Lock()
-        self.current = self._made(self._opened(self.newest()), None)
+        self.current = self._made(self._opened(version or self.newest()), None)
         self.failed: tuple[str, str] | None = None
 
     @property
@@ -101,18 +102,18 @@ class Models:
         found = self._used((current.version, word))
         return found or await self._aside(self._find, current, word)
 
-    async def reload(self) -> tuple[str, str]:
-        """Take up the version that the address names now: the version before, and the one served.
+    async def reload(self, version: str | None = None) -> tuple[str, str]:
+        """Take up a version, else that which the address names now: the one before, and that now.
 
         Raises what keeps it from being served; the version before goes on then.
         """
-        model = await self._aside(self._newer)
+        model = await self._aside(self._other, version)
         before = self.current.version
         if model is not None:
             self.current = model
         return before, self.current.version
 
-    async def look(self) -> str | None:
+    async def look(self, version: str | None = None) -> str | None:
         """As `reload`, but tries a version that failed only once; what is wrong, where anything is.
 
         Where nobody answered, or another process was busy, it is tried again.
@@ -120,10 +121,10 @@ class Models:
         Raises nothing that has to do with the store.
         """
         try:
-            newest = await self._aside(self.newest)
-            if self.failed is not None and self.failed[0] == newest:
+            wanted = version or await self._aside(self.newest)
+            if self.failed is not None and self.failed[0] == wanted:
                 return self.failed[1]
-            await self.reload()
+            await self.reload(version)
         except Exception as error:  # noqa: BLE001 - whatever it is, what is served goes on
             return self.told(error)
         return None
@@ -160,18 +161,18 @@ class Models:
                 transient=True,
             ) from error
 
-    def _newer(self) -> Model | None:
-        newest = self.newest()
-        if newest == self.current.version:
+    def _other(self, version: str | None) -> Model | None:
+        wanted = version or self.newest()
+        if wanted == self.current.version:
             return None
         try:
-            memory = self._opened(newest)
+            memory = self._opened(wanted)
             if memory.reads != self.reads:
-                raise ConfigError(f"version {newest} reads {memory.reads}, not {self.reads}")
+                raise ConfigError(f"version {wanted} reads {memory.reads}, not {self.reads}")
             model = self._made(memory, None)
         except Exception as error:
             if not _may_pass(error):
-                self.failed = newest, self.told(error)
+                self.failed = wanted, self.told(error)
             raise
         self.failed = None
         return model

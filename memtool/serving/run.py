@@ -60,13 +60,19 @@ def bound(host: str, port: int) -> socket.socket:
 
 def address_of(listening: socket.socket) -> str:
     """The URL under which a socket is reached."""
-    host, port = listening.getsockname()[:2]
+    return url_of(*listening.getsockname()[:2])
+
+
+def url_of(host: str, port: int) -> str:
+    """The URL of a port."""
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def hosts_of(host: str, listening: socket.socket) -> frozenset[str] | None:
-    """The names that a service there is called by; None, any, where others can reach it."""
-    address = listening.getsockname()[0]
+def hosts_of(host: str, address: str) -> frozenset[str] | None:
+    """The names that a service is called by at the address of a host.
+
+    None, any, where others can reach it.
+    """
     if not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
         return None
     name = f"[{host}]" if ":" in host else host

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
@@ -58,7 +58,8 @@ class Service:
             min(4, os.cpu_count() or 1), thread_name_prefix="memtool-decode"
         )
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="memtool-encode")
-        self._reloading = asyncio.Lock()
+        self.reloading = asyncio.Lock()
+        """Held while another version is taken up."""
         self.watching: str | None = None
         """What keeps a new version from being taken up by itself, where anything does."""
 
@@ -67,18 +68,26 @@ class Service:
         """While the app runs. What waits at the end is answered."""
         del app
         self.batcher.start()
-        watch = asyncio.create_task(self._watch()) if self.limits.watch else None
+        tasks = [asyncio.create_task(one) for one in self.beside()]
         try:
             yield
         finally:
-            if watch is not None:
-                watch.cancel()
+            for task in tasks:
+                task.cancel()
                 with suppress(asyncio.CancelledError):
-                    await watch
+                    await task
             await asyncio.to_thread(self.batcher.stop)
             for pool in (self._decoders, self._encoder):
                 pool.shutdown(wait=False, cancel_futures=True)
             self.models.close()
+
+    def beside(self) -> list[Coroutine[Any, Any, None]]:
+        """What runs beside the requests until the end."""
+        return [self._watch()] if self.limits.watch else []
+
+    async def measured(self) -> bytes:
+        """What Prometheus reads."""
+        return self.metrics.text()
 
     def require(self, reads: str) -> None:
         """Raise ConfigError where the memory reads the other kind."""
@@ -175,27 +184,35 @@ class Service:
 
         Raises what keeps it from being served; the version before goes on then.
         """
-        async with self._reloading:
-            try:
-                before, now = await self.models.reload()
-            except (MemtoolError, OSError):
-                self.metrics.reloaded("failed")
-                raise
-            if before != now:
-                self._taken_up(before, now)
-            return before, now
+        async with self.reloading:
+            return await self.take_up()
+
+    async def take_up(self) -> tuple[str, str]:
+        """As `reload`, by whoever has the lock `reloading`."""
+        try:
+            before, now = await self.models.reload()
+        except (MemtoolError, OSError):
+            self.metrics.reloaded("failed")
+            raise
+        if before != now:
+            self._taken_up(before, now)
+        return before, now
+
+    async def look(self, version: str | None = None) -> None:
+        """Take a version up, else the newest, by whoever has the lock; or know what is wrong."""
+        before, known = self.models.current.version, self.watching
+        self.watching = await self.models.look(version)
+        if self.watching is not None and self.watching != known:
+            self.metrics.reloaded("failed")
+            logger.warning("version %s goes on being served: %s", before, self.watching)
+        if self.models.current.version != before:
+            self._taken_up(before, self.models.current.version)
 
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(LOOK_SECONDS)
-            async with self._reloading:
-                before, known = self.models.current.version, self.watching
-                self.watching = await self.models.look()
-                if self.watching is not None and self.watching != known:
-                    self.metrics.reloaded("failed")
-                    logger.warning("version %s goes on being served: %s", before, self.watching)
-                if self.models.current.version != before:
-                    self._taken_up(before, self.models.current.version)
+            async with self.reloading:
+                await self.look()
 
     def _taken_up(self, before: str, now: str) -> None:
         self.metrics.reloaded("ok")

@@ -18,8 +18,8 @@ from tests.cli.test_history import document
 from tests.methods.conftest import learn
 
 SMALL = {
-    "MEMTOOL_STREAM__TRAIN_PER_TASK": "100",
-    "MEMTOOL_STREAM__TEST_PER_TASK": "100",
+    "MEMTOOL_STREAM__TRAIN_PER_TASK": "60",
+    "MEMTOOL_STREAM__TEST_PER_TASK": "60",
     "MEMTOOL_TRAIN__EPOCHS": "2",
     "MEMTOOL_ENGINE__DEVICE": "cpu",
 }

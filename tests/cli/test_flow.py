@@ -19,7 +19,7 @@ from memtool_stores import MemoryStore
 from tests.cli.conftest import inside
 
 ROOT = Path(__file__).parents[2]
-SHORT = ("stream.train_per_task=60", "stream.test_per_task=60", "train.epochs=1")
+SHORT = ("stream.train_per_task=60", "stream.test_per_task=40", "train.epochs=1")
 
 SCRIPT = """
 set -euo pipefail
@@ -164,7 +164,7 @@ def test_a_dry_run_writes_nothing(flow):
 
 
 def test_ctrl_c_while_training_is_safe_and_the_same_command_goes_on(flow):
-    command = ["memtool", "train-adapter", "--task", "4", "--set", "train.epochs=80", "--json"]
+    command = ["memtool", "train-adapter", "--task", "4", "--set", "train.epochs=20", "--json"]
     with subprocess.Popen(
         command,
         cwd=flow,

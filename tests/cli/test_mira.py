@@ -35,6 +35,7 @@ DG = {
 }
 LEARNING = ("--set", "consolidate.keys=random", "--set", "consolidate.epochs=1")
 slow = pytest.mark.slow
+pytestmark = pytest.mark.usefixtures("no_page")  # but in the run of `place`
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 QUICK = {
     "MEMTOOL_STREAM__TRAIN_PER_TASK": "60",
     "MEMTOOL_STREAM__TEST_PER_TASK": "50",
@@ -15,6 +17,7 @@ QUICK = {
 PRESET = ("--preset", "modulation-digits")
 
 
+@pytest.mark.usefixtures("no_page")
 def test_a_run_then_one_adapter_recalled_as_a_peft_directory(memtool, here):
     done = memtool("run", *PRESET, "--splits", "2", "--memory", "bayes-pcn", "--json", **QUICK)
     assert done.returncode == 0, done.stderr

@@ -168,6 +168,7 @@ def test_a_task_and_dead_atoms_are_forgotten(texts, grown):
     assert texts("eval").stdout.startswith("method\tsums\tmean")
 
 
+@pytest.mark.usefixtures("no_page")
 def test_a_run_goes_on_and_says_before_where_its_memory_goes(texts, grown, here):
     too_many = ("--set", "text.prompt_tokens=128")
     assert "whose context is 128" in texts("run", "--dry-run", *too_many, status=2).stderr

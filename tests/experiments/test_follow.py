@@ -27,6 +27,7 @@ from memtool.trackers import SERVICES, Card, Points, require_services
 from memtool.trackers.csv_file import CsvFile
 from memtool.trackers.sending import following
 from tests.cli.conftest import inside
+from tests.conftest import no_pages
 
 ROOT = Path(__file__).parents[2]
 SMALL = {
@@ -322,7 +323,8 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Record, Record]
     ):
         place = {"runs": str(folder / name), "store": str(folder / name / "memory")}
         config = resolve(overrides={**SMALL, **place, "train.lr": lr}, ambient=False).config
-        found += run(config, **more)  # type: ignore[arg-type]
+        with no_pages():
+            found += run(config, **more)  # type: ignore[arg-type]
     return folder, found[0], found[1]
 
 
@@ -360,6 +362,7 @@ def test_a_run_sends_loss_accuracy_drift_and_weights(two: tuple[Path, Record, Re
     assert "routed/accuracy/inverted" in found
 
 
+@pytest.mark.usefixtures("no_page")
 def test_following_changes_nothing_and_a_run_that_goes_on_adds_to_its_curves(
     two: tuple[Path, Record, Record], tmp_path: Path
 ) -> None:

@@ -30,6 +30,7 @@ from memtool.methods import open_method
 from memtool.progress import ProgressEvent
 from memtool.reports.study import study_figures, study_grid, write_study_page
 from memtool.settings import Config
+from tests.conftest import no_pages
 
 SMALL = {
     "stream.order": "upright,inverted,rot90",
@@ -51,6 +52,12 @@ class Killed(Exception):
     """What ends a study in the middle of a training."""
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _no_page() -> Iterator[None]:
+    with no_pages():
+        yield
+
+
 @pytest.fixture(scope="module")
 def capacity(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StudyRecord]:
     """A study that was killed in its first run, when one task was learned, and then went on."""
@@ -70,16 +77,8 @@ def capacity(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StudyRecor
 
 
 @pytest.fixture(scope="module")
-def no_page() -> Iterator[None]:
-    """Runs write no report: drawing its figures takes seconds."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment, "write_report", lambda *_, **__: None)
-        yield
-
-
-@pytest.fixture(scope="module")
 def similarity(
-    capacity: object, no_page: None, tmp_path_factory: pytest.TempPathFactory
+    capacity: object, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, StudyRecord]:
     folder = tmp_path_factory.mktemp("similarity")
     points, order = ["0", "duplicate", "revisited"], {"stream.order": "upright,inverted"}
@@ -88,14 +87,14 @@ def similarity(
 
 @pytest.fixture(scope="module")
 def interference(
-    capacity: object, no_page: None, tmp_path_factory: pytest.TempPathFactory
+    capacity: object, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, StudyRecord]:
     folder = tmp_path_factory.mktemp("interference")
     return folder, begin("interference", folder, ["configured", "random"]).work()
 
 
 def test_one_adapter_a_task_is_the_plain_run_bit_for_bit_though_it_was_killed(
-    capacity: tuple[Path, StudyRecord], no_page: None, tmp_path: Path
+    capacity: tuple[Path, StudyRecord], tmp_path: Path
 ) -> None:
     folder, found = capacity
     plain = config(runs=str(tmp_path / "runs"), store=str(tmp_path / "memory"))

@@ -9,14 +9,13 @@ from pathlib import Path
 import pytest
 
 from memtool.config import resolve
-from memtool.experiments import run as experiment
 from memtool.methods.mira.method import Mira
 from memtool.settings import Config
 from tests.methods.colours import write_chain
 
 SMALL = {
-    "stream.train_per_task": 100,
-    "stream.test_per_task": 80,
+    "stream.train_per_task": 60,
+    "stream.test_per_task": 40,
     "stream.order": ("upright", "inverted", "rot90"),
     "train.epochs": 2,
     "adapter.warm_start": "previous",
@@ -57,12 +56,6 @@ def adapted(_learned: Path, tmp_path: Path) -> Path:
     """A folder with the adapters of the three tasks and no memory: to adapt finds them there."""
     shutil.copytree(_learned / "runs", tmp_path / "runs")
     return tmp_path
-
-
-@pytest.fixture
-def no_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs write no report: drawing its figures takes seconds."""
-    monkeypatch.setattr(experiment, "write_report", lambda *_, **__: None)
 
 
 @pytest.fixture

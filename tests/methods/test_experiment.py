@@ -12,7 +12,10 @@ from memtool.experiments.baselines import chosen_baselines
 from memtool.experiments.plan import plan
 from memtool.methods import open_method
 from memtool.methods.mira.method import Mira
+from tests.conftest import no_pages
 from tests.methods.conftest import learn, small_config
+
+pytestmark = pytest.mark.usefixtures("no_page")  # but in the run of `first`
 
 READINGS = ("", "-ridge", "-lda", "-routed")
 
@@ -82,7 +85,7 @@ def test_a_second_run_trains_nothing_and_finds_the_same(folder, first):
         assert again.row(row.id).accuracy == row.accuracy
 
 
-def test_a_run_that_was_stopped_goes_on(tmp_path, first, no_page):
+def test_a_run_that_was_stopped_goes_on(tmp_path, first):
     config = two(tmp_path)
 
     def stop(event):
@@ -96,8 +99,8 @@ def test_a_run_that_was_stopped_goes_on(tmp_path, first, no_page):
         assert first.row(row.id).accuracy == row.accuracy
 
 
-def test_seeds_have_memories_of_their_own(tmp_path, no_page):
-    config = two(tmp_path, seed=(0, 1))
+def test_seeds_have_memories_of_their_own(tmp_path):
+    config = two(tmp_path, seed=(0, 1), stream__train_per_task=20, train__epochs=1)
     records = experiment.run(config, baselines=False)
     assert [record.run.seed for record in records] == [0, 1]
     assert (tmp_path / "memory-seed-0").is_dir()
@@ -114,7 +117,8 @@ def test_a_memory_of_another_seed_or_other_settings_is_not_gone_on_with(folder, 
 @pytest.fixture(scope="module")
 def generalised(tmp_path_factory):
     folder = tmp_path_factory.mktemp("generalised")
-    (record,) = experiment.run(small_config(folder, **DG), command="test")
+    with no_pages():
+        (record,) = experiment.run(small_config(folder, **DG), command="test")
     return folder, record
 
 
@@ -169,16 +173,16 @@ def test_a_plan_of_held_out_domains_writes_nothing(tmp_path):
     facts = plan(config, seed=0, verb="run")
     assert (facts["setting"], facts["held_out"], facts["memories"]) == ("dg", None, 3)
     assert facts["tasks"] == ["rot0", "rot30", "rot60"]
-    assert (facts["train_samples"], facts["test_samples"]) == ([80] * 3, [80] * 3)
-    assert (facts["epochs"], facts["steps"]) == ([2] * 3, [4] * 3)
+    assert (facts["train_samples"], facts["test_samples"]) == ([50] * 3, [40] * 3)
+    assert (facts["epochs"], facts["steps"]) == ([2] * 3, [2] * 3)
     assert facts["bytes_in_all"] == 3 * 2 * facts["bytes_per_adapter"]
     assert facts["baselines"] == ["frozen", "erm", "moe-lora"]
     assert (facts["head"], facts["head_scope"]) == ("lda", "shared")
     assert facts["runs"] == str(tmp_path / "runs")
     one = plan(small_config(tmp_path, **DG, stream__held_out="rot30"), seed=0, verb="write")
     assert (one["held_out"], one["memories"], one["baselines"]) == ("rot30", 1, None)
-    assert one["train_samples"] == [80, 0, 80]
-    assert one["test_samples"] == [0, 80, 0]
+    assert one["train_samples"] == [50, 0, 50]
+    assert one["test_samples"] == [0, 40, 0]
     assert one["epochs"] == [2, 0, 2]
     assert not list(tmp_path.iterdir())
 
@@ -213,8 +217,8 @@ def test_domains_that_cannot_be_held_out(tmp_path):
         mira.evaluate(setting="dg")
 
 
-def test_an_ablation_changes_one_choice_and_trains_adapters_once(tmp_path, no_page):
-    config = two(tmp_path)
+def test_an_ablation_changes_one_choice_and_trains_adapters_once(tmp_path):
+    config = two(tmp_path, consolidate__keys="random", consolidate__epochs=2)
     (record,) = ablate(config, "protect")
     assert [row.label for row in record.metrics.rows] == [
         "protect dual-gpm",

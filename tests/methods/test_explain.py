@@ -101,7 +101,7 @@ def test_a_contribution_is_what_goes_when_the_adapter_is_not_there(signed_model,
 
 def test_negative_coefficients_are_marked_and_left_out(signed, learned):
     found = explain(signed, task="2")
-    assert found.samples == 80
+    assert found.samples == 40
     assert found.without_negative is not None
     assert found.without_negative.accuracy is not None
     assert 0 < found.negative < 1

@@ -119,7 +119,7 @@ def test_a_memory_that_was_begun_without_cannot_go_on_with_it(tmp_path):
 
 
 def test_a_plan_says_what_it_takes(tmp_path):
-    facts = plan(small_config(tmp_path, **FEW), seed=0, verb="run")
+    facts = plan(small_config(tmp_path, **FEW, stream__train_per_task=100), seed=0, verb="run")
     columns = 60 + 10
     factors = 3 * columns + 2 * 2 * columns  # of three tasks, and of all, centred and not
     assert facts["head_bytes"] == 8 * (factors * columns + 2 * 60 * 60)

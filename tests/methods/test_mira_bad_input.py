@@ -92,14 +92,14 @@ def test_tasks_of_unequal_size_count_by_their_images(tmp_path):
     stream = mira.workspace.stream
     tasks = [
         dataclasses.replace(task, train=spread(task.train, count))
-        for task, count in zip(stream.tasks[:2], (25, 90), strict=True)
+        for task, count in zip(stream.tasks[:2], (25, 55), strict=True)
     ]
     mira.workspace.stream = dataclasses.replace(stream, tasks=tuple(tasks))
     learn(mira, 2)
     snapshot, work = mira.snapshot(), mira.workspace
     counted = snapshot.feature_statistics()
-    assert [int(counted[number].counts.sum()) for number in (1, 2)] == [25, 90]
-    # The head is the one of all 115 images at once, not the mean of the two tasks'.
+    assert [int(counted[number].counts.sum()) for number in (1, 2)] == [25, 55]
+    # The head is the one of all 80 images at once, not the mean of the two tasks'.
     _, model, head = snapshot.consolidated()
     everything = FeatureStatistics(work.backbone.dim, 10)
     for task in tasks:

@@ -25,6 +25,7 @@ from memtool.reports.table import methods_grid
 from memtool.settings import Config
 from memtool.streams import create_stream, digits
 from memtool_stores import MemoryStore
+from tests.conftest import no_pages
 from tests.methods.conftest import small_config
 from tests.reports import sample
 
@@ -50,7 +51,8 @@ def tiny(folder: Path, **more: object) -> Config:
 
 def selected(config: Config) -> tuple[object, Record]:
     cells = cells_of(config, GRID)
-    selection = select(config, cells, seed=tuning_seed(config))
+    with no_pages():
+        selection = select(config, cells, seed=tuning_seed(config))
     (record,) = experiment.run(config, selection=selection)
     return selection, record
 
@@ -226,6 +228,7 @@ def test_a_cell_holds_back_a_share_and_never_a_test_sample(tmp_path):
         assert not test & {image.tobytes() for image in learned_from}
 
 
+@pytest.mark.usefixtures("no_page")
 def test_cells_that_learn_alike_share_what_is_learned(tmp_path):
     """A record a cell is not kept, what it measured is; each memory is one of its own."""
     config, events = tiny(tmp_path, baselines=("sequential",)), []

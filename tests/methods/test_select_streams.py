@@ -21,12 +21,13 @@ from memtool.streams.task import Images, Task
 from tests.contract.kinds import config_of
 from tests.methods.test_select import GRID, learned, tiny, watch_training
 
-FEW = {"consolidate__epochs": 1}  # fewer images leave a class one alone, and LDA no covariance
+FEW = {"consolidate__epochs": 1, "stream__test_per_task": 10}
+"""Fewer images to learn from leave a class one alone, and LDA no covariance."""
 SETTINGS: dict[str, dict[str, Any]] = {
     "cil": {"stream__setting": "cil", "stream__order": None, "stream__classes_per_task": 5},
     "dg": {
         "stream__setting": "dg",
-        "stream__order": None,
+        "stream__order": ("rot0", "rot30", "rot60"),
         "stream__held_out": "rot30",
         "baselines": ("erm",),
     },

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,11 +13,14 @@ import typer
 from memtool.errors import ConfigError
 from memtool_cli import records
 from memtool_cli.commands import Verbs
+from memtool_cli.on_ray import RAY, RayAddress, Resources
 from memtool_cli.options import COMPUTE, CONFIGURATION, METHOD, STORE, Call, examples, verb
 from memtool_cli.output import Table
 
 if TYPE_CHECKING:
+    from memtool.serving.limits import Limits
     from memtool.serving.models import Models
+    from memtool.serving.replicas import Count
 
 app = Verbs()
 
@@ -118,6 +124,28 @@ Timeout = Annotated[
         rich_help_panel=ALLOWED,
     ),
 ]
+Replicas = Annotated[
+    int | None,
+    typer.Option(
+        "--replicas",
+        metavar="N",
+        min=1,
+        max=1000,
+        help="How many serve it, each with its own models and batches; else 1.",
+        rich_help_panel=RAY,
+        show_default=False,
+    ),
+]
+Autoscale = Annotated[
+    str | None,
+    typer.Option(
+        "--autoscale",
+        metavar="MIN:MAX",
+        help="As many as there is work for: --batch requests at once for each.",
+        rich_help_panel=RAY,
+        show_default=False,
+    ),
+]
 
 
 @app.command(
@@ -126,6 +154,7 @@ Timeout = Annotated[
         "memtool serve",
         "memtool serve --store memory@good --port 8080",
         "MEMTOOL_API_KEY=… memtool serve --host 0.0.0.0 --watch",
+        "memtool serve --ray auto --replicas 4 --resources gpu=1",
     ),
 )
 @verb(STORE, METHOD, *COMPUTE, *CONFIGURATION, remembers=True)
@@ -141,47 +170,117 @@ def serve_memory(
     max_body: Body = 32.0,
     queue: Waiting = 512,
     timeout: Timeout = 60.0,
+    ray: RayAddress = None,
+    replicas: Replicas = None,
+    autoscale: Autoscale = None,
+    resources: Resources = None,
 ) -> None:
     """Serve the memory over HTTP: predictions, answers of a language model, metrics and a page."""
     try:
         from memtool.serving.limits import Limits
-        from memtool.serving.run import address_of, bound, hosts_of, serve
     except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"memtool serve needs a package that is not here: {error.name}",
-            remedy="pip install 'memtool[serve]'",
-        ) from error
+        raise _needs(error) from error
+    limits = Limits(
+        window=window * MS,
+        batch=batch,
+        body=round(max_body * MB),
+        queue=queue,
+        timeout=timeout,
+        key=api_key,
+        origins=tuple(cors or ()),
+        watch=watch,
+    )
+    try:
+        if ray is None:
+            _require_ray_for(replicas=replicas, autoscale=autoscale, resources=resources)
+            _serve_here(call, limits, host, port)
+        else:
+            from memtool.cluster import resources as read
+            from memtool.serving.replicas import Count
+
+            count = Count.of(replicas, autoscale)
+            _serve_on_ray(call, limits, host, port, ray, count, read(resources))
+    except ModuleNotFoundError as error:
+        raise _needs(error) from error
+    call.out.note("stopped: what was asked is answered")
+
+
+def _needs(error: ModuleNotFoundError) -> ConfigError:
+    return ConfigError(
+        f"memtool serve needs a package that is not here: {error.name}",
+        remedy="pip install 'memtool[serve]'",
+    )
+
+
+def _require_ray_for(**given: object) -> None:
+    """Raise ConfigError for an option of replicas, where there are none."""
+    for name, value in given.items():
+        if value is not None:
+            raise ConfigError(f"--{name} without --ray", remedy=f"--ray auto --{name} {value}")
+
+
+def _serve_here(call: Call, limits: Limits, host: str, port: int) -> None:
+    from memtool.serving.run import address_of, bound, hosts_of, serve
+
     view = call.view()
     with bound(host, port) as listening:
+        limits = replace(limits, hosts=hosts_of(host, listening.getsockname()[0]))
         url = address_of(listening)
-        limits = Limits(
-            window=window * MS,
-            batch=batch,
-            body=round(max_body * MB),
-            queue=queue,
-            timeout=timeout,
-            key=api_key,
-            origins=tuple(cors or ()),
-            hosts=hosts_of(host, listening),
-            watch=watch,
-        )
-        if limits.hosts is None and api_key is None:
-            call.out.note(f"note: whoever reaches {url} is answered; --api-key asks for a key")
+        _say_who_may_ask(call, limits, url)
         call.out.note(f"loading {call.config.store}, version {view.version}")
         models = _models(call)
-
-        def ready() -> None:
-            record = records.Serving(version=models.current.version, memory=models.name, url=url)
-            rows = [(record.url, record.memory, record.version)]
-            call.out.data(record, Table(("url", "memory", "version"), rows), ids=[url])
-            call.out.note("Ctrl-C stops it")
-
-        serve(models, limits, listening, ready)
-        call.out.note("stopped: what was asked is answered")
+        serve(
+            models,
+            limits,
+            listening,
+            lambda: _say_ready(call, models.current.version, models.name, url),
+        )
 
 
-def _models(call: Call) -> Models:
-    """The memory as this command line opens it, each version with what it remembers."""
+def _serve_on_ray(
+    call: Call,
+    limits: Limits,
+    host: str,
+    port: int,
+    address: str,
+    count: Count,
+    resources: dict[str, float],
+) -> None:
+    from memtool.serving.models import name_of
+    from memtool.serving.replicas import Fleet, serve_on_ray
+
+    version = call.view().version
+    name = name_of(call.store_path)
+    opened = partial(_models, replace(call))  # a fresh one: what it found out stays here
+    fleet = Fleet(opened, call.config, limits, count, resources)
+    stdout = sys.stdout
+
+    def ready(limits: Limits, url: str) -> None:
+        _say_who_may_ask(call, limits, url)
+        with redirect_stdout(stdout):
+            _say_ready(call, version, name, url)
+
+    call.out.note(f"{count.text} of {call.config.store}, version {version}, begin at {address}")
+    serve_on_ray(fleet, address, version, host, port, say=call.out.note, ready=ready)
+
+
+def _say_who_may_ask(call: Call, limits: Limits, url: str) -> None:
+    if limits.hosts is None and limits.key is None:
+        call.out.note(f"note: whoever reaches {url} is answered; --api-key asks for a key")
+
+
+def _say_ready(call: Call, version: str, memory: str, url: str) -> None:
+    record = records.Serving(version=version, memory=memory, url=url)
+    rows = [(record.url, record.memory, record.version)]
+    call.out.data(record, Table(("url", "memory", "version"), rows), ids=[url])
+    call.out.note("Ctrl-C stops it")
+
+
+def _models(call: Call, version: str | None = None) -> Models:
+    """The memory as this command line opens it, each version with what it remembers.
+
+    `version` is the first, where it is not the one that the store is named with.
+    """
     from memtool.engine import Engine
     from memtool.memory import Memory
     from memtool.serving.models import Models
@@ -194,5 +293,9 @@ def _models(call: Call) -> Models:
         return Memory(here.store(), here.view(), here.config)
 
     return Models(
-        call.config.store, opened=opened, precision=engine.precision, device=str(engine.device)
+        call.config.store,
+        opened=opened,
+        version=version,
+        precision=engine.precision,
+        device=str(engine.device),
     )

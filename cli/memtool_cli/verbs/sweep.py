@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from memtool.errors import ConfigError
 from memtool_cli import records
 from memtool_cli.commands import Verbs
 from memtool_cli.followed import LogTo, RunNote, RunTags, to_follow
+from memtool_cli.on_ray import RayAddress, Resources
 from memtool_cli.options import (
     ADAPTERS,
     BASELINES,
@@ -50,6 +54,7 @@ app = Verbs()
         "memtool sweep --set adapter.rank=2,4,8 --seed 0..2 --orders bounds --out orders",
         "memtool sweep --out orders",
         "for i in 1 2 3; do memtool sweep --set train.lr=1e-3,3e-3 -q & done; wait",
+        "memtool sweep --set train.lr=1e-3,3e-3 --seed 0..4 --ray auto --resources gpu=0.5",
     ),
 )
 @verb(
@@ -96,11 +101,14 @@ def sweep(
         ),
     ] = None,
     retry_failed: RetryFailed = False,
+    ray: RayAddress = None,
+    resources: Resources = None,
     log: LogTo = None,
     note: RunNote = None,
     tag: RunTags = None,
 ) -> None:
     """Run a grid of settings by seeds; with `--set KEY=V,V`, shared by all who start it there."""
+    work = _work(ray, resources)
     services, said = to_follow(log, None, note, tag)
     opened = _opened(call, out, lease)
     if call.dry_run:
@@ -110,8 +118,13 @@ def sweep(
     done = len(opened.jobs) - len(opened.open_jobs())
     call.out.note(f"{len(opened.jobs)} runs in {out}, {done} of them done")
     with call.out.progress() as progress:
-        found = opened.work(
-            progress=progress, say=call.out.note, log=services, said=said, command=call.line
+        found = work(
+            opened,
+            progress=progress,
+            say=call.out.note,
+            log=services,
+            said=said,
+            command=call.line,
         )
     call.out.data(found, _table(found), ids=[_best(found)])
     call.out.note(f"results: {out / 'results.json'}")
@@ -120,6 +133,21 @@ def sweep(
         raise typer.Exit(1)
     call.out.next(f"memtool runs {out}")
     return None
+
+
+def _work(ray: str | None, resources: str | None) -> Callable[..., Results]:
+    """How the runs of a sweep are worked on: by this process, or on a cluster."""
+    from memtool.cluster import resources as read
+    from memtool.experiments.sweep import Sweep
+
+    each = read(resources)
+    if ray is not None:
+        from memtool.experiments.on_ray import work_on_ray
+
+        return partial(work_on_ray, address=ray, resources=each)
+    if each:
+        raise ConfigError("--resources without --ray", expected="a cluster that reserves them")
+    return Sweep.work
 
 
 def _opened(call: Call, out: Path, lease: float | None) -> Sweep:
