@@ -22,12 +22,15 @@ from typing import Any
 from memtool_stores.errors import IntegrityError, SchemaError
 from memtool_stores.jsonvalues import digest, items, mapping, parse, whole
 from memtool_stores.names import check_ref
-from memtool_stores.parts import PART_BYTES
+from memtool_stores.parts import PART_BYTES, parts_of
 
 LEAF = 64
 """Blobs of one page at most."""
 
 DIGITS = "0123456789abcdef"
+
+Pages = dict[tuple["Ref", str], "Page"]
+"""Pages that were read, by what names them and the beginning of the names below them."""
 
 
 @dataclass(frozen=True)
@@ -170,8 +173,10 @@ def _entry(data: Any, name: str, parts: int) -> Entry:
     if len(said) != 3:
         raise SchemaError(f"{what} of {len(said)} things", expected="a hash, a part and a length")
     part, nbytes = whole(said[1], what), whole(said[2], what)
-    if part >= parts:
-        raise SchemaError(f"{what} in part {part:,}", expected=f"one of {parts:,} parts")
+    if part + parts_of(nbytes) > parts:
+        raise SchemaError(
+            f"{what} in part {part:,}, {nbytes:,} bytes", expected=f"inside of {parts:,} parts"
+        )
     return Entry(sha256, part, nbytes)
 
 
@@ -190,7 +195,7 @@ class Index(Mapping[str, Entry]):
         self,
         state: IndexState,
         read: Callable[[Sequence[tuple[int, int]]], Iterable[memoryview]],
-        pages: dict[Ref, Page],
+        pages: Pages,
     ) -> None:
         self.state = state
         self._read = read
@@ -202,13 +207,14 @@ class Index(Mapping[str, Entry]):
         Raises:
             IntegrityError: they are not, or no page of ours has them.
         """
-        found = self._pages.get(ref)
+        # By its path, too: one that belongs elsewhere is refused here whoever read it there.
+        found = self._pages.get((ref, path))
         if found is None:
             try:
                 (data,) = self._read([(ref.part, ref.nbytes)])
             except IntegrityError as error:
                 raise _damaged(ref, error.expected or "what was written", error.found) from error
-            found = self._pages[ref] = self._parsed(ref, path, bytes(data))
+            found = self._pages[ref, path] = self._parsed(ref, path, bytes(data))
         return found
 
     def _parsed(self, ref: Ref, path: str, data: bytes) -> Page:
@@ -222,11 +228,11 @@ class Index(Mapping[str, Entry]):
 
     def ahead(self, refs: Sequence[tuple[Ref, str]]) -> None:
         """Read pages at once that will be asked for; damage is left to who asks."""
-        wanted = [(ref, path) for ref, path in refs if ref not in self._pages]
+        wanted = [one for one in refs if one not in self._pages]
         with suppress(IntegrityError):
             read = self._read([(ref.part, ref.nbytes) for ref, _ in wanted])
             for (ref, path), data in zip(wanted, read, strict=True):
-                self._pages[ref] = self._parsed(ref, path, bytes(data))
+                self._pages[ref, path] = self._parsed(ref, path, bytes(data))
 
     def __len__(self) -> int:
         return self.state.count

@@ -62,7 +62,7 @@ from memtool_stores.ice import (
     sync_to_disk,
     translated,
 )
-from memtool_stores.index import Page, Ref
+from memtool_stores.index import Pages
 from memtool_stores.leftovers import Leftover, find, find_in_store, take_away
 from memtool_stores.migrate import SCHEMA_VERSION, BranchMigration, Migration
 from memtool_stores.move import (
@@ -107,7 +107,7 @@ class MemoryStore:
         self._repository = repository
         self._lock_timeout = lock_timeout
         self._catalog = Catalog()
-        self._pages: dict[Ref, Page] = {}
+        self._pages: Pages = {}
         self._filelock: Any = None
         self._place = _place(url)
 
@@ -813,10 +813,10 @@ class MemoryStore:
 
         Every stored object is read, whatever version it belongs to or whether it belongs to any,
         and hashed whole, without its last four bytes (the crc32c after a chunk), and without what
-        frames a part (see parts.py). For the hash of a row or a blob, an empty answer proves that
-        its bytes are gone. A ragged row of several chunks lies in as many objects: they are found
-        by the pieces of its record, which the catalog of a branch or tag must have, or which the
-        caller gives instead (`AdapterRecord.pieces`).
+        frames a part (see parts.py). For the hash of a row, or of a blob of one part (4 MiB), an
+        empty answer proves that its bytes are gone. A ragged row of several chunks lies in as many
+        objects: they are found by the pieces of its record, which the catalog of a branch or tag
+        must have, or which the caller gives instead (`AdapterRecord.pieces`).
 
         Raises:
             IntegrityError: a catalog is damaged.

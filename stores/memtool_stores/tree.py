@@ -38,12 +38,13 @@ from memtool_stores.arrays import (
 from memtool_stores.catalog import AdapterRecord, Catalog, Counts
 from memtool_stores.errors import IntegrityError, NewerSchemaError, SchemaError
 from memtool_stores.held import Held
-from memtool_stores.index import Allotment, Entry, Index, IndexState, Page, Ref
+from memtool_stores.index import Allotment, Entry, Index, IndexState, Pages
 from memtool_stores.jsonvalues import digest, mapping, member, whole
 from memtool_stores.keys import KeysState
 from memtool_stores.migrate import SCHEMA_VERSION, migrated
 from memtool_stores.names import check_id, check_ref
 from memtool_stores.parts import (
+    PARTS,
     check_parts,
     delete_parts,
     parts_of,
@@ -468,10 +469,14 @@ class Tree:
     def _create_keys(self, shape: tuple[int, ...], chunks: tuple[int, ...]) -> None:
         self._create(keys.KEYS, shape, chunks, keys.KEYS_DTYPE)
 
-    def index(self, state: State, pages: dict[Ref, Page] | None = None) -> Index:
+    def index(self, state: State, pages: Pages | None = None) -> Index:
         """The blobs of this version; `pages` of their index are known."""
         known = {} if pages is None else pages
         return Index(state.index, lambda pieces: read_parts(self._group, pieces), known)
+
+    def parts(self) -> list[int]:
+        """The parts that have bytes, whoever they belong to, sorted."""
+        return sorted(map(int, listed(self._group, f"{PARTS}/c")))
 
     def read_blob(self, name: str, entry: Entry) -> bytes:
         """The bytes of a blob.
@@ -511,6 +516,9 @@ class Tree:
         """Put these bytes in the place of the old ones, None for a blob that goes.
 
         The old ones, and the pages of the index that named them, go from this version.
+
+        Raises:
+            SchemaError: an old one is larger than `limits.array_bytes`.
         """
         parts = Allotment(index.state.parts)
         entries: dict[str, Entry | None] = {}
@@ -518,6 +526,7 @@ class Tree:
         for name, held in blobs.items():
             was = index.get(name)
             if was is not None and was.part is not None:
+                limits.require("array_bytes", was.nbytes, f"blob {name!r}")
                 parts.give_back(was.part, parts_of(was.nbytes))
             elif was is not None:
                 del self._group[f"blobs/{name}"]

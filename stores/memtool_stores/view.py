@@ -24,7 +24,7 @@ from memtool_stores.errors import (
 from memtool_stores.held import Held
 from memtool_stores.history import Version, is_expired, of_snapshot, sealed_tree, snapshots
 from memtool_stores.ice import guard_fork, icechunk, open_repository, translated
-from memtool_stores.index import Entry, Index, Page, Ref
+from memtool_stores.index import Entry, Index, Pages
 from memtool_stores.space import Layout, Space
 from memtool_stores.sums import check_snapshot
 from memtool_stores.tensorfile import TensorInfo, read_header, write_header
@@ -55,7 +55,7 @@ class MemoryView:
         version: str,
         known: Callable[[Catalog | None], Catalog],
         lock_timeout: float = LOCK_SECONDS,
-        pages: dict[Ref, Page] | None = None,
+        pages: Pages | None = None,
     ) -> None:
         self._repository = repository
         self._where = where

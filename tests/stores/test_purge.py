@@ -203,6 +203,19 @@ def test_a_purge_keeps_other_changes_of_the_same_commit(grown: MemoryStore, spac
     assert grown.verify().ok
 
 
+def test_a_purge_before_the_newest_version_is_no_damage(grown: MemoryStore, space: Space) -> None:
+    """Nor where gc made of the version after it the oldest, or it came and went at once."""
+    for number in range(3):
+        with grown.transaction("purge") as txn:
+            fill(txn, space, f"at once {number}", 7)
+            txn.purge(f"at once {number}")
+            if number == 0:
+                txn.purge("t1")
+    assert grown.verify().ok
+    grown.gc(keep_last=2)
+    assert grown.verify().damages == ()
+
+
 def test_a_purged_row_with_bytes_is_damage(grown: MemoryStore, space: Space) -> None:
     """As if an old chunk had come back: only a version made by hand can be so."""
     with grown.transaction("purge") as txn:

@@ -1,0 +1,214 @@
+"""Parts of /parts are taken, freed and used again, and no bytes are lost, mixed up or left."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memtool_stores import IntegrityError, MemoryStore, Space, sums
+from memtool_stores.index import LEAF, Entry, IndexState, Page, Ref
+from memtool_stores.parts import PART_BYTES, read_parts, write_parts
+from memtool_stores.store import _sealed
+from memtool_stores.testing import fill
+from memtool_stores.tree import Tree
+
+
+def _blob(seed: int, nbytes: int = 200) -> bytes:
+    return random.Random(seed).randbytes(nbytes)
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _parts(store: MemoryStore, ref: str) -> Tree:
+    return Tree(store._repository.readonly_session(snapshot_id=store.view(ref).version))
+
+
+@contextmanager
+def _by_hand(store: MemoryStore) -> Iterator[tuple[Tree, Any]]:
+    """The tree of a version that no store of ours writes, and its group; with a right seal."""
+    session = store._repository.writable_session("main")
+    tree, parent = Tree(session, write=True), store.head()
+    yield tree, tree._group
+    tree._group.attrs.put(tree.attributes)
+    sealed = _sealed(tree, parent=parent, message="by hand", user="{}")
+    version = session.flush("by hand", metadata=sealed)
+    sums.write(store.url, store._repository, version)
+    store._repository.reset_branch("main", version, from_snapshot_id=parent)
+
+
+def _put_page(tree: Tree, group: Any, part: int, page: Page, parts: int) -> Ref:
+    """Write a page, and say in the state that it is the first one."""
+    count = len(page.blobs) + sum(one.count for one in page.pages.values())
+    write_parts(group, parts, [(part, page.data())])
+    ref = Ref(part, len(page.data()), count, _sha256(page.data()))
+    tree.attributes["state"]["blobs"] = IndexState(parts, ref).to_json()
+    return ref
+
+
+def test_any_history_on_two_branches_reads_as_it_was_written(
+    store: MemoryStore, space: Space, tmp_path: Path
+) -> None:
+    """The oracle holds every version as a dict; each is read again after all was done, and after
+    a clone, a rollback, and a collection."""
+    generator, oracle = random.Random(5), dict[str, dict[str, bytes]]()
+    tips: dict[str, dict[str, bytes]] = {"main": {}}
+    for step in range(30):
+        if step == 8:
+            store.branch("side", "HEAD")
+            tips["side"] = dict(tips["main"])
+        branch = generator.choice([*tips])
+        blobs = tips[branch]
+        with store.transaction(f"step {step}", branch=branch) as txn:
+            fill(txn, space, f"t{step}", step)
+            for _ in range(generator.choice([1, 5, 90])):
+                name = f"b{generator.randrange(150)}"
+                if name in blobs and generator.random() < 0.5:
+                    txn.delete_blob(name)
+                    del blobs[name]
+                else:
+                    size = PART_BYTES + 7 if generator.random() < 0.01 else 50
+                    # The same bytes now and then: equal pages on two branches are two things.
+                    blobs[name] = _blob(generator.randrange(40), size)
+                    txn.put_blob(name, blobs[name])
+        oracle[store.view(branch).version] = dict(blobs)
+
+    def check(where: MemoryStore, versions: set[str]) -> None:
+        for version in versions:
+            view = where.view(version)
+            assert {name: view.blob(name) for name in view.blobs()} == oracle[version]
+        assert where.verify().ok
+
+    check(MemoryStore.open(store.url), {*oracle})
+    check(store.clone(tmp_path / "clone"), {*oracle})
+    store.bundle(tmp_path / "bundle")
+    check(MemoryStore.from_bundle(tmp_path / "bundle", tmp_path / "of bundle"), {*oracle})
+    store.rollback("HEAD~3")
+    old = store.head()
+    with store.transaction("another way") as txn:
+        txn.put_blob("b1", b"another way")
+    oracle[store.head()] = {**oracle[old], "b1": b"another way"}
+    check(store, {*oracle})
+    store.gc(keep_last=1)
+    check(store, {store.head(), store.view("side").version})
+
+
+def test_a_blob_that_goes_is_not_readable_and_after_gc_nowhere(
+    store: MemoryStore, space: Space
+) -> None:
+    """Neither where another takes its part, nor where none does."""
+    gone, changed, large = _blob(1), _blob(2), _blob(3, PART_BYTES + 5)
+    with store.transaction("write") as txn:
+        fill(txn, space, "t", 1)
+        for name, data in (("gone", gone), ("changed", changed), ("large", large)):
+            txn.put_blob(name, data)
+    before, index = store.head(), store.view().index
+    places = {name: index[name].part for name in ("gone", "changed", "large")}
+    with store.transaction("change") as txn:
+        txn.delete_blob("gone")
+        txn.put_blob("changed", b"new")
+        txn.delete_blob("large")
+    tree = _parts(store, "HEAD")
+    for name, data in (("gone", gone), ("changed", changed), ("large", large[:PART_BYTES])):
+        part = places[name]
+        assert part is not None
+        with pytest.raises(IntegrityError):
+            next(read_parts(tree._group, [(part, len(data))]))
+        assert store.view(before).blob(name)[:PART_BYTES] == data
+    hashes = {_sha256(gone), _sha256(changed), _sha256(large[:PART_BYTES])}
+    assert store.find_bytes(hashes).keys() == hashes
+    store.gc(keep_last=1)
+    assert store.find_bytes(hashes) == {}
+    files = [path for path in Path(store.url).rglob("*") if path.is_file()]
+    assert not [p for p in files for one in (gone, changed, large[-5:]) if one in p.read_bytes()]
+    assert store.verify().ok
+
+
+def _two_names(tree: Tree, group: Any) -> None:
+    index = tree.index(tree.root().state)
+    _put_page(tree, group, 2, Page({"a": index["a"], "b": index["a"]}), 3)
+
+
+def _beyond(tree: Tree, group: Any) -> None:
+    entry = tree.index(tree.root().state)["a"]
+    _put_page(tree, group, 2, Page({"a": Entry(entry.sha256, 2, PART_BYTES + 1)}), 3)
+
+
+def _in_the_page(tree: Tree, group: Any) -> None:
+    entry = tree.index(tree.root().state)["a"]
+    _put_page(tree, group, 2, Page({"a": entry, "b": Entry(entry.sha256, 2, entry.nbytes)}), 3)
+
+
+def _of_nobody(tree: Tree, group: Any) -> None:
+    write_parts(group, 4, [(3, b"secret")])
+    tree.attributes["state"]["blobs"]["parts"] = 4
+
+
+@pytest.mark.parametrize(
+    ("change", "what", "name", "found"),
+    [
+        (_two_names, "index", "part 0", "several"),
+        (_in_the_page, "index", "part 2", "several"),
+        (_beyond, "index", "part 2", "inside of 3 parts"),
+        (_of_nobody, "array", "parts", "bytes in part 3, one of 1 of nobody"),
+    ],
+)
+def test_parts_of_two_or_of_nobody_or_beyond_the_end_are_damage(
+    store: MemoryStore, change: Callable[[Tree, Any], None], what: str, name: str, found: str
+) -> None:
+    with store.transaction("write") as txn:
+        txn.put_blob("a", b"one")
+        txn.put_blob("b", b"two")
+    assert store.view().state.index.parts == 3
+    with _by_hand(store) as (tree, group):
+        change(tree, group)
+    report = MemoryStore.open(store.url).verify()
+    said = {(one.what, one.name): f"{one.found} {one.expected}" for one in report.damages}
+    assert found in said[what, name]
+
+
+@pytest.mark.parametrize("level", ["checksums", "full"])
+def test_a_page_that_many_digits_name_is_refused_at_once(store: MemoryStore, level: Any) -> None:
+    """Sixteen digits of thirteen levels lead to one page: 16 ** 13 ways that nobody may walk."""
+    with store.transaction("write") as txn:
+        txn.put_blob("a", b"one")
+    digits = "0123456789abcdef"
+    with _by_hand(store) as (tree, group):
+        page: Page = Page({"a": tree.index(tree.root().state)["a"]})
+        ref = _put_page(tree, group, 1, page, 20)
+        for part in range(2, 15):
+            ref = _put_page(tree, group, part, Page(pages=dict.fromkeys(digits, ref)), 20)
+    again = MemoryStore.open(store.url)
+    with pytest.raises(IntegrityError, match="index 'part"):
+        again.view().blobs()
+    assert again.view().blob("a") == b"one"  # along its own path all is as it should be
+    report = again.verify(level)
+    assert 0 < len(report.damages) < 20
+
+
+def test_pages_change_while_an_index_has_one_level_and_two(store: MemoryStore) -> None:
+    """From a leaf to two levels and back, each commit with one blob more or less."""
+    blobs: dict[str, bytes] = {}
+    with store.transaction("nearly a level") as txn:
+        for number in range(LEAF - 1):
+            blobs[f"b{number}"] = _blob(number)
+            txn.put_blob(f"b{number}", blobs[f"b{number}"])
+    for step, name in enumerate(["x", "y", "b3", "z", "y", "z"]):
+        with store.transaction("one") as txn:
+            if name in blobs:
+                txn.delete_blob(name)
+                del blobs[name]
+            else:
+                blobs[name] = _blob(100 + step)
+                txn.put_blob(name, blobs[name])
+        view = MemoryStore.open(store.url).view()
+        assert {name: view.blob(name) for name in view.blobs()} == blobs
+        assert len(view.index) == len(blobs)
+    assert store.verify().ok
