@@ -48,4 +48,3 @@ class Late:
             return [tensor.cpu() for tensor in self._tensors]
         self._event.synchronize()
         return [tensor.clone() for tensor in self._tensors]  # pinned memory is for the next
-

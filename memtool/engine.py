@@ -85,6 +85,9 @@ class Batches:
     how often samples come up, each with an assignment to samples of its own. A group alone is a
     plain bootstrap sample, as all assignments of a multinomial draw are equally likely. Without
     `bootstrap` every group sees every sample once an epoch, in an order of its own.
+
+    `narrowed` is what becomes of the inputs of a batch before they leave the CPU: where numbers
+    decide its shape, as of padding, one would have to wait for those of a device.
     """
 
     inputs: npt.NDArray[Any]
@@ -94,6 +97,7 @@ class Batches:
     seed: int
     groups: int = 1
     bootstrap: bool = True
+    narrowed: Callable[[Tensor], Tensor] = lambda inputs: inputs
 
     @cached_property
     def _counts(self) -> npt.NDArray[np.int64]:
@@ -160,7 +164,7 @@ class Batches:
             flat = chosen[:, piece].reshape(-1)
             draw = np.random.default_rng([self.seed, 3, step, number]).integers(2**62)
             yield Batch(
-                torch.from_numpy(self.inputs[flat]),
+                self.narrowed(torch.from_numpy(self.inputs[flat])),
                 torch.from_numpy(self.labels[flat]),
                 torch.from_numpy(weights[:, piece].reshape(-1)),
                 int(draw),
@@ -419,7 +423,7 @@ class Engine:
         if self.settings.compile:
             model.compile()
         saved_at = time.monotonic()
-        with _interruptible() as interrupted:
+        with _interruptible() as interrupted, _compiling(self.settings.compile):
             while done < total:
                 factor = rate_factor(done / planned, settings)
                 rate = settings.final_lr + factor * (settings.lr - settings.final_lr)
@@ -457,7 +461,8 @@ class Engine:
                 for step, step_loss in found.news():
                     if progress is not None and self.is_main:
                         metrics = {"loss": step_loss}
-                        progress(ProgressEvent(stage=stage, step=step, total=total, metrics=metrics))
+                        event = ProgressEvent(stage=stage, step=step, total=total, metrics=metrics)
+                        progress(event)
                 if checkpoint is not None and self.is_main and (late or interrupted.is_set()):
                     found.settle()
                     state = (done, losses, found.running)
@@ -543,6 +548,16 @@ class Engine:
             batch.share,
             labels,
         )
+
+
+def _compiling(on: bool) -> AbstractContextManager[object]:
+    """Inside, torch.compile follows the gradients that a backward pass takes (`adapters.atoms`)."""
+    if not on:
+        return nullcontext()
+    import torch._dynamo
+
+    known = hasattr(torch._dynamo.config, "trace_autograd_ops")
+    return torch._dynamo.config.patch(trace_autograd_ops=True) if known else nullcontext()
 
 
 def _parameter_groups(

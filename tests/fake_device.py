@@ -7,7 +7,8 @@
 
 Tensors of the device are torch's FakeTensors: two devices in one operation, and a shape or a
 decision that depends on a number there (`nonzero`, `unique`, `bool`, `.item()`), raise. What stays
-on the CPU is computed as ever. A copy to the CPU has any numbers, and is counted: the CPU waits for it.
+on the CPU is computed as ever. A copy to the CPU has any numbers, and is
+counted: the CPU waits for it.
 
 Backward works for "meta" only, as torch's engine would ask the driver of any other device.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from typing import Any, Self, TypeVar
 
@@ -37,12 +39,17 @@ class FakeDevice(TorchDispatchMode):
     waits, `sent` those to the device that nothing waits for: each by the place in memtool.
     """
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, allowed: Mapping[str, Any] | None = None) -> None:
+        """`allowed` are the places that may look at a number there, and what they find."""
         super().__init__()
         self.device = torch.device(kind) if kind == "meta" else torch.device(kind, 0)
         self.doubles: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
         self.sent: Counter[str] = Counter()
+        self.in_steps: Counter[str] = Counter()
+        self.steps = 0
+        self._before: Counter[str] | None = None
+        self._allowed = allowed or {}
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._stack = ExitStack()
         self._draws = torch.Generator().manual_seed(0)
@@ -73,23 +80,17 @@ class FakeDevice(TorchDispatchMode):
         self._stack.close()
 
     def take(self, module: Module) -> Module:
-        """A copy of a module with parameters and buffers on the device."""
-        taken = copy.deepcopy(module)
-        for part in taken.modules():
-            for name, parameter in part._parameters.items():
-                if parameter is not None:
-                    there = self.like(parameter.detach())
-                    part._parameters[name] = nn.Parameter(there, parameter.requires_grad)
-            for name, buffer in part._buffers.items():
-                if buffer is not None:
-                    part._buffers[name] = self.like(buffer)
+        """A copy of a module on the device; what is counted begins anew."""
+        taken = copy.deepcopy(module).to(self.device)
+        self.waits.clear()
         return taken
 
-    def like(self, tensor: Tensor) -> Tensor:
-        """A tensor of the device with the shape and type of another; no copy is counted."""
-        return torch.empty_strided(
-            tensor.size(), tensor.stride(), dtype=tensor.dtype, device=self.device
-        )
+    def step_begins(self, first: bool) -> None:
+        """Count what a training waited for since its step before began in `in_steps`."""
+        if not first and self._before is not None:
+            self.in_steps += self.waits - self._before
+            self.steps += 1
+        self._before = self.waits.copy()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -101,6 +102,9 @@ class FakeDevice(TorchDispatchMode):
         if not leaves and not any(isinstance(tensor, FakeTensor) for tensor in given):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
+        if func.overloadpacket in _LOOKS and _place() in self._allowed:
+            self.waits[_place()] += 1
+            return self._allowed[_place()]
         # A generator of the CPU stands for that of the device.
         found = func(*args, **{name: part for name, part in kwargs.items() if name != "generator"})
         if func.overloadpacket in _COPIES:
@@ -115,10 +119,10 @@ class FakeDevice(TorchDispatchMode):
         return found
 
     def _drawn(self, like: Tensor) -> Tensor:
-        """What stands for numbers of the device on the CPU: positive ones, or zeros."""
+        """What stands for numbers of the device on the CPU: about a half, or zeros."""
         if not like.dtype.is_floating_point:
             return torch.zeros(like.shape, dtype=like.dtype)
-        return torch.rand(like.shape, generator=self._draws).to(like.dtype)
+        return (0.5 + 0.1 * torch.rand(like.shape, generator=self._draws)).to(like.dtype)
 
     def _copied(self, func: Any, args: Any, kwargs: Any, made: Tensor) -> None:
         """Count a copy between the devices."""
@@ -131,6 +135,7 @@ class FakeDevice(TorchDispatchMode):
         (self.sent if queued else self.waits)[_place()] += 1
 
 
+_LOOKS = (torch.ops.aten._local_scalar_dense, torch.ops.aten.item, torch.ops.aten.is_nonzero)
 _COPIES = (torch.ops.aten._to_copy, torch.ops.aten.to, torch.ops.aten.copy_)
 
 
@@ -153,6 +158,7 @@ def _place() -> str:
     while frame is not None:
         name = frame.f_globals.get("__name__", "")
         if name.startswith("memtool."):
-            return f"{name.removeprefix('memtool.')}.{frame.f_code.co_name}"
+            function = frame.f_code.co_qualname.partition(".<locals>")[0]
+            return f"{name.removeprefix('memtool.')}.{function}"
         frame = frame.f_back
     return "outside of memtool"

@@ -88,8 +88,8 @@ class PromptFeatures(nn.Module):
         self.dim = lm.dim
 
     def preprocess(self, inputs: Tensor) -> Tensor:
-        """Prompts padded no more than they need."""
-        return trimmed(inputs)
+        """Prompts padded no more than they need; on a device as they are: one would wait there."""
+        return trimmed(inputs) if inputs.device.type == "cpu" else inputs
 
     def features(self, inputs: Tensor, recall: Recall | None = None) -> Tensor:
         """The mean (b, dim) of the last hidden states over the tokens, float32."""
@@ -99,6 +99,11 @@ class PromptFeatures(nn.Module):
 def feature_model(backbone: FrozenModel) -> Any:
     """A model of images as it is, a language model as `PromptFeatures`."""
     return PromptFeatures(backbone) if isinstance(backbone, CausalLM) else backbone
+
+
+def narrowed_for(model: FeatureModel) -> Callable[[Tensor], Tensor]:
+    """What becomes of inputs before they go to the device of a model: prompts are trimmed."""
+    return trimmed if isinstance(model, PromptFeatures) else lambda inputs: inputs
 
 
 @dataclass(frozen=True, eq=False)
