@@ -15,7 +15,6 @@ Backward works for "meta" only, as torch's engine would ask the driver of any ot
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections import Counter
 from collections.abc import Mapping
@@ -80,10 +79,10 @@ class FakeDevice(TorchDispatchMode):
         self._stack.close()
 
     def take(self, module: Module) -> Module:
-        """A copy of a module on the device; what is counted begins anew."""
-        taken = copy.deepcopy(module).to(self.device)
+        """A module on the device; what is counted begins anew."""
+        moved = module.to(self.device)
         self.waits.clear()
-        return taken
+        return moved
 
     def step_begins(self, first: bool) -> None:
         """Count what a training waited for since its step before began in `in_steps`."""
@@ -119,9 +118,9 @@ class FakeDevice(TorchDispatchMode):
         return found
 
     def _drawn(self, like: Tensor) -> Tensor:
-        """What stands for numbers of the device on the CPU: about a half, or zeros."""
+        """What stands for numbers of the device on the CPU: about a half, zero or true."""
         if not like.dtype.is_floating_point:
-            return torch.zeros(like.shape, dtype=like.dtype)
+            return torch.full(like.shape, like.dtype == torch.bool, dtype=like.dtype)
         return (0.5 + 0.1 * torch.rand(like.shape, generator=self._draws)).to(like.dtype)
 
     def _copied(self, func: Any, args: Any, kwargs: Any, made: Tensor) -> None:

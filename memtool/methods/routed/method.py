@@ -81,7 +81,8 @@ class Routed(Method, ABC):
     @property
     def settings(self) -> Any:
         """The section of this method; the base of all settings where it has none."""
-        return getattr(self.config, self.name.replace("-", "_"), Settings())
+        found = vars(self.config).get(self.name.replace("-", "_"))
+        return Settings() if found is None else found
 
     @abstractmethod
     def keep(self, looks: Tensor) -> Mapping[str, Tensor]:
