@@ -161,7 +161,8 @@ class PromptLook:
         Padding is no token, so that a prompt looks the same alone and in any batch. Raises
         ConfigError for a block that the model does not have; MismatchError without a `first`.
         """
-        wanted, parts = self.blocks(lm.depth), list[Tensor]()
+        wanted = self.blocks(lm.depth)
+        parts: list[Tensor] = []
         for under in self.passes:
             seen = self._pass(lm, prompts, under, wanted) if self.runs else {}
             if "tokens" in self.places and not parts:

@@ -81,8 +81,7 @@ class Routed(Method, ABC):
     @property
     def settings(self) -> Any:
         """The section of this method; the base of all settings where it has none."""
-        found = vars(self.config).get(self.name.replace("-", "_"))
-        return Settings() if found is None else found
+        return getattr(self.config, self.name.replace("-", "_"), Settings())
 
     @abstractmethod
     def keep(self, looks: Tensor) -> Mapping[str, Tensor]:
