@@ -176,7 +176,8 @@ class PromptLook:
         self, lm: CausalLM, prompts: Tensor, under: Under, wanted: set[int]
     ) -> dict[str, Tensor]:
         """The places of one pass, by name, each (b, dim)."""
-        recall, seen = self._recall(under, prompts.device), dict[str, Tensor]()
+        recall = self._recall(under, prompts.device)
+        seen: dict[str, Tensor] = {}
 
         def keep(block: int, hidden: Tensor) -> Mixture | None:
             if block in wanted:
