@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from memtool.devices import sent
 from memtool.errors import MismatchError
 from memtool.memories.decoder import RankDecoder
 from memtool.memories.hopfield import settled
@@ -99,7 +100,7 @@ class BlockMemory(nn.Module):
             shares = largest_shares(shares, self.topk)
         if self.reaches is not None:
             far = self.reaches(queries[None, :, : self.query.dim]) > LIMIT
-            shares = shares.masked_fill(far.unsqueeze(1), 0.0)
+            shares = shares.masked_fill(sent(far, shares.device).unsqueeze(1), 0.0)
         return shares
 
     def settled(self, queries: Tensor) -> Tensor:
