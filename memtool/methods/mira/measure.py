@@ -167,7 +167,7 @@ class Measure:
         if not head.of_directions:
             solved = self._uniform_head(snapshot, sources)
             uniform_head, named = RecalledHead.shared(solved).to(device), f"{named}, LDA head"
-        hard = _with_separation(model, lambda _: separation("max"))
+        hard = _with_separation(model, lambda _: separation("max"), most=1)
 
         def oracle(task: Task) -> Tensor:
             values = snapshot.own_values(task.number, device)
@@ -266,8 +266,9 @@ def chosen_tasks(state: MemoryState, coefficients: Tensor) -> Tensor:
 
     -1 where no adapter has a weight: what is left to the frozen model.
     """
-    by_task = F.one_hot(torch.tensor(state.adapter_tasks), len(state.tasks)).float()
-    shares = coefficients.mean(dim=1) @ by_task
+    owners = torch.tensor(state.adapter_tasks, device=coefficients.device)
+    shares = coefficients.new_zeros(len(coefficients), len(state.tasks))
+    shares = shares.index_add(1, owners, coefficients.mean(dim=1))
     return shares.argmax(dim=1).masked_fill(~shares.any(dim=1), -1)
 
 
@@ -328,9 +329,12 @@ def _with_separation(
     model: MemoryModel,
     changed: Callable[[SeparationFunction], SeparationFunction],
     *,
+    most: int | None = None,
     decoded: bool = False,
 ) -> MemoryModel:
     """The same memory under another separation, whose weights do not move at test time.
+
+    `most` is as in `BlockMemory`.
 
     Queries that settle do so as before, and are then read under the other one. Only where it is
     `decoded` a decoder adds to them; else adapters are recalled whole.
@@ -342,6 +346,7 @@ def _with_separation(
             here.similarity,
             changed(here.separation),
             reaches=here.reaches,
+            most=most,
             normed=here.normed,
             steps=here.steps,
             rate=here.rate,
