@@ -254,7 +254,9 @@ def searches(repeats: int) -> list[dict[str, Any]]:
     for dtype in {torch.float32, torch.bfloat16, fastest(keys.device)}:
         calls[f"bare {dtype}".replace("torch.", "")] = partial(bare, keys.to(dtype))
     seconds = interleaved(calls, repeats, inner=3)
-    medians = {name: statistics.median(times) for name, times in seconds.items() if name != "search"}
+    medians = {
+        name: statistics.median(times) for name, times in seconds.items() if name != "search"
+    }
     best = min(medians, key=lambda name: medians[name])
     wrong = int((search() != bare(keys.double())).sum())
     return [

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from memtool.adapters.layout import Layout, Segment, Site
+from memtool.adapters.picks import Picks
 from memtool.errors import MismatchError
 
 if TYPE_CHECKING:
@@ -131,7 +132,8 @@ class AdapterValues(nn.Module):
     """A and B of t adapters, stacked per module and shared by all layers that use them.
 
     Made by `from_flat`. `a` has one parameter a module, `b` one a site, shaped as in
-    `ModuleValues`; they learn if `trainable`, else they are frozen. `scaling` is a buffer (t,): the effective alpha / r of every adapter.
+    `ModuleValues`; they learn if `trainable`, else they are
+    frozen. `scaling` is a buffer (t,): the effective alpha / r of every adapter.
     """
 
     layout: Layout
@@ -224,6 +226,11 @@ class AdapterValues(nn.Module):
             for module, i, first in found
         }
         return BlockValues(modules, self.scaling)
+
+    def at(self, index: int, picks: Picks) -> tuple[BlockValues, Picks] | None:
+        """The values of one block that hold the adapters picked, and where in them these are."""
+        found = self.block(index)
+        return None if found is None else (found, picks)
 
     def extra_repr(self) -> str:
         """`adapters=3, rank=8, sites=24`."""

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from memtool.errors import MismatchError
 from memtool.memories.decoder import RankDecoder
@@ -45,7 +44,8 @@ class BlockMemory(nn.Module):
     keys (t, m · d_k): m keys of every adapter, one after another. With `topk` only so
     many adapters keep their coefficients, shares of one, scaled to sum to one again. `most` says
     that the separation gives all but so many of the highest scores, and those equal to them, no
-    coefficient: then of many keys only the nearest are scored (`search`). With `reaches`
+    coefficient: then of many keys only the nearest are scored (`search`). `uncut` gives the
+    shares of all of which only the largest are kept. With `reaches`
     an input whose novelty is above `LIMIT` has no coefficient: it is left to the frozen model.
     `normed` divides every entry of the keys by its norm over all of them, at every look.
     Before its coefficients are read a query takes so many `steps` toward the mixture of the keys,
@@ -65,6 +65,7 @@ class BlockMemory(nn.Module):
         reaches: Reaches | None = None,
         *,
         most: int | None = None,
+        uncut: SeparationFunction | None = None,
         normed: bool = False,
         steps: int = 0,
         rate: float = 1.0,
@@ -84,6 +85,7 @@ class BlockMemory(nn.Module):
         self.separation = separation
         self.topk = topk
         self.most = most
+        self.uncut = uncut
         self.reaches = reaches
         self.normed = normed
         self.steps = steps
@@ -118,6 +120,23 @@ class BlockMemory(nn.Module):
         settled = self.settled(queries)
         return self._shares(settled, self._near(settled))
 
+    def left_out(self, queries: Tensor) -> Tensor | None:
+        """The share (batch,) of the softmax of all that a cut leaves out, of queries (batch, d_k).
+
+        None where nothing is left out.
+        """
+        if self.uncut is None:
+            return None
+        settled = self.settled(queries)
+        shares = self._by_adapter(self.uncut(self._similar(settled)))
+        return 1 - (shares * (self.answer(queries) != 0)).sum(dim=1)
+
+    def _by_adapter(self, shares: Tensor) -> Tensor:
+        """Shares (batch, t · m) of keys added up by adapter (batch, t)."""
+        if shares.shape[1] == len(self.keys):
+            return shares
+        return shares.unflatten(1, (len(self.keys), -1)).sum(dim=-1)
+
     def _near(self, queries: Tensor) -> Tensor | None:
         """The adapters (n,), ascending, that may have a coefficient; None: all, or not searched."""
         keys = self.keys
@@ -145,8 +164,7 @@ class BlockMemory(nn.Module):
         else:
             some = self.separation(self.similarity(queries, self.asked_keys[near]))
             shares = some.new_zeros(len(some), len(self.keys)).index_copy(1, near, some)
-        if shares.shape[1] != len(self.keys):
-            shares = shares.unflatten(1, (len(self.keys), -1)).sum(dim=-1)
+        shares = self._by_adapter(shares)
         if self.topk is not None:
             shares = largest_shares(shares, self.topk)
         if self.reaches is not None:
@@ -158,14 +176,14 @@ class BlockMemory(nn.Module):
         """Queries (batch, d_k) after the steps of this memory; without any as they are."""
         if not self.steps:
             return queries
-        dim, bias = self.query.dim, self.query.width - self.query.dim
+        dim = self.query.dim
         keys = self.asked_keys[:, :dim]
 
         def score(bare: Tensor) -> Tensor:
-            return self._similar(F.pad(bare, (0, bias), value=1.0))
+            return self._similar(self.query.whole(bare))
 
         bare = settled(queries[:, :dim], keys, score, self.settles, self.steps, self.rate)
-        return F.pad(bare, (0, bias), value=1.0)
+        return self.query.whole(bare)
 
     def _similar(self, queries: Tensor) -> Tensor:
         return self.similarity(queries, self.asked_keys)
@@ -229,10 +247,12 @@ class KeyedMemory(nn.Module):
         each: list[bool | nn.LayerNorm] = [settings.query_norm == "layer"] * len(blocks)
         if settings.query_norm == "block":
             each = [*norms]
-        cut, most = None, None
+        cut, most, uncut = None, None, None
         match settings.routing:
             case "mixture":
                 score, name = similarity(settings.similarity), settings.separation
+                if name == "topk":
+                    uncut = separation("softmax", beta=settings.beta)
                 if name == "topk" and settings.keys_of == "class":
                     name, cut = "softmax", settings.topk
                 most = {"topk": settings.topk, "max": 1}.get(name)
@@ -260,6 +280,7 @@ class KeyedMemory(nn.Module):
                     separate,
                     cut,
                     most=most,
+                    uncut=uncut,
                     normed=settings.key_norm == "memories",
                     steps=settings.read_steps if settings.read == "energy" else 0,
                     rate=settings.read_rate,

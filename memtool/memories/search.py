@@ -57,8 +57,8 @@ def fastest(device: torch.device) -> torch.dtype:
 class KeySearch:
     """Keys (t, d) float32, made ready to be searched by `likeness`, one of `AS_PRODUCTS`.
 
-        near = KeySearch(keys, similarity.dot).near(queries, 4)
-        scores = similarity.dot(queries, keys[near])      # the 4 highest of all are among them
+    near = KeySearch(keys, similarity.dot).near(queries, 4)
+    scores = similarity.dot(queries, keys[near])      # the 4 highest of all are among them
     """
 
     def __init__(

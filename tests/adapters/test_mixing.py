@@ -15,7 +15,8 @@ from torch import Tensor
 
 from memtool.adapters import mixing
 from memtool.adapters.layout import Layout, Site
-from memtool.adapters.mixing import Mix, Mixture, Picks
+from memtool.adapters.mixing import Mix, Mixture
+from memtool.adapters.picks import Picks
 from memtool.adapters.values import AdapterValues, BlockValues
 from memtool.errors import MismatchError
 
@@ -305,7 +306,8 @@ def test_what_is_picked_of_sparse_coefficients_is_the_dense_mixture(
     assert block is not None
     places = None if among is None else torch.tensor(among)
     weights, picks = Picks.of(coefficients, places)
-    assert picks.used is not None and picks.used.tolist() == [0, 2, 5, 6]
+    assert picks.used is not None
+    assert picks.used.tolist() == [0, 2, 5, 6]
     assert weights.shape == picks.index.shape == (4, 3)
     got = Mixture.weighted(block, weights, mix, picks)
     expected = Mixture.weighted(block, coefficients, mix)

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from memtool.adapters.mixing import Mixture, Picks
+from memtool.adapters.mixing import Mixture
+from memtool.adapters.picks import Picks
 from memtool.adapters.recalls import equal_shares
 from memtool.adapters.values import AdapterValues, Recall
 from memtool.backbones.interface import Backbone
@@ -162,22 +163,28 @@ class MemoryRecall:
 
     def __call__(self, block: int, hidden: Tensor) -> Mixture | None:
         """The mixture of a block for its input (batch, tokens, dim)."""
-        values, read = self._model.values.block(block), self._shared
-        asked = block in self._model.memory.blocks
-        if read is None and not asked and self._model.settings.blocks is not None:
+        model, read = self._model, self._shared
+        asked = block in model.memory.blocks
+        adapted = block in model.values.layout.blocks
+        if read is None and not asked and model.settings.blocks is not None:
             # A block that was left out.
-            return (
-                None
-                if values is None
-                else Mixture.weighted(values, equal_shares(len(hidden), values), self._model.mix)
-            )
-        if read is None and (values is not None or asked):
+            values = model.values.block(block)
+            if values is None:
+                return None
+            return Mixture.weighted(values, equal_shares(len(hidden), values), model.mix)
+        if read is None and (adapted or asked):
             read = self._read(block, hidden)
-        if values is None or read is None:
+        if read is None or not adapted:
             return None  # no adapter acts here, though each block is looked at
+        if read.picks is not None:
+            picked = model.values.at(block, read.picks)
+            assert picked is not None
+            return Mixture.weighted(picked[0], read.coefficients, model.mix, picked[1])
+        values = model.values.block(block)
+        assert values is not None
         if read.added is None:
-            return Mixture.weighted(values, read.coefficients, self._model.mix, read.picks)
-        place = 0 if read.added.shape[1] == 1 else self._model.values.layout.blocks.index(block)
+            return Mixture.weighted(values, read.coefficients, model.mix)
+        place = 0 if read.added.shape[1] == 1 else model.values.layout.blocks.index(block)
         return Mixture.ranked(values, read.coefficients.unsqueeze(-1) + read.added[:, place])
 
 
