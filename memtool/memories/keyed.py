@@ -20,7 +20,7 @@ from memtool.memories.decoder import RankDecoder
 from memtool.memories.hopfield import settled
 from memtool.memories.novelty import LIMIT, Reaches
 from memtool.memories.query import QueryModule
-from memtool.memories.search import AS_PRODUCTS, LEAST_KEYS, KeySearch
+from memtool.memories.search import LEAST_KEYS, SEARCHED, KeySearch
 from memtool.memories.separation import SeparationFunction, largest_shares, separation
 from memtool.memories.similarity import SimilarityFunction, over_memories, similarity
 from memtool.sections import MemorySettings
@@ -143,7 +143,7 @@ class BlockMemory(nn.Module):
         if (
             self.most is None
             or self.normed
-            or self.similarity not in AS_PRODUCTS
+            or self.similarity not in SEARCHED
             or len(keys) < LEAST_KEYS
             or keys.shape[1] != self.query.width
             or (keys.requires_grad and torch.is_grad_enabled())  # they change at every step
@@ -153,7 +153,8 @@ class BlockMemory(nn.Module):
             return None
         state = (keys.data_ptr(), keys.device, None if keys.is_inference() else keys._version)
         if self._searched is None or self._searched[0] != state:
-            self._searched = (state, KeySearch(keys, self.similarity))
+            constant = self.query.bias
+            self._searched = (state, KeySearch(keys, self.similarity, constant=constant))
         near = self._searched[1].near(queries, self.most)
         return near if len(near) else None
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from memtool.memories import search
 from memtool.memories.keyed import KeyedMemory
-from memtool.memories.search import AS_PRODUCTS, KeySearch
+from memtool.memories.search import SEARCHED, KeySearch
 from memtool.memories.similarity import SIMILARITIES, SimilarityFunction
 from memtool.sections import MemorySettings
 
@@ -29,13 +29,17 @@ def highest(score: SimilarityFunction, queries: Tensor, keys: Tensor, count: int
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
-@pytest.mark.parametrize("score", AS_PRODUCTS)
+@pytest.mark.parametrize("constant", [False, True])
+@pytest.mark.parametrize("score", SEARCHED)
 @pytest.mark.parametrize(("count", "of"), [(1, 300), (4, 300), (9, 700), (20, 20), (7, 5)])
 def test_the_highest_of_all_keys_are_near(
-    score: SimilarityFunction, dtype: torch.dtype, count: int, of: int
+    score: SimilarityFunction, constant: bool, dtype: torch.dtype, count: int, of: int
 ) -> None:
     keys, queries = draw(of, 6) * draw(of, 1, seed=2).exp(), draw(5, 6, seed=1)
-    near = KeySearch(keys, score, dtype).near(queries, count)
+    if constant:
+        queries[:, -1] = 1.0
+        keys[:, -1] = 100 * keys[:, -1] - 3000
+    near = KeySearch(keys, score, constant=constant, dtype=dtype).near(queries, count)
     assert torch.equal(near, near.unique())
     assert set(highest(score, queries, keys, count).flatten().tolist()) <= {*near.tolist()}
 
@@ -44,14 +48,18 @@ def test_the_highest_of_all_keys_are_near(
 def test_keys_that_differ_by_less_than_the_format_shows_are_told_apart(dtype: torch.dtype) -> None:
     keys = draw(1, 40).repeat(2000, 1)
     keys[:, 0] += torch.arange(2000).flip(0) * 1e-5
-    near = KeySearch(keys, SIMILARITIES["dot"], dtype).near(keys.new_ones(1, 40), 3)
+    near = KeySearch(keys, SIMILARITIES["dot"], dtype=dtype).near(keys.new_ones(1, 40), 3)
     assert {0, 1, 2} <= {*near.tolist()}
 
 
-def test_few_of_many_keys_are_near() -> None:
+@pytest.mark.parametrize("constant", [False, True])
+@pytest.mark.parametrize("score", SEARCHED)
+def test_few_of_many_keys_are_near(score: SimilarityFunction, constant: bool) -> None:
     keys, queries = draw(5000, 64), draw(8, 64, seed=1)
-    near = KeySearch(keys, SIMILARITIES["scaled-dot"], torch.bfloat16).near(queries, 4)
-    assert len(near) < 500
+    if constant:  # as those in closed form, whose last entry is −|k|² / 2 or so
+        queries[:, -1], keys[:, -1] = 1.0, -keys[:, :-1].square().sum(dim=1) / 2
+    search = KeySearch(keys, score, constant=constant, dtype=torch.bfloat16)
+    assert len(search.near(queries, 4)) < 500
 
 
 def test_equal_keys_are_all_near() -> None:
@@ -61,14 +69,14 @@ def test_equal_keys_are_all_near() -> None:
     assert {3, 77, 599} <= {*near.tolist()}
 
 
-SEARCHED = [
+READ = [
     MemorySettings(similarity=alike, separation=separate, topk=3, beta=0.5)
-    for alike in ("dot", "scaled-dot", "cosine", "centred-cosine", "euclidean")
+    for alike in ("dot", "scaled-dot", "cosine", "centred-cosine", "euclidean", "manhattan")
     for separate in ("topk", "max")
 ] + [MemorySettings(routing="lda"), MemorySettings(routing="prototype")]
 
 
-@pytest.mark.parametrize("settings", SEARCHED)
+@pytest.mark.parametrize("settings", READ)
 def test_a_searched_memory_answers_as_one_that_scores_all_keys(
     settings: MemorySettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -80,8 +88,7 @@ def test_a_searched_memory_answers_as_one_that_scores_all_keys(
     monkeypatch.setattr("memtool.memories.keyed.LEAST_KEYS", 100)
     memory = KeyedMemory.from_settings(settings, (2,), 8, keys).requires_grad_(False)[2]
     found = memory.read(hidden)
-    product = settings.similarity != "euclidean" and settings.routing != "prototype"
-    assert (found.near is not None) == product
+    assert (found.near is None) == (settings.similarity == "manhattan")
     assert torch.equal(found.coefficients != 0, wanted != 0)
     torch.testing.assert_close(found.coefficients, wanted)
     # What is asked next is asked of keys as they are then.

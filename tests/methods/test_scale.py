@@ -1,0 +1,167 @@
+"""A memory that recalls few of its adapters: the same recall, whatever of the rest is there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import memtool
+from memtool.adapters import mixing
+from memtool.adapters.recalls import given_for_each
+from memtool.adapters.resident import ResidentValues
+from memtool.errors import ConfigError
+from memtool.methods.mira.measure import Measure
+from memtool.methods.mira.method import Mira
+from tests.methods.conftest import small_config
+
+TOP_2 = {"memory__separation": "topk", "memory__topk": 2}
+
+
+def opened(mira: Mira, **settings: object) -> Mira:
+    return Mira.open(small_config(mira.config.runs.parent, **settings), seed=0)
+
+
+def nbytes(mira: Mira) -> int:
+    return mira.workspace.layout.numel * 4
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        TOP_2,
+        {**TOP_2, "memory__scope": "block"},
+        {**TOP_2, "memory__keys_of": "class"},
+        {**TOP_2, "memory__mix": "params"},
+        {"memory__separation": "max"},
+        {"memory__routing": "lda"},
+        {"memory__routing": "prototype"},
+    ],
+)
+def test_only_what_is_picked_is_computed_and_it_is_the_dense_mixture(
+    learned_copy: Mira, settings: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mira = opened(learned_copy, **settings)
+    mira.consolidate()
+    _, model, _ = mira.snapshot().consolidated()
+    images = torch.from_numpy(mira.workspace.stream.tasks[1].test.images[:20].copy())
+    seen: list[int] = []
+    picked = mixing.add_picked
+
+    def counted(*given):  # type: ignore[no-untyped-def]
+        seen.append(given[5].index.shape[1])
+        return picked(*given)
+
+    monkeypatch.setattr(mixing, "add_picked", counted)
+    with torch.inference_mode():
+        features, coefficients = model.with_coefficients(images)
+    assert seen
+    assert max(seen) <= (2 if settings.get("memory__separation") == "topk" else 1)
+    with torch.inference_mode():
+        dense = model.under(images, given_for_each(model.values, coefficients, model.mix))
+    torch.testing.assert_close(features, dense, rtol=1e-4, atol=1e-5)
+
+
+def test_keys_learn_through_what_is_picked_as_through_the_dense_mixture(
+    learned_copy: Mira,
+) -> None:
+    mira = opened(learned_copy, **TOP_2)
+    mira.consolidate()
+    _, model, _ = mira.snapshot().consolidated()
+    model.memory.requires_grad_(True)
+    images = torch.from_numpy(mira.workspace.stream.tasks[1].test.images[:6].copy())
+    slopes = []
+    for sparse in (True, False):
+        for block in model.memory.blocks:
+            model.memory[block].most = 2 if sparse else None
+        model.zero_grad()
+        model.with_coefficients(images)[0].square().mean().backward()
+        slopes.append([model.memory[block].keys.grad.clone() for block in model.memory.blocks])
+    for one, other in zip(*slopes, strict=True):
+        assert other.abs().sum() > 0
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-8)
+
+
+@pytest.mark.parametrize("scope", ["model", "block"])
+def test_adapters_that_are_read_when_they_are_used_recall_the_same(
+    learned_copy: Mira, scope: str
+) -> None:
+    whole = opened(learned_copy, **TOP_2, memory__scope=scope)
+    whole.consolidate()
+    wanted = whole.evaluate().row("memory")
+    room = 2 * nbytes(whole) + 3
+    few = opened(
+        learned_copy,
+        **TOP_2,
+        memory__scope=scope,
+        engine__resident=room,
+        engine__eval_batch_size=1,
+    )
+    values = few.snapshot().model.values
+    assert isinstance(values, ResidentValues)
+    assert (values.room, len(values)) == (2, 3)
+    found = few.evaluate().row("memory")
+    assert found.accuracy == wanted.accuracy
+    assert found.metrics["left_out"] == pytest.approx(wanted.metrics["left_out"], abs=1e-6)
+    image = whole.workspace.stream.tasks[0].test.images[:1]
+    with torch.inference_mode():
+        mine, all_of_them = (
+            one.attach().eval()(torch.from_numpy(image.copy())) for one in (few, whole)
+        )
+    torch.testing.assert_close(mine.probabilities, all_of_them.probabilities)
+    torch.testing.assert_close(mine.weights, all_of_them.weights)
+
+
+def test_too_little_room_for_a_batch_is_said(learned_copy: Mira) -> None:
+    whole = opened(learned_copy, **TOP_2)
+    whole.consolidate()
+    few = opened(learned_copy, **TOP_2, engine__resident=2 * nbytes(whole))
+    with pytest.raises(ConfigError, match="room for 2 of 3 adapters, and a batch needs 3") as told:
+        few.evaluate()
+    asked = str(told.value.remedy).split("engine.resident=")[1].split(",")[0]
+    opened(learned_copy, **TOP_2, engine__resident=int(asked)).evaluate()
+    with pytest.raises(ConfigError, match="room for 0 of 3 adapters, and a batch needs 1"):
+        opened(learned_copy, **TOP_2, engine__resident=1).evaluate()
+
+
+def test_a_mixture_of_all_needs_room_for_all(learned_copy: Mira) -> None:
+    few = opened(learned_copy, engine__resident=2 * nbytes(learned_copy))
+    with pytest.raises(ConfigError, match="room for 2 of 3 adapters, and a batch needs 3"):
+        few.evaluate()
+
+
+def test_what_a_cut_leaves_out_is_reported(learned_copy: Mira) -> None:
+    mira = opened(learned_copy, **{**TOP_2, "memory__topk": 1}, memory__beta=0.1)
+    mira.consolidate()
+    _, model, _ = mira.snapshot().consolidated()
+    images = mira.workspace.stream.tasks[0].test.images
+    shown = mira.retrieve(task="1")
+    left = Measure(mira.workspace).left_out(model, images)
+    assert left is not None
+    assert 0.05 < float(left.mean()) < 2 / 3
+    assert shown.left_out == pytest.approx(float(left.mean()))
+    record = mira.evaluate().row("memory")
+    assert 0.05 < record.metrics["left_out"] < 2 / 3
+    assert learned_copy.retrieve(task="1", version=versions_before(mira)).left_out is None
+
+
+def versions_before(mira: Mira) -> str:
+    return [version.id for version in mira.workspace.store.log()][1]
+
+
+def test_more_than_there_are_keeps_all(learned_copy: Mira) -> None:
+    mira = opened(learned_copy, **{**TOP_2, "memory__topk": 9})
+    mira.consolidate()
+    record = mira.evaluate().row("memory")
+    assert record.metrics["left_out"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_program_of_a_sparse_memory_says_what_the_memory_says(learned_copy: Mira) -> None:
+    mira = opened(learned_copy, **TOP_2)
+    mira.consolidate()
+    attached = memtool.load(mira.config.store).attach()
+    images = mira.workspace.stream.tasks[2].test.images[:3].copy()
+    pixels = attached.backbone.preprocess(torch.from_numpy(images))
+    program = torch.export.export(attached, (pixels,))
+    with torch.inference_mode():
+        wanted = attached(pixels)
+    torch.testing.assert_close(program.module()(pixels).probabilities, wanted.probabilities)
