@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -12,13 +14,20 @@ from memtool.adapters.resident import ResidentValues
 from memtool.errors import ConfigError
 from memtool.methods.mira.measure import Measure
 from memtool.methods.mira.method import Mira
-from tests.methods.conftest import small_config
+from tests.methods.conftest import learn, small_config
 
 TOP_2 = {"memory__separation": "topk", "memory__topk": 2}
+SOFT = {**TOP_2, "consolidate__keys": "mean-query", "memory__beta": 0.2}
+"""Keys that leave no input to one adapter alone."""
 
 
-def opened(mira: Mira, **settings: object) -> Mira:
-    return Mira.open(small_config(mira.config.runs.parent, **settings), seed=0)
+def opened(folder: Path, **settings: object) -> Mira:
+    return Mira.open(small_config(folder, **settings), seed=0)
+
+
+def remembered(folder: Path, **settings: object) -> Mira:
+    """A memory of the three tasks whose adapters are in a folder."""
+    return learn(opened(folder, **settings), each=False)
 
 
 def nbytes(mira: Mira) -> int:
@@ -38,10 +47,9 @@ def nbytes(mira: Mira) -> int:
     ],
 )
 def test_only_what_is_picked_is_computed_and_it_is_the_dense_mixture(
-    learned_copy: Mira, settings: dict[str, object], monkeypatch: pytest.MonkeyPatch
+    adapted: Path, settings: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mira = opened(learned_copy, **settings)
-    mira.consolidate()
+    mira = remembered(adapted, **settings)
     _, model, _ = mira.snapshot().consolidated()
     images = torch.from_numpy(mira.workspace.stream.tasks[1].test.images[:20].copy())
     seen: list[int] = []
@@ -62,10 +70,9 @@ def test_only_what_is_picked_is_computed_and_it_is_the_dense_mixture(
 
 
 def test_keys_learn_through_what_is_picked_as_through_the_dense_mixture(
-    learned_copy: Mira,
+    adapted: Path,
 ) -> None:
-    mira = opened(learned_copy, **TOP_2)
-    mira.consolidate()
+    mira = remembered(adapted, **SOFT)
     _, model, _ = mira.snapshot().consolidated()
     model.memory.requires_grad_(True)
     images = torch.from_numpy(mira.workspace.stream.tasks[1].test.images[:6].copy())
@@ -83,15 +90,14 @@ def test_keys_learn_through_what_is_picked_as_through_the_dense_mixture(
 
 @pytest.mark.parametrize("scope", ["model", "block"])
 def test_adapters_that_are_read_when_they_are_used_recall_the_same(
-    learned_copy: Mira, scope: str
+    adapted: Path, scope: str
 ) -> None:
-    whole = opened(learned_copy, **TOP_2, memory__scope=scope)
-    whole.consolidate()
+    whole = remembered(adapted, **SOFT, memory__scope=scope)
     wanted = whole.evaluate().row("memory")
     room = 2 * nbytes(whole) + 3
     few = opened(
-        learned_copy,
-        **TOP_2,
+        adapted,
+        **SOFT,
         memory__scope=scope,
         engine__resident=room,
         engine__eval_batch_size=1,
@@ -111,27 +117,28 @@ def test_adapters_that_are_read_when_they_are_used_recall_the_same(
     torch.testing.assert_close(mine.weights, all_of_them.weights)
 
 
-def test_too_little_room_for_a_batch_is_said(learned_copy: Mira) -> None:
-    whole = opened(learned_copy, **TOP_2)
-    whole.consolidate()
-    few = opened(learned_copy, **TOP_2, engine__resident=2 * nbytes(whole))
-    with pytest.raises(ConfigError, match="room for 2 of 3 adapters, and a batch needs 3") as told:
+def test_too_little_room_for_a_batch_is_said(adapted: Path) -> None:
+    whole = remembered(adapted, **SOFT)
+    few = opened(adapted, **SOFT, engine__resident=nbytes(whole))
+    with pytest.raises(
+        ConfigError, match=r"room for 1 of 3 adapters, and a batch needs [23]"
+    ) as told:
         few.evaluate()
     asked = str(told.value.remedy).split("engine.resident=")[1].split(",")[0]
-    opened(learned_copy, **TOP_2, engine__resident=int(asked)).evaluate()
+    opened(adapted, **SOFT, engine__resident=int(asked)).evaluate()
     with pytest.raises(ConfigError, match="room for 0 of 3 adapters, and a batch needs 1"):
-        opened(learned_copy, **TOP_2, engine__resident=1).evaluate()
+        opened(adapted, **SOFT, engine__resident=1).evaluate()
 
 
-def test_a_mixture_of_all_needs_room_for_all(learned_copy: Mira) -> None:
-    few = opened(learned_copy, engine__resident=2 * nbytes(learned_copy))
+def test_a_mixture_of_all_needs_room_for_all(adapted: Path) -> None:
+    whole = remembered(adapted)
+    few = opened(adapted, engine__resident=2 * nbytes(whole))
     with pytest.raises(ConfigError, match="room for 2 of 3 adapters, and a batch needs 3"):
         few.evaluate()
 
 
-def test_what_a_cut_leaves_out_is_reported(learned_copy: Mira) -> None:
-    mira = opened(learned_copy, **{**TOP_2, "memory__topk": 1}, memory__beta=0.1)
-    mira.consolidate()
+def test_what_a_cut_leaves_out_is_reported(adapted: Path) -> None:
+    mira = remembered(adapted, **{**SOFT, "memory__topk": 1})
     _, model, _ = mira.snapshot().consolidated()
     images = mira.workspace.stream.tasks[0].test.images
     shown = mira.retrieve(task="1")
@@ -141,23 +148,20 @@ def test_what_a_cut_leaves_out_is_reported(learned_copy: Mira) -> None:
     assert shown.left_out == pytest.approx(float(left.mean()))
     record = mira.evaluate().row("memory")
     assert 0.05 < record.metrics["left_out"] < 2 / 3
-    assert learned_copy.retrieve(task="1", version=versions_before(mira)).left_out is None
-
-
-def versions_before(mira: Mira) -> str:
-    return [version.id for version in mira.workspace.store.log()][1]
-
-
-def test_more_than_there_are_keeps_all(learned_copy: Mira) -> None:
-    mira = opened(learned_copy, **{**TOP_2, "memory__topk": 9})
+    mira = opened(adapted)
     mira.consolidate()
+    assert mira.retrieve(task="1").left_out is None
+    assert "left_out" not in mira.evaluate().row("memory").metrics
+
+
+def test_more_than_there_are_keeps_all(adapted: Path) -> None:
+    mira = remembered(adapted, **{**SOFT, "memory__topk": 9})
     record = mira.evaluate().row("memory")
     assert record.metrics["left_out"] == pytest.approx(0, abs=1e-6)
 
 
-def test_a_program_of_a_sparse_memory_says_what_the_memory_says(learned_copy: Mira) -> None:
-    mira = opened(learned_copy, **TOP_2)
-    mira.consolidate()
+def test_a_program_of_a_sparse_memory_says_what_the_memory_says(adapted: Path) -> None:
+    mira = remembered(adapted, **SOFT)
     attached = memtool.load(mira.config.store).attach()
     images = mira.workspace.stream.tasks[2].test.images[:3].copy()
     pixels = attached.backbone.preprocess(torch.from_numpy(images))
