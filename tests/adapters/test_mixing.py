@@ -558,3 +558,18 @@ def test_wrong_shapes_are_refused() -> None:
     per_token = Mixture.weighted(block, case.coefficients.unsqueeze(1).expand(-1, 3, -1))
     with pytest.raises(MismatchError, match="tokens"):
         per_token.add_to(y, x, MODULE)
+
+
+@pytest.mark.parametrize("kernel", ["dense", "gathered"])
+def test_windows_of_a_sample_use_its_adapters(
+    force: Callable[[Kernel], None], kernel: Kernel
+) -> None:
+    force(kernel)
+    case = make("picked", batch=3, adapters=5, tokens=4)
+    block = case.values().block(0)
+    assert block is not None
+    mixture = case.mixture(block, case.coefficients)
+    wanted = mixture.add_to(case.y, case.x, MODULE)
+    halves = case.y.unflatten(1, (2, 2)).flatten(0, 1), case.x.unflatten(1, (2, 2)).flatten(0, 1)
+    found = mixture.over(6, MODULE).add_to(*halves, MODULE)
+    torch.testing.assert_close(found.unflatten(0, (3, 2)).flatten(1, 2), wanted)
