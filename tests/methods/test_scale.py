@@ -69,6 +69,19 @@ def test_only_what_is_picked_is_computed_and_it_is_the_dense_mixture(
     torch.testing.assert_close(features, dense, rtol=1e-4, atol=1e-5)
 
 
+def test_weights_that_are_moved_from_zero_are_not_left_out(adapted: Path) -> None:
+    mira = remembered(adapted, memory__routing="lda", memory__separation="affine")
+    _, model, _ = mira.snapshot().consolidated()
+    images = torch.from_numpy(mira.workspace.stream.tasks[1].test.images[:4].copy())
+    offset = torch.full((4, 1, 3), 0.5, requires_grad=True)
+    features, coefficients = model.with_coefficients(images, offset)
+    assert (coefficients != 0).all()
+    (slope,) = torch.autograd.grad(features.square().sum(), offset)
+    assert (slope != 0).all()
+    dense = model.under(images, given_for_each(model.values, coefficients.detach(), model.mix))
+    torch.testing.assert_close(features.detach(), dense, rtol=1e-4, atol=1e-5)
+
+
 def test_keys_learn_through_what_is_picked_as_through_the_dense_mixture(
     adapted: Path,
 ) -> None:

@@ -149,17 +149,23 @@ class MemoryRecall:
             found, near = self._given.weights[:, memory.blocks.index(block)], None
             added = added if added is None else self._given.without(added)
         found = self.coefficients[block] = self.coefficients_of(block, found)
+        few = memory[block].is_sparse and (self._offset is None or self._are_shares)
         # A program of torch.export has no tensors whose size depends on the input.
-        if added is not None or not memory[block].is_sparse or torch.compiler.is_compiling():
+        if not few or added is not None or torch.compiler.is_compiling():
             return _Read(found, None, added)
         return _Read(*Picks.of(found, near), None)
+
+    @property
+    def _are_shares(self) -> bool:
+        """Whether an offset leaves coefficients of zero as they are."""
+        return self._model.settings.separation in SHARES
 
     def coefficients_of(self, block: int, found: Tensor) -> Tensor:
         """What the memory of a block found, moved where there is an offset."""
         if self._offset is None:
             return found
         offset = self._offset[:, self._model.memory.blocks.index(block)]
-        return moved(found, offset, shares=self._model.settings.separation in SHARES)
+        return moved(found, offset, shares=self._are_shares)
 
     def __call__(self, block: int, hidden: Tensor) -> Mixture | None:
         """The mixture of a block for its input (batch, tokens, dim)."""
