@@ -51,7 +51,7 @@ def watched(bank: Rank1Memory, gate: AtomGate, watch: Watch) -> Recall:
         mixture = plain(block, hidden)
         if mixture is None:
             return None
-        return WatchedMixture(mixture.values, mixture.kind, mixture.gate, watch)
+        return WatchedMixture(**vars(mixture), watch=watch)
 
     return recall
 

@@ -255,8 +255,9 @@ def of_prompts(weights: Tensor) -> Tensor:
 
 def spread_over(weights: Tensor, owners: Tensor) -> Tensor:
     """Weights of tasks (..., tasks) as weights of their adapters (..., adapters)."""
-    shares = F.one_hot(owners, weights.shape[-1]).to(weights.dtype)
-    return weights[..., owners] / shares.sum(dim=0)[owners]
+    counts = torch.zeros(weights.shape[-1], dtype=weights.dtype, device=weights.device)
+    counts = counts.index_add(0, owners, counts.new_ones(len(owners)))
+    return weights[..., owners] / counts[owners]
 
 
 def hardest(weights: Tensor) -> Tensor:
