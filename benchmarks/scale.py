@@ -251,7 +251,7 @@ def searches(repeats: int) -> list[dict[str, Any]]:
         return (queries.to(keys.dtype) @ keys.T).topk(TOPK).indices
 
     calls: dict[str, Callable[[], Tensor]] = {"search": search}
-    for dtype in {torch.float32, torch.bfloat16, fastest(keys.device)}:
+    for dtype in {torch.float32, torch.bfloat16, fastest()}:
         calls[f"bare {dtype}".replace("torch.", "")] = partial(bare, keys.to(dtype))
     seconds = interleaved(calls, repeats, inner=3)
     medians = {

@@ -50,6 +50,9 @@ CHANGES: dict[str, tuple[str, dict[str, object]]] = {
 }
 """By name: a kind of the contract, and what is changed in it."""
 
+ALWAYS = ("mira, learned keys", "mira, top-k", "moram")
+"""Those that run in every test run: each goes through code that no other of them does."""
+
 LATE = "devices.Late.read"
 PADDED = "backbones.causal_lm._attention_mask"
 STOCK = "methods.routed.memory.Routing.recall"
@@ -64,6 +67,8 @@ ALLOWED_IN_A_STEP = {
 ALLOWED_IN_A_FORWARD_PASS = {
     # Of texts: where nothing is padded transformers takes a faster kernel, and looks itself.
     PADDED,
+    # Of many adapters those are computed that an input recalls.
+    "adapters.picks.Picks.of",
     # Of many adapters those are read that somebody asks for.
     STOCK,
     "adapters.stock.Stock.take",
@@ -114,7 +119,10 @@ class Made:
     device: FakeDevice
 
 
-@pytest.fixture(scope="module", params=CHANGES)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(k, marks=[] if k in ALWAYS else pytest.mark.slow) for k in CHANGES],
+)
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
     folder = tmp_path_factory.mktemp("device")
     method = open_method(config_of(request.param, folder), seed=0)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from memtool.devices import sent
+
 
 @dataclass(frozen=True, eq=False)
 class Picks:
@@ -23,19 +25,21 @@ class Picks:
         """The coefficients (b, k) that are not zero of (b, t), and the adapters they are of.
 
         k is the most that a sample has; one with fewer has zeros behind them. All that are not zero
-        are `among` these adapters (a,), which ascend.
+        are `among` these adapters (a,), which ascend. Which they are is found on the CPU: a device
+        is waited for once.
         """
         some = coefficients if among is None else coefficients.index_select(1, among)
-        rows, columns = some.detach().nonzero(as_tuple=True)
+        rows, columns = some.detach().cpu().nonzero(as_tuple=True)
         counts = torch.bincount(rows, minlength=len(some))
         most = max(1, int(counts.max())) if len(rows) else 1
-        places = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
+        places = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]
         used, inverse = columns.unique(return_inverse=True)
         if not len(used):
             used = columns.new_zeros(1)
         at = used[0].repeat(len(some), most)
         at[rows, places] = used[inverse]
-        real = torch.arange(most, device=rows.device) < counts.unsqueeze(1)
+        real = torch.arange(most) < counts.unsqueeze(1)
+        at, used, real = (sent(one, some.device) for one in (at, used, real))
         weights = some.gather(1, at) * real
         if among is not None:
             at, used = among[at], among[used]

@@ -135,11 +135,12 @@ class RecalledHead:
     def _asked(self, coefficients: Tensor) -> tuple[RecalledHead, Tensor]:
         """The heads that have a weight for an input of the batch, and these weights (b, heads).
 
-        All of them where coefficients learn: one of zero has a slope, too.
+        All of them where coefficients learn, as one of zero has a slope, too; and on a device,
+        which would be waited for to tell.
         """
         weights = self._weights(coefficients)
         learns = coefficients.requires_grad and torch.is_grad_enabled()
-        if learns or torch.compiler.is_compiling():
+        if learns or weights.device.type != "cpu" or torch.compiler.is_compiling():
             return self, weights
         used = weights.any(dim=0).nonzero()[:, 0]
         if len(used) == len(self.weight):

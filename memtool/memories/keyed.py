@@ -148,6 +148,7 @@ class BlockMemory(nn.Module):
             or len(keys) < LEAST_KEYS
             or keys.shape[1] != self.query.width
             or (keys.requires_grad and torch.is_grad_enabled())  # they change at every step
+            or keys.device.type != "cpu"  # which would be waited for; its product is fast enough
             or torch.compiler.is_compiling()
             or {keys.dtype, queries.dtype} != {torch.float32}
         ):

@@ -36,13 +36,11 @@ SEARCHED: tuple[SimilarityFunction, ...] = (*_PRODUCTS, *_DIRECTIONS, SIMILARITI
 """The similarities that keys are searched by."""
 
 
-def fastest(device: torch.device) -> torch.dtype:
-    """The number format in which a device multiplies matrices fastest, of those with wide range."""
-    if device.type == "cpu":
-        # On other processors bfloat16 is emulated.
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return torch.bfloat16 if fast else torch.float32
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+def fastest() -> torch.dtype:
+    """The number format in which the CPU multiplies matrices fastest, of those with wide range."""
+    # On other processors bfloat16 is emulated.
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
 
 
 class KeySearch:
@@ -65,7 +63,7 @@ class KeySearch:
     ) -> None:
         self._likeness = likeness
         self._constant = constant and likeness in _PRODUCTS
-        self.dtype = fastest(keys.device) if dtype is None else dtype
+        self.dtype = fastest() if dtype is None else dtype
         self.count = len(keys)
         keys = keys.detach().float()
         self._mean = keys.mean(dim=0)

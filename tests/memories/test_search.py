@@ -117,7 +117,7 @@ def test_a_query_of_no_number_gives_none(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_format_is_one_that_the_processor_has() -> None:
-    assert search.fastest(torch.device("cpu")) in FORMATS
+    assert search.fastest() in FORMATS
 
 
 @pytest.mark.parametrize("keys_of", ["task", "class"])
