@@ -16,9 +16,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,6 +33,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from memtool.checkpoints import load_checkpoint, save_checkpoint
+from memtool.devices import Late, sent
 from memtool.errors import ConfigError, DivergedError, MemtoolError, TrainingInterrupted
 from memtool.progress import Progress, ProgressEvent
 from memtool.settings import EngineSettings, TrainSettings
@@ -52,7 +54,8 @@ class Batch:
 
     `weights` float32 (groups * size,) say how much a sample counts; over a step their mean is one
     in every group. `seed` is for random draws on this batch: it depends on the step only. `share`
-    is the part of the step's samples that it holds.
+    is the part of the step's samples that it holds. `told` are the labels on the CPU, for what
+    depends on their numbers: of a device one would have to wait for them.
     """
 
     inputs: Tensor
@@ -60,6 +63,11 @@ class Batch:
     weights: Tensor
     seed: int
     share: float = 1.0
+    told: Tensor = field(default=None)  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.told is None:
+            object.__setattr__(self, "told", self.labels.cpu())
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +85,9 @@ class Batches:
     how often samples come up, each with an assignment to samples of its own. A group alone is a
     plain bootstrap sample, as all assignments of a multinomial draw are equally likely. Without
     `bootstrap` every group sees every sample once an epoch, in an order of its own.
+
+    `narrowed` is what becomes of the inputs of a batch before they leave the CPU: where numbers
+    decide its shape, as of padding, one would have to wait for those of a device.
     """
 
     inputs: npt.NDArray[Any]
@@ -86,6 +97,7 @@ class Batches:
     seed: int
     groups: int = 1
     bootstrap: bool = True
+    narrowed: Callable[[Tensor], Tensor] = lambda inputs: inputs
 
     @cached_property
     def _counts(self) -> npt.NDArray[np.int64]:
@@ -152,7 +164,7 @@ class Batches:
             flat = chosen[:, piece].reshape(-1)
             draw = np.random.default_rng([self.seed, 3, step, number]).integers(2**62)
             yield Batch(
-                torch.from_numpy(self.inputs[flat]),
+                self.narrowed(torch.from_numpy(self.inputs[flat])),
                 torch.from_numpy(self.labels[flat]),
                 torch.from_numpy(weights[:, piece].reshape(-1)),
                 int(draw),
@@ -234,6 +246,57 @@ class _Mean:
     def put(self, trained: Mapping[str, nn.Parameter]) -> None:
         """Let the parameters be their mean."""
         _copy(self.parts, trained)
+
+
+class _Losses:
+    """The losses of the steps of a training, read so many steps `behind`.
+
+    `running` are those of the steps of an epoch by group, `begin` that of the first step here.
+    """
+
+    def __init__(
+        self,
+        groups: int,
+        running: list[list[float]],
+        done: int,
+        behind: int,
+        diverged: Callable[[float, int], DivergedError],
+    ) -> None:
+        """`done` steps were read before; `diverged` makes the error of a loss and its step."""
+        self.running = running
+        self.begin: tuple[float, ...] = ()
+        self._groups, self._read, self._behind = groups, done, behind
+        self._diverged = diverged
+        self._queued: deque[Late] = deque()
+        self._news: list[tuple[int, float]] = []
+
+    def queue(self, values: Sequence[Tensor]) -> None:
+        """Take the losses (groups,) of the parts of a step; the step that is behind is read."""
+        self._queued.append(Late(*values))
+        while len(self._queued) > self._behind:
+            self._take()
+
+    def settle(self) -> None:
+        """Read those of all steps that were queued."""
+        while self._queued:
+            self._take()
+
+    def news(self) -> list[tuple[int, float]]:
+        """Steps (from 1) and losses that were read since this was asked last."""
+        news, self._news = self._news, []
+        return news
+
+    def _take(self) -> None:
+        each = torch.zeros(self._groups, dtype=torch.float64)
+        for value in self._queued.popleft().read():
+            each += value.reshape(self._groups)
+        self._read += 1
+        whole = float(each.sum())
+        if not math.isfinite(whole):
+            raise self._diverged(whole, self._read)
+        self.running.append(each.tolist())
+        self.begin = self.begin or tuple(self.running[-1])
+        self._news.append((self._read, whole))
 
 
 @torch.no_grad()
@@ -319,9 +382,9 @@ class Engine:
         saved every half minute, on Ctrl-C and at the end, and a file of the same `fingerprint` is
         resumed; who stores the result removes the file.
 
-        Raises DivergedError on a loss that is not finite, CorruptError for a checkpoint that is not
-        what was saved; on Ctrl-C TrainingInterrupted after a
-        save, KeyboardInterrupt without a checkpoint.
+        Raises DivergedError on a loss that is not finite, on a device when the step after it is
+        queued; CorruptError for a checkpoint that is not what was saved; on Ctrl-C
+        TrainingInterrupted after a save, KeyboardInterrupt without a checkpoint.
         """
         start = time.perf_counter()
         module.to(self.device)
@@ -337,7 +400,6 @@ class Engine:
         done = 0
         losses: list[list[float]] = []
         running: list[list[float]] = []
-        begin: tuple[float, ...] = ()
         mean = None if settings.average == "none" else _Mean(settings.average, total)
         averaged = None if mean is None else mean.parts
         if checkpoint is not None:
@@ -345,31 +407,36 @@ class Engine:
                 checkpoint, fingerprint, trained, optimizer, averaged
             )
         resumed_at = done
+
+        def diverged(loss: float, step: int) -> DivergedError:
+            return DivergedError(
+                f"{stage}: the loss became {loss} at step {step} of {total}",
+                remedy=f"a smaller learning rate than {settings.lr:g}, "
+                "or --precision fp32; nothing was written",
+            )
+
+        # On the CPU a loss is there before the optimiser moves anything by it.
+        behind = 0 if self.device.type == "cpu" else 1
+        found = _Losses(batches.groups, running, done, behind, diverged)
         best = _Best()
         model: nn.Module = self._accelerator.prepare_model(module)
         if self.settings.compile:
             model.compile()
         saved_at = time.monotonic()
-        with _interruptible() as interrupted:
+        with _interruptible() as interrupted, _compiling(self.settings.compile):
             while done < total:
                 factor = rate_factor(done / planned, settings)
                 rate = settings.final_lr + factor * (settings.lr - settings.final_lr)
                 for group in optimizer.param_groups:
                     group["lr"] = rate * group["factor"]
-                step_losses = torch.zeros(batches.groups, dtype=torch.float64)
+                values: list[Tensor] = []
                 for batch in batches.micro_batches(done, self.settings.accumulate):
                     mine = self._share(batch, batches.groups)
                     with self.autocast():
                         value = loss(model, mine) * batch.share
                     value.sum().backward()
-                    step_losses += value.detach().cpu().reshape(batches.groups)
-                step_loss = float(step_losses.sum())
-                if not math.isfinite(step_loss):
-                    raise DivergedError(
-                        f"{stage}: the loss became {step_loss} at step {done + 1} of {total}",
-                        remedy=f"a smaller learning rate than {settings.lr:g}, "
-                        "or --precision fp32; nothing was written",
-                    )
+                    values.append(value)
+                found.queue(values)
                 if settings.clip is not None:
                     _clip(trained.values(), batches.groups, settings.clip)
                 optimizer.step()
@@ -379,25 +446,26 @@ class Engine:
                 done += 1
                 if mean is not None:
                     mean.add(done, trained)
-                running.append(step_losses.tolist())
-                begin = begin or tuple(running[-1])
-                if done % batches.steps_per_epoch == 0:
-                    losses.append(np.mean(running, axis=0).tolist())
-                    running = []
+                late = time.monotonic() - saved_at > CHECKPOINT_EVERY_SECONDS
+                ended = done % batches.steps_per_epoch == 0
+                if ended or late or interrupted.is_set():
+                    found.settle()
+                if ended:
+                    losses.append(np.mean(found.running, axis=0).tolist())
+                    found.running.clear()
                     if select is not None:
                         with nullcontext() if mean is None else mean.in_place(trained):
                             best.offer(select(), len(losses), trained)
                     if enough is not None and enough():
                         total = done
-                if progress is not None and self.is_main:
-                    progress(
-                        ProgressEvent(
-                            stage=stage, step=done, total=total, metrics={"loss": step_loss}
-                        )
-                    )
-                late = time.monotonic() - saved_at > CHECKPOINT_EVERY_SECONDS
+                for step, step_loss in found.news():
+                    if progress is not None and self.is_main:
+                        metrics = {"loss": step_loss}
+                        event = ProgressEvent(stage=stage, step=step, total=total, metrics=metrics)
+                        progress(event)
                 if checkpoint is not None and self.is_main and (late or interrupted.is_set()):
-                    state = (done, losses, running)
+                    found.settle()
+                    state = (done, losses, found.running)
                     save_checkpoint(checkpoint, fingerprint, trained, optimizer, state, averaged)
                     saved_at = time.monotonic()
                 if interrupted.is_set():
@@ -412,7 +480,7 @@ class Engine:
                 remedy=f"a smaller learning rate than {settings.lr:g}; nothing was written",
             )
         if checkpoint is not None and self.is_main:
-            final = (done, losses, running)
+            final = (done, losses, found.running)
             save_checkpoint(checkpoint, fingerprint, trained, optimizer, final, averaged)
         if mean is not None:
             mean.put(trained)
@@ -424,7 +492,7 @@ class Engine:
             seconds=time.perf_counter() - start,
             resumed_at=resumed_at,
             by_group=tuple(zip(*losses, strict=True)),
-            begin=begin,
+            begin=found.begin,
             selected=best.epoch,
             score=best.score,
         )
@@ -444,13 +512,18 @@ class Engine:
         of the engine: for differences that bfloat16 would drown.
         """
         size = batch_size or self.settings.eval_batch_size
-        parts = []
+        parts: list[Tensor] = []
+        late: deque[Late] = deque()  # of the batch before: it is read when this one is queued
         autocast = nullcontext() if exact else self.autocast()
         with torch.inference_mode(), autocast:
             for low in range(0, len(images), size):
                 batch = torch.from_numpy(np.array(images[low : low + size]))
-                beside = [tensor[low : low + size].to(self.device) for tensor in along]
-                parts.append(function(batch.to(self.device), *beside).float().cpu())
+                beside = [sent(tensor[low : low + size], self.device) for tensor in along]
+                late.append(Late(function(sent(batch, self.device), *beside).float()))
+                if len(late) > 1:
+                    parts += late.popleft().read()
+            while late:
+                parts += late.popleft().read()
         return torch.cat(parts)
 
     def _share(self, batch: Batch, groups: int) -> Batch:
@@ -459,7 +532,7 @@ class Engine:
         Shares are equal, so at most one sample less than there are processes is left out of a step.
         """
         world, rank = self._accelerator.num_processes, self._accelerator.process_index
-        inputs, labels, weights = batch.inputs, batch.labels, batch.weights
+        inputs, labels, weights = batch.inputs, batch.told, batch.weights
         if world > 1:
             by_group = torch.arange(len(labels)).reshape(groups, -1)
             if by_group.shape[1] < world:
@@ -468,12 +541,23 @@ class Engine:
                 chosen = by_group[:, rank::world][:, : by_group.shape[1] // world].reshape(-1)
             inputs, labels, weights = inputs[chosen], labels[chosen], weights[chosen]
         return Batch(
-            inputs.to(self.device),
-            labels.to(self.device),
-            weights.to(self.device),
+            sent(inputs, self.device),
+            sent(labels, self.device),
+            sent(weights, self.device),
             batch.seed + rank,
             batch.share,
+            labels,
         )
+
+
+def _compiling(on: bool) -> AbstractContextManager[object]:
+    """Inside, torch.compile follows the gradients that a backward pass takes (`adapters.atoms`)."""
+    if not on:
+        return nullcontext()
+    import torch._dynamo
+
+    known = hasattr(torch._dynamo.config, "trace_autograd_ops")
+    return torch._dynamo.config.patch(trace_autograd_ops=True) if known else nullcontext()
 
 
 def _parameter_groups(

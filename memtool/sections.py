@@ -132,7 +132,9 @@ class MemorySettings(Settings):
     similarity: Similarity = Field("scaled-dot", description="of a query to a key")
     separation: Separation = Field("softmax", description="from similarities to coefficients")
     beta: Annotated[float, Field(gt=0)] = Field(1.0, description="inverse temperature of softmax")
-    topk: Annotated[int, Field(ge=1)] = Field(2, description="kept by separation topk")
+    topk: Annotated[int, Field(ge=1)] = Field(
+        2, description="adapters kept by separation topk; a memory of fewer keeps all"
+    )
     routing: Routing = Field(
         "mixture",
         description="mixture: as the separation says; lda, prototype: the adapters of one task, "

@@ -371,6 +371,11 @@ class EngineSettings(Settings):
     )
     accumulate: Annotated[int, Field(ge=1)] = Field(1, description="steps of gradient accumulation")
     eval_batch_size: Annotated[int, Field(ge=1)] = Field(100, description="images a step")
+    resident: Annotated[int, Field(ge=1)] | None = Field(
+        None,
+        description="of images, under separation topk or max or a routing: bytes of adapters on "
+        "the device at a time, the others are read when they are used; none: all",
+    )
 
 
 class LimitSettings(Settings):
@@ -572,6 +577,8 @@ READ_UNDER: tuple[tuple[str, str, tuple[str | None, ...]], ...] = (
     ("train.epochs", "train.iterations", (None,)),
     ("train.epochs", "text.epochs", (None,)),
     ("memory.topk", "memory.separation", ("topk",)),
+    ("engine.resident", "stream.setting", _OF_IMAGES),
+    ("engine.resident", "method", ("mira",)),
     ("memory.test_steps", "memory.test_time", ("entropy",)),
     ("memory.test_lr", "memory.test_time", ("entropy",)),
     ("memory.blocks", "memory.scope", ("block",)),

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from memtool.checkpoints import save_checkpoint
-from memtool.engine import Batches, Engine, one_cycle
+from memtool.engine import Batches, Engine, _Losses, one_cycle
 from memtool.errors import (
     ConfigError,
     CorruptError,
@@ -369,6 +369,19 @@ def test_divergence_names_stage_step_and_remedy():
     with pytest.raises(DivergedError, match=r"task 1: the loss became inf at step 1 of 15") as info:
         Engine(CPU).fit(model(), batches(), diverges, TRAIN, stage="task 1")
     assert "smaller learning rate" in str(info.value)
+
+
+def test_a_loss_that_is_read_a_step_late_names_its_step():
+    def diverged(loss, step):
+        return DivergedError(f"{loss} at step {step}")
+
+    losses = _Losses(1, [], 3, 1, diverged)
+    losses.queue([torch.tensor(0.5), torch.tensor([0.25])])
+    assert (losses.running, losses.news()) == ([], [])
+    losses.queue([torch.tensor(torch.nan)])
+    assert (losses.running, losses.begin, losses.news()) == ([[0.75]], (0.75,), [(4, 0.75)])
+    with pytest.raises(DivergedError, match="nan at step 5"):
+        losses.settle()
 
 
 def test_after_step_runs_after_every_step():

@@ -20,8 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -92,12 +91,30 @@ class AtomGate:
 
 
 @dataclass(frozen=True, eq=False)
+class Owners:
+    """For every atom the place of its owner among a bank's owners, ascending: `tasks` (n,) int64.
+
+    `count` is the number of owners.
+    """
+
+    tasks: Tensor
+    count: int
+
+    @classmethod
+    def of(cls, owner: Tensor) -> Owners:
+        """Those of the task of every atom (n,), which are looked at: a device is waited for."""
+        found, tasks = owner.unique(return_inverse=True)
+        return cls(tasks, len(found))
+
+
+@dataclass(frozen=True, eq=False)
 class AtomBank:
     """The n atoms of one site: `keys` (n, d_in), `values` (n, d_out), the rows A_i and columns B_i.
 
     `scaling` (n,) is alpha / r of every atom and `owner` (n,) int64 its task. The last `fresh`
     atoms, those of the newest task, get gradients; all before them are constants, whatever
-    `requires_grad` says. Raises MismatchError when the shapes do not fit.
+    `requires_grad` says. `owners` are those of `owner` where they are known already. Raises
+    MismatchError when the shapes do not fit.
     """
 
     keys: Tensor
@@ -105,6 +122,7 @@ class AtomBank:
     scaling: Tensor
     owner: Tensor
     fresh: int = 0
+    owners: Owners | None = None
 
     def __post_init__(self) -> None:
         count = self.keys.shape[0]
@@ -126,26 +144,33 @@ class AtomBank:
     def __len__(self) -> int:
         return self.keys.shape[0]
 
-    @cached_property
+    @property
     def tasks(self) -> Tensor:
         """For every atom the place of its owner among the bank's owners, ascending; (n,) int64."""
-        return self.owner.unique(return_inverse=True)[1]
+        return self._owners.tasks
 
-    @cached_property
+    @property
     def task_count(self) -> int:
         """How many tasks own the atoms."""
-        return int(self.tasks.max()) + 1 if len(self) else 0
+        return self._owners.count
+
+    @property
+    def _owners(self) -> Owners:
+        return Owners.of(self.owner) if self.owners is None else self.owners
 
 
 @dataclass(frozen=True, eq=False)
 class ModuleAtoms:
     """The atoms of one linear module: its sites, ascending by `first_row`, and a bank for each.
 
-    The banks may differ in size. Raises MismatchError when sites and banks do not fit.
+    The banks may differ in size. `keys` are those of all sites below each other (Σ n, d_in),
+    detached: one product scores all. Raises MismatchError when sites and banks do not fit.
     """
 
     sites: tuple[Site, ...]
     banks: tuple[AtomBank, ...]
+    keys: Tensor = field(init=False)
+    _casts: dict[torch.dtype, ModuleAtoms] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.sites or len(self.sites) != len(self.banks):
@@ -167,13 +192,9 @@ class ModuleAtoms:
                     expected=f"slices of one module, ascending, this one from row {end} on",
                 )
             end = site.first_row + site.out_features
-
-    @cached_property
-    def keys(self) -> Tensor:
-        """The keys of all sites below each other (Σ n, d_in), detached: one product scores all."""
         with torch.no_grad():
             keys = [bank.keys.detach() for bank in self.banks]
-            return keys[0] if len(keys) == 1 else torch.cat(keys)
+            object.__setattr__(self, "keys", keys[0] if len(keys) == 1 else torch.cat(keys))
 
     def to(self, dtype: torch.dtype) -> ModuleAtoms:
         """The same with keys and values of another dtype; itself where that is the dtype.
@@ -188,17 +209,11 @@ class ModuleAtoms:
             self._casts[dtype] = self._cast(dtype)
         return self._casts[dtype]
 
-    @cached_property
-    def _casts(self) -> dict[torch.dtype, ModuleAtoms]:
-        return {}
-
     def _cast(self, dtype: torch.dtype) -> ModuleAtoms:
         return ModuleAtoms(
             self.sites,
             tuple(
-                AtomBank(
-                    bank.keys.to(dtype), bank.values.to(dtype), bank.scaling, bank.owner, bank.fresh
-                )
+                replace(bank, keys=bank.keys.to(dtype), values=bank.values.to(dtype))
                 for bank in self.banks
             ),
         )
@@ -466,10 +481,10 @@ def _largest(scores: Tensor, k: int) -> Tensor:
     if k == count:
         return torch.arange(count, device=scores.device).expand(scores.shape[0], -1)
     if (
-        scores.dtype == torch.float64
+        torch.compiler.is_compiling()  # first: what follows is no part of a graph
+        or scores.dtype == torch.float64
         or scores.device.type != "cpu"
         or torch.get_num_threads() > FEW_THREADS
-        or torch.compiler.is_compiling()
     ):
         return scores.topk(k, dim=1, sorted=False).indices
     # A shorter float as float64 ends in 29 zero bits at least. With the column written there, one

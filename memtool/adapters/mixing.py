@@ -5,7 +5,6 @@ rank-1 pieces; the gate says how much each counts for each sample or token:
 
     whole      one adapter for all                      g = s
     grouped    group i of the batch uses adapter i      g = s_i
-    chosen     sample i uses adapter index_i            g = s · one-hot
     delta      ΔW = Σ_t a_t s_t B_t A_t                 g = a_t s_t
     ranks      ΔW = Σ_t s_t B_t diag(a_t) A_t           g = a_tk s_t: every rank has its own
     params     ΔW = (Σ_t a_t s_t B_t)(Σ_t a_t A_t)      rank r again after mixing
@@ -13,7 +12,8 @@ rank-1 pieces; the gate says how much each counts for each sample or token:
 
 with s_t the scaling (alpha / r) of adapter t and a_t its coefficient. The two mixtures agree for
 one-hot coefficients only: a negative coefficient subtracts under delta, while under params −1
-gives +BA.
+gives +BA. Where few a_t of a sample are not zero, they are told by index and the others are never
+touched; a hard choice is one of them, of 1.
 
 All of it is two functions with a gate between: `project` (z = A x) and `lift` (y + B z). Factors
 that the batch shares make them two plain matrix products, factors of every sample two batched
@@ -36,6 +36,7 @@ from torch import Tensor
 from memtool.adapters.atoms import AtomGate, BlockAtoms, ModuleAtoms, add_atoms
 from memtool.adapters.convolution import Patches, Window
 from memtool.adapters.layout import Site
+from memtool.adapters.picks import Picks
 from memtool.adapters.values import BlockValues, ModuleValues
 from memtool.errors import MismatchError, did_you_mean
 
@@ -113,34 +114,40 @@ class Costs(NamedTuple):
     mixed: float
     folded: float
     gathered: float
+    blended: float
 
 
-def costs(x: Tensor | Patches, values: ModuleValues) -> Costs:
+def costs(
+    x: Tensor | Patches, values: ModuleValues, adapters: int | None = None, each: int = 1
+) -> Costs:
     """Arithmetic plus memory traffic of each kernel for x (b, n, d), with N = b n tokens.
 
     dense     project to all R ranks, gate, lift: N R (d_in + d_out)
     formed    ΔW of every sample, then N d_in d_out; for R beyond the width and many tokens
     mixed     A and B of every sample mixed first, then rank r: (b R + N r)(d_in + d_out)
     folded    params without forming factors: dense, with a sum over adapters between
-    gathered  A and B of every sample copied, then rank r
+    gathered  A and B of the `each` adapters of every sample copied, then rank r · each
+    blended   params of those copies: mixed for every sample, then rank r
 
-    Numbers moved beyond x and y count `move` multiply-adds each: about 10 is the ratio on a CPU
-    core in its caches, 100 and more on a GPU. The choices depend on it weakly.
+    R is of so many `adapters`, None: of all. Numbers moved beyond x and y count `move`
+    multiply-adds each: about 10 is the ratio on a CPU core in its caches, 100 and more on a GPU.
+    The choices depend on it weakly.
     """
     move = 16
-    adapters, sites, rank, width = values.a.shape
-    batch, each, _ = x.shape
-    tokens, total = batch * each, adapters * rank
+    count, sites, rank, width = values.a.shape
+    batch, tokens_each, _ = x.shape
+    tokens, total = batch * tokens_each, (count if adapters is None else adapters) * rank
     rows = sum(factor.shape[-1] for factor in values.b)
     per_rank = sites * width + rows
-    own_factors = tokens * rank * per_rank + move * 3 * batch * rank * per_rank
+    product, copy = tokens * rank * per_rank, move * 3 * batch * rank * per_rank
     dense = tokens * total * per_rank + move * (4 * tokens * sites * total + total * per_rank)
     return Costs(
         dense=dense,
         formed=(batch * total + tokens) * width * rows + move * batch * rows * (total + 3 * width),
-        mixed=own_factors + batch * total * per_rank + move * total * per_rank,
+        mixed=product + copy + batch * total * per_rank + move * total * per_rank,
         folded=dense + move * 2 * tokens * sites * total,
-        gathered=own_factors,
+        gathered=each * (product + copy),
+        blended=product + each * copy,
     )
 
 
@@ -166,21 +173,6 @@ def add_grouped(y: Tensor, x: Tensor | Patches, values: ModuleValues, scaling: T
         z = project(x.reshape(*groups, x.shape[-1]), values.a)
     z = z * scaling.to(y.dtype).view(-1, 1, 1, 1)
     return lift(y.view(*groups, y.shape[-1]), z, values.b, values.sites).view(y.shape)
-
-
-def add_chosen(
-    y: Tensor, x: Tensor | Patches, values: ModuleValues, scaling: Tensor, index: Tensor
-) -> Tensor:
-    """Add s_i B_i A_i x to y, with i = index[sample]; index (b,), scaling (t,)."""
-    cost = costs(x, values)
-    if cost.dense < cost.gathered:
-        one_hot = index.unsqueeze(1) == torch.arange(len(scaling), device=index.device)
-        gate = _spread_over(values, (one_hot * scaling).unsqueeze(1), y.dtype)
-        return _add_dense(y, x, values, gate)
-    a = values.a.index_select(0, index)
-    b = tuple(factor.index_select(0, index) for factor in values.b)
-    z = project(x, a) * scaling.index_select(0, index).to(y.dtype).view(-1, 1, 1, 1)
-    return lift(y, z, b, values.sites)
 
 
 def add_delta(
@@ -250,6 +242,53 @@ def add_params(
     return lift(y, z, b, values.sites)
 
 
+def add_picked(
+    y: Tensor,
+    x: Tensor | Patches,
+    values: ModuleValues,
+    scaling: Tensor,
+    weights: Tensor,
+    picks: Picks,
+    mix: Mix,
+) -> Tensor:
+    """As `add_delta` or `add_params`, with the coefficients `weights` (b, k) of few adapters each.
+
+    The factors are gathered for every sample, or once for all that the batch uses, whichever is
+    cheaper; `values` of other adapters are neither cast nor copied. `values` are as they are
+    stored.
+    """
+    used, count = picks.used, len(scaling) if picks.used is None else len(picks.used)
+    cost = costs(x, values, count, picks.index.shape[1])
+    together, apart = min(cost.dense, cost.formed), cost.gathered
+    if mix == "params":
+        together, apart = min(cost.mixed, cost.folded), cost.blended
+    if together < apart:
+        here = values.of(used, y.dtype)
+        scaling = scaling if used is None else scaling.index_select(0, used)
+        add = add_delta if mix == "delta" else add_params
+        return add(y, x, here, scaling, picks.spread(weights, count).unsqueeze(1))
+    batch, each = picks.index.shape
+    flat = picks.index.flatten()
+    own = values.of(flat, y.dtype)
+    scaled = (weights * scaling.index_select(0, flat).view(batch, each)).to(y.dtype)
+    if mix == "params":
+        plain = weights.to(y.dtype)
+        a = _mix_own(plain, own.a)
+        b = tuple(_mix_own(scaled, factor) for factor in own.b)
+        return lift(y, project(x, a), b, values.sites)
+    # The ranks of one adapter after those of another, in B as they lie.
+    z = project(x, own.a.flatten(1, 2).unflatten(0, (batch, each))) * scaled[:, None, :, None]
+    z = z.unflatten(-1, own.a.shape[1:3]).transpose(2, 3).flatten(3)
+    b = tuple(factor.unflatten(0, (batch, each)).flatten(1, 2) for factor in own.b)
+    return lift(y, z, b, values.sites)
+
+
+def _mix_own(weights: Tensor, factors: Tensor) -> Tensor:
+    """Σ_k w_ik F_ik (b, ...) of weights (b, k) and factors (b · k, ...) of every sample."""
+    flat = factors.flatten(1).unflatten(0, weights.shape)
+    return torch.bmm(weights.unsqueeze(1), flat)[:, 0].unflatten(1, factors.shape[1:])
+
+
 def _over(gate: Tensor, rows: int, module: str) -> Tensor:
     """A gate (b, ...) for a batch of whole samples folded into windows (rows)."""
     windows, rest = divmod(rows, len(gate))
@@ -259,6 +298,15 @@ def _over(gate: Tensor, rows: int, module: str) -> Tensor:
             expected="equally many windows of every sample",
         )
     return gate if windows == 1 else gate.repeat_interleave(windows, dim=0)
+
+
+def _check_index(index: Tensor, count: int) -> None:
+    """Raise MismatchError for adapters that are none of so many."""
+    # On another device the check would wait for it; the lookup itself checks there.
+    if index.device.type == "cpu" and not torch.compiler.is_compiling() and index.numel():
+        low, high = (int(bound) for bound in index.aminmax())
+        if low < 0 or high >= count:
+            raise MismatchError(f"choice of adapters {low} to {high}", expected=f"0 to {count - 1}")
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
@@ -271,15 +319,17 @@ class Mixture:
     """How one block's adapters act on one batch: made per forward pass and block.
 
     Use the constructors `whole`, `grouped`, `weighted`, `ranked`, `chosen` and `atoms`, which check
-    the shapes. An adapted layer calls `add_to`.
+    the shapes. An adapted layer calls `add_to`. With `picks` a gate (b, k) is of these adapters
+    alone.
 
         mixture = Mixture.weighted(values.block(3), coefficients, mix="params")
         y = mixture.add_to(F.linear(x, weight, bias), x, "blocks.3.attn.qkv")
     """
 
     values: BlockValues | BlockAtoms
-    kind: Literal["whole", "grouped", "chosen", "delta", "params", "ranks", "atoms"]
+    kind: Literal["whole", "grouped", "delta", "params", "ranks", "atoms"]
     gate: Tensor | None = None
+    picks: Picks | None = None
 
     @classmethod
     def whole(cls, values: BlockValues) -> Mixture:
@@ -308,20 +358,32 @@ class Mixture:
                 f"choice of shape {tuple(index.shape)} and type {index.dtype}",
                 expected="(batch,) int64",
             )
-        # On another device the check would wait for it; the lookup itself checks there.
-        if index.device.type == "cpu" and not torch.compiler.is_compiling() and len(index):
-            low, high = (int(bound) for bound in index.aminmax())
-            if low < 0 or high >= len(values):
-                raise MismatchError(
-                    f"choice of adapters {low} to {high}", expected=f"0 to {len(values) - 1}"
-                )
-        return cls(values, "chosen", index)
+        _check_index(index, len(values))
+        ones = values.scaling.new_ones(len(index), 1)
+        return cls(values, "delta", ones, Picks(index.unsqueeze(1)))
 
     @classmethod
-    def weighted(cls, values: BlockValues, coefficients: Tensor, mix: Mix = "delta") -> Mixture:
-        """Adapters weighted by coefficients (b, t), or (b, n, t) with one set for every token."""
+    def weighted(
+        cls,
+        values: BlockValues,
+        coefficients: Tensor,
+        mix: Mix = "delta",
+        picks: Picks | None = None,
+    ) -> Mixture:
+        """Adapters weighted by coefficients (b, t), or (b, n, t) with one set for every token.
+
+        With `picks` coefficients (b, k) are those of the adapters that each sample uses.
+        """
         if mix not in get_args(Mix):
             raise MismatchError(f"mix {mix!r}", remedy=did_you_mean(mix, get_args(Mix)))
+        if picks is not None:
+            if coefficients.shape != picks.index.shape:
+                raise MismatchError(
+                    f"coefficients of shape {tuple(coefficients.shape)}",
+                    expected=f"{tuple(picks.index.shape)}: one for each adapter that is picked",
+                )
+            _check_index(picks.index, len(values))
+            return cls(values, mix, coefficients, picks)
         if coefficients.ndim not in (2, 3) or coefficients.shape[-1] != len(values):
             raise MismatchError(
                 f"coefficients of shape {tuple(coefficients.shape)}",
@@ -408,24 +470,37 @@ class Mixture:
 
         Raises MismatchError for rows that are not equally many of every sample.
         """
-        return self if self.gate is None else replace(self, gate=_over(self.gate, rows, module))
+        if self.gate is None:
+            return self
+        picks = self.picks
+        if picks is not None:
+            picks = replace(picks, index=_over(picks.index, rows, module))
+        return replace(self, gate=_over(self.gate, rows, module), picks=picks)
+
+    def dense(self) -> Mixture:
+        """The same, with a coefficient for all adapters that the batch uses, and no other."""
+        picks, block = self.picks, self.values
+        if picks is None or self.gate is None or isinstance(block, BlockAtoms):
+            return self
+        if picks.used is not None:
+            block = block.of(picks.used)
+        return replace(self, values=block, gate=picks.spread(self.gate, len(block)), picks=None)
 
     def _add_adapters(
         self, y: Tensor, x: Tensor | Patches, values: ModuleValues, scaling: Tensor
     ) -> Tensor:
-        gate, dtype = self.gate, y.dtype
-        values = ModuleValues(
-            values.sites, values.a.to(dtype), tuple(factor.to(dtype) for factor in values.b)
-        )
+        gate = self.gate
+        if self.picks is not None and gate is not None:
+            mix: Mix = "params" if self.kind == "params" else "delta"
+            return add_picked(y, x, values, scaling, gate, self.picks, mix)
+        values = values.of(None, y.dtype)
         if gate is None:
             add = add_whole if self.kind == "whole" else add_grouped
             return add(y, x, values, scaling)
-        if self.kind == "chosen":
-            return add_chosen(y, x, values, scaling, gate)
         if self.kind == "ranks":
             return add_ranks(y, x, values, scaling, gate)
-        mix = add_delta if self.kind == "delta" else add_params
-        return mix(y, x, values, scaling, gate.unsqueeze(1) if gate.ndim == 2 else gate)
+        add_mixed = add_delta if self.kind == "delta" else add_params
+        return add_mixed(y, x, values, scaling, gate.unsqueeze(1) if gate.ndim == 2 else gate)
 
     def _check(self, y: Tensor, x: Tensor | Patches, site: Site, module: str) -> int:
         # Returns the number of tokens of each sample.

@@ -77,6 +77,7 @@ def on_top(base: Recall, values: AdapterValues, shares: Tensor | None = None) ->
         under, own = base(block, hidden), values.block(block)
         if under is None or own is None:
             return under or alone(block, hidden)
+        under = under.dense()
         stored = under.values
         sums = under.kind in ("delta", "ranks")
         if not sums or under.gate is None or not isinstance(stored, BlockValues):
@@ -151,7 +152,7 @@ class Dropped(Mixture):
     @classmethod
     def of(cls, mixture: Mixture, share: float, generator: torch.Generator) -> Dropped:
         """The same mixture, with inputs dropped."""
-        return cls(mixture.values, mixture.kind, mixture.gate, share, generator)
+        return cls(**vars(mixture), share=share, generator=generator)
 
     def add_to(self, y: Tensor, x: Tensor, module: str) -> Tensor:
         """As `Mixture.add_to`."""

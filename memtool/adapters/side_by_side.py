@@ -26,7 +26,7 @@ class SideBySide(Mixture):
         first = next((part for part in parts if part is not None), None)
         if first is None:
             return None
-        return cls(first.values, first.kind, None, tuple(parts), tuple(sizes))
+        return cls(first.values, first.kind, parts=tuple(parts), sizes=tuple(sizes))
 
     def add_to(self, y: Tensor, x: Tensor, module: str) -> Tensor:
         """As `Mixture.add_to`, group by group."""

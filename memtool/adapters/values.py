@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from memtool.adapters.layout import Layout, Segment, Site
+from memtool.adapters.picks import Picks
 from memtool.errors import MismatchError
 
 if TYPE_CHECKING:
@@ -30,13 +31,27 @@ class ModuleValues:
     """The adapters of one linear module: all its sites, which share the module's input.
 
     `sites` ascend by `first_row`; `a` is (t, sites, r, d_in); `b` holds for every site
-    (t, r, out_features of the site): B transposed, of a convolution in groups with zeros where a
-    group is not made of a rank.
+    (t, r / groups, out_features of the site): B transposed, of a convolution in groups as it is
+    stored.
     """
 
     sites: tuple[Site, ...]
     a: Tensor
     b: tuple[Tensor, ...]
+
+    def of(self, adapters: Tensor | None, dtype: torch.dtype) -> ModuleValues:
+        """These adapters (n,) in this order, None: all; only what is taken is copied and cast.
+
+        B of a convolution in groups is (n, r, out_features): zero where a group is not made of a
+        rank.
+        """
+
+        def taken(factor: Tensor) -> Tensor:
+            some = factor if adapters is None else factor.index_select(0, adapters)
+            return some.to(dtype)
+
+        b = (over_groups(taken(f), s.groups) for f, s in zip(self.b, self.sites, strict=True))
+        return ModuleValues(self.sites, taken(self.a), tuple(b))
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +63,16 @@ class BlockValues:
 
     def __len__(self) -> int:
         return self.scaling.shape[0]
+
+    def of(self, adapters: Tensor) -> BlockValues:
+        """A copy of these adapters (n,), in this order."""
+
+        def taken(one: ModuleValues) -> ModuleValues:
+            b = tuple(factor.index_select(0, adapters) for factor in one.b)
+            return ModuleValues(one.sites, one.a.index_select(0, adapters), b)
+
+        modules = {name: taken(one) for name, one in self.modules.items()}
+        return BlockValues(modules, self.scaling.index_select(0, adapters))
 
 
 @dataclass(frozen=True)
@@ -107,7 +132,7 @@ class AdapterValues(nn.Module):
     """A and B of t adapters, stacked per module and shared by all layers that use them.
 
     Made by `from_flat`. `a` has one parameter a module, `b` one a site, shaped as in
-    `ModuleValues` but for the zeros between groups; they learn if `trainable`, else they are
+    `ModuleValues`; they learn if `trainable`, else they are
     frozen. `scaling` is a buffer (t,): the effective alpha / r of every adapter.
     """
 
@@ -196,14 +221,16 @@ class AdapterValues(nn.Module):
             module.name: ModuleValues(
                 module.sites,
                 self.a[i],
-                tuple(
-                    over_groups(self.b[first + place], site.groups)
-                    for place, site in enumerate(module.sites)
-                ),
+                tuple(self.b[first + place] for place in range(len(module.sites))),
             )
             for module, i, first in found
         }
         return BlockValues(modules, self.scaling)
+
+    def at(self, index: int, picks: Picks) -> tuple[BlockValues, Picks] | None:
+        """The values of one block that hold the adapters picked, and where in them these are."""
+        found = self.block(index)
+        return None if found is None else (found, picks)
 
     def extra_repr(self) -> str:
         """`adapters=3, rank=8, sites=24`."""

@@ -28,6 +28,7 @@ from memtool.backbones.families import Family, family_of, sites_of_block
 from memtool.backbones.interface import FrozenModel
 from memtool.backbones.quantised import four_bits, require_bitsandbytes
 from memtool.backbones.tensor_hash import tensor_sha256
+from memtool.devices import sent
 from memtool.errors import ConfigError, DataError, MismatchError, NotFoundError
 from memtool.paths import expand
 from memtool.pictured import album_of
@@ -429,17 +430,17 @@ class CausalLM(FrozenModel):
     ) -> Tensor:
         """Logits (k, vocabulary) of the k answer tokens of a batch, float32 at least.
 
-        `tokens` and `answers` as in `EncodedTexts`; the samples' tokens one after another.
+        `tokens` and `answers` as in `EncodedTexts`, these best on the CPU; the samples' tokens one
+        after another.
         """
         wanted = _before_answers(tokens, answers)
-        scores = self.head(self.hidden(tokens, recall)[:, :-1][wanted])
+        scores = self.head(self.hidden(tokens, recall)[wanted])
         return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
     def answer_losses(self, logits: Tensor, tokens: Tensor, answers: Tensor) -> Tensor:
         """−log p of each sample's answer by `answer_logits`, summed over its tokens: (b,)."""
-        wanted = _before_answers(tokens, answers)
-        each = F.cross_entropy(logits, tokens[:, 1:][wanted], reduction="none")
-        owner = wanted.nonzero()[:, 0]
+        owner, before = _before_answers(tokens, answers)
+        each = F.cross_entropy(logits, tokens[owner, before + 1], reduction="none")
         return each.new_zeros(len(tokens)).index_add(0, owner, each)
 
     def answer_loss(self, tokens: Tensor, answers: Tensor, recall: Recall | None = None) -> Tensor:
@@ -525,11 +526,15 @@ def _attention_mask(real: Tensor) -> Tensor | None:
     return real.long()
 
 
-def _before_answers(tokens: Tensor, answers: Tensor) -> Tensor:
-    """Which tokens (b, n − 1) predict a token of an answer: bool."""
+def _before_answers(tokens: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
+    """Which tokens (b, n) predict a token of an answer: samples (k,) and places (k,), ascending.
+
+    How many they are depends on `answers` (b,), which on the CPU need no wait for the device.
+    """
     length = tokens.shape[1]
-    places = torch.arange(1, length, device=tokens.device)
-    return places >= length - answers.unsqueeze(1)
+    wanted = torch.arange(1, length) >= length - answers.cpu().unsqueeze(1)
+    owner, before = wanted.nonzero().unbind(1)
+    return sent(owner, tokens.device), sent(before, tokens.device)
 
 
 def _check_positions(config: Any, name: str) -> None:

@@ -176,6 +176,14 @@ def floor_met(met: npt.ArrayLike) -> float:
     return float(found.any(axis=1).sum())
 
 
+def mean_share(shares: npt.ArrayLike) -> float:
+    """Mean of shares (samples,) of one."""
+    found = np.asarray(shares, dtype=np.float64)
+    if found.ndim != 1 or not found.size:
+        raise MismatchError(f"shares of shape {found.shape}", expected="(samples,), at least one")
+    return float(found.mean())
+
+
 def length_ratio(now: npt.ArrayLike, then: npt.ArrayLike) -> float:
     """‖now‖ / ‖then‖ of the same inputs; both (samples, ...)."""
     norm = float(np.linalg.norm(np.asarray(then, dtype=np.float64)))
@@ -359,6 +367,14 @@ METRICS: dict[str, Metric] = {
             "samples whose scores nearly cancelled, so that s / Σ s was held back by its floor",
             of_matrix=False,
             unit="samples",
+        ),
+        Metric(
+            "left_out",
+            mean_share,
+            "lower",
+            "share of adapters that separation topk leaves out, of the softmax of all",
+            of_matrix=False,
+            unit="ratio",
         ),
         Metric(
             "atom_norm",

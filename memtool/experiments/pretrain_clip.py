@@ -77,7 +77,7 @@ def pretrain_clip(
     everything = Task.pooled(tasks.tasks).train
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
-        return both_ways(model(batch.inputs, batch.labels), batch.labels)
+        return both_ways(model(batch.inputs, batch.told), batch.told)
 
     batches = Batches(
         everything.images,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from memtool.devices import sent
+
 TEMPERATURE = 2.0
 """T of `distillation`."""
 
@@ -14,9 +16,11 @@ def both_ways(logits: Tensor, labels: Tensor) -> Tensor:
 
     logits (b, classes) of images and the classes' texts, −infinity for classes that do not take
     part; labels (b,). A text that belongs to several images of the batch has them all as target,
-    with equal shares. With one image a class this is the loss of CLIP (Radford et al. 2021).
+    with equal shares. With one image a class this is the loss of CLIP (Radford et al. 2021). Labels
+    on the CPU save a wait for the device of the logits: how many texts there are depends on them.
     """
-    present = labels.unique()
+    present = sent(labels.unique(), logits.device)
+    labels = sent(labels, logits.device)
     of_text = logits[:, present].float()  # (b, k)
     target = (labels.unsqueeze(1) == present).float()
     to_text = F.cross_entropy(logits.float(), labels)

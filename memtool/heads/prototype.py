@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from memtool.devices import exact, sent
 from memtool.errors import DataError, MismatchError
 from memtool.heads.linear import LinearClassifier, mask_logits
 
@@ -35,7 +36,7 @@ class CosineHead:
         cls, directions: Tensor, labels: Sequence[int] | Tensor, classes: int, scale: float
     ) -> CosineHead:
         """Known classes `labels` (k,) by any vectors `directions` (k, dim), among `classes`."""
-        index = torch.as_tensor(labels, dtype=torch.int64, device=directions.device)
+        index = sent(torch.as_tensor(labels, dtype=torch.int64), directions.device)
         with torch.autocast(directions.device.type, enabled=False):
             known = F.normalize(directions.float(), dim=1)
             nothing = known.new_zeros(classes, known.shape[1])
@@ -82,10 +83,11 @@ def prototype_head(features: Tensor, labels: Tensor, classes: int, scale: float)
     Classes without a feature stay unknown. Raises DataError for a feature that is zero or not
     finite: it has no direction.
     """
-    norms = features.double().norm(dim=1, keepdim=True)
+    wide = exact(features)
+    norms = wide.norm(dim=1, keepdim=True)
     if not torch.isfinite(norms).all() or (norms == 0).any():
         raise DataError("a feature is zero or not finite", expected="features with a direction")
     sums = torch.zeros(classes, features.shape[1], dtype=torch.float64)
-    sums.index_add_(0, labels.cpu(), (features.double() / norms).cpu())
+    sums.index_add_(0, labels.cpu(), wide / norms)
     known = labels.unique().cpu()
     return CosineHead.of_classes(sums[known], known, classes, scale)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from memtool.devices import exact
 from memtool.errors import ConfigError, CorruptError, DataError, MismatchError
 
 PENALTIES = tuple(10.0**power for power in range(-8, 9))
@@ -226,7 +227,7 @@ class ProjectedMoments:
 
     def _rows(self, features: Tensor, labels: Tensor) -> Tensor:
         """(h, y) (n, width + classes) of features (n, dim) and labels (n,)."""
-        h = self.projection(features.detach().to("cpu").double())
+        h = self.projection(exact(features))
         one_hot = F.one_hot(labels.detach().to("cpu").long(), max(1, self.classes))
         return torch.cat([h, one_hot.double()[:, : self.classes]], dim=1)
 

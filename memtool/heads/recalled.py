@@ -92,12 +92,13 @@ class RecalledHead:
         `allowed` get −inf or 0. float32, also under autocast.
         """
         with torch.autocast(features.device.type, enabled=False):
-            logits = self._logits(features, allowed)
             if self.owners is None:
-                return logits[:, 0]
+                return self._logits(features, allowed)[:, 0]
+            head, weights = self._asked(coefficients)
+            logits = head._logits(features, allowed)
             known = torch.isfinite(logits).any(dim=-1, keepdim=True)
             probabilities = torch.where(known, logits, 0).softmax(dim=-1) * known
-            return torch.einsum("bt,btc->bc", self._weights(coefficients), probabilities)
+            return torch.einsum("bt,btc->bc", weights, probabilities)
 
     def log_probabilities(
         self, features: Tensor, coefficients: Tensor, allowed: Sequence[int] | None = None
@@ -108,13 +109,14 @@ class RecalledHead:
         one-hot coefficients, and a bounded loss with a gradient for all others, negative ones too.
         """
         with torch.autocast(features.device.type, enabled=False):
-            logits = self._logits(features, allowed)
             if self.owners is None:
-                return logits[:, 0].log_softmax(dim=-1)
+                return self._logits(features, allowed)[:, 0].log_softmax(dim=-1)
+            head, weights = self._asked(coefficients)
+            logits = head._logits(features, allowed)
             known = torch.isfinite(logits).any(dim=-1, keepdim=True)
             each = torch.where(known, logits, 0).log_softmax(dim=-1)
             each = each.clamp_min(math.log(LEAST_PROBABILITY)) * known
-            mixed = torch.einsum("bt,btc->bc", self._weights(coefficients), each)
+            mixed = torch.einsum("bt,btc->bc", weights, each)
             if allowed is not None:
                 mixed = mixed + self._mask(allowed)
             return mixed.log_softmax(dim=-1)
@@ -125,10 +127,26 @@ class RecalledHead:
         return mask
 
     def _weights(self, coefficients: Tensor) -> Tensor:
-        """The coefficients (b, t) summed by task."""
+        """The coefficients (b, t) summed by task: (b, h)."""
         assert self.owners is not None
-        tasks = F.one_hot(self.owners, len(self.weight)).to(self.weight.dtype)
-        return coefficients.to(self.weight.dtype) @ tasks
+        summed = self.weight.new_zeros(len(coefficients), len(self.weight))
+        return summed.index_add(1, self.owners, coefficients.to(summed.dtype))
+
+    def _asked(self, coefficients: Tensor) -> tuple[RecalledHead, Tensor]:
+        """The heads that have a weight for an input of the batch, and these weights (b, heads).
+
+        All of them where coefficients learn, as one of zero has a slope, too; and on a device,
+        which would be waited for to tell.
+        """
+        weights = self._weights(coefficients)
+        learns = coefficients.requires_grad and torch.is_grad_enabled()
+        if learns or weights.device.type != "cpu" or torch.compiler.is_compiling():
+            return self, weights
+        used = weights.any(dim=0).nonzero()[:, 0]
+        if len(used) == len(self.weight):
+            return self, weights
+        some = replace(self, weight=self.weight[used], bias=self.bias[used])
+        return some, weights[:, used]
 
     def _logits(self, features: Tensor, allowed: Sequence[int] | None) -> Tensor:
         """Logits (b, heads, classes)."""

@@ -26,10 +26,11 @@ from memtool.adapters.layout import Layout
 from memtool.adapters.lora import init_lora
 from memtool.adapters.recalls import every, on_top
 from memtool.adapters.values import AdapterValues, Recall
+from memtool.devices import sent
 from memtool.engine import Batch, Batches, Engine, FitResult, available_bytes
 from memtool.errors import CapacityError, DivergedError
 from memtool.heads import CosineHead, LinearClassifier
-from memtool.learning.looks import FeatureModel, Labelled
+from memtool.learning.looks import FeatureModel, Labelled, narrowed_for
 from memtool.learning.mixup import mixing
 from memtool.progress import Progress
 from memtool.settings import AdapterSettings, TrainSettings
@@ -168,6 +169,7 @@ def adapt(
         seed,
         groups=adapter.per_task,
         bootstrap=adapter.differ_by == "bootstrap",
+        narrowed=narrowed_for(backbone),
     )
     right = _Right(adapter.per_task)
 
@@ -203,19 +205,22 @@ class _Right:
     """How many training samples of an epoch every adapter was right about, as it learned."""
 
     def __init__(self, groups: int) -> None:
-        self._right, self._seen = torch.zeros(groups), 0.0
+        self._right: Tensor | None = None  # where the logits are
+        self._groups, self._seen = groups, 0.0
 
     def count(self, logits: Tensor, batch: Batch) -> None:
         """Logits (J, b, classes) of a batch, before its step."""
         hit = logits.argmax(dim=-1).flatten() == batch.labels
-        each = (hit * batch.weights).view(len(logits), -1).cpu()
-        self._right += each.sum(dim=1)
+        each = (hit * batch.weights).view(len(logits), -1)
+        right = each.sum(dim=1)
+        self._right = right if self._right is None else self._right + right
         self._seen += each.shape[1]
 
     def all_above(self, share: float) -> bool:
         """Whether all adapters were right about more than this share; what was counted is gone."""
-        enough = bool((self._right > share * self._seen).all())
-        self._right, self._seen = torch.zeros_like(self._right), 0.0
+        right = torch.zeros(self._groups) if self._right is None else self._right.cpu()
+        enough = bool((right > share * self._seen).all())
+        self._right, self._seen = None, 0.0
         return enough
 
 
@@ -297,7 +302,8 @@ def require_learned(
                 f"classes has {guessing:.3g}",
                 remedy=remedy,
             )
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in learned):
+    finite = torch.stack([torch.isfinite(tensor).all() for tensor in learned])
+    if not bool(finite.all()):
         raise DivergedError(
             f"{stage}: a learned number is not finite at step {fit.steps}, the last", remedy=remedy
         )
@@ -328,10 +334,10 @@ def augmented(batch: Batch, settings: TrainSettings) -> Tensor:
     pad = max(1, height // 8)
     mirrored = torch.rand(count, generator=generator) < 0.5
     if settings.augment == "flip":
-        turned = mirrored.to(images.device).view(-1, 1, 1, 1)
+        turned = sent(mirrored, images.device).view(-1, 1, 1, 1)
         return torch.where(turned, images.flip(2), images)
-    offset = torch.randint(0, 2 * pad + 1, (count, 2), generator=generator).to(images.device)
-    mirrored = mirrored.to(images.device)
+    offset = torch.randint(0, 2 * pad + 1, (count, 2), generator=generator)
+    offset, mirrored = sent(offset, images.device), sent(mirrored, images.device)
     images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(2), images)
     channels_first = images.permute(0, 3, 1, 2).float()
     padded = F.pad(channels_first, (pad, pad, pad, pad), mode="reflect").to(torch.uint8)

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from memtool.adapters.values import Recall
 from memtool.backbones.answering import RecallOf, answers, by_length, trimmed, without_answers
 from memtool.backbones.causal_lm import CausalLM, EncodedTexts
+from memtool.devices import exact, sent
 from memtool.evaluation.matrix import AccuracyMatrix
 from memtool.evaluation.metrics import final_average, loss_forgetting
 from memtool.evaluation.record import Kind, Row, rights
@@ -119,10 +120,10 @@ class Answering:
         for rows in by_length(tokens, self.batch):
             batch = trimmed(tokens[rows]).to(engine.device)
             with engine.autocast():
-                said = lengths[rows].to(batch.device)
-                recall = self.recall_of(without_answers(batch, said))
+                said = lengths[rows]
+                recall = self.recall_of(without_answers(batch, sent(said, batch.device)))
                 each = self.lm.answer_loss(batch, said, recall)
-            total += float(each.double().sum())
+            total += float(exact(each).sum())
         return total / int(lengths.sum())
 
     def answers(self, prompts: Sequence[str]) -> list[str]:

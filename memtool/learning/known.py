@@ -17,6 +17,7 @@ from torch import Tensor
 
 from memtool.adapters.values import Recall
 from memtool.backbones.interface import Backbone, TwoTowers
+from memtool.devices import sent
 from memtool.errors import ConfigError, DataError
 from memtool.heads import CosineHead, RecalledHead, prototype_head
 from memtool.settings import Config
@@ -109,7 +110,7 @@ class PromptTokens:
         assert isinstance(backbone, TwoTowers)
         labels = torch.as_tensor(classes, dtype=torch.int64).cpu()
         device = next(backbone.parameters()).device
-        directions = backbone.text_features(self.tokens[labels].to(device), recall)
+        directions = backbone.text_features(sent(self.tokens[labels], device), recall)
         return CosineHead.of_classes(directions, labels, len(self.prompts), backbone.logit_scale)
 
 

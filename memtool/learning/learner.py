@@ -87,7 +87,7 @@ class Learner(nn.Module):
         return prompts
 
     def forward(self, inputs: Tensor, targets: Tensor | None = None, seed: int = 0) -> Tensor:
-        """Logits of inputs; `seed` is that of the dropout of adapters."""
+        """Logits of inputs; targets are on the CPU, `seed` is that of the dropout of adapters."""
         recall = dropping(self.recall(), self.objective.dropout, seed, inputs.device)
         logits: Tensor = self.objective.logits(inputs, targets, recall)
         return logits
@@ -112,11 +112,10 @@ class Learner(nn.Module):
         def loss(model: nn.Module, batch: Batch) -> Tensor:
             mixed = mixing(batch, settings.mixup, of_class=settings.mixup_of == "class")
             prepared = mixed.inputs(self.objective.prepared(batch))
-            logits = model(prepared, batch.labels, batch.seed)
-            found = mixed.loss(
-                lambda labels: self.objective.loss(logits, prepared, labels), batch.labels
-            )
-            return found + self.penalty(prepared, batch.labels, logits)
+            logits = model(prepared, batch.told, batch.seed)
+            targets = self.objective.targets(batch)
+            found = mixed.loss(lambda each: self.objective.loss(logits, prepared, each), targets)
+            return found + self.penalty(prepared, targets, logits)
 
         self.train()
         fit = work.engine.fit(
@@ -127,6 +126,7 @@ class Learner(nn.Module):
                 settings.batch_size,
                 work.epochs(task),
                 work.training_seed(task.number),
+                narrowed=self.objective.narrowed,
             ),
             loss,
             settings,

@@ -88,8 +88,8 @@ class PromptFeatures(nn.Module):
         self.dim = lm.dim
 
     def preprocess(self, inputs: Tensor) -> Tensor:
-        """Prompts padded no more than they need."""
-        return trimmed(inputs)
+        """Prompts padded no more than they need; on a device as they are: one would wait there."""
+        return trimmed(inputs) if inputs.device.type == "cpu" else inputs
 
     def features(self, inputs: Tensor, recall: Recall | None = None) -> Tensor:
         """The mean (b, dim) of the last hidden states over the tokens, float32."""
@@ -99,6 +99,11 @@ class PromptFeatures(nn.Module):
 def feature_model(backbone: FrozenModel) -> Any:
     """A model of images as it is, a language model as `PromptFeatures`."""
     return PromptFeatures(backbone) if isinstance(backbone, CausalLM) else backbone
+
+
+def narrowed_for(model: FeatureModel) -> Callable[[Tensor], Tensor]:
+    """What becomes of inputs before they go to the device of a model: prompts are trimmed."""
+    return trimmed if isinstance(model, PromptFeatures) else lambda inputs: inputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +161,8 @@ class PromptLook:
         Padding is no token, so that a prompt looks the same alone and in any batch. Raises
         ConfigError for a block that the model does not have; MismatchError without a `first`.
         """
-        wanted, parts = self.blocks(lm.depth), list[Tensor]()
+        wanted = self.blocks(lm.depth)
+        parts: list[Tensor] = []
         for under in self.passes:
             seen = self._pass(lm, prompts, under, wanted) if self.runs else {}
             if "tokens" in self.places and not parts:
@@ -170,7 +176,8 @@ class PromptLook:
         self, lm: CausalLM, prompts: Tensor, under: Under, wanted: set[int]
     ) -> dict[str, Tensor]:
         """The places of one pass, by name, each (b, dim)."""
-        recall, seen = self._recall(under, prompts.device), dict[str, Tensor]()
+        recall = self._recall(under, prompts.device)
+        seen: dict[str, Tensor] = {}
 
         def keep(block: int, hidden: Tensor) -> Mixture | None:
             if block in wanted:

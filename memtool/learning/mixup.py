@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from memtool.devices import sent
 from memtool.engine import Batch
 
 _DRAW = 4
@@ -20,7 +21,7 @@ _DRAW = 4
 class Mixing:
     """Sample i of a batch has the share `share` of itself and the rest of sample `partners[i]`.
 
-    Without `partners` (n,) nothing is mixed.
+    Without `partners` (n,), which are on the CPU, nothing is mixed.
     """
 
     share: float = 1.0
@@ -30,7 +31,7 @@ class Mixing:
         """The mixtures of images uint8 (n, h, w, 3), in the nearest whole numbers."""
         if self.partners is None:
             return images
-        own, others = images.float(), images[self.partners].float()
+        own, others = images.float(), images[sent(self.partners, images.device)].float()
         return (self.share * own + (1 - self.share) * others).round().to(torch.uint8)
 
     def loss(self, of: Callable[[Tensor], Tensor], labels: Tensor) -> Tensor:
@@ -38,7 +39,8 @@ class Mixing:
         found = of(labels)
         if self.partners is None:
             return found
-        return self.share * found + (1 - self.share) * of(labels[self.partners])
+        others = labels[sent(self.partners, labels.device)]
+        return self.share * found + (1 - self.share) * of(others)
 
 
 def mixing(batch: Batch, alpha: float, groups: int = 1, *, of_class: bool = False) -> Mixing:
@@ -50,13 +52,13 @@ def mixing(batch: Batch, alpha: float, groups: int = 1, *, of_class: bool = Fals
     if alpha == 0:
         return Mixing()
     draws = np.random.default_rng([batch.seed, _DRAW])
-    size = len(batch.labels) // groups
+    size = len(batch.told) // groups
     if of_class:
-        labels = batch.labels.cpu().numpy().reshape(groups, size)
+        labels = batch.told.numpy().reshape(groups, size)
         rows = [group * size + _within(one, draws) for group, one in enumerate(labels)]
     else:
         rows = [group * size + draws.permutation(size) for group in range(groups)]
-    partners = torch.from_numpy(np.concatenate(rows)).to(batch.labels.device)
+    partners = torch.from_numpy(np.concatenate(rows))
     return Mixing(float(draws.beta(alpha, alpha)), partners)
 
 

@@ -25,6 +25,7 @@ from memtool.adapters.values import Recall
 from memtool.backbones.answering import by_length, trimmed
 from memtool.backbones.causal_lm import PAD, CausalLM
 from memtool.backbones.interface import Backbone
+from memtool.devices import sent
 from memtool.engine import Batch
 from memtool.heads import CosineHead, LinearClassifier, LinearHead, both_ways, over_seen_texts
 from memtool.learning.adapt import augmented, class_mask
@@ -65,6 +66,14 @@ class Objective(nn.Module, ABC):
     @abstractmethod
     def arrays(self, samples: Any) -> Arrays:
         """Samples as what batches are cut from: inputs (n, ...), and targets int64 (n,)."""
+
+    def narrowed(self, inputs: Tensor) -> Tensor:
+        """What becomes of the inputs of a batch before they leave the CPU."""
+        return inputs
+
+    def targets(self, batch: Batch) -> Tensor:
+        """What `loss` is given of a batch: on the CPU where shapes depend on the numbers."""
+        return batch.labels
 
     @abstractmethod
     def prepared(self, batch: Batch) -> Tensor:
@@ -262,10 +271,14 @@ class Known(OfImages):
             head = self.text.head(self.backbone, recall, told)
         return head(self.features(inputs, recall)).float()
 
+    def targets(self, batch: Batch) -> Tensor:
+        """The labels; where a text tower reads the prompts of a batch's classes on the CPU."""
+        return batch.labels if self.text is None else batch.told
+
     def loss(self, logits: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy; of a text tower's from images to texts and back."""
         if self.text is not None and self.work.config.head.texts == "seen":
-            return over_seen_texts(logits, targets, self.texts)
+            return over_seen_texts(logits, sent(targets, logits.device), self.texts)
         if self.text is not None:
             return both_ways(logits, targets)
         return super().loss(logits, inputs, targets)
@@ -321,9 +334,17 @@ class Answer(Objective):
         encoded = self.backbone.encode(samples.prompts, samples.answers)
         return encoded.tokens.numpy(), encoded.answers.numpy()
 
-    def prepared(self, batch: Batch) -> Tensor:
+    def narrowed(self, inputs: Tensor) -> Tensor:
         """Token ids (b, n), padded no more than they need."""
-        return trimmed(batch.inputs)
+        return trimmed(inputs)
+
+    def targets(self, batch: Batch) -> Tensor:
+        """The numbers of tokens of the answers (b,), on the CPU."""
+        return batch.told
+
+    def prepared(self, batch: Batch) -> Tensor:
+        """Token ids (b, n)."""
+        return batch.inputs
 
     def logits(self, inputs: Tensor, targets: Tensor | None, recall: Recall | None) -> Tensor:
         """Logits (answer tokens, vocabulary) of token ids (b, n) with answers (b,)."""

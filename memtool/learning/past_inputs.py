@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from memtool.adapters.layout import Layout
 from memtool.adapters.linear import Adapted
+from memtool.devices import exact
 from memtool.errors import ConfigError, CorruptError
 from memtool.memories.dual_gpm import DualGPM, Rule, spaces_from_bytes, spaces_to_bytes
 
@@ -54,7 +55,7 @@ class PastInputs:
             assert isinstance(module, Adapted)
             x = rows(module.tokens(arguments[0].detach())).float()
             with torch.autocast(x.device.type, enabled=False):
-                second = (x.mT @ x).cpu().double()
+                second = exact(x.mT @ x)
             moments[module.name] = moments.get(module.name, 0) + second
 
         adapted = [module for module in model.modules() if isinstance(module, Adapted)]

@@ -9,6 +9,8 @@ import torch
 from scipy.cluster.vq import kmeans2  # type: ignore[import-untyped]
 from torch import Tensor
 
+from memtool.devices import exact
+
 
 def clustered(vectors: Tensor, count: int, seed: int) -> Tensor:
     """The cluster (n,) of each of vectors (n, d), from 0; none of them is empty.
@@ -16,7 +18,7 @@ def clustered(vectors: Tensor, count: int, seed: int) -> Tensor:
     By k-means from a start that `seed` draws. There are fewer than `count` where not so many
     vectors differ.
     """
-    wide = vectors.double().cpu().numpy()
+    wide = exact(vectors).numpy()
     count = min(count, len(np.unique(wide, axis=0)))
     if count < 2:
         return torch.zeros(len(vectors), dtype=torch.int64)

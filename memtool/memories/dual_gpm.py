@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from memtool.devices import exact
 from memtool.errors import ConfigError, CorruptError, DataError, MismatchError
 from memtool.tensor_bytes import load_tensors
 
@@ -69,7 +70,7 @@ class DualGPM:
             raise MismatchError(
                 f"inputs of shape {tuple(inputs.shape)}", expected=f"(n, {self.width})"
             )
-        inputs = inputs.detach().to("cpu").double()
+        inputs = exact(inputs)
         self.update_moment(inputs.mT @ inputs, progress)
 
     def update_moment(self, second: Tensor, progress: float) -> None:
@@ -84,7 +85,7 @@ class DualGPM:
         moment C: of |C|², and of |(I − P) C|² for what is free. The first task then stays below
         the share, with one direction at least. Raises DataError for numbers that are not finite.
         """
-        second = second.detach().to("cpu").double()
+        second = exact(second)
         if second.shape != (self.width, self.width):
             raise MismatchError(
                 f"second moment of shape {tuple(second.shape)}",

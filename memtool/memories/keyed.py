@@ -10,26 +10,43 @@ that tells the ranks of an adapter apart (`decoder`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from memtool.devices import sent
 from memtool.errors import MismatchError
 from memtool.memories.decoder import RankDecoder
 from memtool.memories.hopfield import settled
 from memtool.memories.novelty import LIMIT, Reaches
 from memtool.memories.query import QueryModule
+from memtool.memories.search import LEAST_KEYS, SEARCHED, KeySearch
 from memtool.memories.separation import SeparationFunction, largest_shares, separation
 from memtool.memories.similarity import SimilarityFunction, over_memories, similarity
 from memtool.sections import MemorySettings
+
+
+class Answer(NamedTuple):
+    """What a memory recalls for a batch.
+
+    coefficients (batch, t); near (n,) adapters outside of which they are zero, ascending, or None:
+    perhaps nowhere; added (batch, places, t, rank) by the decoder to every rank, or None.
+    """
+
+    coefficients: Tensor
+    near: Tensor | None
+    added: Tensor | None
 
 
 class BlockMemory(nn.Module):
     """The memory of one block; its `keys` and its query module are what it learns.
 
     keys (t, m · d_k): m keys of every adapter, one after another. With `topk` only so
-    many adapters keep their coefficients, shares of one, scaled to sum to one again. With `reaches`
+    many adapters keep their coefficients, shares of one, scaled to sum to one again. `most` says
+    that the separation gives all but so many of the highest scores, and those equal to them, no
+    coefficient: then of many keys only the nearest are scored (`search`). `uncut` gives the
+    shares of all of which only the largest are kept. With `reaches`
     an input whose novelty is above `LIMIT` has no coefficient: it is left to the frozen model.
     `normed` divides every entry of the keys by its norm over all of them, at every look.
     Before its coefficients are read a query takes so many `steps` toward the mixture of the keys,
@@ -48,6 +65,8 @@ class BlockMemory(nn.Module):
         topk: int | None = None,
         reaches: Reaches | None = None,
         *,
+        most: int | None = None,
+        uncut: SeparationFunction | None = None,
         normed: bool = False,
         steps: int = 0,
         rate: float = 1.0,
@@ -66,12 +85,20 @@ class BlockMemory(nn.Module):
         self.similarity = similarity
         self.separation = separation
         self.topk = topk
+        self.most = most
+        self.uncut = uncut
         self.reaches = reaches
         self.normed = normed
         self.steps = steps
         self.rate = rate
         self.settles = separation if settles is None else settles
         self.decoder = None
+        self._searched: tuple[object, KeySearch] | None = None
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether few adapters have a coefficient for an input, and the others teach it nothing."""
+        return self.most is not None or self.topk is not None
 
     def scores(self, hidden: Tensor) -> Tensor:
         """Scores (batch, t · m) of hidden states (batch, tokens, dim)."""
@@ -81,39 +108,85 @@ class BlockMemory(nn.Module):
         """Coefficients (batch, t) of hidden states (batch, tokens, dim)."""
         return self.answer(self.query(hidden))
 
-    def read(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Coefficients (batch, t) of hidden states, and what the decoder adds to every rank of it.
-
-        (batch, places, t, rank); None without a decoder.
-        """
+    def read(self, hidden: Tensor) -> Answer:
+        """What hidden states (batch, tokens, dim) recall."""
         queries = self.query(hidden)
         added = None if self.decoder is None else self.decoder(queries[:, : self.query.dim])
-        return self.answer(queries), added
+        settled = self.settled(queries)
+        near = self._near(settled)
+        return Answer(self._shares(settled, near), near, added)
 
     def answer(self, queries: Tensor) -> Tensor:
         """Coefficients (batch, t) of queries (batch, d_k)."""
-        shares = self.separation(self._similar(self.settled(queries)))
-        if shares.shape[1] != len(self.keys):
-            shares = shares.unflatten(1, (len(self.keys), -1)).sum(dim=-1)
+        settled = self.settled(queries)
+        return self._shares(settled, self._near(settled))
+
+    def left_out(self, queries: Tensor) -> Tensor | None:
+        """The share (batch,) of the softmax of all that a cut leaves out, of queries (batch, d_k).
+
+        None where nothing is left out.
+        """
+        if self.uncut is None:
+            return None
+        settled = self.settled(queries)
+        shares = self._by_adapter(self.uncut(self._similar(settled)))
+        return 1 - (shares * (self.answer(queries) != 0)).sum(dim=1)
+
+    def _by_adapter(self, shares: Tensor) -> Tensor:
+        """Shares (batch, t · m) of keys added up by adapter (batch, t)."""
+        if shares.shape[1] == len(self.keys):
+            return shares
+        return shares.unflatten(1, (len(self.keys), -1)).sum(dim=-1)
+
+    def _near(self, queries: Tensor) -> Tensor | None:
+        """The adapters (n,), ascending, that may have a coefficient; None: all, or not searched."""
+        keys = self.keys
+        if (
+            self.most is None
+            or self.normed
+            or self.similarity not in SEARCHED
+            or len(keys) < LEAST_KEYS
+            or keys.shape[1] != self.query.width
+            or (keys.requires_grad and torch.is_grad_enabled())  # they change at every step
+            or keys.device.type != "cpu"  # which would be waited for; its product is fast enough
+            or torch.compiler.is_compiling()
+            or {keys.dtype, queries.dtype} != {torch.float32}
+        ):
+            return None
+        state = (keys.data_ptr(), keys.device, None if keys.is_inference() else keys._version)
+        if self._searched is None or self._searched[0] != state:
+            constant = self.query.bias
+            self._searched = (state, KeySearch(keys, self.similarity, constant=constant))
+        near = self._searched[1].near(queries, self.most)
+        return near if len(near) else None
+
+    def _shares(self, queries: Tensor, near: Tensor | None) -> Tensor:
+        """Coefficients (batch, t) of queries that settled, of the adapters that are near."""
+        if near is None:
+            shares = self.separation(self._similar(queries))
+        else:
+            some = self.separation(self.similarity(queries, self.asked_keys[near]))
+            shares = some.new_zeros(len(some), len(self.keys)).index_copy(1, near, some)
+        shares = self._by_adapter(shares)
         if self.topk is not None:
             shares = largest_shares(shares, self.topk)
         if self.reaches is not None:
             far = self.reaches(queries[None, :, : self.query.dim]) > LIMIT
-            shares = shares.masked_fill(far.unsqueeze(1), 0.0)
+            shares = shares.masked_fill(sent(far, shares.device).unsqueeze(1), 0.0)
         return shares
 
     def settled(self, queries: Tensor) -> Tensor:
         """Queries (batch, d_k) after the steps of this memory; without any as they are."""
         if not self.steps:
             return queries
-        dim, bias = self.query.dim, self.query.width - self.query.dim
+        dim = self.query.dim
         keys = self.asked_keys[:, :dim]
 
         def score(bare: Tensor) -> Tensor:
-            return self._similar(F.pad(bare, (0, bias), value=1.0))
+            return self._similar(self.query.whole(bare))
 
         bare = settled(queries[:, :dim], keys, score, self.settles, self.steps, self.rate)
-        return F.pad(bare, (0, bias), value=1.0)
+        return self.query.whole(bare)
 
     def _similar(self, queries: Tensor) -> Tensor:
         return self.similarity(queries, self.asked_keys)
@@ -177,17 +250,20 @@ class KeyedMemory(nn.Module):
         each: list[bool | nn.LayerNorm] = [settings.query_norm == "layer"] * len(blocks)
         if settings.query_norm == "block":
             each = [*norms]
-        cut = None
+        cut, most, uncut = None, None, None
         match settings.routing:
             case "mixture":
                 score, name = similarity(settings.similarity), settings.separation
+                if name == "topk":
+                    uncut = separation("softmax", beta=settings.beta)
                 if name == "topk" and settings.keys_of == "class":
                     name, cut = "softmax", settings.topk
+                most = {"topk": settings.topk, "max": 1}.get(name)
                 separate = separation(name, beta=settings.beta, topk=settings.topk)
             case "lda":
-                score, separate = similarity("scaled-dot"), separation("max")
+                score, separate, most = similarity("scaled-dot"), separation("max"), 1
             case "prototype":
-                score, separate = similarity("euclidean"), separation("max")
+                score, separate, most = similarity("euclidean"), separation("max"), 1
         return cls(
             blocks,
             [
@@ -206,6 +282,8 @@ class KeyedMemory(nn.Module):
                     score,
                     separate,
                     cut,
+                    most=most,
+                    uncut=uncut,
                     normed=settings.key_norm == "memories",
                     steps=settings.read_steps if settings.read == "energy" else 0,
                     rate=settings.read_rate,
@@ -228,7 +306,7 @@ class KeyedMemory(nn.Module):
         """Coefficients (batch, t) of a block for its input (batch, tokens, dim)."""
         return self[block].coefficients(hidden)
 
-    def read(self, block: int, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+    def read(self, block: int, hidden: Tensor) -> Answer:
         """As `BlockMemory.read`, of a block for its input (batch, tokens, dim)."""
         return self[block].read(hidden)
 

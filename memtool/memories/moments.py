@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from memtool.devices import exact
 from memtool.errors import ConfigError, CorruptError, DataError, MismatchError
 from memtool.tensor_bytes import read_tensors
 
@@ -72,7 +73,7 @@ class Moments:
         Raises MismatchError for shapes or labels that do not fit, DataError for numbers that are
         not finite; nothing is counted then.
         """
-        vectors = vectors.detach().to("cpu").double()
+        vectors = exact(vectors)
         labels = labels.detach().to("cpu")
         fits = vectors.ndim == 3 and vectors.shape[::2] == (self.groups, self.dim)
         if not fits or labels.shape != vectors.shape[1:2]:

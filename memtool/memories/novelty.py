@@ -8,11 +8,13 @@ input is its distance in parts of the reach of the task that is nearest; no imag
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from memtool.devices import exact
 from memtool.memories.moments import Moments
 
 LIMIT = 1.0
@@ -40,7 +42,7 @@ def reach(task: Moments, vectors: Tensor, labels: Tensor) -> Tensor | None:
     if factor is None or bool((counts < 2).all()):
         return None
     alone = counts > 1
-    away = (vectors.cpu().double() - task.means()[:, labels])[:, alone] @ factor
+    away = (exact(vectors) - task.means()[:, labels])[:, alone] @ factor
     size = counts[alone] / (counts[alone] - 1)
     squared = away.square().sum(dim=-1)
     # What a vector adds to the covariance, taken out again (Sherman and Morrison).
@@ -54,7 +56,8 @@ class Reaches(nn.Module):
     """How far tasks reach, ready to be asked: `forward(vectors)` is the novelty of vectors.
 
     For every task what makes its covariance the identity (groups, dim, dim), its class means under
-    that (groups, classes, dim) and its reach (groups,), all float64.
+    that (groups, classes, dim) and its reach (groups,), all float64: they stay on the CPU wherever
+    the module goes, and what is asked comes to them.
     """
 
     def __init__(self, factors: Sequence[Tensor], means: Sequence[Tensor], reach: Tensor) -> None:
@@ -80,13 +83,18 @@ class Reaches(nn.Module):
         return cls(factors, means, reach)
 
     def forward(self, vectors: Tensor) -> Tensor:
-        """The novelty (n,), float64, of vectors (groups, n, dim)."""
-        vectors = vectors.double()
+        """The novelty (n,), float64 and on the CPU, of vectors (groups, n, dim) of any device."""
+        vectors = exact(vectors)
         nearest = []
         for factor, means, reach in zip(self.factors, self.means, self.reach, strict=True):
             away = _distances(vectors @ factor.double(), means.double()).amin(dim=-1)
             nearest.append(away / reach.double().unsqueeze(-1))
         return torch.stack(nearest).amin(dim=0).square().mean(dim=0).sqrt()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Stay on the CPU, in float64."""
+        del fn, recurse
+        return self
 
 
 def _distances(vectors: Tensor, means: Tensor) -> Tensor:
@@ -101,7 +109,7 @@ def novelty(vectors: Tensor, tasks: Sequence[Moments]) -> Tensor | None:
     nearest to it. None where a task has no reach, or there is no task.
     """
     reaches = Reaches.of(tasks)
-    return None if reaches is None else reaches(vectors.detach().cpu())
+    return None if reaches is None else reaches(vectors)
 
 
 def _whitening(task: Moments) -> Tensor | None:

@@ -158,8 +158,11 @@ class QueryModule(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Queries (batch, width) of hidden states (batch, tokens, dim), or of pooled ones."""
-        query = self.bare(hidden)
-        return F.pad(query, (0, 1), value=1.0) if self.bias else query
+        return self.whole(self.bare(hidden))
+
+    def whole(self, bare: Tensor) -> Tensor:
+        """Queries (batch, width) of those without the constant, (batch, dim)."""
+        return F.pad(bare, (0, 1), value=1.0) if self.bias else bare
 
 
 class _Residual(nn.Module):

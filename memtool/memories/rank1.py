@@ -18,12 +18,14 @@ from memtool.adapters.atoms import (
     AtomBank,
     AtomGate,
     ModuleAtoms,
+    Owners,
     ScoreNorm,
     activations,
     add_atoms,
 )
 from memtool.adapters.layout import Layout, Site, sites_in_block_order
 from memtool.adapters.mixing import Mixture
+from memtool.devices import sent
 from memtool.errors import MismatchError, NotFoundError, did_you_mean
 
 __all__ = [
@@ -36,6 +38,9 @@ __all__ = [
     "add_atoms",
     "init_atoms",
 ]
+
+_PARTS = ("keys", "values", "scaling", "owner")
+"""Of a bank, what is a buffer for every site."""
 
 
 def init_atoms(
@@ -71,6 +76,9 @@ class Rank1Memory(nn.Module):
         super().__init__()
         self.sites = sites_in_block_order(sites)
         self._places = {site.name: place for place, site in enumerate(self.sites)}
+        # The owners of the atoms of every site, and how many they are, on the CPU.
+        self._owners: list[list[int]] = [[] for _ in self.sites]
+        self._counts = [0] * len(self.sites)
         if len(self._places) != len(self.sites) or not self.sites:
             raise MismatchError(
                 f"{len(self.sites)} sites, {len(self._places)} of them different",
@@ -91,6 +99,7 @@ class Rank1Memory(nn.Module):
                     torch.empty(0),
                     torch.empty(0, dtype=torch.int64),
                 ),
+                [],
             )
         self.fresh_keys = nn.ParameterList()
         self.fresh_values = nn.ParameterList()
@@ -129,7 +138,7 @@ class Rank1Memory(nn.Module):
                 expected=f"({layout.numel},): {rank} at each of {len(self.sites)} sites",
                 remedy="atoms made for this backbone",
             )
-        if any(bool((self.bank(site.name).owner == owner).any()) for site in self.sites):
+        if any(owner in owners for owners in self._owners):
             raise MismatchError(f"task {owner} has atoms already", expected="a new task")
         self.freeze()
         tensors = layout.unflatten(flat.detach())
@@ -140,7 +149,8 @@ class Rank1Memory(nn.Module):
             values = tensors[b.name].t().clone(memory_format=contiguous)
             self.fresh_values.append(nn.Parameter(values))
         self.fresh_owner, self.fresh_scaling = owner, scaling
-        self._frozen_blocks = {}
+        for place, owners in enumerate(self._owners):
+            self._own(place, [*owners, *[owner] * rank], flat.device)
 
     def append(self, name: str, bank: AtomBank) -> None:
         """Add frozen atoms to the bank of one site, behind those that are there.
@@ -153,8 +163,9 @@ class Rank1Memory(nn.Module):
         place = self._place(name)
         site, old = self.sites[place], self.bank(name)
         ModuleAtoms((site,), (bank,))  # refuses a bank of another width
+        mine = bank.owner.tolist()
         if not len(old):
-            self._keep(place, bank)
+            self._keep(place, bank, mine)
             return
         self._keep(
             place,
@@ -164,6 +175,7 @@ class Rank1Memory(nn.Module):
                 torch.cat((old.scaling, bank.scaling.to(old.scaling))),
                 torch.cat((old.owner, bank.owner.to(old.owner))),
             ),
+            [*self._owners[place], *mine],
         )
 
     def freeze(self) -> None:
@@ -174,7 +186,7 @@ class Rank1Memory(nn.Module):
         self.fresh_keys, self.fresh_values = nn.ParameterList(), nn.ParameterList()
         self.fresh_owner = None
         for place, bank in enumerate(banks):
-            self._keep(place, bank)
+            self._keep(place, bank, self._owners[place])
 
     def fresh(self) -> Tensor:
         """The atoms that learn as a flat value (numel,) in the layout of their rank, detached.
@@ -194,11 +206,12 @@ class Rank1Memory(nn.Module):
     def bank(self, name: str) -> AtomBank:
         """All atoms of a site, those that learn last. Raises NotFoundError for another name."""
         place = self._place(name)
-        keys, values, scaling, owner = (
-            getattr(self, f"{part}_{place}") for part in ("keys", "values", "scaling", "owner")
+        keys, values, scaling, owner, tasks = (
+            getattr(self, f"{part}_{place}") for part in (*_PARTS, "tasks")
         )
+        owners = Owners(tasks, self._counts[place])
         if self.fresh_owner is None:
-            return AtomBank(keys, values, scaling, owner)
+            return AtomBank(keys, values, scaling, owner, owners=owners)
         rank = self.fresh_rank
         new_keys, new_values = self.fresh_keys[place], self.fresh_values[place]
         return AtomBank(
@@ -207,6 +220,7 @@ class Rank1Memory(nn.Module):
             torch.cat((scaling, scaling.new_full((rank,), self.fresh_scaling))).to(new_keys.device),
             torch.cat((owner, owner.new_full((rank,), self.fresh_owner))).to(new_keys.device),
             fresh=rank,
+            owners=owners,
         )
 
     def block(self, block: int) -> Mapping[str, ModuleAtoms]:
@@ -259,10 +273,17 @@ class Rank1Memory(nn.Module):
             )
         return self._places[name]
 
-    def _keep(self, place: int, bank: AtomBank) -> None:
-        for part in ("keys", "values", "scaling", "owner"):
+    def _keep(self, place: int, bank: AtomBank, owners: list[int]) -> None:
+        for part in _PARTS:
             tensor = getattr(bank, part).detach()
             self.register_buffer(f"{part}_{place}", tensor, persistent=False)
+        self._own(place, owners, bank.keys.device)
+
+    def _own(self, place: int, owners: list[int], device: torch.device) -> None:
+        """Say whose the atoms of a site are, those that learn last."""
+        found = Owners.of(torch.tensor(owners, dtype=torch.int64))
+        self._owners[place], self._counts[place] = owners, found.count
+        self.register_buffer(f"tasks_{place}", sent(found.tasks, device), persistent=False)
         self._frozen_blocks = {}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

@@ -206,7 +206,7 @@ def _of_others(name: str, function: SeparationFunction, scores: Tensor) -> Tenso
             expected="a tensor of one coefficient for every score",
         )
     strange = ~found.isfinite() & scores.isfinite().all(dim=-1, keepdim=True)
-    if not torch.compiler.is_exporting() and bool(strange.any()):
+    if not torch.compiler.is_compiling() and bool(strange.any()):
         raise MismatchError(
             f"separation {name} gave numbers that are not finite", expected="finite numbers"
         )

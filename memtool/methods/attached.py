@@ -38,8 +38,8 @@ class Output:
     logits (n, classes), whose softmax are the probabilities (n, classes): scores of one head, or
     the logarithm of what several heads say together; -inf for classes that no head saw. weights (n,
     adapters): the share of every adapter, mean over blocks; atoms that fell below the threshold
-    leave less than one in all. novelty (n,): how far the input lies from all that was learned, NaN
-    where the memory cannot tell; unlike (n,) where it is beyond.
+    leave less than one in all. novelty (n,), on the CPU: how far the input lies from all that was
+    learned, NaN where the memory cannot tell; unlike (n,) where it is beyond.
     """
 
     logits: Tensor
@@ -260,13 +260,13 @@ def require_texts(prompts: Sequence[str]) -> None:
 
 
 def unknown(features: Tensor) -> Tensor:
-    """The novelty (n,) of inputs where a memory cannot tell."""
-    return features.new_full((features.shape[0],), torch.nan, dtype=torch.float64)
+    """The novelty (n,) of inputs where a memory cannot tell; float64, on the CPU."""
+    return torch.full((features.shape[0],), torch.nan, dtype=torch.float64)
 
 
 def finite(novelty: Tensor, features: Tensor) -> Tensor:
     """The novelty (n,), infinite where an input has numbers that are none."""
-    return novelty.masked_fill(~features.isfinite().all(dim=-1), torch.inf)
+    return novelty.masked_fill(~features.isfinite().all(dim=-1).to(novelty.device), torch.inf)
 
 
 class TaskOf(nn.Module):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import memtool_stores
+from memtool.devices import exact
 from memtool.evaluation.inside import (
     EXAMPLE_LETTERS,
     Curve,
@@ -41,7 +42,7 @@ def recalled(
     they were taken for: of every task one that was wrong, where there is one, and some that were
     right.
     """
-    arrays = [each.double().cpu().numpy() for each in weights]
+    arrays = [exact(each).numpy() for each in weights]
     names = [task.name for task in tasks]
     map_ = Recalled.of(arrays, names, adapters, blocks=blocks, what=what)
     each_task = max(1, min(4, MOST_EXAMPLES // len(tasks)))

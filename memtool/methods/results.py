@@ -179,7 +179,8 @@ class RetrieveResult(Result):
 
     `blocks[l]` are the coefficients at memory l, averaged over the samples, adapters in the order
     of `adapters`; `block_numbers` says at which block each memory looks. `novelty` and `unlike` are
-    those of a `Prediction`, for a prompt.
+    those of a `Prediction`, for a prompt. `left_out` is the share of adapters that separation topk
+    leaves out, of the softmax of all: a mean over samples and memories.
     """
 
     schema_: Literal["memtool.retrieve"] = Field("memtool.retrieve", alias="schema")
@@ -197,6 +198,7 @@ class RetrieveResult(Result):
     loss: float | None = None
     novelty: float | None = None
     unlike: bool | None = None
+    left_out: float | None = None
     out: Path | None = None
 
     def _repr_html_(self) -> str:

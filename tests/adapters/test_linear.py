@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from memtool.adapters.layout import Layout, Site
 from memtool.adapters.linear import AdaptedLinear
 from memtool.adapters.mixing import Mixture
+from memtool.adapters.picks import Picks
 from memtool.adapters.values import AdapterValues, BlockValues, Recall
 from memtool.errors import MismatchError
 
@@ -32,6 +33,7 @@ MIXTURES: dict[str, Choose] = {
     "whole": lambda block, _: Mixture.whole(block),
     "grouped": lambda block, _: Mixture.grouped(block),
     "chosen": lambda block, x: Mixture.chosen(block, torch.arange(len(x)) % ADAPTERS),
+    "picked": lambda block, x: Mixture.weighted(block, score(x).mean(1)[:, :2], picks=two(x)),
     "delta": lambda block, x: Mixture.weighted(block, score(x).mean(1), "delta"),
     "params": lambda block, x: Mixture.weighted(block, score(x).mean(1), "params"),
     "delta per token": lambda block, x: Mixture.weighted(block, score(x), "delta"),
@@ -41,6 +43,12 @@ MIXTURES: dict[str, Choose] = {
 
 def score(x: Tensor) -> Tensor:
     return torch.softmax(x[..., :ADAPTERS].float(), dim=-1)
+
+
+def two(x: Tensor) -> Picks:
+    """Two neighbours for every sample."""
+    places = torch.arange(len(x)).unsqueeze(1) + torch.arange(2)
+    return Picks(places % ADAPTERS, torch.arange(ADAPTERS))
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import pytest
 import torch
@@ -16,14 +16,17 @@ from torch import Tensor
 from memtool.adapters import mixing
 from memtool.adapters.layout import Layout, Site
 from memtool.adapters.mixing import Mix, Mixture
+from memtool.adapters.picks import Picks
 from memtool.adapters.values import AdapterValues, BlockValues
 from memtool.errors import MismatchError
 
 MODULE = "blocks.0.attn.qkv"
-Kind = Literal["whole", "grouped", "chosen", "weighted", "ranked", "per token"]
-KINDS: tuple[Kind, ...] = ("whole", "grouped", "chosen", "weighted", "ranked", "per token")
+Kind = Literal["whole", "grouped", "chosen", "picked", "weighted", "ranked", "per token"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 MIXES: tuple[Mix, ...] = ("delta", "params")
-Kernel = Literal["dense", "formed", "mixed", "folded", "gathered"]
+Kernel = Literal["dense", "formed", "mixed", "folded", "gathered", "blended"]
+PICKED = 2
+"""Adapters that a sample of kind picked uses; perhaps one of them twice."""
 
 
 @dataclass
@@ -39,6 +42,8 @@ class Case:
     mix: Mix
     coefficients: Tensor
     index: Tensor
+    picks: Tensor
+    told_used: bool
 
     def values(self) -> AdapterValues:
         return AdapterValues.from_flat(self.flat, self.layout, self.scaling, trainable=True)
@@ -51,6 +56,9 @@ class Case:
                 return Mixture.grouped(block)
             case "chosen":
                 return Mixture.chosen(block, self.index)
+            case "picked":
+                used = self.picks.unique() if self.told_used else None
+                return Mixture.weighted(block, coefficients, self.mix, Picks(self.picks, used))
             case "ranked":
                 return Mixture.ranked(block, coefficients)
             case _:
@@ -88,6 +96,7 @@ def make(
     lead = (batch,) if tokens is None else (batch, tokens)
     own = lead if kind == "per token" else (batch,)
     each = (adapters, rank) if kind == "ranked" else (adapters,)
+    each = (PICKED,) if kind == "picked" else each
     return Case(
         layout,
         randn(adapters, layout.numel),
@@ -98,6 +107,8 @@ def make(
         "delta" if kind == "ranked" else mix,
         randn(*own, *each),
         torch.randint(adapters, (batch,), generator=generator),
+        torch.randint(adapters, (batch, PICKED), generator=generator),
+        told_used=bool(seed % 2),
     )
 
 
@@ -117,6 +128,9 @@ def oracle(case: Case, flat: Tensor, x: Tensor, y: Tensor, coefficients: Tensor)
                     weights = F.one_hot(torch.tensor(sample // (len(x) // count)), count)
                 case "chosen":
                     weights = F.one_hot(case.index[sample], count)
+                case "picked":
+                    zeros = torch.zeros(count, dtype=x.dtype)
+                    weights = zeros.index_add(0, case.picks[sample], coefficients[sample])
                 case "weighted" | "ranked":
                     weights = coefficients[sample]
                 case "per token":
@@ -225,7 +239,7 @@ def force(monkeypatch: pytest.MonkeyPatch) -> Callable[[Kernel], None]:
 
     def force_kernel(kernel: Kernel) -> None:
         costs = mixing.Costs(*(0.0 if name == kernel else 1.0 for name in mixing.Costs._fields))
-        monkeypatch.setattr(mixing, "costs", lambda x, values: costs)
+        monkeypatch.setattr(mixing, "costs", lambda *_: costs)
 
     return force_kernel
 
@@ -237,6 +251,12 @@ def force(monkeypatch: pytest.MonkeyPatch) -> Callable[[Kernel], None]:
     [
         ("chosen", "delta", "dense"),
         ("chosen", "delta", "gathered"),
+        ("picked", "delta", "dense"),
+        ("picked", "delta", "formed"),
+        ("picked", "delta", "gathered"),
+        ("picked", "params", "mixed"),
+        ("picked", "params", "folded"),
+        ("picked", "params", "blended"),
         ("weighted", "delta", "dense"),
         ("weighted", "delta", "formed"),
         ("ranked", "delta", "dense"),
@@ -271,6 +291,54 @@ def test_shapes_choose_the_kernel() -> None:
     assert cheapest(20, 1, 768, {"mixed", "folded"}) == "folded"
     assert cheapest(50, 197, 768, {"dense", "gathered"}) == "gathered"
     assert cheapest(4, 1, 768, {"dense", "gathered"}) == "dense"
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("among", [None, [0, 2, 3, 5, 6]])
+def test_what_is_picked_of_sparse_coefficients_is_the_dense_mixture(
+    mix: Mix, among: list[int] | None
+) -> None:
+    case = make("weighted", mix, batch=4, adapters=7)
+    kept = torch.zeros(4, 7, dtype=torch.bool)
+    kept[0, [2, 5]] = kept[1, [0, 2, 6]] = kept[3, 5] = True  # of the third sample nothing
+    coefficients = (case.coefficients * kept).requires_grad_()
+    block = case.values().block(0)
+    assert block is not None
+    places = None if among is None else torch.tensor(among)
+    weights, picks = Picks.of(coefficients, places)
+    assert picks.used is not None
+    assert picks.used.tolist() == [0, 2, 5, 6]
+    assert weights.shape == picks.index.shape == (4, 3)
+    got = Mixture.weighted(block, weights, mix, picks)
+    expected = Mixture.weighted(block, coefficients, mix)
+    found, slopes = [], []
+    for mixture in (got, got.dense(), expected):
+        found.append(mixture.add_to(case.y, case.x, MODULE))
+        (slope,) = torch.autograd.grad(found[-1].square().sum(), coefficients, retain_graph=True)
+        slopes.append(slope * kept)
+    for one, slope in zip(found[:2], slopes[:2], strict=True):
+        torch.testing.assert_close(one, found[2], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(slope, slopes[2], rtol=1e-9, atol=1e-9)
+
+
+def test_nothing_is_picked_where_all_coefficients_are_zero() -> None:
+    weights, picks = Picks.of(torch.zeros(3, 5))
+    assert weights.tolist() == [[0.0]] * 3
+    assert picks.index.tolist() == [[0]] * 3
+
+
+@pytest.mark.parametrize("kernel", ["dense", "gathered"])
+def test_adapters_that_are_not_picked_are_not_touched(
+    force: Callable[[Kernel], None], kernel: Kernel
+) -> None:
+    force(kernel)
+    case = make("picked", adapters=6, batch=2)
+    case.flat[[0, 2, 4]] = torch.nan
+    block = case.values().block(0)
+    assert block is not None
+    picks = Picks(torch.tensor([[1, 3], [5, 1]]), torch.tensor([1, 3, 5]))
+    mixture = Mixture.weighted(block, case.coefficients, "delta", picks)
+    assert mixture.add_to(case.y, case.x, MODULE).isfinite().all()
 
 
 def add(case: Case, coefficients: Tensor, mix: Mix, x: Tensor | None = None) -> Tensor:
@@ -442,7 +510,7 @@ def test_an_empty_batch_stays_empty(kind: Kind, mix: Mix) -> None:
     case = make(kind, mix)
     block = case.values().block(0)
     assert block is not None
-    case.index = case.index[:0]
+    case.index, case.picks = case.index[:0], case.picks[:0]
     mixture = case.mixture(block, case.coefficients[:0])
     assert mixture.add_to(case.y[:0], case.x[:0], MODULE).shape == (0, *case.y.shape[1:])
 
@@ -470,6 +538,10 @@ def test_wrong_shapes_are_refused() -> None:
         Mixture.chosen(block, torch.tensor([0, 3]))
     with pytest.raises(MismatchError, match="-1 to 0"):
         Mixture.chosen(block, torch.tensor([0, -1]))
+    with pytest.raises(MismatchError, match="one for each adapter that is picked"):
+        Mixture.weighted(block, case.coefficients, picks=Picks(torch.zeros(4, 2).long()))
+    with pytest.raises(MismatchError, match="0 to 3"):
+        Mixture.weighted(block, case.coefficients[:, :1], picks=Picks(torch.arange(4)[:, None]))
     with pytest.raises(MismatchError, match="groups"):
         Mixture.grouped(block).add_to(y, x, MODULE)
 
@@ -486,3 +558,18 @@ def test_wrong_shapes_are_refused() -> None:
     per_token = Mixture.weighted(block, case.coefficients.unsqueeze(1).expand(-1, 3, -1))
     with pytest.raises(MismatchError, match="tokens"):
         per_token.add_to(y, x, MODULE)
+
+
+@pytest.mark.parametrize("kernel", ["dense", "gathered"])
+def test_windows_of_a_sample_use_its_adapters(
+    force: Callable[[Kernel], None], kernel: Kernel
+) -> None:
+    force(kernel)
+    case = make("picked", batch=3, adapters=5, tokens=4)
+    block = case.values().block(0)
+    assert block is not None
+    mixture = case.mixture(block, case.coefficients)
+    wanted = mixture.add_to(case.y, case.x, MODULE)
+    halves = case.y.unflatten(1, (2, 2)).flatten(0, 1), case.x.unflatten(1, (2, 2)).flatten(0, 1)
+    found = mixture.over(6, MODULE).add_to(*halves, MODULE)
+    torch.testing.assert_close(found.unflatten(0, (3, 2)).flatten(1, 2), wanted)

@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from memtool.adapters import mixing
 from memtool.adapters.layout import Layout
+from memtool.adapters.mixing import Mix, Mixture
 from memtool.adapters.peft_files import (
     WEIGHTS_NAME,
     parse_peft,
@@ -20,7 +22,8 @@ from memtool.adapters.peft_files import (
     restore_peft,
     write_peft,
 )
-from memtool.adapters.recalls import every
+from memtool.adapters.picks import Picks
+from memtool.adapters.recalls import every, given_for_each
 from memtool.adapters.stock import OneAdapter, mixed, united
 from memtool.adapters.values import AdapterValues
 from memtool.backbones.as_written import AsWritten
@@ -115,6 +118,33 @@ def test_what_is_written_peft_computes_alike_and_comes_back_whole(
     assert torch.equal(back.value, flat)
     again = restore_peft(tmp_path / "again", back)
     assert (again / WEIGHTS_NAME).read_bytes() == (folder / WEIGHTS_NAME).read_bytes()
+
+
+@pytest.mark.parametrize("mix", ["delta", "params"])
+@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize("kernel", ["dense", "mixed", "gathered", "blended"])
+def test_few_adapters_of_each_image_are_the_dense_mixture(
+    mix: Mix, told: bool, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = wrapped()
+    layout = Layout(backbone.all_sites, 4)
+    flat = torch.stack([value(layout) * factor for factor in (1.0, -0.5, 0.3, 2.0, 0.7)])
+    values = AdapterValues.from_flat(flat, layout, 0.5)
+    index = torch.tensor([[4, 1], [1, 0], [4, 0]])
+    weights = torch.tensor([[0.7, 0.3], [1.0, 0.0], [0.5, -0.2]], dtype=torch.float64)
+    dense = torch.zeros(3, 5, dtype=torch.float64).scatter(1, index, weights)
+    wanted = backbone.features(pixels(), given_for_each(values, dense.unsqueeze(1), mix))
+    costs = mixing.Costs(*(float(name != kernel) for name in mixing.Costs._fields))
+    monkeypatch.setattr(mixing, "costs", lambda *_: costs)
+    picks = Picks(index, index.unique() if told else None)
+
+    def recall(block: int, hidden: Tensor) -> Mixture | None:
+        del hidden
+        here = values.block(block)
+        return None if here is None else Mixture.weighted(here, weights, mix, picks)
+
+    found = backbone.features(pixels(), recall)
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
 
 
 def test_shapes_are_those_of_peft(tmp_path: Path) -> None:

@@ -99,3 +99,25 @@ def test_bad_input():
         RecalledHead.of_tasks(heads(2), [0, 2])
     with pytest.raises(CorruptError, match="here is no safetensors file"):
         RecalledHead.from_bytes(b"nothing", "here")
+
+
+@pytest.mark.parametrize("allowed", [None, (0, 2)])
+def test_heads_without_a_weight_are_not_computed(allowed):
+    made = heads(5)
+    owners = [0, 1, 1, 2, 3, 4]
+    coefficients = torch.zeros(4, 6)
+    coefficients[[0, 1, 3], [2, 4, 1]] = torch.tensor([1.0, 0.7, -0.3])
+    features = torch.randn(4, 5, generator=torch.Generator().manual_seed(4))
+    whole = RecalledHead.of_tasks(made, owners)
+    learned = coefficients.clone().requires_grad_()  # a weight of zero has a slope
+    wanted = whole(features, learned, allowed), whole.log_probabilities(features, learned, allowed)
+    broken = RecalledHead.of_tasks(made, owners)
+    broken.weight[[0, 2, 4]] = torch.nan
+    found = (
+        broken(features, coefficients, allowed),
+        broken.log_probabilities(features, coefficients, allowed),
+    )
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other.detach())
+    wanted[0].square().sum().backward()
+    assert (learned.grad != 0).all(dim=1).any()

@@ -177,7 +177,7 @@ class Reading(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         found = []
         for block in self.memory.blocks:
-            scores, (_, added) = self.memory.scores(block, hidden), self.memory.read(block, hidden)
+            scores, added = self.memory.scores(block, hidden), self.memory.read(block, hidden).added
             found.append(scores[:, None, :, None] + added)
         return torch.stack(found)
 

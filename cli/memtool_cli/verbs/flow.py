@@ -55,6 +55,9 @@ if TYPE_CHECKING:
 
 app = Verbs()
 
+MOST_SHOWN = 100
+"""Adapters of a mixture that are all shown, recalled or not."""
+
 
 @app.command(
     "train-adapter",
@@ -296,7 +299,11 @@ def _after(call: Call) -> str:
 
 
 def _show_mixture(call: Call, result: RetrieveResult) -> None:
-    best = sorted(result.adapters, key=lambda adapter: -abs(adapter.coefficient))
+    shown = [*range(len(result.adapters))]
+    if len(shown) > MOST_SHOWN:  # of so many only those that are recalled
+        shown = [place for place in shown if any(block[place] for block in result.blocks)]
+    named = [result.adapters[place] for place in shown]
+    best = sorted(named, key=lambda adapter: -abs(adapter.coefficient))
     mixture = Table(
         ("adapter", "task", "coefficient"),
         [(a.name, a.task, f"{a.coefficient:.3f}") for a in best],
@@ -304,12 +311,12 @@ def _show_mixture(call: Call, result: RetrieveResult) -> None:
         f"version {result.version}",
     )
     blocks = Table(
-        ("block", *(adapter.name for adapter in result.adapters)),
+        ("block", *(adapter.name for adapter in named)),
         [
             (
                 # One look of a language model is behind its last block, and for all of them.
                 "all" if call.reads_texts and len(result.blocks) == 1 else number,
-                *(f"{coefficient:.3f}" for coefficient in block),
+                *(f"{block[place]:.3f}" for place in shown),
             )
             for number, block in zip(result.block_numbers, result.blocks, strict=True)
         ],
@@ -321,6 +328,9 @@ def _show_mixture(call: Call, result: RetrieveResult) -> None:
         call.out.note(unlike(result.novelty, "prompts"))
     if result.accuracy is not None:
         call.out.note(f"accuracy on {result.samples} samples: {percent(result.accuracy)}")
+    if result.left_out is not None:
+        left = percent(result.left_out)
+        call.out.note(f"separation topk leaves out {left} of the softmax of all adapters")
     if result.loss is not None:
         call.out.note(f"loss on {result.samples} texts: {result.loss:.3f} nats per answer token")
     if result.out is not None:

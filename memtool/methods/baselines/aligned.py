@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from memtool.devices import exact
 from memtool.heads import LinearClassifier
 
 EPSILON = 1e-4
@@ -35,7 +36,7 @@ class Gaussian:
     @classmethod
     def of(cls, features: Tensor) -> Gaussian:
         """That of features (n, dim), n at least 1."""
-        rows = features.double().cpu()
+        rows = exact(features)
         mean = rows.mean(dim=0)
         centred = rows - mean
         covariance = centred.t() @ centred / max(1, len(rows) - 1)

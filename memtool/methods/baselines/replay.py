@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from memtool.devices import sent
 from memtool.engine import Batch
 from memtool.learning.adapt import class_mask
 from memtool.learning.learner import Learner
@@ -103,10 +104,10 @@ class Er(Learner):
         rows = torch.randint(len(targets), (count,), generator=self._draws)
         seed = int(torch.randint(2**62, (1,), generator=self._draws))
         device = self.work.engine.device
-        wanted = torch.from_numpy(targets[rows.numpy()]).to(device)
-        chosen = torch.from_numpy(inputs[rows.numpy()]).to(device)
-        batch = Batch(chosen, wanted, torch.ones(count, device=device), seed)
-        return rows, self.objective.prepared(batch), wanted
+        told = torch.from_numpy(targets[rows.numpy()])
+        chosen = sent(self.objective.narrowed(torch.from_numpy(inputs[rows.numpy()])), device)
+        batch = Batch(chosen, sent(told, device), torch.ones(count, device=device), seed, told=told)
+        return rows, self.objective.prepared(batch), self.objective.targets(batch)
 
     def replayed(self, count: int) -> Tensor:
         """The loss of so many of the buffer, among all classes so far."""
@@ -115,7 +116,7 @@ class Er(Learner):
         if self.objective.of_texts:
             found: Tensor = self.objective.loss(logits, inputs, targets)
             return found
-        return F.cross_entropy(logits + self._mask, targets)
+        return F.cross_entropy(logits + self._mask, sent(targets, logits.device))
 
     def penalty(self, inputs: Tensor, targets: Tensor, logits: Tensor) -> Tensor:
         """The loss of as many of the buffer; zero while it is empty."""

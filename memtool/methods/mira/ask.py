@@ -7,12 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from memtool.devices import sent
+
 
 def joined(keys: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Keys (memories, m, d + 1) of every task as one tensor, and the task (k,) of each of them."""
-    sizes = torch.tensor([one.shape[1] for one in keys], device=keys[0].device)
-    owners = torch.arange(len(keys), device=keys[0].device).repeat_interleave(sizes)
-    return torch.cat([*keys], dim=1), owners
+    sizes = torch.tensor([one.shape[1] for one in keys])
+    owners = torch.arange(len(keys)).repeat_interleave(sizes)
+    return torch.cat([*keys], dim=1), sent(owners, keys[0].device)
 
 
 def added_up(shares: Tensor, owners: Tensor, tasks: int) -> Tensor:

@@ -162,8 +162,9 @@ class ImageLook(nn.Module):
         whole: bool,
     ) -> dict[str, Tensor]:
         """The places of one pass, by name: hidden states (b, n, dim), and the features (b, dim)."""
-        wanted = self.blocks if places else set[int]()
-        recall, seen = self._recall(under), dict[str, Tensor]()
+        wanted = self.blocks if places else ()
+        recall = self._recall(under)
+        seen: dict[str, Tensor] = {}
 
         def keep(block: int, hidden: Tensor) -> Mixture | None:
             if block in wanted:

@@ -20,7 +20,7 @@ from memtool.engine import Engine
 from memtool.errors import ConfigError, NotFoundError
 from memtool.evaluation.course import Course
 from memtool.evaluation.matrix import AccuracyMatrix
-from memtool.evaluation.metrics import coefficient_drift, floor_met
+from memtool.evaluation.metrics import coefficient_drift, floor_met, mean_share
 from memtool.evaluation.record import Kind, Row
 from memtool.heads import LinearClassifier, RecalledHead, solve_head
 from memtool.memories.keyed import BlockMemory, KeyedMemory
@@ -45,7 +45,8 @@ class Scores:
     accuracy: one a task; task_accuracy: share of samples whose task was inferred right;
     coefficients: (samples, memories, t) of every task, float32 on the CPU; ms_per_input: of
     inference, in the batches of the engine; floored: samples that met the floor of separation
-    normalised in a block or more, None under another.
+    normalised in a block or more, None under another; left_out: of the softmax of all adapters, the
+    mean share that separation topk leaves out, None under another.
     """
 
     accuracy: tuple[float, ...]
@@ -53,11 +54,13 @@ class Scores:
     coefficients: tuple[Tensor, ...]
     ms_per_input: float
     floored: int | None = None
+    left_out: float | None = None
 
     @property
     def more(self) -> dict[str, float]:
         """What a record has of them beside the accuracy, where it is known."""
-        return {} if self.floored is None else {"floored": float(self.floored)}
+        known = {"floored": self.floored, "left_out": self.left_out}
+        return {name: float(value) for name, value in known.items() if value is not None}
 
 
 class Measure:
@@ -81,6 +84,23 @@ class Measure:
         memories = len(model.memory.blocks)
         return joined[:, : head.classes], joined[:, head.classes :].unflatten(1, (memories, -1))
 
+    def left_out(self, model: MemoryModel, images: npt.NDArray[np.uint8]) -> Tensor | None:
+        """The share (n,) of adapters that a cut leaves out, a mean over memories; None without one.
+
+        Of the softmax of all scores, which are all computed.
+        """
+        memories = [model.memory[block] for block in model.memory.blocks]
+        if any(memory.uncut is None for memory in memories):
+            return None
+
+        def run(batch: Tensor) -> Tensor:
+            _, _, queries = model.seen(model.backbone.preprocess(batch))
+            bare = zip(memories, queries.unbind(dim=1), strict=True)
+            shares = [memory.left_out(memory.query.whole(query)) for memory, query in bare]
+            return torch.stack([one for one in shares if one is not None], dim=1).mean(dim=1)
+
+        return self.workspace.engine.predict(run, images)
+
     def accuracy(self, model: MemoryModel, head: RecalledHead, samples: Images) -> float:
         """Share of samples that the recalled mixture classifies right."""
         return share_right(self.recall(model, head, samples.images)[0], samples)
@@ -88,7 +108,7 @@ class Measure:
     def scores(self, snapshot: Snapshot, tasks: Sequence[Task]) -> Scores:
         """The memory on the test images of tasks, the task inferred."""
         state, model, head = snapshot.consolidated()
-        accuracy, coefficients = [], []
+        accuracy, coefficients, left = [], [], list[Tensor]()
         right, total, spent = 0, 0, 0.0
         divides = model.settings.separation == "normalised"
         met = 0 if divides and model.settings.routing == "mixture" else None
@@ -98,6 +118,8 @@ class Measure:
             spent += time.perf_counter() - begin
             accuracy.append(share_right(logits, task.test))
             coefficients.append(recalled)
+            if (out := self.left_out(model, task.test.images[:: _step(task)])) is not None:
+                left.append(out)
             if met is not None:
                 met += int(floor_met(floored(recalled).numpy()))
             if task.number in state.tasks:
@@ -111,6 +133,7 @@ class Measure:
             coefficients=tuple(coefficients),
             ms_per_input=1000 * spent / max(inputs, 1),
             floored=met,
+            left_out=mean_share(torch.cat(left).numpy()) if left else None,
         )
 
     def generalised(
@@ -167,7 +190,7 @@ class Measure:
         if not head.of_directions:
             solved = self._uniform_head(snapshot, sources)
             uniform_head, named = RecalledHead.shared(solved).to(device), f"{named}, LDA head"
-        hard = _with_separation(model, lambda _: separation("max"))
+        hard = _with_separation(model, lambda _: separation("max"), most=1)
 
         def oracle(task: Task) -> Tensor:
             values = snapshot.own_values(task.number, device)
@@ -261,13 +284,23 @@ class Measure:
         return solve_head("lda", statistics, work.config.head)
 
 
+SOME = 100
+"""Images of a task, evenly spread, of which is counted what a cut leaves out."""
+
+
+def _step(task: Task) -> int:
+    """Every so many-th test image makes `SOME` or fewer."""
+    return max(1, math.ceil(len(task.test) / SOME))
+
+
 def chosen_tasks(state: MemoryState, coefficients: Tensor) -> Tensor:
     """Of coefficients (samples, memories, t): the place (samples,) in `state.tasks` with the most.
 
     -1 where no adapter has a weight: what is left to the frozen model.
     """
-    by_task = F.one_hot(torch.tensor(state.adapter_tasks), len(state.tasks)).float()
-    shares = coefficients.mean(dim=1) @ by_task
+    owners = torch.tensor(state.adapter_tasks, device=coefficients.device)
+    shares = coefficients.new_zeros(len(coefficients), len(state.tasks))
+    shares = shares.index_add(1, owners, coefficients.mean(dim=1))
     return shares.argmax(dim=1).masked_fill(~shares.any(dim=1), -1)
 
 
@@ -328,9 +361,12 @@ def _with_separation(
     model: MemoryModel,
     changed: Callable[[SeparationFunction], SeparationFunction],
     *,
+    most: int | None = None,
     decoded: bool = False,
 ) -> MemoryModel:
     """The same memory under another separation, whose weights do not move at test time.
+
+    `most` is as in `BlockMemory`.
 
     Queries that settle do so as before, and are then read under the other one. Only where it is
     `decoded` a decoder adds to them; else adapters are recalled whole.
@@ -342,6 +378,7 @@ def _with_separation(
             here.similarity,
             changed(here.separation),
             reaches=here.reaches,
+            most=most,
             normed=here.normed,
             steps=here.steps,
             rate=here.rate,

@@ -463,9 +463,8 @@ class Mira(Method):
     def read(self, version: str = "HEAD") -> Snapshot:
         """The memory at a version, on the device; the stream is not opened."""
         work = self.workspace
-        return Snapshot.read(
-            work.store, work.version_of(version), work.backbone, work.layout, work.backbone.device
-        )
+        found = (work.store, work.version_of(version), work.backbone, work.layout)
+        return Snapshot.read(*found, work.backbone.device, self.config.engine.resident)
 
     def _snapshot(self, version: str) -> Snapshot:
         work, snapshot = self.workspace, self.read(version)

@@ -29,6 +29,7 @@ import memtool_stores
 from memtool.adapters.peft_files import write_peft
 from memtool.adapters.stock import OneAdapter, Stock, mixed_by_block
 from memtool.adapters.values import AdapterValues
+from memtool.devices import sent
 from memtool.errors import ConfigError, CorruptError, DataError
 from memtool.evaluation.record import Record, Row
 from memtool.learning.looks import PromptLook, columns_of, looks_of, token_looks
@@ -262,15 +263,14 @@ class PromptMemory(Routed):
         """
         keys, owners = joined([one["key"] for one in kept])
         own = self.look.own(self.workspace.backbone)
-        columns = columns_of(own, looks.shape[1]).to(looks.device)
+        columns = sent(columns_of(own, looks.shape[1]), looks.device)
         if keys.shape[-1] != columns.shape[1] + 1:
             raise CorruptError(
                 f"keys of {keys.shape[-1] - 1} numbers for prompts that look like "
                 f"{columns.shape[1]}",
                 remedy="memtool verify",
             )
-        scores = asked(looks[:, columns], keys)
-        found = added_up(self.separate(scores), owners, len(kept))
+        found = added_up(self.separate(asked(looks[:, columns], keys)), owners, len(kept))
         return found.squeeze(1) if own is None else found
 
     def known_in(self, view: memtool_stores.MemoryView) -> tuple[int, ...]:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from memtool.devices import exact
 from memtool.engine import Engine
 from memtool.memories.dual_gpm import DualGPM, spaces_from_bytes, spaces_to_bytes
 from memtool.memories.keyed import BlockMemory, KeyedMemory
@@ -78,7 +79,8 @@ class Protection:
         """The projector (d, d) onto what the map of a name may move in, like its rows (..., d)."""
         width = rows.shape[-1]
         past = self.pasts.get(name, DualGPM(width))
-        return past.project(torch.eye(width, dtype=torch.float64)).to(rows)
+        free = past.project(torch.eye(width, dtype=torch.float64))
+        return free.to(rows.dtype).to(rows.device)
 
     def project_gradients(self, memory: KeyedMemory, head: nn.Parameter) -> Callable[[], None]:
         """From now on gradients of keys, and of a head (..., d) that learns, lose their past part.
@@ -117,7 +119,7 @@ class Protection:
         moments: dict[str, Tensor] = {}
         watching = _watched_tokens if every_token else _watched
         with watching(model.memory, moments):
-            features = engine.predict(model, images).double()
+            features = exact(engine.predict(model, images))
         if every_token:
             moments[HEAD] = features.mT @ features
         for name, moment in moments.items():
@@ -180,7 +182,7 @@ def _watched_tokens(memory: KeyedMemory, moments: dict[str, Tensor]) -> Iterator
 
     def count(name: str) -> Callable[[QueryModule, tuple[Tensor]], None]:
         def hook(query: QueryModule, given: tuple[Tensor]) -> None:
-            asked = F.normalize(query.of_every_token(given[0]).detach().double(), dim=-1).cpu()
+            asked = F.normalize(exact(query.of_every_token(given[0])), dim=-1)
             moments[name] = moments.get(name, 0) + asked.mT @ asked
 
         return hook
@@ -201,7 +203,7 @@ def _watched(memory: KeyedMemory, moments: dict[str, Tensor]) -> Iterator[None]:
     """Inside, what every linear map is given is added to its second moment (d, d)."""
 
     def count(name: str, inputs: Tensor) -> None:
-        inputs = inputs.detach().double().cpu()
+        inputs = exact(inputs)
         moments[name] = moments.get(name, 0) + inputs.mT @ inputs
 
     def queries(name: str) -> Callable[[nn.Module, object, Tensor], None]:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from memtool.adapters.mixing import Mixture
+from memtool.adapters.picks import Picks
 from memtool.adapters.recalls import equal_shares
 from memtool.adapters.values import AdapterValues, Recall
 from memtool.backbones.interface import Backbone
@@ -105,6 +107,14 @@ class Given:
         return added * others[:, None]
 
 
+class _Read(NamedTuple):
+    """Coefficients (batch, t), or (batch, k) of the adapters picked; what a decoder adds."""
+
+    coefficients: Tensor
+    picks: Picks | None
+    added: Tensor | None
+
+
 class MemoryRecall:
     """The recall of one forward pass; `coefficients` holds (batch, t) by the memory's block.
 
@@ -127,46 +137,61 @@ class MemoryRecall:
         self._offset = offset
         self._given = given
         self.coefficients: dict[int, Tensor] = {}
-        self._shared: Tensor | None = None
-        self._added: Tensor | None = None
+        self._shared: _Read | None = None
         if query is not None:
             (block,) = model.memory.blocks
-            self._shared, self._added = self._read(block, query)
+            self._shared = self._read(block, query)
 
-    def _read(self, block: int, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        found, added = self._model.memory.read(block, hidden)
+    def _read(self, block: int, hidden: Tensor) -> _Read:
+        memory = self._model.memory
+        found, near, added = memory.read(block, hidden)
         if self._given is not None:
-            found = self._given.weights[:, self._model.memory.blocks.index(block)]
+            found, near = self._given.weights[:, memory.blocks.index(block)], None
             added = added if added is None else self._given.without(added)
-        self.coefficients[block] = self.coefficients_of(block, found)
-        return self.coefficients[block], added
+        found = self.coefficients[block] = self.coefficients_of(block, found)
+        few = memory[block].is_sparse and (self._offset is None or self._are_shares)
+        # A program of torch.export has no tensors whose size depends on the input.
+        if not few or added is not None or torch.compiler.is_compiling():
+            return _Read(found, None, added)
+        return _Read(*Picks.of(found, near), None)
+
+    @property
+    def _are_shares(self) -> bool:
+        """Whether an offset leaves coefficients of zero as they are."""
+        return self._model.settings.separation in SHARES
 
     def coefficients_of(self, block: int, found: Tensor) -> Tensor:
         """What the memory of a block found, moved where there is an offset."""
         if self._offset is None:
             return found
         offset = self._offset[:, self._model.memory.blocks.index(block)]
-        return moved(found, offset, shares=self._model.settings.separation in SHARES)
+        return moved(found, offset, shares=self._are_shares)
 
     def __call__(self, block: int, hidden: Tensor) -> Mixture | None:
         """The mixture of a block for its input (batch, tokens, dim)."""
-        values, coefficients, added = self._model.values.block(block), self._shared, self._added
-        asked = block in self._model.memory.blocks
-        if coefficients is None and not asked and self._model.settings.blocks is not None:
+        model, read = self._model, self._shared
+        asked = block in model.memory.blocks
+        adapted = block in model.values.layout.blocks
+        if read is None and not asked and model.settings.blocks is not None:
             # A block that was left out.
-            return (
-                None
-                if values is None
-                else Mixture.weighted(values, equal_shares(len(hidden), values), self._model.mix)
-            )
-        if coefficients is None and (values is not None or asked):
-            coefficients, added = self._read(block, hidden)
-        if values is None or coefficients is None:
+            values = model.values.block(block)
+            if values is None:
+                return None
+            return Mixture.weighted(values, equal_shares(len(hidden), values), model.mix)
+        if read is None and (adapted or asked):
+            read = self._read(block, hidden)
+        if read is None or not adapted:
             return None  # no adapter acts here, though each block is looked at
-        if added is None:
-            return Mixture.weighted(values, coefficients, self._model.mix)
-        place = 0 if added.shape[1] == 1 else self._model.values.layout.blocks.index(block)
-        return Mixture.ranked(values, coefficients.unsqueeze(-1) + added[:, place])
+        if read.picks is not None:
+            picked = model.values.at(block, read.picks)
+            assert picked is not None
+            return Mixture.weighted(picked[0], read.coefficients, model.mix, picked[1])
+        values = model.values.block(block)
+        assert values is not None
+        if read.added is None:
+            return Mixture.weighted(values, read.coefficients, model.mix)
+        place = 0 if read.added.shape[1] == 1 else model.values.layout.blocks.index(block)
+        return Mixture.ranked(values, read.coefficients.unsqueeze(-1) + read.added[:, place])
 
 
 class MemoryModel(nn.Module):

@@ -90,8 +90,5 @@ def coefficients_for(model: MemoryModel, asked: Tensor, where: Path) -> Tensor:
     rows = []
     for block, one in zip(model.memory.blocks, asked, strict=True):
         memory = model.memory[block]
-        full = one.to(memory.keys)
-        if memory.query.bias:
-            full = torch.cat([full, full.new_ones(1)])
-        rows.append(memory.answer(full.unsqueeze(0))[0])
+        rows.append(memory.answer(memory.query.whole(one.to(memory.keys).unsqueeze(0)))[0])
     return torch.stack(rows).detach().cpu()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from memtool.evaluation.metrics import mean_share
 from memtool.methods.mira.measure import Measure, seen_by
 from memtool.methods.mira.recalled import coefficients_for, recalled_adapter, require_whole
 from memtool.methods.mira.state import Snapshot
@@ -31,7 +32,7 @@ def retrieved(
     state, model, head = snapshot.consolidated()
     if out is not None:
         require_whole(state)
-    accuracy, prediction = None, None
+    accuracy, prediction, left = None, None, None
     if query is not None:
         words, samples = str(query), 1
         coefficients = coefficients_for(model, read_query(query, work.backbone), query)
@@ -39,7 +40,9 @@ def retrieved(
         subject = subject_of(work, task=task, image=image)
         images = subject.images
         words, samples = subject.words, len(subject)
-        logits, recalled = Measure(work).recall(model, head, images.images)
+        measure = Measure(work)
+        logits, recalled = measure.recall(model, head, images.images)
+        left = measure.left_out(model, images.images)
         coefficients = recalled.mean(dim=0)
         if subject.task is not None:
             accuracy = share_right(logits, images)
@@ -63,5 +66,6 @@ def retrieved(
         block_numbers=model.memory.blocks,
         prediction=prediction,
         accuracy=accuracy,
+        left_out=None if left is None else mean_share(left.numpy()),
         out=out,
     )

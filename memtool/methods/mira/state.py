@@ -116,8 +116,9 @@ class Snapshot:
         backbone: Backbone,
         layout: Layout,
         device: torch.device,
+        resident: int | None = None,
     ) -> Snapshot:
-        """Read a version whole."""
+        """Read a version whole; of its adapters so many bytes at a time, None: all."""
         view, sites = store.view(version), backbone.all_sites
         state = MemoryState.load(view)
         if state is None or not state.adapters:
@@ -131,7 +132,7 @@ class Snapshot:
                 f"version {view.version} has keys for other adapters than its memory names",
                 remedy="memtool consolidate",
             )
-        values = values_of(view, records, layout, sites)
+        values = values_of(view, records, layout, sites, resident)
         look = look_in(view, state.first, state.memory, state.head, backbone, layout)
         blocks = memory_blocks(state.memory, backbone, layout.blocks)
         memory = KeyedMemory.from_settings(

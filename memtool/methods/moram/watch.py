@@ -18,6 +18,7 @@ from torch import Tensor
 from memtool.adapters.atoms import AtomBank, AtomGate, ModuleAtoms, activations
 from memtool.adapters.mixing import Mixture
 from memtool.adapters.values import Recall
+from memtool.devices import exact
 from memtool.errors import MismatchError
 from memtool.learning.passes import each
 from memtool.memories.rank1 import Rank1Memory
@@ -50,7 +51,7 @@ def watched(bank: Rank1Memory, gate: AtomGate, watch: Watch) -> Recall:
         mixture = plain(block, hidden)
         if mixture is None:
             return None
-        return WatchedMixture(mixture.values, mixture.kind, mixture.gate, watch)
+        return WatchedMixture(**vars(mixture), watch=watch)
 
     return recall
 
@@ -74,8 +75,8 @@ class TaskShares:
         for site, bank in zip(atoms.sites, atoms.banks, strict=True):
             if len(bank):
                 weights = activations(x, bank, self.gate, training=not self.counted)
-                owners = torch.tensor(self.tasks, device=bank.owner.device)
-                of_task = (bank.owner.unsqueeze(1) == owners).to(weights.dtype)
+                mine = [bank.owner == task for task in self.tasks]
+                of_task = torch.stack(mine, dim=1).to(weights.dtype)
                 with torch.autocast(x.device.type, enabled=False):
                     shares = weights.mean(dim=1) @ of_task
                 self._sums.setdefault(site.block, []).append(shares)
@@ -157,12 +158,12 @@ class Drifts:
         self._now = self._now or [(0.0, 0.0)] * len(self.later)
         for site, bank in zip(atoms.sites, atoms.banks, strict=True):
             old = contribution(x, bank, self.gate, self.task)
-            self._before += float(old.double().square().sum())
+            self._before += float(exact(old).square().sum())
             for place, memory in enumerate(self.later):
                 new = contribution(x, memory.bank(site.name), self.gate, self.task)
                 length, apart = self._now[place]
-                length += float(new.double().square().sum())
-                apart += float((new - old).double().square().sum())
+                length += float(exact(new).square().sum())
+                apart += float(exact(new - old).square().sum())
                 self._now[place] = length, apart
 
     def found(self) -> list[Drift]:
@@ -207,13 +208,13 @@ class Contributions:
             with torch.autocast(x.device.type, enabled=False):
                 responses = x.to(used.dtype) @ here.keys.to(used.dtype).t()
             lengths = here.values.norm(dim=1) * here.scaling
-            each = (used * responses).abs().flatten(0, -2).double().sum(dim=0) * lengths
+            each = exact((used * responses).abs().flatten(0, -2)).sum(dim=0) * lengths.cpu()
             self._sums[site.name] = self._sums.get(site.name, torch.zeros_like(each)) + each
             self._tokens[site.name] = self._tokens.get(site.name, 0) + x[..., 0].numel()
 
     def means(self) -> dict[str, Tensor]:
         """By site the mean over the tokens, (n,), on the CPU."""
-        return {name: total.cpu() / self._tokens[name] for name, total in self._sums.items()}
+        return {name: total / self._tokens[name] for name, total in self._sums.items()}
 
 
 def contributions(
@@ -272,5 +273,5 @@ def activation_map(
     if isinstance(samples, Images):
         return each(work, samples, recall, weights.taken).mean(dim=0).double()
     if by_text:
-        return each(work, samples, recall, lambda: weights.taken().double().mean(dim=1))
+        return each(work, samples, recall, lambda: exact(weights.taken()).mean(dim=1))
     return each(work, samples, recall, lambda: weights.taken()[0]).double()

@@ -16,6 +16,7 @@ from memtool.adapters.recalls import given_for_each
 from memtool.adapters.stock import Stock
 from memtool.adapters.values import AdapterValues, Recall
 from memtool.backbones.causal_lm import CausalLM
+from memtool.devices import sent
 from memtool.errors import CorruptError, MismatchError, NotFoundError
 from memtool.heads import RecalledHead
 from memtool.learning.looks import FINAL, PromptLook
@@ -181,10 +182,14 @@ class Routing(nn.Module):
         """
         values = self.values
         if not isinstance(values, AdapterValues):
-            used = (weights.abs() > LEAST).flatten(0, -2).any(dim=0).nonzero()[:, 0]
+            # What is read from the stock is known on the CPU.
+            used = (weights.abs() > LEAST).flatten(0, -2).any(dim=0).cpu().nonzero()[:, 0]
             if not len(used):
                 return _nothing
-            values, weights = values.take(used.tolist(), weights.device), weights[..., used]
+            values, weights = (
+                values.take(used.tolist(), weights.device),
+                weights[..., sent(used, weights.device)],
+            )
         given = weights.unsqueeze(1) if weights.ndim == 2 else weights[:, [*values.layout.blocks]]
         return given_for_each(values, given, "delta")
 
@@ -250,8 +255,9 @@ def of_prompts(weights: Tensor) -> Tensor:
 
 def spread_over(weights: Tensor, owners: Tensor) -> Tensor:
     """Weights of tasks (..., tasks) as weights of their adapters (..., adapters)."""
-    shares = F.one_hot(owners, weights.shape[-1]).to(weights.dtype)
-    return weights[..., owners] / shares.sum(dim=0)[owners]
+    counts = torch.zeros(weights.shape[-1], dtype=weights.dtype, device=weights.device)
+    counts = counts.index_add(0, owners, counts.new_ones(len(owners)))
+    return weights[..., owners] / counts[owners]
 
 
 def hardest(weights: Tensor) -> Tensor:
@@ -312,7 +318,7 @@ def _require_weights(weights: object, looks: Tensor, wanted: tuple[int, ...], ru
         raise MismatchError(f"{words} a {type(weights).__name__}", expected=expected)
     if tuple(weights.shape) != shape:
         raise MismatchError(f"{words} shape {tuple(weights.shape)}", expected=expected)
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_compiling():
         return
     broken = ~looks.isfinite().all(dim=1)
     if not bool((weights.isfinite().flatten(1).all(dim=1) | broken).all()):

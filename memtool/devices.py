@@ -1,0 +1,50 @@
+"""What crosses between the CPU and a device, and what is counted on the CPU alone.
+
+A device works off what the CPU has queued; who reads one of its numbers waits for all of that. So
+numbers of a step are read when the next one is queued (`Late`), and batches go there from pinned
+memory (`sent`). What has to be float64 is counted on the CPU (`exact`): Metal has no float64, and
+most GPUs are tens of times slower in it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+QUEUES = {"cuda"}
+"""Types of devices that copy from and to pinned memory while the CPU goes on."""
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device. From the CPU it is queued, where the device queues copies."""
+    if tensor.device.type != "cpu" or device.type not in QUEUES:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def exact(tensor: Tensor) -> Tensor:
+    """A tensor of any device in float64, on the CPU, without its gradient."""
+    return tensor.detach().cpu().double()
+
+
+class Late:
+    """Tensors of a device that are read later: what brings them to the CPU is queued now.
+
+    From a device that queues no copies they come when they are read; on the CPU they are there.
+    """
+
+    def __init__(self, *tensors: Tensor) -> None:
+        """Any number of tensors of one device."""
+        self._tensors = [tensor.detach() for tensor in tensors]
+        self._event: torch.cuda.Event | None = None
+        if tensors[0].device.type == "cuda":
+            self._tensors = [tensor.to("cpu", non_blocking=True) for tensor in self._tensors]
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def read(self) -> list[Tensor]:
+        """The tensors on the CPU, once they have come."""
+        if self._event is None:
+            return [tensor.cpu() for tensor in self._tensors]
+        self._event.synchronize()
+        return [tensor.clone() for tensor in self._tensors]  # pinned memory is for the next

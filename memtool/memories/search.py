@@ -1,0 +1,129 @@
+"""The keys that may be the most alike to a query, found by one product in few bits.
+
+Every similarity here ranks keys as q̂ · k̂ + c does, with a vector k̂ and a number c of the key:
+
+    dot, scaled-dot            q · k, where the last entry of q may be a constant 1 and c that of k
+    cosine, centred-cosine     of directions, c = 0
+    euclidean                  −|q − k|² / 2 = q̂ · k̂ − |k̂|² / 2 − |q̂|² / 2, both less the mean key
+
+The product in the fastest number format of the machine is off by no more than a bound that follows
+from the lengths of q̂ and k̂ (Cauchy-Schwarz); c is told in as many parts as make it exact. So all
+keys whose rough score is within twice the bound of the k-th highest are kept, the k highest surely
+among them, and the similarity is computed for these alone. What is found is exact; only how many
+are kept depends on how close the scores are.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from memtool.memories.similarity import SIMILARITIES, SimilarityFunction
+
+LEAST_KEYS = 1024
+"""Fewer keys are not worth a search: all their scores are computed."""
+
+GROUP = 128
+"""Keys of which one maximum is kept; the groups of the highest are looked into."""
+
+PARTS = 3
+"""Numbers of eight bits or more that add up to one of float32."""
+
+_PRODUCTS = (SIMILARITIES["dot"], SIMILARITIES["scaled-dot"])
+_DIRECTIONS = (SIMILARITIES["cosine"], SIMILARITIES["centred-cosine"])
+SEARCHED: tuple[SimilarityFunction, ...] = (*_PRODUCTS, *_DIRECTIONS, SIMILARITIES["euclidean"])
+"""The similarities that keys are searched by."""
+
+
+def fastest() -> torch.dtype:
+    """The number format in which the CPU multiplies matrices fastest, of those with wide range."""
+    # On other processors bfloat16 is emulated.
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+class KeySearch:
+    """Keys (t, d) float32, made ready to be searched by one of `SEARCHED`.
+
+        near = KeySearch(keys, similarity.dot).near(queries, 4)
+        scores = similarity.dot(queries, keys[near])      # the 4 highest of all are among them
+
+    `constant` says that the last entry of every query is 1; `dtype` is that of the rough product,
+    None: the fastest.
+    """
+
+    def __init__(
+        self,
+        keys: Tensor,
+        likeness: SimilarityFunction,
+        *,
+        constant: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self._likeness = likeness
+        self._constant = constant and likeness in _PRODUCTS
+        self.dtype = fastest() if dtype is None else dtype
+        self.count = len(keys)
+        keys = keys.detach().float()
+        self._mean = keys.mean(dim=0)
+        ready = self._ready(keys)
+        extra = keys.new_zeros(len(keys))
+        if self._constant:
+            extra = keys[:, -1]
+        elif likeness is SIMILARITIES["euclidean"]:
+            extra = -ready.square().sum(dim=1) / 2
+        self._longest, self._most = ready.norm(dim=1).max(), extra.abs().max()
+        parts = [ready]
+        for _ in range(PARTS):
+            parts.append(extra.to(self.dtype).float().unsqueeze(1))
+            extra = extra - parts[-1][:, 0]
+        # Room for whole groups.
+        self._keys = F.pad(torch.cat(parts, dim=1), (0, 0, 0, -len(keys) % GROUP)).to(self.dtype)
+
+    def _ready(self, vectors: Tensor) -> Tensor:
+        """What is multiplied of queries or keys (n, d)."""
+        if self._constant:
+            return vectors[:, :-1]
+        if self._likeness in _PRODUCTS:
+            return vectors
+        if self._likeness is SIMILARITIES["euclidean"]:
+            return vectors - self._mean
+        if self._likeness is SIMILARITIES["centred-cosine"]:
+            vectors = vectors - vectors.mean(dim=-1, keepdim=True)
+        return F.normalize(vectors, dim=-1)
+
+    def near(self, queries: Tensor, count: int) -> Tensor:
+        """The keys (u,), ascending, that may be among the `count` highest of a query (b, d).
+
+        Equal ones up to roundings of float32 are all among them.
+        """
+        ready = self._ready(queries.detach().float())
+        with torch.autocast(ready.device.type, enabled=False):
+            rough = F.pad(ready, (0, PARTS), value=1.0).to(self.dtype) @ self._keys.T
+        rough[:, self.count :] = -torch.inf
+        # Group g has the keys g, g + groups, …: a maximum over rows reads memory in order.
+        grouped = rough.view(len(rough), GROUP, -1)
+        highest = grouped.amax(dim=1).float()
+        groups, count = highest.shape[1], min(count, self.count)
+        # The k-th highest of the maxima is no higher than the k-th highest of all.
+        least = (highest if count <= groups else rough.float()).topk(count, dim=1).values[:, -1:]
+        least = self._lowered(least, ready)
+        sample, group = (highest >= least).nonzero(as_tuple=True)
+        close = grouped[sample, :, group].float() >= least[sample]
+        found, member = close.nonzero(as_tuple=True)
+        return (group[found] + groups * member).unique()
+
+    def _lowered(self, least: Tensor, ready: Tensor) -> Tensor:
+        """The rough score (b, 1) that no key falls below whose score is as high as of `least`."""
+        unit = torch.finfo(self.dtype).eps / 2
+        terms = (ready.shape[1] + PARTS + 4) * torch.finfo().eps
+        length = ready.norm(dim=1, keepdim=True)
+        # Both factors are rounded; sums, here and in the similarity, are of terms in float32.
+        product = length * self._longest
+        off = (2 * unit + unit**2) * product + 2 * terms * (product + self._most)
+        if self._likeness is SIMILARITIES["euclidean"]:
+            off = off + terms * (length.square() + self._longest.square())
+        # The rounding of a sum is monotone: what lies above is rounded to no less.
+        lowered: Tensor = (least - unit * least.abs() - 2 * off).to(self.dtype)
+        return lowered.float()
