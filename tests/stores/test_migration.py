@@ -286,6 +286,47 @@ def test_tags_and_branches_of_the_old_schema_open_and_go_on(old: MemoryStore) ->
     assert again.verify().ok
 
 
+@pytest.mark.parametrize("schema", range(1, SCHEMA_VERSION + 1))
+def test_a_store_of_any_schema_is_copied_goes_on_and_is_brought_forward(
+    tmp_path: Path, schema: int
+) -> None:
+    """In a clone and in a bundle; what a clone committed comes into the store it came from."""
+    with zipfile.ZipFile(Path(__file__).parent / "fixtures" / f"schema-{schema}.zip") as archive:
+        archive.extractall(tmp_path / "old")
+    old = MemoryStore.open(tmp_path / "old")
+    clone = old.clone(tmp_path / "clone")
+    old.bundle(tmp_path / "bundle")
+    copy = MemoryStore.from_bundle(tmp_path / "bundle", tmp_path / "copy")
+
+    def told(store: MemoryStore, ref: str) -> tuple[object, ...]:
+        view = store.view(ref)
+        blobs = {name: view.blob(name) for name in view.blobs()}
+        files = [view.export(record.id) for record in view.live]
+        keys = view.keys()
+        return view.adapters, files, blobs, None if keys is None else keys.tobytes()
+
+    before = {v.id: told(old, v.id) for ref in (*old.branches(), *old.tags()) for v in old.log(ref)}
+    first = old.view()
+    for store in (clone, copy):
+        with store.transaction("on") as txn:
+            fill(txn, store.space, "more", 9)
+            txn.put_blob("more", b"of it")
+            for name in first.blobs()[:1]:
+                txn.put_blob(name, b"another")
+        with store.transaction("and on") as txn:
+            for name in first.blobs()[1:2]:
+                txn.delete_blob(name)
+            txn.remove("more")
+        assert {version: told(store, version) for version in before} == before
+        assert store.verify().ok
+    assert old.view().schema == schema
+    old.forward_to(clone)
+    assert old.head() == clone.head()
+    assert told(old, "main") == told(clone, "main")
+    assert {version: told(old, version) for version in before} == before
+    assert old.verify().ok
+
+
 def test_an_old_store_can_be_collected(old: MemoryStore) -> None:
     with old.transaction("new") as txn:
         fill(txn, old.space, "new", 9)
