@@ -193,7 +193,10 @@ def test_it_is_a_module_like_any_other(folder: Path) -> None:
     moved = model.to(device)
     tensors = [*moved.parameters(), *moved.buffers()]
     assert tensors
-    assert {tensor.device for tensor in tensors} == {device}
+    # What is counted in float64 stays on the CPU, as a device may not know it.
+    assert {tensor.device for tensor in tensors if tensor.dtype != torch.float64} == {device}
+    exact = {tensor.device for tensor in tensors if tensor.dtype == torch.float64}
+    assert exact <= {torch.device("cpu")}
 
 
 @pytest.mark.filterwarnings("ignore:No complete tensor found in the group")  # of views, on a GPU

@@ -359,7 +359,7 @@ class Mixture:
                 expected="(batch,) int64",
             )
         _check_index(index, len(values))
-        ones = values.scaling.new_ones(len(index), 1)
+        ones = values.scaling.new_ones(index.shape[0], 1)  # a length is a constant to torch.export
         return cls(values, "delta", ones, Picks(index.unsqueeze(1)))
 
     @classmethod

@@ -48,4 +48,4 @@ class Picks:
     def spread(self, weights: Tensor, count: int) -> Tensor:
         """Weights (b, k) as those (b, count) of all adapters that are used."""
         at = self.index if self.used is None else torch.searchsorted(self.used, self.index)
-        return weights.new_zeros(len(at), count).scatter_add(1, at, weights)
+        return weights.new_zeros(at.shape[0], count).scatter_add(1, at, weights)

@@ -129,7 +129,8 @@ class RecalledHead:
     def _weights(self, coefficients: Tensor) -> Tensor:
         """The coefficients (b, t) summed by task: (b, h)."""
         assert self.owners is not None
-        summed = self.weight.new_zeros(len(coefficients), len(self.weight))
+        # Not by its length, which is a constant in a program of torch.export.
+        summed = self.weight.new_zeros(coefficients.shape[0], len(self.weight))
         return summed.index_add(1, self.owners, coefficients.to(summed.dtype))
 
     def _asked(self, coefficients: Tensor) -> tuple[RecalledHead, Tensor]:

@@ -436,7 +436,7 @@ def test_pooled_tasks_hold_every_image_once(tasks):
 def test_sources_are_learned_and_an_unseen_domain_is_tested(tmp_path, validation):
     dg = {"stream__setting": "dg", "stream__order": ("rot0", "rot30", "rot60")}
     if not validation:  # nothing is asked of how good they are
-        dg |= {"stream__train_per_task": 20, "stream__test_per_task": 10, "train__epochs": 1}
+        dg |= {"stream__test_per_task": 10, "train__epochs": 1}
     config = small_config(tmp_path, stream__validation=validation, head__width=100, **dg)
     work = Workspace(config, seed=0)
     *sources, target = work.stream.tasks

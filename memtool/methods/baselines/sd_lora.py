@@ -21,9 +21,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from memtool.adapters.layout import Site
 from memtool.adapters.mixing import Mixture
 from memtool.adapters.recalls import every
-from memtool.adapters.values import AdapterValues, BlockValues, ModuleValues, Recall
+from memtool.adapters.values import (
+    AdapterValues,
+    BlockValues,
+    ModuleValues,
+    Recall,
+    over_groups,
+)
 from memtool.methods.baselines.branches import Branches
 from memtool.streams.task import Task
 
@@ -58,8 +65,8 @@ class SdLora(Branches):
             return every(new)
         each = iter(self.magnitudes.view(len(past), -1).unbind(1))
         scaled: dict[tuple[int, str], list[Tensor]] = {}
-        for block, module, _, b in sites_of(past):
-            scaled.setdefault((block, module), []).append(b * next(each)[:, None, None])
+        for module, site, _, b in sites_of(past):
+            scaled.setdefault((site.block, module), []).append(b * next(each)[:, None, None])
 
         def recall(block: int, hidden: Tensor) -> Mixture | None:
             old, added = past.block(block), new.block(block)
@@ -81,21 +88,23 @@ class SdLora(Branches):
 def divided(values: AdapterValues) -> Tensor:
     """Give the last adapter a map of length one at every site; the lengths (sites,) it had."""
     lengths = []
-    # The B of a convolution in groups is spread over them as it is read: what is kept is divided.
-    for (_, _, a, b), kept in zip(sites_of(values), values.b, strict=True):
-        lengths.append(product_norm(a[-1], b[-1]))
-        kept[-1] /= lengths[-1].clamp_min(torch.finfo(b.dtype).tiny)
+    for _, site, a, b in sites_of(values):
+        lengths.append(product_norm(a[-1], over_groups(b[-1:], site.groups)[0]))
+        b[-1] /= lengths[-1].clamp_min(torch.finfo(b.dtype).tiny)
     return torch.stack(lengths)
 
 
-def sites_of(values: AdapterValues) -> Iterator[tuple[int, str, Tensor, Tensor]]:
-    """Block, module, A (t, r, in) and B transposed (t, r, out) of every site, in one order."""
+def sites_of(values: AdapterValues) -> Iterator[tuple[str, Site, Tensor, Tensor]]:
+    """Module, site, A (t, r, in) and B transposed of every site, in one order.
+
+    B is (t, r / groups, out), as `ModuleValues` has it.
+    """
     for block in values.layout.blocks:
         here = values.block(block)
         assert here is not None
         for name, module in here.modules.items():
             for place, b in enumerate(module.b):
-                yield block, name, module.a[:, place], b
+                yield name, module.sites[place], module.a[:, place], b
 
 
 def product_norm(a: Tensor, b: Tensor) -> Tensor:
