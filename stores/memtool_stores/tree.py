@@ -487,7 +487,13 @@ class Tree:
         """
         if entry.part is not None:
             limits.require("array_bytes", entry.nbytes, f"blob {name!r}")
-            return b"".join(read_parts(self._group, pieces_of(entry.part, entry.nbytes)))
+            try:
+                return b"".join(read_parts(self._group, pieces_of(entry.part, entry.nbytes)))
+            except IntegrityError as error:
+                expected = error.expected or "what was written"
+                raise IntegrityError(
+                    what="blob", name=name, expected=expected, found=error.found
+                ) from error
         array = self._open_blob(name)
         (size,), (chunk,) = array.shape, array.chunks
         limits.require("array_bytes", max(size, chunk), f"blob {name!r}")

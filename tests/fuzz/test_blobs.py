@@ -183,8 +183,8 @@ def test_a_strange_state_of_atoms_is_refused(content):
     class View:
         version = "X"
 
-        def blobs(self) -> tuple[str, ...]:
-            return (AtomsState.blob,)
+        def has_blob(self, name: str) -> bool:
+            return name == AtomsState.blob
 
         def blob(self, _: str) -> bytes:
             return json.dumps(content).encode()
