@@ -28,10 +28,10 @@ from memtool.engine import Batch, Batches, Engine
 from memtool.experiments.pretrained import (
     Pretrained,
     add_options,
+    how_of,
     report,
     require_free,
     stream_of,
-    told,
 )
 from memtool.heads import CosineHead, both_ways
 from memtool.learning.known import PromptTokens
@@ -163,16 +163,7 @@ def main(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     return report(
         lambda: pretrain_clip(
-            given.config,
-            stream_of(given),
-            given.image_size,
-            given.out,
-            steps=given.steps,
-            batch_size=given.batch_size,
-            lr=given.lr,
-            seed=given.seed,
-            threads=given.threads,
-            progress=told,
+            given.config, stream_of(given), given.image_size, given.out, **how_of(given)
         )
     )
 

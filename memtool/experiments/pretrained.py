@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from memtool.errors import AlreadyExistsError, MemtoolError
 from memtool.progress import ProgressEvent
@@ -53,6 +54,12 @@ def stream_of(given: argparse.Namespace) -> StreamSettings:
     """The data sets that the options name, their classes side by side."""
     order = tuple(given.order.split(",")) if given.order else None
     return StreamSettings(source=given.source, setting="xtail", order=order, seed=given.seed)
+
+
+def how_of(given: argparse.Namespace) -> dict[str, Any]:
+    """How long, with what, and how it is told: keyword arguments of what makes a model."""
+    names = ("steps", "batch_size", "lr", "seed", "threads")
+    return {**{name: getattr(given, name) for name in names}, "progress": told}
 
 
 def told(event: ProgressEvent) -> None:
