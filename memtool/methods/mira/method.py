@@ -110,7 +110,7 @@ class Mira(Method):
         """The consolidated memory, where adapters are residual; none before the first task."""
         if not self.config.adapter.residual or not self.workspace.has_store:
             return None, ""
-        snapshot = self._snapshot("HEAD")
+        snapshot = self.snapshot()
         if snapshot.state is None or task.number in snapshot.state.tasks:
             return None, ""
         if snapshot.state.memory.mix != "delta":
@@ -140,7 +140,7 @@ class Mira(Method):
         done = consolidated_before(self.workspace) if self.workspace.has_store else None
         if done is not None:
             return done
-        snapshot = self._snapshot("HEAD")
+        snapshot = self.snapshot()
         metadata = self._metadata("consolidate")
         return consolidate(self.workspace, snapshot, began=began, metadata=metadata)
 
@@ -168,7 +168,7 @@ class Mira(Method):
             )
         if out is not None:
             require_new(out)
-        snapshot = self.read(version) if task is None else self._snapshot(version)
+        snapshot = self.read(version) if task is None else self.snapshot(version)
         return retrieved(self.workspace, snapshot, task=task, image=image, query=query, out=out)
 
     # Evaluate -------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ class Mira(Method):
         """
         begin = time.perf_counter()
         setting = self._setting(setting)
-        snapshot = self._snapshot(version)
+        snapshot = self.snapshot(version)
         measure = Measure(self.workspace)
         learned = self._learned(snapshot, setting)
         shown = learned
@@ -249,7 +249,7 @@ class Mira(Method):
         then: dict[int, Tensor] = {}
         more: dict[str, float] = {}
         for count, at in self.workspace.telling("evaluate", sorted(versions.items())):
-            there = snapshot if at == snapshot.version else self._snapshot(at)
+            there = snapshot if at == snapshot.version else self.snapshot(at)
             scored = measure.scores(there, course.tested)
             course.add(count, scored.accuracy)
             then[count] = scored.coefficients[count - 1]
@@ -269,7 +269,7 @@ class Mira(Method):
             versions = self._history(snapshot, learned, "til")
         matrix = AccuracyMatrix.empty([task.name for task in learned])
         for count, at in self.workspace.telling("evaluate", sorted(versions.items())):
-            there = snapshot if at == snapshot.version else self._snapshot(at)
+            there = snapshot if at == snapshot.version else self.snapshot(at)
             own = [measure.own_accuracy(there, task) for task in learned[:count]]
             matrix = matrix.with_row(count, [*own, *[None] * (len(learned) - count)])
         return Row.measured("memory", "task given, exact recall", "method", matrix)
@@ -353,7 +353,7 @@ class Mira(Method):
 
         Raises NotFoundError for a task that no version was consolidated after.
         """
-        found = self._history(self._snapshot(version), tasks, "dil")
+        found = self._history(self.snapshot(version), tasks, "dil")
         for count, task in enumerate(tasks, start=1):
             if count not in found:
                 raise NotFoundError(
@@ -392,7 +392,7 @@ class Mira(Method):
         """
         setting = self._setting(setting)
         measure = Measure(self.workspace)
-        snapshot = self._snapshot(version)
+        snapshot = self.snapshot(version)
         shown = [self.workspace.task(str(number)) for number in tasks]
         if setting == "til":
             here = {task_of(record) for record in snapshot.view.adapters}
@@ -424,13 +424,13 @@ class Mira(Method):
         """
         if self.config.stream.setting in AT_ONCE:
             return
-        state = self._snapshot("HEAD").state
+        state = self.snapshot().state
         if state is None or task.number not in state.tasks:
             self.consolidate()
 
     def all_written(self) -> None:
         """Consolidate tasks that are learned at once, together, unless that is done already."""
-        if self.config.stream.setting in AT_ONCE and self._snapshot("HEAD").state is None:
+        if self.config.stream.setting in AT_ONCE and self.snapshot().state is None:
             self.consolidate()
 
     def inside(self, tasks: Sequence[Task], version: str = "HEAD") -> Inside:
@@ -438,7 +438,7 @@ class Mira(Method):
 
         Nothing is recalled where every task is given (til).
         """
-        keys = key_map(self._snapshot(version))
+        keys = key_map(self.snapshot(version))
         shown = (
             Inside() if self.config.stream.setting == "til" else weight_map(self, tasks, version)
         )
@@ -447,7 +447,7 @@ class Mira(Method):
 
     def require_same_settings(self, remedy: str) -> None:
         """Raise ConfigError where the memory was consolidated by other settings than these."""
-        state, config = self._snapshot("HEAD").state, self.config
+        state, config = self.snapshot().state, self.config
         where = f"the memory {self.workspace.store_path!r} was consolidated with other "
         if state is not None and state.consolidate != config.consolidate:
             raise ConfigError(where + "keys or epochs", remedy=remedy)
@@ -456,17 +456,14 @@ class Mira(Method):
 
     # Shared ---------------------------------------------------------------------------------
 
-    def snapshot(self, version: str = "HEAD") -> Snapshot:
-        """The memory at a version, on the device."""
-        return self._snapshot(version)
-
     def read(self, version: str = "HEAD") -> Snapshot:
         """The memory at a version, on the device; the stream is not opened."""
         work = self.workspace
         found = (work.store, work.version_of(version), work.backbone, work.layout)
         return Snapshot.read(*found, work.backbone.device, self.config.engine.resident)
 
-    def _snapshot(self, version: str) -> Snapshot:
+    def snapshot(self, version: str = "HEAD") -> Snapshot:
+        """As `read`, and the stream is that which the memory was trained on."""
         work, snapshot = self.workspace, self.read(version)
         state = snapshot.state
         if state is not None and state.class_names != work.stream.class_names:
