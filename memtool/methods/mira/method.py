@@ -458,9 +458,8 @@ class Mira(Method):
 
     def read(self, version: str = "HEAD") -> Snapshot:
         """The memory at a version, on the device; the stream is not opened."""
-        work = self.workspace
-        found = (work.store, work.version_of(version), work.backbone, work.layout)
-        return Snapshot.read(*found, work.backbone.device, self.config.engine.resident)
+        work, held = self.workspace, self.config.engine.resident
+        return Snapshot.read(work.store, work.version_of(version), work.backbone, work.layout, held)
 
     def snapshot(self, version: str = "HEAD") -> Snapshot:
         """As `read`, and the stream is that which the memory was trained on."""

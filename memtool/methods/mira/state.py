@@ -115,11 +115,13 @@ class Snapshot:
         version: str,
         backbone: Backbone,
         layout: Layout,
-        device: torch.device,
         resident: int | None = None,
     ) -> Snapshot:
-        """Read a version whole; of its adapters so many bytes at a time, None: all."""
-        view, sites = store.view(version), backbone.all_sites
+        """Read a version whole, to where the backbone is.
+
+        Of its adapters so many bytes are held at a time, None: all.
+        """
+        view, sites, device = store.view(version), backbone.all_sites, backbone.device
         state = MemoryState.load(view)
         if state is None or not state.adapters:
             return cls(view.version, view, layout, sites, view.adapters, None, None, None)
