@@ -68,8 +68,9 @@ def normalised(scores: Tensor) -> Tensor:
     if scores.shape[-1] == 1:
         return scores
     whole = scores.sum(dim=-1, keepdim=True)
-    least = torch.where(whole < 0, -FLOOR, FLOOR)
-    return scores / torch.where(whole.abs() < FLOOR, least.to(whole.dtype), whole)
+    least = torch.full_like(whole, FLOOR)  # two numbers alone would be of float32
+    least = torch.where(whole < 0, -least, least)
+    return scores / torch.where(whole.abs() < FLOOR, least, whole)
 
 
 def floored(coefficients: Tensor) -> Tensor:
