@@ -2,8 +2,8 @@
 
 Adapters are small (rank 1, 64 float32), so that their number is what is measured and 100,000 fit
 on a disk; each has a key of two layers and a blob of its own, as its head would be. A store is made
-by commits of 5,000, so that versions are few. Then, at
-every number T of adapters in the same rounds:
+by commits of 5,000, so that versions are few. Then, at every number T of adapters in the same
+rounds:
 
  * append: one adapter, its key, its blob and a state that is put in the place of the old one, in
    one commit by a process that has read the catalog before, as in a training run.
@@ -18,7 +18,6 @@ every number T of adapters in the same rounds:
 from __future__ import annotations
 
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -30,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.store import figure, workplace
+from benchmarks.store import figure, opening_warm, workplace
 from benchmarks.timing import case, environment, interleaved, progress
 from memtool_stores import Backbone, Layout, MemoryStore, Segment, Space
 
@@ -80,7 +79,7 @@ def store_cases(repeats: int, sizes: Sequence[int] = SIZES) -> list[dict[str, An
     with workplace(sum(sizes) * FILE_BYTES + (1 << 26)) as folder:
         built = [Built.made(folder / f"store-{size}", size) for size in sizes]
         cases = appending(built, repeats)
-        cases += opening(built, repeats)
+        cases += opening_warm({one.size: one.folder for one in built}, APPENDS * repeats)
         for what in DOING:
             cases += caring(built, what)
     return cases
@@ -151,21 +150,6 @@ def appending(built: Sequence[Built], repeats: int) -> list[dict[str, Any]]:
 def written(folder: Path) -> int:
     """Bytes of all files of a store; a commit adds files and deletes none."""
     return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def opening(built: Sequence[Built], repeats: int) -> list[dict[str, Any]]:
-    """Milliseconds to open a store when the modules are there."""
-    calls = {str(one.size): partial(MemoryStore.open, one.folder) for one in built}
-    seconds = interleaved(calls, APPENDS * repeats)
-    return [
-        figure(
-            f"open, T = {one.size}",
-            "milliseconds",
-            1e3 * statistics.median(seconds[str(one.size)]),
-            10.0,
-        )
-        for one in built
-    ]
 
 
 def caring(built: Sequence[Built], what: str) -> list[dict[str, Any]]:

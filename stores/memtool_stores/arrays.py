@@ -27,8 +27,9 @@ BATCH_BYTES = 64 * 1024 * 1024
 """Chunks that are fetched at a time, and bytes of them, but always one chunk."""
 
 WRITTEN_ARRAYS = 32
+WRITTEN_CHUNKS = 256
 WRITTEN_BYTES = 16 * 1024 * 1024
-"""Arrays that are written at a time, and about how many bytes of them."""
+"""Arrays, or chunks, that are written at a time, and about how many bytes of them."""
 
 MOST_PACKED_BYTES = 20_000
 """What a chunk of the catalog has when it cannot be made smaller, and a little more."""
@@ -173,6 +174,29 @@ def put(group: Any, files: Mapping[str, bytes]) -> None:
         await asyncio.gather(*sets)
 
     sync(put())
+
+
+def put_in_turn(group: Any, files: Iterable[tuple[str, bytes]]) -> None:
+    """Write files of the tree that are asked for one by one; some MB of them are in memory."""
+    some: dict[str, bytes] = {}
+    waiting = 0
+    for key, data in files:
+        some[key] = data
+        waiting += len(data)
+        if len(some) == WRITTEN_CHUNKS or waiting >= WRITTEN_BYTES:
+            put(group, some)
+            some, waiting = {}, 0
+    put(group, some)
+
+
+def delete(group: Any, keys: Sequence[str]) -> None:
+    """Take files of the tree away, all at once."""
+    from zarr.core.sync import sync
+
+    async def delete() -> None:
+        await asyncio.gather(*(group.store.delete(key) for key in keys))
+
+    sync(delete())
 
 
 def listed(group: Any, name: str) -> list[str]:

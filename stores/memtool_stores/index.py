@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -126,6 +126,16 @@ class Page:
     blobs: Mapping[str, Entry] = field(default_factory=dict)
     pages: Mapping[str, Ref] = field(default_factory=dict)
 
+    @property
+    def count(self) -> int:
+        """How many blobs are in it and below it."""
+        return len(self.blobs) + sum(one.count for one in self.pages.values())
+
+    def ref(self, part: int) -> Ref:
+        """What names it where its bytes lie in this part."""
+        data = self.data()
+        return Ref(part, len(data), self.count, hashlib.sha256(data).hexdigest())
+
     def data(self) -> bytes:
         """Its bytes; equal pages have equal ones."""
         what, named = ("pages", self.pages) if self.pages else ("blobs", self.blobs)
@@ -149,10 +159,10 @@ class Page:
             digit: Ref.of_json(one, parts)
             for digit, one in mapping(said.get("pages", {}), what).items()
         }
-        count = len(blobs) + sum(one.count for one in pages.values())
+        found = cls(blobs, pages)
         if (
             (blobs and pages)
-            or count != ref.count
+            or found.count != ref.count
             or len(path) >= 64
             or not pages.keys() <= set(DIGITS)
             or not all(_path(name).startswith(path) for name in blobs)
@@ -161,7 +171,7 @@ class Page:
                 f"{what} of {len(blobs):,} blobs and {len(pages):,} pages at {path!r}",
                 expected=f"{ref.count:,} blobs, all of that path",
             )
-        return cls(blobs, pages)
+        return found
 
 
 def _entry(data: Any, name: str, parts: int) -> Entry:
@@ -269,7 +279,7 @@ class Index(Mapping[str, Entry]):
             self.ahead(below)
             waiting += below
 
-    def items(self) -> Any:
+    def items(self) -> ItemsView[str, Entry]:
         """Names and entries; each page is read once."""
         return {name: one for page in self.walk() for name, one in page.blobs.items()}.items()
 
@@ -363,11 +373,9 @@ class Changed:
 
     def write(self, page: Page) -> Ref:
         """Give a new page its part."""
-        data = page.data()
-        count = len(page.blobs) + sum(one.count for one in page.pages.values())
         part = self.parts.take(1)
         self.written[part] = page
-        return Ref(part, len(data), count, hashlib.sha256(data).hexdigest())
+        return page.ref(part)
 
 
 def _by_digit(named: Mapping[str, Any], depth: int) -> dict[str, dict[str, Any]]:

@@ -8,8 +8,9 @@ block and no more. Keys that an older schema wrote have one hash over all bytes 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from memtool_stores import limits
 from memtool_stores.arrays import (
     not_as_written,
     opened,
-    put,
+    put_in_turn,
     read_chunks,
     with_crc32c,
 )
@@ -33,9 +34,6 @@ KEYS_DTYPE = np.dtype("<f4")
 BLOCK_BYTES = 256 * 1024
 BLOCK_ROWS = 256
 """A block has no more bytes, and no more rows, but always one row."""
-
-WRITTEN_BLOCKS = 32
-"""Blocks that are written at a time."""
 
 Array = npt.NDArray[Any]
 
@@ -94,6 +92,16 @@ def linked(chain: str, block: Array) -> str:
     return hashlib.sha256(bytes.fromhex(chain) + hashlib.sha256(data).digest()).hexdigest()
 
 
+def chains_of(blocks: Iterable[Array], start: str) -> list[str]:
+    """The chain before the first of these blocks and after each."""
+    return [*itertools.accumulate(blocks, linked, initial=start)]
+
+
+def cut(keys: Array, step: int) -> list[Array]:
+    """Keys (L, n, d_k) as blocks of so many rows, the last with those that are left."""
+    return [keys[:, first : first + step] for first in range(0, keys.shape[1], step)]
+
+
 def open_keys(group: Any, state: KeysState) -> Any:
     """The array. Raises IntegrityError for one of other shape, SchemaError for one too large."""
     array = opened(group, KEYS, KEYS_DTYPE, (None, state.rows, None), (None, None, None))
@@ -131,10 +139,7 @@ def read_keys(group: Any, state: KeysState) -> tuple[str, Array]:
     keys = np.ascontiguousarray(np.concatenate(blocks, axis=1))
     if state.before is None:
         return hashlib.sha256(keys.view(np.uint8).data).hexdigest(), keys
-    chain = beginning(*array.chunks)
-    for block in blocks:
-        chain = linked(chain, block)
-    return chain, keys
+    return chains_of(blocks, beginning(*array.chunks))[-1], keys
 
 
 def read_chains(group: Any, state: KeysState, known: Sequence[str] = ()) -> list[str]:
@@ -147,10 +152,8 @@ def read_chains(group: Any, state: KeysState, known: Sequence[str] = ()) -> list
         return [read_keys(group, state)[0]]
     array = open_keys(group, state)
     start = beginning(*array.chunks)
-    chains = [*known] if start in known[:1] else [start]
-    for block in read_blocks(group, array, len(chains) - 1):
-        chains.append(linked(chains[-1], block))
-    return chains
+    *passed, end = known if start in known[:1] else [start]
+    return [*passed, *chains_of(read_blocks(group, array, len(passed)), end)]
 
 
 def stored(block: Array, step: int) -> bytes:
@@ -174,26 +177,22 @@ def write_keys(group: Any, create: Create, keys: Array, old: KeysState | None) -
         create(keys.shape, (layers, step, width))
     else:
         there = read_blocks(group, array)
-    chain = link = beginning(layers, step, width)
-    waiting: dict[str, bytes] = {}
+    blocks = cut(keys, step)
+    pairs = enumerate(zip(blocks, itertools.chain(there, itertools.repeat(None)), strict=False))
+    # The last one in any case: what changed nothing could not be committed.
+    changed = (
+        (f"{KEYS}/c/0/{number}/0", stored(block, step))
+        for number, (block, was) in pairs
+        if number == len(blocks) - 1 or was is None or was.tobytes() != block.tobytes()
+    )
     # Chunks outside of an array are refused: it grows first, and shrinks last.
     if array is not None and array.shape[1] < rows:
         array.resize(keys.shape)
-    for number in range(math.ceil(rows / step)):
-        block = np.ascontiguousarray(keys[:, number * step : (number + 1) * step])
-        chain, link = linked(chain, block), chain
-        was = next(there, None)
-        # The last one in any case: what changed nothing could not be committed.
-        stays = was is not None and was.shape == block.shape and was.tobytes() == block.tobytes()
-        if not stays or (number + 1) * step >= rows:
-            waiting[f"{KEYS}/c/0/{number}/0"] = stored(block, step)
-        if len(waiting) == WRITTEN_BLOCKS:
-            put(group, waiting)
-            waiting = {}
-    put(group, waiting)
+    put_in_turn(group, changed)
     if array is not None and array.shape[1] > rows:
         array.resize(keys.shape)
-    return KeysState(chain, rows, link)
+    *_, before, end = chains_of(blocks, beginning(layers, step, width))
+    return KeysState(end, rows, before)
 
 
 def append_keys(group: Any, create: Create, keys: Array, old: KeysState) -> KeysState:
@@ -214,14 +213,12 @@ def append_keys(group: Any, create: Create, keys: Array, old: KeysState) -> Keys
     (last,) = read_blocks(group, array, number)
     _require(linked(old.before, last), old)
     array.resize((layers, rows, width))
-    tail = np.concatenate([last, keys], axis=1)
-    chain = link = old.before
-    for place in range(math.ceil(tail.shape[1] / step)):
-        block = tail[:, place * step : (place + 1) * step]
-        chain, link = linked(chain, block), chain
-        if place or last.shape[1] < step:
-            put(group, {f"{KEYS}/c/0/{number + place}/0": stored(block, step)})
-    return KeysState(chain, rows, link)
+    blocks = cut(np.concatenate([last, keys], axis=1), step)
+    full = last.shape[1] // step  # one that is full stays
+    changed = enumerate(blocks[full:], number + full)
+    put_in_turn(group, ((f"{KEYS}/c/0/{place}/0", stored(one, step)) for place, one in changed))
+    *_, before, end = chains_of(blocks, old.before)
+    return KeysState(end, rows, before)
 
 
 def _same_blocks(group: Any, old: KeysState | None, layers: int, step: int, width: int) -> Any:

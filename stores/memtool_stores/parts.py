@@ -8,14 +8,22 @@ commit takes away leaves its elements to what it writes; those that are left ove
 
 from __future__ import annotations
 
-import asyncio
 import json
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from memtool_stores import arrays
-from memtool_stores.arrays import fetched, not_as_written, put, unsealed, with_crc32c
+from memtool_stores.arrays import (
+    CRC32C_BYTES,
+    delete,
+    fetched,
+    not_as_written,
+    put,
+    put_in_turn,
+    unsealed,
+    with_crc32c,
+)
 from memtool_stores.held import Bytes
 from memtool_stores.printable import shown
 
@@ -23,9 +31,8 @@ PARTS = "parts"
 PART_BYTES = 4 * 1024 * 1024
 """Longest element."""
 
-WRITTEN_PARTS = 256
 READ_PARTS = 64
-"""Elements that are written or read at a time, and about `arrays.WRITTEN_BYTES` of them."""
+"""Elements that are read at a time, and about `arrays.WRITTEN_BYTES` of them."""
 
 _HEAD = struct.Struct("<II")
 
@@ -72,18 +79,15 @@ def write_parts(group: Any, count: int, data: Iterable[tuple[int, Bytes]]) -> No
     """
     # Before its chunks: those outside of it are refused.
     put(group, {f"{PARTS}/zarr.json": json.dumps(_document(count)).encode()})
-    files: dict[str, bytes] = {}
-    waiting = 0
-    for first, one in data:
-        for number in range(parts_of(len(one))):
-            piece = bytes(one[number * PART_BYTES : (number + 1) * PART_BYTES])
-            chunk = with_crc32c(_HEAD.pack(1, len(piece)) + piece)
-            files[f"{PARTS}/c/{first + number}"] = chunk
-            waiting += len(piece)
-            if len(files) >= WRITTEN_PARTS or waiting >= arrays.WRITTEN_BYTES:
-                put(group, files)
-                files, waiting = {}, 0
-    put(group, files)
+    put_in_turn(group, (chunk for first, one in data for chunk in _chunks(first, one)))
+
+
+def _chunks(first: int, data: Bytes) -> Iterator[tuple[str, bytes]]:
+    """The elements of these bytes from that one on: where each is stored, and its chunk."""
+    for part, length in pieces_of(first, len(data)):
+        begin = (part - first) * PART_BYTES
+        piece = bytes(data[begin : begin + length])
+        yield f"{PARTS}/c/{part}", with_crc32c(_HEAD.pack(1, length) + piece)
 
 
 def pieces_of(first: int, nbytes: int) -> list[tuple[int, int]]:
@@ -130,19 +134,14 @@ def part_length(chunk: bytes) -> int | None:
     if len(chunk) < _HEAD.size:
         return None
     count, length = _HEAD.unpack_from(chunk)
-    return _HEAD.size + length + 4 if count == 1 and length <= PART_BYTES else None
+    return _HEAD.size + length + CRC32C_BYTES if count == 1 and length <= PART_BYTES else None
 
 
 def payload(chunk: bytes) -> bytes:
     """The bytes of an element from its chunk; b"" where it is none."""
-    return chunk[_HEAD.size : -4] if part_length(chunk) == len(chunk) else b""
+    return chunk[_HEAD.size : -CRC32C_BYTES] if part_length(chunk) == len(chunk) else b""
 
 
 def delete_parts(group: Any, places: Iterable[int]) -> None:
     """Take the bytes of these elements out of this version."""
-    from zarr.core.sync import sync
-
-    async def delete() -> None:
-        await asyncio.gather(*(group.store.delete(f"{PARTS}/c/{place}") for place in places))
-
-    sync(delete())
+    delete(group, [f"{PARTS}/c/{place}" for place in places])

@@ -27,6 +27,7 @@ import numpy.typing as npt
 from memtool_stores import keys, limits
 from memtool_stores.arrays import (
     CRC32C_BYTES,
+    delete,
     listed,
     not_as_written,
     opened,
@@ -314,10 +315,7 @@ class Tree:
 
     def erase_values(self, rows: Iterable[int]) -> None:
         """Take the bytes of these rows out of this version."""
-        from zarr.core.sync import sync
-
-        for row in rows:
-            sync(self._group.store.delete(f"values/c/{row}/0"))
+        delete(self._group, [f"values/c/{row}/0" for row in rows])
 
     def write_files(self, files: Mapping[int, Held]) -> None:
         """Write the bytes of ragged rows, by row; they are read one after the other.

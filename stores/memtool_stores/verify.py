@@ -345,8 +345,8 @@ def _verify_version(
         or (record.row, record.sha256) not in seen.rows
         or f"{FILES_PATH}{record.row}" in written.chunks
     ]
-    _verify_rows(tree, rows, root.space.layout, seen, hashes=level == "full")
     hashes = level == "full"
+    _verify_rows(tree, rows, root.space.layout, seen, hashes=hashes)
     _verify_keys(tree, root.state, snapshot.id, written, seen, hashes=hashes, whole=whole)
     _verify_blobs(tree, root.state, written, seen, hashes=hashes, whole=whole)
     seen.chunk_lengths |= tree.chunk_lengths

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,10 @@ from hypothesis import strategies as st
 from memtool.errors import ConfigError, CorruptError, DataError, NotFoundError
 from memtool.inference.predictor import Predicted
 from memtool.inference.sources import files_named, prompts_in
-from memtool.methods.calibration import Calibration
-from memtool_stores import limits
+from memtool.methods.calibration import Calibration, digest_of
+from memtool_stores import MemoryStore, limits
+
+FIXTURES = Path(__file__).parents[1] / "stores" / "fixtures"
 
 IMAGES = st.lists(st.tuples(st.integers(0, 6).map(float), st.booleans()), min_size=19, max_size=60)
 
@@ -93,6 +96,16 @@ def test_a_blob_that_is_no_calibration_is_corrupt(blob: bytes) -> None:
 
     with pytest.raises(CorruptError, match="blob 'calibration'"):
         Calibration.load(View())  # type: ignore[arg-type]
+
+
+def test_a_calibration_that_an_older_memtool_measured_holds(tmp_path: Path) -> None:
+    """The digest is that of the code before schema 4, of a version with keys and a blob."""
+    with zipfile.ZipFile(FIXTURES / "schema-1.zip") as archive:
+        archive.extractall(tmp_path)
+    view = MemoryStore.open(tmp_path).view()
+    assert view.state.keys is not None
+    measured = "1872b5f3f876bc0877f3b3b0534491758fc6fbd381d2330fba1f4414270883df"
+    assert digest_of(view) == measured
 
 
 def test_what_is_unlike_all_that_was_learned_is_not_sure() -> None:

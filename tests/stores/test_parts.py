@@ -46,9 +46,8 @@ def _by_hand(store: MemoryStore) -> Iterator[tuple[Tree, Any]]:
 
 def _put_page(tree: Tree, group: Any, part: int, page: Page, parts: int) -> Ref:
     """Write a page, and say in the state that it is the first one."""
-    count = len(page.blobs) + sum(one.count for one in page.pages.values())
     write_parts(group, parts, [(part, page.data())])
-    ref = Ref(part, len(page.data()), count, _sha256(page.data()))
+    ref = page.ref(part)
     tree.attributes["state"]["blobs"] = IndexState(parts, ref).to_json()
     return ref
 

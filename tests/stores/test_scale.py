@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import zarr
 
-from memtool_stores import MemoryStore, Space, SpaceMismatchError
+from memtool_stores import IntegrityError, MemoryStore, Space, SpaceMismatchError
 from memtool_stores import keys as key_blocks
 from memtool_stores.index import LEAF, Allotment, Entry, Index, IndexState, Page, Ref
 from memtool_stores.keys import BLOCK_BYTES, BLOCK_ROWS, block_rows
@@ -91,8 +91,6 @@ def test_one_more_blob_writes_a_page_a_level() -> None:
 
 
 def test_a_page_that_another_hash_names_is_refused() -> None:
-    from memtool_stores import IntegrityError
-
     paper = Paper()
     paper.change({"a": _entry(1)})
     page = paper.index.state.page
