@@ -1,9 +1,10 @@
 """What crosses between the CPU and a device, and what is counted on the CPU alone.
 
 A device works off what the CPU has queued; who reads one of its numbers waits for all of that. So
-numbers of a step are read when the next one is queued (`Late`), and batches go there from pinned
-memory (`sent`). What has to be float64 is counted on the CPU (`exact`): Metal has no float64, and
-most GPUs are tens of times slower in it.
+numbers of a step are read when the next one is queued (`Late`), batches go there from pinned
+memory (`sent`), and what only saves work looks at numbers where they are (`at_hand`). What has to
+be float64 is counted on the CPU (`exact`): Metal has no float64, and most GPUs are tens of times
+slower in it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,15 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
     if tensor.device.type != "cpu" or device.type not in QUEUES:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def at_hand(tensor: Tensor) -> bool:
+    """Whether what is done may depend on the numbers of a tensor.
+
+    On another device the CPU would wait for them; a graph that torch.compile or torch.export writes
+    has none.
+    """
+    return not torch.compiler.is_compiling() and tensor.device.type == "cpu"
 
 
 def exact(tensor: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from memtool.devices import sent
+from memtool.devices import at_hand, sent
 from memtool.errors import MismatchError
 from memtool.memories.decoder import RankDecoder
 from memtool.memories.hopfield import settled
@@ -148,12 +148,11 @@ class BlockMemory(nn.Module):
             or len(keys) < LEAST_KEYS
             or keys.shape[1] != self.query.width
             or (keys.requires_grad and torch.is_grad_enabled())  # they change at every step
-            or keys.device.type != "cpu"  # which would be waited for; its product is fast enough
-            or torch.compiler.is_compiling()
+            or not at_hand(keys)  # the product of a device is fast enough
             or {keys.dtype, queries.dtype} != {torch.float32}
         ):
             return None
-        state = (keys.data_ptr(), keys.device, None if keys.is_inference() else keys._version)
+        state = (keys.data_ptr(), None if keys.is_inference() else keys._version)
         if self._searched is None or self._searched[0] != state:
             constant = self.query.bias
             self._searched = (state, KeySearch(keys, self.similarity, constant=constant))
