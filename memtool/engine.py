@@ -19,7 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -52,22 +52,18 @@ Result = TypeVar("Result")
 class Batch:
     """inputs (groups * size, ...) and labels int64 (groups * size,), group by group.
 
-    `weights` float32 (groups * size,) say how much a sample counts; over a step their mean is one
-    in every group. `seed` is for random draws on this batch: it depends on the step only. `share`
-    is the part of the step's samples that it holds. `told` are the labels on the CPU, for what
-    depends on their numbers: of a device one would have to wait for them.
+    `told` are the labels on the CPU, for what depends on their numbers: of a device one would have
+    to wait for them. `weights` float32 (groups * size,) say how much a sample counts; over a step
+    their mean is one in every group. `seed` is for random draws on this batch: it depends on the
+    step only. `share` is the part of the step's samples that it holds.
     """
 
     inputs: Tensor
     labels: Tensor
+    told: Tensor
     weights: Tensor
     seed: int
     share: float = 1.0
-    told: Tensor = field(default=None)  # type: ignore[assignment]
-
-    def __post_init__(self) -> None:
-        if self.told is None:
-            object.__setattr__(self, "told", self.labels.cpu())
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,9 +159,11 @@ class Batches:
         for number, piece in enumerate(np.array_split(np.arange(size), min(parts, size))):
             flat = chosen[:, piece].reshape(-1)
             draw = np.random.default_rng([self.seed, 3, step, number]).integers(2**62)
+            labels = torch.from_numpy(self.labels[flat])
             yield Batch(
                 self.narrowed(torch.from_numpy(self.inputs[flat])),
-                torch.from_numpy(self.labels[flat]),
+                labels,
+                labels,
                 torch.from_numpy(weights[:, piece].reshape(-1)),
                 int(draw),
                 len(piece) / size,
@@ -543,10 +541,10 @@ class Engine:
         return Batch(
             sent(inputs, self.device),
             sent(labels, self.device),
+            labels,
             sent(weights, self.device),
             batch.seed + rank,
             batch.share,
-            labels,
         )
 
 
