@@ -33,7 +33,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from memtool.checkpoints import load_checkpoint, save_checkpoint
-from memtool.devices import Late, sent
+from memtool.devices import Late, cpu_flags, cpu_multiplies_bfloat16, sent
 from memtool.errors import ConfigError, DivergedError, MemtoolError, TrainingInterrupted
 from memtool.progress import Progress, ProgressEvent
 from memtool.settings import EngineSettings, TrainSettings
@@ -625,35 +625,15 @@ def _precision(wanted: str, device: torch.device) -> str:
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
     if device.type == "cpu":
-        fast = torch.ops.mkldnn._is_mkldnn_bf16_supported() and _cpu_multiplies_bfloat16()
+        fast = torch.ops.mkldnn._is_mkldnn_bf16_supported() and cpu_multiplies_bfloat16()
         return "bf16" if fast else "fp32"
     return "fp32"
 
 
-def _cpu_multiplies_bfloat16() -> bool:
-    # Not Linux: bfloat16 is left to those who ask for it.
-    return bool({"avx512_bf16", "amx_bf16"} & _cpu_flags())
-
-
 def _cpu_knows_bfloat16() -> bool:
     """Whether it may multiply bfloat16, ARM included; a system that does not say is believed."""
-    flags = _cpu_flags()
+    flags = cpu_flags()
     return not flags or bool({"avx512_bf16", "amx_bf16", "bf16"} & flags)
-
-
-def _cpu_flags() -> set[str]:
-    """What the CPU of a Linux can do; nothing elsewhere."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return set()
-    lines = (line.partition(":") for line in text.splitlines())
-    return {
-        flag
-        for name, _, flags in lines
-        if name.strip().lower() in ("flags", "features")
-        for flag in flags.split()
-    }
 
 
 @contextmanager
