@@ -28,7 +28,7 @@ import timm
 import torch
 from torch import Tensor
 
-from benchmarks.timing import case, environment, interleaved, progress
+from benchmarks.timing import case, environment, figure, interleaved, progress
 from memtool.adapters.layout import Layout
 from memtool.adapters.recalls import given_for_each
 from memtool.adapters.values import AdapterValues
@@ -74,14 +74,6 @@ def run(repeats: int, sizes: tuple[int, ...] = SIZES) -> dict[str, Any]:
 def randn(*shape: int, seed: int) -> Tensor:
     """Normal numbers that depend on the seed alone."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def figure(name: str, value: float, at_most: float | None, **more: Any) -> dict[str, Any]:
-    """A figure that is no ratio of times, against its limit."""
-    passed = at_most is None or value <= at_most
-    progress(f"{name}: {value:.3g}")
-    limit = None if at_most is None else f"<= {at_most:g}"
-    return {"name": name, "value": value, "limit": limit, "passed": passed, **more}
 
 
 # A recall ----------------------------------------------------------------------------------------
@@ -159,7 +151,7 @@ def slope(way: Way, sizes: list[int], seconds: dict[str, list[float]]) -> dict[s
         f"{size}: {1000 * one:.1f} ms" for size, one in zip(sizes, medians, strict=True)
     )
     progress(f"{way}: {curve}")
-    return figure(f"{way}, slope a tenfold", fitted.slope, None, milliseconds=curve)
+    return figure(f"{way}, slope a tenfold", "share", fitted.slope, None, milliseconds=curve)
 
 
 def exact(way: Way, size: int, model: MemoryModel, batch: Tensor) -> list[dict[str, Any]]:
@@ -175,11 +167,13 @@ def exact(way: Way, size: int, model: MemoryModel, batch: Tensor) -> list[dict[s
         raise AssertionError(f"{way}, T = {size}: other adapters than those of the highest scores")
     used = int(found.any(dim=0).any(dim=0).sum())
     away = float((found[:, 0] - wanted).abs().max())
-    cases = [figure(f"{way}, T = {size}, coefficients off by", away, 1e-5, adapters=used)]
+    name = f"{way}, T = {size}, coefficients off by"
+    cases = [figure(name, "largest of all", away, 1e-5, adapters=used)]
     if size <= DENSE_UP_TO:
         dense = model.under(batch, given_for_each(model.values, found, model.mix))
         off = float((features - dense).norm() / dense.norm())
-        cases.append(figure(f"{way}, T = {size}, features off by", off, 1e-5))
+        name = f"{way}, T = {size}, features off by"
+        cases.append(figure(name, "share of their length", off, 1e-5))
     return cases
 
 
@@ -196,7 +190,8 @@ def taken(way: Way, sizes: list[int]) -> list[dict[str, Any]]:
     allowed = 0.1 * least + ROWS_OF_ALL * row
     return [
         figure(
-            f"{way}, T = {sizes[-1]}, peak memory more than T = {sizes[0]}, MB",
+            f"{way}, T = {sizes[-1]}, peak memory more than T = {sizes[0]}",
+            "MB",
             (most - least) / 1e6,
             allowed / 1e6,
             peak_bytes={sizes[0]: least, sizes[-1]: most},
@@ -261,5 +256,5 @@ def searches(repeats: int) -> list[dict[str, Any]]:
     wrong = int((search() != bare(keys.double())).sum())
     return [
         case(f"search, T = {KEYS}", seconds, "search", best, at_most=SEARCH),
-        figure(f"search, T = {KEYS}, other than the {TOPK} highest", wrong, 0),
+        figure(f"search, T = {KEYS}, other than the {TOPK} highest", "keys", wrong, 0),
     ]

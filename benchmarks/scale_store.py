@@ -29,8 +29,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.store import figure, opening_warm, workplace
-from benchmarks.timing import case, environment, interleaved, progress
+from benchmarks.store import opening_warm, workplace
+from benchmarks.timing import case, environment, figure, interleaved, progress
 from memtool_stores import Backbone, Layout, MemoryStore, Segment, Space
 
 SIZES = (100, 10_000, 100_000)

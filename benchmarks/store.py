@@ -38,7 +38,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file, save_file
 
-from benchmarks.timing import case, environment, interleaved, progress, ratio
+from benchmarks.timing import case, environment, figure, interleaved, progress, ratio
 from memtool_stores import Backbone, Layout, MemoryStore, MemoryView, Segment, Space
 
 SIZES = (100, 1_000, 10_000)
@@ -136,19 +136,6 @@ def tensors(flat: Values) -> dict[str, Values]:
     return {
         segment.name: flat[segment.offset : segment.offset + segment.numel].reshape(segment.shape)
         for segment in space().layout.segments
-    }
-
-
-def figure(name: str, what: str, found: float, at_most: float, **more: Any) -> dict[str, Any]:
-    """One figure of a report that is no ratio of times."""
-    progress(f"{name}: {what} = {found:.3f}")
-    return {
-        "name": name,
-        "what": what,
-        "value": found,
-        "limit": f"<= {at_most}",
-        "passed": found <= at_most,
-        **more,
     }
 
 

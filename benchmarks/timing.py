@@ -103,3 +103,18 @@ def case(
         "repeats": len(seconds[over]),
         **more,
     }
+
+
+def figure(
+    name: str, what: str, found: float, at_most: float | None, **more: Any
+) -> dict[str, Any]:
+    """One figure of a report that is no ratio of times, against its limit where it has one."""
+    progress(f"{name}: {what} = {found:.4g}")
+    return {
+        "name": name,
+        "what": what,
+        "value": found,
+        "limit": None if at_most is None else f"<= {at_most:g}",
+        "passed": at_most is None or found <= at_most,
+        **more,
+    }

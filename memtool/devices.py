@@ -1,12 +1,15 @@
-"""What crosses between the CPU and a device, and what is counted on the CPU alone.
+"""What crosses between the CPU and a device, what is counted on the CPU alone, and what it can do.
 
 A device works off what the CPU has queued; who reads one of its numbers waits for all of that. So
-numbers of a step are read when the next one is queued (`Late`), and batches go there from pinned
-memory (`sent`). What has to be float64 is counted on the CPU (`exact`): Metal has no float64, and
-most GPUs are tens of times slower in it.
+numbers of a step are read when the next one is queued (`Late`), batches go there from pinned
+memory (`sent`), and what only saves work looks at numbers where they are (`at_hand`). What has to
+be float64 is counted on the CPU (`exact`): Metal has no float64, and most GPUs are tens of times
+slower in it.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,6 +23,15 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
     if tensor.device.type != "cpu" or device.type not in QUEUES:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def at_hand(tensor: Tensor) -> bool:
+    """Whether what is done may depend on the numbers of a tensor.
+
+    On another device the CPU would wait for them; a graph that torch.compile or torch.export writes
+    has none.
+    """
+    return not torch.compiler.is_compiling() and tensor.device.type == "cpu"
 
 
 def exact(tensor: Tensor) -> Tensor:
@@ -48,3 +60,26 @@ class Late:
             return [tensor.cpu() for tensor in self._tensors]
         self._event.synchronize()
         return [tensor.clone() for tensor in self._tensors]  # pinned memory is for the next
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether the CPU has instructions for it that are faster than float32.
+
+    Where the system is not Linux it is left to those who ask for bfloat16.
+    """
+    return bool({"avx512_bf16", "amx_bf16"} & cpu_flags())
+
+
+def cpu_flags() -> set[str]:
+    """What the CPU of a Linux can do; nothing elsewhere."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return set()
+    lines = (line.partition(":") for line in text.splitlines())
+    return {
+        flag
+        for name, _, flags in lines
+        if name.strip().lower() in ("flags", "features")
+        for flag in flags.split()
+    }

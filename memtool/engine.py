@@ -19,7 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,7 +33,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from memtool.checkpoints import load_checkpoint, save_checkpoint
-from memtool.devices import Late, sent
+from memtool.devices import Late, cpu_flags, cpu_multiplies_bfloat16, sent
 from memtool.errors import ConfigError, DivergedError, MemtoolError, TrainingInterrupted
 from memtool.progress import Progress, ProgressEvent
 from memtool.settings import EngineSettings, TrainSettings
@@ -52,22 +52,18 @@ Result = TypeVar("Result")
 class Batch:
     """inputs (groups * size, ...) and labels int64 (groups * size,), group by group.
 
-    `weights` float32 (groups * size,) say how much a sample counts; over a step their mean is one
-    in every group. `seed` is for random draws on this batch: it depends on the step only. `share`
-    is the part of the step's samples that it holds. `told` are the labels on the CPU, for what
-    depends on their numbers: of a device one would have to wait for them.
+    `told` are the labels on the CPU, for what depends on their numbers: of a device one would have
+    to wait for them. `weights` float32 (groups * size,) say how much a sample counts; over a step
+    their mean is one in every group. `seed` is for random draws on this batch: it depends on the
+    step only. `share` is the part of the step's samples that it holds.
     """
 
     inputs: Tensor
     labels: Tensor
+    told: Tensor
     weights: Tensor
     seed: int
     share: float = 1.0
-    told: Tensor = field(default=None)  # type: ignore[assignment]
-
-    def __post_init__(self) -> None:
-        if self.told is None:
-            object.__setattr__(self, "told", self.labels.cpu())
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,9 +159,11 @@ class Batches:
         for number, piece in enumerate(np.array_split(np.arange(size), min(parts, size))):
             flat = chosen[:, piece].reshape(-1)
             draw = np.random.default_rng([self.seed, 3, step, number]).integers(2**62)
+            labels = torch.from_numpy(self.labels[flat])
             yield Batch(
                 self.narrowed(torch.from_numpy(self.inputs[flat])),
-                torch.from_numpy(self.labels[flat]),
+                labels,
+                labels,
                 torch.from_numpy(weights[:, piece].reshape(-1)),
                 int(draw),
                 len(piece) / size,
@@ -543,10 +541,10 @@ class Engine:
         return Batch(
             sent(inputs, self.device),
             sent(labels, self.device),
+            labels,
             sent(weights, self.device),
             batch.seed + rank,
             batch.share,
-            labels,
         )
 
 
@@ -627,35 +625,15 @@ def _precision(wanted: str, device: torch.device) -> str:
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
     if device.type == "cpu":
-        fast = torch.ops.mkldnn._is_mkldnn_bf16_supported() and _cpu_multiplies_bfloat16()
+        fast = torch.ops.mkldnn._is_mkldnn_bf16_supported() and cpu_multiplies_bfloat16()
         return "bf16" if fast else "fp32"
     return "fp32"
 
 
-def _cpu_multiplies_bfloat16() -> bool:
-    # Not Linux: bfloat16 is left to those who ask for it.
-    return bool({"avx512_bf16", "amx_bf16"} & _cpu_flags())
-
-
 def _cpu_knows_bfloat16() -> bool:
     """Whether it may multiply bfloat16, ARM included; a system that does not say is believed."""
-    flags = _cpu_flags()
+    flags = cpu_flags()
     return not flags or bool({"avx512_bf16", "amx_bf16", "bf16"} & flags)
-
-
-def _cpu_flags() -> set[str]:
-    """What the CPU of a Linux can do; nothing elsewhere."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return set()
-    lines = (line.partition(":") for line in text.splitlines())
-    return {
-        flag
-        for name, _, flags in lines
-        if name.strip().lower() in ("flags", "features")
-        for flag in flags.split()
-    }
 
 
 @contextmanager

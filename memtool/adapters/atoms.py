@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from memtool.adapters.layout import Site
+from memtool.devices import at_hand
 from memtool.errors import ConfigError, MismatchError, did_you_mean
 
 ScoreNorm = Literal["bank", "task"]
@@ -481,9 +482,8 @@ def _largest(scores: Tensor, k: int) -> Tensor:
     if k == count:
         return torch.arange(count, device=scores.device).expand(scores.shape[0], -1)
     if (
-        torch.compiler.is_compiling()  # first: what follows is no part of a graph
+        not at_hand(scores)  # first: what follows is no part of a graph
         or scores.dtype == torch.float64
-        or scores.device.type != "cpu"
         or torch.get_num_threads() > FEW_THREADS
     ):
         return scores.topk(k, dim=1, sorted=False).indices
@@ -545,7 +545,7 @@ def _products(x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
 
 def _in_cache(rows: Tensor) -> list[slice]:
     """Slices of the tokens: as many at once as a core's cache holds; on a GPU, or compiled, all."""
-    if rows.device.type != "cpu" or torch.compiler.is_compiling():
+    if not at_hand(rows):
         return [slice(None)]
     count, step = len(rows), max(1, IN_CACHE // rows.shape[1])
     return [slice(first, first + step) for first in range(0, count, step)]

@@ -38,6 +38,7 @@ from memtool.adapters.convolution import Patches, Window
 from memtool.adapters.layout import Site
 from memtool.adapters.picks import Picks
 from memtool.adapters.values import BlockValues, ModuleValues
+from memtool.devices import at_hand
 from memtool.errors import MismatchError, did_you_mean
 
 Mix = Literal["delta", "params"]
@@ -302,8 +303,8 @@ def _over(gate: Tensor, rows: int, module: str) -> Tensor:
 
 def _check_index(index: Tensor, count: int) -> None:
     """Raise MismatchError for adapters that are none of so many."""
-    # On another device the check would wait for it; the lookup itself checks there.
-    if index.device.type == "cpu" and not torch.compiler.is_compiling() and index.numel():
+    # Where it is not at hand the lookup itself checks.
+    if at_hand(index) and index.numel():
         low, high = (int(bound) for bound in index.aminmax())
         if low < 0 or high >= count:
             raise MismatchError(f"choice of adapters {low} to {high}", expected=f"0 to {count - 1}")

@@ -17,6 +17,7 @@ from torch import Tensor
 from memtool.adapters.layout import Layout
 from memtool.adapters.picks import Picks
 from memtool.adapters.values import AdapterValues, BlockValues
+from memtool.devices import sent
 from memtool.errors import ConfigError
 
 _READING = threading.RLock()
@@ -70,8 +71,9 @@ class ResidentValues(AdapterValues):
     def _placed(self, picks: Picks) -> tuple[Tensor, Tensor, Picks]:
         """The slots (u,) of all adapters used, these (u,), and where among them each picked is."""
         used = picks.index.unique() if picks.used is None else picks.used
-        self._bring(used.tolist())
-        slots = torch.tensor([self._slots[number] for number in used.tolist()], device=used.device)
+        wanted = used.tolist()
+        self._bring(wanted)
+        slots = sent(torch.tensor([self._slots[number] for number in wanted]), used.device)
         return slots, used, Picks(torch.searchsorted(used, picks.index))
 
     @torch.no_grad()
@@ -89,9 +91,9 @@ class ResidentValues(AdapterValues):
         for number in missing:
             full = len(self._slots) == self.room
             self._slots[number] = self._slots.popitem(last=False)[1] if full else len(self._slots)
-        into = torch.tensor([self._slots[n] for n in missing], device=self.scaling.device)
+        into = sent(torch.tensor([self._slots[n] for n in missing]), self.scaling.device)
         for mine, new in zip([*self.a, *self.b], [*read.a, *read.b], strict=True):
-            mine.index_copy_(0, into, new.to(mine))
+            mine.index_copy_(0, into, sent(new.to(mine.dtype), mine.device))
 
     def _require_room(self, wanted: int) -> None:
         if wanted > self.room:

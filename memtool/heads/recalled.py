@@ -17,6 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 
+from memtool.devices import at_hand
 from memtool.errors import CorruptError, MismatchError
 from memtool.heads.linear import LinearClassifier
 from memtool.heads.prototype import CosineHead
@@ -136,12 +137,12 @@ class RecalledHead:
     def _asked(self, coefficients: Tensor) -> tuple[RecalledHead, Tensor]:
         """The heads that have a weight for an input of the batch, and these weights (b, heads).
 
-        All of them where coefficients learn, as one of zero has a slope, too; and on a device,
-        which would be waited for to tell.
+        All of them where coefficients learn, as one of zero has a slope, too; and where the weights
+        are not `at_hand`.
         """
         weights = self._weights(coefficients)
         learns = coefficients.requires_grad and torch.is_grad_enabled()
-        if learns or weights.device.type != "cpu" or torch.compiler.is_compiling():
+        if learns or not at_hand(weights):
             return self, weights
         used = weights.any(dim=0).nonzero()[:, 0]
         if len(used) == len(self.weight):

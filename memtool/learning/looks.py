@@ -33,6 +33,7 @@ from memtool.adapters.values import Recall
 from memtool.backbones.answering import by_length, trimmed
 from memtool.backbones.causal_lm import PAD, CausalLM
 from memtool.backbones.interface import FrozenModel
+from memtool.devices import at_hand
 from memtool.errors import ConfigError, MismatchError
 from memtool.sections import MemorySettings
 from memtool.streams.task import Images, Texts
@@ -88,8 +89,8 @@ class PromptFeatures(nn.Module):
         self.dim = lm.dim
 
     def preprocess(self, inputs: Tensor) -> Tensor:
-        """Prompts padded no more than they need; on a device as they are: one would wait there."""
-        return trimmed(inputs) if inputs.device.type == "cpu" else inputs
+        """Prompts padded no more than they need; as they are where they are not `at_hand`."""
+        return trimmed(inputs) if at_hand(inputs) else inputs
 
     def features(self, inputs: Tensor, recall: Recall | None = None) -> Tensor:
         """The mean (b, dim) of the last hidden states over the tokens, float32."""

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from memtool.devices import sent
+from memtool.devices import at_hand, sent
 from memtool.errors import MismatchError
 from memtool.memories.decoder import RankDecoder
 from memtool.memories.hopfield import settled
@@ -112,14 +112,12 @@ class BlockMemory(nn.Module):
         """What hidden states (batch, tokens, dim) recall."""
         queries = self.query(hidden)
         added = None if self.decoder is None else self.decoder(queries[:, : self.query.dim])
-        settled = self.settled(queries)
-        near = self._near(settled)
-        return Answer(self._shares(settled, near), near, added)
+        coefficients, near = self._recalled(self.settled(queries))
+        return Answer(coefficients, near, added)
 
     def answer(self, queries: Tensor) -> Tensor:
         """Coefficients (batch, t) of queries (batch, d_k)."""
-        settled = self.settled(queries)
-        return self._shares(settled, self._near(settled))
+        return self._recalled(self.settled(queries))[0]
 
     def left_out(self, queries: Tensor) -> Tensor | None:
         """The share (batch,) of the softmax of all that a cut leaves out, of queries (batch, d_k).
@@ -130,7 +128,7 @@ class BlockMemory(nn.Module):
             return None
         settled = self.settled(queries)
         shares = self._by_adapter(self.uncut(self._similar(settled)))
-        return 1 - (shares * (self.answer(queries) != 0)).sum(dim=1)
+        return 1 - (shares * (self._recalled(settled)[0] != 0)).sum(dim=1)
 
     def _by_adapter(self, shares: Tensor) -> Tensor:
         """Shares (batch, t · m) of keys added up by adapter (batch, t)."""
@@ -148,20 +146,20 @@ class BlockMemory(nn.Module):
             or len(keys) < LEAST_KEYS
             or keys.shape[1] != self.query.width
             or (keys.requires_grad and torch.is_grad_enabled())  # they change at every step
-            or keys.device.type != "cpu"  # which would be waited for; its product is fast enough
-            or torch.compiler.is_compiling()
+            or not at_hand(keys)  # the product of a device is fast enough
             or {keys.dtype, queries.dtype} != {torch.float32}
         ):
             return None
-        state = (keys.data_ptr(), keys.device, None if keys.is_inference() else keys._version)
+        state = (keys.data_ptr(), None if keys.is_inference() else keys._version)
         if self._searched is None or self._searched[0] != state:
             constant = self.query.bias
             self._searched = (state, KeySearch(keys, self.similarity, constant=constant))
         near = self._searched[1].near(queries, self.most)
         return near if len(near) else None
 
-    def _shares(self, queries: Tensor, near: Tensor | None) -> Tensor:
-        """Coefficients (batch, t) of queries that settled, of the adapters that are near."""
+    def _recalled(self, queries: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Coefficients (batch, t) of queries that settled, and the adapters that are near."""
+        near = self._near(queries)
         if near is None:
             shares = self.separation(self._similar(queries))
         else:
@@ -173,7 +171,7 @@ class BlockMemory(nn.Module):
         if self.reaches is not None:
             far = self.reaches(queries[None, :, : self.query.dim]) > LIMIT
             shares = shares.masked_fill(sent(far, shares.device).unsqueeze(1), 0.0)
-        return shares
+        return shares, near
 
     def settled(self, queries: Tensor) -> Tensor:
         """Queries (batch, d_k) after the steps of this memory; without any as they are."""
@@ -250,7 +248,7 @@ class KeyedMemory(nn.Module):
         each: list[bool | nn.LayerNorm] = [settings.query_norm == "layer"] * len(blocks)
         if settings.query_norm == "block":
             each = [*norms]
-        cut, most, uncut = None, None, None
+        cut, uncut = None, None
         match settings.routing:
             case "mixture":
                 score, name = similarity(settings.similarity), settings.separation
@@ -258,12 +256,12 @@ class KeyedMemory(nn.Module):
                     uncut = separation("softmax", beta=settings.beta)
                 if name == "topk" and settings.keys_of == "class":
                     name, cut = "softmax", settings.topk
-                most = {"topk": settings.topk, "max": 1}.get(name)
-                separate = separation(name, beta=settings.beta, topk=settings.topk)
             case "lda":
-                score, separate, most = similarity("scaled-dot"), separation("max"), 1
+                score, name = similarity("scaled-dot"), "max"
             case "prototype":
-                score, separate, most = similarity("euclidean"), separation("max"), 1
+                score, name = similarity("euclidean"), "max"
+        separate = separation(name, beta=settings.beta, topk=settings.topk)
+        most = {"topk": settings.topk, "max": 1}.get(name)
         return cls(
             blocks,
             [

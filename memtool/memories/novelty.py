@@ -87,8 +87,8 @@ class Reaches(nn.Module):
         vectors = exact(vectors)
         nearest = []
         for factor, means, reach in zip(self.factors, self.means, self.reach, strict=True):
-            away = _distances(vectors @ factor.double(), means.double()).amin(dim=-1)
-            nearest.append(away / reach.double().unsqueeze(-1))
+            away = _distances(vectors @ factor, means).amin(dim=-1)
+            nearest.append(away / reach.unsqueeze(-1))
         return torch.stack(nearest).amin(dim=0).square().mean(dim=0).sqrt()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from memtool.devices import cpu_multiplies_bfloat16
 from memtool.memories.similarity import SIMILARITIES, SimilarityFunction
 
 LEAST_KEYS = 1024
@@ -38,9 +39,7 @@ SEARCHED: tuple[SimilarityFunction, ...] = (*_PRODUCTS, *_DIRECTIONS, SIMILARITI
 
 def fastest() -> torch.dtype:
     """The number format in which the CPU multiplies matrices fastest, of those with wide range."""
-    # On other processors bfloat16 is emulated.
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if cpu_multiplies_bfloat16() else torch.float32
 
 
 class KeySearch:

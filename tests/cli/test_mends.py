@@ -118,7 +118,7 @@ def test_bf16_on_a_cpu_that_does_not_know_it_is_said(monkeypatch, caplog):
     settings = resolve(overrides={"engine.precision": "bf16", "engine.device": "cpu"}).config.engine
     for flags, said in (({"avx2"}, 1), ({"avx2", "avx512_bf16"}, 0), (set(), 0)):
         caplog.clear()
-        monkeypatch.setattr(engine, "_cpu_flags", lambda flags=flags: flags)
+        monkeypatch.setattr(engine, "cpu_flags", lambda flags=flags: flags)
         engine.Engine(settings, threads=1)
         assert sum("bf16" in record.getMessage() for record in caplog.records) == said
 

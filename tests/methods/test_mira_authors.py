@@ -141,7 +141,7 @@ def test_adapters_that_differ_by_start_see_every_sample():
 
 def test_mixup_of_a_class_stays_in_it():
     labels = torch.tensor([0, 1, 0, 2, 1, 0, 2, 2] * 2)
-    batch = Batch(torch.zeros(16, 1), labels, torch.ones(16), 5)
+    batch = Batch(torch.zeros(16, 1), labels, labels, torch.ones(16), 5)
     drawn = mixing(batch, 0.4, 2, of_class=True)
     assert torch.equal(labels[drawn.partners], labels)
     assert not torch.equal(drawn.partners, torch.arange(16))

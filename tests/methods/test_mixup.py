@@ -28,7 +28,8 @@ OF_KEYS = {
 
 def batch(count: int = 6, seed: int = 3) -> Batch:
     images = torch.randint(0, 256, (count, 32, 32, 3), generator=torch.Generator().manual_seed(1))
-    return Batch(images.byte(), torch.arange(count) % 3, torch.ones(count), seed)
+    labels = torch.arange(count) % 3
+    return Batch(images.byte(), labels, labels, torch.ones(count), seed)
 
 
 def by_hand(one: Batch, alpha: float, groups: int) -> tuple[Tensor, Tensor]:

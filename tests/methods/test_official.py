@@ -207,7 +207,8 @@ def test_a_crop_keeps_shape_and_type_and_depends_on_the_seed_alone() -> None:
     train = TrainSettings(augment="crop")
 
     def of(seed: int) -> Tensor:
-        return augmented(Batch(images, torch.zeros(6).long(), torch.ones(6), seed), train)
+        labels = torch.zeros(6).long()
+        return augmented(Batch(images, labels, labels, torch.ones(6), seed), train)
 
     once = of(1)
     assert (once.shape, once.dtype) == (images.shape, torch.uint8)

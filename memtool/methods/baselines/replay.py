@@ -106,7 +106,7 @@ class Er(Learner):
         device = self.work.engine.device
         told = torch.from_numpy(targets[rows.numpy()])
         chosen = sent(self.objective.narrowed(torch.from_numpy(inputs[rows.numpy()])), device)
-        batch = Batch(chosen, sent(told, device), torch.ones(count, device=device), seed, told=told)
+        batch = Batch(chosen, sent(told, device), told, torch.ones(count, device=device), seed)
         return rows, self.objective.prepared(batch), self.objective.targets(batch)
 
     def replayed(self, count: int) -> Tensor:

@@ -108,7 +108,8 @@ class Measure:
     def scores(self, snapshot: Snapshot, tasks: Sequence[Task]) -> Scores:
         """The memory on the test images of tasks, the task inferred."""
         state, model, head = snapshot.consolidated()
-        accuracy, coefficients, left = [], [], list[Tensor]()
+        accuracy, coefficients = [], []
+        left: list[Tensor] = []
         right, total, spent = 0, 0, 0.0
         divides = model.settings.separation == "normalised"
         met = 0 if divides and model.settings.routing == "mixture" else None
@@ -366,10 +367,9 @@ def _with_separation(
 ) -> MemoryModel:
     """The same memory under another separation, whose weights do not move at test time.
 
-    `most` is as in `BlockMemory`.
-
-    Queries that settle do so as before, and are then read under the other one. Only where it is
-    `decoded` a decoder adds to them; else adapters are recalled whole.
+    Queries that settle do so as before, and are then read under the other one; `most` is as in
+    `BlockMemory`. Only where it is `decoded` a decoder adds to them; else adapters are recalled
+    whole.
     """
     memories = [
         BlockMemory(
