@@ -91,7 +91,7 @@ def _require_listener(address: str) -> None:
 def _remedy(address: str) -> str:
     if address == LOCAL:
         return "`ray start --head` says more; then --ray auto"
-    if address == "auto":
+    if address == "auto" and "RAY_ADDRESS" not in os.environ:
         return "`ray start --head` on this machine, or the address of a cluster elsewhere"
     return "`ray status` there says what runs; RAY_AUTH_MODE=token here, where it asks for a token"
 

@@ -80,6 +80,23 @@ def test_where_nobody_listens_is_said_before_ray_waits(monkeypatch: pytest.Monke
                 pass
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_a_named_cluster_that_refuses_may_ask_for_a_token(
+    named: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*_: object, **__: object) -> None:
+        raise ConnectionError("Failed to connect")
+
+    errors = SimpleNamespace(RayError=KeyError)
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=refuses, exceptions=errors))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if named:
+        monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    with pytest.raises(ConfigError, match="Failed to connect") as found, cluster.joined("auto"):
+        pass
+    assert ("RAY_AUTH_MODE=token" in str(found.value.remedy)) == named
+
+
 def test_what_a_cluster_has_too_little_of_is_said() -> None:
     ray = SimpleNamespace(cluster_resources=lambda: {"CPU": 2.0, "big": 1.0})
     assert cluster.lacks({"cpu": 2, "gpu": 0, "big": 1}, ray) == []
