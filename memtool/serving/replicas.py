@@ -373,7 +373,7 @@ def _deploy(ray: Any, serve: Any, fleet: Fleet, actor: str, say: Callable[[str],
         raise MemtoolError(
             f"no replica can begin: {_why(serve, error)}",
             expected="a cluster whose machines see the store, and have this memtool",
-            remedy="the logs of the replicas, in logs/serve of the folder of Ray's session, say more",
+            remedy="the replicas' logs, in logs/serve of the folder of Ray's session, say more",
         ) from error
 
 
@@ -422,8 +422,8 @@ def _place(serve: Any, host: str, port: int) -> tuple[bool, tuple[str, int], fro
             raise BusyError(
                 f"the cluster serves {name} already",
                 expected="a cluster without it",
-                remedy="`serve shutdown` ends all that it serves, with RAY_AUTH_MODE=token where the "
-                "cluster asks for a token",
+                remedy="`serve shutdown` ends all that it serves, with RAY_AUTH_MODE=token where "
+                "the cluster asks for a token",
             )
     if (there.host, there.port) != (host, port):
         raise ConfigError(
