@@ -1,7 +1,7 @@
 """Models of timm, written out or as timm wrote them: every family against timm's own forward pass.
 
-In float64: adapters of zeros are the frozen model, others the model with merged weights, and a batch
-of mixtures is each sample by itself.
+In float64: adapters of zeros are the frozen model, others the model with merged weights, and a
+batch of mixtures is each sample by itself.
 """
 
 from __future__ import annotations
@@ -72,7 +72,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], int]] = {
 }
 
 WRITTEN_OUT = ("vit", "siglip", "registers", "clip")
-QUICK = (*WRITTEN_OUT, "eva-02", "swin", "convnext", "padding as tensorflow", "mobilevit", "resnext")
+QUICK = (
+    *WRITTEN_OUT,
+    "eva-02",
+    "swin",
+    "convnext",
+    "padding as tensorflow",
+    "mobilevit",
+    "resnext",
+)
 """Plain ViTs, and one of every way to be adapted: fused layers, windows, channels last, padding,
 groups.
 """
