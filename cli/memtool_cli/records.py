@@ -424,7 +424,7 @@ class Presets(CliRecord):
 
 
 class BackboneRow(Part):
-    """A model of timm as a backbone; of what was not built, only the name.
+    """A model as a backbone; of what was not built, only the name.
 
     `widths` are those of the inputs of its blocks, `dim` that of its features.
     """

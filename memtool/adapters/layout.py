@@ -72,12 +72,7 @@ class Site:
 
     def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shapes of A and B as PEFT has them. Raises MismatchError for a rank in no groups."""
-        if rank % self.groups:
-            raise MismatchError(
-                f"{self.name} is a convolution of {self.groups} groups, and the rank is {rank}",
-                expected=f"a multiple of {self.groups}, as PEFT has it",
-                remedy="another adapter.rank, or backbone.targets without this layer",
-            )
+        _require_multiple((self,), rank)
         a, b = (rank, self.in_features), (self.out_features, rank // self.groups)
         if self.kernel is None:
             return a, b
@@ -126,6 +121,7 @@ class Layout:
         """A and B of every site with their offsets; names end in `.lora_A` and `.lora_B`."""
         segments: list[Segment] = []
         offset = 0
+        _require_multiple(self.sites, self.rank)
         for site in self.sites:
             for suffix, shape in zip(("lora_A", "lora_B"), site.shapes(self.rank), strict=True):
                 segments.append(Segment(f"{site.name}.{suffix}", shape, offset))
@@ -178,6 +174,23 @@ class Layout:
             s.name: value[..., s.offset : s.offset + s.numel].reshape(*lead, *s.matrix)
             for s in self.segments
         }
+
+
+def _require_multiple(sites: Sequence[Site], rank: int) -> None:
+    """Raise MismatchError for a rank that the groups of some site do not divide.
+
+    It names the first of those, and the least rank that fits all, where that is no wider than they.
+    """
+    misfit = next((site for site in sites if rank % site.groups), None)
+    if misfit is not None:
+        fits = math.lcm(*(site.groups for site in sites))
+        sane = fits <= max(site.out_features for site in sites)
+        raise MismatchError(
+            f"{misfit.name} is a convolution of {misfit.groups} groups, and the rank is {rank}",
+            expected=f"a multiple of {fits}, as PEFT has it",
+            remedy=(f"--set adapter.rank={fits}, or " if sane else "")
+            + "backbone.targets without this layer",
+        )
 
 
 def sites_in_block_order(sites: Sequence[Site]) -> tuple[Site, ...]:

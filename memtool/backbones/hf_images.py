@@ -11,6 +11,9 @@ last map.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,34 +43,87 @@ def create_hf_images(settings: BackboneSettings, model: str) -> AsWritten:
     only its config.json is read. Raises ConfigError for a model that reads no images or cannot be
     adapted, NotFoundError where there are no such files.
     """
-    from transformers import AutoConfig, AutoModel
-
     del model
     source = _source(settings)
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        given: dict[str, Any] = {}
-        create: Any = AutoModel
-        if config.model_type in _TOWERS:
-            create = _tower(_TOWERS[config.model_type])
-            config = getattr(config, "vision_config", config)
-        elif not hasattr(config, "num_channels"):
-            raise ConfigError(
-                f"backbone {settings.name} is a {config.model_type}, and this reads images",
-                expected="an image model, as ViT, DINOv2 or CLIP; nano, timm:<model name>",
-                remedy="memtool run --preset moram-trace, which reads texts",
-            )
-        if config.model_type in ("vit", "deit"):
-            given["add_pooling_layer"] = False
+    with _told_what_is_missing(source):
+        made = _kind_of(source, settings.name)
         if settings.weights == "random":
             with drawn_alike():
-                make = create.from_config if create is AutoModel else create
-                built = make(config, **given)
+                built = made.drawn()
             opened(built)
         else:
-            built = create.from_pretrained(
-                source, config=config, dtype="auto", use_safetensors=True, **given
+            built = made.create.from_pretrained(
+                source, config=made.config, dtype="auto", use_safetensors=True, **made.options
             ).float()
+    mean, std = _normalisation(source, made.config.model_type)
+    return AsWritten(
+        built,
+        settings.name,
+        made.reading,
+        image_size=settings.image_size,
+        mean=mean,
+        std=std,
+    )
+
+
+@without_bars()
+def on_meta(name: str) -> tuple[nn.Module, Reading]:
+    """The model of `hf:<id or path>` in eval mode, with shapes and no numbers, and how it reads.
+
+    Only its config.json is read. Raises as `create_hf_images`.
+    """
+    source = model_source(BackboneSettings(name=name))
+    with _told_what_is_missing(source), torch.device("meta"):
+        made = _kind_of(source, name)
+        return made.drawn().eval(), made.reading
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What a configuration makes: its class, of transformers, and the options of that."""
+
+    create: Any
+    config: Any
+    options: dict[str, Any]
+
+    def drawn(self) -> Any:
+        """A model with weights as they are before any training."""
+        from transformers import AutoModel
+
+        make = self.create.from_config if self.create is AutoModel else self.create
+        return make(self.config, **self.options)
+
+    @property
+    def reading(self) -> Reading:
+        """How it reads images."""
+        size = getattr(self.config, "image_size", None)  # none of a ConvNet, which takes any
+        made_for = size if size is None or isinstance(size, int) else size[0]
+        return Reading(read_hf, made_for=made_for, prefix_tokens=_prefix_tokens(self.config))
+
+
+def _kind_of(source: str, name: str) -> _Kind:
+    from transformers import AutoConfig, AutoModel
+
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    create: Any = AutoModel
+    if config.model_type in _TOWERS:
+        create = _tower(_TOWERS[config.model_type])
+        config = getattr(config, "vision_config", config)
+    elif not hasattr(config, "num_channels"):
+        raise ConfigError(
+            f"backbone {name} is a {config.model_type}, and this reads images",
+            expected="an image model, as ViT, DINOv2 or CLIP; nano, timm:<model name>",
+            remedy="memtool run --preset moram-trace, which reads texts",
+        )
+    pools_itself = config.model_type in ("vit", "deit")
+    return _Kind(create, config, {"add_pooling_layer": False} if pools_itself else {})
+
+
+@contextmanager
+def _told_what_is_missing(source: str) -> Iterator[None]:
+    """Inside, errors of transformers are ours."""
+    try:
+        yield
     except OSError as error:
         raise NotFoundError(
             f"no model {source!r} that can be read: {error}",
@@ -76,17 +132,6 @@ def create_hf_images(settings: BackboneSettings, model: str) -> AsWritten:
         ) from error
     except (ValueError, ImportError) as error:
         raise ConfigError(f"{source!r} is no image model: {error}") from error
-    mean, std = _normalisation(source, config.model_type)
-    size = getattr(config, "image_size", None)  # none of a ConvNet, which takes any
-    made_for = size if size is None or isinstance(size, int) else size[0]
-    return AsWritten(
-        built,
-        settings.name,
-        Reading(read_hf, made_for=made_for, prefix_tokens=_prefix_tokens(config)),
-        image_size=settings.image_size,
-        mean=mean,
-        std=std,
-    )
 
 
 def read_hf(model: nn.Module, pixels: Tensor) -> Tensor:

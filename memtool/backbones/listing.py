@@ -1,7 +1,7 @@
 """What backbones there are, and what of each can be adapted, without the numbers of any.
 
-A model of timm is built on torch's meta device, where tensors have shapes only, and surveyed as a
-backbone is when it is opened; that takes about a second. Nothing is fetched.
+A model is built on torch's meta device, where tensors have shapes only, and surveyed as a backbone
+is when it is opened; that takes about a second. No weights are fetched.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MOST = 40
 
 @dataclass(frozen=True)
 class Listed:
-    """A model of timm as a backbone, by the name that it has in settings.
+    """A model as a backbone, by the name that it has in settings.
 
     `widths` are those of the inputs of its blocks, each once, `dim` that of its features;
     `image_size`, pixels a side, is what it was made for. `problem` says why it is none, with no
@@ -37,15 +37,18 @@ class Listed:
 
 
 def names_of(wanted: str | None) -> list[str]:
-    """Names of models of timm, in its order: all, or those with a word in them, or by a pattern.
+    """Names of backbones: models of timm in its order, or the one that begins with `hf:`.
 
-    Raises NotFoundError where none is so called.
+    All of timm's, or those with a word in them, or by a pattern. Raises NotFoundError where none is
+    so called.
     """
     import timm
 
+    if wanted is not None and wanted.startswith("hf:"):
+        return [wanted]
     every: list[str] = timm.list_models()
     if wanted is None:
-        return every
+        return [f"timm:{name}" for name in every]
     wanted = wanted.removeprefix("timm:")
     found = [name for name in every if fnmatch.fnmatchcase(name, wanted)]
     found = found or [name for name in every if fnmatch.fnmatchcase(name, f"*{wanted}*")]
@@ -55,7 +58,7 @@ def names_of(wanted: str | None) -> list[str]:
             expected=like(wanted),
             remedy="memtool backbones, which lists all names; or memtool backbones 'resnet1*'",
         )
-    return found
+    return [f"timm:{name}" for name in found]
 
 
 def like(wanted: str) -> str:
@@ -68,22 +71,24 @@ def like(wanted: str) -> str:
 
 
 def described(names: list[str]) -> Iterator[Listed]:
-    """Each of some models, as it would be adapted."""
+    """Each of some models, as it would be adapted. Raises NotFoundError for an hf: that is not."""
     for name in names:
         yield _described(name)
 
 
-def _described(model: str) -> Listed:
+def _described(name: str) -> Listed:
+    from memtool.backbones import hf_images, timm_models
     from memtool.backbones.as_written import survey_of
-    from memtool.backbones.timm_models import on_meta, reading_of
 
-    name, size, numbers = f"timm:{model}", 0, 0
+    family, _, model = name.partition(":")
+    size, numbers = 0, 0
     try:
-        built = on_meta(model, None)
+        built, reading = hf_images.on_meta(name) if family == "hf" else timm_models.on_meta(model)
         numbers = sum(parameter.numel() for parameter in built.parameters())
-        reading = reading_of(built)
-        size = reading.made_for or 0
+        size = reading.made_for or 224
         found = survey_of(built, name, reading, size)
+    except NotFoundError:
+        raise
     except MemtoolError as error:
         blind = "meta" in str(error.__cause__).lower()  # torch, of what looks at numbers
         problem = "not told without its weights: try it" if blind else error.message

@@ -114,7 +114,8 @@ def blocks_of(model: nn.Module) -> list[str]:
     return block_names(model, patterns)
 
 
-def on_meta(model: str, size: int | None) -> Any:
-    """A model in eval mode with shapes and no numbers."""
+def on_meta(model: str) -> tuple[nn.Module, Reading]:
+    """A model in eval mode, with shapes and no numbers, and how it reads images."""
     with torch.device("meta"):
-        return build_timm(model, size).eval()
+        built = build_timm(model, None).eval()
+    return built, reading_of(built)

@@ -194,12 +194,11 @@ def for_similarity(keys: Tensor, name: str) -> Tensor:
     "dot": unchanged. "scaled-dot": times √d_k. "euclidean": −|q − k'|² equals the wanted score but
     for a term that all keys of a block share, which softmax, topk and affine do not see; it uses
     the last entry, the one that meets the constant 1. "cosine" forgets how long a key is, and the
-    others are no dot products either: ConfigError. For keys of `lda_keys` and `ridge_keys`; mean
-    queries are points, not directions, and stay as they are.
+    others are no dot products either: errors as `require_dot`. For keys of `lda_keys` and
+    `ridge_keys`; mean queries are points, not directions, and stay as they are.
     """
+    require_dot(name)
     match name:
-        case "dot":
-            return keys
         case "scaled-dot":
             return keys * math.sqrt(keys.shape[-1])
         case "euclidean":
@@ -209,13 +208,19 @@ def for_similarity(keys: Tensor, name: str) -> Tensor:
             wanted = bias + half.square().sum(dim=-1)
             root = (wanted.amax(dim=-1, keepdim=True) - wanted).sqrt()
             return torch.cat([half, (1 - root).unsqueeze(-1)], dim=-1).to(keys.dtype)
-        case _ if name in SIMILARITIES:
-            raise ConfigError(
-                f"closed-form keys for similarity {name!r}",
-                expected="a similarity that sees the length of a key: dot, scaled-dot, euclidean",
-                remedy="consolidate.keys: mean-query, or memory.similarity: scaled-dot",
-            )
-    raise ConfigError(f"unknown similarity {name!r}", expected=did_you_mean(name, SIMILARITIES))
+    return keys
+
+
+def require_dot(name: str) -> None:
+    """Raise ConfigError for a similarity that gives no dot product, whatever its keys are."""
+    if name not in SIMILARITIES:
+        raise ConfigError(f"unknown similarity {name!r}", expected=did_you_mean(name, SIMILARITIES))
+    if name not in ("dot", "scaled-dot", "euclidean"):
+        raise ConfigError(
+            f"closed-form keys for similarity {name!r}",
+            expected="a similarity that sees the length of a key: dot, scaled-dot, euclidean",
+            remedy="--set consolidate.keys=mean-query, or --set memory.similarity=scaled-dot",
+        )
 
 
 def _homogeneous(rule: LinearRule) -> Tensor:

@@ -31,6 +31,16 @@ def pooled(hidden: Tensor, token: str, prefix_tokens: int, *, norm: bool) -> Ten
         return F.layer_norm(one, one.shape[-1:]) if norm else one
 
 
+def require_token(token: str, prefix_tokens: int) -> None:
+    """Raise ConfigError for a class token of a model that has no token before its patches."""
+    if token == "class" and prefix_tokens < 1:
+        raise ConfigError(
+            "memory.token class on a backbone without class token",
+            expected="mean: of its places, or of its patches",
+            remedy="--set memory.token=mean",
+        )
+
+
 def numbers_of(kind: QueryKind, dim: int) -> int:
     """How many numbers a query module of queries (dim,) learns."""
     layers = {"identity": 0, "linear": 1, "mlp": 2, "plain-mlp": 2}[kind]
@@ -74,10 +84,7 @@ class QueryModule(nn.Module):
                 f"unknown query token {token!r}",
                 expected=did_you_mean(token, get_args(QueryToken)),
             )
-        if token == "class" and prefix_tokens < 1:
-            raise ConfigError(
-                "query token 'class' on a backbone without class token", remedy="token: mean"
-            )
+        require_token(token, prefix_tokens)
         self.kind = kind
         self.dim = dim
         self.token = token

@@ -59,6 +59,16 @@ def init_atoms(
     return flat
 
 
+def require_linear(sites: Sequence[Site]) -> None:
+    """Raise MismatchError for atoms at a convolution."""
+    if kernels := [site.name for site in sites if site.kernel is not None]:
+        raise MismatchError(
+            f"atoms at {kernels[0]}, which is a convolution",
+            expected="atoms at linear layers",
+            remedy="--method mira, or backbone.targets without this layer",
+        )
+
+
 class Rank1Memory(nn.Module):
     """The atoms of all sites of a backbone.
 
@@ -84,12 +94,7 @@ class Rank1Memory(nn.Module):
                 f"{len(self.sites)} sites, {len(self._places)} of them different",
                 expected="at least one, each of its own name",
             )
-        if kernels := [site.name for site in self.sites if site.kernel is not None]:
-            raise MismatchError(
-                f"atoms at {kernels[0]}, which is a convolution",
-                expected="atoms at linear layers",
-                remedy="--method mira, or backbone.targets without this layer",
-            )
+        require_linear(self.sites)
         for place, site in enumerate(self.sites):
             self._keep(
                 place,

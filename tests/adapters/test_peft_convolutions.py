@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -207,6 +208,17 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     backbone = wrapped()
     with pytest.raises(MismatchError, match=r"flat is a convolution of 2 groups, and the rank"):
         Layout(backbone.all_sites, 3).segments  # noqa: B018
+    flat = {site.module: site for site in backbone.all_sites}["blocks.0.flat"]
+    several = [replace(flat, groups=groups, out_features=12) for groups in (1, 2, 4, 6)]
+    with pytest.raises(MismatchError, match="2 groups, and the rank is 3") as refused:
+        Layout(tuple(several), 3).segments  # noqa: B018
+    assert refused.value.expected == "a multiple of 12, as PEFT has it"
+    assert str(refused.value.remedy).startswith("--set adapter.rank=12, or backbone.targets")
+    assert Layout(tuple(several), 12).segments
+    narrow = [replace(one, out_features=4) for one in several]
+    with pytest.raises(MismatchError) as refused:
+        Layout(tuple(narrow), 3).segments  # noqa: B018
+    assert refused.value.remedy == "backbone.targets without this layer"
     layout = Layout(backbone.sites(("point",)), 4)
     folder = write_peft(tmp_path, value(layout), layout, alpha=ALPHA, base_model="small")
     other = copy.deepcopy(small())

@@ -1,4 +1,8 @@
-"""Models of timm as timm wrote them: every family against its own forward pass, in float64."""
+"""Models of timm, written out or as timm wrote them: every family against timm's own forward pass.
+
+In float64: adapters of zeros are the frozen model, others the model with merged weights, and a
+batch of mixtures is each sample by itself.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,9 @@ from memtool.adapters.recalls import chosen, every
 from memtool.adapters.side_by_side import side_by_side
 from memtool.adapters.values import AdapterValues, Recall
 from memtool.backbones.as_written import AsWritten
+from memtool.backbones.interface import Backbone
 from memtool.backbones.timm_models import reading_of
+from memtool.backbones.vit import VitBackbone, is_plain
 from memtool.errors import MismatchError
 
 VIT: dict[str, Any] = {"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 2}
@@ -31,6 +37,10 @@ SWIN: dict[str, Any] = {
 }
 
 FAMILIES: dict[str, tuple[str, dict[str, Any], int]] = {
+    "vit": ("vit_tiny_patch16_224", {**VIT, "patch_size": 8}, 32),
+    "siglip": ("vit_base_patch16_siglip_224", {**VIT, "patch_size": 8}, 32),
+    "registers": ("vit_small_patch14_reg4_dinov2", {**VIT, "patch_size": 8}, 32),
+    "clip": ("vit_base_patch16_clip_224", {**VIT, "patch_size": 8}, 32),
     "distilled deit": ("deit_tiny_distilled_patch16_224", {**VIT, "patch_size": 8}, 32),
     "beit": ("beit_base_patch16_224", {**VIT, "patch_size": 8}, 32),
     "eva-02": ("eva02_tiny_patch14_224", {**VIT, "patch_size": 8}, 32),
@@ -61,8 +71,19 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], int]] = {
     ),
 }
 
-QUICK = ("eva-02", "swin", "convnext", "padding as tensorflow", "mobilevit", "resnext")
-"""One of every way to be adapted: fused layers, windows, channels last, padding, groups."""
+WRITTEN_OUT = ("vit", "siglip", "registers", "clip")
+QUICK = (
+    *WRITTEN_OUT,
+    "eva-02",
+    "swin",
+    "convnext",
+    "padding as tensorflow",
+    "mobilevit",
+    "resnext",
+)
+"""Plain ViTs, and one of every way to be adapted: fused layers, windows, channels last, padding,
+groups.
+"""
 
 of_families = pytest.mark.parametrize(
     "family",
@@ -84,9 +105,12 @@ def built(family: str) -> nn.Module:
 
 
 @functools.cache
-def wrapped(family: str) -> AsWritten:
+def wrapped(family: str) -> Backbone:
     model = copy.deepcopy(built(family))
     half, size = [0.5] * 3, FAMILIES[family][2]
+    assert is_plain(model) == (family in WRITTEN_OUT)
+    if family in WRITTEN_OUT:
+        return VitBackbone(model, family, mean=half, std=half)
     return AsWritten(model, family, reading_of(model), image_size=size, mean=half, std=half)
 
 
@@ -96,7 +120,7 @@ def pixels(family: str, count: int = 3) -> Tensor:
     return torch.randn(count, 3, size, size, dtype=torch.float64, generator=generator)
 
 
-def adapters(backbone: AsWritten, count: int = 1, rank: int = 2) -> AdapterValues:
+def adapters(backbone: Backbone, count: int = 1, rank: int = 2) -> AdapterValues:
     """Random adapters at all layers that a rank of 2 fits."""
     targets = [
         target

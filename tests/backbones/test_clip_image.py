@@ -14,6 +14,7 @@ from memtool.backbones import create_backbone
 from memtool.backbones.clip_image import ClipImageBackbone
 from memtool.config import resolve
 from memtool.errors import ConfigError, NotFoundError
+from memtool.experiments import run as experiment
 from memtool.methods.mira.about import ABOUT
 from memtool.methods.mira.method import Mira
 from memtool.settings import BackboneSettings
@@ -73,26 +74,31 @@ def test_a_model_of_the_hub_is_found_in_its_cache(files, tmp_path, monkeypatch):
         create_backbone(missing)
 
 
-def test_the_authors_preset_runs_on_it(files, tmp_path):
+def small(files: Path, folder: Path, **more: object) -> dict[str, object]:
+    """What makes a preset of the authors one of seconds, over the tiny tower."""
     given = of_file(files)
-    small = {
+    return {
         "backbone.name": given.name,
         "backbone.weights": str(given.weights),
         "backbone.image_size": 32,
         "stream.source": "digits",
         "stream.train_per_task": 40,
         "stream.test_per_task": 20,
-        "stream.order": ("upright", "inverted"),
         "adapter.per_task": 2,
         "train.epochs": 1,
-        "consolidate.first_epochs": 1,
-        "consolidate.epochs": 2,
         "engine.device": "cpu",
         "engine.precision": "fp32",
-        "store": str(tmp_path / "memory"),
-        "runs": str(tmp_path / "runs"),
+        "store": str(folder / "memory"),
+        "runs": str(folder / "runs"),
+        **more,
     }
-    config = resolve(preset="mira-dil-authors", overrides=small, environ={}, cwd=tmp_path).config
+
+
+def test_the_authors_preset_runs_on_it(files, tmp_path):
+    order = {"stream.order": ("upright", "inverted")}
+    few = {"consolidate.first_epochs": 1, "consolidate.epochs": 2}
+    values = small(files, tmp_path, **order, **few)
+    config = resolve(preset="mira-dil-authors", overrides=values, environ={}, cwd=tmp_path).config
     mira = learn(Mira.open(config, seed=0), 2)
     _, memory, head = mira.snapshot().consolidated()
     assert memory.memory.keys().shape == (3, 4, 32)
@@ -103,6 +109,38 @@ def test_the_authors_preset_runs_on_it(files, tmp_path):
     shown = mira.explain(task="1")
     assert shown.same_for_every_input == (0,)
     assert shown.familiar
+
+
+@pytest.mark.usefixtures("no_page")
+def test_classes_in_turn_grow_the_head_of_the_authors_preset(files, tmp_path):
+    values = small(files, tmp_path, **{"stream.splits": 2, "consolidate.epochs": 1})
+    config = resolve(preset="mira-cil-authors", overrides=values, environ={}, cwd=tmp_path).config
+    (record,) = experiment.run(config, baselines=False)
+    _, memory, head = Mira.open(config, seed=0).snapshot().consolidated()
+    assert head.weight.shape[-2:] == (10, 24)
+    assert memory.memory.keys().shape == (3, 4, 32)
+    row = record.row("memory")
+    assert len(row.accuracy[-1]) == 2
+    assert row.metrics["faa"] > 0.1  # better than chance, of ten classes that compete
+
+
+@pytest.mark.usefixtures("no_page")
+def test_sources_at_once_leave_the_keys_of_the_authors_preset_nearly_random(files, tmp_path):
+    order = {"stream.order": ("rot0", "rot30", "rot60"), "stream.held_out": "rot60"}
+    config = resolve(
+        preset="mira-dg-authors",
+        overrides=small(files, tmp_path, **order),
+        environ={},
+        cwd=tmp_path,
+    ).config
+    (record,) = experiment.run(config, baselines=False)
+    _, memory, head = Mira.open(config, seed=0).snapshot().consolidated()
+    assert memory.memory.keys().shape == (3, 4, 32)
+    assert memory.memory.keys().abs().max() <= 1 + 1e-3  # uniform, and a thousandth of a rate
+    assert head.weight.any()
+    assert not head.bias.any()
+    (accuracy,) = record.row("memory").accuracy[-1]  # of the domain that was held out
+    assert 0 <= accuracy <= 1
 
 
 def test_both_towers_are_refused_with_the_one_that_fits():

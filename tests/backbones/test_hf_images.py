@@ -28,6 +28,7 @@ from memtool.adapters.recalls import chosen, every
 from memtool.adapters.values import AdapterValues
 from memtool.backbones import create_backbone
 from memtool.backbones.interface import Backbone
+from memtool.backbones.listing import described, names_of
 from memtool.errors import ConfigError, NotFoundError
 from memtool.settings import BackboneSettings
 from tests.backbones.tiny_lm import write_tiny
@@ -115,6 +116,23 @@ def test_vits_have_the_targets_of_all_and_say_their_class_token(tmp_path: Path) 
         assert {"q", "k", "v"} <= {*backbone.targets}
         assert (backbone.depth, backbone.dim, backbone.prefix_tokens) == (2, 16, 1)
         assert opened(tmp_path / kind).sha256 == backbone.sha256
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_it_is_listed_by_its_configuration_alone(kind: str, tmp_path: Path) -> None:
+    model = saved(kind, tmp_path)
+    backbone = opened(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    name = f"hf:{tmp_path}"
+    (found,) = described(names_of(name))
+    assert found.problem is None
+    assert (found.name, found.targets, found.dim) == (name, backbone.targets, backbone.dim)
+    assert found.blocks == backbone.depth
+    assert {*found.widths} == {backbone.block_dim(block) for block in range(backbone.depth)}
+    assert found.parameters == sum(one.numel() for one in model.parameters())
+    assert found.image_size == (224 if kind == "convnext" else 32)
+    with pytest.raises(NotFoundError, match="there is no folder /nowhere"):
+        list(described(["hf:/nowhere"]))
 
 
 def test_random_weights_need_a_configuration_only_and_other_sizes_are_read(tmp_path: Path) -> None:

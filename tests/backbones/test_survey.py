@@ -123,12 +123,12 @@ def test_a_size_that_a_model_does_not_read_is_refused_with_its_own() -> None:
 
 
 def test_models_are_told_without_their_numbers_as_they_are_opened() -> None:
-    (found,) = described(["resnet18"])
+    (found,) = described(["timm:resnet18"])
     assert found.name == "timm:resnet18"
     assert found.targets == ("conv1", "conv2", "downsample")
     assert (found.blocks, found.widths, found.dim) == (8, (64, 128, 256, 512), 512)
     assert (found.parameters, found.image_size) == (11_176_512, 224)
-    (refused,) = described(["tnt_s_legacy_patch16_224"])
+    (refused,) = described(["timm:tnt_s_legacy_patch16_224"])
     assert refused.problem is not None
     assert refused.targets == ()
 
@@ -152,7 +152,7 @@ def test_a_model_that_looks_at_numbers_is_not_told_without_them(
 ) -> None:
     assert opened(Counting(look)).targets == ("linear",)
     monkeypatch.setattr(timm, "create_model", lambda *given, **more: Counting(look))
-    (found,) = described(["resnet18"])
+    (found,) = described(["timm:resnet18"])
     assert found.problem == "not told without its weights: try it"
 
 
@@ -208,8 +208,8 @@ def test_what_has_several_names_is_adapted_under_all_of_them(candidates: tuple[s
 
 def test_names_are_found_by_word_and_pattern() -> None:
     assert len(names_of(None)) > 1000
-    assert names_of("timm:resnet18") == ["resnet18"]
-    assert {"convnext_atto", "convnext_pico"} <= {*names_of("convnext_*o")}
+    assert names_of("timm:resnet18") == ["timm:resnet18"]
+    assert {"timm:convnext_atto", "timm:convnext_pico"} <= {*names_of("convnext_*o")}
     with pytest.raises(NotFoundError, match=r"did you mean 'resnet"):
         names_of("resnet81")
     with pytest.raises(NotFoundError, match=r"no model 'zz\*'") as refused:
@@ -238,7 +238,7 @@ def test_atoms_at_a_convolution_and_ranks_in_no_groups_are_refused() -> None:
 
     settings = BackboneSettings(name="timm:test_efficientnet", weights="random")
     backbone = create_backbone(settings)
-    with pytest.raises(MismatchError, match=r"convolution of \d+ groups(.|\n)*adapter.rank"):
+    with pytest.raises(MismatchError, match=r"convolution of \d+ groups(.|\n)*without this"):
         Layout(backbone.sites(("conv_dw",)), 4).segments  # noqa: B018
     with pytest.raises(MismatchError, match=r"atoms at .*, which is a convolution"):
         Rank1Memory(backbone.sites(("conv_pw",)))

@@ -50,7 +50,8 @@ def test_keys_by_class_do_not_learn_and_say_what_does(tmp_path):
     config = small_config(tmp_path, **DG, **BY_CLASS, consolidate__epochs=1)
     mira = Mira.open(config, seed=0)
     with pytest.raises(ConfigError, match="keys that learn") as told:
-        learn(mira, 2, each=False)
+        mira.adapt("1")
+    assert not list(tmp_path.rglob("*.safetensors"))
     assert "--set memory.keys_of=task" in str(told.value)
     mended = config.memory.model_copy(update={"keys_of": "task"})
-    Mira.open(config.model_copy(update={"memory": mended}), seed=0).consolidate()
+    learn(Mira.open(config.model_copy(update={"memory": mended}), seed=0), 2, each=False)

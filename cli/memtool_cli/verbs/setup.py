@@ -155,9 +155,9 @@ def list_presets(call: Call) -> None:
     "backbones",
     epilog=examples(
         "memtool backbones",
-        "memtool backbones resnet18",
         "memtool backbones 'convnext_*o'",
         "memtool backbones swin_tiny --json",
+        "memtool backbones hf:FOLDER",
     ),
 )
 @verb()
@@ -165,7 +165,10 @@ def backbones(
     call: Call,
     wanted: Annotated[
         str | None,
-        typer.Argument(metavar="[FILTER]", help="A word in their names, or a pattern with * or ?."),
+        typer.Argument(
+            metavar="[FILTER]",
+            help="A word in their names, a pattern with * or ?, or hf: and a folder.",
+        ),
     ] = None,
 ) -> None:
     """List timm's models: their targets, widths, blocks and parameters, or their names alone."""
@@ -173,7 +176,7 @@ def backbones(
 
     names = names_of(wanted)
     if wanted is None or len(names) > MOST:
-        rows = [BackboneRow(name=f"timm:{name}") for name in names]
+        rows = [BackboneRow(name=name) for name in names]
         table = Table(("backbone.name",), [(row.name,) for row in rows])
         call.out.data(Backbones(backbones=tuple(rows)), table, ids=[row.name for row in rows])
         told = f"{len(names)} models: their targets are told of {MOST} at most"

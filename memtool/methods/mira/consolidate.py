@@ -29,7 +29,7 @@ from memtool.memories.keyed import KeyedMemory, set_centre
 from memtool.methods.mira.commit import Made, Start, commit, query_modules, result_of
 from memtool.methods.mira.count import count_queries, count_task
 from memtool.methods.mira.inventory import Inventory, inventory_of
-from memtool.methods.mira.keys import Draws, start_keys
+from memtool.methods.mira.keys import Draws, require_keys, start_keys
 from memtool.methods.mira.learn import learn
 from memtool.methods.mira.look import width_of
 from memtool.methods.mira.protect import Protection
@@ -209,7 +209,10 @@ def _learns(config: Config) -> bool:
 
 
 def require_can_learn(config: Config) -> None:
-    """Raise ConfigError unless keys learn through a mixture, and values before a head is solved."""
+    """Raise ConfigError unless keys go with what asks and protects them, learn through a mixture,
+    and values learn before a head is solved.
+    """
+    require_keys(config.consolidate, config.memory)
     if _learns(config) and config.memory.routing != "mixture":
         raise ConfigError(
             f"key learning under memory.routing {config.memory.routing}",

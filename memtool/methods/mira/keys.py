@@ -14,6 +14,7 @@ from memtool.memories.closed_form import (
     SHRINKAGE,
     QueryStatistics,
     for_similarity,
+    require_dot,
     same_for_every_input,
 )
 from memtool.sections import ConsolidateSettings, MemorySettings
@@ -76,23 +77,15 @@ def start_keys(
     A hard routing has keys of its own, whatever the settings say: discriminant ones for "lda", the
     mean query for "prototype". The adapters of one task share its key, and its weight.
 
-    Raises ConfigError for a choice of keys that does not go with the separation, the similarity or
-    the protection; and for a memory that all images ask the same, where keys are solved from what
-    tells them apart.
+    Raises ConfigError as `require_keys`; and for a memory that all images ask the same, where keys
+    are solved from what tells them apart.
     """
     tasks = torch.tensor(adapter_tasks)
+    require_keys(settings, memory)
     if _solved(settings, memory):
-        _require_biased(settings, memory)
         _require_told_apart(memory, statistics, draws.blocks)
-    if settings.protect == "dual-gpm" and _solved(settings, memory):
-        raise ConfigError(
-            "keys in closed form under --protect dual-gpm",
-            expected="keys that learn: all of those in closed form are solved anew together, and "
-            "their part outside the past finds nothing",
-            remedy="--protect freeze, or --set consolidate.keys=random with consolidate.epochs",
-        )
     if memory.keys_of == "class":
-        return _keys_of_classes(settings, memory, statistics, tasks)
+        return _keys_of_classes(memory, statistics, tasks)
     whole = QueryStatistics.joined([part.pooled() for part in statistics])
     shares = torch.bincount(tasks)[tasks].float()
     if memory.routing == "prototype":
@@ -106,18 +99,38 @@ def start_keys(
         return draws.keys(adapter_tasks, width, uniform=True)
     if settings.keys == "mean-query":
         return whole.mean_keys()[:, tasks, :width]
-    if memory.separation in LINEAR and memory.similarity == "euclidean":
-        raise ConfigError(
-            f"closed-form keys for similarity euclidean and separation {memory.separation}",
-            expected="scores that are right to the last constant, which distances are not",
-            remedy="--set memory.similarity=scaled-dot, or --sep softmax",
-        )
     if memory.separation not in LINEAR:
         keys = whole.lda_keys(SHRINKAGE)[:, tasks]
         keys[..., -1] -= shares.log() / memory.beta
     else:
         keys = whole.ridge_keys(SHRINKAGE)[:, tasks] / shares[:, None]
     return for_similarity(keys, memory.similarity)
+
+
+def require_keys(settings: ConsolidateSettings, memory: MemorySettings) -> None:
+    """Raise ConfigError for keys that do not go with separation, similarity or protection."""
+    if not _solved(settings, memory):
+        if memory.keys_of == "class":
+            _require_of_classes(settings, memory)
+        return
+    _require_biased(settings, memory)
+    if settings.protect == "dual-gpm":
+        raise ConfigError(
+            "keys in closed form under --protect dual-gpm",
+            expected="keys that learn: all of those in closed form are solved anew together, and "
+            "their part outside the past finds nothing",
+            remedy="--protect freeze, or --set consolidate.keys=random with consolidate.epochs",
+        )
+    if memory.keys_of == "class":
+        _require_of_classes(settings, memory)
+    elif memory.routing == "mixture":
+        require_dot(memory.similarity)
+        if memory.separation in LINEAR and memory.similarity == "euclidean":
+            raise ConfigError(
+                f"closed-form keys for similarity euclidean and separation {memory.separation}",
+                expected="scores that are right to the last constant, which distances are not",
+                remedy="--set memory.similarity=scaled-dot, or --sep softmax",
+            )
 
 
 def _require_biased(settings: ConsolidateSettings, memory: MemorySettings) -> None:
@@ -159,8 +172,26 @@ def _solved(settings: ConsolidateSettings, memory: MemorySettings) -> bool:
     return settings.keys == "closed-form" or memory.routing != "mixture"
 
 
+def _require_of_classes(settings: ConsolidateSettings, memory: MemorySettings) -> None:
+    """Raise ConfigError for keys of classes that learn, or whose sums are no posterior."""
+    if settings.keys != "closed-form" or settings.epochs:
+        raise ConfigError(
+            "memory.keys_of class with keys that learn",
+            expected="keys in closed form: consolidate.keys closed-form, consolidate.epochs 0",
+            remedy="--set memory.keys_of=task",
+        )
+    shares = memory.separation in ("softmax", "topk")
+    posterior = shares and memory.similarity in ("dot", "scaled-dot")
+    if memory.routing == "mixture" and not posterior:
+        raise ConfigError(
+            f"memory.keys_of class with separation {memory.separation} and similarity "
+            f"{memory.similarity}",
+            expected="a posterior of the classes: softmax or topk, and dot or scaled-dot",
+            remedy="--sep softmax, or --set memory.keys_of=task",
+        )
+
+
 def _keys_of_classes(
-    settings: ConsolidateSettings,
     memory: MemorySettings,
     statistics: Sequence[QueryStatistics],
     tasks: Tensor,
@@ -170,22 +201,7 @@ def _keys_of_classes(
     A task with fewer classes than m has some of its keys several times, each with a part of the
     weight: under softmax the adapter's coefficient is the posterior of its task all the same.
     """
-    if settings.keys != "closed-form" or settings.epochs:
-        raise ConfigError(
-            "memory.keys_of class with keys that learn",
-            expected="keys in closed form: consolidate.keys closed-form, consolidate.epochs 0",
-            remedy="--set memory.keys_of=task",
-        )
     mixes = memory.routing == "mixture"
-    shares = memory.separation in ("softmax", "topk")
-    posterior = shares and memory.similarity in ("dot", "scaled-dot")
-    if mixes and not posterior:
-        raise ConfigError(
-            f"memory.keys_of class with separation {memory.separation} and similarity "
-            f"{memory.similarity}",
-            expected="a posterior of the classes: softmax or topk, and dot or scaled-dot",
-            remedy="--sep softmax, or --set memory.keys_of=task",
-        )
     whole = QueryStatistics.joined(statistics)
     nearest = memory.routing == "prototype"
     keys = whole.mean_keys() if nearest else whole.lda_keys(SHRINKAGE)

@@ -30,7 +30,7 @@ from memtool.learning.looks import (
     looked_under,
     no_first_adapter,
 )
-from memtool.memories.query import pooled
+from memtool.memories.query import pooled, require_token
 from memtool.sections import MemorySettings
 from memtool.settings import HeadSettings
 
@@ -60,8 +60,10 @@ def passes_of(settings: MemorySettings, head: HeadSettings, depth: int) -> dict[
 def width_of(settings: MemorySettings, backbone: Backbone, blocks: Sequence[int]) -> int:
     """Entries of a query, without the constant, of a memory in each of `blocks`, or of one for all.
 
-    Raises ConfigError for a block that is not there, and where memories in blocks differ in width.
+    Raises ConfigError for a block or a class token that is not there, and where memories in blocks
+    differ in width.
     """
+    require_token(settings.token, backbone.prefix_tokens)
     if settings.scope == "model":
         return min(MOST_WIDE, len(looked_under(settings)) * _wide(settings, backbone))
     of_width: dict[int, list[int]] = {}

@@ -33,7 +33,7 @@ from memtool.learning.adapt import Adapted, require_learned
 from memtool.learning.known import head_under, learned_under
 from memtool.learning.objective import objective_of
 from memtool.learning.past_inputs import PastInputs
-from memtool.memories.rank1 import Rank1Memory
+from memtool.memories.rank1 import Rank1Memory, require_linear
 from memtool.methods.attached import Attached
 from memtool.methods.exchange import ReadAdapter
 from memtool.methods.in_store import HEAD, feature_statistics
@@ -94,6 +94,11 @@ class Moram(Method):
         return self.workspace.reads == "texts"
 
     # Adapt ----------------------------------------------------------------------------------
+
+    def require_able(self) -> None:
+        """As `Method.require_able`: atoms of an image model are at its linear layers."""
+        if not self.reads_texts:
+            require_linear(self.workspace.layout.sites)
 
     def _train(self, task: Task, fingerprint: str, checkpoint: Path) -> Trained:
         work = self.workspace
