@@ -29,11 +29,9 @@ from memtool_stores.errors import (
     StorageError,
 )
 
-CHUNKS_PER_MANIFEST = 512
-"""Chunks of a growing array that one manifest lists: what makes an append independent of T."""
-
-GROWING = {"values": 0, "catalog": 0, "keys": 1, "parts": 0}
-"""The arrays that grow with the memory, and along which axis."""
+GROWING = {"values": (0, 512), "catalog": (0, 128), "keys": (1, 128), "parts": (0, 128)}
+"""The arrays that grow with the memory: along which axis, and how many chunks a manifest lists.
+"""
 
 HANDLES = 20
 """Files that must be free to be opened before a store is: zarr reads ten chunks at a time."""
@@ -101,9 +99,9 @@ def configuration() -> Any:
         splitting=ice.ManifestSplittingConfig.from_dict(
             {
                 ice.ManifestSplitCondition.path_matches(f"^/{array}$"): {
-                    ice.ManifestSplitDimCondition.Axis(axis): CHUNKS_PER_MANIFEST
+                    ice.ManifestSplitDimCondition.Axis(axis): chunks
                 }
-                for array, axis in GROWING.items()
+                for array, (axis, chunks) in GROWING.items()
             }
         ),
         preload=ice.ManifestPreloadConfig(

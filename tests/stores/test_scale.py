@@ -29,12 +29,12 @@ class Paper:
 
     def change(self, changes: dict[str, Entry | None]) -> int:
         """Do it; how many pages it wrote."""
-        parts = Allotment(self.index.state.parts)
+        parts = Allotment(self.index.state.parts, self.index.state.free)
         made = self.index.changed(changes, parts)
         self.parts |= {part: page.data() for part, page in made.written.items()}
-        for part in parts.free:
+        for part in parts.emptied:
             del self.parts[part]
-        self.index = Index(IndexState(parts.count, made.page), self.read, {})
+        self.index = Index(IndexState(parts.count, made.page, free=parts.free), self.read, {})
         return len(made.written)
 
     def pages(self) -> list[Page]:
