@@ -226,7 +226,7 @@ class Index(Mapping[str, Entry]):
     """The blobs of one version by name; a page is read when it is needed, and then remembered.
 
     `read` gives the bytes of parts, each with its length; `pages` are those that are known, and
-    get those that are read.
+    get those that are read or written.
     """
 
     def __init__(
@@ -332,6 +332,7 @@ class Index(Mapping[str, Entry]):
         page = Page() if ref is None else self.page(ref, path)
         if ref is not None:
             made.parts.give_back(ref.part)
+            self._pages.pop((ref, path), None)  # who still needs it reads it
         if not page.pages:
             there = {**page.blobs, **changes}
             entries = {name: one for name, one in there.items() if one is not None}
@@ -341,7 +342,7 @@ class Index(Mapping[str, Entry]):
             pages[digit] = self._with(made, pages.get(digit), some, path + digit)
         kept = {digit: one for digit, one in pages.items() if one is not None}
         if sum(one.count for one in kept.values()) > LEAF:
-            return made.write(Page(pages=kept))
+            return self._written(made, Page(pages=kept), path)
         # As few as fit into one leaf are one: pages do not depend on what was before.
         blobs: dict[str, Entry] = {}
         for digit, one in kept.items():
@@ -361,15 +362,16 @@ class Index(Mapping[str, Entry]):
     def _grown(self, made: Changed, entries: Mapping[str, Entry], path: str) -> Ref:
         """A page for these blobs, and those below it."""
         if len(entries) <= LEAF:
-            return made.write(Page(entries))
-        return made.write(
-            Page(
-                pages={
-                    digit: self._grown(made, some, path + digit)
-                    for digit, some in _by_digit(entries, len(path)).items()
-                }
-            )
-        )
+            return self._written(made, Page(entries), path)
+        below = _by_digit(entries, len(path)).items()
+        pages = {digit: self._grown(made, some, path + digit) for digit, some in below}
+        return self._written(made, Page(pages=pages), path)
+
+    def _written(self, made: Changed, page: Page, path: str) -> Ref:
+        """Write a page, which the next commit then need not read."""
+        ref = made.write(page)
+        self._pages[ref, path] = page
+        return ref
 
 
 class Allotment:
