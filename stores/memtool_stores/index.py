@@ -36,7 +36,7 @@ Pages = dict[tuple["Ref", str], "Page"]
 """Pages that were read, by what names them and the beginning of the names below them."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One blob: its hash, and where it lies: from a part on, or in an array of its own."""
 
@@ -49,7 +49,7 @@ class Entry:
         return [self.sha256] if self.part is None else [self.sha256, self.part, self.nbytes]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Ref:
     """A page: its part, its length, how many blobs are below it, and its hash."""
 
