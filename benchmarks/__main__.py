@@ -1,6 +1,7 @@
 """`python -m benchmarks NAME [--repeats N] [--threads N] [--json]`; no name: the list.
 
 `--sizes 100,1000` gives the numbers of adapters to a benchmark that measures more than one;
+`--full` measures what takes an hour, too;
 `--pilot PATH` a checkout of other people's code to one that holds ours beside it.
 The result of a benchmark has `passed`, and `cases` with `name`, `value`, `limit`, `passed`. JSON
 or a table goes to stdout, progress to stderr. Exit code 1: a limit was missed; 2: wrong usage.
@@ -44,6 +45,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--repeats", type=int, default=9, help="paired repetitions (default 9)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--sizes", type=sizes, help="numbers of adapters: 100,1000 (store only)")
+    parser.add_argument(
+        "--full", action="store_true", default=None, help="also 100,000 adapters (scale only)"
+    )
     parser.add_argument("--pilot", type=Path, help="a checkout of LAMDA-PILOT (rivals only)")
     parser.add_argument("--json", action="store_true", help="the whole result as JSON on stdout")
     given = parser.parse_args(arguments)
@@ -61,7 +65,7 @@ def main(arguments: list[str]) -> int:
     # One thread by default: with more, a core that is busy elsewhere holds up every small kernel.
     torch.set_num_threads(given.threads)
     run = importlib.import_module(f"benchmarks.{given.name}").run
-    named = {"sizes": given.sizes, "pilot": given.pilot}
+    named = {"sizes": given.sizes, "full": given.full, "pilot": given.pilot}
     options = {name: value for name, value in named.items() if value is not None}
     taken = inspect.signature(run).parameters
     if strange := options.keys() - taken.keys():

@@ -10,6 +10,8 @@ for all blocks. For a hard choice and for the four highest keys, among 10 to 10,
 
 And for 100,000 keys and 32 queries: what does an exact search take, over the bare product of that
 shape and its four highest, in the fastest number format of the machine?
+
+Last what the store takes to hold as many: the cases of `scale_store`, with `--full` to 100,000.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ import timm
 import torch
 from torch import Tensor
 
+from benchmarks import scale_store
 from benchmarks.timing import case, environment, figure, interleaved, progress
 from memtool.adapters.layout import Layout
 from memtool.adapters.recalls import given_for_each
@@ -58,11 +61,15 @@ ROWS_OF_ALL = 6
 Way = Literal["hard choice", "top 4"]
 
 
-def run(repeats: int, sizes: tuple[int, ...] = SIZES) -> dict[str, Any]:
-    """All cases; `sizes` are numbers of adapters, of which the least is what others are held to."""
+def run(repeats: int, sizes: tuple[int, ...] = SIZES, full: bool = False) -> dict[str, Any]:
+    """All cases; `sizes` are numbers of adapters, of which the least is what others are held to.
+
+    `full` as in `scale_store`.
+    """
     parts = [partial(recalls, sizes=sorted(sizes)), searches]
     with torch.inference_mode():
         cases = [case for part in parts for case in part(repeats)]
+    cases += scale_store.store_cases(repeats, scale_store.sizes_of(full))
     return {
         "benchmark": "scale",
         "environment": environment(),

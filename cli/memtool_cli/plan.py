@@ -137,6 +137,9 @@ def _facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
         if choice["failed"]:
             each = [f"{text}: {why}" for text, why in choice["failed"].items()]
             rows.append(("left out", "; ".join(each)))
+    for name, takes in plan["commit"].items():
+        new, state = size(takes["new_bytes"]), size(takes["state_bytes"])
+        rows.append((f"a {name} commits", f"about {new} that is new and {state} of state"))
     there = "there already" if plan["store_exists"] else "new"
     rows.append(("store", f"{plan['store']} ({there})"))
     return rows

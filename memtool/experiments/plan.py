@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from memtool.sections import MoramSettings
 from memtool.settings import Config, HeadSettings
 from memtool.streams import create_stream
 from memtool.workspace import Workspace
+from memtool_stores.cost import state_bytes
 
 
 def plan_of_selection(
@@ -79,6 +80,8 @@ def plan(config: Config, *, seed: int, verb: str, task: str | None = None) -> di
     `bytes_in_all` is of all memories of one seed. Of a language model only the configuration is
     read, and `memory` says in bytes where its memory goes with atoms; None without. `cost` is what
     a memory of mixtures adds, `head_bytes` what a random projection takes, solving included.
+    `commit` says of every commit of a task about how many bytes of it are new, and how many are a
+    state that does not grow with them: `write`, and `consolidate` where keys are solved or learned.
     `baseline_passes` are those of baselines that run an image more than once: in a step of
     training, and in a test after the last task. Raises what opening method, data and backbone does.
     """
@@ -138,12 +141,40 @@ def plan(config: Config, *, seed: int, verb: str, task: str | None = None) -> di
         "bytes_in_all": numbers * 4 * config.adapter.per_task * learned * memories,
         "memory": memory,
         "cost": cost,
+        "commit": _commits(work, verb, numbers * 4, cost, heads=method.has_head),
         "baselines": baselines,
         "baseline_passes": _passes(baselines or [], len(tasks)),
         "store": work.store_path,
         "store_exists": work.has_store,
         "runs": str(config.runs),
         "notes": list(work.stream.notes),
+    }
+
+
+def _commits(
+    work: Workspace, verb: str, adapter: int, cost: Mapping[str, Any] | None, *, heads: bool
+) -> dict[str, dict[str, int]]:
+    """Bytes of the commits of a verb, by what is committed: `new_bytes` and `state_bytes`.
+
+    Of adapters of so many bytes, some a task. Keys are those of all tasks, as when they are solved
+    anew together.
+    """
+    config, view = work.config, work.store.view() if work.has_store else None
+    count, images = config.adapter.per_task, work.reads == "images"
+    classes = len(work.stream.class_names) if images else 0
+    own_head = 4 * classes * (work.backbone.dim + 1) if images and heads else 0
+    new = {"write": count * (adapter + own_head)}
+    blobs = {"write": 1 + count}
+    if cost is not None and "keys_bytes" in cost:
+        moments = cost.get("queries_bytes", 0) // max(1, len(work.stream.tasks))
+        features = 8 * (classes + work.backbone.dim) * work.backbone.dim if images else 0
+        new["consolidate"] = cost["keys_bytes"] + moments + features + own_head
+        blobs["consolidate"] = 4
+    wanted = [verb] if verb in ("write", "consolidate") else [*new] if verb == "run" else []
+    return {
+        name: {"new_bytes": new[name], "state_bytes": state_bytes(view, blobs[name])}
+        for name in wanted
+        if name in new
     }
 
 

@@ -122,11 +122,12 @@ def averaged(heads: Sequence[LinearClassifier]) -> LinearClassifier:
 
 def merged(statistics: Mapping[int, FeatureStatistics]) -> FeatureStatistics:
     """The moments of all tasks together."""
-    parts = list(statistics.values())
-    first = parts[0].projected
-    whole = FeatureStatistics(
-        parts[0].dim, parts[0].classes, None if first is None else first.without()
-    )
-    for part in parts:
+    whole: FeatureStatistics | None = None
+    for part in statistics.values():
+        if whole is None:
+            first = part.projected
+            empty = None if first is None else first.without()
+            whole = FeatureStatistics(part.dim, part.classes, empty)
         whole.merge(part)
+    assert whole is not None
     return whole

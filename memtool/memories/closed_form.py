@@ -8,7 +8,7 @@ more than the queries counted here: the bias that meets the constant 1 of `Query
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -95,21 +95,24 @@ class QueryStatistics:
         self._moments.add(queries, torch.full(queries.shape[1:2], task_index))
 
     @classmethod
-    def joined(cls, parts: Sequence[QueryStatistics]) -> QueryStatistics:
+    def joined(cls, parts: Iterable[QueryStatistics]) -> QueryStatistics:
         """Those of several memories' tasks, one after another: the tasks of part 0 come first.
 
-        Raises MismatchError for parts of another width or number of memories, or for none.
+        Of each part only its counts and sums are kept. Raises MismatchError for parts of another
+        width or number of memories, or for none.
         """
-        if not parts:
-            raise MismatchError("statistics of no task", expected="at least one")
-        whole = cls(parts[0].blocks, parts[0].dim)
+        whole: QueryStatistics | None = None
+        counts, sums = list[Tensor](), list[Tensor]()
         for part in parts:
-            first = whole.tasks
-            shifted = Moments(part.blocks, part.dim, first)
-            shifted.counts = torch.cat([shifted.counts, part.counts])
-            shifted.sums = torch.cat([shifted.sums, part.sums], dim=1)
-            shifted.second = part.second
-            whole._moments.merge(shifted)
+            whole = cls(part.blocks, part.dim) if whole is None else whole
+            seconds = Moments(part.blocks, part.dim)
+            seconds.second = part.second
+            whole._moments.merge(seconds)
+            counts.append(part.counts)
+            sums.append(part.sums)
+        if whole is None:
+            raise MismatchError("statistics of no task", expected="at least one")
+        whole._moments.counts, whole._moments.sums = torch.cat(counts), torch.cat(sums, dim=1)
         return whole
 
     def pooled(self) -> QueryStatistics:

@@ -69,6 +69,11 @@ def kept(
     found = find()
     if not worth():
         return found
+    keep(file, kind, engine, found)
+    return found
+
+
+def keep(file: Path, kind: TypeAdapter[Result], engine: Engine, found: Result) -> None:
+    """Write a result where `kept` finds it, in the place of an older one."""
     document = {"schema": SCHEMA, "result": json.loads(kind.dump_json(found))}
     engine.on_main(lambda: sealed.write_json(file, document))
-    return found

@@ -29,11 +29,13 @@ from memtool_stores.errors import (
     StorageError,
 )
 
-CHUNKS_PER_MANIFEST = 512
-"""Chunks of a growing array that one manifest lists: what makes an append independent of T."""
+GROWING = {"values": (0, 1024), "catalog": (0, 128), "keys": (1, 128), "parts": (0, 512)}
+"""The arrays that grow with the memory: along which axis, and how many chunks a manifest lists.
 
-GROWING = {"values": 0, "catalog": 0, "keys": 1, "parts": 0}
-"""The arrays that grow with the memory, and along which axis."""
+A commit writes the manifests that it touches whole, and icechunk looks at all of an array, each
+beside each other: of few chunks each they are too many, of many too long. Chosen by what a commit
+among 100,000 adapters takes.
+"""
 
 HANDLES = 20
 """Files that must be free to be opened before a store is: zarr reads ten chunks at a time."""
@@ -91,7 +93,7 @@ def icechunk() -> Any:
 def configuration() -> Any:
     """The configuration of every repository of ours, given at every open.
 
-    No chunk lies inside a manifest, manifests of what grows are cut every 512 chunks, none is read
+    No chunk lies inside a manifest, manifests of what grows are cut (`GROWING`), none is read
     ahead: appends and opening stay independent of the number of adapters.
     """
     ice = icechunk()
@@ -101,9 +103,9 @@ def configuration() -> Any:
         splitting=ice.ManifestSplittingConfig.from_dict(
             {
                 ice.ManifestSplitCondition.path_matches(f"^/{array}$"): {
-                    ice.ManifestSplitDimCondition.Axis(axis): CHUNKS_PER_MANIFEST
+                    ice.ManifestSplitDimCondition.Axis(axis): chunks
                 }
-                for array, axis in GROWING.items()
+                for array, (axis, chunks) in GROWING.items()
             }
         ),
         preload=ice.ManifestPreloadConfig(

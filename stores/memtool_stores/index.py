@@ -27,13 +27,16 @@ from memtool_stores.parts import PART_BYTES, parts_of
 LEAF = 64
 """Blobs of one page at most."""
 
+FREE_RUNS = 64
+"""Runs of free parts that a state lists at most, the longest; others stay empty for good."""
+
 DIGITS = "0123456789abcdef"
 
 Pages = dict[tuple["Ref", str], "Page"]
 """Pages that were read, by what names them and the beginning of the names below them."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One blob: its hash, and where it lies: from a part on, or in an array of its own."""
 
@@ -46,7 +49,7 @@ class Entry:
         return [self.sha256] if self.part is None else [self.sha256, self.part, self.nbytes]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Ref:
     """A page: its part, its length, how many blobs are below it, and its hash."""
 
@@ -83,12 +86,14 @@ class Ref:
 class IndexState:
     """What the state of a version says of its blobs; `parts` are all elements that there ever were.
 
-    `listed` are those of an older schema by name, each in an array of its own.
+    `listed` are those of an older schema by name, each in an array of its own. `free` are runs of
+    parts that hold nothing, each as its first and how many, which later commits write to.
     """
 
     parts: int = 0
     page: Ref | None = None
     listed: Mapping[str, Entry] = field(default_factory=dict)
+    free: tuple[tuple[int, int], ...] = ()
 
     @property
     def count(self) -> int:
@@ -97,7 +102,9 @@ class IndexState:
 
     def to_json(self) -> dict[str, Any]:
         """As it is stored."""
-        return {"parts": self.parts, "page": None if self.page is None else self.page.to_json()}
+        page = None if self.page is None else self.page.to_json()
+        free = {"free": [*map(list, self.free)]} if self.free else {}
+        return {"parts": self.parts, "page": page, **free}
 
     @classmethod
     def of_json(cls, data: Any) -> IndexState:
@@ -116,7 +123,28 @@ class IndexState:
                 check_ref(name, "blob"): Entry(digest(sha256, f"the hash of blob {name}"))
                 for name, sha256 in mapping(said.get("listed", {}), "blobs of the state").items()
             },
+            _free(said.get("free", []), parts),
         )
+
+
+def _free(data: Any, parts: int) -> tuple[tuple[int, int], ...]:
+    """Runs of free parts, one after the other.
+
+    Raises:
+        SchemaError: they are not, or not among so many parts.
+    """
+    what, found, end = "the free parts of the state", list[tuple[int, int]](), 0
+    for run in items(data, what):
+        numbers = [whole(one, what) for one in items(run, what)]
+        first, count = numbers if len(numbers) == 2 else (0, 0)
+        if first < end or not count or first + count > parts:
+            raise SchemaError(
+                f"{what}: {count:,} from part {first:,} on",
+                expected=f"some, after part {end:,} and before part {parts:,}",
+            )
+        end = first + count
+        found.append((first, count))
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -198,7 +226,7 @@ class Index(Mapping[str, Entry]):
     """The blobs of one version by name; a page is read when it is needed, and then remembered.
 
     `read` gives the bytes of parts, each with its length; `pages` are those that are known, and
-    get those that are read.
+    get those that are read or written.
     """
 
     def __init__(
@@ -304,6 +332,7 @@ class Index(Mapping[str, Entry]):
         page = Page() if ref is None else self.page(ref, path)
         if ref is not None:
             made.parts.give_back(ref.part)
+            self._pages.pop((ref, path), None)  # who still needs it reads it
         if not page.pages:
             there = {**page.blobs, **changes}
             entries = {name: one for name, one in there.items() if one is not None}
@@ -313,7 +342,7 @@ class Index(Mapping[str, Entry]):
             pages[digit] = self._with(made, pages.get(digit), some, path + digit)
         kept = {digit: one for digit, one in pages.items() if one is not None}
         if sum(one.count for one in kept.values()) > LEAF:
-            return made.write(Page(pages=kept))
+            return self._written(made, Page(pages=kept), path)
         # As few as fit into one leaf are one: pages do not depend on what was before.
         blobs: dict[str, Entry] = {}
         for digit, one in kept.items():
@@ -333,34 +362,83 @@ class Index(Mapping[str, Entry]):
     def _grown(self, made: Changed, entries: Mapping[str, Entry], path: str) -> Ref:
         """A page for these blobs, and those below it."""
         if len(entries) <= LEAF:
-            return made.write(Page(entries))
-        return made.write(
-            Page(
-                pages={
-                    digit: self._grown(made, some, path + digit)
-                    for digit, some in _by_digit(entries, len(path)).items()
-                }
-            )
-        )
+            return self._written(made, Page(entries), path)
+        below = _by_digit(entries, len(path)).items()
+        pages = {digit: self._grown(made, some, path + digit) for digit, some in below}
+        return self._written(made, Page(pages=pages), path)
+
+    def _written(self, made: Changed, page: Page, path: str) -> Ref:
+        """Write a page, which the next commit then need not read."""
+        ref = made.write(page)
+        self._pages[ref, path] = page
+        return ref
 
 
 class Allotment:
-    """Which parts a commit writes: those that it frees first, so that their number stays small."""
+    """Which parts a commit writes: free ones first, so that their number stays small.
 
-    def __init__(self, count: int) -> None:
+    `free` are those that were free before the commit, as in `IndexState`.
+    """
+
+    def __init__(self, count: int, free: Iterable[tuple[int, int]] = ()) -> None:
         self.count = count
-        self.free: list[int] = []
+        self._ones: list[int] = []
+        self._longer: list[tuple[int, int]] = []
+        self._emptied: set[int] = set()
+        for first, length in free:
+            self._keep(first, length)
 
     def take(self, count: int) -> int:
-        """The first of so many parts, one after the other."""
-        if count == 1 and self.free:
-            return self.free.pop()
-        self.count += count
-        return self.count - count
+        """The first of so many parts, one after the other: of the shortest run that has them."""
+        if count == 1 and self._ones:
+            first = self._ones.pop()
+        elif (run := self._run_of(count)) is not None:
+            first, length = run
+            self._longer.remove(run)
+            self._keep(first + count, length - count)
+        else:
+            first, self.count = self.count, self.count + count
+        self._emptied.difference_update(range(first, first + count))
+        return first
+
+    def _run_of(self, count: int) -> tuple[int, int] | None:
+        """The shortest run of several free parts that has so many; None where none has."""
+        if count > 1 and all(length < count for _, length in self._longer):
+            runs, self._ones, self._longer = self._runs(), [], []
+            for first, length in runs:
+                self._keep(first, length)
+        fits = [run for run in self._longer if run[1] >= count]
+        return min(fits, key=lambda run: run[1], default=None)
 
     def give_back(self, first: int, count: int = 1) -> None:
         """Parts that hold nothing any more."""
-        self.free += range(first, first + count)
+        self._emptied.update(range(first, first + count))
+        self._keep(first, count)
+
+    def _keep(self, first: int, count: int) -> None:
+        if count == 1:
+            self._ones.append(first)
+        elif count:
+            self._longer.append((first, count))
+
+    @property
+    def emptied(self) -> list[int]:
+        """The parts that were given back and not taken again."""
+        return sorted(self._emptied)
+
+    @property
+    def free(self) -> tuple[tuple[int, int], ...]:
+        """The longest runs of parts that hold nothing, in their order."""
+        return tuple(sorted(sorted(self._runs(), key=lambda run: -run[1])[:FREE_RUNS]))
+
+    def _runs(self) -> list[tuple[int, int]]:
+        """All runs of parts that hold nothing, as long as they are, in their order."""
+        runs: list[tuple[int, int]] = []
+        for first, count in sorted([*((one, 1) for one in self._ones), *self._longer]):
+            if runs and sum(runs[-1]) == first:
+                first, count = runs[-1][0], runs.pop()[1] + count
+            runs.append((first, count))
+        return runs
 
 
 class Changed:

@@ -524,7 +524,7 @@ class Tree:
         Raises:
             SchemaError: an old one is larger than `limits.array_bytes`.
         """
-        parts = Allotment(index.state.parts)
+        parts = Allotment(index.state.parts, index.state.free)
         entries: dict[str, Entry | None] = {}
         data: list[tuple[int, Held]] = []
         for name, held in blobs.items():
@@ -544,8 +544,8 @@ class Tree:
             held_data = ((part, held.data()) for part, held in data)
             pages = ((part, page.data()) for part, page in made.written.items())
             write_parts(self._group, parts.count, itertools.chain(held_data, pages))
-        delete_parts(self._group, parts.free)
-        return IndexState(parts.count, made.page)
+        delete_parts(self._group, parts.emptied)
+        return IndexState(parts.count, made.page, free=parts.free)
 
     def check_shapes(self, root: Root) -> None:
         """Nothing, when every array has the shape that the state demands.

@@ -546,7 +546,7 @@ def _verify_blobs(
         all_read = all_read and read
     if whole and all_read:
         with seen.looking_at("array", "parts"):
-            _verify_parts(tree, refs, found.values())
+            _verify_parts(tree, refs, found.values(), state.index.free)
     if whole or written.below(BLOB_PATH):
         with seen.looking_at("array", "blobs"):
             tree.check_old_blobs(index)
@@ -578,8 +578,13 @@ def _verify_blobs(
                 )
 
 
-def _verify_parts(tree: Tree, pages: Iterable[Ref], blobs: Iterable[Entry]) -> None:
-    """Every part belongs to one page or blob, and one that belongs to none has no bytes.
+def _verify_parts(
+    tree: Tree,
+    pages: Iterable[Ref],
+    blobs: Iterable[Entry],
+    free: Iterable[tuple[int, int]],
+) -> None:
+    """Every part belongs to one page or blob or is free; one that belongs to none has no bytes.
 
     Raises:
         IntegrityError: it is not so.
@@ -587,7 +592,8 @@ def _verify_parts(tree: Tree, pages: Iterable[Ref], blobs: Iterable[Entry]) -> N
     owned = [(page.part, page.part + 1) for page in pages]
     owned += [(b.part, b.part + parts_of(b.nbytes)) for b in blobs if b.part is not None]
     owned.sort()
-    for (_, end), (first, _) in pairwise(owned):
+    unused = [(first, first + count) for first, count in free]
+    for (_, end), (first, _) in pairwise(sorted([*owned, *unused])):
         if first < end:
             raise _of_several(first)
     firsts = [first for first, _ in owned]
@@ -604,5 +610,8 @@ def _verify_parts(tree: Tree, pages: Iterable[Ref], blobs: Iterable[Entry]) -> N
 
 def _of_several(part: int) -> IntegrityError:
     return IntegrityError(
-        what="index", name=f"part {part}", expected="one page or blob in it", found="several"
+        what="index",
+        name=f"part {part}",
+        expected="one page or blob in it, none where it is free",
+        found="several",
     )

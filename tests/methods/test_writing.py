@@ -8,10 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from memtool.experiments.plan import plan
 from memtool.methods.export import export_peft
 from memtool.methods.home import stored_home
+from memtool.methods.in_store import HEAD, features_blob
 from memtool.methods.mira.method import Mira
+from memtool.methods.mira.state import queries_blob
 from memtool.methods.moram.method import Moram
+from memtool.methods.records import own_head_blob
 from memtool.methods.writing import write_stored
 from memtool_stores import MemoryView
 from tests.methods.conftest import small_config
@@ -156,3 +160,20 @@ def test_atoms_that_are_there_are_known_without_the_model_and_new_ones_are_not(
         tmp_path, method="moram", adapter__warm_start="none", moram__temperature=9.0
     )
     assert write_stored(other, seed=0, directories=None, task=None) is None
+
+
+def test_a_plan_says_how_much_of_a_commit_is_new(learned: Mira) -> None:
+    """Of the last task: what the store holds of it."""
+    view = learned.workspace.store.view()
+    *_, record = view.adapters
+    keys = view.keys()
+    assert keys is not None
+    written = view.value(record.id).nbytes + len(view.blob(own_head_blob(record.name)))
+    blobs = HEAD, queries_blob(3), features_blob(3)
+    consolidated = keys.nbytes + sum(len(view.blob(name)) for name in blobs)
+    for verb, found in (("write", written), ("consolidate", consolidated)):
+        said = plan(learned.config, seed=0, verb=verb)["commit"]
+        assert [*said] == [verb]
+        assert said[verb]["new_bytes"] == pytest.approx(found, rel=0.15)
+    assert [*plan(learned.config, seed=0, verb="run")["commit"]] == ["write", "consolidate"]
+    assert plan(learned.config, seed=0, verb="train-adapter")["commit"] == {}

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from memtool_stores import IntegrityError, MemoryStore, Space, sums
-from memtool_stores.index import LEAF, Entry, IndexState, Page, Ref
+from memtool_stores.errors import SchemaError
+from memtool_stores.index import FREE_RUNS, LEAF, Allotment, Entry, IndexState, Page, Ref
 from memtool_stores.parts import PART_BYTES, read_parts, write_parts
 from memtool_stores.store import _sealed
 from memtool_stores.testing import fill
@@ -145,9 +146,82 @@ def _in_the_page(tree: Tree, group: Any) -> None:
     _put_page(tree, group, 2, Page({"a": entry, "b": Entry(entry.sha256, 2, entry.nbytes)}), 3)
 
 
+def _free_and_used(tree: Tree, group: Any) -> None:
+    tree.attributes["state"]["blobs"]["free"] = [[0, 1]]
+
+
 def _of_nobody(tree: Tree, group: Any) -> None:
     write_parts(group, 4, [(3, b"secret")])
     tree.attributes["state"]["blobs"]["parts"] = 4
+
+
+def _used_and_free(store: MemoryStore) -> None:
+    """Nothing, when every part is used or free, or was given up as one run too many."""
+    index = store.view().state.index
+    assert index.parts <= len(_parts(store, "HEAD").parts()) + sum(n for _, n in index.free)
+
+
+def test_a_large_blob_that_is_replaced_again_and_again_lies_where_it_lay(
+    store: MemoryStore,
+) -> None:
+    """Of one length, and of lengths that change; the parts are those of the longest, and a few."""
+    with store.transaction("write") as txn:
+        txn.put_blob("large", _blob(0, 3 * PART_BYTES))
+        txn.put_blob("small", b"small")
+    count = store.view().state.index.parts
+    for seed in range(1, 6):
+        with store.transaction("again") as txn:
+            txn.put_blob("large", _blob(seed, 3 * PART_BYTES))
+        assert store.view().state.index.parts == count
+    most = 0
+    for seed, length in enumerate((2, 4, 1, 3, 4, 2, 4), start=10):
+        data = _blob(seed, length * PART_BYTES)
+        with store.transaction("another length") as txn:
+            txn.put_blob("large", data)
+        most = max(most, store.view().state.index.parts)
+        assert MemoryStore.open(store.url).view().blob("large") == data
+        _used_and_free(store)
+    assert most <= count + 4
+    assert store.view().blob("small") == b"small"
+    assert store.verify().ok
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_allotment_gives_no_part_twice_and_keeps_what_is_free(seed: int) -> None:
+    """The oracle is the set of parts in use; after every commit the free ones are all others."""
+    generator, used, state = random.Random(seed), dict[int, int](), IndexState()
+    for _ in range(40):
+        parts = Allotment(state.parts, state.free)
+        before = set(used)
+        for _ in range(generator.randrange(1, 8)):
+            if used and generator.random() < 0.5:
+                first = generator.choice([*used])
+                parts.give_back(first, used.pop(first))
+            count = generator.choice([1, 1, 1, 2, 5])
+            first = parts.take(count)
+            mine = set(range(first, first + count))
+            assert not mine & {p for f, n in used.items() for p in range(f, f + n)}
+            used[first] = count
+        state = IndexState(parts.count, free=parts.free)
+        in_use = {p for f, n in used.items() for p in range(f, f + n)}
+        free = {p for first, count in state.free for p in range(first, first + count)}
+        assert free == set(range(state.parts)) - in_use
+        assert set(parts.emptied) <= free
+        assert not before or state == IndexState.of_json(state.to_json())
+
+
+def test_a_state_lists_so_many_runs_of_free_parts_and_no_more() -> None:
+    parts = Allotment(1000)
+    for first in range(0, 1000, 4):
+        parts.give_back(first, 1 + (first == 400))
+    assert len(parts.free) == FREE_RUNS
+    assert (400, 2) in parts.free
+
+
+@pytest.mark.parametrize("free", [[[0, 3]], [[1, 1], [1, 1]], [[1, 0]], [[1]], [[1, 1, 1]], 7])
+def test_free_parts_that_cannot_be_are_refused(free: object) -> None:
+    with pytest.raises(SchemaError):
+        IndexState.of_json({"parts": 2, "page": None, "free": free})
 
 
 @pytest.mark.parametrize(
@@ -156,6 +230,7 @@ def _of_nobody(tree: Tree, group: Any) -> None:
         (_two_names, "index", "part 0", "several"),
         (_in_the_page, "index", "part 2", "several"),
         (_beyond, "index", "part 2", "inside of 3 parts"),
+        (_free_and_used, "index", "part 0", "none where it is free"),
         (_of_nobody, "array", "parts", "bytes in part 3, one of 1 of nobody"),
     ],
 )

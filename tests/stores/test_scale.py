@@ -12,6 +12,7 @@ import zarr
 
 from memtool_stores import IntegrityError, MemoryStore, Space, SpaceMismatchError
 from memtool_stores import keys as key_blocks
+from memtool_stores.cost import state_bytes
 from memtool_stores.index import LEAF, Allotment, Entry, Index, IndexState, Page, Ref
 from memtool_stores.keys import BLOCK_BYTES, BLOCK_ROWS, block_rows
 from memtool_stores.testing import fill, some_values
@@ -29,12 +30,12 @@ class Paper:
 
     def change(self, changes: dict[str, Entry | None]) -> int:
         """Do it; how many pages it wrote."""
-        parts = Allotment(self.index.state.parts)
+        parts = Allotment(self.index.state.parts, self.index.state.free)
         made = self.index.changed(changes, parts)
         self.parts |= {part: page.data() for part, page in made.written.items()}
-        for part in parts.free:
+        for part in parts.emptied:
             del self.parts[part]
-        self.index = Index(IndexState(parts.count, made.page), self.read, {})
+        self.index = Index(IndexState(parts.count, made.page, free=parts.free), self.read, {})
         return len(made.written)
 
     def pages(self) -> list[Page]:
@@ -235,7 +236,10 @@ def test_a_commit_among_many_writes_what_it_does_among_few(
                 fill(txn, space, f"t{number}", number)
                 txn.put_blob(f"head.t{number}", number.to_bytes(4, "big"))
             txn.add_keys(np.ones((2, last - first, 3), np.float32))
+        expected = state_bytes(store.view(), blobs=1)
         some = [_written(store, space, f"one-{last}-{n}") for n in range(4)]
+        for found, _ in some:  # besides the row, the key and the blob
+            assert 0.5 < (found - 500) / expected < 2
         sizes.append(np.mean(some, axis=0))
     few, many = sizes
     # A page a level more, and manifests of up to 512 entries. A list of blobs would be 250 kB.

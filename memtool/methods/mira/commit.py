@@ -25,6 +25,7 @@ from memtool.methods.mira.state import PAST_QUERIES, QUERY_MODULES, MemoryState,
 from memtool.methods.results import ConsolidateResult
 from memtool.methods.subject import SUBJECT_SAMPLES
 from memtool.streams.task import spread
+from memtool_stores.held import Held
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,12 +140,12 @@ def commit(
     work.engine.on_main(lambda: work.store.run(change, message, metadata=about))
 
 
-def _blobs(known: Inventory, made: Made) -> dict[str, bytes]:
-    """What is written beside keys and state, by the name of its blob."""
-    blobs = {
-        **{queries_blob(number): known.queries[number].to_bytes() for number in known.new},
+def _blobs(known: Inventory, made: Made) -> dict[str, bytes | Held]:
+    """What is written beside keys and state, by the name of its blob; moments wait in a spool."""
+    blobs: dict[str, bytes | Held] = {
+        **{queries_blob(number): known.queries.waiting(number) for number in known.new},
         HEAD: made.head.to_bytes(),
-        **{features_blob(number): known.features[number].to_bytes() for number in known.fresh},
+        **{features_blob(number): known.features.waiting(number) for number in known.fresh},
     }
     if made.start.past is not None:
         blobs[PAST_QUERIES] = made.start.past.to_bytes()

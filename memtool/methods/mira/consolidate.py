@@ -43,6 +43,7 @@ from memtool.sections import MemorySettings
 from memtool.settings import Config
 from memtool.streams.task import Images, Task, spread
 from memtool.workspace import Workspace, require_learnable
+from memtool_stores.held import Spool
 
 SOLVED = ("lda", "ridge", "rp-ridge", "ncm")
 """Heads that are solved from moments of the features."""
@@ -59,20 +60,21 @@ def consolidate(
     CapacityError for a random projection that is too wide, and ChangedMeanwhileError where another
     process committed.
     """
-    known = inventory_of(work, snapshot)
-    require_can_learn(work.config)
-    work.require_fitting(())
-    _count(known)
-    start = _start(known)
-    model = _model(known, start.keys)
-    head, fit = _learn(known, start, model)
-    head = _resolve(known, model, head)
-    _observe(known, start, model)
-    made = Made(start, model, head, fit)
-    result = result_of(known, made, began)
-    if known.unchanged:
-        return result
-    commit(known, made, result, metadata)
+    with Spool() as spool:
+        known = inventory_of(work, snapshot, spool)
+        require_can_learn(work.config)
+        work.require_fitting(())
+        _count(known)
+        start = _start(known)
+        model = _model(known, start.keys)
+        head, fit = _learn(known, start, model)
+        head = _resolve(known, model, head)
+        _observe(known, start, model)
+        made = Made(start, model, head, fit)
+        result = result_of(known, made, began)
+        if known.unchanged:
+            return result
+        commit(known, made, result, metadata)
     return result.model_copy(update={"version": work.store.head()})
 
 
@@ -102,14 +104,15 @@ def _count(known: Inventory) -> None:
     if known.centre is not None:
         set_centre(probe, known.centre)
     for number in known.grown:
-        features[number], _ = seen(work.task(str(number)), None)
+        features.put(number, seen(work.task(str(number)), None)[0])
     for number in work.telling("consolidate: count", known.new):
         task = work.task(str(number))
         require_learnable(task)
-        features[number], asked = seen(task, beneath)
+        counted, asked = seen(task, beneath)
+        features.put(number, counted)
         by_class = settings.keys_of == "class"
-        queries[number] = count_queries(asked, task.train.labels, by_class=by_class)
-    known.features = {number: features[number] for number in known.tasks}
+        queries.put(number, count_queries(asked, task.train.labels, by_class=by_class))
+    features.in_order(known.tasks)
 
 
 def _centre(known: Inventory, probe: KeyedMemory, beneath: MemoryModel | None) -> Tensor:
@@ -146,7 +149,7 @@ def _start(known: Inventory) -> Start:
     keys = start_keys(
         config.consolidate,
         config.memory,
-        list(known.queries.values()),
+        known.queries.values(),
         known.adapter_tasks,
         Draws(work.seed, known.tasks, blocks),
     )
@@ -243,7 +246,10 @@ def _require_own_values(known: Inventory) -> None:
 
 def _model(known: Inventory, keys: Tensor) -> MemoryModel:
     """The memory with these keys, on its frozen backbone."""
-    work, values = known.work, known.snapshot.values_of(known.view.adapters)
+    work, config = known.work, known.config
+    # Values that do not learn are read when they are used, where not all may be held.
+    held = None if _learns(config) or config.memory.read == "decoder" else config.engine.resident
+    values = known.snapshot.values_of(known.view.adapters, held)
     memory = _memory(known, keys)
     if known.config.memory.frozen == "novelty":
         memory[memory.blocks[0]].reaches = reaches_of(known.queries)
@@ -361,7 +367,7 @@ def _resolve(known: Inventory, model: MemoryModel, head: RecalledHead) -> Recall
         return head
     for task in known.opened(known.fresh):
         seen = work.engine.predict(model, task.train.images)
-        known.features[task.number] = work.counted(seen, task.train)
+        known.features.put(task.number, work.counted(seen, task.train))
     return _solved(known) if settings.kind in SOLVED else head
 
 

@@ -25,11 +25,13 @@ from memtool.methods.mira.state import (
     queries_blob,
     statistics_known,
 )
+from memtool.methods.on_demand import Counted, OnDemand
 from memtool.methods.records import task_of
 from memtool.methods.results import ConsolidateResult
 from memtool.settings import Config
 from memtool.streams.task import Task
 from memtool.workspace import Workspace
+from memtool_stores.held import Spool
 
 
 @dataclass(eq=False)
@@ -37,7 +39,8 @@ class Inventory:
     """What is known of the memory that is consolidated.
 
     Of `tasks`, in the order in which they came, `new` ones have no keys yet, and `grown` ones got
-    more adapters since they had theirs. `queries` and `features` are moments, by task. `centre`
+    more adapters since they had theirs. `queries` and `features` are moments, by task, of which one
+    is in memory at a time. `centre`
     (memories, d) is what is taken from queries, where anything is.
     """
 
@@ -46,8 +49,8 @@ class Inventory:
     tasks: tuple[int, ...]
     new: tuple[int, ...]
     grown: tuple[int, ...]
-    queries: dict[int, QueryStatistics]
-    features: dict[int, FeatureStatistics]
+    queries: Counted[QueryStatistics]
+    features: Counted[FeatureStatistics]
     unchanged: bool
     centre: Tensor | None = None
 
@@ -69,7 +72,8 @@ class Inventory:
     @property
     def adapter_tasks(self) -> tuple[int, ...]:
         """The place in `tasks` of the task of every adapter."""
-        return tuple(self.tasks.index(task_of(record)) for record in self.view.adapters)
+        places = {number: place for place, number in enumerate(self.tasks)}
+        return tuple(places[task_of(record)] for record in self.view.adapters)
 
     @property
     def first(self) -> tuple[str, ...]:
@@ -95,9 +99,10 @@ class Inventory:
         return None if stored is None else torch.from_numpy(stored.copy())
 
     @cached_property
-    def trained(self) -> dict[int, LinearClassifier | None]:
+    def trained(self) -> OnDemand[LinearClassifier | None]:
         """The classifier that came with the last adapter of every task, by its number."""
-        return {task_of(r): self.snapshot.own_head(r.name) for r in self.view.adapters}
+        last = {task_of(record): record.name for record in self.view.adapters}
+        return OnDemand(last, lambda task: self.snapshot.own_head(last[task]))
 
     @property
     def fresh(self) -> tuple[int, ...]:
@@ -144,8 +149,8 @@ def _same(state: MemoryState, view: memtool_stores.MemoryView, config: Config) -
     return then == (view.ids, config.memory, config.head, config.consolidate)
 
 
-def inventory_of(work: Workspace, snapshot: Snapshot) -> Inventory:
-    """What is new in a memory, and what was counted of the rest."""
+def inventory_of(work: Workspace, snapshot: Snapshot, spool: Spool) -> Inventory:
+    """What is new in a memory, and what was counted of the rest; more of it waits in a spool."""
     view, state = snapshot.view, snapshot.state
     if not view.adapters:
         raise NotFoundError(
@@ -154,7 +159,7 @@ def inventory_of(work: Workspace, snapshot: Snapshot) -> Inventory:
         )
     counted = MemoryState.load(view)
     _require_same_queries(work.config, counted)
-    queries, features = statistics_known(view, counted, merged=_solved(work.config))
+    queries, features = statistics_known(view, counted, spool, merged=_solved(work.config))
     centre = None if snapshot.model is None else _centre_of(snapshot.model.memory)
     if queries and centre is None and work.config.memory.centre != "none":
         raise ConfigError(
@@ -226,7 +231,8 @@ def _grown(snapshot: Snapshot) -> tuple[int, ...]:
     state = snapshot.state
     if state is None:
         return ()
-    added = [record for record in snapshot.view.adapters if record.id not in state.adapters]
+    keyed = {*state.adapters}
+    added = [record for record in snapshot.view.adapters if record.id not in keyed]
     grown = sorted({task_of(record) for record in added} & set(state.tasks))
     if grown and state.memory.scope == "block":
         raise ConfigError(

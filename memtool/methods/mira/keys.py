@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,7 +56,7 @@ class Draws:
 def start_keys(
     settings: ConsolidateSettings,
     memory: MemorySettings,
-    statistics: Sequence[QueryStatistics],
+    statistics: Iterable[QueryStatistics],
     adapter_tasks: Sequence[int],
     draws: Draws,
 ) -> Tensor:
@@ -66,6 +66,7 @@ def start_keys(
 
     `statistics` has the queries of every task, counted class by class where adapters have a key
     for every class (`memory.keys_of`); m is then the largest number of classes of a task, else 1.
+    It is gone through once, and one task's are held at a time.
 
     closed-form   separations that normalise (softmax, topk) get discriminant keys: the score is
                   the log posterior of the task. The others get ridge keys: the score is close to
@@ -80,13 +81,14 @@ def start_keys(
     Raises ConfigError as `require_keys`; and for a memory that all images ask the same, where keys
     are solved from what tells them apart.
     """
-    tasks = torch.tensor(adapter_tasks)
     require_keys(settings, memory)
+    tasks, sizes = torch.tensor(adapter_tasks), list[int]()
+    by_class = memory.keys_of == "class"
+    whole = QueryStatistics.joined(_each(statistics, sizes, by_class=by_class))
     if _solved(settings, memory):
-        _require_told_apart(memory, statistics, draws.blocks)
-    if memory.keys_of == "class":
-        return _keys_of_classes(memory, statistics, tasks)
-    whole = QueryStatistics.joined([part.pooled() for part in statistics])
+        _require_told_apart(memory, whole, draws.blocks)
+    if by_class:
+        return _keys_of_classes(memory, whole, sizes, tasks)
     shares = torch.bincount(tasks)[tasks].float()
     if memory.routing == "prototype":
         return whole.mean_keys()[:, tasks]
@@ -133,6 +135,15 @@ def require_keys(settings: ConsolidateSettings, memory: MemorySettings) -> None:
             )
 
 
+def _each(
+    statistics: Iterable[QueryStatistics], sizes: list[int], *, by_class: bool
+) -> Iterator[QueryStatistics]:
+    """What is counted of every task, in all or by class; `sizes` gets how many parts each has."""
+    for part in statistics:
+        sizes.append(part.tasks)
+        yield part if by_class else part.pooled()
+
+
 def _require_biased(settings: ConsolidateSettings, memory: MemorySettings) -> None:
     """Raise ConfigError for keys that are solved with a bias, and have no room for one."""
     for name, found, fits in (
@@ -149,13 +160,13 @@ def _require_biased(settings: ConsolidateSettings, memory: MemorySettings) -> No
 
 
 def _require_told_apart(
-    memory: MemorySettings, statistics: Sequence[QueryStatistics], blocks: Sequence[int]
+    memory: MemorySettings, whole: QueryStatistics, blocks: Sequence[int]
 ) -> None:
-    """Raise ConfigError for memories that are asked the same by every image."""
-    found = same_for_every_input(statistics)
+    """Raise ConfigError for memories that are asked the same by every image of all tasks."""
+    found = same_for_every_input([whole])
     if not found or memory.scope != "block":
         return
-    numbers = blocks or range(statistics[0].blocks)
+    numbers = blocks or range(whole.blocks)
     named = ", ".join(str(numbers[place]) for place in found)
     others = [str(block) for place, block in enumerate(numbers) if place not in found]
     raise ConfigError(
@@ -193,7 +204,8 @@ def _require_of_classes(settings: ConsolidateSettings, memory: MemorySettings) -
 
 def _keys_of_classes(
     memory: MemorySettings,
-    statistics: Sequence[QueryStatistics],
+    whole: QueryStatistics,
+    sizes: Sequence[int],
     tasks: Tensor,
 ) -> Tensor:
     """Closed-form keys (memories, t, m · (dim + 1)), m for every adapter.
@@ -202,12 +214,10 @@ def _keys_of_classes(
     weight: under softmax the adapter's coefficient is the posterior of its task all the same.
     """
     mixes = memory.routing == "mixture"
-    whole = QueryStatistics.joined(statistics)
     nearest = memory.routing == "prototype"
     keys = whole.mean_keys() if nearest else whole.lda_keys(SHRINKAGE)
-    sizes = [part.tasks for part in statistics]
     most, found = max(sizes), []
-    for own in keys.split(sizes, dim=1):
+    for own in keys.split([*sizes], dim=1):
         places = torch.arange(most) % own.shape[1]
         repeated = own[:, places]
         if mixes:  # a hard choice shares between equal keys by itself

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import numpy.typing as npt
@@ -22,17 +22,21 @@ from memtool.evaluation.course import Course
 from memtool.evaluation.matrix import AccuracyMatrix
 from memtool.evaluation.metrics import coefficient_drift, floor_met, mean_share
 from memtool.evaluation.record import Kind, Row
+from memtool.evaluation.right import Share
 from memtool.heads import LinearClassifier, RecalledHead, solve_head
 from memtool.memories.keyed import BlockMemory, KeyedMemory
 from memtool.memories.separation import SeparationFunction, floored, separation
+from memtool.methods.calibration import digest_of
 from memtool.methods.mira.recall import MemoryModel
 from memtool.methods.mira.settle import says, settled
 from memtool.methods.mira.state import MemoryState, Snapshot
 from memtool.methods.outcome import seen_before, share_right
-from memtool.methods.records import task_of
+from memtool.methods.records import own_head_blob, task_of
+from memtool.methods.scored import TAKEN, Earlier, Taken
 from memtool.settings import AT_ONCE
 from memtool.streams.task import Images, Stream, Task
 from memtool.workspace import Workspace
+from memtool_stores import MemoryView
 
 SIGNED = ("identity", "affine", "tanh", "normalised")
 """Separations that can give negative coefficients."""
@@ -49,7 +53,7 @@ class Scores:
     mean share that separation topk leaves out, None under another.
     """
 
-    accuracy: tuple[float, ...]
+    accuracy: tuple[Share, ...]
     task_accuracy: float
     coefficients: tuple[Tensor, ...]
     ms_per_input: float
@@ -108,7 +112,7 @@ class Measure:
     def scores(self, snapshot: Snapshot, tasks: Sequence[Task]) -> Scores:
         """The memory on the test images of tasks, the task inferred."""
         state, model, head = snapshot.consolidated()
-        accuracy, coefficients = [], []
+        accuracy, coefficients = list[Share](), list[Tensor]()
         left: list[Tensor] = []
         right, total, spent = 0, 0, 0.0
         divides = model.settings.separation == "normalised"
@@ -136,6 +140,68 @@ class Measure:
             floored=met,
             left_out=mean_share(torch.cat(left).numpy()) if left else None,
         )
+
+    def earlier(
+        self,
+        version: str,
+        read: Callable[[str], Snapshot],
+        tested: Sequence[Task],
+        newest: int,
+    ) -> tuple[list[Share], Tensor]:
+        """What an earlier version scored on tasks, and the weights that the `newest` one recalled.
+
+        The version is `read` only where nobody measured that before.
+        """
+        there = cache(partial(read, version))
+        known = self._kept(self.workspace.store.view(version))
+
+        def find(task: Task, weighed: bool) -> Taken:
+            _, model, head = there().consolidated()
+            logits, weights = self.recall(model, head, task.test.images)
+            return Taken.of(share_right(logits, task.test), weights if weighed else None)
+
+        found = [
+            known[place == newest].of(task, TAKEN, partial(find, task, place == newest))
+            for place, task in enumerate(tested)
+        ]
+        shares = [one.share(task.test) for one, task in zip(found, tested, strict=True)]
+        return shares, found[newest].weights
+
+    def keep(self, view: MemoryView, tested: Sequence[Task], found: Scores, newest: int) -> None:
+        """Keep what a version scored on tasks for when it is an earlier one."""
+        known = self._kept(view)
+        for place, (task, score) in enumerate(zip(tested, found.accuracy, strict=True)):
+            weights = found.coefficients[place] if place == newest else None
+            known[place == newest].keep(task, TAKEN, Taken.of(score, weights))
+
+    def _kept(self, view: MemoryView) -> tuple[Earlier, Earlier]:
+        """What was kept of a version: without weights, and with them."""
+        decides = digest_of(view)
+        return Earlier(self.workspace, [decides]), Earlier(self.workspace, [decides, "weights"])
+
+    def told(
+        self,
+        versions: Mapping[int, str],
+        learned: Sequence[Task],
+        read: Callable[[str], Snapshot],
+    ) -> AccuracyMatrix:
+        """The accuracy of every task's own adapters at the versions, by how many tasks each knows.
+
+        A version is `read`, and a task measured, only where its adapters or their heads are other
+        ones than in a later version.
+        """
+        matrix = AccuracyMatrix.empty([task.name for task in learned])
+        known: dict[object, float] = {}
+        for count, at in self.workspace.telling("evaluate", sorted(versions.items(), reverse=True)):
+            view, there = self.workspace.store.view(at), cache(partial(read, at))
+            own = []
+            for task in learned[:count]:
+                decides = alone(view, task)
+                if decides not in known:
+                    known[decides] = self.own_accuracy(there(), task)
+                own.append(known[decides])
+            matrix = matrix.with_row(count, [*own, *[None] * (len(learned) - count)])
+        return matrix
 
     def generalised(
         self, snapshot: Snapshot, sources: Sequence[Task], shown: Sequence[Task]
@@ -283,6 +349,15 @@ class Measure:
             features = work.engine.predict(partial(model.under, recall=recall), task.train.images)
             statistics.merge(work.counted(features, task.train))
         return solve_head("lda", statistics, work.config.head)
+
+
+def alone(view: MemoryView, task: Task) -> object:
+    """What the accuracy of a task's own adapters follows from: their values, and their heads."""
+    own = [record for record in view.adapters if record.meta.get("task") == task.number]
+    return task.number, *(
+        (one.sha256, one.header, one.scaling, view.blob_sha256(own_head_blob(one.name)))
+        for one in own
+    )
 
 
 SOME = 100

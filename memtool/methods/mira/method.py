@@ -27,7 +27,6 @@ from memtool.errors import (
 )
 from memtool.evaluation.course import Course
 from memtool.evaluation.inside import Inside
-from memtool.evaluation.matrix import AccuracyMatrix
 from memtool.evaluation.record import Record, Row
 from memtool.learning.known import frozen_scores, is_fixed, learned_under
 from memtool.methods.attached import AttachedImages
@@ -190,7 +189,8 @@ class Mira(Method):
         adapter exactly, with the head trained with it; dg measures on the domain that is held out,
         dgcl on it and on the others.
         `history` reads the version after each task and fills the whole matrix, and says how far old
-        coefficients drifted; `compare` adds hard choice, uniform mixture and the oracle adapter.
+        coefficients drifted: of earlier versions what nobody measured before. `compare` adds hard
+        choice, uniform mixture and the oracle adapter.
         `unseen` has a column for every task of the stream, learned or not (none: in xtail). Raises
         ConfigError for it where the task is given or no task is learned in turn.
         """
@@ -213,7 +213,11 @@ class Mira(Method):
             shown = [held_out_of(self.workspace.stream)]
             rows = [measure.generalised(snapshot, learned, shown)]
         elif setting == "til":
-            rows = [self._told(snapshot, learned, history=history)]
+            versions = {len(learned): snapshot.version}
+            if history:
+                versions = self._history(snapshot, learned, "til")
+            matrix = measure.told(versions, learned, self.snapshot)
+            rows = [Row.measured("memory", "task given, exact recall", "method", matrix)]
         else:
             rows = [self._in_turn(snapshot, learned, shown, history=history)]
         if compare and setting != "til":
@@ -249,30 +253,23 @@ class Mira(Method):
         then: dict[int, Tensor] = {}
         more: dict[str, float] = {}
         for count, at in self.workspace.telling("evaluate", sorted(versions.items())):
-            there = snapshot if at == snapshot.version else self.snapshot(at)
-            scored = measure.scores(there, course.tested)
+            if at != snapshot.version:
+                found = measure.earlier(at, self.snapshot, course.tested, count - 1)
+                course.add(count, found[0])
+                then[count] = found[1]
+                continue
+            scored = measure.scores(snapshot, course.tested)
             course.add(count, scored.accuracy)
             then[count] = scored.coefficients[count - 1]
             more["task_accuracy"] = scored.task_accuracy
+            if history:
+                measure.keep(snapshot.view, course.tested, scored, count - 1)
         if len(then) == len(learned):
             before = [then[count] for count in range(1, len(learned))]
             more |= drift(before, scored.coefficients[: len(learned) - 1])
         more |= scored.more
         ms = scored.ms_per_input
         return course.row("memory", "memory", "method", more=more, ms_per_input=ms)
-
-    def _told(self, snapshot: Snapshot, learned: Sequence[Task], *, history: bool) -> Row:
-        """Exact recall of every task's own adapters."""
-        measure = Measure(self.workspace)
-        versions = {len(learned): snapshot.version}
-        if history:
-            versions = self._history(snapshot, learned, "til")
-        matrix = AccuracyMatrix.empty([task.name for task in learned])
-        for count, at in self.workspace.telling("evaluate", sorted(versions.items())):
-            there = snapshot if at == snapshot.version else self.snapshot(at)
-            own = [measure.own_accuracy(there, task) for task in learned[:count]]
-            matrix = matrix.with_row(count, [*own, *[None] * (len(learned) - count)])
-        return Row.measured("memory", "task given, exact recall", "method", matrix)
 
     def _setting(self, setting: str | None) -> str:
         """What is known at test time, checked; without a word, as the tasks were cut."""

@@ -13,7 +13,7 @@ of a root are a root of its scatter.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -29,6 +29,7 @@ from memtool.memories.moments import Moments
 from memtool.memories.novelty import novelty, reach
 from memtool.methods.in_store import StoredState
 from memtool.methods.mira.first import require_same_first, taken_along
+from memtool.methods.on_demand import OnDemand
 from memtool.methods.records import task_of
 from memtool.methods.routed.memory import Kept, kept_blob, kept_bytes
 from memtool.tensor_bytes import load_tensors, read_tensors
@@ -88,17 +89,21 @@ def parts_in(
     view: memtool_stores.MemoryView,
     records: Sequence[memtool_stores.AdapterRecord],
     new: Mapping[int, Kept],
-) -> dict[int, list[Kept]]:
-    """What is known of the prompts of every task of these records, by its number.
+) -> OnDemand[list[Kept]]:
+    """What is known of the prompts of every task of these records, by its number, when asked for.
 
     That is what was kept of its training prompts, `new` or in a version, and of the example prompts
-    of each of its adapters. Raises CorruptError.
+    of each of its adapters. Asking raises CorruptError.
     """
-    found: dict[int, list[Kept]] = {}
+    names: dict[int, list[str | None]] = {}
     for number, name in _names(view, records, new):
-        kept = new[number] if name is None else read_moments(view, name)
-        found.setdefault(number, []).append(kept)
-    return found
+        names.setdefault(number, []).append(name)
+
+    def read(number: int) -> list[Kept]:
+        each = names[number]
+        return [new[number] if name is None else read_moments(view, name) for name in each]
+
+    return OnDemand(names, read)
 
 
 def _names(
@@ -190,63 +195,77 @@ def read_moments(view: memtool_stores.MemoryView, blob: str) -> Kept:
     return kept
 
 
-def classes_of(tasks: Sequence[Sequence[Kept]]) -> list[list[list[int]]]:
-    """The class, from 0, of every cluster of every part of every task.
+def classes_of(parts: Sequence[Kept]) -> list[list[int]]:
+    """The class, from 0, of every cluster of every part of a task.
 
-    Each is a class of its own; but where no part of a task has several, all of it is one.
+    Each is a class of its own; but where no part has several, all of the task is one.
     """
-    found: list[list[list[int]]] = []
-    free = 0
-    for parts in tasks:
-        sizes = [len(part["count"]) for part in parts]
-        if max(sizes) == 1:
-            found.append([[free]] * len(parts))
-            free += 1
-            continue
-        found.append([])
-        for size in sizes:
-            found[-1].append([*range(free, free + size)])
-            free += size
-    return found
+    sizes = [len(part["count"]) for part in parts]
+    if max(sizes) == 1:
+        return [[0]] * len(parts)
+    firsts = [sum(sizes[:place]) for place in range(len(sizes))]
+    return [[*range(first, first + size)] for first, size in zip(firsts, sizes, strict=True)]
 
 
 def solved_keys(
-    tasks: Sequence[Sequence[Kept]], apart: tuple[int, int] | None = None
+    tasks: Iterable[Sequence[Kept]], apart: tuple[int, int] | None = None
 ) -> list[Tensor]:
     """The keys (memories, m, d + 1), float32, of every task, of what was kept in its parts.
 
     `apart` as in `PromptState`; without it one memory sees all. m is the number of clusters of the
     task. With x = [look, 1] the sum of exp(x · key) over them is p(task | look) up to a factor that
-    all tasks share, of Gaussian clusters of one covariance.
+    all tasks share, of Gaussian clusters of one covariance. Of a task only the counts and sums of
+    its clusters are held when the next one is read.
     Raises DataError where no cluster has two prompts that differ, MismatchError for looks of
     several widths.
     """
-    width = tasks[0][0]["mean"].shape[1]
-    for part in (part for parts in tasks for part in parts):
-        if part["mean"].shape[1] != width:
-            raise MismatchError(
-                f"prompts that look like {part['mean'].shape[1]} numbers, and like {width}",
-                expected="all looked at in the same places",
-                remedy="memtool rollback, or another --store",
-            )
-    columns = columns_of(apart, width)
-    keys = torch.stack([_keys_of(tasks, own) for own in columns])
-    sizes = [len({one for part in parts for one in part}) for parts in classes_of(tasks)]
-    return [one.float() for one in keys.split(sizes, dim=1)]
+    counts, sums, columns = list[Tensor](), list[Tensor](), list[Tensor]()
+    second: list[Tensor] = []
+    for parts in tasks:
+        if not columns:
+            width = parts[0]["mean"].shape[1]
+            columns = [*columns_of(apart, width)]
+            second = [torch.zeros(len(own), len(own), dtype=torch.float64) for own in columns]
+        classes = classes_of(parts)
+        counted = torch.zeros(classes[-1][-1] + 1, dtype=torch.float64)
+        summed = counted.new_zeros(len(counted), width)
+        for part, mine in zip(parts, classes, strict=True):
+            _require_width(part, width)
+            own_counts, places = part["count"].double(), torch.tensor(mine)
+            means, root = part["mean"].double(), part["root"].double()
+            counted.index_add_(0, places, own_counts)
+            summed.index_add_(0, places, own_counts.unsqueeze(1) * means)
+            for memory, own in zip(second, columns, strict=True):
+                seen = means[:, own]
+                within = root[:, own].T @ root[:, own]
+                memory += within + seen.T @ (own_counts.unsqueeze(1) * seen)
+        counts.append(counted)
+        sums.append(summed)
+    every, whole = torch.cat(counts), torch.cat(sums)
+    sizes = [len(one) for one in counts]
+    # Tasks are as likely as each other, and not their clusters.
+    prior = torch.cat([(one / one.sum()).log() for one in counts])
+    keys = [
+        _keys_of(every, whole[:, own], memory, prior)
+        for own, memory in zip(columns, second, strict=True)
+    ]
+    return [*torch.stack(keys).split(sizes, dim=1)]
 
 
-def _keys_of(tasks: Sequence[Sequence[Kept]], own: Tensor) -> Tensor:
-    """The keys (classes, d + 1), float64, of a memory that sees these entries (d,) of a look."""
-    classes = classes_of(tasks)
-    moments = Moments(1, len(own), classes[-1][-1][-1] + 1)
-    for parts, numbers in zip(tasks, classes, strict=True):
-        for part, mine in zip(parts, numbers, strict=True):
-            counts, places = part["count"].double(), torch.tensor(mine)
-            means, root = part["mean"][:, own].double(), part["root"][:, own].double()
-            sums = counts.unsqueeze(1) * means
-            moments.counts.index_add_(0, places, counts)
-            moments.sums[0].index_add_(0, places, sums)
-            moments.second[0] += root.T @ root + means.T @ sums
+def _require_width(part: Kept, width: int) -> None:
+    found = part["mean"].shape[1]
+    if found != width:
+        raise MismatchError(
+            f"prompts that look like {found} numbers, and like {width}",
+            expected="all looked at in the same places",
+            remedy="memtool rollback, or another --store",
+        )
+
+
+def _keys_of(counts: Tensor, sums: Tensor, second: Tensor, prior: Tensor) -> Tensor:
+    """The keys (classes, d + 1), float32, of a memory from what it sees of the moments of all."""
+    moments = Moments(1, sums.shape[1], 0)
+    moments.counts, moments.sums, moments.second = counts, sums[None], second[None]
     try:
         rule = moments.lda(SHRINKAGE, equal_priors=True)
     except DataError as error:
@@ -255,22 +274,20 @@ def _keys_of(tasks: Sequence[Sequence[Kept]], own: Tensor) -> Tensor:
             expected="a few dozen example prompts of each",
             remedy="--prompts FILE with more of them",
         ) from error
-    bias = rule.bias[0]
-    for numbers in classes:  # tasks are as likely as each other, and not their clusters
-        mine = sorted({one for part in numbers for one in part})
-        bias[mine] += (moments.counts[mine] / moments.counts[mine].sum()).log()
-    return torch.cat([rule.weight[0], bias.unsqueeze(1)], dim=1)
+    return torch.cat([rule.weight[0], (rule.bias[0] + prior).unsqueeze(1)], dim=1).float()
 
 
-def witnessed(tasks: Sequence[Sequence[Kept]]) -> Moments | None:
+def witnessed(tasks: Collection[Sequence[Kept]]) -> Moments | None:
     """The moments of the witnesses of tasks, and their reach where that can be measured.
 
     None where a task has none, as prompts that were kept before there were witnesses.
     """
-    known = [[part["some"] for part in parts if len(part["some"])] for parts in tasks]
-    if not all(known):
-        return None
-    some = [torch.cat(parts) for parts in known]
+    some: list[Tensor] = []
+    for parts in tasks:
+        known = [part["some"] for part in parts if len(part["some"])]
+        if not known:
+            return None
+        some.append(torch.cat(known))
     rows = torch.cat(some).unsqueeze(0)
     labels = torch.arange(len(some)).repeat_interleave(torch.tensor([len(one) for one in some]))
     moments = Moments(1, rows.shape[-1], len(some))
@@ -309,7 +326,7 @@ def put_keys(
     """
     live = txn.adapters
     parts = parts_in(view, live, new)
-    found: Sequence[Tensor] = solved_keys(list(parts.values()), state.apart)
+    found: Sequence[Tensor] = solved_keys(parts.values(), state.apart)
     if refine is not None:
         found = refine([*parts], found)
     most = max(one.shape[1] for one in found)
@@ -326,7 +343,7 @@ def put_keys(
         "moments": digest_of(view, live, new),
     }
     state.model_copy(update=changes).put(txn)
-    _put_reach(txn, witnessed(list(parts.values())))
+    _put_reach(txn, witnessed(parts.values()))
 
 
 def _put_reach(txn: memtool_stores.Transaction, moments: Moments | None) -> None:

@@ -35,11 +35,13 @@ from memtool.methods.mira.look import ImageLook, needs_first, width_of
 from memtool.methods.mira.protect import Protection
 from memtool.methods.mira.read import DECODERS, load_decoders
 from memtool.methods.mira.recall import MemoryModel, first_norms, memory_blocks, reaches_of
+from memtool.methods.on_demand import Counted
 from memtool.methods.records import task_of
 from memtool.methods.stored_values import values_of
 from memtool.sections import ConsolidateSettings, MemorySettings, as_meant
 from memtool.settings import HeadSettings
 from memtool.tensor_bytes import load_tensors
+from memtool_stores.held import Spool
 
 MEMORY = "memory"
 QUERY_MODULES = "query-modules"
@@ -187,9 +189,11 @@ class Snapshot:
         records = self.adapters_of(task)
         return self.values_of(records).to(device)
 
-    def values_of(self, records: Sequence[memtool_stores.AdapterRecord]) -> AdapterValues:
-        """Any adapters of this version, stacked, on the CPU."""
-        return values_of(self.view, records, self.layout, self.sites)
+    def values_of(
+        self, records: Sequence[memtool_stores.AdapterRecord], resident: int | None = None
+    ) -> AdapterValues:
+        """Any adapters of this version, stacked, on the CPU; of more than `resident` bytes some."""
+        return values_of(self.view, records, self.layout, self.sites, resident)
 
     def own_head(self, adapter: str) -> LinearClassifier | None:
         """The classifier that was trained with an adapter, if it came with one."""
@@ -263,8 +267,8 @@ def query_statistics(
 
 
 def statistics_known(
-    view: memtool_stores.MemoryView, state: MemoryState | None, *, merged: bool
-) -> tuple[dict[int, QueryStatistics], dict[int, FeatureStatistics]]:
+    view: memtool_stores.MemoryView, state: MemoryState | None, spool: Spool, *, merged: bool
+) -> tuple[Counted[QueryStatistics], Counted[FeatureStatistics]]:
     """Moments of queries and features of the consolidated tasks, in order.
 
     With `merged` also of those that came from another memory with theirs, in the order written.
@@ -276,7 +280,12 @@ def statistics_known(
         tasks |= {
             task: None for task in numbers if {queries_blob(task), features_blob(task)} <= blobs
         }
-    return _queries(view, tuple(tasks)), feature_statistics(view, tuple(tasks))
+    asked = {task: queries_blob(task) for task in tasks if view.has_blob(queries_blob(task))}
+    seen = {task: features_blob(task) for task in tasks}
+    return (
+        Counted(view, asked, QueryStatistics.from_bytes, spool),
+        Counted(view, seen, FeatureStatistics.from_bytes, spool),
+    )
 
 
 def _queries(view: memtool_stores.MemoryView, tasks: tuple[int, ...]) -> dict[int, QueryStatistics]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from pydantic import TypeAdapter
 from torch import Tensor
@@ -13,9 +14,11 @@ from memtool.evaluation.course import Course
 from memtool.evaluation.inside import Inside
 from memtool.evaluation.metrics import reuse
 from memtool.evaluation.record import AtomUse, Row
+from memtool.evaluation.right import Share
 from memtool.learning.answers import Answering, AnswerScores, answer_row
 from memtool.learning.known import frozen_scores, is_fixed
 from memtool.memories.rank1 import Rank1Memory
+from memtool.methods.calibration import digest_of
 from memtool.methods.in_store import feature_statistics
 from memtool.methods.inside import recalled
 from memtool.methods.kept import fingerprint_of, kept
@@ -30,6 +33,7 @@ from memtool.methods.moram.watch import (
 )
 from memtool.methods.outcome import predicted, seen_before, share_right
 from memtool.methods.results import AtomWeight, Prediction
+from memtool.methods.scored import Earlier, Taken
 from memtool.methods.subject import SUBJECT_SAMPLES, Subject
 from memtool.streams.task import Images, Task, Texts, spread
 from memtool.workspace import Workspace
@@ -44,6 +48,7 @@ TOP_ATOMS = 10
 """Single atoms that `strongest` names."""
 
 _SCORES = TypeAdapter(AnswerScores)
+_TAKEN: TypeAdapter[Taken | None] = TypeAdapter(Taken | None)
 
 
 class AtomMeasure:
@@ -87,7 +92,7 @@ class AtomMeasure:
         statistics = feature_statistics(snapshot.view, snapshot.tasks)
         return predicted(probabilities, state.class_names, seen_before(features, statistics))
 
-    def accuracy(self, snapshot: AtomSnapshot, task: Task, setting: str) -> float | None:
+    def accuracy(self, snapshot: AtomSnapshot, task: Task, setting: str) -> Share | None:
         """Share of a task's test images that are classified right.
 
         None for til and a task that is not in memory: none of its classes is known.
@@ -158,8 +163,27 @@ class AtomMeasure:
         if before and is_fixed(self.work.config):
             course.add(0, [self.zero_shot(task, setting) for task in course.tested])
         for count in self.work.telling("evaluate", sorted(there)):
-            course.add(count, [self.accuracy(there[count], one, setting) for one in course.tested])
+            course.add(count, self._scored(there, count, course.tested, setting))
         return course.row(id, label, "method")
+
+    def _scored(
+        self, there: Mapping[int, AtomSnapshot], count: int, tasks: Sequence[Task], setting: str
+    ) -> list[Share | None]:
+        """The accuracy on tasks after so many; of an earlier version where nobody measured it."""
+        snapshot = there[count]
+        if len(there) == 1:
+            return [self.accuracy(snapshot, task, setting) for task in tasks]
+        known = Earlier(self.work, [digest_of(snapshot.view), setting])
+
+        def taken(task: Task) -> Taken | None:
+            score = self.accuracy(snapshot, task, setting)
+            return None if score is None else Taken.of(score)
+
+        found = [
+            (task, known.of(task, _TAKEN, partial(taken, task), anew=count == max(there)))
+            for task in tasks
+        ]
+        return [None if one is None else one.share(task.test) for task, one in found]
 
     def figures(
         self, snapshot: AtomSnapshot, tasks: Sequence[Task], setting: str

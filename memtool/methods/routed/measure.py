@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from memtool.adapters.values import Recall
@@ -14,9 +16,11 @@ from memtool.evaluation.inside import Inside
 from memtool.evaluation.record import Kind, Row
 from memtool.learning.answers import Answering, AnswerScores, answer_row
 from memtool.learning.looks import batches
+from memtool.methods.calibration import digest_of
 from memtool.methods.inside import recalled
 from memtool.methods.outcome import share_right
 from memtool.methods.routed.memory import RoutedMemory, Way, hardest, of_prompts, only, uniform
+from memtool.methods.scored import TAKEN, Earlier, Taken
 from memtool.methods.subject import SUBJECT_SAMPLES
 from memtool.streams.task import Images, Task, Texts, spread
 from memtool.workspace import Workspace
@@ -26,6 +30,9 @@ OTHER_WAYS: Mapping[str, tuple[str, Way]] = {
     "uniform": ("uniform mixture", uniform),
 }
 """By id: the label of a row, and how the weights are used."""
+
+
+_ANSWERED = TypeAdapter(AnswerScores)
 
 
 def as_they_are(weights: Tensor) -> Tensor:
@@ -102,11 +109,10 @@ def row(
     A domain that is never learned from is asked as the last of them, unless they are `told`.
     """
     if work.reads == "texts":
-        found = {}
-        for count, (memory, ways) in there.items():
-            # Adapters of a collection have no order in time, unless its versions are measured.
-            after = f" after {len(memory.tasks)} tasks" if len(there) > 1 else ""
-            found[count] = _answered(work, memory, tasks, ways, f"evaluate: {label}{after}")
+        found = {
+            count: _answered(work, memory, tasks, ways, f"evaluate: {label}")
+            for count, (memory, ways) in there.items()
+        }
         return answer_row(id, label, kind, tasks, found)
     course = Course(tasks, None if told else work.unseen)
     for count in work.telling(f"evaluate: {label}", sorted(there)):
@@ -117,6 +123,47 @@ def row(
         ]
         course.add(count, right)
     return course.row(id, label, kind)
+
+
+def history_row(
+    work: Workspace, label: str, tasks: Sequence[Task], there: Mapping[int, RoutedMemory]
+) -> Row:
+    """The row of the versions of a memory after so many tasks.
+
+    What an earlier one scored is measured where nobody did before.
+    """
+    newest, course = max(there), Course(tasks, work.unseen)
+    texts: dict[int, AnswerScores] = {}
+    for count in work.telling(f"evaluate: {label}", sorted(there)):
+        memory = there[count]
+        stage = f"evaluate: {label} after {len(memory.tasks)} tasks"
+        known = Earlier(work, [digest_of(memory.view)])
+        if work.reads == "texts":
+            parts = [
+                known.of(
+                    task,
+                    _ANSWERED,
+                    partial(_answered, work, memory, [task], [as_they_are], stage),
+                    anew=count == newest,
+                )
+                for task in tasks
+            ]
+            texts[count] = AnswerScores.joined(parts)
+            continue
+        found = [
+            known.of(task, TAKEN, partial(_taken, work, memory, task), anew=count == newest)
+            for task in course.tested
+        ]
+        pairs = zip(found, course.tested, strict=True)
+        course.add(count, [one.share(task.test) for one, task in pairs])
+    if work.reads == "texts":
+        return answer_row("memory", label, "method", tasks, texts)
+    return course.row("memory", label, "method")
+
+
+def _taken(work: Workspace, memory: RoutedMemory, task: Task) -> Taken:
+    """What the test images of a task are taken for."""
+    return Taken.of(share_right(scores(work, memory, task.test)[0], task.test))
 
 
 def inside(work: Workspace, memory: RoutedMemory, tasks: Sequence[Task]) -> Inside:

@@ -250,9 +250,9 @@ class Routed(Method, ABC):
     ) -> Record:
         """Accuracy, or the loss of texts, on the test samples of every task in memory.
 
-        `history` also reads the version after each task; `compare` adds a hard choice, the uniform
-        mixture, of texts the frozen model, and the oracle adapter; `rivals` as `rival_rows`. The
-        task is never given.
+        `history` also reads the version after each task, measured where nobody did before;
+        `compare` adds a hard choice, the uniform mixture, of texts the frozen model, and the oracle
+        adapter; `rivals` as `rival_rows`. The task is never given.
         """
         begin, work = time.perf_counter(), self.workspace
         cut = self._setting(setting)
@@ -269,17 +269,12 @@ class Routed(Method, ABC):
                 count = sum(task.number in memory.tasks[:learned] for task in shown)
                 if count < len(shown):
                     there[count] = self.snapshot(at)
-        ways = [measure.as_they_are] * len(shown)
-        rows = [
-            measure.row(
-                work,
-                "memory",
-                self._label(memory, shown),
-                "method",
-                shown,
-                {count: (one, ways) for count, one in sorted(there.items())},
-            )
-        ]
+        label, ways = self._label(memory, shown), [measure.as_they_are] * len(shown)
+        if len(there) > 1:
+            rows = [measure.history_row(work, label, shown, there)]
+        else:
+            now = {len(shown): (memory, ways)}
+            rows = [measure.row(work, "memory", label, "method", shown, now)]
         if compare:
             rows += measure.other_rows(work, memory, shown)
         rows += self.rival_rows(rivals, memory, shown)
