@@ -76,7 +76,11 @@ def main(arguments: list[str]) -> int:
         for case in result["cases"]:
             verdict = "met" if case["passed"] else "MISSED"
             limit = "" if case["limit"] is None else f"  limit {case['limit']}  {verdict}"
-            print(f"{case['name']:56} {case['value']:8.3f}{limit}")
+            spread = ""
+            if "quartiles" in case:
+                low, high = case["quartiles"]
+                spread = f"({low:.3f} to {high:.3f})"
+            print(f"{case['name']:56} {case['value']:8.3f} {spread:20}{limit}".rstrip())
     return 0 if result["passed"] else 1
 
 
