@@ -59,7 +59,7 @@ def products(count: int) -> float:
         backward    d + k + 16 + 16                 of x, of the kept factors, values and keys
                     + min(2 n, d + d n / N + k + 16)    of x through the norm
     """
-    kept = RANK if 2 * RANK < count else count
+    kept = RANK if count > 2 * RANK else count
     gram = WIDTH + WIDTH * count / (BATCH * TOKENS) + kept + RANK
     atoms = count + 2 * kept + 2 * RANK + min(2 * count, gram)
     return 1 + atoms / (2 * WIDTH)

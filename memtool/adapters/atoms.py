@@ -294,8 +294,7 @@ class _Choice:
 def _choose(x: Tensor, atoms: ModuleAtoms, gate: AtomGate) -> list[_Choice]:
     """What tokens x (N, d_in) keep at each site."""
     parts = [
-        _choose_at_once(x[tokens], atoms, gate)
-        for tokens in _slices(x, len(atoms.keys), RESPONSES)
+        _choose_at_once(x[tokens], atoms, gate) for tokens in _slices(x, len(atoms.keys), RESPONSES)
     ]
     if len(parts) == 1:
         return parts[0]
