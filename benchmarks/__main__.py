@@ -1,7 +1,8 @@
 """`python -m benchmarks NAME [--repeats N] [--threads N] [--json]`; no name: the list.
 
 `--sizes 100,1000` gives the numbers of adapters to a benchmark that measures more than one;
-`--pilot PATH` a checkout of other people's code to one that holds ours beside it.
+`--pilot PATH` a checkout of other people's code to one that holds ours beside it; `--device cuda`
+the device to one that runs models there. Limits are those of a CPU.
 The result of a benchmark has `passed`, and `cases` with `name`, `value`, `limit`, `passed`. JSON
 or a table goes to stdout, progress to stderr. Exit code 1: a limit was missed; 2: wrong usage.
 """
@@ -45,6 +46,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--sizes", type=sizes, help="numbers of adapters: 100,1000 (store only)")
     parser.add_argument("--pilot", type=Path, help="a checkout of LAMDA-PILOT (rivals only)")
+    parser.add_argument("--device", help="where models run: cpu (default), cuda or mps")
     parser.add_argument("--json", action="store_true", help="the whole result as JSON on stdout")
     given = parser.parse_args(arguments)
     if min(given.repeats, given.threads) < 1:
@@ -60,8 +62,13 @@ def main(arguments: list[str]) -> int:
 
     # One thread by default: with more, a core that is busy elsewhere holds up every small kernel.
     torch.set_num_threads(given.threads)
+    from benchmarks.timing import devices
+
+    if given.device is not None and given.device not in devices():
+        there = ", ".join(devices())
+        parser.error(f"no device {given.device} on this machine, where torch sees: {there}")
     run = importlib.import_module(f"benchmarks.{given.name}").run
-    named = {"sizes": given.sizes, "pilot": given.pilot}
+    named = {"sizes": given.sizes, "pilot": given.pilot, "device": given.device}
     options = {name: value for name, value in named.items() if value is not None}
     taken = inspect.signature(run).parameters
     if strange := options.keys() - taken.keys():

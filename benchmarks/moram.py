@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.timing import case, environment, interleaved, progress, ratio
-from memtool.adapters.atoms import AtomBank, AtomGate, ModuleAtoms, add_atoms
+from memtool.adapters.atoms import AtomBank, AtomGate, ModuleAtoms, Owners, add_atoms
 from memtool.adapters.layout import Site
 
 BATCH, TOKENS, WIDTH, RANK = 8, 197, 768, 16
@@ -36,15 +36,15 @@ SITE = Site(0, "fc", "", WIDTH, WIDTH, 0, WIDTH)
 GATE = AtomGate(topk=RANK, temperature=0.01, threshold=0.2)
 
 
-def run(repeats: int) -> dict[str, Any]:
-    """All cases."""
+def run(repeats: int, sizes: tuple[int, ...] = COUNTS, device: str = "cpu") -> dict[str, Any]:
+    """All cases; `sizes` are numbers of atoms."""
     cases: list[dict[str, Any]] = []
-    for count in COUNTS:
-        cases += timed(count, 3 * repeats)
-    cases.append(saved(SAVED))
+    for count in sizes:
+        cases += timed(count, 3 * repeats, device)
+    cases.append(saved(SAVED, device))
     return {
         "benchmark": "moram",
-        "environment": environment(),
+        "environment": environment(device),
         "passed": all(found["passed"] for found in cases),
         "cases": cases,
     }
@@ -74,11 +74,11 @@ def limits(count: int) -> tuple[float, float]:
 class Layer:
     """A frozen layer, one LoRA, and a bank of which the last task learns."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, device: str | torch.device = "cpu") -> None:
         generator = torch.Generator().manual_seed(count)
 
         def randn(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator)
+            return torch.randn(shape, generator=generator).to(device)
 
         self.weight, self.bias = randn(WIDTH, WIDTH) / WIDTH**0.5, randn(WIDTH)
         self.x = randn(BATCH, TOKENS, WIDTH).requires_grad_()
@@ -88,9 +88,10 @@ class Layer:
         self.bank = AtomBank(
             (randn(count, WIDTH) / WIDTH**0.5).requires_grad_(),
             (randn(count, WIDTH) * 0.02).requires_grad_(),
-            torch.ones(count),
-            torch.arange(count) // RANK,
+            torch.ones(count).to(device),
+            (owner := torch.arange(count) // RANK).to(device),
             fresh=RANK,
+            owners=replace(known := Owners.of(owner), tasks=known.tasks.to(device)),
         )
 
     def frozen(self) -> Tensor:
@@ -137,9 +138,9 @@ class Layer:
         return call
 
 
-def timed(count: int, repeats: int) -> list[dict[str, Any]]:
+def timed(count: int, repeats: int, device: str) -> list[dict[str, Any]]:
     """Evaluation, and forward + backward, with a bank of `count` atoms."""
-    layer = Layer(count)
+    layer = Layer(count, device)
     with torch.inference_mode():
         # Without the threshold, which no random key of 800 reaches.
         ours, wide = layer.atoms(replace(GATE, threshold=-1.0)), layer.wide()
@@ -176,9 +177,9 @@ def kept_bytes(forward: Callable[[], Tensor]) -> int:
     return sum(kept.values())
 
 
-def saved(count: int) -> dict[str, Any]:
+def saved(count: int, device: str) -> dict[str, Any]:
     """Saved activations of the gate over those of the obvious form."""
-    layer = Layer(count)
+    layer = Layer(count, device)
     ours, wide = kept_bytes(layer.atoms), kept_bytes(layer.wide)
     own = layer.x.untyped_storage().nbytes()
     value = ours / wide
