@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("name", nargs="?", choices=sorted(known), help="none: list them")
     parser.add_argument("--repeats", type=int, default=9, help="paired repetitions (default 9)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
-    parser.add_argument("--sizes", type=sizes, help="numbers of adapters: 100,1000 (store only)")
+    parser.add_argument("--sizes", type=sizes, help="numbers of adapters or atoms: 100,1000")
     parser.add_argument("--pilot", type=Path, help="a checkout of LAMDA-PILOT (rivals only)")
     parser.add_argument("--device", help="where models run: cpu (default), cuda or mps")
     parser.add_argument("--json", action="store_true", help="the whole result as JSON on stdout")
