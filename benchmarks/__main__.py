@@ -1,8 +1,9 @@
 """`python -m benchmarks NAME [--repeats N] [--threads N] [--json]`; no name: the list.
 
 `--sizes 100,1000` gives the numbers of adapters to a benchmark that measures more than one;
-`--full` measures what takes an hour, too;
-`--pilot PATH` a checkout of other people's code to one that holds ours beside it.
+`--full` measures what takes an hour, too; `--pilot PATH` a checkout of other people's code to one
+that holds ours beside it; `--device cuda` the device to one that runs models there. Limits are
+those of a CPU.
 The result of a benchmark has `passed`, and `cases` with `name`, `value`, `limit`, `passed`. JSON
 or a table goes to stdout, progress to stderr. Exit code 1: a limit was missed; 2: wrong usage.
 """
@@ -44,11 +45,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("name", nargs="?", choices=sorted(known), help="none: list them")
     parser.add_argument("--repeats", type=int, default=9, help="paired repetitions (default 9)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
-    parser.add_argument("--sizes", type=sizes, help="numbers of adapters: 100,1000 (store only)")
+    parser.add_argument("--sizes", type=sizes, help="numbers of adapters or atoms: 100,1000")
     parser.add_argument(
         "--full", action="store_true", default=None, help="also 100,000 adapters (scale only)"
     )
     parser.add_argument("--pilot", type=Path, help="a checkout of LAMDA-PILOT (rivals only)")
+    parser.add_argument("--device", help="where models run: cpu (default), cuda or mps")
     parser.add_argument("--json", action="store_true", help="the whole result as JSON on stdout")
     given = parser.parse_args(arguments)
     if min(given.repeats, given.threads) < 1:
@@ -64,8 +66,13 @@ def main(arguments: list[str]) -> int:
 
     # One thread by default: with more, a core that is busy elsewhere holds up every small kernel.
     torch.set_num_threads(given.threads)
+    from benchmarks.timing import devices
+
+    if given.device is not None and given.device not in devices():
+        there = ", ".join(devices())
+        parser.error(f"no device {given.device} on this machine, where torch sees: {there}")
     run = importlib.import_module(f"benchmarks.{given.name}").run
-    named = {"sizes": given.sizes, "full": given.full, "pilot": given.pilot}
+    named = {key: vars(given)[key] for key in ("sizes", "full", "pilot", "device")}
     options = {name: value for name, value in named.items() if value is not None}
     taken = inspect.signature(run).parameters
     if strange := options.keys() - taken.keys():
@@ -80,7 +87,11 @@ def main(arguments: list[str]) -> int:
         for case in result["cases"]:
             verdict = "met" if case["passed"] else "MISSED"
             limit = "" if case["limit"] is None else f"  limit {case['limit']}  {verdict}"
-            print(f"{case['name']:56} {case['value']:8.3f}{limit}")
+            spread = ""
+            if "quartiles" in case:
+                low, high = case["quartiles"]
+                spread = f"({low:.3f} to {high:.3f})"
+            print(f"{case['name']:56} {case['value']:8.3f} {spread:20}{limit}".rstrip())
     return 0 if result["passed"] else 1
 
 

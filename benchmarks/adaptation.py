@@ -41,7 +41,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.timing import case, environment, interleaved, progress
+from benchmarks.timing import case, environment, interleaved, progress, settle
 from memtool.adapters.layout import Layout
 from memtool.adapters.lora import init_lora
 from memtool.adapters.values import AdapterValues
@@ -131,19 +131,19 @@ class Alone(Batches):
         return np.ones_like(self.indices(step))
 
 
-def run(repeats: int) -> dict[str, Any]:
+def run(repeats: int, device: Literal["cpu", "cuda", "mps"] = "cpu") -> dict[str, Any]:
     """All cases of nano, and of ViT-Tiny where MEMTOOL_DATA is set."""
     cases: list[dict[str, Any]] = []
     for subject in subjects():
         for precision in PRECISIONS:
             engine = Engine(
-                EngineSettings(device="cpu", precision=precision), threads=torch.get_num_threads()
+                EngineSettings(device=device, precision=precision), threads=torch.get_num_threads()
             )
             cases += stage_one(subject, engine, repeats)
             cases += stage_two(subject, engine, repeats)
     return {
         "benchmark": "adaptation",
-        "environment": environment(),
+        "environment": environment(device),
         "passed": all(found["passed"] for found in cases),
         "cases": cases,
     }
@@ -347,11 +347,14 @@ def product_rate(subject: Subject, engine: Engine) -> float:
     """Operations a second of the largest product of a block, at its best of twenty times."""
     dtype = torch.bfloat16 if engine.precision == "bf16" else torch.float32
     width = subject.backbone.dim
-    x, weight = torch.randn(1024, width, dtype=dtype), torch.randn(4 * width, width, dtype=dtype)
+    x, weight = (
+        torch.randn(rows, width, dtype=dtype).to(engine.device) for rows in (1024, 4 * width)
+    )
     best = float("inf")
     for _ in range(20):
         begin = time.perf_counter()
         F.linear(x, weight)
+        settle()
         best = min(best, time.perf_counter() - begin)
     return 2 * x.numel() * len(weight) / best
 

@@ -39,35 +39,38 @@ Layer = Callable[[Tensor, Tensor], Tensor]
 """(x (b, n, d), frozen output y) to y with the adapters' part; y may be overwritten."""
 
 
-def run(repeats: int) -> dict[str, Any]:
+def run(repeats: int, device: str = "cpu") -> dict[str, Any]:
     """All cases; the model's forward passes take seconds each, a layer's milliseconds."""
     with torch.inference_mode():
-        cases = [*over_the_backbone(repeats), *against_arrow(repeats), *against_names(repeats)]
+        parts = (over_the_backbone, against_arrow, against_names)
+        cases = [found for part in parts for found in part(repeats, device)]
     return {
         "benchmark": "mixing",
-        "environment": environment(),
+        "environment": environment(device),
         "passed": all(found["passed"] for found in cases),
         "cases": cases,
     }
 
 
-def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def randn(
+    *shape: int, seed: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> Tensor:
     """Normal numbers that depend on the seed alone."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
 
 
-def over_the_backbone(repeats: int) -> list[dict[str, Any]]:
+def over_the_backbone(repeats: int, device: str) -> list[dict[str, Any]]:
     """ViT-B/16 with a memory, over the same without."""
     progress("ViT-B/16, bf16, batch 32, 20 adapters of rank 8 on q and v of 12 blocks")
     vit = timm.create_model("vit_base_patch16_224", pretrained=False, num_classes=0)
     backbone = VitBackbone(vit, "timm:vit_base_patch16_224", mean=(0.5,) * 3, std=(0.5,) * 3)
-    backbone.to(torch.bfloat16)
+    backbone.to(device, torch.bfloat16)
     adapters = 20
     layout = Layout(backbone.sites(("q", "v")), RANK)
     flat = randn(adapters, layout.numel, seed=1, dtype=torch.bfloat16) * 0.02
-    values = AdapterValues.from_flat(flat, layout, 1.0)
-    keys = randn(backbone.depth, adapters, WIDTH, seed=2, dtype=torch.bfloat16)
-    pixels = randn(BATCH, 3, 224, 224, seed=3, dtype=torch.bfloat16)
+    values = AdapterValues.from_flat(flat, layout, 1.0).to(device)
+    keys = randn(backbone.depth, adapters, WIDTH, seed=2, dtype=torch.bfloat16, device=device)
+    pixels = randn(BATCH, 3, 224, 224, seed=3, dtype=torch.bfloat16, device=device)
 
     def memory(mix: Mix) -> Recall:
         def recall(block: int, hidden: Tensor) -> Mixture | None:
@@ -102,7 +105,7 @@ def difference(ours: Tensor, peer: Tensor) -> float:
     return relative
 
 
-def arrow_layers(count: int, dtype: torch.dtype) -> tuple[Layer, Layer]:
+def arrow_layers(count: int, dtype: torch.dtype, device: str) -> tuple[Layer, Layer]:
     """PEFT's own Arrow layer with every expert kept, and the same mixture here."""
     layout = Layout((Site(0, "fc", "", WIDTH, WIDTH, 0, WIDTH),), RANK)
     flat = randn(count, layout.numel, seed=4, dtype=dtype) * 0.05
@@ -119,9 +122,11 @@ def arrow_layers(count: int, dtype: torch.dtype) -> tuple[Layer, Layer]:
     config.task_adapter_names, config.gks_adapter_names = names, []
     arrow = ArrowLoraLinearLayer(WIDTH, config)
     arrow.build_prototypes(lora_a, lora_b)
-    prototypes = arrow.prototypes
+    for part in (arrow, lora_a, lora_b):
+        part.to(device)
+    prototypes = arrow.prototypes = arrow.prototypes.to(device)
     scaling, dropout = dict.fromkeys(names, 1.0), nn.Identity()
-    block = AdapterValues.from_flat(flat, layout, 1.0).block(0)
+    block = AdapterValues.from_flat(flat, layout, 1.0).to(device).block(0)
     assert block is not None
 
     def peer(x: Tensor, y: Tensor) -> Tensor:
@@ -136,16 +141,16 @@ def arrow_layers(count: int, dtype: torch.dtype) -> tuple[Layer, Layer]:
     return peer, ours
 
 
-def against_arrow(repeats: int) -> list[dict[str, Any]]:
+def against_arrow(repeats: int, device: str) -> list[dict[str, Any]]:
     """Weighted mixtures for every token, in bf16."""
     cases = []
-    x = randn(BATCH, TOKENS, WIDTH, seed=5, dtype=torch.bfloat16)
+    x = randn(BATCH, TOKENS, WIDTH, seed=5, dtype=torch.bfloat16, device=device)
     y = torch.zeros_like(x)
     for count in (5, 10, 20, 40):
-        peer, ours = arrow_layers(count, torch.float32)
-        few = randn(4, TOKENS, WIDTH, seed=5)
+        peer, ours = arrow_layers(count, torch.float32, device)
+        few = randn(4, TOKENS, WIDTH, seed=5, device=device)
         relative = difference(ours(few, torch.zeros_like(few)), peer(few, torch.zeros_like(few)))
-        peer, ours = arrow_layers(count, torch.bfloat16)
+        peer, ours = arrow_layers(count, torch.bfloat16, device)
         calls = {"arrow": partial(peer, x, y), "memtool": partial(ours, x, y)}
         seconds = interleaved(calls, repeats)
         name = f"mixture of {count} experts for each of {BATCH * TOKENS} tokens"
@@ -168,7 +173,7 @@ class Ready(nn.Module):
         return self.output
 
 
-def named_layers(count: int, dtype: torch.dtype) -> tuple[Layer, Layer]:
+def named_layers(count: int, dtype: torch.dtype, device: str) -> tuple[Layer, Layer]:
     """LoRA on q and v: two PEFT layers with a name for every sample, and the same choice here.
 
     Models whose q, k and v are layers of their own are what PEFT adapts this way. The peer adds to
@@ -191,14 +196,15 @@ def named_layers(count: int, dtype: torch.dtype) -> tuple[Layer, Layer]:
         peft = PeftLinear(base, names[0], config=config, r=RANK, lora_alpha=RANK)
         for name in names[1:]:
             peft.update_layer(name, RANK, lora_alpha=RANK, config=config)
-        peft.to(dtype).eval()
+        peft.to(device, dtype).eval()
         for i, name in enumerate(names):
             peft.lora_A[name].weight.copy_(named[f"{site.name}.lora_A"][i])
             peft.lora_B[name].weight.copy_(named[f"{site.name}.lora_B"][i])
         layers.append(peft)
     index = torch.randint(count, (BATCH,), generator=torch.Generator().manual_seed(7))
     chosen = [names[i] for i in index.tolist()]
-    block = AdapterValues.from_flat(flat, layout, 1.0).block(0)
+    index = index.to(device)
+    block = AdapterValues.from_flat(flat, layout, 1.0).to(device).block(0)
     assert block is not None
 
     def peer(x: Tensor, y: Tensor) -> Tensor:
@@ -213,17 +219,17 @@ def named_layers(count: int, dtype: torch.dtype) -> tuple[Layer, Layer]:
     return peer, ours
 
 
-def against_names(repeats: int) -> list[dict[str, Any]]:
+def against_names(repeats: int, device: str) -> list[dict[str, Any]]:
     """A hard choice for every sample, in bf16, for short and for long sequences."""
     count = 50
-    peer, ours = named_layers(count, torch.float32)
-    x = randn(BATCH, TOKENS, WIDTH, seed=5)
-    q, _, v = ours(x, torch.zeros(*x.shape[:-1], 3 * WIDTH)).chunk(3, dim=-1)
-    relative = difference(torch.stack([q, v]), peer(x, torch.zeros(2, *x.shape)))
-    peer, ours = named_layers(count, torch.bfloat16)
+    peer, ours = named_layers(count, torch.float32, device)
+    x = randn(BATCH, TOKENS, WIDTH, seed=5, device=device)
+    q, _, v = ours(x, x.new_zeros(*x.shape[:-1], 3 * WIDTH)).chunk(3, dim=-1)
+    relative = difference(torch.stack([q, v]), peer(x, x.new_zeros(2, *x.shape)))
+    peer, ours = named_layers(count, torch.bfloat16, device)
     cases = []
     for tokens in (17, TOKENS):
-        x = randn(BATCH, tokens, WIDTH, seed=5, dtype=torch.bfloat16)
+        x = randn(BATCH, tokens, WIDTH, seed=5, dtype=torch.bfloat16, device=device)
         calls = {
             "adapter_names": partial(peer, x, x.new_zeros(2, *x.shape)),
             "memtool": partial(ours, x, x.new_zeros(*x.shape[:-1], 3 * WIDTH)),

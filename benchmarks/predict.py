@@ -40,35 +40,38 @@ SMALL = {
     "stream.test_per_task": IMAGES // len(TASKS),
     "train.epochs": 1,
     "engine.precision": "fp32",
-    "engine.device": "cpu",
 }
 
 
-def run(repeats: int) -> dict[str, Any]:
+def run(repeats: int, device: str = "cpu") -> dict[str, Any]:
     """The cases of nano, and of ViT-Tiny where MEMTOOL_DATA is set."""
-    cases = [measured("nano, 32 px, digits", "digits-dil", repeats)]
+    cases = [measured("nano, 32 px, digits", "digits-dil", repeats, device)]
     if os.environ.get("MEMTOOL_DATA"):
-        cases.append(measured("ViT-Tiny, 96 px, PACS", "mira-dil", repeats))
+        cases.append(measured("ViT-Tiny, 96 px, PACS", "mira-dil", repeats, device))
     else:
         progress("ViT-Tiny is left out: MEMTOOL_DATA is not set")
     return {
         "benchmark": "predict",
-        "environment": environment(),
+        "environment": environment(device),
         "passed": all(found["passed"] for found in cases),
         "cases": cases,
     }
 
 
-def measured(name: str, preset: str, repeats: int) -> dict[str, Any]:
+def measured(name: str, preset: str, repeats: int, device: str) -> dict[str, Any]:
     """A memory of two tasks, and their test images as files."""
     with tempfile.TemporaryDirectory() as folder:
         here = Path(folder)
-        places = {"store": str(here / "memory"), "runs": str(here / "runs")}
+        places = {
+            "store": str(here / "memory"),
+            "runs": str(here / "runs"),
+            "engine.device": device,
+        }
         config = resolve(preset=preset, overrides={**SMALL, **places}).config
         progress(f"{name}: two tasks are learned")
         images = learned(config)
         files = written(images, here / "images")
-        predictor = Predictor.of(memtool.load(config.store))
+        predictor = Predictor.of(memtool.load(config.store), device=device)
         ways = {
             "predict": lambda: to_csv(predictor, files, here / "out.csv"),
             "read in turn": lambda: in_turn(predictor, files, here / "out.csv"),
@@ -128,8 +131,9 @@ def in_turn(predictor: Predictor, files: Sequence[Path], out: Path) -> None:
 def bare(predictor: Predictor, images: Pixels) -> list[int]:
     """The model alone, over pictures that are in memory."""
     found: list[int] = []
+    device = next(predictor.model.parameters()).device
     for low in range(0, len(images), BATCH):
-        out = predictor.model(torch.from_numpy(images[low : low + BATCH]))
+        out = predictor.model(torch.from_numpy(images[low : low + BATCH]).to(device))
         found += out.logits.argmax(dim=1).tolist()
     return found
 

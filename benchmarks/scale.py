@@ -36,6 +36,7 @@ from memtool.adapters.layout import Layout
 from memtool.adapters.recalls import given_for_each
 from memtool.adapters.values import AdapterValues
 from memtool.backbones.vit import VitBackbone
+from memtool.devices import exact as exactly
 from memtool.memories.keyed import KeyedMemory
 from memtool.memories.search import KeySearch, fastest
 from memtool.memories.separation import separation
@@ -61,18 +62,21 @@ ROWS_OF_ALL = 6
 Way = Literal["hard choice", "top 4"]
 
 
-def run(repeats: int, sizes: tuple[int, ...] = SIZES, full: bool = False) -> dict[str, Any]:
+def run(
+    repeats: int, sizes: tuple[int, ...] = SIZES, full: bool = False, device: str = "cpu"
+) -> dict[str, Any]:
     """All cases; `sizes` are numbers of adapters, of which the least is what others are held to.
 
-    `full` as in `scale_store`.
+    `full` as in `scale_store`. The search of keys is that of a CPU, and left out elsewhere.
     """
-    parts = [partial(recalls, sizes=sorted(sizes)), searches]
+    parts = [partial(recalls, sizes=sorted(sizes), device=device)]
+    parts += [searches] if device == "cpu" else []
     with torch.inference_mode():
         cases = [case for part in parts for case in part(repeats)]
     cases += scale_store.store_cases(repeats, scale_store.sizes_of(full))
     return {
         "benchmark": "scale",
-        "environment": environment(),
+        "environment": environment(device),
         "passed": all(found["passed"] for found in cases),
         "cases": cases,
     }
@@ -92,7 +96,9 @@ def images() -> Tensor:
     return torch.randint(256, shape, generator=torch.Generator().manual_seed(1)).to(torch.uint8)
 
 
-def memories(sizes: list[int]) -> dict[tuple[Way, int], MemoryModel]:
+def memories(
+    sizes: list[int], device: str | torch.device = "cpu"
+) -> dict[tuple[Way, int], MemoryModel]:
     """A memory for every way and size; the smaller ones have the first adapters of the largest."""
     torch.manual_seed(0)
     vit = timm.create_model(
@@ -109,8 +115,9 @@ def memories(sizes: list[int]) -> dict[tuple[Way, int], MemoryModel]:
             memory = KeyedMemory.from_settings(
                 settings, (settings.look_at_block,), backbone.dim, keys[None, :size]
             )
-            found[way, size] = MemoryModel(backbone, values, memory, settings).requires_grad_(False)
-    return found
+            model = MemoryModel(backbone, values, memory, settings).requires_grad_(False)
+            found[way, size] = model
+    return {key: model.to(device) for key, model in found.items()}
 
 
 def own_keys(backbone: VitBackbone, count: int) -> Tensor:
@@ -125,11 +132,11 @@ def own_keys(backbone: VitBackbone, count: int) -> Tensor:
     return keys * 20
 
 
-def recalls(repeats: int, sizes: list[int]) -> list[dict[str, Any]]:
+def recalls(repeats: int, sizes: list[int], device: str) -> list[dict[str, Any]]:
     """Time, exactness and memory of a batch, for both ways and all sizes."""
     progress(f"ViT-Tiny, {PIXELS} px, batch {BATCH}, rank {RANK}: {sizes} adapters")
     cases: list[dict[str, Any]] = []
-    batch, models = images(), memories(sizes)
+    batch, models = images().to(device), memories(sizes, device)
     for way in get_args(Way):
         mine = {size: models[way, size] for size in sizes}
         for size, model in mine.items():
@@ -145,7 +152,7 @@ def recalls(repeats: int, sizes: list[int]) -> list[dict[str, Any]]:
         ]
         cases.append(slope(way, sizes, seconds))
     for way in get_args(Way):
-        cases += taken(way, sizes)
+        cases += taken(way, sizes, device)
     return cases
 
 
@@ -167,13 +174,13 @@ def exact(way: Way, size: int, model: MemoryModel, batch: Tensor) -> list[dict[s
     (block,) = model.memory.blocks
     memory = model.memory[block]
     query = memory.query(model.backbone.hidden(model.backbone.preprocess(batch), block))
-    scores = scaled_dot(query.double(), memory.keys.double())
+    scores = scaled_dot(exactly(query), exactly(memory.keys))
     name = "max" if way == "hard choice" else "topk"
-    wanted = separation(name, topk=TOPK)(scores)
-    if not torch.equal(found[:, 0] != 0, wanted != 0):
+    wanted, told = separation(name, topk=TOPK)(scores), found[:, 0].cpu()
+    if not torch.equal(told != 0, wanted != 0):
         raise AssertionError(f"{way}, T = {size}: other adapters than those of the highest scores")
     used = int(found.any(dim=0).any(dim=0).sum())
-    away = float((found[:, 0] - wanted).abs().max())
+    away = float((told - wanted).abs().max())
     name = f"{way}, T = {size}, coefficients off by"
     cases = [figure(name, "largest of all", away, 1e-5, adapters=used)]
     if size <= DENSE_UP_TO:
@@ -187,12 +194,12 @@ def exact(way: Way, size: int, model: MemoryModel, batch: Tensor) -> list[dict[s
 # Memory ------------------------------------------------------------------------------------------
 
 
-def taken(way: Way, sizes: list[int]) -> list[dict[str, Any]]:
+def taken(way: Way, sizes: list[int], device: str) -> list[dict[str, Any]]:
     """What a batch takes beyond what is stored, of the most adapters less of the fewest."""
-    if not Path("/proc/self/clear_refs").exists():
+    if device == "mps" or not Path("/proc/self/clear_refs").exists():
         progress("memory is left out: this system does not tell the peak of a process")
         return []
-    most, least = (peak_of(way, size) for size in (sizes[-1], sizes[0]))
+    most, least = (peak_of(way, size, device) for size in (sizes[-1], sizes[0]))
     row = BATCH * sizes[-1] * 4
     allowed = 0.1 * least + ROWS_OF_ALL * row
     return [
@@ -206,9 +213,9 @@ def taken(way: Way, sizes: list[int]) -> list[dict[str, Any]]:
     ]
 
 
-def peak_of(way: Way, size: int) -> int:
+def peak_of(way: Way, size: int, device: str) -> int:
     """Bytes at most in use by a batch, in a process of its own that gives back what is free."""
-    code = f"from benchmarks.scale import tell_peak; tell_peak({way!r}, {size})"
+    code = f"from benchmarks.scale import tell_peak; tell_peak({way!r}, {size}, {device!r})"
     # What is freed leaves the process at once, so that the second batch is seen to take it.
     alone = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     told = subprocess.run(
@@ -218,11 +225,17 @@ def peak_of(way: Way, size: int) -> int:
 
 
 @torch.inference_mode()
-def tell_peak(way: Way, size: int) -> None:
-    """Print how far the memory of this process rises over a batch, in bytes."""
+def tell_peak(way: Way, size: int, device: str) -> None:
+    """Print how far the memory of this process, or its device, rises over a batch, in bytes."""
     torch.set_num_threads(1)
-    batch, model = images(), memories([size])[way, size]
+    batch, model = images().to(device), memories([size], device)[way, size]
     model.with_coefficients(batch)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        model.with_coefficients(batch)
+        print(torch.cuda.max_memory_allocated() - before)
+        return
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     model.with_coefficients(batch)

@@ -18,9 +18,29 @@ def progress(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def environment() -> dict[str, Any]:
-    """What a figure depends on: processor, threads, versions."""
+def devices() -> dict[str, str]:
+    """The devices of this machine that models run on: what `--device` takes, and what each is."""
+    found = {"cpu": torch.backends.cpu.get_cpu_capability()}
+    if torch.cuda.is_available():
+        found["cuda"] = torch.cuda.get_device_name()
+    if torch.backends.mps.is_available():
+        found["mps"] = "Metal"
+    return found
+
+
+def settle() -> None:
+    """Wait until a GPU has done what was queued; at once where none is used."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    elif torch.backends.mps.is_available():
+        torch.mps.synchronize()
+
+
+def environment(device: str = "cpu") -> dict[str, Any]:
+    """What a figure depends on: device, processor, threads, versions."""
     return {
+        "device": device,
+        "device_name": devices()[device],
         "machine": platform.machine(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
@@ -39,8 +59,8 @@ def interleaved(
     """Seconds a call of every candidate, in `repeats` rounds that run each of them once.
 
     The order turns by one from round to round, so that nobody always runs first. A time is the mean
-    of `inner` calls in a row, after one of `before`, which is not timed. One round before the first
-    is not counted.
+    of `inner` calls in a row, after one of `before`, which is not timed; what they queued on a GPU
+    is waited for. One round before the first is not counted.
     """
     names = list(candidates)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -53,9 +73,11 @@ def interleaved(
                 call = candidates[name]
                 if before is not None:
                     before()
+                settle()
                 begin = time.perf_counter()
                 for _ in range(inner):
                     call()
+                settle()
                 elapsed = (time.perf_counter() - begin) / inner
                 if repeat >= 0:
                     seconds[name].append(elapsed)

@@ -319,6 +319,11 @@ class Engine:
         self.precision = _precision(settings.precision, self.device)
 
     @property
+    def processes(self) -> int:
+        """How many processes share the command: those that a launcher started."""
+        return int(self._accelerator.num_processes)
+
+    @property
     def is_main(self) -> bool:
         """Whether this process is the one that writes."""
         return bool(self._accelerator.is_main_process)

@@ -82,6 +82,10 @@ class TrainingInterrupted(KeyboardInterrupt):
         super().__init__(f"the training was saved as {checkpoint}")
         self.checkpoint = checkpoint
 
+    def __reduce__(self) -> tuple[type[TrainingInterrupted], tuple[Path]]:
+        """How it goes to another process."""
+        return type(self), (self.checkpoint,)
+
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:
     """`"did you mean 'affine'?"` for the nearest known words, else the list of known words.

@@ -43,11 +43,17 @@ FLUSH = 1e-30
 IN_CACHE = 2**18
 """Numbers that a step on a CPU works on at once, so that what it makes stays in the cache."""
 
+RESPONSES = 2**22
+"""Responses that a CPU computes at once: memory that it has, instead of new pages every time."""
+
 SUM = 0
 """The mode "sum" of torch's embedding bag, by number."""
 
 FEW_THREADS = 3
 """On a CPU numpy chooses three times as fast as torch, but in one thread."""
+
+MANY = 64
+"""Times as many scores as are kept, from which on a CPU chooses among groups of them first."""
 
 
 @dataclass(frozen=True)
@@ -286,6 +292,23 @@ class _Choice:
 
 
 def _choose(x: Tensor, atoms: ModuleAtoms, gate: AtomGate) -> list[_Choice]:
+    """What tokens x (N, d_in) keep at each site."""
+    parts = [
+        _choose_at_once(x[tokens], atoms, gate) for tokens in _slices(x, len(atoms.keys), RESPONSES)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    return [
+        _Choice(
+            torch.cat([choice.index for choice in choices]),
+            torch.cat([choice.responses for choice in choices]),
+            torch.cat([choice.norms for choice in choices]),
+        )
+        for choices in zip(*parts, strict=True)
+    ]
+
+
+def _choose_at_once(x: Tensor, atoms: ModuleAtoms, gate: AtomGate) -> list[_Choice]:
     """What tokens x (N, d_in) keep at each site. One product responds for all sites."""
     dtype = _score_dtype(x.dtype)
     choices: list[_Choice] = []
@@ -322,8 +345,9 @@ def _factors(
     index: Tensor, responses: Tensor, norms: Tensor, bank: AtomBank, gate: AtomGate, training: bool
 ) -> Tensor:
     """What multiplies the kept values: w s z (N, k)."""
-    scaling = bank.scaling.to(responses.dtype)[index]
-    return _weights(responses, norms, bank, gate, training) * responses * scaling
+    scaling = bank.scaling.to(responses.dtype).index_select(0, index.flatten())
+    weights = _weights(responses, norms, bank, gate, training)
+    return weights * responses * scaling.view(index.shape)
 
 
 def _add(
@@ -487,16 +511,35 @@ def _largest(scores: Tensor, k: int) -> Tensor:
         or torch.get_num_threads() > FEW_THREADS
     ):
         return scores.topk(k, dim=1, sorted=False).indices
+    if count >= MANY * k:
+        return _largest_of_groups(scores, k)
     # A shorter float as float64 ends in 29 zero bits at least. With the column written there, one
     # partition of plain numbers, which numpy has vectorised, brings the places along.
     columns = torch.arange(count)
     found: list[Tensor] = []
-    for tokens in _in_cache(scores):
+    for tokens in _slices(scores, count):
         numbered = scores[tokens].double().view(torch.int64)
         numbered |= columns
         numbered.view(torch.float64).numpy().partition(count - k, axis=1)
         found.append(numbered[:, count - k :] & (2**29 - 1))
     return torch.cat(found)
+
+
+def _largest_of_groups(scores: Tensor, k: int) -> Tensor:
+    """As `_largest`: those of k groups, and of the columns that are left over.
+
+    The groups are the k whose highest scores are highest: a score outside them has k above it.
+    """
+    count = scores.shape[1]
+    size = round(math.sqrt(count / k))
+    groups = count // size
+    grouped = groups * size
+    # Group j has columns j, j + groups, j + 2 groups, …
+    highest = scores[:, :grouped].unflatten(1, (size, groups)).amax(dim=1)
+    best = _largest(highest, k).unsqueeze(1) + groups * torch.arange(size).unsqueeze(1)
+    rest = torch.arange(grouped, count).expand(len(scores), -1)
+    columns = torch.cat([best.flatten(1), rest], dim=1)
+    return columns.gather(1, _largest(scores.gather(1, columns), k))
 
 
 def _gathered(index: Tensor, count: int) -> bool:
@@ -523,7 +566,7 @@ def _add_rows(into: Tensor, factors: Tensor, index: Tensor, rows: Tensor) -> Non
     if not _gathered(index, len(rows)):
         into.addmm_(_scattered(factors, index, 0, len(rows)), rows)
         return
-    for tokens in _in_cache(into):
+    for tokens in _slices(into, into.shape[1]):
         kept, weights = index[tokens], factors[tokens]
         into[tokens] += F.embedding_bag(kept, rows, per_sample_weights=weights, mode="sum")
 
@@ -543,9 +586,12 @@ def _products(x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     return products.view(tokens, k)
 
 
-def _in_cache(rows: Tensor) -> list[slice]:
-    """Slices of the tokens: as many at once as a core's cache holds; on a GPU, or compiled, all."""
+def _slices(rows: Tensor, width: int, numbers: int = IN_CACHE) -> list[slice]:
+    """Slices of the tokens, so many that each makes `numbers` numbers, `width` for every token.
+
+    On a GPU, or compiled, it is one of all.
+    """
     if not at_hand(rows):
         return [slice(None)]
-    count, step = len(rows), max(1, IN_CACHE // rows.shape[1])
+    count, step = len(rows), max(1, numbers // width)
     return [slice(first, first + step) for first in range(0, count, step)]

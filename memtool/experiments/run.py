@@ -31,6 +31,7 @@ from memtool.evaluation.record import (
 )
 from memtool.evaluation.selection import Selection
 from memtool.evaluation.writers import write_avalanche, write_domainbed, write_results
+from memtool.experiments.at_once import adapt_at_once, require_independent
 from memtool.experiments.baselines import baseline_rows, chosen_baselines
 from memtool.experiments.follow import Follow, Followed, Said, followed
 from memtool.experiments.in_turn import held_out, over_domains
@@ -69,6 +70,7 @@ def run(
     bound: OrderBound | None = None,
     say: Callable[[str], None] | None = None,
     tables: bool = True,
+    parallel_tasks: int = 1,
 ) -> list[Record]:
     """Learn all tasks in order, one memory a seed, then evaluate; one record a seed.
 
@@ -83,9 +85,11 @@ def run(
     with why a baseline of `FAILURES` has none; without it such an error is raised.
     `log` names services that follow the run (`memtool.trackers`; `say` is told where to look), and
     `said` is what whoever started it says of it. `bound` is recorded of a configuration whose order
-    is at one. Without `tables` nothing is written beside the folders of the seeds. Raises
-    BusyError while another process runs the same seed in the same `runs`, ConfigError for a service
-    that is not there.
+    is at one. Without `tables` nothing is written beside the folders of the seeds. The adapters of
+    `parallel_tasks` tasks are trained at once, in processes of their own, where a task needs none
+    before it; what they come to is the same bit for bit. Raises BusyError while another process
+    runs the same seed in the same `runs`, ConfigError for a service that is not there, and for
+    parallel tasks that need each other.
     """
     follow = Follow(require_services(log), said or Said(), config.runs, anew=not resume)
     if say is not None:
@@ -101,6 +105,7 @@ def run(
         failed,
         follow,
         bound,
+        parallel_tasks,
     )
     if selection is not None:
         config = with_values(config, selection.memory.values, "what was selected")
@@ -189,6 +194,7 @@ class _Doing:
     failed: dict[str, MemtoolError] | None
     follow: Follow
     bound: OrderBound | None
+    parallel_tasks: int = 1
 
 
 def _each_domain_in_turn(
@@ -203,12 +209,12 @@ def _each_domain_in_turn(
     whole = open_method(config, seed=seed, progress=doing.progress)
     # The folder and the memory of each are named after it.
     domains = [check_name(t.name, "a held-out domain") for t in whole.workspace.stream.tasks]
-    alone = config.adapter.warm_start == "none" and not config.adapter.residual
-    alone = alone and whole.kind == "adapter"  # atoms learn on top of those before
+    require_independent(whole, doing.parallel_tasks)
+    alone = whole.needs_before is None
     shared = (adapters or whole.workspace.adapter_folder) if alone else None
-    if alone and adapters is None and not doing.resume:
-        for task in whole.workspace.stream.tasks:
-            whole.adapt(str(task.number), fresh=True)
+    if alone and (doing.parallel_tasks > 1 or not doing.resume):
+        fresh = adapters is None and not doing.resume
+        adapt_at_once(whole, whole.workspace.stream.tasks, doing.parallel_tasks, fresh=fresh)
     found = [_one_memory(_without(config, name), seed, doing, adapters=shared) for name in domains]
     record = found[-1].model_copy(
         update={
@@ -279,6 +285,7 @@ def _learned_and_measured(
     method = open_method(config, seed=seed, progress=told.progress, adapters=adapters)
     work = method.workspace
     method.require_able()
+    require_independent(method, doing.parallel_tasks)
     work.require_fitting(work.stream.tasks)
     learned = list(work.stream.tasks)
     names = chosen_baselines(method) if doing.baselines else ()
@@ -391,6 +398,9 @@ def _learn(
     if not doing.resume and work.has_store:
         work.engine.on_main(lambda: _begin_anew(work.store))
     told.begin(method)
+    if doing.parallel_tasks > 1:
+        adapt_at_once(method, tasks, doing.parallel_tasks, fresh=fresh)
+        fresh = False
     if work.config.stream.setting in AT_ONCE:
         for task in tasks:
             method.adapt(str(task.number), fresh=fresh)

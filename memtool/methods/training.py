@@ -64,7 +64,7 @@ class AdapterTrainer(AdapterWriter[Workspace]):
         self._require_learnable(chosen)
         self.require_able()
         fingerprint = self._fingerprint(chosen)
-        folders = [AdapterFolder(work.adapter_folder / name) for name in self.adapter_names(chosen)]
+        folders = self._folders(chosen)
         finished = self._finished(folders, fingerprint, fresh)
         if finished:
             return finished
@@ -76,6 +76,24 @@ class AdapterTrainer(AdapterWriter[Workspace]):
             return self._finished(folders, fingerprint, fresh) or self._trained(
                 chosen, folders, fingerprint, fresh
             )
+
+    @property
+    def needs_before(self) -> str | None:
+        """What the training of a task needs of those before it, in words; None: nothing."""
+        adapter = self.config.adapter
+        if adapter.residual:
+            return "adapter.residual has adapters learn on top of the memory of earlier tasks"
+        if adapter.warm_start != "none":
+            return f"adapter.warm_start {adapter.warm_start} begins at the adapters of earlier ones"
+        return None
+
+    def is_trained(self, task: Task) -> bool:
+        """Whether the adapters of a task are finished; errors as of `adapt`."""
+        return bool(self._finished(self._folders(task), self._fingerprint(task), fresh=False))
+
+    def _folders(self, task: Task) -> list[AdapterFolder]:
+        place = self.workspace.adapter_folder
+        return [AdapterFolder(place / name) for name in self.adapter_names(task)]
 
     def _finished(
         self, folders: Sequence[AdapterFolder], fingerprint: str, fresh: bool

@@ -252,6 +252,15 @@ def test_every_way_of_computing_is_the_loop(counts, width, score_norm, selected_
     check(case, gate, training=False)
 
 
+@pytest.mark.parametrize("score_norm", ["bank", "task"])
+def test_tokens_in_parts_are_the_loop(monkeypatch, score_norm):
+    monkeypatch.setattr(atoms_file, "RESPONSES", 3 * (40 + 24))
+    case = make((40, 24), width=3, tokens=7, rank=8, fresh=8)
+    gate = AtomGate(4, 0.4, 0.2, score_norm)
+    check(case, gate, training=True)
+    check(case, gate, training=False)
+
+
 @pytest.mark.parametrize("rank", [1, 2])
 @pytest.mark.parametrize("score_norm", ["bank", "task"])
 def test_gradcheck(rank, score_norm):
@@ -374,7 +383,7 @@ def test_weights_too_small_for_a_normal_float_are_zero():
     assert len(some) < weights.numel()
 
 
-@pytest.mark.parametrize("count", [2, 16, 17, 33, 160, 801])
+@pytest.mark.parametrize("count", [2, 16, 17, 33, 160, 801, 1300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_the_largest_are_the_largest(count, dtype):
     scores = torch.randn(50, count, generator=torch.Generator().manual_seed(count)).to(dtype)

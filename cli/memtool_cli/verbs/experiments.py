@@ -135,6 +135,16 @@ def run(
             rich_help_panel="Training",
         ),
     ] = None,
+    parallel_tasks: Annotated[
+        int,
+        typer.Option(
+            "--parallel-tasks",
+            metavar="K",
+            min=1,
+            help="Train the adapters of so many tasks at once, where a task needs none before it.",
+            rich_help_panel="Compute",
+        ),
+    ] = 1,
     report: ReportFile = None,
     log: LogTo = None,
     name: RunName = None,
@@ -144,6 +154,7 @@ def run(
     """Run a whole experiment, tasks by seeds; goes on where an earlier run was stopped."""
     from memtool.experiments import run as experiment
     from memtool.experiments import select as choosing
+    from memtool.experiments.at_once import require_independent
     from memtool.experiments.baselines import (
         chosen_baselines,
         known_baselines,
@@ -155,6 +166,7 @@ def run(
     services, said = to_follow(log, name, note, tag)
     call.refuse_version()
     method = open_method(call.config, seed=call.config.seed[0])
+    require_independent(method, parallel_tasks)
     known, chosen = known_baselines(method), chosen_baselines(method)
     absent = [name for name in call.config.baselines if name not in ("all", "none", *chosen)]
     if absent and known:
@@ -188,7 +200,13 @@ def run(
                 call.config, cells, seed=tuning_seed, say=call.out.note, **how
             )
         found = experiment.run(
-            call.config, selection=selection, log=services, said=said, say=call.out.note, **how
+            call.config,
+            selection=selection,
+            log=services,
+            said=said,
+            say=call.out.note,
+            parallel_tasks=parallel_tasks,
+            **how,
         )
     show(call.out, found, report=report)
     for seed in call.config.seed:

@@ -100,6 +100,11 @@ class Moram(Method):
         if not self.reads_texts:
             require_linear(self.workspace.layout.sites)
 
+    @property
+    def needs_before(self) -> str | None:
+        """As `Method.needs_before`: the atoms that new ones learn on top of."""
+        return "atoms learn on top of those of earlier tasks"
+
     def _train(self, task: Task, fingerprint: str, checkpoint: Path) -> Trained:
         work = self.workspace
         require_learnable(self.config)
