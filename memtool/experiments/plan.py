@@ -201,6 +201,7 @@ def _footprint(work: Workspace, gate: MoramSettings) -> Footprint:
         gate=gate_of(counted, config.adapter.rank),
         text=config.text,
         dtype=work.dtype,
+        adapted_from=config.adapted_from,
     )
 
 

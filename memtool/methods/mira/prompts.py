@@ -329,7 +329,8 @@ class PromptMemory(Routed):
         def read(number: int) -> OneAdapter:
             return stored_adapter(view, records[number], layout, sites)
 
-        return Stock(len(records), sites, read)
+        own = any(record.ragged for record in records)  # which may begin anywhere
+        return Stock(len(records), sites, read, 0 if own else layout.blocks[0])
 
     def attach(
         self, version: str = "HEAD", *, task: str | None = None, precision: str = "fp32"
