@@ -38,6 +38,7 @@ class Footprint:
     logits        of each answer token, and their gradients
     cache         keys and values of each token while an answer is generated
     limits        the most tokens of a prompt, and of an answer
+    begin         the first block that has adapters
     """
 
     parameters: int
@@ -49,6 +50,7 @@ class Footprint:
     logits: int
     cache: int
     limits: tuple[int, int] = (0, 0)
+    begin: int = 0
 
     def training(self, batch: int, tokens: int, answer_tokens: int, *, fused: bool = True) -> int:
         """Bytes of a step with `batch` samples of so many tokens, of which some are the answer."""
@@ -110,6 +112,7 @@ def footprint(
         per_pair=round(pair),
         logits=config.vocab_size * (size + 2 * 4),
         cache=2 * lm.depth * key.out_features * size,
+        begin=begin,
     )
 
 
