@@ -22,6 +22,7 @@ from memtool.adapters.mixing import Mixture
 from memtool.adapters.recalls import equally
 from memtool.adapters.values import AdapterValues, Recall
 from memtool.backbones.interface import Backbone
+from memtool.devices import without_autocast
 from memtool.errors import ConfigError
 from memtool.learning.looks import (
     MOST_WIDE,
@@ -236,7 +237,7 @@ class ImageLook(nn.Module):
         whole = torch.cat([*parts], dim=1)
         if self.narrow is None:
             return whole
-        with torch.autocast(whole.device.type, enabled=False):
+        with without_autocast(whole):
             return whole @ self.narrow.to(whole)
 
 

@@ -139,6 +139,7 @@ class MemoryRecall:
         self._given = given
         self.coefficients: dict[int, Tensor] = {}
         self._shared: _Read | None = None
+        self._mixture: Mixture | None = None
         if seen.query is not None:
             self._shared = self._read_for_all(seen.query)
 
@@ -199,7 +200,11 @@ class MemoryRecall:
         values = model.values.block(block)
         assert values is not None
         if read.added is None:
-            return Mixture.weighted(values, read.coefficients, model.mix)
+            if self._shared is None:
+                return Mixture.weighted(values, read.coefficients, model.mix)
+            if self._mixture is None:
+                self._mixture = Mixture.weighted(values, read.coefficients, model.mix)
+            return self._mixture.in_block(values)
         place = 0 if read.added.shape[1] == 1 else model.values.layout.blocks.index(block)
         return Mixture.ranked(values, read.coefficients.unsqueeze(-1) + read.added[:, place])
 
