@@ -8,6 +8,8 @@ for all blocks. For a hard choice and for the four highest keys, among 10 to 10,
    mixture?
  * What memory does it take beyond the values and keys that are stored?
 
+What does a look cost beside the same model with one fixed LoRA (`scale_look`)?
+
 And for 100,000 keys and 32 queries: what does an exact search take, over the bare product of that
 shape and its four highest, in the fastest number format of the machine?
 """
@@ -28,6 +30,7 @@ import timm
 import torch
 from torch import Tensor
 
+from benchmarks.scale_look import look_cases
 from benchmarks.timing import case, environment, figure, interleaved, progress
 from memtool.adapters.layout import Layout
 from memtool.adapters.recalls import given_for_each
@@ -60,7 +63,7 @@ Way = Literal["hard choice", "top 4"]
 
 def run(repeats: int, sizes: tuple[int, ...] = SIZES) -> dict[str, Any]:
     """All cases; `sizes` are numbers of adapters, of which the least is what others are held to."""
-    parts = [partial(recalls, sizes=sorted(sizes)), searches]
+    parts = [partial(recalls, sizes=sorted(sizes)), look_cases, searches]
     with torch.inference_mode():
         cases = [case for part in parts for case in part(repeats)]
     return {

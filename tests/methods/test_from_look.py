@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 
 import pytest
@@ -9,13 +11,14 @@ import torch
 from torch import Tensor
 
 import memtool
-from memtool.adapters.layout import Layout
+from memtool.adapters.layout import Layout, sites_of
 from memtool.adapters.recalls import every, given_for_each
 from memtool.adapters.values import AdapterValues
 from memtool.backbones import create_backbone
 from memtool.backbones.answering import without_answers
 from memtool.backbones.causal_lm import PAD, CausalLM
 from memtool.backbones.interface import FrozenModel
+from memtool.config import resolve
 from memtool.errors import AlreadyExistsError, ConfigError
 from memtool.experiments.plan import plan
 from memtool.learning.looks import PromptLook
@@ -23,6 +26,7 @@ from memtool.memories.keyed import KeyedMemory
 from memtool.methods import open_method
 from memtool.methods.mira.look import ImageLook
 from memtool.methods.mira.method import Mira
+from memtool.methods.mira.prompts import PromptMemory
 from memtool.methods.mira.recall import MemoryModel, features_and_queries
 from memtool.methods.routed.memory import Routing
 from memtool.program import export_model
@@ -32,7 +36,9 @@ from memtool.settings import BackboneSettings, TextSettings
 from memtool_cli.plan import _image_cost
 from memtool_stores import MemoryStore
 from tests.backbones.tiny_lm import tiny_model, tiny_tokenizer
+from tests.cli.conftest import inside
 from tests.methods.conftest import learn, small_config
+from tests.methods.facts import settings_of, write_facts
 
 BACKBONES = {
     "nano": BackboneSettings(),
@@ -331,6 +337,45 @@ def test_a_look_behind_all_targets_leaves_no_adapter(tmp_path: Path) -> None:
     assert refused.value.expected == "a look at one of the blocks 0 to 3"
 
 
-def test_a_store_knows_the_blocks_of_its_layout(begun: Path) -> None:
-    store = MemoryStore.open(str(begun / "memory"))
-    assert store.space.layout.numel == begun_in(begun).workspace.layout.numel
+def test_a_store_alone_tells_the_blocks_of_its_layout(begun: Path) -> None:
+    segments = MemoryStore.open(str(begun / "memory")).space.layout.segments
+    layout = begun_in(begun).workspace.layout
+    assert sites_of((one.name, one.shape) for one in segments) == layout.sites
+    asked = ("show", "--store", str(begun / "memory"))
+    shown = [inside(begun, os.environ, *asked, *more) for more in ((), ("--json",))]
+    assert "q,v from blocks.1 on" in shown[0].stdout
+    assert json.loads(shown[1].stdout)["adapters_from"] == "blocks.1"
+
+
+def test_texts_learn_and_answer_with_one_pass(tmp_path: Path, monkeypatch) -> None:
+    write_facts(tmp_path)
+    values = settings_of(tmp_path, tmp_path) | {
+        "engine.device": "cpu",
+        "adapter.blocks": "from-look",
+        "memory.look_at": ("block:1", "tokens"),
+        "memory.scope": "model",
+        "train.epochs": 2,
+    }
+    config = resolve(preset="mira-trace", overrides=values, ambient=False).config
+    said = plan(config, seed=0, verb="run")
+    method = open_method(config, seed=0)
+    assert isinstance(method, PromptMemory)
+    for task in method.workspace.stream.tasks[:2]:
+        method.learn(task)
+    method.consolidate()
+    assert method.workspace.layout.blocks == (1,)
+    assert (said["adapters_from"], said["cost"]["passes"]) == (1, 0)
+    assert said["parameters_per_adapter"] == method.workspace.layout.numel
+    runs: list[object] = []
+    inner = CausalLM.hidden
+
+    def hidden(self, *given, **more):
+        runs.append(given)
+        return inner(self, *given, **more)
+
+    monkeypatch.setattr(CausalLM, "hidden", hidden)
+    texts = memtool.load(config.store).attach()
+    answers, weights = texts.answered(["after a comes", "3 and 1 is"], most=1)
+    assert len(runs) == 1  # the prompt runs once, and its last state is that of the answer
+    assert weights.argmax(dim=1).tolist() == [0, 1]
+    assert len(answers) == 2
