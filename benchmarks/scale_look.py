@@ -33,7 +33,7 @@ from memtool.sections import MemorySettings
 
 ADAPTERS, RANK, CLASSES, PIXELS, LOOK = 4, 4, 7, 96, 4
 MODELS = {"ViT-Tiny": "vit_tiny_patch16_224", "ViT-B": "vit_base_patch16_224"}
-FEW = 5
+FEW = 3
 """Repeats of ViT-B, at most."""
 
 BATCHES = {1: 8, 32: 1}

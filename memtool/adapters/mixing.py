@@ -409,7 +409,7 @@ class Mixture:
 
     def in_block(self, values: BlockValues) -> Mixture:
         """The same coefficients for another block of the same stack of adapters."""
-        return replace(self, values=values)
+        return Mixture(values, self.kind, self.gate, self.picks, self.ready)
 
     def add_to(self, y: Tensor, x: Tensor, module: str) -> Tensor:
         """The frozen output y of a module plus the adapters' contribution, for its input x.

@@ -175,6 +175,9 @@ class MemoryRecall:
     def __call__(self, block: int, hidden: Tensor) -> Mixture | None:
         """The mixture of a block for its input (batch, tokens, dim)."""
         model = self._model
+        if self._mixture is not None:  # of a block before, which has the same coefficients
+            here = model.values.block(block)
+            return None if here is None else self._mixture.in_block(here)
         if self._passing is not None and self._shared is None:
             query = self._passing(block, hidden)
             if query is None:
@@ -200,11 +203,10 @@ class MemoryRecall:
         values = model.values.block(block)
         assert values is not None
         if read.added is None:
-            if self._shared is None:
-                return Mixture.weighted(values, read.coefficients, model.mix)
-            if self._mixture is None:
-                self._mixture = Mixture.weighted(values, read.coefficients, model.mix)
-            return self._mixture.in_block(values)
+            mixture = Mixture.weighted(values, read.coefficients, model.mix)
+            if self._shared is not None:
+                self._mixture = mixture
+            return mixture
         place = 0 if read.added.shape[1] == 1 else model.values.layout.blocks.index(block)
         return Mixture.ranked(values, read.coefficients.unsqueeze(-1) + read.added[:, place])
 
