@@ -34,7 +34,7 @@ from memtool.sections import MemorySettings
 ADAPTERS, RANK, CLASSES, PIXELS, LOOK = 4, 4, 7, 96, 4
 MODELS = {"ViT-Tiny": "vit_tiny_patch16_224", "ViT-B": "vit_base_patch16_224"}
 FEW = 3
-"""Repeats of ViT-B, at most."""
+"""Repeats of a batch of ViT-B, at most."""
 
 BATCHES = {1: 8, 32: 1}
 """Calls that make one time, by images of a batch: of ViT-B one."""
@@ -67,7 +67,7 @@ def look_cases(repeats: int) -> list[dict[str, Any]]:
                 256, (batch, PIXELS, PIXELS, 3), generator=torch.Generator().manual_seed(1)
             ).to(torch.uint8)
             ways = {way: partial(call, images) for way, call in calls.items()}
-            times = min(repeats, FEW) if large else repeats
+            times = min(repeats, FEW) if large and batch > 1 else repeats
             seconds = interleaved(ways, times, inner=1 if large else inner)
             cases += [
                 case(
