@@ -242,7 +242,7 @@ def ours(subject: Subject, values: Tensor) -> AdapterTraining:
 
 def cross_entropy(module: nn.Module, batch: Batch) -> Tensor:
     """What every side learns by."""
-    return losses(module(batch.inputs), batch)
+    return losses(module(batch.inputs), batch.labels, batch.weights)
 
 
 def in_one_pass(subject: Subject, engine: Engine, values: Tensor) -> Curves:

@@ -8,6 +8,8 @@ for all blocks. For a hard choice and for the four highest keys, among 10 to 10,
    mixture?
  * What memory does it take beyond the values and keys that are stored?
 
+What does a look cost beside the same model with one fixed LoRA (`scale_look`)?
+
 And for 100,000 keys and 32 queries: what does an exact search take, over the bare product of that
 shape and its four highest, in the fastest number format of the machine?
 
@@ -31,6 +33,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import scale_store
+from benchmarks.scale_look import look_cases
 from benchmarks.timing import case, environment, figure, interleaved, progress
 from memtool.adapters.layout import Layout
 from memtool.adapters.recalls import given_for_each
@@ -67,10 +70,11 @@ def run(
 ) -> dict[str, Any]:
     """All cases; `sizes` are numbers of adapters, of which the least is what others are held to.
 
-    `full` as in `scale_store`. The search of keys is that of a CPU, and left out elsewhere.
+    `full` as in `scale_store`. Looks and the search of keys are those of a CPU, and left out
+    elsewhere.
     """
     parts = [partial(recalls, sizes=sorted(sizes), device=device)]
-    parts += [searches] if device == "cpu" else []
+    parts += [look_cases, searches] if device == "cpu" else []
     with torch.inference_mode():
         cases = [case for part in parts for case in part(repeats)]
     cases += scale_store.store_cases(repeats, scale_store.sizes_of(full))

@@ -9,7 +9,9 @@ slower in it.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +39,14 @@ def at_hand(tensor: Tensor) -> bool:
 def exact(tensor: Tensor) -> Tensor:
     """A tensor of any device in float64, on the CPU, without its gradient."""
     return tensor.detach().cpu().double()
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Within it nothing on the device of a tensor is converted; free where nothing would be."""
+    # The meta device, where only shapes are computed, knows none.
+    if tensor.is_meta or not torch.is_autocast_enabled(tensor.device.type):
+        return nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 class Late:

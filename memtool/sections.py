@@ -264,6 +264,17 @@ class MemorySettings(Settings):
         """The places that are looked at, by name."""
         return (f"block:{self.look_at}",) if isinstance(self.look_at, int) else self.look_at
 
+    def seen_at(self, depth: int) -> int | None:
+        """The block of a model of so many at whose input all is seen, and nothing runs further.
+
+        None where the look goes on to the features, needs no pass, runs under adapters, or every
+        block has its own.
+        """
+        if self.scope != "model" or self.look_under != "frozen" or "final" in self.places:
+            return None
+        blocks = [int(place[6:]) for place in self.places if place.startswith("block:")]
+        return max([*blocks, *[depth - 1] * ("blocks" in self.places)], default=None)
+
 
 class ConsolidateSettings(Settings):
     """Stage 2: the memory learns its keys."""

@@ -12,9 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from pydantic.fields import FieldInfo
 
 from memtool import registry
+from memtool.errors import ConfigError
 from memtool.paths import at_home, for_others
 from memtool.registry import Named
-from memtool.sections import SECTIONS, Settings, model_of, sections_of
+from memtool.sections import SECTIONS, MemorySettings, Settings, model_of, sections_of
 from memtool_stores import limits
 from memtool_stores.limits import Limits
 
@@ -179,7 +180,13 @@ class AdapterSettings(Settings):
         "a = sqrt 5)",
     )
 
-    later: ClassVar[tuple[str, ...]] = ("differ_by", "draw")
+    blocks: Literal["all", "from-look"] = Field(
+        "all",
+        description="blocks that have adapters: all; or those whose input the memory looks at last "
+        "(memory.look_at), and all behind it, so that what it looks at runs once",
+    )
+
+    later: ClassVar[tuple[str, ...]] = ("differ_by", "draw", "blocks")
 
 
 class TrainSettings(Settings):
@@ -470,6 +477,19 @@ class Config(Settings):
     def _runs_at_home(cls, runs: Path) -> Path:
         return at_home(runs)
 
+    def adapted_from(self, depth: int) -> int:
+        """The first block that may have adapters, of a model of so many; see `adapter.blocks`.
+
+        Raises ConfigError where nothing looks at a block.
+        """
+        if self.adapter.blocks == "all":
+            return 0
+        memory = getattr(self, "memory", None)
+        seen_at = memory.seen_at(depth) if isinstance(memory, MemorySettings) else None
+        if seen_at is None:
+            raise _no_look(self, memory)
+        return seen_at
+
     def recorded(self) -> dict[str, Any]:
         """The configuration as records and commits hold it: plain JSON, `~` for the user's folder.
 
@@ -477,6 +497,25 @@ class Config(Settings):
         """
         tree: dict[str, Any] = for_others(self.model_dump(mode="json"))
         return tree
+
+
+def _no_look(config: Config, memory: object) -> ConfigError:
+    """Adapters that would begin where nothing looks."""
+    found, expected, other = f"under method {config.method}", "method mira", "method=mira"
+    if isinstance(memory, MemorySettings):
+        found, other = f"with memory.look_at {','.join(memory.places)}", "memory.look_at=2"
+        expected = "the input of a block, or of several"
+        if memory.look_under != "frozen":
+            found, other = f"with memory.look_under {memory.look_under}", "memory.look_under=frozen"
+            expected = "a look at the frozen model: no adapter acts before it ends"
+        if memory.scope != "model":
+            found, other = f"under memory.scope {memory.scope}", "memory.scope=model"
+            expected = "one look for all blocks"
+    return ConfigError(
+        f"adapter.blocks from-look {found}",
+        expected=f"{expected}, behind which adapters begin",
+        remedy=f"--set adapter.blocks=all, or --set {other}",
+    )
 
 
 DEFAULT_METHOD: str = Config.model_fields["method"].default

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import memtool_stores
-from memtool.adapters.layout import Layout
+from memtool.adapters.layout import Layout, Site
 from memtool.adapters.lora import init_lora
 from memtool.adapters.values import AdapterValues, Recall
 from memtool.backbones import create_backbone
@@ -34,6 +34,7 @@ from memtool.outside import is_file
 from memtool.paths import expand, split_store
 from memtool.pictured import album_of
 from memtool.progress import ProgressEvent
+from memtool.remembered import remembered
 from memtool.settings import Config
 from memtool.streams import create_stream
 from memtool.streams.task import Images, Stream, Task
@@ -166,11 +167,38 @@ class Workspace:
         flat = init_lora(self.layout, count, generator=generator, draw=draw)
         return self.stacked(flat, trainable=True)
 
+    def _sites(self) -> tuple[Site, ...]:
+        """What an adapter changes: the targets, in the blocks that `adapter.blocks` says."""
+        config, depth = self.config, self.backbone.depth
+        begin = config.adapted_from(depth)
+        sites = self.backbone.sites(config.backbone.targets)
+        found = tuple(site for site in sites if site.block >= begin)
+        if not found:
+            last = max(site.block for site in sites)
+            raise ConfigError(
+                f"adapter.blocks from-look with a look at block {begin} of {self.backbone.name}, "
+                f"whose last adapted block is {last} of {depth}",
+                expected=f"a look at one of the blocks 0 to {last}",
+                remedy=f"--set memory.look_at={min(2, last)}",
+            )
+        return found
+
+    @property
+    def adapter_decides(self) -> dict[str, Any]:
+        """What of the adapters decides a training: their settings, and in which block they begin.
+
+        As a number where they do not begin in the first.
+        """
+        decides: dict[str, Any] = self.config.adapter.decides()
+        if "blocks" in decides:
+            decides["blocks"] = self.config.adapted_from(self.backbone.depth)
+        return decides
+
     @cached_property
     def layout(self) -> Layout:
         """Where each number of this configuration's adapters lies."""
         rank = self.config.adapter.rank
-        layout = Layout(self.backbone.sites(self.config.backbone.targets), rank)
+        layout = Layout(self._sites(), rank)
         narrow = [site for site in layout.sites if rank > min(site.in_features, site.out_features)]
         if narrow:
             width = min(min(site.in_features, site.out_features) for site in narrow)
@@ -227,8 +255,25 @@ class Workspace:
         store = memtool_stores.MemoryStore.open(
             self.store_path, lock_timeout=self.config.lock_timeout
         )
+        self._require_same_blocks(store)
         store.space.check(self.space)
         return store
+
+    def _require_same_blocks(self, store: memtool_stores.MemoryStore) -> None:
+        """Raise ConfigError where its adapters sit in other blocks than those that are set."""
+        then, here = remembered(store), self.config.recorded()
+        blocks = here["adapter"]["blocks"]
+        pairs = [("adapter.blocks", then.get("adapter.blocks", "all"), blocks)]  # all, of before
+        if blocks != "all":
+            pairs.append(("memory.look_at", then.get("memory.look_at"), here["memory"]["look_at"]))
+        for key, made, now in pairs:
+            if then and made != now:
+                words = [",".join(map(str, v)) if isinstance(v, list) else v for v in (made, now)]
+                raise ConfigError(
+                    f"{key} {words[1]}, and the adapters of {self.store_path!r} were made with "
+                    f"{words[0]}: they are in other blocks",
+                    remedy=f"--set {key}={words[0]}, or another --store",
+                )
 
     def commit(
         self,

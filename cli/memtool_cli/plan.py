@@ -69,6 +69,8 @@ def _facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
     setting = plan["setting"]
     if setting in HOLDS_OUT:
         setting += f", held out: {plan['held_out'] or 'every domain in turn'}"
+    begin = plan["adapters_from"]
+    behind = f" in block {begin} and those behind it" if begin else ""
     several = f" in {plan['memories']} memories" if plan["memories"] > 1 else " in all"
     rows = [
         ("method", plan["method"]),
@@ -89,7 +91,7 @@ def _facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
         (
             "a task adds",
             ("atoms" if plan["kind"] == "atoms" else f"{plan['adapters_per_task']} x adapter")
-            + f" of rank {plan['rank']}, {plan['parameters_per_adapter']:,} numbers, "
+            + f" of rank {plan['rank']}{behind}, {plan['parameters_per_adapter']:,} numbers, "
             f"{size(plan['bytes_per_adapter'])}; {size(plan['bytes_in_all'])}{several}",
         )
     )

@@ -142,7 +142,8 @@ class Listing(CliRecord):
 class Show(CliRecord):
     """One version: what was said of it and what is in it.
 
-    `keys` is the shape (layers, adapters, width) of the keys, none before the first consolidation.
+    `keys` is the shape (layers, adapters, width) of the keys, none before the first consolidation;
+    `adapters_from` the first block that adapters change, as its layers are named.
     """
 
     schema_: Literal["memtool.show"] = Field("memtool.show", alias="schema")
@@ -153,6 +154,7 @@ class Show(CliRecord):
     rank: int
     alpha: float
     targets: tuple[str, ...]
+    adapters_from: str | None = None
     numbers_per_adapter: int
     dtype: str
     adapters: tuple[Adapter, ...]

@@ -204,6 +204,12 @@ _THIRDS = ("attn.qkv", "attn.in_proj", "attn.c_attn")
 """How the fused layers are called whose slices are thirds, in any model."""
 
 
+def block_in(name: str) -> str | None:
+    """The block that a site or segment is named in, `"blocks.4"`; None where it has no number."""
+    found = _IN_BLOCK.match(name)
+    return None if found is None else found["block"]
+
+
 def sites_of(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> tuple[Site, ...]:
     """The sites whose A and B are these segments: (name, shape) in the order of a layout.
 
@@ -213,13 +219,15 @@ def sites_of(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> tuple[Site, ...]:
     """
     given = list(shapes)
     sites: list[Site] = []
+    known = {block_in(name) or "" for name, _ in given}
+    alone = len({block.rpartition(".")[0] for block in known}) == 1
     blocks: dict[str, int] = {}
     for (name, a), (other, b) in zip(given[::2], given[1::2], strict=False):
         site = name.removesuffix(".lora_A")
-        block = _IN_BLOCK.match(site)
+        block = block_in(site)
         if (name, other) != (f"{site}.lora_A", f"{site}.lora_B") or block is None:
             raise MismatchError(f"segments {name!r} and {other!r} of no numbered block")
-        number = blocks.setdefault(block["block"], len(blocks))
+        number = int(block.rpartition(".")[2]) if alone else blocks.setdefault(block, len(blocks))
         rows, part = b[0], _SLICE.fullmatch(site)
         if part is None:
             kernel = (a[2], a[3]) if len(a) == 4 else None

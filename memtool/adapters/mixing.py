@@ -25,9 +25,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, get_args
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +37,7 @@ from memtool.adapters.convolution import Patches, Window
 from memtool.adapters.layout import Site
 from memtool.adapters.picks import Picks
 from memtool.adapters.values import BlockValues, ModuleValues
-from memtool.devices import at_hand
+from memtool.devices import at_hand, without_autocast
 from memtool.errors import MismatchError, did_you_mean
 
 Mix = Literal["delta", "params"]
@@ -100,9 +99,11 @@ def lift(y: Tensor, z: Tensor, b: Sequence[Tensor], sites: Sequence[Site]) -> Te
 def spread(coefficients: Tensor, rank: int) -> Tensor:
     """Coefficients (..., t) to gates (..., t · rank): every rank gets that of its adapter.
 
-    A product with a 0/1 matrix, which is exact, and much faster forward and backward than
+    With gradients a product with a 0/1 matrix, which is exact, and much faster backward than
     repeating single numbers over rows as short as a rank.
     """
+    if not torch.is_grad_enabled():
+        return coefficients.unsqueeze(-1).expand(*coefficients.shape, rank).flatten(-2)
     owner = torch.eye(coefficients.shape[-1], dtype=coefficients.dtype, device=coefficients.device)
     return coefficients @ owner.repeat_interleave(rank, dim=1)
 
@@ -310,18 +311,13 @@ def _check_index(index: Tensor, count: int) -> None:
             raise MismatchError(f"choice of adapters {low} to {high}", expected=f"0 to {count - 1}")
 
 
-def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    # The meta device, where only shapes are computed, knows none.
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
-
-
 @dataclass(frozen=True, eq=False)
 class Mixture:
     """How one block's adapters act on one batch: made per forward pass and block.
 
     Use the constructors `whole`, `grouped`, `weighted`, `ranked`, `chosen` and `atoms`, which check
     the shapes. An adapted layer calls `add_to`. With `picks` a gate (b, k) is of these adapters
-    alone.
+    alone. `ready` holds what was made of a gate (b, t), by rank and dtype.
 
         mixture = Mixture.weighted(values.block(3), coefficients, mix="params")
         y = mixture.add_to(F.linear(x, weight, bias), x, "blocks.3.attn.qkv")
@@ -331,6 +327,7 @@ class Mixture:
     kind: Literal["whole", "grouped", "delta", "params", "ranks", "atoms"]
     gate: Tensor | None = None
     picks: Picks | None = None
+    ready: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
 
     @classmethod
     def whole(cls, values: BlockValues) -> Mixture:
@@ -410,6 +407,10 @@ class Mixture:
         """Every token chooses atoms of its module; the threshold is off while `training`."""
         return cls(BlockAtoms(modules, gate, training), "atoms")
 
+    def in_block(self, values: BlockValues) -> Mixture:
+        """The same coefficients for another block of the same stack of adapters."""
+        return Mixture(values, self.kind, self.gate, self.picks, self.ready)
+
     def add_to(self, y: Tensor, x: Tensor, module: str) -> Tensor:
         """The frozen output y of a module plus the adapters' contribution, for its input x.
 
@@ -424,7 +425,7 @@ class Mixture:
         tokens = self._check(y, x, found.sites[0], module)
         inputs = x.to(y.dtype).reshape(x.shape[0], tokens, x.shape[-1])
         outputs = y.contiguous().view(x.shape[0], tokens, y.shape[-1])
-        with _without_autocast(x):
+        with without_autocast(x):
             if isinstance(block, BlockAtoms):
                 atoms = block.modules[module].to(y.dtype)
                 added = add_atoms(outputs, inputs, atoms, block.gate, training=block.training)
@@ -462,7 +463,7 @@ class Mixture:
         last = y.movedim(1, -1)
         outputs = last.contiguous().view(*patches.shape[:2], y.shape[1])
         self._check(outputs, patches, site, module)
-        with _without_autocast(x):
+        with without_autocast(x):
             added = self._add_adapters(outputs, patches, found, block.scaling)
         return added.view(last.shape).movedim(-1, 1)
 
@@ -471,12 +472,12 @@ class Mixture:
 
         Raises MismatchError for rows that are not equally many of every sample.
         """
-        if self.gate is None:
+        if self.gate is None or rows == len(self.gate):
             return self
         picks = self.picks
         if picks is not None:
             picks = replace(picks, index=_over(picks.index, rows, module))
-        return replace(self, gate=_over(self.gate, rows, module), picks=picks)
+        return replace(self, gate=_over(self.gate, rows, module), picks=picks, ready={})
 
     def dense(self) -> Mixture:
         """The same, with a coefficient for all adapters that the batch uses, and no other."""
@@ -485,7 +486,8 @@ class Mixture:
             return self
         if picks.used is not None:
             block = block.of(picks.used)
-        return replace(self, values=block, gate=picks.spread(self.gate, len(block)), picks=None)
+        gate = picks.spread(self.gate, len(block))
+        return replace(self, values=block, gate=gate, picks=None, ready={})
 
     def _add_adapters(
         self, y: Tensor, x: Tensor | Patches, values: ModuleValues, scaling: Tensor
@@ -500,6 +502,11 @@ class Mixture:
             return add(y, x, values, scaling)
         if self.kind == "ranks":
             return add_ranks(y, x, values, scaling, gate)
+        if self.kind == "delta" and gate.ndim == 2:
+            kind = (values.a.shape[2], y.dtype)
+            if kind not in self.ready:
+                self.ready[kind] = _spread_over(values, gate.unsqueeze(1) * scaling, y.dtype)
+            return _add_gated(y, x, values, self.ready[kind])
         add_mixed = add_delta if self.kind == "delta" else add_params
         return add_mixed(y, x, values, scaling, gate.unsqueeze(1) if gate.ndim == 2 else gate)
 

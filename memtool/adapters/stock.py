@@ -38,12 +38,18 @@ class OneAdapter:
 class Stock:
     """`count` adapters by number; `read(number)` gives one, and is asked when it is needed.
 
-    `sites` are all that the backbone offers, in its order.
+    `sites` are all that the backbone offers, in its order. None of them changes a block before
+    `begin`.
     """
 
     def __init__(
-        self, count: int, sites: Sequence[Site], read: Callable[[int], OneAdapter]
+        self,
+        count: int,
+        sites: Sequence[Site],
+        read: Callable[[int], OneAdapter],
+        begin: int = 0,
     ) -> None:
+        self.begin = begin
         self._count = count
         self._sites = tuple(sites)
         self._read = read

@@ -227,6 +227,11 @@ class AdapterValues(nn.Module):
         }
         return BlockValues(modules, self.scaling)
 
+    @property
+    def begin(self) -> int:
+        """The first block that they change."""
+        return self.layout.blocks[0]
+
     def at(self, index: int, picks: Picks) -> tuple[BlockValues, Picks] | None:
         """The values of one block that hold the adapters picked, and where in them these are."""
         found = self.block(index)

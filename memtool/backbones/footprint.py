@@ -7,7 +7,7 @@ without dropout.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,6 +38,7 @@ class Footprint:
     logits        of each answer token, and their gradients
     cache         keys and values of each token while an answer is generated
     limits        the most tokens of a prompt, and of an answer
+    begin         the first block that has adapters
     """
 
     parameters: int
@@ -49,6 +50,7 @@ class Footprint:
     logits: int
     cache: int
     limits: tuple[int, int] = (0, 0)
+    begin: int = 0
 
     def training(self, batch: int, tokens: int, answer_tokens: int, *, fused: bool = True) -> int:
         """Bytes of a step with `batch` samples of so many tokens, of which some are the answer."""
@@ -70,13 +72,15 @@ def footprint(
     gate: AtomGate | None = None,
     dtype: torch.dtype = torch.bfloat16,
     packed: bool = False,
+    begin: int = 0,
 ) -> Footprint:
     """The footprint of a transformers configuration, with weights of `dtype`.
 
     With `packed` those of linear layers are in four bits. `tasks` tasks of `rank` atoms lie at
-    every site of `targets`, and those of the last one learn. Raises
-    ConfigError for a model that cannot be adapted, for too few tasks, and for a gate with a norm of
-    every task, which looks at numbers that are not there.
+    every site of `targets`, and those of the last one learn; adapters of as many numbers are
+    counted from the block `begin` on. Raises ConfigError for a model that cannot be adapted, for
+    too few tasks, and for a gate with a norm of every task, which looks at numbers that are not
+    there.
     """
     from transformers import AutoModelForCausalLM
 
@@ -89,7 +93,7 @@ def footprint(
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     text = TextSettings(prompt_tokens=1, answer_tokens=1)  # no text is read
     lm = CausalLM(model, None, config.model_type, text)
-    sites = lm.sites(targets)
+    sites = [site for site in lm.sites(targets) if site.block >= begin]
     bank = _bank(lm, targets, rank, tasks)
     numbers = sum(site.in_features + site.out_features for site in sites) * rank
     kept = [_kept_for_backward(lm, bank.train(), gate, length) for length in LENGTHS]
@@ -108,6 +112,7 @@ def footprint(
         per_pair=round(pair),
         logits=config.vocab_size * (size + 2 * 4),
         cache=2 * lm.depth * key.out_features * size,
+        begin=begin,
     )
 
 
@@ -119,9 +124,11 @@ def footprint_of(
     gate: AtomGate,
     text: TextSettings,
     dtype: torch.dtype = torch.bfloat16,
+    adapted_from: Callable[[int], int] | None = None,
 ) -> Footprint:
     """The footprint of the model that settings name; only its config.json is read.
 
+    Adapters begin in the block that `adapted_from` says, of a model of so many; None: in the first.
     Raises ConfigError and NotFoundError as `create_causal_lm`, and as `footprint`.
     """
     from transformers import AutoConfig
@@ -145,6 +152,7 @@ def footprint_of(
         gate=gate,
         dtype=dtype,
         packed=settings.quantise is not None,
+        begin=0 if adapted_from is None else adapted_from(tower.num_hidden_layers),
     )
     if tower is not config:
         found = _with_rest(found, config, dtype)

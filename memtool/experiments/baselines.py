@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, TypeAdapter
 
@@ -177,11 +177,16 @@ def _decides_alone(config: Config, name: str) -> list[object]:
 _OF_IMAGES = ("adapter", "train", "head", "backbone")
 
 
+def _decides_of(work: Workspace, part: str) -> Any:
+    """What of a section decides what a baseline reaches."""
+    return work.adapter_decides if part == "adapter" else getattr(work.config, part).decides()
+
+
 def _decides_of_images(work: Workspace) -> list[object]:
     """All that decides what a baseline reaches on images."""
     return [
         __version__,
-        {part: getattr(work.config, part).decides() for part in _OF_IMAGES},
+        {part: _decides_of(work, part) for part in _OF_IMAGES},
         work.stream.fingerprint,
         work.config.stream.held_out,
         work.backbone.sha256,
@@ -196,7 +201,7 @@ def _decides_of_texts(work: Workspace) -> list[object]:
     """All that decides what a baseline reaches on texts."""
     return [
         __version__,
-        {part: getattr(work.config, part).decides() for part in ("adapter", "train", "text")},
+        {part: _decides_of(work, part) for part in ("adapter", "train", "text")},
         work.config.backbone.targets,
         work.stream.fingerprint,
         work.backbone.sha256,

@@ -76,7 +76,8 @@ def plan(config: Config, *, seed: int, verb: str, task: str | None = None) -> di
     Lists have one entry a task, in the order of their `numbers`: of `task` alone where it names one
     that is to be learned. A domain that is held out is among them with no training samples; under
     setting dg it alone has test samples. Where every domain is held out in turn (`held_out` None),
-    all have both, and there is a memory for each. `joint_rank` is that of joint training.
+    all have both, and there is a memory for each. `adapters_from` is the first block that has
+    adapters, `joint_rank` that of joint training.
     `bytes_in_all` is of all memories of one seed. Of a language model only the configuration is
     read, and `memory` says in bytes where its memory goes with atoms; None without. `cost` is what
     a memory of mixtures adds, `head_bytes` what a random projection takes, solving included.
@@ -92,7 +93,7 @@ def plan(config: Config, *, seed: int, verb: str, task: str | None = None) -> di
         atoms = method.kind == "atoms"
         found = _footprint(work, config.moram if atoms else MoramSettings())
         numbers = found.atoms // 4 // len(work.stream.tasks)
-        memory = _memory(config, found) if atoms else None
+        memory, begin = _memory(config, found) if atoms else None, found.begin
         cost = method.cost(numbers=numbers, parameters=found.parameters, tokens=found.limits[0])
         tasks = [
             _Task(task.name, len(task.train), len(task.test), work.epochs(task))
@@ -101,6 +102,7 @@ def plan(config: Config, *, seed: int, verb: str, task: str | None = None) -> di
     else:
         method.require_able()
         tasks, numbers = _image_tasks(work), work.layout.numel
+        begin = config.adapted_from(work.backbone.depth)
         cost = method.cost(numbers=numbers, parameters=0, tokens=0)
     numbered = list(enumerate(tasks, start=1))
     if task is not None:
@@ -133,6 +135,7 @@ def plan(config: Config, *, seed: int, verb: str, task: str | None = None) -> di
         "consolidation_epochs": method.key_epochs,
         "kind": method.kind,
         "adapters_per_task": config.adapter.per_task,
+        "adapters_from": begin,
         "rank": config.adapter.rank,
         "joint_rank": joint_rank(work) if "joint" in (baselines or ()) else None,
         "parameters_per_adapter": numbers,
@@ -232,6 +235,7 @@ def _footprint(work: Workspace, gate: MoramSettings) -> Footprint:
         gate=gate_of(counted, config.adapter.rank),
         text=config.text,
         dtype=work.dtype,
+        adapted_from=config.adapted_from,
     )
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 
-from memtool.devices import at_hand
+from memtool.devices import at_hand, without_autocast
 from memtool.errors import CorruptError, MismatchError
 from memtool.heads.linear import LinearClassifier
 from memtool.heads.prototype import CosineHead
@@ -92,7 +92,7 @@ class RecalledHead:
         Logits for a shared head, mixed probabilities for heads of tasks. Classes that are not
         `allowed` get −inf or 0. float32, also under autocast.
         """
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features):
             if self.owners is None:
                 return self._logits(features, allowed)[:, 0]
             head, weights = self._asked(coefficients)
@@ -109,7 +109,7 @@ class RecalledHead:
         Heads of tasks are mixed in the logarithm, log p = log softmax Σ_t a_t log p_t: the same for
         one-hot coefficients, and a bounded loss with a gradient for all others, negative ones too.
         """
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features):
             if self.owners is None:
                 return self._logits(features, allowed)[:, 0].log_softmax(dim=-1)
             head, weights = self._asked(coefficients)

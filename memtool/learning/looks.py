@@ -163,12 +163,38 @@ class PromptLook:
         ConfigError for a block that the model does not have; MismatchError without a `first`.
         """
         wanted = self.blocks(lm.depth)
-        parts: list[Tensor] = []
-        for under in self.passes:
-            seen = self._pass(lm, prompts, under, wanted) if self.runs else {}
-            if "tokens" in self.places and not parts:
-                seen["tokens"] = _token_shares(prompts, lm.ids(prompts), len(lm.embed.weight))
-            parts += [seen[place] for place in self._named(lm.depth) if place in seen]
+        passes = self.passes if self.runs else ()
+        return self._joined(lm, prompts, [self._pass(lm, prompts, one, wanted) for one in passes])
+
+    def passing(self, lm: CausalLM, prompts: Tensor) -> Callable[[int, Tensor], Tensor | None]:
+        """The same in a pass that recalls, for a look that ends at a block (`seen_at`).
+
+        It is given the inputs (b, n, dim) of blocks as they are reached, where an answer may stand
+        in the place of padding, and gives what prompts look like at that block; None at any other.
+        """
+        wanted, seen = self.blocks(lm.depth), dict[str, Tensor]()
+
+        def keep(block: int, hidden: Tensor) -> Tensor | None:
+            if block not in wanted:
+                return None
+            seen[f"block:{block}"] = _of_block(hidden, prompts)
+            return None if len(seen) < len(wanted) else self._joined(lm, prompts, [seen])
+
+        return keep
+
+    def seen_at(self, depth: int) -> int | None:
+        """The block of a model of so many at whose input all is seen, as of `MemorySettings`."""
+        if self.apart or self.passes != ("frozen",) or "final" in self.places:
+            return None
+        return max(self.blocks(depth), default=None)
+
+    def _joined(self, lm: CausalLM, prompts: Tensor, passes: list[dict[str, Tensor]]) -> Tensor:
+        """The places of every pass side by side, with what needs no pass."""
+        if "tokens" in self.places:
+            shares = _token_shares(prompts, lm.ids(prompts), len(lm.embed.weight))
+            passes = [{**seen, "tokens": shares} for seen in passes[:1] or [{}]] + passes[1:]
+        named = self._named(lm.depth)
+        parts = [seen[place] for seen in passes for place in named if place in seen]
         if self.apart:
             return torch.cat([narrowed(part, PART_WIDE) for part in parts], dim=1)
         return narrowed(torch.cat(parts, dim=1), MOST_WIDE)
@@ -182,8 +208,7 @@ class PromptLook:
 
         def keep(block: int, hidden: Tensor) -> Mixture | None:
             if block in wanted:
-                mean = over_tokens(hidden, prompts)
-                seen[f"block:{block}"] = F.layer_norm(mean, hidden.shape[-1:])
+                seen[f"block:{block}"] = _of_block(hidden, prompts)
             return None if recall is None else recall(block, hidden)
 
         seen["final"] = over_tokens(lm.hidden(prompts, keep), prompts)
@@ -230,6 +255,20 @@ class PromptLook:
         """The places one by one, each once."""
         places = sorted(self.places, key=lambda one: one != "blocks") if self.apart else self.places
         return each_place(places, depth)
+
+
+def _of_block(hidden: Tensor, prompts: Tensor) -> Tensor:
+    """What is seen of the input (b, n, dim) of a block: (b, dim), float32."""
+    return F.layer_norm(over_tokens(hidden, prompts), hidden.shape[-1:])
+
+
+def is_seen_before(begin: int, seen_at: int | None) -> bool:
+    """Whether adapters that begin in a block change nothing of a look that ends at one.
+
+    So the pass that recalls sees the same on its way, and none has to run ahead. None: the look
+    does not end at a block.
+    """
+    return seen_at is not None and seen_at <= begin
 
 
 def no_first_adapter() -> MismatchError:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
+from memtool.devices import without_autocast
 from memtool.errors import ConfigError, MismatchError, did_you_mean
 
 QueryKind = Literal["identity", "linear", "mlp", "plain-mlp"]
@@ -25,7 +26,7 @@ def pooled(hidden: Tensor, token: str, prefix_tokens: int, *, norm: bool) -> Ten
 
     `token`, `prefix_tokens` and `norm` as in `QueryModule`.
     """
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden):
         hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         one = hidden[:, 0] if token == "class" else hidden[:, prefix_tokens:].mean(dim=1)
         return F.layer_norm(one, one.shape[-1:]) if norm else one
@@ -138,7 +139,7 @@ class QueryModule(nn.Module):
                 f"hidden states of shape {tuple(hidden.shape)}",
                 expected=f"(batch, tokens, {self.dim}), or (batch, {self.dim}) pooled before",
             )
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden):
             seen = self.before(hidden)
             if self.centre is not None:
                 seen = seen - self.centre.to(seen.dtype)

@@ -30,6 +30,8 @@ def softmax(scores: Tensor, beta: float = 1.0) -> Tensor:
     """
     # The largest score goes before β does: a large β times a large score may overflow first.
     scores = _in_score_precision(scores)
+    if beta == 1:
+        return torch.softmax(scores, dim=-1)
     shifted = scores - scores.amax(dim=-1, keepdim=True).detach()
     return torch.softmax(beta * shifted, dim=-1)
 

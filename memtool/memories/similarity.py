@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from memtool.devices import without_autocast
 from memtool.errors import ConfigError, MismatchError, did_you_mean
 
 TERMS_AT_ONCE = 1 << 24
@@ -27,7 +28,7 @@ SimilarityFunction = Callable[[Tensor, Tensor], Tensor]
 def dot(queries: Tensor, keys: Tensor) -> Tensor:
     """Inner products: queries (..., d), keys (t, d) → (..., t)."""
     queries, keys = _in_score_precision(queries, keys)
-    with torch.autocast(queries.device.type, enabled=False):
+    with without_autocast(queries):
         return queries @ keys.mT
 
 
@@ -159,7 +160,7 @@ def _distance(queries: Tensor, keys: Tensor, order: float) -> Tensor:
     """(Σ |q_i − k_i|^order)^(1/order): queries (..., d), keys (t, d) → (..., t)."""
     queries, keys = _in_score_precision(queries, keys)
     flat = queries.reshape(-1, queries.shape[-1])
-    with torch.autocast(queries.device.type, enabled=False):
+    with without_autocast(queries):
         found = torch.cdist(flat, keys, order, "donot_use_mm_for_euclid_dist")
     return found.reshape(*queries.shape[:-1], len(keys))
 

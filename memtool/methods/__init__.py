@@ -25,6 +25,7 @@ def open_method(
     nothing. Raises ConfigError for a configuration that the method cannot work under.
     """
     require_mixup(config)
+    config.adapted_from(1)  # of whatever depth: is there a look to begin at?
     said_by(config.method).require(config)
     method: type[Method] = registry.find("methods", config.method)
     samples = "texts" if config.stream.setting == "trace" else "images"

@@ -221,7 +221,7 @@ class AdapterTrainer(AdapterWriter[Workspace]):
             "stream": work.stream.fingerprint,
             "task": task.number,
             "targets": self.config.backbone.targets,
-            "adapter": self.config.adapter.decides(),
+            "adapter": work.adapter_decides,
             "train": self.config.train.decides(),
             "seed": self.seed,
         }

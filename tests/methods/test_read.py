@@ -25,6 +25,7 @@ from memtool.methods import open_method
 from memtool.methods.forget import forget
 from memtool.methods.merge import merge
 from memtool.methods.mira.explain import explain
+from memtool.methods.mira.look import Seen
 from memtool.methods.mira.measure import Measure, _with_separation
 from memtool.methods.mira.method import Mira
 from memtool.methods.mira.protect import Protection
@@ -120,7 +121,7 @@ def test_a_block_has_its_own_rows_of_the_decoder(decoded):
     (block,) = model.memory.blocks
     here, blocks = model.memory[block], model.values.layout.blocks
     query = torch.randn(3, here.query.dim, generator=torch.Generator().manual_seed(0))
-    recall = MemoryRecall(model, query)
+    recall = MemoryRecall(model, Seen(query, None))
     weights, rank = here.coefficients(query), model.values.layout.rank
     hidden = torch.nn.functional.gelu(query @ here.decoder.inner.weight.T + here.decoder.inner.bias)
     for place, adapted in enumerate(blocks):

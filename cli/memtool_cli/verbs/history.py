@@ -13,8 +13,9 @@ from typing import Annotated, Any, Literal, cast
 
 import typer
 
+from memtool.adapters.layout import block_in
 from memtool.errors import NotFoundError, did_you_mean
-from memtool.remembered import carried_on
+from memtool.remembered import carried_on, remembered
 from memtool_cli import complete, records
 from memtool_cli.commands import Verbs
 from memtool_cli.options import (
@@ -155,6 +156,7 @@ def show(call: Call, version: Reference = "") -> None:
     found = call.store().log(view.version, 1)[0]
     keys = view.keys()
     space = view.space
+    every_block = remembered(call.store(), view.version).get("adapter.blocks", "all") == "all"
     record = records.Show(
         store=call.store_path,
         version=records.Version.model_validate(found),
@@ -163,6 +165,7 @@ def show(call: Call, version: Reference = "") -> None:
         rank=space.layout.rank,
         alpha=space.layout.alpha,
         targets=space.layout.targets,
+        adapters_from=block_in(space.layout.segments[0].name),
         numbers_per_adapter=space.numel,
         dtype=space.layout.dtype,
         adapters=_adapters(view.live),
@@ -176,7 +179,7 @@ def show(call: Call, version: Reference = "") -> None:
         ("message", record.version.message),
         *_said(record.version.metadata),
         ("backbone", f"{record.backbone} ({record.backbone_sha256[:12]})"),
-        *_shapes(record, view),
+        *_shapes(record, view, every_block=every_block),
         ("keys", "none" if record.keys is None else " x ".join(map(str, record.keys))),
         ("blobs", ", ".join(record.blobs) or "none"),
     ]
@@ -184,12 +187,14 @@ def show(call: Call, version: Reference = "") -> None:
     call.out.data(record, *tables, ids=[record.version.id])
 
 
-def _shapes(record: records.Show, view: MemoryView) -> list[tuple[str, str]]:
+def _shapes(record: records.Show, view: MemoryView, *, every_block: bool) -> list[tuple[str, str]]:
     """What the adapters of a version have in common, and how many have a shape of their own."""
     own = sum(one.ragged for one in view.adapters)
     shapes = [("shapes of their own", f"{own} adapters")] if own else []
     if not view.live or own < len(view.live):
         targets = ",".join(record.targets)
+        if not every_block:
+            targets += f" from {record.adapters_from} on"
         shapes += [
             ("adapters", f"rank {record.rank}, alpha {record.alpha:g}, {targets}"),
             ("size", f"{record.numbers_per_adapter:,} numbers each, {record.dtype}"),

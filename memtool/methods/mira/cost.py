@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from memtool.adapters.layout import Layout
 from memtool.backbones.causal_lm import model_source
 from memtool.backbones.interface import Backbone
-from memtool.learning.looks import PART_WIDE, PromptLook
+from memtool.learning.looks import PART_WIDE, PromptLook, is_seen_before
 from memtool.methods.mira.look import passes_of, width_of
 from memtool.methods.mira.read import decoder_width, read_numbers
 from memtool.methods.mira.recall import memory_blocks
@@ -41,7 +41,7 @@ class ImageCost:
 def image_cost(config: Config, stream: Stream, backbone: Backbone, layout: Layout) -> ImageCost:
     """The cost of a memory of all tasks of a stream, of adapters of a layout."""
     memory, blocks = config.memory, len(layout.blocks)
-    passes = passes_of(memory, config.head, backbone.depth)
+    passes = passes_of(memory, config.head, backbone.depth, layout.blocks[0])
     asked = memory_blocks(memory, backbone, layout.blocks)
     width, memories = width_of(memory, backbone, asked), len(asked)
     by_class = memory.keys_of == "class"
@@ -108,7 +108,8 @@ def cost_of(config: Config, *, tasks: int, numbers: int, parameters: int, tokens
         width -= (depth - 1) * min(PART_WIDE, dim)  # what the other blocks see
     adapters, keys = tasks * config.adapter.per_task, tasks * memory.clusters
     by_token = memory.scope == "token"
-    runs = look.runs and not by_token
+    later = is_seen_before(config.adapted_from(depth), look.seen_at(depth))
+    runs = look.runs and not by_token and not later
     return Cost(
         scope=memory.scope,
         passes=int(runs and "frozen" in look.passes),

@@ -40,13 +40,14 @@ def count_task(
     """
     count = len(own)
     equal = torch.full((count,), 1 / count, device=engine.device)
+    begin = own.begin if beneath is None else min(own.begin, beneath.values.begin)
     alone = every(own) if count == 1 else same_for_all(own, equal, settings.mix)
 
     def run(images: Tensor) -> Tensor:
         recall = alone
         if beneath is not None:
             recall = on_top(beneath.recall(backbone.preprocess(images)), own, equal)
-        return features_and_queries(backbone, memory, look, recall, images)
+        return features_and_queries(backbone, memory, look, recall, images, begin)
 
     joined = engine.predict(run, samples.images)
     widths = [look.features_width, *(memory[block].query.dim for block in memory.blocks)]

@@ -4,12 +4,14 @@
     under    the frozen model, or the model under the adapters of the first task, which never change
 
 What is seen stands side by side, each part pooled and normalised alone, as texts are looked at
-(`memtool.learning.looks`). Keys and head may want the same pass; it runs once.
+(`memtool.learning.looks`). Keys and head may want the same pass; it runs once. Where no adapter
+sits before the last place of a look at the frozen model, the pass that recalls sees the same on its
+way, and none runs ahead (`Passing`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -20,6 +22,7 @@ from memtool.adapters.mixing import Mixture
 from memtool.adapters.recalls import equally
 from memtool.adapters.values import AdapterValues, Recall
 from memtool.backbones.interface import Backbone
+from memtool.devices import without_autocast
 from memtool.errors import ConfigError
 from memtool.learning.looks import (
     MOST_WIDE,
@@ -27,6 +30,7 @@ from memtool.learning.looks import (
     blocks_in,
     directions,
     each_place,
+    is_seen_before,
     looked_under,
     no_first_adapter,
 )
@@ -45,12 +49,17 @@ def needs_first(settings: MemorySettings, head: HeadSettings) -> bool:
     return "first" in {*looked_under(settings), *read_beside(head)}
 
 
-def passes_of(settings: MemorySettings, head: HeadSettings, depth: int) -> dict[Under, float]:
+def passes_of(
+    settings: MemorySettings, head: HeadSettings, depth: int, begin: int = 0
+) -> dict[Under, float]:
     """The share of the blocks of a model that runs in every pass before the recall, by its under.
 
-    Keys and head share a pass.
+    Keys and head share a pass. Adapters begin in the block `begin`: where all is seen by then,
+    keys need none.
     """
     looked, read = looked_under(settings), read_beside(head)
+    if is_seen_before(begin, settings.seen_at(depth)):
+        looked = ()
     places = each_place(settings.places, depth)
     last = max([*blocks_in(places, depth, remedy="final"), depth * ("final" in places)])
     shares = dict.fromkeys(looked, last / depth)
@@ -91,11 +100,17 @@ def _wide(settings: MemorySettings, backbone: Backbone) -> int:
 class Seen:
     """What was seen of a batch: the `query` (b, width) of one memory, features `beside` (b, f).
 
-    None where every block has a memory, or nothing stands beside.
+    None where every block has a memory, or nothing stands beside; or the query is seen by `later`,
+    in the pass that recalls.
     """
 
     query: Tensor | None
     beside: Tensor | None
+    later: ImageLook | None = None
+
+    def passing(self) -> Passing | None:
+        """What sees the query of one pass, where that is seen later."""
+        return None if self.later is None else Passing(self.later)
 
     def widened(self, features: Tensor) -> Tensor:
         """Features (b, dim), and behind them those beside."""
@@ -136,12 +151,24 @@ class ImageLook(nn.Module):
             narrow = directions(wide, MOST_WIDE, torch.device("cpu")).clone()
         self.register_buffer("narrow", narrow, persistent=False)
         self.features_width = backbone.dim * (1 + len(self.beside))
+        self._seen_at = settings.seen_at(depth)
 
     def forward(
-        self, backbone: Backbone, pixels: Tensor, *, query: bool = True, beside: bool = True
+        self,
+        backbone: Backbone,
+        pixels: Tensor,
+        *,
+        begin: int = 0,
+        query: bool = True,
+        beside: bool = True,
     ) -> Seen:
-        """What is seen of preprocessed pixels; without `query` or `beside` only the other."""
-        asked, read = self.under if query else (), self.beside if beside else ()
+        """What is seen of preprocessed pixels; without `query` or `beside` only the other.
+
+        The pass that follows has adapters from the block `begin` on.
+        """
+        passing = query and is_seen_before(begin, self._seen_at)
+        asked = self.under if query and not passing else ()
+        read = self.beside if beside else ()
         parts: list[Tensor] = []
         features: dict[Under, Tensor] = {}
         for under in dict.fromkeys((*asked, *read)):
@@ -152,7 +179,8 @@ class ImageLook(nn.Module):
             if under in read:
                 features[under] = seen["final"]
         found = [features[under] for under in read]
-        return Seen(self._joined(parts), torch.cat(found, dim=1) if found else None)
+        whole = torch.cat(found, dim=1) if found else None
+        return Seen(self._joined(parts), whole, self if passing else None)
 
     def _pass(
         self,
@@ -194,6 +222,16 @@ class ImageLook(nn.Module):
             return pooled(hidden.unsqueeze(1), "class", 0, norm=self.norm)
         return pooled(hidden, self.token, self.prefix_tokens, norm=self.norm)
 
+    def part(self, block: int, hidden: Tensor) -> Tensor | None:
+        """What is seen of the input (b, n, dim) of a block, (b, dim); None where nothing is."""
+        return self._pooled(f"block:{block}", hidden) if block in self.blocks else None
+
+    def whole(self, parts: Mapping[int, Tensor]) -> Tensor | None:
+        """The query (b, width) of the parts of all blocks that are looked at, else None."""
+        if len(parts) < len(self.blocks):
+            return None
+        return self._joined([parts[int(place[6:])] for place in self.places])
+
     def _joined(self, parts: Sequence[Tensor]) -> Tensor | None:
         """The parts side by side, projected where they are too wide."""
         if not parts:
@@ -201,5 +239,21 @@ class ImageLook(nn.Module):
         whole = torch.cat([*parts], dim=1)
         if self.narrow is None:
             return whole
-        with torch.autocast(whole.device.type, enabled=False):
+        with without_autocast(whole):
             return whole @ self.narrow.to(whole)
+
+
+class Passing:
+    """The look of one pass that recalls, as its blocks are reached: see `is_seen_before`."""
+
+    def __init__(self, look: ImageLook) -> None:
+        self._look = look
+        self._parts: dict[int, Tensor] = {}
+
+    def __call__(self, block: int, hidden: Tensor) -> Tensor | None:
+        """The query (b, width) at the block where the last place is seen; None at any other."""
+        part = self._look.part(block, hidden)
+        if part is None:
+            return None
+        self._parts[block] = part
+        return self._look.whole(self._parts)

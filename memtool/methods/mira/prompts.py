@@ -57,12 +57,7 @@ from memtool.methods.mira.tokens import TokenRouting
 from memtool.methods.records import number_of, recorded, task_name, task_of
 from memtool.methods.results import RetrieveResult, WriteResult
 from memtool.methods.routed.attached import RoutedTexts
-from memtool.methods.routed.memory import (
-    LEAST,
-    Kept,
-    RoutedMemory,
-    Routing,
-)
+from memtool.methods.routed.memory import LEAST, Kept, RoutedMemory, Routing
 from memtool.methods.routed.method import Routed
 from memtool.methods.stored_values import stored_adapter
 from memtool.sections import MemorySettings
@@ -329,7 +324,8 @@ class PromptMemory(Routed):
         def read(number: int) -> OneAdapter:
             return stored_adapter(view, records[number], layout, sites)
 
-        return Stock(len(records), sites, read)
+        anywhere = any(record.ragged for record in records)
+        return Stock(len(records), sites, read, 0 if anywhere else layout.blocks[0])
 
     def attach(
         self, version: str = "HEAD", *, task: str | None = None, precision: str = "fp32"

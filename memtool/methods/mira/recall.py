@@ -1,8 +1,8 @@
 """How an input recalls its mixture: backbone, stacked values and keyed memory as one module.
 
 `scope` "block": the memory of every block looks at that block's own input, as in MIRA's paper.
-`scope` "model": one memory looks at passes that run before (`look`), and its coefficients serve all
-blocks; what it sees never depends on what it recalls.
+`scope` "model": one memory looks at passes that run before (`look`), or at the blocks before the
+first adapter, and its coefficients serve all blocks; what it sees never depends on what it recalls.
 """
 
 from __future__ import annotations
@@ -125,22 +125,27 @@ class MemoryRecall:
     def __init__(
         self,
         model: MemoryModel,
-        query: Tensor | None,
+        seen: Seen,
         offset: Tensor | None = None,
         given: Given | None = None,
     ) -> None:
-        """`query` is what one memory for all blocks looks at; None where each block has its own.
+        """`seen` is what one memory for all blocks is asked, now or in this pass.
 
         With `given` weights nothing is read but what a decoder adds to them.
         """
         self._model = model
+        self._passing = seen.passing()
         self._offset = offset
         self._given = given
         self.coefficients: dict[int, Tensor] = {}
         self._shared: _Read | None = None
-        if query is not None:
-            (block,) = model.memory.blocks
-            self._shared = self._read(block, query)
+        self._mixture: Mixture | None = None
+        if seen.query is not None:
+            self._shared = self._read_for_all(seen.query)
+
+    def _read_for_all(self, query: Tensor) -> _Read:
+        (block,) = self._model.memory.blocks
+        return self._read(block, query)
 
     def _read(self, block: int, hidden: Tensor) -> _Read:
         memory = self._model.memory
@@ -169,7 +174,16 @@ class MemoryRecall:
 
     def __call__(self, block: int, hidden: Tensor) -> Mixture | None:
         """The mixture of a block for its input (batch, tokens, dim)."""
-        model, read = self._model, self._shared
+        model = self._model
+        if self._mixture is not None:  # of a block before, which has the same coefficients
+            here = model.values.block(block)
+            return None if here is None else self._mixture.in_block(here)
+        if self._passing is not None and self._shared is None:
+            query = self._passing(block, hidden)
+            if query is None:
+                return None  # no adapter acts before all is seen
+            self._shared = self._read_for_all(query)
+        read = self._shared
         asked = block in model.memory.blocks
         adapted = block in model.values.layout.blocks
         if read is None and not asked and model.settings.blocks is not None:
@@ -189,7 +203,10 @@ class MemoryRecall:
         values = model.values.block(block)
         assert values is not None
         if read.added is None:
-            return Mixture.weighted(values, read.coefficients, model.mix)
+            mixture = Mixture.weighted(values, read.coefficients, model.mix)
+            if self._shared is not None:
+                self._mixture = mixture
+            return mixture
         place = 0 if read.added.shape[1] == 1 else model.values.layout.blocks.index(block)
         return Mixture.ranked(values, read.coefficients.unsqueeze(-1) + read.added[:, place])
 
@@ -220,15 +237,19 @@ class MemoryModel(nn.Module):
 
     def recall(self, pixels: Tensor) -> MemoryRecall:
         """A fresh recall for one forward pass over `pixels`."""
-        return self._recall(self.look(self.backbone, pixels, beside=False))
+        return self._recall(self.seen_of(pixels, beside=False))
+
+    def seen_of(self, pixels: Tensor, *, beside: bool = True) -> Seen:
+        """What is seen of preprocessed pixels before the pass that recalls."""
+        return self.look(self.backbone, pixels, begin=self.values.begin, beside=beside)
 
     def _recall(self, seen: Seen, offset: Tensor | None = None) -> MemoryRecall:
-        return MemoryRecall(self, seen.query, offset)
+        return MemoryRecall(self, seen, offset)
 
     def forward(self, images: Tensor) -> Tensor:
         """Features (batch, f) as the head reads them: recalled ones, perhaps others beside."""
         pixels = self.backbone.preprocess(images)
-        seen = self.look(self.backbone, pixels)
+        seen = self.seen_of(pixels)
         return seen.widened(self.backbone.features(pixels, self._recall(seen)))
 
     def under(self, images: Tensor, recall: Recall | None) -> Tensor:
@@ -242,8 +263,8 @@ class MemoryModel(nn.Module):
     def given(self, images: Tensor, given: Given) -> Tensor:
         """Features (batch, f) as the head reads them, under weights that are given."""
         pixels = self.backbone.preprocess(images)
-        seen = self.look(self.backbone, pixels)
-        recall = MemoryRecall(self, seen.query, given=given)
+        seen = self.seen_of(pixels)
+        recall = MemoryRecall(self, seen, given=given)
         return seen.widened(self.backbone.features(pixels, recall))
 
     def with_coefficients(
@@ -254,7 +275,7 @@ class MemoryModel(nn.Module):
         `offset` as in `MemoryRecall`.
         """
         pixels = self.backbone.preprocess(images)
-        return self.mixed(pixels, self.look(self.backbone, pixels), offset)
+        return self.mixed(pixels, self.seen_of(pixels), offset)
 
     def mixed(
         self, pixels: Tensor, seen: Seen, offset: Tensor | None = None
@@ -271,7 +292,7 @@ class MemoryModel(nn.Module):
         Coefficients (batch, memories, t); queries (batch, memories, d), without the constant.
         `offset` as in `MemoryRecall`.
         """
-        seen = self.look(self.backbone, pixels)
+        seen = self.seen_of(pixels)
         recall = self._recall(seen, offset)
         probe = QueryProbe(self.memory, recall, seen)
         features = seen.widened(self.backbone.features(pixels, probe))
@@ -284,21 +305,28 @@ class QueryProbe:
     """A recall that passes another one on and keeps what the given memories would be asked.
 
     `queries[l]` (batch, d) is the query of memory l, without the constant: of what was `seen`
-    beforehand, or of the input of its block.
+    beforehand or is seen in this pass, or of the input of its block.
     """
 
     def __init__(self, memory: KeyedMemory, inner: Recall | None, seen: Seen) -> None:
         self._memory = memory
         self._inner = inner
-        self._apart = seen.query is None
+        self._passing = seen.passing()
+        self._apart = seen.query is None and self._passing is None
         self.queries: dict[int, Tensor] = {}
-        if seen.query is not None:
-            (block,) = memory.blocks
-            self.queries[block] = memory[block].query.bare(seen.query)
+        self._keep(seen.query)
+
+    def _keep(self, query: Tensor | None) -> None:
+        """Keep the query of one memory for all blocks, once it is seen."""
+        if query is not None:
+            (block,) = self._memory.blocks
+            self.queries[block] = self._memory[block].query.bare(query)
 
     def __call__(self, block: int, hidden: Tensor) -> Mixture | None:
         """What the inner recall says."""
-        if self._apart and block in self._memory.blocks:
+        if self._passing is not None:
+            self._keep(self._passing(block, hidden))
+        elif self._apart and block in self._memory.blocks:
             self.queries[block] = self._memory[block].query.bare(hidden)
         return None if self._inner is None else self._inner(block, hidden)
 
@@ -309,10 +337,14 @@ def features_and_queries(
     look: ImageLook,
     inner: Recall | None,
     images: Tensor,
+    begin: int = 0,
 ) -> Tensor:
-    """Features (batch, f) with those beside, and the queries of all memories behind them."""
+    """Features (batch, f) with those beside, and the queries of all memories behind them.
+
+    The `inner` recall has adapters from the block `begin` on.
+    """
     pixels = backbone.preprocess(images)
-    seen = look(backbone, pixels)
+    seen = look(backbone, pixels, begin=begin)
     probe = QueryProbe(memory, inner, seen)
     features = seen.widened(backbone.features(pixels, probe))
     parts: Sequence[Tensor] = [probe.queries[block] for block in memory.blocks]

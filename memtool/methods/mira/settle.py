@@ -48,7 +48,7 @@ def settled(model: MemoryModel, say: Says, pixels: Tensor) -> Tensor | None:
     with torch.inference_mode(False):
         own = pixels.clone()
         with torch.no_grad():
-            seen = model.look(model.backbone, own)
+            seen = model.seen_of(own)
         shape = (len(own), len(model.memory.blocks), len(model.values))
         kind = torch.promote_types(own.dtype, torch.float32)
         offset = torch.zeros(shape, dtype=kind, device=own.device)

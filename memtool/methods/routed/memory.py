@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import memtool_stores
+from memtool.adapters.mixing import Mixture
 from memtool.adapters.recalls import given_for_each
 from memtool.adapters.stock import Stock
 from memtool.adapters.values import AdapterValues, Recall
@@ -19,7 +20,7 @@ from memtool.backbones.causal_lm import CausalLM
 from memtool.devices import sent
 from memtool.errors import CorruptError, MismatchError, NotFoundError
 from memtool.heads import RecalledHead
-from memtool.learning.looks import FINAL, PromptLook
+from memtool.learning.looks import FINAL, PromptLook, is_seen_before
 from memtool.methods.in_store import own_head
 from memtool.methods.records import task_of
 from memtool.tensor_bytes import load_tensors
@@ -195,13 +196,57 @@ class Routing(nn.Module):
 
     def recalled(self, lm: CausalLM, prompts: Tensor, way: Way | None = None) -> Recall:
         """What prompts recall; `way` is another use of their weights."""
+        if self._looks_on_its_way(lm):
+            return RecallOnItsWay(self, lm, prompts, way)
         weights = self.weighed(lm, prompts)
         return self.recall(weights if way is None else way(weights))
 
     def asked(self, lm: CausalLM, prompts: Tensor) -> tuple[Recall, Callable[[], Tensor]]:
         """What prompts recall; and what tells their weights, as `weighed`, once they ran."""
+        if self._looks_on_its_way(lm):
+            later = RecallOnItsWay(self, lm, prompts)
+            return later, later.weights
         weights = self.weighed(lm, prompts)
         return self.recall(weights), lambda: weights
+
+    def _looks_on_its_way(self, lm: CausalLM) -> bool:
+        """Whether prompts are seen whole before any adapter changes what is seen."""
+        return not self._told and is_seen_before(self.values.begin, self.look.seen_at(lm.depth))
+
+
+class RecallOnItsWay:
+    """The recall of one run over prompts (b, n) that are looked at as it passes.
+
+    No adapter acts before the block where all is seen; there the weights are found, and stay.
+    """
+
+    def __init__(
+        self, routing: Routing, lm: CausalLM, prompts: Tensor, way: Way | None = None
+    ) -> None:
+        """`way` is another use of the weights."""
+        self._routing = routing
+        self._passing = routing.look.passing(lm, prompts)
+        self._way = way
+        self._weights: Tensor | None = None
+        self._recall: Recall | None = None
+
+    def weights(self) -> Tensor:
+        """The weights (b, adapters), as `Routing.weighed`, once it ran."""
+        assert self._weights is not None
+        return self._weights
+
+    def __call__(self, block: int, hidden: Tensor) -> Mixture | None:
+        """The mixture of a block for its input (b, n, dim)."""
+        if self._recall is None:
+            with torch.no_grad():
+                seen = self._passing(block, hidden)
+                if seen is None:
+                    return None
+                weights = self._weights = self._routing.weights(seen)
+                self._recall = self._routing.recall(
+                    weights if self._way is None else self._way(weights)
+                )
+        return self._recall(block, hidden)
 
 
 @dataclass(frozen=True, eq=False)
