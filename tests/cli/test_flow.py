@@ -164,7 +164,7 @@ def test_a_dry_run_writes_nothing(flow):
 
 
 def test_ctrl_c_while_training_is_safe_and_the_same_command_goes_on(flow):
-    command = ["memtool", "train-adapter", "--task", "4", "--set", "train.epochs=20", "--json"]
+    command = ["memtool", "train-adapter", "--task", "4", "--set", "train.epochs=60", "--json"]
     with subprocess.Popen(
         command,
         cwd=flow,

@@ -272,16 +272,16 @@ def test_what_does_not_belong_together_is_refused_by_name(place: Path, tmp_path:
 KILLED = """
 import os, signal, sys
 from memtool.methods.merge import merge
-from memtool_stores import parts
+from memtool_stores import arrays, parts
 target, other, die_at = sys.argv[1], sys.argv[2], int(sys.argv[3])
-parts.WRITTEN_PARTS = 1
-real, calls = parts.put, []
+arrays.WRITTEN_CHUNKS = 1
+real, calls = arrays.put, []
 def put(group, files):
     if len(calls) == die_at:
         os.kill(os.getpid(), signal.SIGKILL)
     calls.append(1)
     real(group, files)
-parts.put = put
+arrays.put = parts.put = put
 merge(target, other)
 os._exit(0)
 """
