@@ -501,10 +501,11 @@ class Config(Settings):
 
 def _no_look(config: Config, memory: object) -> ConfigError:
     """Adapters that would begin where nothing looks."""
-    found, expected, other = f"under method {config.method}", "method mira", "method=mira"
+    found, other = f"under method {config.method}", "method=mira"
+    expected = "method mira, whose memory can look at a block"
     if isinstance(memory, MemorySettings):
         found, other = f"with memory.look_at {','.join(memory.places)}", "memory.look_at=2"
-        expected = "the input of a block, or of several"
+        expected = "the input of a block, or of several, behind which adapters begin"
         if memory.look_under != "frozen":
             found, other = f"with memory.look_under {memory.look_under}", "memory.look_under=frozen"
             expected = "a look at the frozen model: no adapter acts before it ends"
@@ -513,7 +514,7 @@ def _no_look(config: Config, memory: object) -> ConfigError:
             expected = "one look for all blocks"
     return ConfigError(
         f"adapter.blocks from-look {found}",
-        expected=f"{expected}, behind which adapters begin",
+        expected=expected,
         remedy=f"--set adapter.blocks=all, or --set {other}",
     )
 

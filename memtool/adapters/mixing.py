@@ -317,7 +317,7 @@ class Mixture:
 
     Use the constructors `whole`, `grouped`, `weighted`, `ranked`, `chosen` and `atoms`, which check
     the shapes. An adapted layer calls `add_to`. With `picks` a gate (b, k) is of these adapters
-    alone. `ready` holds what was made of a gate (b, t), by rank and dtype.
+    alone. `ready` holds what was made of a gate (b, t) that does not learn, by rank and dtype.
 
         mixture = Mixture.weighted(values.block(3), coefficients, mix="params")
         y = mixture.add_to(F.linear(x, weight, bias), x, "blocks.3.attn.qkv")
@@ -502,7 +502,9 @@ class Mixture:
             return add(y, x, values, scaling)
         if self.kind == "ranks":
             return add_ranks(y, x, values, scaling, gate)
-        if self.kind == "delta" and gate.ndim == 2:
+        # What learns is spread anew: a block that is computed again for backward does the same.
+        learns = gate.requires_grad and torch.is_grad_enabled()
+        if self.kind == "delta" and gate.ndim == 2 and not learns:
             kind = (values.a.shape[2], y.dtype)
             if kind not in self.ready:
                 self.ready[kind] = _spread_over(values, gate.unsqueeze(1) * scaling, y.dtype)

@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 from collections.abc import Sequence
+from contextlib import suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -106,14 +107,15 @@ class _Worker:
     def begin(self, task: Task) -> None:
         """Let it train a task."""
         self._task, self._steps = task, False
-        self.pipe.send(str(task.number))
+        with suppress(ConnectionError):  # it died, which is told when it is heard
+            self.pipe.send(str(task.number))
 
     def hear(self) -> bool:
         """Take what it says; whether its task goes on. Raises its errors."""
         assert self._task is not None
         try:
             said = self.pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             self._process.join()
             raise MemtoolError(
                 f"the process that trained task {self._task.number} {self._task.name} ended with "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import pytest
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from memtool.adapters import mixing
 from memtool.adapters.layout import Layout, Site
@@ -473,6 +474,34 @@ def test_bfloat16_stays_close_to_float32(kind: Kind, mix: Mix) -> None:
         outputs.append(y.float())
     error = (outputs[1] - outputs[0]).norm() / outputs[0].norm()
     assert error < 0.01
+
+
+def test_gradients_of_a_block_that_is_computed_again_for_backward() -> None:
+    """Its two layers ask one mixture, which was asked without gradients before."""
+    case = make("weighted", slices="", width=6)
+    (site,) = case.layout.sites
+    layout = Layout((site, replace(site, module="blocks.0.mlp.fc1")), case.layout.rank)
+    values = AdapterValues.from_flat(case.flat.repeat(1, 2), layout, case.scaling, trainable=False)
+    block = values.block(0)
+    assert block is not None
+    found = []
+    for again in (True, False):
+        coefficients = case.coefficients.clone().requires_grad_()
+        mixture = Mixture.weighted(block, coefficients, "delta")
+
+        def run(x: Tensor, mixture: Mixture = mixture) -> Tensor:
+            for one in layout.sites:
+                x = mixture.add_to(torch.zeros_like(x), x, one.module)
+            return x
+
+        if again:
+            with torch.no_grad():
+                run(case.x)
+        out = checkpoint(run, case.x, use_reentrant=False) if again else run(case.x)
+        out.square().sum().backward()
+        found.append(coefficients.grad)
+    assert found[1] is not None
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
 
 
 def test_more_token_dimensions_are_tokens() -> None:

@@ -15,7 +15,7 @@ import pytest
 from memtool.config import resolve
 from memtool.errors import BusyError, ConfigError, DivergedError, MemtoolError, TrainingInterrupted
 from memtool.evaluation.record import Record
-from memtool.experiments.at_once import adapt_at_once, require_independent
+from memtool.experiments.at_once import _Worker, adapt_at_once, require_independent
 from memtool.experiments.run import run
 from memtool.methods import open_method
 from memtool.progress import ProgressEvent
@@ -153,6 +153,25 @@ def test_a_process_that_dies_is_named_with_its_task(tmp_path: Path) -> None:
     method = open_method(config, seed=0, progress=kill)
     with pytest.raises(MemtoolError, match=r"trained task [12] \w+ ended with -9"):
         adapt_at_once(method, method.workspace.stream.tasks, 2)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_process_that_dies_as_it_begins_is_named_too(tmp_path: Path, told: bool) -> None:
+    """What it was told it has not read, or nobody is there to be told."""
+    method = open_method(config_of(tmp_path), seed=0)
+    task = method.workspace.stream.tasks[0]
+    worker = _Worker(method, False)
+    if told:
+        worker.begin(task)
+    (child,) = active_children()
+    assert child.pid is not None
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    if not told:
+        worker.begin(task)
+    with pytest.raises(MemtoolError, match=rf"trained task 1 {task.name} ended with -9"):
+        worker.hear()
+    worker.end()
 
 
 def test_ctrl_c_saves_how_far_all_are(tmp_path: Path) -> None:

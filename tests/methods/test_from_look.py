@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
 from pathlib import Path
 
 import pytest
@@ -209,6 +210,9 @@ def test_prompts_are_looked_at_on_the_way_to_their_answers() -> None:
     loss = lm.answer_loss(made.tokens, made.answers, recall)
     ahead = lm.answer_loss(made.tokens, made.answers, routing.recall(weights))
     torch.testing.assert_close(loss, ahead, rtol=0, atol=1e-6)  # the rule works in float32
+    recalled = weakref.ref(recall)
+    del recall
+    assert recalled() is None  # weights that are asked for later hold no adapters
     torch.testing.assert_close(told(), weights, rtol=0, atol=1e-6)
     asked = lm.encode(["one plus one", "a", "what is it"]).tokens
     slow = lm.generate(asked, routing.recall(routing.weighed(lm, asked)), most=6)

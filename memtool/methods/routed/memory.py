@@ -204,8 +204,13 @@ class Routing(nn.Module):
     def asked(self, lm: CausalLM, prompts: Tensor) -> tuple[Recall, Callable[[], Tensor]]:
         """What prompts recall; and what tells their weights, as `weighed`, once they ran."""
         if self._looks_on_its_way(lm):
-            later = RecallOnItsWay(self, lm, prompts)
-            return later, later.weights
+            found: list[Tensor] = []  # and not the recall, which holds adapters
+
+            def keep(weights: Tensor) -> Tensor:
+                found.append(weights)
+                return weights
+
+            return RecallOnItsWay(self, lm, prompts, keep), lambda: found[0]
         weights = self.weighed(lm, prompts)
         return self.recall(weights), lambda: weights
 
@@ -227,13 +232,7 @@ class RecallOnItsWay:
         self._routing = routing
         self._passing = routing.look.passing(lm, prompts)
         self._way = way
-        self._weights: Tensor | None = None
         self._recall: Recall | None = None
-
-    def weights(self) -> Tensor:
-        """The weights (b, adapters), as `Routing.weighed`, once it ran."""
-        assert self._weights is not None
-        return self._weights
 
     def __call__(self, block: int, hidden: Tensor) -> Mixture | None:
         """The mixture of a block for its input (b, n, dim)."""
@@ -242,7 +241,7 @@ class RecallOnItsWay:
                 seen = self._passing(block, hidden)
                 if seen is None:
                     return None
-                weights = self._weights = self._routing.weights(seen)
+                weights = self._routing.weights(seen)
                 self._recall = self._routing.recall(
                     weights if self._way is None else self._way(weights)
                 )
