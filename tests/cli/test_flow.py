@@ -163,10 +163,19 @@ def test_a_dry_run_writes_nothing(flow):
     assert not any("task-3" in path.name for path in (flow / "runs").rglob("*"))
 
 
+SPEAKS = """
+from memtool_cli.main import run
+from memtool_cli.output import PlainProgress
+PlainProgress.__init__.__defaults__ = (0.0,)
+run()
+"""
+"""memtool with a line for every step, in place of one every few seconds."""
+
+
 def test_ctrl_c_while_training_is_safe_and_the_same_command_goes_on(flow):
     command = ["memtool", "train-adapter", "--task", "4", "--set", "train.epochs=60", "--json"]
     with subprocess.Popen(
-        command,
+        [sys.executable, "-c", SPEAKS, *command[1:]],
         cwd=flow,
         env=environment(flow),
         stdout=subprocess.PIPE,
