@@ -26,6 +26,9 @@ from memtool.workspace import Workspace
 
 Result = TypeVar("Result")
 
+PLACES = {"store", "lock_timeout", "runs", "baselines", "orders", "limits"}
+"""Settings that change nothing of what a stored version predicts."""
+
 
 @dataclass(frozen=True)
 class Taken:
@@ -69,7 +72,7 @@ class Earlier:
             *decides,
             work.backbone.sha256,
             work.stream.fingerprint,
-            work.config.recorded(),
+            {name: one for name, one in work.config.recorded().items() if name not in PLACES},
             work.engine.precision,
             str(work.engine.device),
         ]

@@ -47,6 +47,9 @@ def test_earlier_versions_are_measured_once(learned_copy: Mira, passed: Callable
     again = learned_copy.evaluate(history=True)
     assert passed() == tasks * TEST  # the newest version
     assert _same(first, again)
+    elsewhere = learned_copy.config.model_copy(update={"baselines": ("none",), "lock_timeout": 7})
+    Mira.open(elsewhere, seed=0).evaluate(history=True)
+    assert passed() == tasks * TEST
     other = learned_copy.config.model_copy(
         update={"engine": learned_copy.config.engine.model_copy(update={"eval_batch_size": 7})}
     )
