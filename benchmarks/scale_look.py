@@ -93,7 +93,9 @@ def calls_of(backbone: VitBackbone) -> dict[str, Callable[[Tensor], Tensor]]:
     """What is timed, by name: uint8 images (b, h, w, 3) to scores (b, classes)."""
     generator = torch.Generator().manual_seed(2)
     heads = [
-        LinearClassifier(torch.randn(CLASSES, backbone.dim, generator=generator), torch.zeros(7))
+        LinearClassifier(
+            torch.randn(CLASSES, backbone.dim, generator=generator), torch.zeros(CLASSES)
+        )
         for _ in range(ADAPTERS)
     ]
     calls: dict[str, Callable[[Tensor], Tensor]] = {}

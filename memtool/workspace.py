@@ -261,6 +261,8 @@ class Workspace:
 
     def _require_same_blocks(self, store: memtool_stores.MemoryStore) -> None:
         """Raise ConfigError where its adapters sit in other blocks than those that are set."""
+        if store.space.layout.segments == self.space.layout.segments:
+            return
         then, here = remembered(store), self.config.recorded()
         blocks = here["adapter"]["blocks"]
         pairs = [("adapter.blocks", then.get("adapter.blocks", "all"), blocks)]  # all, of before

@@ -26,7 +26,7 @@ from memtool.workspace import Workspace
 
 Result = TypeVar("Result")
 
-PLACES = {"store", "lock_timeout", "runs", "baselines", "orders", "limits"}
+DECIDES_NOTHING = {"store", "lock_timeout", "runs", "baselines", "orders", "limits"}
 """Settings that change nothing of what a stored version predicts."""
 
 
@@ -72,7 +72,11 @@ class Earlier:
             *decides,
             work.backbone.sha256,
             work.stream.fingerprint,
-            {name: one for name, one in work.config.recorded().items() if name not in PLACES},
+            {
+                name: one
+                for name, one in work.config.recorded().items()
+                if name not in DECIDES_NOTHING
+            },
             work.engine.precision,
             str(work.engine.device),
         ]

@@ -39,9 +39,8 @@ _UNREADABLE = (
     zipfile.BadZipFile,
     EOFError,
     ValueError,
-    # A flipped bit may claim another compression, or a password.
-    NotImplementedError,
-    RuntimeError,
+    NotImplementedError,  # how zipfile tells of another compression, which a flipped bit may claim
+    RuntimeError,  # and of a password
     zlib.error,
     struct.error,
 )

@@ -299,6 +299,8 @@ def test_adapters_in_other_blocks_are_others(begun: Path, tmp_path: Path) -> Non
         with pytest.raises(ConfigError, match=words) as refused:
             begun_in(begun, **changes).evaluate()
         assert remedy in str(refused.value.remedy)
+    same_in_other_words = begun_in(begun, memory__look_at=("block:1",))
+    assert same_in_other_words.workspace.store.head()
     old = small_config(tmp_path, **{**FROM_LOOK, "store": str(tmp_path / "old")})
     learn(Mira.open(small_config(tmp_path, store=str(tmp_path / "old")), seed=0), tasks=1)
     with pytest.raises(ConfigError, match="made with all"):
