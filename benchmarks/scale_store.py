@@ -47,7 +47,7 @@ APPENDS = 5
 """Appends a repeat: some commits close a manifest or a page, and most do not."""
 
 PEAK = """
-import re, sys
+import os, re, sys
 from memtool_stores import MemoryStore
 store = MemoryStore.open(sys.argv[1])
 match sys.argv[2]:
@@ -58,8 +58,11 @@ match sys.argv[2]:
     case "gc":
         assert store.gc(keep_last=1)
 print(int(re.search(r"VmHWM:\\s+([0-9]+) kB", open("/proc/self/status").read())[1]) / 1024)
+sys.stdout.flush()
+os._exit(0)
 """
-"""Not `ru_maxrss`, which a process has from the one that started it."""
+"""Not `ru_maxrss`, which a process has from the one that started it; and not the end of Python, at
+which threads of icechunk may abort."""
 
 
 def sizes_of(full: bool) -> tuple[int, ...]:

@@ -47,6 +47,7 @@ from memtool_cli.scores import show
 
 if TYPE_CHECKING:
     from memtool.backbones.pretrain import PretrainProgress
+    from memtool.methods.method import Method
 
 app = Verbs()
 
@@ -155,29 +156,13 @@ def run(
     from memtool.experiments import run as experiment
     from memtool.experiments import select as choosing
     from memtool.experiments.at_once import require_independent
-    from memtool.experiments.baselines import (
-        chosen_baselines,
-        known_baselines,
-        readers_of,
-        where_known,
-    )
     from memtool.methods import open_method
 
     services, said = to_follow(log, name, note, tag)
     call.refuse_version()
     method = open_method(call.config, seed=call.config.seed[0])
     require_independent(method, parallel_tasks)
-    known, chosen = known_baselines(method), chosen_baselines(method)
-    absent = [name for name in call.config.baselines if name not in ("all", "none", *chosen)]
-    if absent and known:
-        call.out.note(
-            f"note: no baseline {', '.join(absent)} {where_known(method)}, so that there will be "
-            f"no row; there are {', '.join(known)}"
-        )
-    readers = readers_of("replay.buffer")
-    if call.resolved.origin["replay.buffer"] == COMMAND_LINE and not {*readers} & {*chosen}:
-        named = " and ".join(readers)
-        call.out.note(f"note: replay.buffer has no effect without the baselines {named}")
+    _note_without_effect(call, method)
     if select_seed is not None and not select:
         raise ConfigError(
             f"--select-seed {select_seed} without --select", remedy="--select train.lr=1e-3,3e-3"
@@ -213,6 +198,28 @@ def run(
         for folder in experiment.folders_of(call.config, seed):
             call.out.note(f"record.json and report.html of seed {seed}: {folder}")
     return None
+
+
+def _note_without_effect(call: Call, method: Method) -> None:
+    """Say which baselines that were asked for are not there, and what no baseline reads."""
+    from memtool.experiments.baselines import (
+        chosen_baselines,
+        known_baselines,
+        readers_of,
+        where_known,
+    )
+
+    known, chosen = known_baselines(method), chosen_baselines(method)
+    absent = [name for name in call.config.baselines if name not in ("all", "none", *chosen)]
+    if absent and known:
+        call.out.note(
+            f"note: no baseline {', '.join(absent)} {where_known(method)}, so that there will be "
+            f"no row; there are {', '.join(known)}"
+        )
+    readers = readers_of("replay.buffer")
+    if call.resolved.origin["replay.buffer"] == COMMAND_LINE and not {*readers} & {*chosen}:
+        named = " and ".join(readers)
+        call.out.note(f"note: replay.buffer has no effect without the baselines {named}")
 
 
 @app.command(
