@@ -51,10 +51,14 @@ def _learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+NOT_SCORED = shutil.ignore_patterns("scores")
+"""What a test that only reads has scored is not copied: whether one ran before is chance."""
+
+
 @pytest.fixture
 def adapted(_learned: Path, tmp_path: Path) -> Path:
     """A folder with the adapters of the three tasks and no memory: to adapt finds them there."""
-    shutil.copytree(_learned / "runs", tmp_path / "runs")
+    shutil.copytree(_learned / "runs", tmp_path / "runs", ignore=NOT_SCORED)
     return tmp_path
 
 
@@ -68,7 +72,7 @@ def learned(_learned: Path) -> Mira:
 def learned_copy(_learned: Path, tmp_path: Path) -> Mira:
     """Three tasks in memory; a copy that a test may change."""
     folder = tmp_path / "copy"
-    shutil.copytree(_learned, folder)
+    shutil.copytree(_learned, folder, ignore=NOT_SCORED)
     return Mira.open(small_config(folder), seed=0)
 
 
