@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from memtool.adapters.values import Recall
-from memtool.backbones.interface import Backbone
+from memtool.backbones.interface import Resumable
 from memtool.backbones.open_clip import (
     CLIP_TARGETS,
     AdaptedClipBlock,
@@ -57,7 +57,7 @@ def _fetched(repository: str, file: str) -> Path:
         ) from error
 
 
-class ClipImageBackbone(Backbone):
+class ClipImageBackbone(Resumable):
     """The blocks and features of the image tower of a `ClipBackbone`, which it takes over."""
 
     targets = CLIP_TARGETS
@@ -99,6 +99,10 @@ class ClipImageBackbone(Backbone):
     def features(self, pixels: Tensor, recall: Recall | None = None) -> Tensor:
         """Image features (batch, dim), not normalised: open_clip's `encode_image`."""
         return self.whole.features(pixels, recall)
+
+    def features_from(self, block: int, hidden: Tensor, recall: Recall | None = None) -> Tensor:
+        """Image features (batch, dim) of the input (batch, tokens, width) of a block."""
+        return self.whole.features_from(block, hidden, recall)
 
     def hidden(self, pixels: Tensor, block: int, recall: Recall | None = None) -> Tensor:
         """The input (batch, tokens, width) of a block, the earlier ones under `recall`."""

@@ -152,7 +152,15 @@ class Backbone(FrozenModel):
         """
 
 
-class WithPrefix(Backbone):
+class Resumable(Backbone):
+    """An image model that goes on from the input of a block."""
+
+    @abstractmethod
+    def features_from(self, block: int, hidden: Tensor, recall: Recall | None = None) -> Tensor:
+        """As `features`, of what `hidden` gave for a block; `recall` is asked from there on."""
+
+
+class WithPrefix(Resumable):
     """An image model whose attention takes a prefix: prompts in front of the tokens of an image."""
 
     @abstractmethod
@@ -165,7 +173,7 @@ class WithPrefix(Backbone):
         """
 
 
-class TwoTowers(Backbone):
+class TwoTowers(Resumable):
     """An image model with a text tower beside it, as CLIP.
 
     Blocks are counted through: those of the text tower follow those of the image tower, so that one

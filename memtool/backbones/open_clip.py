@@ -212,9 +212,12 @@ class ClipBackbone(TwoTowers):
 
     def features(self, pixels: Tensor, recall: Recall | None = None) -> Tensor:
         """Image features (batch, dim), not normalised: open_clip's `encode_image`."""
-        hidden = self._embed(pixels)
-        for number, block in enumerate(self.clip.visual.transformer.resblocks):
-            hidden = block(hidden, None if recall is None else recall(number, hidden), None)
+        return self.features_from(0, self._embed(pixels), recall)
+
+    def features_from(self, block: int, hidden: Tensor, recall: Recall | None = None) -> Tensor:
+        """Image features (batch, dim) of the input (batch, tokens, width) of a block."""
+        for number, later in enumerate(self.clip.visual.transformer.resblocks[block:], start=block):
+            hidden = later(hidden, None if recall is None else recall(number, hidden), None)
         pooled, _ = self.clip.visual._pool(hidden)
         features: Tensor = pooled @ self.clip.visual.proj
         return features

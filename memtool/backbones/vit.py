@@ -112,7 +112,16 @@ class VitBackbone(WithPrefix):
         if prefix.tokens is not None:
             prompts = prefix.tokens.shape[1]
             hidden = torch.cat([prefix.tokens.to(hidden.dtype), hidden], dim=1)
-        for number, block in enumerate(self.vit.blocks):
+        return self._onward(0, hidden, recall, prefix, prompts)
+
+    def features_from(self, block: int, hidden: Tensor, recall: Recall | None = None) -> Tensor:
+        """Pooled features (batch, dim) of the input (batch, tokens, dim) of a block."""
+        return self._onward(block, hidden, recall, Prefix(), 0)
+
+    def _onward(
+        self, first: int, hidden: Tensor, recall: Recall | None, prefix: Prefix, prompts: int
+    ) -> Tensor:
+        for number, block in enumerate(self.vit.blocks[first:], start=first):
             mixture = None if recall is None else recall(number, hidden[:, prompts:])
             hidden = block(hidden, mixture, prefix.attended.get(number))
         return self.vit.forward_head(self.vit.norm(hidden)[:, prompts:], pre_logits=True)

@@ -32,7 +32,7 @@ from memtool.experiments.pretrained import (
     require_free,
     stream_of,
 )
-from memtool.learning.adapt import augmented
+from memtool.learning.augment import augmented
 from memtool.progress import Progress
 from memtool.settings import BackboneSettings, EngineSettings, StreamSettings, TrainSettings
 from memtool.streams import create_stream
@@ -77,7 +77,7 @@ def pretrain_timm(
     )
 
     def loss(learner: nn.Module, batch: Batch) -> Tensor:
-        return F.cross_entropy(learner(augmented(batch, train)), batch.labels)
+        return F.cross_entropy(learner(augmented(batch.inputs, batch.seed, train)), batch.labels)
 
     fit = engine.fit(
         learner.train(), batches, loss, train, stage=f"pretrain {model}", progress=progress

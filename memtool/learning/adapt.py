@@ -26,12 +26,13 @@ from memtool.adapters.layout import Layout
 from memtool.adapters.lora import init_lora
 from memtool.adapters.recalls import every, on_top
 from memtool.adapters.values import AdapterValues, Recall
-from memtool.devices import sent
 from memtool.engine import Batch, Batches, Engine, FitResult, available_bytes
 from memtool.errors import CapacityError, DivergedError
 from memtool.heads import CosineHead, LinearClassifier
+from memtool.learning.augment import augmented
 from memtool.learning.looks import FeatureModel, Labelled, narrowed_for
 from memtool.learning.mixup import mixing
+from memtool.learning.onward import Kept, OnwardBatches
 from memtool.progress import Progress
 from memtool.settings import AdapterSettings, TrainSettings
 from memtool.streams.task import Images
@@ -138,7 +139,8 @@ def adapt(
     """Train `adapter.per_task` adapters on `samples`.
 
     `start` (numel,) is the value that training starts from; none: A random, B zero.
-    The classifier starts at zero; not `biased`, it is linear without a bias. `beneath` is a memory
+    What images are in front of the first adapter is computed once where that pays, see `Kept`. The
+    classifier starts at zero; not `biased`, it is linear without a bias. `beneath` is a memory
     whose recalled mixture the adapters are trained on top of (residual adapters). With a `known`
     head, on the device of the engine, none learns, and `classes` are those that an image is told
     apart from.
@@ -160,8 +162,13 @@ def adapt(
         values = start.unsqueeze(0).repeat(adapter.per_task, 1)
     scaling = adapter.alpha / adapter.rank
     stack = AdapterValues.from_flat(values, layout, scaling, trainable=True).to(engine.device)
-    module = AdapterTraining(backbone, stack, head, classes, beneath, known, biased=biased)
-    batches = Batches(
+    kept = None
+    if beneath is None:
+        kept = Kept.where_it_pays(
+            engine, backbone, stack.begin, samples, train, seed, adapter.per_task
+        )
+    kind = Batches if kept is None else partial(OnwardBatches, kept=kept)
+    batches = kind(
         samples.inputs,
         samples.labels,
         train.batch_size,
@@ -171,12 +178,15 @@ def adapt(
         bootstrap=adapter.differ_by == "bootstrap",
         narrowed=narrowed_for(backbone),
     )
+    seen = backbone if kept is None else kept.model
+    module = AdapterTraining(seen, stack, head, classes, beneath, known, biased=biased)
     right = _Right(adapter.per_task)
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         of_class = train.mixup_of == "class"
         mixed = mixing(batch, train.mixup, adapter.per_task, of_class=of_class)
-        logits = model(mixed.inputs(augmented(batch, train)))
+        given = batch.inputs if kept else augmented(batch.inputs, batch.seed, train)
+        logits = model(mixed.inputs(given))
         if train.stop_at is not None:
             right.count(logits.detach(), batch)
         return mixed.loss(lambda labels: losses(logits, labels, batch.weights), batch.labels)
@@ -192,6 +202,7 @@ def adapt(
         enough=None if train.stop_at is None else partial(right.all_above, train.stop_at),
         progress=progress,
     )
+    module.backbone = backbone
     trained = stack.flat().cpu()
     require_learned(fit, len(classes), [trained], train.lr, stage)
     heads = tuple(
@@ -316,78 +327,6 @@ def losses(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     """
     each = F.cross_entropy(logits.flatten(0, 1), labels, reduction="none")
     return (each * weights).view(len(logits), -1).mean(dim=1)
-
-
-def augmented(batch: Batch, settings: TrainSettings) -> Tensor:
-    """The images as they are, or every one mirrored by chance and cropped from a padded frame.
-
-    `flip` mirrors alone; `crop` takes a piece of every one, see `cropped`. The copies of a
-    bootstrap sample, which are one image of the batch, share a draw.
-    """
-    images = batch.inputs
-    if settings.augment == "none":
-        return images
-    generator = torch.Generator().manual_seed(batch.seed)
-    if settings.augment == "crop":
-        return cropped(images, generator)
-    count, height, width, _ = images.shape
-    pad = max(1, height // 8)
-    mirrored = torch.rand(count, generator=generator) < 0.5
-    if settings.augment == "flip":
-        turned = sent(mirrored, images.device).view(-1, 1, 1, 1)
-        return torch.where(turned, images.flip(2), images)
-    offset = torch.randint(0, 2 * pad + 1, (count, 2), generator=generator)
-    offset, mirrored = sent(offset, images.device), sent(mirrored, images.device)
-    images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(2), images)
-    channels_first = images.permute(0, 3, 1, 2).float()
-    padded = F.pad(channels_first, (pad, pad, pad, pad), mode="reflect").to(torch.uint8)
-    rows = offset[:, :1] + torch.arange(height, device=images.device)
-    columns = offset[:, 1:] + torch.arange(width, device=images.device)
-    index = torch.arange(count, device=images.device)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]]
-
-
-CROP_AREA, CROP_RATIO, CROP_TRIES = (0.9, 1.0), (3 / 4, 4 / 3), 10
-"""Of `cropped`: what OpenCLIP trains with, and so the published MoRAM."""
-
-
-def crop_boxes(count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
-    """A piece of each of `count` images: int64 (count, 4), top, left, height and width in pixels.
-
-    Area and ratio of the sides, the latter on a logarithmic scale, are uniform in `CROP_AREA` and
-    `CROP_RATIO`; a piece that does not fit is drawn again, ten times at most, then it is the whole.
-    """
-    shape = (count, CROP_TRIES)
-    area = torch.empty(shape).uniform_(*CROP_AREA, generator=generator) * height * width
-    low, high = (math.log(ratio) for ratio in CROP_RATIO)
-    ratio = torch.empty(shape).uniform_(low, high, generator=generator).exp()
-    wide, high_ = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
-    fits = (wide <= width) & (high_ <= height) & (wide > 0) & (high_ > 0)
-    first = fits.int().argmax(dim=1, keepdim=True)
-    found = fits.any(dim=1)
-    tall = torch.where(found, high_.gather(1, first)[:, 0], torch.tensor(float(height)))
-    broad = torch.where(found, wide.gather(1, first)[:, 0], torch.tensor(float(width)))
-    place = torch.rand((count, 2), generator=generator)
-    top = (place[:, 0] * (height - tall + 1)).floor()
-    left = (place[:, 1] * (width - broad + 1)).floor()
-    return torch.stack([top, left, tall, broad], dim=1).long()
-
-
-def cropped(images: Tensor, generator: torch.Generator) -> Tensor:
-    """A piece of every image uint8 (n, h, w, 3), back in its size by antialiased bicubic."""
-    count, height, width, _ = images.shape
-    boxes = crop_boxes(count, height, width, generator)
-    channels_first = images.permute(0, 3, 1, 2).float()
-    pieces = [
-        F.interpolate(
-            image[None, :, top : top + tall, left : left + broad],
-            size=(height, width),
-            mode="bicubic",
-            antialias=True,
-        )
-        for image, (top, left, tall, broad) in zip(channels_first, boxes.tolist(), strict=True)
-    ]
-    return torch.cat(pieces).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
 def _accuracies(

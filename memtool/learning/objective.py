@@ -28,7 +28,8 @@ from memtool.backbones.interface import Backbone
 from memtool.devices import sent
 from memtool.engine import Batch
 from memtool.heads import CosineHead, LinearClassifier, LinearHead, both_ways, over_seen_texts
-from memtool.learning.adapt import augmented, class_mask
+from memtool.learning.adapt import class_mask
+from memtool.learning.augment import augmented
 from memtool.learning.known import PromptTokens, compared, fixed_head, is_fixed
 from memtool.learning.past_inputs import PastInputs
 from memtool.streams.task import Images, Task, Texts
@@ -127,7 +128,7 @@ class OfImages(Objective):
 
     def prepared(self, batch: Batch) -> Tensor:
         """The images, augmented as `train.augment` says."""
-        return augmented(batch, self.work.config.train)
+        return augmented(batch.inputs, batch.seed, self.work.config.train)
 
     def features(self, images: Tensor, recall: Recall | None) -> Tensor:
         """Features (b, dim) of uint8 images (b, h, w, 3)."""

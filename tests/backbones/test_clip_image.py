@@ -50,6 +50,8 @@ def test_it_is_the_image_tower_and_nothing_else(files):
     assert torch.equal(pixels, whole.preprocess(images))
     assert torch.allclose(backbone.features(pixels), whole.features(pixels), atol=1e-6)
     assert torch.allclose(backbone.hidden(pixels, 2), whole.hidden(pixels, 2), atol=1e-6)
+    later = backbone.features_from(2, backbone.hidden(pixels, 2))
+    assert torch.allclose(later, backbone.features(pixels), atol=1e-6)
     assert not [
         name for name, _ in backbone.named_parameters() if "text" in name or "token_" in name
     ]

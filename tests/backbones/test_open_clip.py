@@ -122,6 +122,8 @@ def test_with_one_lora_it_is_open_clip_with_merged_weights(
     torch.testing.assert_close(backbone.hidden(pixels, 2, recall), seen[2])
     assert not torch.allclose(backbone.hidden(pixels, 2), seen[2], atol=1e-2)
     torch.testing.assert_close(backbone.features(pixels, recall), images, atol=1e-5, rtol=1e-4)
+    later = backbone.features_from(2, seen[2], recall)
+    torch.testing.assert_close(later, images, atol=1e-5, rtol=1e-4)
     tokens = full_tokens(TEXTS)
     texts = merged.encode_text(tokens)
     assert not torch.allclose(texts, clip.encode_text(tokens), atol=1e-2)

@@ -144,9 +144,11 @@ def test_recall_sees_the_input_of_every_block_in_order() -> None:
     assert [block for block, _ in seen] == list(range(backbone.depth))
     for (_, hidden), expected in zip(seen, inputs, strict=True):
         torch.testing.assert_close(hidden, expected, rtol=1e-12, atol=1e-12)
-    for block, hidden in seen:
+    for block, hidden in tuple(seen):
         assert torch.equal(backbone.hidden(pixels(), block), hidden)
+        assert torch.equal(backbone.features_from(block, hidden, recall), features)
     assert torch.equal(features, backbone.features(pixels()))
+    assert [block for block, _ in seen] == [0, 1, 2, 0, 1, 2, 1, 2, 2]
     for absent in (-1, 3):
         with pytest.raises(MismatchError, match=f"block {absent}"):
             backbone.hidden(pixels(), absent)

@@ -73,9 +73,10 @@ def alone(engine, backbone, layout, samples, train, seed):
         yield stack.flat()[0], module.weight[0].detach(), fit.losses
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_adapters_trained_together_are_those_trained_alone(nano, samples, accumulate):
-    layout = Layout(nano.sites(("q", "v")), 2)
+@pytest.mark.parametrize(("accumulate", "begin"), [(1, 0), (2, 0), (1, 2), (2, 3)])
+def test_adapters_trained_together_are_those_trained_alone(nano, samples, accumulate, begin):
+    """Also where they begin in a later block, and what is before it is computed once."""
+    layout = Layout([site for site in nano.sites(("q", "v")) if site.block >= begin], 2)
     engine = Engine(EngineSettings(device="cpu", precision="fp32", accumulate=accumulate))
     task = {"classes": CLASSES, "class_count": 4, "adapter": ADAPTER, "train": TRAIN, "seed": 5}
     found = adapt(engine, nano, layout, samples, **task)
@@ -86,7 +87,7 @@ def test_adapters_trained_together_are_those_trained_alone(nano, samples, accumu
         assert learned > 0.1
         assert (found.values[j] - value).norm() < 2e-3 * learned
         assert torch.allclose(found.heads[j].weight, weight, atol=1e-4)
-        assert found.fit.by_group[j] == pytest.approx(curve, rel=1e-4)
+        assert found.fit.by_group[j] == pytest.approx(curve, rel=1e-3)
     assert found.fit.losses == pytest.approx(np.sum(found.fit.by_group, axis=0))
     assert found.fit.losses[-1] < 0.7 * found.fit.losses[0]
 

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memtool.config import find_preset, resolve
-from memtool.engine import Batch, rate_factor
+from memtool.engine import rate_factor
 from memtool.errors import ConfigError
 from memtool.heads.losses import over_seen_texts
-from memtool.learning.adapt import augmented, crop_boxes
+from memtool.learning.augment import augmented, crop_boxes
 from memtool.methods.moram.learn import AtomLearner
 from memtool.sections import MoramSettings
 from memtool.settings import Config, TrainSettings, get
@@ -207,8 +207,7 @@ def test_a_crop_keeps_shape_and_type_and_depends_on_the_seed_alone() -> None:
     train = TrainSettings(augment="crop")
 
     def of(seed: int) -> Tensor:
-        labels = torch.zeros(6).long()
-        return augmented(Batch(images, labels, labels, torch.ones(6), seed), train)
+        return augmented(images, seed, train)
 
     once = of(1)
     assert (once.shape, once.dtype) == (images.shape, torch.uint8)

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from memtool.engine import Batch, Batches, Engine, FitResult
 from memtool.heads import RecalledHead
-from memtool.learning.adapt import augmented, require_learned
+from memtool.learning.adapt import require_learned
+from memtool.learning.augment import augmented
 from memtool.learning.mixup import mixing
 from memtool.methods.mira.protect import Protection
 from memtool.methods.mira.recall import MemoryModel
@@ -78,7 +79,7 @@ def learn(
 
     def loss(scored: nn.Module, batch: Batch) -> Tensor:
         mixed = mixing(batch, train.mixup, of_class=train.mixup_of == "class")
-        said = scored(mixed.inputs(augmented(batch, train)))
+        said = scored(mixed.inputs(augmented(batch.inputs, batch.seed, train)))
         return mixed.loss(lambda labels: F.nll_loss(said, labels), batch.labels)
 
     select = None

@@ -1,0 +1,148 @@
+"""What is in front of the first adapter is computed once, and is what it would be each time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from memtool.adapters.layout import Layout
+from memtool.backbones import create_backbone
+from memtool.backbones.vit import VitBackbone
+from memtool.engine import Engine
+from memtool.learning import onward
+from memtool.learning.adapt import Adapted, adapt
+from memtool.learning.onward import AT_ONCE, Kept
+from memtool.settings import AdapterSettings, BackboneSettings, EngineSettings, TrainSettings
+from memtool.streams.task import Images
+
+IMAGES, BEGIN, EPOCHS, ADAPTERS = 20, 2, 3, 4
+
+
+@pytest.fixture(scope="module")
+def nano() -> VitBackbone:
+    backbone = create_backbone(BackboneSettings())
+    assert isinstance(backbone, VitBackbone)
+    return backbone
+
+
+@pytest.fixture(scope="module")
+def samples() -> Images:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(3, size=IMAGES)
+    noise = rng.integers(0, 120, size=(IMAGES, 32, 32, 3))
+    return Images((noise + 40 * labels[:, None, None, None]).astype(np.uint8), labels)
+
+
+@pytest.fixture
+def ran(nano: VitBackbone) -> Iterator[list[int]]:
+    """How many images went through each block."""
+    counts = [0] * nano.depth
+    hooks = []
+    for number, block in enumerate(nano.blocks):
+
+        def count(_module: object, given: tuple[torch.Tensor, ...], number: int = number) -> None:
+            counts[number] += len(given[0])
+
+        hooks.append(block.register_forward_pre_hook(count))
+    yield counts
+    for hook in hooks:
+        hook.remove()
+
+
+ENGINE = Engine(EngineSettings(device="cpu", precision="fp32"))
+
+
+def trained(
+    nano: VitBackbone, samples: Images, train: TrainSettings, adapters: int = ADAPTERS
+) -> Adapted:
+    layout = Layout([site for site in nano.sites(("q", "v")) if site.block >= BEGIN], 2)
+    return adapt(
+        ENGINE,
+        nano,
+        layout,
+        samples,
+        classes=(0, 1, 2),
+        class_count=3,
+        adapter=AdapterSettings(rank=2, per_task=adapters),
+        train=train,
+        seed=1,
+    )
+
+
+def of(**changes: object) -> TrainSettings:
+    return TrainSettings(**{"epochs": EPOCHS, "batch_size": 8, "lr": 0.01, **changes})
+
+
+@pytest.mark.parametrize("adapters", [1, ADAPTERS])
+def test_images_run_once_through_the_blocks_before_an_adapter(
+    adapters: int,
+    nano: VitBackbone,
+    samples: Images,
+    ran: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = trained(nano, samples, of(), adapters)
+    once = ran.copy()
+    monkeypatch.setattr(onward, "available_bytes", lambda device: 0)
+    slow = trained(nano, samples, of(), adapters)
+    often = [all_ - first for all_, first in zip(ran, once, strict=True)]
+    assert torch.allclose(found.values, slow.values, atol=1e-5)
+    assert found.fit.by_group == pytest.approx(np.array(slow.fit.by_group), rel=1e-4)
+    assert found.train_accuracy == slow.train_accuracy
+    room, size, accuracy = 3, 1, adapters * IMAGES  # what else runs, by the whole model
+    assert once[0] == once[BEGIN - 1] == IMAGES + room + size + accuracy
+    assert often[0] > adapters * EPOCHS * IMAGES // 2 + accuracy
+    assert once[BEGIN] == often[BEGIN]
+
+
+def test_augmented_images_are_others_in_every_epoch_and_the_same_for_all_adapters(
+    nano: VitBackbone, samples: Images, ran: list[int]
+) -> None:
+    train = of(augment="flip-crop")
+    kept = Kept.where_it_pays(ENGINE, nano, BEGIN, samples, train, 1, ADAPTERS)
+    assert kept is not None
+    first = kept.of(0)
+    assert torch.equal(first, kept.of(0))
+    second = kept.of(1)
+    assert not torch.allclose(first, second, atol=1e-2)
+    again = Kept.where_it_pays(ENGINE, nano, BEGIN, samples, train, 1, ADAPTERS)
+    assert again is not None
+    assert torch.equal(again.of(1), second)  # a killed training goes on with the same
+    ran[:] = [0] * nano.depth
+    one, other = trained(nano, samples, train), trained(nano, samples, train)
+    assert torch.equal(one.values, other.values)
+    assert one.fit.losses[-1] < one.fit.losses[0]
+    assert ran[0] < ran[BEGIN]
+
+
+def test_more_images_than_are_computed_together_are_in_their_order(nano: VitBackbone) -> None:
+    rng = np.random.default_rng(1)
+    count = 2 * AT_ONCE + 3
+    images = rng.integers(0, 256, size=(count, 32, 32, 3)).astype(np.uint8)
+    many = Images(images, np.zeros(count, dtype=np.int64))
+    kept = Kept.where_it_pays(ENGINE, nano, BEGIN, many, of(), 1, 1)
+    assert kept is not None
+    with torch.no_grad():
+        each = torch.cat(
+            [nano.hidden(nano.preprocess(one[None]), BEGIN) for one in torch.from_numpy(images)]
+        )
+    assert torch.allclose(kept.of(0), each, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("block", "adapters", "changes"),
+    [
+        (0, ADAPTERS, {}),
+        (BEGIN, 1, {"augment": "flip"}),
+        (BEGIN, ADAPTERS, {"mixup": 0.2}),
+    ],
+)
+def test_nothing_is_kept_where_nothing_is_computed_twice(
+    block: int, adapters: int, changes: dict[str, object], nano: VitBackbone, samples: Images
+) -> None:
+    train = of(**changes)
+    assert Kept.where_it_pays(ENGINE, nano, block, samples, train, 1, adapters) is None
+    assert Kept.where_it_pays(ENGINE, nano, BEGIN, samples, of(), 1, ADAPTERS) is not None
