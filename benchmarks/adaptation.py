@@ -9,11 +9,14 @@ out, by
 
 All start from the same numbers, and the loss curves must agree: in float32 to 1e-3 of their height.
 
-What one pass can save is small on a CPU: every adapter needs its own products with the frozen
-weights, forward and backward. A copy of a sample is computed once (a bootstrap sample has 0.63
-distinct ones), small kernels become larger, frozen weights are converted to bfloat16 once. Each
-case gives the arithmetic of both sides and `bound`: the speed-up of a pass that would do its
-arithmetic at the rate of this machine's matrix product and nothing else.
+With adapters in every block one pass can save little on a CPU: every adapter needs its own
+products with the frozen weights, forward and backward. A copy of a sample is computed once (a
+bootstrap sample has 0.63 distinct ones), small kernels become larger, frozen weights are converted
+to bfloat16 once. With adapters from a later block on, as `adapter.blocks=from-look` has them, what
+is in front of them is computed once (`memtool.learning.onward`), which no single training of the
+others does. Each case gives the arithmetic of both sides, their ratio `counted`, and `bound`: the
+speed-up of a pass that would do its arithmetic at the rate of this machine's matrix product and
+nothing else.
 
 Stage 2: a step that learns keys and linear query modules through the recalled mixture (one memory
 in every block) against a LoRA step in PEFT on the same backbone and batch.
@@ -27,7 +30,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -52,6 +55,7 @@ from memtool.backbones.vit_weights import load_vit_weights
 from memtool.engine import Batch, Batches, Engine
 from memtool.heads import LinearClassifier, RecalledHead
 from memtool.learning.adapt import AdapterTraining, losses
+from memtool.learning.onward import Kept, OnwardBatches
 from memtool.memories.keyed import KeyedMemory
 from memtool.methods.mira.learn import learn
 from memtool.methods.mira.recall import MemoryModel
@@ -67,8 +71,11 @@ PRECISIONS: tuple[Literal["fp32", "bf16"], ...] = ("fp32", "bf16")
 VIT_TINY = "timm:vit_tiny_patch16_224"
 VIT_TINY_FILE = "weights/vit_tiny_patch16_224.fp16.safetensors"
 
-WANTED = 2.5
-"""Ten trainings over one pass, as the roadmap asks for."""
+WANTED = {("ten trainings", "fp32"): 2.2, ("ten trainings", "bf16"): 2.8}
+"""Ten trainings over one pass, as the roadmap asks for; of PEFT 3 times."""
+
+BEHIND = {"nano": (1, 2, 3), "ViT-Tiny, 96 px": (4, 6, 8)}
+"""First blocks with adapters, beside all blocks: of 4, and of 12."""
 
 CURVES_AGREE = {"fp32": 1e-3, "bf16": 3e-2}
 """Largest difference of two losses, relative to the first one: rounding, which training spreads."""
@@ -83,11 +90,13 @@ class Subject:
     backbone: Backbone
     samples: Images
     train: TrainSettings
+    begin: int = 0
 
     @property
     def layout(self) -> Layout:
-        """Adapters of q and v in every block."""
-        return Layout(self.backbone.sites(("q", "v")), ADAPTER.rank)
+        """Adapters of q and v in every block from the first one that has them."""
+        sites = self.backbone.sites(("q", "v"))
+        return Layout([site for site in sites if site.block >= self.begin], ADAPTER.rank)
 
     def head(self) -> LinearClassifier:
         """A classifier that starts at zero."""
@@ -139,7 +148,8 @@ def run(repeats: int, device: Literal["cpu", "cuda", "mps"] = "cpu") -> dict[str
             engine = Engine(
                 EngineSettings(device=device, precision=precision), threads=torch.get_num_threads()
             )
-            cases += stage_one(subject, engine, repeats)
+            for begin in (0, *BEHIND[subject.name]):
+                cases += stage_one(replace(subject, begin=begin), engine, repeats)
             cases += stage_two(subject, engine, repeats)
     return {
         "benchmark": "adaptation",
@@ -184,7 +194,8 @@ Curves = list[tuple[float, ...]]
 def stage_one(subject: Subject, engine: Engine, repeats: int) -> list[dict[str, Any]]:
     """Ten trainings over one pass, by memtool and by PEFT."""
     precision = engine.precision
-    progress(f"{subject.name}, {precision}: {ADAPTERS} adapters")
+    name = f"{subject.name}, {precision}, adapters from block {subject.begin}"
+    progress(name)
     values = init_lora(subject.layout, ADAPTERS, generator=engine.generator(1))
     plan = subject.plan()
     curves: dict[str, Curves] = {}
@@ -214,17 +225,18 @@ def stage_one(subject: Subject, engine: Engine, repeats: int) -> list[dict[str, 
     for other in ("ten trainings", "ten trainings in PEFT"):
         apart = difference(curves["one pass"], curves[other])
         if apart > CURVES_AGREE[precision]:
-            raise AssertionError(f"{subject.name}, {precision}: the curves differ by {apart:.2g}")
+            raise AssertionError(f"{name}: the curves differ by {apart:.2g}")
         found.append(
             case(
-                f"{subject.name}, {precision}, {other} / one pass",
+                f"{name}, {other} / one pass",
                 seconds,
                 other,
                 "one pass",
-                at_least=WANTED,
+                at_least=WANTED.get((other, precision), 3.0),
                 steps=len(plan),
                 curves_differ=apart,
                 operations=work,
+                counted=work["ten trainings"] / work["one pass"],
                 operations_per_second=rate,
                 share_of_rate=work["one pass"] / rate / statistics.median(seconds["one pass"]),
                 bound=statistics.median(seconds[other]) / (work["one pass"] / rate),
@@ -247,8 +259,14 @@ def cross_entropy(module: nn.Module, batch: Batch) -> Tensor:
 
 def in_one_pass(subject: Subject, engine: Engine, values: Tensor) -> Curves:
     """Train ten adapters together."""
-    module = ours(subject, values)
-    fit = engine.fit(module, subject.plan(), cross_entropy, subject.train, stage="one pass")
+    module, plan = ours(subject, values), subject.plan()
+    kept = Kept.where_it_pays(
+        engine, subject.backbone, subject.begin, subject.samples, subject.train, 1, ADAPTERS
+    )
+    if kept is not None:
+        module.backbone = kept.model
+        plan = subject.batches(OnwardBatches, groups=ADAPTERS, kept=kept)
+    fit = engine.fit(module, plan, cross_entropy, subject.train, stage="one pass")
     return list(fit.by_group)
 
 
@@ -271,7 +289,12 @@ class PeftTraining(nn.Module):
         for block in vit.blocks:
             block.attn = SplitAttention(block.attn)
         lora = LoraConfig(
-            r=ADAPTER.rank, lora_alpha=ADAPTER.alpha, target_modules=["q", "v"], lora_dropout=0.0
+            r=ADAPTER.rank,
+            lora_alpha=ADAPTER.alpha,
+            target_modules=["q", "v"],
+            layers_to_transform=[*subject.layout.blocks],
+            layers_pattern="blocks",
+            lora_dropout=0.0,
         )
         self.preprocess = subject.backbone.preprocess
         self.vit = get_peft_model(vit, lora)
