@@ -429,9 +429,9 @@ class Engine:
         best = _Best()
         model: nn.Module = self._accelerator.prepare_model(module)
         if self.settings.compile:
-            model.compile()
+            model.compile(mode="reduce-overhead" if self._graphs else None)
         saved_at = time.monotonic()
-        with _interruptible() as interrupted, _compiling(self.settings.compile):
+        with _interruptible() as interrupted, _compiling(bool(self.settings.compile)):
             while done < total:
                 factor = rate_factor(done / planned, settings)
                 rate = settings.final_lr + factor * (settings.lr - settings.final_lr)
@@ -439,6 +439,8 @@ class Engine:
                     group["lr"] = rate * group["factor"]
                 values: list[Tensor] = []
                 for batch in batches.micro_batches(done, self.settings.accumulate):
+                    if self._graphs:  # what the last one gave is read, and may be written over
+                        torch.compiler.cudagraph_mark_step_begin()
                     mine = self._share(batch, batches.groups)
                     with self.autocast():
                         value = loss(model, mine) * batch.share
@@ -533,6 +535,11 @@ class Engine:
             while late:
                 parts += late.popleft().read()
         return torch.cat(parts)
+
+    @property
+    def _graphs(self) -> bool:
+        """Whether kernels are started by CUDA graphs; torch has none on other devices."""
+        return self.settings.compile == "graphs"
 
     def _share(self, batch: Batch, groups: int) -> Batch:
         """The share of this process in a batch: all of it when there is one process.

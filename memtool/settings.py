@@ -372,7 +372,11 @@ class EngineSettings(Settings):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="auto: bf16 where the hardware has it"
     )
-    compile: bool = Field(False, description="torch.compile the model")
+    compile: Literal["graphs"] | bool = Field(
+        False,
+        description="torch.compile the model that learns; graphs: with CUDA graphs, for a small "
+        "model whose kernels take less time than their start",
+    )
     threads: Annotated[int, Field(ge=1, le=4096)] | None = Field(
         None, description="CPU threads; none: 1 for nano, else all"
     )
@@ -559,7 +563,10 @@ def choices(key: str, method: str | None = None) -> tuple[str, ...]:
     annotation = about.annotation
     if get_origin(annotation) is tuple:
         annotation = get_args(annotation)[0]
-    return get_args(annotation) if get_origin(annotation) is Literal else ()
+    parts = get_args(annotation)
+    if bool in parts:  # a switch, or words beside
+        return ("false", "true", *(word for part in parts for word in get_args(part)))
+    return parts if get_origin(annotation) is Literal else ()
 
 
 def get(config: Config, key: str) -> Any:

@@ -150,6 +150,32 @@ def test_accumulation_changes_nothing_but_memory():
     assert torch.allclose(*states, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize(("wanted", "mode"), [(True, None), ("graphs", "reduce-overhead")])
+def test_a_model_is_compiled_as_it_was_asked_for(monkeypatch, wanted, mode):
+    """With torch's own compiler a test would take minutes: its eager backend stands for it."""
+    compiled = torch.compile
+    modes, steps = [], []
+
+    def eager(function, **how):
+        modes.append(how["mode"])
+        return compiled(function, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", eager)
+    mark = torch.compiler.cudagraph_mark_step_begin
+    monkeypatch.setattr(
+        torch.compiler, "cudagraph_mark_step_begin", lambda: (steps.append(1), mark())
+    )
+    states = []
+    for setting in (False, wanted):
+        module = model()
+        engine = Engine(CPU.model_copy(update={"compile": setting}))
+        engine.fit(module, batches(epochs=1), loss, TRAIN, stage="t")
+        states.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
+    assert torch.allclose(*states, rtol=0, atol=1e-6)
+    assert modes == [mode]
+    assert len(steps) == (len(batches(epochs=1)) if mode else 0)
+
+
 class Stack(nn.Module):
     """Linear classifiers, one for each group, that start differently."""
 
