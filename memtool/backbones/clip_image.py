@@ -100,9 +100,15 @@ class ClipImageBackbone(Resumable):
         """Image features (batch, dim), not normalised: open_clip's `encode_image`."""
         return self.whole.features(pixels, recall)
 
-    def features_from(self, block: int, hidden: Tensor, recall: Recall | None = None) -> Tensor:
+    def features_from(self, begin: int, hidden: Tensor, recall: Recall | None = None) -> Tensor:
         """Image features (batch, dim) of the input (batch, tokens, width) of a block."""
-        return self.whole.features_from(block, hidden, recall)
+        return self.whole.features_from(begin, hidden, recall)
+
+    def hidden_from(
+        self, begin: int, hidden: Tensor, block: int, recall: Recall | None = None
+    ) -> Tensor:
+        """The input (batch, tokens, width) of a block, of that of an earlier one."""
+        return self.whole.hidden_from(begin, hidden, block, recall)
 
     def hidden(self, pixels: Tensor, block: int, recall: Recall | None = None) -> Tensor:
         """The input (batch, tokens, width) of a block, the earlier ones under `recall`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol, Self
 
 import torch
@@ -153,11 +154,42 @@ class Backbone(FrozenModel):
 
 
 class Resumable(Backbone):
-    """An image model that goes on from the input of a block."""
+    """An image model that goes on from the input of a block, as `hidden` gives it."""
 
     @abstractmethod
-    def features_from(self, block: int, hidden: Tensor, recall: Recall | None = None) -> Tensor:
-        """As `features`, of what `hidden` gave for a block; `recall` is asked from there on."""
+    def features_from(self, begin: int, hidden: Tensor, recall: Recall | None = None) -> Tensor:
+        """As `features`, of the input of a block; `recall` is asked from there on."""
+
+    @abstractmethod
+    def hidden_from(
+        self, begin: int, hidden: Tensor, block: int, recall: Recall | None = None
+    ) -> Tensor:
+        """As `hidden`, of the input of an earlier block, or of the same."""
+
+
+@dataclass(frozen=True, eq=False)
+class Onward:
+    """A model from a block on: its inputs (batch, tokens, dim) are those of the block."""
+
+    backbone: Resumable
+    begin: int
+
+    @property
+    def dim(self) -> int:
+        """Width of the features."""
+        return self.backbone.dim
+
+    def preprocess(self, inputs: Tensor) -> Tensor:
+        """As they are."""
+        return inputs
+
+    def features(self, inputs: Tensor, recall: Recall | None = None) -> Tensor:
+        """As `Backbone.features`."""
+        return self.backbone.features_from(self.begin, inputs, recall)
+
+    def hidden(self, inputs: Tensor, block: int, recall: Recall | None = None) -> Tensor:
+        """As `Backbone.hidden`."""
+        return self.backbone.hidden_from(self.begin, inputs, block, recall)
 
 
 class WithPrefix(Resumable):

@@ -214,23 +214,30 @@ class ClipBackbone(TwoTowers):
         """Image features (batch, dim), not normalised: open_clip's `encode_image`."""
         return self.features_from(0, self._embed(pixels), recall)
 
-    def features_from(self, block: int, hidden: Tensor, recall: Recall | None = None) -> Tensor:
+    def features_from(self, begin: int, hidden: Tensor, recall: Recall | None = None) -> Tensor:
         """Image features (batch, dim) of the input (batch, tokens, width) of a block."""
-        for number, later in enumerate(self.clip.visual.transformer.resblocks[block:], start=block):
-            hidden = later(hidden, None if recall is None else recall(number, hidden), None)
+        blocks = self.clip.visual.transformer.resblocks
+        for number, block in enumerate(blocks[begin:], start=begin):
+            hidden = block(hidden, None if recall is None else recall(number, hidden), None)
         pooled, _ = self.clip.visual._pool(hidden)
         features: Tensor = pooled @ self.clip.visual.proj
         return features
 
     def hidden(self, pixels: Tensor, block: int, recall: Recall | None = None) -> Tensor:
         """The input (batch, tokens, width) of a block of the image tower, under `recall`."""
-        if not 0 <= block < self.image_depth:
+        return self.hidden_from(0, self._embed(pixels), block, recall)
+
+    def hidden_from(
+        self, begin: int, hidden: Tensor, block: int, recall: Recall | None = None
+    ) -> Tensor:
+        """The input (batch, tokens, width) of a block of the image tower, of an earlier one's."""
+        if not begin <= block < self.image_depth:
             raise MismatchError(
                 f"block {block} of the image tower of {self.name}",
-                expected=f"a block from 0 to {self.image_depth - 1}",
+                expected=f"a block from {begin} to {self.image_depth - 1}",
             )
-        hidden = self._embed(pixels)
-        for number, earlier in enumerate(self.clip.visual.transformer.resblocks[:block]):
+        blocks = self.clip.visual.transformer.resblocks
+        for number, earlier in enumerate(blocks[begin:block], start=begin):
             mixture = None if recall is None else recall(number, hidden)
             hidden = earlier(hidden, mixture, None)
         return hidden

@@ -114,26 +114,32 @@ class VitBackbone(WithPrefix):
             hidden = torch.cat([prefix.tokens.to(hidden.dtype), hidden], dim=1)
         return self._onward(0, hidden, recall, prefix, prompts)
 
-    def features_from(self, block: int, hidden: Tensor, recall: Recall | None = None) -> Tensor:
+    def features_from(self, begin: int, hidden: Tensor, recall: Recall | None = None) -> Tensor:
         """Pooled features (batch, dim) of the input (batch, tokens, dim) of a block."""
-        return self._onward(block, hidden, recall, Prefix(), 0)
+        return self._onward(begin, hidden, recall, Prefix(), 0)
 
     def _onward(
-        self, first: int, hidden: Tensor, recall: Recall | None, prefix: Prefix, prompts: int
+        self, begin: int, hidden: Tensor, recall: Recall | None, prefix: Prefix, prompts: int
     ) -> Tensor:
-        for number, block in enumerate(self.vit.blocks[first:], start=first):
+        for number, block in enumerate(self.vit.blocks[begin:], start=begin):
             mixture = None if recall is None else recall(number, hidden[:, prompts:])
             hidden = block(hidden, mixture, prefix.attended.get(number))
         return self.vit.forward_head(self.vit.norm(hidden)[:, prompts:], pre_logits=True)
 
     def hidden(self, pixels: Tensor, block: int, recall: Recall | None = None) -> Tensor:
         """The input (batch, tokens, dim) of a block, the earlier ones under `recall`."""
-        if not 0 <= block < self.depth:
+        return self.hidden_from(0, self._embed(pixels), block, recall)
+
+    def hidden_from(
+        self, begin: int, hidden: Tensor, block: int, recall: Recall | None = None
+    ) -> Tensor:
+        """The input (batch, tokens, dim) of a block, of that of an earlier one."""
+        if not begin <= block < self.depth:
             raise MismatchError(
-                f"block {block} of {self.name}", expected=f"a block from 0 to {self.depth - 1}"
+                f"block {block} of {self.name}",
+                expected=f"a block from {begin} to {self.depth - 1}",
             )
-        hidden = self._embed(pixels)
-        for number, earlier in enumerate(self.vit.blocks[:block]):
+        for number, earlier in enumerate(self.vit.blocks[begin:block], start=begin):
             hidden = earlier(hidden, None if recall is None else recall(number, hidden))
         return hidden
 

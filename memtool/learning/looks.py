@@ -71,7 +71,9 @@ def looked_under(settings: MemorySettings) -> tuple[Under, ...]:
 class FeatureModel(Protocol):
     """A frozen model that sees one vector in an input."""
 
-    dim: int
+    @property
+    def dim(self) -> int:
+        """Entries of the vector."""
 
     def preprocess(self, inputs: Tensor) -> Tensor:
         """What `features` takes, of a batch as samples are kept."""

@@ -1,8 +1,7 @@
 """Adapters that begin behind some blocks: what the blocks before them give is computed once.
 
 These blocks are frozen, so behind them an image is the same for all adapters that are trained in
-one pass, and in all epochs where it is not augmented. `Onward` is the model from there on, `Kept`
-what reaches it.
+one pass, and in all epochs where it is not augmented. `Kept` holds it.
 """
 
 from __future__ import annotations
@@ -13,10 +12,9 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from memtool.adapters.values import Recall
-from memtool.backbones.interface import Resumable
+from memtool.backbones.interface import Onward, Resumable
 from memtool.engine import Batches, Engine, available_bytes
 from memtool.learning.augment import augmented
 from memtool.learning.looks import FeatureModel, Labelled
@@ -28,24 +26,6 @@ MOST_KEPT = 0.25
 
 AT_ONCE = 64
 """Images that are computed together. It decides how they are augmented, so no setting does."""
-
-
-class Onward(nn.Module):
-    """A backbone from a block on, as a `FeatureModel` of inputs (b, tokens, dim) of that block."""
-
-    def __init__(self, backbone: Resumable, block: int) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.block = block
-        self.dim = backbone.dim
-
-    def preprocess(self, inputs: Tensor) -> Tensor:
-        """As they are."""
-        return inputs
-
-    def features(self, inputs: Tensor, recall: Recall | None = None) -> Tensor:
-        """Pooled features (b, dim) under a recall, which is asked from the block on."""
-        return self.backbone.features_from(self.block, inputs, recall)
 
 
 class Kept:
@@ -134,4 +114,4 @@ class OnwardBatches(Batches):
 
 
 def _reaching(model: Onward, images: Tensor) -> Tensor:
-    return model.backbone.hidden(model.backbone.preprocess(images), model.block)
+    return model.backbone.hidden(model.backbone.preprocess(images), model.begin)

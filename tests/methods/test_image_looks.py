@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from memtool.methods.forget import chosen, forget, looked_under
 from memtool.methods.in_store import HEAD
 from memtool.methods.mira.look import ImageLook, passes_of, width_of
 from memtool.methods.mira.method import Mira
+from memtool.methods.mira.recall import Given
 from memtool.methods.mira.state import MEMORY, MemoryState
 from memtool.sections import MemorySettings
 from memtool.settings import HeadSettings
@@ -200,6 +202,28 @@ def test_passes_are_shared_and_no_longer_than_asked(learned, monkeypatch) -> Non
         assert runs == ["features"] * ("+" in features)
         runs.clear()
         blocks.clear()
+
+
+def test_images_are_embedded_once_for_all_passes(learned) -> None:
+    _, model, _ = learned.snapshot().consolidated()
+    assert model.look.under == ("frozen",)
+    images = torch.from_numpy(learned.workspace.stream.tasks[0].test.images[:2].copy())
+    embedded: list[int] = []
+    vit = model.backbone.vit
+    hook = vit.patch_embed.register_forward_hook(lambda *given: embedded.append(len(given[1][0])))
+    given = Given(torch.zeros(2, len(model.memory.blocks), len(model.values)))
+    features, coefficients = model.with_coefficients(images)
+    for call in (model, partial(model.given, given=given)):
+        call(images)
+    seen, again, _ = model.seen(model.backbone.preprocess(images))
+    hook.remove()
+    assert embedded == [2] * 4
+    assert torch.equal(seen, features)
+    assert torch.equal(again, coefficients)
+    pixels = model.backbone.preprocess(images)
+    slow = model.mixed(pixels, model.seen_of(pixels))  # two passes from the pixels on
+    assert torch.equal(slow[0], features)
+    assert torch.equal(slow[1], coefficients)
 
 
 def test_what_is_too_wide_is_projected_as_texts_are(learned) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,16 @@ from memtool.learning.looks import (
 from memtool.memories.query import pooled, require_token
 from memtool.sections import MemorySettings
 from memtool.settings import HeadSettings
+
+
+class Passes(Protocol):
+    """An image model, or one from a block on (`Onward`), for passes over the same inputs."""
+
+    def features(self, inputs: Tensor, recall: Recall | None = None) -> Tensor:
+        """Pooled features (b, dim)."""
+
+    def hidden(self, inputs: Tensor, block: int, recall: Recall | None = None) -> Tensor:
+        """The input (b, tokens, dim) of a block."""
 
 
 def read_beside(head: HeadSettings) -> tuple[Under, ...]:
@@ -155,14 +165,16 @@ class ImageLook(nn.Module):
 
     def forward(
         self,
-        backbone: Backbone,
+        backbone: Passes,
         pixels: Tensor,
         *,
         begin: int = 0,
         query: bool = True,
         beside: bool = True,
     ) -> Seen:
-        """What is seen of preprocessed pixels; without `query` or `beside` only the other.
+        """What is seen of preprocessed pixels, or of the inputs of a model from a block on.
+
+        Without `query` or `beside` only the other.
 
         The pass that follows has adapters from the block `begin` on.
         """
@@ -184,7 +196,7 @@ class ImageLook(nn.Module):
 
     def _pass(
         self,
-        backbone: Backbone,
+        backbone: Passes,
         pixels: Tensor,
         under: Under,
         places: Sequence[str],

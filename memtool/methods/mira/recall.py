@@ -18,12 +18,12 @@ from memtool.adapters.mixing import Mixture
 from memtool.adapters.picks import Picks
 from memtool.adapters.recalls import equal_shares
 from memtool.adapters.values import AdapterValues, Recall
-from memtool.backbones.interface import Backbone
+from memtool.backbones.interface import Backbone, Onward, Resumable
 from memtool.errors import ConfigError
 from memtool.memories.closed_form import QueryStatistics
 from memtool.memories.keyed import KeyedMemory
 from memtool.memories.novelty import Reaches
-from memtool.methods.mira.look import ImageLook, Seen
+from memtool.methods.mira.look import ImageLook, Passes, Seen
 from memtool.sections import SHARES, MemorySettings, Mix
 
 
@@ -63,6 +63,13 @@ def first_norms(
     if settings.query_norm != "block":
         return ()
     return tuple(backbone.first_norm(block) for block in blocks)
+
+
+def begun(backbone: Backbone, pixels: Tensor) -> tuple[Passes, Tensor]:
+    """A model and its input for several passes, which share what is before the first block."""
+    if isinstance(backbone, Resumable):
+        return Onward(backbone, 0), backbone.hidden(pixels, 0)
+    return backbone, pixels
 
 
 def reaches_of(queries: Mapping[int, QueryStatistics]) -> Reaches | None:
@@ -241,31 +248,36 @@ class MemoryModel(nn.Module):
 
     def seen_of(self, pixels: Tensor, *, beside: bool = True) -> Seen:
         """What is seen of preprocessed pixels before the pass that recalls."""
-        return self.look(self.backbone, pixels, begin=self.values.begin, beside=beside)
+        return self._seen(self.backbone, pixels, beside=beside)
+
+    def _seen(self, backbone: Passes, inputs: Tensor, *, beside: bool = True) -> Seen:
+        seen: Seen = self.look(backbone, inputs, begin=self.values.begin, beside=beside)
+        return seen
 
     def _recall(self, seen: Seen, offset: Tensor | None = None) -> MemoryRecall:
         return MemoryRecall(self, seen, offset)
 
     def forward(self, images: Tensor) -> Tensor:
         """Features (batch, f) as the head reads them: recalled ones, perhaps others beside."""
-        pixels = self.backbone.preprocess(images)
-        seen = self.seen_of(pixels)
-        return seen.widened(self.backbone.features(pixels, self._recall(seen)))
+        backbone, inputs = begun(self.backbone, self.backbone.preprocess(images))
+        seen = self._seen(backbone, inputs)
+        return seen.widened(backbone.features(inputs, self._recall(seen)))
 
     def under(self, images: Tensor, recall: Recall | None) -> Tensor:
         """Features (batch, f) as the head reads them, under another recall."""
         pixels = self.backbone.preprocess(images)
-        features = self.backbone.features(pixels, recall)
         if not self.look.beside:
-            return features
-        return self.look(self.backbone, pixels, query=False).widened(features)
+            return self.backbone.features(pixels, recall)
+        backbone, inputs = begun(self.backbone, pixels)
+        features = backbone.features(inputs, recall)
+        return self.look(backbone, inputs, query=False).widened(features)
 
     def given(self, images: Tensor, given: Given) -> Tensor:
         """Features (batch, f) as the head reads them, under weights that are given."""
-        pixels = self.backbone.preprocess(images)
-        seen = self.seen_of(pixels)
+        backbone, inputs = begun(self.backbone, self.backbone.preprocess(images))
+        seen = self._seen(backbone, inputs)
         recall = MemoryRecall(self, seen, given=given)
-        return seen.widened(self.backbone.features(pixels, recall))
+        return seen.widened(backbone.features(inputs, recall))
 
     def with_coefficients(
         self, images: Tensor, offset: Tensor | None = None
@@ -274,15 +286,20 @@ class MemoryModel(nn.Module):
 
         `offset` as in `MemoryRecall`.
         """
-        pixels = self.backbone.preprocess(images)
-        return self.mixed(pixels, self.seen_of(pixels), offset)
+        backbone, inputs = begun(self.backbone, self.backbone.preprocess(images))
+        return self._mixed(backbone, inputs, self._seen(backbone, inputs), offset)
 
     def mixed(
         self, pixels: Tensor, seen: Seen, offset: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """As `with_coefficients`, of preprocessed pixels and what was seen of them."""
+        return self._mixed(self.backbone, pixels, seen, offset)
+
+    def _mixed(
+        self, backbone: Passes, inputs: Tensor, seen: Seen, offset: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         recall = self._recall(seen, offset)
-        features = seen.widened(self.backbone.features(pixels, recall))
+        features = seen.widened(backbone.features(inputs, recall))
         found = [recall.coefficients[block] for block in self.memory.blocks]
         return features, torch.stack(found, dim=1)
 
@@ -292,10 +309,11 @@ class MemoryModel(nn.Module):
         Coefficients (batch, memories, t); queries (batch, memories, d), without the constant.
         `offset` as in `MemoryRecall`.
         """
-        seen = self.seen_of(pixels)
+        backbone, inputs = begun(self.backbone, pixels)
+        seen = self._seen(backbone, inputs)
         recall = self._recall(seen, offset)
         probe = QueryProbe(self.memory, recall, seen)
-        features = seen.widened(self.backbone.features(pixels, probe))
+        features = seen.widened(backbone.features(inputs, probe))
         coefficients = [recall.coefficients[block] for block in self.memory.blocks]
         queries = [probe.queries[block] for block in self.memory.blocks]
         return features, torch.stack(coefficients, dim=1), torch.stack(queries, dim=1)
@@ -343,9 +361,9 @@ def features_and_queries(
 
     The `inner` recall has adapters from the block `begin` on.
     """
-    pixels = backbone.preprocess(images)
-    seen = look(backbone, pixels, begin=begin)
+    model, inputs = begun(backbone, backbone.preprocess(images))
+    seen = look(model, inputs, begin=begin)
     probe = QueryProbe(memory, inner, seen)
-    features = seen.widened(backbone.features(pixels, probe))
+    features = seen.widened(model.features(inputs, probe))
     parts: Sequence[Tensor] = [probe.queries[block] for block in memory.blocks]
     return torch.cat([features.float(), *parts], dim=1)
