@@ -15,14 +15,17 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
-import icechunk  # noqa: F401 - for those that are forked
 import numpy as np
-import zarr  # noqa: F401
 
 from memtool_stores import MemoryStore, collect, ice, store, sums
 from memtool_stores.testing import some_values
+
+if version("icechunk").startswith("1."):  # 2.x has threads from then on, which no fork takes along
+    import icechunk  # noqa: F401 - for those that are forked
+    import zarr  # noqa: F401
 
 steps: list[str] = []
 die_at = -1
