@@ -45,6 +45,22 @@ class SweepPlan(CliRecord):
     done: tuple[str, ...]
 
 
+class AblationPlan(CliRecord):
+    """What an ablation would run, with --dry-run, as if nothing were on disk yet.
+
+    `besides` are settings that every variant has other than they were configured: [was, now].
+    """
+
+    schema_: Literal["memtool.ablation-plan"] = Field("memtool.ablation-plan", alias="schema")
+    ablation: str
+    variants: tuple[str, ...]
+    besides: dict[str, tuple[Any, Any]]
+    seeds: tuple[int, ...]
+    trainings: int
+    steps: int
+    seconds: float
+
+
 class StudyPoint(Part):
     """What the runs of one point of a study take that are not done."""
 

@@ -198,6 +198,21 @@ def test_an_unknown_ablation(memtool):
     assert "did you mean 'separation'" in done.stderr
 
 
+def test_an_ablation_says_what_it_would_run(memtool, here):
+    done = memtool("ablate", "read", "--dry-run", "--json", "--seed", "0,1", **TINY)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["schema"] == "memtool.ablation-plan"
+    assert found["variants"] == ["mixture", "mixture-linear", "energy-linear", "decoder-linear"]
+    assert found["besides"]["consolidate.epochs"] == [0, 4]
+    assert found["seeds"] == [0, 1]
+    assert found["trainings"] == 4  # two tasks, whose adapters serve all variants
+    assert found["steps"] > 0
+    table = memtool("ablate", "adapters", "--dry-run", **TINY)
+    assert "variants\t1, 5, 10\n" in table.stdout
+    assert not list(here.iterdir())
+
+
 # Seeds, kills and failures
 
 

@@ -225,7 +225,7 @@ def _note_without_effect(call: Call, method: Method) -> None:
 @app.command(
     "ablate",
     epilog=examples(
-        "memtool ablate separation",
+        "memtool ablate separation --dry-run",
         "memtool ablate protect --preset mira-dil --seed 0..2",
         "memtool ablate read --preset mira-dil --set stream.train_per_task=200",
         "memtool ablate adapters --preset mira-dg --report adapters.html",
@@ -244,6 +244,7 @@ def _note_without_effect(call: Call, method: Method) -> None:
     SEED,
     *COMPUTE,
     *CONFIGURATION,
+    DRY_RUN,
     YES,
 )
 def ablate(
@@ -263,6 +264,8 @@ def ablate(
     """Run one experiment with one choice changed, everything else equal; goes on as `run` does."""
     one_of("the choice", what, WORDS)
     call.refuse_version()
+    if call.dry_run:
+        return _show_extent(call, what)
     report = report and call.writes_to(report)
     from memtool.experiments.ablations import ablate as run_ablation
 
@@ -276,6 +279,39 @@ def ablate(
             preset=call.resolved.preset,
         )
     show(call.out, found, report=report)
+    return None
+
+
+def _show_extent(call: Call, what: str) -> None:
+    """Say what an ablation would run."""
+    from memtool.experiments.ablations import extent
+
+    found = extent(call.config, what)
+    record = records.AblationPlan(
+        ablation=what,
+        variants=found.variants,
+        besides=dict(found.besides),
+        seeds=call.config.seed,
+        trainings=found.trainings,
+        steps=found.steps,
+        seconds=found.seconds,
+    )
+    facts = [
+        ("variants", ", ".join(found.variants)),
+        *(
+            (f"{key}, in all", f"{now} in place of {was}")
+            for key, (was, now) in found.besides.items()
+        ),
+        ("seeds", ", ".join(map(str, call.config.seed))),
+        (
+            "trainings of adapters",
+            f"{found.trainings:,} of {found.steps:,} steps together, at most",
+        ),
+        ("time of these", f"about {duration(found.seconds)}; keys and evaluations come on top"),
+    ]
+    call.out.data(
+        record, Table((), facts, title=f"ablation {what} would run"), ids=[found.trainings]
+    )
 
 
 LONG_SECONDS = 600
