@@ -361,9 +361,12 @@ def add_grouped_mm(
 
 def _taking_part(values: ModuleValues, picks: Picks, dtype: torch.dtype) -> Tensor | None:
     """The adapters that are copied for groups of rows; None: the stack takes part as it lies."""
-    count, _, rank, _ = values.a.shape
-    as_it_lies = values.a.dtype == dtype and not grouped_mm.padding(rank, dtype)
-    return None if as_it_lies and count <= grouped_mm.MOST else picks.used
+    return None if _lies_ready(values, dtype) and len(values.a) <= grouped_mm.MOST else picks.used
+
+
+def _lies_ready(values: ModuleValues, dtype: torch.dtype) -> bool:
+    """Whether groups of rows are multiplied with values as they are stored."""
+    return values.a.dtype == dtype and not grouped_mm.padding(values.a.shape[2], dtype)
 
 
 def _in_groups(x: Tensor, values: ModuleValues, picks: Picks) -> bool:
@@ -374,7 +377,10 @@ def _in_groups(x: Tensor, values: ModuleValues, picks: Picks) -> bool:
         return False
     read = count if picks.used is None else len(picks.used)
     cost = costs(x, values, read, picks.index.shape[1], MOVE_ON_GPU)
-    return cost.grouped_mm < min(cost.dense, cost.formed, cost.gathered)
+    copied = 0
+    if used is not None or not _lies_ready(values, x.dtype):
+        copied = 2 * MOVE_ON_GPU * read * sum(f[0].numel() for f in (values.a, *values.b))
+    return cost.grouped_mm + copied < min(cost.dense, cost.formed, cost.gathered)
 
 
 def _mix_own(weights: Tensor, factors: Tensor) -> Tensor:

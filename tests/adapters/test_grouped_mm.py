@@ -18,7 +18,7 @@ from memtool.adapters import grouped_mm, mixing
 from memtool.adapters.layout import Layout
 from memtool.adapters.mixing import Mixture, told_kernels
 from memtool.adapters.picks import Picks, Sorted
-from memtool.adapters.values import AdapterValues, BlockValues
+from memtool.adapters.values import AdapterValues, BlockValues, ModuleValues
 from tests.adapters.test_mixing import MODULE, Case, make, oracle, sites_of
 from tests.fake_device import FakeDevice
 
@@ -30,10 +30,13 @@ pytestmark = [
 ]
 
 
+COSTS = mixing.costs
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _grouped() -> object:
     """Wherever it fits, the cheapest by far; in float32, and never in float64."""
-    costs = mixing.Costs(*(float(name != "grouped_mm") for name in mixing.Costs._fields))
+    costs = mixing.Costs(*(1e30 * (name != "grouped_mm") for name in mixing.Costs._fields))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mixing, "costs", lambda *_: costs)
         patch.setattr(grouped_mm, "multiplies_groups", lambda dtype, _: dtype.itemsize < 8)
@@ -158,6 +161,30 @@ def test_other_adapters_are_not_touched_and_windows_are_sorted_anew() -> None:
         into = case.y.unflatten(1, (2, -1)).flatten(0, 1).clone()
         apart = mixture.over(len(halves), MODULE).add_to(into, halves, MODULE)
     torch.testing.assert_close(apart.view_as(whole), whole)
+
+
+def test_few_rows_of_large_adapters_that_many_samples_share_are_grouped_by_count() -> None:
+    def grouped(
+        batch: int, tokens: int, used: int, rank: int = 64, dtype: torch.dtype = torch.bfloat16
+    ) -> bool:
+        width = 4096
+        values = ModuleValues(
+            sites_of("", width, width),
+            torch.empty(300, 1, rank, width, dtype=dtype, device="meta"),
+            (torch.empty(300, rank, width, dtype=dtype, device="meta"),),
+        )
+        x = torch.empty(batch, tokens, width, dtype=torch.bfloat16, device="meta")
+        index = torch.empty(batch, 4, dtype=torch.int64, device="meta")
+        picks = Picks(index, torch.empty(used, dtype=torch.int64, device="meta"))
+        return mixing._in_groups(x, values, picks)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mixing, "costs", COSTS)
+        assert grouped(256, 1, 200)
+        assert not grouped(256, 1, 20)  # all for all is less
+        assert not grouped(8, 1, 32)  # so little that what starts more kernels is slower
+        assert not grouped(256, 197, 200)  # copies of the rows are more than those of adapters
+        assert not grouped(256, 1, 200, dtype=torch.float32)  # the adapters would be copied
 
 
 @given(adapters=st.lists(st.integers(0, 6), min_size=1, max_size=12))
