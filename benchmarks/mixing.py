@@ -1,15 +1,16 @@
 """Adapters in the forward pass: a memory over ViT-B/16, and mixtures against PEFT's layers.
 
-Three questions, each with its limit:
+Four questions, the first three with a limit:
 
  * What does a memory of 20 adapters (rank 8 on q and v of all 12 blocks, coefficients per block and
    sample from the class token) add to the eval forward of ViT-B/16 in bf16, batch 32?
  * How much faster than PEFT's Arrow layer is a weighted mixture for every token, routing included?
  * How much faster than PEFT's `adapter_names` batch is a hard choice for every sample, on q and v?
+ * What does a top-k mixture take by torch's grouped matrix product, over what runs by itself?
 
-In the last two the frozen product is not timed, as it is the same for both: each side gets the
-frozen output ready and adds the adapters' part, in bf16. The outputs are compared first, in
-float32.
+In all but the first the frozen product is not timed, as it is the same for both: each side gets
+the frozen output ready and adds the adapters' part, in bf16. The outputs of the second and third
+are compared first, in float32.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from peft.tuners.lora.arrow import ArrowLoraLinearLayer
 from peft.tuners.lora.config import ArrowConfig
 from torch import Tensor, nn
 
-from benchmarks.timing import case, environment, interleaved, progress
+from benchmarks.timing import case, environment, figure, interleaved, progress, ratio
 from memtool.adapters.layout import Layout, Site
-from memtool.adapters.mixing import Mix, Mixture
+from memtool.adapters.mixing import Mix, Mixture, add_grouped_mm, told_kernels
+from memtool.adapters.picks import Picks
 from memtool.adapters.values import AdapterValues, Recall
 from memtool.backbones.vit import VitBackbone
 
@@ -42,7 +44,7 @@ Layer = Callable[[Tensor, Tensor], Tensor]
 def run(repeats: int, device: str = "cpu") -> dict[str, Any]:
     """All cases; the model's forward passes take seconds each, a layer's milliseconds."""
     with torch.inference_mode():
-        parts = (over_the_backbone, against_arrow, against_names)
+        parts = (over_the_backbone, against_arrow, against_names, in_groups)
         cases = [found for part in parts for found in part(repeats, device)]
     return {
         "benchmark": "mixing",
@@ -173,19 +175,24 @@ class Ready(nn.Module):
         return self.output
 
 
-def named_layers(count: int, dtype: torch.dtype, device: str) -> tuple[Layer, Layer]:
-    """LoRA on q and v: two PEFT layers with a name for every sample, and the same choice here.
-
-    Models whose q, k and v are layers of their own are what PEFT adapts this way. The peer adds to
-    outputs (2, b, n, d), ours to rows of the fused output (b, n, 3 d).
-    """
-    layout = Layout(
+def queries_and_values() -> Layout:
+    """LoRA on q and v of a fused projection."""
+    return Layout(
         tuple(
             Site(0, "qkv", name, WIDTH, WIDTH, first, 3 * WIDTH)
             for name, first in (("q", 0), ("v", 2 * WIDTH))
         ),
         RANK,
     )
+
+
+def named_layers(count: int, dtype: torch.dtype, device: str) -> tuple[Layer, Layer]:
+    """LoRA on q and v: two PEFT layers with a name for every sample, and the same choice here.
+
+    Models whose q, k and v are layers of their own are what PEFT adapts this way. The peer adds to
+    outputs (2, b, n, d), ours to rows of the fused output (b, n, 3 d).
+    """
+    layout = queries_and_values()
     flat = randn(count, layout.numel, seed=4, dtype=dtype) * 0.05
     named = layout.unflatten(flat)
     names = [f"task_{i}" for i in range(count)]
@@ -246,4 +253,33 @@ def against_names(repeats: int, device: str) -> list[dict[str, Any]]:
                 relative_difference=relative,
             )
         )
+    return cases
+
+
+def in_groups(repeats: int, device: str) -> list[dict[str, Any]]:
+    """Top 4 of 50 adapters by a product of groups of rows, in bf16; no limit."""
+    count, kept = 50, 4
+    layout = queries_and_values()
+    flat = randn(count, layout.numel, seed=4, dtype=torch.bfloat16) * 0.05
+    block = AdapterValues.from_flat(flat, layout, 1.0).to(device).block(0)
+    assert block is not None
+    cases = []
+    for batch, tokens in ((32, 1), (256, 1), (32, 17), (32, TOKENS)):
+        generator = torch.Generator().manual_seed(7)
+        index = torch.rand(batch, count, generator=generator).topk(kept).indices
+        picks = Picks(index.to(device), index.unique().to(device))
+        weights = randn(batch, kept, seed=8, device=device).softmax(dim=-1)
+        x = randn(batch, tokens, WIDTH, seed=5, dtype=torch.bfloat16, device=device)
+        y = x.new_zeros(*x.shape[:-1], 3 * WIDTH)
+        mixture = Mixture.weighted(block, weights, "delta", picks)
+        grouped = partial(add_grouped_mm, y, x, block.modules["qkv"], block.scaling, weights, picks)
+        calls = {"grouped_mm": grouped, "memtool": partial(mixture.add_to, y, x, "qkv")}
+        ran: set[str] = set()
+        with told_kernels(ran):
+            calls["memtool"]()
+        spread = ratio(interleaved(calls, 3 * repeats, inner=3), "grouped_mm", "memtool")
+        name = f"top {kept} of {count} adapters, {batch} samples of {tokens} tokens"
+        quartiles = [spread["lower_quartile"], spread["upper_quartile"]]
+        what = f"grouped_mm / {ran.pop()}"
+        cases.append(figure(name, what, spread["median"], None, quartiles=quartiles))
     return cases

@@ -1,9 +1,10 @@
 """Atoms in one linear layer 768→768: time and saved activations against frozen layer and LoRA.
 
 1,576 tokens (8 images of 197), float32, tasks of 16 atoms, 16 kept for each token. The bank holds
-16, 160, 800 and 8,000 atoms, of which the last 16 learn; every score is exact. Every ratio is over
-the frozen layer in the same round; plain LoRA of rank 16 stands beside it. Forward and backward
-give the frozen layer the gradient of its input, LoRA and atoms also those of what learns.
+16, 160, 800 and 8,000 atoms, of which the last 16 learn; every score is exact, but where a case
+says bf16. Every ratio is over the frozen layer in the same round; plain LoRA of rank 16 stands
+beside it. Forward and backward give the frozen layer the gradient of its input, LoRA and atoms also
+those of what learns.
 
 The limit of evaluation is 1.15 and 1.35 for the two small banks, then 1.2 times the products of the
 layer and of all scores. That of forward and backward is 1.25 times all products that are counted:
@@ -23,8 +24,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.timing import case, environment, interleaved, progress, ratio
-from memtool.adapters.atoms import AtomBank, AtomGate, ModuleAtoms, Owners, add_atoms
+from benchmarks.timing import case, environment, figure, interleaved, progress, ratio
+from memtool.adapters.atoms import (
+    WORTH,
+    AtomBank,
+    AtomGate,
+    ModuleAtoms,
+    Owners,
+    activations,
+    add_atoms,
+)
 from memtool.adapters.layout import Site
 
 BATCH, TOKENS, WIDTH, RANK = 8, 197, 768, 16
@@ -34,6 +43,9 @@ SAVED = 800
 
 SITE = Site(0, "fc", "", WIDTH, WIDTH, 0, WIDTH)
 GATE = AtomGate(topk=RANK, temperature=0.01, threshold=0.2)
+ROUGH = replace(GATE, scores="bf16")
+SOFT = replace(GATE, temperature=1.0)
+"""Under it every atom that is kept has a weight above zero."""
 
 
 def run(repeats: int, sizes: tuple[int, ...] = COUNTS, device: str = "cpu") -> dict[str, Any]:
@@ -41,6 +53,7 @@ def run(repeats: int, sizes: tuple[int, ...] = COUNTS, device: str = "cpu") -> d
     cases: list[dict[str, Any]] = []
     for count in sizes:
         cases += timed(count, 3 * repeats, device)
+        cases += roughly(count, 3 * repeats, device)
     cases.append(saved(SAVED, device))
     return {
         "benchmark": "moram",
@@ -93,6 +106,7 @@ class Layer:
             fresh=RANK,
             owners=replace(known := Owners.of(owner), tasks=known.tasks.to(device)),
         )
+        self.stored = ModuleAtoms((SITE,), (replace(self.bank, fresh=0),))
 
     def frozen(self) -> Tensor:
         """W x + b."""
@@ -106,6 +120,19 @@ class Layer:
         """The frozen layer with the atoms that every token chooses."""
         atoms = ModuleAtoms((SITE,), (self.bank,))
         return add_atoms(self.frozen(), self.x, atoms, gate, training=torch.is_grad_enabled())
+
+    def rough(self) -> Tensor:
+        """As `atoms` in evaluation, where none learns, with the scores of all in bfloat16."""
+        return add_atoms(self.frozen(), self.x, self.stored, ROUGH)
+
+    def others(self) -> float:
+        """Share of the tokens that keep other atoms by scores in bfloat16 than by exact ones."""
+        (bank,) = self.stored.banks
+        kept = [
+            activations(self.x, bank, gate, training=True) > 0
+            for gate in (SOFT, replace(SOFT, scores="bf16"))
+        ]
+        return float((kept[0] != kept[1]).any(dim=-1).float().mean())
 
     def wide(self) -> Tensor:
         """The same with tensors over all atoms, as one would write it first; no threshold."""
@@ -159,6 +186,25 @@ def timed(count: int, repeats: int, device: str) -> list[dict[str, Any]]:
         cases.append(case(name, seconds, "atoms", "frozen", at_most=limit, **more))
         progress(f"{name}: lora / frozen = {lora['median']:.3f}")
     return cases
+
+
+def roughly(count: int, repeats: int, device: str) -> list[dict[str, Any]]:
+    """Evaluation with scores in bfloat16, where a bank of `count` atoms is large enough.
+
+    The limit is what all exact scores and the layer are in products: no exact way is below it.
+    """
+    if count < WORTH * RANK:
+        return []
+    layer = Layer(count, device)
+    calls = {"frozen": layer.frozen, "atoms": layer.rough}
+    seconds = interleaved({name: layer.evaluate(call) for name, call in calls.items()}, repeats)
+    name, limit = f"evaluation, {count} atoms, scores in bf16", round(1 + count / WIDTH, 2)
+    with torch.inference_mode():
+        others = layer.others()
+    return [
+        case(name, seconds, "atoms", "frozen", at_most=limit),
+        figure(f"{name}: tokens that keep other atoms", "share", others, 0.001),
+    ]
 
 
 def kept_bytes(forward: Callable[[], Tensor]) -> int:

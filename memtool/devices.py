@@ -10,6 +10,7 @@ slower in it.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,21 @@ class Late:
             return [tensor.cpu() for tensor in self._tensors]
         self._event.synchronize()
         return [tensor.clone() for tensor in self._tensors]  # pinned memory is for the next
+
+
+def multiplies_groups(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether torch multiplies groups of rows each with a matrix of its own in one kernel there.
+
+    Elsewhere `grouped_mm` is a loop over the groups, for which a device is waited for.
+    """
+    if dtype != torch.bfloat16 or device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return hasattr(torch.nn.functional, "grouped_mm") and _has_grouped_kernel(device)
+
+
+@cache
+def _has_grouped_kernel(device: torch.device) -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def cpu_multiplies_bfloat16() -> bool:

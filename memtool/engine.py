@@ -32,6 +32,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
+from memtool.adapters.mixing import told_kernels
 from memtool.checkpoints import load_checkpoint, save_checkpoint
 from memtool.devices import Late, cpu_flags, cpu_multiplies_bfloat16, sent
 from memtool.errors import ConfigError, DivergedError, MemtoolError, TrainingInterrupted
@@ -322,6 +323,7 @@ class Engine:
         self._accelerator = _accelerator(settings.device)
         self.device: torch.device = self._accelerator.device
         self.precision = _precision(settings.precision, self.device)
+        self.kernels: set[str] = set()  # that computed picked adapters: `mixing.told_kernels`
 
     @property
     def processes(self) -> int:
@@ -525,7 +527,7 @@ class Engine:
         parts: list[Tensor] = []
         late: deque[Late] = deque()  # of the batch before: it is read when this one is queued
         autocast = nullcontext() if exact else self.autocast()
-        with torch.inference_mode(), autocast:
+        with torch.inference_mode(), autocast, told_kernels(self.kernels):
             for low in range(0, len(images), size):
                 batch = torch.from_numpy(np.array(images[low : low + size]))
                 beside = [sent(tensor[low : low + size], self.device) for tensor in along]

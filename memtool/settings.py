@@ -387,6 +387,11 @@ class EngineSettings(Settings):
         description="of images, under separation topk or max or a routing: bytes of adapters on "
         "the device at a time, the others are read when they are used; none: all",
     )
+    atom_scores: Literal["exact", "bf16"] = Field(
+        "exact",
+        description="moram, in evaluation under fp32: every score of a large bank exact, or all in "
+        "bfloat16 and twice topk of them again, which may choose other atoms among near ones",
+    )
 
 
 class LimitSettings(Settings):
@@ -626,6 +631,9 @@ READ_UNDER: tuple[tuple[str, str, tuple[str | None, ...]], ...] = (
     ("memory.topk", "memory.separation", ("topk",)),
     ("engine.resident", "stream.setting", _OF_IMAGES),
     ("engine.resident", "method", ("mira",)),
+    ("engine.atom_scores", "method", ("moram",)),
+    ("engine.atom_scores", "engine.precision", ("auto", "fp32")),
+    ("engine.atom_scores", "moram.score_norm", ("bank",)),
     ("memory.test_steps", "memory.test_time", ("entropy",)),
     ("memory.test_lr", "memory.test_time", ("entropy",)),
     ("memory.blocks", "memory.scope", ("block",)),

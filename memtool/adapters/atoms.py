@@ -14,6 +14,10 @@ k numbers for every token, not n, and computes the others again.
 
 The norm reaches every atom, so the exact gradient does, too: with c = dL/d|z| every response, kept
 or not, gets c z_i / |z|. `selected_only` takes the responses that were not kept for constants.
+
+Under scores "bf16" nothing is exact but the k responses: without gradients all z are computed in
+bfloat16, their norm with them, and those of `CANDIDATES` k atoms again exactly. A token may keep
+other atoms than it should only where more than these are as near as that format tells apart.
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ from memtool.devices import at_hand
 from memtool.errors import ConfigError, MismatchError, did_you_mean
 
 ScoreNorm = Literal["bank", "task"]
+Scores = Literal["exact", "bf16"]
 
 EPSILON = 1e-12
 """The least norm that responses are divided by."""
@@ -45,6 +50,12 @@ IN_CACHE = 2**18
 
 RESPONSES = 2**22
 """Responses that a CPU computes at once: memory that it has, instead of new pages every time."""
+
+CANDIDATES = 2
+"""Times as many atoms as are kept are scored exactly after all were in bfloat16."""
+
+WORTH = 16
+"""Times as many atoms as are kept, from which on scores in bfloat16 are less work."""
 
 SUM = 0
 """The mode "sum" of torch's embedding bag, by number."""
@@ -67,6 +78,8 @@ class AtomGate:
                      atoms shrink as the bank grows; "task": within the atoms of each task
     scaled_threshold with norm "bank" over t tasks, the threshold is divided by √t
     selected_only    no gradient through the responses of atoms that are not kept
+    scores           of all atoms without gradients: "exact", or "bf16" where that is less work;
+                     with norm "bank" only
 
     Raises ConfigError for a constant outside its range.
     """
@@ -77,6 +90,7 @@ class AtomGate:
     score_norm: ScoreNorm = "bank"
     scaled_threshold: bool = False
     selected_only: bool = False
+    scores: Scores = "exact"
 
     def __post_init__(self) -> None:
         if self.topk < 2:
@@ -94,6 +108,10 @@ class AtomGate:
             raise ConfigError(
                 f"score norm {self.score_norm!r}",
                 remedy=did_you_mean(self.score_norm, get_args(ScoreNorm)),
+            )
+        if self.scores not in get_args(Scores):
+            raise ConfigError(
+                f"scores {self.scores!r}", remedy=did_you_mean(self.scores, get_args(Scores))
             )
 
 
@@ -178,6 +196,7 @@ class ModuleAtoms:
     banks: tuple[AtomBank, ...]
     keys: Tensor = field(init=False)
     _casts: dict[torch.dtype, ModuleAtoms] = field(init=False, default_factory=dict)
+    _rough: list[Tensor] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         if not self.sites or len(self.sites) != len(self.banks):
@@ -215,6 +234,15 @@ class ModuleAtoms:
         if dtype not in self._casts:
             self._casts[dtype] = self._cast(dtype)
         return self._casts[dtype]
+
+    def rough_keys(self) -> Tensor:
+        """`keys` in bfloat16; of frozen atoms they are made once, and kept."""
+        if not self._rough:
+            keys = self.keys.bfloat16()
+            if any(bank.fresh for bank in self.banks):
+                return keys
+            self._rough.append(keys)
+        return self._rough[0]
 
     def _cast(self, dtype: torch.dtype) -> ModuleAtoms:
         return ModuleAtoms(
@@ -258,6 +286,7 @@ def add_atoms(
     fresh = [
         rows[len(rows) - bank.fresh :] for bank in atoms.banks for rows in (bank.keys, bank.values)
     ]
+    gate = replace(gate, scores="exact")
     added: Tensor = _AddAtoms.apply(tokens, inputs, atoms, gate, training, *fresh)
     return added.view(y.shape)
 
@@ -310,6 +339,10 @@ def _choose(x: Tensor, atoms: ModuleAtoms, gate: AtomGate) -> list[_Choice]:
 
 def _choose_at_once(x: Tensor, atoms: ModuleAtoms, gate: AtomGate) -> list[_Choice]:
     """What tokens x (N, d_in) keep at each site. One product responds for all sites."""
+    if gate.scores == "bf16" and _is_worth_it(x, atoms, gate):
+        responses = F.linear(x.bfloat16(), atoms.rough_keys())
+        pairs = zip(atoms.banks, _by_bank(responses, atoms), strict=True)
+        return [_choose_again(x, bank, z, gate) for bank, z in pairs]
     dtype = _score_dtype(x.dtype)
     choices: list[_Choice] = []
     for bank, z in zip(atoms.banks, _by_bank(F.linear(x, atoms.keys), atoms), strict=True):
@@ -325,6 +358,30 @@ def _choose_at_once(x: Tensor, atoms: ModuleAtoms, gate: AtomGate) -> list[_Choi
             norms = of_tasks.gather(1, bank.tasks[index])
         choices.append(_Choice(index, z.gather(1, index).to(dtype), norms))
     return choices
+
+
+def _is_worth_it(x: Tensor, atoms: ModuleAtoms, gate: AtomGate) -> bool:
+    """Whether all scores in bfloat16 and some again are less work than all exactly, and near.
+
+    A norm over the few atoms of a task would be off by as much as their responses.
+    """
+    wide = x.dtype in (torch.float32, torch.float64) and gate.score_norm == "bank"
+    return wide and min(len(bank) for bank in atoms.banks) >= WORTH * gate.topk
+
+
+def _choose_again(x: Tensor, bank: AtomBank, z: Tensor, gate: AtomGate) -> _Choice:
+    """What tokens x (N, d_in) keep of the atoms whose rough responses z (N, n) are highest."""
+    dtype, count = _score_dtype(x.dtype), min(CANDIDATES * gate.topk, len(bank))
+    highest: list[Tensor] = []
+    lengths: list[Tensor] = []
+    for tokens in _slices(z, len(bank)):
+        wide = z[tokens].to(dtype)
+        highest.append(_largest(wide, count))
+        lengths.append(torch.linalg.vector_norm(wide, dim=1, keepdim=True))
+    index = torch.cat(highest)
+    responses = _products(x, index, bank.keys.detach()).to(dtype)
+    best = _largest(responses, min(gate.topk, len(bank)))
+    return _Choice(index.gather(1, best), responses.gather(1, best), torch.cat(lengths))
 
 
 def _weights(

@@ -24,7 +24,9 @@ in the dtype of y.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, get_args
 
@@ -32,6 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from memtool.adapters import grouped_mm
 from memtool.adapters.atoms import AtomGate, BlockAtoms, ModuleAtoms, add_atoms
 from memtool.adapters.convolution import Patches, Window
 from memtool.adapters.layout import Site
@@ -41,6 +44,26 @@ from memtool.devices import at_hand, without_autocast
 from memtool.errors import MismatchError, did_you_mean
 
 Mix = Literal["delta", "params"]
+
+_TOLD: ContextVar[set[str] | None] = ContextVar("_TOLD", default=None)
+
+
+@contextmanager
+def told_kernels(into: set[str]) -> Iterator[None]:
+    """Inside, the kernels that compute adapters which are picked are added: names of `Costs`.
+
+    A pass that torch.compile made tells nothing.
+    """
+    token = _TOLD.set(into)
+    try:
+        yield
+    finally:
+        _TOLD.reset(token)
+
+
+def _tell(kernel: str) -> None:
+    if not torch.compiler.is_compiling() and (into := _TOLD.get()) is not None:
+        into.add(kernel)
 
 
 def project(x: Tensor | Patches, a: Tensor) -> Tensor:
@@ -73,8 +96,24 @@ def lift(y: Tensor, z: Tensor, b: Sequence[Tensor], sites: Sequence[Site]) -> Te
                 rows = y.narrow(-1, site.first_row, site.out_features)
                 rows.baddbmm_(z[:, :, index], b[index])
         return y
-    # One split and one concatenation: for a slice written in place, autograd would copy the whole
-    # gradient of y, once for every slice.
+
+    reduced = z.unbind(2)
+
+    def lifted(index: int, rows: Tensor) -> Tensor:
+        if b[index].ndim == 2:
+            flat = torch.addmm(rows.flatten(0, 1), reduced[index].flatten(0, 1), b[index])
+            return flat.view(rows.shape)
+        return torch.baddbmm(rows, reduced[index], b[index])
+
+    return _changed(y, sites, lifted)
+
+
+def _changed(y: Tensor, sites: Sequence[Site], change: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """A new y whose rows of site i are `change(i, rows)`.
+
+    One split and one concatenation: for a slice written in place, autograd would copy the whole
+    gradient of y, once for every slice.
+    """
     sizes: list[int] = []
     adapted: list[int] = []
     end = 0
@@ -87,12 +126,8 @@ def lift(y: Tensor, z: Tensor, b: Sequence[Tensor], sites: Sequence[Site]) -> Te
     if end < y.shape[-1]:
         sizes.append(y.shape[-1] - end)
     parts = list(y.split(sizes, dim=-1))
-    for part, factor, reduced in zip(adapted, b, z.unbind(2), strict=True):
-        if factor.ndim == 2:
-            flat = torch.addmm(parts[part].flatten(0, 1), reduced.flatten(0, 1), factor)
-            parts[part] = flat.view(parts[part].shape)
-        else:
-            parts[part] = torch.baddbmm(parts[part], reduced, factor)
+    for index, part in enumerate(adapted):
+        parts[part] = change(index, parts[part])
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
@@ -108,6 +143,16 @@ def spread(coefficients: Tensor, rank: int) -> Tensor:
     return coefficients @ owner.repeat_interleave(rank, dim=1)
 
 
+MOVE = 16
+"""Multiply-adds that a number moved counts on a CPU."""
+
+MOVE_ON_GPU = 128
+"""The same where groups are multiplied by one kernel: an H100 or later."""
+
+LAUNCHES = 2**25
+"""Numbers that such a GPU moves while the few more kernels of `grouped_mm` start."""
+
+
 class Costs(NamedTuple):
     """What each kernel costs for one module, in multiply-adds; see `costs`."""
 
@@ -117,10 +162,15 @@ class Costs(NamedTuple):
     folded: float
     gathered: float
     blended: float
+    grouped_mm: float
 
 
 def costs(
-    x: Tensor | Patches, values: ModuleValues, adapters: int | None = None, each: int = 1
+    x: Tensor | Patches,
+    values: ModuleValues,
+    adapters: int | None = None,
+    each: int = 1,
+    move: int = MOVE,
 ) -> Costs:
     """Arithmetic plus memory traffic of each kernel for x (b, n, d), with N = b n tokens.
 
@@ -130,12 +180,13 @@ def costs(
     folded    params without forming factors: dense, with a sum over adapters between
     gathered  A and B of the `each` adapters of every sample copied, then rank r · each
     blended   params of those copies: mixed for every sample, then rank r
+    grouped_mm  x copied for each of the `each` adapters, what they add written and read; on a GPU
+              with `LAUNCHES`
 
     R is of so many `adapters`, None: of all. Numbers moved beyond x and y count `move`
     multiply-adds each: about 10 is the ratio on a CPU core in its caches, 100 and more on a GPU.
     The choices depend on it weakly.
     """
-    move = 16
     count, sites, rank, width = values.a.shape
     batch, tokens_each, _ = x.shape
     tokens, total = batch * tokens_each, (count if adapters is None else adapters) * rank
@@ -150,6 +201,9 @@ def costs(
         folded=dense + move * 2 * tokens * sites * total,
         gathered=each * (product + copy),
         blended=product + each * copy,
+        grouped_mm=each * product
+        + move * (each * tokens * (3 * width + 4 * sites * rank + 4 * rows) + total * per_rank)
+        + move * LAUNCHES,
     )
 
 
@@ -257,13 +311,17 @@ def add_picked(
 
     The factors are gathered for every sample, or once for all that the batch uses, whichever is
     cheaper; `values` of other adapters are neither cast nor copied. `values` are as they are
-    stored.
+    stored. Where a device multiplies groups of rows in one kernel, that may be cheaper than both.
     """
+    if mix == "delta" and isinstance(x, Tensor) and _in_groups(x, values, picks):
+        _tell("grouped_mm")
+        return add_grouped_mm(y, x, values, scaling, weights, picks)
     used, count = picks.used, len(scaling) if picks.used is None else len(picks.used)
     cost = costs(x, values, count, picks.index.shape[1])
     together, apart = min(cost.dense, cost.formed), cost.gathered
     if mix == "params":
         together, apart = min(cost.mixed, cost.folded), cost.blended
+    _tell("dense" if together < apart else "gathered")
     if together < apart:
         here = values.of(used, y.dtype)
         scaling = scaling if used is None else scaling.index_select(0, used)
@@ -283,6 +341,46 @@ def add_picked(
     z = z.unflatten(-1, own.a.shape[1:3]).transpose(2, 3).flatten(3)
     b = tuple(factor.unflatten(0, (batch, each)).flatten(1, 2) for factor in own.b)
     return lift(y, z, b, values.sites)
+
+
+def add_grouped_mm(
+    y: Tensor, x: Tensor, values: ModuleValues, scaling: Tensor, weights: Tensor, picks: Picks
+) -> Tensor:
+    """As `add_picked` with mix delta, by one product of groups of rows; see `grouped_mm`."""
+    used = _taking_part(values, picks, x.dtype)
+    gate = (weights * scaling[picks.index]).to(y.dtype)
+    pairs = picks.sorted(len(scaling) if used is None else len(used))
+    found = grouped_mm.contributions(x, values.of(used, y.dtype), gate, pairs)
+    if torch.is_grad_enabled():
+        parts = list(found)
+        return _changed(y, values.sites, lambda index, rows: rows + parts[index])
+    for site, part in zip(values.sites, found, strict=True):
+        y.narrow(-1, site.first_row, site.out_features).add_(part)
+    return y
+
+
+def _taking_part(values: ModuleValues, picks: Picks, dtype: torch.dtype) -> Tensor | None:
+    """The adapters that are copied for groups of rows; None: the stack takes part as it lies."""
+    return None if _lies_ready(values, dtype) and len(values.a) <= grouped_mm.MOST else picks.used
+
+
+def _lies_ready(values: ModuleValues, dtype: torch.dtype) -> bool:
+    """Whether groups of rows are multiplied with values as they are stored."""
+    return values.a.dtype == dtype and not grouped_mm.padding(values.a.shape[2], dtype)
+
+
+def _in_groups(x: Tensor, values: ModuleValues, picks: Picks) -> bool:
+    """Whether a product of groups of rows is what costs least."""
+    count = len(values.a)
+    used = _taking_part(values, picks, x.dtype)
+    if not grouped_mm.fits(x, values, count if used is None else len(used)):
+        return False
+    read = count if picks.used is None else len(picks.used)
+    cost = costs(x, values, read, picks.index.shape[1], MOVE_ON_GPU)
+    copied = 0
+    if used is not None or not _lies_ready(values, x.dtype):
+        copied = 2 * MOVE_ON_GPU * read * sum(f[0].numel() for f in (values.a, *values.b))
+    return cost.grouped_mm + copied < min(cost.dense, cost.formed, cost.gathered)
 
 
 def _mix_own(weights: Tensor, factors: Tensor) -> Tensor:
@@ -476,7 +574,7 @@ class Mixture:
             return self
         picks = self.picks
         if picks is not None:
-            picks = replace(picks, index=_over(picks.index, rows, module))
+            picks = replace(picks, index=_over(picks.index, rows, module), ready={})
         return replace(self, gate=_over(self.gate, rows, module), picks=picks, ready={})
 
     def dense(self) -> Mixture:

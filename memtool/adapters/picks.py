@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -11,14 +11,36 @@ from memtool.devices import sent
 
 
 @dataclass(frozen=True, eq=False)
+class Sorted:
+    """Pairs of a sample and an adapter, p = b · k of them, one adapter after another.
+
+    `order` (p,) are the pairs as they are sorted, `back` (p,) where each of them went, `ends` (t,)
+    where in the order the pairs of every adapter end.
+    """
+
+    order: Tensor
+    back: Tensor
+    ends: Tensor
+
+    @classmethod
+    def of(cls, adapters: Tensor, count: int) -> Sorted:
+        """The pairs with these adapters (p,), of so many; no number of them is looked at."""
+        owners, order = adapters.sort(stable=True)
+        numbers = torch.arange(count, device=adapters.device)
+        return cls(order, order.argsort(), torch.searchsorted(owners, numbers, right=True))
+
+
+@dataclass(frozen=True, eq=False)
 class Picks:
     """Which adapters each sample uses: those of its row of `index` (b, k) int64, of a stack of t.
 
     `used` (u,) are all adapters that the batch uses, ascending and each once; None: perhaps all.
+    `ready` holds the pairs sorted, for the layers that come after the first.
     """
 
     index: Tensor
     used: Tensor | None = None
+    ready: dict[int, Sorted] = field(default_factory=dict)
 
     @classmethod
     def of(cls, coefficients: Tensor, among: Tensor | None = None) -> tuple[Tensor, Picks]:
@@ -47,5 +69,16 @@ class Picks:
 
     def spread(self, weights: Tensor, count: int) -> Tensor:
         """Weights (b, k) as those (b, count) of all adapters that are used."""
-        at = self.index if self.used is None else torch.searchsorted(self.used, self.index)
+        at = self._among_used()
         return weights.new_zeros(at.shape[0], count).scatter_add(1, at, weights)
+
+    def sorted(self, count: int) -> Sorted:
+        """Its pairs by adapter, of a whole stack of `count`; of fewer, of those that are used."""
+        if count not in self.ready:
+            few = self.used is not None and len(self.used) == count
+            at = self._among_used() if few else self.index
+            self.ready[count] = Sorted.of(at.flatten(), count)
+        return self.ready[count]
+
+    def _among_used(self) -> Tensor:
+        return self.index if self.used is None else torch.searchsorted(self.used, self.index)

@@ -42,7 +42,7 @@ RECORD: Final = "record.json"
 SCHEMA_VERSION: Final = 4
 """2: rows have `right`. 3: `run` may have `selection`, `bound`. 4: the record may have `inside`,
 `run` what a person said of it (`_SAID`), rows what `_NEW_OF_ROWS` names, a selection cells that
-failed. Written as the oldest that has all that is in it."""
+failed, the environment `kernels`. Written as the oldest that has all that is in it."""
 
 Kind = Literal["method", "baseline", "upper bound"]
 Score = Annotated[float, Field(ge=0, le=1)]
@@ -355,6 +355,16 @@ class Environment(Part):
     packages: dict[str, str] = Field(description="version by distribution name")
     wall_seconds: Annotated[float, Field(ge=0)]
     peak_memory_bytes: Annotated[int, Field(ge=0)] | None = None
+    kernels: tuple[str, ...] = Field(
+        (), description="that computed adapters which inputs picked: dense, gathered, grouped_mm"
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        document: dict[str, Any] = write(self)
+        if not self.kernels:
+            document.pop("kernels", None)
+        return document
 
     @classmethod
     def here(
@@ -364,6 +374,7 @@ class Environment(Part):
         *,
         peak_memory_bytes: int | None = None,
         packages: Iterable[str] = PACKAGES,
+        kernels: Iterable[str] = (),
     ) -> Environment:
         """Describe this process; peak memory, when not given, is its largest resident size."""
         versions: dict[str, str] = {}
@@ -381,6 +392,7 @@ class Environment(Part):
             peak_memory_bytes=(
                 peak_resident_bytes() if peak_memory_bytes is None else peak_memory_bytes
             ),
+            kernels=tuple(sorted(kernels)),
         )
 
 
@@ -416,7 +428,8 @@ class Record(Part):
             document.pop("inside", None)
         said = any(getattr(self.run, name) for name in _SAID)
         selection = self.run.selection
-        newest = said or (selection is not None and selection.has_failed)
+        failed = selection is not None and selection.has_failed
+        newest = said or failed or bool(self.environment.kernels)
         if (
             self.inside is None
             and not newest

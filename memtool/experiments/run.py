@@ -232,7 +232,9 @@ def _each_domain_in_turn(
                 rows=tuple(over_domains([one.metrics.rows for one in found], domains))
             ),
             "environment": Environment.here(
-                str(whole.workspace.engine.device), time.perf_counter() - begin
+                str(whole.workspace.engine.device),
+                time.perf_counter() - begin,
+                kernels={name for one in found for name in one.environment.kernels},
             ),
         }
     )
@@ -316,7 +318,11 @@ def _learned_and_measured(
                 }
             ),
             "metrics": Metrics(rows=tuple(rows)),
-            "environment": Environment.here(str(work.engine.device), time.perf_counter() - begin),
+            "environment": Environment.here(
+                str(work.engine.device),
+                time.perf_counter() - begin,
+                kernels=work.engine.kernels,
+            ),
         }
     )
     held_out = work.stream.held_out

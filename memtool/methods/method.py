@@ -307,7 +307,8 @@ class Method(AdapterTrainer, ABC):
             store_version=version,
             created=datetime.now(UTC),
         )
-        environment = Environment.here(str(work.engine.device), seconds)
+        engine = work.engine
+        environment = Environment.here(str(engine.device), seconds, kernels=engine.kernels)
         first, *others = rows
         if setting != "til":  # a calibration is of tasks that are not given
             told = told_of(work.store.view(version))

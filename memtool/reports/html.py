@@ -805,6 +805,7 @@ def _provenance(records: Sequence[Record]) -> list[tuple[str, str]]:
     run, environment = records[0].run, records[0].environment
     memory = [r.environment.peak_memory_bytes for r in records]
     known = [number for number in memory if number is not None]
+    kernels = {name for record in records for name in record.environment.kernels}
     fingerprints = dict.fromkeys(record.run.data.fingerprint for record in records)
     versions = dict.fromkeys(r.run.store_version for r in records if r.run.store_version)
     pairs = [
@@ -823,6 +824,7 @@ def _provenance(records: Sequence[Record]) -> list[tuple[str, str]]:
         ("store version", ", ".join(versions)),
         ("created", run.created.isoformat(timespec="seconds")),
         ("device", environment.device),
+        ("kernels of picked adapters", ", ".join(sorted(kernels))),
         ("wall time", duration(sum(r.environment.wall_seconds for r in records))),
         ("peak memory", size(max(known)) if known else None),
         ("platform", environment.platform),

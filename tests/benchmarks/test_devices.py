@@ -63,6 +63,7 @@ def test_what_is_timed_runs_on_the_device_alone(monkeypatch: pytest.MonkeyPatch)
     index = {"adapters.picks.Picks.of"}
     with FakeDevice("cuda") as device:
         assert moram.Layer(160, device.device).atoms().device == device.device
+        assert moram.Layer(320, device.device).rough().device == device.device
         x = torch.zeros(mixing.BATCH, 3, 16).to(device.device)
         for layers, rows in ((mixing.arrow_layers, 16), (mixing.named_layers, 48)):
             _, ours = layers(5, torch.float32, str(device.device))

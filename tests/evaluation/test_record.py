@@ -124,6 +124,16 @@ def test_what_cannot_stand_in_a_record() -> None:
         Row.measured("m", "m", "method", matrix, more={"faa": float("nan")})
 
 
+def test_kernels_are_of_the_newest_schema_and_others_say_nothing_of_them() -> None:
+    assert "kernels" not in json.loads(record().to_json())["environment"]
+    environment = Environment.here("cpu", 1.0, packages=(), kernels={"gathered", "dense"})
+    new = record().model_copy(update={"environment": environment})
+    document = json.loads(new.to_json())
+    assert document["schema_version"] == 4
+    assert document["environment"]["kernels"] == ["dense", "gathered"]
+    assert Record.from_json(new.to_json()) == new
+
+
 def test_environment_of_this_process() -> None:
     here = Environment.here("cpu", 1.5, packages=["numpy", "no-such-distribution"])
     assert list(here.packages) == ["numpy"]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from memtool.adapters import atoms as atoms_file
 from memtool.adapters.atoms import AtomBank, AtomGate, activations, add_atoms
 from memtool.adapters.layout import Layout
 from memtool.adapters.peft_files import read_peft
@@ -121,6 +122,24 @@ def test_it_learns_task_after_task(grown):
     assert record.run.configuration["moram"]["topk"] == 4
     assert record.row("memory-all").metrics["faa"] > 0.7
     assert Record.from_json(record.to_json()) == record
+
+
+def test_scores_in_bfloat16_are_of_an_evaluation_alone(grown, monkeypatch):
+    asked = []
+    again = atoms_file._choose_again
+    monkeypatch.setattr(atoms_file, "WORTH", 0)  # this bank is a small one
+    monkeypatch.setattr(atoms_file, "_choose_again", lambda *a: asked.append(1) or again(*a))
+    exact = grown.evaluate(compare=True)
+    assert not asked
+    rough = reopened(grown, engine__atom_scores="bf16")
+    found = rough.evaluate(compare=True)
+    assert asked
+    assert found.run.configuration["engine"]["atom_scores"] == "bf16"
+    for row in ("memory", "memory-all"):
+        faa = exact.row(row).metrics["faa"]
+        assert found.row(row).metrics["faa"] == pytest.approx(faa, abs=0.02)
+    assert rough.gate.scores == "exact"
+    assert rough.read().settings == grown.read().settings
 
 
 def test_the_bank_is_what_was_written(grown):

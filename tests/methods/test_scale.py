@@ -69,6 +69,15 @@ def test_only_what_is_picked_is_computed_and_it_is_the_dense_mixture(
     torch.testing.assert_close(features, dense, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("settings", "kernels"), [(TOP_2, True), ({}, False)])
+def test_a_record_says_by_which_kernels_what_was_picked_is_computed(
+    adapted: Path, settings: dict[str, object], kernels: bool
+) -> None:
+    found = remembered(adapted, **settings).evaluate().environment.kernels
+    assert bool(found) == kernels
+    assert set(found) <= {"dense", "gathered"}  # as a CPU does
+
+
 def test_weights_that_are_moved_from_zero_are_not_left_out(adapted: Path) -> None:
     mira = remembered(adapted, memory__routing="lda", memory__separation="affine")
     _, model, _ = mira.snapshot().consolidated()

@@ -225,6 +225,18 @@ def test_the_record_is_on_the_page(full: str) -> None:
     assert [float(line["accuracy"]) for line in last] == expected
 
 
+def test_kernels_of_all_runs_are_told_where_any_are_known() -> None:
+    def ran(seed: int, *kernels: str) -> Record:
+        one = record(seed)
+        environment = one.environment.model_copy(update={"kernels": kernels})
+        return one.model_copy(update={"environment": environment})
+
+    title = "kernels of picked adapters"
+    assert title not in render([record()])
+    page = render([ran(1, "gathered", "grouped_mm"), ran(2, "dense")])
+    assert re.search(rf"{title}\W.*?dense, gathered, grouped_mm", page, re.S)
+
+
 def test_parts_not_given_are_left_out(tmp_path: Path) -> None:
     path = write_report(record(), tmp_path / "reports" / "report.html")
     page = Page(path.read_text(encoding="utf-8"))

@@ -127,6 +127,7 @@ class AtomMeasure:
             work.config.backbone.targets,
             work.engine.precision,
             str(work.engine.device),
+            *([] if snapshot.gate.scores == "exact" else [snapshot.gate.scores]),
         ]
         name = f"moram-after-{count}-{fingerprint_of(decides)[:16]}.json"
         file = work.config.runs / "scores" / name

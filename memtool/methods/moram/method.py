@@ -418,7 +418,7 @@ class Moram(Method):
             tasks=beneath.tasks_of(view),
             bank=bank_of(view, work.layout).to(work.backbone.device),
             settings=settings,
-            gate=gate_of(settings, work.layout.rank),
+            gate=gate_of(settings, work.layout.rank, work.engine.settings.atom_scores),
             state=state,
             head=head,
         )

@@ -8,7 +8,7 @@ from dataclasses import replace
 from memtool.evaluation.record import Row
 from memtool.memories.rank1 import Rank1Memory
 from memtool.methods.moram.measure import AtomMeasure, use_metrics
-from memtool.methods.moram.state import AtomSnapshot, gate_of
+from memtool.methods.moram.state import AtomSnapshot
 from memtool.streams.task import Task
 from memtool.workspace import Workspace
 
@@ -46,7 +46,7 @@ def without_threshold(
 ) -> Row:
     """The same atoms and head, all kept atoms counting."""
     settings = snapshot.settings.model_copy(update={"threshold": -1.0})
-    gate = gate_of(settings, work.config.adapter.rank)
+    gate = replace(snapshot.gate, threshold=-1.0)
     there = {len(snapshot.tasks): replace(snapshot, settings=settings, gate=gate)}
     id, label = NAMES[work.reads]
     return AtomMeasure(work).row(f"{id}-all", f"{label}, no threshold", there, shown, setting)

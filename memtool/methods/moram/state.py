@@ -18,7 +18,7 @@ import torch
 from pydantic import ValidationError
 
 import memtool_stores
-from memtool.adapters.atoms import AtomBank, AtomGate
+from memtool.adapters.atoms import AtomBank, AtomGate, Scores
 from memtool.adapters.layout import Layout
 from memtool.adapters.values import Recall
 from memtool.errors import AlreadyExistsError, CorruptError, MismatchError
@@ -105,9 +105,10 @@ def resolved(settings: MoramSettings, rank: int) -> MoramSettings:
     return settings.model_copy(update={"topk": settings.topk or max(rank, 2)})
 
 
-def gate_of(settings: MoramSettings, rank: int) -> AtomGate:
-    """The gate that the settings describe."""
-    return AtomGate(**resolved(settings, rank).model_dump(exclude={"keys", "frozen_scaling"}))
+def gate_of(settings: MoramSettings, rank: int, scores: Scores = "exact") -> AtomGate:
+    """The gate that the settings describe; `scores` are of an evaluation."""
+    said = resolved(settings, rank).model_dump(exclude={"keys", "frozen_scaling"})
+    return AtomGate(**said, scores=scores)
 
 
 def bank_of(
