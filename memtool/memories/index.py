@@ -1,0 +1,138 @@
+"""The keys that are probably the most alike to a query, found in an index of usearch.
+
+Every key has a score q̂ · k̂ + c (`search.Products`). What all keys have in common adds the same to
+all scores of a query, so k̂ and c count less their means; and both are in one product:
+
+    k' = (k̂, σ c, √max(0, M² − |k̂|² − σ² c²))        q' = (q̂, 1/σ, 0)
+
+σ gives c the spread of an entry of k̂. The last entry, which no query sees, gives nine keys of ten
+the length M of the longest of them (Bachrach et al., 2014, "Speeding Up the Xbox Recommender
+System"), so that keys with much the same scores are near each other; were M the length of the
+longest key of all, all others would be near each other beside one that is much longer. The highest
+products are looked for in a graph of near keys (HNSW, Malkov & Yashunin, 2018), a few times as many
+as are wanted: it may miss one. Whoever asks scores what it found.
+
+An index is made whole from all keys and never changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from importlib.util import find_spec
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from memtool.errors import ConfigError
+from memtool.memories.search import Products
+from memtool.memories.similarity import SimilarityFunction
+
+CANDIDATES, LEAST = 4, 32
+"""Keys that are found for each one that is wanted, and in all at least: some have equal scores."""
+
+COMMON = 0.9
+"""Share of the keys that have one length."""
+
+GRAPH = {"dtype": "f16", "connectivity": 16, "expansion_add": 128, "expansion_search": 512}
+"""How usearch keeps vectors, and how far it looks around when it adds and finds them."""
+
+LINKS_BYTES = 150
+"""Of one key, in its graph."""
+
+ROWS_AT_ONCE = 1 << 16
+
+
+def require_usearch() -> None:
+    """Raise ConfigError where the package is not installed."""
+    if find_spec("usearch") is None:
+        raise ConfigError(
+            "memory.index usearch needs the package usearch, which is not installed",
+            remedy="pip install 'memtool[usearch]', or memtool consolidate --set "
+            "memory.index=exact",
+        )
+
+
+def index_bytes(keys: int, width: int) -> int:
+    """About how large an index of so many keys is, in a file or in memory: vectors and graph."""
+    return keys * (2 * (width + 1) + LINKS_BYTES)
+
+
+class KeyIndex:
+    """An index of keys (t, d) float32 by one of `search.SEARCHED`; `data` is one made before.
+
+        near = KeyIndex(keys, similarity.dot).near(queries, 4)                  # (b, 16)
+        scores = similarity.dot(queries, keys).gather(1, near)
+
+    It takes minutes for 100,000 keys. On one thread of torch the same keys give the same index.
+    `constant` says that the last entry of every query is 1. Raises ConfigError without usearch.
+    """
+
+    def __init__(
+        self,
+        keys: Tensor,
+        likeness: SimilarityFunction,
+        *,
+        constant: bool = False,
+        data: bytes | None = None,
+    ) -> None:
+        require_usearch()
+        from usearch.index import Index
+
+        self.count = len(keys)
+        self._products = Products(keys, likeness, constant=constant)
+        ready, extra = self._products.of_keys(keys)
+        mean, middle = ready.mean(dim=0), extra.mean()
+        spread = (extra - middle).square().mean().sqrt()
+        wide = (ready - mean).square().mean().sqrt()
+        self._scale = float((wide if wide > 0 else 1.0) / spread) if spread > 0 else 1.0
+        self._index = Index(ndim=ready.shape[1] + 2, metric="ip", **GRAPH)
+        if data is not None:
+            self._index.load(data)
+            return
+        whole = torch.cat([ready - mean, self._scale * (extra - middle).unsqueeze(1)], dim=1)
+        squares = whole.square().sum(dim=1)
+        common = squares.kthvalue(math.ceil(COMMON * self.count)).values
+        rest = (common - squares).clamp_min(0).sqrt().unsqueeze(1)
+        longest = squares.max().sqrt().clamp_min(torch.finfo().tiny)
+        vectors = torch.cat([whole, rest], dim=1).div_(longest)
+        for first in range(0, self.count, ROWS_AT_ONCE):
+            rows = vectors[first : first + ROWS_AT_ONCE].numpy()
+            places = np.arange(first, first + len(rows), dtype=np.uint64)
+            self._index.add(places, rows, threads=torch.get_num_threads())
+
+    def to_bytes(self) -> bytes:
+        """The index, as `data` takes it."""
+        return bytes(self._index.save())
+
+    def near(self, queries: Tensor, count: int) -> Tensor:
+        """The keys (b, c) that are probably the nearest of each query (b, d), c a few for each.
+
+        (0,) where it finds fewer, or a query is of no number.
+        """
+        ready = self._products.of_queries(queries)
+        asked = F.normalize(F.pad(ready, (0, 1), value=1 / self._scale), dim=1)
+        count = min(max(CANDIDATES * count, LEAST), self.count)
+        nothing = torch.empty(0, dtype=torch.int64)
+        if not len(asked) or not asked.isfinite().all():
+            return nothing
+        vectors = F.pad(asked, (0, 1)).numpy()
+        found = self._index.search(vectors, count, threads=torch.get_num_threads())
+        # Of one query it counts none, and gives no more than it found.
+        if found.keys.size < len(asked) * count or np.any(getattr(found, "counts", count) < count):
+            return nothing
+        return torch.from_numpy(found.keys.astype(np.int64)).view(len(asked), count)
+
+
+def name_of(keys: Tensor, likeness: SimilarityFunction, *, constant: bool) -> str:
+    """Hex sha256 of all that an index follows from: keys, similarity, and what makes it."""
+    require_usearch()
+    from usearch import __version__
+
+    decides = [str(keys.dtype), [*keys.shape], likeness.__name__, constant, __version__, GRAPH]
+    found = hashlib.sha256(json.dumps(decides).encode())
+    found.update(keys.detach().contiguous().numpy().data)
+    return found.hexdigest()
