@@ -1,16 +1,18 @@
 """The keys that are probably the most alike to a query, found in an index of usearch.
 
 Every key has a score q̂ · k̂ + c (`search.Products`). What all keys have in common adds the same to
-all scores of a query, so k̂ and c count less their means; and both are in one product:
+all scores of a query, so k̂ and c count less their means m; the rest is put into one product:
 
-    k' = (k̂, σ c, √max(0, M² − |k̂|² − σ² c²))        q' = (q̂, 1/σ, 0)
+    k' = (A (k̂ − m), σ c, √max(0, M² − |·|²))        q' = (A⁻¹ q̂, 1/σ, 0)
 
-σ gives c the spread of an entry of k̂. The last entry, which no query sees, gives nine keys of ten
-the length M of the longest of them (Bachrach et al., 2014, "Speeding Up the Xbox Recommender
-System"), so that keys with much the same scores are near each other; were M the length of the
-longest key of all, all others would be near each other beside one that is much longer. The highest
-products are looked for in a graph of near keys (HNSW, Malkov & Yashunin, 2018), a few times as many
-as are wanted: it may miss one. Whoever asks scores what it found.
+A = C^(−1/4), with C the covariance of k̂: between the directions in which keys differ and those in
+which queries do. σ gives c the spread of an entry. The last entry, which no query sees, gives nine
+keys of ten the length M of the longest of them (Bachrach et al., 2014, "Speeding Up the Xbox
+Recommender System"): keys near each other then have much the same scores. Were M the length of the
+longest of all, one that is much longer would leave no differences between the others.
+
+The highest products are looked for in a graph of near keys (HNSW, Malkov & Yashunin, 2018), a few
+times as many as are wanted. It may miss one. Whoever asks scores what it found.
 
 An index is made whole from all keys and never changes.
 """
@@ -42,6 +44,15 @@ GRAPH = {"dtype": "f16", "connectivity": 16, "expansion_add": 128, "expansion_se
 
 LINKS_BYTES = 150
 """Of one key, in its graph."""
+
+SAMPLE = 4096
+"""Keys, evenly among all, that the means, A, σ and M are of, or a few more."""
+
+FLAT = 1e-6
+"""Variance of a direction, over the largest, below which keys do not differ in it."""
+
+LARGEST = 65504.0
+"""Of half precision."""
 
 ROWS_AT_ONCE = 1 << 16
 
@@ -84,25 +95,33 @@ class KeyIndex:
 
         self.count = len(keys)
         self._products = Products(keys, likeness, constant=constant)
-        ready, extra = self._products.of_keys(keys)
-        mean, middle = ready.mean(dim=0), extra.mean()
-        spread = (extra - middle).square().mean().sqrt()
-        wide = (ready - mean).square().mean().sqrt()
+        some = keys[:: math.ceil(self.count / SAMPLE)]
+        ready, extra = self._products.of_keys(some)
+        self._mean, self._middle = ready.mean(dim=0), extra.mean()
+        self._to_keys, self._to_queries = _balanced(ready - self._mean)
+        wide = ((ready - self._mean) @ self._to_keys).square().mean().sqrt()
+        spread = (extra - self._middle).square().mean().sqrt()
         self._scale = float((wide if wide > 0 else 1.0) / spread) if spread > 0 else 1.0
         self._index = Index(ndim=ready.shape[1] + 2, metric="ip", **GRAPH)
         if data is not None:
             self._index.load(data)
             return
-        whole = torch.cat([ready - mean, self._scale * (extra - middle).unsqueeze(1)], dim=1)
-        squares = whole.square().sum(dim=1)
-        common = squares.kthvalue(math.ceil(COMMON * self.count)).values
-        rest = (common - squares).clamp_min(0).sqrt().unsqueeze(1)
-        longest = squares.max().sqrt().clamp_min(torch.finfo().tiny)
-        vectors = torch.cat([whole, rest], dim=1).div_(longest)
+        squares = self._vectors(some).square().sum(dim=1)
+        common = squares.kthvalue(math.ceil(COMMON * len(some))).values
         for first in range(0, self.count, ROWS_AT_ONCE):
-            rows = vectors[first : first + ROWS_AT_ONCE].numpy()
+            rows = self._vectors(keys[first : first + ROWS_AT_ONCE])
+            rest = (common - rows.square().sum(dim=1)).clamp_min(0).sqrt()
+            rows = torch.cat([rows, rest.unsqueeze(1)], dim=1)
+            rows /= common.sqrt().clamp_min(torch.finfo().tiny)
+            rows.clamp_(-LARGEST, LARGEST)
             places = np.arange(first, first + len(rows), dtype=np.uint64)
-            self._index.add(places, rows, threads=torch.get_num_threads())
+            self._index.add(places, rows.numpy(), threads=torch.get_num_threads())
+
+    def _vectors(self, keys: Tensor) -> Tensor:
+        """What k' (t, d̂ + 1) of keys (t, d) begin with: all but the last entry."""
+        ready, extra = self._products.of_keys(keys)
+        scaled = self._scale * (extra - self._middle)
+        return torch.cat([(ready - self._mean) @ self._to_keys, scaled.unsqueeze(1)], dim=1)
 
     def to_bytes(self) -> bytes:
         """The index, as `data` takes it."""
@@ -113,7 +132,7 @@ class KeyIndex:
 
         (0,) where it finds fewer, or a query is of no number.
         """
-        ready = self._products.of_queries(queries)
+        ready = self._products.of_queries(queries) @ self._to_queries
         asked = F.normalize(F.pad(ready, (0, 1), value=1 / self._scale), dim=1)
         count = min(max(CANDIDATES * count, LEAST), self.count)
         nothing = torch.empty(0, dtype=torch.int64)
@@ -125,6 +144,16 @@ class KeyIndex:
         if found.keys.size < len(asked) * count or np.any(getattr(found, "counts", count) < count):
             return nothing
         return torch.from_numpy(found.keys.astype(np.int64)).view(len(asked), count)
+
+
+def _balanced(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """A and A⁻¹ (d, d) of keys (t, d) less their mean; see above. Both are symmetric."""
+    keys = keys.double()
+    sizes, directions = torch.linalg.eigh(keys.T @ keys / len(keys))
+    largest = sizes[-1]
+    sizes = (sizes / largest).clamp_min(FLAT) if largest > 0 else torch.ones_like(sizes)
+    forth, back = (directions * sizes**power @ directions.T for power in (-0.25, 0.25))
+    return forth.float(), back.float()
 
 
 def name_of(keys: Tensor, likeness: SimilarityFunction, *, constant: bool) -> str:
