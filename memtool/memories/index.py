@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from memtool.devices import without_autocast
 from memtool.errors import ConfigError
 from memtool.memories.search import Products
 from memtool.memories.similarity import SimilarityFunction
@@ -39,7 +40,7 @@ CANDIDATES, LEAST = 4, 32
 COMMON = 0.9
 """Share of the keys that have one length."""
 
-GRAPH = {"dtype": "f16", "connectivity": 16, "expansion_add": 128, "expansion_search": 512}
+GRAPH = {"dtype": "f16", "connectivity": 16, "expansion_add": 128, "expansion_search": 256}
 """How usearch keeps vectors, and how far it looks around when it adds and finds them."""
 
 LINKS_BYTES = 150
@@ -62,7 +63,7 @@ def require_usearch() -> None:
     if find_spec("usearch") is None:
         raise ConfigError(
             "memory.index usearch needs the package usearch, which is not installed",
-            remedy="pip install 'memtool[usearch]', or memtool consolidate --set "
+            remedy="pip install 'memtool[usearch]', or memtool consolidate as before, with --set "
             "memory.index=exact",
         )
 
@@ -95,17 +96,27 @@ class KeyIndex:
 
         self.count = len(keys)
         self._products = Products(keys, likeness, constant=constant)
-        some = keys[:: math.ceil(self.count / SAMPLE)]
+        # It may be made at the first look, under an autocast.
+        with without_autocast(keys):
+            some = keys[:: math.ceil(self.count / SAMPLE)]
+            self._prepare(some)
+            self._index = Index(ndim=len(self._mean) + 2, metric="ip", **GRAPH)
+            if data is None:
+                self._fill(keys, some)
+            else:
+                self._index.load(data)
+
+    def _prepare(self, some: Tensor) -> None:
+        """Find the means, A and σ from some of the keys."""
         ready, extra = self._products.of_keys(some)
         self._mean, self._middle = ready.mean(dim=0), extra.mean()
         self._to_keys, self._to_queries = _balanced(ready - self._mean)
         wide = ((ready - self._mean) @ self._to_keys).square().mean().sqrt()
         spread = (extra - self._middle).square().mean().sqrt()
         self._scale = float((wide if wide > 0 else 1.0) / spread) if spread > 0 else 1.0
-        self._index = Index(ndim=ready.shape[1] + 2, metric="ip", **GRAPH)
-        if data is not None:
-            self._index.load(data)
-            return
+
+    def _fill(self, keys: Tensor, some: Tensor) -> None:
+        """Add all keys, of the length that most of some have."""
         squares = self._vectors(some).square().sum(dim=1)
         common = squares.kthvalue(math.ceil(COMMON * len(some))).values
         for first in range(0, self.count, ROWS_AT_ONCE):
@@ -132,7 +143,8 @@ class KeyIndex:
 
         (0,) where it finds fewer, or a query is of no number.
         """
-        ready = self._products.of_queries(queries) @ self._to_queries
+        with without_autocast(queries):
+            ready = self._products.of_queries(queries) @ self._to_queries
         asked = F.normalize(F.pad(ready, (0, 1), value=1 / self._scale), dim=1)
         count = min(max(CANDIDATES * count, LEAST), self.count)
         nothing = torch.empty(0, dtype=torch.int64)

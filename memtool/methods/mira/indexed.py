@@ -35,7 +35,7 @@ class Indexed:
         data = derived.read(self.store_id, name)
         if data is not None:
             return KeyIndex(keys, likeness, constant=constant, data=data)
-        _log.warning("the index of %s keys is made, which is kept for the next time", len(keys))
+        _log.warning("an index of %s keys is made, and kept in the cache", f"{len(keys):,}")
         made = KeyIndex(keys, likeness, constant=constant)
         files = cache.KEEP_FILES * self.memories
         derived.keep(self.store_id, name, made.to_bytes(), files=files)
