@@ -76,7 +76,7 @@ def index_bytes(keys: int, width: int) -> int:
 class KeyIndex:
     """An index of keys (t, d) float32 by one of `search.SEARCHED`; `data` is one made before.
 
-        near = KeyIndex(keys, similarity.dot).near(queries, 4)                  # (b, 16)
+        near = KeyIndex(keys, similarity.dot).near(queries, 4)                  # (b, 32)
         scores = similarity.dot(queries, keys).gather(1, near)
 
     It takes minutes for 100,000 keys. On one thread of torch the same keys give the same index.
