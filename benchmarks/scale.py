@@ -11,7 +11,8 @@ for all blocks. For a hard choice and for the four highest keys, among 10 to 10,
 What does a look cost beside the same model with one fixed LoRA (`scale_look`)?
 
 And for 100,000 keys and 32 queries: what does an exact search take, over the bare product of that
-shape and its four highest, in the fastest number format of the machine?
+shape and its four highest, in the fastest number format of the machine? And one in an index of
+usearch, where that is installed (`scale_index`)?
 
 Last what the store takes to hold as many: the cases of `scale_store`, with `--full` to 100,000.
 """
@@ -33,6 +34,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import scale_store
+from benchmarks.scale_index import index_cases
 from benchmarks.scale_look import look_cases
 from benchmarks.timing import case, environment, figure, interleaved, progress
 from memtool.adapters.layout import Layout
@@ -70,11 +72,11 @@ def run(
 ) -> dict[str, Any]:
     """All cases; `sizes` are numbers of adapters, of which the least is what others are held to.
 
-    `full` as in `scale_store`. Looks and the search of keys are those of a CPU, and left out
-    elsewhere.
+    `full` as in `scale_store` and `scale_index`. Looks and the search of keys are those of a CPU,
+    and left out elsewhere.
     """
     parts = [partial(recalls, sizes=sorted(sizes), device=device)]
-    parts += [look_cases, searches] if device == "cpu" else []
+    parts += [look_cases, searches, partial(index_cases, full=full)] if device == "cpu" else []
     with torch.inference_mode():
         cases = [case for part in parts for case in part(repeats)]
     cases += scale_store.store_cases(repeats, scale_store.sizes_of(full))

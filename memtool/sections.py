@@ -49,6 +49,8 @@ Similarity = Annotated[
 ]
 SHARES = ("softmax", "topk", "sparsemax", "entmax", "max")
 """Separations whose weights are shares of one."""
+SEARCHED = ("dot", "scaled-dot", "cosine", "centred-cosine", "euclidean")
+"""Similarities that rank keys as inner products do, by which keys are searched."""
 SETTLES = ("scaled-dot", "dot", "euclidean")
 """Similarities under which `memory.read` energy lowers an energy."""
 
@@ -134,6 +136,12 @@ class MemorySettings(Settings):
     beta: Annotated[float, Field(gt=0)] = Field(1.0, description="inverse temperature of softmax")
     topk: Annotated[int, Field(ge=1)] = Field(
         2, description="adapters kept by separation topk; a memory of fewer keeps all"
+    )
+    index: Literal["exact", "usearch"] = Field(
+        "exact",
+        description="of images, under separation topk or max or a routing: how the nearest of many "
+        "keys are searched on the CPU: exactly, or in an index of usearch (extra usearch), which "
+        "may miss one",
     )
     routing: Routing = Field(
         "mixture",
@@ -238,6 +246,7 @@ class MemorySettings(Settings):
     )
 
     later: ClassVar[tuple[str, ...]] = (
+        "index",
         "look_under",
         "frozen",
         "test_time",
@@ -252,6 +261,14 @@ class MemorySettings(Settings):
         "read_rate",
         "read_width",
     )
+
+    @property
+    def most(self) -> int | None:
+        """How many of the highest keys have a weight, beside those equal to them; None: any."""
+        if self.routing != "mixture" or self.separation == "max":
+            return 1
+        by_class = self.keys_of == "class"  # whose weights add up before the largest are kept
+        return self.topk if self.separation == "topk" and not by_class else None
 
     @property
     def look_at_block(self) -> int | None:

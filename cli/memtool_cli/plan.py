@@ -164,8 +164,18 @@ def _image_cost(cost: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("passes of an image", ", ".join([*before, "recalled 1"]) + (moving if steps else "")),
         ("keys", f"{size(cost['keys_bytes'])}, moments of queries {size(cost['queries_bytes'])}"),
+        ("keys are", _search_by(cost)),
         ("read by", _read_by(cost)),
     ]
+
+
+def _search_by(cost: dict[str, Any]) -> str:
+    """How the nearest keys are found."""
+    return {
+        "none": "all scored",
+        "exact": "searched exactly",
+        "usearch": f"searched in an index of usearch, {size(cost['index_bytes'])}",
+    }[cost["searched"]]
 
 
 def _read_by(cost: dict[str, Any]) -> str:

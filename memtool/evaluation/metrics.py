@@ -377,6 +377,14 @@ METRICS: dict[str, Metric] = {
             unit="ratio",
         ),
         Metric(
+            "missed",
+            mean_share,
+            "lower",
+            "share of the adapters with the highest keys that the index of keys did not find",
+            of_matrix=False,
+            unit="ratio",
+        ),
+        Metric(
             "atom_norm",
             length_ratio,
             "higher",

@@ -65,6 +65,7 @@ PACKAGES = (
     "pillow",
     "open_clip_torch",
     "transformers",
+    "usearch",
 )
 
 

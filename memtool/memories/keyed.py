@@ -21,7 +21,7 @@ from memtool.memories.decoder import RankDecoder
 from memtool.memories.hopfield import settled
 from memtool.memories.novelty import LIMIT, Reaches
 from memtool.memories.query import QueryModule
-from memtool.memories.search import LEAST_KEYS, SEARCHED, KeySearch
+from memtool.memories.search import LEAST_KEYS, SEARCHED, KeySearch, Search, Searcher
 from memtool.memories.separation import SeparationFunction, largest_shares, separation
 from memtool.memories.similarity import SimilarityFunction, over_memories, similarity
 from memtool.sections import MemorySettings
@@ -45,7 +45,8 @@ class BlockMemory(nn.Module):
     keys (t, m · d_k): m keys of every adapter, one after another. With `topk` only so
     many adapters keep their coefficients, shares of one, scaled to sum to one again. `most` says
     that the separation gives all but so many of the highest scores, and those equal to them, no
-    coefficient: then of many keys only the nearest are scored (`search`). `uncut` gives the
+    coefficient: then of many keys only the nearest are scored, which `searched_by` finds:
+    exactly, or in an index that may miss one. `uncut` gives the
     shares of all of which only the largest are kept. With `reaches`
     an input whose novelty is above `LIMIT` has no coefficient: it is left to the frozen model.
     `normed` divides every entry of the keys by its norm over all of them, at every look.
@@ -55,6 +56,7 @@ class BlockMemory(nn.Module):
     """
 
     decoder: RankDecoder | None
+    searched_by: Searcher
 
     def __init__(
         self,
@@ -93,7 +95,8 @@ class BlockMemory(nn.Module):
         self.rate = rate
         self.settles = separation if settles is None else settles
         self.decoder = None
-        self._searched: tuple[object, KeySearch] | None = None
+        self.searched_by = KeySearch
+        self._searched: tuple[object, Search] | None = None
 
     @property
     def is_sparse(self) -> bool:
@@ -130,6 +133,18 @@ class BlockMemory(nn.Module):
         shares = self._by_adapter(self.uncut(self._similar(settled)))
         return 1 - (shares * (self._recalled(settled)[0] != 0)).sum(dim=1)
 
+    def missed(self, queries: Tensor) -> Tensor | None:
+        """The share (batch,) of what has a coefficient under all scores that a search did not find.
+
+        Of queries (batch, d_k). None where keys are searched exactly.
+        """
+        if self.searched_by is KeySearch:
+            return None
+        settled = self.settled(queries)
+        known = self.separation(self._similar(settled)) != 0
+        found = self._separated(settled)[0] != 0
+        return (known & ~found).sum(dim=1) / known.sum(dim=1)
+
     def _by_adapter(self, shares: Tensor) -> Tensor:
         """Shares (batch, t · m) of keys added up by adapter (batch, t)."""
         if shares.shape[1] == len(self.keys):
@@ -137,7 +152,7 @@ class BlockMemory(nn.Module):
         return shares.unflatten(1, (len(self.keys), -1)).sum(dim=-1)
 
     def _near(self, queries: Tensor) -> Tensor | None:
-        """The adapters (n,), ascending, that may have a coefficient; None: all, or not searched."""
+        """What `Search.near` gives for queries; None: all are scored, or they are not searched."""
         keys = self.keys
         if (
             self.most is None
@@ -153,18 +168,27 @@ class BlockMemory(nn.Module):
         state = (keys.data_ptr(), None if keys.is_inference() else keys._version)
         if self._searched is None or self._searched[0] != state:
             constant = self.query.bias
-            self._searched = (state, KeySearch(keys, self.similarity, constant=constant))
+            self._searched = (state, self.searched_by(keys, self.similarity, constant=constant))
         near = self._searched[1].near(queries, self.most)
         return near if len(near) else None
 
-    def _recalled(self, queries: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Coefficients (batch, t) of queries that settled, and the adapters that are near."""
+    def _separated(self, queries: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Shares (batch, t · m) of keys, and the keys (n,) that are near, as `Answer.near`."""
         near = self._near(queries)
         if near is None:
-            shares = self.separation(self._similar(queries))
-        else:
+            return self.separation(self._similar(queries)), None
+        whole = queries.new_zeros(len(queries), len(self.keys))
+        if near.ndim == 1:
             some = self.separation(self.similarity(queries, self.asked_keys[near]))
-            shares = some.new_zeros(len(some), len(self.keys)).index_copy(1, near, some)
+            return whole.index_copy(1, near, some), near
+        # Each by its own: what an input recalls does not depend on the others of its batch.
+        union, place = near.unique(return_inverse=True)
+        scores = self.similarity(queries, self.asked_keys[union]).gather(1, place)
+        return whole.scatter(1, near, self.separation(scores)), union
+
+    def _recalled(self, queries: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Coefficients (batch, t) of queries that settled, and the adapters that are near."""
+        shares, near = self._separated(queries)
         shares = self._by_adapter(shares)
         if self.topk is not None:
             shares = largest_shares(shares, self.topk)
@@ -261,7 +285,6 @@ class KeyedMemory(nn.Module):
             case "prototype":
                 score, name = similarity("euclidean"), "max"
         separate = separation(name, beta=settings.beta, topk=settings.topk)
-        most = {"topk": settings.topk, "max": 1}.get(name)
         return cls(
             blocks,
             [
@@ -280,7 +303,7 @@ class KeyedMemory(nn.Module):
                     score,
                     separate,
                     cut,
-                    most=most,
+                    most=settings.most,
                     uncut=uncut,
                     normed=settings.key_norm == "memories",
                     steps=settings.read_steps if settings.read == "energy" else 0,

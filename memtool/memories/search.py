@@ -15,10 +15,13 @@ are kept depends on how close the scores are.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from memtool import sections
 from memtool.devices import cpu_multiplies_bfloat16
 from memtool.memories.similarity import SIMILARITIES, SimilarityFunction
 
@@ -32,8 +35,7 @@ PARTS = 3
 """Numbers of eight bits or more that add up to one of float32."""
 
 _PRODUCTS = (SIMILARITIES["dot"], SIMILARITIES["scaled-dot"])
-_DIRECTIONS = (SIMILARITIES["cosine"], SIMILARITIES["centred-cosine"])
-SEARCHED: tuple[SimilarityFunction, ...] = (*_PRODUCTS, *_DIRECTIONS, SIMILARITIES["euclidean"])
+SEARCHED: tuple[SimilarityFunction, ...] = tuple(SIMILARITIES[one] for one in sections.SEARCHED)
 """The similarities that keys are searched by."""
 
 
@@ -42,8 +44,63 @@ def fastest() -> torch.dtype:
     return torch.bfloat16 if cpu_multiplies_bfloat16() else torch.float32
 
 
+class Search(Protocol):
+    """Keys (t, d) made ready to be searched."""
+
+    def near(self, queries: Tensor, count: int) -> Tensor:
+        """Keys to be scored for queries (b, d), of which the `count` highest are wanted.
+
+        (u,), ascending: all that any of the queries needs; or (b, c): of each query its own. None
+        at all: every key is to be scored.
+        """
+
+
+class Searcher(Protocol):
+    """Makes keys (t, d) float32 ready to be searched by one of `SEARCHED`.
+
+    `constant` says that the last entry of every query is 1.
+    """
+
+    def __call__(
+        self, keys: Tensor, likeness: SimilarityFunction, *, constant: bool = False
+    ) -> Search:
+        """Keys made ready."""
+
+
+class Products:
+    """What makes a similarity to keys (t, d) one of q̂ · k̂ + c, as above; it keeps no keys."""
+
+    def __init__(self, keys: Tensor, likeness: SimilarityFunction, *, constant: bool) -> None:
+        self._likeness = likeness
+        self._constant = constant and likeness in _PRODUCTS
+        self._mean = keys.detach().float().mean(dim=0)
+
+    def of_keys(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """k̂ (t, d̂) and c (t,) of keys (t, d), float32."""
+        ready = self.of_queries(keys)
+        extra = ready.new_zeros(len(keys))
+        if self._constant:
+            extra = keys.detach().float()[:, -1]
+        elif self._likeness is SIMILARITIES["euclidean"]:
+            extra = -ready.square().sum(dim=1) / 2
+        return ready, extra
+
+    def of_queries(self, queries: Tensor) -> Tensor:
+        """q̂ (b, d̂) of queries (b, d), float32."""
+        vectors = queries.detach().float()
+        if self._constant:
+            return vectors[:, :-1]
+        if self._likeness in _PRODUCTS:
+            return vectors
+        if self._likeness is SIMILARITIES["euclidean"]:
+            return vectors - self._mean
+        if self._likeness is SIMILARITIES["centred-cosine"]:
+            vectors = vectors - vectors.mean(dim=-1, keepdim=True)
+        return F.normalize(vectors, dim=-1)
+
+
 class KeySearch:
-    """Keys (t, d) float32, made ready to be searched by one of `SEARCHED`.
+    """Keys (t, d) float32, made ready to be searched by one of `SEARCHED`, exactly.
 
         near = KeySearch(keys, similarity.dot).near(queries, 4)
         scores = similarity.dot(queries, keys[near])      # the 4 highest of all are among them
@@ -60,18 +117,11 @@ class KeySearch:
         constant: bool = False,
         dtype: torch.dtype | None = None,
     ) -> None:
-        self._likeness = likeness
-        self._constant = constant and likeness in _PRODUCTS
         self.dtype = fastest() if dtype is None else dtype
         self.count = len(keys)
-        keys = keys.detach().float()
-        self._mean = keys.mean(dim=0)
-        ready = self._ready(keys)
-        extra = keys.new_zeros(len(keys))
-        if self._constant:
-            extra = keys[:, -1]
-        elif likeness is SIMILARITIES["euclidean"]:
-            extra = -ready.square().sum(dim=1) / 2
+        self._is_euclidean = likeness is SIMILARITIES["euclidean"]
+        self._products = Products(keys, likeness, constant=constant)
+        ready, extra = self._products.of_keys(keys)
         self._longest, self._most = ready.norm(dim=1).max(), extra.abs().max()
         parts = [ready]
         for _ in range(PARTS):
@@ -80,24 +130,12 @@ class KeySearch:
         # Room for whole groups.
         self._keys = F.pad(torch.cat(parts, dim=1), (0, 0, 0, -len(keys) % GROUP)).to(self.dtype)
 
-    def _ready(self, vectors: Tensor) -> Tensor:
-        """What is multiplied of queries or keys (n, d)."""
-        if self._constant:
-            return vectors[:, :-1]
-        if self._likeness in _PRODUCTS:
-            return vectors
-        if self._likeness is SIMILARITIES["euclidean"]:
-            return vectors - self._mean
-        if self._likeness is SIMILARITIES["centred-cosine"]:
-            vectors = vectors - vectors.mean(dim=-1, keepdim=True)
-        return F.normalize(vectors, dim=-1)
-
     def near(self, queries: Tensor, count: int) -> Tensor:
         """The keys (u,), ascending, that may be among the `count` highest of a query (b, d).
 
         Equal ones up to roundings of float32 are all among them.
         """
-        ready = self._ready(queries.detach().float())
+        ready = self._products.of_queries(queries)
         with torch.autocast(ready.device.type, enabled=False):
             rough = F.pad(ready, (0, PARTS), value=1.0).to(self.dtype) @ self._keys.T
         rough[:, self.count :] = -torch.inf
@@ -121,7 +159,7 @@ class KeySearch:
         # Both factors are rounded; sums, here and in the similarity, are of terms in float32.
         product = length * self._longest
         off = (2 * unit + unit**2) * product + 2 * terms * (product + self._most)
-        if self._likeness is SIMILARITIES["euclidean"]:
+        if self._is_euclidean:
             off = off + terms * (length.square() + self._longest.square())
         # The rounding of a sum is monotone: what lies above is rounded to no less.
         lowered: Tensor = (least - unit * least.abs() - 2 * off).to(self.dtype)

@@ -39,6 +39,9 @@ from memtool_stores.tree import Array, numpy_dtype, sha256
 
 SUFFIX = ".values"
 
+INDEX_SUFFIX = ".index"
+"""Of the files in `derived`."""
+
 KEEP_FILES = 4
 """Files of one store that stay when a new one is built."""
 
@@ -77,10 +80,26 @@ def drop(store_id: str) -> None:
     place = folder(store_id)
     try:
         for path in place.glob("*"):
-            if path.suffix == SUFFIX or is_part(path.name):
+            if path.suffix in (SUFFIX, INDEX_SUFFIX) or is_part(path.name):
                 path.unlink(missing_ok=True)
     except OSError as error:
         raise of_os_error(error, "delete the cached values", str(place)) from error
+
+
+def make_private(place: Path) -> None:
+    """Make the folder of a store's files, for its owner alone: they hold weights."""
+    place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with contextlib.suppress(PermissionError):
+        # A folder that an older memtool made is open to all.
+        place.chmod(0o700)
+
+
+def prune(place: Path, suffix: str, keep: int) -> None:
+    """Delete all but the newest files of a suffix; one that is open stays readable."""
+    with contextlib.suppress(OSError):  # another store of the same id drops its files
+        files = sorted(place.glob(f"*{suffix}"), key=lambda p: p.stat().st_mtime_ns)
+        for old in files[:-keep]:
+            old.unlink(missing_ok=True)
 
 
 def checked(row: Array, record: AdapterRecord) -> Array:
@@ -306,10 +325,7 @@ class ValueCache:
         import filelock
 
         try:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with contextlib.suppress(PermissionError):
-                # It holds weights, and a folder that an older memtool made is open to all.
-                self._folder.chmod(0o700)
+            make_private(self._folder)
             with filelock.FileLock(self._folder / "lock", timeout=self._lock_timeout):
                 made = self._open() if from_older else None
                 return self._build_alone(from_older=from_older) if made is None else made
@@ -337,7 +353,7 @@ class ValueCache:
 
                 self._fill(put, self._copy_older(put) if from_older else 0)
             building.replace(self.path)
-            self._prune()
+            prune(self._folder, SUFFIX, KEEP_FILES)
             made = self._open()
         finally:
             building.unlink(missing_ok=True)
@@ -390,13 +406,6 @@ class ValueCache:
                     put(at + shift, block)
             return done
         return 0
-
-    def _prune(self) -> None:
-        """Delete all but the newest files of this store; one that is open stays readable."""
-        with contextlib.suppress(OSError):  # another store of the same id drops its files
-            files = sorted(self._folder.glob(f"*{SUFFIX}"), key=lambda p: p.stat().st_mtime_ns)
-            for old in files[:-KEEP_FILES]:
-                old.unlink(missing_ok=True)
 
 
 def _bytes(array: Array) -> memoryview:

@@ -237,6 +237,7 @@ _OPTIONAL = {
     "peft": "only for tests",
     "open_clip_torch": "only for backbones open_clip:<name>, pip install 'memtool[clip]'",
     "transformers": "only for backbones hf:<name>, pip install 'memtool[llm]'",
+    "usearch": "only for memory.index=usearch, pip install 'memtool[usearch]'",
 }
 """Packages that a plain installation does without, and what they are for."""
 

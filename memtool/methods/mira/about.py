@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from memtool.errors import ConfigError
 from memtool.methods.about import About
-from memtool.sections import SETTLES, SHARES, ConsolidateSettings, MemorySettings
+from memtool.sections import SEARCHED, SETTLES, SHARES, ConsolidateSettings, MemorySettings
 from memtool.settings import Config
 
 POSTERIORS = SHARES
@@ -24,6 +26,7 @@ def _require(config: Config) -> None:
     _require_of_blocks(config.memory)
     _require_guard(config)
     _require_read(config.memory, config.consolidate)
+    _require_index(config.memory)
     for name, found, known in (
         ("memory.scope", config.memory.scope, ("model", "block")),
         ("memory.clusters", config.memory.clusters, (1,)),
@@ -168,6 +171,54 @@ def _require_read(memory: MemorySettings, learn: ConsolidateSettings) -> None:
         )
 
 
+def _require_index(memory: MemorySettings) -> None:
+    """Raise ConfigError for an index that nothing would be searched in, or nothing can make."""
+    if memory.index == "exact":
+        return
+    needs: list[tuple[str, object, bool, str, str]] = [
+        (
+            "memory.separation",
+            memory.separation,
+            memory.routing != "mixture" or memory.separation in ("topk", "max"),
+            "topk or max, or a routing: any other reads all keys",
+            "topk",
+        ),
+        (
+            "memory.similarity",
+            memory.similarity,
+            memory.routing != "mixture" or memory.similarity in SEARCHED,
+            f"{', '.join(SEARCHED[:-1])} or {SEARCHED[-1]}, which keys are searched by",
+            SEARCHED[1],
+        ),
+        (
+            "memory.keys_of",
+            memory.keys_of,
+            memory.keys_of == "task",
+            "task: one key for each adapter",
+            "task",
+        ),
+        (
+            "memory.key_norm",
+            memory.key_norm,
+            memory.key_norm == "none",
+            "none: keys that are asked as they are stored",
+            "none",
+        ),
+    ]
+    for name, found, fits, expected, known in needs:
+        if not fits:
+            raise ConfigError(
+                f"memory.index {memory.index} with {name} {found}",
+                expected=expected,
+                remedy=f"--set {name}={known}, or --set memory.index=exact",
+            )
+    if find_spec("usearch") is None:
+        raise ConfigError(
+            f"memory.index {memory.index} needs the package usearch, which is not installed",
+            remedy="pip install 'memtool[usearch]', or --set memory.index=exact",
+        )
+
+
 def _require_look_at_images(config: Config) -> None:
     """Raise ConfigError for a look that images do not have, or that could move."""
     memory, beside = config.memory, config.head.beside
@@ -211,6 +262,7 @@ def _require_closed_form(config: Config) -> None:
         ("memory.routing", memory.routing, ("mixture", "lda")),
         ("memory.frozen", memory.frozen, ("none",)),
         ("memory.read", memory.read, ("mixture",)),
+        ("memory.index", memory.index, ("exact",)),
         ("memory.similarity", memory.similarity, ("scaled-dot", "dot")),
         ("memory.separation", memory.separation, POSTERIORS),
         ("consolidate.keys", learn.keys, ("closed-form",)),

@@ -8,6 +8,8 @@ from memtool.adapters.layout import Layout
 from memtool.backbones.causal_lm import model_source
 from memtool.backbones.interface import Backbone
 from memtool.learning.looks import PART_WIDE, PromptLook, is_seen_before
+from memtool.memories.index import index_bytes
+from memtool.methods.mira.indexed import Searched, searched
 from memtool.methods.mira.look import passes_of, width_of
 from memtool.methods.mira.read import decoder_width, read_numbers
 from memtool.methods.mira.recall import memory_blocks
@@ -24,6 +26,8 @@ class ImageCost:
     `test_steps` are steps at test time, each a pass forward and back under what it recalls.
     `read_numbers` learn beside values: keys, query modules and decoders, of the adapters of all
     tasks, which have `adapter_numbers`; a decoder has a hidden layer `read_width` wide, else None.
+    `searched` says how the keys of all tasks are, `none`: all are scored; `index_bytes` are those
+    of the files of an index.
     """
 
     scope: str
@@ -36,6 +40,8 @@ class ImageCost:
     read_width: int | None
     read_numbers: int
     adapter_numbers: int
+    searched: Searched
+    index_bytes: int
 
 
 def image_cost(config: Config, stream: Stream, backbone: Backbone, layout: Layout) -> ImageCost:
@@ -53,6 +59,7 @@ def image_cost(config: Config, stream: Stream, backbone: Backbone, layout: Layou
     beside = read_numbers(memory, width, memories=memories, rows=ranks)
     moments = sum(count * width for count in counted) + len(counted) * width**2
     keyed = width + memory.key_bias
+    search = searched(memory, adapters, backbone.device)
     return ImageCost(
         scope=memory.scope,
         frozen=passes.get("frozen", 0.0),
@@ -64,6 +71,8 @@ def image_cost(config: Config, stream: Stream, backbone: Backbone, layout: Layou
         read_width=decoder_width(memory, width, ranks) if memory.read == "decoder" else None,
         read_numbers=memories * adapters * max(counted) * keyed + beside,
         adapter_numbers=adapters * layout.numel,
+        searched=search,
+        index_bytes=memories * index_bytes(adapters, keyed) if search == "usearch" else 0,
     )
 
 

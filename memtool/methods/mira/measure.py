@@ -50,7 +50,8 @@ class Scores:
     coefficients: (samples, memories, t) of every task, float32 on the CPU; ms_per_input: of
     inference, in the batches of the engine; floored: samples that met the floor of separation
     normalised in a block or more, None under another; left_out: of the softmax of all adapters, the
-    mean share that separation topk leaves out, None under another.
+    mean share that separation topk leaves out, None under another; missed: of the adapters with the
+    highest keys, the mean share that an index did not find, None without one.
     """
 
     accuracy: tuple[Share, ...]
@@ -59,11 +60,12 @@ class Scores:
     ms_per_input: float
     floored: int | None = None
     left_out: float | None = None
+    missed: float | None = None
 
     @property
     def more(self) -> dict[str, float]:
         """What a record has of them beside the accuracy, where it is known."""
-        known = {"floored": self.floored, "left_out": self.left_out}
+        known = {name: getattr(self, name) for name in ("floored", "left_out", "missed")}
         return {name: float(value) for name, value in known.items() if value is not None}
 
 
@@ -93,14 +95,23 @@ class Measure:
 
         Of the softmax of all scores, which are all computed.
         """
-        memories = [model.memory[block] for block in model.memory.blocks]
-        if any(memory.uncut is None for memory in memories):
+        if any(model.memory[block].uncut is None for block in model.memory.blocks):
             return None
+        return self._mean_share(model, images, BlockMemory.left_out)
+
+    def _mean_share(
+        self,
+        model: MemoryModel,
+        images: npt.NDArray[np.uint8],
+        share: Callable[[BlockMemory, Tensor], Tensor | None],
+    ) -> Tensor:
+        """What each memory says of the queries of images (n,), a mean over memories."""
+        memories = [model.memory[block] for block in model.memory.blocks]
 
         def run(batch: Tensor) -> Tensor:
             _, _, queries = model.seen(model.backbone.preprocess(batch))
             bare = zip(memories, queries.unbind(dim=1), strict=True)
-            shares = [memory.left_out(memory.query.whole(query)) for memory, query in bare]
+            shares = [share(memory, memory.query.whole(query)) for memory, query in bare]
             return torch.stack([one for one in shares if one is not None], dim=1).mean(dim=1)
 
         return self.workspace.engine.predict(run, images)
@@ -113,7 +124,7 @@ class Measure:
         """The memory on the test images of tasks, the task inferred."""
         state, model, head = snapshot.consolidated()
         accuracy, coefficients = list[Share](), list[Tensor]()
-        left: list[Tensor] = []
+        left, missed = list[Tensor](), list[Tensor]()
         right, total, spent = 0, 0, 0.0
         divides = model.settings.separation == "normalised"
         met = 0 if divides and model.settings.routing == "mixture" else None
@@ -123,8 +134,11 @@ class Measure:
             spent += time.perf_counter() - begin
             accuracy.append(share_right(logits, task.test))
             coefficients.append(recalled)
-            if (out := self.left_out(model, task.test.images[:: _step(task)])) is not None:
+            some = task.test.images[:: _step(task)]
+            if (out := self.left_out(model, some)) is not None:
                 left.append(out)
+            if model.settings.index != "exact":
+                missed.append(self._mean_share(model, some, BlockMemory.missed))
             if met is not None:
                 met += int(floor_met(floored(recalled).numpy()))
             if task.number in state.tasks:
@@ -139,6 +153,7 @@ class Measure:
             ms_per_input=1000 * spent / max(inputs, 1),
             floored=met,
             left_out=mean_share(torch.cat(left).numpy()) if left else None,
+            missed=mean_share(torch.cat(missed).numpy()) if missed else None,
         )
 
     def earlier(

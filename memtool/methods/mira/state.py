@@ -31,6 +31,7 @@ from memtool.methods.in_store import (
     own_head,
 )
 from memtool.methods.mira.first import first_records, require_same_first, taken_along
+from memtool.methods.mira.indexed import Indexed
 from memtool.methods.mira.look import ImageLook, needs_first, width_of
 from memtool.methods.mira.protect import Protection
 from memtool.methods.mira.read import DECODERS, load_decoders
@@ -153,6 +154,9 @@ class Snapshot:
             load_decoders(memory, state.memory, values, view.blob(DECODERS))
         if state.memory.frozen == "novelty":
             memory[memory.blocks[0]].reaches = reaches_of(query_statistics(view, state))
+        if state.memory.index == "usearch":
+            for block in blocks:
+                memory[block].searched_by = Indexed(view.store_id, len(blocks))
         model = MemoryModel(backbone, values, memory, state.memory, look)
         model = model.to(device).requires_grad_(False)
         head = None
