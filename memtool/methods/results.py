@@ -34,7 +34,7 @@ class AdaptResult(Result):
     seed: int
     train_accuracy: float | None
     loss: float
-    seconds: float
+    seconds: float = Field(description="its share of the pass that trained all of its task")
     parameters: int
     bytes: int
     resumed: bool = False

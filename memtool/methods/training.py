@@ -136,7 +136,7 @@ class AdapterTrainer(AdapterWriter[Workspace]):
                 seed=self.seed,
                 train_accuracy=accuracy,
                 loss=trained.fit.losses[-1] / self.config.adapter.per_task,
-                seconds=trained.fit.seconds,
+                seconds=trained.fit.seconds / self.config.adapter.per_task,
                 parameters=work.layout.numel,
                 bytes=work.layout.numel * 4,
                 resumed=trained.fit.resumed_at > 0,

@@ -1,5 +1,6 @@
 """Stage 1: the adapters of a task, trained together, are those that would be trained alone."""
 
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,8 +14,10 @@ from memtool.backbones import create_backbone
 from memtool.engine import Batches, Engine
 from memtool.heads import LinearClassifier
 from memtool.learning.adapt import AdapterTraining, adapt, losses
+from memtool.methods.mira.method import Mira
 from memtool.settings import AdapterSettings, BackboneSettings, EngineSettings, TrainSettings
 from memtool.streams.task import Images
+from tests.methods.conftest import small_config
 
 CLASSES = (0, 1, 3)
 ADAPTER = AdapterSettings(rank=2, per_task=3)
@@ -103,3 +106,11 @@ def test_training_accuracy_is_that_of_every_adapter_with_its_head(nano, samples)
         with torch.no_grad():
             predicted = module(torch.from_numpy(samples.images))[0].argmax(dim=1)
         assert accuracy == pytest.approx(np.mean(predicted.numpy() == samples.labels))
+
+
+def test_the_time_of_a_pass_is_shared_by_its_adapters(tmp_path):
+    mira = Mira.open(small_config(tmp_path, adapter__per_task=3, train__epochs=1), seed=0)
+    begin = time.perf_counter()
+    results = mira.adapt("1")
+    assert len({result.seconds for result in results}) == 1
+    assert 0 < sum(result.seconds for result in results) < time.perf_counter() - begin

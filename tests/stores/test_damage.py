@@ -28,6 +28,7 @@ from tests.fuzz.door import CASES
 FLIPS = 40 if CASES > 200 else 8
 """Accidents a kind of file: of `make test`, and of `make test-all`."""
 SWAPS = 40
+LEADING = ("snapshots", "manifests")
 
 
 @dataclass
@@ -410,9 +411,11 @@ def test_checksums_that_say_the_same_in_other_bytes_are_named(rich: Rich, change
 def test_two_files_that_changed_places_are_named(rich: Rich, kind: str) -> None:
     """Of one kind or of two: whatever is in them is right elsewhere.
 
-    What only a branch leads to is not looked for where the branch itself is damaged, which is said.
+    What only another file leads to (a branch, its snapshot, a manifest) is not looked for where
+    that one is damaged, which is said.
     """
-    leading = {*rich.files["branches"], *rich.files["tags"]}
+    order = ({*rich.files["branches"], *rich.files["tags"]}, *map(rich.files.get, LEADING))
+    depth = {path: place for place, paths in enumerate(order) for path in paths or ()}
     generator = random.Random(SWAPS)
     names = rich.files[kind]
     everything = [path for paths in rich.files.values() for path in paths]
@@ -426,7 +429,7 @@ def test_two_files_that_changed_places_are_named(rich: Rich, kind: str) -> None:
         one.write_bytes(second)
         two.write_bytes(first)
         damages = rich.store.verify().damages
-        if two in leading and one not in leading:
+        if depth.get(two, len(order)) < depth.get(one, len(order)):
             assert damages
         elif kind not in {"branches", "tags"} or two not in names:
             _assert_named(damages, kind, names[one], f"{one} and {two}")
