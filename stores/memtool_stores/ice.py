@@ -29,7 +29,7 @@ from memtool_stores.errors import (
     StorageError,
 )
 
-GROWING = {"values": (0, 1024), "catalog": (0, 128), "keys": (1, 128), "parts": (0, 512)}
+GROWING = {"values": (0, 1024), "catalog": (0, 128), "keys": (1, 128), "parts": (0, 1024)}
 """The arrays that grow with the memory: along which axis, and how many chunks a manifest lists.
 
 A commit writes the manifests that it touches whole, and icechunk looks at all of an array, each

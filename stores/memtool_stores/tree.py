@@ -39,7 +39,7 @@ from memtool_stores.arrays import (
 from memtool_stores.catalog import AdapterRecord, Catalog, Counts
 from memtool_stores.errors import IntegrityError, NewerSchemaError, SchemaError
 from memtool_stores.held import Held
-from memtool_stores.index import Allotment, Entry, Index, IndexState, Pages
+from memtool_stores.index import Entry, Index, IndexState, Pages
 from memtool_stores.jsonvalues import digest, mapping, member, whole
 from memtool_stores.keys import KeysState
 from memtool_stores.migrate import SCHEMA_VERSION, migrated
@@ -524,17 +524,18 @@ class Tree:
         Raises:
             SchemaError: an old one is larger than `limits.array_bytes`.
         """
-        parts = Allotment(index.state.parts, index.state.free)
-        entries: dict[str, Entry | None] = {}
-        data: list[tuple[int, Held]] = []
-        for name, held in blobs.items():
-            was = index.get(name)
+        parts = index.allotment()
+        old = {name: index.get(name) for name in blobs}
+        for name, was in old.items():
             if was is not None and was.part is not None:
                 limits.require("array_bytes", was.nbytes, f"blob {name!r}")
                 parts.give_back(was.part, parts_of(was.nbytes))
             elif was is not None:
                 del self._group[f"blobs/{name}"]
-            entries[name] = None
+        entries: dict[str, Entry | None] = dict.fromkeys(blobs)
+        data: list[tuple[int, Held]] = []
+        # New ones first: what is replaced now is likely to be replaced again.
+        for name, held in sorted(blobs.items(), key=lambda blob: old[blob[0]] is not None):
             if held is not None:
                 part = parts.take(parts_of(held.nbytes))
                 entries[name] = Entry(held.sha256, part, held.nbytes)
@@ -545,7 +546,7 @@ class Tree:
             pages = ((part, page.data()) for part, page in made.written.items())
             write_parts(self._group, parts.count, itertools.chain(held_data, pages))
         delete_parts(self._group, parts.emptied)
-        return IndexState(parts.count, made.page, free=parts.free)
+        return IndexState(parts.count, made.page, made.count, free=parts.free)
 
     def check_shapes(self, root: Root) -> None:
         """Nothing, when every array has the shape that the state demands.

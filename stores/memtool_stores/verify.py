@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -37,7 +37,7 @@ from memtool_stores.history import (
     snapshots,
 )
 from memtool_stores.ice import looking_up, open_repository, translated
-from memtool_stores.index import Entry, Ref
+from memtool_stores.index import Entry, IndexState, Ref
 from memtool_stores.names import check_ref
 from memtool_stores.objects import objects_at
 from memtool_stores.parts import part_length, parts_of
@@ -522,7 +522,7 @@ def _verify_blobs(
     """The blobs and the pages that list them; without `whole` those alone that are new."""
     index = tree.index(state)
     parts = {place[0] for place in written.chunks.get(PARTS_PATH, ())}
-    found = dict(state.index.listed)
+    named: dict[str, Entry | None] = dict(state.index.listed)
     refs: set[Ref] = set()
     all_read = True
     waiting = [] if state.index.page is None else [(state.index.page, "")]
@@ -539,14 +539,16 @@ def _verify_blobs(
             refs.add(ref)
             page = index.page(ref, path)
             read = True
-            found |= page.blobs
+            for name, one in page.blobs.items():
+                named.setdefault(name, one)  # further down stands what was before
             below = [(one, path + digit) for digit, one in page.pages.items()]
             index.ahead([(one, to) for one, to in below if whole or one not in seen.pages])
             waiting += below
         all_read = all_read and read
+    found = {name: entry for name, entry in named.items() if entry is not None}
     if whole and all_read:
         with seen.looking_at("array", "parts"):
-            _verify_parts(tree, refs, found.values(), state.index.free)
+            _verify_parts(tree, refs, found.values(), state.index)
     if whole or written.below(BLOB_PATH):
         with seen.looking_at("array", "blobs"):
             tree.check_old_blobs(index)
@@ -581,18 +583,24 @@ def _verify_blobs(
 def _verify_parts(
     tree: Tree,
     pages: Iterable[Ref],
-    blobs: Iterable[Entry],
-    free: Iterable[tuple[int, int]],
+    blobs: Collection[Entry],
+    index: IndexState,
 ) -> None:
     """Every part belongs to one page or blob or is free; one that belongs to none has no bytes.
+
+    And there are as many blobs as the state says.
 
     Raises:
         IntegrityError: it is not so.
     """
+    if len(blobs) != index.count:
+        raise IntegrityError(
+            what="index", name="count", expected=f"{index.count:,}", found=f"{len(blobs):,} blobs"
+        )
     owned = [(page.part, page.part + 1) for page in pages]
     owned += [(b.part, b.part + parts_of(b.nbytes)) for b in blobs if b.part is not None]
     owned.sort()
-    unused = [(first, first + count) for first, count in free]
+    unused = [(first, first + count) for first, count in index.free]
     for (_, end), (first, _) in pairwise(sorted([*owned, *unused])):
         if first < end:
             raise _of_several(first)

@@ -49,7 +49,7 @@ def _put_page(tree: Tree, group: Any, part: int, page: Page, parts: int) -> Ref:
     """Write a page, and say in the state that it is the first one."""
     write_parts(group, parts, [(part, page.data())])
     ref = page.ref(part)
-    tree.attributes["state"]["blobs"] = IndexState(parts, ref).to_json()
+    tree.attributes["state"]["blobs"] = IndexState(parts, ref, ref.count).to_json()
     return ref
 
 
