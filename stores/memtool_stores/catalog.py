@@ -10,6 +10,7 @@ import difflib
 import gc
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -315,6 +316,11 @@ class Catalog:
         self._lines = _Lines()
         self._length = 0
 
+    @property
+    def lines(self) -> int:
+        """How many lines it has; more than rows where some change what earlier ones say."""
+        return self._length
+
     def extended(self, lines: Sequence[bytes]) -> Catalog:
         """The catalog with more lines; the receiver stays as it is."""
         return self._with([AdapterRecord.of_line(line) for line in lines], lines, self._link(lines))
@@ -485,6 +491,49 @@ class Catalog:
                 remedy=f"did you mean {close[0]!r}?" if close else "`memtool ls` lists them",
             )
         return record
+
+
+_BEGINNING = re.compile(rb'\{"header":(?:null|"[0-9a-f]{64}"),"id":"([0-9A-Z]{26})"')
+"""Of every line that `AdapterRecord.line` writes."""
+
+
+def first_lines(data: bytes, count: int) -> list[AdapterRecord]:
+    """The records of the first `count` lines, which are those of the first rows, and live.
+
+    Raises:
+        IntegrityError: they are not.
+    """
+    records = Catalog()._parsed(data.splitlines(keepends=True)[:count])
+    for row, record in enumerate(records):
+        if (record.row, record.live) != (row, True):
+            raise _wrong_line(row, f"row {record.row}, {record.state}", f"row {row}, live")
+    if len(records) < count:
+        raise _wrong_line(len(records), "no line", None)
+    return records
+
+
+def live_of_lines(data: bytes, chain: str, end: int) -> list[AdapterRecord]:
+    """The first `end` live records in row order, of a whole catalog; few lines are parsed.
+
+    Raises:
+        IntegrityError: the bytes are not the lines that were written.
+    """
+    lines = data.splitlines(keepends=True)
+    if (found := Catalog()._link(lines)) != chain:
+        raise _wrong_chain(chain, found)
+    # The last line of an id wins; ids come in the order of their rows.
+    last: dict[bytes, int] = {}
+    for place, line in enumerate(lines):
+        if (begin := _BEGINNING.match(line)) is None:
+            raise _wrong_line(place, shown(line.decode(errors="replace")), "an id first")
+        last[begin[1]] = place
+    records: list[AdapterRecord] = []
+    for place in last.values():
+        if len(records) == end:
+            break
+        (record,) = Catalog()._parsed([lines[place]])
+        records += [record] if record.live else []
+    return records
 
 
 def _wrong_chain(expected: str, found: str) -> IntegrityError:

@@ -37,6 +37,9 @@ beside each other: of few chunks each they are too many, of many too long. Chose
 among 100,000 adapters takes.
 """
 
+CACHED_CHUNKS = 500_000
+"""Chunks in the manifests that a repository keeps in memory, about 60 bytes each."""
+
 HANDLES = 20
 """Files that must be free to be opened before a store is: zarr reads ten chunks at a time."""
 
@@ -94,10 +97,12 @@ def configuration() -> Any:
     """The configuration of every repository of ours, given at every open.
 
     No chunk lies inside a manifest, manifests of what grows are cut (`GROWING`), none is read
-    ahead: appends and opening stay independent of the number of adapters.
+    ahead: appends and opening stay independent of the number of adapters. Those that are kept in
+    memory (`CACHED_CHUNKS`) are few: who reads all versions meets many.
     """
     ice = icechunk()
     config = ice.RepositoryConfig.default()
+    config.caching = ice.CachingConfig(num_chunk_refs=CACHED_CHUNKS)
     config.inline_chunk_threshold_bytes = 0
     config.manifest = ice.ManifestConfig(
         splitting=ice.ManifestSplittingConfig.from_dict(

@@ -15,7 +15,8 @@ makes such a commit where nothing else is to be committed.
      that changed. Blobs that were there stay in arrays of their own, /blobs/<name>, which pages
      say; keys that were there keep their one hash until they change.
   5  what changes of the blobs waits in the first page of their index, and goes down some at a time,
-     so the state counts the blobs. A page of schema 4 is one in which nothing waits.
+     so the state counts the blobs; it counts the lines of the catalog, too. A page of schema 4 is
+     one in which nothing waits.
 """
 
 from __future__ import annotations
@@ -50,12 +51,16 @@ def _from_3(attributes: Attributes, _: Any | None) -> Attributes:
 
 
 def _from_4(attributes: Attributes, _: Any | None) -> Attributes:
-    """Count the blobs: those that are listed, or that the first page says are below it."""
+    """Count the blobs: those that are listed, or that the first page says are below it.
+
+    Nobody counted the lines of the catalog.
+    """
     state = attributes["state"]
     blobs = state["blobs"]
     page, listed = blobs["page"], blobs["listed"] if "listed" in blobs else ()
     count = len(listed) if page is None else page[2]
-    return {**attributes, "state": {**state, "blobs": {**blobs, "count": count}}}
+    now = {**state, "catalog_lines": None, "blobs": {**blobs, "count": count}}
+    return {**attributes, "state": now}
 
 
 MIGRATIONS: Mapping[int, Callable[[Attributes, Any | None], Attributes]] = {

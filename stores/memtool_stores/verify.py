@@ -101,7 +101,8 @@ class _Seen:
 
     versions: dict[str, str | None] = field(default_factory=dict)
     """The parent of each, which comes before it; None for an oldest one."""
-    rows: set[tuple[int, str]] = field(default_factory=set)
+    rows: set[bytes] = field(default_factory=set)
+    """Row and hash of each, as `_mark`: a store has many, and of none more is held than that."""
     catalog: Catalog = field(default_factory=Catalog)
     """That of the last version whose lines were all checked; the next one goes on from it."""
     catalog_tail: bytes = b""
@@ -109,7 +110,8 @@ class _Seen:
     keys: set[str] = field(default_factory=set)
     key_chains: tuple[str, list[str]] = ("", [])
     """The version whose keys were read last, and their hash chain from before the first block."""
-    blobs: set[tuple[str, Entry]] = field(default_factory=set)
+    blobs: set[bytes] = field(default_factory=set)
+    """Likewise of blobs."""
     pages: set[Ref] = field(default_factory=set)
     damages: dict[Hashable, Damage] = field(default_factory=dict)
     """One for each damaged thing, however often it was read."""
@@ -152,6 +154,15 @@ class _Seen:
             self.add(found, *same)
         except MemtoolError as error:
             self.add(Damage(what, name, "what was written", error.message), *same)
+
+
+def _mark(*said: object) -> bytes:
+    """A few bytes that stand for what is said of a thing."""
+    return hashlib.blake2b(repr(said).encode(), digest_size=16).digest()
+
+
+def _mark_row(record: AdapterRecord) -> bytes:
+    return _mark(record.row, record.sha256)
 
 
 def verify(url: str, level: Level) -> VerifyReport:
@@ -266,13 +277,12 @@ def _verify_chunk_files(url: str, seen: _Seen) -> None:
     and is left to gc.
     """
     objects = objects_at(url)
+    known = seen.row_lengths | seen.chunk_lengths
     with seen.looking_at("chunks", "of the store"):
-        for entry in sorted(objects.list("ice/chunks"), key=lambda entry: entry.path):
+        for entry in objects.list("ice/chunks"):
             with seen.looking_at("chunk", entry.path):
                 data = objects.read(entry.path)
-                whole = whole_chunk(
-                    data, {part_length(data) or 0} | seen.row_lengths | seen.chunk_lengths
-                )
+                whole = whole_chunk(data, {part_length(data) or 0} | known)
                 if whole not in {None, entry.nbytes}:
                     seen.add(
                         Damage(
@@ -342,7 +352,7 @@ def _verify_version(
         record
         for record in records
         if whole
-        or (record.row, record.sha256) not in seen.rows
+        or _mark_row(record) not in seen.rows
         or f"{FILES_PATH}{record.row}" in written.chunks
     ]
     hashes = level == "full"
@@ -427,7 +437,7 @@ def _verify_rows(
     _verify_without_values(tree, [r for r in wanted if r.state == "purged" or r.ragged], seen)
     kept = [r for r in wanted if r.state != "purged"]
     for record in (r for r in kept if r.ragged):
-        seen.rows.add((record.row, record.sha256))
+        seen.rows.add(_mark_row(record))
         with seen.looking_at("values", record.name, record.row, record.sha256):
             _verify_file(tree, record, hashes=hashes)
     records = [r for r in kept if not r.ragged]
@@ -439,7 +449,7 @@ def _verify_rows(
             block = tree.read_values([record.row for record in some], layout)
         single = bool(trial.damages or trial.unchecked)
         for place, record in enumerate(some):
-            seen.rows.add((record.row, record.sha256))
+            seen.rows.add(_mark_row(record))
             with seen.looking_at("values", record.name, record.row):
                 row = tree.read_values([record.row], layout)[0] if single else block[place]
                 if hashes and sha256(row) != record.sha256:
@@ -558,9 +568,9 @@ def _verify_blobs(
         if whole
         or entry.part in parts
         or BLOB_PATH + name in written.chunks
-        or (name, entry) not in seen.blobs
+        or _mark(name, entry) not in seen.blobs
     }
-    seen.blobs |= new.items()
+    seen.blobs.update(_mark(name, entry) for name, entry in new.items())
     small = [n for n, e in new.items() if e.part is not None and parts_of(e.nbytes) == 1]
     for begin in range(0, len(small), ROWS_PER_READ):
         names = small[begin : begin + ROWS_PER_READ]
