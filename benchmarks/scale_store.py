@@ -9,6 +9,7 @@ rounds:
    one commit by a process that has read the catalog before, as in a training run.
  * bytes: what such a commit leaves in files of its own.
  * open: of a store by a process that has imported everything.
+ * page: the first 50 records by a store that was just opened, as for `memtool ls --limit 50`.
  * ls, verify, gc: all records of a version by a store that was just opened; everything read and
    checked; all versions but the newest deleted. Linear in T: seconds by thousand adapters,
    against those of the T before it. The memory is the peak of a process that does only that, over
@@ -18,6 +19,7 @@ rounds:
 from __future__ import annotations
 
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -39,6 +41,9 @@ WIDTH, LAYERS, KEY_WIDTH, BLOB_BYTES = 32, 2, 16, 200
 
 AT_ONCE = 5_000
 """Adapters of one commit while a store is made."""
+
+PAGE = 50
+"""Records of a page: fewer than the smallest store has, of which all would be read otherwise."""
 
 FILE_BYTES = 20_000
 """About what an adapter takes on a disk whose blocks are of 4 KiB, and its part of all else."""
@@ -90,6 +95,7 @@ def store_cases(repeats: int, sizes: Sequence[int]) -> list[dict[str, Any]]:
         built = [Built.made(folder / f"store-{size}", size) for size in sizes]
         cases = appending(built, repeats)
         cases += opening_warm({one.size: one.folder for one in built}, APPENDS * repeats)
+        cases += paging(built, APPENDS * repeats)
         for what in DOING:
             cases += caring(built, what)
     return cases
@@ -159,6 +165,22 @@ def written(folder: Path) -> int:
     return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
 
 
+def paging(built: Sequence[Built], rounds: int) -> list[dict[str, Any]]:
+    """Milliseconds to open a store and read its first records."""
+    first = {str(one.size): partial(page, one) for one in built}
+    seconds = interleaved(first, rounds)
+    return [
+        figure(f"page, T = {size}", "milliseconds", 1e3 * statistics.median(some), 20.0)
+        for size, some in seconds.items()
+    ]
+
+
+def page(built: Built) -> None:
+    """The first records of a version by a store that was just opened."""
+    if len(MemoryStore.open(built.folder).view().page(0, PAGE)) != PAGE:
+        raise AssertionError(f"adapters of {built.folder} are missing")
+
+
 def caring(built: Sequence[Built], what: str) -> list[dict[str, Any]]:
     """Seconds by thousand adapters for what is linear in T, and the memory that it takes."""
     cases, last = [], None
@@ -177,7 +199,7 @@ def caring(built: Sequence[Built], what: str) -> list[dict[str, Any]]:
     peaks = {doing: peak(largest.folder, doing) for doing in ("open", what)}
     name = f"memory of {what}, T = {largest.size}"
     more = {"megabytes_to_open": peaks["open"]}
-    cases.append(figure(name, "megabytes over open", peaks[what] - peaks["open"], 600.0, **more))
+    cases.append(figure(name, "megabytes over open", peaks[what] - peaks["open"], 400.0, **more))
     return cases
 
 

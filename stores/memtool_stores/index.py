@@ -480,7 +480,7 @@ class Allotment:
 
 
 class Changed:
-    """What a change of an index writes: pages by part; `count` are the blobs that there are then."""
+    """What a change of an index writes: pages by part; and how many blobs there are then."""
 
     def __init__(self, parts: Allotment, count: int) -> None:
         self.page: Ref | None = None

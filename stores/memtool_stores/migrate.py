@@ -57,8 +57,8 @@ def _from_4(attributes: Attributes, _: Any | None) -> Attributes:
     """
     state = attributes["state"]
     blobs = state["blobs"]
-    page, listed = blobs["page"], blobs["listed"] if "listed" in blobs else ()
-    count = len(listed) if page is None else page[2]
+    page = blobs["page"]
+    count = len(blobs.get("listed", ())) if page is None else page[2]
     now = {**state, "catalog_lines": None, "blobs": {**blobs, "count": count}}
     return {**attributes, "state": now}
 

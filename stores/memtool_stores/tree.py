@@ -436,8 +436,8 @@ class Tree:
                 return known.read_on(self._catalog_bytes(known.size, state), state.catalog_chain)
             except IntegrityError:
                 # Not a prefix (a rollback lies between), or damaged: the full reading decides.
-                return self._read_catalog(Catalog(), state)
-        return Catalog().read_on(self._catalog_bytes(0, state), state.catalog_chain)
+                return self._read_catalog(type(known)(), state)
+        return type(known)().read_on(self._catalog_bytes(0, state), state.catalog_chain)
 
     def _open_catalog(self, nbytes: int) -> Any:
         chunks = (CATALOG_CHUNK_BYTES,)

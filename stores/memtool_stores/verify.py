@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from memtool_stores import sums
 from memtool_stores.arrays import CRC32C_BYTES, whole_chunk
-from memtool_stores.catalog import AdapterRecord, Catalog
+from memtool_stores.catalog import AdapterRecord, BareCatalog, Catalog
 from memtool_stores.errors import (
     ForkedProcessError,
     IntegrityError,
@@ -103,7 +103,7 @@ class _Seen:
     """The parent of each, which comes before it; None for an oldest one."""
     rows: set[bytes] = field(default_factory=set)
     """Row and hash of each, as `_mark`: a store has many, and of none more is held than that."""
-    catalog: Catalog = field(default_factory=Catalog)
+    catalog: Catalog = field(default_factory=BareCatalog)
     """That of the last version whose lines were all checked; the next one goes on from it."""
     catalog_tail: bytes = b""
     """What its last chunk, which the next one may have written again, held."""
@@ -400,7 +400,7 @@ def _verify_catalog(
     if whole or not goes_on:
         catalog.require_bytes(tree.catalog_bytes(0, size, state))
     seen.catalog, seen.catalog_tail = catalog, tree.catalog_bytes(size // step * step, size, state)
-    return catalog, catalog.since(known if goes_on else Catalog())
+    return catalog, catalog.since(known if goes_on else BareCatalog())
 
 
 def _require_files(found: int, expected: int) -> None:
