@@ -19,7 +19,6 @@ rounds:
 from __future__ import annotations
 
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -166,13 +165,11 @@ def written(folder: Path) -> int:
 
 
 def paging(built: Sequence[Built], rounds: int) -> list[dict[str, Any]]:
-    """Milliseconds to open a store and read its first records."""
-    first = {str(one.size): partial(page, one) for one in built}
-    seconds = interleaved(first, rounds)
-    return [
-        figure(f"page, T = {size}", "milliseconds", 1e3 * statistics.median(some), 20.0)
-        for size, some in seconds.items()
-    ]
+    """Seconds to open a store and read its first records."""
+    labels = {one.size: f"page at T = {one.size}" for one in built}
+    seconds = interleaved({labels[one.size]: partial(page, one) for one in built}, rounds)
+    few, *more = labels.values()
+    return [case(f"{many}, over few", seconds, many, few, at_most=1.5) for many in more]
 
 
 def page(built: Built) -> None:

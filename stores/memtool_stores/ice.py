@@ -29,12 +29,13 @@ from memtool_stores.errors import (
     StorageError,
 )
 
-GROWING = {"values": (0, 1024), "catalog": (0, 128), "keys": (1, 128), "parts": (0, 1024)}
+GROWING = {"values": (0, 1024), "catalog": (0, 128), "keys": (1, 128), "parts": (0, 2048)}
 """The arrays that grow with the memory: along which axis, and how many chunks a manifest lists.
 
 A commit writes the manifests that it touches whole, and icechunk looks at all of an array, each
 beside each other: of few chunks each they are too many, of many too long. Chosen by what a commit
-among 100,000 adapters takes.
+among 100,000 adapters takes, and how long it is. Another number must be a multiple of the one
+before: a manifest that lies across two of the new ones would be written for both.
 """
 
 CACHED_CHUNKS = 500_000

@@ -257,7 +257,7 @@ class MemoryStore:
 
     def _view(self, version: str) -> MemoryView:
         if len(self._pages) > PAGES:  # views have theirs
-            inner = {where: page for where, page in self._pages.items() if page.pages}
+            inner = {where: page for where, page in [*self._pages.items()] if page.pages}
             self._pages = inner if len(inner) <= PAGES else {}
         return MemoryView(
             self._repository,

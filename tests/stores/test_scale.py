@@ -250,7 +250,7 @@ def test_a_commit_among_many_writes_what_it_does_among_few(
             assert 0.5 < (found - 500) / expected < 2
         sizes.append(np.mean(some, axis=0))
     few, many = sizes
-    # A page a level more, and manifests of up to 512 entries. A list of blobs would be 250 kB.
+    # Manifests of up to 2,048 entries. A list of blobs would be 250 kB.
     assert many[0] - few[0] < 40_000
     assert many[1] - few[1] < 20
     assert store.verify().ok
