@@ -348,8 +348,9 @@ class Index(Mapping[str, Entry]):
             made.page = self._with(made, first, changes, "")
             return made
         few = self.state.listed if first is None else self._emptied(made, first, "")
-        if entries := _there({**few, **changes}):
-            made.page = self._grown(made, entries, "")
+        entries = _there({**few, **changes})
+        made.count = len(entries)
+        made.page = self._grown(made, entries, "") if entries else None
         return made
 
     def _with(
@@ -413,9 +414,9 @@ class Index(Mapping[str, Entry]):
 class Allotment:
     """Which parts a commit writes: free ones first, so that their number stays small.
 
-    Of single ones the first: who asks for what stays first, and for what every commit writes last,
-    has the latter behind all others, in a manifest that the next commit writes in any case. `free`
-    are those that were free before the commit, as in `IndexState`.
+    Of single ones the first. What is asked for last, the first page, so comes to lie behind all
+    others, in the manifest that every commit writes. `free` are those that were free before the
+    commit, as in `IndexState`.
     """
 
     def __init__(self, count: int, free: Iterable[tuple[int, int]] = ()) -> None:
