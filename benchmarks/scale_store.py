@@ -9,6 +9,7 @@ rounds:
    one commit by a process that has read the catalog before, as in a training run.
  * bytes: what such a commit leaves in files of its own.
  * open: of a store by a process that has imported everything.
+ * page: the first 50 records by a store that was just opened, as for `memtool ls --limit 50`.
  * ls, verify, gc: all records of a version by a store that was just opened; everything read and
    checked; all versions but the newest deleted. Linear in T: seconds by thousand adapters,
    against those of the T before it. The memory is the peak of a process that does only that, over
@@ -39,6 +40,9 @@ WIDTH, LAYERS, KEY_WIDTH, BLOB_BYTES = 32, 2, 16, 200
 
 AT_ONCE = 5_000
 """Adapters of one commit while a store is made."""
+
+PAGE = 50
+"""Records of a page: fewer than the smallest store has, of which all would be read otherwise."""
 
 FILE_BYTES = 20_000
 """About what an adapter takes on a disk whose blocks are of 4 KiB, and its part of all else."""
@@ -90,6 +94,7 @@ def store_cases(repeats: int, sizes: Sequence[int]) -> list[dict[str, Any]]:
         built = [Built.made(folder / f"store-{size}", size) for size in sizes]
         cases = appending(built, repeats)
         cases += opening_warm({one.size: one.folder for one in built}, APPENDS * repeats)
+        cases += paging(built, APPENDS * repeats)
         for what in DOING:
             cases += caring(built, what)
     return cases
@@ -159,6 +164,20 @@ def written(folder: Path) -> int:
     return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
 
 
+def paging(built: Sequence[Built], rounds: int) -> list[dict[str, Any]]:
+    """Seconds to open a store and read its first records."""
+    labels = {one.size: f"page at T = {one.size}" for one in built}
+    seconds = interleaved({labels[one.size]: partial(page, one) for one in built}, rounds)
+    few, *more = labels.values()
+    return [case(f"{many}, over few", seconds, many, few, at_most=1.5) for many in more]
+
+
+def page(built: Built) -> None:
+    """The first records of a version by a store that was just opened."""
+    if len(MemoryStore.open(built.folder).view().page(0, PAGE)) != PAGE:
+        raise AssertionError(f"adapters of {built.folder} are missing")
+
+
 def caring(built: Sequence[Built], what: str) -> list[dict[str, Any]]:
     """Seconds by thousand adapters for what is linear in T, and the memory that it takes."""
     cases, last = [], None
@@ -177,7 +196,7 @@ def caring(built: Sequence[Built], what: str) -> list[dict[str, Any]]:
     peaks = {doing: peak(largest.folder, doing) for doing in ("open", what)}
     name = f"memory of {what}, T = {largest.size}"
     more = {"megabytes_to_open": peaks["open"]}
-    cases.append(figure(name, "megabytes over open", peaks[what] - peaks["open"], 600.0, **more))
+    cases.append(figure(name, "megabytes over open", peaks[what] - peaks["open"], 400.0, **more))
     return cases
 
 

@@ -9,11 +9,14 @@ from __future__ import annotations
 import difflib
 import gc
 import hashlib
+import io
+import itertools
 import json
+import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias, get_args
@@ -34,6 +37,7 @@ RowState: TypeAlias = Literal["live", "removed", "purged"]
 KINDS = get_args(Kind)
 ROW_STATES = get_args(RowState)
 NOTHING_PRUNED: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+NOTHING_SAID: Mapping[str, Any] = MappingProxyType({})
 
 SUGGEST_AMONG = 10_000
 """Names compared with one that is not there; with more of them the search would take seconds."""
@@ -191,8 +195,9 @@ class AdapterRecord:
             mapping(member(data, "meta", what), "meta"),
             number(member(data, "scaling", what), "scaling"),
             None if header is None else digest(header, "the hash of the header"),
-            kind,
-            state,
+            # Of all records one text each, not one a record.
+            KINDS[KINDS.index(kind)],
+            ROW_STATES[ROW_STATES.index(state)],
             _pruned(data["pruned"]) if data.get("pruned") else NOTHING_PRUNED,
             *(_own_bytes(data, kind, header) if data.get("nbytes") is not None else (None, ())),
         )
@@ -315,9 +320,15 @@ class Catalog:
         self._lines = _Lines()
         self._length = 0
 
+    @property
+    def lines(self) -> int:
+        """How many lines it has; more than rows where some change what earlier ones say."""
+        return self._length
+
     def extended(self, lines: Sequence[bytes]) -> Catalog:
         """The catalog with more lines; the receiver stays as it is."""
-        return self._with([AdapterRecord.of_line(line) for line in lines], lines, self._link(lines))
+        records = [AdapterRecord.of_line(line) for line in lines]
+        return self._with(records, sum(map(len, lines)), self._link(lines))
 
     def read_on(self, data: bytes, chain: str) -> Catalog:
         """The catalog and what was appended since, which must lead to `chain`.
@@ -326,12 +337,11 @@ class Catalog:
             IntegrityError: the bytes are not the lines that were written, or no lines that can
                 have been; it names the line.
         """
-        lines = data.splitlines(keepends=True)
-        found = self._link(lines)
+        found = self._link(io.BytesIO(data))
         if found != chain:
             raise _wrong_chain(chain, found)
         with _collector_at_rest():
-            return self._with(self._parsed(lines), lines, found)
+            return self._with(self._parsed(io.BytesIO(data)), len(data), found)
 
     def _parsed(self, lines: Iterable[bytes]) -> list[AdapterRecord]:
         records = []
@@ -339,11 +349,15 @@ class Catalog:
             try:
                 if not line.endswith(b"\n"):
                     raise SchemaError("a line without an end")
-                records.append(AdapterRecord.of_line(line))
+                records.append(self._kept(AdapterRecord.of_line(line)))
             except SchemaError as error:
                 place = self._length + len(records)
                 raise _wrong_line(place, error.message, error.expected) from error
         return records
+
+    def _kept(self, record: AdapterRecord) -> AdapterRecord:
+        """What is held of a record."""
+        return record
 
     def _link(self, lines: Iterable[bytes]) -> str:
         """The hash that binds our lines and these."""
@@ -352,11 +366,9 @@ class Catalog:
             digest = hashlib.sha256(digest + line).digest()
         return digest.hex()
 
-    def _with(
-        self, records: Sequence[AdapterRecord], lines: Sequence[bytes], chain: str
-    ) -> Catalog:
-        longer = Catalog()
-        longer.size = self.size + sum(map(len, lines))
+    def _with(self, records: Sequence[AdapterRecord], nbytes: int, chain: str) -> Catalog:
+        longer = type(self)()
+        longer.size = self.size + nbytes
         longer.chain = chain
         longer._length = self._length + len(records)
         longer.counts = self._counted(records)
@@ -446,7 +458,7 @@ class Catalog:
 
     def require_bytes(self, data: bytes) -> None:
         """Nothing, when these bytes are the lines of this catalog. Raises IntegrityError."""
-        found = Catalog()._link(data.splitlines(keepends=True))
+        found = Catalog()._link(io.BytesIO(data))
         if found != self.chain:
             raise _wrong_chain(self.chain, found)
 
@@ -485,6 +497,56 @@ class Catalog:
                 remedy=f"did you mean {close[0]!r}?" if close else "`memtool ls` lists them",
             )
         return record
+
+
+class BareCatalog(Catalog):
+    """A catalog that holds no meta: for who checks all records and is asked for none."""
+
+    def _kept(self, record: AdapterRecord) -> AdapterRecord:
+        return replace(record, meta=NOTHING_SAID)
+
+
+_BEGINNING = re.compile(rb'\{"header":(?:null|"[0-9a-f]{64}"),"id":"([0-9A-Z]{26})"')
+"""Of every line that `AdapterRecord.line` writes."""
+
+
+def first_lines(data: bytes, count: int) -> list[AdapterRecord]:
+    """The records of the first `count` lines, which are those of the first rows, and live.
+
+    Raises:
+        IntegrityError: they are not.
+    """
+    records = Catalog()._parsed(itertools.islice(io.BytesIO(data), count))
+    for row, record in enumerate(records):
+        if (record.row, record.live) != (row, True):
+            raise _wrong_line(row, f"row {record.row}, {record.state}", f"row {row}, live")
+    if len(records) < count:
+        raise _wrong_line(len(records), "no line", None)
+    return records
+
+
+def live_of_lines(data: bytes, chain: str, end: int) -> list[AdapterRecord]:
+    """The first `end` live records in row order, of a whole catalog; few lines are parsed.
+
+    Raises:
+        IntegrityError: the bytes are not the lines that were written.
+    """
+    lines = [*io.BytesIO(data)]
+    if (found := Catalog()._link(lines)) != chain:
+        raise _wrong_chain(chain, found)
+    # The last line of an id wins; ids come in the order of their rows.
+    last: dict[bytes, int] = {}
+    for place, line in enumerate(lines):
+        if (begin := _BEGINNING.match(line)) is None:
+            raise _wrong_line(place, shown(line.decode(errors="replace")), "an id first")
+        last[begin[1]] = place
+    records: list[AdapterRecord] = []
+    for place in last.values():
+        if len(records) == end:
+            break
+        (record,) = Catalog()._parsed([lines[place]])
+        records += [record] if record.live else []
+    return records
 
 
 def _wrong_chain(expected: str, found: str) -> IntegrityError:

@@ -28,6 +28,9 @@ UNLOCKED_GRACE = timedelta(hours=1)
 _ALL = datetime(9000, 1, 1, tzinfo=UTC)
 """Later than the time of any file: under the lock, what no version needs is nobody's."""
 
+FETCHED, FETCHED_BYTES = 8, 8 * 1024 * 1024
+"""Snapshots, or manifests and bytes of them, that are on their way into memory at a time."""
+
 EXPIRY_BYTES = 16 * 1024
 """Room that expiry needs for each branch and tag: a snapshot and its checksums, written anew."""
 
@@ -131,7 +134,12 @@ def _newest(url: str) -> datetime:
 
 def _delete_unneeded(repository: Any, grown_before: datetime) -> tuple[int, int]:
     """Delete the files that no branch or tag leads to; their bytes and their number."""
-    summary = repository.garbage_collect(grown_before)
+    summary = repository.garbage_collect(
+        grown_before,
+        max_snapshots_in_memory=FETCHED,
+        max_compressed_manifest_mem_bytes=FETCHED_BYTES,
+        max_concurrent_manifest_fetches=FETCHED,
+    )
     files = (
         summary.chunks_deleted
         + summary.manifests_deleted

@@ -1,9 +1,9 @@
 """About what a commit writes beside what it is given: said before anything is written.
 
-Pages on the way to the blobs that change, the last block of keys and the last chunk of the catalog
-are written again, the manifests that list them, and a snapshot that lists the manifests. None of it
-grows with the size of an adapter; with the number of them only as pages have levels and a snapshot
-has entries.
+The first page of the index of blobs, now and then some below it, the last block of keys and the
+last chunk of the catalog are written again, the manifests that list them, and a snapshot that lists
+the manifests. None of it grows with the size of an adapter; with the number of them only as pages
+have levels and a snapshot has entries.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ ENTRY_BYTES = 16
 
 BLOB_BYTES, PAGE_BYTES = 100, 85
 """Of a blob, or another page, in a page."""
+
+LOT = 8
+"""Names that go from a page to one below it, together."""
 
 SNAPSHOT_BYTES, MANIFEST_BYTES = 2_600, 25
 """A snapshot, log and checksums of a version, and what each manifest adds to them."""
@@ -40,7 +43,9 @@ def state_bytes(view: MemoryView | None, blobs: int) -> int:
     leaf, levels = state.index.count, 1
     while leaf > LEAF:
         leaf, levels = math.ceil(leaf / len(DIGITS)), levels + 1
-    written = blobs * (leaf * BLOB_BYTES + (levels - 1) * len(DIGITS) * PAGE_BYTES)
+    below = blobs * (levels - 1) / LOT
+    page = min(state.index.count, LEAF) * BLOB_BYTES + (levels > 1) * len(DIGITS) * PAGE_BYTES
+    written = int((1 + below) * page)
     lengths = {
         "values": state.rows,
         "catalog": math.ceil(state.catalog_bytes / CATALOG_CHUNK_BYTES),
@@ -56,7 +61,8 @@ def state_bytes(view: MemoryView | None, blobs: int) -> int:
     for array, length in lengths.items():
         chunks = GROWING[array][1]
         there = math.ceil(length / chunks)
-        touched = min(there, blobs * levels) if array == "parts" else min(there, 1)
-        written += ENTRY_BYTES * (min(length, touched * chunks))
+        written += ENTRY_BYTES * (length % chunks)  # the last one is written in any case
+        if array == "parts":
+            written += ENTRY_BYTES * int(min(below, there - 1) * chunks)
         manifests += there
     return written + SNAPSHOT_BYTES + MANIFEST_BYTES * manifests

@@ -29,13 +29,17 @@ from memtool_stores.errors import (
     StorageError,
 )
 
-GROWING = {"values": (0, 1024), "catalog": (0, 128), "keys": (1, 128), "parts": (0, 512)}
+GROWING = {"values": (0, 1024), "catalog": (0, 128), "keys": (1, 128), "parts": (0, 2048)}
 """The arrays that grow with the memory: along which axis, and how many chunks a manifest lists.
 
 A commit writes the manifests that it touches whole, and icechunk looks at all of an array, each
 beside each other: of few chunks each they are too many, of many too long. Chosen by what a commit
-among 100,000 adapters takes.
+among 100,000 adapters takes, and how long it is. Another number must be a multiple of the one
+before: a manifest that lies across two of the new ones would be written for both.
 """
+
+CACHED_CHUNKS = 500_000
+"""Chunks in the manifests that a repository keeps in memory, about 60 bytes each."""
 
 HANDLES = 20
 """Files that must be free to be opened before a store is: zarr reads ten chunks at a time."""
@@ -94,10 +98,12 @@ def configuration() -> Any:
     """The configuration of every repository of ours, given at every open.
 
     No chunk lies inside a manifest, manifests of what grows are cut (`GROWING`), none is read
-    ahead: appends and opening stay independent of the number of adapters.
+    ahead: appends and opening stay independent of the number of adapters. Those that are kept in
+    memory (`CACHED_CHUNKS`) are few: who reads all versions meets many.
     """
     ice = icechunk()
     config = ice.RepositoryConfig.default()
+    config.caching = ice.CachingConfig(num_chunk_refs=CACHED_CHUNKS)
     config.inline_chunk_threshold_bytes = 0
     config.manifest = ice.ManifestConfig(
         splitting=ice.ManifestSplittingConfig.from_dict(

@@ -1,18 +1,24 @@
-"""Which blobs there are: a tree of small pages, of which a commit writes those on its way alone.
+"""Which blobs there are: a tree of small pages, of which a commit writes the first and few others.
 
-A page is one element of `/parts`: JSON that names either blobs or further pages. A leaf holds up to
+A page is one element of `/parts`: JSON that names blobs and further pages. A leaf holds up to
 `LEAF` blobs, each with its first part, length and SHA-256. Where there would be more, the page has
-a leaf for each next digit of the SHA-256 of the names. A page names another by its part, the number
-of blobs below it, and its SHA-256: the one that the state of a version holds proves them all.
+a page for each next digit of the SHA-256 of the names. A page names another by its part, the number
+of blobs in the leaves below it, and its SHA-256: the one that the state of a version holds proves
+them all.
 
-So a lookup reads as many pages as the logarithm of the number of blobs, a commit writes as many for
-each blob, and two versions share all other pages. A version of an older schema has no pages: its
+What changes waits in the first page, which every change writes: a name in a page goes before the
+same name further down, null says that the blob is gone. When more than `LEAF` names wait in a page,
+those of the digit that has most go one page down (a buffered tree: Brodal and Fagerberg, Lower
+bounds for external memory dictionaries, SODA 2003). So a lookup reads as many pages as the
+logarithm of the number of blobs, a commit writes one page, now and then some more, whatever that
+number is, and two versions share all others. A version of an older schema than 4 has no pages: its
 state lists the blobs, and each lies in an array of its own, also after later commits.
 """
 
 from __future__ import annotations
 
 import hashlib
+import heapq
 import json
 from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -25,7 +31,7 @@ from memtool_stores.names import check_ref
 from memtool_stores.parts import PART_BYTES, parts_of
 
 LEAF = 64
-"""Blobs of one page at most."""
+"""Names of one page at most."""
 
 FREE_RUNS = 64
 """Runs of free parts that a state lists at most, the longest; others stay empty for good."""
@@ -51,7 +57,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Ref:
-    """A page: its part, its length, how many blobs are below it, and its hash."""
+    """A page: its part, its length, how many blobs its leaves hold, and its hash."""
 
     part: int
     nbytes: int
@@ -86,25 +92,22 @@ class Ref:
 class IndexState:
     """What the state of a version says of its blobs; `parts` are all elements that there ever were.
 
-    `listed` are those of an older schema by name, each in an array of its own. `free` are runs of
-    parts that hold nothing, each as its first and how many, which later commits write to.
+    `count` is how many there are, also of those that wait in pages. `listed` are those of an older
+    schema by name, each in an array of its own. `free` are runs of parts that hold nothing, each as
+    its first and how many, which later commits write to.
     """
 
     parts: int = 0
     page: Ref | None = None
+    count: int = 0
     listed: Mapping[str, Entry] = field(default_factory=dict)
     free: tuple[tuple[int, int], ...] = ()
-
-    @property
-    def count(self) -> int:
-        """How many blobs there are."""
-        return len(self.listed) if self.page is None else self.page.count
 
     def to_json(self) -> dict[str, Any]:
         """As it is stored."""
         page = None if self.page is None else self.page.to_json()
         free = {"free": [*map(list, self.free)]} if self.free else {}
-        return {"parts": self.parts, "page": page, **free}
+        return {"parts": self.parts, "page": page, "count": self.count, **free}
 
     @classmethod
     def of_json(cls, data: Any) -> IndexState:
@@ -116,13 +119,18 @@ class IndexState:
         said = mapping(data, "the blobs of the state")
         parts = whole(said.get("parts"), "the parts of the state")
         page = said.get("page")
+        listed = {
+            check_ref(name, "blob"): Entry(digest(sha256, f"the hash of blob {name}"))
+            for name, sha256 in mapping(said.get("listed", {}), "blobs of the state").items()
+        }
+        count = whole(said.get("count"), "the number of blobs of the state")
+        if page is None and count != len(listed):
+            raise SchemaError(f"{count:,} blobs and no page of them", expected=f"{len(listed):,}")
         return cls(
             parts,
             None if page is None else Ref.of_json(page, parts),
-            {
-                check_ref(name, "blob"): Entry(digest(sha256, f"the hash of blob {name}"))
-                for name, sha256 in mapping(said.get("listed", {}), "blobs of the state").items()
-            },
+            count,
+            listed,
             _free(said.get("free", []), parts),
         )
 
@@ -149,15 +157,18 @@ def _free(data: Any, parts: int) -> tuple[tuple[int, int], ...]:
 
 @dataclass(frozen=True)
 class Page:
-    """A page as it was read: blobs by name, or pages by digit."""
+    """A page as it was read: a leaf with its blobs by name, or pages by digit.
 
-    blobs: Mapping[str, Entry] = field(default_factory=dict)
+    In one with pages, blobs are those that wait to go down, None for one that is gone.
+    """
+
+    blobs: Mapping[str, Entry | None] = field(default_factory=dict)
     pages: Mapping[str, Ref] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
-        """How many blobs are in it and below it."""
-        return len(self.blobs) + sum(one.count for one in self.pages.values())
+        """How many blobs are in it, when it is a leaf, or in the leaves below it."""
+        return sum(one.count for one in self.pages.values()) if self.pages else len(self.blobs)
 
     def ref(self, part: int) -> Ref:
         """What names it where its bytes lie in this part."""
@@ -166,8 +177,12 @@ class Page:
 
     def data(self) -> bytes:
         """Its bytes; equal pages have equal ones."""
-        what, named = ("pages", self.pages) if self.pages else ("blobs", self.blobs)
-        said = {what: {name: one.to_json() for name, one in named.items()}}
+        said: dict[str, dict[str, Any]] = {}
+        if self.blobs:
+            blobs = self.blobs.items()
+            said["blobs"] = {name: None if one is None else one.to_json() for name, one in blobs}
+        if self.pages:
+            said["pages"] = {digit: one.to_json() for digit, one in self.pages.items()}
         return json.dumps(said, separators=(",", ":"), sort_keys=True).encode()
 
     @classmethod
@@ -179,25 +194,24 @@ class Page:
         """
         what = "a page of blobs"
         said = mapping(parse(data, what, unique=True), what)
-        blobs = {
-            check_ref(name, "blob"): _entry(one, name, parts)
-            for name, one in mapping(said.get("blobs", {}), what).items()
-        }
         pages = {
             digit: Ref.of_json(one, parts)
             for digit, one in mapping(said.get("pages", {}), what).items()
         }
+        blobs = {
+            check_ref(name, "blob"): None if pages and one is None else _entry(one, name, parts)
+            for name, one in mapping(said.get("blobs", {}), what).items()
+        }
         found = cls(blobs, pages)
         if (
-            (blobs and pages)
-            or found.count != ref.count
+            found.count != ref.count
             or len(path) >= 64
             or not pages.keys() <= set(DIGITS)
             or not all(_path(name).startswith(path) for name in blobs)
         ):
             raise SchemaError(
                 f"{what} of {len(blobs):,} blobs and {len(pages):,} pages at {path!r}",
-                expected=f"{ref.count:,} blobs, all of that path",
+                expected=f"{ref.count:,} blobs in leaves, all of that path",
             )
         return found
 
@@ -282,19 +296,18 @@ class Index(Mapping[str, Entry]):
         path, depth = _path(name), 0
         while True:
             page = self.page(ref, path[:depth])
-            if not page.pages:
-                return page.blobs[name]
-            ref = page.pages.get(path[depth])
-            if ref is None:
+            found, ref = page.blobs.get(name), page.pages.get(path[depth])
+            if found is not None:
+                return found
+            if ref is None or name in page.blobs:
                 raise KeyError(name)
             depth += 1
 
     def __iter__(self) -> Iterator[str]:
-        for page in self.walk():
-            yield from page.blobs
+        return (name for name, _ in self.items())
 
     def walk(self) -> Iterator[Page]:
-        """All pages."""
+        """All pages, each before those below it, of which it says what is newer."""
         if self.state.page is None:
             yield Page(self.state.listed)
             return
@@ -309,55 +322,79 @@ class Index(Mapping[str, Entry]):
 
     def items(self) -> ItemsView[str, Entry]:
         """Names and entries; each page is read once."""
-        return {name: one for page in self.walk() for name, one in page.blobs.items()}.items()
+        found: dict[str, Entry | None] = {}
+        for page in self.walk():
+            for name, one in page.blobs.items():
+                found.setdefault(name, one)
+        return _there(found).items()
+
+    def allotment(self) -> Allotment:
+        """The parts for a change: the free ones, and that of the first page, which it replaces."""
+        parts = Allotment(self.state.parts, self.state.free)
+        if self.state.page is not None:
+            parts.give_back(self.state.page.part)
+        return parts
 
     def changed(self, changes: Mapping[str, Entry | None], parts: Allotment) -> Changed:
-        """The pages with these changes, None for a blob that goes.
+        """The pages with these changes, None for a blob that goes; `parts` are of `allotment`.
 
         An index of an older schema gets pages for all that it lists.
         """
-        made = Changed(parts)
-        if self.state.page is None:
-            there = {**self.state.listed, **changes}
-            entries = {name: one for name, one in there.items() if one is not None}
-            made.page = self._grown(made, entries, "") if entries else None
-        else:
-            made.page = self._with(made, self.state.page, changes, "")
+        there = sum(name in self for name in changes)
+        count = self.state.count + len(_there(changes)) - there
+        made = Changed(parts, count)
+        first = self.state.page
+        if first is not None and count > LEAF:
+            made.page = self._with(made, first, changes, "")
+            return made
+        few = self.state.listed if first is None else self._emptied(made, first, "")
+        entries = _there({**few, **changes})
+        made.count = len(entries)
+        made.page = self._grown(made, entries, "") if entries else None
         return made
 
     def _with(
         self, made: Changed, ref: Ref | None, changes: Mapping[str, Entry | None], path: str
     ) -> Ref | None:
         """The page instead of `ref`, None where no blob is left."""
-        page = Page() if ref is None else self.page(ref, path)
+        page = Page()
         if ref is not None:
-            made.parts.give_back(ref.part)
-            self._pages.pop((ref, path), None)  # who still needs it reads it
+            page = self.page(ref, path)
+            self._give_back(made, ref, path)
+        waiting = {**page.blobs, **changes}
         if not page.pages:
-            there = {**page.blobs, **changes}
-            entries = {name: one for name, one in there.items() if one is not None}
+            entries = _there(waiting)
             return self._grown(made, entries, path) if entries else None
         pages: dict[str, Ref | None] = {**page.pages}
-        for digit, some in _by_digit(changes, len(path)).items():
-            pages[digit] = self._with(made, pages.get(digit), some, path + digit)
+        lots = sorted(_by_digit(waiting, len(path)).items(), key=lambda lot: len(lot[1]))
+        while len(waiting) > LEAF:
+            digit, most = lots.pop()
+            pages[digit] = self._with(made, pages.get(digit), most, path + digit)
+            waiting = {name: one for name, one in waiting.items() if name not in most}
         kept = {digit: one for digit, one in pages.items() if one is not None}
         if sum(one.count for one in kept.values()) > LEAF:
-            return self._written(made, Page(pages=kept), path)
-        # As few as fit into one leaf are one: pages do not depend on what was before.
-        blobs: dict[str, Entry] = {}
+            return self._written(made, Page(waiting, kept), path)
+        # As few as fit into one leaf are one.
+        below: dict[str, Entry | None] = {}
         for digit, one in kept.items():
-            blobs |= self._emptied(made, one, path + digit)
-        return self._grown(made, blobs, path) if blobs else None
+            below |= self._emptied(made, one, path + digit)
+        entries = _there({**below, **waiting})
+        return self._grown(made, entries, path) if entries else None
 
-    def _emptied(self, made: Changed, ref: Ref, path: str) -> dict[str, Entry]:
-        """The blobs at and below a page, which goes."""
+    def _emptied(self, made: Changed, ref: Ref, path: str) -> dict[str, Entry | None]:
+        """What is said of blobs at and below a page, which goes."""
         new = made.written.pop(ref.part, None)
-        made.parts.give_back(ref.part)
         page = self.page(ref, path) if new is None else new
-        blobs = dict(page.blobs)
+        self._give_back(made, ref, path)
+        blobs: dict[str, Entry | None] = {}
         for digit, one in page.pages.items():
             blobs |= self._emptied(made, one, path + digit)
-        return blobs
+        return {**blobs, **page.blobs}
+
+    def _give_back(self, made: Changed, ref: Ref, path: str) -> None:
+        if path:  # the first page's is in the allotment
+            made.parts.give_back(ref.part)
+        self._pages.pop((ref, path), None)  # who still needs it reads it
 
     def _grown(self, made: Changed, entries: Mapping[str, Entry], path: str) -> Ref:
         """A page for these blobs, and those below it."""
@@ -377,7 +414,9 @@ class Index(Mapping[str, Entry]):
 class Allotment:
     """Which parts a commit writes: free ones first, so that their number stays small.
 
-    `free` are those that were free before the commit, as in `IndexState`.
+    Of single ones the first. What is asked for last, the first page, so comes to lie behind all
+    others, in the manifest that every commit writes. `free` are those that were free before the
+    commit, as in `IndexState`.
     """
 
     def __init__(self, count: int, free: Iterable[tuple[int, int]] = ()) -> None:
@@ -391,7 +430,7 @@ class Allotment:
     def take(self, count: int) -> int:
         """The first of so many parts, one after the other: of the shortest run that has them."""
         if count == 1 and self._ones:
-            first = self._ones.pop()
+            first = heapq.heappop(self._ones)
         elif (run := self._run_of(count)) is not None:
             first, length = run
             self._longer.remove(run)
@@ -417,7 +456,7 @@ class Allotment:
 
     def _keep(self, first: int, count: int) -> None:
         if count == 1:
-            self._ones.append(first)
+            heapq.heappush(self._ones, first)
         elif count:
             self._longer.append((first, count))
 
@@ -442,10 +481,11 @@ class Allotment:
 
 
 class Changed:
-    """What a change of an index writes: pages by part."""
+    """What a change of an index writes: pages by part; and how many blobs there are then."""
 
-    def __init__(self, parts: Allotment) -> None:
+    def __init__(self, parts: Allotment, count: int) -> None:
         self.page: Ref | None = None
+        self.count = count
         self.written: dict[int, Page] = {}
         self.parts = parts
 
@@ -454,6 +494,11 @@ class Changed:
         part = self.parts.take(1)
         self.written[part] = page
         return page.ref(part)
+
+
+def _there(named: Mapping[str, Entry | None]) -> dict[str, Entry]:
+    """Those that are not gone."""
+    return {name: one for name, one in named.items() if one is not None}
 
 
 def _by_digit(named: Mapping[str, Any], depth: int) -> dict[str, dict[str, Any]]:

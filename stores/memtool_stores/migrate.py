@@ -14,6 +14,9 @@ makes such a commit where nothing else is to be committed.
      (index.py); keys have a hash chain over their blocks (keys.py), of which a commit writes those
      that changed. Blobs that were there stay in arrays of their own, /blobs/<name>, which pages
      say; keys that were there keep their one hash until they change.
+  5  what changes of the blobs waits in the first page of their index, and goes down some at a time,
+     so the state counts the blobs; it counts the lines of the catalog, too. A page of schema 4 is
+     one in which nothing waits.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from typing import Any
 
 Attributes = dict[str, Any]
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 """What this code writes, and the newest `min_reader` that it understands."""
 
 
@@ -43,13 +46,28 @@ def _from_2(attributes: Attributes, _: Any | None) -> Attributes:
 def _from_3(attributes: Attributes, _: Any | None) -> Attributes:
     """Blobs have no pages yet: they are listed."""
     state = attributes["state"]
-    return {**attributes, "state": {**state, "blobs": {"parts": 0, "listed": state["blobs"]}}}
+    blobs = {"parts": 0, "page": None, "listed": state["blobs"]}
+    return {**attributes, "state": {**state, "blobs": blobs}}
+
+
+def _from_4(attributes: Attributes, _: Any | None) -> Attributes:
+    """Count the blobs: those that are listed, or that the first page says are below it.
+
+    Nobody counted the lines of the catalog.
+    """
+    state = attributes["state"]
+    blobs = state["blobs"]
+    page = blobs["page"]
+    count = len(blobs.get("listed", ())) if page is None else page[2]
+    now = {**state, "catalog_lines": None, "blobs": {**blobs, "count": count}}
+    return {**attributes, "state": now}
 
 
 MIGRATIONS: Mapping[int, Callable[[Attributes, Any | None], Attributes]] = {
     1: _from_1,
     2: _from_2,
     3: _from_3,
+    4: _from_4,
 }
 """The step away from each older schema.
 

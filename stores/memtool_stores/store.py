@@ -85,7 +85,10 @@ from memtool_stores.verify import Level, VerifyReport, verify
 from memtool_stores.view import MemoryView
 
 PAGES = 1_000
-"""Pages of the index of blobs that a store remembers for the next view, about 20 KB each."""
+"""Pages of the index of blobs that a store remembers for the next view, about 20 KB each.
+
+Of more of them the leaves are forgotten first: the others lead to many.
+"""
 
 TRIES = 10
 """How often `run` runs a function at most; the last time with the lock held, so that it wins."""
@@ -253,8 +256,9 @@ class MemoryStore:
         return resolve(self._repository, self.url, ref, as_of)
 
     def _view(self, version: str) -> MemoryView:
-        if len(self._pages) > PAGES:
-            self._pages = {}  # views have theirs
+        if len(self._pages) > PAGES:  # views have theirs
+            inner = {where: page for where, page in [*self._pages.items()] if page.pages}
+            self._pages = inner if len(inner) <= PAGES else {}
         return MemoryView(
             self._repository,
             self.url,

@@ -476,6 +476,7 @@ class Transaction:
             ragged=catalog.counts.ragged,
             catalog_bytes=catalog.size,
             catalog_chain=catalog.chain,
+            catalog_lines=catalog.lines,
             keys=keys,
             index=index,
         )

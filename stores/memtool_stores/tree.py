@@ -36,10 +36,10 @@ from memtool_stores.arrays import (
     read_row,
     write_bytes,
 )
-from memtool_stores.catalog import AdapterRecord, Catalog, Counts
+from memtool_stores.catalog import AdapterRecord, Catalog, Counts, first_lines, live_of_lines
 from memtool_stores.errors import IntegrityError, NewerSchemaError, SchemaError
 from memtool_stores.held import Held
-from memtool_stores.index import Allotment, Entry, Index, IndexState, Pages
+from memtool_stores.index import Entry, Index, IndexState, Pages
 from memtool_stores.jsonvalues import digest, mapping, member, whole
 from memtool_stores.keys import KeysState
 from memtool_stores.migrate import SCHEMA_VERSION, migrated
@@ -58,6 +58,9 @@ from memtool_stores.space import Layout, Space
 
 CATALOG_CHUNK_BYTES = 16 * 1024
 
+LISTED_BYTES = 4 * CATALOG_CHUNK_BYTES
+"""Of the catalog that are read at a time for a list of its first records."""
+
 Array = npt.NDArray[Any]
 
 
@@ -66,7 +69,8 @@ class State:
     """What a version must contain; every transaction writes it, so two of them always conflict.
 
     `adapters` and `atoms` count the live rows of each kind, `purged` those without bytes, `rows`
-    all there ever were, `ragged` those with an array of their own under /files.
+    all there ever were, `ragged` those with an array of their own under /files. `catalog_lines` is
+    None in a version of an older schema than 5.
     """
 
     adapters: int = 0
@@ -76,6 +80,7 @@ class State:
     ragged: int = 0
     catalog_bytes: int = 0
     catalog_chain: str = ""
+    catalog_lines: int | None = 0
     keys: KeysState | None = None
     index: IndexState = field(default_factory=IndexState)
 
@@ -105,9 +110,10 @@ class State:
                 expected=f"together at most {counts['rows']:,} rows",
             )
         limits.require("array_bytes", counts["catalog_bytes"], "the catalog")
-        chain = member(said, "catalog_chain", what)
+        chain, lines = (member(said, name, what) for name in ("catalog_chain", "catalog_lines"))
         return cls(
             **counts,
+            catalog_lines=None if lines is None else whole(lines, f"catalog_lines of {what}"),
             catalog_chain=chain if chain == "" else digest(chain, f"catalog_chain of {what}"),
             keys=KeysState.of_json(member(said, "keys", what), counts["rows"]),
             index=IndexState.of_json(member(said, "blobs", what)),
@@ -394,7 +400,33 @@ class Tree:
             raise IntegrityError(
                 what="catalog", name="counts", expected=str(counts), found=str(catalog.counts)
             )
+        if state.catalog_lines not in {None, catalog.lines}:
+            raise IntegrityError(
+                what="catalog",
+                name="lines",
+                expected=f"{state.catalog_lines:,}",
+                found=f"{catalog.lines:,}",
+            )
         return catalog
+
+    def read_live(self, state: State, end: int) -> list[AdapterRecord]:
+        """The first `end` live records in row order, of a catalog that nobody has read.
+
+        Where no line changes what an earlier one says, the lines of these are read and no others.
+
+        Raises:
+            IntegrityError: they are not what was written.
+        """
+        if state.catalog_lines != state.rows:
+            return live_of_lines(self._catalog_bytes(0, state), state.catalog_chain, end)
+        data, read = b"", 0
+        while data.count(b"\n") < min(end, state.rows):
+            until = min(read + LISTED_BYTES, state.catalog_bytes)
+            if read == until:
+                break
+            data += self.catalog_bytes(read, until, state)
+            read = until
+        return first_lines(data, min(end, state.rows))
 
     def _read_catalog(self, known: Catalog, state: State) -> Catalog:
         if (known.chain, known.size) == (state.catalog_chain, state.catalog_bytes):
@@ -404,8 +436,8 @@ class Tree:
                 return known.read_on(self._catalog_bytes(known.size, state), state.catalog_chain)
             except IntegrityError:
                 # Not a prefix (a rollback lies between), or damaged: the full reading decides.
-                return self._read_catalog(Catalog(), state)
-        return Catalog().read_on(self._catalog_bytes(0, state), state.catalog_chain)
+                return self._read_catalog(type(known)(), state)
+        return type(known)().read_on(self._catalog_bytes(0, state), state.catalog_chain)
 
     def _open_catalog(self, nbytes: int) -> Any:
         chunks = (CATALOG_CHUNK_BYTES,)
@@ -524,17 +556,18 @@ class Tree:
         Raises:
             SchemaError: an old one is larger than `limits.array_bytes`.
         """
-        parts = Allotment(index.state.parts, index.state.free)
-        entries: dict[str, Entry | None] = {}
-        data: list[tuple[int, Held]] = []
-        for name, held in blobs.items():
-            was = index.get(name)
+        parts = index.allotment()
+        old = {name: index.get(name) for name in blobs}
+        for name, was in old.items():
             if was is not None and was.part is not None:
                 limits.require("array_bytes", was.nbytes, f"blob {name!r}")
                 parts.give_back(was.part, parts_of(was.nbytes))
             elif was is not None:
                 del self._group[f"blobs/{name}"]
-            entries[name] = None
+        entries: dict[str, Entry | None] = dict.fromkeys(blobs)
+        data: list[tuple[int, Held]] = []
+        # New ones first: what is replaced now is likely to be replaced again.
+        for name, held in sorted(blobs.items(), key=lambda blob: old[blob[0]] is not None):
             if held is not None:
                 part = parts.take(parts_of(held.nbytes))
                 entries[name] = Entry(held.sha256, part, held.nbytes)
@@ -545,7 +578,7 @@ class Tree:
             pages = ((part, page.data()) for part, page in made.written.items())
             write_parts(self._group, parts.count, itertools.chain(held_data, pages))
         delete_parts(self._group, parts.emptied)
-        return IndexState(parts.count, made.page, free=parts.free)
+        return IndexState(parts.count, made.page, made.count, free=parts.free)
 
     def check_shapes(self, root: Root) -> None:
         """Nothing, when every array has the shape that the state demands.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from memtool_stores import sums
 from memtool_stores.arrays import CRC32C_BYTES, whole_chunk
-from memtool_stores.catalog import AdapterRecord, Catalog
+from memtool_stores.catalog import AdapterRecord, BareCatalog, Catalog
 from memtool_stores.errors import (
     ForkedProcessError,
     IntegrityError,
@@ -37,7 +37,7 @@ from memtool_stores.history import (
     snapshots,
 )
 from memtool_stores.ice import looking_up, open_repository, translated
-from memtool_stores.index import Entry, Ref
+from memtool_stores.index import Entry, IndexState, Ref
 from memtool_stores.names import check_ref
 from memtool_stores.objects import objects_at
 from memtool_stores.parts import part_length, parts_of
@@ -101,15 +101,17 @@ class _Seen:
 
     versions: dict[str, str | None] = field(default_factory=dict)
     """The parent of each, which comes before it; None for an oldest one."""
-    rows: set[tuple[int, str]] = field(default_factory=set)
-    catalog: Catalog = field(default_factory=Catalog)
+    rows: set[bytes] = field(default_factory=set)
+    """Row and hash of each, as `_mark`: a store has many, and of none more is held than that."""
+    catalog: Catalog = field(default_factory=BareCatalog)
     """That of the last version whose lines were all checked; the next one goes on from it."""
     catalog_tail: bytes = b""
     """What its last chunk, which the next one may have written again, held."""
     keys: set[str] = field(default_factory=set)
     key_chains: tuple[str, list[str]] = ("", [])
     """The version whose keys were read last, and their hash chain from before the first block."""
-    blobs: set[tuple[str, Entry]] = field(default_factory=set)
+    blobs: set[bytes] = field(default_factory=set)
+    """Likewise of blobs."""
     pages: set[Ref] = field(default_factory=set)
     damages: dict[Hashable, Damage] = field(default_factory=dict)
     """One for each damaged thing, however often it was read."""
@@ -152,6 +154,15 @@ class _Seen:
             self.add(found, *same)
         except MemtoolError as error:
             self.add(Damage(what, name, "what was written", error.message), *same)
+
+
+def _mark(*said: object) -> bytes:
+    """A few bytes that stand for what is said of a thing."""
+    return hashlib.blake2b(repr(said).encode(), digest_size=16).digest()
+
+
+def _mark_row(record: AdapterRecord) -> bytes:
+    return _mark(record.row, record.sha256)
 
 
 def verify(url: str, level: Level) -> VerifyReport:
@@ -266,13 +277,12 @@ def _verify_chunk_files(url: str, seen: _Seen) -> None:
     and is left to gc.
     """
     objects = objects_at(url)
+    known = seen.row_lengths | seen.chunk_lengths
     with seen.looking_at("chunks", "of the store"):
-        for entry in sorted(objects.list("ice/chunks"), key=lambda entry: entry.path):
+        for entry in objects.list("ice/chunks"):
             with seen.looking_at("chunk", entry.path):
                 data = objects.read(entry.path)
-                whole = whole_chunk(
-                    data, {part_length(data) or 0} | seen.row_lengths | seen.chunk_lengths
-                )
+                whole = whole_chunk(data, {part_length(data) or 0} | known)
                 if whole not in {None, entry.nbytes}:
                     seen.add(
                         Damage(
@@ -342,7 +352,7 @@ def _verify_version(
         record
         for record in records
         if whole
-        or (record.row, record.sha256) not in seen.rows
+        or _mark_row(record) not in seen.rows
         or f"{FILES_PATH}{record.row}" in written.chunks
     ]
     hashes = level == "full"
@@ -390,7 +400,7 @@ def _verify_catalog(
     if whole or not goes_on:
         catalog.require_bytes(tree.catalog_bytes(0, size, state))
     seen.catalog, seen.catalog_tail = catalog, tree.catalog_bytes(size // step * step, size, state)
-    return catalog, catalog.since(known if goes_on else Catalog())
+    return catalog, catalog.since(known if goes_on else BareCatalog())
 
 
 def _require_files(found: int, expected: int) -> None:
@@ -427,7 +437,7 @@ def _verify_rows(
     _verify_without_values(tree, [r for r in wanted if r.state == "purged" or r.ragged], seen)
     kept = [r for r in wanted if r.state != "purged"]
     for record in (r for r in kept if r.ragged):
-        seen.rows.add((record.row, record.sha256))
+        seen.rows.add(_mark_row(record))
         with seen.looking_at("values", record.name, record.row, record.sha256):
             _verify_file(tree, record, hashes=hashes)
     records = [r for r in kept if not r.ragged]
@@ -439,7 +449,7 @@ def _verify_rows(
             block = tree.read_values([record.row for record in some], layout)
         single = bool(trial.damages or trial.unchecked)
         for place, record in enumerate(some):
-            seen.rows.add((record.row, record.sha256))
+            seen.rows.add(_mark_row(record))
             with seen.looking_at("values", record.name, record.row):
                 row = tree.read_values([record.row], layout)[0] if single else block[place]
                 if hashes and sha256(row) != record.sha256:
@@ -522,7 +532,7 @@ def _verify_blobs(
     """The blobs and the pages that list them; without `whole` those alone that are new."""
     index = tree.index(state)
     parts = {place[0] for place in written.chunks.get(PARTS_PATH, ())}
-    found = dict(state.index.listed)
+    named: dict[str, Entry | None] = dict(state.index.listed)
     refs: set[Ref] = set()
     all_read = True
     waiting = [] if state.index.page is None else [(state.index.page, "")]
@@ -539,14 +549,16 @@ def _verify_blobs(
             refs.add(ref)
             page = index.page(ref, path)
             read = True
-            found |= page.blobs
+            for name, one in page.blobs.items():
+                named.setdefault(name, one)  # further down stands what was before
             below = [(one, path + digit) for digit, one in page.pages.items()]
             index.ahead([(one, to) for one, to in below if whole or one not in seen.pages])
             waiting += below
         all_read = all_read and read
+    found = {name: entry for name, entry in named.items() if entry is not None}
     if whole and all_read:
         with seen.looking_at("array", "parts"):
-            _verify_parts(tree, refs, found.values(), state.index.free)
+            _verify_parts(tree, refs, found.values(), state.index)
     if whole or written.below(BLOB_PATH):
         with seen.looking_at("array", "blobs"):
             tree.check_old_blobs(index)
@@ -556,9 +568,9 @@ def _verify_blobs(
         if whole
         or entry.part in parts
         or BLOB_PATH + name in written.chunks
-        or (name, entry) not in seen.blobs
+        or _mark(name, entry) not in seen.blobs
     }
-    seen.blobs |= new.items()
+    seen.blobs.update(_mark(name, entry) for name, entry in new.items())
     small = [n for n, e in new.items() if e.part is not None and parts_of(e.nbytes) == 1]
     for begin in range(0, len(small), ROWS_PER_READ):
         names = small[begin : begin + ROWS_PER_READ]
@@ -581,18 +593,24 @@ def _verify_blobs(
 def _verify_parts(
     tree: Tree,
     pages: Iterable[Ref],
-    blobs: Iterable[Entry],
-    free: Iterable[tuple[int, int]],
+    blobs: Collection[Entry],
+    index: IndexState,
 ) -> None:
     """Every part belongs to one page or blob or is free; one that belongs to none has no bytes.
+
+    And there are as many blobs as the state says.
 
     Raises:
         IntegrityError: it is not so.
     """
+    if len(blobs) != index.count:
+        raise IntegrityError(
+            what="index", name="count", expected=f"{index.count:,}", found=f"{len(blobs):,} blobs"
+        )
     owned = [(page.part, page.part + 1) for page in pages]
     owned += [(b.part, b.part + parts_of(b.nbytes)) for b in blobs if b.part is not None]
     owned.sort()
-    unused = [(first, first + count) for first, count in free]
+    unused = [(first, first + count) for first, count in index.free]
     for (_, end), (first, _) in pairwise(sorted([*owned, *unused])):
         if first < end:
             raise _of_several(first)

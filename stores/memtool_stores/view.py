@@ -195,6 +195,22 @@ class MemoryView:
         """The live adapters, then the live rows of atoms."""
         return (*self.adapters, *self.atom_records)
 
+    def page(self, first: int, count: int) -> tuple[AdapterRecord, ...]:
+        """The `count` live records from the `first`-th on, from 0, in row order.
+
+        It reads what it needs of the catalog where that was not read yet: after the last of these
+        nothing is, when no row was ever changed or removed, and then of the bytes the crc32c alone
+        is checked.
+
+        Raises:
+            IntegrityError: that is not what was written.
+        """
+        end = first + count
+        if "catalog" in self.__dict__ or end >= self.state.adapters + self.state.atoms:
+            return tuple(sorted(self.live, key=lambda record: record.row)[first:end])
+        with self._reading("the catalog"):
+            return tuple(self._tree.read_live(self.state, end)[first:])
+
     @property
     def ids(self) -> tuple[str, ...]:
         """Ids of the live adapters in row order."""

@@ -68,6 +68,7 @@ def _grown(folder: Path) -> MemoryStore:
 
 def _looks(view: MemoryView) -> Iterator[tuple[str, Callable[[], object]]]:
     """All that a reader can ask a version for."""
+    yield "page", lambda: [record.line() for record in view.page(0, 1)]
     yield "records", lambda: [record.line() for record in view.catalog.records.values()]
     yield "values", lambda: view.values([r.id for r in view.adapters if not r.ragged]).tobytes()
     yield "each", lambda: [view.value(record.id).tobytes() for record in view.live]
@@ -78,7 +79,7 @@ def _looks(view: MemoryView) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "version", lambda: (view.message, view.time, dict(view.metadata), view.space)
 
 
-LOOKS = ["log", "records", "values", "each", "files", "atoms", "keys", "blobs", "version"]
+LOOKS = ["log", "page", "records", "values", "each", "files", "atoms", "keys", "blobs", "version"]
 
 
 def _told(url: str, ref: str, looks: Collection[str] = LOOKS) -> dict[str, object]:
@@ -293,9 +294,10 @@ def _strange_catalog(data: st.DataObject, store: MemoryStore) -> Change:
         chain = Catalog()._link(text)
         state = {**attributes["state"], "catalog_bytes": len(whole), "catalog_chain": chain}
         with refused_or_taken():
-            counts = Catalog().read_on(whole, chain).counts
+            catalog = Catalog().read_on(whole, chain)
             names = ("adapters", "atoms", "purged", "rows", "ragged")
-            state.update({name: getattr(counts, name) for name in names})
+            state.update({name: getattr(catalog.counts, name) for name in names})
+            state["catalog_lines"] = catalog.lines
         attributes["state"] = state
 
     return change

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memtool_stores import IntegrityError, MemoryStore, NotFoundError, Space
-from memtool_stores.catalog import AdapterRecord, Catalog, Counts
+from memtool_stores.catalog import AdapterRecord, Catalog, Counts, first_lines, live_of_lines
 from memtool_stores.testing import fill, some_values
+from memtool_stores.tree import State
 
 Rows = dict[str, AdapterRecord]
 
@@ -137,6 +139,60 @@ def test_opening_reads_no_catalog(grown: MemoryStore, monkeypatch: pytest.Monkey
     monkeypatch.setattr(AdapterRecord, "of_line", classmethod(refuse))
     view = MemoryStore.open(grown.url).view()
     assert (len(view), view.state.rows) == (3, 3)
+
+
+@pytest.mark.parametrize("change", ["nothing", "a name", "removed", "atoms", "purged", "schema 4"])
+def test_a_page_of_records_is_a_part_of_all_and_parses_few(
+    grown: MemoryStore, space: Space, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """As the list of all, sorted; where no line changes another, of a few lines and no more."""
+    with grown.transaction("many") as txn:
+        for task in range(3, 900):
+            txn.add(f"t{task}", some_values(space, task), {"task": task, "said": "x" * 400})
+    with grown.transaction("change") as txn:
+        match change:
+            case "a name":
+                txn.update("t700", name="another")
+            case "removed":
+                txn.remove("t1")
+            case "atoms":
+                txn.add_atoms("a", some_values(space, 8))
+            case "purged":
+                txn.purge("t4")
+    if change == "schema 4":
+        now = State.of_json
+        before = lambda data: replace(now(data), catalog_lines=None)  # noqa: E731
+        monkeypatch.setattr(State, "of_json", staticmethod(before))
+    every = sorted(MemoryStore.open(grown.url).view().live, key=lambda record: record.row)
+    parsed, real = [], AdapterRecord.of_line.__func__  # type: ignore[attr-defined]
+
+    def counted(cls: type[AdapterRecord], line: bytes) -> AdapterRecord:
+        parsed.append(line)
+        record: AdapterRecord = real(cls, line)
+        return record
+
+    monkeypatch.setattr(AdapterRecord, "of_line", classmethod(counted))
+    for first, count in ((0, 1), (0, 7), (5, 90), (300, 1), (len(every) - 3, 2)):
+        view = MemoryStore.open(grown.url).view()
+        parsed.clear()
+        assert list(view.page(first, count)) == every[first : first + count]
+        assert first + count <= len(parsed) <= first + count + 1
+    for first, count in ((0, 2000), (890, 20), (2000, 5)):
+        assert list(view.page(first, count)) == every[first : first + count]
+
+
+def test_a_page_of_records_is_of_lines_that_were_written(grown: MemoryStore) -> None:
+    """What stands in the chunks is what was written, or an error that names the catalog."""
+    lines = [_record(row, f"n{row}").line() for row in (0, 2)]
+    with pytest.raises(IntegrityError, match="row 2, live"):
+        first_lines(b"".join(lines), 2)
+    with pytest.raises(IntegrityError, match="no line"):
+        first_lines(lines[0], 2)
+    with pytest.raises(IntegrityError, match="chain"):
+        live_of_lines(lines[0], "00" * 32, 1)
+    strange = b'{"id":1}\n'
+    with pytest.raises(IntegrityError, match="line 1"):
+        live_of_lines(strange, Catalog()._link([strange]), 1)
 
 
 def test_a_transaction_sees_its_own_changes(grown: MemoryStore, space: Space) -> None:

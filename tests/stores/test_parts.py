@@ -49,7 +49,7 @@ def _put_page(tree: Tree, group: Any, part: int, page: Page, parts: int) -> Ref:
     """Write a page, and say in the state that it is the first one."""
     write_parts(group, parts, [(part, page.data())])
     ref = page.ref(part)
-    tree.attributes["state"]["blobs"] = IndexState(parts, ref).to_json()
+    tree.attributes["state"]["blobs"] = IndexState(parts, ref, ref.count).to_json()
     return ref
 
 
@@ -155,6 +155,15 @@ def _of_nobody(tree: Tree, group: Any) -> None:
     tree.attributes["state"]["blobs"]["parts"] = 4
 
 
+def _waiting_in_a_leaf(tree: Tree, group: Any) -> None:
+    entry = tree.index(tree.root().state)["a"]
+    _put_page(tree, group, 2, Page({"a": entry, "b": None}), 3)
+
+
+def _miscounted(tree: Tree, group: Any) -> None:
+    tree.attributes["state"]["blobs"]["count"] = 1
+
+
 def _used_and_free(store: MemoryStore) -> None:
     """Nothing, when every part is used or free, or was given up as one run too many."""
     index = store.view().state.index
@@ -231,6 +240,8 @@ def test_free_parts_that_cannot_be_are_refused(free: object) -> None:
         (_in_the_page, "index", "part 2", "several"),
         (_beyond, "index", "part 2", "inside of 3 parts"),
         (_free_and_used, "index", "part 0", "none where it is free"),
+        (_waiting_in_a_leaf, "index", "part 2", "blob 'b' of a page"),
+        (_miscounted, "index", "count", "2 blobs 1"),
         (_of_nobody, "array", "parts", "bytes in part 3, one of 1 of nobody"),
     ],
 )

@@ -516,6 +516,7 @@ def _line(store: MemoryStore, name: str, **said: Any) -> Change:
             **attributes["state"],
             "catalog_bytes": size + len(line),
             "catalog_chain": base._link([line]),
+            "catalog_lines": base.lines + 1,
         }
         if said.get("nbytes", 0) is None:
             state["ragged"] -= 1

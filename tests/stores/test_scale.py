@@ -13,7 +13,7 @@ import zarr
 from memtool_stores import IntegrityError, MemoryStore, Space, SpaceMismatchError
 from memtool_stores import keys as key_blocks
 from memtool_stores.cost import state_bytes
-from memtool_stores.index import LEAF, Allotment, Entry, Index, IndexState, Page, Ref
+from memtool_stores.index import LEAF, Entry, Index, IndexState, Page, Ref
 from memtool_stores.keys import BLOCK_BYTES, BLOCK_ROWS, block_rows
 from memtool_stores.testing import fill, some_values
 
@@ -30,12 +30,13 @@ class Paper:
 
     def change(self, changes: dict[str, Entry | None]) -> int:
         """Do it; how many pages it wrote."""
-        parts = Allotment(self.index.state.parts, self.index.state.free)
+        parts = self.index.allotment()
         made = self.index.changed(changes, parts)
         self.parts |= {part: page.data() for part, page in made.written.items()}
         for part in parts.emptied:
             del self.parts[part]
-        self.index = Index(IndexState(parts.count, made.page, free=parts.free), self.read, {})
+        state = IndexState(parts.count, made.page, made.count, free=parts.free)
+        self.index = Index(state, self.read, {})
         return len(made.written)
 
     def pages(self) -> list[Page]:
@@ -73,15 +74,22 @@ def test_an_index_is_a_dict_whatever_is_done_to_it(seed: int) -> None:
     assert (len(paper.index), paper.parts) == (0, {})
 
 
-def test_pages_name_the_same_blobs_whatever_came_first() -> None:
-    """Leaves depend on what is there and not on what was."""
-    few, many = Paper(), Paper()
-    for number in range(500):
-        many.change({f"b{number}": _entry(number)})
-    many.change({f"b{number}": None for number in range(200, 500)})
-    few.change({f"b{number}": _entry(number) for number in range(200)})
-    leaves = [sorted(sorted(page.blobs) for page in one.pages()) for one in (few, many)]
-    assert leaves[0] == leaves[1]
+def test_what_changes_waits_in_the_first_page_and_goes_down_in_lots() -> None:
+    """One page a change, now and then some more; and who was overtaken is not seen again."""
+    paper = Paper()
+    paper.change({f"b{number}": _entry(number) for number in range(5000)})
+    written = []
+    for number in range(600):
+        written.append(paper.change({f"new{number}": _entry(number), "again": _entry(number)}))
+        paper.change({f"b{number}": None})
+        assert paper.index["again"] == _entry(number)
+        assert f"b{number}" not in paper.index
+    assert (min(written), len(paper.index)) == (1, 5001)
+    assert np.mean(written) < 2
+    first, *_ = paper.pages()
+    assert len(first.blobs) > LEAF // 2
+    assert paper.index.state.page is not None
+    assert paper.index.state.page.part == max(paper.parts)
 
 
 def test_one_more_blob_writes_a_page_a_level() -> None:
@@ -242,7 +250,7 @@ def test_a_commit_among_many_writes_what_it_does_among_few(
             assert 0.5 < (found - 500) / expected < 2
         sizes.append(np.mean(some, axis=0))
     few, many = sizes
-    # A page a level more, and manifests of up to 512 entries. A list of blobs would be 250 kB.
+    # Manifests of up to 2,048 entries. A list of blobs would be 250 kB.
     assert many[0] - few[0] < 40_000
     assert many[1] - few[1] < 20
     assert store.verify().ok

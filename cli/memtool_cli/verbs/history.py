@@ -86,25 +86,29 @@ def ls(
 ) -> None:
     """List the adapters in the memory."""
     view = call.view()
-    live = sorted(view.live, key=lambda record: record.row)
-    fits = [
-        record
-        for record in live
-        if (task is None or task in (str(record.task), record.meta.get("task_name")))
-        and (match is None or fnmatch.fnmatchcase(record.name, match))
-    ]
+    live = view.state.adapters + view.state.atoms
     whole = call.out.machine and limit is None and page == 1
-    size = len(fits) if whole else (limit or PAGE)
+    size = live if whole else (limit or PAGE)
     first = (page - 1) * size
-    adapters = _adapters(fits[first : first + size])
+    if task is None and match is None:
+        total, picked = live, view.page(first, size)
+    else:
+        fits = [
+            record
+            for record in sorted(view.live, key=lambda record: record.row)
+            if (task is None or task in (str(record.task), record.meta.get("task_name")))
+            and (match is None or fnmatch.fnmatchcase(record.name, match))
+        ]
+        total, picked = len(fits), tuple(fits[first : first + size])
+    adapters = _adapters(picked)
     record = records.Listing(
-        store=call.store_path, version=view.version, total=len(fits), adapters=adapters
+        store=call.store_path, version=view.version, total=total, adapters=adapters
     )
     call.out.data(record, _adapter_table(adapters), ids=[adapter.id for adapter in adapters])
-    if len(adapters) < len(fits):
+    if len(adapters) < total:
         last = first + len(adapters)
-        call.out.note(f"{first + 1 if adapters else first} to {last} of {len(fits):,}")
-        if last < len(fits):
+        call.out.note(f"{first + 1 if adapters else first} to {last} of {total:,}")
+        if last < total:
             asked = {"--task": task, "--match": match, "--limit": limit, "--page": page + 1}
             options = [f"{name} {shlex.quote(str(v))}" for name, v in asked.items() if v]
             call.out.next(call.command(f"ls {' '.join(options)}"))
