@@ -52,7 +52,7 @@ from memtool.backbones import create_backbone
 from memtool.backbones.interface import Backbone
 from memtool.backbones.nano import build_nano
 from memtool.backbones.vit_weights import load_vit_weights
-from memtool.engine import Batch, Batches, Engine
+from memtool.engine import Batch, Batches, Engine, available_bytes
 from memtool.heads import LinearClassifier, RecalledHead
 from memtool.learning.adapt import AdapterTraining, losses
 from memtool.learning.onward import Kept, OnwardBatches
@@ -261,7 +261,12 @@ def in_one_pass(subject: Subject, engine: Engine, values: Tensor) -> Curves:
     """Train ten adapters together."""
     module, plan = ours(subject, values), subject.plan()
     kept = Kept.where_it_pays(
-        engine, subject.backbone, subject.begin, subject.samples, subject.train, 1, ADAPTERS
+        engine,
+        subject.backbone,
+        subject.begin,
+        subject.samples,
+        subject.train,
+        available_bytes(engine.device),
     )
     if kept is not None:
         module.backbone = kept.model

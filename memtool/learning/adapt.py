@@ -155,7 +155,8 @@ def adapt(
         engine.device
     )
     trial = AdapterTraining(backbone, one, head, classes, beneath, known).to(engine.device)
-    require_room(engine, trial, samples, layout.numel + head.weight.numel(), adapter, train, stage)
+    each = layout.numel + head.weight.numel()
+    left = require_room(engine, trial, samples, each, adapter, train, stage)
     generator = engine.generator(seed)
     values = init_lora(layout, adapter.per_task, generator=generator, draw=adapter.draw)
     if start is not None:
@@ -164,9 +165,7 @@ def adapt(
     stack = AdapterValues.from_flat(values, layout, scaling, trainable=True).to(engine.device)
     kept = None
     if beneath is None:
-        kept = Kept.where_it_pays(
-            engine, backbone, stack.begin, samples, train, seed, adapter.per_task
-        )
+        kept = Kept.where_it_pays(engine, backbone, stack.begin, samples, train, left)
     kind = Batches if kept is None else partial(OnwardBatches, kept=kept)
     batches = kind(
         samples.inputs,
@@ -243,8 +242,10 @@ def require_room(
     adapter: AdapterSettings,
     train: TrainSettings,
     stage: str,
-) -> None:
-    """Raise CapacityError where J adapters of so many parameters cannot be trained in one pass.
+) -> int:
+    """Bytes that are left while J adapters of so many parameters are trained in one pass.
+
+    Raises CapacityError where they cannot be.
 
     What an image keeps for its backward pass is measured on `trial`, which holds one adapter.
     """
@@ -255,7 +256,7 @@ def require_room(
     needed = count * (BYTES_TO_TRAIN * parameters + images * kept)
     available = available_bytes(engine.device)
     if needed <= available:
-        return
+        return available - needed
     each = needed // count
     if count == 1:
         remedy = "a smaller train.batch_size or adapter.rank, or engine.accumulate"

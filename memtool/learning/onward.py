@@ -1,7 +1,7 @@
 """Adapters that begin behind some blocks: what the blocks before them give is computed once.
 
-These blocks are frozen, so behind them an image is the same for all adapters that are trained in
-one pass, and in all epochs where it is not augmented. `Kept` holds it.
+These blocks are frozen, so behind them an image is the same in all epochs, and for all adapters
+that are trained in one pass. An image that is augmented is another one in every step.
 """
 
 from __future__ import annotations
@@ -16,39 +16,20 @@ from torch import Tensor
 
 from memtool.backbones.interface import Onward, Resumable
 from memtool.engine import Batches, Engine, available_bytes
-from memtool.learning.augment import augmented
 from memtool.learning.looks import FeatureModel, Labelled
 from memtool.settings import TrainSettings
 from memtool.streams.task import Images
 
 MOST_KEPT = 0.25
-"""The part of the memory that is left which may be kept; while it is made it takes twice that."""
-
-AT_ONCE = 64
-"""Images that are computed together. It decides how they are augmented, so no setting does."""
+"""The part of the memory that a training leaves which may be kept; making it takes twice that."""
 
 
+@dataclass(frozen=True, eq=False)
 class Kept:
-    """What images are as they reach a block: of one epoch at a time, where they are augmented.
+    """The inputs (n, tokens, dim), float32, of the block that a model goes on from, of n images."""
 
-    An image is augmented once an epoch, alike for all adapters.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        model: Onward,
-        images: npt.NDArray[np.uint8],
-        train: TrainSettings,
-        seed: int,
-        device: torch.device,
-    ) -> None:
-        """`device` holds them."""
-        self.model = model
-        self._engine, self._images, self._train, self._seed = engine, images, train, seed
-        self._device = device
-        self._epoch: int | None = None
-        self._states = torch.empty(0)
+    model: Onward
+    states: Tensor
 
     @classmethod
     def where_it_pays(
@@ -58,46 +39,27 @@ class Kept:
         block: int,
         samples: Images | Labelled,
         train: TrainSettings,
-        seed: int,
-        adapters: int,
+        left: int,
     ) -> Kept | None:
-        """What reaches the first block with adapters, of which so many are trained in one pass.
+        """What reaches the first block with adapters, on the device of the engine.
 
-        It is held by the device of the engine, or else by the CPU. None where nothing is computed
-        twice, where images are mixed before they are seen, for prompts, for models that do not go
-        on from a block, and where there is no room.
+        None for images that are augmented or mixed before they are seen, for prompts, for models
+        that do not go on from a block, and where the `left` bytes of the device, or those of the
+        CPU on the way, are few.
         """
-        twice = adapters > 1 or train.augment == "none"
-        if not (
-            block and twice and isinstance(samples, Images) and isinstance(backbone, Resumable)
-        ):
+        if not (block and isinstance(samples, Images) and isinstance(backbone, Resumable)):
             return None
-        if train.mixup:
+        if train.augment != "none" or train.mixup:
             return None
         model = Onward(backbone, block)
-        one = engine.predict(partial(_reaching, model), samples.images[:1])
-        for device in dict.fromkeys((engine.device, torch.device("cpu"))):
-            if len(samples) * one.nbytes <= MOST_KEPT * available_bytes(device):
-                return cls(engine, model, samples.images, train, seed, device)
-        return None
-
-    def of(self, epoch: int) -> Tensor:
-        """The inputs (n, tokens, dim) of the block in an epoch, float32."""
-        epoch = 0 if self._train.augment == "none" else epoch
-        if epoch != self._epoch:
-            self._states = torch.empty(0)  # two epochs are never there together
-            self._states = self._computed(epoch).to(self._device)
-            self._epoch = epoch
-        return self._states
-
-    def _computed(self, epoch: int) -> Tensor:
-        draws = np.random.default_rng([self._seed, 4, epoch])
-
-        def reaching(batch: Tensor) -> Tensor:
-            batch = augmented(batch, int(draws.integers(2**62)), self._train)
-            return _reaching(self.model, batch)
-
-        return self._engine.predict(reaching, self._images, batch_size=AT_ONCE)
+        reaching = partial(_reaching, model)
+        one = engine.predict(reaching, samples.images[:1])
+        needed = len(samples) * one.nbytes * engine.processes
+        room = min(left, available_bytes(torch.device("cpu")))
+        # Processes that differed would wait for each other with other parameters.
+        if not engine.on_main(lambda: needed <= MOST_KEPT * room):
+            return None
+        return cls(model, engine.predict(reaching, samples.images).to(engine.device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,8 +70,9 @@ class OnwardBatches(Batches):
 
     def taken(self, epoch: int, rows: npt.NDArray[np.int64]) -> Tensor:
         """What is kept of the samples at the given places."""
+        del epoch
         assert self.kept is not None
-        states = self.kept.of(epoch)
+        states = self.kept.states
         return states[torch.from_numpy(rows).to(states.device)]
 
 

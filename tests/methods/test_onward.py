@@ -14,7 +14,7 @@ from memtool.backbones.vit import VitBackbone
 from memtool.engine import Engine
 from memtool.learning import onward
 from memtool.learning.adapt import Adapted, adapt
-from memtool.learning.onward import AT_ONCE, Kept
+from memtool.learning.onward import Kept
 from memtool.settings import AdapterSettings, BackboneSettings, EngineSettings, TrainSettings
 from memtool.streams.task import Images
 
@@ -98,51 +98,30 @@ def test_images_run_once_through_the_blocks_before_an_adapter(
     assert once[BEGIN] == often[BEGIN]
 
 
-def test_augmented_images_are_others_in_every_epoch_and_the_same_for_all_adapters(
-    nano: VitBackbone, samples: Images, ran: list[int]
-) -> None:
-    train = of(augment="flip-crop")
-    kept = Kept.where_it_pays(ENGINE, nano, BEGIN, samples, train, 1, ADAPTERS)
-    assert kept is not None
-    first = kept.of(0)
-    assert torch.equal(first, kept.of(0))
-    second = kept.of(1)
-    assert not torch.allclose(first, second, atol=1e-2)
-    again = Kept.where_it_pays(ENGINE, nano, BEGIN, samples, train, 1, ADAPTERS)
-    assert again is not None
-    assert torch.equal(again.of(1), second)  # a killed training goes on with the same
-    ran[:] = [0] * nano.depth
-    one, other = trained(nano, samples, train), trained(nano, samples, train)
-    assert torch.equal(one.values, other.values)
-    assert one.fit.losses[-1] < one.fit.losses[0]
-    assert ran[0] < ran[BEGIN]
-
-
-def test_more_images_than_are_computed_together_are_in_their_order(nano: VitBackbone) -> None:
-    rng = np.random.default_rng(1)
-    count = 2 * AT_ONCE + 3
-    images = rng.integers(0, 256, size=(count, 32, 32, 3)).astype(np.uint8)
-    many = Images(images, np.zeros(count, dtype=np.int64))
-    kept = Kept.where_it_pays(ENGINE, nano, BEGIN, many, of(), 1, 1)
+def test_what_is_kept_is_what_each_image_is_alone(nano: VitBackbone, samples: Images) -> None:
+    kept = Kept.where_it_pays(ENGINE, nano, BEGIN, samples, of(), 10**9)
     assert kept is not None
     with torch.no_grad():
-        each = torch.cat(
-            [nano.hidden(nano.preprocess(one[None]), BEGIN) for one in torch.from_numpy(images)]
-        )
-    assert torch.allclose(kept.of(0), each, atol=1e-4)
+        each = [nano.hidden(nano.preprocess(one[None]), BEGIN) for one in images_of(samples)]
+    assert torch.allclose(kept.states, torch.cat(each), atol=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("block", "adapters", "changes"),
+    ("block", "left", "changes"),
     [
-        (0, ADAPTERS, {}),
-        (BEGIN, 1, {"augment": "flip"}),
-        (BEGIN, ADAPTERS, {"mixup": 0.2}),
+        (0, 10**9, {}),
+        (BEGIN, 10**9, {"augment": "flip"}),
+        (BEGIN, 10**9, {"mixup": 0.2}),
+        (BEGIN, 10**5, {}),
     ],
 )
-def test_nothing_is_kept_where_nothing_is_computed_twice(
-    block: int, adapters: int, changes: dict[str, object], nano: VitBackbone, samples: Images
+def test_nothing_is_kept_where_nothing_is_computed_twice_or_fits(
+    block: int, left: int, changes: dict[str, object], nano: VitBackbone, samples: Images
 ) -> None:
     train = of(**changes)
-    assert Kept.where_it_pays(ENGINE, nano, block, samples, train, 1, adapters) is None
-    assert Kept.where_it_pays(ENGINE, nano, BEGIN, samples, of(), 1, ADAPTERS) is not None
+    assert Kept.where_it_pays(ENGINE, nano, block, samples, train, left) is None
+    assert Kept.where_it_pays(ENGINE, nano, BEGIN, samples, of(), 10**9) is not None
+
+
+def images_of(samples: Images) -> torch.Tensor:
+    return torch.from_numpy(samples.images)
