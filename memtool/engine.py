@@ -320,6 +320,12 @@ class Engine:
         wanted = settings.threads or threads
         if wanted is not None:
             torch.set_num_threads(wanted)
+        if settings.compile == "graphs" and settings.accumulate > 1:
+            raise ConfigError(
+                f"engine.compile graphs with engine.accumulate {settings.accumulate}",
+                expected="one batch a step: a graph writes over the gradients of the one before",
+                remedy="--set engine.compile=true, or --set engine.accumulate=1",
+            )
         self._accelerator = _accelerator(settings.device)
         self.device: torch.device = self._accelerator.device
         self.precision = _precision(settings.precision, self.device)

@@ -176,6 +176,12 @@ def test_a_model_is_compiled_as_it_was_asked_for(monkeypatch, wanted, mode):
     assert len(steps) == (len(batches(epochs=1)) if mode else 0)
 
 
+def test_graphs_and_accumulation_are_refused_together():
+    with pytest.raises(ConfigError, match=r"engine\.compile graphs") as refused:
+        Engine(CPU.model_copy(update={"compile": "graphs", "accumulate": 2}))
+    assert "engine.accumulate=1" in str(refused.value)
+
+
 class Stack(nn.Module):
     """Linear classifiers, one for each group, that start differently."""
 

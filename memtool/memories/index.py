@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memtool.devices import without_autocast
-from memtool.errors import ConfigError
+from memtool.errors import ConfigError, CorruptError
 from memtool.memories.search import Products
 from memtool.memories.similarity import SimilarityFunction
 
@@ -47,7 +47,10 @@ LINKS_BYTES = 150
 """Of one key, in its graph."""
 
 SAMPLE = 4096
-"""Keys, evenly among all, that the means, A, σ and M are of, or a few more."""
+"""Keys, at random among all, that the means, A, σ and M are of."""
+
+FORMAT = 1
+"""Counts what else makes an index another one for the same keys: the formulas above."""
 
 FLAT = 1e-6
 """Variance of a direction, over the largest, below which keys do not differ in it."""
@@ -80,7 +83,8 @@ class KeyIndex:
         scores = similarity.dot(queries, keys).gather(1, near)
 
     It takes minutes for 100,000 keys. On one thread of torch the same keys give the same index.
-    `constant` says that the last entry of every query is 1. Raises ConfigError without usearch.
+    `constant` says that the last entry of every query is 1. Raises ConfigError without usearch,
+    CorruptError for data that is no index of as many keys.
     """
 
     def __init__(
@@ -89,7 +93,7 @@ class KeyIndex:
         likeness: SimilarityFunction,
         *,
         constant: bool = False,
-        data: bytes | None = None,
+        data: bytes | memoryview | None = None,
     ) -> None:
         require_usearch()
         from usearch.index import Index
@@ -98,13 +102,24 @@ class KeyIndex:
         self._products = Products(keys, likeness, constant=constant)
         # It may be made at the first look, under an autocast.
         with without_autocast(keys):
-            some = keys[:: math.ceil(self.count / SAMPLE)]
+            # Keys come task by task, as many of each: equal steps would meet the same one of each.
+            order = torch.randperm(self.count, generator=torch.Generator().manual_seed(0))
+            some = keys[order[:SAMPLE].sort().values]
             self._prepare(some)
             self._index = Index(ndim=len(self._mean) + 2, metric="ip", **GRAPH)
             if data is None:
                 self._fill(keys, some)
             else:
-                self._index.load(data)
+                self._load(data)
+
+    def _load(self, data: bytes | memoryview) -> None:
+        try:
+            self._index.load(data)
+        except RuntimeError as error:
+            raise CorruptError(f"an index of keys: {error}") from error
+        found = (len(self._index), self._index.ndim)
+        if found != (self.count, len(self._mean) + 2):
+            raise CorruptError(f"an index of {found[0]:,} keys of {found[1]:,} entries")
 
     def _prepare(self, some: Tensor) -> None:
         """Find the means, A and σ from some of the keys."""
@@ -173,7 +188,16 @@ def name_of(keys: Tensor, likeness: SimilarityFunction, *, constant: bool) -> st
     require_usearch()
     from usearch import __version__
 
-    decides = [str(keys.dtype), [*keys.shape], likeness.__name__, constant, __version__, GRAPH]
+    ours = [FORMAT, SAMPLE, COMMON, FLAT]
+    decides = [
+        str(keys.dtype),
+        [*keys.shape],
+        likeness.__name__,
+        constant,
+        __version__,
+        GRAPH,
+        ours,
+    ]
     found = hashlib.sha256(json.dumps(decides).encode())
     found.update(keys.detach().contiguous().numpy().data)
     return found.hexdigest()

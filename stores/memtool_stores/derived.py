@@ -20,7 +20,7 @@ DIGEST_BYTES = hashlib.sha256().digest_size
 _log = logging.getLogger(__name__)
 
 
-def read(store_id: str, name: str) -> bytes | None:
+def read(store_id: str, name: str) -> memoryview | None:
     """What the file of this name holds; None where there is none that is whole.
 
     Raises:
@@ -30,14 +30,20 @@ def read(store_id: str, name: str) -> bytes | None:
     try:
         # A link may lead to a file of others, and a pipe would wait for its writer.
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-        with os.fdopen(handle, "rb") as file:
-            whole = file.read() if stat.S_ISREG(os.fstat(handle).st_mode) else b""
+        try:
+            sound = stat.S_ISREG(os.fstat(handle).st_mode)
+            whole = b""
+            if sound:
+                with os.fdopen(handle, "rb", closefd=False) as file:
+                    whole = file.read()
+        finally:
+            os.close(handle)
     except FileNotFoundError:
         return None
     except OSError as error:
         _log.warning("%s cannot be read (%s); it is made again", path, error)
         return None
-    data = whole[DIGEST_BYTES:]
+    data = memoryview(whole)[DIGEST_BYTES:]
     if whole[:DIGEST_BYTES] != _digest(name, data):
         _log.warning("%s is not what was written there; it is made again", path)
         return None
@@ -71,7 +77,7 @@ def keep(store_id: str, name: str, data: bytes, *, files: int) -> None:
         _log.warning("%s is not kept in the cache (%s)", name, error)
 
 
-def _digest(name: str, data: bytes) -> bytes:
+def _digest(name: str, data: bytes | memoryview) -> bytes:
     digest = hashlib.sha256(name.encode())
     digest.update(data)
     return digest.digest()

@@ -29,6 +29,9 @@ MAIN = "main"
 
 SHORTEST_PREFIX = 4
 
+TRIES = 3
+"""How often what gc takes from under a reader is looked for again."""
+
 _STEPS = re.compile(r"[0-9]{1,15}")
 _OURS = frozenset({"parent", "time", "user", "seal"})
 
@@ -168,6 +171,17 @@ def resolve(repository: Any, where: str, ref: str, as_of: datetime | None = None
         NotFoundError: nothing has that name, or a prefix fits several versions.
         VersionExpiredError: a whole version id that is no longer, or never was, in the store.
     """
+    for _ in range(TRIES):
+        try:
+            return _resolved(repository, where, ref, as_of)
+        except IntegrityError as error:
+            # gc may take a version between the branch that named it and its snapshot.
+            if error.what != "version" or not is_expired(repository, where, error.name):
+                raise
+    return _resolved(repository, where, ref, as_of)
+
+
+def _resolved(repository: Any, where: str, ref: str, as_of: datetime | None) -> str:
     with translated(f"find version {shown(ref)}", where):
         name, tilde, steps = ref.partition("~")
         if tilde and steps and not _STEPS.fullmatch(steps):

@@ -7,7 +7,8 @@ of blobs in the leaves below it, and its SHA-256: the one that the state of a ve
 them all.
 
 What changes waits in the first page, which every change writes: a name in a page goes before the
-same name further down, null says that the blob is gone. When more than `LEAF` names wait in a page,
+same name further down, null says that the blob is gone; that goes down at once, so that no page
+names it any more. When more than `LEAF` names wait in a page,
 those of the digit that has most go one page down (a buffered tree: Brodal and Fagerberg, Lower
 bounds for external memory dictionaries, SODA 2003). So a lookup reads as many pages as the
 logarithm of the number of blobs, a commit writes one page, now and then some more, whatever that
@@ -205,6 +206,7 @@ class Page:
         found = cls(blobs, pages)
         if (
             found.count != ref.count
+            or len(blobs) > LEAF
             or len(path) >= 64
             or not pages.keys() <= set(DIGITS)
             or not all(_path(name).startswith(path) for name in blobs)
@@ -342,7 +344,7 @@ class Index(Mapping[str, Entry]):
         """
         there = sum(name in self for name in changes)
         count = self.state.count + len(_there(changes)) - there
-        made = Changed(parts, count)
+        made = Changed(parts, whole(count, "the number of blobs"))
         first = self.state.page
         if first is not None and count > LEAF:
             made.page = self._with(made, first, changes, "")
@@ -366,8 +368,10 @@ class Index(Mapping[str, Entry]):
             entries = _there(waiting)
             return self._grown(made, entries, path) if entries else None
         pages: dict[str, Ref | None] = {**page.pages}
-        lots = sorted(_by_digit(waiting, len(path)).items(), key=lambda lot: len(lot[1]))
-        while len(waiting) > LEAF:
+        by_digit = _by_digit(waiting, len(path))
+        gone = {digit for digit, some in by_digit.items() if None in some.values()}
+        lots = sorted(by_digit.items(), key=lambda lot: (lot[0] in gone, len(lot[1])))
+        while lots and (lots[-1][0] in gone or len(waiting) > LEAF):
             digit, most = lots.pop()
             pages[digit] = self._with(made, pages.get(digit), most, path + digit)
             waiting = {name: one for name, one in waiting.items() if name not in most}

@@ -242,7 +242,13 @@ class Tree:
             raise _too_new(found, "needs a memtool that reads", needed)
         what = "the root group"
         mapping(member(self.attributes, "state", what), "the state")
-        attributes = migrated(self.attributes)
+        try:
+            attributes = migrated(self.attributes)
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise SchemaError(
+                f"the state of a tree of schema {found}: {type(error).__name__}: {error}",
+                expected="what memtool wrote in that schema",
+            ) from error
         return Root(
             check_id(member(attributes, "store_id", what), "a store"),
             Space.from_json(attributes),

@@ -31,8 +31,11 @@ from memtool_stores.errors import (
 )
 from memtool_stores.history import (
     MAIN,
+    TRIES,
     checked_snapshot,
+    is_expired,
     of_snapshot,
+    reachable,
     sealed_tree,
     snapshots,
 )
@@ -172,6 +175,24 @@ def verify(url: str, level: Level) -> VerifyReport:
         NotFoundError: there is no store.
         NewerSchemaError: a branch holds what only a newer memtool reads.
     """
+    for _ in range(TRIES):
+        report, met = _verified(url, level)
+        if not report.damages or not _expired_since(url, met):
+            break  # else gc took what was being read
+    return report
+
+
+def _expired_since(url: str, met: set[str]) -> bool:
+    """Whether gc has expired one of these versions."""
+    with suppress(MemtoolError):
+        repository = open_repository(url)
+        named = reachable(repository, url)
+        return any(version not in named and is_expired(repository, url, version) for version in met)
+    return False
+
+
+def _verified(url: str, level: Level) -> tuple[VerifyReport, set[str]]:
+    """What one look finds, and the versions that it met."""
     seen = _Seen()
     try:
         repository = open_repository(url)
@@ -194,7 +215,7 @@ def verify(url: str, level: Level) -> VerifyReport:
     _verify_files(url, seen)
     if level != "heads" and not url.startswith("s3://"):
         _verify_chunk_files(url, seen)
-    return VerifyReport(
+    report = VerifyReport(
         level,
         len(seen.versions),
         len(seen.rows),
@@ -203,6 +224,8 @@ def verify(url: str, level: Level) -> VerifyReport:
         tuple(seen.unchecked.values()),
         tuple(f"{kind} {name}" for kind, name in unread.unfinished),
     )
+    damaged = {damage.name for damage in report.damages if damage.what == "version"}
+    return report, damaged | seen.versions.keys()
 
 
 def _verify_refs(repository: Any, unread: References, level: Level, seen: _Seen) -> None:

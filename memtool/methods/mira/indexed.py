@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from memtool.errors import CorruptError
 from memtool.memories.index import KeyIndex, name_of
 from memtool.memories.search import LEAST_KEYS
 from memtool.memories.similarity import SimilarityFunction
@@ -34,7 +35,10 @@ class Indexed:
         name = name_of(keys, likeness, constant=constant)
         data = derived.read(self.store_id, name)
         if data is not None:
-            return KeyIndex(keys, likeness, constant=constant, data=data)
+            try:
+                return KeyIndex(keys, likeness, constant=constant, data=data)
+            except CorruptError as error:
+                _log.warning("%s; it is made again", error)
         _log.warning("an index of %s keys is made, and kept in the cache", f"{len(keys):,}")
         made = KeyIndex(keys, likeness, constant=constant)
         files = cache.KEEP_FILES * self.memories
