@@ -48,8 +48,22 @@ def of_seed(config: Config, seed: int) -> Config:
 def at_bounds(config: Config) -> tuple[tuple[BoundedOrder, Config], ...]:
     """The hardest, median and easiest order of a stream of images, and the configuration of each.
 
-    Raises ConfigError for texts, and for a setting that learns all at once.
+    Raises ConfigError as `require_bounds`.
     """
+    require_bounds(config)
+    stream = config.stream
+    work = open_method(config, seed=config.seed[0]).workspace
+    names = _named(work.stream)
+    found = []
+    for bound in _bounds(work):
+        order = tuple(names[place] for place in bound.order)
+        changed = stream.model_copy(update={"order": order})
+        found.append((bound, config.model_copy(update={"stream": changed, "orders": "given"})))
+    return tuple(found)
+
+
+def require_bounds(config: Config) -> None:
+    """Raise ConfigError for texts, and for a setting whose orders no image may decide."""
     stream = config.stream
     if stream.setting in AT_ONCE:
         raise _no_order("--orders bounds", stream.setting)
@@ -66,14 +80,6 @@ def at_bounds(config: Config) -> tuple[tuple[BoundedOrder, Config], ...]:
             expected="images: the bounds go by class means of their features",
             remedy="--set stream.order=TASK,TASK,TASK, or --vary order",
         )
-    work = open_method(config, seed=config.seed[0]).workspace
-    names = _named(work.stream)
-    found = []
-    for bound in _bounds(work):
-        order = tuple(names[place] for place in bound.order)
-        changed = stream.model_copy(update={"order": order})
-        found.append((bound, config.model_copy(update={"stream": changed, "orders": "given"})))
-    return tuple(found)
 
 
 def _bounds(work: Workspace) -> tuple[BoundedOrder, ...]:

@@ -13,6 +13,7 @@ import numpy as np
 from memtool.backbones.footprint import Footprint, footprint_of
 from memtool.evaluation.selection import Cell
 from memtool.experiments.baselines import chosen_baselines
+from memtool.experiments.orders import require_bounds
 from memtool.experiments.run import FAILURES, holds_out_in_turn
 from memtool.experiments.select import SHARE, cell_config, held_back
 from memtool.methods import open_method
@@ -86,6 +87,8 @@ def plan(config: Config, *, seed: int, verb: str, task: str | None = None) -> di
     `baseline_passes` are those of baselines that run an image more than once: in a step of
     training, and in a test after the last task. Raises what opening method, data and backbone does.
     """
+    if verb == "run" and config.orders == "bounds":
+        require_bounds(config)
     method = open_method(config, seed=seed)
     baselines = list(chosen_baselines(method)) if verb == "run" else None
     work, memory, cost = method.workspace, None, None

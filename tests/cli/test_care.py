@@ -44,6 +44,10 @@ def test_ls_gives_a_script_all_of_them_unless_told_otherwise(crowd, memtool):
     assert document(page)["adapters"][0]["name"] == "many-097"
     assert document(page)["total"] == 121
     assert "101 to 121 of 121" in page.stderr
+    beyond = memtool("ls", "--limit", "50", "--page", "4")
+    assert (beyond.returncode, beyond.stdout) == (3, "")
+    assert "page 4 of a list of 121 adapters" in beyond.stderr
+    assert "--page 1 to 3" in beyond.stderr
     second = memtool("ls", "--page", "2", "-q")
     assert len(second.stdout.split()) == 21
 

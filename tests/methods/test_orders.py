@@ -9,6 +9,7 @@ from memtool.errors import ConfigError
 from memtool.evaluation.record import read_record
 from memtool.experiments import run as experiment
 from memtool.experiments.orders import at_bounds, of_seed
+from memtool.experiments.plan import plan
 from memtool.reports.chosen import bounds_grid
 from memtool.reports.table import methods_grid
 from memtool.streams import create_stream
@@ -59,6 +60,8 @@ def test_what_has_no_order(tmp_path):
     assert of_seed(dg.model_copy(update={"vary": "all"}), 1).stream.seed == 1
     with pytest.raises(ConfigError, match="--orders bounds under"):
         at_bounds(dg)
+    with pytest.raises(ConfigError, match="--orders bounds under"):
+        plan(dg.model_copy(update={"orders": "bounds"}), seed=0, verb="run")
     with pytest.raises(ConfigError, match="stream of texts"):
         at_bounds(small_config(tmp_path, stream__setting="trace", stream__source="x.yaml"))
 

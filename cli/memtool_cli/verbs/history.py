@@ -100,6 +100,12 @@ def ls(
             and (match is None or fnmatch.fnmatchcase(record.name, match))
         ]
         total, picked = len(fits), tuple(fits[first : first + size])
+    if page > 1 and not picked:
+        raise NotFoundError(
+            f"page {page:,} of a list of {total:,} adapters, {size:,} a page",
+            expected=f"--page 1 to {max(1, -(-total // size))}",
+            remedy="memtool ls without --page",
+        )
     adapters = _adapters(picked)
     record = records.Listing(
         store=call.store_path, version=view.version, total=total, adapters=adapters
