@@ -537,9 +537,10 @@ def live_of_lines(data: bytes, chain: str, end: int) -> list[AdapterRecord]:
     # The last line of an id wins; ids come in the order of their rows.
     last: dict[bytes, int] = {}
     for place, line in enumerate(lines):
-        if (begin := _BEGINNING.match(line)) is None:
-            raise _wrong_line(place, shown(line.decode(errors="replace")), "an id first")
-        last[begin[1]] = place
+        if begin := _BEGINNING.match(line):
+            last[begin[1]] = place
+        else:  # not written by us, or damaged, which parsing says
+            last[Catalog()._parsed([line])[0].id.encode()] = place
     records: list[AdapterRecord] = []
     for place in last.values():
         if len(records) == end:

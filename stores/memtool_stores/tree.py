@@ -423,7 +423,7 @@ class Tree:
         Raises:
             IntegrityError: they are not what was written.
         """
-        if state.catalog_lines != state.rows:
+        if not state.catalog_lines == state.rows == state.adapters + state.atoms:
             return live_of_lines(self._catalog_bytes(0, state), state.catalog_chain, end)
         data, read = b"", 0
         while data.count(b"\n") < min(end, state.rows):

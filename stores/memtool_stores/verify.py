@@ -184,7 +184,7 @@ def verify(url: str, level: Level) -> VerifyReport:
 
 def _expired_since(url: str, met: set[str]) -> bool:
     """Whether gc has expired one of these versions."""
-    with suppress(MemtoolError):
+    with suppress(MemtoolError), translated("list the versions", url):
         repository = open_repository(url)
         named = reachable(repository, url)
         return any(version not in named and is_expired(repository, url, version) for version in met)

@@ -23,7 +23,8 @@ def test_every_size_has_its_figures_and_limits(cases: list[dict[str, object]]) -
     linear = {f"{what} by thousand adapters, T = 70" for what in scale_store.DOING}
     memory = {f"memory of {what}, T = 70" for what in scale_store.DOING}
     found = {case["name"]: case for case in cases}
-    assert set(found) == each | linear | memory | {"append at T = 70, over few"}
+    over_few = {f"{what} at T = 70, over few" for what in ("append", "page")}
+    assert set(found) == each | linear | memory | over_few
     for case in found.values():
         value, limit = case["value"], str(case["limit"])
         assert isinstance(value, float)
