@@ -28,7 +28,7 @@ from tests.fuzz.door import CASES
 FLIPS = 40 if CASES > 200 else 8
 """Accidents a kind of file: of `make test`, and of `make test-all`."""
 SWAPS = 40
-LEADING = ("snapshots", "manifests")
+LEADING = ("snapshots", "manifests", "pages")
 
 
 @dataclass
@@ -411,8 +411,8 @@ def test_checksums_that_say_the_same_in_other_bytes_are_named(rich: Rich, change
 def test_two_files_that_changed_places_are_named(rich: Rich, kind: str) -> None:
     """Of one kind or of two: whatever is in them is right elsewhere.
 
-    What only another file leads to (a branch, its snapshot, a manifest) is not looked for where
-    that one is damaged, which is said.
+    What only another file leads to (a branch, a snapshot, a manifest, a page) is not looked for
+    where that one is damaged, which is said.
     """
     order = ({*rich.files["branches"], *rich.files["tags"]}, *map(rich.files.get, LEADING))
     depth = {path: place for place, paths in enumerate(order) for path in paths or ()}
