@@ -55,7 +55,8 @@ from memtool.backbones.vit_weights import load_vit_weights
 from memtool.engine import Batch, Batches, Engine, available_bytes
 from memtool.heads import LinearClassifier, RecalledHead
 from memtool.learning.adapt import AdapterTraining, losses
-from memtool.learning.onward import Kept, OnwardBatches
+from memtool.learning.looks import FeatureModel
+from memtool.learning.onward import from_block
 from memtool.memories.keyed import KeyedMemory
 from memtool.methods.mira.learn import learn
 from memtool.methods.mira.recall import MemoryModel
@@ -245,11 +246,11 @@ def stage_one(subject: Subject, engine: Engine, repeats: int) -> list[dict[str, 
     return found
 
 
-def ours(subject: Subject, values: Tensor) -> AdapterTraining:
-    """The module that trains adapters of flat values (t, numel)."""
+def ours(subject: Subject, values: Tensor, model: FeatureModel | None = None) -> AdapterTraining:
+    """The module that trains adapters of flat values (t, numel), of the backbone or `model`."""
     scaling = ADAPTER.alpha / ADAPTER.rank
     stack = AdapterValues.from_flat(values, subject.layout, scaling, trainable=True)
-    return AdapterTraining(subject.backbone, stack, subject.head(), range(CLASSES))
+    return AdapterTraining(model or subject.backbone, stack, subject.head(), range(CLASSES))
 
 
 def cross_entropy(module: nn.Module, batch: Batch) -> Tensor:
@@ -259,8 +260,7 @@ def cross_entropy(module: nn.Module, batch: Batch) -> Tensor:
 
 def in_one_pass(subject: Subject, engine: Engine, values: Tensor) -> Curves:
     """Train ten adapters together."""
-    module, plan = ours(subject, values), subject.plan()
-    kept = Kept.where_it_pays(
+    model, given = from_block(
         engine,
         subject.backbone,
         subject.begin,
@@ -268,9 +268,7 @@ def in_one_pass(subject: Subject, engine: Engine, values: Tensor) -> Curves:
         subject.train,
         available_bytes(engine.device),
     )
-    if kept is not None:
-        module.backbone = kept.model
-        plan = subject.batches(OnwardBatches, groups=ADAPTERS, kept=kept)
+    module, plan = ours(subject, values, model), replace(subject.plan(), inputs=given.inputs)
     fit = engine.fit(module, plan, cross_entropy, subject.train, stage="one pass")
     return list(fit.by_group)
 

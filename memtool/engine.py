@@ -152,11 +152,6 @@ class Batches:
             rows.append(order.permutation(len(self._counts))[low : low + self._size])
         return np.stack(rows)
 
-    def taken(self, epoch: int, rows: npt.NDArray[np.int64]) -> Tensor:
-        """The inputs of a batch of an epoch, of the samples at the given places."""
-        del epoch
-        return self.narrowed(torch.from_numpy(self.inputs[rows]))
-
     def micro_batches(self, step: int, parts: int) -> Iterator[Batch]:
         """The step's batch cut into at most `parts` pieces, every piece with all groups."""
         chosen, copies = self.indices(step), self.copies(step)
@@ -167,7 +162,7 @@ class Batches:
             draw = np.random.default_rng([self.seed, 3, step, number]).integers(2**62)
             labels = torch.from_numpy(self.labels[flat])
             yield Batch(
-                self.taken(step // self.steps_per_epoch, flat),
+                self.narrowed(torch.from_numpy(self.inputs[flat])),
                 labels,
                 labels,
                 torch.from_numpy(weights[:, piece].reshape(-1)),

@@ -32,7 +32,7 @@ from memtool.heads import CosineHead, LinearClassifier
 from memtool.learning.augment import augmented
 from memtool.learning.looks import FeatureModel, Labelled, narrowed_for
 from memtool.learning.mixup import mixing
-from memtool.learning.onward import Kept, OnwardBatches
+from memtool.learning.onward import from_block
 from memtool.progress import Progress
 from memtool.settings import AdapterSettings, TrainSettings
 from memtool.streams.task import Images
@@ -139,8 +139,8 @@ def adapt(
     """Train `adapter.per_task` adapters on `samples`.
 
     `start` (numel,) is the value that training starts from; none: A random, B zero.
-    What images are in front of the first adapter is computed once where that pays, see `Kept`. The
-    classifier starts at zero; not `biased`, it is linear without a bias. `beneath` is a memory
+    The blocks before the first adapter run once for each image where that pays, see `from_block`.
+    The classifier starts at zero; not `biased`, it is linear without a bias. `beneath` is a memory
     whose recalled mixture the adapters are trained on top of (residual adapters). With a `known`
     head, on the device of the engine, none learns, and `classes` are those that an image is told
     apart from.
@@ -163,13 +163,12 @@ def adapt(
         values = start.unsqueeze(0).repeat(adapter.per_task, 1)
     scaling = adapter.alpha / adapter.rank
     stack = AdapterValues.from_flat(values, layout, scaling, trainable=True).to(engine.device)
-    kept = None
+    seen, given = backbone, samples
     if beneath is None:
-        kept = Kept.where_it_pays(engine, backbone, stack.begin, samples, train, left)
-    kind = Batches if kept is None else partial(OnwardBatches, kept=kept)
-    batches = kind(
-        samples.inputs,
-        samples.labels,
+        seen, given = from_block(engine, backbone, stack.begin, samples, train, left)
+    batches = Batches(
+        given.inputs,
+        given.labels,
         train.batch_size,
         train.epochs_for(len(samples)),
         seed,
@@ -177,15 +176,13 @@ def adapt(
         bootstrap=adapter.differ_by == "bootstrap",
         narrowed=narrowed_for(backbone),
     )
-    seen = backbone if kept is None else kept.model
     module = AdapterTraining(seen, stack, head, classes, beneath, known, biased=biased)
     right = _Right(adapter.per_task)
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         of_class = train.mixup_of == "class"
         mixed = mixing(batch, train.mixup, adapter.per_task, of_class=of_class)
-        given = batch.inputs if kept else augmented(batch.inputs, batch.seed, train)
-        logits = model(mixed.inputs(given))
+        logits = model(mixed.inputs(augmented(batch.inputs, batch.seed, train)))
         if train.stop_at is not None:
             right.count(logits.detach(), batch)
         return mixed.loss(lambda labels: losses(logits, labels, batch.weights), batch.labels)

@@ -6,16 +6,13 @@ that are trained in one pass. An image that is augmented is another one in every
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from memtool.backbones.interface import Onward, Resumable
-from memtool.engine import Batches, Engine, available_bytes
+from memtool.engine import Engine, available_bytes
 from memtool.learning.looks import FeatureModel, Labelled
 from memtool.settings import TrainSettings
 from memtool.streams.task import Images
@@ -24,56 +21,33 @@ MOST_KEPT = 0.25
 """The part of the memory that a training leaves which may be kept; making it takes twice that."""
 
 
-@dataclass(frozen=True, eq=False)
-class Kept:
-    """The inputs (n, tokens, dim), float32, of the block that a model goes on from, of n images."""
+def from_block(
+    engine: Engine,
+    backbone: FeatureModel,
+    block: int,
+    samples: Images | Labelled,
+    train: TrainSettings,
+    left: int,
+) -> tuple[FeatureModel, Images | Labelled]:
+    """The model from its first block with adapters on, and what reaches that of every image.
 
-    model: Onward
-    states: Tensor
-
-    @classmethod
-    def where_it_pays(
-        cls,
-        engine: Engine,
-        backbone: FeatureModel,
-        block: int,
-        samples: Images | Labelled,
-        train: TrainSettings,
-        left: int,
-    ) -> Kept | None:
-        """What reaches the first block with adapters, on the device of the engine.
-
-        None for images that are augmented or mixed before they are seen, for prompts, for models
-        that do not go on from a block, and where the `left` bytes of the device, or those of the
-        CPU on the way, are few.
-        """
-        if not (block and isinstance(samples, Images) and isinstance(backbone, Resumable)):
-            return None
-        if train.augment != "none" or train.mixup:
-            return None
-        model = Onward(backbone, block)
-        reaching = partial(_reaching, model)
-        one = engine.predict(reaching, samples.images[:1])
-        needed = len(samples) * one.nbytes * engine.processes
-        room = min(left, available_bytes(torch.device("cpu")))
-        # Processes that differed would wait for each other with other parameters.
-        if not engine.on_main(lambda: needed <= MOST_KEPT * room):
-            return None
-        return cls(model, engine.predict(reaching, samples.images).to(engine.device))
-
-
-@dataclass(frozen=True, eq=False)
-class OnwardBatches(Batches):
-    """Batches of inputs (groups * size, tokens, dim) of a block in the place of images."""
-
-    kept: Kept | None = None
-
-    def taken(self, epoch: int, rows: npt.NDArray[np.int64]) -> Tensor:
-        """What is kept of the samples at the given places."""
-        del epoch
-        assert self.kept is not None
-        states = self.kept.states
-        return states[torch.from_numpy(rows).to(states.device)]
+    These are on the CPU, (n, tokens, dim) float32, and of at most a part of the `left` bytes. The
+    whole model and the samples as they are for images that are augmented or mixed before they are
+    seen, for prompts, for models that do not go on from a block, and where there is no room.
+    """
+    whole = backbone, samples
+    if not (block and isinstance(samples, Images) and isinstance(backbone, Resumable)):
+        return whole
+    if train.augment != "none" or train.mixup:
+        return whole
+    model = Onward(backbone, block)
+    reaching = partial(_reaching, model)
+    needed = len(samples) * engine.predict(reaching, samples.images[:1]).nbytes * engine.processes
+    room = min(left, available_bytes(torch.device("cpu")))
+    # Processes that differed would wait for each other with other parameters.
+    if not engine.on_main(lambda: needed <= MOST_KEPT * room):
+        return whole
+    return model, Labelled(engine.predict(reaching, samples.images).numpy(), samples.labels)
 
 
 def _reaching(model: Onward, images: Tensor) -> Tensor:

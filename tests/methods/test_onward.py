@@ -14,7 +14,7 @@ from memtool.backbones.vit import VitBackbone
 from memtool.engine import Engine
 from memtool.learning import onward
 from memtool.learning.adapt import Adapted, adapt
-from memtool.learning.onward import Kept
+from memtool.learning.onward import from_block
 from memtool.settings import AdapterSettings, BackboneSettings, EngineSettings, TrainSettings
 from memtool.streams.task import Images
 
@@ -98,12 +98,18 @@ def test_images_run_once_through_the_blocks_before_an_adapter(
     assert once[BEGIN] == often[BEGIN]
 
 
-def test_what_is_kept_is_what_each_image_is_alone(nano: VitBackbone, samples: Images) -> None:
-    kept = Kept.where_it_pays(ENGINE, nano, BEGIN, samples, of(), 10**9)
-    assert kept is not None
+def test_what_reaches_a_block_is_what_each_image_is_alone(
+    nano: VitBackbone, samples: Images
+) -> None:
+    model, given = from_block(ENGINE, nano, BEGIN, samples, of(), 10**9)
+    images = torch.from_numpy(samples.images)
     with torch.no_grad():
-        each = [nano.hidden(nano.preprocess(one[None]), BEGIN) for one in images_of(samples)]
-    assert torch.allclose(kept.states, torch.cat(each), atol=1e-4)
+        each = torch.cat([nano.hidden(nano.preprocess(one[None]), BEGIN) for one in images])
+        features = model.features(torch.from_numpy(given.inputs))
+        whole = nano.features(nano.preprocess(images))
+    assert torch.allclose(torch.from_numpy(given.inputs), each, atol=1e-4)
+    assert torch.allclose(features, whole, atol=1e-4)
+    assert given.labels is samples.labels
 
 
 @pytest.mark.parametrize(
@@ -118,10 +124,6 @@ def test_what_is_kept_is_what_each_image_is_alone(nano: VitBackbone, samples: Im
 def test_nothing_is_kept_where_nothing_is_computed_twice_or_fits(
     block: int, left: int, changes: dict[str, object], nano: VitBackbone, samples: Images
 ) -> None:
-    train = of(**changes)
-    assert Kept.where_it_pays(ENGINE, nano, block, samples, train, left) is None
-    assert Kept.where_it_pays(ENGINE, nano, BEGIN, samples, of(), 10**9) is not None
-
-
-def images_of(samples: Images) -> torch.Tensor:
-    return torch.from_numpy(samples.images)
+    found = from_block(ENGINE, nano, block, samples, of(**changes), left)
+    assert found == (nano, samples)
+    assert from_block(ENGINE, nano, BEGIN, samples, of(), 10**9) != (nano, samples)

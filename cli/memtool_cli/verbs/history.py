@@ -6,6 +6,7 @@ None of them needs torch.
 from __future__ import annotations
 
 import fnmatch
+import math
 import shlex
 from collections.abc import Iterable
 from functools import partial
@@ -103,7 +104,7 @@ def ls(
     if page > 1 and not picked:
         raise NotFoundError(
             f"page {page:,} of a list of {total:,} adapters, {size:,} a page",
-            expected=f"--page 1 to {max(1, -(-total // size))}",
+            expected=f"--page 1 to {max(1, math.ceil(total / size))}",
             remedy="memtool ls without --page",
         )
     adapters = _adapters(picked)
