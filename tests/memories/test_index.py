@@ -14,6 +14,7 @@ from memtool.memories.keyed import KeyedMemory
 from memtool.memories.search import SEARCHED
 from memtool.memories.similarity import SIMILARITIES, SimilarityFunction
 from memtool.sections import MemorySettings
+from tests.memories.many_keys import READ, draw, highest, require_alike_after_a_change, twice
 
 DOT = SIMILARITIES["dot"]
 
@@ -25,22 +26,9 @@ def usearch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
 
 
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def highest(score: SimilarityFunction, queries: Tensor, keys: Tensor, count: int) -> list[set[int]]:
-    """One query at a time, all its scores in order."""
-    rows = []
-    for query in queries.double():
-        scores = score(query[None], keys.double())[0].tolist()
-        rows.append({*sorted(range(len(keys)), key=lambda place: -scores[place])[:count]})
-    return rows
-
-
-def share_found(near: Tensor, wanted: list[set[int]]) -> float:
-    hits = [len(one & {*found}) for one, found in zip(wanted, near.tolist(), strict=True)]
-    return sum(hits) / sum(map(len, wanted))
+def share_found(near: Tensor, wanted: Tensor) -> float:
+    """The share of what is wanted (b, count) that is among what was found (b, c)."""
+    return (wanted.unsqueeze(2) == near.unsqueeze(1)).any(dim=2).double().mean().item()
 
 
 @pytest.mark.usefixtures("usearch")
@@ -148,25 +136,12 @@ def test_its_name_says_what_it_follows_from(monkeypatch: pytest.MonkeyPatch) -> 
     assert len({*names}) == len(names)
 
 
-READ = [
-    MemorySettings(similarity=alike, separation=separate, topk=3, beta=0.5)
-    for alike in ("dot", "scaled-dot", "cosine", "centred-cosine", "euclidean")
-    for separate in ("topk", "max")
-] + [MemorySettings(routing="lda"), MemorySettings(routing="prototype")]
-
-
 @pytest.mark.usefixtures("usearch")
 @pytest.mark.parametrize("settings", READ)
 def test_weights_are_those_of_all_scores_where_all_was_found(
     settings: MemorySettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keys, hidden = draw(1, 900, 9), draw(6, 8, seed=1)
-    keys[0, 500] = keys[0, 20]  # equal keys share a hard choice
-    keys[0, :, -1] *= 0.1
-    exact = KeyedMemory.from_settings(settings, (2,), 8, keys)[2]
-    wanted = exact.coefficients(hidden)
-    monkeypatch.setattr("memtool.memories.keyed.LEAST_KEYS", 100)
-    memory = KeyedMemory.from_settings(settings, (2,), 8, keys).requires_grad_(False)[2]
+    exact, wanted, memory, hidden = twice(settings, monkeypatch)
     memory.searched_by = KeyIndex
     found = memory.read(hidden)
     assert found.near is not None
@@ -177,10 +152,7 @@ def test_weights_are_those_of_all_scores_where_all_was_found(
     assert missed.tolist() == [0.0] * 6
     assert exact.missed(exact.query(hidden)) is None
     # An index never changes: other keys have another one, whole.
-    moved = draw(900, 9, seed=5)
-    memory.keys.copy_(moved)
-    exact.keys.data = moved
-    torch.testing.assert_close(memory.coefficients(hidden), exact.coefficients(hidden))
+    require_alike_after_a_change(exact, memory, hidden)
 
 
 class Blind:

@@ -4,28 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from memtool.memories import search
 from memtool.memories.keyed import KeyedMemory
 from memtool.memories.search import SEARCHED, KeySearch
 from memtool.memories.similarity import SIMILARITIES, SimilarityFunction
 from memtool.sections import MemorySettings
+from tests.memories.many_keys import READ, draw, highest, require_alike_after_a_change, twice
 
 FORMATS = (torch.float32, torch.bfloat16)
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def highest(score: SimilarityFunction, queries: Tensor, keys: Tensor, count: int) -> Tensor:
-    """One query and one key at a time."""
-    rows = []
-    for query in queries.double():
-        scores = [float(score(query, key[None])) for key in keys.double()]
-        rows.append(sorted(range(len(keys)), key=lambda place: -scores[place])[:count])
-    return torch.tensor(rows)
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
@@ -69,33 +56,25 @@ def test_equal_keys_are_all_near() -> None:
     assert {3, 77, 599} <= {*near.tolist()}
 
 
-READ = [
-    MemorySettings(similarity=alike, separation=separate, topk=3, beta=0.5)
-    for alike in ("dot", "scaled-dot", "cosine", "centred-cosine", "euclidean", "manhattan")
-    for separate in ("topk", "max")
-] + [MemorySettings(routing="lda"), MemorySettings(routing="prototype")]
-
-
-@pytest.mark.parametrize("settings", READ)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *READ,
+        *(
+            MemorySettings(similarity="manhattan", separation=one, topk=3)
+            for one in ("topk", "max")
+        ),
+    ],
+)
 def test_a_searched_memory_answers_as_one_that_scores_all_keys(
     settings: MemorySettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keys, hidden = draw(1, 900, 9), draw(6, 8, seed=1)
-    keys[0, 500] = keys[0, 20]  # equal keys share a hard choice
-    keys[0, :, -1] *= 0.1
-    exact = KeyedMemory.from_settings(settings, (2,), 8, keys)[2]
-    wanted = exact.coefficients(hidden)
-    monkeypatch.setattr("memtool.memories.keyed.LEAST_KEYS", 100)
-    memory = KeyedMemory.from_settings(settings, (2,), 8, keys).requires_grad_(False)[2]
+    exact, wanted, memory, hidden = twice(settings, monkeypatch)
     found = memory.read(hidden)
     assert (found.near is None) == (settings.similarity == "manhattan")
     assert torch.equal(found.coefficients != 0, wanted != 0)
     torch.testing.assert_close(found.coefficients, wanted)
-    # What is asked next is asked of keys as they are then.
-    moved = draw(900, 9, seed=5)
-    memory.keys.copy_(moved)
-    exact.keys.data = moved
-    torch.testing.assert_close(memory.coefficients(hidden), exact.coefficients(hidden))
+    require_alike_after_a_change(exact, memory, hidden)
 
 
 def test_keys_that_learn_are_scored_whole(monkeypatch: pytest.MonkeyPatch) -> None:
