@@ -151,8 +151,8 @@ class _Directory:
             yield _info(prefix, start.stat())
         waiting = [prefix.rstrip("/")] if start.is_dir() else []
         while waiting:
-            # A file or folder may go while we look: gc and other writers are allowed to. One that may
-            # not be read is left out, as by pathlib.
+            # A file or folder may go while we look: gc and other writers are allowed to. A folder
+            # that may not be read is left out, as by pathlib.
             folder = waiting.pop()
             with contextlib.suppress(FileNotFoundError, PermissionError):
                 # Not by pathlib, which takes ten times as long for as many as there can be.
