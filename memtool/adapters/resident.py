@@ -107,5 +107,5 @@ def too_small(room: int, adapters: int, wanted: int, nbytes: int) -> ConfigError
         f"engine.resident has room for {room} of {adapters} adapters, and a batch needs {wanted}",
         expected=f"at least {wanted * nbytes} bytes",
         remedy=f"--set engine.resident={wanted * nbytes}, or none; or a smaller "
-        "engine.eval_batch_size",
+        "engine.eval_batch_size, and consolidate.batch_size where keys learn",
     )

@@ -16,9 +16,11 @@ from memtool.experiments.baselines import chosen_baselines
 from memtool.experiments.orders import require_bounds
 from memtool.experiments.run import FAILURES, holds_out_in_turn
 from memtool.experiments.select import SHARE, cell_config, held_back
+from memtool.heads.solve import SOLVED
 from memtool.methods import open_method
 from memtool.methods.baselines import joint_rank, passes
 from memtool.methods.moram.state import gate_of
+from memtool.methods.pieces import rows_bytes
 from memtool.sections import MoramSettings
 from memtool.settings import Config, HeadSettings
 from memtool.streams import create_stream
@@ -174,8 +176,13 @@ def _commits(
     if cost is not None and "keys_bytes" in cost:
         moments = cost.get("queries_bytes", 0) // max(1, len(work.stream.tasks))
         features = 8 * (classes + work.backbone.dim) * work.backbone.dim if images else 0
-        new["consolidate"] = cost["keys_bytes"] + moments + features + own_head
-        blobs["consolidate"] = 4
+        sums = cost.get("sums_bytes", 0)
+        if config.head.scope == "task":
+            own_head = rows_bytes(len(work.stream.tasks) * own_head)
+        elif config.head.kind in SOLVED:
+            sums += features
+        new["consolidate"] = cost["keys_bytes"] + moments + features + own_head + sums
+        blobs["consolidate"] = 8
     wanted = [verb] if verb in ("write", "consolidate") else [*new] if verb == "run" else []
     return {
         name: {"new_bytes": new[name], "state_bytes": state_bytes(view, blobs[name])}

@@ -6,6 +6,8 @@ One classifier (`solve_head`), or the head of a memory of several tasks (`solve_
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, islice
 from typing import get_args
 
 import torch
@@ -15,6 +17,21 @@ from memtool.heads.analytic import FeatureStatistics
 from memtool.heads.linear import LinearClassifier
 from memtool.heads.recalled import RecalledHead
 from memtool.settings import HeadKind, HeadSettings
+
+SOLVED = ("lda", "ridge", "rp-ridge", "ncm")
+"""Heads that are solved from moments of the features."""
+
+
+@dataclass(frozen=True, eq=False)
+class Earlier:
+    """What came of the first `count` tasks, of which no moments are read then.
+
+    `heads` by number, solved by the same settings from the same moments; `moments` of all together.
+    """
+
+    count: int = 0
+    heads: Mapping[int, LinearClassifier] = field(default_factory=dict)
+    moments: FeatureStatistics | None = None
 
 
 def solve_head(
@@ -55,6 +72,7 @@ def solve_recalled_head(
     statistics: Mapping[int, FeatureStatistics],
     trained: Mapping[int, LinearClassifier | None],
     adapter_tasks: Sequence[int],
+    earlier: Earlier | None = None,
 ) -> RecalledHead:
     """The head of a memory: from the moments of the tasks' features, or the trained classifiers.
 
@@ -63,6 +81,7 @@ def solve_recalled_head(
     (kind shared) starts as the mean of the trained ones, or as the discriminant head of all tasks
     where an adapter came without.
     """
+    earlier = Earlier() if earlier is None else earlier
     if settings.kind == "shared":
         known = [head for head in trained.values() if head is not None]
         if len(known) == len(trained):
@@ -80,16 +99,18 @@ def solve_recalled_head(
 
     tasks = list(statistics)
     if settings.scope == "task":
-        solved = [
-            own(task)
-            if settings.kind == "grown"
-            else solve_head(settings.kind, statistics[task], settings)
-            for task in tasks
-        ]
-        return RecalledHead.of_tasks(solved, adapter_tasks)
+
+        def solved(task: int) -> LinearClassifier:
+            if task in earlier.heads:
+                return earlier.heads[task]
+            if settings.kind == "grown":
+                return own(task)
+            return solve_head(settings.kind, statistics[task], settings)
+
+        return RecalledHead.of_tasks([solved(task) for task in tasks], adapter_tasks)
     if settings.kind == "grown":
         return RecalledHead.shared(grown([own(task) for task in tasks]))
-    return RecalledHead.shared(solve_head(settings.kind, merged(statistics), settings))
+    return RecalledHead.shared(solve_head(settings.kind, merged(statistics, earlier), settings))
 
 
 def going_on(learned: RecalledHead, start: RecalledHead) -> RecalledHead:
@@ -120,13 +141,17 @@ def averaged(heads: Sequence[LinearClassifier]) -> LinearClassifier:
     )
 
 
-def merged(statistics: Mapping[int, FeatureStatistics]) -> FeatureStatistics:
+def merged(
+    statistics: Mapping[int, FeatureStatistics], earlier: Earlier | None = None
+) -> FeatureStatistics:
     """The moments of all tasks together."""
     whole: FeatureStatistics | None = None
-    for part in statistics.values():
+    known = None if earlier is None else earlier.moments
+    first = 0 if earlier is None or known is None else earlier.count
+    others = (statistics[task] for task in islice(statistics, first, None))
+    for part in chain([] if known is None else [known], others):
         if whole is None:
-            first = part.projected
-            empty = None if first is None else first.without()
+            empty = None if part.projected is None else part.projected.without()
             whole = FeatureStatistics(part.dim, part.classes, empty)
         whole.merge(part)
     assert whole is not None

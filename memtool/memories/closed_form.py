@@ -161,7 +161,11 @@ class QueryStatistics:
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> QueryStatistics:
         """What `to_bytes` wrote. Raises CorruptError for anything else."""
-        moments = Moments.from_bytes(data, where)
+        return cls.of(Moments.from_bytes(data, where))
+
+    @classmethod
+    def of(cls, moments: Moments) -> QueryStatistics:
+        """Those with these moments; a class is a task."""
         statistics = cls(moments.groups, moments.dim)
         statistics._moments = moments
         return statistics

@@ -6,8 +6,9 @@ adapter) and `features.<task>` (moments of a task's features alone, that heads a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar, Self
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import save
@@ -44,8 +45,9 @@ class StoredState(BaseModel):
         """
         if not view.has_blob(cls.blob):
             return None
-        data, newest = view.blob(cls.blob), cls.model_fields["schema_version"].default
-        written = parsed_json(data, f"blob {cls.blob!r}").get("schema_version")
+        newest = cls.model_fields["schema_version"].default
+        said = parsed_json(view.blob(cls.blob), f"blob {cls.blob!r}")
+        written = said.get("schema_version")
         if isinstance(written, int) and written > newest:
             raise MismatchError(
                 f"blob {cls.blob!r} at version {view.version} has schema version {written}, made "
@@ -54,16 +56,34 @@ class StoredState(BaseModel):
                 remedy="upgrade memtool",
             )
         try:
-            return cls.model_validate_json(data)
+            return cls.model_validate({**said, **cls._beside(said, view)})
         except ValidationError as error:
             raise CorruptError(
                 f"blob {cls.blob!r} at version {view.version}: {error.errors()[0]['msg']}",
                 remedy="memtool verify; a newer memtool may have written it",
             ) from error
 
+    @classmethod
+    def _beside(cls, said: Mapping[str, Any], view: memtool_stores.MemoryView) -> dict[str, Any]:
+        """Fields that are in other blobs than the one that says so much; here none."""
+        del said, view
+        return {}
+
     def put(self, txn: memtool_stores.Transaction) -> None:
         """Make it the state of the version that is being written."""
         txn.put_blob(self.blob, self.model_dump_json().encode())
+
+
+def put_changed(txn: memtool_stores.Transaction, name: str, data: bytes) -> None:
+    """Put a blob, unless it is there as it is."""
+    if txn.base.blob_sha256(name) != hashlib.sha256(data).hexdigest():
+        txn.put_blob(name, data)
+
+
+def drop(txn: memtool_stores.Transaction, name: str) -> None:
+    """Take a blob away, if it is there."""
+    if txn.base.has_blob(name):
+        txn.delete_blob(name)
 
 
 def classifier_bytes(classifier: LinearClassifier) -> bytes:

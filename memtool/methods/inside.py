@@ -20,6 +20,7 @@ from memtool.evaluation.inside import (
     picture_text,
     strongest,
 )
+from memtool.methods.records import out_of_runs
 from memtool.streams.task import Images, Task, Texts
 
 MOST_EXAMPLES = 24
@@ -66,7 +67,7 @@ def curves(store: memtool_stores.MemoryStore, version: str = "HEAD") -> tuple[Cu
     ]
     for one in reversed(store.log(version)):
         if losses := one.metadata.get("losses"):
-            tasks = one.metadata.get("learned") or ()
+            tasks = out_of_runs(one.metadata.get("learned") or ())
             found.append(Curve(of="keys", name=f"after {len(tasks)} tasks", loss=tuple(losses)))
     return tuple(found)
 

@@ -37,6 +37,10 @@ class OnDemand(Mapping[int, Value]):
             raise KeyError(task)
         return self._read(task)
 
+    def __contains__(self, task: object) -> bool:
+        """Whether there is a value; it is not read."""
+        return task in self._tasks
+
     def __iter__(self) -> Iterator[int]:
         return iter(self._tasks)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from memtool.errors import ConfigError, DataError, NotFoundError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from memtool_stores import AdapterRecord, MemoryView
 
@@ -53,6 +53,45 @@ def task_of(record: AdapterRecord) -> int:
             remedy="memtool write DIR --task N, in a new --store",
         )
     return number
+
+
+def in_runs(numbers: Sequence[int]) -> list[int | list[int]]:
+    """Numbers in their order, four and more that follow each other as the first and the last.
+
+    >>> in_runs([1, 2, 3, 7, 8, 9, 10, 5])
+    [1, 2, 3, [7, 10], 5]
+    """
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    found: list[int | list[int]] = []
+    for run in runs:
+        found += [[run[0], run[-1]]] if len(run) > 3 else run
+    return found
+
+
+def out_of_runs(said: Iterable[int | Sequence[int]]) -> tuple[int, ...]:
+    """What `in_runs` was given.
+
+    >>> out_of_runs([1, [7, 10], 5])
+    (1, 7, 8, 9, 10, 5)
+    """
+    runs = ((one, one) if isinstance(one, int) else one for one in said)
+    return tuple(number for first, last in runs for number in range(first, last + 1))
+
+
+def numbered(numbers: Sequence[int]) -> str:
+    """Numbers in words.
+
+    >>> numbered([1, 2, 3, 7, 8, 9, 10, 5])
+    '1 2 3 7-10 5'
+    """
+    return " ".join(
+        "-".join(map(str, [one] if isinstance(one, int) else one)) for one in in_runs(numbers)
+    )
 
 
 def recorded(view: MemoryView, task: str) -> AdapterRecord:

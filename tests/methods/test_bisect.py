@@ -86,7 +86,7 @@ def test_an_adapter_overwritten_by_noise_is_named(learned_copy):
         state = MemoryState.load(store.view())
         ids = tuple(record.id for record in txn.adapters)
         changed = state.model_copy(update={"adapters": ids, "adapter_tasks": (1, 2, 0)})
-        txn.put_blob("memory", changed.model_dump_json().encode())
+        changed.put(txn)
     for number in (2, 3):
         with store.transaction(f"note {number}") as txn:
             txn.put_blob("note", str(number).encode())

@@ -27,6 +27,7 @@ from memtool.methods.mira.interference import _keys, _old, _turned
 from memtool.methods.mira.keys import Draws, start_keys
 from memtool.methods.mira.measure import drift
 from memtool.methods.mira.protect import HEAD, Protection
+from memtool.methods.mira.sums import Asked
 from memtool.sections import ConsolidateSettings, MemorySettings
 from memtool.settings import BackboneSettings
 
@@ -75,24 +76,23 @@ def statistics(constant: bool) -> QueryStatistics:
 
 def test_keys_in_closed_form_name_the_block_that_is_asked_the_same():
     memory = MemorySettings(scope="block", token="class")
-    draws = Draws(0, (1, 2), (0, 1))
+    draws = Draws(0, (1, 2), (0, 1), 7)
     parts = [statistics(constant=True)]
     assert same_for_every_input(parts) == (0,)
     with pytest.raises(ConfigError, match="block 0 is asked the same by every image") as refused:
-        start_keys(ConsolidateSettings(), memory, parts, (0, 0), draws)
+        start_keys(ConsolidateSettings(), memory, Asked.of(parts), (0, 0), draws)
     assert refused.value.remedy == "--set memory.blocks=1, or --set memory.token=mean"
     assert same_for_every_input([statistics(constant=False)]) == ()
-    start_keys(ConsolidateSettings(), memory, [statistics(constant=False)], (0, 0), draws)
+    start_keys(ConsolidateSettings(), memory, Asked.of([statistics(constant=False)]), (0, 0), draws)
 
 
 def test_uniform_keys_are_drawn_for_task_and_block():
     settings = ConsolidateSettings(keys="uniform")
     memory = MemorySettings(scope="block", key_bias=False)
-    parts = [statistics(constant=False)]
-    keys = start_keys(settings, memory, parts, (0, 0, 0), Draws(0, (1,), (0, 1)))
+    keys = start_keys(settings, memory, None, (0, 0, 0), Draws(0, (1,), (0, 1), 6))
     assert keys.shape == (2, 3, 6)
     assert -1 <= keys.min() < -0.5 < 0.5 < keys.max() <= 1
-    fewer = start_keys(settings, memory, parts, (0, 0), Draws(0, (1,), (0, 1)))
+    fewer = start_keys(settings, memory, None, (0, 0), Draws(0, (1,), (0, 1), 6))
     assert torch.equal(fewer, keys[:, :2])
 
 

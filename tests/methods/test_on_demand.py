@@ -15,6 +15,7 @@ from memtool.memories.closed_form import QueryStatistics
 from memtool.methods.mira import moments as prompts
 from memtool.methods.mira.keys import Draws, start_keys
 from memtool.methods.mira.moments import PromptState, looks_blob, solved_keys
+from memtool.methods.mira.sums import Asked
 from memtool.methods.on_demand import Counted, OnDemand
 from memtool.methods.routed.memory import kept_bytes
 from memtool.sections import ConsolidateSettings, MemorySettings
@@ -107,11 +108,11 @@ def test_keys_in_closed_form_hold_one_task(
     live = Live()
     known = _counted(store, "queries", QueryStatistics, live, spool)
     memory = MemorySettings(separation=separation, similarity="dot")
-    args = range(TASKS), Draws(0, (), ())
-    keys = start_keys(ConsolidateSettings(), memory, known.values(), *args)
+    args = range(TASKS), Draws(0, (), (), 0)
+    keys = start_keys(ConsolidateSettings(), memory, Asked.of(known.values()), *args)
     assert (live.ever, live.most) == (TASKS, pytest.approx(2, abs=1))
     parts = [_counted_queries(task) for task in range(TASKS)]
-    assert torch.equal(keys, start_keys(ConsolidateSettings(), memory, parts, *args))
+    assert torch.equal(keys, start_keys(ConsolidateSettings(), memory, Asked.of(parts), *args))
     hits = sum(
         int((_queries(task)[0] @ keys[0, :, :-1].T + keys[0, :, -1]).argmax(1)[0] == task)
         for task in range(0, TASKS, 100)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -137,6 +138,15 @@ def test_adapters_that_are_read_when_they_are_used_recall_the_same(
         )
     torch.testing.assert_close(mine.probabilities, all_of_them.probabilities)
     torch.testing.assert_close(mine.weights, all_of_them.weights)
+
+
+def test_keys_learn_the_same_over_adapters_that_are_read_when_they_are_used(adapted: Path) -> None:
+    learning = {**SOFT, "consolidate__epochs": 1, "consolidate__batch_size": 1}
+    whole = remembered(adapted, **learning)
+    wanted = whole.workspace.store.view().keys()
+    few = {"engine__resident": 2 * nbytes(whole), "engine__eval_batch_size": 1}
+    found = remembered(adapted, **learning, **few)
+    assert np.array_equal(found.workspace.store.view().keys(), wanted)
 
 
 def test_too_little_room_for_a_batch_is_said(adapted: Path) -> None:

@@ -17,6 +17,7 @@ from memtool.methods.mira.count import count_queries
 from memtool.methods.mira.keys import Draws, start_keys
 from memtool.methods.mira.method import Mira
 from memtool.methods.mira.state import MemoryState
+from memtool.methods.mira.sums import Asked
 from memtool.sections import ConsolidateSettings, MemorySettings
 from memtool.settings import HeadSettings
 from tests.methods.conftest import learn, small_config
@@ -28,7 +29,13 @@ CLASSES = (3, 1, 2)
 ADAPTERS = (0, 1, 2, 2)
 """The task of every adapter: the last has two."""
 
-NO_DRAWS = Draws(0, (), ())
+NO_DRAWS = Draws(0, (), (), 0)
+
+
+def keys_of(learning, memory, parts, adapter_tasks, draws=NO_DRAWS) -> Tensor:
+    """The keys of tasks whose queries were counted."""
+    asked = Asked.of(parts, by_class=memory.keys_of == "class")
+    return start_keys(learning, memory, asked, adapter_tasks, draws)
 
 
 def counted(*, by_class: bool = True) -> tuple[list[QueryStatistics], Tensor]:
@@ -60,7 +67,7 @@ def settings(**changes: object) -> MemorySettings:
 def test_a_coefficient_is_the_posterior_of_all_classes_of_the_task(similarity, beta):
     parts, queries = counted()
     memory = settings(similarity=similarity, beta=beta)
-    keys = start_keys(ConsolidateSettings(), memory, parts, ADAPTERS, NO_DRAWS)
+    keys = keys_of(ConsolidateSettings(), memory, parts, ADAPTERS)
     assert keys.shape == (2, len(ADAPTERS), max(CLASSES) * (DIM + 1))
     rule = QueryStatistics.joined(parts)._moments.lda(SHRINKAGE, equal_priors=True)
     for block, found in enumerate(coefficients(memory, keys, queries)):
@@ -75,7 +82,7 @@ def test_a_coefficient_is_the_posterior_of_all_classes_of_the_task(similarity, b
 def test_hard_routing_follows_the_best_class(routing):
     parts, queries = counted()
     memory = settings(routing=routing)
-    keys = start_keys(ConsolidateSettings(), memory, parts, ADAPTERS, NO_DRAWS)
+    keys = keys_of(ConsolidateSettings(), memory, parts, ADAPTERS)
     owner = torch.repeat_interleave(torch.arange(len(CLASSES)), torch.tensor(CLASSES))
     whole = QueryStatistics.joined(parts)
     for block, found in enumerate(coefficients(memory, keys, queries)):
@@ -93,12 +100,11 @@ def test_hard_routing_follows_the_best_class(routing):
 
 def test_counting_by_class_loses_nothing():
     found = [
-        start_keys(
+        keys_of(
             ConsolidateSettings(),
             MemorySettings(),
             counted(by_class=by_class)[0],
             ADAPTERS,
-            NO_DRAWS,
         )
         for by_class in (True, False)
     ]
@@ -118,7 +124,7 @@ def test_counting_by_class_loses_nothing():
 def test_what_keys_of_classes_do_not_go_with(changes, learning, said):
     parts, _ = counted()
     with pytest.raises(ConfigError, match="keys_of class") as caught:
-        start_keys(ConsolidateSettings(**learning), settings(**changes), parts, ADAPTERS, NO_DRAWS)
+        keys_of(ConsolidateSettings(**learning), settings(**changes), parts, ADAPTERS)
     assert said in (caught.value.expected or "")
 
 
@@ -142,16 +148,16 @@ def test_solved_keys_are_not_projected(changes):
     keys = "random" if "routing" in changes else "closed-form"  # a hard routing solves its own
     learning = ConsolidateSettings(protect="dual-gpm", keys=keys)
     with pytest.raises(ConfigError, match="closed form under --protect dual-gpm"):
-        start_keys(learning, settings(**changes), parts, ADAPTERS, NO_DRAWS)
+        keys_of(learning, settings(**changes), parts, ADAPTERS)
 
 
 @pytest.mark.parametrize("topk", [1, 2, 9])
 def test_a_cut_keeps_the_adapters_whose_classes_are_likeliest_together(topk):
     parts, queries = counted()
     whole = settings(beta=0.3)
-    keys = start_keys(ConsolidateSettings(), whole, parts, (0, 1, 2), NO_DRAWS)
+    keys = keys_of(ConsolidateSettings(), whole, parts, (0, 1, 2))
     cut = settings(beta=0.3, separation="topk", topk=topk)
-    assert torch.equal(start_keys(ConsolidateSettings(), cut, parts, (0, 1, 2), NO_DRAWS), keys)
+    assert torch.equal(keys_of(ConsolidateSettings(), cut, parts, (0, 1, 2)), keys)
     both = zip(coefficients(whole, keys, queries), coefficients(cut, keys, queries), strict=True)
     for all_of_them, found in both:
         for row, kept in zip(all_of_them.tolist(), found.tolist(), strict=True):
@@ -162,12 +168,11 @@ def test_a_cut_keeps_the_adapters_whose_classes_are_likeliest_together(topk):
 
 
 def test_a_random_key_depends_on_seed_task_and_block_alone():
-    parts, _ = counted(by_class=False)
     learning, memory = ConsolidateSettings(keys="random", key_std=0.5), settings(keys_of="task")
 
     def drawn(numbers: list[int], adapter_tasks: tuple[int, ...], seed: int = 3) -> Tensor:
-        draws = Draws(seed, numbers, (2, 7))
-        return start_keys(learning, memory, parts[: len(numbers)], adapter_tasks, draws)
+        draws = Draws(seed, numbers, (2, 7), DIM + 1)
+        return start_keys(learning, memory, None, adapter_tasks, draws)
 
     whole = drawn([1, 4, 6], (0, 1, 2, 2))
     assert whole.shape == (2, 4, DIM + 1)
@@ -180,10 +185,10 @@ def test_a_random_key_depends_on_seed_task_and_block_alone():
     assert len({tuple(row.tolist()) for row in rows}) == len(rows)
     # key_std is their spread.
     numbers = list(range(1, 400))
-    many = Draws(0, numbers, (0,)).keys(range(399), 40)
+    many = Draws(0, numbers, (0,), 40).keys(range(399))
     assert abs(float(many.mean())) < 0.02
     assert abs(float(many.std()) - 1) < 0.02
-    assert torch.equal(whole, 0.5 * Draws(3, [1, 4, 6], (2, 7)).keys((0, 1, 2, 2), DIM + 1))
+    assert torch.equal(whole, 0.5 * Draws(3, [1, 4, 6], (2, 7), DIM + 1).keys((0, 1, 2, 2)))
 
 
 def test_a_similarity_that_a_store_names_is_read_as_it_was_meant():

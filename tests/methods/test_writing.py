@@ -11,7 +11,7 @@ import pytest
 from memtool.experiments.plan import plan
 from memtool.methods.export import export_peft
 from memtool.methods.home import stored_home
-from memtool.methods.in_store import HEAD, features_blob
+from memtool.methods.in_store import features_blob
 from memtool.methods.mira.method import Mira
 from memtool.methods.mira.state import queries_blob
 from memtool.methods.moram.method import Moram
@@ -169,7 +169,7 @@ def test_a_plan_says_how_much_of_a_commit_is_new(learned: Mira) -> None:
     keys = view.keys()
     assert keys is not None
     written = view.value(record.id).nbytes + len(view.blob(own_head_blob(record.name)))
-    blobs = HEAD, queries_blob(3), features_blob(3)
+    blobs = "heads.0", queries_blob(3), features_blob(3), "asked", "asked.0"
     consolidated = keys.nbytes + sum(len(view.blob(name)) for name in blobs)
     for verb, found in (("write", written), ("consolidate", consolidated)):
         said = plan(learned.config, seed=0, verb=verb)["commit"]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from memtool.errors import ConfigError
+from memtool.methods.records import numbered
 from memtool.remembered import require_held_back
 from memtool.settings import choices
 from memtool_cli import complete, written
@@ -199,7 +200,7 @@ def consolidate(call: Call) -> None:
         result = call.method(progress).consolidate()
     rows: list[tuple[str, str]] = [
         ("version", result.version),
-        ("tasks", " ".join(str(task) for task in result.tasks)),
+        ("tasks", numbered(result.tasks)),
     ]
     if result.schema_ == "memtool.consolidate":
         rows += [
@@ -220,7 +221,7 @@ def consolidate(call: Call) -> None:
             rows.append(("head", f"{result.head}, {result.scope}"))
     elif result.schema_ == "memtool.consolidate-routed":
         if result.new:  # nothing where all of a collection is solved anew from what was kept
-            rows.append(("new", " ".join(map(str, result.new))))
+            rows.append(("new", numbered(result.new)))
         rows.append(("time", duration(result.seconds)))
     else:
         rows.append(("memories", ", ".join(result.memories)))

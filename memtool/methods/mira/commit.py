@@ -14,14 +14,18 @@ from torch import Tensor
 import memtool_stores
 from memtool.engine import FitResult
 from memtool.heads import RecalledHead
-from memtool.methods.in_store import HEAD, features_blob
+from memtool.methods.in_store import drop, features_blob
 from memtool.methods.method import require_unmoved
+from memtool.methods.mira.heads import put_head
 from memtool.methods.mira.inventory import Inventory
+from memtool.methods.mira.keys import are_drawn
 from memtool.methods.mira.measure import Measure, drift_degrees
 from memtool.methods.mira.protect import Protection
 from memtool.methods.mira.read import DECODERS, decoders_bytes
 from memtool.methods.mira.recall import MemoryModel
 from memtool.methods.mira.state import PAST_QUERIES, QUERY_MODULES, MemoryState, queries_blob
+from memtool.methods.mira.sums import drop_asked, put_seen
+from memtool.methods.records import in_runs, numbered
 from memtool.methods.results import ConsolidateResult
 from memtool.methods.subject import SUBJECT_SAMPLES
 from memtool.streams.task import spread
@@ -121,22 +125,27 @@ def commit(
             fingerprint=work.stream.fingerprint,
             first=known.first,
         ).put(txn)
+        put_head(txn, made.head)
         for name, data in blobs.items():
             txn.put_blob(name, data)
         for name in {QUERY_MODULES, DECODERS} - {*blobs}:
-            if txn.base.has_blob(name):
-                txn.delete_blob(name)
+            drop(txn, name)
+        if are_drawn(config.consolidate, config.memory):
+            drop_asked(txn)
+        else:
+            known.asked.put(txn)
+        put_seen(txn, known.seen)
 
     about = {
         **metadata,
-        "learned": list(known.tasks),
+        "learned": in_runs(known.tasks),
         "consolidate": config.consolidate.model_dump(mode="json"),
         "seconds": result.seconds,
         "losses": [] if made.fit is None else list(made.fit.losses),
         "train_accuracy": result.train_accuracy,
         "validation_accuracy": result.validation_accuracy,
     }
-    message = "consolidate tasks " + " ".join(str(number) for number in known.tasks)
+    message = f"consolidate tasks {numbered(known.tasks)}"
     work.engine.on_main(lambda: work.store.run(change, message, metadata=about))
 
 
@@ -144,7 +153,6 @@ def _blobs(known: Inventory, made: Made) -> dict[str, bytes | Held]:
     """What is written beside keys and state, by the name of its blob; moments wait in a spool."""
     blobs: dict[str, bytes | Held] = {
         **{queries_blob(number): known.queries.waiting(number) for number in known.new},
-        HEAD: made.head.to_bytes(),
         **{features_blob(number): known.features.waiting(number) for number in known.fresh},
     }
     if made.start.past is not None:

@@ -23,13 +23,13 @@ from torch import Tensor
 from memtool.engine import FitResult
 from memtool.errors import ConfigError
 from memtool.heads import FeatureStatistics, RecalledHead, solve_recalled_head
-from memtool.heads.solve import going_on
+from memtool.heads.solve import SOLVED, going_on
 from memtool.learning.known import kept_head
 from memtool.memories.keyed import KeyedMemory, set_centre
 from memtool.methods.mira.commit import Made, Start, commit, query_modules, result_of
 from memtool.methods.mira.count import count_queries, count_task
 from memtool.methods.mira.inventory import Inventory, inventory_of
-from memtool.methods.mira.keys import Draws, require_keys, start_keys
+from memtool.methods.mira.keys import Draws, are_drawn, require_keys, start_keys
 from memtool.methods.mira.learn import learn
 from memtool.methods.mira.look import width_of
 from memtool.methods.mira.protect import Protection
@@ -44,9 +44,6 @@ from memtool.settings import Config
 from memtool.streams.task import Images, Task, spread
 from memtool.workspace import Workspace, require_learnable
 from memtool_stores.held import Spool
-
-SOLVED = ("lda", "ridge", "rp-ridge", "ncm")
-"""Heads that are solved from moments of the features."""
 
 
 def consolidate(
@@ -146,12 +143,13 @@ def _start(known: Inventory) -> Start:
     config, before = known.config, known.before
     work = known.work
     blocks = memory_blocks(config.memory, work.backbone, work.layout.blocks)
+    width = width_of(config.memory, work.backbone, blocks) + config.memory.key_bias
     keys = start_keys(
         config.consolidate,
         config.memory,
-        known.queries.values(),
+        None if are_drawn(config.consolidate, config.memory) else known.asked,
         known.adapter_tasks,
-        Draws(work.seed, known.tasks, blocks),
+        Draws(work.seed, known.tasks, blocks, width),
     )
     _require_own_values(known)
     kept, past = _kept(known), _past(known)
@@ -248,7 +246,8 @@ def _model(known: Inventory, keys: Tensor) -> MemoryModel:
     """The memory with these keys, on its frozen backbone."""
     work, config = known.work, known.config
     # Values that do not learn are read when they are used, where not all may be held.
-    held = None if _learns(config) or config.memory.read == "decoder" else config.engine.resident
+    learn = config.consolidate.value_lr > 0 or config.memory.read == "decoder"
+    held = None if learn else config.engine.resident
     values = known.snapshot.values_of(known.view.adapters, held)
     memory = _memory(known, keys)
     if known.config.memory.frozen == "novelty":
@@ -348,7 +347,12 @@ def _solved(known: Inventory, **other: str) -> RecalledHead:
     settings = known.config.head.model_copy(update=other)
     if settings.is_fixed:
         return _fixed(known)
-    return solve_recalled_head(settings, known.features, known.trained, known.adapter_tasks)
+    earlier = known.earlier
+    if other:  # the heads that are kept were solved by the settings as they are
+        earlier = replace(earlier, heads={})
+    return solve_recalled_head(
+        settings, known.features, known.trained, known.adapter_tasks, earlier
+    )
 
 
 def _fixed(known: Inventory) -> RecalledHead:

@@ -10,9 +10,11 @@ from memtool.backbones.interface import Backbone
 from memtool.learning.looks import PART_WIDE, PromptLook, is_seen_before
 from memtool.memories.index import index_bytes
 from memtool.methods.mira.indexed import Searched, searched
+from memtool.methods.mira.keys import are_drawn
 from memtool.methods.mira.look import passes_of, width_of
 from memtool.methods.mira.read import decoder_width, read_numbers
 from memtool.methods.mira.recall import memory_blocks
+from memtool.methods.pieces import rows_bytes
 from memtool.settings import Config
 from memtool.streams.task import Stream
 
@@ -24,6 +26,7 @@ class ImageCost:
     `frozen` without any adapter, `first_adapter` under that of the first task. `keys_bytes` and
     `queries_bytes`, the moments that keys are solved from, are those of all tasks in the store.
     `test_steps` are steps at test time, each a pass forward and back under what it recalls.
+    `sums_bytes` are those of what the queries of all tasks add up to, where keys go by it.
     `read_numbers` learn beside values: keys, query modules and decoders, of the adapters of all
     tasks, which have `adapter_numbers`; a decoder has a hidden layer `read_width` wide, else None.
     `searched` says how the keys of all tasks are, `none`: all are scored; `index_bytes` are those
@@ -35,6 +38,7 @@ class ImageCost:
     first_adapter: float
     keys_bytes: int
     queries_bytes: int
+    sums_bytes: int
     test_steps: int
     read: str
     read_width: int | None
@@ -57,7 +61,9 @@ def image_cost(config: Config, stream: Stream, backbone: Backbone, layout: Layou
     adapters = (len(stream.tasks) - in_turn) * config.adapter.per_task  # of one memory
     ranks = adapters * layout.rank * (1 if memory.scope == "block" else blocks)
     beside = read_numbers(memory, width, memories=memories, rows=ranks)
-    moments = sum(count * width for count in counted) + len(counted) * width**2
+    means = memories * sum(count * width for count in counted)
+    second = memories * width**2
+    drawn = are_drawn(config.consolidate, memory)
     keyed = width + memory.key_bias
     search = searched(memory, adapters, backbone.device)
     return ImageCost(
@@ -65,7 +71,8 @@ def image_cost(config: Config, stream: Stream, backbone: Backbone, layout: Layou
         frozen=passes.get("frozen", 0.0),
         first_adapter=passes.get("first", 0.0),
         keys_bytes=4 * memories * rows * keyed,
-        queries_bytes=8 * memories * moments,
+        queries_bytes=8 * (means + len(counted) * second),
+        sums_bytes=0 if drawn else rows_bytes(8 * means) + 8 * second,
         test_steps=0 if memory.test_time == "none" else memory.test_steps,
         read=memory.read,
         read_width=decoder_width(memory, width, ranks) if memory.read == "decoder" else None,

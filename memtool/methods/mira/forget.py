@@ -9,16 +9,18 @@ import torch
 
 from memtool.errors import ConfigError
 from memtool.heads import RecalledHead, solve_recalled_head
-from memtool.methods.in_store import HEAD, feature_statistics, own_head
+from memtool.heads.solve import merged
+from memtool.methods.in_store import drop, feature_statistics, own_head
+from memtool.methods.mira.heads import drop_head, put_head, read_head
 from memtool.methods.mira.keys import Draws, start_keys
 from memtool.methods.mira.read import DECODERS, decoders_without
 from memtool.methods.mira.state import (
-    MEMORY,
     PAST_QUERIES,
     QUERY_MODULES,
     MemoryState,
     query_statistics,
 )
+from memtool.methods.mira.sums import SEEN, Asked, drop_asked, put_seen
 from memtool.methods.records import blobs_of_task, task_of
 from memtool_stores import MemoryView, Transaction
 
@@ -43,10 +45,7 @@ def solve_without(txn: Transaction, view: MemoryView, gone: set[str]) -> None:
     places = [place for place, id in enumerate(keyed) if id not in gone]
     adapters = tuple(keyed[place] for place in places)
     if not adapters:
-        for name in (MEMORY, HEAD, QUERY_MODULES, DECODERS):
-            if view.has_blob(name):
-                txn.delete_blob(name)
-        txn.set_keys(None)
+        _drop_made(txn, QUERY_MODULES, DECODERS)
         return
     if adapters != tuple(record.id for record in txn.adapters):
         raise ConfigError(
@@ -59,7 +58,7 @@ def solve_without(txn: Transaction, view: MemoryView, gone: set[str]) -> None:
     }
     tasks = tuple(task for task in state.tasks if task in {number[id] for id in adapters})
     adapter_tasks = tuple(tasks.index(number[id]) for id in adapters)
-    keys = np.ascontiguousarray(stored[:, places])
+    keys, asked = np.ascontiguousarray(stored[:, places]), None
     if state.consolidate.keys == "closed-form" and not state.consolidate.epochs:
         queries = query_statistics(view, state)
         if missing := [task for task in tasks if task not in queries]:
@@ -67,9 +66,10 @@ def solve_without(txn: Transaction, view: MemoryView, gone: set[str]) -> None:
                 f"the queries of task {missing[0]} were not kept apart from those of the others",
                 remedy="memtool consolidate, which counts them again, then forget",
             )
-        counted = [queries[task] for task in tasks]
-        nothing = Draws(0, (), ())  # keys in closed form draw none
-        found = start_keys(state.consolidate, state.memory, counted, adapter_tasks, nothing)
+        by_class = state.memory.keys_of == "class"
+        asked = Asked.of((queries[task] for task in tasks), by_class=by_class)
+        nothing = Draws(0, (), (), 0)  # keys in closed form draw none
+        found = start_keys(state.consolidate, state.memory, asked, adapter_tasks, nothing)
         keys = np.ascontiguousarray(found.numpy(), dtype=np.float32)
     head = _solved_head(txn, view, state, tasks, adapter_tasks)
     changes = {"tasks": tasks, "adapters": adapters, "adapter_tasks": adapter_tasks}
@@ -77,15 +77,28 @@ def solve_without(txn: Transaction, view: MemoryView, gone: set[str]) -> None:
     if state.memory.read == "decoder":
         txn.put_blob(DECODERS, decoders_without(view.blob(DECODERS), places))
     state.model_copy(update=changes).put(txn)
-    txn.put_blob(HEAD, head.to_bytes())
+    put_head(txn, head)
+    if asked is None:
+        drop_asked(txn)
+    else:
+        asked.put(txn)
+    put_seen(txn, merged(feature_statistics(view, tasks)) if view.has_blob(SEEN) else None)
 
 
 def _drop_all(txn: Transaction, view: MemoryView) -> None:
     """Leave a memory that was never consolidated: no keys, no head, nothing that was counted."""
-    made = {MEMORY, HEAD, QUERY_MODULES, DECODERS, PAST_QUERIES}
     counted = {name for record in txn.adapters for name in blobs_of_task(task_of(record))}
-    for name in sorted({*view.blobs()} & (made | counted)):
-        txn.delete_blob(name)
+    _drop_made(txn, QUERY_MODULES, DECODERS, PAST_QUERIES, *sorted({*view.blobs()} & counted))
+
+
+def _drop_made(txn: Transaction, *blobs: str) -> None:
+    """Take away keys, head, state, what all tasks add up to, and these blobs."""
+    MemoryState.drop(txn)
+    drop_head(txn)
+    drop_asked(txn)
+    put_seen(txn, None)
+    for name in blobs:
+        drop(txn, name)
     txn.set_keys(None)
 
 
@@ -101,12 +114,14 @@ def _solved_head(
     But for classes that nobody knows then.
     """
     if state.head.is_fixed:  # it knows all classes, learned or not
-        return RecalledHead.from_bytes(view.blob(HEAD), f"blob {HEAD!r}")
+        known = read_head(view, state.adapter_tasks)
+        assert known is not None
+        return known
     features = feature_statistics(view, tasks)
     trained = {task_of(record): own_head(view, record.name) for record in txn.adapters}
     head = solve_recalled_head(state.head, features, trained, adapter_tasks)
-    if state.head.kind != "shared" or not view.has_blob(HEAD):
+    learned = read_head(view, state.adapter_tasks)
+    if state.head.kind != "shared" or learned is None:
         return head
-    learned = RecalledHead.from_bytes(view.blob(HEAD), f"blob {HEAD!r}")
     unknown = ~torch.isfinite(head.bias)
     return RecalledHead(learned.weight, learned.bias.masked_fill(unknown, -torch.inf), None)

@@ -12,10 +12,12 @@ from torch import Tensor
 import memtool_stores
 from memtool.errors import ConfigError, NotFoundError
 from memtool.heads import FeatureStatistics, LinearClassifier
+from memtool.heads.solve import SOLVED, Earlier, merged
 from memtool.memories.closed_form import QueryStatistics
 from memtool.memories.keyed import KeyedMemory, centre_of
 from memtool.methods.in_store import features_blob
 from memtool.methods.mira.first import first_of
+from memtool.methods.mira.heads import heads_of
 from memtool.methods.mira.look import ImageLook, needs_first
 from memtool.methods.mira.state import (
     SAME_QUERIES,
@@ -25,8 +27,9 @@ from memtool.methods.mira.state import (
     queries_blob,
     statistics_known,
 )
+from memtool.methods.mira.sums import Asked, read_seen
 from memtool.methods.on_demand import Counted, OnDemand
-from memtool.methods.records import task_of
+from memtool.methods.records import in_runs, task_of
 from memtool.methods.results import ConsolidateResult
 from memtool.settings import Config
 from memtool.streams.task import Task
@@ -104,6 +107,42 @@ class Inventory:
         last = {task_of(record): record.name for record in self.view.adapters}
         return OnDemand(last, lambda task: self.snapshot.own_head(last[task]))
 
+    @cached_property
+    def asked(self) -> Asked:
+        """The queries of all tasks; once all are counted."""
+        before = Asked.read(self.view) if self._kept else None
+        by_class = self.config.memory.keys_of == "class"
+        first = 0 if before is None else len(before.sizes)
+        others = (self.queries[task] for task in self.tasks[first:])
+        return Asked.of(others, by_class=by_class, before=before)
+
+    @cached_property
+    def earlier(self) -> Earlier:
+        """What came of the tasks that were consolidated before, as far as it is the same now."""
+        state, head = self.state, self.snapshot.head
+        if not self._kept or state is None or head is None:
+            return Earlier()
+        own = {}
+        if head.owners is not None and state.head == self.config.head:
+            own = heads_of(head.to("cpu"), state.tasks)
+        heads = {task: one for task, one in own.items() if task not in self.grown}
+        moments = None if self.grown else read_seen(self.view)
+        return Earlier(self._kept, heads, moments)
+
+    @property
+    def _kept(self) -> int:
+        """How many tasks, from the first, are those whose sums are kept: all or none."""
+        tasks = () if self.state is None else self.state.tasks
+        return len(tasks) if self.tasks[: len(tasks)] == tasks else 0
+
+    @property
+    def seen(self) -> FeatureStatistics | None:
+        """The features of all tasks as they are now, where one head is solved from them."""
+        head = self.config.head
+        if head.scope == "task" or head.kind not in SOLVED:
+            return None
+        return merged(self.features, self.earlier)
+
     @property
     def fresh(self) -> tuple[int, ...]:
         """The tasks whose images are looked at: grown and new ones."""
@@ -127,7 +166,7 @@ def consolidated_before(work: Workspace) -> ConsolidateResult | None:
     for version in store.log(view.version):
         said = version.metadata
         accuracy, validation = said.get("train_accuracy"), said.get("validation_accuracy")
-        if isinstance(accuracy, float) and said.get("learned") == list(state.tasks):
+        if isinstance(accuracy, float) and said.get("learned") == in_runs(state.tasks):
             return ConsolidateResult(
                 version=view.version,
                 tasks=state.tasks,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ from memtool.memories.closed_form import (
     require_dot,
     same_for_every_input,
 )
+from memtool.methods.mira.sums import Asked
 from memtool.sections import ConsolidateSettings, MemorySettings
 
 LINEAR = ("identity", "affine", "normalised", "relu", "tanh", "sigmoid", "power")
@@ -34,12 +35,14 @@ class Draws:
     seed: int
     tasks: Sequence[int]
     blocks: Sequence[int]
+    width: int
 
-    def keys(self, adapter_tasks: Sequence[int], width: int, *, uniform: bool = False) -> Tensor:
+    def keys(self, adapter_tasks: Sequence[int], *, uniform: bool = False) -> Tensor:
         """Keys (memories, t, width) of adapters of the tasks at these places.
 
         Standard normal, or uniform between -1 and 1.
         """
+        width = self.width
         drawn = np.empty((len(self.blocks), len(adapter_tasks), width), dtype=np.float32)
         for memory, block in enumerate(self.blocks):
             streams = [np.random.default_rng([self.seed, task, block]) for task in self.tasks]
@@ -56,7 +59,7 @@ class Draws:
 def start_keys(
     settings: ConsolidateSettings,
     memory: MemorySettings,
-    statistics: Iterable[QueryStatistics],
+    asked: Asked | None,
     adapter_tasks: Sequence[int],
     draws: Draws,
 ) -> Tensor:
@@ -64,9 +67,9 @@ def start_keys(
 
     Without `memory.key_bias` they are `dim` wide.
 
-    `statistics` has the queries of every task, counted class by class where adapters have a key
-    for every class (`memory.keys_of`); m is then the largest number of classes of a task, else 1.
-    It is gone through once, and one task's are held at a time.
+    `asked` has the queries of every task, class by class where adapters have a key for every class
+    (`memory.keys_of`); m is then the largest number of classes of a task, else 1. It may be None
+    where keys are drawn (`are_drawn`).
 
     closed-form   separations that normalise (softmax, topk) get discriminant keys: the score is
                   the log posterior of the task. The others get ridge keys: the score is close to
@@ -82,25 +85,23 @@ def start_keys(
     are solved from what tells them apart.
     """
     require_keys(settings, memory)
-    tasks, sizes = torch.tensor(adapter_tasks), list[int]()
-    by_class = memory.keys_of == "class"
-    whole = QueryStatistics.joined(_each(statistics, sizes, by_class=by_class))
+    if are_drawn(settings, memory):
+        if settings.keys == "uniform":
+            return draws.keys(adapter_tasks, uniform=True)
+        return draws.keys(adapter_tasks) * settings.key_std
+    assert asked is not None
+    tasks, whole = torch.tensor(adapter_tasks), asked.whole
     if _solved(settings, memory):
         _require_told_apart(memory, whole, draws.blocks)
-    if by_class:
-        return _keys_of_classes(memory, whole, sizes, tasks)
+    if memory.keys_of == "class":
+        return _keys_of_classes(memory, whole, asked.sizes, tasks)
     shares = torch.bincount(tasks)[tasks].float()
     if memory.routing == "prototype":
         return whole.mean_keys()[:, tasks]
     if memory.routing == "lda":
         return for_similarity(whole.lda_keys(SHRINKAGE)[:, tasks], "scaled-dot")
-    width = whole.dim + memory.key_bias
-    if settings.keys == "random":
-        return draws.keys(adapter_tasks, width) * settings.key_std
-    if settings.keys == "uniform":
-        return draws.keys(adapter_tasks, width, uniform=True)
     if settings.keys == "mean-query":
-        return whole.mean_keys()[:, tasks, :width]
+        return whole.mean_keys()[:, tasks, : whole.dim + memory.key_bias]
     if memory.separation not in LINEAR:
         keys = whole.lda_keys(SHRINKAGE)[:, tasks]
         keys[..., -1] -= shares.log() / memory.beta
@@ -135,15 +136,6 @@ def require_keys(settings: ConsolidateSettings, memory: MemorySettings) -> None:
             )
 
 
-def _each(
-    statistics: Iterable[QueryStatistics], sizes: list[int], *, by_class: bool
-) -> Iterator[QueryStatistics]:
-    """What is counted of every task, in all or by class; `sizes` gets how many parts each has."""
-    for part in statistics:
-        sizes.append(part.tasks)
-        yield part if by_class else part.pooled()
-
-
 def _require_biased(settings: ConsolidateSettings, memory: MemorySettings) -> None:
     """Raise ConfigError for keys that are solved with a bias, and have no room for one."""
     for name, found, fits in (
@@ -176,6 +168,11 @@ def _require_told_apart(
         remedy=(f"--set memory.blocks={','.join(others)}, or " if others else "")
         + "--set memory.token=mean",
     )
+
+
+def are_drawn(settings: ConsolidateSettings, memory: MemorySettings) -> bool:
+    """Whether keys begin with random numbers, and nothing that was asked matters."""
+    return settings.keys in ("random", "uniform") and memory.routing == "mixture"
 
 
 def _solved(settings: ConsolidateSettings, memory: MemorySettings) -> bool:

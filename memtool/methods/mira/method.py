@@ -45,7 +45,7 @@ from memtool.methods.mira.recall import MemoryModel, memory_blocks
 from memtool.methods.mira.retrieve import retrieved
 from memtool.methods.mira.state import QUERY_MODULES, MemoryState, Snapshot
 from memtool.methods.outcome import share_right
-from memtool.methods.records import recorded, task_of
+from memtool.methods.records import out_of_runs, recorded, task_of
 from memtool.methods.results import ConsolidateResult, RetrieveResult
 from memtool.settings import AT_ONCE, Config
 from memtool.streams.task import Task
@@ -139,7 +139,7 @@ class Mira(Method):
         done = consolidated_before(self.workspace) if self.workspace.has_store else None
         if done is not None:
             return done
-        snapshot = self.snapshot()
+        snapshot = self.snapshot(recalls=self.config.adapter.residual)
         metadata = self._metadata("consolidate")
         return consolidate(self.workspace, snapshot, began=began, metadata=metadata)
 
@@ -338,7 +338,7 @@ class Mira(Method):
 
         def known(version: memtool_stores.Version) -> tuple[int, ...]:
             if setting != "til":
-                return tuple(version.metadata.get("learned") or ())
+                return out_of_runs(version.metadata.get("learned") or ())
             records = store.view(version.id).adapters
             return tuple(dict.fromkeys(task_of(record) for record in records))
 
@@ -453,14 +453,17 @@ class Mira(Method):
 
     # Shared ---------------------------------------------------------------------------------
 
-    def read(self, version: str = "HEAD") -> Snapshot:
-        """The memory at a version, on the device; the stream is not opened."""
-        work, held = self.workspace, self.config.engine.resident
+    def read(self, version: str = "HEAD", *, recalls: bool = True) -> Snapshot:
+        """The memory at a version, on the device; the stream is not opened.
+
+        One that need not recall holds none of its values but one.
+        """
+        work, held = self.workspace, self.config.engine.resident if recalls else 0
         return Snapshot.read(work.store, work.version_of(version), work.backbone, work.layout, held)
 
-    def snapshot(self, version: str = "HEAD") -> Snapshot:
+    def snapshot(self, version: str = "HEAD", *, recalls: bool = True) -> Snapshot:
         """As `read`, and the stream is that which the memory was trained on."""
-        work, snapshot = self.workspace, self.read(version)
+        work, snapshot = self.workspace, self.read(version, recalls=recalls)
         state = snapshot.state
         if state is not None and state.class_names != work.stream.class_names:
             raise MismatchError(

@@ -1,14 +1,15 @@
 """What a store holds of a memory beside values and keys, and the memory made from it.
 
-Blobs, beside those of every method: `memory` (JSON: settings, and which task and adapter each key
-belongs to), `queries.<task>` (moments of each task alone, that keys are solved from),
+Blobs, beside those of every method, of `heads` and of `sums`: `memory` (JSON: settings),
+`memory.tasks.<n>` and `memory.adapters.<n>` (the tasks, and which adapter and task each key belongs
+to, in rows), `queries.<task>` (moments of each task alone, that keys are solved from),
 `query-modules` (learned g, when there are any), `decoders` (where `memory.read` is decoder) and
 `past-queries` (bases of what the memory was asked, where `consolidate.protect` is dual-gpm).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -24,19 +25,21 @@ from memtool.heads import FeatureStatistics, LinearClassifier, RecalledHead
 from memtool.memories.closed_form import QueryStatistics
 from memtool.memories.keyed import KeyedMemory
 from memtool.methods.in_store import (
-    HEAD,
     StoredState,
+    drop,
     feature_statistics,
     features_blob,
     own_head,
 )
 from memtool.methods.mira.first import first_records, require_same_first, taken_along
+from memtool.methods.mira.heads import read_head
 from memtool.methods.mira.indexed import Indexed
 from memtool.methods.mira.look import ImageLook, needs_first, width_of
 from memtool.methods.mira.protect import Protection
 from memtool.methods.mira.read import DECODERS, load_decoders
 from memtool.methods.mira.recall import MemoryModel, first_norms, memory_blocks, reaches_of
 from memtool.methods.on_demand import Counted
+from memtool.methods.pieces import drop_rows, put_rows, read_rows
 from memtool.methods.records import task_of
 from memtool.methods.stored_values import values_of
 from memtool.sections import ConsolidateSettings, MemorySettings, as_meant
@@ -45,6 +48,7 @@ from memtool.tensor_bytes import load_tensors
 from memtool_stores.held import Spool
 
 MEMORY = "memory"
+TASKS, ADAPTERS = "memory.tasks", "memory.adapters"
 QUERY_MODULES = "query-modules"
 PAST_QUERIES = "past-queries"
 
@@ -55,7 +59,7 @@ def queries_blob(task: int) -> str:
 
 
 class MemoryState(StoredState):
-    """How the memory is read: the JSON blob `memory`.
+    """How the memory is read: the JSON blob `memory`, and rows beside it for `BY_ROW`.
 
     `tasks` in the order in which they were consolidated; `adapters` are the ids behind the keys,
     in key order, and `adapter_tasks` the position in `tasks` of each. `consolidate` says how the
@@ -63,8 +67,10 @@ class MemoryState(StoredState):
     """
 
     blob: ClassVar[str] = MEMORY
+    BY_ROW: ClassVar[frozenset[str]] = frozenset({"tasks", "adapters", "adapter_tasks"})
+    """Fields that have an entry for each task or adapter: of schema version 1 they are in JSON."""
 
-    schema_version: int = 1
+    schema_version: int = 2
     memory: MemorySettings
     head: HeadSettings
     consolidate: ConsolidateSettings = ConsolidateSettings()
@@ -92,6 +98,37 @@ class MemoryState(StoredState):
         if not all(place in places for place in self.adapter_tasks):
             raise ValueError(f"adapters of other tasks than the {len(places)} that are named")
         return self
+
+    @classmethod
+    def _beside(cls, said: Mapping[str, Any], view: memtool_stores.MemoryView) -> dict[str, Any]:
+        if said.get("schema_version") == 1:
+            return {}
+        tasks = read_rows(view, TASKS, number="int64 t")
+        adapters = read_rows(view, ADAPTERS, id="uint8 t n", task="int64 t")
+        return {
+            "tasks": tasks["number"].tolist() if tasks else [],
+            "adapters": [bytes(id).decode("ascii", "replace") for id in adapters["id"].numpy()]
+            if adapters
+            else [],
+            "adapter_tasks": adapters["task"].tolist() if adapters else [],
+        }
+
+    def put(self, txn: memtool_stores.Transaction) -> None:
+        """As `StoredState.put`; of the rows what is new or changed is written."""
+        newest = type(self).model_fields["schema_version"].default
+        now = self.model_copy(update={"schema_version": newest})
+        txn.put_blob(self.blob, now.model_dump_json(exclude={*self.BY_ROW}).encode())
+        put_rows(txn, TASKS, {"number": torch.tensor(self.tasks, dtype=torch.int64)})
+        ids = torch.tensor([[*id.encode()] for id in self.adapters], dtype=torch.uint8)
+        places = torch.tensor(self.adapter_tasks, dtype=torch.int64)
+        put_rows(txn, ADAPTERS, {"id": ids, "task": places})
+
+    @classmethod
+    def drop(cls, txn: memtool_stores.Transaction) -> None:
+        """Leave the version that is being written without a state."""
+        drop(txn, cls.blob)
+        for name in (TASKS, ADAPTERS):
+            drop_rows(txn, name)
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +159,8 @@ class Snapshot:
     ) -> Snapshot:
         """Read a version whole, to where the backbone is.
 
-        Of its adapters so many bytes are held at a time, None: all.
+        Of its adapters so many bytes are held at a time, None: all; 0: one, where nothing is
+        recalled.
         """
         view, sites, device = store.view(version), backbone.all_sites, backbone.device
         state = MemoryState.load(view)
@@ -137,6 +175,9 @@ class Snapshot:
                 f"version {view.version} has keys for other adapters than its memory names",
                 remedy="memtool consolidate",
             )
+        if resident == 0:
+            ragged = any(record.ragged for record in records)
+            resident = None if ragged else view.space.layout.nbytes
         values = values_of(view, records, layout, sites, resident)
         look = look_in(view, state.first, state.memory, state.head, backbone, layout)
         blocks = memory_blocks(state.memory, backbone, layout.blocks)
@@ -159,10 +200,9 @@ class Snapshot:
                 memory[block].searched_by = Indexed(view.store_id, len(blocks))
         model = MemoryModel(backbone, values, memory, state.memory, look)
         model = model.to(device).requires_grad_(False)
-        head = None
-        if view.has_blob(HEAD):
-            head = RecalledHead.from_bytes(view.blob(HEAD), f"blob {HEAD!r}").to(device)
-            head = replace(head, of_directions=state.head.is_fixed)
+        head = read_head(view, state.adapter_tasks)
+        if head is not None:
+            head = replace(head.to(device), of_directions=state.head.is_fixed)
             _check_head(head, state, len(records), view.version)
         return cls(view.version, view, layout, sites, records, state, model, head)
 

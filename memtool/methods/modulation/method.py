@@ -53,7 +53,7 @@ from memtool.methods.modulation.retrieve import (
     write_recalled,
 )
 from memtool.methods.modulation.stored import Stored
-from memtool.methods.records import recorded, task_of
+from memtool.methods.records import numbered, recorded, task_of
 from memtool.methods.results import PredictorResult, RecallResult, WrittenAdapter
 from memtool.methods.subject import subject_of
 from memtool.streams.task import Task
@@ -137,7 +137,7 @@ class Modulation(Method):
                 txn.put_blob(PREDICTOR, trained.to_bytes())
 
         metadata["seconds"] = time.perf_counter() - begin
-        words = f"consolidate tasks {' '.join(str(number) for number in stored.tasks)}"
+        words = f"consolidate tasks {numbered(stored.tasks)}"
         work.engine.on_main(lambda: work.store.run(commit, words, metadata=metadata))
         head = work.store.head()
         return PredictorResult(

@@ -34,7 +34,7 @@ from memtool.methods.explanation import Explanation
 from memtool.methods.in_store import classes_of
 from memtool.methods.method import Method, newest_after_each, require_unmoved
 from memtool.methods.outcome import predicted, share_right, told_of
-from memtool.methods.records import recorded, task_of
+from memtool.methods.records import in_runs, numbered, recorded, task_of
 from memtool.methods.results import AdapterCoefficient, RetrieveResult, RoutedResult
 from memtool.methods.routed import measure
 from memtool.methods.routed.attached import RoutedImages, RoutedTexts
@@ -128,8 +128,8 @@ class Routed(Method, ABC):
                 learn(txn)
 
         seconds = time.perf_counter() - begin
-        metadata = {**self._metadata("consolidate"), "learned": list(tasks), "seconds": seconds}
-        message = f"consolidate tasks {' '.join(map(str, tasks))}"
+        metadata = {**self._metadata("consolidate"), "learned": in_runs(tasks), "seconds": seconds}
+        message = f"consolidate tasks {numbered(tasks)}"
         work.engine.on_main(lambda: work.store.run(commit, message, metadata=metadata))
         return result.model_copy(update={"version": work.store.head(), "seconds": seconds})
 
