@@ -8,7 +8,7 @@ So a commit writes the blobs whose rows it adds or changes; the others stay wher
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,6 +63,16 @@ def read_rows(view: MemoryView, name: str, **shapes: str) -> dict[str, Tensor]:
                 f"blob {blob!r} has rows of shape {here}", expected=f"{before}, as before it"
             )
     return {key: torch.cat([one[key] for one in found]) for key in shapes if found}
+
+
+def id_rows(ids: Sequence[str]) -> Tensor:
+    """Ids of adapters, which are equally long, as rows: uint8 (n, letters)."""
+    return torch.tensor([[*id.encode()] for id in ids], dtype=torch.uint8)
+
+
+def ids_of(rows: Tensor) -> list[str]:
+    """What `id_rows` was given."""
+    return [bytes(row).decode("ascii", "replace") for row in rows.numpy()]
 
 
 def _drop_from(txn: Transaction, name: str, first: int) -> None:

@@ -687,17 +687,36 @@ def test_moments_that_were_kept_before_clusters_give_the_same_keys(copy: PromptM
         ({"rows": [1, 7, 1]}, CorruptError),
         ({"apart": [2, 0]}, CorruptError),
         ({"scope": "none"}, ConfigError),
-        ({"schema_version": 2, "more": 1}, MismatchError),
+        ({"schema_version": 3, "more": 1}, MismatchError),
     ],
 )
 def test_a_state_that_fits_no_keys_is_damage(
     copy: PromptMemory, said: dict[str, object], error: type[MemtoolError]
 ) -> None:
     store = copy.workspace.store
-    state = json.loads(store.view().blob("prompt-keys"))
+    state = PromptState.load(store.view())
+    assert state is not None
+    as_it_was = {**state.model_dump(mode="json"), "schema_version": 1}  # with all in one blob
     with store.transaction("strange") as txn:
-        txn.put_blob("prompt-keys", json.dumps({**state, **said}).encode())
+        txn.put_blob("prompt-keys", json.dumps({**as_it_was, **said}).encode())
     with pytest.raises(error):
+        copy.attach()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"rows": torch.tensor([1, 0, 1])}, {"rows": torch.tensor([1, 7, 1])}, None]
+)
+def test_rows_that_fit_no_keys_are_damage(
+    copy: PromptMemory, wrong: dict[str, torch.Tensor] | None
+) -> None:
+    store = copy.workspace.store
+    rows = load(store.view().blob("prompt-keys.adapters.0"))
+    with store.transaction("strange") as txn:
+        if wrong is None:
+            txn.delete_blob("prompt-keys.adapters.0")
+        else:
+            txn.put_blob("prompt-keys.adapters.0", save({**rows, **wrong}))
+    with pytest.raises(MemtoolError):
         copy.attach()
 
 

@@ -14,7 +14,7 @@ from memtool.heads import FeatureStatistics, solve_recalled_head
 from memtool.memories.closed_form import QueryStatistics
 from memtool.methods.mira import moments as prompts
 from memtool.methods.mira.keys import Draws, start_keys
-from memtool.methods.mira.moments import PromptState, looks_blob, solved_keys
+from memtool.methods.mira.moments import PromptState, counted, looks_blob, solved_keys
 from memtool.methods.mira.sums import Asked
 from memtool.methods.on_demand import Counted, OnDemand
 from memtool.methods.routed.memory import kept_bytes
@@ -157,7 +157,8 @@ def test_keys_of_prompts_hold_what_is_known_of_one_task(
     assert live.ever == 2 * TASKS  # once for the keys, once for the witnesses
     assert live.most <= 3
     held = [[read(view, looks_blob(record.id))] for record in view.adapters]
-    wanted = torch.stack([one.flatten(1) for one in solved_keys(held)], dim=1)
+    asked = Asked.of(map(counted, held), by_class=True)
+    wanted = torch.stack([one.flatten(1) for one in solved_keys(asked)], dim=1)
     assert keys is not None
     assert np.array_equal(keys, wanted.numpy())
 

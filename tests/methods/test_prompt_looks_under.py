@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -248,9 +247,11 @@ def test_what_was_stored_before_is_looked_at_by_the_frozen_model(
     place: Path, tmp_path: Path
 ) -> None:
     method = filled(place, tmp_path / "m", *NAMES)
-    blob = json.loads(method.workspace.store.view().blob("prompt-keys"))
+    state = PromptState.load(method.workspace.store.view())
+    assert state is not None
+    blob = state.model_dump(mode="json")
     assert (blob.pop("look_under"), blob.pop("first")) == ("frozen", [])
-    assert PromptState.model_validate(blob) == PromptState.load(method.workspace.store.view())
+    assert PromptState.model_validate(blob) == state
     assert PromptLook.of(method.settings) == method.look
 
 

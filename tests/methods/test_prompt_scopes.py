@@ -15,12 +15,14 @@ import torch
 from torch.nn import functional as F
 
 import memtool
+import memtool_stores
 from memtool.adapters.mixing import Mixture
 from memtool.errors import ConfigError, DataError
 from memtool.learning import looks
 from memtool.learning.looks import PromptLook, looks_of, token_looks
 from memtool.memories.clusters import clustered
 from memtool.methods.forget import forget
+from memtool.methods.mira import prompt_reach
 from memtool.methods.mira.moments import SHRINKAGE, PromptState, moments_of
 from memtool.methods.mira.prompts import PromptMemory
 from memtool.methods.mira.tokens import TokenRouting
@@ -566,5 +568,55 @@ def test_a_memory_is_asked_as_it_was_made(
 def test_blobs_say_how_prompts_were_looked_at(place: Path, memories: dict[str, Path]) -> None:
     view = read(place, memories, "token").workspace.store.view()
     said = json.loads(view.blob("prompt-keys"))
-    assert (said["scope"], said["apart"], said["rows"]) == ("token", [2, 16], [1, 1, 1])
+    assert (said["scope"], said["apart"], said["parts"]) == ("token", [2, 16], 3)
+    state = PromptState.load(view)
+    assert state is not None
+    assert state.rows == (1, 1, 1)
+    assert state.adapters == view.ids
     assert PromptLook(("blocks", "tokens"), apart=True).blocks(2) == {0, 1}
+
+
+@pytest.mark.parametrize("name", ["model", "block", "clusters"])
+def test_what_is_known_of_earlier_adapters_is_not_read_again(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(prompt_reach, "MOST_MEASURED", 1)  # of how far prompts reach: the first
+    first, second, last = SHAPES
+    method = filled(place, tmp_path / "m", (first, second), **WAYS[name])
+    file = write_prompts(tmp_path / "last.jsonl", {last: PROMPTS[last]})
+    method.collect([str(place / "adapters" / last)], file)
+    store, read_blobs = method.workspace.store, list[str]()
+    honest = memtool_stores.MemoryView.blob
+
+    def blob(view: memtool_stores.MemoryView, wanted: str) -> bytes:
+        read_blobs.append(wanted)
+        return honest(view, wanted)
+
+    monkeypatch.setattr(memtool_stores.MemoryView, "blob", blob)
+    method.consolidate()
+    monkeypatch.setattr(memtool_stores.MemoryView, "blob", honest)
+    ids = [record.id for record in store.view().adapters]
+    looks_read = [one for one in read_blobs if one.startswith("looks.")]
+    assert f"looks.{ids[1]}" not in looks_read
+    assert looks_read.count(f"looks.{ids[0]}") == 1
+    together = filled(place, tmp_path / "t", **WAYS[name]).workspace.store.view()
+    np.testing.assert_array_equal(store.view().keys(), together.keys())
+    for kept in ("asked", "prompt-reach"):
+        assert store.view().blob(kept) == together.blob(kept)
+        assert store.view().blob(f"{kept}.0") == together.blob(f"{kept}.0")
+    assert method.consolidate().unchanged
+
+
+def test_other_prompts_of_an_earlier_adapter_are_counted_anew(place: Path, tmp_path: Path) -> None:
+    method = filled(place, tmp_path / "m")
+    other = {"sums": PROMPTS["sums"][:-1]}
+    method.collect([str(place / "adapters" / "sums")], write_prompts(tmp_path / "o.jsonl", other))
+    method.consolidate()
+    changed = {**PROMPTS, **other}
+    never = opened(place, tmp_path / "n")
+    folders = [str(place / "adapters" / name) for name in SHAPES]
+    never.collect(folders, write_prompts(tmp_path / "n.jsonl", changed))
+    never.consolidate()
+    ours, theirs = (one.workspace.store.view() for one in (method, never))
+    np.testing.assert_array_equal(ours.keys(), theirs.keys())
+    assert ours.blob("prompt-reach") == theirs.blob("prompt-reach")

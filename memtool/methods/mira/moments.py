@@ -2,19 +2,20 @@
 
     routing.<task>    the moments of the training prompts of a task
     looks.<adapter>   the moments of the example prompts that an adapter came with, by its id
-    prompt-keys       how prompts were looked at, and whose keys there are
+    prompt-keys       how prompts were looked at; in rows beside it, whose keys there are
     prompt-reach      how far from the others the example prompts lie
 
 Moments are counts and means by cluster, and a root of the scatter within clusters; all of a task's
 add up. Where every block has keys of its own, they are solved from the columns that it sees: those
-of a root are a root of its scatter.
+of a root are a root of its scatter. What all tasks add up to is kept, see `sums`, so that those of
+earlier ones are not read again.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import ClassVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from pydantic import PositiveInt
@@ -23,13 +24,16 @@ from torch.nn import functional as F
 
 import memtool_stores
 from memtool.errors import CorruptError, DataError, MismatchError
-from memtool.learning.looks import columns_of, narrowed
+from memtool.learning.looks import columns_of
+from memtool.memories.closed_form import QueryStatistics
 from memtool.memories.clusters import clustered
 from memtool.memories.moments import Moments
-from memtool.memories.novelty import novelty, reach
-from memtool.methods.in_store import StoredState
+from memtool.methods.in_store import StoredState, drop
 from memtool.methods.mira.first import require_same_first, taken_along
+from memtool.methods.mira.prompt_reach import REACH, WITNESS_WIDE, put_reach
+from memtool.methods.mira.sums import ASKED, Asked, drop_asked
 from memtool.methods.on_demand import OnDemand
+from memtool.methods.pieces import drop_rows, id_rows, ids_of, put_rows, read_rows
 from memtool.methods.records import task_of
 from memtool.methods.routed.memory import Kept, kept_blob, kept_bytes
 from memtool.tensor_bytes import load_tensors, read_tensors
@@ -41,26 +45,26 @@ Chosen on the validation prompts of TRACE, from 200 and from 30 prompts a task, 
 """
 
 
-WITNESSES, WITNESS_WIDE = 64, 256
-"""Example prompts of an adapter that say how far others lie, spread evenly, and their width."""
-
-REACH = "prompt-reach"
-"""Blob of the moments of all witnesses: what the novelty of a prompt is measured by."""
+ADAPTERS = "prompt-keys.adapters"
+"""Rows of the adapters behind the keys."""
 
 
 class PromptState(StoredState):
     """How prompts are looked at, and whose keys there are: the JSON blob `prompt-keys`.
 
     `adapters` are the ids behind the keys, in their order: those that prompts were known of, and
-    `rows` how many keys each of them has. `moments` is the hash of what the keys were solved from;
-    where they learned from there, `epochs` and `lr` say how. `apart` is how many blocks have keys
-    of their own, and how many entries of a look each sees alone: they come first, block by block.
+    `rows` how many keys each of them has; both are in rows of their own. `moments` is the hash of
+    what the keys were solved from, and `parts` how many blobs that was; where they learned from
+    there, `epochs` and `lr` say how. `apart` is how many blocks have keys of their own, and how
+    many entries of a look each sees alone: they come first, block by block.
     `first` are the ids of the adapters that prompts were looked at under, where they were.
     """
 
     blob: ClassVar[str] = "prompt-keys"
 
-    schema_version: int = 1
+    BY_ROW: ClassVar[frozenset[str]] = frozenset({"adapters", "rows"})
+
+    schema_version: int = 2
     look_at: tuple[str, ...]
     look_under: str = "frozen"
     first: tuple[str, ...] = ()
@@ -71,13 +75,39 @@ class PromptState(StoredState):
     adapters: tuple[str, ...] = ()
     rows: tuple[int, ...] = ()
     moments: str = ""
+    parts: int = 0
     epochs: int = 0
     lr: float | None = None
 
     def without_keys(self) -> PromptState:
         """The same way to look at prompts, before there are keys."""
-        none = {"adapters": (), "rows": (), "moments": "", "epochs": 0, "lr": None}
+        none = {"adapters": (), "rows": (), "moments": "", "parts": 0, "epochs": 0, "lr": None}
         return self.model_copy(update=none)
+
+    @classmethod
+    def _beside(cls, said: Mapping[str, Any], view: memtool_stores.MemoryView) -> dict[str, Any]:
+        if said.get("schema_version") == 1:
+            return {}
+        rows = read_rows(view, ADAPTERS, id="uint8 t n", rows="int64 t")
+        if not rows:
+            return {"adapters": (), "rows": ()}
+        return {"adapters": ids_of(rows["id"]), "rows": rows["rows"].tolist()}
+
+    def put(self, txn: memtool_stores.Transaction) -> None:
+        """As `StoredState.put`; of the rows what is new or changed is written."""
+        newest = type(self).model_fields["schema_version"].default
+        now = self.model_copy(update={"schema_version": newest})
+        txn.put_blob(self.blob, now.model_dump_json(exclude={*self.BY_ROW}).encode())
+        rows = self.rows or (1,) * len(self.adapters)  # before an adapter could have several
+        put_rows(txn, ADAPTERS, {"id": id_rows(self.adapters), "rows": torch.tensor(rows)})
+
+    @classmethod
+    def drop(cls, txn: memtool_stores.Transaction) -> None:
+        """Leave the version that is being written without a state, and without sums."""
+        drop(txn, cls.blob)
+        drop_rows(txn, ADAPTERS)
+        for name in (ASKED, REACH):
+            drop_asked(txn, name)
 
 
 def looks_blob(adapter: str) -> str:
@@ -139,13 +169,41 @@ def digest_of(
     new: Mapping[int, Kept],
 ) -> str:
     """The hash of all that the keys of these records are solved from."""
+    return _digest(view, _names(view, records, new), new)
+
+
+def _digest(
+    view: memtool_stores.MemoryView,
+    names: Sequence[tuple[int, str | None]],
+    new: Mapping[int, Kept],
+) -> str:
+    hashes = view.blob_hashes
     parts = [
-        view.blob_hashes[name]
+        hashes[name]
         if name is not None
         else hashlib.sha256(kept_bytes(new[number], "mira")).hexdigest()
-        for number, name in _names(view, records, new)
+        for number, name in names
     ]
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+
+def _summed(
+    view: memtool_stores.MemoryView,
+    names: Sequence[tuple[int, str | None]],
+    new: Mapping[int, Kept],
+) -> int:
+    """Of how many tasks, from the first, a version keeps the sums: all that it has keys of, or 0.
+
+    None where anything is known of one of them that was not then.
+    """
+    state = PromptState.load(view)
+    if state is None or not state.parts or state.parts > len(names):
+        return 0
+    then, since = names[: state.parts], names[state.parts :]
+    tasks = {number for number, _ in then}
+    if tasks & {number for number, _ in since} or _digest(view, then, new) != state.moments:
+        return 0
+    return len(tasks)
 
 
 def moments_of(rows: Tensor, clusters: int, seed: int, apart: int | None = None) -> Kept:
@@ -163,12 +221,6 @@ def moments_of(rows: Tensor, clusters: int, seed: int, apart: int | None = None)
     parts = (wide - means[owners]).split(apart or wide.shape[1], dim=1)
     root = torch.cat([torch.linalg.qr(part, mode="r").R for part in parts], dim=1)
     return {"count": counts, "mean": means.float(), "root": root.float()}
-
-
-def witnesses(seen: Tensor) -> Kept:
-    """Some of prompts that look like (n, d), spread evenly: what tells how unlike others are."""
-    some = torch.linspace(0, len(seen) - 1, min(WITNESSES, len(seen))).long()
-    return {"some": narrowed(seen[some], WITNESS_WIDE).float()}
 
 
 def read_moments(view: memtool_stores.MemoryView, blob: str) -> Kept:
@@ -207,53 +259,41 @@ def classes_of(parts: Sequence[Kept]) -> list[list[int]]:
     return [[*range(first, first + size)] for first, size in zip(firsts, sizes, strict=True)]
 
 
-def solved_keys(
-    tasks: Iterable[Sequence[Kept]], apart: tuple[int, int] | None = None
-) -> list[Tensor]:
-    """The keys (memories, m, d + 1), float32, of every task, of what was kept in its parts.
+def counted(parts: Sequence[Kept], apart: tuple[int, int] | None = None) -> QueryStatistics:
+    """The moments of the prompts of one task, as each memory sees them: a class for each cluster.
 
-    `apart` as in `PromptState`; without it one memory sees all. m is the number of clusters of the
-    task. With x = [look, 1] the sum of exp(x · key) over them is p(task | look) up to a factor that
-    all tasks share, of Gaussian clusters of one covariance. Of a task only the counts and sums of
-    its clusters are held when the next one is read.
-    Raises DataError where no cluster has two prompts that differ, MismatchError for looks of
+    `apart` as in `PromptState`; without it one memory sees all. Raises MismatchError for looks of
     several widths.
     """
-    counts, sums, columns = list[Tensor](), list[Tensor](), list[Tensor]()
-    second: list[Tensor] = []
+    width = parts[0]["mean"].shape[1]
+    columns, classes = columns_of(apart, width), classes_of(parts)
+    moments = Moments(len(columns), columns.shape[1], classes[-1][-1] + 1)
+    for part, mine in zip(parts, classes, strict=True):
+        _require_width(part["mean"].shape[1], width)
+        counts, places = part["count"].double(), torch.tensor(mine)
+        means, root = part["mean"].double(), part["root"].double()
+        moments.counts.index_add_(0, places, counts)
+        for memory, own in enumerate(columns):
+            seen, within = means[:, own], root[:, own]
+            weighed = counts.unsqueeze(1) * seen
+            moments.sums[memory].index_add_(0, places, weighed)
+            moments.second[memory] += within.T @ within + seen.T @ weighed
+    return QueryStatistics.of(moments)
+
+
+def _of_one_width(
+    tasks: Iterable[Sequence[Kept]], apart: tuple[int, int] | None, before: Asked | None
+) -> Iterator[QueryStatistics]:
+    """What is `counted` of tasks; MismatchError for looks of another width than those before."""
+    width = 0 if before is None else before.whole.dim
     for parts in tasks:
-        if not columns:
-            width = parts[0]["mean"].shape[1]
-            columns = [*columns_of(apart, width)]
-            second = [torch.zeros(len(own), len(own), dtype=torch.float64) for own in columns]
-        classes = classes_of(parts)
-        counted = torch.zeros(classes[-1][-1] + 1, dtype=torch.float64)
-        summed = counted.new_zeros(len(counted), width)
-        for part, mine in zip(parts, classes, strict=True):
-            _require_width(part, width)
-            own_counts, places = part["count"].double(), torch.tensor(mine)
-            means, root = part["mean"].double(), part["root"].double()
-            counted.index_add_(0, places, own_counts)
-            summed.index_add_(0, places, own_counts.unsqueeze(1) * means)
-            for memory, own in zip(second, columns, strict=True):
-                seen = means[:, own]
-                within = root[:, own].T @ root[:, own]
-                memory += within + seen.T @ (own_counts.unsqueeze(1) * seen)
-        counts.append(counted)
-        sums.append(summed)
-    every, whole = torch.cat(counts), torch.cat(sums)
-    sizes = [len(one) for one in counts]
-    # Tasks are as likely as each other, and not their clusters.
-    prior = torch.cat([(one / one.sum()).log() for one in counts])
-    keys = [
-        _keys_of(every, whole[:, own], memory, prior)
-        for own, memory in zip(columns, second, strict=True)
-    ]
-    return [*torch.stack(keys).split(sizes, dim=1)]
+        found = counted(parts, apart)
+        _require_width(found.dim, width or found.dim)
+        width = found.dim
+        yield found
 
 
-def _require_width(part: Kept, width: int) -> None:
-    found = part["mean"].shape[1]
+def _require_width(found: int, width: int) -> None:
     if found != width:
         raise MismatchError(
             f"prompts that look like {found} numbers, and like {width}",
@@ -262,10 +302,14 @@ def _require_width(part: Kept, width: int) -> None:
         )
 
 
-def _keys_of(counts: Tensor, sums: Tensor, second: Tensor, prior: Tensor) -> Tensor:
-    """The keys (classes, d + 1), float32, of a memory from what it sees of the moments of all."""
-    moments = Moments(1, sums.shape[1], 0)
-    moments.counts, moments.sums, moments.second = counts, sums[None], second[None]
+def solved_keys(asked: Asked) -> list[Tensor]:
+    """The keys (memories, m, d + 1), float32, of every task, of what is `counted` of all.
+
+    m is the number of clusters of the task. With x = [look, 1] the sum of exp(x · key) over them is
+    p(task | look) up to a factor that all tasks share, of Gaussian clusters of one covariance.
+    Raises DataError where no cluster has two prompts that differ.
+    """
+    moments = asked.whole.moments
     try:
         rule = moments.lda(SHRINKAGE, equal_priors=True)
     except DataError as error:
@@ -274,37 +318,11 @@ def _keys_of(counts: Tensor, sums: Tensor, second: Tensor, prior: Tensor) -> Ten
             expected="a few dozen example prompts of each",
             remedy="--prompts FILE with more of them",
         ) from error
-    return torch.cat([rule.weight[0], (rule.bias[0] + prior).unsqueeze(1)], dim=1).float()
-
-
-def witnessed(tasks: Collection[Sequence[Kept]]) -> Moments | None:
-    """The moments of the witnesses of tasks, and their reach where that can be measured.
-
-    None where a task has none, as prompts that were kept before there were witnesses.
-    """
-    some: list[Tensor] = []
-    for parts in tasks:
-        known = [part["some"] for part in parts if len(part["some"])]
-        if not known:
-            return None
-        some.append(torch.cat(known))
-    rows = torch.cat(some).unsqueeze(0)
-    labels = torch.arange(len(some)).repeat_interleave(torch.tensor([len(one) for one in some]))
-    moments = Moments(1, rows.shape[-1], len(some))
-    moments.add(rows, labels)
-    moments.reach = reach(moments, rows, labels)
-    return moments
-
-
-def novelty_of(view: memtool_stores.MemoryView, seen: Tensor) -> Tensor | None:
-    """How unlike all that prompts are known of at a version others (n, d) look: (n,).
-
-    99 of 100 of the example prompts lie within 1. None where that could not be measured.
-    """
-    if not view.has_blob(REACH):
-        return None
-    moments = Moments.from_bytes(view.blob(REACH), f"blob {REACH!r}")
-    return novelty(narrowed(seen, WITNESS_WIDE).unsqueeze(0), [moments])
+    # Tasks are as likely as each other, and not their clusters.
+    each = moments.counts.split([*asked.sizes])
+    bias = rule.bias + torch.cat([(one / one.sum()).log() for one in each])
+    keys = torch.cat([rule.weight, bias.unsqueeze(-1)], dim=-1).float()
+    return [*keys.split([*asked.sizes], dim=1)]
 
 
 Refine = Callable[[Sequence[int], Sequence[Tensor]], Sequence[Tensor]]
@@ -325,8 +343,12 @@ def put_keys(
     fewer. `state` says how prompts are looked at, and what `refine` does.
     """
     live = txn.adapters
-    parts = parts_in(view, live, new)
-    found: Sequence[Tensor] = solved_keys(parts.values(), state.apart)
+    names, parts = _names(view, live, new), parts_in(view, live, new)
+    tasks, first = [*parts], _summed(view, names, new)
+    before = Asked.read(view) if first else None
+    others = _of_one_width((parts[task] for task in tasks[first:]), state.apart, before)
+    asked = Asked.of(others, by_class=True, before=before)
+    found: Sequence[Tensor] = solved_keys(asked)
     if refine is not None:
         found = refine([*parts], found)
     most = max(one.shape[1] for one in found)
@@ -340,18 +362,12 @@ def put_keys(
     changes = {
         "adapters": tuple(record.id for record in live if task_of(record) in rows),
         "rows": tuple(count for count, _ in each if count),
-        "moments": digest_of(view, live, new),
+        "moments": _digest(view, names, new),
+        "parts": len(names),
     }
     state.model_copy(update=changes).put(txn)
-    _put_reach(txn, witnessed(parts.values()))
-
-
-def _put_reach(txn: memtool_stores.Transaction, moments: Moments | None) -> None:
-    """Keep what novelty is measured by; nothing where it cannot be."""
-    if moments is not None and moments.reach is not None:
-        txn.put_blob(REACH, moments.to_bytes())
-    elif txn.base.has_blob(REACH):
-        txn.delete_blob(REACH)
+    asked.put(txn)
+    put_reach(txn, view, parts, first)
 
 
 def solve_without(
@@ -378,20 +394,21 @@ def solve_without(
     except DataError:
         pass
     txn.set_keys(None)
-    _put_reach(txn, None)
-    if txn.adapters:
-        without.put(txn)
-    else:
-        txn.delete_blob(PromptState.blob)
+    if not txn.adapters:
+        PromptState.drop(txn)
+        return
+    without.put(txn)
+    for name in (ASKED, REACH):
+        drop_asked(txn, name)
 
 
 def _drop_all(txn: memtool_stores.Transaction, view: memtool_stores.MemoryView) -> None:
     """Leave a memory that knows no prompts: no keys, nothing that was counted."""
-    counted = {PromptState.blob, REACH}
-    for record in txn.adapters:
-        counted |= {kept_blob(task_of(record)), looks_blob(record.id)}
-    for name in sorted({*view.blobs()} & counted):
+    known = {kept_blob(task_of(one)) for one in txn.adapters}
+    known |= {looks_blob(one.id) for one in txn.adapters}
+    for name in sorted({*view.blobs()} & known):
         txn.delete_blob(name)
+    PromptState.drop(txn)
     txn.set_keys(None)
 
 

@@ -42,16 +42,14 @@ from memtool.methods.mira.collection import collect, few
 from memtool.methods.mira.cost import cost_of
 from memtool.methods.mira.first import first_of, first_records
 from memtool.methods.mira.moments import (
-    WITNESSES,
     PromptState,
     digest_of,
     moments_of,
-    novelty_of,
     put_keys,
     tasks_in,
-    witnesses,
 )
 from memtool.methods.mira.peft_rows import peft_rows, require_peft
+from memtool.methods.mira.prompt_reach import WITNESSES, novelty_of, witnesses
 from memtool.methods.mira.refine import refined
 from memtool.methods.mira.tokens import TokenRouting
 from memtool.methods.records import number_of, recorded, task_name, task_of

@@ -39,7 +39,7 @@ from memtool.methods.mira.protect import Protection
 from memtool.methods.mira.read import DECODERS, load_decoders
 from memtool.methods.mira.recall import MemoryModel, first_norms, memory_blocks, reaches_of
 from memtool.methods.on_demand import Counted
-from memtool.methods.pieces import drop_rows, put_rows, read_rows
+from memtool.methods.pieces import drop_rows, id_rows, ids_of, put_rows, read_rows
 from memtool.methods.records import task_of
 from memtool.methods.stored_values import values_of
 from memtool.sections import ConsolidateSettings, MemorySettings, as_meant
@@ -107,9 +107,7 @@ class MemoryState(StoredState):
         adapters = read_rows(view, ADAPTERS, id="uint8 t n", task="int64 t")
         return {
             "tasks": tasks["number"].tolist() if tasks else [],
-            "adapters": [bytes(id).decode("ascii", "replace") for id in adapters["id"].numpy()]
-            if adapters
-            else [],
+            "adapters": ids_of(adapters["id"]) if adapters else [],
             "adapter_tasks": adapters["task"].tolist() if adapters else [],
         }
 
@@ -119,9 +117,8 @@ class MemoryState(StoredState):
         now = self.model_copy(update={"schema_version": newest})
         txn.put_blob(self.blob, now.model_dump_json(exclude={*self.BY_ROW}).encode())
         put_rows(txn, TASKS, {"number": torch.tensor(self.tasks, dtype=torch.int64)})
-        ids = torch.tensor([[*id.encode()] for id in self.adapters], dtype=torch.uint8)
         places = torch.tensor(self.adapter_tasks, dtype=torch.int64)
-        put_rows(txn, ADAPTERS, {"id": ids, "task": places})
+        put_rows(txn, ADAPTERS, {"id": id_rows(self.adapters), "task": places})
 
     @classmethod
     def drop(cls, txn: memtool_stores.Transaction) -> None:

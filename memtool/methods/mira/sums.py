@@ -5,6 +5,7 @@
     seen        the moments of the features of all, where one head is solved from them
 
 They are of the tasks that the state of their version names, in its order, or they are not there.
+Of prompts they are of what the keys were solved from, and as `prompt-reach` of the witnesses.
 Sums go on where they ended, so they are those of all tasks read one after another: bit for bit, but
 for the factor of a random projection, which is compressed on the way.
 """
@@ -23,7 +24,7 @@ from memtool.errors import CorruptError
 from memtool.heads import FeatureStatistics
 from memtool.memories.closed_form import QueryStatistics
 from memtool.memories.moments import Moments
-from memtool.methods.in_store import drop
+from memtool.methods.in_store import drop, put_changed
 from memtool.methods.pieces import drop_rows, put_rows, read_rows
 from memtool.tensor_bytes import read_tensors
 from memtool_stores import MemoryView, Transaction
@@ -60,42 +61,45 @@ class Asked:
         whole = QueryStatistics.joined(each())
         return cls(whole, tuple(sizes))
 
-    def put(self, txn: Transaction) -> None:
+    def put(self, txn: Transaction, name: str = ASKED) -> None:
         """Keep them in the version that is being written."""
         places = torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes))
         moments = self.whole.moments
         rows = {"task": places, "count": moments.counts, "sum": moments.sums.transpose(0, 1)}
-        put_rows(txn, ASKED, rows)
-        txn.put_blob(ASKED, save({"second": moments.second.contiguous()}))
+        put_rows(txn, name, rows)
+        whole = {"second": moments.second.contiguous()}
+        if moments.reach is not None:
+            whole["reach"] = moments.reach
+        put_changed(txn, name, save(whole))
 
     @classmethod
-    def read(cls, view: MemoryView) -> Self | None:
+    def read(cls, view: MemoryView, name: str = ASKED) -> Self | None:
         """What a version keeps; None where it does not. Raises CorruptError."""
-        if not view.has_blob(ASKED):
+        rows = read_rows(view, name, task="int64 p", count="float64 p", sum="float64 p g d")
+        if not rows:
             return None
-        rows = read_rows(view, ASKED, task="int64 p", count="float64 p", sum="float64 p g d")
-        second = read_tensors(view.blob(ASKED), f"blob {ASKED!r}", second="float64 g d d")["second"]
-        if not rows or rows["sum"].shape[1:] != second.shape[:2]:
-            raise CorruptError(f"blob {ASKED!r} is not of the queries that it says it sums")
-        sizes = _sizes(rows["task"])
+        where = f"blob {name!r}"
+        shapes = {key: Moments.SHAPES[key] for key in ("second", "reach")}
+        whole = read_tensors(view.blob(name), where, **shapes)
+        if rows["sum"].shape[1:] != whole["second"].shape[:2]:
+            raise CorruptError(f"{where} is not of the same vectors as its rows")
         sums = rows["sum"].transpose(0, 1).contiguous()
-        tensors = {"counts": rows["count"], "sums": sums, "second": second}
-        moments = Moments.from_tensors(tensors, f"blob {ASKED!r}")
-        return cls(QueryStatistics.of(moments), sizes)
+        moments = Moments.from_tensors({"counts": rows["count"], "sums": sums, **whole}, where)
+        return cls(QueryStatistics.of(moments), _sizes(rows["task"], where))
 
 
-def _sizes(places: Tensor) -> tuple[int, ...]:
+def _sizes(places: Tensor, where: str) -> tuple[int, ...]:
     """How many rows each task has, of the task (p,) of every row. Raises CorruptError."""
     steps = places.diff(prepend=places.new_tensor([-1]))
     if not bool(((steps == 0) | (steps == 1)).all()) or int(places[0]) != 0:
-        raise CorruptError(f"blobs {ASKED!r} have tasks that do not follow each other")
+        raise CorruptError(f"{where} has rows of tasks that do not follow each other")
     return tuple(places.bincount().tolist())
 
 
-def drop_asked(txn: Transaction) -> None:
+def drop_asked(txn: Transaction, name: str = ASKED) -> None:
     """Keep none in the version that is being written."""
-    drop_rows(txn, ASKED)
-    drop(txn, ASKED)
+    drop_rows(txn, name)
+    drop(txn, name)
 
 
 def put_seen(txn: Transaction, seen: FeatureStatistics | None) -> None:

@@ -1,0 +1,163 @@
+"""Consolidating one more task, from 100 to 10,000 adapters (`--full`: 100,000).
+
+The digits memory of the defaults (nano, keys in closed form, a head of every task) with ten small
+adapters a task, of which an input recalls two (`memory.separation=topk`) and 10 MB are held at a
+time (`engine.resident`). Three tasks are learned; before the last two, others are put beside the
+first, with its moments, head and noisy values. The consolidation of the last task, which is new
+among T adapters, runs in a process of its own:
+
+ * bytes: what the commit leaves beside the keys, over those among the fewest adapters. Keys in
+   closed form are relative to each other, so all are written anew.
+ * seconds, by the clock.
+ * memory: the peak of the process over that among the fewest adapters, in bytes of an adapter.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.scale_store import sizes_of, written
+from benchmarks.store import workplace
+from benchmarks.timing import environment, figure, progress
+from memtool.config import resolve
+from memtool.methods.in_store import features_blob
+from memtool.methods.mira.method import Mira
+from memtool.methods.mira.state import queries_blob
+from memtool.methods.pieces import PIECE_BYTES
+from memtool.methods.records import own_head_blob
+from memtool.settings import Config
+from memtool_stores import MemoryStore
+
+EACH = 10
+"""Adapters a task."""
+
+AT_ONCE = 500
+"""Tasks of one commit while a memory is made."""
+
+TASK_BYTES = 600_000
+"""What a task takes on a disk: its adapters and heads, and the moments of queries and features."""
+
+SETTINGS: dict[str, Any] = {
+    "stream.train_per_task": 60,
+    "stream.test_per_task": 20,
+    "stream.order": ("upright", "inverted", "rot90"),
+    "train.epochs": 1,
+    "adapter.rank": 1,
+    "adapter.per_task": EACH,
+    "memory.separation": "topk",
+    "engine.resident": 10_000_000,
+    "engine.device": "cpu",
+    "engine.precision": "fp32",
+}
+
+CONSOLIDATE = """
+import os, re, sys, time
+from pathlib import Path
+from benchmarks.scale_consolidate import opened
+memory = opened(Path(sys.argv[1]), sys.argv[2])
+begin = time.perf_counter()
+memory.consolidate()
+seconds = time.perf_counter() - begin
+peak = int(re.search(r"VmHWM:\\s+([0-9]+) kB", open("/proc/self/status").read())[1]) / 1024
+print(seconds, peak, flush=True)
+os._exit(0)
+"""
+
+
+def run(repeats: int, sizes: Sequence[int] = (), full: bool = False) -> dict[str, Any]:
+    """All cases at every T of `sizes`, or without any of `sizes_of`."""
+    del repeats  # it is one consolidation, whose bytes and peak do not vary
+    measured = sorted(set(sizes or sizes_of(full)))
+    cases = consolidating(measured)
+    return {
+        "benchmark": "scale_consolidate",
+        "environment": environment(),
+        "sizes": measured,
+        "passed": all(found["passed"] for found in cases),
+        "cases": cases,
+    }
+
+
+def consolidating(sizes: Sequence[int]) -> list[dict[str, Any]]:
+    """The cases alone."""
+    cases: list[dict[str, Any]] = []
+    few: tuple[float, float] | None = None
+    with workplace(sum(sizes) // EACH * TASK_BYTES + (1 << 28)) as folder:
+        learned = folder / "learned"
+        memory = opened(learned)
+        adapters = [[one.path for one in memory.adapt(str(task))] for task in (1, 2, 3)]
+        for size in sizes:
+            memory = opened(learned, store=f"memory-{size}")
+            memory.write(adapters[0])
+            memory.consolidate()
+            begin = time.perf_counter()
+            grow(memory.workspace.store, size // EACH)
+            progress(f"T = {size}: made in {time.perf_counter() - begin:.0f} s")
+            for paths in adapters[1:]:
+                memory.write(paths)
+                before = written(Path(memory.workspace.store_path))
+                seconds, peak = consolidated(learned, f"memory-{size}")
+                after = written(Path(memory.workspace.store_path))
+            keys = memory.workspace.store.view().keys()
+            assert keys is not None
+            beside = (after - before - keys.nbytes) / 1e3
+            few = few or (beside, peak)
+            name = f"T = {size}"
+            # Rows of heads, tasks, adapters, and of what was asked: the last blob of each.
+            most = few[0] + 4 * PIECE_BYTES / 1e3
+            cases += [
+                figure(f"bytes beside keys, {name}", "kB", beside, most, keys=keys.nbytes / 1e3),
+                figure(f"consolidation, {name}", "seconds", seconds, None),
+                figure(f"memory, {name}", "MB over the fewest", peak - few[1], None, peak=peak),
+            ]
+    return cases
+
+
+def opened(folder: Path, store: str = "memory") -> Mira:
+    """The method over a memory in a folder."""
+    return Mira.open(config_of(folder, store), seed=0)
+
+
+def config_of(folder: Path, store: str) -> Config:
+    """Its settings."""
+    places = {"store": str(folder / store), "runs": str(folder / "runs")}
+    found = resolve(
+        preset="digits-dil", overrides={**SETTINGS, **places}, environ={}, cwd=folder.parent
+    )
+    return found.config
+
+
+def consolidated(folder: Path, store: str) -> tuple[float, float]:
+    """Seconds and megabytes of a consolidation in a process of its own."""
+    command = [sys.executable, "-c", CONSOLIDATE, str(folder), store]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    seconds, peak = done.stdout.split()
+    return float(seconds), float(peak)
+
+
+def grow(store: MemoryStore, tasks: int) -> None:
+    """So many tasks more, each with the moments and heads of the first one."""
+    view = store.view()
+    records = view.adapters
+    values = view.values(view.ids)
+    generator = np.random.default_rng(0)
+    blobs = {blob: view.blob(blob(1)) for blob in (queries_blob, features_blob)}
+    heads = [view.blob(own_head_blob(record.name)) for record in records]
+    for first in range(0, tasks, AT_ONCE):
+        with store.transaction("grow") as txn:
+            for number in range(100 + first, 100 + min(tasks, first + AT_ONCE)):
+                for blob, data in blobs.items():
+                    txn.put_blob(blob(number), data)
+                for record, value, head in zip(records, values, heads, strict=True):
+                    noise = generator.standard_normal(len(value), dtype=np.float32)
+                    name = f"{number}-{record.name}"
+                    about = {key: one for key, one in record.meta.items() if key != "task_name"}
+                    txn.add(name, value + 0.01 * noise, {**about, "task": number})
+                    txn.put_blob(own_head_blob(name), head)
