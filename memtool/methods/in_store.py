@@ -16,6 +16,7 @@ from safetensors.torch import save
 import memtool_stores
 from memtool.errors import CorruptError, MismatchError
 from memtool.heads import FeatureStatistics, LinearClassifier
+from memtool.methods.on_demand import OnDemand
 from memtool.methods.records import own_head_blob
 from memtool.outside import parsed_json
 from memtool.tensor_bytes import read_tensors
@@ -121,7 +122,11 @@ def classes_of(view: memtool_stores.MemoryView) -> tuple[str, ...]:
 
 def feature_statistics(
     view: memtool_stores.MemoryView, tasks: Sequence[int]
-) -> dict[int, FeatureStatistics]:
-    """Moments of the features of tasks at a version, in order."""
-    blobs = {task: features_blob(task) for task in tasks}
-    return {t: FeatureStatistics.from_bytes(view.blob(b), f"blob {b!r}") for t, b in blobs.items()}
+) -> OnDemand[FeatureStatistics]:
+    """Moments of the features of tasks at a version, in order, each read when it is asked for."""
+
+    def read(task: int) -> FeatureStatistics:
+        blob = features_blob(task)
+        return FeatureStatistics.from_bytes(view.blob(blob), f"blob {blob!r}")
+
+    return OnDemand(tasks, read)

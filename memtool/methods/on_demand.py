@@ -32,6 +32,10 @@ class OnDemand(Mapping[int, Value]):
         self._tasks = dict.fromkeys(tasks)
         self._read = read
 
+    def beside(self, task: int, value: Value) -> OnDemand[Value]:
+        """The same with this value, in the place of another of the task, or as the last one."""
+        return OnDemand([*self, task], lambda one: value if one == task else self[one])
+
     def __getitem__(self, task: int) -> Value:
         if task not in self._tasks:
             raise KeyError(task)

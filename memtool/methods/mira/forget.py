@@ -9,9 +9,9 @@ import torch
 
 from memtool.errors import ConfigError
 from memtool.heads import RecalledHead, solve_recalled_head
-from memtool.heads.solve import merged
+from memtool.heads.solve import SOLVED, Earlier, merged
 from memtool.methods.in_store import drop, feature_statistics, own_head
-from memtool.methods.mira.heads import drop_head, put_head, read_head
+from memtool.methods.mira.heads import drop_head, heads_of, put_head, read_head
 from memtool.methods.mira.keys import Draws, start_keys
 from memtool.methods.mira.read import DECODERS, decoders_without
 from memtool.methods.mira.state import (
@@ -21,6 +21,7 @@ from memtool.methods.mira.state import (
     query_statistics,
 )
 from memtool.methods.mira.sums import SEEN, Asked, drop_asked, put_seen
+from memtool.methods.on_demand import OnDemand
 from memtool.methods.records import blobs_of_task, task_of
 from memtool_stores import MemoryView, Transaction
 
@@ -56,8 +57,10 @@ def solve_without(txn: Transaction, view: MemoryView, gone: set[str]) -> None:
         id: state.tasks[place]
         for id, place in zip(state.adapters, state.adapter_tasks, strict=True)
     }
-    tasks = tuple(task for task in state.tasks if task in {number[id] for id in adapters})
-    adapter_tasks = tuple(tasks.index(number[id]) for id in adapters)
+    left = {number[id] for id in adapters}
+    tasks = tuple(task for task in state.tasks if task in left)
+    place = {task: index for index, task in enumerate(tasks)}
+    adapter_tasks = tuple(place[number[id]] for id in adapters)
     keys, asked = np.ascontiguousarray(stored[:, places]), None
     if state.consolidate.keys == "closed-form" and not state.consolidate.epochs:
         queries = query_statistics(view, state)
@@ -117,10 +120,13 @@ def _solved_head(
         known = read_head(view, state.adapter_tasks)
         assert known is not None
         return known
-    features = feature_statistics(view, tasks)
-    trained = {task_of(record): own_head(view, record.name) for record in txn.adapters}
-    head = solve_recalled_head(state.head, features, trained, adapter_tasks)
-    learned = read_head(view, state.adapter_tasks)
+    features, learned = feature_statistics(view, tasks), read_head(view, state.adapter_tasks)
+    last = {task_of(record): record.name for record in txn.adapters}
+    trained = OnDemand(last, lambda task: own_head(view, last[task]))
+    earlier = None
+    if learned is not None and learned.owners is not None and state.head.kind in SOLVED:
+        earlier = Earlier(heads=heads_of(learned, state.tasks))  # each depends on no other task
+    head = solve_recalled_head(state.head, features, trained, adapter_tasks, earlier)
     if state.head.kind != "shared" or learned is None:
         return head
     unknown = ~torch.isfinite(head.bias)

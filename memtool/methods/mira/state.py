@@ -38,7 +38,7 @@ from memtool.methods.mira.look import ImageLook, needs_first, width_of
 from memtool.methods.mira.protect import Protection
 from memtool.methods.mira.read import DECODERS, load_decoders
 from memtool.methods.mira.recall import MemoryModel, first_norms, memory_blocks, reaches_of
-from memtool.methods.on_demand import Counted
+from memtool.methods.on_demand import Counted, OnDemand
 from memtool.methods.pieces import drop_rows, id_rows, ids_of, put_rows, read_rows
 from memtool.methods.records import task_of
 from memtool.methods.stored_values import values_of
@@ -246,11 +246,11 @@ class Snapshot:
             return Protection()
         return Protection.from_bytes(self.view.blob(PAST_QUERIES), f"blob {PAST_QUERIES!r}")
 
-    def query_statistics(self) -> dict[int, QueryStatistics]:
+    def query_statistics(self) -> OnDemand[QueryStatistics]:
         """Moments of the queries of every consolidated task, by task number, in order."""
         return query_statistics(self.view, self.state)
 
-    def feature_statistics(self) -> dict[int, FeatureStatistics]:
+    def feature_statistics(self) -> OnDemand[FeatureStatistics]:
         """Moments of the features of every consolidated task, by task number, in order."""
         return feature_statistics(self.view, self.state.tasks if self.state else ())
 
@@ -299,12 +299,18 @@ def _check_head(head: RecalledHead, state: MemoryState, adapters: int, version: 
 
 def query_statistics(
     view: memtool_stores.MemoryView, state: MemoryState | None
-) -> dict[int, QueryStatistics]:
-    """Moments of the queries of every consolidated task at a version, in order.
+) -> OnDemand[QueryStatistics]:
+    """Moments of the queries of every consolidated task at a version, in order, as `OnDemand`.
 
     A task that was consolidated before memtool kept them apart is left out, and counted again.
     """
-    return _queries(view, state.tasks if state else ())
+    known = [task for task in (state.tasks if state else ()) if view.has_blob(queries_blob(task))]
+
+    def read(task: int) -> QueryStatistics:
+        blob = queries_blob(task)
+        return QueryStatistics.from_bytes(view.blob(blob), f"blob {blob!r}")
+
+    return OnDemand(known, read)
 
 
 def statistics_known(
@@ -327,12 +333,6 @@ def statistics_known(
         Counted(view, asked, QueryStatistics.from_bytes, spool),
         Counted(view, seen, FeatureStatistics.from_bytes, spool),
     )
-
-
-def _queries(view: memtool_stores.MemoryView, tasks: tuple[int, ...]) -> dict[int, QueryStatistics]:
-    known = [task for task in tasks if view.has_blob(queries_blob(task))]
-    blobs = {task: queries_blob(task) for task in known}
-    return {t: QueryStatistics.from_bytes(view.blob(b), f"blob {b!r}") for t, b in blobs.items()}
 
 
 SAME_QUERIES = (

@@ -26,6 +26,7 @@ from memtool.heads import FeatureStatistics, LinearClassifier, RecalledHead, sol
 from memtool.learning.past_inputs import PastInputs
 from memtool.memories.rank1 import Rank1Memory
 from memtool.methods.in_store import HEAD, StoredState, feature_statistics, own_head
+from memtool.methods.on_demand import OnDemand
 from memtool.methods.records import task_of
 from memtool.sections import MoramSettings, PastSettings
 from memtool.settings import HeadSettings
@@ -229,12 +230,15 @@ def join(txn: memtool_stores.Transaction, view: memtool_stores.MemoryView) -> tu
         if here is None:
             txn.put_blob(HEAD, view.blob(HEAD))
         return _not_joined(txn, view)
-    statistics: dict[int, FeatureStatistics] = {}
-    trained: dict[int, LinearClassifier | None] = {}
-    for record in txn.atom_records:
-        source = txn.base if txn.base.catalog.by_id(record.id) else view
-        statistics |= feature_statistics(source, [task_of(record)])
-        trained[task_of(record)] = own_head(source, record.name)
+    source = {
+        task_of(record): txn.base if txn.base.catalog.by_id(record.id) else view
+        for record in txn.atom_records
+    }
+    statistics = OnDemand(source, lambda task: feature_statistics(source[task], [task])[task])
+    trained = {
+        task_of(record): own_head(source[task_of(record)], record.name)
+        for record in txn.atom_records
+    }
     head = solve(state.head, statistics, trained).to_bytes()
     if txn.base.blob_sha256(HEAD) != hashlib.sha256(head).hexdigest():
         txn.put_blob(HEAD, head)

@@ -108,16 +108,16 @@ class Written:
         """The moments of the task's features, and the head that follows from those of all."""
         work, view, txn = self.work, self.txn.base, self.txn
         number, head_settings = self._task.number, work.config.head
-        statistics = feature_statistics(view, tasks_of(view))
         recall = self._bank.recall(self.gate)
         features = work.features(self._task.train.images, recall)
-        statistics[number] = work.counted(features, self._task.train)
+        counted = work.counted(features, self._task.train)
+        statistics = feature_statistics(view, tasks_of(view)).beside(number, counted)
         if is_fixed(work.config):
             head = RecalledHead.shared(head_under(work, recall, head_settings.kind).linear())
         else:
             trained = {**trained_heads(view), number: self.adapter.head}
             head = solve(head_settings, statistics, trained)
-        txn.put_blob(features_blob(number), statistics[number].to_bytes())
+        txn.put_blob(features_blob(number), counted.to_bytes())
         txn.put_blob(HEAD, head.to_bytes())
         AtomsState(
             moram=self.settings,
