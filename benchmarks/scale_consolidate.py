@@ -1,4 +1,4 @@
-"""Consolidating one more task, from 100 to 10,000 adapters (`--full`: 100,000).
+"""One more task and an answer, among 100 to 10,000 adapters in a store (`--full`: 100,000).
 
 The digits memory of the defaults (nano, keys in closed form, a head of every task) with ten small
 adapters a task, of which an input recalls two (`memory.separation=topk`) and 10 MB are held at a
@@ -9,7 +9,10 @@ among T adapters, runs in a process of its own:
  * bytes: what the commit leaves beside the keys, over those among the fewest adapters. Keys in
    closed form are relative to each other, so all are written anew.
  * seconds, by the clock.
- * memory: the peak of the process over that among the fewest adapters, in bytes of an adapter.
+ * memory: the peak of the process over that among the fewest adapters.
+
+Then what an attached memory (`memory.attach()`, as `predict` and `serve` have it) takes for 32
+images and for one, over the same among the fewest adapters: with head, weights and novelty.
 """
 
 from __future__ import annotations
@@ -17,15 +20,18 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
 from benchmarks.scale_store import sizes_of, written
 from benchmarks.store import workplace
-from benchmarks.timing import environment, figure, progress
+from benchmarks.timing import case, environment, figure, interleaved, progress
 from memtool.config import resolve
 from memtool.methods.in_store import features_blob
 from memtool.methods.mira.method import Mira
@@ -73,9 +79,8 @@ os._exit(0)
 
 def run(repeats: int, sizes: Sequence[int] = (), full: bool = False) -> dict[str, Any]:
     """All cases at every T of `sizes`, or without any of `sizes_of`."""
-    del repeats  # it is one consolidation, whose bytes and peak do not vary
     measured = sorted(set(sizes or sizes_of(full)))
-    cases = consolidating(measured)
+    cases = store_cases(repeats, measured)
     return {
         "benchmark": "scale_consolidate",
         "environment": environment(),
@@ -85,9 +90,10 @@ def run(repeats: int, sizes: Sequence[int] = (), full: bool = False) -> dict[str
     }
 
 
-def consolidating(sizes: Sequence[int]) -> list[dict[str, Any]]:
-    """The cases alone."""
+def store_cases(repeats: int, sizes: Sequence[int]) -> list[dict[str, Any]]:
+    """The cases alone; a consolidation is measured once, as its bytes and peak do not vary."""
     cases: list[dict[str, Any]] = []
+    answering: dict[int, nn.Module] = {}
     few: tuple[float, float] | None = None
     with workplace(sum(sizes) // EACH * TASK_BYTES + (1 << 28)) as folder:
         learned = folder / "learned"
@@ -117,7 +123,29 @@ def consolidating(sizes: Sequence[int]) -> list[dict[str, Any]]:
                 figure(f"consolidation, {name}", "seconds", seconds, None),
                 figure(f"memory, {name}", "MB over the fewest", peak - few[1], None, peak=peak),
             ]
+            answering[size] = opened(learned, f"memory-{size}").attach()
+        return [*cases, *answers(answering, repeats)]
+
+
+def answers(models: Mapping[int, nn.Module], repeats: int) -> list[dict[str, Any]]:
+    """Seconds of a batch of every attached memory, by how many adapters it has."""
+    cases: list[dict[str, Any]] = []
+    drawn = torch.Generator().manual_seed(0)
+    for batch in (32, 1):
+        images = torch.randint(256, (batch, 32, 32, 3), generator=drawn).to(torch.uint8)
+        labels = {size: f"{batch} images among {size}" for size in models}
+        ways = {labels[size]: partial(answered, model, images) for size, model in models.items()}
+        seconds = interleaved(ways, repeats, inner=32 // batch)
+        few, *more = labels.values()
+        most = 1.1 if batch > 1 else None  # of one image the keys are read for it alone
+        cases += [case(f"{many}, over few", seconds, many, few, at_most=most) for many in more]
     return cases
+
+
+@torch.inference_mode()
+def answered(model: nn.Module, images: Tensor) -> None:
+    """What a memory makes of images."""
+    model(images)
 
 
 def opened(folder: Path, store: str = "memory") -> Mira:

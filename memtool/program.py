@@ -64,6 +64,7 @@ def export_model(store: str | Path, path: Path, *, task: str | int | None = None
 
     model = memory.attach(task=task)
     assert isinstance(model, AttachedImages)
+    model.hold_all()  # a program reads nothing
     return _written(memory, model, path)
 
 

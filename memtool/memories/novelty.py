@@ -4,10 +4,13 @@ The distance of a vector from a task is Mahalanobis' from the nearest of the tas
 the covariance within its classes. When a task is counted, each of its vectors is measured with
 itself left out, and how far nearly all of them lie is kept: the task's `reach`. The novelty of an
 input is its distance in parts of the reach of the task that is nearest; no image is read for it.
+Among many tasks it is the nearest of those that the input recalls most (`TaskReaches`).
 """
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +28,15 @@ docs/mira.md says how often new images of learned tasks are, and how often other
 
 SHARE = 0.99
 """Of a task's own vectors that lie within its reach."""
+
+ALL_OF, OF_MANY = 8, 4
+"""Of so many tasks all say how novel an input is; of more those that it recalls most."""
+
+HELD = 64
+"""Tasks whose moments are held, of more than `ALL_OF`."""
+
+_READING = threading.RLock()
+"""Threads that ask one memory read in turn."""
 
 SHRINKAGE = 1e-2
 """Of the covariance toward trace / dim · I, as for the discriminant head."""
@@ -84,17 +96,103 @@ class Reaches(nn.Module):
 
     def forward(self, vectors: Tensor) -> Tensor:
         """The novelty (n,), float64 and on the CPU, of vectors (groups, n, dim) of any device."""
-        vectors = exact(vectors)
+        return _over_groups(self.nearest(exact(vectors)))
+
+    def nearest(self, vectors: Tensor) -> Tensor:
+        """How far vectors (groups, n, dim) lie from the nearest task, in parts of its reach.
+
+        (groups, n); all float64 and on the CPU.
+        """
         nearest = []
         for factor, means, reach in zip(self.factors, self.means, self.reach, strict=True):
             away = _distances(vectors @ factor, means).amin(dim=-1)
             nearest.append(away / reach.unsqueeze(-1))
-        return torch.stack(nearest).amin(dim=0).square().mean(dim=0).sqrt()
+        return torch.stack(nearest).amin(dim=0)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Stay on the CPU, in float64."""
         del fn, recurse
         return self
+
+
+Read = Callable[[int], Moments | None]
+"""The moments of the task at a place; None where nothing is known of it."""
+
+
+class TaskReaches(nn.Module):
+    """The novelty of inputs that have several looks, by the tasks that they recall.
+
+    Of up to `ALL_OF` tasks by all of them. Of more by the `OF_MANY` that have the highest weights
+    of the input, whose moments are read when they are asked for: it costs what is recalled.
+    """
+
+    owners: Tensor
+
+    def __init__(self, tasks: int, looks: Sequence[Read], owners: Sequence[int]) -> None:
+        """`looks` read the moments of each look; `owners` (t,) are the tasks of the weights."""
+        super().__init__()
+        self.register_buffer("owners", torch.tensor(owners, dtype=torch.int64), persistent=False)
+        self._tasks, self._looks = tasks, tuple(looks)
+        self._held: OrderedDict[int, list[Reaches | None]] = OrderedDict()
+        self.of_all: nn.ModuleList | None = None
+        if tasks <= ALL_OF:
+            self.hold_all()
+
+    def hold_all(self) -> None:
+        """Read all tasks, and ask all from now on: nothing is read while inputs are looked at."""
+        found = [self._reaches(read, range(self._tasks)) for read in self._looks]
+        self.of_all = nn.ModuleList(one for one in found if one is not None)
+
+    @staticmethod
+    def _reaches(read: Read, places: Sequence[int]) -> Reaches | None:
+        moments = [read(place) for place in places]
+        known = [one for one in moments if one is not None]
+        return Reaches.of(known) if len(known) == len(moments) else None
+
+    def forward(self, looks: Sequence[Tensor], weights: Tensor) -> Tensor | None:
+        """The novelty (n,), float64 on the CPU, of looks (groups, n, dim) under weights (n, t).
+
+        NaN where nothing tells; None where that is so of all inputs.
+        """
+        if self.of_all is not None:
+            if len(self.of_all) < len(looks):
+                return None
+            far = [reach(look) for reach, look in zip(self.of_all, looks, strict=True)]
+        else:
+            places = self.asked(weights)
+            far = [_over_groups(one) for one in self._nearest(list(map(exact, looks)), places)]
+        return torch.stack(far).square().mean(dim=0).sqrt()
+
+    def asked(self, weights: Tensor) -> Tensor:
+        """The places (n, k) of the tasks that have the highest weights (n, t), on the CPU."""
+        by_task = weights.new_zeros(len(weights), self._tasks)
+        by_task = by_task.index_add(1, self.owners, weights)
+        return by_task.topk(min(OF_MANY, self._tasks), dim=1).indices.cpu()
+
+    def _nearest(self, looks: Sequence[Tensor], places: Tensor) -> list[Tensor]:
+        """Of every look how far (groups, n) its inputs lie from the nearest of their tasks."""
+        found = [look.new_full(look.shape[:2], torch.inf) for look in looks]
+        for place in places.unique().tolist():
+            rows = (places == place).any(dim=1)
+            for far, look, reach in zip(found, looks, self._of(place), strict=True):
+                here = far.new_tensor(torch.nan) if reach is None else reach.nearest(look[:, rows])
+                far[:, rows] = torch.minimum(far[:, rows], here)
+        return found
+
+    def _of(self, place: int) -> list[Reaches | None]:
+        """The reaches of one task, a look each."""
+        with _READING:
+            if place not in self._held:
+                self._held[place] = [self._reaches(read, [place]) for read in self._looks]
+                if len(self._held) > HELD:
+                    self._held.popitem(last=False)
+            self._held.move_to_end(place)
+            return self._held[place]
+
+
+def _over_groups(nearest: Tensor) -> Tensor:
+    """The root mean square (n,) over looks (groups, n)."""
+    return nearest.square().mean(dim=0).sqrt()
 
 
 def _distances(vectors: Tensor, means: Tensor) -> Tensor:

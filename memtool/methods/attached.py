@@ -141,6 +141,9 @@ class AttachedImages(Attached, ABC):
     def seen(self, pixels: Tensor) -> Output:
         """What the memory makes of preprocessed pixels (n, 3, size, size)."""
 
+    def hold_all(self) -> None:
+        """Read all that it would read when it is needed; here nothing."""
+
 
 class AttachedTexts(Attached, ABC):
     """A memory on a language model: it answers prompts."""

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from memtool.evaluation.right import Share
-from memtool.heads import FeatureStatistics
-from memtool.memories.closed_form import QueryStatistics
-from memtool.memories.novelty import LIMIT, novelty
+from memtool.memories.novelty import LIMIT, TaskReaches
 from memtool.methods.results import Prediction
 from memtool.streams.task import Images
 
@@ -21,24 +18,13 @@ def share_right(logits: Tensor, samples: Images) -> Share:
     return Share.of_classes(logits.argmax(1).numpy(), samples.labels)
 
 
-def seen_before(
-    features: Tensor,
-    statistics: Mapping[int, FeatureStatistics],
-    queries: Tensor | None = None,
-    asked: Mapping[int, QueryStatistics] | None = None,
-) -> float | None:
-    """The novelty of one input: features (1, dim) and, where a memory asks, queries (1, L, d).
+def seen_before(reaches: TaskReaches, looks: Sequence[Tensor], weights: Tensor) -> float | None:
+    """The novelty of one input of these looks (groups, 1, dim) and weights (1, t).
 
-    Each by the moments of the tasks that were learned. None where these do not tell.
+    None where the moments of its tasks do not tell.
     """
-    looks = [novelty(features[None], [one.moments for one in statistics.values()])]
-    if queries is not None and asked is not None:
-        moments = [one.moments for one in asked.values()]
-        looks.append(novelty(queries.transpose(0, 1), moments))
-    found = [look for look in looks if look is not None]
-    if len(found) < len(looks):
-        return None
-    return float(torch.stack(found).square().mean().sqrt())
+    far = reaches(looks, weights)
+    return None if far is None or bool(far.isnan()) else float(far)
 
 
 def predicted(probabilities: Tensor, class_names: Sequence[str], far: float | None) -> Prediction:

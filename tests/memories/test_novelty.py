@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,8 +11,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from memtool.errors import CorruptError
+from memtool.memories import novelty as module
 from memtool.memories.moments import Moments
-from memtool.memories.novelty import LIMIT, SHARE, SHRINKAGE, novelty, reach
+from memtool.memories.novelty import (
+    ALL_OF,
+    LIMIT,
+    OF_MANY,
+    SHARE,
+    SHRINKAGE,
+    TaskReaches,
+    novelty,
+    reach,
+)
 
 
 def counted(vectors: Tensor, labels: Tensor, *, reaching: bool = True) -> Moments:
@@ -104,3 +116,96 @@ def test_the_reach_is_kept_in_bytes() -> None:
     moments.reach = torch.tensor([1.0, -1.0], dtype=torch.float64)
     with pytest.raises(CorruptError, match="a blob"):
         Moments.from_bytes(moments.to_bytes(), "a blob")
+
+
+# Many tasks -------------------------------------------------------------------------------------
+
+
+def many(tasks: int, seed: int = 0, *, reaching: bool = True) -> list[Moments]:
+    """Moments of two classes a task, of vectors (2, n, 4) about centres of their own."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(tasks):
+        labels = torch.arange(60) % 2
+        centres = 4 * torch.randn(2, 2, 4, generator=generator)
+        vectors = centres[:, labels] + torch.randn(2, 60, 4, generator=generator)
+        found.append(counted(vectors, labels, reaching=reaching))
+    return found
+
+
+def asking(parts: list[list[Moments]], owners: Sequence[int]) -> tuple[TaskReaches, list[int]]:
+    """The reaches of looks, and the places that were read of the first."""
+    read: list[int] = []
+
+    def first(place: int) -> Moments:
+        read.append(place)
+        return parts[0][place]
+
+    others = [one.__getitem__ for one in parts[1:]]
+    return TaskReaches(len(parts[0]), [first, *others], owners), read
+
+
+def test_few_tasks_are_all_asked_whatever_the_weights() -> None:
+    parts = [many(ALL_OF, seed) for seed in (0, 1)]
+    reaches, read = asking(parts, range(ALL_OF))
+    assert read == [*range(ALL_OF)]
+    looks = [torch.randn(2, 5, 4), torch.randn(2, 5, 4)]
+    found = reaches(looks, torch.rand(5, ALL_OF))
+    each = [novelty(look, part) for look, part in zip(looks, parts, strict=True)]
+    torch.testing.assert_close(found, torch.stack(each).square().mean(dim=0).sqrt())
+    assert len(read) == ALL_OF
+
+
+def test_of_many_those_that_an_input_recalls_most_are_asked() -> None:
+    tasks, adapters = 20, 40
+    parts = [many(tasks, seed) for seed in (0, 1)]
+    owners = [place % tasks for place in range(adapters)]
+    reaches, read = asking(parts, owners)
+    assert read == []
+    looks = [torch.randn(2, 6, 4), torch.randn(2, 6, 4)]
+    weights = torch.rand(6, adapters).square()
+    found = reaches(looks, weights)
+    asked: set[int] = set()
+    for row in range(6):
+        by_task = [
+            sum(weights[row, place] for place in range(adapters) if owners[place] == task)
+            for task in range(tasks)
+        ]
+        best = sorted(range(tasks), key=lambda task: -by_task[task])[:OF_MANY]
+        asked |= {*best}
+        each = [
+            novelty(look[:, row : row + 1], [part[task] for task in best])
+            for look, part in zip(looks, parts, strict=True)
+        ]
+        torch.testing.assert_close(found[row], torch.stack(each).square().mean().sqrt())
+    assert {*read} == asked
+    assert len(read) == len(asked)
+    assert torch.equal(reaches(looks, weights), found)
+    assert len(read) == len(asked)  # they are held
+    reaches.hold_all()
+    nearer = reaches(looks, weights)
+    assert bool((nearer <= found + 1e-12).all())
+
+
+def test_what_is_held_of_many_tasks_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "HELD", 5)
+    parts = [many(12)]
+    reaches, read = asking(parts, range(12))
+    for _ in range(2):
+        for first in range(0, 12, OF_MANY):
+            weights = torch.zeros(1, 12)
+            weights[0, first : first + OF_MANY] = 1
+            reaches([torch.zeros(2, 1, 4)], weights)
+    assert len(read) == 24
+    assert len(reaches._held) == 5
+
+
+def test_a_task_that_cannot_tell_leaves_its_inputs_unknown() -> None:
+    parts = [many(10)]
+    parts[0][3] = many(1, 9, reaching=False)[0]
+    reaches, _ = asking(parts, range(10))
+    weights = torch.eye(10)[[3, 5]] + torch.linspace(0.1, 0, 10)
+    found = reaches([torch.zeros(2, 2, 4)], weights)
+    assert bool(found[0].isnan())
+    weights = torch.eye(10)[[9]] + torch.linspace(0, 0.1, 10)
+    assert bool(reaches([torch.zeros(2, 1, 4)], weights).isfinite().all())

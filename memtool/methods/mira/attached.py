@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from memtool.backbones.interface import Backbone
 from memtool.errors import NotFoundError
-from memtool.memories.novelty import Reaches
 from memtool.methods.attached import (
     AttachedAdapters,
     AttachedImages,
@@ -32,10 +30,11 @@ class AttachedMixture(AttachedImages):
         super().__init__(model.backbone, precision)
         self.model: MemoryModel = model
         self.head = HeadModule(head)
-        features = [one.moments for one in snapshot.feature_statistics().values()]
-        queries = [one.moments for one in snapshot.query_statistics().values()]
-        looks = [Reaches.of(features), Reaches.of(queries)]
-        self.reaches = nn.ModuleList(look for look in looks if look is not None)
+        self.reaches = snapshot.reaches()
+
+    def hold_all(self) -> None:
+        """As `AttachedImages.hold_all`."""
+        self.reaches.hold_all()
 
     def seen(self, pixels: Tensor) -> Output:
         """As `AttachedImages.seen`, in one pass."""
@@ -43,11 +42,9 @@ class AttachedMixture(AttachedImages):
         features, coefficients, queries = self.model.seen(pixels, offset)
         weights = coefficients.mean(dim=1)
         logits, probabilities = self.head(features, weights)
-        novelty = unknown(features)
-        if len(self.reaches) == 2:
-            looks = (features.float().unsqueeze(0), queries.transpose(0, 1))
-            far = [reach(look) for reach, look in zip(self.reaches, looks, strict=True)]
-            novelty = finite(torch.stack(far).square().mean(dim=0).sqrt(), features)
+        looks = (features.float().unsqueeze(0), queries.transpose(0, 1))
+        far = self.reaches(looks, weights)
+        novelty = unknown(features) if far is None else finite(far, features)
         return Output(logits, probabilities, weights, novelty)
 
 

@@ -435,17 +435,14 @@ def seen_by(engine: Engine, snapshot: Snapshot, image: npt.NDArray[np.uint8]) ->
 
     def run(batch: Tensor) -> Tensor:
         pixels = model.backbone.preprocess(batch)
-        features, _, queries = model.seen(pixels, settled(model, says(head), pixels))
-        return torch.cat([features.float(), queries.flatten(1)], dim=1)
+        features, found, queries = model.seen(pixels, settled(model, says(head), pixels))
+        return torch.cat([features.float(), found.mean(dim=1), queries.flatten(1)], dim=1)
 
     found = engine.predict(run, image[None])
-    wide = model.look.features_width
-    features, queries = (
-        found[:, :wide],
-        found[:, wide:].unflatten(1, (len(model.memory.blocks), -1)),
-    )
-    statistics, asked = snapshot.feature_statistics(), snapshot.query_statistics()
-    return seen_before(features, statistics, queries, asked)
+    sizes = (model.look.features_width, len(snapshot.records))
+    features, weights, flat = found.tensor_split([sizes[0], sum(sizes)], dim=1)
+    queries = flat.unflatten(1, (len(model.memory.blocks), -1)).transpose(0, 1)
+    return seen_before(snapshot.reaches(), (features.unsqueeze(0), queries), weights)
 
 
 def _with_separation(

@@ -24,6 +24,8 @@ from memtool.errors import ConfigError, CorruptError, MismatchError, NotFoundErr
 from memtool.heads import FeatureStatistics, LinearClassifier, RecalledHead
 from memtool.memories.closed_form import QueryStatistics
 from memtool.memories.keyed import KeyedMemory
+from memtool.memories.moments import Moments
+from memtool.memories.novelty import TaskReaches
 from memtool.methods.in_store import (
     StoredState,
     drop,
@@ -253,6 +255,20 @@ class Snapshot:
     def feature_statistics(self) -> OnDemand[FeatureStatistics]:
         """Moments of the features of every consolidated task, by task number, in order."""
         return feature_statistics(self.view, self.state.tasks if self.state else ())
+
+    def reaches(self) -> TaskReaches:
+        """What tells the novelty of features and queries, by the tasks that are recalled."""
+        state, _, _ = self.consolidated()
+        features, queries = self.feature_statistics(), self.query_statistics()
+
+        def seen(place: int) -> Moments:
+            return features[state.tasks[place]].moments
+
+        def asked(place: int) -> Moments | None:
+            task = state.tasks[place]
+            return queries[task].moments if task in queries else None
+
+        return TaskReaches(len(state.tasks), (seen, asked), state.adapter_tasks)
 
 
 def look_in(

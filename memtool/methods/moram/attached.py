@@ -12,7 +12,6 @@ from memtool.adapters.atoms import AtomGate, ModuleAtoms
 from memtool.adapters.values import Recall
 from memtool.backbones.causal_lm import CausalLM
 from memtool.backbones.interface import Backbone
-from memtool.memories.novelty import Reaches
 from memtool.memories.rank1 import Rank1Memory
 from memtool.methods.attached import (
     AttachedImages,
@@ -23,7 +22,6 @@ from memtool.methods.attached import (
     require_texts,
     unknown,
 )
-from memtool.methods.in_store import feature_statistics
 from memtool.methods.moram.state import AtomSnapshot
 from memtool.methods.moram.watch import TaskShares, watched
 from memtool.methods.records import task_of
@@ -40,8 +38,11 @@ class AttachedAtoms(AttachedImages):
         state, head = snapshot.of_images()
         self.head = HeadModule(head)
         self.by_cosine = state.head.kind in ("prototype", "text")
-        statistics = feature_statistics(snapshot.view, snapshot.tasks)
-        self.reach = Reaches.of([one.moments for one in statistics.values()])
+        self.reaches = snapshot.reaches()
+
+    def hold_all(self) -> None:
+        """As `AttachedImages.hold_all`."""
+        self.reaches.hold_all()
 
     def seen(self, pixels: Tensor) -> Output:
         """As `AttachedImages.seen`, in one pass."""
@@ -58,9 +59,8 @@ class AttachedAtoms(AttachedImages):
         asked = F.normalize(features.float(), dim=-1) if self.by_cosine else features
         shares = weights if self.head.owners is None else whole.taken().mean(dim=1)
         logits, probabilities = self.head(asked, shares)
-        novelty = unknown(features)
-        if self.reach is not None:
-            novelty = finite(self.reach(features.float().unsqueeze(0)), features)
+        far = self.reaches((features.float().unsqueeze(0),), weights)
+        novelty = unknown(features) if far is None else finite(far, features)
         return Output(logits, probabilities, weights, novelty)
 
 

@@ -19,7 +19,6 @@ from memtool.learning.answers import Answering, AnswerScores, answer_row
 from memtool.learning.known import frozen_scores, is_fixed
 from memtool.memories.rank1 import Rank1Memory
 from memtool.methods.calibration import digest_of
-from memtool.methods.in_store import feature_statistics
 from memtool.methods.inside import recalled
 from memtool.methods.kept import fingerprint_of, kept
 from memtool.methods.moram.state import AtomSnapshot, digest
@@ -88,9 +87,12 @@ class AtomMeasure:
         scores = self.scores(snapshot, image)
         mixed = head.owners is not None
         probabilities = head.probabilities(scores)[0] if mixed else scores[0].softmax(0)
-        features = self.work.features(image.images, snapshot.recall)
-        statistics = feature_statistics(snapshot.view, snapshot.tasks)
-        return predicted(probabilities, state.class_names, seen_before(features, statistics))
+        shares = TaskShares(snapshot.tasks, snapshot.gate)
+        recall = watched(snapshot.bank, snapshot.gate, shares)
+        features = self.work.features(image.images, recall).unsqueeze(0)
+        weights = shares.taken().mean(dim=1).cpu()
+        far = seen_before(snapshot.reaches(), (features,), weights)
+        return predicted(probabilities, state.class_names, far)
 
     def accuracy(self, snapshot: AtomSnapshot, task: Task, setting: str) -> Share | None:
         """Share of a task's test images that are classified right.

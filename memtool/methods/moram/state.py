@@ -24,6 +24,8 @@ from memtool.adapters.values import Recall
 from memtool.errors import AlreadyExistsError, CorruptError, MismatchError
 from memtool.heads import FeatureStatistics, LinearClassifier, RecalledHead, solve_recalled_head
 from memtool.learning.past_inputs import PastInputs
+from memtool.memories.moments import Moments
+from memtool.memories.novelty import TaskReaches
 from memtool.memories.rank1 import Rank1Memory
 from memtool.methods.in_store import HEAD, StoredState, feature_statistics, own_head
 from memtool.methods.on_demand import OnDemand
@@ -78,6 +80,15 @@ class AtomSnapshot:
         assert self.state is not None
         assert self.head is not None
         return self.state, self.head
+
+    def reaches(self) -> TaskReaches:
+        """What tells the novelty of features, by the tasks whose atoms are chosen."""
+        statistics = feature_statistics(self.view, self.tasks)
+
+        def seen(place: int) -> Moments:
+            return statistics[self.tasks[place]].moments
+
+        return TaskReaches(len(self.tasks), (seen,), range(len(self.tasks)))
 
 
 def gate_settings(view: memtool_stores.MemoryView, rank: int) -> MoramSettings | None:
