@@ -106,11 +106,12 @@ def store_cases(repeats: int, sizes: Sequence[int]) -> list[dict[str, Any]]:
             begin = time.perf_counter()
             grow(memory.workspace.store, size // EACH)
             progress(f"T = {size}: made in {time.perf_counter() - begin:.0f} s")
-            for paths in adapters[1:]:
-                memory.write(paths)
-                before = written(Path(memory.workspace.store_path))
-                seconds, peak = consolidated(learned, f"memory-{size}")
-                after = written(Path(memory.workspace.store_path))
+            memory.write(adapters[1])
+            memory.consolidate()
+            memory.write(adapters[2])
+            before = written(Path(memory.workspace.store_path))
+            seconds, peak = consolidated(learned, f"memory-{size}")
+            after = written(Path(memory.workspace.store_path))
             keys = memory.workspace.store.view().keys()
             assert keys is not None
             beside = (after - before - keys.nbytes) / 1e3
