@@ -66,12 +66,11 @@ class Batch:
     seed: int
     share: float = 1.0
 
-    def of_process(self, accelerator: Accelerator, groups: int) -> Batch:
-        """The share of this process, on its device: all of it when there is one process.
+    def of_process(self, rank: int, world: int, groups: int, device: torch.device) -> Batch:
+        """The share of one of `world` processes, on its device: all of it when there is one.
 
         Shares are equal, so at most one sample less than there are processes is left out of a step.
         """
-        world, rank = accelerator.num_processes, accelerator.process_index
         inputs, labels, weights = self.inputs, self.told, self.weights
         if world > 1:
             by_group = torch.arange(len(labels)).reshape(groups, -1)
@@ -81,10 +80,10 @@ class Batch:
                 chosen = by_group[:, rank::world][:, : by_group.shape[1] // world].reshape(-1)
             inputs, labels, weights = inputs[chosen], labels[chosen], weights[chosen]
         return Batch(
-            sent(inputs, accelerator.device),
-            sent(labels, accelerator.device),
+            sent(inputs, device),
+            sent(labels, device),
             labels,
-            sent(weights, accelerator.device),
+            sent(weights, device),
             self.seed + rank,
             self.share,
         )
@@ -100,10 +99,10 @@ class Joint:
     parts: tuple[Batch, ...]
     share: float = 1.0
 
-    def of_process(self, accelerator: Accelerator, groups: int) -> Joint:
-        """The share of this process in every part, which have as many groups each."""
+    def of_process(self, rank: int, world: int, groups: int, device: torch.device) -> Joint:
+        """As of every part; these have as many groups each."""
         each = groups // len(self.parts)
-        return Joint(tuple(part.of_process(accelerator, each) for part in self.parts))
+        return Joint(tuple(part.of_process(rank, world, each, device) for part in self.parts))
 
 
 Given = TypeVar("Given", Batch, Joint)
@@ -549,6 +548,7 @@ class Engine:
         model: nn.Module = self._accelerator.prepare_model(module)
         if self.settings.compile:
             model.compile(mode="reduce-overhead" if self._graphs else None)
+        rank = self._accelerator.process_index
         saved_at = time.monotonic()
         with _interruptible() as interrupted, _compiling(bool(self.settings.compile)):
             while done < total:
@@ -560,7 +560,7 @@ class Engine:
                 for batch in batches.micro_batches(done, self.settings.accumulate):
                     if self._graphs:  # what the last one gave is read, and may be written over
                         torch.compiler.cudagraph_mark_step_begin()
-                    mine = batch.of_process(self._accelerator, batches.groups)
+                    mine = batch.of_process(rank, self.processes, batches.groups, self.device)
                     with self.autocast():
                         value = loss(model, mine) * batch.share
                     value.sum().backward()
