@@ -38,13 +38,15 @@ def require_independent(method: Method, count: int) -> None:
     if count < 1:
         raise ConfigError(f"{count} tasks at once", expected="1 or more")
     apart, one_pass = method.trained_apart, trains_in_one_pass(method)
+    launched = method.workspace.engine.processes > 1
     if one_pass and apart is not None:
         raise ConfigError(
             f"{count} tasks in one pass: {apart}",
-            expected="tasks that are trained in one pass",
-            remedy="--set engine.tasks_at_once=processes, or the same without --parallel-tasks",
+            expected="tasks whose adapters can learn side by side",
+            remedy=("" if launched else "--set engine.tasks_at_once=processes, or ")
+            + "the same without --parallel-tasks",
         )
-    if not one_pass and method.workspace.engine.processes > 1:
+    if not one_pass and launched:
         raise ConfigError(
             f"{count} tasks at once in processes under a launcher of several processes",
             expected="one of the two: all processes of a launcher train together",
