@@ -18,6 +18,10 @@ others does. Each case gives the arithmetic of both sides, their ratio `counted`
 speed-up of a pass that would do its arithmetic at the rate of this machine's matrix product and
 nothing else.
 
+The adapters of five tasks in one pass (`--parallel-tasks 5` on a GPU) against five trainings: of
+one adapter each, and of three. A CPU computes as much in either; a GPU whose kernels take less time
+than their start does the five in the time of one. No limit follows from that.
+
 Stage 2: a step that learns keys and linear query modules through the recalled mixture (one memory
 in every block) against a LoRA step in PEFT on the same backbone and batch.
 
@@ -29,7 +33,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -54,7 +58,7 @@ from memtool.backbones.nano import build_nano
 from memtool.backbones.vit_weights import load_vit_weights
 from memtool.engine import Batch, Batches, Engine, available_bytes
 from memtool.heads import LinearClassifier, RecalledHead
-from memtool.learning.adapt import AdapterTraining, losses
+from memtool.learning.adapt import AdapterTraining, Lesson, adapt, losses
 from memtool.learning.looks import FeatureModel
 from memtool.learning.onward import from_block
 from memtool.memories.keyed import KeyedMemory
@@ -64,7 +68,7 @@ from memtool.sections import ConsolidateSettings, MemorySettings, Mix
 from memtool.settings import AdapterSettings, BackboneSettings, EngineSettings, TrainSettings
 from memtool.streams.task import Images
 
-ADAPTERS, CLASSES = 10, 7
+ADAPTERS, CLASSES, TASKS = 10, 7, 5
 ADAPTER = AdapterSettings(rank=4, alpha=8.0)
 IN_MEMORY = (1, 4, 10)
 MIXES: tuple[Mix, ...] = ("delta", "params")
@@ -151,6 +155,7 @@ def run(repeats: int, device: Literal["cpu", "cuda", "mps"] = "cpu") -> dict[str
             )
             for begin in (0, *BEHIND[subject.name]):
                 cases += stage_one(replace(subject, begin=begin), engine, repeats)
+            cases += [several_tasks(subject, engine, repeats, count) for count in (1, 3)]
             cases += stage_two(subject, engine, repeats)
     return {
         "benchmark": "adaptation",
@@ -250,7 +255,7 @@ def ours(subject: Subject, values: Tensor, model: FeatureModel | None = None) ->
     """The module that trains adapters of flat values (t, numel), of the backbone or `model`."""
     scaling = ADAPTER.alpha / ADAPTER.rank
     stack = AdapterValues.from_flat(values, subject.layout, scaling, trainable=True)
-    return AdapterTraining(model or subject.backbone, stack, subject.head(), range(CLASSES))
+    return AdapterTraining(model or subject.backbone, stack, subject.head(), [range(CLASSES)])
 
 
 def cross_entropy(module: nn.Module, batch: Batch) -> Tensor:
@@ -260,11 +265,11 @@ def cross_entropy(module: nn.Module, batch: Batch) -> Tensor:
 
 def in_one_pass(subject: Subject, engine: Engine, values: Tensor) -> Curves:
     """Train ten adapters together."""
-    model, given = from_block(
+    model, (given,) = from_block(
         engine,
         subject.backbone,
         subject.begin,
-        subject.samples,
+        [subject.samples],
         subject.train,
         available_bytes(engine.device),
     )
@@ -277,6 +282,38 @@ def alone(subject: Subject, engine: Engine, module: nn.Module, member: int) -> t
     """Train one of them by itself."""
     batches = subject.batches(Alone, plan=subject.plan(), member=member)
     return engine.fit(module, batches, cross_entropy, subject.train, stage="alone").losses
+
+
+def several_tasks(subject: Subject, engine: Engine, repeats: int, adapters: int) -> dict[str, Any]:
+    """Five tasks of so many adapters: one training after another over one pass."""
+    name = f"{subject.name}, {engine.precision}, {TASKS} tasks of {adapters} adapters"
+    progress(name)
+    lessons = [Lesson(subject.samples, range(CLASSES), seed) for seed in range(TASKS)]
+    how = ADAPTER.model_copy(update={"per_task": adapters, "differ_by": "start"})
+    curves: dict[str, Curves] = {}
+
+    def trained(way: str, passes: Sequence[Sequence[Lesson]]) -> None:
+        found = [
+            adapted.fit.by_group
+            for together in passes
+            for adapted in adapt(
+                engine,
+                subject.backbone,
+                subject.layout,
+                together,
+                class_count=CLASSES,
+                adapter=how,
+                train=subject.train,
+            )
+        ]
+        curves[way] = [curve for task in found for curve in task]
+
+    ways = {"one pass": [lessons], "five trainings": [[lesson] for lesson in lessons]}
+    seconds = interleaved({way: partial(trained, way, ways[way]) for way in ways}, repeats)
+    apart = difference(curves["one pass"], curves["five trainings"])
+    if apart > CURVES_AGREE[engine.precision]:
+        raise AssertionError(f"{name}: the curves differ by {apart:.2g}")
+    return case(name, seconds, "five trainings", "one pass", curves_differ=apart)
 
 
 class PeftTraining(nn.Module):

@@ -106,10 +106,11 @@ def case(
     at_least: float | None = None,
     **more: Any,
 ) -> dict[str, Any]:
-    """One figure of a report: the median ratio `over` / `under` against its limit."""
+    """One figure of a report: the median ratio `over` / `under` against its limit, if any."""
     spread = ratio(seconds, over, under)
     value = spread["median"]
     passed = (at_most is None or value <= at_most) and (at_least is None or value >= at_least)
+    limits = ((sign, limit) for sign, limit in (("<=", at_most), (">=", at_least)))
     progress(
         f"{name}: {over} / {under} = {value:.3f} "
         f"({spread['lower_quartile']:.3f} to {spread['upper_quartile']:.3f})"
@@ -118,7 +119,7 @@ def case(
         "name": name,
         "what": f"{over} / {under}",
         "value": value,
-        "limit": f"<= {at_most}" if at_most is not None else f">= {at_least}",
+        "limit": next((f"{sign} {limit}" for sign, limit in limits if limit is not None), None),
         "passed": passed,
         "quartiles": [spread["lower_quartile"], spread["upper_quartile"]],
         "median_seconds": {name: statistics.median(times) for name, times in seconds.items()},

@@ -19,10 +19,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -65,6 +65,66 @@ class Batch:
     weights: Tensor
     seed: int
     share: float = 1.0
+
+    def of_process(self, rank: int, world: int, groups: int, device: torch.device) -> Batch:
+        """The share of one of `world` processes, on its device: all of it when there is one.
+
+        Shares are equal, so at most one sample less than there are processes is left out of a step.
+        """
+        inputs, labels, weights = self.inputs, self.told, self.weights
+        if world > 1:
+            by_group = torch.arange(len(labels)).reshape(groups, -1)
+            if by_group.shape[1] < world:
+                chosen = by_group.reshape(-1)
+            else:
+                chosen = by_group[:, rank::world][:, : by_group.shape[1] // world].reshape(-1)
+            inputs, labels, weights = inputs[chosen], labels[chosen], weights[chosen]
+        return Batch(
+            sent(inputs, device),
+            sent(labels, device),
+            labels,
+            sent(weights, device),
+            self.seed + rank,
+            self.share,
+        )
+
+
+@dataclass(frozen=True)
+class Joint:
+    """A batch of each of several trainings, for one step of a module that holds them all.
+
+    The loss of a part is to be multiplied by the `share` of the part.
+    """
+
+    parts: tuple[Batch, ...]
+    share: float = 1.0
+
+    def of_process(self, rank: int, world: int, groups: int, device: torch.device) -> Joint:
+        """As of every part; these have as many groups each."""
+        each = groups // len(self.parts)
+        return Joint(tuple(part.of_process(rank, world, each, device) for part in self.parts))
+
+
+Given = TypeVar("Given", Batch, Joint)
+Given_co = TypeVar("Given_co", Batch, Joint, covariant=True)
+
+
+class Steps(Protocol[Given_co]):
+    """What a training goes through, step by step: `Batches`, or `Together` those of several."""
+
+    @property
+    def groups(self) -> int:
+        """Groups of every batch."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of an epoch."""
+
+    def __len__(self) -> int:
+        """Steps of all epochs."""
+
+    def micro_batches(self, step: int, parts: int) -> Iterator[Given_co]:
+        """What a step is given, in at most `parts` pieces."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,6 +194,15 @@ class Batches:
     def __len__(self) -> int:
         return self.steps_per_epoch * self.epochs
 
+    def rhythm(self, parts: int) -> tuple[int, ...]:
+        """Steps in all and in an epoch, and pieces of a full batch and of the last of an epoch.
+
+        What those of several trainings have in common that go `Together`; `parts` as in
+        `micro_batches`.
+        """
+        last = len(self._counts) - (self.steps_per_epoch - 1) * self._size
+        return len(self), self.steps_per_epoch, min(parts, self._size), min(parts, last)
+
     def indices(self, step: int) -> npt.NDArray[np.int64]:
         """The distinct samples of a step: int64 (groups, size)."""
         return np.take_along_axis(self._members, self._places(step), axis=1)
@@ -171,6 +240,34 @@ class Batches:
             )
 
 
+@dataclass(frozen=True, eq=False)
+class Together:
+    """The batches of several trainings of one `rhythm`, whose groups are those of one module.
+
+    Each training has as many groups, and gets the batches that it would get alone.
+    """
+
+    trainings: tuple[Batches, ...]
+
+    @property
+    def groups(self) -> int:
+        """Those of the first training, then those of the second, and so on."""
+        return sum(one.groups for one in self.trainings)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of an epoch, the same for all."""
+        return self.trainings[0].steps_per_epoch
+
+    def __len__(self) -> int:
+        return len(self.trainings[0])
+
+    def micro_batches(self, step: int, parts: int) -> Iterator[Joint]:
+        """The pieces of all trainings side by side."""
+        each = (one.micro_batches(step, parts) for one in self.trainings)
+        yield from map(Joint, zip(*each, strict=True))
+
+
 @dataclass(frozen=True)
 class FitResult:
     """What a training ended with. `losses` holds one mean loss per finished epoch.
@@ -188,6 +285,23 @@ class FitResult:
     begin: tuple[float, ...]
     selected: int | None = None
     score: float | None = None
+
+    def split(self, count: int) -> list[FitResult]:
+        """Those of `count` trainings that went `Together`; they share the seconds equally."""
+        size = len(self.by_group) // count
+        found = []
+        for low in range(0, len(self.by_group), size):
+            mine = self.by_group[low : low + size]
+            found.append(
+                replace(
+                    self,
+                    losses=tuple(sum(epoch) for epoch in zip(*mine, strict=True)),
+                    seconds=self.seconds / count,
+                    by_group=mine,
+                    begin=self.begin[low : low + size],
+                )
+            )
+        return found
 
 
 class _Best:
@@ -365,8 +479,8 @@ class Engine:
     def fit(
         self,
         module: nn.Module,
-        batches: Batches,
-        loss: Callable[[nn.Module, Batch], Tensor],
+        batches: Steps[Given],
+        loss: Callable[[nn.Module, Given], Tensor],
         settings: TrainSettings,
         *,
         stage: str,
@@ -381,9 +495,10 @@ class Engine:
         """Train the parameters of `module` that require gradients.
 
         `loss(module, batch)` gives a scalar, the mean over the batch, on tensors of the device;
-        for batches of several groups one mean for every group (groups,). Parameters then have a
-        slice for every group in their first dimension, and each group learns as if it were alone:
-        its gradients are those of its own loss, clipped by their own norm.
+        for batches of several groups one mean for every group (groups,), of a `Joint` those of one
+        part after another. Parameters then have a slice for every group in their first dimension,
+        and each group learns as if it were alone: its gradients are those of its own loss, clipped
+        by their own norm.
         `after_step` runs after every optimiser step (projections). `rate_of` gives the factor on
         the learning rate of a parameter by its name. `select` scores the module after every epoch,
         higher is better: the parameters end as they were after the best one, which `FitResult`
@@ -433,6 +548,7 @@ class Engine:
         model: nn.Module = self._accelerator.prepare_model(module)
         if self.settings.compile:
             model.compile(mode="reduce-overhead" if self._graphs else None)
+        rank = self._accelerator.process_index
         saved_at = time.monotonic()
         with _interruptible() as interrupted, _compiling(bool(self.settings.compile)):
             while done < total:
@@ -444,7 +560,7 @@ class Engine:
                 for batch in batches.micro_batches(done, self.settings.accumulate):
                     if self._graphs:  # what the last one gave is read, and may be written over
                         torch.compiler.cudagraph_mark_step_begin()
-                    mine = self._share(batch, batches.groups)
+                    mine = batch.of_process(rank, self.processes, batches.groups, self.device)
                     with self.autocast():
                         value = loss(model, mine) * batch.share
                     value.sum().backward()
@@ -543,29 +659,6 @@ class Engine:
     def _graphs(self) -> bool:
         """Whether kernels are started by CUDA graphs; torch has none on other devices."""
         return self.settings.compile == "graphs"
-
-    def _share(self, batch: Batch, groups: int) -> Batch:
-        """The share of this process in a batch: all of it when there is one process.
-
-        Shares are equal, so at most one sample less than there are processes is left out of a step.
-        """
-        world, rank = self._accelerator.num_processes, self._accelerator.process_index
-        inputs, labels, weights = batch.inputs, batch.told, batch.weights
-        if world > 1:
-            by_group = torch.arange(len(labels)).reshape(groups, -1)
-            if by_group.shape[1] < world:
-                chosen = by_group.reshape(-1)
-            else:
-                chosen = by_group[:, rank::world][:, : by_group.shape[1] // world].reshape(-1)
-            inputs, labels, weights = inputs[chosen], labels[chosen], weights[chosen]
-        return Batch(
-            sent(inputs, self.device),
-            sent(labels, self.device),
-            labels,
-            sent(weights, self.device),
-            batch.seed + rank,
-            batch.share,
-        )
 
 
 def _compiling(on: bool) -> AbstractContextManager[object]:

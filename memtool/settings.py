@@ -382,6 +382,12 @@ class EngineSettings(Settings):
     )
     accumulate: Annotated[int, Field(ge=1)] = Field(1, description="steps of gradient accumulation")
     eval_batch_size: Annotated[int, Field(ge=1)] = Field(100, description="images a step")
+    tasks_at_once: Literal["auto", "processes", "one-pass"] = Field(
+        "auto",
+        description="how run --parallel-tasks trains several tasks: each in a process, or all in "
+        "one pass; auto: in one pass where it can be on an accelerator or under a launcher, else "
+        "in processes",
+    )
     resident: Annotated[int, Field(ge=1)] | None = Field(
         None,
         description="of images, under separation topk or max or a routing: bytes of adapters on "

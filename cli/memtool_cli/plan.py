@@ -21,11 +21,13 @@ def show_plan(
     tuning_seed: int | None = None,
     *,
     task: str | None = None,
+    parallel: tuple[int, Sequence[Sequence[int]] | None] = (1, None),
 ) -> None:
     """Print the plan of a verb: what is learned and measured, where it goes, and the tasks.
 
     With `task`, by number or name, of that one alone. With the cells that `run` chooses from, also
-    what choosing costs.
+    what choosing costs. `parallel` says how many tasks are trained at once, and of passes the
+    numbers of their tasks; processes have none.
     """
     from memtool.experiments.plan import plan, plan_of_selection
 
@@ -33,6 +35,9 @@ def show_plan(
     if cells and tuning_seed is not None:
         others = len(facts["baselines"] or ())
         facts["select"] = plan_of_selection(call.config, cells, seed=tuning_seed, baselines=others)
+    at_once, passes = parallel
+    if at_once > 1:
+        facts["parallel_tasks"], facts["passes"] = at_once, passes
     seeds = call.config.seed
     record = Plan(verb=verb, store=call.store_path, seeds=seeds, plan=facts)
     rows = [*_facts(facts), ("runs", facts["runs"]), ("seeds", ", ".join(map(str, seeds)))]
@@ -84,6 +89,10 @@ def _facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
     if plan["crop"] is not None:
         rows.append(("pictures", f"made square: {_CROPS[plan['crop']]} (stream.crop)"))
     rows.append(("batch size", str(plan["batch_size"])))
+    if "parallel_tasks" in plan:
+        each = [", ".join(map(str, tasks)) for tasks in plan["passes"] or ()]
+        how = f"in one pass: {'; then '.join(each)}" if each else "each in a process"
+        rows.append(("at once", f"{plan['parallel_tasks']} tasks, {how}"))
     if plan["consolidation_epochs"] is not None:
         epochs = plan["consolidation_epochs"]
         rows.append(("key learning", f"{epochs} epochs" if epochs else "none"))

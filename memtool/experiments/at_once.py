@@ -1,8 +1,12 @@
-"""The adapters of several tasks trained at once, by processes of this machine.
+"""The adapters of several tasks trained at once: by processes of this machine, or in one pass.
 
 Where a training starts from nothing that earlier tasks left, it depends on settings, seed and task
 alone: which process does it changes no bit. So each adapter is trained as by `adapt`, into the same
 folder, and the run goes on over what is finished. A process that lost the one who started it ends.
+
+In one pass the groups of all tasks run through the model together (`adapt_together`), which gives
+the same up to rounding. It is for a device that waits for its kernels to be started, of which there
+are no more for K tasks than for one; a CPU has as much to compute as before.
 """
 
 from __future__ import annotations
@@ -33,11 +37,21 @@ def require_independent(method: Method, count: int) -> None:
         return
     if count < 1:
         raise ConfigError(f"{count} tasks at once", expected="1 or more")
-    if method.workspace.engine.processes > 1:
+    apart, one_pass = method.trained_apart, trains_in_one_pass(method)
+    launched = method.workspace.engine.processes > 1
+    if one_pass and apart is not None:
         raise ConfigError(
-            f"{count} tasks at once under a launcher of several processes",
-            expected="one of the two: all processes of a launcher train one task together",
-            remedy="the command without its launcher, or without --parallel-tasks",
+            f"{count} tasks in one pass: {apart}",
+            expected="tasks whose adapters can learn side by side",
+            remedy=("" if launched else "--set engine.tasks_at_once=processes, or ")
+            + "the same without --parallel-tasks",
+        )
+    if not one_pass and launched:
+        raise ConfigError(
+            f"{count} tasks at once in processes under a launcher of several processes",
+            expected="one of the two: all processes of a launcher train together",
+            remedy="the command without its launcher, or without --parallel-tasks"
+            + (", or --set engine.tasks_at_once=one-pass" if apart is None else ""),
         )
     needed = method.needs_before
     if needed is not None and method.config.stream.setting not in AT_ONCE:
@@ -49,6 +63,25 @@ def require_independent(method: Method, count: int) -> None:
             else "--warm-start none --set adapter.residual=false, or the same without "
             "--parallel-tasks",
         )
+
+
+def trains_in_one_pass(method: Method) -> bool:
+    """Whether `engine.tasks_at_once` has tasks trained in one pass, not in processes."""
+    engine = method.workspace.engine
+    match method.config.engine.tasks_at_once:
+        case "auto":
+            shared = engine.device.type != "cpu" or engine.processes > 1
+            return shared and method.trained_apart is None
+        case wanted:
+            return wanted == "one-pass"
+
+
+def plan_at_once(method: Method, count: int) -> list[list[int]] | None:
+    """The numbers of the tasks of every pass, so many at most; None where there is no such pass."""
+    if count == 1 or not trains_in_one_pass(method):
+        return None
+    passes = method.in_passes(method.workspace.stream.tasks, count)
+    return [[task.number for task in tasks] for tasks in passes]
 
 
 def adapt_at_once(
@@ -64,6 +97,10 @@ def adapt_at_once(
     if min(count, len(left)) < 2:
         for task in left:
             method.adapt(str(task.number), fresh=fresh)
+        return
+    if trains_in_one_pass(method):
+        for tasks in method.in_passes(left, count):
+            method.adapt_together([str(task.number) for task in tasks], fresh=fresh)
         return
     workers = [_Worker(method, fresh) for _ in range(min(count, len(left)))]
     try:

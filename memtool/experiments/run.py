@@ -86,8 +86,9 @@ def run(
     `log` names services that follow the run (`memtool.trackers`; `say` is told where to look), and
     `said` is what whoever started it says of it. `bound` is recorded of a configuration whose order
     is at one. Without `tables` nothing is written beside the folders of the seeds. The adapters of
-    `parallel_tasks` tasks are trained at once, in processes of their own, where a task needs none
-    before it; what they come to is the same bit for bit. Raises BusyError while another process
+    `parallel_tasks` tasks are trained at once, in processes of their own or in one pass
+    (`engine.tasks_at_once`), where a task needs none before it; what they come to is the same, bit
+    for bit or up to rounding. Raises BusyError while another process
     runs the same seed in the same `runs`, ConfigError for a service that is not there, and for
     parallel tasks that need each other.
     """

@@ -6,6 +6,7 @@ that are trained in one pass. An image that is augmented is another one in every
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -25,29 +26,33 @@ def from_block(
     engine: Engine,
     backbone: FeatureModel,
     block: int,
-    samples: Images | Labelled,
+    samples: Sequence[Images | Labelled],
     train: TrainSettings,
     left: int,
-) -> tuple[FeatureModel, Images | Labelled]:
+) -> tuple[FeatureModel, Sequence[Images | Labelled]]:
     """The model from its first block with adapters on, and what reaches that of every image.
 
-    These are on the CPU, (n, tokens, dim) float32, and of at most a part of the `left` bytes. The
-    whole model and the samples as they are for images that are augmented or mixed before they are
-    seen, for prompts, for models that do not go on from a block, and where there is no room.
+    `samples` are those of every task that is trained. What reaches a block is on the CPU,
+    (n, tokens, dim) float32, and all of it of at most a part of the `left` bytes. The whole model
+    and the samples as they are for images that are augmented or mixed before they are seen, for
+    prompts, for models that do not go on from a block, and where there is no room.
     """
     whole = backbone, samples
-    if not (block and isinstance(samples, Images) and isinstance(backbone, Resumable)):
+    images = [some for some in samples if isinstance(some, Images)]
+    if not (block and len(images) == len(samples) and isinstance(backbone, Resumable)):
         return whole
     if train.augment != "none" or train.mixup:
         return whole
     model = Onward(backbone, block)
     reaching = partial(_reaching, model)
-    needed = len(samples) * engine.predict(reaching, samples.images[:1]).nbytes * engine.processes
+    each = engine.predict(reaching, images[0].images[:1]).nbytes
+    needed = sum(len(some) for some in images) * each * engine.processes
     room = min(left, available_bytes(torch.device("cpu")))
     # Processes that differed would wait for each other with other parameters.
     if not engine.on_main(lambda: needed <= MOST_KEPT * room):
         return whole
-    return model, Labelled(engine.predict(reaching, samples.images).numpy(), samples.labels)
+    kept = (engine.predict(reaching, some.images).numpy() for some in images)
+    return model, [Labelled(one, some.labels) for one, some in zip(kept, images, strict=True)]
 
 
 def _reaching(model: Onward, images: Tensor) -> Tensor:

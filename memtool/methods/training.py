@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from memtool.alone import alone
 from memtool.errors import AlreadyExistsError, ConfigError, DataError
-from memtool.learning.adapt import Adapted, Beneath, adapt
+from memtool.learning.adapt import Adapted, Beneath, Lesson, adapt, batches_of
 from memtool.learning.known import compared, fixed_head, is_fixed
 from memtool.learning.learner import Learner
 from memtool.methods.exchange import AdapterFolder, write_adapter
@@ -39,6 +40,15 @@ class Trained:
     beneath: str = ""
 
 
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """A task whose adapters are wanted, their folders, and the hash of what decides them."""
+
+    task: Task
+    folders: Sequence[AdapterFolder]
+    fingerprint: str
+
+
 class AdapterTrainer(AdapterWriter[Workspace]):
     """The step that trains: whole adapters with a head, or on texts without one.
 
@@ -59,23 +69,61 @@ class AdapterTrainer(AdapterWriter[Workspace]):
         BusyError while another process trains the same, CorruptError for a file that is not what
         was written.
         """
+        return self.adapt_together([task], fresh=fresh)[0]
+
+    def adapt_together(
+        self, tasks: Sequence[str], *, fresh: bool = False
+    ) -> list[list[AdaptResult]]:
+        """As `adapt`, of tasks whose unfinished ones are trained in one pass; see `in_passes`.
+
+        Each ends as if it had been trained alone, up to rounding. What was interrupted goes on with
+        the same unfinished tasks.
+        """
         work = self.workspace
-        chosen = work.task(task)
-        self._require_learnable(chosen)
+        chosen = [work.task(task) for task in tasks]
+        for task in chosen:
+            self._require_learnable(task)
         self.require_able()
-        fingerprint = self._fingerprint(chosen)
-        folders = self._folders(chosen)
-        finished = self._finished(folders, fingerprint, fresh)
-        if finished:
-            return finished
-        lock = work.adapter_folder / f".{folders[0].path.name}.lock"
+        jobs = [_Job(task, self._folders(task), self._fingerprint(task)) for task in chosen]
+        found = [self._finished(job, fresh) for job in jobs]
         with ExitStack() as held:
-            doing = f"training {folders[0].path}"
-            work.engine.on_main(lambda: held.enter_context(alone(lock, doing)))
+            left = [job for job, finished in zip(jobs, found, strict=True) if not finished]
+            for job in sorted(left, key=lambda job: job.task.number):
+                name = job.folders[0].path
+                lock = alone(work.adapter_folder / f".{name.name}.lock", f"training {name}")
+                work.engine.on_main(partial(held.enter_context, lock))
             # Another process may have finished them since.
-            return self._finished(folders, fingerprint, fresh) or self._trained(
-                chosen, folders, fingerprint, fresh
-            )
+            found = [self._finished(job, fresh) for job in jobs]
+            left = [job for job, finished in zip(jobs, found, strict=True) if not finished]
+            trained = iter(self._trained(left, fresh) if left else ())
+            return [finished or next(trained) for finished in found]
+
+    def in_passes(self, tasks: Sequence[Task], most: int) -> list[list[Task]]:
+        """Tasks by the passes that train them: at most so many in one, all of equally many steps.
+
+        Of tasks of other numbers of samples the steps may differ: these have passes of their own.
+        """
+        settings, parts = self.config, self.config.engine.accumulate
+        alike: dict[tuple[int, ...], list[Task]] = {}
+        for task in tasks:
+            batches = batches_of(self._lesson(task, None), settings.adapter, settings.train)
+            alike.setdefault(batches.rhythm(parts), []).append(task)
+        return [
+            some[low : low + most] for some in alike.values() for low in range(0, len(some), most)
+        ]
+
+    @property
+    def trained_apart(self) -> str | None:
+        """Why several tasks cannot be trained in one pass, in words; None: they can."""
+        if type(self)._train is not AdapterTrainer._train:
+            return f"method {self.config.method} has a training of its own"
+        if self.workspace.reads == "texts":
+            return "a language model learns one task at a time"
+        if self.config.adapter.residual:
+            return "adapter.residual has adapters learn on top of a memory"
+        if self.config.train.stop_at is not None:
+            return "train.stop_at ends the training of each task in an epoch of its own"
+        return None
 
     @property
     def needs_before(self) -> str | None:
@@ -89,23 +137,23 @@ class AdapterTrainer(AdapterWriter[Workspace]):
 
     def is_trained(self, task: Task) -> bool:
         """Whether the adapters of a task are finished; errors as of `adapt`."""
-        return bool(self._finished(self._folders(task), self._fingerprint(task), fresh=False))
+        job = _Job(task, self._folders(task), self._fingerprint(task))
+        return bool(self._finished(job, fresh=False))
 
     def _folders(self, task: Task) -> list[AdapterFolder]:
         place = self.workspace.adapter_folder
         return [AdapterFolder(place / name) for name in self.adapter_names(task)]
 
-    def _finished(
-        self, folders: Sequence[AdapterFolder], fingerprint: str, fresh: bool
-    ) -> list[AdaptResult]:
+    def _finished(self, job: _Job, fresh: bool) -> list[AdaptResult]:
         """What there is of these adapters already; empty where they are to be trained."""
+        folders = job.folders
         complete = [folder for folder in folders if folder.is_complete]
         for folder in folders:
             if folder not in complete:
                 require_new(folder.path)
         if fresh or not complete:
             return []
-        if any(folder.about().fingerprint != fingerprint for folder in complete):
+        if any(folder.about().fingerprint != job.fingerprint for folder in complete):
             raise AlreadyExistsError(
                 f"{complete[0].path} was trained with other settings, data or backbone",
                 remedy="the same command with --fresh, or with --set runs=DIR",
@@ -114,85 +162,111 @@ class AdapterTrainer(AdapterWriter[Workspace]):
             return []
         return [folder.result().model_copy(update={"skipped": True}) for folder in folders]
 
-    def _trained(
-        self, chosen: Task, folders: Sequence[AdapterFolder], fingerprint: str, fresh: bool
-    ) -> list[AdaptResult]:
-        """Train adapters and write them; the caller holds their lock."""
-        work = self.workspace
-        names = [folder.path.name for folder in folders]
+    def _trained(self, jobs: Sequence[_Job], fresh: bool) -> list[list[AdaptResult]]:
+        """Train the adapters of tasks and write them; the caller holds their locks."""
+        work, first = self.workspace, jobs[0]
+        fingerprint = first.fingerprint
+        if len(jobs) > 1:
+            fingerprint = fingerprint_of([job.fingerprint for job in jobs])
         # A file for each set of settings: none loses the progress of another.
-        checkpoint = work.adapter_folder / f".{names[0]}-{fingerprint[:8]}.checkpoint"
+        name = f".{first.folders[0].path.name}-{fingerprint[:8]}.checkpoint"
+        checkpoint = work.adapter_folder / name
         if fresh:
             work.engine.on_main(lambda: checkpoint.unlink(missing_ok=True))
-        training = self._train(chosen, fingerprint, checkpoint)
-        trained = training.adapted
-        accuracies = trained.train_accuracy or (None,) * len(folders)
-        results = [
-            AdaptResult(
-                path=folder.path,
-                name=name,
-                task=chosen.number,
-                task_name=chosen.name,
-                seed=self.seed,
-                train_accuracy=accuracy,
-                loss=trained.fit.losses[-1] / self.config.adapter.per_task,
-                seconds=trained.fit.seconds / self.config.adapter.per_task,
-                parameters=work.layout.numel,
-                bytes=work.layout.numel * 4,
-                resumed=trained.fit.resumed_at > 0,
-                losses=tuple(loss / self.config.adapter.per_task for loss in trained.fit.losses),
-            )
-            for name, folder, accuracy in zip(names, folders, accuracies, strict=True)
-        ]
+        if len(jobs) == 1:
+            trained = [self._train(first.task, fingerprint, checkpoint)]
+        else:
+            trained = self._train_together([job.task for job in jobs], fingerprint, checkpoint)
+        results = [self._results(*pair) for pair in zip(jobs, trained, strict=True)]
 
         def write_all() -> None:
-            heads = [head.of_classes(chosen.classes) for head in trained.heads]
-            for index, (folder, result) in enumerate(zip(folders, results, strict=True)):
-                write_adapter(
-                    folder,
-                    work,
-                    chosen,
-                    value=trained.values[index],
-                    head=classifier_bytes(heads[index]) if heads else None,
-                    result=result,
-                    fingerprint=fingerprint,
-                    warm_start=training.source,
-                    beneath=training.beneath,
-                )
+            for job, training, found in zip(jobs, trained, results, strict=True):
+                self._write_task(job, training, found)
             checkpoint.unlink(missing_ok=True)
 
         work.engine.on_main(write_all)
         return results
 
+    def _results(self, job: _Job, training: Trained) -> list[AdaptResult]:
+        """What is said of each adapter of a task."""
+        work, trained, count = self.workspace, training.adapted, self.config.adapter.per_task
+        accuracies = trained.train_accuracy or (None,) * len(job.folders)
+        return [
+            AdaptResult(
+                path=folder.path,
+                name=folder.path.name,
+                task=job.task.number,
+                task_name=job.task.name,
+                seed=self.seed,
+                train_accuracy=accuracy,
+                loss=trained.fit.losses[-1] / count,
+                seconds=trained.fit.seconds / count,
+                parameters=work.layout.numel,
+                bytes=work.layout.numel * 4,
+                resumed=trained.fit.resumed_at > 0,
+                losses=tuple(loss / count for loss in trained.fit.losses),
+            )
+            for folder, accuracy in zip(job.folders, accuracies, strict=True)
+        ]
+
+    def _write_task(self, job: _Job, training: Trained, results: Sequence[AdaptResult]) -> None:
+        """Write the folders of the adapters of a task."""
+        trained = training.adapted
+        heads = [head.of_classes(job.task.classes) for head in trained.heads]
+        for index, (folder, result) in enumerate(zip(job.folders, results, strict=True)):
+            write_adapter(
+                folder,
+                self.workspace,
+                job.task,
+                value=trained.values[index],
+                head=classifier_bytes(heads[index]) if heads else None,
+                result=result,
+                fingerprint=job.fingerprint,
+                warm_start=training.source,
+                beneath=training.beneath,
+            )
+
     def _train(self, task: Task, fingerprint: str, checkpoint: Path) -> Trained:
         """Train the adapters of a task; an interrupted training goes on from the checkpoint."""
-        work = self.workspace
-        if work.reads == "texts":
+        if self.workspace.reads == "texts":
             return self._train_on_texts(task, fingerprint, checkpoint)
-        start, source = self._warm_start(task)
-        beneath, version = self._beneath(task)
-        if beneath is not None:
-            source = f"{source} on top of version {version}"
+        return self._train_together([task], fingerprint, checkpoint)[0]
+
+    def _train_together(
+        self, tasks: Sequence[Task], fingerprint: str, checkpoint: Path
+    ) -> list[Trained]:
+        """As `_train`, of tasks of images in one pass; the fingerprint is of all."""
+        work = self.workspace
+        starts, begun = zip(*map(self._warm_start, tasks), strict=True)
+        beneath, version = self._beneath(tasks[0])
+        on_top = "" if beneath is None else f" on top of version {version}"
+        sources = [source + on_top for source in begun]
         adapted = adapt(
             work.engine,
             work.backbone,
             work.layout,
-            task.train,
-            classes=compared(self.config, work.stream, task),
+            list(map(self._lesson, tasks, starts)),
             class_count=len(work.stream.class_names),
             adapter=self.config.adapter,
             train=self.config.train,
-            seed=work.training_seed(task.number),
-            start=start,
             beneath=beneath,
             known=fixed_head(work) if is_fixed(self.config) else None,
             biased=self.config.head.bias,
-            fingerprint=f"{fingerprint} {source}",
+            fingerprint=" ".join([fingerprint, *sources]),
             checkpoint=checkpoint,
             progress=work.progress,
-            stage=self.stage(task),
         )
-        return Trained(adapted, source)
+        return [Trained(*pair) for pair in zip(adapted, sources, strict=True)]
+
+    def _lesson(self, task: Task, start: Tensor | None) -> Lesson:
+        """What the adapters of a task of images learn from."""
+        return Lesson(
+            task.train,
+            compared(self.config, self.workspace.stream, task),
+            self.workspace.training_seed(task.number),
+            start,
+            self.stage(task),
+        )
 
     def _train_on_texts(self, task: Task, fingerprint: str, checkpoint: Path) -> Trained:
         """One adapter, from zero: a language model brings its head.

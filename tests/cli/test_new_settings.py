@@ -116,6 +116,20 @@ def test_mtl_says_the_rank_of_joint_training_before_it_runs(tmp_path):
     assert facts["baselines"] == ["frozen", "joint", "moe-lora"]
 
 
+@pytest.mark.parametrize(
+    ("how", "says", "passes"),
+    [("one-pass", "5 tasks, in one pass: 1, 2, 3, 4, 5", [[1, 2, 3, 4, 5]])]
+    + [(how, "5 tasks, each in a process", None) for how in ("processes", "auto")],
+)
+def test_a_dry_run_says_which_tasks_are_trained_at_once(tmp_path, how, says, passes):
+    options = ("--parallel-tasks", "5", "--set", f"engine.tasks_at_once={how}", "--dry-run")
+    options += ("--warm-start", "none", "--device", "cpu")
+    assert says in run(tmp_path, "plan", *options).stdout
+    facts = json.loads(run(tmp_path, "plan", *options, "--json").stdout)["plan"]
+    assert facts["parallel_tasks"] == 5
+    assert facts["passes"] == passes
+
+
 def test_labels_that_come_again_add_up_in_a_shared_head(tmp_path):
     pairs = "6..5@upright,8..3@upright,6..5@rot90"
     options = (*sets(setting="vil", splits="2", order=pairs), "--set", "head.scope=shared")

@@ -13,7 +13,7 @@ from memtool.adapters.values import AdapterValues
 from memtool.backbones import create_backbone
 from memtool.engine import Batches, Engine
 from memtool.heads import LinearClassifier
-from memtool.learning.adapt import AdapterTraining, adapt, losses
+from memtool.learning.adapt import AdapterTraining, Lesson, adapt, losses
 from memtool.methods.mira.method import Mira
 from memtool.settings import AdapterSettings, BackboneSettings, EngineSettings, TrainSettings
 from memtool.streams.task import Images
@@ -64,7 +64,7 @@ def alone(engine, backbone, layout, samples, train, seed):
     head = LinearClassifier(torch.zeros(4, backbone.dim), torch.zeros(4))
     for member, value in enumerate(values):
         stack = AdapterValues.from_flat(value[None], layout, 4.0, trainable=True)
-        module = AdapterTraining(backbone, stack, head, CLASSES)
+        module = AdapterTraining(backbone, stack, head, [CLASSES])
         batches = Alone(*shape, plan=plan, member=member)
         fit = engine.fit(
             module,
@@ -81,8 +81,8 @@ def test_adapters_trained_together_are_those_trained_alone(nano, samples, accumu
     """Also where they begin in a later block, and what is before it is computed once."""
     layout = Layout([site for site in nano.sites(("q", "v")) if site.block >= begin], 2)
     engine = Engine(EngineSettings(device="cpu", precision="fp32", accumulate=accumulate))
-    task = {"classes": CLASSES, "class_count": 4, "adapter": ADAPTER, "train": TRAIN, "seed": 5}
-    found = adapt(engine, nano, layout, samples, **task)
+    task = {"class_count": 4, "adapter": ADAPTER, "train": TRAIN}
+    (found,) = adapt(engine, nano, layout, [Lesson(samples, CLASSES, 5)], **task)
     start = init_lora(layout, 3, generator=engine.generator(5))
     expected = list(alone(engine, nano, layout, samples, TRAIN, 5))
     for j, (value, weight, curve) in enumerate(expected):
@@ -98,11 +98,11 @@ def test_adapters_trained_together_are_those_trained_alone(nano, samples, accumu
 def test_training_accuracy_is_that_of_every_adapter_with_its_head(nano, samples):
     layout = Layout(nano.sites(("q", "v")), 2)
     engine = Engine(EngineSettings(device="cpu", precision="fp32", eval_batch_size=7))
-    task = {"classes": CLASSES, "class_count": 4, "adapter": ADAPTER, "train": TRAIN, "seed": 5}
-    found = adapt(engine, nano, layout, samples, **task)
+    task = {"class_count": 4, "adapter": ADAPTER, "train": TRAIN}
+    (found,) = adapt(engine, nano, layout, [Lesson(samples, CLASSES, 5)], **task)
     for value, head, accuracy in zip(found.values, found.heads, found.train_accuracy, strict=True):
         stack = AdapterValues.from_flat(value[None], layout, 4.0)
-        module = AdapterTraining(nano, stack, head, CLASSES)
+        module = AdapterTraining(nano, stack, head, [CLASSES])
         with torch.no_grad():
             predicted = module(torch.from_numpy(samples.images))[0].argmax(dim=1)
         assert accuracy == pytest.approx(np.mean(predicted.numpy() == samples.labels))

@@ -13,7 +13,7 @@ from memtool.adapters.recalls import every
 from memtool.adapters.values import AdapterValues
 from memtool.errors import DivergedError
 from memtool.heads.losses import TEMPERATURE, distillation
-from memtool.learning.adapt import adapt
+from memtool.learning.adapt import Lesson, adapt
 from memtool.learning.learner import Learner
 from memtool.learning.past_inputs import free_directions
 from memtool.memories.dual_gpm import DualGPM
@@ -114,16 +114,15 @@ def test_divergence_names_the_baseline(tmp_path):
 
 
 def test_the_first_adapter_is_that_of_the_memory(work, tasks):
-    memory = adapt(
+    seed = work.seed * 1000 + tasks[0].number
+    (memory,) = adapt(
         work.engine,
         work.backbone,
         work.layout,
-        tasks[0].train,
-        classes=tasks[0].classes,
+        [Lesson(tasks[0].train, tasks[0].classes, seed)],
         class_count=10,
         adapter=work.config.adapter,
         train=work.config.train,
-        seed=work.seed * 1000 + tasks[0].number,
     )
     found = learned(Learner, work, tasks).values.flat()
     assert torch.allclose(found, memory.values, atol=2e-3)  # the head's bias decays there

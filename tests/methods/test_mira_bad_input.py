@@ -165,7 +165,7 @@ def trial(work):
     flat = torch.zeros(1, work.layout.numel)
     stack = AdapterValues.from_flat(flat, work.layout, 1.0, trainable=True)
     head = LinearClassifier(torch.zeros(10, work.backbone.dim), torch.zeros(10))
-    return stage_one.AdapterTraining(work.backbone, stack, head, tuple(range(10)))
+    return stage_one.AdapterTraining(work.backbone, stack, head, [range(10)])
 
 
 def test_the_number_that_is_suggested_fits(work, trial, monkeypatch):
@@ -175,7 +175,7 @@ def test_the_number_that_is_suggested_fits(work, trial, monkeypatch):
     def room(count):
         parameters = work.layout.numel + 10 * work.backbone.dim
         settings = AdapterSettings(per_task=count), TrainSettings()
-        stage_one.require_room(work.engine, trial, task.train, parameters, *settings, "adapt")
+        stage_one.require_room(work.engine, trial, [task.train], parameters, *settings, "adapt")
 
     with pytest.raises(CapacityError) as error:
         room(1000)

@@ -13,7 +13,7 @@ from memtool.backbones import create_backbone
 from memtool.backbones.vit import VitBackbone
 from memtool.engine import Engine
 from memtool.learning import onward
-from memtool.learning.adapt import Adapted, adapt
+from memtool.learning.adapt import Adapted, Lesson, adapt
 from memtool.learning.onward import from_block
 from memtool.settings import AdapterSettings, BackboneSettings, EngineSettings, TrainSettings
 from memtool.streams.task import Images
@@ -59,17 +59,16 @@ def trained(
     nano: VitBackbone, samples: Images, train: TrainSettings, adapters: int = ADAPTERS
 ) -> Adapted:
     layout = Layout([site for site in nano.sites(("q", "v")) if site.block >= BEGIN], 2)
-    return adapt(
+    (found,) = adapt(
         ENGINE,
         nano,
         layout,
-        samples,
-        classes=(0, 1, 2),
+        [Lesson(samples, (0, 1, 2), seed=1)],
         class_count=3,
         adapter=AdapterSettings(rank=2, per_task=adapters),
         train=train,
-        seed=1,
     )
+    return found
 
 
 def of(**changes: object) -> TrainSettings:
@@ -101,7 +100,7 @@ def test_images_run_once_through_the_blocks_before_an_adapter(
 def test_what_reaches_a_block_is_what_each_image_is_alone(
     nano: VitBackbone, samples: Images
 ) -> None:
-    model, given = from_block(ENGINE, nano, BEGIN, samples, of(), 10**9)
+    model, (given,) = from_block(ENGINE, nano, BEGIN, [samples], of(), 10**9)
     images = torch.from_numpy(samples.images)
     with torch.no_grad():
         each = torch.cat([nano.hidden(nano.preprocess(one[None]), BEGIN) for one in images])
@@ -119,11 +118,14 @@ def test_what_reaches_a_block_is_what_each_image_is_alone(
         (BEGIN, 10**9, {"augment": "flip"}),
         (BEGIN, 10**9, {"mixup": 0.2}),
         (BEGIN, 10**5, {}),
+        (BEGIN, 12 * 10**5, {}),  # which the images of one task would fit
     ],
 )
 def test_nothing_is_kept_where_nothing_is_computed_twice_or_fits(
     block: int, left: int, changes: dict[str, object], nano: VitBackbone, samples: Images
 ) -> None:
-    found = from_block(ENGINE, nano, block, samples, of(**changes), left)
-    assert found == (nano, samples)
-    assert from_block(ENGINE, nano, BEGIN, samples, of(), 10**9) != (nano, samples)
+    given = [samples, samples]
+    assert from_block(ENGINE, nano, block, given, of(**changes), left) == (nano, given)
+    model, kept = from_block(ENGINE, nano, BEGIN, given, of(), 10**9)
+    assert model is not nano
+    assert [len(some.inputs) for some in kept] == [IMAGES, IMAGES]

@@ -155,7 +155,7 @@ def run(
     """Run a whole experiment, tasks by seeds; goes on where an earlier run was stopped."""
     from memtool.experiments import run as experiment
     from memtool.experiments import select as choosing
-    from memtool.experiments.at_once import require_independent
+    from memtool.experiments.at_once import plan_at_once, require_independent
     from memtool.methods import open_method
 
     services, said = to_follow(log, name, note, tag)
@@ -170,7 +170,8 @@ def run(
     cells = choosing.cells_of(call.config, select) if select else ()
     tuning_seed = choosing.tuning_seed(call.config, select_seed)
     if call.dry_run:
-        return show_plan(call, "run", cells, tuning_seed)
+        passes = plan_at_once(method, parallel_tasks)
+        return show_plan(call, "run", cells, tuning_seed, parallel=(parallel_tasks, passes))
     report = report and call.writes_to(report)
     how: dict[str, Any] = {
         "resume": resume,

@@ -20,7 +20,7 @@ from memtool.adapters.values import AdapterValues, Recall
 from memtool.errors import CapacityError
 from memtool.experiments.plan import training_steps
 from memtool.experiments.studies.study import OpenStudy, Variant
-from memtool.learning.adapt import adapt
+from memtool.learning.adapt import Lesson, adapt
 from memtool.methods import open_method
 from memtool.methods.method import Method
 from memtool.workspace import Workspace
@@ -223,17 +223,15 @@ class _Clock:
         short = {"epochs": 1, "iterations": None, "steps": 0, "lr": 1e-6}
 
         def steps(count: int) -> None:
+            some = task.train.chosen(np.arange(count * size) % len(task.train))
             adapt(
                 work.engine,
                 work.backbone,
                 work.layout,
-                task.train.chosen(np.arange(count * size) % len(task.train)),
-                classes=task.classes,
+                [Lesson(some, task.classes, work.seed, stage="a step that is timed")],
                 class_count=len(work.stream.class_names),
                 adapter=adapter,
                 train=work.config.train.model_copy(update=short),
-                seed=work.seed,
-                stage="a step that is timed",
             )
 
         steps(1)  # the first also allocates

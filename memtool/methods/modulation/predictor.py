@@ -21,7 +21,7 @@ from memtool.adapters.recalls import every
 from memtool.adapters.values import AdapterValues
 from memtool.errors import MismatchError, NotFoundError
 from memtool.heads import LinearClassifier
-from memtool.learning.adapt import adapt
+from memtool.learning.adapt import Lesson, adapt
 from memtool.learning.looks import Labelled, feature_model, of_each
 from memtool.methods.modulation.stored import Stored
 from memtool.streams.task import Images, Texts
@@ -140,20 +140,23 @@ def train(work: Workspace, stored: Stored) -> tuple[Predictor, float]:
     if work.reads == "texts":
         changes["augment"] = "none"
     learning = work.config.train.model_copy(update=changes)
-    trained = adapt(
+    lesson = Lesson(
+        Labelled.of(work, samples, places.astype(np.int64)),
+        range(len(tasks)),
+        work.training_seed(0),
+        stage=f"task predictor of {len(tasks)} tasks",
+    )
+    (trained,) = adapt(
         work.engine,
         feature_model(work.backbone),
         work.layout,
-        Labelled.of(work, samples, places.astype(np.int64)),
-        classes=range(len(tasks)),
+        [lesson],
         class_count=len(tasks),
         adapter=work.config.adapter,
         train=learning,
-        seed=work.training_seed(0),
         fingerprint=f"predictor {stored.version} {learning.model_dump_json()}",
         checkpoint=work.adapter_folder / f".predictor-seed-{work.seed}.checkpoint",
         progress=work.progress,
-        stage=f"task predictor of {len(tasks)} tasks",
     )
     predictor = Predictor(trained.values[0], work.scaling, trained.heads[0], stored.tasks)
     return predictor, trained.train_accuracy[0]
