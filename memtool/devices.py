@@ -4,7 +4,7 @@ A device works off what the CPU has queued; who reads one of its numbers waits f
 numbers of a step are read when the next one is queued (`Late`), batches go there from pinned
 memory (`sent`), and what only saves work looks at numbers where they are (`at_hand`). What has to
 be float64 is counted on the CPU (`exact`): Metal has no float64, and most GPUs are tens of times
-slower in it.
+slower in it. What half precision would spoil is `in_float32`.
 """
 
 from __future__ import annotations
@@ -40,6 +40,13 @@ def at_hand(tensor: Tensor) -> bool:
 def exact(tensor: Tensor) -> Tensor:
     """A tensor of any device in float64, on the CPU, without its gradient."""
     return tensor.detach().cpu().double()
+
+
+def in_float32(tensor: Tensor) -> Tensor:
+    """A tensor in float32, or as it is where its type is wider."""
+    if tensor.dtype == torch.float32:
+        return tensor
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:

@@ -574,7 +574,7 @@ def _largest(scores: Tensor, k: int) -> Tensor:
     # partition of plain numbers, which numpy has vectorised, brings the places along.
     columns = torch.arange(count)
     found: list[Tensor] = []
-    for tokens in _slices(scores, count):
+    for tokens in _slices(scores, 2 * count):  # a float64 is as large as two numbers
         numbered = scores[tokens].double().view(torch.int64)
         numbered |= columns
         numbered.view(torch.float64).numpy().partition(count - k, axis=1)

@@ -138,7 +138,7 @@ def spread(coefficients: Tensor, rank: int) -> Tensor:
     repeating single numbers over rows as short as a rank.
     """
     if not torch.is_grad_enabled():
-        return coefficients.unsqueeze(-1).expand(*coefficients.shape, rank).flatten(-2)
+        return coefficients.repeat_interleave(rank, dim=-1)
     owner = torch.eye(coefficients.shape[-1], dtype=coefficients.dtype, device=coefficients.device)
     return coefficients @ owner.repeat_interleave(rank, dim=1)
 
@@ -190,7 +190,7 @@ def costs(
     count, sites, rank, width = values.a.shape
     batch, tokens_each, _ = x.shape
     tokens, total = batch * tokens_each, (count if adapters is None else adapters) * rank
-    rows = sum(factor.shape[-1] for factor in values.b)
+    rows = sum([factor.shape[-1] for factor in values.b])
     per_rank = sites * width + rows
     product, copy = tokens * rank * per_rank, move * 3 * batch * rank * per_rank
     dense = tokens * total * per_rank + move * (4 * tokens * sites * total + total * per_rank)

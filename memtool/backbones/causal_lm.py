@@ -28,7 +28,7 @@ from memtool.backbones.families import Family, family_of, sites_of_block
 from memtool.backbones.interface import FrozenModel
 from memtool.backbones.quantised import four_bits, require_bitsandbytes
 from memtool.backbones.tensor_hash import tensor_sha256
-from memtool.devices import sent
+from memtool.devices import in_float32, sent
 from memtool.errors import ConfigError, DataError, MismatchError, NotFoundError
 from memtool.paths import expand
 from memtool.pictured import album_of
@@ -434,8 +434,7 @@ class CausalLM(FrozenModel):
         after another.
         """
         wanted = _before_answers(tokens, answers)
-        scores = self.head(self.hidden(tokens, recall)[wanted])
-        return scores.to(torch.promote_types(scores.dtype, torch.float32))
+        return in_float32(self.head(self.hidden(tokens, recall)[wanted]))
 
     def answer_losses(self, logits: Tensor, tokens: Tensor, answers: Tensor) -> Tensor:
         """−log p of each sample's answer by `answer_logits`, summed over its tokens: (b,)."""

@@ -33,7 +33,7 @@ from memtool.adapters.values import Recall
 from memtool.backbones.answering import by_length, trimmed
 from memtool.backbones.causal_lm import PAD, CausalLM
 from memtool.backbones.interface import FrozenModel
-from memtool.devices import at_hand
+from memtool.devices import at_hand, in_float32
 from memtool.errors import ConfigError, MismatchError
 from memtool.sections import MemorySettings
 from memtool.streams.task import Images, Texts
@@ -410,7 +410,7 @@ class SoFar:
 
     def __call__(self, block: int, hidden: Tensor) -> Tensor:
         """The means (b, n, dim), float32 at least, at the tokens that run now."""
-        wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        wide = in_float32(hidden)
         nothing = wide.new_zeros(len(wide), 1, 1)
         done, sums, counts = self._known.get(block, (0, nothing, nothing))
         real = self._real[:, done : done + wide.shape[1]].to(wide.dtype)

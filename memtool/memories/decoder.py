@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
+from memtool.devices import in_float32
 from memtool.errors import MismatchError
 
 
@@ -86,8 +87,7 @@ class RankDecoder(nn.Module):
     def forward(self, queries: Tensor) -> Tensor:
         """As the class says, float32 or better, also under autocast."""
         with torch.autocast(queries.device.type, enabled=False):
-            wide = queries.to(torch.promote_types(queries.dtype, torch.float32))
-            flat: Tensor = self.outer(F.gelu(self.inner(wide)))
+            flat: Tensor = self.outer(F.gelu(self.inner(in_float32(queries))))
         return flat.unflatten(-1, (self.adapters, self.places, self.rank)).transpose(-3, -2)
 
     def grown(self, adapters: int) -> RankDecoder:

@@ -42,7 +42,8 @@ class Answer(NamedTuple):
 class BlockMemory(nn.Module):
     """The memory of one block; its `keys` and its query module are what it learns.
 
-    keys (t, m · d_k): m keys of every adapter, one after another. With `topk` only so
+    keys (t, m · d_k): m keys of every adapter, one after another; `several` says whether m is more
+    than one. With `topk` only so
     many adapters keep their coefficients, shares of one, scaled to sum to one again. `most` says
     that the separation gives all but so many of the highest scores, and those equal to them, no
     coefficient: then of many keys only the nearest are scored, which `searched_by` finds:
@@ -84,6 +85,7 @@ class BlockMemory(nn.Module):
             )
         self.keys = nn.Parameter(keys.detach().clone())
         self.query = query
+        self.several = keys.shape[1] != query.width
         self.similarity = similarity
         self.separation = separation
         self.topk = topk
@@ -113,8 +115,9 @@ class BlockMemory(nn.Module):
 
     def read(self, hidden: Tensor) -> Answer:
         """What hidden states (batch, tokens, dim) recall."""
-        queries = self.query(hidden)
-        added = None if self.decoder is None else self.decoder(queries[:, : self.query.dim])
+        query = self.query
+        queries = query(hidden)
+        added = None if self.decoder is None else self.decoder(queries[:, : query.dim])
         coefficients, near = self._recalled(self.settled(queries))
         return Answer(coefficients, near, added)
 
@@ -147,19 +150,17 @@ class BlockMemory(nn.Module):
 
     def _by_adapter(self, shares: Tensor) -> Tensor:
         """Shares (batch, t · m) of keys added up by adapter (batch, t)."""
-        if shares.shape[1] == len(self.keys):
+        if not self.several:
             return shares
         return shares.unflatten(1, (len(self.keys), -1)).sum(dim=-1)
 
     def _near(self, queries: Tensor) -> Tensor | None:
         """What `Search.near` gives for queries; None: all are scored, or they are not searched."""
+        if self.most is None or self.normed or self.several or self.similarity not in SEARCHED:
+            return None
         keys = self.keys
         if (
-            self.most is None
-            or self.normed
-            or self.similarity not in SEARCHED
-            or len(keys) < LEAST_KEYS
-            or keys.shape[1] != self.query.width
+            len(keys) < LEAST_KEYS
             or (keys.requires_grad and torch.is_grad_enabled())  # they change at every step
             or not at_hand(keys)  # the product of a device is fast enough
             or {keys.dtype, queries.dtype} != {torch.float32}
@@ -216,7 +217,7 @@ class BlockMemory(nn.Module):
     @property
     def asked_keys(self) -> Tensor:
         """Keys (t · m, width) as they are asked: those of one adapter after another."""
-        keys = self.keys.reshape(-1, self.query.width)
+        keys = self.keys.reshape(-1, self.query.width) if self.several else self.keys
         return over_memories(keys) if self.normed else keys
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -237,7 +238,7 @@ class KeyedMemory(nn.Module):
             )
         self.blocks = tuple(blocks)
         self.memories = nn.ModuleList(memories)
-        self._places = {block: place for place, block in enumerate(self.blocks)}
+        self._of_block = dict(zip(self.blocks, memories, strict=True))
 
     @classmethod
     def from_settings(
@@ -315,12 +316,11 @@ class KeyedMemory(nn.Module):
 
     def __getitem__(self, block: int) -> BlockMemory:
         """The memory of a block of the backbone. Raises MismatchError for a block without one."""
-        if block not in self._places:
+        memory = self._of_block.get(block)
+        if memory is None:
             raise MismatchError(
                 f"block {block} has no memory", expected=f"one of {list(self.blocks)}"
             )
-        memory = self.memories[self._places[block]]
-        assert isinstance(memory, BlockMemory)
         return memory
 
     def coefficients(self, block: int, hidden: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from memtool.devices import without_autocast
+from memtool.devices import in_float32, without_autocast
 from memtool.errors import ConfigError, MismatchError, did_you_mean
 
 QueryKind = Literal["identity", "linear", "mlp", "plain-mlp"]
@@ -26,10 +26,11 @@ def pooled(hidden: Tensor, token: str, prefix_tokens: int, *, norm: bool) -> Ten
 
     `token`, `prefix_tokens` and `norm` as in `QueryModule`.
     """
-    with without_autocast(hidden):
-        hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-        one = hidden[:, 0] if token == "class" else hidden[:, prefix_tokens:].mean(dim=1)
-        return F.layer_norm(one, one.shape[-1:]) if norm else one
+    if token == "class":
+        one = in_float32(hidden[:, 0])
+    else:
+        one = in_float32(hidden[:, prefix_tokens:]).mean(dim=1)
+    return F.layer_norm(one, one.shape[-1:]) if norm else one
 
 
 def require_token(token: str, prefix_tokens: int) -> None:
@@ -63,7 +64,8 @@ class QueryModule(nn.Module):
     bias    append the constant 1, so that the last entry of a key is its bias.
     centred take `centre` (dim,), a buffer that begins at zero, from what g is given.
 
-    Queries are float32 or better, also under autocast. `generator` draws what is random of g.
+    Queries are float32 or better, also under autocast; `width` are their entries, and so those of
+    a key. `generator` draws what is random of g.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class QueryModule(nn.Module):
         self.norm = norm is True
         self.prefix_tokens = prefix_tokens
         self.bias = bias
+        self.width = dim + 1 if bias else dim
         self.centre: Tensor | None
         self.register_buffer("centre", torch.zeros(dim) if centred else None)
         # Of the backbone and no state of the memory: copies that move with it and are not saved.
@@ -124,11 +127,6 @@ class QueryModule(nn.Module):
                     expected=did_you_mean(kind, get_args(QueryKind)),
                 )
 
-    @property
-    def width(self) -> int:
-        """Entries of a query, and so of a key."""
-        return self.dim + 1 if self.bias else self.dim
-
     def bare(self, hidden: Tensor) -> Tensor:
         """Queries (batch, dim) of hidden states (batch, tokens, dim), without the constant.
 
@@ -139,19 +137,21 @@ class QueryModule(nn.Module):
                 f"hidden states of shape {tuple(hidden.shape)}",
                 expected=f"(batch, tokens, {self.dim}), or (batch, {self.dim}) pooled before",
             )
+        seen = self._before(hidden)
+        if self.centre is not None:
+            seen = seen - self.centre.to(seen.dtype)
+        if self.kind == "identity":
+            return seen
         with without_autocast(hidden):
-            seen = self.before(hidden)
-            if self.centre is not None:
-                seen = seen - self.centre.to(seen.dtype)
             query: Tensor = self.g(seen)
             return query
 
-    def before(self, hidden: Tensor) -> Tensor:
+    def _before(self, hidden: Tensor) -> Tensor:
         """What g is given (batch, dim) before it is centred; arguments as of `bare`."""
-        hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         if hidden.ndim == 2:
-            return hidden
+            return in_float32(hidden)
         if self._first:
+            hidden = in_float32(hidden)
             affine = (self.first_gain, self.first_bias)
             gain, shift = (None if part is None else part.to(hidden.dtype) for part in affine)
             hidden = F.layer_norm(hidden, hidden.shape[-1:], gain, shift, self.first_eps)

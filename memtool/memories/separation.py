@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from memtool import registry
+from memtool.devices import in_float32
 from memtool.errors import ConfigError, MismatchError
 
 SeparationFunction = Callable[[Tensor], Tensor]
@@ -29,7 +30,7 @@ def softmax(scores: Tensor, beta: float = 1.0) -> Tensor:
     tensor([0.5000, 0.5000])
     """
     # The largest score goes before β does: a large β times a large score may overflow first.
-    scores = _in_score_precision(scores)
+    scores = in_float32(scores)
     if beta == 1:
         return torch.softmax(scores, dim=-1)
     shifted = scores - scores.amax(dim=-1, keepdim=True).detach()
@@ -44,7 +45,7 @@ def affine(scores: Tensor) -> Tensor:
     >>> affine(torch.tensor([2.0, 0.0]))
     tensor([ 1.5000, -0.5000])
     """
-    scores = _in_score_precision(scores)
+    scores = in_float32(scores)
     return 1.0 / scores.shape[-1] + (scores - scores.mean(dim=-1, keepdim=True))
 
 
@@ -66,7 +67,7 @@ def normalised(scores: Tensor) -> Tensor:
     >>> normalised(torch.tensor([0.3]))
     tensor([0.3000])
     """
-    scores = _in_score_precision(scores)
+    scores = in_float32(scores)
     if scores.shape[-1] == 1:
         return scores
     whole = scores.sum(dim=-1, keepdim=True)
@@ -89,22 +90,22 @@ def floored(coefficients: Tensor) -> Tensor:
 
 def identity(scores: Tensor) -> Tensor:
     """The scores themselves."""
-    return _in_score_precision(scores)
+    return in_float32(scores)
 
 
 def relu(scores: Tensor) -> Tensor:
     """The positive part of the scores."""
-    return torch.relu(_in_score_precision(scores))
+    return torch.relu(in_float32(scores))
 
 
 def tanh(scores: Tensor) -> Tensor:
     """The hyperbolic tangent of the scores: signed, within (−1, 1)."""
-    return torch.tanh(_in_score_precision(scores))
+    return torch.tanh(in_float32(scores))
 
 
 def sigmoid(scores: Tensor) -> Tensor:
     """1 / (1 + exp(−s)): each within (0, 1), whatever the others are."""
-    return torch.sigmoid(_in_score_precision(scores))
+    return torch.sigmoid(in_float32(scores))
 
 
 def topk(scores: Tensor, topk: int = 2, beta: float = 1.0) -> Tensor:
@@ -115,7 +116,7 @@ def topk(scores: Tensor, topk: int = 2, beta: float = 1.0) -> Tensor:
     >>> topk(torch.tensor([3.0, 3.0, 1.0]), topk=2)
     tensor([0.5000, 0.5000, 0.0000])
     """
-    scores = _in_score_precision(scores)
+    scores = in_float32(scores)
     kept, places = scores.topk(min(topk, scores.shape[-1]), dim=-1)
     return torch.zeros_like(scores).scatter(-1, places, softmax(kept, beta))
 
@@ -132,7 +133,7 @@ def largest(scores: Tensor) -> Tensor:
 
     Equal up to a few roundings: two columns of one matrix product may differ by those.
     """
-    scores = _in_score_precision(scores)
+    scores = in_float32(scores)
     slack = 8 * torch.finfo(scores.dtype).eps * scores.abs().amax(dim=-1, keepdim=True)
     hit = (scores >= scores.amax(dim=-1, keepdim=True) - slack).to(scores.dtype)
     return hit / hit.sum(dim=-1, keepdim=True)
@@ -140,7 +141,7 @@ def largest(scores: Tensor) -> Tensor:
 
 def power(scores: Tensor, exponent: int = 2) -> Tensor:
     """The positive part of the scores to a power, the dense associative memory: not normalised."""
-    return torch.relu(_in_score_precision(scores)) ** exponent
+    return torch.relu(in_float32(scores)) ** exponent
 
 
 def sparsemax(scores: Tensor, beta: float = 1.0) -> Tensor:
@@ -149,7 +150,7 @@ def sparsemax(scores: Tensor, beta: float = 1.0) -> Tensor:
     >>> sparsemax(torch.tensor([1.0, 0.5, -1.0]))
     tensor([0.7500, 0.2500, 0.0000])
     """
-    scores = _in_score_precision(scores)
+    scores = in_float32(scores)
     scaled = beta * (scores - scores.amax(dim=-1, keepdim=True).detach())
     ordered = scaled.sort(dim=-1, descending=True).values
     count = torch.arange(1, scaled.shape[-1] + 1, device=scaled.device, dtype=scaled.dtype)
@@ -161,7 +162,7 @@ def sparsemax(scores: Tensor, beta: float = 1.0) -> Tensor:
 
 def entmax(scores: Tensor, beta: float = 1.0) -> Tensor:
     """1.5-entmax of β s (Peters, Niculae & Martins, 2019): between softmax and sparsemax."""
-    scores = _in_score_precision(scores)
+    scores = in_float32(scores)
     half = beta * (scores - scores.amax(dim=-1, keepdim=True).detach()) / 2
     ordered = half.sort(dim=-1, descending=True).values
     count = torch.arange(1, half.shape[-1] + 1, device=half.device, dtype=half.dtype)
@@ -214,7 +215,3 @@ def _of_others(name: str, function: SeparationFunction, scores: Tensor) -> Tenso
             f"separation {name} gave numbers that are not finite", expected="finite numbers"
         )
     return found
-
-
-def _in_score_precision(scores: Tensor) -> Tensor:
-    return scores.to(torch.promote_types(scores.dtype, torch.float32))

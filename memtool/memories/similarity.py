@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memtool.devices import without_autocast
+from memtool.devices import in_float32, without_autocast
 from memtool.errors import ConfigError, MismatchError, did_you_mean
 
 TERMS_AT_ONCE = 1 << 24
@@ -29,7 +29,7 @@ def dot(queries: Tensor, keys: Tensor) -> Tensor:
     """Inner products: queries (..., d), keys (t, d) → (..., t)."""
     queries, keys = _in_score_precision(queries, keys)
     with without_autocast(queries):
-        return queries @ keys.mT
+        return F.linear(queries, keys)
 
 
 def scaled_dot(queries: Tensor, keys: Tensor) -> Tensor:
@@ -117,8 +117,7 @@ def over_memories(keys: Tensor) -> Tensor:
     tensor([[0.6000, 0.0000],
             [0.8000, 1.0000]])
     """
-    keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
-    return F.normalize(keys, dim=0)
+    return F.normalize(in_float32(keys), dim=0)
 
 
 SIMILARITIES: Mapping[str, SimilarityFunction] = MappingProxyType(
@@ -185,8 +184,8 @@ def _in_score_precision(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
             f"queries {tuple(queries.shape)} against keys {tuple(keys.shape)}",
             expected="queries (..., d) and keys (t, d) of one width d",
         )
-    precision = torch.promote_types(
-        torch.promote_types(queries.dtype, keys.dtype),
-        torch.float32,
-    )
+    queries, keys = in_float32(queries), in_float32(keys)
+    if queries.dtype == keys.dtype:
+        return queries, keys
+    precision = torch.promote_types(queries.dtype, keys.dtype)
     return queries.to(precision), keys.to(precision)

@@ -27,6 +27,7 @@ from memtool.adapters.peft_tensors import WEIGHTS_NAME, place_of, tensor_name
 from memtool.backbones.answering import without_answers
 from memtool.backbones.causal_lm import PAD, CausalLM, EncodedTexts, model_source, without_bars
 from memtool.backbones.pictured import reads_pictures
+from memtool.devices import in_float32
 from memtool.errors import ConfigError
 from memtool.evaluation.matrix import AccuracyMatrix
 from memtool.evaluation.record import Row
@@ -87,8 +88,7 @@ class PeftLM:
             scores = self.model(**_asked(tokens), logits_to_keep=most).logits[:, :-1]
         said = (tokens != without_answers(tokens, answers))[:, 1 - most :]
         picked = scores[said]
-        wide = picked.to(torch.promote_types(picked.dtype, torch.float32))
-        return self.lm.answer_losses(wide, tokens, answers)
+        return self.lm.answer_losses(in_float32(picked), tokens, answers)
 
     @torch.no_grad()
     def generate(

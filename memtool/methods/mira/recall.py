@@ -140,7 +140,9 @@ class MemoryRecall:
 
         With `given` weights nothing is read but what a decoder adds to them.
         """
-        self._model = model
+        self._memory = model.memory
+        self._values = model.values
+        self._settings = model.settings
         self._passing = seen.passing()
         self._offset = offset
         self._given = given
@@ -151,17 +153,20 @@ class MemoryRecall:
             self._shared = self._read_for_all(seen.query)
 
     def _read_for_all(self, query: Tensor) -> _Read:
-        (block,) = self._model.memory.blocks
+        (block,) = self._memory.blocks
         return self._read(block, query)
 
     def _read(self, block: int, hidden: Tensor) -> _Read:
-        memory = self._model.memory
-        found, near, added = memory.read(block, hidden)
+        memory = self._memory[block]
+        found, near, added = memory.read(hidden)
         if self._given is not None:
-            found, near = self._given.weights[:, memory.blocks.index(block)], None
+            found, near = self._given.weights[:, self._memory.blocks.index(block)], None
             added = added if added is None else self._given.without(added)
-        found = self.coefficients[block] = self.coefficients_of(block, found)
-        few = memory[block].is_sparse and (self._offset is None or self._are_shares)
+        if self._offset is not None:
+            here = self._offset[:, self._memory.blocks.index(block)]
+            found = moved(found, here, shares=self._are_shares)
+        self.coefficients[block] = found
+        few = memory.is_sparse and (self._offset is None or self._are_shares)
         # A program of torch.export has no tensors whose size depends on the input.
         if not few or added is not None or torch.compiler.is_compiling():
             return _Read(found, None, added)
@@ -170,20 +175,13 @@ class MemoryRecall:
     @property
     def _are_shares(self) -> bool:
         """Whether an offset leaves coefficients of zero as they are."""
-        return self._model.settings.separation in SHARES
-
-    def coefficients_of(self, block: int, found: Tensor) -> Tensor:
-        """What the memory of a block found, moved where there is an offset."""
-        if self._offset is None:
-            return found
-        offset = self._offset[:, self._model.memory.blocks.index(block)]
-        return moved(found, offset, shares=self._are_shares)
+        return self._settings.separation in SHARES
 
     def __call__(self, block: int, hidden: Tensor) -> Mixture | None:
         """The mixture of a block for its input (batch, tokens, dim)."""
-        model = self._model
+        stored, mix = self._values, self._settings.mix
         if self._mixture is not None:  # of a block before, which has the same coefficients
-            here = model.values.block(block)
+            here = stored.block(block)
             return None if here is None else self._mixture.in_block(here)
         if self._passing is not None and self._shared is None:
             query = self._passing(block, hidden)
@@ -191,30 +189,30 @@ class MemoryRecall:
                 return None  # no adapter acts before all is seen
             self._shared = self._read_for_all(query)
         read = self._shared
-        asked = block in model.memory.blocks
-        adapted = block in model.values.layout.blocks
-        if read is None and not asked and model.settings.blocks is not None:
+        asked = block in self._memory.blocks
+        adapted = block in stored.layout.blocks
+        if read is None and not asked and self._settings.blocks is not None:
             # A block that was left out.
-            values = model.values.block(block)
+            values = stored.block(block)
             if values is None:
                 return None
-            return Mixture.weighted(values, equal_shares(len(hidden), values), model.mix)
+            return Mixture.weighted(values, equal_shares(len(hidden), values), mix)
         if read is None and (adapted or asked):
             read = self._read(block, hidden)
         if read is None or not adapted:
             return None  # no adapter acts here, though each block is looked at
         if read.picks is not None:
-            picked = model.values.at(block, read.picks)
+            picked = stored.at(block, read.picks)
             assert picked is not None
-            return Mixture.weighted(picked[0], read.coefficients, model.mix, picked[1])
-        values = model.values.block(block)
+            return Mixture.weighted(picked[0], read.coefficients, mix, picked[1])
+        values = stored.block(block)
         assert values is not None
         if read.added is None:
-            mixture = Mixture.weighted(values, read.coefficients, model.mix)
+            mixture = Mixture.weighted(values, read.coefficients, mix)
             if self._shared is not None:
                 self._mixture = mixture
             return mixture
-        place = 0 if read.added.shape[1] == 1 else model.values.layout.blocks.index(block)
+        place = 0 if read.added.shape[1] == 1 else stored.layout.blocks.index(block)
         return Mixture.ranked(values, read.coefficients.unsqueeze(-1) + read.added[:, place])
 
 

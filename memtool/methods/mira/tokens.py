@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from memtool.adapters.mixing import Mixture
 from memtool.adapters.values import AdapterValues, Recall
 from memtool.backbones.causal_lm import PAD, CausalLM
+from memtool.devices import in_float32
 from memtool.learning.looks import SoFar, directions
 from memtool.memories.separation import SeparationFunction
 from memtool.methods.mira.ask import added_up, joined
@@ -55,7 +56,7 @@ class TokenRouting(Routing):
     def of_tokens(self, block: int, hidden: Tensor) -> Tensor:
         """The weights (..., adapters) of tokens for which a block has (..., dim) to see."""
         with torch.autocast(hidden.device.type, enabled=False):
-            wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+            wide = in_float32(hidden)
             keys = self.keys[block].to(wide.dtype)
             seen = F.layer_norm(wide, wide.shape[-1:])
             shares = self._separate(seen @ keys[:, :-1].T + keys[:, -1])
