@@ -3,8 +3,9 @@
 The digits memory of the defaults (nano, keys in closed form, a head of every task) with ten small
 adapters a task, of which an input recalls two (`memory.separation=topk`) and 10 MB are held at a
 time (`engine.resident`). Three tasks are learned; before the last two, others are put beside the
-first, with its moments, head and noisy values. The consolidation of the last task, which is new
-among T adapters, runs in a process of its own:
+first: its head, its values with noise, and its moments moved by a step of their own, so that their
+keys differ. The consolidation of the last task, which is new among T adapters, runs in a process of
+its own:
 
  * bytes: what the commit leaves beside the keys, over those among the fewest adapters. Keys in
    closed form are relative to each other, so all are written anew.
@@ -12,7 +13,8 @@ among T adapters, runs in a process of its own:
  * memory: the peak of the process over that among the fewest adapters.
 
 Then what an attached memory (`memory.attach()`, as `predict` and `serve` have it) takes for 32
-images and for one, over the same among the fewest adapters: with head, weights and novelty.
+images and for one, over the same among the fewest adapters: with head, weights and novelty; and
+what the first 32 images take, whose tasks are read.
 """
 
 from __future__ import annotations
@@ -33,6 +35,9 @@ from benchmarks.scale_store import sizes_of, written
 from benchmarks.store import workplace
 from benchmarks.timing import case, environment, figure, interleaved, progress
 from memtool.config import resolve
+from memtool.heads import FeatureStatistics
+from memtool.memories.closed_form import QueryStatistics
+from memtool.memories.moments import Moments
 from memtool.methods.in_store import features_blob
 from memtool.methods.mira.method import Mira
 from memtool.methods.mira.state import queries_blob
@@ -124,16 +129,19 @@ def store_cases(repeats: int, sizes: Sequence[int]) -> list[dict[str, Any]]:
                 figure(f"consolidation, {name}", "seconds", seconds, None),
                 figure(f"memory, {name}", "MB over the fewest", peak - few[1], None, peak=peak),
             ]
-            answering[size] = opened(learned, f"memory-{size}").attach()
+            answering[size] = model = opened(learned, f"memory-{size}").attach()
+            begin = time.perf_counter()
+            answered(model, drawn(32))
+            first = time.perf_counter() - begin
+            cases.append(figure(f"first 32 images, {name}", "seconds", first, None))
         return [*cases, *answers(answering, repeats)]
 
 
 def answers(models: Mapping[int, nn.Module], repeats: int) -> list[dict[str, Any]]:
     """Seconds of a batch of every attached memory, by how many adapters it has."""
     cases: list[dict[str, Any]] = []
-    drawn = torch.Generator().manual_seed(0)
     for batch in (32, 1):
-        images = torch.randint(256, (batch, 32, 32, 3), generator=drawn).to(torch.uint8)
+        images = drawn(batch)
         labels = {size: f"{batch} images among {size}" for size in models}
         ways = {labels[size]: partial(answered, model, images) for size, model in models.items()}
         seconds = interleaved(ways, repeats, inner=32 // batch)
@@ -141,6 +149,12 @@ def answers(models: Mapping[int, nn.Module], repeats: int) -> list[dict[str, Any
         most = 1.1 if batch > 1 else None  # of one image the keys are read for it alone
         cases += [case(f"{many}, over few", seconds, many, few, at_most=most) for many in more]
     return cases
+
+
+def drawn(batch: int) -> Tensor:
+    """Images of noise, uint8 (batch, 32, 32, 3)."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(256, (batch, 32, 32, 3), generator=generator).to(torch.uint8)
 
 
 @torch.inference_mode()
@@ -171,19 +185,32 @@ def consolidated(folder: Path, store: str) -> tuple[float, float]:
     return float(seconds), float(peak)
 
 
+def move(moments: Moments, step: Tensor) -> None:
+    """Make moments those of the same vectors, all moved by a step (dim,) of their own spread."""
+    count, mean = moments.counts.sum(), moments.sums.sum(dim=1) / moments.counts.sum()
+    spread = (moments.second.diagonal(dim1=1, dim2=2) / count - mean.square()).clamp_min(0).sqrt()
+    by = spread * step  # (groups, dim)
+    cross = moments.sums.sum(dim=1).unsqueeze(2) * by.unsqueeze(1)
+    moments.second += cross + cross.mT + count * by.unsqueeze(2) * by.unsqueeze(1)
+    moments.sums += moments.counts.unsqueeze(1) * by.unsqueeze(1)
+
+
 def grow(store: MemoryStore, tasks: int) -> None:
     """So many tasks more, each with the moments and heads of the first one."""
     view = store.view()
     records = view.adapters
     values = view.values(view.ids)
     generator = np.random.default_rng(0)
-    blobs = {blob: view.blob(blob(1)) for blob in (queries_blob, features_blob)}
     heads = [view.blob(own_head_blob(record.name)) for record in records]
     for first in range(0, tasks, AT_ONCE):
         with store.transaction("grow") as txn:
             for number in range(100 + first, 100 + min(tasks, first + AT_ONCE)):
-                for blob, data in blobs.items():
-                    txn.put_blob(blob(number), data)
+                asked = QueryStatistics.from_bytes(view.blob(queries_blob(1)), "queries")
+                seen = FeatureStatistics.from_bytes(view.blob(features_blob(1)), "features")
+                for moments in (asked.moments, seen.moments):
+                    move(moments, torch.from_numpy(generator.standard_normal(moments.dim)))
+                txn.put_blob(queries_blob(number), asked.to_bytes())
+                txn.put_blob(features_blob(number), seen.to_bytes())
                 for record, value, head in zip(records, values, heads, strict=True):
                     noise = generator.standard_normal(len(value), dtype=np.float32)
                     name = f"{number}-{record.name}"

@@ -9,6 +9,7 @@ Among many tasks it is the nearest of those that the input recalls most (`TaskRe
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from memtool.devices import exact
+from memtool.errors import MemtoolError
 from memtool.memories.moments import Moments
 
 LIMIT = 1.0
@@ -32,8 +34,13 @@ SHARE = 0.99
 ALL_OF, OF_MANY = 8, 4
 """Of so many tasks all say how novel an input is; of more those that it recalls most."""
 
-HELD = 64
-"""Tasks whose moments are held, of more than `ALL_OF`."""
+LEAST = 0.01
+"""Of its highest weight, below which an input does not recall a task of many."""
+
+HELD_BYTES = 1 << 30
+"""What is held of more than `ALL_OF` tasks."""
+
+_log = logging.getLogger(__name__)
 
 _READING = threading.RLock()
 """Threads that ask one memory read in turn."""
@@ -98,16 +105,19 @@ class Reaches(nn.Module):
         """The novelty (n,), float64 and on the CPU, of vectors (groups, n, dim) of any device."""
         return _over_groups(self.nearest(exact(vectors)))
 
-    def nearest(self, vectors: Tensor) -> Tensor:
+    def nearest(self, vectors: Tensor, asked: Tensor | None = None) -> Tensor:
         """How far vectors (groups, n, dim) lie from the nearest task, in parts of its reach.
 
-        (groups, n); all float64 and on the CPU.
+        (groups, n); all float64 and on the CPU. Only of the tasks that are `asked` (n, tasks).
         """
-        nearest = []
+        each = []
         for factor, means, reach in zip(self.factors, self.means, self.reach, strict=True):
             away = _distances(vectors @ factor, means).amin(dim=-1)
-            nearest.append(away / reach.unsqueeze(-1))
-        return torch.stack(nearest).amin(dim=0)
+            each.append(away / reach.unsqueeze(-1))
+        far = torch.stack(each)
+        if asked is not None:
+            far = far.masked_fill(~asked.T.unsqueeze(1), torch.inf)
+        return far.amin(dim=0)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Stay on the CPU, in float64."""
@@ -122,8 +132,8 @@ Read = Callable[[int], Moments | None]
 class TaskReaches(nn.Module):
     """The novelty of inputs that have several looks, by the tasks that they recall.
 
-    Of up to `ALL_OF` tasks by all of them. Of more by the `OF_MANY` that have the highest weights
-    of the input, whose moments are read when they are asked for: it costs what is recalled.
+    Of up to `ALL_OF` tasks by all of them. Of more by those that are `asked`, whose moments are
+    read when they are: it costs what is recalled. A copy holds all.
     """
 
     owners: Tensor
@@ -132,62 +142,92 @@ class TaskReaches(nn.Module):
         """`looks` read the moments of each look; `owners` (t,) are the tasks of the weights."""
         super().__init__()
         self.register_buffer("owners", torch.tensor(owners, dtype=torch.int64), persistent=False)
-        self._tasks, self._looks = tasks, tuple(looks)
+        self._tasks, self._count, self._looks = tasks, len(looks), tuple(looks)
         self._held: OrderedDict[int, list[Reaches | None]] = OrderedDict()
         self.of_all: nn.ModuleList | None = None
         if tasks <= ALL_OF:
             self.hold_all()
 
     def hold_all(self) -> None:
-        """Read all tasks, and ask all from now on: nothing is read while inputs are looked at."""
-        found = [self._reaches(read, range(self._tasks)) for read in self._looks]
-        self.of_all = nn.ModuleList(one for one in found if one is not None)
+        """Read all tasks: nothing is read from now on."""
+        if self.of_all is None:
+            found = [_reaches(read, range(self._tasks)) for read in self._looks]
+            self.of_all = nn.ModuleList(one for one in found if one is not None)
+            self._looks = ()
+            self._held.clear()
 
-    @staticmethod
-    def _reaches(read: Read, places: Sequence[int]) -> Reaches | None:
-        moments = [read(place) for place in places]
-        known = [one for one in moments if one is not None]
-        return Reaches.of(known) if len(known) == len(moments) else None
+    def __getstate__(self) -> dict[str, Any]:
+        """That of a module that reads nothing: what is read belongs to a store that is open."""
+        self.hold_all()
+        return self.__dict__
 
     def forward(self, looks: Sequence[Tensor], weights: Tensor) -> Tensor | None:
         """The novelty (n,), float64 on the CPU, of looks (groups, n, dim) under weights (n, t).
 
         NaN where nothing tells; None where that is so of all inputs.
         """
-        if self.of_all is not None:
-            if len(self.of_all) < len(looks):
-                return None
-            far = [reach(look) for reach, look in zip(self.of_all, looks, strict=True)]
+        asked = None if self._tasks <= ALL_OF else self.asked(weights)
+        if self.of_all is None:
+            assert asked is not None
+            far = self._read_nearest(list(map(exact, looks)), asked)
+        elif len(self.of_all) < self._count:
+            return None
         else:
-            places = self.asked(weights)
-            far = [_over_groups(one) for one in self._nearest(list(map(exact, looks)), places)]
-        return torch.stack(far).square().mean(dim=0).sqrt()
+            every = [one for one in self.of_all if isinstance(one, Reaches)]
+            pairs = zip(every, looks, strict=True)
+            far = [reaches.nearest(exact(look), asked) for reaches, look in pairs]
+        return torch.stack(list(map(_over_groups, far))).square().mean(dim=0).sqrt()
 
     def asked(self, weights: Tensor) -> Tensor:
-        """The places (n, k) of the tasks that have the highest weights (n, t), on the CPU."""
-        by_task = weights.new_zeros(len(weights), self._tasks)
-        by_task = by_task.index_add(1, self.owners, weights)
-        return by_task.topk(min(OF_MANY, self._tasks), dim=1).indices.cpu()
+        """Which tasks an input recalls, of weights (n, t): bool (n, tasks), on the CPU.
 
-    def _nearest(self, looks: Sequence[Tensor], places: Tensor) -> list[Tensor]:
-        """Of every look how far (groups, n) its inputs lie from the nearest of their tasks."""
+        The `OF_MANY` with the highest weights, but for those that have less than `LEAST` of the
+        highest.
+        """
+        weights = exact(weights)
+        by_task = weights.new_zeros(len(weights), self._tasks)
+        by_task = by_task.index_add(1, self.owners.cpu(), weights)
+        highest, places = by_task.topk(min(OF_MANY, self._tasks), dim=1)
+        recalled = highest > LEAST * highest[:, :1].clamp_min(0)
+        recalled[:, 0] = True
+        return torch.zeros_like(by_task, dtype=torch.bool).scatter(1, places, recalled)
+
+    def _read_nearest(self, looks: Sequence[Tensor], asked: Tensor) -> list[Tensor]:
+        """Of every look how far (groups, n) its inputs lie from the nearest task that is asked."""
         found = [look.new_full(look.shape[:2], torch.inf) for look in looks]
-        for place in places.unique().tolist():
-            rows = (places == place).any(dim=1)
+        # What is held comes first, before anything that is read takes its place.
+        places = asked.any(dim=0).nonzero()[:, 0].tolist()
+        for place in sorted(places, key=lambda place: place not in self._held):
+            rows = asked[:, place]
             for far, look, reach in zip(found, looks, self._of(place), strict=True):
                 here = far.new_tensor(torch.nan) if reach is None else reach.nearest(look[:, rows])
                 far[:, rows] = torch.minimum(far[:, rows], here)
         return found
 
     def _of(self, place: int) -> list[Reaches | None]:
-        """The reaches of one task, a look each."""
+        """The reaches of one task, a look each; none where it cannot be read any more."""
         with _READING:
             if place not in self._held:
-                self._held[place] = [self._reaches(read, [place]) for read in self._looks]
-                if len(self._held) > HELD:
+                try:
+                    self._held[place] = [_reaches(read, [place]) for read in self._looks]
+                except MemtoolError as error:
+                    _log.warning("no novelty of what recalls a task: %s", error)
+                    self._held[place] = [None] * self._count
+                while len(self._held) > 1 and sum(map(_nbytes, self._held.values())) > HELD_BYTES:
                     self._held.popitem(last=False)
             self._held.move_to_end(place)
             return self._held[place]
+
+
+def _reaches(read: Read, places: Sequence[int]) -> Reaches | None:
+    """The reaches of tasks; None where one of them does not tell."""
+    moments = [read(place) for place in places]
+    known = [one for one in moments if one is not None]
+    return Reaches.of(known) if len(known) == len(moments) else None
+
+
+def _nbytes(held: Sequence[Reaches | None]) -> int:
+    return sum(one.nbytes for reaches in held if reaches for one in reaches.parameters())
 
 
 def _over_groups(nearest: Tensor) -> Tensor:

@@ -57,6 +57,8 @@ def read_rows(view: MemoryView, name: str, **shapes: str) -> dict[str, Tensor]:
     found: list[dict[str, Any]] = []
     for blob in _blobs(view, name):
         found.append(read_tensors(view.blob(blob), f"blob {blob!r}", **shapes))
+        if not len(next(iter(found[-1].values()))):
+            raise CorruptError(f"blob {blob!r} has no rows")
         here, before = ([one[key].shape[1:] for key in shapes] for one in (found[-1], found[0]))
         if here != before:
             raise CorruptError(

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from memtool.errors import ConfigError, DataError, NotFoundError
+from memtool.errors import ConfigError, CorruptError, DataError, NotFoundError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from memtool_stores import AdapterRecord, MemoryView
+
+
+MOST_TASKS = 10_000_000
+"""Tasks that a version can say it learned."""
 
 
 def own_head_blob(adapter: str) -> str:
@@ -74,12 +78,19 @@ def in_runs(numbers: Sequence[int]) -> list[int | list[int]]:
 
 
 def out_of_runs(said: Iterable[int | Sequence[int]]) -> tuple[int, ...]:
-    """What `in_runs` was given.
+    """What `in_runs` was given. Raises CorruptError for anything else.
 
     >>> out_of_runs([1, [7, 10], 5])
     (1, 7, 8, 9, 10, 5)
     """
-    runs = ((one, one) if isinstance(one, int) else one for one in said)
+    try:
+        runs = [(one, one) if isinstance(one, int) else tuple(one) for one in said]
+        fine = all(type(first) is type(last) is int and first <= last for first, last in runs)
+        count = sum(last + 1 - first for first, last in runs)
+    except (TypeError, ValueError) as error:
+        raise CorruptError(f"what a version says that it learned: {error}") from error
+    if not fine or count > MOST_TASKS:
+        raise CorruptError(f"a version that says it learned {count:,} tasks")
     return tuple(number for first, last in runs for number in range(first, last + 1))
 
 

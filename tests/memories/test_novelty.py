@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Sequence
 
 import pytest
@@ -10,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from memtool.errors import CorruptError
+from memtool.errors import CorruptError, NotFoundError
 from memtool.memories import novelty as module
 from memtool.memories.moments import Moments
 from memtool.memories.novelty import (
     ALL_OF,
+    LEAST,
     LIMIT,
     OF_MANY,
     SHARE,
@@ -156,56 +159,81 @@ def test_few_tasks_are_all_asked_whatever_the_weights() -> None:
     assert len(read) == ALL_OF
 
 
-def test_of_many_those_that_an_input_recalls_most_are_asked() -> None:
+def recalled(weights: Tensor, owners: Sequence[int], tasks: int) -> list[list[int]]:
+    """The tasks that each input recalls, one by one."""
+    found = []
+    for row in weights.tolist():
+        by_task = [0.0] * tasks
+        for owner, weight in zip(owners, row, strict=True):
+            by_task[owner] += weight
+        best = sorted(range(tasks), key=lambda task: -by_task[task])[:OF_MANY]
+        found.append([one for one in best if by_task[one] > LEAST * by_task[best[0]]] or best[:1])
+    return found
+
+
+@pytest.mark.parametrize("sharp", [1, 8, 60])
+def test_of_many_those_that_an_input_recalls_most_are_asked(sharp: int) -> None:
     tasks, adapters = 20, 40
     parts = [many(tasks, seed) for seed in (0, 1)]
     owners = [place % tasks for place in range(adapters)]
     reaches, read = asking(parts, owners)
     assert read == []
     looks = [torch.randn(2, 6, 4), torch.randn(2, 6, 4)]
-    weights = torch.rand(6, adapters).square()
+    weights = torch.rand(6, adapters, dtype=torch.float64) ** sharp
     found = reaches(looks, weights)
-    asked: set[int] = set()
-    for row in range(6):
-        by_task = [
-            sum(weights[row, place] for place in range(adapters) if owners[place] == task)
-            for task in range(tasks)
-        ]
-        best = sorted(range(tasks), key=lambda task: -by_task[task])[:OF_MANY]
-        asked |= {*best}
+    wanted = recalled(weights, owners, tasks)
+    for row, asked in enumerate(wanted):
         each = [
-            novelty(look[:, row : row + 1], [part[task] for task in best])
+            novelty(look[:, row : row + 1], [part[task] for task in asked])
             for look, part in zip(looks, parts, strict=True)
         ]
         torch.testing.assert_close(found[row], torch.stack(each).square().mean().sqrt())
-    assert {*read} == asked
-    assert len(read) == len(asked)
+    once = {task for asked in wanted for task in asked}
+    assert sorted(read) == sorted(once)
     assert torch.equal(reaches(looks, weights), found)
-    assert len(read) == len(asked)  # they are held
+    assert len(read) == len(once)  # they are held
+    copied = copy.deepcopy(reaches)  # which reads nothing any more
+    read.clear()
+    torch.testing.assert_close(copied(looks, weights), found)
     reaches.hold_all()
-    nearer = reaches(looks, weights)
-    assert bool((nearer <= found + 1e-12).all())
+    torch.testing.assert_close(reaches(looks, weights), found)
+    assert read == []
+    again = pickle.loads(pickle.dumps(reaches))  # noqa: S301
+    torch.testing.assert_close(again(looks, weights), found)
+
+
+def test_an_input_of_one_task_asks_that_one_alone() -> None:
+    reaches, read = asking([many(20)], range(20))
+    reaches([torch.zeros(2, 3, 4)], torch.eye(20)[[15, 3, 15]])
+    assert sorted(read) == [3, 15]
+    assert reaches.asked(-torch.eye(20)[:2]).sum(dim=1).tolist() == [1, 1]
 
 
 def test_what_is_held_of_many_tasks_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "HELD", 5)
-    parts = [many(12)]
-    reaches, read = asking(parts, range(12))
+    reaches, read = asking([many(12)], range(12))
+    reaches([torch.zeros(2, 1, 4)], torch.eye(12)[:1])
+    monkeypatch.setattr(module, "HELD_BYTES", 5 * module._nbytes(reaches._held[0]) + 1)
+    weights = torch.eye(12)
     for _ in range(2):
-        for first in range(0, 12, OF_MANY):
-            weights = torch.zeros(1, 12)
-            weights[0, first : first + OF_MANY] = 1
-            reaches([torch.zeros(2, 1, 4)], weights)
-    assert len(read) == 24
+        reaches([torch.zeros(2, 12, 4)], weights)
     assert len(reaches._held) == 5
+    assert len(read) == 12 + 12 - 5  # what is held is asked first
 
 
-def test_a_task_that_cannot_tell_leaves_its_inputs_unknown() -> None:
+def test_a_task_that_cannot_tell_leaves_its_inputs_unknown(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     parts = [many(10)]
     parts[0][3] = many(1, 9, reaching=False)[0]
     reaches, _ = asking(parts, range(10))
-    weights = torch.eye(10)[[3, 5]] + torch.linspace(0.1, 0, 10)
-    found = reaches([torch.zeros(2, 2, 4)], weights)
-    assert bool(found[0].isnan())
-    weights = torch.eye(10)[[9]] + torch.linspace(0, 0.1, 10)
-    assert bool(reaches([torch.zeros(2, 1, 4)], weights).isfinite().all())
+    found = reaches([torch.zeros(2, 2, 4)], torch.eye(10)[[3, 5]])
+    assert found.isnan().tolist() == [True, False]
+    assert not caplog.text
+
+    def gone(place: int) -> Moments:
+        raise NotFoundError("the version is gone")
+
+    lost = TaskReaches(10, [gone], range(10))
+    for _ in range(2):
+        assert bool(lost([torch.zeros(2, 1, 4)], torch.eye(10)[:1]).isnan().all())
+    assert caplog.text.count("the version is gone") == 1

@@ -117,10 +117,13 @@ def _solved_head(
     But for classes that nobody knows then.
     """
     if state.head.is_fixed:  # it knows all classes, learned or not
-        known = read_head(view, state.adapter_tasks)
+        known = read_head(view, len(state.tasks), state.adapter_tasks)
         assert known is not None
         return known
-    features, learned = feature_statistics(view, tasks), read_head(view, state.adapter_tasks)
+    features, learned = (
+        feature_statistics(view, tasks),
+        read_head(view, len(state.tasks), state.adapter_tasks),
+    )
     last = {task_of(record): record.name for record in txn.adapters}
     trained = OnDemand(last, lambda task: own_head(view, last[task]))
     earlier = None

@@ -37,10 +37,10 @@ def put_head(txn: Transaction, head: RecalledHead) -> None:
         put_changed(txn, PROJECTION, save({"weight": head.projection.weight.contiguous()}))
 
 
-def read_head(view: MemoryView, owners: Sequence[int]) -> RecalledHead | None:
+def read_head(view: MemoryView, tasks: int, owners: Sequence[int]) -> RecalledHead | None:
     """The head at a version, on the CPU; None where there is none.
 
-    `owners` are the places of the tasks of all adapters. Raises CorruptError.
+    `owners` are the places of the tasks of all adapters, among so many. Raises CorruptError.
     """
     if view.has_blob(HEAD):
         return RecalledHead.from_bytes(view.blob(HEAD), f"blob {HEAD!r}")
@@ -48,10 +48,10 @@ def read_head(view: MemoryView, owners: Sequence[int]) -> RecalledHead | None:
     if not rows:
         return None
     weight, bias = rows["weight"], rows["bias"]
-    if not weight.numel() or max(owners, default=0) >= len(weight):
+    if not weight.numel() or len(weight) != tasks:
         raise CorruptError(
             f"blobs {HEADS!r} hold weights of shape {tuple(weight.shape)}",
-            expected=f"heads of {max(owners, default=0) + 1} tasks",
+            expected=f"heads of {tasks} tasks",
         )
     projection = None
     if view.has_blob(PROJECTION):
@@ -64,7 +64,11 @@ def read_head(view: MemoryView, owners: Sequence[int]) -> RecalledHead | None:
 
 
 def heads_of(head: RecalledHead, tasks: Sequence[int]) -> dict[int, LinearClassifier]:
-    """The heads of tasks, by number, of one that has a head of each of them."""
+    """The heads of tasks, by number, of one that has a head of each; CorruptError for another."""
+    if len(head.weight) != len(tasks):
+        raise CorruptError(
+            f"a memory that holds {len(head.weight)} heads", expected=f"heads of {len(tasks)} tasks"
+        )
     pairs = zip(tasks, head.weight, head.bias, strict=True)
     return {task: LinearClassifier(w, b, head.projection) for task, w, b in pairs}
 

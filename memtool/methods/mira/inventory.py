@@ -29,7 +29,7 @@ from memtool.methods.mira.state import (
 )
 from memtool.methods.mira.sums import Asked, read_seen
 from memtool.methods.on_demand import Counted, OnDemand
-from memtool.methods.records import in_runs, task_of
+from memtool.methods.records import out_of_runs, task_of
 from memtool.methods.results import ConsolidateResult
 from memtool.settings import Config
 from memtool.streams.task import Task
@@ -110,10 +110,9 @@ class Inventory:
     @cached_property
     def asked(self) -> Asked:
         """The queries of all tasks; once all are counted."""
-        before = Asked.read(self.view) if self._kept else None
+        before = Asked.read(self.view, tasks=self._kept) if self._kept else None
         by_class = self.config.memory.keys_of == "class"
-        first = 0 if before is None else len(before.sizes)
-        others = (self.queries[task] for task in self.tasks[first:])
+        others = (self.queries[task] for task in self.tasks[self._kept if before else 0 :])
         return Asked.of(others, by_class=by_class, before=before)
 
     @cached_property
@@ -125,8 +124,9 @@ class Inventory:
         own = {}
         if head.owners is not None and state.head == self.config.head:
             own = heads_of(head.to("cpu"), state.tasks)
-        heads = {task: one for task, one in own.items() if task not in self.grown}
-        moments = None if self.grown else read_seen(self.view)
+        anew = {*self.fresh}
+        heads = {task: one for task, one in own.items() if task not in anew}
+        moments = None if anew & {*state.tasks} else read_seen(self.view)
         return Earlier(self._kept, heads, moments)
 
     @property
@@ -166,7 +166,7 @@ def consolidated_before(work: Workspace) -> ConsolidateResult | None:
     for version in store.log(view.version):
         said = version.metadata
         accuracy, validation = said.get("train_accuracy"), said.get("validation_accuracy")
-        if isinstance(accuracy, float) and said.get("learned") == in_runs(state.tasks):
+        if isinstance(accuracy, float) and out_of_runs(said.get("learned") or ()) == state.tasks:
             return ConsolidateResult(
                 version=view.version,
                 tasks=state.tasks,

@@ -345,7 +345,8 @@ def put_keys(
     live = txn.adapters
     names, parts = _names(view, live, new), parts_in(view, live, new)
     tasks, first = [*parts], _summed(view, names, new)
-    before = Asked.read(view) if first else None
+    before = Asked.read(view, tasks=first) if first else None
+    first = first if before else 0
     others = _of_one_width((parts[task] for task in tasks[first:]), state.apart, before)
     asked = Asked.of(others, by_class=True, before=before)
     found: Sequence[Tensor] = solved_keys(asked)

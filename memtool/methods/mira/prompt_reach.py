@@ -75,7 +75,7 @@ def put_reach(
 
     The moments of the `first` of them are kept already, or one of these has no witnesses.
     """
-    before = Asked.read(view, REACH) if first else None
+    before = Asked.read(view, REACH, tasks=first) if first else None
     asked = None if first and before is None else _witnessed(tasks, first, before)
     if asked is None:
         drop_asked(txn, REACH)

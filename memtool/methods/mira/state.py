@@ -199,7 +199,7 @@ class Snapshot:
                 memory[block].searched_by = Indexed(view.store_id, len(blocks))
         model = MemoryModel(backbone, values, memory, state.memory, look)
         model = model.to(device).requires_grad_(False)
-        head = read_head(view, state.adapter_tasks)
+        head = read_head(view, len(state.tasks), state.adapter_tasks)
         if head is not None:
             head = replace(head.to(device), of_directions=state.head.is_fixed)
             _check_head(head, state, len(records), view.version)

@@ -73,19 +73,27 @@ class Asked:
         put_changed(txn, name, save(whole))
 
     @classmethod
-    def read(cls, view: MemoryView, name: str = ASKED) -> Self | None:
-        """What a version keeps; None where it does not. Raises CorruptError."""
+    def read(cls, view: MemoryView, name: str = ASKED, *, tasks: int | None = None) -> Self | None:
+        """What a version keeps; None where it does not, or not of so many `tasks`.
+
+        Raises CorruptError.
+        """
         rows = read_rows(view, name, task="int64 p", count="float64 p", sum="float64 p g d")
         if not rows:
             return None
         where = f"blob {name!r}"
+        if not view.has_blob(name):
+            raise CorruptError(f"{where} is missing, and its rows are there")
         shapes = {key: Moments.SHAPES[key] for key in ("second", "reach")}
         whole = read_tensors(view.blob(name), where, **shapes)
         if rows["sum"].shape[1:] != whole["second"].shape[:2]:
             raise CorruptError(f"{where} is not of the same vectors as its rows")
         sums = rows["sum"].transpose(0, 1).contiguous()
         moments = Moments.from_tensors({"counts": rows["count"], "sums": sums, **whole}, where)
-        return cls(QueryStatistics.of(moments), _sizes(rows["task"], where))
+        sizes = _sizes(rows["task"], where)
+        if tasks not in (None, len(sizes)):
+            return None
+        return cls(QueryStatistics.of(moments), sizes)
 
 
 def _sizes(places: Tensor, where: str) -> tuple[int, ...]:
