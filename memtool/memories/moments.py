@@ -207,6 +207,8 @@ class Moments:
         counts, sums = tensors["counts"], tensors["sums"]
         if sums.shape[0] == 0 or sums.shape[2] == 0 or bool((counts < 0).any()):
             raise CorruptError(f"{where} holds moments of nothing, shape {tuple(sums.shape)}")
+        if not all(bool(one.isfinite().all()) for one in (counts, sums, tensors["second"])):
+            raise CorruptError(f"{where} holds moments that are not finite")
         moments = cls(sums.shape[0], sums.shape[2], 0)
         moments.counts, moments.sums, moments.second = counts, sums, tensors["second"]
         moments.reach = tensors.get("reach")

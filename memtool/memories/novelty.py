@@ -185,7 +185,9 @@ class TaskReaches(nn.Module):
         highest.
         """
         weights = exact(weights)
-        by_task = weights.new_zeros(len(weights), self._tasks)
+        by_task = weights.new_zeros(
+            weights.shape[0], self._tasks
+        )  # a length is a constant to export
         by_task = by_task.index_add(1, self.owners.cpu(), weights)
         highest, places = by_task.topk(min(OF_MANY, self._tasks), dim=1)
         recalled = highest > LEAST * highest[:, :1].clamp_min(0)

@@ -38,8 +38,9 @@ class Output:
     logits (n, classes), whose softmax are the probabilities (n, classes): scores of one head, or
     the logarithm of what several heads say together; -inf for classes that no head saw. weights (n,
     adapters): the share of every adapter, mean over blocks; atoms that fell below the threshold
-    leave less than one in all. novelty (n,), on the CPU: how far the input lies from all that was
-    learned, NaN where the memory cannot tell; unlike (n,) where it is beyond.
+    leave less than one in all. novelty (n,), on the CPU: how far the input lies from what was
+    learned, of many tasks from what it recalls; NaN where the memory cannot tell. unlike (n,) where
+    it is beyond.
     """
 
     logits: Tensor

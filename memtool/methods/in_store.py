@@ -49,6 +49,8 @@ class StoredState(BaseModel):
         newest = cls.model_fields["schema_version"].default
         said = parsed_json(view.blob(cls.blob), f"blob {cls.blob!r}")
         written = said.get("schema_version")
+        if isinstance(written, int) and written < 1:
+            raise CorruptError(f"blob {cls.blob!r} has schema version {written}")
         if isinstance(written, int) and written > newest:
             raise MismatchError(
                 f"blob {cls.blob!r} at version {view.version} has schema version {written}, made "
@@ -57,7 +59,7 @@ class StoredState(BaseModel):
                 remedy="upgrade memtool",
             )
         try:
-            return cls.model_validate({**said, **cls._beside(said, view)})
+            return cls.model_validate(cls._whole(said, view))
         except ValidationError as error:
             raise CorruptError(
                 f"blob {cls.blob!r} at version {view.version}: {error.errors()[0]['msg']}",
@@ -65,10 +67,10 @@ class StoredState(BaseModel):
             ) from error
 
     @classmethod
-    def _beside(cls, said: Mapping[str, Any], view: memtool_stores.MemoryView) -> dict[str, Any]:
-        """Fields that are in other blobs than the one that says so much; here none."""
-        del said, view
-        return {}
+    def _whole(cls, said: Mapping[str, Any], view: memtool_stores.MemoryView) -> Mapping[str, Any]:
+        """All fields, of what the blob says; here it says all."""
+        del view
+        return said
 
     def put(self, txn: memtool_stores.Transaction) -> None:
         """Make it the state of the version that is being written."""

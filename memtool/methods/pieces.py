@@ -7,8 +7,9 @@ So a commit writes the blobs whose rows it adds or changes; the others stay wher
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,6 +66,28 @@ def read_rows(view: MemoryView, name: str, **shapes: str) -> dict[str, Tensor]:
                 f"blob {blob!r} has rows of shape {here}", expected=f"{before}, as before it"
             )
     return {key: torch.cat([one[key] for one in found]) for key in shapes if found}
+
+
+def without_rows(fields: Mapping[str, Any], by_row: Collection[str]) -> bytes:
+    """Fields as JSON, but for those that are rows: of these it says how many there are."""
+    counts = {name: len(fields[name]) for name in sorted(by_row)}
+    rest = {name: one for name, one in fields.items() if name not in by_row}
+    return json.dumps({**rest, "counts": counts}).encode()
+
+
+def with_rows(
+    said: Mapping[str, Any], rows: Mapping[str, Sequence[Any]], blob: str
+) -> dict[str, Any]:
+    """What `without_rows` was given, of what it said and the rows.
+
+    Raises CorruptError where there are not as many.
+    """
+    counts = {name: len(one) for name, one in rows.items()}
+    if said.get("counts") != counts:
+        raise CorruptError(
+            f"blob {blob!r} with rows beside it of {counts}", expected=str(said.get("counts"))
+        )
+    return {**{name: one for name, one in said.items() if name != "counts"}, **rows}
 
 
 def id_rows(ids: Sequence[str]) -> Tensor:

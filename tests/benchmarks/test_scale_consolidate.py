@@ -5,7 +5,7 @@ from __future__ import annotations
 from benchmarks import scale_consolidate
 
 
-def test_one_more_task_writes_what_is_new() -> None:
+def test_it_measures_a_commit_and_answers_at_every_size() -> None:
     found = scale_consolidate.run(1, sizes=(10, 100))
     assert found["passed"] or all(
         "images" in one["name"] for one in found["cases"] if not one["passed"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import pickle
 from pathlib import Path
 from unittest import mock
 
@@ -11,9 +13,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save
+from safetensors.torch import load, save
 
-from memtool.errors import CorruptError
+from memtool.errors import CorruptError, MemtoolError
+from memtool.memories import novelty
 from memtool.memories.closed_form import QueryStatistics
 from memtool.methods import pieces
 from memtool.methods.forget import forget
@@ -23,6 +26,7 @@ from memtool.methods.mira.state import MemoryState
 from memtool.methods.mira.sums import ASKED, SEEN, Asked
 from memtool.methods.pieces import drop_rows, put_rows, read_rows
 from memtool.methods.records import in_runs, out_of_runs
+from memtool.program import export_model
 from memtool_stores import MemoryStore, MemoryView
 from tests.methods.conftest import learn, small_config
 
@@ -226,3 +230,87 @@ def test_a_memory_of_before_rows_is_read_and_goes_on(tmp_path: Path, scope: str)
             if name.startswith(("memory", "peft.")):  # which say ids
                 del each[name]
     assert blobs[0] == blobs[1]
+
+
+# Strangers and copies ---------------------------------------------------------------------------
+
+
+def _strange(rows: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor] | None:
+    first = next(iter(rows))
+    match kind:
+        case "none":
+            return None
+        case "fewer":
+            return {name: one[:-1].contiguous() for name, one in rows.items()}
+        case "twice":
+            return {name: torch.cat([one, one[-1:]]) for name, one in rows.items()}
+        case "empty":
+            return {name: one[:0].contiguous() for name, one in rows.items()}
+        case "same":
+            return {name: one[:1].expand_as(one).contiguous() for name, one in rows.items()}
+        case "far":
+            return {**rows, first: rows[first] + 20}
+    return {**rows, "count": rows["count"] * torch.inf} if "count" in rows else None
+
+
+@pytest.mark.parametrize("kind", ["none", "fewer", "twice", "empty", "same", "far", "infinite"])
+@pytest.mark.parametrize("blob", ["memory.tasks.0", "memory.adapters.0", "heads.0", "asked.0"])
+def test_rows_of_a_stranger_are_refused_or_counted_again(
+    learned_copy: Mira, blob: str, kind: str
+) -> None:
+    store = learned_copy.workspace.store
+    wanted = store.view().keys()
+    rows = _strange(load(store.view().blob(blob)), kind)
+    with store.transaction("strange") as txn:
+        if rows is None:
+            txn.delete_blob(blob)
+        else:
+            txn.put_blob(blob, save(rows))
+    for act in (
+        lambda: Mira.open(learned_copy.config, seed=0).consolidate(),
+        lambda: forget(store, ["inverted"]),
+        lambda: Mira.open(learned_copy.config, seed=0).attach(),
+    ):
+        with contextlib.suppress(MemtoolError):
+            act()
+    if blob == "asked.0" and kind in ("none", "fewer", "twice"):  # is counted again
+        assert store.view().keys().shape[1] == wanted.shape[1] - 1
+
+
+@pytest.mark.parametrize("learned", [[1, 2, 3, 4, 5], [[1, 5]], ["x"], [[1]], 7, {"a": 1}])
+def test_what_versions_say_they_learned_is_read_or_skipped(
+    learned_copy: Mira, learned: object
+) -> None:
+    store = learned_copy.workspace.store
+    with store.transaction("note", metadata={"learned": learned, "train_accuracy": 1.0}) as txn:
+        txn.put_blob("note", b"")
+    assert Mira.open(learned_copy.config, seed=0).consolidate().unchanged
+
+
+def test_a_memory_of_many_tasks_is_copied_and_exported_with_the_same_novelty(
+    learned: Mira, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(novelty, "ALL_OF", 1)
+    monkeypatch.setattr(novelty, "OF_MANY", 2)
+    model, again = (learned.attach().eval() for _ in range(2))
+    images = torch.from_numpy(learned.workspace.stream.tasks[1].test.images[:6].copy())
+    with torch.no_grad():
+        found = model(images).novelty
+        copied = pickle.loads(pickle.dumps(again))  # noqa: S301
+        torch.testing.assert_close(copied(images).novelty, found)
+        export_model(learned.workspace.store_path, tmp_path / "memory.pt2")
+        program = torch.export.load(tmp_path / "memory.pt2").module()
+        torch.testing.assert_close(program(model.pixels(images))["novelty"], found)
+
+
+def test_an_attached_memory_answers_when_its_version_is_gone(
+    learned_copy: Mira, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(novelty, "ALL_OF", 1)
+    model = learned_copy.attach().eval()
+    images = torch.from_numpy(learned_copy.workspace.stream.tasks[1].test.images[:4].copy())
+    forget(learned_copy.workspace.store, ["inverted"], purge=True)
+    with torch.inference_mode():
+        out = model(images)
+    assert bool(out.novelty.isnan().all())
+    assert out.probabilities.isfinite().all()

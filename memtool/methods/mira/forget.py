@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from memtool.errors import ConfigError
+from memtool.errors import ConfigError, MismatchError
 from memtool.heads import RecalledHead, solve_recalled_head
 from memtool.heads.solve import SOLVED, Earlier, merged
 from memtool.methods.in_store import drop, feature_statistics, own_head
@@ -53,6 +53,12 @@ def solve_without(txn: Transaction, view: MemoryView, gone: set[str]) -> None:
             "some adapters in memory have no key yet",
             remedy="memtool consolidate first, then forget",
         )
+    if not {*adapters} <= {*state.adapters}:
+        raise MismatchError(
+            f"version {view.version} has keys for other adapters than its memory names",
+            remedy="memtool consolidate",
+        )
+    state.require_own(view)
     number = {
         id: state.tasks[place]
         for id, place in zip(state.adapters, state.adapter_tasks, strict=True)

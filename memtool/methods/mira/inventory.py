@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import memtool_stores
-from memtool.errors import ConfigError, NotFoundError
+from memtool.errors import ConfigError, CorruptError, NotFoundError
 from memtool.heads import FeatureStatistics, LinearClassifier
 from memtool.heads.solve import SOLVED, Earlier, merged
 from memtool.memories.closed_form import QueryStatistics
@@ -166,7 +168,7 @@ def consolidated_before(work: Workspace) -> ConsolidateResult | None:
     for version in store.log(view.version):
         said = version.metadata
         accuracy, validation = said.get("train_accuracy"), said.get("validation_accuracy")
-        if isinstance(accuracy, float) and out_of_runs(said.get("learned") or ()) == state.tasks:
+        if isinstance(accuracy, float) and _learned(said) == state.tasks:
             return ConsolidateResult(
                 version=view.version,
                 tasks=state.tasks,
@@ -180,6 +182,14 @@ def consolidated_before(work: Workspace) -> ConsolidateResult | None:
                 unchanged=True,
             )
     return None  # an older memtool consolidated it and did not say
+
+
+def _learned(said: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """The tasks that a version says it learned; None for what somebody else wrote."""
+    try:
+        return out_of_runs(said.get("learned") or ())
+    except CorruptError:
+        return None
 
 
 def _same(state: MemoryState, view: memtool_stores.MemoryView, config: Config) -> bool:

@@ -33,7 +33,15 @@ from memtool.methods.mira.first import require_same_first, taken_along
 from memtool.methods.mira.prompt_reach import REACH, WITNESS_WIDE, put_reach
 from memtool.methods.mira.sums import ASKED, Asked, drop_asked
 from memtool.methods.on_demand import OnDemand
-from memtool.methods.pieces import drop_rows, id_rows, ids_of, put_rows, read_rows
+from memtool.methods.pieces import (
+    drop_rows,
+    id_rows,
+    ids_of,
+    put_rows,
+    read_rows,
+    with_rows,
+    without_rows,
+)
 from memtool.methods.records import task_of
 from memtool.methods.routed.memory import Kept, kept_blob, kept_bytes
 from memtool.tensor_bytes import load_tensors, read_tensors
@@ -85,20 +93,21 @@ class PromptState(StoredState):
         return self.model_copy(update=none)
 
     @classmethod
-    def _beside(cls, said: Mapping[str, Any], view: memtool_stores.MemoryView) -> dict[str, Any]:
+    def _whole(cls, said: Mapping[str, Any], view: memtool_stores.MemoryView) -> Mapping[str, Any]:
         if said.get("schema_version") == 1:
-            return {}
-        rows = read_rows(view, ADAPTERS, id="uint8 t n", rows="int64 t")
-        if not rows:
-            return {"adapters": (), "rows": ()}
-        return {"adapters": ids_of(rows["id"]), "rows": rows["rows"].tolist()}
+            return said
+        found = read_rows(view, ADAPTERS, id="uint8 t n", rows="int64 t")
+        rows: dict[str, list[Any]] = {"adapters": [], "rows": []}
+        if found:
+            rows = {"adapters": ids_of(found["id"]), "rows": found["rows"].tolist()}
+        return with_rows(said, rows, cls.blob)
 
     def put(self, txn: memtool_stores.Transaction) -> None:
         """As `StoredState.put`; of the rows what is new or changed is written."""
         newest = type(self).model_fields["schema_version"].default
-        now = self.model_copy(update={"schema_version": newest})
-        txn.put_blob(self.blob, now.model_dump_json(exclude={*self.BY_ROW}).encode())
         rows = self.rows or (1,) * len(self.adapters)  # before an adapter could have several
+        now = self.model_copy(update={"schema_version": newest, "rows": rows})
+        txn.put_blob(self.blob, without_rows(now.model_dump(mode="json"), self.BY_ROW))
         put_rows(txn, ADAPTERS, {"id": id_rows(self.adapters), "rows": torch.tensor(rows)})
 
     @classmethod

@@ -73,10 +73,10 @@ def put_reach(
 ) -> None:
     """Keep what novelty is measured by, of what is known of tasks; nothing where it cannot be.
 
-    The moments of the `first` of them are kept already, or one of these has no witnesses.
+    The moments of the `first` of them may be kept already.
     """
     before = Asked.read(view, REACH, tasks=first) if first else None
-    asked = None if first and before is None else _witnessed(tasks, first, before)
+    asked = _witnessed(tasks, first if before else 0, before)
     if asked is None:
         drop_asked(txn, REACH)
     else:

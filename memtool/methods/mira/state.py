@@ -41,8 +41,16 @@ from memtool.methods.mira.protect import Protection
 from memtool.methods.mira.read import DECODERS, load_decoders
 from memtool.methods.mira.recall import MemoryModel, first_norms, memory_blocks, reaches_of
 from memtool.methods.on_demand import Counted, OnDemand
-from memtool.methods.pieces import drop_rows, id_rows, ids_of, put_rows, read_rows
-from memtool.methods.records import task_of
+from memtool.methods.pieces import (
+    drop_rows,
+    id_rows,
+    ids_of,
+    put_rows,
+    read_rows,
+    with_rows,
+    without_rows,
+)
+from memtool.methods.records import number_of, task_of
 from memtool.methods.stored_values import values_of
 from memtool.sections import ConsolidateSettings, MemorySettings, as_meant
 from memtool.settings import HeadSettings
@@ -99,28 +107,45 @@ class MemoryState(StoredState):
             raise ValueError(f"{len(self.adapters)} adapters of {len(self.adapter_tasks)} tasks")
         if not all(place in places for place in self.adapter_tasks):
             raise ValueError(f"adapters of other tasks than the {len(places)} that are named")
+        if len({*self.tasks}) < len(self.tasks) or len({*self.adapters}) < len(self.adapters):
+            raise ValueError("a task or an adapter that is named twice")
         return self
 
     @classmethod
-    def _beside(cls, said: Mapping[str, Any], view: memtool_stores.MemoryView) -> dict[str, Any]:
+    def _whole(cls, said: Mapping[str, Any], view: memtool_stores.MemoryView) -> Mapping[str, Any]:
         if said.get("schema_version") == 1:
-            return {}
+            return said
         tasks = read_rows(view, TASKS, number="int64 t")
         adapters = read_rows(view, ADAPTERS, id="uint8 t n", task="int64 t")
-        return {
+        rows = {
             "tasks": tasks["number"].tolist() if tasks else [],
             "adapters": ids_of(adapters["id"]) if adapters else [],
             "adapter_tasks": adapters["task"].tolist() if adapters else [],
         }
+        return with_rows(said, rows, MEMORY)
 
     def put(self, txn: memtool_stores.Transaction) -> None:
         """As `StoredState.put`; of the rows what is new or changed is written."""
         newest = type(self).model_fields["schema_version"].default
         now = self.model_copy(update={"schema_version": newest})
-        txn.put_blob(self.blob, now.model_dump_json(exclude={*self.BY_ROW}).encode())
+        txn.put_blob(self.blob, without_rows(now.model_dump(mode="json"), self.BY_ROW))
         put_rows(txn, TASKS, {"number": torch.tensor(self.tasks, dtype=torch.int64)})
         places = torch.tensor(self.adapter_tasks, dtype=torch.int64)
         put_rows(txn, ADAPTERS, {"id": id_rows(self.adapters), "task": places})
+
+    def require_own(self, view: memtool_stores.MemoryView) -> None:
+        """Raise CorruptError for an adapter of a version that is of another task than is said."""
+        said = {
+            id: self.tasks[place]
+            for id, place in zip(self.adapters, self.adapter_tasks, strict=True)
+        }
+        for record in view.adapters:
+            if said.get(record.id, number_of(record)) != number_of(record):
+                raise CorruptError(
+                    f"blob {MEMORY!r} at version {view.version} has adapter {record.name!r} of "
+                    f"task {said[record.id]}",
+                    expected=f"task {number_of(record)}",
+                )
 
     @classmethod
     def drop(cls, txn: memtool_stores.Transaction) -> None:
@@ -165,6 +190,7 @@ class Snapshot:
         state = MemoryState.load(view)
         if state is None or not state.adapters:
             return cls(view.version, view, layout, sites, view.adapters, None, None, None)
+        state.require_own(view)
         here = set(view.ids)
         kept = [place for place, id in enumerate(state.adapters) if id in here]
         records = tuple(view.get(state.adapters[place]) for place in kept)
