@@ -90,9 +90,9 @@ def test_a_purge_takes_the_bytes_out_of_everything(learned_copy):
     assert store.find_bytes([record.sha256, head])
     result = forget(learned_copy.workspace.store, ["2"], purge=True)
     assert result.purged.left == {}
-    # The row, its head, queries and features; and, of those that knew of them, the rows of tasks,
-    # adapters and heads, and what all of them asked, as rows and as second moments.
-    assert result.purged.hashes == 4 + 3 + 2
+    # The row, its head, queries and features; and, of those that knew of them, the state with its
+    # rows of tasks and adapters, the rows of heads, and what all of them asked, twice.
+    assert result.purged.hashes == 4 + 4 + 2
     assert result.purged.objects == len([p for p in Path(store.url).rglob("*") if p.is_file()])
     assert result.purged.versions_removed >= 6
     fresh = MemoryStore.open(store.url)
