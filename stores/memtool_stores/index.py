@@ -4,7 +4,8 @@ A page is one element of `/parts`: JSON that names blobs and further pages. A le
 `LEAF` blobs, each with its first part, length and SHA-256. Where there would be more, the page has
 a page for each next digit of the SHA-256 of the names. A page names another by its part, the number
 of blobs in the leaves below it, and its SHA-256: the one that the state of a version holds proves
-them all.
+them all. Of a leaf it also says the last digits of its names: one that is not there, as that of a
+new blob, is told without reading the leaf.
 
 What changes waits in the first page, which every change writes: a name in a page goes before the
 same name further down, null says that the blob is gone; that goes down at once, so that no page
@@ -27,7 +28,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from memtool_stores.errors import IntegrityError, SchemaError
-from memtool_stores.jsonvalues import digest, items, mapping, parse, whole
+from memtool_stores.jsonvalues import digest, items, mapping, parse, text, whole
 from memtool_stores.names import check_ref
 from memtool_stores.parts import PART_BYTES, parts_of
 
@@ -38,6 +39,9 @@ FREE_RUNS = 64
 """Runs of free parts that a state lists at most, the longest; others stay empty for good."""
 
 DIGITS = "0123456789abcdef"
+
+TOLD = 4
+"""Digits that are told of each name in a leaf: one new name in a thousand has those of another."""
 
 Pages = dict[tuple["Ref", str], "Page"]
 """Pages that were read, by what names them and the beginning of the names below them."""
@@ -58,16 +62,27 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Ref:
-    """A page: its part, its length, how many blobs its leaves hold, and its hash."""
+    """A page: its part, its length, how many blobs its leaves hold, and its hash.
+
+    `told` are the last digits of the names of a leaf, ascending; "" of other pages, and of one that
+    was written before they were told.
+    """
 
     part: int
     nbytes: int
     count: int
     sha256: str
+    told: str = ""
 
     def to_json(self) -> list[Any]:
         """As a page or a state has it."""
-        return [self.part, self.nbytes, self.count, self.sha256]
+        told = [self.told] if self.told else []
+        return [self.part, self.nbytes, self.count, self.sha256, *told]
+
+    def may_have(self, path: str) -> bool:
+        """Whether the blob whose name has this SHA-256 may be in it, or below it."""
+        places = range(0, len(self.told), TOLD)
+        return not self.told or path[-TOLD:] in (self.told[at : at + TOLD] for at in places)
 
     @classmethod
     def of_json(cls, data: Any, parts: int) -> Ref:
@@ -78,15 +93,18 @@ class Ref:
         """
         what = "a page of blobs"
         said = items(data, what)
-        if len(said) != 4:
-            raise SchemaError(f"{what} of {len(said)} things", expected="part, length, count, hash")
+        if len(said) not in {4, 5}:
+            raise SchemaError(
+                f"{what} of {len(said)} things", expected="part, length, count, hash, digits"
+            )
         part, nbytes, count = (whole(one, what) for one in said[:3])
         if part >= parts or not 0 < nbytes <= PART_BYTES or not count:
             raise SchemaError(
                 f"{what} in part {part:,} of {parts:,}, {nbytes:,} bytes, {count:,} blobs",
                 expected=f"a part that is there, at most {PART_BYTES:,} bytes, and some blob",
             )
-        return cls(part, nbytes, count, digest(said[3], f"the hash of {what}"))
+        told = text(said[4], f"the digits of {what}") if said[4:] else ""
+        return cls(part, nbytes, count, digest(said[3], f"the hash of {what}"), told)
 
 
 @dataclass(frozen=True)
@@ -171,10 +189,15 @@ class Page:
         """How many blobs are in it, when it is a leaf, or in the leaves below it."""
         return sum(one.count for one in self.pages.values()) if self.pages else len(self.blobs)
 
+    @property
+    def told(self) -> str:
+        """As `Ref.told`."""
+        return "" if self.pages else "".join(sorted(_path(name)[-TOLD:] for name in self.blobs))
+
     def ref(self, part: int) -> Ref:
         """What names it where its bytes lie in this part."""
         data = self.data()
-        return Ref(part, len(data), self.count, hashlib.sha256(data).hexdigest())
+        return Ref(part, len(data), self.count, hashlib.sha256(data).hexdigest(), self.told)
 
     def data(self) -> bytes:
         """Its bytes; equal pages have equal ones."""
@@ -206,6 +229,7 @@ class Page:
         found = cls(blobs, pages)
         if (
             found.count != ref.count
+            or ref.told not in {"", found.told}
             or len(blobs) > LEAF
             or len(path) >= 64
             or not pages.keys() <= set(DIGITS)
@@ -301,7 +325,7 @@ class Index(Mapping[str, Entry]):
             found, ref = page.blobs.get(name), page.pages.get(path[depth])
             if found is not None:
                 return found
-            if ref is None or name in page.blobs:
+            if ref is None or name in page.blobs or not ref.may_have(path):
                 raise KeyError(name)
             depth += 1
 
