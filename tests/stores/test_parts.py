@@ -297,3 +297,39 @@ def test_pages_change_while_an_index_has_one_level_and_two(store: MemoryStore) -
         assert {name: view.blob(name) for name in view.blobs()} == blobs
         assert len(view.index) == len(blobs)
     assert store.verify().ok
+
+
+def test_a_new_name_is_told_without_the_leaf_and_older_references_are_read(
+    store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"b{number}" for number in range(8 * LEAF)]
+    with store.transaction("many") as txn:
+        for name in names:
+            txn.put_blob(name, name.encode())
+    index = MemoryStore.open(store.url).view().index
+    leaves = [page for page in index.walk() if not page.pages]
+    assert sum(len(page.blobs) for page in leaves) > 7 * LEAF
+    fresh, read = MemoryStore.open(store.url).view().index, []
+    honest = fresh._read
+    monkeypatch.setattr(fresh, "_read", lambda parts: (read.extend(parts), honest(parts))[1])
+    absent = [f"absent{number}" for number in range(200)]
+    assert not any(name in fresh for name in absent)
+    assert len(read) <= 3  # the first page, and at most a leaf or two whose digits agree
+    assert all(name in fresh for name in names)
+    for ref in (ref for page in index.walk() for ref in page.pages.values()):
+        older = Ref(ref.part, ref.nbytes, ref.count, ref.sha256)
+        assert Ref.of_json(older.to_json(), 10**6) == older
+        assert Ref.of_json(ref.to_json(), 10**6) == ref
+        assert older.may_have("0" * 64)
+
+
+def test_digits_that_are_not_those_of_the_names_below_are_damage(store: MemoryStore) -> None:
+    with store.transaction("many") as txn:
+        for number in range(2 * LEAF):
+            txn.put_blob(f"b{number}", b"one")
+    index = store.view().index
+    (first, *_) = index.walk()
+    digit, ref = next(iter(first.pages.items()))
+    wrong = Ref(ref.part, ref.nbytes, ref.count, ref.sha256, ref.told[:-1] + "x")
+    with pytest.raises(IntegrityError):
+        index.page(wrong, digit)
