@@ -589,7 +589,7 @@ class Engine:
                         total = done
                 for step, step_loss in found.news():
                     if progress is not None and self.is_main:
-                        metrics = {"loss": step_loss}
+                        metrics = {"loss": step_loss / batches.groups}
                         event = ProgressEvent(stage=stage, step=step, total=total, metrics=metrics)
                         progress(event)
                 if checkpoint is not None and self.is_main and (late or interrupted.is_set()):

@@ -92,7 +92,8 @@ def _facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
     if "parallel_tasks" in plan:
         each = [", ".join(map(str, tasks)) for tasks in plan["passes"] or ()]
         how = f"in one pass: {'; then '.join(each)}" if each else "each in a process"
-        rows.append(("at once", f"{plan['parallel_tasks']} tasks, {how}"))
+        count = min(plan["parallel_tasks"], len(plan["tasks"]))
+        rows.append(("at once", f"{count} tasks, {how}"))
     if plan["consolidation_epochs"] is not None:
         epochs = plan["consolidation_epochs"]
         rows.append(("key learning", f"{epochs} epochs" if epochs else "none"))

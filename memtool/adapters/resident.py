@@ -105,7 +105,7 @@ def too_small(room: int, adapters: int, wanted: int, nbytes: int) -> ConfigError
     """The error of too little room for what a batch needs, of adapters of `nbytes` each."""
     return ConfigError(
         f"engine.resident has room for {room} of {adapters} adapters, and a batch needs {wanted}",
-        expected=f"at least {wanted * nbytes} bytes",
-        remedy=f"--set engine.resident={wanted * nbytes}, or none; or a smaller "
-        "engine.eval_batch_size, and consolidate.batch_size where keys learn",
+        expected=f"at least {wanted * nbytes} bytes, and perhaps more for another batch",
+        remedy=f"--set engine.resident={wanted * nbytes}, or none; or smaller batches: "
+        "engine.eval_batch_size, --batch of predict, consolidate.batch_size where keys learn",
     )

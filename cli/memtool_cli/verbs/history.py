@@ -16,6 +16,7 @@ import typer
 
 from memtool.adapters.layout import block_in
 from memtool.errors import NotFoundError, did_you_mean
+from memtool.methods.records import numbered, out_of_runs
 from memtool.remembered import carried_on, remembered
 from memtool_cli import complete, records
 from memtool_cli.commands import Verbs
@@ -512,8 +513,14 @@ def migrate(call: Call) -> None:
 
 def _said(metadata: dict[str, Any]) -> list[tuple[str, str]]:
     """What the committer recorded, in short: whole configurations are for --json."""
+
+    def said(name: str, value: object) -> str:
+        if name == "learned" and isinstance(value, list):
+            return numbered(out_of_runs(value))
+        return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
     return [
-        (f"  {name}", ", ".join(map(str, value)) if isinstance(value, list) else str(value))
+        (f"  {name}", said(name, value))
         for name, value in metadata.items()
         if not isinstance(value, dict)
     ]
