@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
 from memtool.errors import CorruptError
-from memtool.methods.in_store import put_changed
+from memtool.methods.in_store import StoredState, drop, put_changed
 from memtool.tensor_bytes import read_tensors
 from memtool_stores import MemoryView, Transaction
+
+ID = "id"
+"""The column that holds ids of adapters."""
 
 PIECE_BYTES = 256 * 1024
 """What a blob has at most, unless a single row has more."""
@@ -68,35 +71,63 @@ def read_rows(view: MemoryView, name: str, **shapes: str) -> dict[str, Tensor]:
     return {key: torch.cat([one[key] for one in found]) for key in shapes if found}
 
 
-def without_rows(fields: Mapping[str, Any], by_row: Collection[str]) -> bytes:
-    """Fields as JSON, but for those that are rows: of these it says how many there are."""
-    counts = {name: len(fields[name]) for name in sorted(by_row)}
-    rest = {name: one for name, one in fields.items() if name not in by_row}
-    return json.dumps({**rest, "counts": counts}).encode()
+class StateInRows(StoredState):
+    """A state of which some fields have an entry for each task or adapter: these are rows.
 
-
-def with_rows(
-    said: Mapping[str, Any], rows: Mapping[str, Sequence[Any]], blob: str
-) -> dict[str, Any]:
-    """What `without_rows` was given, of what it said and the rows.
-
-    Raises CorruptError where there are not as many.
+    `BY_ROW` has, by what stands behind the name of the blob, the fields by the columns of its rows;
+    a column `id` holds ids of adapters, the others integers. The blob says how many there are of
+    each. Of schema version 1 they are in the blob itself.
     """
-    counts = {name: len(one) for name, one in rows.items()}
-    if said.get("counts") != counts:
-        raise CorruptError(
-            f"blob {blob!r} with rows beside it of {counts}", expected=str(said.get("counts"))
-        )
-    return {**{name: one for name, one in said.items() if name != "counts"}, **rows}
+
+    BY_ROW: ClassVar[Mapping[str, Mapping[str, str]]]
+
+    @classmethod
+    def _whole(cls, said: Mapping[str, Any], view: MemoryView) -> Mapping[str, Any]:
+        if said.get("schema_version") == 1:
+            return said
+        rows: dict[str, list[Any]] = {}
+        for part, columns in cls.BY_ROW.items():
+            shapes = {name: "uint8 n w" if name == ID else "int64 n" for name in columns}
+            found = read_rows(view, f"{cls.blob}.{part}", **shapes)
+            for name, field in columns.items():
+                rows[field] = []
+                if found:
+                    rows[field] = _ids(found[name]) if name == ID else found[name].tolist()
+        counts = {name: len(one) for name, one in rows.items()}
+        if said.get("counts") != counts:
+            raise CorruptError(
+                f"blob {cls.blob!r} with rows beside it of {counts}",
+                expected=str(said.get("counts")),
+            )
+        return {**{name: one for name, one in said.items() if name != "counts"}, **rows}
+
+    def put(self, txn: Transaction) -> None:
+        """As `StoredState.put`; of the rows what is new or changed is written."""
+        fields = self.model_dump(mode="json")
+        fields["schema_version"] = type(self).model_fields["schema_version"].default
+        counts = dict[str, int]()
+        for part, columns in self.BY_ROW.items():
+            own = {name: fields.pop(field) for name, field in columns.items()}
+            counts |= {field: len(own[name]) for name, field in columns.items()}
+            put_rows(txn, f"{self.blob}.{part}", {name: _row(name, own[name]) for name in own})
+        txn.put_blob(self.blob, json.dumps({**fields, "counts": counts}).encode())
+
+    @classmethod
+    def drop(cls, txn: Transaction) -> None:
+        """Leave the version that is being written without a state."""
+        drop(txn, cls.blob)
+        for part in cls.BY_ROW:
+            drop_rows(txn, f"{cls.blob}.{part}")
 
 
-def id_rows(ids: Sequence[str]) -> Tensor:
-    """Ids of adapters, which are equally long, as rows: uint8 (n, letters)."""
-    return torch.tensor([[*id.encode()] for id in ids], dtype=torch.uint8)
+def _row(column: str, values: Sequence[Any]) -> Tensor:
+    """A column of rows; ids, which are equally long, as their letters."""
+    if column == ID:
+        return torch.tensor([[*id.encode()] for id in values], dtype=torch.uint8)
+    return torch.tensor(values, dtype=torch.int64)
 
 
-def ids_of(rows: Tensor) -> list[str]:
-    """What `id_rows` was given."""
+def _ids(rows: Tensor) -> list[str]:
     return [bytes(row).decode("ascii", "replace") for row in rows.numpy()]
 
 

@@ -37,6 +37,7 @@ from memtool.learning.looks import PromptLook
 from memtool.methods.exchange import peft_blob
 from memtool.methods.folders import adapter_folders
 from memtool.methods.foreign import check_base_model
+from memtool.methods.in_store import drop
 from memtool.methods.mira.moments import PromptState, looks_blob
 from memtool.methods.records import number_of, task_numbers
 from memtool.methods.results import WriteResult, WrittenAdapter
@@ -283,8 +284,8 @@ def _put_prompts(txn: memtool_stores.Transaction, name: str, asked: Sequence[str
     if asked is not None:
         require_text_alone(asked, "--keep-prompts")
         _put(txn, name, Held.of(json.dumps(asked).encode()))
-    elif txn.base.has_blob(name):
-        txn.delete_blob(name)
+    else:
+        drop(txn, name)
 
 
 def few(names: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import PositiveInt
@@ -28,20 +28,11 @@ from memtool.learning.looks import columns_of
 from memtool.memories.closed_form import QueryStatistics
 from memtool.memories.clusters import clustered
 from memtool.memories.moments import Moments
-from memtool.methods.in_store import StoredState, drop
 from memtool.methods.mira.first import require_same_first, taken_along
 from memtool.methods.mira.prompt_reach import REACH, WITNESS_WIDE, put_reach
 from memtool.methods.mira.sums import ASKED, Asked, drop_asked
 from memtool.methods.on_demand import OnDemand
-from memtool.methods.pieces import (
-    drop_rows,
-    id_rows,
-    ids_of,
-    put_rows,
-    read_rows,
-    with_rows,
-    without_rows,
-)
+from memtool.methods.pieces import StateInRows
 from memtool.methods.records import task_of
 from memtool.methods.routed.memory import Kept, kept_blob, kept_bytes
 from memtool.tensor_bytes import load_tensors, read_tensors
@@ -53,11 +44,7 @@ Chosen on the validation prompts of TRACE, from 200 and from 30 prompts a task, 
 """
 
 
-ADAPTERS = "prompt-keys.adapters"
-"""Rows of the adapters behind the keys."""
-
-
-class PromptState(StoredState):
+class PromptState(StateInRows):
     """How prompts are looked at, and whose keys there are: the JSON blob `prompt-keys`.
 
     `adapters` are the ids behind the keys, in their order: those that prompts were known of, and
@@ -70,7 +57,9 @@ class PromptState(StoredState):
 
     blob: ClassVar[str] = "prompt-keys"
 
-    BY_ROW: ClassVar[frozenset[str]] = frozenset({"adapters", "rows"})
+    BY_ROW: ClassVar[Mapping[str, Mapping[str, str]]] = {
+        "adapters": {"id": "adapters", "rows": "rows"}
+    }
 
     schema_version: int = 2
     look_at: tuple[str, ...]
@@ -92,29 +81,15 @@ class PromptState(StoredState):
         none = {"adapters": (), "rows": (), "moments": "", "parts": 0, "epochs": 0, "lr": None}
         return self.model_copy(update=none)
 
-    @classmethod
-    def _whole(cls, said: Mapping[str, Any], view: memtool_stores.MemoryView) -> Mapping[str, Any]:
-        if said.get("schema_version") == 1:
-            return said
-        found = read_rows(view, ADAPTERS, id="uint8 t n", rows="int64 t")
-        rows: dict[str, list[Any]] = {"adapters": [], "rows": []}
-        if found:
-            rows = {"adapters": ids_of(found["id"]), "rows": found["rows"].tolist()}
-        return with_rows(said, rows, cls.blob)
-
     def put(self, txn: memtool_stores.Transaction) -> None:
-        """As `StoredState.put`; of the rows what is new or changed is written."""
-        newest = type(self).model_fields["schema_version"].default
-        rows = self.rows or (1,) * len(self.adapters)  # before an adapter could have several
-        now = self.model_copy(update={"schema_version": newest, "rows": rows})
-        txn.put_blob(self.blob, without_rows(now.model_dump(mode="json"), self.BY_ROW))
-        put_rows(txn, ADAPTERS, {"id": id_rows(self.adapters), "rows": torch.tensor(rows)})
+        """As `StateInRows.put`; a key each where nothing else is said, as once all had."""
+        rows = self.rows or (1,) * len(self.adapters)
+        super(PromptState, self.model_copy(update={"rows": rows})).put(txn)
 
     @classmethod
     def drop(cls, txn: memtool_stores.Transaction) -> None:
         """Leave the version that is being written without a state, and without sums."""
-        drop(txn, cls.blob)
-        drop_rows(txn, ADAPTERS)
+        super().drop(txn)
         for name in (ASKED, REACH):
             drop_asked(txn, name)
 

@@ -27,8 +27,6 @@ from memtool.memories.keyed import KeyedMemory
 from memtool.memories.moments import Moments
 from memtool.memories.novelty import TaskReaches
 from memtool.methods.in_store import (
-    StoredState,
-    drop,
     feature_statistics,
     features_blob,
     own_head,
@@ -41,15 +39,7 @@ from memtool.methods.mira.protect import Protection
 from memtool.methods.mira.read import DECODERS, load_decoders
 from memtool.methods.mira.recall import MemoryModel, first_norms, memory_blocks, reaches_of
 from memtool.methods.on_demand import Counted, OnDemand
-from memtool.methods.pieces import (
-    drop_rows,
-    id_rows,
-    ids_of,
-    put_rows,
-    read_rows,
-    with_rows,
-    without_rows,
-)
+from memtool.methods.pieces import StateInRows
 from memtool.methods.records import number_of, task_of
 from memtool.methods.stored_values import values_of
 from memtool.sections import ConsolidateSettings, MemorySettings, as_meant
@@ -58,7 +48,6 @@ from memtool.tensor_bytes import load_tensors
 from memtool_stores.held import Spool
 
 MEMORY = "memory"
-TASKS, ADAPTERS = "memory.tasks", "memory.adapters"
 QUERY_MODULES = "query-modules"
 PAST_QUERIES = "past-queries"
 
@@ -68,7 +57,7 @@ def queries_blob(task: int) -> str:
     return f"queries.{task}"
 
 
-class MemoryState(StoredState):
+class MemoryState(StateInRows):
     """How the memory is read: the JSON blob `memory`, and rows beside it for `BY_ROW`.
 
     `tasks` in the order in which they were consolidated; `adapters` are the ids behind the keys,
@@ -77,8 +66,10 @@ class MemoryState(StoredState):
     """
 
     blob: ClassVar[str] = MEMORY
-    BY_ROW: ClassVar[frozenset[str]] = frozenset({"tasks", "adapters", "adapter_tasks"})
-    """Fields that have an entry for each task or adapter: of schema version 1 they are in JSON."""
+    BY_ROW: ClassVar[Mapping[str, Mapping[str, str]]] = {
+        "tasks": {"number": "tasks"},
+        "adapters": {"id": "adapters", "task": "adapter_tasks"},
+    }
 
     schema_version: int = 2
     memory: MemorySettings
@@ -111,28 +102,6 @@ class MemoryState(StoredState):
             raise ValueError("a task or an adapter that is named twice")
         return self
 
-    @classmethod
-    def _whole(cls, said: Mapping[str, Any], view: memtool_stores.MemoryView) -> Mapping[str, Any]:
-        if said.get("schema_version") == 1:
-            return said
-        tasks = read_rows(view, TASKS, number="int64 t")
-        adapters = read_rows(view, ADAPTERS, id="uint8 t n", task="int64 t")
-        rows = {
-            "tasks": tasks["number"].tolist() if tasks else [],
-            "adapters": ids_of(adapters["id"]) if adapters else [],
-            "adapter_tasks": adapters["task"].tolist() if adapters else [],
-        }
-        return with_rows(said, rows, MEMORY)
-
-    def put(self, txn: memtool_stores.Transaction) -> None:
-        """As `StoredState.put`; of the rows what is new or changed is written."""
-        newest = type(self).model_fields["schema_version"].default
-        now = self.model_copy(update={"schema_version": newest})
-        txn.put_blob(self.blob, without_rows(now.model_dump(mode="json"), self.BY_ROW))
-        put_rows(txn, TASKS, {"number": torch.tensor(self.tasks, dtype=torch.int64)})
-        places = torch.tensor(self.adapter_tasks, dtype=torch.int64)
-        put_rows(txn, ADAPTERS, {"id": id_rows(self.adapters), "task": places})
-
     def require_own(self, view: memtool_stores.MemoryView) -> None:
         """Raise CorruptError for an adapter of a version that is of another task than is said."""
         said = {
@@ -146,13 +115,6 @@ class MemoryState(StoredState):
                     f"task {said[record.id]}",
                     expected=f"task {number_of(record)}",
                 )
-
-    @classmethod
-    def drop(cls, txn: memtool_stores.Transaction) -> None:
-        """Leave the version that is being written without a state."""
-        drop(txn, cls.blob)
-        for name in (TASKS, ADAPTERS):
-            drop_rows(txn, name)
 
 
 @dataclass(frozen=True, eq=False)

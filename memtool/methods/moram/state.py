@@ -27,7 +27,13 @@ from memtool.learning.past_inputs import PastInputs
 from memtool.memories.moments import Moments
 from memtool.memories.novelty import TaskReaches
 from memtool.memories.rank1 import Rank1Memory
-from memtool.methods.in_store import HEAD, StoredState, feature_statistics, own_head
+from memtool.methods.in_store import (
+    HEAD,
+    StoredState,
+    feature_statistics,
+    own_head,
+    put_changed,
+)
 from memtool.methods.on_demand import OnDemand
 from memtool.methods.records import task_of
 from memtool.sections import MoramSettings, PastSettings
@@ -251,8 +257,7 @@ def join(txn: memtool_stores.Transaction, view: memtool_stores.MemoryView) -> tu
         for record in txn.atom_records
     }
     head = solve(state.head, statistics, trained).to_bytes()
-    if txn.base.blob_sha256(HEAD) != hashlib.sha256(head).hexdigest():
-        txn.put_blob(HEAD, head)
+    put_changed(txn, HEAD, head)
     return _not_joined(txn, view)
 
 
